@@ -1,0 +1,97 @@
+package seal
+
+import (
+	"errors"
+	"fmt"
+)
+
+// ErrNotMine says that a slot belongs to another wrapper, node or identity. It
+// is no fault: the next slot is tried.
+var ErrNotMine = errors.New("not this wrapper's slot")
+
+// Cause is why a KEK is not open. Causes are told apart because their remedies
+// differ. The text of a Cause is its name in logs, metrics and JSON.
+type Cause string
+
+// The causes.
+const (
+	// CauseBootState: the machine did not boot as the slot's authorization
+	// policy demands.
+	CauseBootState Cause = "boot-state-not-authorized"
+	// CauseEpoch: the slot is of an epoch that has passed; it was revoked.
+	CauseEpoch Cause = "epoch-passed"
+	// CauseAttestation: evidence could not be gathered, or it did not verify.
+	CauseAttestation Cause = "attestation-failed"
+	// CauseLockout: the TPM's dictionary-attack protection is in lockout.
+	CauseLockout Cause = "tpm-locked-out"
+	// CauseOtherTPM: the slot was sealed by another TPM.
+	CauseOtherTPM Cause = "other-tpm"
+	// CauseTPMCleared: this is the node's TPM, but its owner hierarchy was
+	// cleared after the slot was sealed.
+	CauseTPMCleared Cause = "tpm-cleared"
+	// CauseUnavailable: the backend (TPM, token, server) cannot be reached, or
+	// did not answer in time or sensibly.
+	CauseUnavailable Cause = "backend-unavailable"
+	// CauseCredentials: the backend refused our credentials.
+	CauseCredentials Cause = "credentials-refused"
+	// CauseSlotCorrupt: the slot does not parse or contradicts itself.
+	CauseSlotCorrupt Cause = "slot-corrupt"
+	// CauseKeyringMissing: there is no keyring yet.
+	CauseKeyringMissing Cause = "keyring-missing"
+	// CauseKeyringCorrupt: the keyring does not parse, or its MAC does not verify.
+	CauseKeyringCorrupt Cause = "keyring-corrupt"
+	// CausePin: the keyring is not the one that this node last trusted.
+	CausePin Cause = "pin-mismatch"
+	// CauseNoSlot: the keyring holds no slot that a configured wrapper can open.
+	CauseNoSlot Cause = "no-slot"
+	// CauseMemory: no memory could be locked for the KEK.
+	CauseMemory Cause = "memory-not-lockable"
+	// CauseStore: the keyring or the pin could not be read or saved.
+	CauseStore Cause = "store-failed"
+	// CauseStarting: the first attempt to unlock has not ended yet.
+	CauseStarting Cause = "starting"
+)
+
+// Error is a failure with its cause and what to do next.
+type Error struct {
+	Cause Cause
+	// Err says what happened: lower case, no full stop.
+	Err error
+	// Hint is what the operator does next.
+	Hint string
+}
+
+// Error returns what happened, followed by the hint.
+func (e *Error) Error() string {
+	if e.Hint == "" {
+		return e.Err.Error()
+	}
+	return e.Err.Error() + "; " + e.Hint
+}
+
+// Unwrap returns Err.
+func (e *Error) Unwrap() error { return e.Err }
+
+// Errorf makes an [*Error] whose Err is formatted as fmt.Errorf does.
+func Errorf(cause Cause, hint, format string, args ...any) *Error {
+	return &Error{Cause: cause, Hint: hint, Err: fmt.Errorf(format, args...)}
+}
+
+// CauseOf returns the cause of the outermost [*Error] in err's chain, or "" if
+// there is none.
+func CauseOf(err error) Cause {
+	if e, ok := errors.AsType[*Error](err); ok {
+		return e.Cause
+	}
+	return ""
+}
+
+// Errors of the DEK seed operations. They carry no key material and no input.
+var (
+	// ErrUnknownKey: no KEK with that key ID is in the keyring.
+	ErrUnknownKey = errors.New("unknown key ID")
+	// ErrMalformed: the input is not of the form that kleidi writes or accepts.
+	ErrMalformed = errors.New("malformed input")
+	// ErrAuthentication: the ciphertext does not authenticate under the named KEK.
+	ErrAuthentication = errors.New("ciphertext does not authenticate")
+)

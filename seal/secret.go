@@ -1,0 +1,195 @@
+package seal
+
+import (
+	"crypto/rand"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Memory hands out locked memory. The zero Memory refuses where memory cannot
+// be locked; that is what production wants.
+type Memory struct {
+	// BestEffort accepts ordinary memory where none can be locked
+	// (memory.lock: best-effort).
+	BestEffort bool
+}
+
+// Secret is a key in locked memory: memfd_secret(2) where the kernel has it,
+// which not even the kernel maps elsewhere, else anonymous memory that is
+// locked, left out of core files and wiped on fork. It refuses to be printed,
+// logged or marshalled, and is zeroed on Close, or when nothing refers to it.
+type Secret struct {
+	mu      sync.Mutex
+	buf     []byte // the whole mapping
+	n       int
+	kind    string
+	cleanup runtime.Cleanup
+}
+
+// errSecret is what every marshaller of a Secret returns.
+var errSecret = errors.New("a secret can't be serialised")
+
+const redacted = "[secret]"
+
+// New returns a zeroed Secret of n bytes.
+func (m Memory) New(n int) (*Secret, error) {
+	if n <= 0 {
+		return nil, fmt.Errorf("secret of %d bytes", n)
+	}
+	buf, kind, err := m.mmap(n)
+	if err != nil {
+		return nil, &Error{Cause: CauseMemory, Err: fmt.Errorf("lock memory for a secret: %w", err),
+			Hint: "raise LimitMEMLOCK= of the unit (ulimit -l), or accept unlocked memory with memory.lock: best-effort"}
+	}
+	s := &Secret{buf: buf, n: n, kind: kind}
+	s.cleanup = runtime.AddCleanup(s, release, buf)
+	return s, nil
+}
+
+// Take moves b into a new Secret: b is zeroed in any case.
+func (m Memory) Take(b []byte) (*Secret, error) {
+	defer clear(b)
+	s, err := m.New(len(b))
+	if err != nil {
+		return nil, err
+	}
+	copy(s.buf, b)
+	return s, nil
+}
+
+// NewKEK returns KEKSize bytes from crypto/rand.
+func (m Memory) NewKEK() (*Secret, error) {
+	s, err := m.New(KEKSize)
+	if err != nil {
+		return nil, err
+	}
+	s.With(func(b []byte) { rand.Read(b) }) // never fails, see crypto/rand
+	return s, nil
+}
+
+func (m Memory) mmap(n int) ([]byte, string, error) {
+	page := unix.Getpagesize()
+	size := (n + page - 1) / page * page
+	if b, err := mmapSecret(size); err == nil {
+		return b, "memfd_secret", nil
+	}
+	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, "", fmt.Errorf("mmap: %w", err)
+	}
+	if err = lock(b); err == nil {
+		return b, "mlock", nil
+	}
+	if m.BestEffort {
+		return b, "unlocked", nil
+	}
+	_ = unix.Munmap(b)
+	return nil, "", err
+}
+
+func mmapSecret(size int) ([]byte, error) {
+	fd, err := unix.MemfdSecret(unix.O_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	if err := unix.Ftruncate(fd, int64(size)); err != nil {
+		return nil, err
+	}
+	b, err := unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Madvise(b, unix.MADV_DONTFORK); err != nil {
+		_ = unix.Munmap(b)
+		return nil, err
+	}
+	return b, nil
+}
+
+func lock(b []byte) error {
+	if err := unix.Mlock(b); err != nil {
+		return fmt.Errorf("mlock: %w", err)
+	}
+	for _, advice := range []int{unix.MADV_DONTDUMP, unix.MADV_WIPEONFORK} {
+		if err := unix.Madvise(b, advice); err != nil {
+			return fmt.Errorf("madvise: %w", err)
+		}
+	}
+	return nil
+}
+
+// release is also what the garbage collector runs for a Secret that nobody closed.
+func release(buf []byte) {
+	clear(buf)
+	_ = unix.Munmap(buf)
+}
+
+// With calls f with the secret itself, not a copy, which f must not keep. On a
+// closed Secret f gets nil. Where the toolchain can (see [Erase]), what f leaves
+// behind in registers, on its stack and in the heap is erased as well.
+func (s *Secret) With(f func(b []byte)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var b []byte
+	if s.buf != nil {
+		b = s.buf[:s.n:s.n]
+	}
+	Erase(func() { f(b) })
+}
+
+// Equal reports whether both secrets hold the same bytes, in constant time. Nil and closed
+// secrets equal nothing.
+func (s *Secret) Equal(o *Secret) bool {
+	if s == nil || o == nil {
+		return false
+	}
+	if s == o {
+		return true
+	}
+	eq := false
+	s.With(func(a []byte) {
+		o.With(func(b []byte) { eq = len(a) > 0 && subtle.ConstantTimeCompare(a, b) == 1 })
+	})
+	return eq
+}
+
+// Kind says which memory holds the secret: "memfd_secret", "mlock" or "unlocked".
+func (s *Secret) Kind() string { return s.kind }
+
+// Close zeroes the secret and gives its memory back. Closing twice is harmless.
+func (s *Secret) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.buf == nil {
+		return nil
+	}
+	s.cleanup.Stop()
+	release(s.buf)
+	s.buf = nil
+	return nil
+}
+
+// Format implements fmt.Formatter for every verb.
+func (s *Secret) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(redacted)) }
+
+// String implements fmt.Stringer.
+func (s *Secret) String() string { return redacted }
+
+// LogValue implements slog.LogValuer.
+func (s *Secret) LogValue() slog.Value { return slog.StringValue(redacted) }
+
+// MarshalJSON always fails.
+func (s *Secret) MarshalJSON() ([]byte, error) { return nil, errSecret }
+
+// MarshalText always fails.
+func (s *Secret) MarshalText() ([]byte, error) { return nil, errSecret }
+
+// MarshalBinary always fails; with it gob refuses as well.
+func (s *Secret) MarshalBinary() ([]byte, error) { return nil, errSecret }

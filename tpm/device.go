@@ -1,0 +1,194 @@
+package tpm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// DefaultTimeout bounds one operation (all commands of one Do). Discrete TPMs
+// need up to some seconds for an RSA key; a hanging one must not hang kleidi.
+const DefaultTimeout = 30 * time.Second
+
+// Device is one TPM. It is opened for an operation only, never held, and one
+// operation runs at a time: a second client of a swtpm would hang, and handles
+// are per TPM where no resource manager stands in between.
+type Device struct {
+	addr    Address
+	timeout time.Duration
+	turn    chan struct{} // holds one token; a mutex that a context can end
+}
+
+// NewDevice returns the TPM at addr; timeout bounds each operation, 0 means
+// DefaultTimeout. Nothing is opened yet.
+func NewDevice(addr Address, timeout time.Duration) *Device {
+	if timeout == 0 {
+		timeout = DefaultTimeout
+	}
+	d := &Device{addr: addr, timeout: timeout, turn: make(chan struct{}, 1)}
+	d.turn <- struct{}{}
+	return d
+}
+
+// Address returns where the TPM is.
+func (d *Device) Address() Address { return d.addr }
+
+// Do opens the TPM, runs f and closes the TPM. Commands are retried on
+// TPM_RC_RETRY, YIELDED, TESTING and NV_RATE until the deadline. An error of the
+// TPM itself is returned as f returned it; that the TPM cannot be reached, hangs
+// or answers garbage is a [*seal.Error] with [seal.CauseUnavailable].
+func (d *Device) Do(ctx context.Context, f func(t transport.TPM) error) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, d.timeout)
+	defer cancel()
+	select {
+	case <-d.turn:
+		defer func() { d.turn <- struct{}{} }()
+	case <-ctx.Done():
+		return d.unavailable(fmt.Errorf("wait for an earlier TPM operation: %w", context.Cause(ctx)))
+	}
+	s, err := open(ctx, d.addr)
+	if err != nil {
+		return d.unavailable(err)
+	}
+	c := &conn{ctx: ctx, stream: s}
+	defer c.close()
+	if !d.addr.managed() {
+		if err := flushStale(c); err != nil {
+			return c.blame(d, fmt.Errorf("flush what an ended client left: %w", err))
+		}
+	}
+	return c.blame(d, guard(func() error { return f(c) }))
+}
+
+// guard turns a panic into an error: go-tpm unmarshals what the TPM answered by
+// reflection, and a TPM that answers garbage must not end the process.
+func guard(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = &panicError{p, debug.Stack()}
+		}
+	}()
+	return f()
+}
+
+type panicError struct {
+	value any
+	stack []byte
+}
+
+// Error names the type only: the value could hold what was being unmarshalled.
+func (e *panicError) Error() string {
+	return fmt.Sprintf("the TPM's answer could not be read (%T)", e.value)
+}
+
+func (d *Device) unavailable(err error) error {
+	return seal.Errorf(seal.CauseUnavailable, hintFor(d.addr, err), "TPM %s: %w", d.addr, err)
+}
+
+func hintFor(a Address, err error) string {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return "see whether another program holds the TPM; kleidi tries again"
+	case a.network == "device":
+		return "see that the firmware has the TPM switched on, that its driver is loaded (ls /dev/tpm*), and that tpm.device names it; kleidi tries again"
+	default:
+		return "see that swtpm runs and that tpm.device names its socket; kleidi tries again"
+	}
+}
+
+// conn is one open TPM and one operation's transport.TPM.
+type conn struct {
+	ctx    context.Context
+	stream stream
+	last   []byte // the response handed out last, cleared when it is of no more use
+	broken error  // the first fault of the stream; nothing is sent after it
+}
+
+func (c *conn) close() {
+	clear(c.last)
+	_ = c.stream.Close()
+}
+
+// blame makes an error of the stream, or an unreadable answer, the device's.
+func (c *conn) blame(d *Device, err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[*panicError](err); ok {
+		return d.unavailable(err)
+	}
+	if c.broken != nil && seal.CauseOf(err) == "" {
+		return d.unavailable(err)
+	}
+	return err
+}
+
+// The response codes after which the same command is to be sent again (TPM 2.0
+// Library, Part 2, table 17, warning codes).
+var again = map[tpm2.TPMRC]bool{
+	tpm2.TPMRCRetry:   true,
+	tpm2.TPMRCYielded: true,
+	tpm2.TPMRCTesting: true,
+	tpm2.TPMRCNVRate:  true,
+}
+
+const (
+	retryFirst = 5 * time.Millisecond
+	retryMost  = 500 * time.Millisecond
+)
+
+// Send implements transport.TPM. The response is cleared at the next Send and
+// at the end of the operation; go-tpm copies what it unmarshals.
+func (c *conn) Send(command []byte) ([]byte, error) {
+	clear(c.last)
+	c.last = nil
+	if c.broken != nil {
+		return nil, c.broken
+	}
+	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
+		response, rc, err := roundTrip(c.ctx, c.stream, command)
+		if err != nil {
+			c.broken = err
+			return nil, err
+		}
+		if !again[rc] {
+			c.last = response
+			return response, nil
+		}
+		select {
+		case <-time.After(wait):
+		case <-c.ctx.Done():
+			c.broken = fmt.Errorf("the TPM answered %w until the deadline", rc)
+			return nil, c.broken
+		}
+	}
+}
+
+// flushStale flushes the transient objects and sessions that a killed client
+// left in a TPM without resource manager: three of either exhaust a swtpm. Such
+// a TPM has one client at a time, so they are nobody's.
+func flushStale(t transport.TPM) error {
+	for _, first := range []uint32{uint32(tpm2.TPMHTTransient) << 24, uint32(tpm2.TPMHTLoadedSession) << 24} {
+		r, err := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: first, PropertyCount: 64}.Execute(t)
+		if err != nil {
+			return fmt.Errorf("TPM2_GetCapability: %w", err)
+		}
+		handles, err := r.CapabilityData.Data.Handles()
+		if err != nil {
+			return fmt.Errorf("TPM2_GetCapability: %w", err)
+		}
+		for _, h := range handles.Handle {
+			if _, err := (tpm2.FlushContext{FlushHandle: h}).Execute(t); err != nil {
+				return fmt.Errorf("TPM2_FlushContext: %w", err)
+			}
+		}
+	}
+	return nil
+}

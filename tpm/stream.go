@@ -1,0 +1,148 @@
+package tpm
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	headerSize = 10   // tag, size, code (TPM 2.0 Library, Part 1, 18.2)
+	maxMessage = 4096 // what the PC Client profile's TPMs buffer, and swtpm
+)
+
+// stream carries commands and responses; its reads and writes end with the
+// context that it was opened with.
+type stream interface{ io.ReadWriteCloser }
+
+func open(ctx context.Context, a Address) (stream, error) {
+	if a.network == "device" {
+		return openFile(ctx, a.where)
+	}
+	c, err := (&net.Dialer{}).DialContext(ctx, a.network, a.where)
+	if err != nil {
+		return nil, err
+	}
+	deadline, _ := ctx.Deadline()
+	if err := c.SetDeadline(deadline); err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	return &socket{Conn: c, ctx: ctx, stop: stop}, nil
+}
+
+type socket struct {
+	net.Conn
+	ctx  context.Context
+	stop func() bool
+}
+
+func (s *socket) Read(b []byte) (int, error) {
+	n, err := s.Conn.Read(b)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("no answer: %w", cause(s.ctx))
+	}
+	return n, err
+}
+
+func (s *socket) Close() error {
+	s.stop()
+	return s.Conn.Close()
+}
+
+// cause is why ctx ended, or, in the moment in which only the socket's deadline
+// has passed, that its deadline did.
+func cause(ctx context.Context) error {
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	return context.DeadlineExceeded
+}
+
+// file is a TPM's character device, opened non-blocking, so that the kernel
+// runs the command in the background and poll(2) tells when it has ended. A read
+// before that returns nothing, which os.File would take for the end of the file.
+type file struct {
+	fd  int
+	ctx context.Context
+}
+
+// pollSlice is how often a wait for the device looks whether its context ended.
+const pollSlice = 50 * time.Millisecond
+
+func openFile(ctx context.Context, path string) (stream, error) {
+	for {
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err == nil {
+			return &file{fd: fd, ctx: ctx}, nil
+		}
+		if err != unix.EBUSY && err != unix.EINTR { // /dev/tpm0 has one client at a time
+			return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		}
+		select {
+		case <-time.After(pollSlice):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("open %s: %w: %w", path, err, cause(ctx))
+		}
+	}
+}
+
+func (f *file) Write(b []byte) (int, error) { return unix.Write(f.fd, b) }
+
+func (f *file) Read(b []byte) (int, error) {
+	for {
+		p := []unix.PollFd{{Fd: int32(f.fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p, int(pollSlice/time.Millisecond))
+		if err != nil && err != unix.EINTR {
+			return 0, fmt.Errorf("poll: %w", err)
+		}
+		if n > 0 {
+			n, err := unix.Read(f.fd, b)
+			if n == 0 && err == nil {
+				err = io.ErrUnexpectedEOF
+			}
+			return n, err
+		}
+		if f.ctx.Err() != nil {
+			return 0, fmt.Errorf("no answer: %w", cause(f.ctx))
+		}
+	}
+}
+
+func (f *file) Close() error { return unix.Close(f.fd) }
+
+// roundTrip sends one command and reads exactly one response, whose length its
+// own header states.
+func roundTrip(ctx context.Context, s stream, command []byte) ([]byte, tpm2.TPMRC, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, 0, cause(ctx)
+	}
+	if len(command) > maxMessage {
+		return nil, 0, fmt.Errorf("command of %d bytes, a TPM takes %d", len(command), maxMessage)
+	}
+	if _, err := s.Write(command); err != nil {
+		return nil, 0, fmt.Errorf("send a command: %w", err)
+	}
+	// A character device hands out the whole response to one read, or drops the rest.
+	buf := make([]byte, maxMessage)
+	n, err := io.ReadAtLeast(s, buf, headerSize)
+	if err != nil {
+		return nil, 0, fmt.Errorf("read a response: %w", err)
+	}
+	size := int(binary.BigEndian.Uint32(buf[2:]))
+	if size < headerSize || size > maxMessage || n > size {
+		return nil, 0, fmt.Errorf("answer out of form: its header says %d bytes, %d came", size, n)
+	}
+	if _, err := io.ReadFull(s, buf[n:size]); err != nil {
+		return nil, 0, fmt.Errorf("read a response: %w", err)
+	}
+	return buf[:size], tpm2.TPMRC(binary.BigEndian.Uint32(buf[6:])), nil
+}
