@@ -1,0 +1,213 @@
+// Package authpolicy computes the authorization policies under which a TPM
+// unseals a KEK, and satisfies them.
+//
+// An authorization policy is a conjunction of terms, in order. Each term is
+// written once as a TPM command (TPM 2.0 Library, Part 3, section 23), from
+// which come both the digest that is sealed to, computed here without a TPM,
+// and the command that a TPM is asked to check before it unseals.
+package authpolicy
+
+import (
+	"crypto"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+)
+
+// ErrBootState says that PCR values are not those of the authorization policy.
+var ErrBootState = errors.New("PCR values are not the authorised ones")
+
+// ErrEpoch says that the epoch counter has passed the authorization policy's epoch.
+var ErrEpoch = errors.New("the epoch has passed")
+
+// ErrCounter says that the epoch counter is missing or another index has its place.
+var ErrCounter = errors.New("the epoch counter is not the expected one")
+
+// Term is one condition.
+type Term interface {
+	// extend adds the term to a digest.
+	extend(*tpm2.PolicyCalculator) error
+	// satisfy makes the TPM check the term in a session.
+	satisfy(transport.TPM, tpm2.TPMISHPolicy) error
+}
+
+// Terms is an authorization policy: all terms must hold, in this order.
+type Terms []Term
+
+// Digest returns the SHA-256 authorization policy digest, 32 bytes.
+func (ts Terms) Digest() ([]byte, error) {
+	calc, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA256)
+	if err != nil {
+		return nil, err
+	}
+	for _, t := range ts {
+		if err := t.extend(calc); err != nil {
+			return nil, err
+		}
+	}
+	return calc.Hash().Digest, nil
+}
+
+// Satisfy runs all terms in an open session. The first that the TPM refuses
+// ends it, with ErrBootState, ErrEpoch or ErrCounter where that is the reason.
+func (ts Terms) Satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
+	for _, term := range ts {
+		if err := term.satisfy(t, session); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Banks are the PCR banks that may be sealed to, by TPM algorithm.
+var Banks = map[crypto.Hash]tpm2.TPMIAlgHash{
+	crypto.SHA256: tpm2.TPMAlgSHA256,
+	crypto.SHA384: tpm2.TPMAlgSHA384,
+}
+
+// PCR is the condition that PCRs have exactly these values: TPM2_PolicyPCR.
+type PCR struct {
+	// Bank is crypto.SHA256 or crypto.SHA384.
+	Bank crypto.Hash
+	// Values holds the demanded values by PCR index, each of the bank's size.
+	Values map[int][]byte
+}
+
+// resettable PCRs can be set back without a reboot: 16 (debug) and 23
+// (application) by anyone, 17 to 22 by a dynamic launch (PC Client Platform TPM
+// Profile, table 7).
+func resettable(pcr int) bool { return pcr >= 16 && pcr <= 23 }
+
+// Check refuses a selection that protects nothing: an empty one, resettable
+// PCRs, all-zero PCRs (nothing was measured into them, so that any OS may yet
+// extend them as it likes), and PCR 11 alone (any OS can extend it from zero).
+func (p PCR) Check() error {
+	if _, ok := Banks[p.Bank]; !ok {
+		return fmt.Errorf("PCR bank %v; want SHA-256 or SHA-384", p.Bank)
+	}
+	if len(p.Values) == 0 {
+		return errors.New("no PCRs")
+	}
+	for _, i := range p.indices() {
+		switch v := p.Values[i]; {
+		case i < 0 || i > 23:
+			return fmt.Errorf("PCR %d does not exist", i)
+		case resettable(i):
+			return fmt.Errorf("PCR %d can be reset without a reboot", i)
+		case len(v) != p.Bank.Size():
+			return fmt.Errorf("PCR %d has a value of %d bytes, want %d", i, len(v), p.Bank.Size())
+		case allZero(v):
+			return fmt.Errorf("PCR %d is all zero: nothing was measured into it", i)
+		}
+	}
+	if _, ok := p.Values[11]; ok && len(p.Values) == 1 {
+		return errors.New("PCR 11 alone protects nothing: any OS can extend it to the same value")
+	}
+	return nil
+}
+
+func allZero(b []byte) bool {
+	for _, x := range b {
+		if x != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func (p PCR) indices() []int { return slices.Sorted(maps.Keys(p.Values)) }
+
+// Selection returns the TPM's form of a bank and PCR indices.
+func Selection(bank crypto.Hash, indices []int) tpm2.TPMLPCRSelection {
+	u := make([]uint, len(indices))
+	for i, x := range indices {
+		u[i] = uint(x)
+	}
+	return tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{
+		Hash: Banks[bank], PCRSelect: tpm2.PCClientCompatible.PCRs(u...)}}}
+}
+
+// command is TPM2_PolicyPCR with the demanded digest: the TPM answers
+// TPM_RC_VALUE at once where its PCRs differ, which tells a wrong boot state
+// from every other refusal.
+func (p PCR) command() (tpm2.PolicyPCR, error) {
+	if err := p.Check(); err != nil {
+		return tpm2.PolicyPCR{}, err
+	}
+	h := crypto.SHA256.New() // the session's algorithm, whatever the bank's
+	for _, i := range p.indices() {
+		h.Write(p.Values[i])
+	}
+	return tpm2.PolicyPCR{
+		PcrDigest: tpm2.TPM2BDigest{Buffer: h.Sum(nil)},
+		Pcrs:      Selection(p.Bank, p.indices()),
+	}, nil
+}
+
+func (p PCR) extend(calc *tpm2.PolicyCalculator) error {
+	cmd, err := p.command()
+	if err != nil {
+		return err
+	}
+	return cmd.Update(calc)
+}
+
+func (p PCR) satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
+	cmd, err := p.command()
+	if err != nil {
+		return err
+	}
+	cmd.PolicySession = session
+	switch _, err := cmd.Execute(t); {
+	case errors.Is(err, tpm2.TPMRCValue):
+		return fmt.Errorf("TPM2_PolicyPCR: %w", ErrBootState)
+	case err != nil:
+		return fmt.Errorf("TPM2_PolicyPCR: %w", err)
+	}
+	return nil
+}
+
+// Epoch is the condition that the node's epoch counter is not above AtMost:
+// TPM2_PolicyNV with an unsigned <=. It holds just before and just after the
+// counter reaches AtMost, so that a slot for the next epoch can be saved first
+// and the counter incremented then.
+type Epoch struct {
+	// Index is the counter's NV index.
+	Index uint32
+	// Name is the counter's Name as computed from code, never as read from a
+	// TPM or a file: another index in its place then fails.
+	Name []byte
+	// AtMost is the last counter value that satisfies the condition.
+	AtMost uint64
+}
+
+func (e Epoch) command() tpm2.PolicyNV {
+	index := tpm2.NamedHandle{Handle: tpm2.TPMHandle(e.Index), Name: tpm2.TPM2BName{Buffer: e.Name}}
+	return tpm2.PolicyNV{
+		AuthHandle: tpm2.AuthHandle{Handle: index.Handle, Name: index.Name, Auth: tpm2.PasswordAuth(nil)},
+		NVIndex:    index,
+		OperandB:   tpm2.TPM2BOperand{Buffer: binary.BigEndian.AppendUint64(nil, e.AtMost)},
+		Operation:  tpm2.TPMEOUnsignedLE,
+	}
+}
+
+func (e Epoch) extend(calc *tpm2.PolicyCalculator) error { return e.command().Update(calc) }
+
+func (e Epoch) satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
+	cmd := e.command()
+	cmd.PolicySession = session
+	switch _, err := cmd.Execute(t); {
+	case errors.Is(err, tpm2.TPMRCPolicy):
+		return fmt.Errorf("TPM2_PolicyNV: %w", ErrEpoch)
+	case errors.Is(err, tpm2.TPMRCHandle), errors.Is(err, tpm2.TPMRCNVUninitialized), errors.Is(err, tpm2.TPMRCNVAuthorization):
+		return fmt.Errorf("TPM2_PolicyNV: %w: %w", ErrCounter, err)
+	case err != nil:
+		return fmt.Errorf("TPM2_PolicyNV: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,181 @@
+// Package nv keeps what must outlive a disk in the TPM's NV memory: the node's
+// epoch counter.
+package nv
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// DefaultEpochIndex is the epoch counter's NV index, in the range that belongs
+// to the owner (TCG Registry of Reserved TPM 2.0 Handles, 2.2).
+const DefaultEpochIndex = 0x0180_4B01
+
+// Counter is a node's epoch counter: an NV counter, which only rises. One that
+// was undefined and made anew starts above every value that the TPM has ever
+// counted to, so removing it brings no revoked slot back; it only locks.
+type Counter struct {
+	index uint32
+	owner tpm.Owner
+	name  tpm2.TPM2BName
+}
+
+// NewCounter returns the counter at an NV index of the owner's range.
+func NewCounter(index uint32, owner tpm.Owner) (*Counter, error) {
+	if index < 0x0180_0000 || index > 0x01BF_FFFF {
+		return nil, fmt.Errorf("NV index %#08x is not in the owner's range, 0x01800000 to 0x01bfffff", index)
+	}
+	public := template(index)
+	public.Attributes.Written = true
+	name, err := tpm2.NVName(&public)
+	if err != nil {
+		return nil, err
+	}
+	return &Counter{index: index, owner: owner, name: *name}, nil
+}
+
+// template is the counter before it is first written. Anyone may read it, with
+// an empty authorization value, since it is no secret and TPM2_PolicyNV has to;
+// the owner may increment it.
+func template(index uint32) tpm2.TPMSNVPublic {
+	return tpm2.TPMSNVPublic{
+		NVIndex:  tpm2.TPMHandle(index),
+		NameAlg:  tpm2.TPMAlgSHA256,
+		DataSize: 8,
+		Attributes: tpm2.TPMANV{
+			OwnerWrite: true, OwnerRead: true, AuthRead: true, NoDA: true, NT: tpm2.TPMNTCounter,
+		},
+	}
+}
+
+// Index returns the NV index.
+func (c *Counter) Index() uint32 { return c.index }
+
+// Name returns the Name that the counter must have, computed from the template:
+// an index of another kind in its place has another Name.
+func (c *Counter) Name() []byte { return c.name.Buffer }
+
+func (c *Counter) handle() tpm2.NamedHandle {
+	return tpm2.NamedHandle{Handle: tpm2.TPMHandle(c.index), Name: c.name}
+}
+
+const recoverHint = "slots sealed under it no longer open; run kleidi recover with the recovery identity"
+
+// Read returns the counter's value, authenticated by the TPM.
+func (c *Counter) Read(t transport.TPM, srk *tpm.SRK) (uint64, error) {
+	exists, written, err := c.look(t)
+	if err != nil {
+		return 0, err
+	}
+	if !exists || !written {
+		return 0, seal.Errorf(seal.CauseEpoch, recoverHint, "the epoch counter at NV index %#08x is gone from the TPM", c.index)
+	}
+	r, err := tpm2.NVRead{
+		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(c.index), Name: c.name, Auth: srk.Session()},
+		NVIndex:    c.handle(),
+		Size:       8,
+	}.Execute(t)
+	if err != nil {
+		return 0, fmt.Errorf("TPM2_NV_Read: %w", err)
+	}
+	if len(r.Data.Buffer) != 8 {
+		return 0, fmt.Errorf("TPM2_NV_Read: %d bytes, want 8", len(r.Data.Buffer))
+	}
+	return binary.BigEndian.Uint64(r.Data.Buffer), nil
+}
+
+// Ensure makes the counter where the TPM has none, and returns its value.
+// Calling it again, or after a crash between its steps, is harmless.
+func (c *Counter) Ensure(t transport.TPM, srk *tpm.SRK) (uint64, error) {
+	exists, written, err := c.look(t)
+	if err != nil {
+		return 0, err
+	}
+	if !exists {
+		if err := c.define(t, srk); err != nil {
+			return 0, err
+		}
+	}
+	if !written {
+		if err := c.increment(t, srk); err != nil {
+			return 0, err
+		}
+	}
+	return c.Read(t, srk)
+}
+
+// RaiseTo increments the counter until it is at least value, which is at most
+// one above the present one: that is how an epoch ends.
+func (c *Counter) RaiseTo(t transport.TPM, srk *tpm.SRK, value uint64) error {
+	now, err := c.Read(t, srk)
+	if err != nil || now >= value {
+		return err
+	}
+	if value != now+1 {
+		return fmt.Errorf("epoch counter is at %d; it can't be raised to %d at once", now, value)
+	}
+	return c.increment(t, srk)
+}
+
+// look reports whether the counter is there and was written; another index in
+// its place is an error.
+func (c *Counter) look(t transport.TPM) (exists, written bool, err error) {
+	r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(c.index)}.Execute(t)
+	if errors.Is(err, tpm2.TPMRCHandle) {
+		return false, false, nil
+	}
+	if err != nil {
+		return false, false, fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
+	}
+	public, err := r.NVPublic.Contents()
+	if err != nil {
+		return false, false, fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
+	}
+	written = public.Attributes.Written
+	public.Attributes.Written = true
+	name, err := tpm2.NVName(public)
+	if err != nil {
+		return false, false, fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
+	}
+	if !bytes.Equal(name.Buffer, c.name.Buffer) {
+		return false, false, seal.Errorf(seal.CauseEpoch,
+			"if another program owns that index, set tpm.epochIndex before kleidi init; if it was kleidi's, someone replaced it: "+recoverHint,
+			"NV index %#08x holds something else than the epoch counter", c.index)
+	}
+	return true, written, nil
+}
+
+func (c *Counter) define(t transport.TPM, srk *tpm.SRK) error {
+	owner, err := c.owner.OwnerHandle(srk)
+	if err != nil {
+		return err
+	}
+	if _, err := (tpm2.NVDefineSpace{AuthHandle: owner, PublicInfo: tpm2.New2B(template(c.index))}).Execute(t); err != nil {
+		return fmt.Errorf("TPM2_NV_DefineSpace: %w", tpm.OwnerError(err))
+	}
+	return nil
+}
+
+func (c *Counter) increment(t transport.TPM, srk *tpm.SRK) error {
+	owner, err := c.owner.OwnerHandle(srk)
+	if err != nil {
+		return err
+	}
+	r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(c.index)}.Execute(t) // its Name changes with the first write
+	if err != nil {
+		return fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
+	}
+	cmd := tpm2.NVIncrement{AuthHandle: owner, NVIndex: tpm2.NamedHandle{Handle: tpm2.TPMHandle(c.index), Name: r.NVName}}
+	if _, err := cmd.Execute(t); err != nil {
+		return fmt.Errorf("TPM2_NV_Increment: %w", tpm.OwnerError(err))
+	}
+	return nil
+}

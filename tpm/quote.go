@@ -1,0 +1,138 @@
+package tpm
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// Quote is a TPM's signed statement of PCR values, and the key that signed it.
+// Who receives one trusts nothing in it before the signature verifies.
+type Quote struct {
+	AKPublic  []byte         // TPMT_PUBLIC of the attestation key
+	Attest    []byte         // TPMS_ATTEST
+	Signature []byte         // TPMT_SIGNATURE
+	Bank      crypto.Hash    // of PCRs
+	PCRs      map[int][]byte // by index
+}
+
+// akTemplate is a restricted ECDSA P-256 signing key: it signs only what the
+// TPM itself states.
+var akTemplate = tpm2.TPMTPublic{
+	Type:    tpm2.TPMAlgECC,
+	NameAlg: tpm2.TPMAlgSHA256,
+	ObjectAttributes: tpm2.TPMAObject{
+		FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, NoDA: true, Restricted: true, SignEncrypt: true,
+	},
+	Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{
+		Scheme: tpm2.TPMTECCScheme{Scheme: tpm2.TPMAlgECDSA,
+			Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256})},
+		CurveID: tpm2.TPMECCNistP256,
+	}),
+}
+
+// quoteTries bounds how often a quote is repeated because a PCR was extended
+// between reading the values and quoting them.
+const quoteTries = 5
+
+// Quote makes a fresh attestation key below the storage root key and quotes the
+// PCRs with it; nonce, of at most 64 bytes, becomes the quote's extraData.
+func (d *Device) Quote(ctx context.Context, owner Owner, nonce []byte, bank crypto.Hash, pcrs []int) (*Quote, error) {
+	var q *Quote
+	err := d.Do(ctx, func(t transport.TPM) error {
+		return WithSRK(t, owner, nil, func(srk *SRK) error {
+			return withAK(t, srk, func(ak tpm2.NamedHandle, public []byte) (err error) {
+				q, err = quote(t, ak, public, nonce, bank, pcrs)
+				return err
+			})
+		})
+	})
+	if err != nil {
+		return nil, classify(err)
+	}
+	return q, nil
+}
+
+func withAK(t transport.TPM, srk *SRK, f func(ak tpm2.NamedHandle, public []byte) error) error {
+	created, err := tpm2.Create{ParentHandle: srk.auth(srk.Session()), InPublic: tpm2.New2B(akTemplate)}.Execute(t)
+	if err != nil {
+		return fmt.Errorf("TPM2_Create of an attestation key: %w", err)
+	}
+	loaded, err := tpm2.Load{ParentHandle: srk.auth(srk.Session()), InPrivate: created.OutPrivate, InPublic: created.OutPublic}.Execute(t)
+	if err != nil {
+		return fmt.Errorf("TPM2_Load of an attestation key: %w", err)
+	}
+	defer flush(t, loaded.ObjectHandle)
+	return f(tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: loaded.Name}, created.OutPublic.Bytes())
+}
+
+func quote(t transport.TPM, ak tpm2.NamedHandle, public, nonce []byte, bank crypto.Hash, pcrs []int) (*Quote, error) {
+	pcrs = slices.Clone(pcrs)
+	slices.Sort(pcrs)
+	for range quoteTries {
+		values, err := ReadPCRs(t, bank, pcrs)
+		if err != nil {
+			return nil, err
+		}
+		r, err := tpm2.Quote{
+			SignHandle:     tpm2.AuthHandle{Handle: ak.Handle, Name: ak.Name, Auth: tpm2.PasswordAuth(nil)},
+			QualifyingData: tpm2.TPM2BData{Buffer: nonce},
+			InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
+			PCRSelect:      authpolicy.Selection(bank, pcrs),
+		}.Execute(t)
+		if err != nil {
+			return nil, fmt.Errorf("TPM2_Quote: %w", err)
+		}
+		if states(r.Quoted, pcrs, values) {
+			return &Quote{AKPublic: public, Attest: r.Quoted.Bytes(), Signature: tpm2.Marshal(r.Signature), Bank: bank, PCRs: values}, nil
+		}
+	}
+	return nil, errors.New("TPM2_Quote: PCRs change faster than they can be quoted")
+}
+
+// states reports whether the quote is over these values. It is no verification:
+// it finds out whether a PCR was extended in between.
+func states(quoted tpm2.TPM2BAttest, pcrs []int, values map[int][]byte) bool {
+	a, err := quoted.Contents()
+	if err != nil {
+		return false
+	}
+	info, err := a.Attested.Quote()
+	if err != nil {
+		return false
+	}
+	h := crypto.SHA256.New() // the attestation key's scheme
+	for _, i := range pcrs {
+		h.Write(values[i])
+	}
+	return bytes.Equal(info.PCRDigest.Buffer, h.Sum(nil))
+}
+
+// ReadPCRs returns PCR values, which nothing authenticates. A PCR that the TPM
+// does not have in that bank is an error.
+func ReadPCRs(t transport.TPM, bank crypto.Hash, pcrs []int) (map[int][]byte, error) {
+	values := make(map[int][]byte, len(pcrs))
+	for rest := slices.Sorted(slices.Values(pcrs)); len(rest) > 0; {
+		n := min(len(rest), 8) // TPML_DIGEST holds 8
+		r, err := tpm2.PCRRead{PCRSelectionIn: authpolicy.Selection(bank, rest[:n])}.Execute(t)
+		if err != nil {
+			return nil, fmt.Errorf("TPM2_PCR_Read: %w", err)
+		}
+		if len(r.PCRValues.Digests) != n {
+			return nil, fmt.Errorf("TPM2_PCR_Read: the TPM has no %s bank with PCRs %v; set tpm.bank", bankName(bank), rest[:n])
+		}
+		for k, i := range rest[:n] {
+			values[i] = r.PCRValues.Digests[k].Buffer
+		}
+		rest = rest[n:]
+	}
+	return values, nil
+}

@@ -1,0 +1,149 @@
+package tpm
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// srkHandle is where a provisioned TPM keeps its storage root key (TCG TPM v2.0
+// Provisioning Guidance, 7.5.1). Others own what is there: kleidi reads it and
+// neither evicts nor replaces it.
+const srkHandle = tpm2.TPMHandle(0x81000001)
+
+// Owner is the owner hierarchy's authorization.
+type Owner struct {
+	// File holds the owner authorization value, of at most 64 bytes; one newline
+	// at its end is dropped. Empty means that the value is empty, as it is on
+	// nearly every machine.
+	File string
+}
+
+// auth is a session that authorizes for the owner hierarchy without the value
+// crossing the bus.
+func (o Owner) auth(opts ...tpm2.AuthOption) (tpm2.Session, error) {
+	if o.File == "" {
+		return tpm2.PasswordAuth(nil), nil
+	}
+	b, err := os.ReadFile(o.File)
+	if err != nil {
+		return nil, seal.Errorf(seal.CauseCredentials, "see tpm.ownerAuthFile", "owner authorization: %w", err)
+	}
+	b = bytes.TrimSuffix(b, []byte("\n"))
+	if len(b) > 64 {
+		clear(b)
+		return nil, seal.Errorf(seal.CauseCredentials, "see tpm.ownerAuthFile", "owner authorization in %s is longer than 64 bytes", o.File)
+	}
+	return tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, append(opts, tpm2.Auth(b))...), nil
+}
+
+// OwnerHandle is TPM_RH_OWNER, authorized in a session that srk salts.
+func (o Owner) OwnerHandle(srk *SRK) (tpm2.AuthHandle, error) {
+	s, err := o.auth(srk.salted())
+	return tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: s}, err
+}
+
+// nonceSize is the size of a session's caller nonce in bytes.
+const nonceSize = 16
+
+// SRK is the storage root key, loaded for the duration of a WithSRK.
+type SRK struct {
+	Handle tpm2.TPMHandle
+	Name   tpm2.TPM2BName
+	Public tpm2.TPMTPublic
+}
+
+// auth is the SRK itself, authorized by its empty value.
+func (s *SRK) auth(session tpm2.Session) tpm2.AuthHandle {
+	return tpm2.AuthHandle{Handle: s.Handle, Name: s.Name, Auth: session}
+}
+
+func (s *SRK) salted() tpm2.AuthOption { return tpm2.Salted(s.Handle, s.Public) }
+
+// Session is an HMAC session salted to the SRK: a response that it
+// authenticates came from this TPM.
+func (s *SRK) Session(opts ...tpm2.AuthOption) tpm2.Session {
+	return tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, append(opts, s.salted())...)
+}
+
+// errOtherSRK says that the TPM's SRK does not have the wanted Name.
+var errOtherSRK = errors.New("the TPM's storage root key is another one")
+
+// WithSRK runs f with the storage root key: the TCG's ECC P-256 template in the
+// owner hierarchy. want is the Name that it must have, or nil to take the TPM's.
+// The persistent key at 0x81000001 is used where it has that Name; else the key
+// is made anew as a transient primary, and flushed.
+func WithSRK(t transport.TPM, owner Owner, want []byte, f func(*SRK) error) error {
+	if srk := persistentSRK(t, want); srk != nil {
+		return f(srk)
+	}
+	auth, err := owner.auth()
+	if err != nil {
+		return err
+	}
+	r, err := tpm2.CreatePrimary{
+		PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: auth},
+		InPublic:      tpm2.New2B(tpm2.ECCSRKTemplate),
+	}.Execute(t)
+	if err != nil {
+		return fmt.Errorf("TPM2_CreatePrimary: %w", OwnerError(err))
+	}
+	defer flush(t, r.ObjectHandle)
+	srk, err := newSRK(r.ObjectHandle, &r.OutPublic)
+	if err != nil {
+		return err
+	}
+	if want != nil && !bytes.Equal(srk.Name.Buffer, want) {
+		return errOtherSRK
+	}
+	return f(srk)
+}
+
+// persistentSRK returns the key at 0x81000001 if it is the wanted one. Whatever
+// else is there is not ours and no fault.
+func persistentSRK(t transport.TPM, want []byte) *SRK {
+	if want == nil {
+		return nil
+	}
+	r, err := tpm2.ReadPublic{ObjectHandle: srkHandle}.Execute(t)
+	if err != nil {
+		return nil
+	}
+	srk, err := newSRK(srkHandle, &r.OutPublic)
+	if err != nil || !bytes.Equal(srk.Name.Buffer, want) {
+		return nil
+	}
+	return srk
+}
+
+// newSRK computes the Name itself: the one in a response could be anybody's.
+func newSRK(h tpm2.TPMHandle, public *tpm2.TPM2BPublic) (*SRK, error) {
+	pub, err := public.Contents()
+	if err != nil {
+		return nil, fmt.Errorf("storage root key: %w", err)
+	}
+	name, err := tpm2.ObjectName(pub)
+	if err != nil {
+		return nil, fmt.Errorf("storage root key: %w", err)
+	}
+	return &SRK{Handle: h, Name: *name, Public: *pub}, nil
+}
+
+// OwnerError gives a refusal of the owner authorization its cause.
+func OwnerError(err error) error {
+	if errors.Is(err, tpm2.TPMRCBadAuth) || errors.Is(err, tpm2.TPMRCAuthFail) {
+		return seal.Errorf(seal.CauseCredentials, "put the owner authorization value into a file and name it in tpm.ownerAuthFile",
+			"the TPM's owner hierarchy has an authorization value, and the one given is not it: %w", err)
+	}
+	return err
+}
+
+// flush frees a handle. That it fails is no reason to fail what was done: the
+// next operation flushes what is left.
+func flush(t transport.TPM, h tpm2.TPMHandle) { _, _ = tpm2.FlushContext{FlushHandle: h}.Execute(t) }

@@ -1,0 +1,293 @@
+package tpm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// Counter is the node's epoch counter, see package nv.
+type Counter interface {
+	Index() uint32
+	Name() []byte
+	Read(transport.TPM, *SRK) (uint64, error)
+	Ensure(transport.TPM, *SRK) (uint64, error)
+	RaiseTo(t transport.TPM, srk *SRK, value uint64) error
+}
+
+// Config is what a Wrapper needs.
+type Config struct {
+	Device  *Device
+	Owner   Owner
+	Counter Counter
+	Memory  seal.Memory
+	// Node is the name of this machine in the keyring.
+	Node string
+	// State returns the attested boot state that Wrap seals to.
+	State func(context.Context) (BootState, error)
+}
+
+// Wrapper seals KEKs to this machine's TPM. It implements [seal.Wrapper].
+type Wrapper struct {
+	Config
+	ahead uint64 // by how many epochs Wrap seals ahead of the counter
+}
+
+// NewWrapper returns the TPM wrapper; it touches no TPM.
+func NewWrapper(c Config) *Wrapper { return &Wrapper{Config: c} }
+
+// ForNextEpoch returns a wrapper whose slots open in the next epoch too, and
+// stay open when the present one ends.
+func (w *Wrapper) ForNextEpoch() *Wrapper { return &Wrapper{Config: w.Config, ahead: 1} }
+
+// Type implements [seal.Wrapper].
+func (w *Wrapper) Type() string { return seal.TypeTPM }
+
+// Provision makes what sealing needs in the TPM, the epoch counter, where it is
+// missing, and returns the machine's EK digest. Only init and recover call it:
+// anywhere else a missing counter is a fault.
+func (w *Wrapper) Provision(ctx context.Context) (ek string, err error) {
+	err = w.Device.Do(ctx, func(t transport.TPM) error {
+		if ek, err = EKDigest(t); err != nil {
+			return err
+		}
+		return WithSRK(t, w.Owner, nil, func(srk *SRK) error {
+			_, err := w.Counter.Ensure(t, srk)
+			return err
+		})
+	})
+	return ek, classify(err)
+}
+
+// Wrap implements [seal.Wrapper]: it seals kek under the attested boot state and
+// the present epoch.
+func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error) {
+	state, err := w.State(ctx)
+	if err != nil {
+		return seal.Slot{}, err
+	}
+	if err := state.Check(); err != nil {
+		return seal.Slot{}, seal.Errorf(seal.CauseBootState, "choose other PCRs with tpm.pcrs", "this boot state can't be sealed to: %w", err)
+	}
+	d := &slotData{Form: formSealed, Bank: bankName(state.Bank), PCRs: map[int]hexBytes{}, Boot: state.Record, state: &state}
+	for i, v := range state.Values {
+		d.PCRs[i] = v
+	}
+	err = w.Device.Do(ctx, func(t transport.TPM) (err error) {
+		if d.EK, err = EKDigest(t); err != nil {
+			return err
+		}
+		return WithSRK(t, w.Owner, nil, func(srk *SRK) error { return w.seal(t, srk, kek, d) })
+	})
+	if err != nil {
+		return seal.Slot{}, classify(err)
+	}
+	data, err := json.Marshal(d)
+	if err != nil {
+		return seal.Slot{}, err
+	}
+	return seal.Slot{Type: seal.TypeTPM, Node: w.Node, Data: data}, nil
+}
+
+// seal creates the sealed object; the KEK crosses the bus encrypted.
+func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData) error {
+	epoch, err := w.Counter.Read(t, srk)
+	if err != nil {
+		return err
+	}
+	d.SRK = srk.Name.Buffer
+	d.Epoch = slotEpoch{Index: w.Counter.Index(), AtMost: epoch + w.ahead}
+	digest, err := terms(d.state, w.Counter, d.Epoch.AtMost).Digest()
+	if err != nil {
+		return err
+	}
+	var r *tpm2.CreateResponse
+	kek.With(func(b []byte) {
+		r, err = tpm2.Create{
+			ParentHandle: srk.auth(srk.Session(tpm2.AESEncryption(128, tpm2.EncryptIn))),
+			InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
+				Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: b})}},
+			InPublic: tpm2.New2B(tpm2.TPMTPublic{
+				Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256,
+				ObjectAttributes: sealedAttributes, AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
+			}),
+		}.Execute(t)
+	})
+	if err != nil {
+		return fmt.Errorf("TPM2_Create: %w", err)
+	}
+	public, err := r.OutPublic.Contents()
+	if err != nil {
+		return fmt.Errorf("TPM2_Create: %w", err)
+	}
+	if err := checkPublic(public, digest); err != nil {
+		return fmt.Errorf("TPM2_Create: %w", err)
+	}
+	d.Public, d.Private = tpm2.Marshal(public), r.OutPrivate.Buffer
+	return nil
+}
+
+// StateError says that the boot state that a slot demands is not the machine's.
+type StateError struct {
+	Was BootState // what the slot demands
+	err error
+}
+
+// Error implements error.
+func (e *StateError) Error() string { return e.err.Error() }
+
+// Unwrap returns what the TPM answered.
+func (e *StateError) Unwrap() error { return e.err }
+
+// unsealTries bounds how often an unseal is repeated because any PCR, one of
+// IMA's for instance, was extended while it ran.
+const unsealTries = 8
+
+// Unwrap implements [seal.Wrapper]. That the machine booted otherwise is
+// [seal.CauseBootState] with a [*StateError].
+func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
+	if slot.Type != seal.TypeTPM || slot.Node != w.Node {
+		return nil, seal.ErrNotMine
+	}
+	d, err := parseSlot(slot, w.Counter)
+	if err != nil {
+		return nil, err
+	}
+	var kek *seal.Secret
+	err = w.Device.Do(ctx, func(t transport.TPM) error {
+		err := WithSRK(t, w.Owner, d.SRK, func(srk *SRK) (err error) {
+			kek, err = w.unseal(t, srk, d)
+			return err
+		})
+		if errors.Is(err, errOtherSRK) {
+			return otherTPM(t, d.EK)
+		}
+		return err
+	})
+	if errors.Is(err, authpolicy.ErrBootState) {
+		err = &StateError{Was: *d.state, err: err}
+	}
+	if err != nil {
+		return nil, classify(err)
+	}
+	return kek, nil
+}
+
+// otherTPM tells a TPM that was cleared from another one.
+func otherTPM(t transport.TPM, ek string) error {
+	now, err := EKDigest(t)
+	if err != nil {
+		return err
+	}
+	if now == ek {
+		return seal.Errorf(seal.CauseTPMCleared, "run kleidi recover with the recovery identity",
+			"this TPM was cleared after the slot was sealed: its storage root key is gone")
+	}
+	return seal.Errorf(seal.CauseOtherTPM, "put the disk back into its machine, or run kleidi recover with the recovery identity",
+		"the slot was sealed by another TPM: its endorsement key is %.19s…, this one's is %.19s…", ek, now)
+}
+
+func (w *Wrapper) unseal(t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, error) {
+	r, err := tpm2.Load{
+		ParentHandle: srk.auth(srk.Session()),
+		InPrivate:    tpm2.TPM2BPrivate{Buffer: d.Private},
+		InPublic:     tpm2.New2B(*d.public),
+	}.Execute(t)
+	if err != nil {
+		if isTPMError(err) && !errors.Is(err, tpm2.TPMRCLockout) {
+			return nil, corrupt("TPM2_Load: %w", err)
+		}
+		return nil, fmt.Errorf("TPM2_Load: %w", err)
+	}
+	defer flush(t, r.ObjectHandle)
+	for range unsealTries {
+		var kek *seal.Secret
+		kek, err = w.unsealOnce(t, srk, d, tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name})
+		if !errors.Is(err, tpm2.TPMRCPCRChanged) {
+			return kek, err
+		}
+	}
+	return nil, err
+}
+
+func (w *Wrapper) unsealOnce(t transport.TPM, srk *SRK, d *slotData, object tpm2.NamedHandle) (kek *seal.Secret, err error) {
+	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, srk.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
+	if err != nil {
+		return nil, fmt.Errorf("TPM2_StartAuthSession: %w", err)
+	}
+	defer func() { _ = done() }() // a session that the TPM has ended already can't be ended again
+	if err := d.terms.Satisfy(t, session.Handle()); err != nil {
+		return nil, err
+	}
+	seal.Erase(func() {
+		var r *tpm2.UnsealResponse
+		r, err = tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
+		if err != nil {
+			err = fmt.Errorf("TPM2_Unseal: %w", err)
+			return
+		}
+		if n := len(r.OutData.Buffer); n != seal.KEKSize {
+			clear(r.OutData.Buffer)
+			err = corrupt("it holds %d bytes, want %d", n, seal.KEKSize)
+			return
+		}
+		kek, err = w.Memory.Take(r.OutData.Buffer)
+	})
+	return kek, err
+}
+
+// Settle ends the epochs before the one that the slots of this node were sealed
+// for. It is called once the keyring that holds them is saved and pinned, and
+// again at every start, since a crash may have come in between.
+func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
+	var target uint64
+	for _, s := range slots {
+		if s.Type != seal.TypeTPM || s.Node != w.Node {
+			continue
+		}
+		d, err := parseSlot(s, w.Counter)
+		if err != nil {
+			return err
+		}
+		if target == 0 || d.Epoch.AtMost < target {
+			target = d.Epoch.AtMost // a slot that still has to open keeps its epoch
+		}
+	}
+	if target == 0 {
+		return nil
+	}
+	return classify(w.Device.Do(ctx, func(t transport.TPM) error {
+		return WithSRK(t, w.Owner, nil, func(srk *SRK) error { return w.Counter.RaiseTo(t, srk, target) })
+	}))
+}
+
+// classify gives an error of the TPM its cause.
+func classify(err error) error {
+	var state *StateError
+	switch {
+	case err == nil, seal.CauseOf(err) != "":
+		return err
+	case errors.As(err, &state):
+		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the machine did not boot as it did when the slot was sealed: %w", err),
+			Hint: "boot the earlier kernel and settings, or run kleidi recover with the recovery identity"}
+	case errors.Is(err, authpolicy.ErrEpoch):
+		return &seal.Error{Cause: seal.CauseEpoch, Err: fmt.Errorf("the slot was revoked by a later reseal: %w", err),
+			Hint: "use the present keyring, not an older copy; if it is lost, run kleidi recover with the recovery identity"}
+	case errors.Is(err, authpolicy.ErrCounter):
+		return &seal.Error{Cause: seal.CauseEpoch, Err: err, Hint: "someone removed or replaced kleidi's epoch counter; run kleidi recover with the recovery identity"}
+	case errors.Is(err, tpm2.TPMRCLockout):
+		return &seal.Error{Cause: seal.CauseLockout, Err: fmt.Errorf("the TPM is in dictionary-attack lockout: %w", err),
+			Hint: "wait for it to end, or clear it with tpm2_dictionarylockout --clear-lockout"}
+	case isTPMError(err):
+		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM refused: %w", err), Hint: "kleidi tries again; see the TPM's state with tpm2_getcap properties-variable"}
+	default:
+		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM's answer makes no sense: %w", err), Hint: "kleidi tries again; if it stays so, the TPM or what stands before it is faulty"}
+	}
+}
