@@ -1,0 +1,164 @@
+package keyring
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// New makes the first revision of a cluster's keyring. On success the Keyring
+// owns kek.
+func New(cluster seal.ClusterID, kek *seal.Secret, slots []seal.Slot, nodes []Node, now time.Time) (*Keyring, error) {
+	doc := body1{
+		Format: format1, ClusterID: cluster, Nodes: slices.Clone(nodes),
+		Current: slotted{KeyID: NewKeyID(cluster, kek), Created: newStamp(now), Slots: cloneSlots(slots)},
+	}
+	k, err := build(doc, share(kek), nil)
+	if err != nil {
+		return nil, fmt.Errorf("make keyring: %w", err)
+	}
+	return k, nil
+}
+
+// Stage adds kek as the staged KEK, held in slots; a KEK that was staged before
+// and never activated is forgotten, since nothing was encrypted under it. On
+// success the new keyring owns kek.
+func (k *Keyring) Stage(kek *seal.Secret, slots []seal.Slot, now time.Time) (*Keyring, error) {
+	doc := *k.doc
+	doc.Staged = &slotted{KeyID: NewKeyID(doc.ClusterID, kek), Created: newStamp(now), Slots: cloneSlots(slots)}
+	next, err := build(doc, k.kek, share(kek))
+	if err != nil {
+		return nil, fmt.Errorf("stage KEK: %w", err)
+	}
+	return next, nil
+}
+
+// OpenStaged returns k with its staged KEK, which came out of a staged slot, so
+// that k decrypts under it and can activate it. The revision stays. On success
+// the new keyring owns kek.
+func (k *Keyring) OpenStaged(kek *seal.Secret) (*Keyring, error) {
+	if k.doc.Staged == nil {
+		return nil, errNothingStaged
+	}
+	if got := NewKeyID(k.doc.ClusterID, kek); got != k.doc.Staged.KeyID {
+		return nil, seal.Errorf(seal.CauseSlotCorrupt, hintRestore,
+			"the slot holds the KEK of key ID %s, the keyring says that %s is staged", got, k.doc.Staged.KeyID)
+	}
+	next := &Keyring{raw: k.raw, doc: k.doc, kek: k.kek.retain(), current: k.current, seeds: maps.Clone(k.seeds)}
+	next.addStaged(share(kek))
+	return next, nil
+}
+
+var errNothingStaged = errors.New("no KEK is staged; run kleidi rotate")
+
+// Activate makes the staged KEK the current one and retires the current one.
+// All retired KEKs are encrypted anew under the new current KEK.
+func (k *Keyring) Activate(now time.Time) (*Keyring, error) {
+	if k.doc.Staged == nil || k.staged == nil {
+		return nil, errNothingStaged
+	}
+	doc := *k.doc
+	doc.Current, doc.Staged = *k.doc.Staged, nil
+	doc.Retired = nil
+	if err := k.retireInto(&doc, newStamp(now)); err != nil {
+		return nil, fmt.Errorf("activate KEK: %w", err)
+	}
+	next, err := build(doc, k.staged, nil)
+	if err != nil {
+		return nil, fmt.Errorf("activate KEK: %w", err)
+	}
+	return next, nil
+}
+
+// retireInto fills doc.Retired with all KEKs of k but the staged one.
+func (k *Keyring) retireInto(doc *body1, now stamp) (err error) {
+	withKEK(k.staged.secret, func(current []byte) {
+		c := aead(current, labelRetired)
+		reseal := func(r retired, old []byte) error {
+			r.Sealed = c.Seal(nil, nil, old, retiredAAD(doc.ClusterID, r.KeyID, doc.Current.KeyID))
+			doc.Retired = append(doc.Retired, r)
+			return nil
+		}
+		withKEK(k.kek.secret, func(old []byte) {
+			if err = k.doc.eachRetired(old, reseal); err == nil {
+				err = reseal(retired{KeyID: k.doc.Current.KeyID, Created: k.doc.Current.Created, Retired: now}, old)
+			}
+		})
+	})
+	return err
+}
+
+// WithSlots replaces the slots of the current KEK.
+func (k *Keyring) WithSlots(slots []seal.Slot) (*Keyring, error) {
+	return k.WithNodes(k.doc.Nodes, slots)
+}
+
+// WithNodes replaces the nodes and the slots of the current KEK.
+func (k *Keyring) WithNodes(nodes []Node, slots []seal.Slot) (*Keyring, error) {
+	doc := *k.doc
+	doc.Nodes, doc.Current.Slots = slices.Clone(nodes), cloneSlots(slots)
+	next, err := build(doc, k.kek, k.staged)
+	if err != nil {
+		return nil, fmt.Errorf("replace slots: %w", err)
+	}
+	return next, nil
+}
+
+// AtLeast raises the revision by one, or to revision if that is more. A keyring
+// that was put back is raised so above what the nodes have pinned.
+func (k *Keyring) AtLeast(revision uint64) (*Keyring, error) {
+	doc := *k.doc
+	if revision > 0 {
+		doc.Revision = max(doc.Revision, revision-1)
+	}
+	next, err := build(doc, k.kek, k.staged)
+	if err != nil {
+		return nil, fmt.Errorf("raise revision: %w", err)
+	}
+	return next, nil
+}
+
+// build makes the keyring of doc's next revision. It reads back what it is about
+// to write, so that nothing is written that Parse or Open would refuse. The
+// keyring holds kek and staged, which may be nil, from then on.
+func build(doc body1, kek, staged *shared) (*Keyring, error) {
+	doc.Revision++
+	body, err := encode(&doc)
+	if err != nil {
+		return nil, err
+	}
+	k := &Keyring{seeds: map[seal.KeyID]*dekSeeds{}}
+	err = fmt.Errorf("the KEK is closed or not of %d bytes", seal.KEKSize)
+	withKEK(kek.secret, func(b []byte) { err = k.write(body, b) })
+	if err != nil {
+		return nil, err
+	}
+	k.kek = kek.retain()
+	k.addStaged(staged)
+	return k, nil
+}
+
+func (k *Keyring) write(body, kek []byte) error {
+	file, err := encode(envelope{Body: body, MAC: bodyMAC(kek, body)})
+	if err != nil {
+		return err
+	}
+	u, err := parse(append(file, '\n'))
+	if err != nil {
+		return err
+	}
+	k.raw, k.doc = u.raw, u.doc
+	return u.open(k, kek)
+}
+
+func (k *Keyring) addStaged(staged *shared) {
+	if staged == nil {
+		return
+	}
+	k.staged = staged.retain()
+	withKEK(staged.secret, func(b []byte) { k.add(newDEKSeeds(k.doc.ClusterID, k.doc.Staged.KeyID, b)) })
+}

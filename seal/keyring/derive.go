@@ -1,0 +1,137 @@
+package keyring
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base32"
+	"encoding/binary"
+	"fmt"
+	"hash"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// keyIDPrefix tells key IDs of this form from any later one.
+const keyIDPrefix = "k1-"
+
+var keyIDEncoding = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPadding(base32.NoPadding)
+
+// frame joins fields so that no two lists of fields give the same bytes: each
+// field follows its length, 8 bytes, big-endian.
+func frame(fields ...string) []byte {
+	var b []byte
+	for _, f := range fields {
+		b = binary.BigEndian.AppendUint64(b, uint64(len(f)))
+		b = append(b, f...)
+	}
+	return b
+}
+
+// NewKeyID returns the key ID of kek in a cluster: "k1-" and the lower-case,
+// unpadded base32 of HMAC-SHA256(kek, frame("kleidi key id v1", cluster ID)),
+// 55 characters. It is empty if kek is closed or not seal.KEKSize bytes.
+func NewKeyID(cluster seal.ClusterID, kek *seal.Secret) (id seal.KeyID) {
+	withKEK(kek, func(b []byte) { id = keyID(cluster, b) })
+	return id
+}
+
+func keyID(cluster seal.ClusterID, kek []byte) seal.KeyID {
+	sum := mac(kek, frame(labelKeyID, string(cluster[:])))
+	return seal.KeyID(keyIDPrefix + keyIDEncoding.EncodeToString(sum))
+}
+
+// validKeyID reports whether id is of the form that NewKeyID returns.
+func validKeyID(id seal.KeyID) bool {
+	if len(id) != len(keyIDPrefix)+keyIDEncoding.EncodedLen(sha256.Size) || id[:len(keyIDPrefix)] != keyIDPrefix {
+		return false
+	}
+	sum, err := keyIDEncoding.DecodeString(string(id[len(keyIDPrefix):]))
+	return err == nil && keyIDEncoding.EncodeToString(sum) == string(id[len(keyIDPrefix):])
+}
+
+// withKEK calls f with kek's bytes, unless it is closed or no KEK; it reports
+// whether it called f.
+func withKEK(kek *seal.Secret, f func(b []byte)) (called bool) {
+	if kek == nil {
+		return false
+	}
+	kek.With(func(b []byte) {
+		if called = len(b) == seal.KEKSize; called {
+			f(b)
+		}
+	})
+	return called
+}
+
+// derive calls f with HKDF-SHA256(kek, no salt, label), 32 bytes, and erases
+// them afterwards.
+func derive(kek []byte, label string, f func(key []byte)) {
+	var key []byte
+	scrubbed(func(h func() hash.Hash) {
+		var err error
+		if key, err = hkdf.Key(h, kek, nil, label, 32); err != nil {
+			panic(fmt.Sprintf("hkdf: %v", err)) // only for sizes that are constant here
+		}
+	})
+	defer clear(key)
+	f(key)
+}
+
+// mac returns HMAC-SHA256(key, msg).
+func mac(key, msg []byte) (sum []byte) {
+	scrubbed(func(h func() hash.Hash) {
+		m := hmac.New(h, key)
+		m.Write(msg)
+		sum = m.Sum(nil)
+	})
+	return sum
+}
+
+// aead returns AES-256-GCM with random nonces under HKDF(kek, label). The key
+// schedule lives on the heap for as long as the cipher: Go's AES has no other place.
+func aead(kek []byte, label string) (c cipher.AEAD) {
+	derive(kek, label, func(key []byte) {
+		block, err := aes.NewCipher(key)
+		if err == nil {
+			c, err = cipher.NewGCMWithRandomNonce(block)
+		}
+		if err != nil {
+			panic(fmt.Sprintf("aes-gcm: %v", err)) // only for sizes that are constant here
+		}
+	})
+	return c
+}
+
+// scrubbed calls f with a maker of SHA-256 states. A state keeps the last block
+// that was written to it; HKDF's extract step writes the KEK itself, so every
+// state is overwritten afterwards, and so is the stack that f used.
+func scrubbed(f func(h func() hash.Hash)) {
+	var states []hash.Hash
+	wipeStack() // grows the stack first: a stack that grows later leaves a copy behind
+	f(func() hash.Hash {
+		s := sha256.New()
+		states = append(states, s)
+		return s
+	})
+	var zero [sha256.BlockSize]byte
+	for _, s := range states {
+		s.Reset()
+		s.Write(zero[:1]) // a whole block would bypass the buffer
+		s.Write(zero[1:])
+	}
+	wipeStack()
+}
+
+// wipeStack overwrites the stack below its caller.
+//
+//go:noinline
+func wipeStack() byte {
+	var b [8 << 10]byte
+	for i := range b {
+		b[i] = byte(i)
+	}
+	return b[len(b)/2]
+}

@@ -1,0 +1,60 @@
+package keyring
+
+import (
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// Info describes a keyring to people. It holds nothing secret.
+type Info struct {
+	ClusterID seal.ClusterID `json:"clusterID"`
+	Revision  uint64         `json:"revision"`
+	Current   KEKInfo        `json:"current"`
+	Staged    *KEKInfo       `json:"staged,omitempty"`
+	Retired   []RetiredInfo  `json:"retired"`
+	Nodes     []Node         `json:"nodes"`
+}
+
+// KEKInfo describes a KEK that is held in slots.
+type KEKInfo struct {
+	KeyID   seal.KeyID `json:"keyID"`
+	Created time.Time  `json:"created"`
+	Slots   []SlotInfo `json:"slots"`
+}
+
+// SlotInfo describes a slot.
+type SlotInfo struct {
+	Type string `json:"type"`
+	Node string `json:"node,omitempty"`
+}
+
+// RetiredInfo describes a retired KEK.
+type RetiredInfo struct {
+	KeyID   seal.KeyID `json:"keyID"`
+	Created time.Time  `json:"created"`
+	Retired time.Time  `json:"retired"`
+}
+
+func (b *body1) info() Info {
+	i := Info{
+		ClusterID: b.ClusterID, Revision: b.Revision, Current: b.Current.info(),
+		Retired: []RetiredInfo{}, Nodes: append([]Node{}, b.Nodes...),
+	}
+	if b.Staged != nil {
+		staged := b.Staged.info()
+		i.Staged = &staged
+	}
+	for _, r := range b.Retired {
+		i.Retired = append(i.Retired, RetiredInfo{KeyID: r.KeyID, Created: r.Created.Time, Retired: r.Retired.Time})
+	}
+	return i
+}
+
+func (s *slotted) info() KEKInfo {
+	i := KEKInfo{KeyID: s.KeyID, Created: s.Created.Time}
+	for _, slot := range s.Slots {
+		i.Slots = append(i.Slots, SlotInfo{Type: slot.Type, Node: slot.Node})
+	}
+	return i
+}

@@ -1,0 +1,10 @@
+package keyring
+
+// Labels separate the uses of one KEK. They are part of the frozen format: a
+// changed meaning needs a new label.
+const (
+	labelKeyID   = "kleidi key id v1"
+	labelDEKSeed = "kleidi dek seed v1"
+	labelRetired = "kleidi retired kek v1"
+	labelMAC     = "kleidi keyring mac v1"
+)

@@ -1,0 +1,73 @@
+package keyring
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// MaxPinSize bounds a stored pin, in bytes.
+const MaxPinSize = 512
+
+// Pin is what a node last trusted. A keyring opens on that node only if it
+// holds the pinned KEK, as the current one or among the retired ones, and its
+// revision is not below the pinned one.
+type Pin struct {
+	ClusterID seal.ClusterID
+	KeyID     seal.KeyID
+	Revision  uint64
+}
+
+// pin1 is a stored pin of format 1. Members stand in this order.
+type pin1 struct {
+	Format    int            `json:"format"`
+	ClusterID seal.ClusterID `json:"clusterID"`
+	KeyID     seal.KeyID     `json:"keyID"`
+	Revision  uint64         `json:"revision"`
+}
+
+// Marshal returns the pin as it is stored.
+func (p Pin) Marshal() []byte {
+	b, err := encode(pin1{Format: format1, ClusterID: p.ClusterID, KeyID: p.KeyID, Revision: p.Revision})
+	if err != nil {
+		panic(fmt.Sprintf("encode pin: %v", err)) // strings and numbers always encode
+	}
+	return append(b, '\n')
+}
+
+// MarshalJSON returns the pin without the newline of Marshal.
+func (p Pin) MarshalJSON() ([]byte, error) { return bytes.TrimSuffix(p.Marshal(), []byte("\n")), nil }
+
+// ParsePin reads what Marshal wrote, and nothing else. An error is a
+// [*seal.Error] with cause seal.CausePin.
+func ParsePin(b []byte) (Pin, error) {
+	p, err := parsePin(b)
+	if err != nil {
+		return Pin{}, seal.Errorf(seal.CausePin, "run kleidi recover", "parse pin: %w", err)
+	}
+	return Pin{ClusterID: p.ClusterID, KeyID: p.KeyID, Revision: p.Revision}, nil
+}
+
+func parsePin(b []byte) (p pin1, err error) {
+	if len(b) > MaxPinSize {
+		return p, fmt.Errorf("more than %d bytes", MaxPinSize)
+	}
+	b, ended := bytes.CutSuffix(b, []byte("\n"))
+	if !ended {
+		return p, errors.New("truncated: no newline at the end")
+	}
+	if err := decode(b, &p); err != nil {
+		return p, err
+	}
+	switch {
+	case p.Format != format1:
+		return p, fmt.Errorf("format is %d, want %d", p.Format, format1)
+	case !validKeyID(p.KeyID):
+		return p, errors.New("malformed key ID")
+	case p.Revision == 0 || p.Revision > MaxRevision:
+		return p, fmt.Errorf("revision %d is not between 1 and %d", p.Revision, uint64(MaxRevision))
+	}
+	return p, nil
+}

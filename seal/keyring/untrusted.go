@@ -1,0 +1,190 @@
+package keyring
+
+import (
+	"bytes"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+const (
+	hintRestore = "run kleidi keyring restore with the previous revision or a backup"
+	hintRecover = "if this change was not yours, run kleidi keyring restore; if it was, run kleidi recover"
+)
+
+// Untrusted is a keyring that parses, and no more: whoever can write the file
+// chose everything in it.
+type Untrusted struct {
+	raw  []byte
+	body []byte // as stored, what the MAC covers
+	mac  []byte
+	doc  *body1
+}
+
+// Parse reads a keyring. It accepts only the one encoding that [Keyring.Marshal]
+// writes, within the limits of the format. An error is a [*seal.Error] with
+// cause seal.CauseKeyringCorrupt.
+func Parse(b []byte) (*Untrusted, error) {
+	u, err := parse(b)
+	if err != nil {
+		hint := hintRestore
+		if errors.Is(err, errNewerFormat) {
+			hint = "install the version of kleidi that wrote it, or a later one"
+		}
+		return nil, seal.Errorf(seal.CauseKeyringCorrupt, hint, "parse keyring: %w", err)
+	}
+	return u, nil
+}
+
+var errNewerFormat = errors.New("unknown format")
+
+func parse(b []byte) (*Untrusted, error) {
+	if len(b) > MaxSize {
+		return nil, fmt.Errorf("more than %d bytes", MaxSize)
+	}
+	var e envelope
+	file, ended := bytes.CutSuffix(b, []byte("\n"))
+	if !ended {
+		return nil, errors.New("truncated: no newline at the end")
+	}
+	if err := decode(file, &e); err != nil {
+		return nil, err
+	}
+	if len(e.MAC) != sha256.Size {
+		return nil, fmt.Errorf("mac has %d bytes, want %d", len(e.MAC), sha256.Size)
+	}
+	// The format decides how the rest reads, so it is looked at alone first.
+	var peek struct {
+		Format int `json:"format"`
+	}
+	if err := json.Unmarshal(e.Body, &peek); err != nil {
+		return nil, fmt.Errorf("body: %w", err)
+	}
+	if peek.Format != format1 {
+		return nil, fmt.Errorf("%w %d, this version reads %d", errNewerFormat, peek.Format, format1)
+	}
+	doc, err := parseBody1(e.Body)
+	if err != nil {
+		return nil, fmt.Errorf("body: %w", err)
+	}
+	return &Untrusted{raw: bytes.Clone(b), body: e.Body, mac: e.MAC, doc: doc}, nil
+}
+
+// ClusterID returns the cluster that the keyring claims.
+func (u *Untrusted) ClusterID() seal.ClusterID { return u.doc.ClusterID }
+
+// Revision returns the revision that the keyring claims.
+func (u *Untrusted) Revision() uint64 { return u.doc.Revision }
+
+// CurrentID returns the key ID that the keyring claims for its current KEK.
+func (u *Untrusted) CurrentID() seal.KeyID { return u.doc.Current.KeyID }
+
+// Slots returns the slots of the current KEK.
+func (u *Untrusted) Slots() []seal.Slot { return cloneSlots(u.doc.Current.Slots) }
+
+// StagedSlots returns the slots of the staged KEK; there are none if none is staged.
+func (u *Untrusted) StagedSlots() []seal.Slot { return stagedSlots(u.doc) }
+
+// Info describes the keyring. Nothing in it is vouched for.
+func (u *Untrusted) Info() Info { return u.doc.info() }
+
+// Open makes a [Keyring] of u. It accepts kek, which came out of a slot, only
+// if, in this order:
+//
+//  1. kek matches the key ID of the current KEK in this cluster;
+//  2. the MAC over the body as stored verifies under kek;
+//  3. every retired KEK decrypts under kek and matches its own key ID;
+//  4. the pinned cluster is this one, and the pinned KEK is the current one or
+//     among the retired ones;
+//  5. the revision is not below the pinned one.
+//
+// A nil pin skips 4 and 5: the operator vouches, as in recover and verify. On
+// success the Keyring owns kek; on error the caller still does. An error is a
+// [*seal.Error] with cause seal.CauseSlotCorrupt (1), seal.CauseKeyringCorrupt
+// (2, 3) or seal.CausePin (4, 5).
+func (u *Untrusted) Open(kek *seal.Secret, pin *Pin) (*Keyring, error) {
+	k := &Keyring{raw: u.raw, doc: u.doc, seeds: map[seal.KeyID]*dekSeeds{}}
+	err := error(seal.Errorf(seal.CauseSlotCorrupt, hintRestore, "the slot holds no KEK of %d bytes", seal.KEKSize))
+	withKEK(kek, func(b []byte) { err = u.open(k, b) })
+	if err == nil && pin != nil {
+		err = u.checkPin(*pin)
+	}
+	if err != nil {
+		return nil, err
+	}
+	k.kek = share(kek).retain()
+	return k, nil
+}
+
+func (u *Untrusted) open(k *Keyring, kek []byte) error {
+	id := u.doc.Current.KeyID
+	if got := keyID(u.doc.ClusterID, kek); got != id {
+		return seal.Errorf(seal.CauseSlotCorrupt, hintRestore,
+			"the slot holds the KEK of key ID %s, the keyring of cluster %s says %s", got, u.doc.ClusterID, id)
+	}
+	if !hmac.Equal(bodyMAC(kek, u.body), u.mac) {
+		return seal.Errorf(seal.CauseKeyringCorrupt, hintRestore, "the keyring's MAC does not verify under key ID %s", id)
+	}
+	k.add(newDEKSeeds(u.doc.ClusterID, id, kek))
+	return u.doc.eachRetired(kek, func(r retired, old []byte) error {
+		k.add(newDEKSeeds(u.doc.ClusterID, r.KeyID, old))
+		return nil
+	})
+}
+
+func (u *Untrusted) checkPin(pin Pin) error {
+	doc := u.doc
+	if pin.ClusterID != doc.ClusterID {
+		return seal.Errorf(seal.CausePin, "run kleidi keyring restore with a keyring of the pinned cluster",
+			"the keyring is of cluster %s, the pin is of cluster %s", doc.ClusterID, pin.ClusterID)
+	}
+	trusted := pin.KeyID == doc.Current.KeyID ||
+		slices.ContainsFunc(doc.Retired, func(r retired) bool { return r.KeyID == pin.KeyID })
+	if !trusted {
+		return seal.Errorf(seal.CausePin, hintRecover,
+			"the keyring (key ID %s, revision %d) does not hold the pinned key ID %s (revision %d)",
+			doc.Current.KeyID, doc.Revision, pin.KeyID, pin.Revision)
+	}
+	if doc.Revision < pin.Revision {
+		return seal.Errorf(seal.CausePin, hintRecover,
+			"the keyring has revision %d, the pin expects revision %d or later (key ID %s)",
+			doc.Revision, pin.Revision, doc.Current.KeyID)
+	}
+	return nil
+}
+
+func bodyMAC(kek, body []byte) (sum []byte) {
+	derive(kek, labelMAC, func(key []byte) { sum = mac(key, body) })
+	return sum
+}
+
+// retiredAAD binds a retired KEK to its cluster, its key ID and the KEK that seals it.
+func retiredAAD(cluster seal.ClusterID, id, current seal.KeyID) []byte {
+	return frame(string(cluster[:]), string(id), string(current))
+}
+
+// eachRetired decrypts every retired KEK under the current one, kek, and calls f
+// with it; f must not keep it.
+func (b *body1) eachRetired(kek []byte, f func(r retired, old []byte) error) error {
+	if len(b.Retired) == 0 {
+		return nil
+	}
+	c := aead(kek, labelRetired)
+	old := make([]byte, 0, seal.KEKSize+gcmOverhead)
+	defer func() { clear(old[:cap(old)]) }()
+	for _, r := range b.Retired {
+		plain, err := c.Open(old[:0], nil, r.Sealed, retiredAAD(b.ClusterID, r.KeyID, b.Current.KeyID))
+		if err != nil || keyID(b.ClusterID, plain) != r.KeyID {
+			return seal.Errorf(seal.CauseKeyringCorrupt, hintRestore, "the retired KEK of key ID %s does not open", r.KeyID)
+		}
+		if err := f(r, plain); err != nil {
+			return err
+		}
+	}
+	return nil
+}

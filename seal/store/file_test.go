@@ -1,0 +1,59 @@
+package store_test
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"path/filepath"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+func stateDir(t testing.TB) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "state")
+	if err := store.PrepareDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func save(t testing.TB, f *store.File, content string, old store.Version) store.Version {
+	t.Helper()
+	v, err := f.Save(context.Background(), []byte(content), old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func expect(t testing.TB, f *store.File, content string) store.Version {
+	t.Helper()
+	b, v, err := f.Load(context.Background())
+	if err != nil || string(b) != content {
+		t.Fatalf("loaded %q, %v; want %q", b, err, content)
+	}
+	return v
+}
+
+func TestSaveLoad(t *testing.T) {
+	f := store.NewFile(filepath.Join(stateDir(t), "keyring.json"))
+	if _, v, err := f.Load(t.Context()); !errors.Is(err, fs.ErrNotExist) || v != "" {
+		t.Fatalf("%q, %v", v, err)
+	}
+	v1 := save(t, f, "one", "")
+	v2 := save(t, f, "two", v1)
+	if got := expect(t, f, "two"); got != v2 {
+		t.Errorf("version %q, want %q", got, v2)
+	}
+	if b, err := f.Previous(t.Context()); err != nil || string(b) != "one" {
+		t.Errorf("previous is %q, %v", b, err)
+	}
+	for _, stale := range []store.Version{"", v1, "nonsense"} {
+		if _, err := f.Save(t.Context(), []byte("three"), stale); !errors.Is(err, store.ErrConflict) {
+			t.Errorf("save over version %q: %v", stale, err)
+		}
+	}
+	expect(t, f, "two")
+}
