@@ -1,0 +1,77 @@
+package grpcserver
+
+import (
+	"errors"
+	"strings"
+	"unicode"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// Bounds of what goes into a status message, in runes. Reason and hint are
+// bounded apart, so that a long reason never costs the hint.
+const (
+	maxReason = 600
+	maxHint   = 300
+	maxQuoted = 80
+)
+
+var (
+	errPanic   = status.Error(codes.Internal, "internal error in kleidi; see the log of kleidi serve for the place, and report it")
+	errDecode  = status.Error(codes.InvalidArgument, "the request is no message of KMS v2; is the caller a kube-apiserver?")
+	errAnnotes = status.Error(codes.InvalidArgument, "annotations: kleidi writes none; was the object encrypted by another KMS plugin, or by a newer kleidi?")
+)
+
+// statusOf turns an error of Keys into a gRPC status. id is the key ID that a
+// Decrypt named. The second result says whether the log needs it too: true only
+// for what no caller can be told how to mend.
+func statusOf(err error, id string) (error, bool) {
+	switch {
+	case errors.Is(err, seal.ErrUnknownKey):
+		return status.Errorf(codes.NotFound, "key_id: no KEK of this keyring has key ID %q; "+
+			"see kleidi keyring show, and restore the keyring that holds it", clean(id, maxQuoted)), false
+	case errors.Is(err, seal.ErrMalformed):
+		return status.Error(codes.InvalidArgument, "ciphertext: not of a form that kleidi writes; was it written by another plugin, or cut short?"), false
+	case errors.Is(err, seal.ErrAuthentication):
+		return status.Errorf(codes.DataLoss, "ciphertext: does not authenticate under key ID %q, so it was changed after kleidi wrote it; "+
+			"restore the object from a backup of etcd", clean(id, maxQuoted)), false
+	}
+	if e, ok := errors.AsType[*seal.Error](err); ok {
+		return status.Error(codes.Unavailable, locked(e, err)), false
+	}
+	return status.Error(codes.Internal, "internal error in kleidi; see the log of kleidi serve"), true
+}
+
+func locked(e *seal.Error, err error) string {
+	reason := err.Error()
+	if e.Hint != "" {
+		reason = strings.TrimSuffix(reason, "; "+e.Hint)
+	}
+	msg := "locked (" + clean(string(e.Cause), maxQuoted) + "): " + clean(reason, maxReason)
+	if e.Hint != "" {
+		msg += "; " + clean(e.Hint, maxHint)
+	}
+	return msg
+}
+
+// clean bounds s and replaces what could not be shown in one line: reasons may
+// quote event logs, and key IDs come from the peer.
+func clean(s string, limit int) string {
+	n := 0
+	for i := range s { // i is at a rune's first byte
+		if n == limit {
+			s = s[:i] + "…"
+			break
+		}
+		n++
+	}
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s)
+}

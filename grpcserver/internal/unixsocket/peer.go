@@ -1,0 +1,131 @@
+package unixsocket
+
+import (
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Peer is who connected, as the kernel recorded it at connect(2).
+type Peer struct {
+	UID, GID uint32
+	PID      int32
+}
+
+// Conn is a connection whose peer is known.
+type Conn struct {
+	*net.UnixConn
+	Peer Peer
+	// Allowed says whether Peer.UID is among Config.AllowedUIDs. Refusing the
+	// others is the server's part: only it can tell them why.
+	Allowed bool
+	leave   func()
+}
+
+// Close closes the connection and makes room for another.
+func (c *Conn) Close() error {
+	c.leave()
+	return c.UnixConn.Close()
+}
+
+func peerOf(c *net.UnixConn) (Peer, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return Peer{}, err
+	}
+	var cred *unix.Ucred
+	var serr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, serr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return Peer{}, err
+	}
+	if serr != nil {
+		return Peer{}, os.NewSyscallError("getsockopt SO_PEERCRED", serr)
+	}
+	return Peer{UID: cred.Uid, GID: cred.Gid, PID: cred.Pid}, nil
+}
+
+// Accept returns the next connection, a [*Conn]. Connections above the limits
+// are closed at once.
+func (l *Listener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		p, err := peerOf(c)
+		if err != nil {
+			c.Close()
+			continue
+		}
+		if conn := l.seats.take(c, p); conn != nil {
+			return conn, nil
+		}
+		c.Close()
+	}
+}
+
+// seats counts connections, strangers' apart, so that they can't keep the
+// allowed ones out.
+type seats struct {
+	allowed []uint32
+	log     *slog.Logger
+	mu      sync.Mutex
+	free    map[bool]int // by allowed or not
+	full    map[bool]bool
+}
+
+func (s *seats) init(allowed []uint32, log *slog.Logger) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	s.allowed, s.log = slices.Clone(allowed), log
+	s.free = map[bool]int{true: MaxConns, false: MaxStrangers}
+	s.full = map[bool]bool{}
+}
+
+func (s *seats) take(c *net.UnixConn, p Peer) *Conn {
+	ok := slices.Contains(s.allowed, p.UID)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.free[ok] == 0 {
+		if !s.full[ok] { // once per time that it fills up
+			s.log.Warn("too many connections, closing new ones", "uid", p.UID, "pid", p.PID, "allowed", ok)
+		}
+		s.full[ok] = true
+		return nil
+	}
+	s.free[ok]--
+	return &Conn{UnixConn: c, Peer: p, Allowed: ok, leave: sync.OnceFunc(func() { s.leave(ok) })}
+}
+
+func (s *seats) leave(ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.free[ok]++
+	s.full[ok] = false
+}
+
+// defaultOverflowUID is the kernel's default of kernel.overflowuid.
+const defaultOverflowUID = 65534
+
+// OverflowUID is the UID under which every user that a user namespace does not
+// map appears, so that it names nobody in particular.
+func OverflowUID() uint32 {
+	b, err := os.ReadFile("/proc/sys/kernel/overflowuid")
+	if err != nil {
+		return defaultOverflowUID
+	}
+	n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32)
+	if err != nil {
+		return defaultOverflowUID
+	}
+	return uint32(n)
+}

@@ -1,0 +1,71 @@
+package grpcserver
+
+import (
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+
+	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
+)
+
+// Owner is the user and group that a socket belongs to.
+type Owner = unixsocket.Owner
+
+// MaxSocketPath bounds ListenConfig.Path, in bytes.
+const MaxSocketPath = unixsocket.MaxPath
+
+// ListenConfig says where the KMS socket is and who may use it.
+type ListenConfig struct {
+	// Path is the socket's absolute path (kms.socket), at most MaxSocketPath bytes.
+	Path string
+	// Mode holds the permission bits; 0 means 0600.
+	Mode fs.FileMode
+	// Owner is nil for the process's own user and group.
+	Owner *Owner
+	// AllowedUIDs are the users whose processes may call (kms.allowedUIDs). Nil
+	// means root and the socket's owner, but not the overflow UID (65534): in a
+	// user namespace every unmapped user has it, so it must be listed.
+	AllowedUIDs []uint32
+	// Log is told when connections are turned away; nil discards.
+	Log *slog.Logger
+}
+
+// Listen makes the KMS socket, with its mode and owner, in a folder that it
+// checks first. A stale socket is replaced; one that answers, or anything that
+// is no socket, is an error, and so is an abstract socket. Closing the listener removes the socket,
+// if it is still the same.
+func Listen(cfg ListenConfig) (net.Listener, error) {
+	if cfg.Mode == 0 {
+		cfg.Mode = 0o600
+	}
+	l, err := unixsocket.Listen(unixsocket.Config{
+		Path: cfg.Path, Setting: "kms.socket", Mode: cfg.Mode, Owner: cfg.Owner,
+		AllowedUIDs: allowedUIDs(cfg), Log: cfg.Log,
+	})
+	if err != nil {
+		return nil, err // not a typed nil
+	}
+	return l, nil
+}
+
+func allowedUIDs(cfg ListenConfig) []uint32 {
+	if cfg.AllowedUIDs != nil {
+		return cfg.AllowedUIDs
+	}
+	owner := uint32(os.Geteuid())
+	if cfg.Owner != nil {
+		owner = uint32(cfg.Owner.UID)
+	}
+	uids := []uint32{0}
+	if owner != 0 && !overflow(owner) {
+		uids = append(uids, owner)
+	}
+	return uids
+}
+
+// overflow knows the running kernel's overflow UID and the usual one.
+func overflow(uid uint32) bool {
+	return slices.Contains([]uint32{unixsocket.OverflowUID(), 65534}, uid)
+}

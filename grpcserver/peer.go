@@ -1,0 +1,76 @@
+package grpcserver
+
+import (
+	"context"
+	"errors"
+	"net"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
+)
+
+// peerCredentials carries what Listen's Accept learned about the peer into gRPC.
+type peerCredentials struct{}
+
+type authInfo struct {
+	credentials.CommonAuthInfo
+	peer    unixsocket.Peer
+	allowed bool
+}
+
+// AuthType implements credentials.AuthInfo.
+func (*authInfo) AuthType() string { return "SO_PEERCRED" }
+
+var errNotOurListener = errors.New("the connection was not accepted by grpcserver.Listen, so its peer is unknown")
+
+// ServerHandshake lets strangers in as well: a refused RPC can say why, a closed
+// connection can't.
+func (peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	c, ok := raw.(*unixsocket.Conn)
+	if !ok {
+		return nil, nil, errNotOurListener
+	}
+	return c, &authInfo{
+		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
+		peer:           c.Peer, allowed: c.Allowed,
+	}, nil
+}
+
+// ClientHandshake refuses: these are a server's credentials.
+func (peerCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("peer credentials are for servers")
+}
+
+// Info implements credentials.TransportCredentials.
+func (peerCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "SO_PEERCRED"}
+}
+
+// Clone implements credentials.TransportCredentials.
+func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
+
+// OverrideServerName implements credentials.TransportCredentials.
+func (peerCredentials) OverrideServerName(string) error { return nil }
+
+// checkPeer answers PermissionDenied to peers that are not allowed.
+func checkPeer(ctx context.Context) error {
+	p, _ := peer.FromContext(ctx)
+	if p == nil {
+		return status.Error(codes.PermissionDenied, errNotOurListener.Error())
+	}
+	a, ok := p.AuthInfo.(*authInfo)
+	switch {
+	case !ok:
+		return status.Error(codes.PermissionDenied, errNotOurListener.Error())
+	case a.allowed:
+		return nil
+	case overflow(a.peer.UID):
+		return status.Errorf(codes.PermissionDenied, "UID %d may not use this socket: it is the overflow UID, which every user has that a user namespace does not map; "+
+			"run kube-apiserver under a mapped user, or list %[1]d in kms.allowedUIDs, which admits all of them", a.peer.UID)
+	}
+	return status.Errorf(codes.PermissionDenied, "UID %d may not use this socket; if kube-apiserver runs as that user, add %[1]d to kms.allowedUIDs", a.peer.UID)
+}

@@ -1,0 +1,148 @@
+package grpcserver
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/tap"
+	kmsapi "k8s.io/kms/apis/v2"
+
+	"github.com/beezy-dev/kleidi/grpcserver/internal/panics"
+)
+
+// Bounds of a connection.
+const (
+	// maxMessage bounds a request and a response, in bytes. It is above the sum
+	// of the fields' bounds, so that a field that is too long is named.
+	maxMessage = 64 << 10
+	maxHeaders = 16 << 10 // bytes
+	maxStreams = 256      // calls at the same time on one connection
+	// requestTimeout bounds one call, also for a client that names no deadline
+	// and never sends its body. kube-apiserver's is 3 s by default.
+	requestTimeout = 10 * time.Second
+	// connectTimeout bounds the time until a connection speaks HTTP/2.
+	connectTimeout = 5 * time.Second
+	// A client that stopped answering is noticed after pingAfter + pingWait.
+	pingAfter = 30 * time.Second
+	pingWait  = 10 * time.Second
+	// minPing is how often a client may ping.
+	minPing = 10 * time.Second
+	// maxIdle is well above a minute, at which kube-apiserver polls Status.
+	maxIdle = 15 * time.Minute
+)
+
+// Options are all optional.
+type Options struct {
+	// Registerer takes the metrics kleidi_kms_….
+	Registerer prometheus.Registerer
+	// Log gets panics (type and place, never the value) and internal errors.
+	Log *slog.Logger
+}
+
+// Server is the KMS v2 service.
+type Server struct {
+	keys Keys
+	log  *slog.Logger
+	grpc *grpc.Server
+}
+
+// New makes a Server. It fails only where the metrics can't be registered.
+func New(keys Keys, opt Options) (*Server, error) {
+	m, err := newMetrics(opt.Registerer)
+	if err != nil {
+		return nil, fmt.Errorf("register KMS metrics: %w", err)
+	}
+	s := &Server{keys: keys, log: opt.Log}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	s.grpc = grpc.NewServer(TransportOptions()...)
+	s.grpc.RegisterService(&grpc.ServiceDesc{
+		ServiceName: kmsapi.KeyManagementService_ServiceDesc.ServiceName,
+		Metadata:    kmsapi.KeyManagementService_ServiceDesc.Metadata,
+		Methods: []grpc.MethodDesc{
+			{MethodName: "Status", Handler: handler(s, "Status", m, s.status)},
+			{MethodName: "Encrypt", Handler: handler(s, "Encrypt", m, s.encrypt)},
+			{MethodName: "Decrypt", Handler: handler(s, "Decrypt", m, s.decrypt)},
+		},
+	}, nil)
+	return s, nil
+}
+
+// TransportOptions are the limits under which the server runs. They are public so that a plugin
+// that does nothing can be measured on the very same stack.
+func TransportOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.Creds(peerCredentials{}),
+		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxSendMsgSize(maxMessage),
+		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.ConnectionTimeout(connectTimeout),
+		grpc.InTapHandle(limitTime),
+		grpc.SharedWriteBuffer(true),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionIdle: maxIdle, Time: pingAfter, Timeout: pingWait,
+		}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
+			MinTime: minPing, PermitWithoutStream: true,
+		}),
+	}
+}
+
+// limitTime bounds calls whose client did not, or bounded them too far off. It
+// runs before the body is read.
+func limitTime(ctx context.Context, _ *tap.Info) (context.Context, error) {
+	if d, ok := ctx.Deadline(); ok && time.Until(d) <= requestTimeout {
+		return ctx, nil
+	}
+	limited, cancel := context.WithTimeout(ctx, requestTimeout)
+	context.AfterFunc(ctx, cancel) // gRPC cancels ctx when the call ends
+	return limited, nil
+}
+
+// handler is what every call passes through: peer check, decoding, the call
+// itself; a panic becomes an error, and the answer is counted.
+func handler[Req, Resp any](s *Server, name string, m *metrics, call func(*Req) (*Resp, error)) grpc.MethodHandler {
+	mm := m.method(name)
+	return func(_ any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (resp any, err error) {
+		start := time.Now()
+		defer func() {
+			if v := recover(); v != nil {
+				panics.Log(s.log, name, v)
+				resp, err = nil, errPanic
+			}
+			mm.observe(time.Since(start), err)
+		}()
+		if err := checkPeer(ctx); err != nil {
+			return nil, err
+		}
+		var in request[Req]
+		if err := decode(&in); err != nil {
+			return nil, err // the message did not arrive, or not in time
+		}
+		if in.err != nil {
+			return nil, errDecode
+		}
+		return call(&in.message)
+	}
+}
+
+// Serve answers on a listener of [Listen] until it is stopped. Stopping is no error.
+func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(l) }
+
+// GracefulStop closes the listener, lets calls in progress end, and cuts them off
+// when ctx is done.
+func (s *Server) GracefulStop(ctx context.Context) {
+	stop := context.AfterFunc(ctx, s.grpc.Stop)
+	defer stop()
+	s.grpc.GracefulStop()
+}
