@@ -1,0 +1,283 @@
+package eventlog
+
+import (
+	"crypto"
+	"encoding/hex"
+	"fmt"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/google/go-attestation/attest"
+)
+
+func TestBootTypeOfRealLogs(t *testing.T) {
+	for name, want := range map[string]struct {
+		boot BootType
+		pcrs []int
+		on   bool
+	}{
+		"uki-secureboot":       {BootUKI, []int{4, 7, 11}, true},
+		"shim-grub-secureboot": {BootGRUB, []int{4, 7, 8, 9, 14}, true},
+		"direct-kernel":        {BootEFIStub, []int{4, 7, 9}, false},
+	} {
+		l := parseLog(t, name)
+		if got := l.BootType(); got != want.boot || !reflect.DeepEqual(got.PCRs(l), want.pcrs) {
+			t.Errorf("%s: %s %v, want %s %v", name, got, got.PCRs(l), want.boot, want.pcrs)
+		}
+		if on, known := l.SecureBoot(); on != want.on || !known {
+			t.Errorf("%s: Secure Boot %v, known %v", name, on, known)
+		}
+	}
+}
+
+// go-attestation reads the state of Secure Boot from the events that it verified.
+func TestSecureBootOfPublicLogsAsGoAttestationSeesIt(t *testing.T) {
+	agreed := 0
+	eachPublicLog(t, func(t *testing.T, raw []byte, refusal string) {
+		if refusal != "" {
+			return
+		}
+		l, err := Parse(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		on, known := l.SecureBoot()
+		if !known {
+			t.Error("unknown")
+		}
+		bank := l.Banks[min(1, len(l.Banks)-1)]
+		pcrs, err := l.Replay(bank)
+		if err != nil {
+			t.Fatal(err)
+		}
+		events, err := oracleEvents(raw, bank, pcrs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		state, err := attest.ParseSecurebootState(events)
+		if err != nil { // it knows fewer firmwares
+			t.Logf("go-attestation: %v", err)
+			return
+		}
+		agreed++
+		if state.Enabled != on {
+			t.Errorf("on %v, go-attestation %v", on, state.Enabled)
+		}
+	})
+	if agreed < 10 {
+		t.Errorf("go-attestation read only %d logs", agreed)
+	}
+}
+
+func secureBootVar(data ...byte) Event {
+	v := Variable{GlobalVariable, "SecureBoot", data}.Encode()
+	return Measure(sha256Only, 7, EFIVariableDriverConfig, v, v)
+}
+
+// bootWith is a log of one bank whose PCR 7 has these events.
+func bootWith(events ...Event) *Log { return &Log{Banks: sha256Only, Events: events} }
+
+func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
+	on, off := secureBootVar(1), secureBootVar(0)
+	separator := Measure(sha256Only, 7, Separator, separators[0], separators[0])
+	relabelled := separator
+	relabelled.UntrustedType, relabelled.UntrustedData = EFIAction, []byte("no separator at all")
+	lie := off
+	lie.UntrustedData = on.UntrustedData
+	hidden := off
+	hidden.UntrustedData = []byte("something else")
+	elsewhere := on
+	elsewhere.PCR = 6
+	informational := on
+	informational.UntrustedType = NoAction
+	otherVendor := Variable{ImageSecurityDatabase, "SecureBoot", []byte{1}}.Encode()
+	os := Measure(sha256Only, 7, EventTag, []byte(OSSeparator), []byte(OSSeparator))
+	two := []crypto.Hash{crypto.SHA1, crypto.SHA256}
+	halfTrue := Measure(two, 7, EFIVariableDriverConfig, off.UntrustedData, on.UntrustedData)
+	copy(halfTrue.Digests[0].Value, sum(crypto.SHA1, on.UntrustedData))
+	for name, c := range map[string]struct {
+		log       *Log
+		on, known bool
+	}{
+		"on":                        {bootWith(on, separator), true, true},
+		"off":                       {bootWith(off, separator), false, true},
+		"variable absent":           {bootWith(secureBootVar(), separator), false, true},
+		"os separator later":        {bootWith(on, separator, os), true, true},
+		"unproven event later":      {bootWith(on, separator, hidden), true, true},
+		"empty log":                 {bootWith(), false, false},
+		"no separator":              {bootWith(on), false, false},
+		"nothing but a separator":   {bootWith(separator), false, false},
+		"data lies":                 {bootWith(lie, separator), false, false},
+		"off hidden, on later":      {bootWith(hidden, on, separator), false, false},
+		"both":                      {bootWith(off, on, separator), false, false},
+		"twice":                     {bootWith(on, on, separator), false, false},
+		"on after the separator":    {bootWith(separator, on), false, false},
+		"two separators":            {bootWith(off, separator, on, separator), false, false},
+		"two, the first relabelled": {bootWith(off, relabelled, on, separator), false, false},
+		"two, the last relabelled":  {bootWith(on, separator, relabelled), false, false},
+		"separator of wrong digest": {bootWith(on, Measure(sha256Only, 7, Separator, []byte("x"), separators[0]), separator), false, false},
+		"error separator":           {bootWith(on, Measure(sha256Only, 7, Separator, separators[1], separators[1])), false, false},
+		"in another PCR":            {bootWith(elsewhere, separator), false, false},
+		"not extended":              {bootWith(informational, separator), false, false},
+		"another vendor's variable": {bootWith(Measure(sha256Only, 7, EFIVariableDriverConfig, otherVendor, otherVendor), separator), false, false},
+		"two bytes":                 {bootWith(secureBootVar(1, 0), separator), false, false},
+		"neither 0 nor 1":           {bootWith(secureBootVar(2), separator), false, false},
+		"true in one bank only":     {&Log{Banks: two, Events: []Event{halfTrue, Measure(two, 7, Separator, separators[0], nil)}}, false, false},
+	} {
+		if on, known := c.log.SecureBoot(); on != c.on || known != c.known {
+			t.Errorf("%s: on %v, known %v, want %v, %v", name, on, known, c.on, c.known)
+		}
+	}
+}
+
+func TestBootTypeBelievesOnlyWhatIsProven(t *testing.T) {
+	ipl := func(pcr int, measured, data string) Event {
+		return Measure(sha256Only, pcr, IPL, []byte(measured), []byte(data))
+	}
+	section := ipl(11, ".linux\x00", "")
+	cmdline := ipl(11, ".cmdline\x00", "")
+	grub := ipl(8, "boot", "grub_cmd: boot\x00")
+	stub := ipl(9, "initrd's bytes", string(TaggedEvent(TagLinuxInitrd, []byte("Linux initrd\x00"))))
+	mok := ipl(14, "x", "MokList\x00")
+	separator := Measure(sha256Only, 7, Separator, separators[0], separators[0])
+	for name, c := range map[string]struct {
+		log  *Log
+		boot BootType
+		pcrs []int
+	}{
+		"empty":                 {bootWith(), BootUnknown, nil},
+		"claimed section":       {bootWith(ipl(11, "x", ".linux\x00")), BootUnknown, nil},
+		"section elsewhere":     {bootWith(ipl(12, ".linux\x00", "")), BootUnknown, nil},
+		"claimed GRUB":          {bootWith(ipl(8, "x", "grub_cmd: boot\x00")), BootUnknown, nil},
+		"GRUB":                  {bootWith(grub), BootGRUB, []int{4, 7, 8, 9}},
+		"GRUB, shim":            {bootWith(grub, mok), BootGRUB, []int{4, 7, 8, 9, 14}},
+		"GRUB starts a UKI":     {bootWith(grub, section, mok), BootGRUB, []int{4, 7, 8, 9, 11, 14}},
+		"UKI":                   {bootWith(secureBootVar(1), separator, section, cmdline, stub), BootUKI, []int{4, 7, 11}},
+		"UKI, no command line":  {bootWith(secureBootVar(1), separator, section, stub), BootUKI, []int{4, 7, 9, 11}},
+		"UKI, Secure Boot off":  {bootWith(secureBootVar(0), separator, section, cmdline, stub), BootUKI, []int{4, 7, 9, 11}},
+		"UKI, unknown":          {bootWith(section, cmdline, stub), BootUKI, []int{4, 7, 9, 11}},
+		"UKI, off, PCR 9 empty": {bootWith(section, cmdline), BootUKI, []int{4, 7, 11}},
+		"stub":                  {bootWith(stub), BootEFIStub, []int{4, 7, 9}},
+	} {
+		if got := c.log.BootType(); got != c.boot || !reflect.DeepEqual(got.PCRs(c.log), c.pcrs) {
+			t.Errorf("%s: %s %v, want %s %v", name, got, got.PCRs(c.log), c.boot, c.pcrs)
+		}
+	}
+}
+
+// record is a line of systemd's log, as systemd writes it.
+func record(pcr int, text string) string {
+	var digests []string
+	for _, bank := range []crypto.Hash{crypto.SHA1, crypto.SHA256} {
+		digests = append(digests, fmt.Sprintf(`{"hashAlg":"%s","digest":"%s"}`, BankName(bank), hex.EncodeToString(sum(bank, []byte(text)))))
+	}
+	return fmt.Sprintf("\x1e{\"pcr\":%d,\"digests\":[%s],\"content_type\":\"systemd\",\"content\":{\"string\":%q,\"bootId\":\"8e5ed9a7b3a44e1b9ad7f6b6a4b1b2c3\",\"timestamp\":2343289,\"eventType\":\"phase\"}}\n",
+		pcr, strings.Join(digests, ","), text)
+}
+
+const nvRecord = "\x1e" + `{"nv_index":30474705,"digests":[{"hashAlg":"sha256","digest":"00"}],"content_type":"systemd","content":{"string":"x","eventType":"nvpcr-init"}}` + "\n"
+
+func TestUserspaceLog(t *testing.T) {
+	raw := record(11, "enter-initrd") + nvRecord + record(7, OSSeparator)
+	events, err := ParseUserspace([]byte(raw))
+	if err != nil {
+		t.Fatal(err)
+	}
+	banks := []crypto.Hash{crypto.SHA1, crypto.SHA256}
+	want := []Event{
+		Measure(banks, 11, EventTag, []byte("enter-initrd"), []byte("enter-initrd")),
+		Measure(banks, 7, EventTag, []byte(OSSeparator), []byte(OSSeparator)),
+	}
+	if !reflect.DeepEqual(events, want) {
+		t.Errorf("got %+v", events)
+	}
+	if events, err := ParseUserspace(nil); err != nil || len(events) != 0 {
+		t.Errorf("empty: %v, %v", events, err)
+	}
+}
+
+func TestFirmwareLogWithUserspaceLogReplays(t *testing.T) {
+	l, quoted := parseLog(t, "uki-secureboot"), readPCRs(t, "uki-secureboot", crypto.SHA256)
+	delete(quoted, 10)
+	for _, pcr := range []int{0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 14} { // what systemd-pcrosseparator does
+		quoted.extend(crypto.SHA256, pcr, sum(crypto.SHA256, []byte(OSSeparator)))
+	}
+	if l.Verify(crypto.SHA256, quoted) == nil {
+		t.Error("verifies without the userspace log")
+	}
+	var raw strings.Builder
+	for _, pcr := range []int{0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 14} {
+		raw.WriteString(record(pcr, OSSeparator))
+	}
+	events, err := ParseUserspace([]byte(raw.String()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Append(events)
+	if err := l.Verify(crypto.SHA256, quoted); err != nil {
+		t.Error(err)
+	}
+	if err := oracle(l.Only(crypto.SHA256).Encode(), crypto.SHA256, quoted); err != nil {
+		t.Errorf("go-attestation: %v", err)
+	}
+	if on, known := l.SecureBoot(); !on || !known {
+		t.Errorf("Secure Boot %v, known %v", on, known)
+	}
+	if err := l.Verify(crypto.SHA384, quoted); err == nil || !strings.Contains(err.Error(), "no sha384 digest") {
+		t.Errorf("a bank that the userspace log leaves out: %v", err)
+	}
+}
+
+func TestParseUserspaceRefuses(t *testing.T) {
+	good := record(11, "sysinit")
+	for name, c := range map[string]struct{ raw, want string }{
+		"too big":          {strings.Repeat(" ", MaxSize+1), "more than 16777216"},
+		"too many":         {strings.Repeat("\x1e", MaxEvents+1), "more than 65536"},
+		"no separator":     {good[1:], "record separator"},
+		"truncated":        {good + good[:len(good)-1], "record 1: truncated"},
+		"empty record":     {"\x1e", "truncated"},
+		"not JSON":         {"\x1e{\n", "record 0"},
+		"two values":       {"\x1e{}{}\n", "record 0"},
+		"no PCR":           {strings.Replace(good, `"pcr":11,`, "", 1), "either pcr or nv_index"},
+		"PCR and NV":       {strings.Replace(good, `"pcr":11,`, `"pcr":11,"nv_index":1,`, 1), "either pcr or nv_index"},
+		"other case":       {strings.Replace(good, `"pcr"`, `"PCR"`, 1), "either pcr or nv_index"},
+		"PCR twice":        {strings.Replace(good, `"pcr":11,`, `"pcr":11,"pcr":4,`, 1), "duplicate"},
+		"PCR 24":           {strings.Replace(good, `"pcr":11,`, `"pcr":24,`, 1), "PCR 24"},
+		"negative PCR":     {strings.Replace(good, `"pcr":11,`, `"pcr":-1,`, 1), "record 0"},
+		"fractional PCR":   {strings.Replace(good, `"pcr":11,`, `"pcr":1.5,`, 1), "record 0"},
+		"short digest":     {strings.Replace(good, `"digest":"`, `"digest":"00`, 1), "malformed sha1 digest"},
+		"digest not hex":   {strings.Replace(good, `"digest":"`, `"digest":"xx`, 1), "malformed sha1 digest"},
+		"bank twice":       {strings.Replace(good, `"sha256"`, `"sha1"`, 1), "malformed sha1"},
+		"no digests":       {"\x1e{\"pcr\":1,\"digests\":[]}\n", "no digest"},
+		"unknown banks":    {strings.NewReplacer("sha1", "md4", "sha256", "md5").Replace(good), "no digest"},
+		"digests not list": {"\x1e{\"pcr\":1,\"digests\":{}}\n", "record 0"},
+	} {
+		if _, err := ParseUserspace([]byte(c.raw)); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
+	}
+}
+
+func FuzzParseUserspace(f *testing.F) {
+	f.Add([]byte(record(11, "enter-initrd") + nvRecord + record(7, OSSeparator)))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		events, err := ParseUserspace(raw)
+		if err != nil {
+			return
+		}
+		if len(events) > MaxEvents {
+			t.Errorf("%d events", len(events))
+		}
+		for _, e := range events {
+			if e.PCR < 0 || e.PCR >= NumPCRs || len(e.Digests) == 0 {
+				t.Errorf("%+v", e)
+			}
+			for _, d := range e.Digests {
+				if len(d.Value) != size(d.Hash) {
+					t.Errorf("%+v", d)
+				}
+			}
+		}
+	})
+}

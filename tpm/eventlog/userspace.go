@@ -1,0 +1,104 @@
+package eventlog
+
+import (
+	"bytes"
+	"encoding/hex"
+	"errors"
+	"fmt"
+
+	"sigs.k8s.io/json"
+)
+
+// OSSeparator is what systemd 261 and later measures into PCRs 0 to 7, 9 and 12
+// to 14 when the boot leaves the firmware's and the boot loader's hands.
+const OSSeparator = "os-separator"
+
+// userspaceRecord is one measurement as systemd logs it: TCG's canonical event
+// log in JSON, with liberties (systemd, src/shared/tpm2-util.c).
+type userspaceRecord struct {
+	PCR     *uint64 `json:"pcr"`
+	NVIndex *uint64 `json:"nv_index"`
+	Digests []struct {
+		HashAlg string `json:"hashAlg"`
+		Digest  string `json:"digest"`
+	} `json:"digests"`
+	Content struct {
+		String string `json:"string"`
+	} `json:"content"`
+}
+
+// ParseUserspace reads systemd's log (tpm2-measure.log, a JSON text sequence,
+// RFC 7464) of at most [MaxSize] bytes and [MaxEvents] records, and returns its
+// PCR measurements as EV_EVENT_TAG events whose data is the text that systemd
+// logged. Measurements into NV indexes are left out, digests of unknown banks
+// too. A record without its end is refused: systemd holds a lock on the file
+// while it writes one, so read the file under a shared lock.
+func ParseUserspace(raw []byte) ([]Event, error) {
+	if len(raw) > MaxSize {
+		return nil, fmt.Errorf("userspace log: %d bytes, more than %d", len(raw), MaxSize)
+	}
+	if len(raw) == 0 {
+		return nil, nil
+	}
+	if n := bytes.Count(raw, []byte{recordSeparator}); n > MaxEvents {
+		return nil, fmt.Errorf("userspace log: %d records, more than %d", n, MaxEvents)
+	}
+	if raw[0] != recordSeparator {
+		return nil, errors.New("userspace log: it does not begin with a record separator (RFC 7464)")
+	}
+	var events []Event
+	n := 0
+	for record := range bytes.SplitSeq(raw[1:], []byte{recordSeparator}) {
+		e, ok, err := parseUserspaceRecord(record)
+		if err != nil {
+			return nil, fmt.Errorf("userspace log: record %d: %w", n, err)
+		}
+		if ok {
+			events = append(events, e)
+		}
+		n++
+	}
+	return events, nil
+}
+
+const recordSeparator = 0x1e
+
+// parseUserspaceRecord returns false for a measurement that is not into a PCR.
+func parseUserspaceRecord(record []byte) (Event, bool, error) {
+	if !bytes.HasSuffix(record, []byte{'\n'}) {
+		return Event{}, false, errTruncated
+	}
+	var r userspaceRecord
+	strict, err := json.UnmarshalStrict(record, &r, json.DisallowDuplicateFields)
+	if err = errors.Join(append(strict, err)...); err != nil {
+		return Event{}, false, err
+	}
+	switch {
+	case (r.PCR == nil) == (r.NVIndex == nil):
+		return Event{}, false, errors.New("want either pcr or nv_index")
+	case r.PCR == nil:
+		return Event{}, false, nil
+	case *r.PCR >= NumPCRs:
+		return Event{}, false, fmt.Errorf("PCR %d does not exist", *r.PCR)
+	}
+	e := Event{PCR: int(*r.PCR), UntrustedType: EventTag, UntrustedData: []byte(r.Content.String)}
+	for _, d := range r.Digests {
+		for _, a := range algorithms {
+			if a.name != d.HashAlg {
+				continue
+			}
+			value, err := hex.DecodeString(d.Digest)
+			if err != nil || len(value) != a.size {
+				return e, false, fmt.Errorf("malformed %s digest", a.name)
+			}
+			if e.Digest(a.hash) != nil {
+				return e, false, fmt.Errorf("two %s digests", a.name)
+			}
+			e.Digests = append(e.Digests, Digest{a.hash, value})
+		}
+	}
+	if len(e.Digests) == 0 {
+		return e, false, errors.New("no digest of a known bank")
+	}
+	return e, true, nil
+}
