@@ -1,0 +1,253 @@
+package simboot
+
+import (
+	"crypto"
+	"crypto/sha256"
+	"encoding/binary"
+	"strings"
+
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+// measurement is one event before it is hashed.
+type measurement struct {
+	pcr      int
+	typ      eventlog.EventType
+	measured []byte // what the digests are of
+	data     []byte // what the log holds
+}
+
+// sequence collects the measurements of one boot, in their order.
+type sequence struct {
+	boot   Boot
+	events []measurement
+	err    error // the first certificate that could not be made
+}
+
+// measure returns the events of a boot as firmware, loader and kernel log them.
+func measure(b Boot, banks []crypto.Hash) ([]eventlog.Event, error) {
+	s := &sequence{boot: b}
+	s.firmware()
+	s.secureBootVariables()
+	s.bootVariables()
+	s.add(4, eventlog.EFIAction, []byte("Calling EFI Application from Boot Option"))
+	for pcr := range 7 { // PCR 7 has its separator already
+		s.separator(pcr)
+	}
+	switch b.Loader {
+	case UKI:
+		s.uki()
+	case GRUB:
+		s.grub()
+	case EFIStub:
+		s.efiStub()
+	}
+	s.add(5, eventlog.EFIAction, []byte("Exit Boot Services Invocation"))
+	s.add(5, eventlog.EFIAction, []byte("Exit Boot Services Returned with Success"))
+	events := make([]eventlog.Event, len(s.events))
+	for i, m := range s.events {
+		events[i] = eventlog.Measure(banks, m.pcr, m.typ, m.measured, m.data)
+	}
+	return events, s.err
+}
+
+// add measures data itself.
+func (s *sequence) add(pcr int, typ eventlog.EventType, data []byte) {
+	s.addContent(pcr, typ, data, data)
+}
+
+// addContent measures content that the log only names.
+func (s *sequence) addContent(pcr int, typ eventlog.EventType, measured, data []byte) {
+	s.events = append(s.events, measurement{pcr, typ, measured, data})
+}
+
+func (s *sequence) separator(pcr int) { s.add(pcr, eventlog.Separator, make([]byte, 4)) }
+
+// content stands for the bytes of a file: it is a function of what it is made of.
+func content(kind string, of ...string) []byte {
+	h := sha256.New()
+	for _, part := range append([]string{kind}, of...) {
+		_ = binary.Write(h, binary.BigEndian, uint64(len(part)))
+		h.Write([]byte(part))
+	}
+	return h.Sum(nil)
+}
+
+func (s *sequence) firmware() {
+	// Some firmware is of another build, or lays out its volumes otherwise, with
+	// Secure Boot off; the recorded one does, and so this one.
+	verify := "verifies"
+	if !s.boot.SecureBoot {
+		verify = "verifies nothing"
+	}
+	blob := func(base, size uint64, measured []byte) {
+		data := binary.LittleEndian.AppendUint64(nil, base)
+		data = binary.LittleEndian.AppendUint64(data, size)
+		s.addContent(0, eventlog.EFIPlatformFirmwareBlob, measured, data)
+	}
+	s.add(0, eventlog.CRTMVersion, utf16z(s.boot.Firmware))
+	blob(0x820000, 0xe0000, content("pei volume", s.boot.Firmware, verify))
+	blob(0x900000, 0xc00000, content("dxe volume", s.boot.Firmware))
+}
+
+func (s *sequence) secureBootVariables() {
+	enabled := []byte{0}
+	if s.boot.SecureBoot {
+		enabled[0] = 1
+	}
+	set := func(namespace guid, name string, value []byte) {
+		s.add(7, eventlog.EFIVariableDriverConfig, variable(namespace, name, value))
+	}
+	set(guidGlobal, "SecureBoot", enabled)
+	set(guidGlobal, "PK", s.keyList("Platform Key"))
+	set(guidGlobal, "KEK", s.keyList("Key Exchange Key"))
+	set(guidSecurity, "db", s.keyList("Signature Database Key"))
+	set(guidSecurity, "dbx", s.forbidden())
+	s.separator(7)
+}
+
+// cert returns the DER of one of the enrolled keys' certificates.
+func (s *sequence) cert(name string) []byte {
+	der, err := certificate(name)
+	if err != nil && s.err == nil {
+		s.err = err
+	}
+	return der
+}
+
+func (s *sequence) keyList(role string) []byte {
+	if s.boot.Keys == "" {
+		return nil
+	}
+	return signatureList(guidX509, ownerGUID(s.boot.Keys), s.cert(s.boot.Keys+" "+role))
+}
+
+func (s *sequence) forbidden() []byte {
+	if s.boot.Dbx == "" {
+		return nil
+	}
+	first, second := sha256.Sum256(nil), sha256.Sum256([]byte(s.boot.Dbx))
+	return signatureList(guidSHA256, ownerGUID("dbx"), first[:], second[:])
+}
+
+// authority measures which certificate let the next image run.
+func (s *sequence) authority(namespace guid, name string, value []byte) {
+	if s.boot.SecureBoot {
+		s.add(7, eventlog.EFIVariableAuthority, variable(namespace, name, value))
+	}
+}
+
+func (s *sequence) dbAuthority() {
+	owner := ownerGUID(s.boot.Keys)
+	s.authority(guidSecurity, "db", append(owner[:], s.cert(s.boot.Keys+" Signature Database Key")...))
+}
+
+// bootVariables are measured by their value alone, as EV_EFI_VARIABLE_BOOT is.
+func (s *sequence) bootVariables() {
+	set := func(name string, value []byte) {
+		s.addContent(1, eventlog.EFIVariableBoot, value, variable(guidGlobal, name, value))
+	}
+	setup := append(mustHex("04071400c9bdb87cebf8344faaea3ee4af6516a10406140021aa2c4614760345836e8ab6f4662331"), pathEnd...)
+	disk := append(append([]byte(nil), diskPath...), pathEnd...)
+	set("BootOrder", []byte{1, 0, 0, 0})
+	set("Boot0001", bootOption(1, "UEFI Misc Device", disk))
+	set("Boot0000", bootOption(0x109, "UiApp", setup))
+}
+
+// image measures a PE image that is started; its digest is its Authenticode
+// hash, which signing does not change here.
+func (s *sequence) image(measured []byte, size uint64, path ...[]byte) {
+	var p []byte
+	for _, node := range path {
+		p = append(p, node...)
+	}
+	s.addContent(4, eventlog.EFIBootServicesApp, measured, imageLoad(0x1c958018, size, p))
+}
+
+func (s *sequence) kernel() []byte { return content("kernel", s.boot.Kernel) }
+func (s *sequence) initrd() []byte { return content("initrd", s.boot.Initrd) }
+
+// loadOptions is what the kernel's EFI stub measures: its command line and
+// its initrd, whoever loaded them.
+func (s *sequence) loadOptions() {
+	s.addContent(9, eventlog.EventTag, utf16z(s.boot.CommandLine), taggedEvent(0x8f3b22ed, "LOADED_IMAGE::LoadOptions"))
+	s.addContent(9, eventlog.EventTag, s.initrd(), taggedEvent(0x8f3b22ec, "Linux initrd"))
+}
+
+func (s *sequence) uki() {
+	const osRelease = "ID=debian\nVERSION_ID=\"13\"\nPRETTY_NAME=\"Debian GNU/Linux 13 (trixie)\"\n"
+	b := s.boot
+	s.dbAuthority()
+	s.add(5, eventlog.EFIGPTEvent, gpt())
+	s.image(content("uki", b.LoaderVersion, b.Kernel, b.Initrd, b.CommandLine), 10429968,
+		diskPath, filePath(`\EFI\BOOT\BOOTX64.EFI`), pathEnd)
+	section := func(name string, measured []byte) {
+		s.addContent(11, eventlog.IPL, append([]byte(name), 0), utf16z(name))
+		s.addContent(11, eventlog.IPL, measured, utf16z(name))
+	}
+	section(".linux", s.kernel())
+	section(".osrel", []byte(osRelease))
+	if b.CommandLine != "" {
+		section(".cmdline", []byte(b.CommandLine))
+	}
+	section(".initrd", s.initrd())
+	if !b.SecureBoot {
+		// The stub starts the kernel through the firmware, which measures it; with
+		// Secure Boot on it has to start it itself.
+		s.image(s.kernel(), 8247232, pathEnd)
+	}
+	s.loadOptions()
+}
+
+func (s *sequence) efiStub() {
+	s.dbAuthority()
+	s.add(5, eventlog.EFIGPTEvent, gpt())
+	s.image(s.kernel(), 8247232, diskPath, filePath(`\EFI\debian\vmlinuz.efi`), pathEnd)
+	s.loadOptions()
+}
+
+func (s *sequence) grub() {
+	b := s.boot
+	s.dbAuthority()
+	s.add(5, eventlog.EFIGPTEvent, gpt())
+	s.image(content("shim", "16.1"), 1048504, diskPath, filePath(`\EFI\debian\shimx64.efi`), pathEnd)
+	s.mok("MokList")
+	s.mok("MokListX")
+	s.authority(guidShim, "SbatLevel", []byte("sbat,1,2025021800\nshim,4\ngrub,5\n"))
+	s.mok("MokListTrusted")
+	s.authority(guidShim, "MokListRT", append(append([]byte(nil), guidShim[:]...), s.cert("Example Secure Boot CA")...))
+	s.image(content("grub", b.LoaderVersion), 4183488, filePath(`\EFI\debian\grubx64.efi`), pathEnd)
+	s.grubCommands()
+}
+
+func (s *sequence) mok(name string) {
+	s.addContent(14, eventlog.IPL, content(name), append([]byte(name), 0))
+}
+
+// grubCommands is GRUB's part: each command and the kernel's command line into
+// PCR 8, each file that it reads into PCR 9.
+func (s *sequence) grubCommands() {
+	const config = "(hd0,gpt1)/EFI/debian/grub.cfg"
+	kernelFile, initrdFile := "/boot/vmlinuz-"+s.boot.Kernel, "/boot/initrd.img-"+s.boot.Kernel
+	start := strings.TrimRight(kernelFile+" "+s.boot.CommandLine, " ")
+	command := func(prefix, line string) {
+		s.addContent(8, eventlog.IPL, []byte(line), append([]byte(prefix+line), 0))
+	}
+	file := func(name string, measured []byte) {
+		s.addContent(9, eventlog.IPL, measured, append([]byte(name), 0))
+	}
+	command("grub_cmd: ", "[ -e "+config+" ]")
+	command("grub_cmd: ", "source "+config)
+	file(config, content("grub.cfg", start, initrdFile))
+	command("grub_cmd: ", "set timeout=0")
+	command("grub_cmd: ", "linux "+start)
+	file(kernelFile, s.kernel())
+	s.image(s.kernel(), 8247232)
+	if s.boot.SecureBoot {
+		s.image(s.kernel(), 8247232) // once verified by shim, once started
+	}
+	command("kernel_cmdline: ", start)
+	command("grub_cmd: ", "initrd "+initrdFile)
+	file(initrdFile, s.initrd())
+	command("grub_cmd: ", "boot")
+}

@@ -1,0 +1,158 @@
+package simboot
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// ErrNoSwtpm says that swtpm is not installed.
+var ErrNoSwtpm = errors.New("swtpm is not installed; install the package swtpm (apt-get install swtpm)")
+
+const (
+	startTimeout = 10 * time.Second // swtpm needs some 20 ms, its first start some 50
+	stopTimeout  = 5 * time.Second
+)
+
+// process is a running swtpm.
+type process struct {
+	pid     *os.Process
+	control string        // path of the control socket
+	log     string        // path of its log
+	ended   chan struct{} // closed when swtpm has ended
+}
+
+// startProcess starts swtpm over m's folder and returns once it answers. The TPM
+// has then been reset and started (TPM2_Startup(CLEAR)). swtpm ends with this
+// process, however that ends.
+func startProcess(ctx context.Context, m *Machine, lock *os.File) (*process, error) {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	binary, err := exec.LookPath("swtpm")
+	if err != nil {
+		return nil, ErrNoSwtpm
+	}
+	if err := os.Remove(m.socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	p := &process{control: m.controlSocket(), log: m.path(logName), ended: make(chan struct{})}
+	listener, err := listen(p.control)
+	if err != nil {
+		return nil, err
+	}
+	defer listener.Close()
+	cmd := exec.Command(binary, "socket", "--tpm2",
+		"--tpmstate", "dir="+m.path(stateName)+",mode=0600",
+		"--server", "type=unixio,path="+m.socket()+",mode=0600",
+		"--ctrl", "type=unixio,fd=3",
+		"--flags", "not-need-init,startup-clear",
+		"--log", "file="+p.log+",truncate")
+	// swtpm keeps the lock open, so that the folder stays locked as long as
+	// anything uses it.
+	cmd.ExtraFiles = []*os.File{listener, lock}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
+	if err := p.run(cmd); err != nil {
+		return nil, fmt.Errorf("start swtpm: %w", err)
+	}
+	listener.Close() // else nobody would notice that swtpm has ended
+	if err := p.ping(ctx); err != nil {
+		_ = p.stop()
+		return nil, p.explain(err)
+	}
+	return p, nil
+}
+
+// listen makes the control socket. As this process listens before swtpm runs, a
+// connection needs no retries: it waits until swtpm serves it.
+func listen(path string) (*os.File, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	l.SetUnlinkOnClose(false)
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, err
+	}
+	return l.File()
+}
+
+// run starts cmd and waits for its end in the background. The parent-death
+// signal is sent when the thread ends that started the child, so one thread is
+// kept for it.
+func (p *process) run(cmd *exec.Cmd) error {
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		err := cmd.Start()
+		p.pid = cmd.Process
+		started <- err
+		if err == nil {
+			_ = cmd.Wait()
+			close(p.ended)
+		}
+	}()
+	return <-started
+}
+
+// ping waits until swtpm answers on its control channel (CMD_GET_CAPABILITY of
+// swtpm_ioctls(3)), after which its TPM socket exists.
+func (p *process) ping(ctx context.Context) error {
+	const getCapability = 1
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", p.control)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	deadline, _ := ctx.Deadline()
+	if err := conn.SetDeadline(deadline); err != nil {
+		return err
+	}
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
+	if _, err := conn.Write(binary.BigEndian.AppendUint32(nil, getCapability)); err != nil {
+		return err
+	}
+	_, err = io.ReadFull(conn, make([]byte, 8))
+	return err
+}
+
+// explain adds what swtpm logged last.
+func (p *process) explain(err error) error {
+	b, readErr := os.ReadFile(p.log)
+	if lines := bytes.TrimSpace(b); readErr == nil && len(lines) > 0 {
+		last := string(lines[bytes.LastIndexByte(lines, '\n')+1:])
+		return fmt.Errorf("swtpm does not start: %w; it says %q (%s)", err, strings.TrimSpace(last), p.log)
+	}
+	return fmt.Errorf("swtpm does not start: %w; see %s", err, p.log)
+}
+
+// stop ends swtpm by SIGTERM, which makes it leave its state in order.
+func (p *process) stop() error {
+	_ = p.pid.Signal(syscall.SIGTERM)
+	select {
+	case <-p.ended:
+		return nil
+	case <-time.After(stopTimeout):
+		p.kill()
+		return fmt.Errorf("swtpm (pid %d) did not end within %v and was killed", p.pid.Pid, stopTimeout)
+	}
+}
+
+// kill ends swtpm as a power failure ends a TPM.
+func (p *process) kill() {
+	_ = p.pid.Kill()
+	<-p.ended
+}
