@@ -1,0 +1,121 @@
+// Package rotation changes the KEK of a keyring, and the slots that hold it.
+//
+// It makes keyrings and saves none: a change that fails half-way has changed
+// nothing.
+package rotation
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// Rewrapper is a wrapper that can wrap a KEK as an authenticated slot is
+// wrapped: for the same boot state, key or recipients.
+type Rewrapper interface {
+	seal.Wrapper
+	WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error)
+}
+
+// Wrap makes the slots of a KEK.
+type Wrap func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error)
+
+// Like wraps a KEK once for each of slots, as that slot is wrapped. A slot that
+// no wrapper can follow is an error: the new KEK must not have fewer ways in.
+func Like(wrappers []Rewrapper, slots []seal.Slot) Wrap {
+	return func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
+		out := make([]seal.Slot, 0, len(slots))
+		for _, s := range slots {
+			w, err := wrapLike(ctx, wrappers, kek, s)
+			if err != nil {
+				return nil, fmt.Errorf("wrap the new KEK as the %s slot is: %w", s.Type, err)
+			}
+			out = append(out, w)
+		}
+		return out, nil
+	}
+}
+
+func wrapLike(ctx context.Context, wrappers []Rewrapper, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
+	for _, w := range wrappers {
+		s, err := w.WrapLike(ctx, kek, like)
+		if !errors.Is(err, seal.ErrNotMine) {
+			return s, err
+		}
+	}
+	return seal.Slot{}, seal.Errorf(seal.CauseNoSlot, "configure the wrapper of that slot", "no configured wrapper made it")
+}
+
+// Rotate returns a keyring with a fresh KEK as the current one; the old one is
+// retired and stays readable. Each slot that can be opened here was opened.
+func Rotate(ctx context.Context, mem seal.Memory, k *keyring.Keyring, wrap Wrap, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
+	kek, err := mem.NewKEK()
+	if err != nil {
+		return nil, err
+	}
+	next, err := rotate(ctx, k, kek, wrap, opener, now)
+	if err != nil {
+		kek.Close()
+	}
+	return next, err
+}
+
+func rotate(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
+	slots, err := wrap(ctx, kek)
+	if err != nil {
+		return nil, err
+	}
+	if err := Prove(ctx, kek, slots, opener); err != nil {
+		return nil, err
+	}
+	staged, err := k.Stage(kek, slots, now)
+	if err != nil {
+		return nil, err
+	}
+	defer staged.Close()
+	return staged.Activate(now)
+}
+
+// Prove opens each slot that a wrapper of this node made and compares what comes
+// out: a slot that does not open must be found before it is relied on. A slot for
+// another boot state than the present one can't be tried.
+func Prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper) error {
+	for _, s := range slots {
+		for _, w := range opener {
+			if err := prove(ctx, kek, s, w); err != nil {
+				return fmt.Errorf("the new %s slot does not open, nothing was changed: %w", s.Type, err)
+			}
+		}
+	}
+	return nil
+}
+
+func prove(ctx context.Context, kek *seal.Secret, s seal.Slot, w seal.Wrapper) error {
+	got, err := w.Unwrap(ctx, s)
+	if errors.Is(err, seal.ErrNotMine) || seal.CauseOf(err) == seal.CauseBootState {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer got.Close()
+	if !got.Equal(kek) {
+		return seal.Errorf(seal.CauseSlotCorrupt, "see whether the wrapper's backend is healthy", "it holds another KEK")
+	}
+	return nil
+}
+
+// Replace returns slots with those of one type and node replaced.
+func Replace(slots []seal.Slot, with seal.Slot) []seal.Slot {
+	out := []seal.Slot{with}
+	for _, s := range slots {
+		if s.Type != with.Type || s.Node != with.Node {
+			out = append(out, s)
+		}
+	}
+	return out
+}

@@ -1,0 +1,401 @@
+package unlock
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+// Store keeps bytes by compare-and-swap, see package store.
+type Store interface {
+	Load(context.Context) ([]byte, store.Version, error)
+	Save(ctx context.Context, b []byte, old store.Version) (store.Version, error)
+}
+
+// Gate is what has to pass before a slot is opened.
+type Gate interface {
+	// Attest verifies fresh evidence of how this machine booted.
+	Attest(ctx context.Context, slots []seal.Slot) error
+	// Explain adds what changed to a refusal.
+	Explain(error) error
+}
+
+// Config is what an Unlocker works with.
+type Config struct {
+	Store Store
+	Pin   Pin
+	// Gate may be nil where there is no TPM.
+	Gate Gate
+	// Wrappers may open slots, in this order.
+	Wrappers []seal.Wrapper
+	// Settle, if set, ends the epochs before that of these slots. It is called
+	// after every save and every opening.
+	Settle func(context.Context, []seal.Slot) error
+	Log    *slog.Logger
+	// Attempted, if set, is told of each attempt: the cause of its failure, or "".
+	Attempted func(seal.Cause, Timing)
+}
+
+// Timing is how long the steps of an attempt took.
+type Timing struct {
+	Load, Gate, Slots, Total time.Duration
+}
+
+// Unlocker is one node's keyring. Its methods may be called concurrently.
+type Unlocker struct {
+	cfg   Config
+	open  atomic.Pointer[keyring.Keyring]
+	state atomic.Pointer[State]
+
+	mu      sync.Mutex // one attempt or change at a time
+	version store.Version
+	nudge   chan struct{}
+}
+
+// State is where the state machine is, for people.
+type State struct {
+	Open bool `json:"open"`
+	// Since is when it last went from locked to open, or the process started.
+	Since time.Time `json:"since"`
+	// Wrapper opened the keyring.
+	Wrapper string `json:"wrapper,omitempty"`
+	// Problem is why it is locked, or, where it is open, why the last reload failed.
+	Problem error `json:"-"`
+	// Attempts counts attempts since it was last open.
+	Attempts int       `json:"attempts"`
+	Next     time.Time `json:"next,omitzero"`
+	Timing   Timing    `json:"timing"`
+}
+
+// New returns a locked Unlocker.
+func New(cfg Config) *Unlocker {
+	u := &Unlocker{cfg: cfg, nudge: make(chan struct{}, 1)}
+	u.state.Store(&State{Since: time.Now(), Problem: seal.Errorf(seal.CauseStarting, "wait a moment", "the first attempt to unlock has not ended")})
+	return u
+}
+
+// State returns the present state.
+func (u *Unlocker) State() State { return *u.state.Load() }
+
+// Keyring returns the open keyring, or why it is locked.
+func (u *Unlocker) Keyring() (*keyring.Keyring, error) {
+	if k := u.open.Load(); k != nil {
+		return k, nil
+	}
+	return nil, u.state.Load().Problem
+}
+
+// CurrentID returns the current key ID.
+func (u *Unlocker) CurrentID() (seal.KeyID, error) {
+	k, err := u.Keyring()
+	if err != nil {
+		return "", err
+	}
+	return k.CurrentID(), nil
+}
+
+// Encrypt encrypts a DEK seed under the current KEK and returns that KEK's ID.
+func (u *Unlocker) Encrypt(plaintext []byte) ([]byte, seal.KeyID, error) {
+	k, err := u.Keyring()
+	if err != nil {
+		return nil, "", err
+	}
+	return k.Encrypt(plaintext)
+}
+
+// Decrypt decrypts a DEK seed under the named KEK.
+func (u *Unlocker) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
+	k, err := u.Keyring()
+	if err != nil {
+		return nil, err
+	}
+	return k.Decrypt(id, ciphertext)
+}
+
+// Unlock makes one attempt: load, gate, slots in order, pin, settle, announce. It
+// does the same when open, so it is a reload too.
+func (u *Unlocker) Unlock(ctx context.Context) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	var timing Timing
+	start := time.Now()
+	k, version, wrapper, err := u.attempt(ctx, &timing)
+	if err == nil {
+		err = u.settle(ctx, k)
+		if err != nil {
+			k.Close()
+		}
+	}
+	timing.Total = time.Since(start)
+	if u.cfg.Attempted != nil {
+		u.cfg.Attempted(seal.CauseOf(err), timing)
+	}
+	if err != nil {
+		u.failed(err, timing)
+		return err
+	}
+	u.version = version
+	u.announce(k, wrapper, timing)
+	return nil
+}
+
+// attempt loads the keyring and opens it with the first slot that opens.
+func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyring, store.Version, string, error) {
+	start := time.Now()
+	untrusted, pin, version, err := u.load(ctx)
+	timing.Load = time.Since(start)
+	if err != nil {
+		return nil, "", "", err
+	}
+	start = time.Now()
+	if u.cfg.Gate != nil {
+		err = u.cfg.Gate.Attest(ctx, untrusted.Slots())
+	}
+	timing.Gate = time.Since(start)
+	if err != nil {
+		return nil, "", "", err
+	}
+	start = time.Now()
+	kek, wrapper, err := u.unwrap(ctx, untrusted.Slots())
+	timing.Slots = time.Since(start)
+	if err != nil {
+		return nil, "", "", err
+	}
+	k, err := untrusted.Open(kek, pin)
+	if err != nil {
+		kek.Close()
+		return nil, "", "", err
+	}
+	return k, version, wrapper, nil
+}
+
+func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, store.Version, error) {
+	raw, version, err := u.cfg.Store.Load(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, "", seal.Errorf(seal.CauseKeyringMissing, "run kleidi init, or kleidi keyring restore if there was one", "there is no keyring: %w", err)
+	}
+	if err != nil {
+		return nil, nil, "", storeError("keyring", err)
+	}
+	untrusted, err := keyring.Parse(raw)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	pin, err := u.cfg.Pin.Load(ctx)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	if pin == nil {
+		return nil, nil, "", seal.Errorf(seal.CausePin, "put the pin file back, or run kleidi recover with the recovery identity",
+			"there is a keyring but no pin, so nothing says that it is this node's keyring")
+	}
+	return untrusted, pin, version, nil
+}
+
+// unwrap tries the slots, wrapper by wrapper in the configured order. A slot that
+// is not a wrapper's own is passed over. Only configured wrappers are tried, so
+// that a failing TPM gives way to another wrapper only where the operator said so.
+func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot) (*seal.Secret, string, error) {
+	var failure error
+	for _, w := range u.cfg.Wrappers {
+		for _, s := range slots {
+			kek, err := w.Unwrap(ctx, s)
+			if err == nil {
+				return kek, w.Type(), nil
+			}
+			if errors.Is(err, seal.ErrNotMine) {
+				continue
+			}
+			if failure == nil || moreTelling(err, failure) {
+				failure = err
+			}
+		}
+		if failure != nil && u.cfg.Gate != nil {
+			failure = u.cfg.Gate.Explain(failure)
+		}
+	}
+	if failure == nil {
+		failure = seal.Errorf(seal.CauseNoSlot, "run kleidi recover with the recovery identity", "the keyring holds no slot that a configured wrapper of this node opens")
+	}
+	return nil, "", failure
+}
+
+// moreTelling prefers a boot state that differs to a slot that a reseal has
+// revoked: the latter was meant not to open.
+func moreTelling(err, than error) bool {
+	return seal.CauseOf(err) == seal.CauseBootState && seal.CauseOf(than) == seal.CauseEpoch
+}
+
+// settle pins k where the pin is behind, and ends the epochs that are over.
+func (u *Unlocker) settle(ctx context.Context, k *keyring.Keyring) error {
+	pin, err := u.cfg.Pin.Load(ctx)
+	if err != nil {
+		return err
+	}
+	if pin == nil || *pin != k.Pin() {
+		if err := u.cfg.Pin.Save(ctx, k.Pin()); err != nil {
+			return err
+		}
+	}
+	if u.cfg.Settle == nil {
+		return nil
+	}
+	if err := u.cfg.Settle(ctx, k.Slots()); err != nil {
+		return fmt.Errorf("end the earlier epoch: %w", err)
+	}
+	return nil
+}
+
+// announce makes k the open keyring.
+func (u *Unlocker) announce(k *keyring.Keyring, wrapper string, timing Timing) {
+	old := u.open.Swap(k)
+	s := State{Open: true, Since: time.Now(), Wrapper: wrapper, Timing: timing}
+	if before := u.State(); before.Open {
+		s.Since = before.Since
+		if wrapper == "" {
+			s.Wrapper, s.Timing = before.Wrapper, before.Timing
+		}
+	}
+	u.state.Store(&s)
+	u.cfg.Log.Info("open", "keyID", k.CurrentID(), "revision", k.Revision(), "wrapper", s.Wrapper,
+		"gate", timing.Gate, "slots", timing.Slots, "total", timing.Total)
+	if old != nil {
+		old.Close()
+	}
+}
+
+func (u *Unlocker) failed(err error, timing Timing) {
+	s := u.State()
+	s.Problem, s.Timing = err, timing
+	s.Attempts++
+	u.state.Store(&s)
+	if s.Open {
+		u.cfg.Log.Error("reload failed; the open keyring goes on serving", "cause", seal.CauseOf(err), "error", err)
+	} else {
+		u.cfg.Log.Error("locked", "cause", seal.CauseOf(err), "error", err, "attempt", s.Attempts)
+	}
+}
+
+// Nudge has Run make an attempt now: a reload when open.
+func (u *Unlocker) Nudge() {
+	select {
+	case u.nudge <- struct{}{}:
+	default: // one is waiting already
+	}
+}
+
+// How long Run waits after a failed attempt. A TPM that is busy with quotes for
+// nothing wears nothing out, but a slow one is in others' way.
+const (
+	retryFirst = time.Second
+	retryMost  = time.Minute
+)
+
+// Run unlocks, again and again until it is open, and reloads when nudged, until
+// ctx ends.
+func (u *Unlocker) Run(ctx context.Context) {
+	wait := backoff.NewExponentialBackOff()
+	wait.InitialInterval, wait.MaxInterval = retryFirst, retryMost
+	for {
+		var retry <-chan time.Time
+		if u.Unlock(ctx) == nil {
+			wait.Reset()
+		} else {
+			d := wait.NextBackOff()
+			u.retryAt(time.Now().Add(d))
+			retry = time.After(d)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-u.nudge:
+		case <-retry:
+		}
+	}
+}
+
+func (u *Unlocker) retryAt(t time.Time) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	s := u.State()
+	s.Next = t
+	u.state.Store(&s)
+}
+
+// Change saves what f makes of the open keyring, and announces it. If it fails
+// before the keyring is saved, nothing has changed. After that the new keyring
+// is on disk, and Run, which is nudged, brings it to its end.
+func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) (*keyring.Keyring, error)) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	k, err := u.Keyring()
+	if err != nil {
+		return err
+	}
+	next, err := f(k)
+	if err != nil {
+		return err
+	}
+	if err := u.save(ctx, next); err != nil {
+		next.Close()
+		return err
+	}
+	u.announce(next, "", Timing{})
+	return nil
+}
+
+// Adopt saves a keyring that was opened in another way, by the recovery
+// identity, and announces it. version is that of the stored keyring that it
+// replaces.
+func (u *Unlocker) Adopt(ctx context.Context, k *keyring.Keyring, version store.Version, wrapper string) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.version = version
+	if err := u.save(ctx, k); err != nil {
+		return err
+	}
+	u.announce(k, wrapper, Timing{})
+	return nil
+}
+
+func (u *Unlocker) save(ctx context.Context, next *keyring.Keyring) error {
+	version, err := u.cfg.Store.Save(ctx, next.Marshal(), u.version)
+	if errors.Is(err, store.ErrConflict) {
+		return seal.Errorf(seal.CauseStore, "run kleidi status, then try again", "the stored keyring was changed by someone else; it is read anew: %w", u.again(err))
+	}
+	if err != nil {
+		return storeError("keyring", u.again(err))
+	}
+	u.version = version
+	if err := u.settle(ctx, next); err != nil {
+		return fmt.Errorf("the new keyring is saved and not yet announced: %w", u.again(err))
+	}
+	return nil
+}
+
+// again nudges Run, for what is on disk may differ from what is open.
+func (u *Unlocker) again(err error) error {
+	u.Nudge()
+	return err
+}
+
+// Close forgets the KEKs.
+func (u *Unlocker) Close() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if k := u.open.Swap(nil); k != nil {
+		k.Close()
+	}
+	u.state.Store(&State{Since: time.Now(), Problem: seal.Errorf(seal.CauseStarting, "start kleidi serve", "kleidi is shutting down")})
+}
