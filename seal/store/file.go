@@ -122,7 +122,7 @@ func (f *File) Save(ctx context.Context, b []byte, old Version) (Version, error)
 		return "", fmt.Errorf("save %s: %w", f.path, ErrConflict)
 	}
 	if exists && bytes.Equal(current, b) {
-		return version, nil
+		return version, syncDir(filepath.Dir(f.path)) // an earlier flush may have failed
 	}
 	if err := f.replace(b, exists); err != nil {
 		return "", fmt.Errorf("save %s: %w", f.path, err)

@@ -1,0 +1,243 @@
+// Package recovery wraps KEKs for people: to age recipients
+// (age-encryption.org), whose identities the operator keeps away from the
+// machine. Wrapping needs the recipients only, which are public; unwrapping
+// needs one of the identities.
+//
+// A slot holds an ordinary age file of 32 bytes, so that the age command opens
+// it too.
+package recovery
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"filippo.io/age"
+	"github.com/beezy-dev/kleidi/seal"
+	kjson "sigs.k8s.io/json"
+)
+
+// Limits.
+const (
+	// MaxRecipients bounds the recipients of a slot; so many post-quantum ones
+	// fit into seal.MaxSlotData.
+	MaxRecipients = 6
+	// maxRecipient bounds a recipient, in characters; a post-quantum one has 1959.
+	maxRecipient = 2048
+)
+
+const hintRestore = "run kleidi keyring restore with the previous revision or a backup"
+
+// Wrapper wraps to recipients. It unwraps if it was given an identity.
+type Wrapper struct {
+	mem        seal.Memory
+	names      []string
+	recipients []age.Recipient
+	identity   *seal.Secret
+}
+
+// slotData is Slot.Data of a recovery slot.
+type slotData struct {
+	// Recipients are the public keys, for people to see; opening doesn't use them.
+	Recipients []string `json:"recipients"`
+	// Age is the age file.
+	Age []byte `json:"age"`
+}
+
+// NewWrapper returns a wrapper to recipients, age1… or age1pq… each, 1 to
+// MaxRecipients of them; the two kinds don't mix. It can't unwrap, see
+// [Wrapper.WithIdentity].
+func NewWrapper(mem seal.Memory, recipients []string) (*Wrapper, error) {
+	if len(recipients) == 0 || len(recipients) > MaxRecipients {
+		return nil, fmt.Errorf("%d recovery recipients; name 1 to %d", len(recipients), MaxRecipients)
+	}
+	w := &Wrapper{mem: mem, names: slices.Clone(recipients)}
+	for i, name := range recipients {
+		if slices.Contains(recipients[:i], name) {
+			return nil, fmt.Errorf("recovery recipient %d is named twice; name it once", i+1)
+		}
+		if isPostQuantum(name) != isPostQuantum(recipients[0]) {
+			return nil, errors.New("recovery recipients age1… and age1pq… don't mix; name only one kind")
+		}
+		r, err := parseRecipient(name)
+		if err != nil {
+			return nil, fmt.Errorf("recovery recipient %d: %w; name an age1… or age1pq… public key", i+1, err)
+		}
+		w.recipients = append(w.recipients, r)
+	}
+	return w, nil
+}
+
+func isPostQuantum(recipient string) bool { return strings.HasPrefix(recipient, "age1pq1") }
+
+// parseRecipient doesn't quote s in an error: it may be an identity, mistaken
+// for a recipient.
+func parseRecipient(s string) (age.Recipient, error) {
+	if len(s) > maxRecipient {
+		return nil, fmt.Errorf("more than %d characters", maxRecipient)
+	}
+	if strings.HasPrefix(strings.ToUpper(s), "AGE-SECRET-KEY-") {
+		return nil, errors.New("this is a secret identity, not a recipient")
+	}
+	var r age.Recipient
+	var err error
+	if isPostQuantum(s) {
+		r, err = age.ParseHybridRecipient(s)
+	} else {
+		r, err = age.ParseX25519Recipient(s)
+	}
+	if err != nil {
+		return nil, errors.New("malformed")
+	}
+	return r, nil
+}
+
+// WithIdentity returns a wrapper that also unwraps what is wrapped to identity,
+// which is the text of an age identity or of a file that holds one. The caller
+// keeps identity and closes it after the wrapper's last use.
+func (w *Wrapper) WithIdentity(identity *seal.Secret) (*Wrapper, error) {
+	if _, err := Recipient(identity); err != nil {
+		return nil, err
+	}
+	with := *w
+	with.identity = identity
+	return &with, nil
+}
+
+// NewOpener returns a wrapper that unwraps what is wrapped to identity, and
+// wraps to it alone.
+func NewOpener(mem seal.Memory, identity *seal.Secret) (*Wrapper, error) {
+	recipient, err := Recipient(identity)
+	if err != nil {
+		return nil, err
+	}
+	w, err := NewWrapper(mem, []string{recipient})
+	if err != nil {
+		return nil, err
+	}
+	return w.WithIdentity(identity)
+}
+
+// Recipients returns the recipients that a recovery slot names, so that the
+// next KEK can be wrapped to them. Nothing vouches for them unless the slot
+// comes from an open keyring.
+func Recipients(slot seal.Slot) ([]string, error) {
+	if slot.Type != seal.TypeRecovery {
+		return nil, seal.ErrNotMine
+	}
+	data, err := parseSlot(slot)
+	if err != nil {
+		return nil, err
+	}
+	return data.Recipients, nil
+}
+
+// Type returns seal.TypeRecovery.
+func (w *Wrapper) Type() string { return seal.TypeRecovery }
+
+// Wrap encrypts kek to all recipients; each of them alone can open the slot.
+func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error) {
+	if err := ctx.Err(); err != nil {
+		return seal.Slot{}, unavailable(err)
+	}
+	var file bytes.Buffer
+	err := errors.New("no KEK to wrap: it is closed or of another size")
+	kek.With(func(b []byte) {
+		if len(b) == seal.KEKSize {
+			err = encrypt(&file, b, w.recipients)
+		}
+	})
+	if err != nil {
+		return seal.Slot{}, fmt.Errorf("wrap for recovery: %w", err)
+	}
+	data, err := json.Marshal(slotData{Recipients: w.names, Age: file.Bytes()})
+	if err != nil {
+		return seal.Slot{}, fmt.Errorf("wrap for recovery: %w", err)
+	}
+	if len(data) > seal.MaxSlotData {
+		return seal.Slot{}, fmt.Errorf("wrap for recovery: slot of %d bytes, at most %d; name fewer recipients", len(data), seal.MaxSlotData)
+	}
+	return seal.Slot{Type: seal.TypeRecovery, Data: data}, nil
+}
+
+func encrypt(dst io.Writer, kek []byte, recipients []age.Recipient) error {
+	w, err := age.Encrypt(dst, recipients...)
+	if err != nil {
+		return err
+	}
+	if _, err := w.Write(kek); err != nil {
+		return err
+	}
+	return w.Close() // encrypts in place: no plaintext stays in its buffer
+}
+
+// Unwrap opens a slot with the identity. Without one, or with one that the slot
+// is not wrapped to, the error is seal.ErrNotMine; a slot that doesn't parse or
+// authenticate is seal.CauseSlotCorrupt.
+func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
+	if slot.Type != seal.TypeRecovery || w.identity == nil {
+		return nil, seal.ErrNotMine
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, unavailable(err)
+	}
+	data, err := parseSlot(slot)
+	if err != nil {
+		return nil, err
+	}
+	var kek *seal.Secret
+	err = withIdentity(w.identity, func(id age.Identity, _ string) error {
+		kek, err = w.decrypt(data.Age, id)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return kek, nil
+}
+
+func (w *Wrapper) decrypt(file []byte, id age.Identity) (*seal.Secret, error) {
+	src := &scrubReader{rest: file}
+	defer src.scrub()
+	r, err := age.Decrypt(src, id)
+	if _, other := errors.AsType[*age.NoIdentityMatchError](err); other {
+		return nil, seal.ErrNotMine
+	}
+	if err != nil {
+		return nil, corrupt(errAgeFile)
+	}
+	plain := make([]byte, seal.KEKSize+1)
+	defer clear(plain)
+	n, err := io.ReadFull(r, plain)
+	if !errors.Is(err, io.ErrUnexpectedEOF) || n != seal.KEKSize {
+		return nil, corrupt(errAgeFile)
+	}
+	return w.mem.Take(plain[:n])
+}
+
+func parseSlot(slot seal.Slot) (data slotData, err error) {
+	if len(slot.Data) > seal.MaxSlotData {
+		return data, corrupt(fmt.Errorf("%d bytes, at most %d", len(slot.Data), seal.MaxSlotData))
+	}
+	strict, err := kjson.UnmarshalStrict(slot.Data, &data)
+	if err != nil || len(strict) > 0 || len(data.Recipients) > MaxRecipients {
+		return slotData{}, corrupt(errors.New("it is not of the form that kleidi writes"))
+	}
+	return data, nil
+}
+
+// errAgeFile stands for errors of age, some of which quote the file at length.
+var errAgeFile = fmt.Errorf("the age file is damaged or holds no KEK of %d bytes", seal.KEKSize)
+
+func corrupt(err error) error {
+	return seal.Errorf(seal.CauseSlotCorrupt, hintRestore, "recovery slot: %w", err)
+}
+
+func unavailable(err error) error {
+	return seal.Errorf(seal.CauseUnavailable, "run the command again", "recovery: %w", err)
+}
