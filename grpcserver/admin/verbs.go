@@ -1,0 +1,175 @@
+package admin
+
+import (
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// Verb names an operation and carries the types of its request and response.
+type Verb[Req, Resp any] string
+
+// The verbs.
+const (
+	// Status reports what is sealed to what, and whether it would open.
+	Status Verb[StatusRequest, StatusReport] = "status"
+	// Rotate makes a new KEK the current one; the former is kept, retired.
+	Rotate Verb[RotateRequest, KeyringState] = "rotate"
+	// Reseal seals the KEK to the machine's boot state of now.
+	Reseal Verb[ResealRequest, KeyringState] = "reseal"
+	// Recover opens the keyring with a recovery identity, seals anew and rotates.
+	Recover Verb[RecoverRequest, KeyringState] = "recover"
+	// Verify checks the stored keyring against the open KEK and the pin.
+	Verify Verb[VerifyRequest, KeyringState] = "verify"
+	// Reload reads configuration and keyring again.
+	Reload Verb[ReloadRequest, KeyringState] = "reload"
+)
+
+// StatusRequest asks for a [StatusReport].
+type StatusRequest struct {
+	// Try asks whether each slot would open now, which takes the TPM some time.
+	Try bool `json:"try,omitempty"`
+}
+
+// State says whether a KEK is open.
+type State string
+
+// The states.
+const (
+	Open   State = "open"
+	Locked State = "locked"
+)
+
+// StatusReport is all that status shows. Times are zero where they do not apply.
+type StatusReport struct {
+	// Version is that of the running serve.
+	Version string `json:"version"`
+	Node    string `json:"node,omitempty"`
+	State   State  `json:"state"`
+	// Since is when State was entered.
+	Since time.Time `json:"since,omitzero"`
+	// Problem is why it is locked.
+	Problem *Problem `json:"problem,omitempty"`
+	// NextAttempt is when unlocking is tried again.
+	NextAttempt  time.Time    `json:"nextAttempt,omitzero"`
+	ClusterID    string       `json:"clusterID,omitempty"`
+	CurrentKeyID seal.KeyID   `json:"currentKeyID,omitempty"`
+	Revision     uint64       `json:"revision,omitempty"`
+	Keys         []KeyReport  `json:"keys,omitempty"`
+	Slots        []SlotReport `json:"slots,omitempty"`
+	// Attestation is the result of the last one.
+	Attestation *AttestationReport `json:"attestation,omitempty"`
+	// Memory is the kind of memory that holds the KEK, as seal.Secret.Kind says.
+	Memory string `json:"memory,omitempty"`
+}
+
+// Problem is an error in parts.
+type Problem struct {
+	Cause   seal.Cause `json:"cause,omitempty"`
+	Message string     `json:"message"`
+	Hint    string     `json:"hint,omitempty"`
+}
+
+// KeyReport is one KEK of the keyring.
+type KeyReport struct {
+	KeyID seal.KeyID `json:"keyID"`
+	// Role is "current", "staged" or "retired".
+	Role    string    `json:"role"`
+	Created time.Time `json:"created,omitzero"`
+	Retired time.Time `json:"retired,omitzero"`
+}
+
+// SlotReport is one slot of the current KEK.
+type SlotReport struct {
+	Type string `json:"type"`
+	Node string `json:"node,omitempty"`
+	// Binding says in one line what the slot is sealed to.
+	Binding string `json:"binding,omitempty"`
+	// Opens is nil where it was not tried.
+	Opens *bool `json:"opens,omitempty"`
+	// Problem is why it does not open.
+	Problem *Problem `json:"problem,omitempty"`
+}
+
+// AttestationReport is the result of an attestation.
+type AttestationReport struct {
+	Passed bool      `json:"passed"`
+	Time   time.Time `json:"time,omitzero"`
+	// Boot is the way in which the machine booted.
+	Boot    string   `json:"boot,omitempty"`
+	Bank    string   `json:"bank,omitempty"`
+	PCRs    []int    `json:"pcrs,omitempty"`
+	Problem *Problem `json:"problem,omitempty"`
+}
+
+// RotateRequest asks for a new current KEK.
+type RotateRequest struct{}
+
+// ResealRequest asks to seal to the boot state of now; slots of earlier boot
+// states are revoked.
+type ResealRequest struct{}
+
+// RecoverRequest carries the recovery identity to the serve that holds the TPM.
+type RecoverRequest struct {
+	Identity Identity `json:"identity"`
+}
+
+// Wipe clears the identity. [Handle] calls it when the handler has returned.
+func (r *RecoverRequest) Wipe() { clear(r.Identity) }
+
+// VerifyRequest asks to check the stored keyring.
+type VerifyRequest struct{}
+
+// ReloadRequest asks to read configuration and keyring again.
+type ReloadRequest struct{}
+
+// KeyringState is what the verbs that touch the keyring leave behind.
+type KeyringState struct {
+	CurrentKeyID seal.KeyID `json:"currentKeyID"`
+	Revision     uint64     `json:"revision"`
+	// Former is the key ID that was current before, if it is another one.
+	Former seal.KeyID `json:"former,omitempty"`
+	// Changes say, one line each, what was done.
+	Changes []string `json:"changes,omitempty"`
+}
+
+// Identity is an age identity file's text. It refuses to be printed or logged; in JSON it is
+// base64, on this socket alone.
+type Identity []byte
+
+const redacted = "[identity]"
+
+// String implements fmt.Stringer.
+func (Identity) String() string { return redacted }
+
+// GoString implements fmt.GoStringer.
+func (Identity) GoString() string { return redacted }
+
+// LogValue implements slog.LogValuer.
+func (Identity) LogValue() slog.Value { return slog.StringValue(redacted) }
+
+// ProblemOf takes err apart; nil gives nil.
+func ProblemOf(err error) *Problem {
+	if err == nil {
+		return nil
+	}
+	p := &Problem{Message: err.Error()}
+	if e, ok := errors.AsType[*seal.Error](err); ok {
+		p.Cause, p.Hint = e.Cause, e.Hint
+		p.Message = trimHint(p.Message, e.Hint)
+	}
+	return p
+}
+
+// Err puts the parts together: a [*seal.Error] where there was one.
+func (p *Problem) Err() error {
+	if p == nil {
+		return nil
+	}
+	if p.Cause == "" && p.Hint == "" {
+		return errors.New(p.Message)
+	}
+	return &seal.Error{Cause: p.Cause, Err: errors.New(p.Message), Hint: p.Hint}
+}
