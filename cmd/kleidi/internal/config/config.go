@@ -1,0 +1,206 @@
+// Package config reads kleidi's configuration file, strictly: an unknown key, a
+// wrong type or a value out of range is refused, and all of them are reported at
+// once. No file at all is a complete configuration for one node with a TPM.
+package config
+
+import (
+	"crypto"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// APIVersion and Kind open every configuration file.
+const (
+	APIVersion = "kleidi.beezy.dev/v1alpha1"
+	Kind       = "KleidiConfiguration"
+)
+
+// DefaultPath is read if it exists and no other file is named.
+const DefaultPath = "/etc/kleidi/config.yaml"
+
+// maxSize bounds a configuration file, in bytes.
+const maxSize = 256 << 10
+
+// Config is the configuration file.
+type Config struct {
+	APIVersion string `yaml:"apiVersion"`
+	Kind       string `yaml:"kind"`
+	// Node is this machine's name in the keyring; the host name if empty.
+	Node   string `yaml:"node"`
+	State  State  `yaml:"state"`
+	TPM    TPM    `yaml:"tpm"`
+	Memory Memory `yaml:"memory"`
+	KMS    KMS    `yaml:"kms"`
+	Admin  Admin  `yaml:"admin"`
+	HTTP   HTTP   `yaml:"http"`
+	Log    Log    `yaml:"log"`
+}
+
+// State is where the keyring and the pin are kept.
+type State struct {
+	Dir string `yaml:"dir"`
+}
+
+// TPM is which TPM to use, and what to seal to.
+type TPM struct {
+	Device            string        `yaml:"device"`
+	Timeout           time.Duration `yaml:"timeout"`
+	OwnerAuthFile     string        `yaml:"ownerAuthFile"`
+	Bank              string        `yaml:"bank"`
+	PCRs              []int         `yaml:"pcrs"`
+	EpochIndex        uint32        `yaml:"epochIndex"`
+	EventLog          string        `yaml:"eventLog"`
+	UserspaceEventLog string        `yaml:"userspaceEventLog"`
+}
+
+// Memory says what to do where memory can't be locked.
+type Memory struct {
+	Lock string `yaml:"lock"`
+}
+
+// The values of memory.lock.
+const (
+	LockRequired   = "required"
+	LockBestEffort = "best-effort"
+)
+
+// KMS is the socket that kube-apiserver calls.
+type KMS struct {
+	// Name is the provider's name in kube-apiserver's EncryptionConfiguration.
+	Name        string   `yaml:"name"`
+	Socket      string   `yaml:"socket"`
+	SocketMode  FileMode `yaml:"socketMode"`
+	SocketUID   int      `yaml:"socketUID"`
+	SocketGID   int      `yaml:"socketGID"`
+	AllowedUIDs []uint32 `yaml:"allowedUIDs"`
+}
+
+// Admin is the socket that the command line calls.
+type Admin struct {
+	Socket string `yaml:"socket"`
+}
+
+// HTTP is where /livez, /readyz and /metrics answer; "" means nowhere.
+type HTTP struct {
+	Address string `yaml:"address"`
+}
+
+// Log is what is logged, and how.
+type Log struct {
+	Level  slog.Level `yaml:"level"`
+	Format string     `yaml:"format"`
+}
+
+// FileMode is a socket's permission bits, written in octal: "0660".
+type FileMode fs.FileMode
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (m *FileMode) UnmarshalText(b []byte) error {
+	var v uint32
+	if _, err := fmt.Sscanf(string(b), "%o", &v); err != nil || v > 0o777 {
+		return errors.New(`want permission bits in octal, "0660" for instance`)
+	}
+	*m = FileMode(v)
+	return nil
+}
+
+// Default returns the configuration of a machine without a configuration file.
+func Default() *Config {
+	return &Config{
+		APIVersion: APIVersion,
+		Kind:       Kind,
+		State:      State{Dir: "/var/lib/kleidi"},
+		TPM: TPM{
+			Device: "/dev/tpmrm0", Timeout: 30 * time.Second, Bank: "sha256", EpochIndex: 0x0180_4B01,
+			EventLog:          "/sys/kernel/security/tpm0/binary_bios_measurements",
+			UserspaceEventLog: "/run/log/systemd/tpm2-measure.log",
+		},
+		Memory: Memory{Lock: LockRequired},
+		KMS:    KMS{Name: "kleidi", Socket: "/run/kleidi/kms.sock", SocketMode: 0o600, SocketUID: -1, SocketGID: -1},
+		Admin:  Admin{Socket: "/run/kleidi/admin.sock"},
+		HTTP:   HTTP{Address: "127.0.0.1:9779"},
+		Log:    Log{Level: slog.LevelInfo, Format: "text"},
+	}
+}
+
+// Load reads the file at path. With an empty path it reads DefaultPath, which may
+// be missing.
+func Load(path string) (*Config, error) {
+	name := path
+	if path == "" {
+		name = DefaultPath
+	}
+	f, err := os.Open(name)
+	if path == "" && errors.Is(err, fs.ErrNotExist) {
+		return Default().resolve()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w; name another file with --config", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxSize+1))
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	c, err := Parse(b)
+	if err != nil {
+		return nil, fmt.Errorf("configuration %s:\n%w", name, err)
+	}
+	return c, nil
+}
+
+// Parse reads a configuration file. The error lists every problem with the path
+// of its key, one a line.
+func Parse(b []byte) (*Config, error) {
+	if len(b) > maxSize {
+		return nil, fmt.Errorf("larger than %d KiB", maxSize>>10)
+	}
+	c := Default()
+	c.APIVersion, c.Kind = "", ""
+	var doc yaml.Node
+	if err := yaml.Unmarshal(b, &doc); err != nil {
+		return nil, err
+	}
+	p := &problems{}
+	p.decode(&doc, c)
+	p.validate(c)
+	if len(p.list) > 0 {
+		return nil, errors.Join(p.list...)
+	}
+	return c.resolve()
+}
+
+// resolve fills in what depends on the machine.
+func (c *Config) resolve() (*Config, error) {
+	if c.Node != "" {
+		return c, nil
+	}
+	host, err := os.Hostname()
+	if err != nil || host == "" {
+		return nil, fmt.Errorf("the machine has no host name (%w); set node", err)
+	}
+	c.Node = host
+	return c, nil
+}
+
+// Keyring is the path of the keyring.
+func (c *Config) Keyring() string { return filepath.Join(c.State.Dir, "keyring.json") }
+
+// Pin is the path of the pin.
+func (c *Config) Pin() string { return filepath.Join(c.State.Dir, "pin.json") }
+
+// Bank is the PCR bank.
+func (c *Config) Bank() crypto.Hash {
+	if c.TPM.Bank == "sha384" {
+		return crypto.SHA384
+	}
+	return crypto.SHA256
+}

@@ -1,0 +1,104 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+const head = "apiVersion: kleidi.beezy.dev/v1alpha1\nkind: KleidiConfiguration\n"
+
+func TestParse(t *testing.T) {
+	c, err := Parse([]byte(head + `
+node: cp-1
+state: {dir: /srv/kleidi}
+tpm:
+  device: unix:/run/swtpm.sock
+  timeout: 5s
+  bank: sha384
+  pcrs: [4, 7, 11]
+  epochIndex: 0x01804b02
+kms:
+  socketMode: "0660"
+  allowedUIDs: [0, 65534]
+log: {level: debug, format: json}
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Node != "cp-1" || c.State.Dir != "/srv/kleidi" || c.TPM.Timeout != 5*time.Second || len(c.TPM.PCRs) != 3 ||
+		c.TPM.EpochIndex != 0x01804b02 || c.KMS.SocketMode != 0o660 || len(c.KMS.AllowedUIDs) != 2 || c.Log.Level.String() != "DEBUG" {
+		t.Errorf("%+v", c)
+	}
+	if c.KMS.Socket != "/run/kleidi/kms.sock" || c.Admin.Socket != "/run/kleidi/admin.sock" {
+		t.Errorf("defaults are gone: %+v", c)
+	}
+}
+
+func TestEveryProblemIsReportedAtOnce(t *testing.T) {
+	_, err := Parse([]byte(`
+apiVersion: kleidi.beezy.dev/v2
+kind: KleidiConfiguration
+nodes: x
+state: {dir: relative}
+tpm:
+  pcrs: all
+  timeout: soon
+  colour: red
+  bank: md5
+kms:
+  socketMode: rw
+  name: "a:b"
+  name: twice
+http: {address: "0.0.0.0:80"}
+log: verbose
+memory:
+`))
+	if err == nil {
+		t.Fatal("accepted")
+	}
+	for _, want := range []string{
+		"apiVersion: \"kleidi.beezy.dev/v2\"", "nodes: line 4: unknown key", "state.dir: \"relative\" is not an absolute path",
+		"tpm.pcrs: line 7: want a list of numbers", "tpm.timeout: line 8: want a duration", "tpm.colour: line 9: unknown key", "tpm.bank: \"md5\"",
+		"kms.socketMode: line 12: want permission bits", "kms.name: line 14: the key stands twice", "kms.name: \"a:b\"",
+		"http.address: \"0.0.0.0:80\" is not on loopback", "log: line 16: want keys with values", "memory: line 17: want keys",
+	} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("no %q in\n%v", want, err)
+		}
+	}
+}
+
+func TestBadFiles(t *testing.T) {
+	for name, content := range map[string]string{
+		"empty": "", "a list": "- a", "no version": "kind: KleidiConfiguration\n", "not YAML": "a: [",
+		"null": head + "node: null\n", "alias": head + "node: &a x\nstate: {dir: *a}\n", "huge": strings.Repeat("#", maxSize+1),
+	} {
+		if _, err := Parse([]byte(content)); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+func TestLoad(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "none.yaml")
+	if _, err := Load(missing); err == nil || !strings.Contains(err.Error(), "--config") {
+		t.Errorf("a named file that is missing: %v", err)
+	}
+	c, err := Load("")
+	if _, statErr := os.Stat(DefaultPath); statErr != nil && (err != nil || c.Node == "" || c.State.Dir != "/var/lib/kleidi") {
+		t.Errorf("no file at all: %+v, %v", c, err)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(head + "node: a\n"))
+	f.Add([]byte("tpm: {pcrs: [1], timeout: 1s}\nkms: {socketMode: \"0600\"}\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if c, err := Parse(b); err == nil && (c.APIVersion != APIVersion || c.Node == "") {
+			t.Errorf("accepted %+v", c)
+		}
+	})
+}
