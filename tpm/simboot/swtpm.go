@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-	"strings"
 	"syscall"
 	"time"
 )
@@ -133,10 +132,10 @@ func (p *process) ping(ctx context.Context) error {
 func (p *process) explain(err error) error {
 	b, readErr := os.ReadFile(p.log)
 	if lines := bytes.TrimSpace(b); readErr == nil && len(lines) > 0 {
-		last := string(lines[bytes.LastIndexByte(lines, '\n')+1:])
-		return fmt.Errorf("swtpm does not start: %w; it says %q (%s)", err, strings.TrimSpace(last), p.log)
+		last := lines[bytes.LastIndexByte(lines, '\n')+1:]
+		err = fmt.Errorf("%w; it says %q", err, bytes.TrimSpace(last))
 	}
-	return fmt.Errorf("swtpm does not start: %w; see %s", err, p.log)
+	return fmt.Errorf("swtpm does not start: %w; see %s, or begin with another folder, which is another TPM", err, p.log)
 }
 
 // stop ends swtpm by SIGTERM, which makes it leave its state in order.
