@@ -15,6 +15,10 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
 // APIVersion and Kind open every configuration file.
@@ -119,9 +123,8 @@ func Default() *Config {
 		Kind:       Kind,
 		State:      State{Dir: "/var/lib/kleidi"},
 		TPM: TPM{
-			Device: "/dev/tpmrm0", Timeout: 30 * time.Second, Bank: "sha256", EpochIndex: 0x0180_4B01,
-			EventLog:          "/sys/kernel/security/tpm0/binary_bios_measurements",
-			UserspaceEventLog: "/run/log/systemd/tpm2-measure.log",
+			Device: tpm.DefaultAddress, Timeout: tpm.DefaultTimeout, Bank: "sha256", EpochIndex: nv.DefaultEpochIndex,
+			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog,
 		},
 		Memory: Memory{Lock: LockRequired},
 		KMS:    KMS{Name: "kleidi", Socket: "/run/kleidi/kms.sock", SocketMode: 0o600, SocketUID: -1, SocketGID: -1},

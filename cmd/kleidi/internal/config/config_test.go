@@ -48,6 +48,8 @@ tpm:
   timeout: soon
   colour: red
   bank: md5
+  device: tpm0
+  epochIndex: 7
 kms:
   socketMode: rw
   name: "a:b"
@@ -61,9 +63,9 @@ memory:
 	}
 	for _, want := range []string{
 		"apiVersion: \"kleidi.beezy.dev/v2\"", "nodes: line 4: unknown key", "state.dir: \"relative\" is not an absolute path",
-		"tpm.pcrs: line 7: want a list of numbers", "tpm.timeout: line 8: want a duration", "tpm.colour: line 9: unknown key", "tpm.bank: \"md5\"",
-		"kms.socketMode: line 12: want permission bits", "kms.name: line 14: the key stands twice", "kms.name: \"a:b\"",
-		"http.address: \"0.0.0.0:80\" is not on loopback", "log: line 16: want keys with values", "memory: line 17: want keys",
+		"tpm.pcrs: line 7: want a list of numbers", "tpm.timeout: line 8: want a duration", "tpm.colour: line 9: unknown key", "tpm.bank: \"md5\"", "tpm.device: \"tpm0\" is no TPM", "tpm.epochIndex: NV index",
+		"kms.socketMode: line 14: want permission bits", "kms.name: line 16: the key stands twice", "kms.name: \"a:b\"",
+		"http.address: \"0.0.0.0:80\" is not on loopback", "log: line 18: want keys with values", "memory: line 19: want keys",
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("no %q in\n%v", want, err)

@@ -10,6 +10,9 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
 // problems collects what is wrong, each with the path of its key.
@@ -109,13 +112,28 @@ func (p *problems) validate(c *Config) {
 	if c.TPM.OwnerAuthFile != "" {
 		p.absolute("tpm.ownerAuthFile", c.TPM.OwnerAuthFile)
 	}
-	if c.TPM.Timeout <= 0 {
-		p.add("tpm.timeout", "want more than 0")
-	}
+	p.validateTPM(&c.TPM)
 	if c.KMS.Name == "" || strings.ContainsAny(c.KMS.Name, ": \n") {
 		p.add("kms.name", "%q can't stand in a stored object's prefix; want a name without colons and spaces", c.KMS.Name)
 	}
 	p.validateHTTP(c.HTTP.Address)
+}
+
+func (p *problems) validateTPM(c *TPM) {
+	if _, err := tpm.ParseAddress(c.Device); err != nil {
+		p.add("tpm.device", "%v", err)
+	}
+	if c.Timeout <= 0 {
+		p.add("tpm.timeout", "want more than 0")
+	}
+	for _, i := range c.PCRs {
+		if i < 0 || i > 15 {
+			p.add("tpm.pcrs", "PCR %d does not exist or can be reset without a reboot; want 0 to 15", i)
+		}
+	}
+	if _, err := nv.NewCounter(c.EpochIndex, tpm.Owner{}); err != nil {
+		p.add("tpm.epochIndex", "%v", err)
+	}
 }
 
 // validateHTTP keeps health and metrics on the machine: they are not authenticated.

@@ -1,0 +1,99 @@
+package attest
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+// Where Linux and systemd keep the event logs.
+const (
+	FirmwareLog  = "/sys/kernel/security/tpm0/binary_bios_measurements"
+	UserspaceLog = "/run/log/systemd/tpm2-measure.log"
+)
+
+// Logs names the two event logs. An absent userspace log is an empty one: most
+// machines have none.
+type Logs struct {
+	Firmware  string
+	Userspace string
+}
+
+// read returns both logs, each of at most eventlog.MaxSize bytes.
+func (l Logs) read() (firmware, userspace []byte, err error) {
+	if firmware, err = readBounded(l.Firmware); err != nil {
+		return nil, nil, seal.Errorf(seal.CauseAttestation,
+			"see that securityfs is mounted and that tpm.eventLog names the firmware's log; a machine that measures nothing can't be attested",
+			"firmware event log: %w", err)
+	}
+	userspace, err = readBounded(l.Userspace)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, seal.Errorf(seal.CauseAttestation, "see tpm.userspaceEventLog", "userspace event log: %w", err)
+	}
+	return firmware, userspace, nil
+}
+
+func readBounded(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, eventlog.MaxSize+1))
+	if err == nil && len(b) > eventlog.MaxSize {
+		err = fmt.Errorf("%s is larger than %d MiB", path, eventlog.MaxSize>>20)
+	}
+	return b, err
+}
+
+// parseLogs returns the firmware's events followed by those of userspace.
+func parseLogs(firmware, userspace []byte) (*eventlog.Log, error) {
+	log, err := eventlog.Parse(firmware)
+	if err != nil {
+		return nil, fmt.Errorf("firmware event log: %w", err)
+	}
+	events, err := eventlog.ParseUserspace(userspace)
+	if err != nil {
+		return nil, fmt.Errorf("userspace event log: %w", err)
+	}
+	log.Append(events)
+	return log, nil
+}
+
+// Evidence is a machine's claim of how it booted. Nothing in it is to be
+// believed before Verify.
+type Evidence struct {
+	Quote        tpm.Quote
+	FirmwareLog  []byte
+	UserspaceLog []byte
+}
+
+// Attester gathers evidence on the machine that it runs on.
+type Attester struct {
+	Device *tpm.Device
+	Owner  tpm.Owner
+	Logs   Logs
+}
+
+// Collect quotes exactly these PCRs with the verifier's nonce.
+func (a *Attester) Collect(ctx context.Context, nonce []byte, bank crypto.Hash, pcrs []int) (*Evidence, error) {
+	q, err := a.Device.Quote(ctx, a.Owner, nonce, bank, pcrs)
+	if err != nil {
+		return nil, err
+	}
+	// After the quote: an event that came in between then shows as a replay that
+	// does not fit, never as one that fits by leaving it out.
+	firmware, userspace, err := a.Logs.read()
+	if err != nil {
+		return nil, err
+	}
+	return &Evidence{Quote: *q, FirmwareLog: firmware, UserspaceLog: userspace}, nil
+}

@@ -1,0 +1,180 @@
+package attest
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync/atomic"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+// Gate attests this machine to itself before a TPM slot is opened or made.
+type Gate struct {
+	Attester
+	// Counter is what the slots' authorization policies name.
+	Counter tpm.Counter
+	// Bank and PCRs are what to seal to; no PCRs means by how the machine boots.
+	Bank crypto.Hash
+	PCRs []int
+
+	last atomic.Pointer[Result]
+}
+
+const nonceSize = 32 // bytes
+
+// attest quotes, and verifies what came.
+func (g *Gate) attest(ctx context.Context, bank crypto.Hash, pcrs []int) (*Result, error) {
+	nonce := make([]byte, nonceSize)
+	rand.Read(nonce)
+	evidence, err := g.Collect(ctx, nonce, bank, pcrs)
+	if err != nil {
+		return nil, err
+	}
+	result, err := Verify(evidence, nonce, bank, pcrs)
+	if err != nil {
+		return nil, refuse(err)
+	}
+	g.last.Store(result)
+	return result, nil
+}
+
+func refuse(err error) error {
+	return seal.Errorf(seal.CauseAttestation,
+		"if a component extended a PCR without logging it, leave that PCR out with tpm.pcrs; else the log was tampered with", "attestation: %w", err)
+}
+
+// Attest gathers and verifies fresh evidence over the PCRs that the TPM slots
+// among slots demand. A slot that makes no sense demands nothing; opening it
+// says why.
+func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
+	demanded := map[crypto.Hash]map[int]bool{}
+	for _, s := range slots {
+		if s.Type != seal.TypeTPM {
+			continue
+		}
+		d, err := tpm.DemandOf(s, g.Counter)
+		if err != nil {
+			continue
+		}
+		for i := range d.State.Values {
+			if demanded[d.State.Bank] == nil {
+				demanded[d.State.Bank] = map[int]bool{}
+			}
+			demanded[d.State.Bank][i] = true
+		}
+	}
+	for bank, pcrs := range demanded {
+		if _, err := g.attest(ctx, bank, slices.Sorted(maps.Keys(pcrs))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// State returns the attested boot state to seal to: quoted values of the PCRs
+// that hold how this machine boots, and the events that led to them.
+func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
+	pcrs, err := g.choose()
+	if err != nil {
+		return tpm.BootState{}, err
+	}
+	r, err := g.attest(ctx, g.Bank, pcrs)
+	if err != nil {
+		return tpm.BootState{}, err
+	}
+	record, err := json.Marshal(r.Log.Summarize(g.Bank, pcrs))
+	if err != nil {
+		return tpm.BootState{}, err
+	}
+	return tpm.BootState{PCR: authpolicy.PCR{Bank: g.Bank, Values: r.PCRs}, Record: record}, nil
+}
+
+// choose returns the configured PCRs, or those of the boot type. The boot type
+// comes from a log that is not verified yet; the quote over the PCRs chosen by
+// it is verified next.
+func (g *Gate) choose() ([]int, error) {
+	if len(g.PCRs) > 0 {
+		return g.PCRs, nil
+	}
+	firmware, userspace, err := g.Logs.read()
+	if err != nil {
+		return nil, err
+	}
+	log, err := parseLogs(firmware, userspace)
+	if err != nil {
+		return nil, refuse(err)
+	}
+	pcrs := log.BootType().PCRs(log)
+	if len(pcrs) == 0 {
+		return nil, seal.Errorf(seal.CauseAttestation, "name the PCRs to seal to in tpm.pcrs, see docs/boot-states.md",
+			"the event log shows neither a unified kernel image nor GRUB nor the kernel's EFI stub")
+	}
+	return pcrs, nil
+}
+
+// Last returns the newest result, or nil.
+func (g *Gate) Last() *Result { return g.last.Load() }
+
+// Explain adds to a refusal of the TPM what changed since the slot was made:
+// which PCR, which event, and what usually causes that. Other errors it returns
+// as they are.
+func (g *Gate) Explain(err error) error {
+	var state *tpm.StateError
+	var refusal *seal.Error
+	now := g.Last()
+	if now == nil || !errors.As(err, &state) || !errors.As(err, &refusal) {
+		return err
+	}
+	differences := Compare(&state.Was, now)
+	if len(differences) == 0 {
+		return err
+	}
+	return &seal.Error{Cause: refusal.Cause, Hint: refusal.Hint, Err: &Explained{Differences: differences, err: refusal.Err}}
+}
+
+// Explained is a refusal with what changed.
+type Explained struct {
+	Differences []eventlog.Difference
+	err         error
+}
+
+// Error names each PCR that differs, with its event.
+func (e *Explained) Error() string {
+	s := "the machine did not boot as it did when the slot was sealed"
+	for i, d := range e.Differences {
+		sep := "; "
+		if i == 0 {
+			sep = ": "
+		}
+		s += sep + d.String()
+	}
+	return s
+}
+
+// Unwrap returns what the TPM answered.
+func (e *Explained) Unwrap() error { return e.err }
+
+// Compare tells a slot's boot state from a verified one. The record of the slot
+// is used only where its digests lead to the slot's PCR values.
+func Compare(was *tpm.BootState, now *Result) []eventlog.Difference {
+	var record []eventlog.Summary
+	if len(was.Record) > 0 && json.Unmarshal(was.Record, &record) != nil {
+		record = nil
+	}
+	pcrs := slices.Sorted(maps.Keys(was.Values))
+	return eventlog.Compare(record, now.Log.Summarize(now.Bank, pcrs), was.Values, now.PCRs)
+}
+
+// String sums a result up for a person.
+func (r *Result) String() string {
+	return fmt.Sprintf("verified: PCRs %v (%s) replay", slices.Sorted(maps.Keys(r.PCRs)), eventlog.BankName(r.Bank))
+}

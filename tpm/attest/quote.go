@@ -1,0 +1,102 @@
+package attest
+
+import (
+	"bytes"
+	"crypto"
+	"errors"
+	"fmt"
+	"slices"
+
+	goattest "github.com/google/go-attestation/attest"
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+func checkQuote(q *tpm.Quote, nonce []byte, bank crypto.Hash, pcrs []int) error {
+	if q.Bank != bank {
+		return errors.New("it is over another PCR bank than demanded")
+	}
+	a, err := tpm2.Unmarshal[tpm2.TPMSAttest](q.Attest)
+	if err != nil {
+		return err
+	}
+	if a.Magic != tpm2.TPMGeneratedValue || a.Type != tpm2.TPMSTAttestQuote {
+		return errors.New("it is no statement of a TPM about PCRs")
+	}
+	if !bytes.Equal(a.ExtraData.Buffer, nonce) {
+		return errors.New("it is not fresh: its extraData is not the nonce")
+	}
+	info, err := a.Attested.Quote()
+	if err != nil {
+		return err
+	}
+	if !selects(info.PCRSelect, bank, pcrs) || len(q.PCRs) != len(pcrs) {
+		return errors.New("it is not over exactly the demanded PCRs")
+	}
+	for _, i := range pcrs {
+		if len(q.PCRs[i]) != bank.Size() {
+			return fmt.Errorf("no value of PCR %d of the bank's size came with it", i)
+		}
+	}
+	return checkSignature(q, nonce)
+}
+
+// selects compares what was quoted with what was demanded: one bank, these PCRs.
+func selects(got tpm2.TPMLPCRSelection, bank crypto.Hash, pcrs []int) bool {
+	want := authpolicy.Selection(bank, pcrs).PCRSelections[0]
+	if len(got.PCRSelections) != 1 {
+		return false
+	}
+	s := got.PCRSelections[0]
+	return s.Hash == want.Hash && bytes.Equal(bytes.TrimRight(s.PCRSelect, "\x00"), bytes.TrimRight(want.PCRSelect, "\x00"))
+}
+
+// checkSignature has go-attestation verify the signature, the nonce and that the
+// values are those whose digest was quoted.
+func checkSignature(q *tpm.Quote, nonce []byte) error {
+	ak, err := goattest.ParseAKPublic(q.AKPublic)
+	if err != nil {
+		return err
+	}
+	return ak.VerifyAll([]goattest.Quote{{Quote: q.Attest, Signature: q.Signature}}, toPCRs(q.Bank, q.PCRs), nonce)
+}
+
+// toPCRs hands go-attestation values of one bank only: it is content with any
+// bank that matches.
+func toPCRs(bank crypto.Hash, values map[int][]byte) []goattest.PCR {
+	var out []goattest.PCR
+	for i, v := range values {
+		out = append(out, goattest.PCR{Index: i, Digest: v, DigestAlg: bank})
+	}
+	slices.SortFunc(out, func(a, b goattest.PCR) int { return a.Index - b.Index })
+	return out
+}
+
+// crossCheck replays with go-attestation. It reads the firmware's bytes itself,
+// but for an SM3 bank, at which it refuses a whole log.
+func crossCheck(firmware []byte, merged *eventlog.Log, bank crypto.Hash, quoted eventlog.PCRs) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("go-attestation's replay ended in a panic (%T)", p)
+		}
+	}()
+	raw := firmware
+	own, err := eventlog.Parse(firmware)
+	if err != nil {
+		return err
+	}
+	if len(own.Events) != len(merged.Events) || slices.Contains(own.Banks, eventlog.SM3) {
+		raw = merged.Only(bank).Encode()
+	}
+	theirs, err := goattest.ParseEventLog(raw)
+	if err != nil {
+		return fmt.Errorf("go-attestation does not read the event log: %w", err)
+	}
+	if _, err := theirs.Verify(toPCRs(bank, quoted)); err != nil {
+		return fmt.Errorf("go-attestation's replay disagrees: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,59 @@
+package attest
+
+import (
+	"crypto"
+	"errors"
+	"fmt"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+// Result is what verified evidence says.
+type Result struct {
+	Bank crypto.Hash
+	PCRs eventlog.PCRs
+	// Log holds the events. Only digests on quoted PCRs are proven.
+	Log *eventlog.Log
+}
+
+// Verify proves, in this order: the attestation key is a restricted signing key;
+// the quote is a TPM's, made by that key, over nonce and exactly the demanded
+// PCRs of the bank; the values handed over are those quoted; the logs parse; each
+// quoted value replays from its events, and none is extended without events; and
+// go-attestation, which parses and replays on its own, agrees.
+//
+// It does not prove which TPM it was, or that the boot was a good one.
+func Verify(e *Evidence, nonce []byte, bank crypto.Hash, pcrs []int) (*Result, error) {
+	if err := checkAK(e.Quote.AKPublic); err != nil {
+		return nil, fmt.Errorf("attestation key: %w", err)
+	}
+	if err := checkQuote(&e.Quote, nonce, bank, pcrs); err != nil {
+		return nil, fmt.Errorf("quote: %w", err)
+	}
+	log, err := parseLogs(e.FirmwareLog, e.UserspaceLog)
+	if err != nil {
+		return nil, err
+	}
+	quoted := eventlog.PCRs(e.Quote.PCRs)
+	if err := log.Verify(bank, quoted); err != nil {
+		return nil, err
+	}
+	if err := crossCheck(e.FirmwareLog, log, bank, quoted); err != nil {
+		return nil, err
+	}
+	return &Result{Bank: bank, PCRs: quoted, Log: log}, nil
+}
+
+func checkAK(public []byte) error {
+	p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
+	if err != nil {
+		return err
+	}
+	a := p.ObjectAttributes
+	if !a.Restricted || !a.SignEncrypt || a.Decrypt || !a.FixedTPM || !a.FixedParent || !a.SensitiveDataOrigin {
+		return errors.New("it is no restricted signing key that its TPM made")
+	}
+	return nil
+}
