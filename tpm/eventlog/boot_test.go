@@ -71,7 +71,7 @@ func TestSecureBootOfPublicLogsAsGoAttestationSeesIt(t *testing.T) {
 }
 
 func secureBootVar(data ...byte) Event {
-	v := Variable{GlobalVariable, "SecureBoot", data}.Encode()
+	v := variable{globalVariable, "SecureBoot", data}.encode()
 	return Measure(sha256Only, 7, EFIVariableDriverConfig, v, v)
 }
 
@@ -91,7 +91,7 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 	elsewhere.PCR = 6
 	informational := on
 	informational.UntrustedType = NoAction
-	otherVendor := Variable{ImageSecurityDatabase, "SecureBoot", []byte{1}}.Encode()
+	otherVendor := variable{securityDatabase, "SecureBoot", []byte{1}}.encode()
 	os := Measure(sha256Only, 7, EventTag, []byte(OSSeparator), []byte(OSSeparator))
 	two := []crypto.Hash{crypto.SHA1, crypto.SHA256}
 	halfTrue := Measure(two, 7, EFIVariableDriverConfig, off.UntrustedData, on.UntrustedData)
@@ -138,7 +138,7 @@ func TestBootTypeBelievesOnlyWhatIsProven(t *testing.T) {
 	section := ipl(11, ".linux\x00", "")
 	cmdline := ipl(11, ".cmdline\x00", "")
 	grub := ipl(8, "boot", "grub_cmd: boot\x00")
-	stub := ipl(9, "initrd's bytes", string(TaggedEvent(TagLinuxInitrd, []byte("Linux initrd\x00"))))
+	stub := ipl(9, "initrd's bytes", string(taggedEvent(tagLinuxInitrd, []byte("Linux initrd\x00"))))
 	mok := ipl(14, "x", "MokList\x00")
 	separator := Measure(sha256Only, 7, Separator, separators[0], separators[0])
 	for name, c := range map[string]struct {

@@ -106,6 +106,6 @@ func isGRUBCommand(e Event) bool {
 
 func isLinuxStub(e Event) bool {
 	id, _, ok := parseTagged(e.UntrustedData)
-	return ok && (id == TagLinuxInitrd || id == TagLinuxLoadOptions) ||
+	return ok && (id == tagLinuxInitrd || id == tagLinuxLoadOptions) ||
 		strings.HasPrefix(string(e.UntrustedData), "LOADED_IMAGE::LoadOptions")
 }

@@ -25,14 +25,14 @@ func (l *Log) SecureBoot() (enabled, known bool) {
 		if !e.Proves(e.UntrustedData) {
 			return false, false
 		}
-		v, err := ParseVariable(e.UntrustedData)
-		if err != nil || v.GUID != GlobalVariable || v.Name != "SecureBoot" {
+		v, err := parseVariable(e.UntrustedData)
+		if err != nil || v.vendor != globalVariable || v.name != "SecureBoot" {
 			continue
 		}
-		if known || len(v.Data) > 1 || len(v.Data) == 1 && v.Data[0] > 1 {
+		if known || len(v.data) > 1 || len(v.data) == 1 && v.data[0] > 1 {
 			return false, false
 		}
-		enabled, known = len(v.Data) == 1 && v.Data[0] == 1, true
+		enabled, known = len(v.data) == 1 && v.data[0] == 1, true
 	}
 	return enabled, known
 }

@@ -1,0 +1,261 @@
+package eventlog
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// Limits on what Compare looks at and returns, per PCR. Beyond the first few
+// lines nobody reads on, and the next cause would be the same.
+const (
+	maxCompared    = 512
+	maxDifferences = 6
+)
+
+// Difference is one change between two boots, for people. It explains a refusal
+// and decides nothing.
+type Difference struct {
+	PCR int `json:"pcr"`
+	// Event names what was measured: "kernel command line".
+	Event string `json:"event"`
+	// Was and Now say what it was when the slot was made and what it is now; ""
+	// if it was not measured then, or is not now.
+	Was string `json:"was,omitempty"`
+	Now string `json:"now,omitempty"`
+	// Cause is what usually leads to such a change, or "".
+	Cause string `json:"cause,omitempty"`
+}
+
+// String returns a line such as
+//
+//	PCR 8: kernel command line changed: was "/vmlinuz a", now "/vmlinuz b" (usually the command line was edited)
+func (d Difference) String() string {
+	var s string
+	switch {
+	case d.Was == "" && d.Now == "":
+		s = d.Event
+	case d.Was == "":
+		s = d.Event + " is new: " + d.Now
+	case d.Now == "":
+		s = d.Event + " is gone: was " + d.Was
+	default:
+		s = d.Event + " changed: was " + d.Was + ", now " + d.Now
+	}
+	if d.Cause != "" {
+		s += " (usually " + d.Cause + ")"
+	}
+	return fmt.Sprintf("PCR %d: %s", d.PCR, s)
+}
+
+// Compare says, for every PCR that differs, which events changed since the slot
+// was made: was and wasPCR are what the slot recorded, now and nowPCR this boot.
+// A PCR that only one of wasPCR and nowPCR gives, or neither, is judged by its
+// events. Differences come by PCR, then in the order of the events.
+func Compare(was, now []Summary, wasPCR, nowPCR PCRs) []Difference {
+	var all []Difference
+	uki := isUKI(was) || isUKI(now)
+	for pcr := range NumPCRs {
+		before, after := ofPCR(was, pcr), ofPCR(now, pcr)
+		a, b := wasPCR[pcr], nowPCR[pcr]
+		same := slices.EqualFunc(before, after, sameDigest)
+		if a != nil && b != nil {
+			if bytes.Equal(a, b) {
+				continue
+			}
+			if same {
+				all = append(all, unexplained(pcr, len(before), a, b))
+				continue
+			}
+		}
+		if !same {
+			all = append(all, compareEvents(pcr, before, after, uki)...)
+		}
+	}
+	return all
+}
+
+// unexplained is for a PCR whose value differs though its events do not.
+func unexplained(pcr, events int, was, now []byte) Difference {
+	d := Difference{PCR: pcr, Event: "value", Was: short(fmt.Sprintf("%x", was)), Now: short(fmt.Sprintf("%x", now)),
+		Cause: "something measured into it without leaving an event in the log"}
+	if events == 0 {
+		d.Cause = "no event of it was recorded"
+	}
+	return d
+}
+
+func ofPCR(summaries []Summary, pcr int) []Summary {
+	var of []Summary
+	for _, s := range summaries {
+		if s.PCR == pcr {
+			of = append(of, s)
+		}
+	}
+	return of
+}
+
+func isUKI(summaries []Summary) bool {
+	return slices.ContainsFunc(summaries, func(s Summary) bool { return s.PCR == 11 && s.What == subjectSectionName+" .linux" })
+}
+
+// sameDigest compares what is proven, and only that.
+func sameDigest(a, b Summary) bool { return a.Digest == b.Digest }
+
+// change is an event that was replaced, removed (now is nil) or added (was is nil).
+type change struct{ was, now *Summary }
+
+func (c change) either() *Summary {
+	if c.now != nil {
+		return c.now
+	}
+	return c.was
+}
+
+// compareEvents explains the events of one PCR.
+func compareEvents(pcr int, was, now []Summary, uki bool) []Difference {
+	var found []Difference
+	for _, c := range pair(diff(was, now)) {
+		// A digest that moved behind an unchanged one was removed and added.
+		if c.was != nil && c.now != nil && sameDigest(*c.was, *c.now) {
+			continue
+		}
+		if d := explain(c, uki); !slices.Contains(found, d) {
+			found = append(found, d)
+		}
+	}
+	var differences []Difference
+	for _, d := range found {
+		if !isEcho(d, found) {
+			differences = append(differences, d)
+		}
+	}
+	if len(differences) == 0 { // only their order changed
+		differences = []Difference{{PCR: pcr, Event: "the same events came in another order"}}
+	}
+	if n := len(differences) - maxDifferences; n > 0 {
+		more := plural(n, "more event differs", "more events differ")
+		differences = append(differences[:maxDifferences], Difference{PCR: pcr, Event: more})
+	}
+	return differences
+}
+
+// diff returns what was removed and what was added, by a longest common
+// subsequence of what remains after a common head and tail.
+func diff(was, now []Summary) (removed, added []Summary) {
+	for len(was) > 0 && len(now) > 0 && sameDigest(was[0], now[0]) {
+		was, now = was[1:], now[1:]
+	}
+	for len(was) > 0 && len(now) > 0 && sameDigest(was[len(was)-1], now[len(now)-1]) {
+		was, now = was[:len(was)-1], now[:len(now)-1]
+	}
+	was, now = was[:min(len(was), maxCompared)], now[:min(len(now), maxCompared)]
+	length := make([][]int, len(was)+1) // of the longest common subsequence of the tails
+	for i := range length {
+		length[i] = make([]int, len(now)+1)
+	}
+	for i := len(was) - 1; i >= 0; i-- {
+		for j := len(now) - 1; j >= 0; j-- {
+			length[i][j] = max(length[i+1][j], length[i][j+1])
+			if sameDigest(was[i], now[j]) {
+				length[i][j] = length[i+1][j+1] + 1
+			}
+		}
+	}
+	i, j := 0, 0
+	for i < len(was) || j < len(now) {
+		switch {
+		case i < len(was) && j < len(now) && sameDigest(was[i], now[j]):
+			i, j = i+1, j+1
+		case j == len(now) || i < len(was) && length[i+1][j] >= length[i][j+1]:
+			removed = append(removed, was[i])
+			i++
+		default:
+			added = append(added, now[j])
+			j++
+		}
+	}
+	return removed, added
+}
+
+// pair matches what was removed with what was added: first the same
+// event that only moved, then events of one subject, then of one kind.
+func pair(removed, added []Summary) []change {
+	changes := make([]change, len(removed))
+	taken := make([]bool, len(added))
+	for i := range removed {
+		changes[i].was = &removed[i]
+	}
+	for _, alike := range []func(a, b Summary) bool{
+		sameDigest,
+		func(a, b Summary) bool { return a.Type == b.Type && a.subject() == b.subject() },
+		func(a, b Summary) bool { return a.Type == b.Type && a.kind() == b.kind() },
+	} {
+		for i := range changes {
+			if changes[i].now != nil {
+				continue
+			}
+			for j := range added {
+				if !taken[j] && alike(removed[i], added[j]) {
+					changes[i].now, taken[j] = &added[j], true
+					break
+				}
+			}
+		}
+	}
+	for j := range added {
+		if !taken[j] {
+			changes = append(changes, change{now: &added[j]})
+		}
+	}
+	return changes
+}
+
+// value splits What; an event whose value is proven by its digest has one.
+func (s Summary) value() (kind, value string) {
+	kind, value, _ = strings.Cut(s.What, ": ")
+	return kind, value
+}
+
+func (s Summary) kind() string {
+	kind, _ := s.value()
+	return kind
+}
+
+// subject is what two boots measure alike: for a GRUB command its first word,
+// for a file or an image its name without the version.
+func (s Summary) subject() string {
+	kind, value := s.value()
+	switch kind {
+	case subjectGRUB, subjectSystemd:
+		value, _, _ = strings.Cut(value, " ")
+	case subjectImage, "driver":
+		value, _, _ = strings.Cut(value, ", ")
+		value = unversioned(value)
+	case subjectFile:
+		value = unversioned(value)
+	case subjectShim: // the name of one of its lists
+	default:
+		value = ""
+	}
+	return kind + ": " + value
+}
+
+// unversioned leaves out digits: vmlinuz-6.1.0-9 and vmlinuz-6.1.0-10 are one subject.
+func unversioned(name string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return -1
+		}
+		return r
+	}, name)
+}
+
+// short abbreviates a digest or PCR value.
+func short(digest string) string {
+	if len(digest) > 12 {
+		digest = digest[:12] + "…"
+	}
+	return printable(digest, 13)
+}
