@@ -1,0 +1,291 @@
+package kubernetes
+
+import (
+	"bytes"
+	"encoding/base64"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// onEach runs a scenario on a machine of its own for each version of Kubernetes.
+func onEach(t *testing.T, scenario func(t *testing.T, m *machine)) {
+	t.Parallel()
+	for _, version := range versions {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			scenario(t, newMachine(t, version))
+		})
+	}
+}
+
+// TestSecretInEtcd is the main job: what kube-apiserver stores is encrypted
+// under kleidi's current key, and reads back.
+func TestSecretInEtcd(t *testing.T) {
+	onEach(t, func(t *testing.T, m *machine) {
+		m.serveOpen(t)
+		m.api.start(t)
+		m.waitReady(t)
+		m.put(t, "first")
+		m.mustHold(t, "first")
+
+		current := m.keyring(t).Current.KeyID
+		got, ok := m.stored(t)["first"]
+		if !ok {
+			t.Fatal("etcd holds no Secret named first")
+		}
+		if got.keyID != current {
+			t.Errorf("stored under key %q, the current key is %q", got.keyID, current)
+		}
+		t.Run("TPM", func(t *testing.T) { witness(t, m) })
+		// What is on the disk is searched last, when etcd has written all of it.
+		m.api.stop()
+		m.kleidi.stop()
+		m.etcd.stop()
+		m.searchDisk(t, plaintext("first"))
+	})
+}
+
+// searchDisk looks for plaintext in all that etcd, kleidi and kube-apiserver
+// have written.
+func (m *machine) searchDisk(t *testing.T, plain string) {
+	t.Helper()
+	forms := []string{plain, base64.StdEncoding.EncodeToString([]byte(plain))}
+	var read int
+	err := filepath.WalkDir(m.dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		read += len(b)
+		for _, form := range forms {
+			if bytes.Contains(b, []byte(form)) {
+				t.Errorf("%s holds the plaintext", path)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if read < 1<<20 {
+		t.Errorf("only %d bytes searched", read)
+	}
+}
+
+// TestRestarts restarts each side, then both, then kube-apiserver first.
+func TestRestarts(t *testing.T) {
+	onEach(t, func(t *testing.T, m *machine) {
+		m.serveOpen(t)
+		m.api.start(t)
+		m.waitReady(t)
+		m.put(t, "a")
+
+		t.Log("kube-apiserver restarts")
+		m.api.stop()
+		m.api.start(t)
+		m.waitReady(t)
+		m.mustHold(t, "a")
+		m.put(t, "b")
+
+		t.Log("kleidi restarts")
+		m.kleidi.stop()
+		m.serveOpen(t)
+		m.waitReady(t)
+		m.put(t, "c")
+		m.mustHold(t, "a", "b", "c")
+
+		t.Log("both restart")
+		m.api.stop()
+		m.kleidi.stop()
+		m.serveOpen(t)
+		m.api.start(t)
+		m.waitReady(t)
+		m.mustHold(t, "a", "b", "c")
+
+		t.Log("the machine reboots, and kube-apiserver starts first")
+		m.api.stop()
+		m.kleidi.stop()
+		m.Reboot(m.boot)
+		m.api.start(t)
+		m.waitNotReady(t)
+		if err := m.holds("a"); err == nil {
+			t.Error("a Secret is readable without kleidi")
+		}
+		m.serveOpen(t)
+		m.waitReady(t)
+		eventually(t, reconnect, "Secrets are readable", func() error { return m.holds("a", "b", "c") })
+		m.put(t, "d")
+		m.mustHold(t, "d")
+	})
+}
+
+// TestKilledAndBack kills kleidi: kube-apiserver says so, goes on serving what
+// it can, and recovers by itself once kleidi is back on the same socket.
+func TestKilledAndBack(t *testing.T) {
+	onEach(t, func(t *testing.T, m *machine) {
+		m.serveOpen(t)
+		m.api.start(t)
+		m.waitReady(t)
+		m.put(t, "before")
+
+		m.kleidi.kill()
+		m.waitNotReady(t)
+		m.mustHold(t, "before")
+		// The DEK seed that kube-apiserver has lasts for three minutes.
+		m.put(t, "meanwhile")
+		if err := m.api.put("configmaps", "meanwhile", nil); err != nil {
+			t.Error("ConfigMaps are not served:", err)
+		}
+
+		m.serveOpen(t)
+		m.waitReady(t)
+		m.put(t, "after")
+		m.api.stop()
+		m.api.start(t)
+		m.waitReady(t)
+		m.mustHold(t, "before", "meanwhile", "after")
+	})
+}
+
+// TestRotation rotates the KEK: kube-apiserver takes the new key ID up by
+// itself, the old objects stay readable, and once they are rewritten nothing in
+// etcd names the old key.
+func TestRotation(t *testing.T) {
+	onEach(t, func(t *testing.T, m *machine) {
+		m.serveOpen(t)
+		m.api.start(t)
+		m.waitReady(t)
+		m.put(t, "one")
+		m.put(t, "two")
+		before := m.keyring(t).Current.KeyID
+
+		m.run(t, "rotate")
+		after := m.keyring(t)
+		if after.Current.KeyID == before || len(after.Retired) != 1 || after.Retired[0].KeyID != before {
+			t.Fatalf("current %q before, after rotation %+v", before, after)
+		}
+		eventually(t, 90*time.Second, "a new Secret is stored under the new key", func() error {
+			if err := m.api.ready(); err != nil {
+				return err
+			}
+			m.put(t, "three")
+			if id := m.stored(t)["three"].keyID; id != after.Current.KeyID {
+				return fmt.Errorf("stored under %q", id)
+			}
+			return nil
+		})
+
+		// Both keys serve after restarts, and a read rewrites nothing.
+		m.kleidi.stop()
+		m.api.stop()
+		m.serveOpen(t)
+		m.api.start(t)
+		m.waitReady(t)
+		m.mustHold(t, "one", "two", "three")
+		if id := m.stored(t)["one"].keyID; id != before {
+			t.Errorf("an untouched Secret is stored under %q, want %q", id, before)
+		}
+
+		if err := m.api.rewrite(); err != nil {
+			t.Fatal("rewrite the Secrets:", err)
+		}
+		for name, s := range m.stored(t) {
+			if s.keyID != after.Current.KeyID {
+				t.Errorf("Secret %s is still stored under %q", name, s.keyID)
+			}
+		}
+		m.mustHold(t, "one", "two", "three")
+	})
+}
+
+// TestOtherKernel boots a kernel that the KEK is not sealed to: kleidi stays
+// locked and says why, the cluster goes on with what is not encrypted, and the
+// recovery identity brings all back with nothing lost.
+func TestOtherKernel(t *testing.T) {
+	onEach(t, func(t *testing.T, m *machine) {
+		m.serveOpen(t)
+		m.api.start(t)
+		m.waitReady(t)
+		m.put(t, "before")
+		sealed := m.keyring(t).Current.KeyID
+
+		m.api.stop()
+		m.kleidi.stop()
+		other := m.boot
+		other.Kernel = "6.1.0-666-amd64"
+		m.Reboot(other)
+		m.serve(t)
+		m.checkLocked(t)
+		m.api.start(t)
+		m.waitNotReady(t)
+		if err := m.holds("before"); err == nil {
+			t.Error("a Secret is readable while kleidi is locked")
+		}
+		if err := m.api.put("secrets", "refused", map[string]string{"password": plaintext("refused")}); err == nil {
+			t.Error("a Secret is written while kleidi is locked")
+		}
+		if err := m.kleidi.alive(); err != nil {
+			t.Fatal(err)
+		}
+
+		m.run(t, "recover", "--identity-file", m.identity)
+		m.waitOpen(t)
+		m.waitReady(t)
+		eventually(t, reconnect, "Secrets are readable", func() error { return m.holds("before") })
+		m.put(t, "after")
+		recovered := m.keyring(t)
+		if recovered.Current.KeyID == sealed || m.stored(t)["after"].keyID != recovered.Current.KeyID {
+			t.Errorf("the key is not rotated: %q before, %q after", sealed, recovered.Current.KeyID)
+		}
+
+		t.Log("the other kernel boots again, unaided")
+		m.api.stop()
+		m.kleidi.stop()
+		m.Reboot(other)
+		m.serveOpen(t)
+		m.api.start(t)
+		m.waitReady(t)
+		m.mustHold(t, "before", "after")
+
+		t.Log("the first kernel is no longer authorised")
+		m.kleidi.stop()
+		m.Reboot(m.boot)
+		m.serve(t)
+		m.checkLocked(t)
+	})
+}
+
+// checkLocked wants kleidi's own readyz and status to say that it is locked and
+// which PCR is to blame.
+func (m *machine) checkLocked(t *testing.T) {
+	t.Helper()
+	eventually(t, 20*time.Second, "kleidi says that it is locked", func() error {
+		code, body, err := m.get("/readyz")
+		if err != nil {
+			return err
+		}
+		if code != http.StatusServiceUnavailable || !strings.Contains(body, "locked") || !strings.Contains(body, "PCR") {
+			return &refusal{code, body}
+		}
+		return nil
+	})
+	status, err := m.try("status")
+	said := string(status)
+	if err != nil {
+		said += err.Error()
+	}
+	for _, word := range []string{"locked", "PCR 4"} {
+		if !strings.Contains(said, word) {
+			t.Errorf("kleidi status does not say %q:\n%s", word, said)
+		}
+	}
+}

@@ -1,0 +1,62 @@
+package kubernetes
+
+import (
+	"bufio"
+	"bytes"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+)
+
+// versions are the folders of e2e/servers that hold a kube-apiserver.
+var versions = []string{"kube-apiserver-1.37", "kube-apiserver-1.29"}
+
+// binaries are absolute paths by name: "kleidi", "etcd" and each of versions.
+var binaries = map[string]string{}
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	// The machines wait more than they work; by default only as many as there are cores would run.
+	if err := flag.Set("test.parallel", "16"); err != nil {
+		panic(err)
+	}
+	if err := find(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+func find() error {
+	kleidi := os.Getenv("KLEIDI")
+	if kleidi == "" {
+		kleidi = "../../bin/kleidi"
+	}
+	kleidi, err := filepath.Abs(kleidi)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(kleidi); err != nil {
+		return fmt.Errorf("kleidi is not built: %w; run make build, or set KLEIDI to its path", err)
+	}
+	binaries["kleidi"] = kleidi
+
+	names := append([]string{"etcd"}, versions...)
+	build := exec.Command("../servers/build", names...)
+	build.Stderr = os.Stderr
+	out, err := build.Output()
+	if err != nil {
+		return fmt.Errorf("e2e/servers/build: %w", err)
+	}
+	lines := bufio.NewScanner(bytes.NewReader(out))
+	for _, name := range names {
+		if !lines.Scan() {
+			return fmt.Errorf("e2e/servers/build prints no path for %s", name)
+		}
+		binaries[name] = lines.Text()
+	}
+	return nil
+}

@@ -1,0 +1,102 @@
+package kubernetes
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// process is a server that logs into a file, which is shown when the test fails.
+type process struct {
+	cmd  *exec.Cmd
+	log  string
+	done chan struct{}
+}
+
+func start(t *testing.T, log, binary string, args ...string) *process {
+	t.Helper()
+	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	p := &process{cmd: exec.Command(binary, args...), log: log, done: make(chan struct{})}
+	p.cmd.Stdout, p.cmd.Stderr = f, f
+	// A test that panics leaves no server behind.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	go p.run(started)
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.kill()
+		if t.Failed() {
+			t.Logf("%s:\n%s", filepath.Base(log), tail(log, 60))
+		}
+	})
+	return p
+}
+
+func (p *process) run(started chan<- error) {
+	// The kernel sends Pdeathsig when the thread that started the child ends.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	defer close(p.done)
+	err := p.cmd.Start()
+	started <- err
+	if err == nil {
+		_ = p.cmd.Wait() // the state says all
+	}
+}
+
+// alive fails when the server has ended by itself.
+func (p *process) alive() error {
+	select {
+	case <-p.done:
+		return fmt.Errorf("%s ended: %s\n%s", filepath.Base(p.cmd.Path), p.cmd.ProcessState, tail(p.log, 20))
+	default:
+		return nil
+	}
+}
+
+// stop asks the server to end, as systemd would, and waits for it.
+func (p *process) stop() { p.signal(syscall.SIGTERM) }
+
+// kill ends the server as a crash would.
+func (p *process) kill() { p.signal(syscall.SIGKILL) }
+
+func (p *process) signal(s os.Signal) {
+	_ = p.cmd.Process.Signal(s) // a server that has ended is what we want
+	<-p.done
+}
+
+func tail(file string, lines int) string {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err.Error()
+	}
+	all := strings.Split(strings.TrimRight(string(b), "\n"), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+// freePort names a TCP port that nothing listens on just now.
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
