@@ -1,0 +1,54 @@
+# Targets: build demo run test e2e lint fuzz bench image. See CONTRIBUTING.md.
+
+GO       ?= go
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+FUZZTIME ?= 30s
+
+# runtime/secret erases what a computation on a key leaves behind; package seal
+# uses it where the toolchain has it.
+export GOEXPERIMENT ?= runtimesecret
+GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+
+# The race detector needs a C compiler.
+RACE     = $(if $(and $(shell command -v gcc),$(filter 1,$(shell $(GO) env CGO_ENABLED))),-race)
+PACKAGES = $(shell $(GO) list ./... | grep -v /e2e/)
+
+.PHONY: build demo run test e2e lint fuzz bench image clean
+
+build:
+	$(GOBUILD) -o bin/kleidi ./cmd/kleidi
+
+demo: build
+	.ci/deps swtpm
+	e2e/demo/demo.sh
+
+run: build
+	.ci/deps swtpm
+	bin/kleidi dev
+
+test:
+	.ci/deps swtpm
+	$(GO) test $(RACE) $(TESTFLAGS) $(PACKAGES)
+
+e2e: build
+	.ci/deps swtpm tpm2 strace
+	.ci/e2e $(TESTFLAGS)
+
+lint:
+	.ci/deps shellcheck
+	.ci/lint
+
+fuzz:
+	.ci/deps swtpm
+	.ci/fuzz $(FUZZTIME)
+
+bench: build
+	.ci/deps swtpm
+	cd e2e/bench && $(GO) run . -kleidi $(CURDIR)/bin/kleidi $(BENCHFLAGS)
+
+image:
+	.ci/deps buildah
+	.ci/image $(VERSION)
+
+clean:
+	rm -rf bin
