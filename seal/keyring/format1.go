@@ -105,11 +105,11 @@ func decode(b []byte, v any) error {
 		return fmt.Errorf("not UTF-8")
 	}
 	strict, err := kjson.UnmarshalStrict(b, v)
-	if err != nil {
-		return err
+	if err == nil && len(strict) > 0 {
+		err = strict[0]
 	}
-	if len(strict) > 0 {
-		return strict[0]
+	if err != nil {
+		return clip(err)
 	}
 	again, err := encode(v)
 	if err != nil {
@@ -120,6 +120,9 @@ func decode(b []byte, v any) error {
 	}
 	return nil
 }
+
+// clip keeps a decoder's error, which quotes its input, from filling the log.
+func clip(err error) error { return fmt.Errorf("%.160q", err.Error()) }
 
 // parseBody1 reads a body of format 1 and checks everything that can be checked
 // without a KEK.

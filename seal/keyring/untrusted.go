@@ -63,7 +63,7 @@ func parse(b []byte) (*Untrusted, error) {
 		Format int `json:"format"`
 	}
 	if err := json.Unmarshal(e.Body, &peek); err != nil {
-		return nil, fmt.Errorf("body: %w", err)
+		return nil, fmt.Errorf("body: %w", clip(err))
 	}
 	if peek.Format != format1 {
 		return nil, fmt.Errorf("%w %d, this version reads %d", errNewerFormat, peek.Format, format1)

@@ -1,0 +1,370 @@
+package keyring
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// forge writes a keyring as somebody would who knows kek and this package: body
+// as given, with a MAC that verifies under kek.
+func forge(t testing.TB, body []byte, kek *seal.Secret) []byte {
+	t.Helper()
+	var sum []byte
+	withKEK(kek, func(b []byte) { sum = bodyMAC(b, body) })
+	file := must[[]byte](t)(encode(envelope{Body: body, MAC: sum}))
+	return append(file, '\n')
+}
+
+// edited returns the golden keyring's body after edit, encoded anew.
+func edited(t testing.TB, edit func(b *body1)) []byte {
+	t.Helper()
+	u := must[*Untrusted](t)(Parse(golden(t, "keyring.json")))
+	edit(u.doc)
+	return must[[]byte](t)(encode(u.doc))
+}
+
+func open(file []byte, kek *seal.Secret, pin *Pin) (*Keyring, error) {
+	u, err := Parse(file)
+	if err != nil {
+		return nil, err
+	}
+	return u.Open(kek, pin)
+}
+
+func wantRefusal(t testing.TB, err error, cause seal.Cause, says ...string) {
+	t.Helper()
+	e, ok := err.(*seal.Error)
+	if !ok || e.Cause != cause || e.Hint == "" {
+		t.Errorf("%v (cause %q), want cause %q and a hint", err, seal.CauseOf(err), cause)
+		return
+	}
+	for _, s := range says {
+		if !strings.Contains(err.Error(), s) {
+			t.Errorf("%q does not say %q", err, s)
+		}
+	}
+}
+
+func TestTruncatedKeyringIsRefused(t *testing.T) {
+	file := golden(t, "keyring.json")
+	for n := range file {
+		if _, err := Parse(file[:n]); err == nil {
+			t.Errorf("the first %d bytes are accepted", n)
+		}
+	}
+}
+
+func TestEveryFlippedBitIsRefused(t *testing.T) {
+	file, kek := golden(t, "keyring.json"), newKEK(t, 0x81)
+	for i := range len(file) * 8 {
+		flipped := bytes.Clone(file)
+		flipped[i/8] ^= 1 << (i % 8)
+		_, err := open(flipped, kek, nil)
+		if err == nil {
+			t.Fatalf("bit %d of byte %d flipped: opens", i%8, i/8)
+		}
+		if e, ok := err.(*seal.Error); !ok || e.Hint == "" {
+			t.Fatalf("bit %d of byte %d flipped: untyped error %v", i%8, i/8, err)
+		}
+	}
+}
+
+// TestEnvelope is about what can be wrong around the body.
+func TestEnvelope(t *testing.T) {
+	file := string(golden(t, "keyring.json"))
+	var e envelope
+	if err := json.Unmarshal([]byte(file), &e); err != nil {
+		t.Fatal(err)
+	}
+	mac := base64.StdEncoding.EncodeToString(e.MAC)
+	for name, f := range map[string]string{
+		"empty":              "",
+		"newline":            "\n",
+		"null":               "null\n",
+		"array":              "[]\n",
+		"two keyrings":       file + file,
+		"trailing byte":      file + " ",
+		"second newline":     file + "\n",
+		"no newline":         strings.TrimSuffix(file, "\n"),
+		"byte order mark":    "\ufeff" + file,
+		"white space":        strings.Replace(file, `"mac":`, `"mac": `, 1),
+		"unknown field":      strings.Replace(file, `,"mac":`, `,"x":1,"mac":`, 1),
+		"long field":         strings.Replace(file, `,"mac":`, `,"`+strings.Repeat("x", 5000)+`":1,"mac":`, 1),
+		"duplicate body":     strings.Replace(file, `{"body":`, `{"body":"","body":`, 1),
+		"duplicate mac":      strings.Replace(file, `,"mac":`, `,"mac":"","mac":`, 1),
+		"other case":         strings.Replace(file, `"mac"`, `"MAC"`, 1),
+		"both cases":         strings.Replace(file, `,"mac":`, `,"MAC":"","mac":`, 1),
+		"escaped name":       strings.Replace(file, `"mac"`, `"m\u0061c"`, 1),
+		"other order":        `{"mac":"` + mac + `","body":"` + base64.StdEncoding.EncodeToString(e.Body) + "\"}\n",
+		"no mac":             file[:strings.Index(file, `,"mac"`)] + "}\n",
+		"short mac":          strings.Replace(file, mac, base64.StdEncoding.EncodeToString(e.MAC[1:]), 1),
+		"unpadded base64":    strings.Replace(file, mac, strings.TrimRight(mac, "="), 1),
+		"URL base64":         strings.Replace(file, mac, base64.URLEncoding.EncodeToString(bytes.Repeat([]byte{0xff}, 32)), 1),
+		"loose base64":       strings.Replace(file, "F4=", "F5=", 1),
+		"newline in base64":  strings.Replace(file, mac, mac[:8]+`\n`+mac[8:], 1),
+		"oversize":           strings.Repeat(" ", MaxSize) + file,
+		"oversize body":      `{"body":"` + strings.Repeat("A", MaxSize) + `","mac":"` + mac + "\"}\n",
+		"deep":               strings.Repeat("[", MaxSize-1) + "\n",
+		"not UTF-8":          strings.Replace(file, mac, "\xff", 1),
+		"body of other type": `{"body":{},"mac":"` + mac + "\"}\n",
+	} {
+		if f == file {
+			t.Errorf("%s: the test changes nothing", name)
+		}
+		_, err := Parse([]byte(f))
+		wantRefusal(t, err, seal.CauseKeyringCorrupt, "parse keyring")
+		if err != nil && len(err.Error()) > 500 {
+			t.Errorf("%s: the error has %d bytes", name, len(err.Error()))
+		}
+	}
+}
+
+// TestBody is about bodies whose MAC verifies: the parser doesn't rely on it.
+func TestBody(t *testing.T) {
+	kek := newKEK(t, 0x81)
+	body := string(edited(t, func(*body1) {}))
+	many := func(n int, s seal.Slot) (out []seal.Slot) {
+		for range n {
+			out = append(out, s)
+		}
+		return out
+	}
+	edit := func(f func(b *body1)) string { return string(edited(t, f)) }
+	slot := seal.Slot{Type: "tpm", Node: "cp-1", Data: []byte("{}")}
+	for name, b := range map[string]string{
+		"empty":              "",
+		"null":               "null",
+		"format 2":           strings.Replace(body, `"format":1`, `"format":2`, 1),
+		"format 0":           strings.Replace(body, `"format":1`, `"format":0`, 1),
+		"format twice":       strings.Replace(body, `"format":1`, `"format":1,"format":1`, 1),
+		"format 1 then 2":    strings.Replace(body, `"format":1`, `"format":2,"Format":1`, 1),
+		"format 1.0":         strings.Replace(body, `"format":1`, `"format":1.0`, 1),
+		"unknown field":      strings.Replace(body, `"revision"`, `"x":1,"revision"`, 1),
+		"unknown in slot":    strings.Replace(body, `"node":"cp-1"`, `"node":"cp-1","module":"/x.so"`, 1),
+		"duplicate field":    strings.Replace(body, `"revision":6`, `"revision":9,"revision":6`, 1),
+		"other case":         strings.Replace(body, `"revision"`, `"Revision"`, 1),
+		"trailing bytes":     body + "{}",
+		"white space":        body + " ",
+		"revision 0":         edit(func(b *body1) { b.Revision = 0 }),
+		"revision 2^53":      edit(func(b *body1) { b.Revision = 1 << 53 }),
+		"negative revision":  strings.Replace(body, `"revision":6`, `"revision":-6`, 1),
+		"upper-case cluster": strings.Replace(body, `0c0d0e0f`, `0C0D0E0F`, 1),
+		"time zone":          strings.Replace(body, `12:00:00Z`, `12:00:00+00:00`, 1),
+		"fraction":           strings.Replace(body, `12:00:00Z`, `12:00:00.0Z`, 1),
+		"no slots":           edit(func(b *body1) { b.Current.Slots = nil }),
+		"17 slots":           edit(func(b *body1) { b.Current.Slots = many(MaxSlots+1, slot) }),
+		"17 staged slots":    edit(func(b *body1) { b.Staged.Slots = many(MaxSlots+1, slot) }),
+		"unknown node":       edit(func(b *body1) { b.Current.Slots[0].Node = "cp-3" }),
+		"big slot": edit(func(b *body1) {
+			b.Current.Slots[0].Data = []byte(`{"a":"` + strings.Repeat("a", seal.MaxSlotData) + `"}`)
+		}),
+		"slot no object":      edit(func(b *body1) { b.Current.Slots[0].Data = []byte(`"x"`) }),
+		"slot type":           edit(func(b *body1) { b.Current.Slots[0].Type = "../x" }),
+		"key ID":              edit(func(b *body1) { b.Current.KeyID = b.Current.KeyID[:54] }),
+		"key ID prefix":       edit(func(b *body1) { b.Current.KeyID = "k2-" + b.Current.KeyID[3:] }),
+		"key ID loose base32": edit(func(b *body1) { b.Current.KeyID = b.Current.KeyID[:54] + "r" }),
+		"staged is current":   edit(func(b *body1) { b.Staged.KeyID = b.Current.KeyID }),
+		"retired is current":  edit(func(b *body1) { b.Retired[0].KeyID = b.Current.KeyID }),
+		"retired is staged":   edit(func(b *body1) { b.Retired[0].KeyID = b.Staged.KeyID }),
+		"retired twice":       edit(func(b *body1) { b.Retired[1].KeyID = b.Retired[0].KeyID }),
+		"257 retired":         edit(func(b *body1) { b.Retired = manyRetired(MaxRetired + 1) }),
+		"retired short":       edit(func(b *body1) { b.Retired[0].Sealed = b.Retired[0].Sealed[1:] }),
+		"65 nodes":            edit(func(b *body1) { b.Nodes = manyNodes(MaxNodes + 1) }),
+		"node name":           edit(func(b *body1) { b.Nodes[1].Name = "a/b" }),
+		"node twice":          edit(func(b *body1) { b.Nodes[1].Name = "cp-1" }),
+		"EK twice":            edit(func(b *body1) { b.Nodes[1].EK = b.Nodes[0].EK }),
+		"EK":                  edit(func(b *body1) { b.Nodes[1].EK = "sha1:00" }),
+		"not UTF-8":           strings.Replace(body, "third", "\xff", 1),
+	} {
+		if b == body {
+			t.Errorf("%s: the test changes nothing", name)
+		}
+		if _, err := Parse(forge(t, []byte(b), kek)); seal.CauseOf(err) != seal.CauseKeyringCorrupt {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	_, err := Parse(forge(t, []byte(strings.Replace(body, `"format":1`, `"format":7`, 1)), kek))
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "unknown format 7", "install")
+	if _, err := open(forge(t, []byte(body), kek), kek, nil); err != nil {
+		t.Errorf("the body that these were made from: %v", err)
+	}
+}
+
+func manyNodes(n int) (out []Node) {
+	out = []Node{{Name: "cp-1"}}
+	for i := range n - 1 {
+		out = append(out, Node{Name: fmt.Sprintf("more-%d", i)})
+	}
+	return out
+}
+
+func manyRetired(n int) (out []retired) {
+	for i := range n {
+		id := keyID(cluster, fmt.Appendf(nil, "%032d", i))
+		out = append(out, retired{KeyID: id, Created: newStamp(now), Retired: newStamp(now), Sealed: make([]byte, 60)})
+	}
+	return out
+}
+
+// TestLimitsAreInclusive: what stands at a limit parses.
+func TestLimitsAreInclusive(t *testing.T) {
+	body := edited(t, func(b *body1) {
+		b.Nodes, b.Retired, b.Revision = manyNodes(MaxNodes), manyRetired(MaxRetired), MaxRevision
+		for len(b.Current.Slots) <= MaxSlots { // one of the first is for no node
+			b.Current.Slots = append(b.Current.Slots, b.Current.Slots[0])
+		}
+	})
+	if _, err := Parse(forge(t, body, newKEK(t, 0x81))); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRefusalNamesTheField: an operator who edited the file sees what is wrong.
+func TestRefusalNamesTheField(t *testing.T) {
+	file := strings.Replace(string(golden(t, "keyring.json")), `,"mac":`, `,"extra":1,"mac":`, 1)
+	_, err := Parse([]byte(file))
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "unknown field", "extra")
+}
+
+// TestSwaps moves what belongs to one keyring into another.
+func TestSwaps(t *testing.T) {
+	kek := newKEK(t, 0x81)
+	u := must[*Untrusted](t)(Parse(golden(t, "keyring.json")))
+	seal1 := func(body []byte) []byte { // the MAC stays that of the golden keyring
+		return append(must[[]byte](t)(encode(envelope{Body: body, MAC: u.mac})), '\n')
+	}
+	_, err := open(seal1(edited(t, func(b *body1) { b.Current.Slots = b.Staged.Slots })), kek, nil)
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "MAC")
+	_, err = open(seal1(edited(t, func(b *body1) { b.Current.Slots[0].Node = "cp-2" })), kek, nil)
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "MAC")
+	_, err = open(seal1(edited(t, func(b *body1) { b.ClusterID[0] ^= 1 })), kek, nil)
+	wantRefusal(t, err, seal.CauseSlotCorrupt, "cluster 01010203")
+	// The slot opened, but to the KEK of another keyring, or to a staged or retired one.
+	for _, first := range []byte{0x01, 0x41, 0xc1, 0x05} {
+		_, err = open(golden(t, "keyring.json"), newKEK(t, first), nil)
+		wantRefusal(t, err, seal.CauseSlotCorrupt, string(u.CurrentID()))
+	}
+	// With a MAC that verifies: retired KEKs in each other's place, or of another cluster.
+	_, err = open(forge(t, edited(t, func(b *body1) {
+		b.Retired[0].Sealed, b.Retired[1].Sealed = b.Retired[1].Sealed, b.Retired[0].Sealed
+	}), kek), kek, nil)
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired")
+}
+
+// TestAttackersKEK: anyone can seal a KEK of their own to this TPM and write a
+// keyring around it that is right in itself. The pin tells.
+func TestAttackersKEK(t *testing.T) {
+	mine := rotate(t, newKeyring(t, 1), 50)
+	pin := mine.Pin()
+	theirs := newKeyring(t, 200)
+	for range 5 {
+		theirs = must[*Keyring](t)(theirs.AtLeast(100))
+	}
+	kek := newKEK(t, 200)
+	_, err := open(theirs.Marshal(), kek, &pin)
+	wantRefusal(t, err, seal.CausePin, string(pin.KeyID), string(theirs.CurrentID()),
+		fmt.Sprintf("revision %d", pin.Revision), "revision 104", "kleidi recover", "kleidi keyring restore")
+	if _, err := open(theirs.Marshal(), newKEK(t, 200), nil); err != nil {
+		t.Errorf("without a pin the same keyring is right in itself: %v", err)
+	}
+
+	// It may list the pinned key ID, but it can't hold the KEK.
+	doc := *theirs.doc
+	doc.Retired = []retired{{KeyID: pin.KeyID, Created: newStamp(now), Retired: newStamp(now), Sealed: make([]byte, 60)}}
+	_, err = open(forge(t, must[[]byte](t)(encode(doc)), kek), kek, &pin)
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired", string(pin.KeyID))
+	kek.With(func(b []byte) { // the attacker's own KEK under the pinned key ID
+		doc.Retired[0].Sealed = aead(b, labelRetired).Seal(nil, nil, bytes.Repeat([]byte{7}, 32), retiredAAD(cluster, pin.KeyID, theirs.CurrentID()))
+	})
+	_, err = open(forge(t, must[[]byte](t)(encode(doc)), kek), kek, &pin)
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired", string(pin.KeyID))
+}
+
+func TestPin(t *testing.T) {
+	first := newKeyring(t, 1)
+	third := rotate(t, rotate(t, first, 50), 100)
+	file := third.Marshal()
+	at := func(k *Keyring, revision uint64) *Pin { p := k.Pin(); p.Revision = revision; return &p }
+	for _, ok := range []*Pin{nil, at(third, 5), at(third, 1), at(first, 1), at(first, 5)} {
+		if _, err := open(file, newKEK(t, 100), ok); err != nil {
+			t.Errorf("pin %+v: %v", ok, err)
+		}
+	}
+	_, err := open(file, newKEK(t, 100), at(third, 6))
+	wantRefusal(t, err, seal.CausePin, "revision 5", "revision 6", string(third.CurrentID()), "kleidi recover")
+	_, err = open(first.Marshal(), newKEK(t, 1), at(first, 2))
+	wantRefusal(t, err, seal.CausePin, "revision 1", "revision 2")
+	_, err = open(first.Marshal(), newKEK(t, 1), at(third, 1))
+	wantRefusal(t, err, seal.CausePin, string(third.CurrentID()), string(first.CurrentID()))
+	foreign := third.Pin()
+	foreign.ClusterID[0] ^= 1
+	_, err = open(file, newKEK(t, 100), &foreign)
+	wantRefusal(t, err, seal.CausePin, foreign.ClusterID.String(), cluster.String())
+	staged := must[*Keyring](t)(first.Stage(newKEK(t, 60), slots("next"), now))
+	p := Pin{ClusterID: cluster, KeyID: staged.Info().Staged.KeyID, Revision: 1}
+	_, err = open(staged.Marshal(), newKEK(t, 1), &p)
+	wantRefusal(t, err, seal.CausePin) // nobody pins a staged KEK
+}
+
+func TestParsePin(t *testing.T) {
+	file := string(golden(t, "pin.json"))
+	for name, f := range map[string]string{
+		"empty": "", "null": "null\n", "two": file + file, "no newline": strings.TrimSpace(file),
+		"unknown":    strings.Replace(file, `"revision"`, `"x":1,"revision"`, 1),
+		"duplicate":  strings.Replace(file, `"revision":6`, `"revision":1,"revision":6`, 1),
+		"other case": strings.Replace(file, `"revision"`, `"Revision"`, 1),
+		"format":     strings.Replace(file, `"format":1`, `"format":2`, 1),
+		"revision":   strings.Replace(file, `:6}`, `:0}`, 1),
+		"key ID":     strings.Replace(file, `"k1-i`, `"k1-I`, 1),
+		"oversize":   strings.Repeat(" ", MaxPinSize) + file,
+	} {
+		if f == file {
+			t.Errorf("%s: the test changes nothing", name)
+		}
+		if _, err := ParsePin([]byte(f)); seal.CauseOf(err) != seal.CausePin {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	j, err := json.Marshal(map[string]Pin{"pin": must[Pin](t)(ParsePin([]byte(file)))})
+	if err != nil || string(j) != `{"pin":`+strings.TrimSpace(file)+`}` {
+		t.Errorf("%s, %v", j, err)
+	}
+}
+
+// TestLimitsHoldForWriting: what would be refused is not written.
+func TestLimitsHoldForWriting(t *testing.T) {
+	k := newKeyring(t, 1)
+	big := []byte(`{"a":"` + strings.Repeat("a", 30<<10) + `"}`)
+	var many []seal.Slot
+	for i := range 40 {
+		many = append(many, seal.Slot{Type: "tpm", Node: []string{"", "cp-1", "cp-2"}[i%3], Data: big})
+	}
+	nodes := []Node{{Name: "cp-1"}, {Name: "cp-2"}}
+	if _, err := k.WithNodes(nodes, many); err == nil || !strings.Contains(err.Error(), "more than") {
+		t.Errorf("a keyring of more than MaxSize bytes: %v", err)
+	}
+	if _, err := k.WithNodes(nodes, many[:20]); err != nil {
+		t.Errorf("600 KiB of slots: %v", err)
+	}
+	for _, bad := range []string{`{`, `{"a":1}{}`, ``, `"s"`} {
+		if _, err := k.WithSlots([]seal.Slot{{Type: "tpm", Data: []byte(bad)}}); err == nil {
+			t.Errorf("slot data %q is written", bad)
+		}
+	}
+	if _, err := k.AtLeast(MaxRevision + 1); err == nil {
+		t.Error("a revision over the limit is written")
+	}
+	if _, err := k.Stage(newKEK(t, 1), slots("same"), now); err == nil {
+		t.Error("the current KEK is staged")
+	}
+	old := rotate(t, k, 50)
+	if _, err := old.Stage(newKEK(t, 1), slots("again"), now); err == nil {
+		t.Error("a retired KEK is staged")
+	}
+}
