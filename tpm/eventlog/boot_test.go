@@ -96,6 +96,9 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 	two := []crypto.Hash{crypto.SHA1, crypto.SHA256}
 	halfTrue := Measure(two, 7, EFIVariableDriverConfig, off.UntrustedData, on.UntrustedData)
 	copy(halfTrue.Digests[0].Value, sum(crypto.SHA1, on.UntrustedData))
+	halfSeparator := Measure(two, 7, Separator, separators[0], nil)
+	halfSeparator.Digests[0].Value[0] ^= 1
+	onInTwo := Measure(two, 7, EFIVariableDriverConfig, on.UntrustedData, on.UntrustedData)
 	for name, c := range map[string]struct {
 		log       *Log
 		on, known bool
@@ -117,12 +120,17 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 		"two, the first relabelled": {bootWith(off, relabelled, on, separator), false, false},
 		"two, the last relabelled":  {bootWith(on, separator, relabelled), false, false},
 		"separator of wrong digest": {bootWith(on, Measure(sha256Only, 7, Separator, []byte("x"), separators[0]), separator), false, false},
-		"error separator":           {bootWith(on, Measure(sha256Only, 7, Separator, separators[1], separators[1])), false, false},
+		"separator of ones":         {bootWith(on, Measure(sha256Only, 7, Separator, separators[1], separators[1])), true, true},
+		"one separator of each":     {bootWith(on, separator, Measure(sha256Only, 7, Separator, separators[1], nil)), false, false},
+		"error separator":           {bootWith(on, Measure(sha256Only, 7, Separator, separators[2], separators[2])), false, false},
 		"in another PCR":            {bootWith(elsewhere, separator), false, false},
 		"not extended":              {bootWith(informational, separator), false, false},
 		"another vendor's variable": {bootWith(Measure(sha256Only, 7, EFIVariableDriverConfig, otherVendor, otherVendor), separator), false, false},
 		"two bytes":                 {bootWith(secureBootVar(1, 0), separator), false, false},
 		"neither 0 nor 1":           {bootWith(secureBootVar(2), separator), false, false},
+		"separator of other data":   {bootWith(on, Measure(sha256Only, 7, Separator, []byte("x"), []byte("x")), separator), false, false},
+		"separator in one bank":     {&Log{Banks: two, Events: []Event{onInTwo, halfSeparator}}, false, false},
+		"on in two banks":           {&Log{Banks: two, Events: []Event{onInTwo, Measure(two, 7, Separator, separators[0], nil)}}, true, true},
 		"true in one bank only":     {&Log{Banks: two, Events: []Event{halfTrue, Measure(two, 7, Separator, separators[0], nil)}}, false, false},
 	} {
 		if on, known := c.log.SecureBoot(); on != c.on || known != c.known {
@@ -249,6 +257,7 @@ func TestParseUserspaceRefuses(t *testing.T) {
 		"short digest":     {strings.Replace(good, `"digest":"`, `"digest":"00`, 1), "malformed sha1 digest"},
 		"digest not hex":   {strings.Replace(good, `"digest":"`, `"digest":"xx`, 1), "malformed sha1 digest"},
 		"bank twice":       {strings.Replace(good, `"sha256"`, `"sha1"`, 1), "malformed sha1"},
+		"digest twice":     {strings.Replace(good, `"digests":[`, `"digests":[{"hashAlg":"sha1","digest":"`+strings.Repeat("00", 20)+`"},`, 1), "two sha1 digests"},
 		"no digests":       {"\x1e{\"pcr\":1,\"digests\":[]}\n", "no digest"},
 		"unknown banks":    {strings.NewReplacer("sha1", "md4", "sha256", "md5").Replace(good), "no digest"},
 		"digests not list": {"\x1e{\"pcr\":1,\"digests\":{}}\n", "record 0"},

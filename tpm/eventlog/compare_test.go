@@ -148,9 +148,23 @@ func TestCompareTellsWhatChanged(t *testing.T) {
 		}, []string{
 			`PCR 8: GRUB command is new: "set gfxmode=auto" (usually GRUB's configuration was changed, or another choice in the boot menu)`,
 		}},
+		"GRUB, one command more and one later": {"shim-grub-secureboot", grub, func(l *Log) {
+			moved := l.Events[30]
+			l.Events[30] = Measure(l.Banks, 8, IPL, []byte("[ 1 ]"), []byte("grub_cmd: [ 1 ]\x00"))
+			l.Events = slices.Insert(l.Events, 36, moved)
+		}, []string{
+			`PCR 8: GRUB command is new: "[ 1 ]" (usually GRUB's configuration was changed, or another choice in the boot menu)`,
+		}},
 		"GRUB, commands swapped": {"shim-grub-secureboot", grub, func(l *Log) {
 			l.Events[30], l.Events[31] = l.Events[31], l.Events[30]
 		}, []string{`PCR 8: the same events came in another order`}},
+		"MOK, one list less": {"shim-grub-secureboot", grub, func(l *Log) {
+			remeasure(l, 25, x, nil)
+			l.Events = slices.Delete(l.Events, 24, 25)
+		}, []string{
+			`PCR 14: shim's keys (MOK) is gone: was MokList (usually a key enrolled or removed with mokutil, or a shim update)`,
+			`PCR 14: shim's keys (MOK) MokListX changed: was 45e89b4a5f82…, now 2d711642b726… (usually a key enrolled or removed with mokutil, or a shim update)`,
+		}},
 		"MOK": {"shim-grub-secureboot", grub, func(l *Log) { remeasure(l, 24, x, nil) }, []string{
 			`PCR 14: shim's keys (MOK) MokList changed: was 342c88bb9fde…, now 2d711642b726… (usually a key enrolled or removed with mokutil, or a shim update)`,
 		}},

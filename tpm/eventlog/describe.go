@@ -82,13 +82,13 @@ func (e Event) mark(measured []byte) string {
 }
 
 func describeSeparator(e Event) string {
-	switch separatorKind(e) {
-	case 0:
-		return "separator"
-	case -1:
+	switch kind := separatorKind(e); {
+	case kind < 0:
 		return "separator" + claimed
-	default:
+	case kind == errorSeparator:
 		return "separator: the firmware met an error"
+	default:
+		return "separator" + e.mark(separators[kind])
 	}
 }
 

@@ -1,8 +1,10 @@
 package eventlog
 
-// separators are the data of EV_SEPARATOR: normal, and two that say that the
-// firmware met an error (TCG PFP 1.06, 10.4.1).
-var separators = [][]byte{{0, 0, 0, 0}, {0xff, 0xff, 0xff, 0xff}, {1, 0, 0, 0}}
+// separators are the data of EV_SEPARATOR: two normal ones, and one that says that
+// the firmware met an error (TCG PFP 1.06, 10.4.1).
+var separators = [][]byte{{0, 0, 0, 0}, {0xff, 0xff, 0xff, 0xff}, errorSeparator: {1, 0, 0, 0}}
+
+const errorSeparator = 2
 
 // SecureBoot tells the state of Secure Boot from the events of PCR 7, if a log
 // that verified leaves no doubt: whatever can't be shown to be so is unknown, and
@@ -45,11 +47,11 @@ func (l *Log) beforeSeparator() (before []Event, ok bool) {
 			continue
 		}
 		switch kind := separatorKind(e); {
-		case kind > 0 || kind < 0 && e.UntrustedType == Separator:
+		case kind < 0 && e.UntrustedType == Separator || kind == errorSeparator:
 			return nil, false
-		case kind == 0:
+		case kind >= 0:
 			n++
-			if !e.Proves(separators[0]) {
+			if !e.Proves(separators[kind]) {
 				return nil, false
 			}
 		case n == 0:
