@@ -55,7 +55,7 @@ func allowedUIDs(cfg ListenConfig) []uint32 {
 		return cfg.AllowedUIDs
 	}
 	owner := uint32(os.Geteuid())
-	if cfg.Owner != nil {
+	if cfg.Owner != nil && cfg.Owner.UID >= 0 {
 		owner = uint32(cfg.Owner.UID)
 	}
 	uids := []uint32{0}

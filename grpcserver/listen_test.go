@@ -55,7 +55,7 @@ func TestSocketModeAndOwner(t *testing.T) {
 		uid   uint32
 	}{
 		{0, nil, 0o600, 0},
-		{0o660, &grpcserver.Owner{UID: 0, GID: 1000}, 0o660, 0},
+		{0o660, &grpcserver.Owner{UID: -1, GID: 1000}, 0o660, 0},
 		{0o600, &grpcserver.Owner{UID: 1000, GID: 1000}, 0o600, 1000},
 	} {
 		dir := openDir(t)
@@ -65,8 +65,8 @@ func TestSocketModeAndOwner(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if st := fi.Sys().(*syscall.Stat_t); fi.Mode() != fs.ModeSocket|tc.want || st.Uid != tc.uid {
-			t.Errorf("%v: %v of UID %d", tc, fi.Mode(), st.Uid)
+		if st := fi.Sys().(*syscall.Stat_t); fi.Mode() != fs.ModeSocket|tc.want || st.Uid != tc.uid || tc.owner != nil && int(st.Gid) != tc.owner.GID {
+			t.Errorf("%v: %v of UID %d, GID %d", tc, fi.Mode(), st.Uid, st.Gid)
 		}
 		if l.Addr().String() != path {
 			t.Errorf("address %s", l.Addr())
@@ -343,6 +343,8 @@ func TestPeers(t *testing.T) {
 		{"default, another", nil, nil, 1000, "PermissionDenied: UID 1000 may not use this socket; if kube-apiserver runs as that user, add 1000 to kms.allowedUIDs"},
 		{"default, owner", nil, &grpcserver.Owner{UID: 1000}, 1000, "OK: "},
 		{"default, root of another's", nil, &grpcserver.Owner{UID: 1000}, 0, "OK: "},
+		{"default, group given away", nil, &grpcserver.Owner{UID: -1, GID: 1000}, 0, "OK: "},
+		{"default, nobody's UID", nil, &grpcserver.Owner{UID: -1, GID: 1000}, 1<<32 - 2, "PermissionDenied: UID 4294967294"},
 		{"listed", []uint32{0, 1000}, nil, 1000, "OK: "},
 		{"root not listed", []uint32{1000}, nil, 0, "PermissionDenied: UID 0 may not use"},
 		{"nobody listed", []uint32{}, nil, 0, "PermissionDenied: UID 0 may not use"},

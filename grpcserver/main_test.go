@@ -84,7 +84,7 @@ func reexec(t *testing.T, uid uint32, env string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(name)
-	cmd.Env = append(os.Environ(), env)
+	cmd.Env = append(os.Environ(), env, "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	if uid != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}

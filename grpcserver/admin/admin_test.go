@@ -252,7 +252,7 @@ func TestBadRequests(t *testing.T) {
 		{"duplicate field", "POST", "/v1/recover", `{"identity":"QUdF","identity":"QUdF"}`, 400, "identity"},
 		{"other case", "POST", "/v1/recover", `{"Identity":"QUdF"}`, 400, "Identity"},
 		{"trailing bytes", "POST", "/v1/recover", `{"identity":"QUdF"} {}`, 400, "no JSON of this verb"},
-		{"oversized", "POST", "/v1/recover", `{"identity":"` + strings.Repeat("QUdF", 1<<19) + `"}`, 400, "larger than 1048576 bytes"},
+		{"oversized", "POST", "/v1/recover", `{"identity":"` + strings.Repeat("QUdF", 1<<19) + `"}`, 400, "larger than 2097152 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			req, err := http.NewRequest(tc.method, "http://kleidi"+tc.path, strings.NewReader(tc.body))

@@ -23,7 +23,7 @@ import (
 
 // Bounds of a request.
 const (
-	maxRequest = 1 << 20  // bytes
+	maxRequest = 2 << 20  // bytes; a keyring of 1 MiB, in base64, fits
 	maxHeaders = 16 << 10 // bytes
 	// opTimeout bounds one operation. A discrete TPM takes seconds, and may have to retry.
 	opTimeout = 2 * time.Minute

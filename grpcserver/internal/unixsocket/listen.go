@@ -32,7 +32,7 @@ const (
 // probeTimeout bounds the wait for whoever may answer on an existing socket.
 const probeTimeout = time.Second
 
-// Owner is who a socket belongs to.
+// Owner is who a socket belongs to; -1 leaves the process's own user or group.
 type Owner struct{ UID, GID int }
 
 // Config says what to listen on.
