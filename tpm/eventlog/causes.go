@@ -5,6 +5,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // A cause names an event in words and says what usually changes it. It applies
@@ -20,11 +21,16 @@ const anyPCR = -1
 
 const keysEnrolled = "keys enrolled, removed or reset in the firmware's setup, or a firmware update"
 
-// Events that repeat what others say, see isEcho.
+// Events that explain and isEcho know.
 const (
 	grubLinux     = "GRUB's kernel line"
 	kernelCmdline = "kernel command line"
 	sectionName   = "list of sections in the unified kernel image"
+	secureBoot    = "Secure Boot"
+	signer        = "key that signed the boot program"
+	sbat          = "list of revoked boot loaders (SBAT)"
+	kernelImage   = "kernel"
+	bootProgram   = "boot program"
 )
 
 // causes are looked up from the top; the first that applies decides.
@@ -41,20 +47,20 @@ var causes = []cause{
 	{3, regexp.MustCompile(``), "settings of a device", "a device added, removed or reconfigured"},
 
 	{4, regexp.MustCompile(`(?i)\b(shim|mm|fb|grub|systemd-boot|refind)[a-z0-9_-]*\.efi`), "boot loader", "a boot loader update"},
-	{4, regexp.MustCompile(`(?i)(vmlinu|linux|kernel|loaded from memory)`), "kernel", "a kernel update, or another kernel chosen in the boot menu"},
-	{4, regexp.MustCompile(`(?i)\\EFI\\BOOT\\BOOT[A-Z0-9]+\.EFI`), "boot program", "a boot loader update"},
-	{4, regexp.MustCompile(`^image`), "boot program", "a boot loader or kernel update, or another choice in the boot menu"},
+	{4, regexp.MustCompile(`(?i)(vmlinu|linux|kernel|loaded from memory)`), kernelImage, "a kernel update, or another kernel chosen in the boot menu"},
+	{4, regexp.MustCompile(`(?i)\\EFI\\BOOT\\BOOT[A-Z0-9]+\.EFI`), bootProgram, "a boot loader update"},
+	{4, regexp.MustCompile(`^image`), bootProgram, "a boot loader or kernel update, or another choice in the boot menu"},
 	{4, regexp.MustCompile(`^action`), "firmware's boot step", "another choice in the boot menu, or a boot entry that failed first"},
 	{5, regexp.MustCompile(`^partition table`), "partition table", "a change of the boot disk's partitions, or another boot disk"},
 	{5, regexp.MustCompile(``), "boot loader settings", "a change of the boot loader's configuration"},
 
-	{7, regexp.MustCompile(`^Secure Boot: `), "Secure Boot", "it was switched on or off in the firmware's setup"},
+	{7, regexp.MustCompile(`^Secure Boot: `), secureBoot, "it was switched on or off in the firmware's setup"},
 	{7, regexp.MustCompile(`^dbx: `), "list of revoked boot programs (dbx)", "a revocation update, by fwupd or with the firmware"},
 	{7, regexp.MustCompile(`^PK: `), "Secure Boot platform key (PK)", keysEnrolled},
 	{7, regexp.MustCompile(`^KEK: `), "Secure Boot key exchange keys (KEK)", keysEnrolled},
 	{7, regexp.MustCompile(`^(db|dbt|dbr): `), "Secure Boot allowed signers (db)", keysEnrolled},
-	{7, regexp.MustCompile(`^SBAT level`), "list of revoked boot loaders (SBAT)", "a shim update"},
-	{7, regexp.MustCompile(`^authorised by`), "key that signed the boot program", "a boot loader or kernel signed by somebody else, or Secure Boot switched on or off"},
+	{7, regexp.MustCompile(`^SBAT level`), sbat, "a shim update"},
+	{7, regexp.MustCompile(`^authorised by`), signer, "a boot loader or kernel signed by somebody else"},
 	{7, regexp.MustCompile(``), "Secure Boot settings", "a change in the firmware's setup, or a shim update"},
 
 	{anyPCR, regexp.MustCompile(`^kernel_cmdline`), kernelCmdline, "the command line was edited, or a kernel update"},
@@ -65,13 +71,13 @@ var causes = []cause{
 
 	{9, regexp.MustCompile(`^load options`), kernelCmdline, "the command line was edited, or a kernel update"},
 	{9, regexp.MustCompile(`^initrd|init(rd|ramfs)`), "initrd", "a rebuilt initrd, after a kernel or driver update"},
-	{9, regexp.MustCompile(`vmlinu|bzImage|/linux`), "kernel", "a kernel update, or another kernel chosen in the boot menu"},
+	{9, regexp.MustCompile(`vmlinu|bzImage|/linux`), kernelImage, "a kernel update, or another kernel chosen in the boot menu"},
 	{9, regexp.MustCompile(`\.cfg$|\.conf$|grubenv$|\.lst$`), "boot loader's configuration file", "GRUB's configuration was changed, or a kernel update"},
 	{9, regexp.MustCompile(`\.mod$|\.pf2$`), "GRUB module", "a GRUB update"},
 	{9, regexp.MustCompile(`^file`), "file that the boot loader read", "a boot loader or kernel update"},
 
 	{11, regexp.MustCompile(`^section name`), sectionName, "a unified kernel image built in another way"},
-	{11, regexp.MustCompile(`^section \.(linux|uname)`), "kernel", "a kernel update"},
+	{11, regexp.MustCompile(`^section \.(linux|uname)`), kernelImage, "a kernel update"},
 	{11, regexp.MustCompile(`^section \.initrd`), "initrd", "a rebuilt initrd, after a kernel or driver update"},
 	{11, regexp.MustCompile(`^section \.cmdline`), kernelCmdline, "a unified kernel image built with another command line"},
 	{11, regexp.MustCompile(`^section \.osrel`), "operating system's release", "an update of the operating system"},
@@ -79,17 +85,14 @@ var causes = []cause{
 	{11, regexp.MustCompile(`^systemd: `), "boot phase", "kleidi ran earlier or later in the boot; order its unit After=systemd-pcrphase.service"},
 	{12, regexp.MustCompile(``), "command line, credentials or add-ons of the boot loader", "a changed boot entry, credential or add-on"},
 	{13, regexp.MustCompile(``), "system extension", "a system extension added, removed or updated"},
-	{14, regexp.MustCompile(`^shim`), "shim's keys (MOK)", "a key enrolled or removed with mokutil, or a shim update"},
+	{14, regexp.MustCompile(`^shim`), "shim's key list", "a key enrolled or removed with mokutil, or a shim update"},
 	{15, regexp.MustCompile(``), "identity of the system", "another root file system, or a new machine ID"},
 	{anyPCR, regexp.MustCompile(``), "event", ""},
 }
 
 // explain puts a change into words.
-func explain(c change, uki bool) Difference {
+func explain(c change, ctx circumstances) Difference {
 	s := c.either()
-	if c.was != nil && c.now == nil {
-		s = c.was
-	}
 	d := Difference{PCR: s.PCR, Was: say(c.was), Now: say(c.now)}
 	for _, rule := range causes {
 		if (rule.pcr == anyPCR || rule.pcr == s.PCR) && rule.what.MatchString(s.What) {
@@ -97,17 +100,35 @@ func explain(c change, uki bool) Difference {
 			break
 		}
 	}
-	kind, value := s.value()
-	if uki && kind == subjectImage && d.Event == "boot program" {
-		d.Event, d.Cause = "unified kernel image", "a kernel, initrd or command line update"
+	switch {
+	case ctx.secureBoot && s.PCR == 4 && d.Event == kernelImage && (c.was == nil || c.now == nil):
+		d.Cause = "Secure Boot switched on or off: the kernel is then started in another way"
+	case ctx.uki && d.Event == bootProgram:
+		d.Event, d.Cause = "unified kernel image", "its kernel, initrd, command line or stub was updated"
 	}
 	if c.was != nil && c.now != nil && d.Was == d.Now { // the text says nothing of the change
 		d.Was, d.Now = short(c.was.Digest), short(c.now.Digest)
-		if value != "" {
-			d.Event += " " + printable(value, maxWhat)
+		if name := s.name(); name != "" {
+			d.Event += " (" + name + ")"
 		}
 	}
 	return d
+}
+
+// name returns what tells an event from others of its kind, or "".
+func (s Summary) name() string {
+	kind, value := s.value()
+	switch kind {
+	case subjectImage, subjectDriver:
+		value, _, _ = strings.Cut(value, ", ")
+		if value == fromMemory {
+			return ""
+		}
+	case subjectFile, subjectShim, subjectVolume:
+	default:
+		return ""
+	}
+	return printable(value, maxWhat)
 }
 
 // say returns an event's value, quoted if it is free text, or else its digest.
@@ -126,7 +147,8 @@ func say(s *Summary) string {
 
 // isEcho reports whether a difference repeats another of the same PCR: GRUB
 // measures the kernel's command line twice, as its command and as handed over,
-// and systemd-stub measures each section's name before its content.
+// systemd-stub measures each section's name before its content, and without
+// Secure Boot nobody signs.
 func isEcho(d Difference, all []Difference) bool {
 	return slices.ContainsFunc(all, func(o Difference) bool {
 		switch d.Event {
@@ -134,6 +156,8 @@ func isEcho(d Difference, all []Difference) bool {
 			return o.Event == kernelCmdline
 		case sectionName:
 			return o.Event != sectionName
+		case signer, sbat:
+			return o.Event == secureBoot
 		}
 		return false
 	})

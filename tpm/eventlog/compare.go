@@ -55,7 +55,10 @@ func (d Difference) String() string {
 // events. Differences come by PCR, then in the order of the events.
 func Compare(was, now []Summary, wasPCR, nowPCR PCRs) []Difference {
 	var all []Difference
-	uki := isUKI(was) || isUKI(now)
+	ctx := circumstances{
+		uki:        isUKI(was) || isUKI(now),
+		secureBoot: secureBootWhat(was) != secureBootWhat(now),
+	}
 	for pcr := range NumPCRs {
 		before, after := ofPCR(was, pcr), ofPCR(now, pcr)
 		a, b := wasPCR[pcr], nowPCR[pcr]
@@ -70,7 +73,7 @@ func Compare(was, now []Summary, wasPCR, nowPCR PCRs) []Difference {
 			}
 		}
 		if !same {
-			all = append(all, compareEvents(pcr, before, after, uki)...)
+			all = append(all, compareEvents(pcr, before, after, ctx)...)
 		}
 	}
 	return all
@@ -100,8 +103,24 @@ func isUKI(summaries []Summary) bool {
 	return slices.ContainsFunc(summaries, func(s Summary) bool { return s.PCR == 11 && s.What == subjectSectionName+" .linux" })
 }
 
+// secureBootWhat returns what was recorded of the state of Secure Boot.
+func secureBootWhat(summaries []Summary) string {
+	for _, s := range summaries {
+		if s.PCR == 7 && s.kind() == subjectSecureBoot {
+			return s.What
+		}
+	}
+	return ""
+}
+
 // sameDigest compares what is proven, and only that.
 func sameDigest(a, b Summary) bool { return a.Digest == b.Digest }
+
+// circumstances are what the events of other PCRs say of a change.
+type circumstances struct {
+	uki        bool // a unified kernel image is or was booted
+	secureBoot bool // Secure Boot was switched
+}
 
 // change is an event that was replaced, removed (now is nil) or added (was is nil).
 type change struct{ was, now *Summary }
@@ -114,14 +133,14 @@ func (c change) either() *Summary {
 }
 
 // compareEvents explains the events of one PCR.
-func compareEvents(pcr int, was, now []Summary, uki bool) []Difference {
+func compareEvents(pcr int, was, now []Summary, ctx circumstances) []Difference {
 	var found []Difference
 	for _, c := range pair(diff(was, now)) {
 		// A digest that moved behind an unchanged one was removed and added.
 		if c.was != nil && c.now != nil && sameDigest(*c.was, *c.now) {
 			continue
 		}
-		if d := explain(c, uki); !slices.Contains(found, d) {
+		if d := explain(c, ctx); !slices.Contains(found, d) {
 			found = append(found, d)
 		}
 	}
@@ -230,7 +249,7 @@ func (s Summary) subject() string {
 	switch kind {
 	case subjectGRUB, subjectSystemd:
 		value, _, _ = strings.Cut(value, " ")
-	case subjectImage, "driver":
+	case subjectImage, subjectDriver:
 		value, _, _ = strings.Cut(value, ", ")
 		value = unversioned(value)
 	case subjectFile:

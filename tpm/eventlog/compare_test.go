@@ -73,7 +73,7 @@ func TestCompareTellsWhatChanged(t *testing.T) {
 			remeasure(l, 23, x, nil)
 			remeasure(l, 29, x, nil)
 		}, []string{
-			`PCR 4: unified kernel image \EFI\BOOT\BOOTX64.EFI, 10429968 bytes changed: was 1783b7756354…, now 2d711642b726… (usually a kernel, initrd or command line update)`,
+			`PCR 4: unified kernel image (\EFI\BOOT\BOOTX64.EFI) changed: was 1783b7756354…, now 2d711642b726… (usually its kernel, initrd, command line or stub was updated)`,
 			`PCR 11: kernel command line changed: was 9936b932d368…, now 2d711642b726… (usually a unified kernel image built with another command line)`,
 		}},
 		"UKI, kernel and initrd": {"uki-secureboot", []int{11}, func(l *Log) {
@@ -98,7 +98,25 @@ func TestCompareTellsWhatChanged(t *testing.T) {
 			l.Events = slices.Delete(l.Events, 21, 22)
 		}, []string{
 			`PCR 7: Secure Boot changed: was on, now off (usually it was switched on or off in the firmware's setup)`,
-			`PCR 7: key that signed the boot program is gone: was SnakeOil (usually a boot loader or kernel signed by somebody else, or Secure Boot switched on or off)`,
+		}},
+		"Secure Boot off, kernel started by the firmware": {"uki-secureboot", uki, func(l *Log) {
+			remeasureVariable(l, 3, []byte{0})
+			l.Append([]Event{Measure(l.Banks, 4, EFIBootServicesApp, x, imageLoad{size: 5}.encode())})
+		}, []string{
+			`PCR 4: kernel is new: loaded from memory, 5 bytes (usually Secure Boot switched on or off: the kernel is then started in another way)`,
+			`PCR 7: Secure Boot changed: was on, now off (usually it was switched on or off in the firmware's setup)`,
+		}},
+		"signed by another key": {"uki-secureboot", uki, func(l *Log) {
+			remeasureVariable(l, 21, bytes.Repeat(x, 20))
+		}, []string{
+			`PCR 7: key that signed the boot program changed: was SnakeOil, now 20 bytes (usually a boot loader or kernel signed by somebody else)`,
+		}},
+		"dbx of equal size": {"shim-grub-secureboot", grub, func(l *Log) {
+			v, _ := parseVariable(l.Events[7].UntrustedData)
+			v.data[len(v.data)-1] ^= 1
+			remeasureVariable(l, 7, v.data)
+		}, []string{
+			`PCR 7: list of revoked boot programs (dbx) changed: was 1963d580fcc0…, now 3dd12708ad61… (usually a revocation update, by fwupd or with the firmware)`,
 		}},
 		"dbx": {"shim-grub-secureboot", grub, func(l *Log) {
 			v, _ := parseVariable(l.Events[7].UntrustedData)
@@ -114,7 +132,7 @@ func TestCompareTellsWhatChanged(t *testing.T) {
 			remeasure(l, 2, x, nil)
 		}, []string{
 			`PCR 0: firmware version changed: was 96a296d224f2…, now 2.1 (usually a firmware update)`,
-			`PCR 0: firmware 12582912 bytes at 0x900000 changed: was a644ed209b18…, now 2d711642b726… (usually a firmware update, or other firmware settings)`,
+			`PCR 0: firmware (12582912 bytes at 0x900000) changed: was a644ed209b18…, now 2d711642b726… (usually a firmware update, or other firmware settings)`,
 		}},
 		"GRUB, command line": {"shim-grub-secureboot", grub, func(l *Log) {
 			line := "/vmlinuz console=ttyS0,115200 quiet panic=-1 mboot=b"
@@ -137,11 +155,25 @@ func TestCompareTellsWhatChanged(t *testing.T) {
 			`PCR 4: kernel changed: was loaded from memory, 8247232 bytes, now loaded from memory, 8255555 bytes (usually a kernel update, or another kernel chosen in the boot menu)`,
 			`PCR 9: kernel changed: was /vmlinuz, now /vmlinuz-6.12.0-3 (usually a kernel update, or another kernel chosen in the boot menu)`,
 		}},
+		"GRUB, kernel of equal size": {"shim-grub-secureboot", []int{4}, func(l *Log) {
+			remeasure(l, 38, x, nil)
+			remeasure(l, 39, x, nil)
+		}, []string{
+			`PCR 4: kernel changed: was 6b1bf35c3bee…, now 2d711642b726… (usually a kernel update, or another kernel chosen in the boot menu)`,
+		}},
+		"GRUB, one kernel more": {"shim-grub-secureboot", []int{4}, func(l *Log) {
+			l.Append([]Event{Measure(l.Banks, 4, EFIBootServicesApp, x, imageLoad{size: 5}.encode())})
+		}, []string{
+			`PCR 4: kernel is new: loaded from memory, 5 bytes (usually a kernel update, or another kernel chosen in the boot menu)`,
+		}},
+		"shim": {"shim-grub-secureboot", []int{4}, func(l *Log) { remeasure(l, 23, x, nil) }, []string{
+			`PCR 4: boot program (\EFI\BOOT\BOOTX64.EFI) changed: was 80a66d53a945…, now 2d711642b726… (usually a boot loader update)`,
+		}},
 		"GRUB, initrd": {"shim-grub-secureboot", grub, func(l *Log) { remeasure(l, 42, x, nil) }, []string{
-			`PCR 9: initrd /initrd.gz changed: was 8bc65108deea…, now 2d711642b726… (usually a rebuilt initrd, after a kernel or driver update)`,
+			`PCR 9: initrd (/initrd.gz) changed: was 8bc65108deea…, now 2d711642b726… (usually a rebuilt initrd, after a kernel or driver update)`,
 		}},
 		"GRUB itself": {"shim-grub-secureboot", grub, func(l *Log) { remeasure(l, 29, x, nil) }, []string{
-			`PCR 4: boot loader \EFI\BOOT\grubx64.efi, 4183488 bytes changed: was a68f6d71ebdd…, now 2d711642b726… (usually a boot loader update)`,
+			`PCR 4: boot loader (\EFI\BOOT\grubx64.efi) changed: was a68f6d71ebdd…, now 2d711642b726… (usually a boot loader update)`,
 		}},
 		"GRUB, one command more": {"shim-grub-secureboot", grub, func(l *Log) {
 			l.Events = slices.Insert(l.Events, 36, Measure(l.Banks, 8, IPL, []byte("set gfxmode=auto"), []byte("grub_cmd: set gfxmode=auto\x00")))
@@ -162,11 +194,11 @@ func TestCompareTellsWhatChanged(t *testing.T) {
 			remeasure(l, 25, x, nil)
 			l.Events = slices.Delete(l.Events, 24, 25)
 		}, []string{
-			`PCR 14: shim's keys (MOK) is gone: was MokList (usually a key enrolled or removed with mokutil, or a shim update)`,
-			`PCR 14: shim's keys (MOK) MokListX changed: was 45e89b4a5f82…, now 2d711642b726… (usually a key enrolled or removed with mokutil, or a shim update)`,
+			`PCR 14: shim's key list is gone: was MokList (usually a key enrolled or removed with mokutil, or a shim update)`,
+			`PCR 14: shim's key list (MokListX) changed: was 45e89b4a5f82…, now 2d711642b726… (usually a key enrolled or removed with mokutil, or a shim update)`,
 		}},
 		"MOK": {"shim-grub-secureboot", grub, func(l *Log) { remeasure(l, 24, x, nil) }, []string{
-			`PCR 14: shim's keys (MOK) MokList changed: was 342c88bb9fde…, now 2d711642b726… (usually a key enrolled or removed with mokutil, or a shim update)`,
+			`PCR 14: shim's key list (MokList) changed: was 342c88bb9fde…, now 2d711642b726… (usually a key enrolled or removed with mokutil, or a shim update)`,
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {

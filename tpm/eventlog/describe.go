@@ -14,6 +14,9 @@ import (
 // maxWhat bounds Summary.What, in runes.
 const maxWhat = 160
 
+// fromMemory stands for the path of an image that was not loaded from a file.
+const fromMemory = "loaded from memory"
+
 // claimed marks data that should hash to the event's digest and does not: the
 // log says something else than what was measured.
 const claimed = " (claimed, not proven)"
@@ -26,6 +29,7 @@ const (
 	subjectCmdline     = "kernel_cmdline"
 	subjectGRUB        = "grub_cmd"
 	subjectImage       = "image"
+	subjectDriver      = "driver"
 	subjectFile        = "file"
 	subjectSection     = "section"
 	subjectSectionName = "section name"
@@ -179,13 +183,13 @@ func subject(der []byte) string {
 func describeImage(e Event) string {
 	kind := subjectImage
 	if e.UntrustedType != EFIBootServicesApp {
-		kind = "driver"
+		kind = subjectDriver
 	}
 	i, err := parseImageLoad(e.UntrustedData)
 	if err != nil {
 		return kind
 	}
-	return fmt.Sprintf("%s: %s, %d bytes", kind, cmp.Or(i.path, "loaded from memory"), i.size)
+	return fmt.Sprintf("%s: %s, %d bytes", kind, cmp.Or(i.path, fromMemory), i.size)
 }
 
 // describeVolume reads a UEFI_PLATFORM_FIRMWARE_BLOB, or BLOB2, which begins with a name.
