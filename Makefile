@@ -7,7 +7,7 @@ FUZZTIME ?= 30s
 # runtime/secret erases what a computation on a key leaves behind; package seal
 # uses it where the toolchain has it.
 export GOEXPERIMENT ?= runtimesecret
-GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)"
 
 # The race detector needs a C compiler.
 RACE     = $(if $(and $(shell command -v gcc),$(filter 1,$(shell $(GO) env CGO_ENABLED))),-race)

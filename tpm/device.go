@@ -192,3 +192,9 @@ func flushStale(t transport.TPM) error {
 	}
 	return nil
 }
+
+// isTPMError reports whether the TPM itself answered with a response code.
+func isTPMError(err error) bool {
+	_, ok := errors.AsType[tpm2.TPMRC](err)
+	return ok
+}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"strconv"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	kjson "sigs.k8s.io/json"
@@ -36,6 +37,7 @@ type BootState struct {
 // authorization policy must hash to the one that the TPM enforces.
 type slotData struct {
 	Form    string           `json:"form"`
+	Made    time.Time        `json:"made"`    // for people: how old the slot is
 	SRK     hexBytes         `json:"srk"`     // Name of the storage root key
 	EK      string           `json:"ek"`      // digest of the endorsement key, see EKDigest
 	Public  []byte           `json:"public"`  // TPMT_PUBLIC
@@ -170,6 +172,7 @@ type Demand struct {
 	State  BootState
 	AtMost uint64 // the last epoch in which the slot opens
 	EK     string
+	Made   time.Time
 }
 
 // DemandOf reads what a TPM slot asks of the machine. It is as untrusted as the
@@ -179,5 +182,5 @@ func DemandOf(slot seal.Slot, counter Counter) (Demand, error) {
 	if err != nil {
 		return Demand{}, err
 	}
-	return Demand{State: *d.state, AtMost: d.Epoch.AtMost, EK: d.EK}, nil
+	return Demand{State: *d.state, AtMost: d.Epoch.AtMost, EK: d.EK, Made: d.Made}, nil
 }

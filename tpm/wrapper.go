@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync/atomic"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -37,15 +39,16 @@ type Config struct {
 // Wrapper seals KEKs to this machine's TPM. It implements [seal.Wrapper].
 type Wrapper struct {
 	Config
-	ahead uint64 // by how many epochs Wrap seals ahead of the counter
+	ahead uint64                  // by how many epochs Wrap seals ahead of the counter
+	ek    *atomic.Pointer[string] // the machine's EK digest once known: making the key takes seconds
 }
 
 // NewWrapper returns the TPM wrapper; it touches no TPM.
-func NewWrapper(c Config) *Wrapper { return &Wrapper{Config: c} }
+func NewWrapper(c Config) *Wrapper { return &Wrapper{Config: c, ek: new(atomic.Pointer[string])} }
 
 // ForNextEpoch returns a wrapper whose slots open in the next epoch too, and
 // stay open when the present one ends.
-func (w *Wrapper) ForNextEpoch() *Wrapper { return &Wrapper{Config: w.Config, ahead: 1} }
+func (w *Wrapper) ForNextEpoch() *Wrapper { return &Wrapper{Config: w.Config, ahead: 1, ek: w.ek} }
 
 // Type implements [seal.Wrapper].
 func (w *Wrapper) Type() string { return seal.TypeTPM }
@@ -55,7 +58,7 @@ func (w *Wrapper) Type() string { return seal.TypeTPM }
 // anywhere else a missing counter is a fault.
 func (w *Wrapper) Provision(ctx context.Context) (ek string, err error) {
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
-		if ek, err = EKDigest(t); err != nil {
+		if ek, err = w.digest(t); err != nil {
 			return err
 		}
 		return WithSRK(t, w.Owner, nil, func(srk *SRK) error {
@@ -73,15 +76,34 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 	if err != nil {
 		return seal.Slot{}, err
 	}
+	return w.wrap(ctx, kek, state)
+}
+
+// WrapLike seals kek under the boot state of an authenticated slot of this node
+// and the present epoch. Rotation uses it: the boot state in which the machine
+// starts is the slot's; the present one may have gone further, since PCR 11
+// moves with the phases of the boot.
+func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
+	if like.Type != seal.TypeTPM || like.Node != w.Node {
+		return seal.Slot{}, seal.ErrNotMine
+	}
+	d, err := parseSlot(like, w.Counter)
+	if err != nil {
+		return seal.Slot{}, err
+	}
+	return w.wrap(ctx, kek, *d.state)
+}
+
+func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState) (seal.Slot, error) {
 	if err := state.Check(); err != nil {
 		return seal.Slot{}, seal.Errorf(seal.CauseBootState, "choose other PCRs with tpm.pcrs", "this boot state can't be sealed to: %w", err)
 	}
-	d := &slotData{Form: formSealed, Bank: bankName(state.Bank), PCRs: map[int]hexBytes{}, Boot: state.Record, state: &state}
+	d := &slotData{Form: formSealed, Made: time.Now().UTC().Truncate(time.Second), Bank: bankName(state.Bank), PCRs: map[int]hexBytes{}, Boot: state.Record, state: &state}
 	for i, v := range state.Values {
 		d.PCRs[i] = v
 	}
-	err = w.Device.Do(ctx, func(t transport.TPM) (err error) {
-		if d.EK, err = EKDigest(t); err != nil {
+	err := w.Device.Do(ctx, func(t transport.TPM) (err error) {
+		if d.EK, err = w.digest(t); err != nil {
 			return err
 		}
 		return WithSRK(t, w.Owner, nil, func(srk *SRK) error { return w.seal(t, srk, kek, d) })
@@ -94,6 +116,17 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 		return seal.Slot{}, err
 	}
 	return seal.Slot{Type: seal.TypeTPM, Node: w.Node, Data: data}, nil
+}
+
+func (w *Wrapper) digest(t transport.TPM) (string, error) {
+	if known := w.ek.Load(); known != nil {
+		return *known, nil
+	}
+	ek, err := EKDigest(t)
+	if err == nil {
+		w.ek.Store(&ek)
+	}
+	return ek, err
 }
 
 // seal creates the sealed object; the KEK crosses the bus encrypted.

@@ -21,6 +21,8 @@ const (
 	Reseal Verb[ResealRequest, KeyringState] = "reseal"
 	// Recover opens the keyring with a recovery identity, seals anew and rotates.
 	Recover Verb[RecoverRequest, KeyringState] = "recover"
+	// Restore puts another keyring in the place of the stored one, and rotates.
+	Restore Verb[RestoreRequest, KeyringState] = "restore"
 	// Verify checks the stored keyring against the open KEK and the pin.
 	Verify Verb[VerifyRequest, KeyringState] = "verify"
 	// Reload reads configuration and keyring again.
@@ -114,10 +116,25 @@ type ResealRequest struct{}
 // RecoverRequest carries the recovery identity to the serve that holds the TPM.
 type RecoverRequest struct {
 	Identity Identity `json:"identity"`
+	// TrustKeyID is the current key ID of the keyring that the operator vouches
+	// for, where the pin can't.
+	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
 }
 
 // Wipe clears the identity. [Handle] calls it when the handler has returned.
 func (r *RecoverRequest) Wipe() { clear(r.Identity) }
+
+// RestoreRequest carries a keyring to put in the place of the stored one.
+type RestoreRequest struct {
+	Keyring []byte `json:"keyring"`
+	// Identity opens it where the TPM does not; empty means with the TPM.
+	Identity Identity `json:"identity,omitempty"`
+	// TrustKeyID is as in [RecoverRequest].
+	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
+}
+
+// Wipe clears the identity. [Handle] calls it when the handler has returned.
+func (r *RestoreRequest) Wipe() { clear(r.Identity) }
 
 // VerifyRequest asks to check the stored keyring.
 type VerifyRequest struct{}

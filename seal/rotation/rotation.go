@@ -14,10 +14,10 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// Rewrapper is a wrapper that can wrap a KEK as an authenticated slot is
+// Rewrapper can wrap a KEK as an authenticated slot is
 // wrapped: for the same boot state, key or recipients.
 type Rewrapper interface {
-	seal.Wrapper
+	// WrapLike returns seal.ErrNotMine for a slot that another wrapper made.
 	WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error)
 }
 
@@ -69,7 +69,7 @@ func rotate(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap
 	if err != nil {
 		return nil, err
 	}
-	if err := Prove(ctx, kek, slots, opener); err != nil {
+	if err := prove(ctx, kek, slots, opener, true); err != nil {
 		return nil, err
 	}
 	staged, err := k.Stage(kek, slots, now)
@@ -81,12 +81,21 @@ func rotate(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap
 }
 
 // Prove opens each slot that a wrapper of this node made and compares what comes
-// out: a slot that does not open must be found before it is relied on. A slot for
-// another boot state than the present one can't be tried.
+// out: a slot that does not open must be found before it is relied on.
 func Prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper) error {
+	return prove(ctx, kek, slots, opener, false)
+}
+
+// prove passes over a slot of another boot state than the present one, where the
+// slot is for such a one: it can't be tried now.
+func prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper, elsewhere bool) error {
 	for _, s := range slots {
 		for _, w := range opener {
-			if err := prove(ctx, kek, s, w); err != nil {
+			err := proveOne(ctx, kek, s, w)
+			if errors.Is(err, seal.ErrNotMine) || elsewhere && seal.CauseOf(err) == seal.CauseBootState {
+				continue
+			}
+			if err != nil {
 				return fmt.Errorf("the new %s slot does not open, nothing was changed: %w", s.Type, err)
 			}
 		}
@@ -94,11 +103,8 @@ func Prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []se
 	return nil
 }
 
-func prove(ctx context.Context, kek *seal.Secret, s seal.Slot, w seal.Wrapper) error {
+func proveOne(ctx context.Context, kek *seal.Secret, s seal.Slot, w seal.Wrapper) error {
 	got, err := w.Unwrap(ctx, s)
-	if errors.Is(err, seal.ErrNotMine) || seal.CauseOf(err) == seal.CauseBootState {
-		return nil
-	}
 	if err != nil {
 		return err
 	}

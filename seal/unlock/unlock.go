@@ -61,6 +61,8 @@ type Unlocker struct {
 	mu      sync.Mutex // one attempt or change at a time
 	version store.Version
 	nudge   chan struct{}
+	tried   chan struct{} // closed after the first attempt
+	once    sync.Once
 }
 
 // State is where the state machine is, for people.
@@ -80,10 +82,13 @@ type State struct {
 
 // New returns a locked Unlocker.
 func New(cfg Config) *Unlocker {
-	u := &Unlocker{cfg: cfg, nudge: make(chan struct{}, 1)}
+	u := &Unlocker{cfg: cfg, nudge: make(chan struct{}, 1), tried: make(chan struct{})}
 	u.state.Store(&State{Since: time.Now(), Problem: seal.Errorf(seal.CauseStarting, "wait a moment", "the first attempt to unlock has not ended")})
 	return u
 }
+
+// Tried is closed when the first attempt has ended, in whichever way.
+func (u *Unlocker) Tried() <-chan struct{} { return u.tried }
 
 // State returns the present state.
 func (u *Unlocker) State() State { return *u.state.Load() }
@@ -128,6 +133,7 @@ func (u *Unlocker) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 func (u *Unlocker) Unlock(ctx context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	defer u.once.Do(func() { close(u.tried) })
 	var timing Timing
 	start := time.Now()
 	k, version, wrapper, err := u.attempt(ctx, &timing)
@@ -150,6 +156,34 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	return nil
 }
 
+// Open opens the stored keyring as Unlock does, for the caller alone, who closes
+// it. Nothing is saved, pinned or announced.
+func (u *Unlocker) Open(ctx context.Context) (*keyring.Keyring, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	k, _, _, err := u.attempt(ctx, &Timing{})
+	return k, err
+}
+
+// OpenUnpinned opens another keyring than the stored one through the gate and with
+// a slot, for the caller alone, who closes it. The pin is not asked: the caller
+// finds out whether the keyring is to be trusted.
+func (u *Unlocker) OpenUnpinned(ctx context.Context, untrusted *keyring.Untrusted) (*keyring.Keyring, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	k, _, err := u.openWith(ctx, untrusted, nil, &Timing{})
+	return k, err
+}
+
+// Changed reports whether the stored keyring is another than the one last read
+// or saved here.
+func (u *Unlocker) Changed(ctx context.Context) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	_, version, err := u.cfg.Store.Load(ctx)
+	return err == nil && version != u.version
+}
+
 // attempt loads the keyring and opens it with the first slot that opens.
 func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyring, store.Version, string, error) {
 	start := time.Now()
@@ -158,26 +192,33 @@ func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyrin
 	if err != nil {
 		return nil, "", "", err
 	}
-	start = time.Now()
+	k, wrapper, err := u.openWith(ctx, untrusted, pin, timing)
+	return k, version, wrapper, err
+}
+
+// openWith is the gate, then the slots, then the keyring's own checks.
+func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, pin *keyring.Pin, timing *Timing) (*keyring.Keyring, string, error) {
+	start := time.Now()
+	var err error
 	if u.cfg.Gate != nil {
 		err = u.cfg.Gate.Attest(ctx, untrusted.Slots())
 	}
 	timing.Gate = time.Since(start)
 	if err != nil {
-		return nil, "", "", err
+		return nil, "", err
 	}
 	start = time.Now()
 	kek, wrapper, err := u.unwrap(ctx, untrusted.Slots())
 	timing.Slots = time.Since(start)
 	if err != nil {
-		return nil, "", "", err
+		return nil, "", err
 	}
 	k, err := untrusted.Open(kek, pin)
 	if err != nil {
 		kek.Close()
-		return nil, "", "", err
+		return nil, "", err
 	}
-	return k, version, wrapper, nil
+	return k, wrapper, nil
 }
 
 func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, store.Version, error) {

@@ -4,6 +4,7 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 
@@ -16,6 +17,8 @@ type Result struct {
 	PCRs eventlog.PCRs
 	// Log holds the events. Only digests on quoted PCRs are proven.
 	Log *eventlog.Log
+	// Time is when it was verified.
+	Time time.Time
 }
 
 // Verify proves, in this order: the attestation key is a restricted signing key;
@@ -43,7 +46,7 @@ func Verify(e *Evidence, nonce []byte, bank crypto.Hash, pcrs []int) (*Result, e
 	if err := crossCheck(e.FirmwareLog, log, bank, quoted); err != nil {
 		return nil, err
 	}
-	return &Result{Bank: bank, PCRs: quoted, Log: log}, nil
+	return &Result{Bank: bank, PCRs: quoted, Log: log, Time: time.Now()}, nil
 }
 
 func checkAK(public []byte) error {

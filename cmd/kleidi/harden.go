@@ -1,0 +1,44 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// hardenProcess keeps the process out of core files and away from other users'
+// debuggers. It comes before anything secret exists.
+func hardenProcess() {
+	_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
+	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+}
+
+// lockProcess keeps the whole process out of swap. KEKs have locked memory of
+// their own; this is for what derives from them on Go's heap, AES key schedules
+// for instance. Only pages that are used are locked, so it costs nothing else.
+func lockProcess(mem seal.Memory) error {
+	err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+	if err == nil || mem.BestEffort || !swapOn() {
+		return nil
+	}
+	return seal.Errorf(seal.CauseMemory, "raise LimitMEMLOCK= of the unit, switch swap off, or accept it with memory.lock: best-effort",
+		"lock the process's memory while swap is on: %w", err)
+}
+
+// swapOn reports whether anything could be swapped out, and errs on that side.
+func swapOn() bool {
+	b, err := os.ReadFile("/proc/swaps")
+	return err != nil || bytes.Count(b, []byte("\n")) > 1
+}
+
+// requireRoot names the usual reason before a permission error does.
+func requireRoot(err error) error {
+	if err != nil && os.IsPermission(err) && os.Geteuid() != 0 {
+		return fmt.Errorf("%w; run the command as root", err)
+	}
+	return err
+}

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// health is what serve tells of itself: /livez, /readyz and /metrics.
+type health struct {
+	registry *prometheus.Registry
+	attempts *prometheus.CounterVec
+
+	mu       sync.Mutex
+	node     *node
+	kmsError error // why the KMS socket does not listen
+}
+
+func newHealth(registry *prometheus.Registry) *health {
+	h := &health{registry: registry, attempts: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "kleidi_unlock_attempts_total", Help: "Attempts to unlock or reload the keyring, by the cause of their failure; none for success.",
+	}, []string{"cause"})}
+	h.kmsError = seal.Errorf(seal.CauseStarting, "wait a moment", "the KMS socket does not listen yet")
+	registry.MustRegister(h.attempts, h, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return h
+}
+
+func (h *health) bind(n *node) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.node = n
+}
+
+func (h *health) setKMS(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.kmsError = err
+}
+
+func (h *health) attempted(cause seal.Cause, _ unlock.Timing) {
+	label, status := "none", "STATUS=open"
+	if cause != "" {
+		label, status = string(cause), "STATUS=last attempt to unlock failed: "+string(cause)
+	}
+	h.attempts.WithLabelValues(label).Inc()
+	_, _ = daemon.SdNotify(false, status)
+}
+
+func (h *health) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if err := h.ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(h.registry, promhttp.HandlerOpts{}))
+	return mux
+}
+
+// ready is nil when kube-apiserver's calls succeed.
+func (h *health) ready() error {
+	h.mu.Lock()
+	kmsError, n := h.kmsError, h.node
+	h.mu.Unlock()
+	if kmsError != nil {
+		return fmt.Errorf("KMS socket: %w", kmsError)
+	}
+	if _, err := n.unlocker.Keyring(); err != nil {
+		return fmt.Errorf("locked: %s: %w", seal.CauseOf(err), err)
+	}
+	return nil
+}
+
+var (
+	descOpen     = prometheus.NewDesc("kleidi_open", "1 if the KEK is open, 0 if kleidi is locked.", nil, nil)
+	descKeyID    = prometheus.NewDesc("kleidi_current_key_id_info", "The current key ID's hash, in the form of kube-apiserver's key_id_hash.", []string{"key_id_hash"}, nil)
+	descRevision = prometheus.NewDesc("kleidi_keyring_revision", "Revision of the open keyring.", nil, nil)
+	descKEKs     = prometheus.NewDesc("kleidi_keks", "KEKs in the open keyring, by role.", []string{"role"}, nil)
+	descKEKMade  = prometheus.NewDesc("kleidi_kek_created_timestamp_seconds", "When the current KEK was made.", nil, nil)
+	descSlotMade = prometheus.NewDesc("kleidi_slot_created_timestamp_seconds", "When the slot was made.", []string{"type", "node"}, nil)
+	descAttested = prometheus.NewDesc("kleidi_attestation_timestamp_seconds", "When evidence of this boot last verified.", nil, nil)
+	descStep     = prometheus.NewDesc("kleidi_unlock_duration_seconds", "How long the steps of the last attempt to unlock took.", []string{"step"}, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (h *health) Describe(c chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descStep} {
+		c <- d
+	}
+}
+
+// Collect implements prometheus.Collector: it reads memory alone.
+func (h *health) Collect(c chan<- prometheus.Metric) {
+	h.mu.Lock()
+	n := h.node
+	h.mu.Unlock()
+	if n == nil {
+		return
+	}
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	timing := n.unlocker.State().Timing
+	for step, d := range map[string]time.Duration{"load": timing.Load, "gate": timing.Gate, "slots": timing.Slots, "total": timing.Total} {
+		gauge(descStep, d.Seconds(), step)
+	}
+	if last := n.gate.Last(); last != nil {
+		gauge(descAttested, seconds(last.Time))
+	}
+	k, err := n.unlocker.Keyring()
+	if err != nil {
+		gauge(descOpen, 0)
+		return
+	}
+	info := k.Info()
+	gauge(descOpen, 1)
+	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
+	gauge(descRevision, float64(info.Revision))
+	gauge(descKEKs, 1, "current")
+	gauge(descKEKs, float64(len(info.Retired)), "retired")
+	gauge(descKEKMade, seconds(info.Current.Created))
+	for _, s := range k.Slots() {
+		made := info.Current.Created // all but the TPM's are made with their KEK
+		if d, err := tpm.DemandOf(s, n.gate.Counter); err == nil && s.Type == seal.TypeTPM {
+			made = d.Made
+		}
+		gauge(descSlotMade, seconds(made), s.Type, s.Node)
+	}
+}
+
+func seconds(t time.Time) float64 { return float64(t.UnixMilli()) / 1000 }

@@ -1,0 +1,264 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+)
+
+// recoveryChoice is how the keyring can be opened when the TPM does not.
+type recoveryChoice struct {
+	recipients []string
+	none       bool
+	accepted   bool
+}
+
+func (a *app) newInit() *cobra.Command {
+	var choice recoveryChoice
+	cmd := &cobra.Command{
+		Use:   "init",
+		Short: "Make a KEK and a keyring, and seal the KEK to this machine's TPM",
+		Long: `Make a KEK and a keyring, and seal the KEK to this machine's TPM under the way in
+which it booted now. An existing keyring is never touched.
+
+The KEK also gets a recovery slot, for the day on which the TPM does not open: its
+identity is shown once and asked for again. With --recovery-recipient the slot is
+made for an age public key whose identity you keep elsewhere.`,
+		Example: `  kleidi init
+  kleidi init --recovery-recipient age1…`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := choice.check(a); err != nil {
+				return err
+			}
+			return a.runInit(cmd, &choice)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringArrayVar(&choice.recipients, "recovery-recipient", nil, "age public key (age1…) to make the recovery slot for; may be repeated")
+	flags.BoolVar(&choice.none, "no-recovery", false, "make no recovery slot: if the TPM or the machine fails, all Secrets are lost")
+	flags.BoolVar(&choice.accepted, "accept-data-loss", false, "acknowledge what --no-recovery means")
+	cmd.MarkFlagsMutuallyExclusive("recovery-recipient", "no-recovery")
+	return cmd
+}
+
+func (c *recoveryChoice) check(a *app) error {
+	switch {
+	case c.none && !c.accepted:
+		return errors.New("--no-recovery: if this TPM fails, is cleared, or the machine boots otherwise, every Secret is lost; if that is what you want, add --accept-data-loss")
+	case !c.none && len(c.recipients) == 0 && a.output == "json":
+		return errors.New("-o json can't show a recovery identity; add --recovery-recipient age1…")
+	}
+	return nil
+}
+
+// initResult is what init shows.
+type initResult struct {
+	ClusterID seal.ClusterID `json:"clusterID"`
+	KeyID     seal.KeyID     `json:"keyID"`
+	Keyring   string         `json:"keyring"`
+	Node      string         `json:"node"`
+	EK        string         `json:"ek"`
+	Slots     []string       `json:"slots"`
+}
+
+func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice) error {
+	cfg, err := a.config()
+	if err != nil {
+		return err
+	}
+	n, err := offline(cfg)
+	if err != nil {
+		return err
+	}
+	defer n.close()
+	result, err := n.initialize(cmd, choice)
+	if err != nil {
+		return fmt.Errorf("init: %w", err)
+	}
+	n.state.release()
+	if client, err := admin.Dial(cmd.Context(), cfg.Admin.Socket); err == nil {
+		if _, err := admin.Call(cmd.Context(), client, admin.Reload, admin.ReloadRequest{}); err != nil {
+			return fmt.Errorf("the keyring is made, but the running kleidi serve does not open it: %w", err)
+		}
+	}
+	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
+		fmt.Fprintf(w, "\nkeyring %s made\n  cluster ID  %s\n  key ID      %s\n  node        %s (EK %.23s…)\n", result.Keyring, result.ClusterID, result.KeyID, result.Node, result.EK)
+		for _, s := range result.Slots {
+			fmt.Fprintf(w, "  slot        %s\n", s)
+		}
+		fmt.Fprintf(w, "\nnext: start kleidi serve, and give kube-apiserver what kleidi encryption-config prints\n")
+	})
+}
+
+// initialize makes the keyring. Until its last step nothing but the TPM's epoch
+// counter exists, and a second init goes on from there. The pin comes first: a
+// keyring without a pin would not be trusted, a pin without a keyring is nothing.
+func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResult, error) {
+	ctx := cmd.Context()
+	progress := func(s string) { fmt.Fprintln(cmd.ErrOrStderr(), "[init]", s) }
+	if _, _, err := n.keyring.Load(ctx); !errors.Is(err, fs.ErrNotExist) {
+		return nil, existing(n.cfg.Keyring(), err)
+	}
+	if err := lockProcess(n.mem); err != nil {
+		return nil, err
+	}
+	progress("looking for the TPM at " + n.cfg.TPM.Device)
+	ek, err := n.tpm.Provision(ctx)
+	if err != nil {
+		return nil, err
+	}
+	progress("attesting this boot, and sealing a fresh KEK to it")
+	kek, err := n.mem.NewKEK()
+	if err != nil {
+		return nil, err
+	}
+	defer kek.Close() // harmless after the keyring, which takes it, has closed it
+	slot, err := n.tpm.Wrap(ctx, kek)
+	if err != nil {
+		return nil, err
+	}
+	slots := []seal.Slot{slot}
+	if err := rotation.Prove(ctx, kek, slots, n.openers()); err != nil {
+		return nil, err
+	}
+	if !choice.none {
+		recoverySlot, err := n.makeRecovery(cmd, kek, choice.recipients)
+		if err != nil {
+			return nil, err
+		}
+		slots = append(slots, recoverySlot)
+	}
+	return n.saveFirst(ctx, kek, slots, ek, progress)
+}
+
+func existing(path string, err error) error {
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("%s exists, and init never replaces a keyring; see kleidi status, or move the file away if this is to be a new cluster", path)
+}
+
+func (n *node) saveFirst(ctx context.Context, kek *seal.Secret, slots []seal.Slot, ek string, progress func(string)) (*initResult, error) {
+	var cluster seal.ClusterID
+	rand.Read(cluster[:])
+	k, err := keyring.New(cluster, kek, slots, []keyring.Node{{Name: n.cfg.Node, EK: ek}}, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	progress("saving the keyring to " + n.cfg.Keyring())
+	if err := n.pin.Save(ctx, k.Pin()); err != nil {
+		return nil, err
+	}
+	if _, err := n.keyring.Save(ctx, k.Marshal(), ""); err != nil {
+		return nil, err
+	}
+	r := &initResult{ClusterID: cluster, KeyID: k.CurrentID(), Keyring: n.cfg.Keyring(), Node: n.cfg.Node, EK: ek}
+	for _, s := range slots {
+		r.Slots = append(r.Slots, s.Type+": "+n.binding(s))
+	}
+	return r, nil
+}
+
+// makeRecovery wraps the KEK to the recipients, or to an identity made now.
+func (n *node) makeRecovery(cmd *cobra.Command, kek *seal.Secret, recipients []string) (seal.Slot, error) {
+	var identity *seal.Secret
+	if len(recipients) == 0 {
+		var recipient string
+		var err error
+		if identity, recipient, err = recovery.GenerateIdentity(n.mem); err != nil {
+			return seal.Slot{}, err
+		}
+		defer identity.Close()
+		recipients = []string{recipient}
+	}
+	w, err := recovery.NewWrapper(n.mem, recipients)
+	if err != nil {
+		return seal.Slot{}, fmt.Errorf("--recovery-recipient: %w", err)
+	}
+	slot, err := w.Wrap(cmd.Context(), kek)
+	if err == nil && identity != nil {
+		err = n.handOver(cmd, identity, slot, kek)
+	}
+	return slot, err
+}
+
+// readBackTries is how often the identity may be mistyped.
+const readBackTries = 3
+
+// handOver shows the identity once, and opens the slot with what the operator
+// gives back: an identity that nobody kept opens nothing.
+func (n *node) handOver(cmd *cobra.Command, identity *seal.Secret, slot seal.Slot, kek *seal.Secret) error {
+	out := cmd.OutOrStdout()
+	fmt.Fprint(out, "\nRecovery identity. It is shown once. Keep it off this machine: it opens the keyring\nwhen the TPM does not, and so it does for anyone who finds it.\n\n  ")
+	identity.With(func(b []byte) { _, _ = out.Write(bytes.TrimSpace(b)) })
+	fmt.Fprint(out, "\n\n")
+	in := lines(cmd)
+	for range readBackTries {
+		given, err := in("give it back, to show that you kept it (not shown): ")
+		if err != nil {
+			return fmt.Errorf("recovery identity: %w; nothing was made", err)
+		}
+		if err = n.opens(cmd.Context(), given, slot, kek); err == nil {
+			return nil
+		}
+		fmt.Fprintln(cmd.ErrOrStderr(), "that does not open the recovery slot:", err)
+	}
+	return errors.New("the recovery identity was not given back; nothing was made, run kleidi init again")
+}
+
+func (n *node) opens(ctx context.Context, identity []byte, slot seal.Slot, kek *seal.Secret) error {
+	secret, err := n.mem.Take(identity)
+	if err != nil {
+		return err
+	}
+	defer secret.Close()
+	w, err := recovery.NewOpener(n.mem, secret)
+	if err != nil {
+		return err
+	}
+	return rotation.Prove(ctx, kek, []seal.Slot{slot}, []seal.Wrapper{w})
+}
+
+// lines reads secrets line by line: hidden at a terminal, else from standard input.
+func lines(cmd *cobra.Command) func(prompt string) ([]byte, error) {
+	if f, ok := cmd.InOrStdin().(*os.File); ok && isTerminal(f) {
+		return func(prompt string) ([]byte, error) { return promptSecret(cmd, prompt) }
+	}
+	in := cmd.InOrStdin()
+	return func(string) ([]byte, error) { return readLine(in) }
+}
+
+// readLine reads byte by byte, so that no buffer keeps what follows.
+func readLine(r io.Reader) ([]byte, error) {
+	b := make([]byte, 0, maxIdentity)
+	var c [1]byte
+	for len(b) < maxIdentity {
+		if _, err := io.ReadFull(r, c[:]); err != nil {
+			if len(b) > 0 && errors.Is(err, io.EOF) {
+				return b, nil
+			}
+			return nil, err
+		}
+		if c[0] == '\n' {
+			return b, nil
+		}
+		b = append(b, c[0])
+	}
+	return nil, fmt.Errorf("more than %d bytes", maxIdentity)
+}

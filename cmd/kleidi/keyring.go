@@ -1,0 +1,242 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+func (a *app) newKeyring() *cobra.Command {
+	cmd := &cobra.Command{Use: "keyring", Short: "Show, verify, back up and restore the keyring", Args: cobra.NoArgs}
+	cmd.AddCommand(a.newKeyringShow(), a.newKeyringVerify(), a.newKeyringBackup(), a.newKeyringRestore())
+	return cmd
+}
+
+// readStored reads a keyring file for people; nothing has vouched for it.
+func readStored(ctx context.Context, cfg *config.Config) (*keyring.Untrusted, []byte, error) {
+	b, _, err := store.NewFile(cfg.Keyring()).Load(ctx)
+	if err != nil {
+		return nil, nil, requireRoot(keyringMissing(err))
+	}
+	u, err := keyring.Parse(b)
+	return u, b, err
+}
+
+func (a *app) newKeyringShow() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show",
+		Short: "Show the stored keyring, without verifying it",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			u, _, err := readStored(cmd.Context(), cfg)
+			if err != nil {
+				return err
+			}
+			n, err := newNode(cfg, logger(cfg), nil)
+			if err != nil {
+				return err
+			}
+			shown := struct {
+				keyring.Info
+				Slots []seal.Slot `json:"slots"`
+			}{u.Info(), u.Slots()}
+			return a.show(cmd.OutOrStdout(), shown, func(w io.Writer) { n.printKeyring(w, u) })
+		},
+	}
+}
+
+func (n *node) printKeyring(w io.Writer, u *keyring.Untrusted) {
+	i := u.Info()
+	row(w, "cluster ID", i.ClusterID.String())
+	row(w, "revision", fmt.Sprint(i.Revision))
+	row(w, "current KEK", fmt.Sprintf("%s  made %s", i.Current.KeyID, i.Current.Created.Local().Format(time.DateTime)))
+	for _, s := range u.Slots() {
+		row(w, "  slot", s.Type+"  "+s.Node+"  "+n.binding(s))
+	}
+	for _, r := range i.Retired {
+		row(w, "retired KEK", fmt.Sprintf("%s  made %s, retired %s", r.KeyID, r.Created.Local().Format(time.DateTime), r.Retired.Local().Format(time.DateTime)))
+	}
+	for _, node := range i.Nodes {
+		row(w, "node", node.Name+"  EK "+node.EK)
+	}
+	fmt.Fprintln(w, "\nnot verified; kleidi keyring verify does that")
+}
+
+func (a *app) newKeyringVerify() *cobra.Command {
+	return &cobra.Command{
+		Use:   "verify",
+		Short: "Open the stored keyring with the TPM and check it against MAC and pin",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := operate(cmd.Context(), a, admin.Verify, admin.VerifyRequest{}, (*node).verify)
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+}
+
+func (a *app) newKeyringBackup() *cobra.Command {
+	return &cobra.Command{
+		Use:   "backup FILE",
+		Short: "Copy the stored keyring to a new file",
+		Long: `Copy the stored keyring to a new file. A keyring holds no key in clear: it opens with
+this machine's TPM in its boot state, or with the recovery identity. Make a copy
+after every rotation: etcd backups need the KEKs that they were written under.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			u, b, err := readStored(cmd.Context(), cfg)
+			if err != nil {
+				return err
+			}
+			if err := writeNew(args[0], b); err != nil {
+				return fmt.Errorf("backup: %w", err)
+			}
+			result := map[string]any{"file": args[0], "keyID": u.CurrentID(), "revision": u.Revision()}
+			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
+				fmt.Fprintf(w, "revision %d (key ID %s) copied to %s\n", u.Revision(), u.CurrentID(), args[0])
+			})
+		},
+	}
+}
+
+// writeNew writes a file that did not exist, durably.
+func writeNew(path string, b []byte) error {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return err
+	}
+	_, err = store.NewFile(path).Save(context.Background(), b, "")
+	if errors.Is(err, store.ErrConflict) {
+		return fmt.Errorf("%s exists; name another file", path)
+	}
+	return err
+}
+
+func (a *app) newKeyringRestore() *cobra.Command {
+	var previous bool
+	var identityFile, trust string
+	cmd := &cobra.Command{
+		Use:   "restore [FILE | --previous]",
+		Short: "Put a backup, or the previous revision, in the place of the keyring, and rotate",
+		Long: `Put a backup, or the previous revision, in the place of the stored keyring. It has to
+open, with the TPM or with --identity-file, and to hold the KEK that this node last
+trusted. Then the KEK is rotated, so that no key ID ever flips back.`,
+		Example: `  kleidi keyring restore --previous
+  kleidi keyring restore /media/usb/keyring.json --identity-file /media/usb/kleidi-recovery.txt`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if previous == (len(args) == 1) {
+				return errors.New("name a backup file, or --previous")
+			}
+			b, err := a.readBackup(cmd.Context(), args)
+			if err != nil {
+				return err
+			}
+			req := admin.RestoreRequest{Keyring: b, TrustKeyID: seal.KeyID(trust)}
+			if identityFile != "" {
+				if req.Identity, err = readIdentity(cmd, identityFile); err != nil {
+					return err
+				}
+				defer clear(req.Identity)
+			}
+			s, err := operate(cmd.Context(), a, admin.Restore, req, (*node).restore)
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+	cmd.Flags().BoolVar(&previous, "previous", false, "restore the previous revision, which kleidi keeps")
+	cmd.Flags().StringVar(&identityFile, "identity-file", "", "open it with this recovery identity instead of the TPM")
+	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the pin does not vouch for it")
+	return cmd
+}
+
+func (a *app) readBackup(ctx context.Context, args []string) ([]byte, error) {
+	if len(args) == 1 {
+		f, err := os.Open(args[0])
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		b, err := io.ReadAll(io.LimitReader(f, keyring.MaxSize+1))
+		return b, err // Parse refuses what is too large
+	}
+	cfg, err := a.config()
+	if err != nil {
+		return nil, err
+	}
+	b, err := store.NewFile(cfg.Keyring()).Previous(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("there is no previous revision: %w", requireRoot(err))
+	}
+	return b, nil
+}
+
+// restore adopts another keyring in the place of the stored one.
+func (n *node) restore(ctx context.Context, req admin.RestoreRequest) (admin.KeyringState, error) {
+	state, err := n.restoreFrom(ctx, req)
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("restore: %w", err)
+	}
+	return state, nil
+}
+
+func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin.KeyringState, error) {
+	untrusted, err := keyring.Parse(req.Keyring)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	_, version, err := n.keyring.File.Load(ctx)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return admin.KeyringState{}, err
+	}
+	if len(req.Identity) > 0 {
+		return n.recoverFrom(ctx, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID})
+	}
+	old, err := n.unlocker.OpenUnpinned(ctx, untrusted)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	defer old.Close()
+	revision, err := n.vouch(ctx, old, req.TrustKeyID)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	raised, err := old.AtLeast(revision)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	defer raised.Close()
+	next, err := rotation.Rotate(ctx, n.mem, raised, rotation.Like(n.rewrappers(), raised.Slots()), n.openers(), time.Now())
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	if err := n.unlocker.Adopt(ctx, next, version, seal.TypeTPM); err != nil {
+		return admin.KeyringState{}, err
+	}
+	return n.result(old.CurrentID(), "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
+}

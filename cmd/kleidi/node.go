@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/nv"
+)
+
+// node is this machine, put together from its configuration. Making one touches
+// neither disk nor TPM.
+type node struct {
+	cfg      *config.Config
+	log      *slog.Logger
+	mem      seal.Memory
+	state    *state
+	keyring  lockedFile
+	pin      unlock.FilePin
+	gate     *attest.Gate
+	tpm      *tpm.Wrapper
+	unlocker *unlock.Unlocker
+}
+
+func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock.Timing)) (*node, error) {
+	addr, err := tpm.ParseAddress(cfg.TPM.Device)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.device: %w", err)
+	}
+	owner := tpm.Owner{File: cfg.TPM.OwnerAuthFile}
+	counter, err := nv.NewCounter(cfg.TPM.EpochIndex, owner)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.epochIndex: %w", err)
+	}
+	device := tpm.NewDevice(addr, cfg.TPM.Timeout)
+	n := &node{cfg: cfg, log: log, mem: memory(cfg), state: &state{dir: cfg.State.Dir}}
+	n.keyring = lockedFile{store.NewFile(cfg.Keyring()), n.state}
+	n.pin = unlock.FilePin{Store: lockedFile{store.NewFile(cfg.Pin()), n.state}}
+	n.gate = &attest.Gate{
+		Attester: attest.Attester{Device: device, Owner: owner,
+			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},
+		Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs,
+	}
+	n.tpm = tpm.NewWrapper(tpm.Config{
+		Device: device, Owner: owner, Counter: counter, Memory: n.mem, Node: cfg.Node, State: n.gate.State,
+	})
+	n.unlocker = unlock.New(unlock.Config{
+		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem}, Wrappers: []seal.Wrapper{n.tpm},
+		Settle: n.tpm.Settle, Log: log, Attempted: attempted,
+	})
+	return n, nil
+}
+
+func (n *node) close() {
+	n.unlocker.Close()
+	n.state.release()
+}
+
+// stored returns the stored keyring, of which nothing is proven.
+func (n *node) stored(ctx context.Context) (*keyring.Untrusted, store.Version, error) {
+	b, version, err := n.keyring.File.Load(ctx)
+	if err != nil {
+		return nil, "", keyringMissing(err)
+	}
+	u, err := keyring.Parse(b)
+	return u, version, err
+}
+
+// rewrappers are the wrappers that rotation follows slots with.
+func (n *node) rewrappers() []rotation.Rewrapper {
+	return []rotation.Rewrapper{n.tpm, recovery.Rewrapper{Memory: n.mem}}
+}
+
+// preflight is the gate, behind the check that nothing secret can reach the swap.
+type preflight struct {
+	*attest.Gate
+	mem seal.Memory
+}
+
+// Attest implements unlock.Gate.
+func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
+	if err := lockProcess(p.mem); err != nil {
+		return err
+	}
+	return p.Gate.Attest(ctx, slots)
+}
+
+func (n *node) openers() []seal.Wrapper { return []seal.Wrapper{n.tpm} }

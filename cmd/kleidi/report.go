@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+// status reports what is sealed to what. With Try it has the TPM open each slot
+// of this node; else nothing but memory and the stored keyring is looked at.
+func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.StatusReport, error) {
+	state := n.unlocker.State()
+	r := admin.StatusReport{
+		Version: version(), Node: n.cfg.Node, State: admin.Locked, Since: state.Since, NextAttempt: state.Next,
+		Problem: admin.ProblemOf(state.Problem),
+	}
+	var slots []seal.Slot
+	if k, err := n.unlocker.Keyring(); err == nil {
+		r.State, r.Memory = admin.Open, k.KEK().Kind()
+		describe(&r, k.Info())
+		slots = k.Slots()
+	} else if u, _, err := n.stored(ctx); err == nil {
+		describe(&r, u.Info()) // nothing has vouched for it
+		slots = u.Slots()
+	} else {
+		r.Problem = admin.ProblemOf(err)
+	}
+	var attestation error
+	if req.Try && len(slots) > 0 {
+		attestation = n.gate.Attest(ctx, slots)
+	}
+	for _, s := range slots {
+		r.Slots = append(r.Slots, n.reportSlot(ctx, s, r.CurrentKeyID, r.ClusterID, req.Try, attestation))
+	}
+	r.Attestation = n.reportAttestation(errors.Join(attestation, onlyAttestation(state.Problem)))
+	return r, nil
+}
+
+func onlyAttestation(err error) error {
+	if seal.CauseOf(err) == seal.CauseAttestation {
+		return err
+	}
+	return nil
+}
+
+func describe(r *admin.StatusReport, i keyring.Info) {
+	r.ClusterID, r.CurrentKeyID, r.Revision = i.ClusterID.String(), i.Current.KeyID, i.Revision
+	r.Keys = append(r.Keys, admin.KeyReport{KeyID: i.Current.KeyID, Role: "current", Created: i.Current.Created})
+	if i.Staged != nil {
+		r.Keys = append(r.Keys, admin.KeyReport{KeyID: i.Staged.KeyID, Role: "staged", Created: i.Staged.Created})
+	}
+	for _, k := range slices.Backward(i.Retired) {
+		r.Keys = append(r.Keys, admin.KeyReport{KeyID: k.KeyID, Role: "retired", Created: k.Created, Retired: k.Retired})
+	}
+}
+
+func (n *node) reportSlot(ctx context.Context, s seal.Slot, id seal.KeyID, cluster string, try bool, attestation error) admin.SlotReport {
+	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.binding(s)}
+	if !try || s.Type != seal.TypeTPM || s.Node != n.cfg.Node {
+		return r
+	}
+	err := attestation
+	if err == nil {
+		err = n.tryOpen(ctx, s, id, cluster)
+	}
+	opens := err == nil
+	r.Opens, r.Problem = &opens, admin.ProblemOf(n.gate.Explain(err))
+	return r
+}
+
+// tryOpen has the TPM open the slot, and forgets what came out once its key ID
+// is compared.
+func (n *node) tryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster string) error {
+	kek, err := n.tpm.Unwrap(ctx, s)
+	if err != nil {
+		return err
+	}
+	defer kek.Close()
+	c, err := seal.ParseClusterID(cluster)
+	if err != nil {
+		return err
+	}
+	if got := keyring.NewKeyID(c, kek); got != id {
+		return seal.Errorf(seal.CauseSlotCorrupt, "run kleidi keyring restore, or kleidi recover", "it holds the KEK of key ID %s", got)
+	}
+	return nil
+}
+
+// binding says in one line what a slot is sealed to.
+func (n *node) binding(s seal.Slot) string {
+	switch s.Type {
+	case seal.TypeTPM:
+		d, err := tpm.DemandOf(s, n.gate.Counter)
+		if err != nil {
+			return "unreadable"
+		}
+		return fmt.Sprintf("PCR %s (%s), up to epoch %d", join(slices.Sorted(maps.Keys(d.State.Values))), eventlog.BankName(d.State.Bank), d.AtMost)
+	case seal.TypeRecovery:
+		recipients, err := recovery.Recipients(s)
+		if err != nil {
+			return "unreadable"
+		}
+		return "age " + strings.Join(recipients, ", ")
+	default:
+		return ""
+	}
+}
+
+func join(pcrs []int) string {
+	return strings.Trim(strings.ReplaceAll(fmt.Sprint(pcrs), " ", ", "), "[]")
+}
+
+func (n *node) reportAttestation(problem error) *admin.AttestationReport {
+	last := n.gate.Last()
+	if last == nil && problem == nil {
+		return nil
+	}
+	r := &admin.AttestationReport{Passed: problem == nil, Problem: admin.ProblemOf(problem)}
+	if last != nil {
+		r.Time, r.Boot, r.Bank = last.Time, string(last.Log.BootType()), eventlog.BankName(last.Bank)
+		r.PCRs = slices.Sorted(maps.Keys(last.PCRs))
+	}
+	return r
+}
+
+// offlineStatus is status without a running serve: nothing is open, and that is
+// not the problem to show.
+func (n *node) offlineStatus(ctx context.Context, req admin.StatusRequest) (admin.StatusReport, error) {
+	r, err := n.status(ctx, req)
+	if seal.CauseOf(r.Problem.Err()) == seal.CauseStarting {
+		r.Problem = &admin.Problem{Message: "kleidi serve does not run", Hint: "start it: systemctl start kleidi"}
+	}
+	r.Since = time.Time{}
+	return r, err
+}

@@ -1,0 +1,109 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// app is what all verbs share: the global flags.
+type app struct {
+	configPath string
+	output     string
+	logLevel   string
+}
+
+const example = `  # on a control-plane node: make a KEK and seal it to this machine's TPM
+  kleidi init
+
+  # serve it to kube-apiserver (deploy/ holds a systemd unit)
+  kleidi serve
+
+  # what kube-apiserver wants in --encryption-provider-config
+  kleidi encryption-config
+
+  # no TPM at hand: all of it on a simulated machine
+  kleidi dev`
+
+func newRoot() *cobra.Command {
+	a := &app{}
+	root := &cobra.Command{
+		Use:   "kleidi",
+		Short: "Encrypt Kubernetes Secrets under a key that is sealed in the TPM",
+		Long: `kleidi is a KMS v2 provider for Kubernetes. The key that encrypts Secrets in etcd
+is sealed to the control-plane node's TPM under its boot state, and unsealed only
+after the boot was attested.`,
+		Example:       example,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			hardenProcess()
+			return a.check()
+		},
+	}
+	flags := root.PersistentFlags()
+	flags.StringVar(&a.configPath, "config", "", "configuration file (default "+config.DefaultPath+", if it exists)")
+	flags.StringVarP(&a.output, "output", "o", "text", "how to show results: text or json")
+	flags.StringVar(&a.logLevel, "log-level", "", "debug, info, warn or error; overrides log.level")
+	_ = root.MarkPersistentFlagFilename("config", "yaml", "yml")
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = root.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
+	root.AddCommand(
+		a.newInit(), a.newServe(), a.newStatus(), a.newRotate(), a.newReseal(), a.newRecover(),
+		a.newKeyring(), a.newEncryptionConfig(), a.newDev(), a.newVersion(),
+	)
+	return root
+}
+
+func (a *app) check() error {
+	if a.output != "text" && a.output != "json" {
+		return fmt.Errorf("--output %q; want text or json", a.output)
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(a.logLevel)); a.logLevel != "" && err != nil {
+		return fmt.Errorf("--log-level %q; want debug, info, warn or error", a.logLevel)
+	}
+	return nil
+}
+
+// config reads the configuration that the flags name.
+func (a *app) config() (*config.Config, error) {
+	c, err := config.Load(a.configPath)
+	if err == nil && a.logLevel != "" {
+		err = c.Log.Level.UnmarshalText([]byte(a.logLevel))
+	}
+	return c, err
+}
+
+// logger writes to stderr, so that stdout holds results alone.
+func logger(c *config.Config) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: c.Log.Level}
+	if c.Log.Format == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+}
+
+// show prints a result as the operator asked for it.
+func (a *app) show(w io.Writer, result any, text func(io.Writer)) error {
+	if a.output == "json" {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		return e.Encode(result)
+	}
+	text(w)
+	return nil
+}
+
+// memory hands out locked memory as configured.
+func memory(c *config.Config) seal.Memory {
+	return seal.Memory{BestEffort: c.Memory.Lock == config.LockBestEffort}
+}

@@ -1,0 +1,44 @@
+package main
+
+import (
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+)
+
+func (a *app) newRotate() *cobra.Command {
+	return &cobra.Command{
+		Use:   "rotate",
+		Short: "Make a fresh KEK the current one",
+		Long: `Make a fresh KEK the current one, sealed as the present one is. The former KEK is
+retired: it stays in the keyring and still decrypts.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := operate(cmd.Context(), a, admin.Rotate, admin.RotateRequest{}, unlocked((*node).rotate))
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+}
+
+func (a *app) newReseal() *cobra.Command {
+	return &cobra.Command{
+		Use:   "reseal",
+		Short: "Seal the KEK to the present boot state, after an authorised change",
+		Long: `Seal the KEK to the boot state of now, after an authorised change, and revoke the
+slot of the earlier one: the TPM refuses it from then on, even where someone kept
+its bytes. A locked keyring can't be resealed; see kleidi recover.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := operate(cmd.Context(), a, admin.Reseal, admin.ResealRequest{}, unlocked((*node).reseal))
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+}

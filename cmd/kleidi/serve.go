@@ -1,0 +1,219 @@
+package main
+
+import (
+	"context"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/fsnotify/fsnotify"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/grpcserver"
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+func (a *app) newServe() *cobra.Command {
+	return &cobra.Command{
+		Use:   "serve",
+		Short: "Serve KMS v2 to kube-apiserver",
+		Long: `Serve KMS v2 to kube-apiserver. A locked keyring is no reason to stop: kleidi answers
+with what is wrong, tries again, and serves as soon as the keyring opens.
+
+SIGHUP has it read the keyring anew; SIGTERM ends it once calls in progress are
+answered.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			s, err := newServer(cfg, logger(cfg))
+			if err != nil {
+				return err
+			}
+			s.run(cmd.Context())
+			return nil
+		},
+	}
+}
+
+// server is a running serve.
+type server struct {
+	*node
+	health *health
+	kms    *grpcserver.Server
+	admin  *admin.Server
+	http   *http.Server
+}
+
+// run returns when ctx has ended and everything has stopped.
+func (s *server) run(ctx context.Context) {
+	s.log.Info("starting", "version", version(), "node", s.cfg.Node, "tpm", s.cfg.TPM.Device, "state", s.cfg.State.Dir)
+	if err := store.PrepareDir(s.cfg.State.Dir); err != nil {
+		s.log.Warn("state folder", "error", err)
+	}
+	var running sync.WaitGroup
+	running.Go(func() { s.keep(ctx, "KMS socket", s.serveKMS) })
+	running.Go(func() { s.keep(ctx, "admin socket", s.serveAdmin) })
+	if s.cfg.HTTP.Address != "" {
+		running.Go(func() { s.keep(ctx, "health and metrics", s.serveHTTP) })
+	}
+	running.Go(func() { s.unlocker.Run(ctx) })
+	running.Go(func() { s.watch(ctx) })
+	<-ctx.Done()
+	s.log.Info("stopping")
+	s.stop()
+	running.Wait()
+	s.close()
+}
+
+func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
+	registry := prometheus.NewRegistry()
+	h := newHealth(registry)
+	n, err := newNode(cfg, log, h.attempted)
+	if err != nil {
+		return nil, err
+	}
+	s := &server{node: n, health: h}
+	h.bind(n)
+	if s.kms, err = grpcserver.New(n.unlocker, grpcserver.Options{Registerer: registry, Log: log}); err != nil {
+		return nil, err
+	}
+	s.admin = admin.NewServer(admin.Options{Log: log})
+	admin.Handle(s.admin, admin.Status, n.status)
+	admin.Handle(s.admin, admin.Rotate, n.rotate)
+	admin.Handle(s.admin, admin.Reseal, n.reseal)
+	admin.Handle(s.admin, admin.Recover, n.recover)
+	admin.Handle(s.admin, admin.Restore, n.restore)
+	admin.Handle(s.admin, admin.Verify, n.verify)
+	admin.Handle(s.admin, admin.Reload, n.reload)
+	s.http = &http.Server{Handler: h.handler(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
+	return s, nil
+}
+
+// keep runs f until ctx ends, and again after a while where it fails: a folder
+// that is missing or a port that is taken can be mended without a restart.
+func (s *server) keep(ctx context.Context, what string, f func() error) {
+	wait := backoff.NewExponentialBackOff()
+	wait.InitialInterval, wait.MaxInterval = 200*time.Millisecond, 15*time.Second
+	for ctx.Err() == nil {
+		err := f()
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		d := wait.NextBackOff()
+		s.log.Error(what+" failed", "error", err, "retry", d.Round(time.Millisecond))
+		select {
+		case <-ctx.Done():
+		case <-time.After(d):
+		}
+	}
+}
+
+func (s *server) serveKMS() error {
+	c := s.cfg.KMS
+	var owner *grpcserver.Owner
+	if c.SocketUID >= 0 || c.SocketGID >= 0 {
+		owner = &grpcserver.Owner{UID: orOwn(c.SocketUID, os.Geteuid()), GID: orOwn(c.SocketGID, os.Getegid())}
+	}
+	l, err := grpcserver.Listen(grpcserver.ListenConfig{
+		Path: c.Socket, Mode: fs.FileMode(c.SocketMode), Owner: owner, AllowedUIDs: c.AllowedUIDs, Log: s.log,
+	})
+	s.health.setKMS(err)
+	if err != nil {
+		return err
+	}
+	s.log.Info("listening", "socket", c.Socket)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	err = s.kms.Serve(l)
+	s.health.setKMS(err)
+	return err
+}
+
+func orOwn(id, own int) int {
+	if id >= 0 {
+		return id
+	}
+	return own
+}
+
+func (s *server) serveAdmin() error {
+	l, err := admin.Listen(s.cfg.Admin.Socket, s.log)
+	if err != nil {
+		return err
+	}
+	return s.admin.Serve(l)
+}
+
+func (s *server) serveHTTP() error {
+	l, err := net.Listen("tcp", s.cfg.HTTP.Address)
+	if err != nil {
+		return err
+	}
+	if err := s.http.Serve(l); err != http.ErrServerClosed {
+		return err
+	}
+	return nil
+}
+
+// stopTimeout bounds how long calls in progress may take.
+const stopTimeout = 5 * time.Second
+
+func (s *server) stop() {
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+	s.kms.GracefulStop(ctx)
+	_ = s.admin.Shutdown(ctx)
+	_ = s.http.Shutdown(ctx)
+}
+
+// watch reloads on SIGHUP, and when the keyring was changed by someone else.
+func (s *server) watch(ctx context.Context) {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	events, stop := s.watchFolder()
+	defer stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hup:
+			s.log.Info("SIGHUP: reading the keyring anew")
+			s.unlocker.Nudge()
+		case e := <-events:
+			if filepath.Base(e.Name) == filepath.Base(s.cfg.Keyring()) && s.unlocker.Changed(ctx) {
+				s.log.Info("the stored keyring has changed: reading it anew")
+				s.unlocker.Nudge()
+			}
+		}
+	}
+}
+
+// watchFolder watches the folder, since files in it are replaced and not written
+// to. Without a watch there is still SIGHUP.
+func (s *server) watchFolder() (<-chan fsnotify.Event, func()) {
+	w, err := fsnotify.NewWatcher()
+	if err == nil {
+		err = w.Add(s.cfg.State.Dir)
+	}
+	if err != nil {
+		s.log.Warn("the state folder can't be watched; send SIGHUP after a change of the keyring", "error", err)
+		return nil, func() {}
+	}
+	return w.Events, func() { _ = w.Close() }
+}

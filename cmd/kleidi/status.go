@@ -1,0 +1,101 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+)
+
+func (a *app) newStatus() *cobra.Command {
+	var quick bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show what is sealed to what, and whether the TPM would open it now",
+		Long: `Show what is sealed to what, which KEK is current, and whether the TPM would open
+it now, and why not. It asks the running kleidi serve; without one it looks itself.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := operate(cmd.Context(), a, admin.Status, admin.StatusRequest{Try: !quick}, (*node).offlineStatus)
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printStatus(w, r) })
+		},
+	}
+	cmd.Flags().BoolVar(&quick, "quick", false, "do not have the TPM try the slots")
+	return cmd
+}
+
+func printStatus(w io.Writer, r admin.StatusReport) {
+	state := string(r.State)
+	if !r.Since.IsZero() {
+		state += " since " + r.Since.Local().Format(time.DateTime)
+	}
+	row(w, "state", state)
+	printProblem(w, r.Problem)
+	if !r.NextAttempt.IsZero() && r.State == admin.Locked {
+		row(w, "next attempt", r.NextAttempt.Local().Format(time.DateTime))
+	}
+	row(w, "node", r.Node)
+	row(w, "cluster ID", r.ClusterID)
+	if r.Revision > 0 {
+		row(w, "revision", fmt.Sprint(r.Revision))
+	}
+	for _, k := range r.Keys {
+		row(w, k.Role+" KEK", fmt.Sprintf("%s  made %s", k.KeyID, k.Created.Local().Format(time.DateTime)))
+	}
+	if at := r.Attestation; at != nil {
+		verdict := "passed"
+		if !at.Passed {
+			verdict = "failed"
+		}
+		if len(at.PCRs) > 0 {
+			verdict += fmt.Sprintf(": %s boot, PCR %s (%s)", at.Boot, join(at.PCRs), at.Bank)
+		}
+		row(w, "attestation", verdict)
+		printProblem(w, at.Problem)
+	}
+	for _, s := range r.Slots {
+		row(w, "slot", s.Type+"  "+s.Binding+"  "+opens(s))
+		printProblem(w, s.Problem)
+	}
+	if r.Memory != "" {
+		row(w, "memory", r.Memory)
+	}
+	row(w, "version", r.Version)
+}
+
+func opens(s admin.SlotReport) string {
+	switch {
+	case s.Opens == nil:
+		return ""
+	case *s.Opens:
+		return "(opens now)"
+	default:
+		return "(DOES NOT OPEN)"
+	}
+}
+
+func row(w io.Writer, name, value string) {
+	if value != "" {
+		fmt.Fprintf(w, "%-14s %s\n", name, strings.TrimRight(value, " "))
+	}
+}
+
+// printProblem breaks what a refusal lists into lines of their own.
+func printProblem(w io.Writer, p *admin.Problem) {
+	if p == nil {
+		return
+	}
+	for _, line := range strings.Split(p.Message, "; ") {
+		fmt.Fprintf(w, "%-14s   %s\n", "", line)
+	}
+	if p.Hint != "" {
+		fmt.Fprintf(w, "%-14s   -> %s\n", "", p.Hint)
+	}
+}
