@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -59,6 +61,9 @@ func TestKilledOwner(t *testing.T) {
 	if err != nil || strings.TrimSpace(line) != "booted: <nil>" {
 		t.Errorf("the child says %q, %v", line, err)
 	}
+	if lock := filepath.Join(m.Dir(), "lock"); !holdsOpen(t, childOf(t, child.Process.Pid), lock) {
+		t.Errorf("swtpm does not hold %s, so a second one could start before it has ended", lock)
+	}
 	if err := child.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -72,4 +77,39 @@ func TestKilledOwner(t *testing.T) {
 	if got, err := readNV(t.Context(), next.TPM()); got != "kept" || err != nil {
 		t.Errorf("%q, %v", got, err)
 	}
+}
+
+// childOf returns the only child of a process.
+func childOf(t *testing.T, parent int) int {
+	t.Helper()
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range stats {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended meanwhile
+		}
+		var pid, ppid int
+		var name, state string
+		if n, _ := fmt.Sscanf(string(raw), "%d %s %s %d", &pid, &name, &state, &ppid); n == 4 && ppid == parent {
+			return pid
+		}
+	}
+	t.Fatalf("process %d has no child", parent)
+	return 0
+}
+
+// holdsOpen reports whether a process has a file open.
+func holdsOpen(t *testing.T, pid int, file string) bool {
+	t.Helper()
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(fds, func(fd string) bool {
+		target, err := os.Readlink(fd)
+		return err == nil && target == file
+	})
 }

@@ -6,6 +6,7 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -334,5 +335,57 @@ func BenchmarkBoot(b *testing.B) {
 	m := tpmtest.New(b, simboot.Baseline(simboot.UKI))
 	for b.Loop() {
 		m.Reboot(simboot.Baseline(simboot.UKI))
+	}
+}
+
+// TestShutdownIsOrderly: the TPM was told before it lost its power, unless the
+// power was cut; and each boot resets it.
+func TestShutdownIsOrderly(t *testing.T) {
+	b := simboot.Baseline(simboot.UKI)
+	m := tpmtest.New(t, b)
+	clock := func() (info tpm2.TPMSClockInfo) {
+		t.Helper()
+		err := m.TPM().Do(t.Context(), func(tp transport.TPM) error {
+			r, err := tpm2.ReadClock{}.Execute(tp)
+			if err == nil {
+				info = r.CurrentTime.ClockInfo
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info
+	}
+	resets := clock().ResetCount
+	m.Reboot(b)
+	if c := clock(); !bool(c.Safe) || c.ResetCount != resets+1 {
+		t.Errorf("after an orderly reboot: %+v, want a safe clock and one reset more than %d", c, resets)
+	}
+	m.CutPower()
+	m.Reboot(b)
+	if c := clock(); bool(c.Safe) || c.ResetCount != resets+2 {
+		t.Errorf("after a power cut: %+v, want a clock that is not safe and two resets more than %d", c, resets)
+	}
+}
+
+// TestPowerOffWithAHangingClient: a client that holds the TPM delays the end of
+// the machine by a moment only.
+func TestPowerOffWithAHangingClient(t *testing.T) {
+	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
+	c, err := net.Dial("unix", strings.TrimPrefix(m.Device(), "unix:"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	start := time.Now()
+	if err := m.PowerOff(); err != nil || time.Since(start) > 4*time.Second {
+		t.Errorf("PowerOff: %v, after %v", err, time.Since(start))
+	}
+	if err := m.PowerOff(); err != nil {
+		t.Errorf("PowerOff of a machine that is off: %v", err)
+	}
+	if err := m.Clear(t.Context()); err == nil || !strings.Contains(err.Error(), "boot it first") {
+		t.Errorf("Clear of a machine that is off: %v", err)
 	}
 }
