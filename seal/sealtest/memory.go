@@ -1,0 +1,88 @@
+package sealtest
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"unsafe"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// mask keeps a Watch from holding the bytes that it looks for.
+const mask = 0xa5
+
+// Watch looks for copies of secrets in this process's memory, as a core file
+// would show them.
+type Watch struct {
+	masked map[string][]byte
+	own    map[uintptr]int // where secrets lie that may be found, and their sizes
+}
+
+// NewWatch returns a Watch over no secret.
+func NewWatch() *Watch { return &Watch{masked: map[string][]byte{}, own: map[uintptr]int{}} }
+
+// Add watches for copies of s, which itself may lie where it is.
+func (w *Watch) Add(name string, s *seal.Secret) {
+	s.With(func(b []byte) {
+		m := bytes.Clone(b)
+		for i := range m {
+			m[i] ^= mask
+		}
+		w.masked[name] = m
+		w.own[uintptr(unsafe.Pointer(&b[0]))] = len(b)
+	})
+}
+
+// Find returns, for each copy, the name of the secret and the mapping that holds it.
+func (w *Watch) Find(t testing.TB) (found []string) {
+	t.Helper()
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	mem, err := os.Open("/proc/self/mem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	buf := make([]byte, 1<<20)
+	for line := range strings.Lines(string(maps)) {
+		var from, to uintptr
+		var perm string
+		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &perm); err != nil {
+			t.Fatalf("%s: %v", line, err)
+		}
+		if !strings.HasPrefix(perm, "rw") {
+			continue
+		}
+		for ; from < to; from += uintptr(len(buf) / 2) { // windows overlap
+			n, _ := mem.ReadAt(buf[:min(uintptr(len(buf)), to-from)], int64(from)) // memfd_secret can't be read
+			for _, name := range w.look(buf[:n], from) {
+				found = append(found, name+" in "+strings.TrimSpace(line))
+			}
+		}
+	}
+	return found
+}
+
+// look searches window, which was read at address from, and erases it.
+func (w *Watch) look(window []byte, from uintptr) (names []string) {
+	defer clear(window)
+	for i := range window {
+		window[i] ^= mask
+	}
+	for at, n := range w.own {
+		if at >= from && at < from+uintptr(len(window)) {
+			clear(window[at-from:][:min(n, len(window)-int(at-from))])
+		}
+	}
+	for name, m := range w.masked {
+		if bytes.Contains(window, m) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
