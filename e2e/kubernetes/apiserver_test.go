@@ -12,10 +12,11 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
 // namespace holds the tests' objects.
@@ -23,27 +24,28 @@ const namespace = "e2e"
 
 // apiserver is a kube-apiserver and a client of it with all rights.
 type apiserver struct {
-	*process
-	version, dir string
-	args         []string
-	url, token   string
-	client       *http.Client
+	*node.Process
+	version    string
+	node       *node.Node
+	args       []string
+	url, token string
+	client     *http.Client
 }
 
 // newAPIServer prepares a kube-apiserver, which does not run yet.
-func newAPIServer(t *testing.T, version, dir string, e *etcd, encryptionConfig string) *apiserver {
+func newAPIServer(t *testing.T, version string, n *node.Node, e *etcd) *apiserver {
 	t.Helper()
-	port := freePort(t)
-	a := &apiserver{version: version, dir: dir, url: "https://127.0.0.1:" + port, token: rand.Text()}
+	port := node.FreePort(t)
+	a := &apiserver{version: version, node: n, url: "https://127.0.0.1:" + port, token: rand.Text()}
 	users := a.write(t, "users.csv", []byte(a.token+",e2e,e2e,system:masters\n"))
 	accounts := a.write(t, "accounts.pem", serviceAccountKey(t))
 	a.args = []string{
 		"--etcd-servers", e.url, "--bind-address", "127.0.0.1", "--secure-port", port,
-		"--cert-dir", a.path("certificates"), "--token-auth-file", users,
+		"--cert-dir", a.node.Path("certificates"), "--token-auth-file", users,
 		"--service-account-issuer", "https://kubernetes.default.svc",
 		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts,
 		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC",
-		"--endpoint-reconciler-type", "none", "--encryption-provider-config", encryptionConfig,
+		"--endpoint-reconciler-type", "none", "--encryption-provider-config", n.EncryptionConfig(),
 	}
 	return a
 }
@@ -57,23 +59,21 @@ func serviceAccountKey(t *testing.T) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})
 }
 
-func (a *apiserver) path(name string) string { return filepath.Join(a.dir, name) }
-
 func (a *apiserver) write(t *testing.T, name string, b []byte) string {
 	t.Helper()
-	if err := os.WriteFile(a.path(name), b, 0o600); err != nil {
+	if err := os.WriteFile(a.node.Path(name), b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return a.path(name)
+	return a.node.Path(name)
 }
 
 // start runs kube-apiserver and returns once it serves objects that are not
 // encrypted, whether or not its KMS plugin is there.
 func (a *apiserver) start(t *testing.T) {
 	t.Helper()
-	a.process = start(t, a.path("kube-apiserver.log"), binaries[a.version], a.args...)
-	eventually(t, 2*time.Minute, a.version+" serves", func() error {
-		if err := a.alive(); err != nil {
+	a.Process = node.Start(t, a.node.Path("kube-apiserver.log"), binaries[a.version], a.args...)
+	node.Eventually(t, 2*time.Minute, a.version+" serves", func() error {
+		if err := a.Alive(); err != nil {
 			t.Fatal(err)
 		}
 		if err := a.trust(); err != nil {
@@ -88,7 +88,7 @@ func (a *apiserver) start(t *testing.T) {
 
 // trust reads the certificate that kube-apiserver made for itself.
 func (a *apiserver) trust() error {
-	certificates, err := os.ReadFile(a.path("certificates/apiserver.crt"))
+	certificates, err := os.ReadFile(a.node.Path("certificates/apiserver.crt"))
 	if err != nil {
 		return err
 	}

@@ -6,28 +6,28 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
 // etcd is a real server, read through its JSON gateway, which needs no client library.
 type etcd struct {
-	*process
-	url  string
-	data string
+	*node.Process
+	url string
 }
 
-func startEtcd(t *testing.T, dir string) *etcd {
+func startEtcd(t *testing.T, n *node.Node) *etcd {
 	t.Helper()
-	e := &etcd{url: "http://127.0.0.1:" + freePort(t), data: filepath.Join(dir, "etcd")}
-	peer := "http://127.0.0.1:" + freePort(t)
-	e.process = start(t, filepath.Join(dir, "etcd.log"), binaries["etcd"],
-		"--data-dir", e.data, "--unsafe-no-fsync", "--log-level", "warn",
+	e := &etcd{url: "http://127.0.0.1:" + node.FreePort(t)}
+	peer := "http://127.0.0.1:" + node.FreePort(t)
+	e.Process = node.Start(t, n.Path("etcd.log"), binaries["etcd"],
+		"--data-dir", n.Path("etcd"), "--unsafe-no-fsync", "--log-level", "warn",
 		"--listen-client-urls", e.url, "--advertise-client-urls", e.url,
 		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer)
-	eventually(t, time.Minute, "etcd answers", func() error {
-		if err := e.alive(); err != nil {
+	node.Eventually(t, time.Minute, "etcd answers", func() error {
+		if err := e.Alive(); err != nil {
 			t.Fatal(err)
 		}
 		_, err := e.get("/registry/")

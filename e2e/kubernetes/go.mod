@@ -3,12 +3,12 @@ module github.com/beezy-dev/kleidi/e2e/kubernetes
 go 1.26.0
 
 require (
-	filippo.io/age v1.3.2
 	github.com/beezy-dev/kleidi v0.0.0
 	google.golang.org/protobuf v1.36.12
 )
 
 require (
+	filippo.io/age v1.3.2 // indirect
 	filippo.io/hpke v0.4.0 // indirect
 	github.com/google/go-tpm v0.9.8 // indirect
 	golang.org/x/crypto v0.57.0 // indirect

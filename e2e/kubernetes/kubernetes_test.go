@@ -3,14 +3,15 @@ package kubernetes
 import (
 	"bytes"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io/fs"
-	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
 // onEach runs a scenario on a machine of its own for each version of Kubernetes.
@@ -28,13 +29,13 @@ func onEach(t *testing.T, scenario func(t *testing.T, m *machine)) {
 // under kleidi's current key, and reads back.
 func TestSecretInEtcd(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
-		m.serveOpen(t)
+		m.ServeOpen()
 		m.api.start(t)
 		m.waitReady(t)
 		m.put(t, "first")
 		m.mustHold(t, "first")
 
-		current := m.keyring(t).Current.KeyID
+		current := m.Keyring().Current.KeyID
 		got, ok := m.stored(t)["first"]
 		if !ok {
 			t.Fatal("etcd holds no Secret named first")
@@ -44,9 +45,9 @@ func TestSecretInEtcd(t *testing.T) {
 		}
 		t.Run("TPM", func(t *testing.T) { witness(t, m) })
 		// What is on the disk is searched last, when etcd has written all of it.
-		m.api.stop()
-		m.kleidi.stop()
-		m.etcd.stop()
+		m.api.Stop()
+		m.Serving.Stop()
+		m.etcd.Stop()
 		m.searchDisk(t, plaintext("first"))
 	})
 }
@@ -57,7 +58,7 @@ func (m *machine) searchDisk(t *testing.T, plain string) {
 	t.Helper()
 	forms := []string{plain, base64.StdEncoding.EncodeToString([]byte(plain))}
 	var read int
-	err := filepath.WalkDir(m.dir, func(path string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(m.Dir(), func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
@@ -84,45 +85,45 @@ func (m *machine) searchDisk(t *testing.T, plain string) {
 // TestRestarts restarts each side, then both, then kube-apiserver first.
 func TestRestarts(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
-		m.serveOpen(t)
+		m.ServeOpen()
 		m.api.start(t)
 		m.waitReady(t)
 		m.put(t, "a")
 
 		t.Log("kube-apiserver restarts")
-		m.api.stop()
+		m.api.Stop()
 		m.api.start(t)
 		m.waitReady(t)
 		m.mustHold(t, "a")
 		m.put(t, "b")
 
 		t.Log("kleidi restarts")
-		m.kleidi.stop()
-		m.serveOpen(t)
+		m.Serving.Stop()
+		m.ServeOpen()
 		m.waitReady(t)
 		m.put(t, "c")
 		m.mustHold(t, "a", "b", "c")
 
 		t.Log("both restart")
-		m.api.stop()
-		m.kleidi.stop()
-		m.serveOpen(t)
+		m.api.Stop()
+		m.Serving.Stop()
+		m.ServeOpen()
 		m.api.start(t)
 		m.waitReady(t)
 		m.mustHold(t, "a", "b", "c")
 
 		t.Log("the machine reboots, and kube-apiserver starts first")
-		m.api.stop()
-		m.kleidi.stop()
-		m.Reboot(m.boot)
+		m.api.Stop()
+		m.Serving.Stop()
+		m.Reboot(m.Kernel)
 		m.api.start(t)
 		m.waitNotReady(t)
 		if err := m.holds("a"); err == nil {
 			t.Error("a Secret is readable without kleidi")
 		}
-		m.serveOpen(t)
+		m.ServeOpen()
 		m.waitReady(t)
-		eventually(t, reconnect, "Secrets are readable", func() error { return m.holds("a", "b", "c") })
+		node.Eventually(t, reconnect, "Secrets are readable", func() error { return m.holds("a", "b", "c") })
 		m.put(t, "d")
 		m.mustHold(t, "d")
 	})
@@ -132,12 +133,12 @@ func TestRestarts(t *testing.T) {
 // it can, and recovers by itself once kleidi is back on the same socket.
 func TestKilledAndBack(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
-		m.serveOpen(t)
+		m.ServeOpen()
 		m.api.start(t)
 		m.waitReady(t)
 		m.put(t, "before")
 
-		m.kleidi.kill()
+		m.Serving.Kill()
 		m.waitNotReady(t)
 		m.mustHold(t, "before")
 		// The DEK seed that kube-apiserver has lasts for three minutes.
@@ -146,13 +147,44 @@ func TestKilledAndBack(t *testing.T) {
 			t.Error("ConfigMaps are not served:", err)
 		}
 
-		m.serveOpen(t)
+		m.ServeOpen()
 		m.waitReady(t)
 		m.put(t, "after")
-		m.api.stop()
+		m.api.Stop()
 		m.api.start(t)
 		m.waitReady(t)
 		m.mustHold(t, "before", "meanwhile", "after")
+	})
+}
+
+// TestLongOutage keeps kleidi away until kube-apiserver can't write any more,
+// which it does three minutes after the last good Status: what is not encrypted
+// is served all the time, and writing goes on once kleidi is back.
+func TestLongOutage(t *testing.T) {
+	onEach(t, func(t *testing.T, m *machine) {
+		m.ServeOpen()
+		m.api.start(t)
+		m.waitReady(t)
+		m.put(t, "before")
+
+		m.Serving.Kill()
+		node.Eventually(t, 5*time.Minute, "Secrets are refused", func() error {
+			if err := m.api.put("configmaps", "meanwhile", nil); err != nil {
+				t.Fatal("ConfigMaps are not served:", err)
+			}
+			if err := m.api.put("secrets", "before", map[string]string{"password": plaintext("before")}); err == nil {
+				return errors.New("a Secret is written")
+			}
+			return nil
+		})
+		m.mustHold(t, "before")
+
+		m.ServeOpen()
+		m.waitReady(t)
+		node.Eventually(t, reconnect, "Secrets are written", func() error {
+			return m.api.put("secrets", "after", map[string]string{"password": plaintext("after")})
+		})
+		m.mustHold(t, "before", "after")
 	})
 }
 
@@ -161,19 +193,19 @@ func TestKilledAndBack(t *testing.T) {
 // etcd names the old key.
 func TestRotation(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
-		m.serveOpen(t)
+		m.ServeOpen()
 		m.api.start(t)
 		m.waitReady(t)
 		m.put(t, "one")
 		m.put(t, "two")
-		before := m.keyring(t).Current.KeyID
+		before := m.Keyring().Current.KeyID
 
-		m.run(t, "rotate")
-		after := m.keyring(t)
+		m.Run("rotate")
+		after := m.Keyring()
 		if after.Current.KeyID == before || len(after.Retired) != 1 || after.Retired[0].KeyID != before {
 			t.Fatalf("current %q before, after rotation %+v", before, after)
 		}
-		eventually(t, 90*time.Second, "a new Secret is stored under the new key", func() error {
+		node.Eventually(t, 90*time.Second, "a new Secret is stored under the new key", func() error {
 			if err := m.api.ready(); err != nil {
 				return err
 			}
@@ -185,9 +217,9 @@ func TestRotation(t *testing.T) {
 		})
 
 		// Both keys serve after restarts, and a read rewrites nothing.
-		m.kleidi.stop()
-		m.api.stop()
-		m.serveOpen(t)
+		m.Serving.Stop()
+		m.api.Stop()
+		m.ServeOpen()
 		m.api.start(t)
 		m.waitReady(t)
 		m.mustHold(t, "one", "two", "three")
@@ -212,19 +244,19 @@ func TestRotation(t *testing.T) {
 // recovery identity brings all back with nothing lost.
 func TestOtherKernel(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
-		m.serveOpen(t)
+		m.ServeOpen()
 		m.api.start(t)
 		m.waitReady(t)
 		m.put(t, "before")
-		sealed := m.keyring(t).Current.KeyID
+		sealed := m.Keyring().Current.KeyID
 
-		m.api.stop()
-		m.kleidi.stop()
-		other := m.boot
+		m.api.Stop()
+		m.Serving.Stop()
+		other := m.Kernel
 		other.Kernel = "6.1.0-666-amd64"
 		m.Reboot(other)
-		m.serve(t)
-		m.checkLocked(t)
+		m.Serve()
+		m.WaitLocked("PCR 4")
 		m.api.start(t)
 		m.waitNotReady(t)
 		if err := m.holds("before"); err == nil {
@@ -233,59 +265,33 @@ func TestOtherKernel(t *testing.T) {
 		if err := m.api.put("secrets", "refused", map[string]string{"password": plaintext("refused")}); err == nil {
 			t.Error("a Secret is written while kleidi is locked")
 		}
-		if err := m.kleidi.alive(); err != nil {
+		if err := m.Serving.Alive(); err != nil {
 			t.Fatal(err)
 		}
 
-		m.run(t, "recover", "--identity-file", m.identity)
-		m.waitOpen(t)
+		m.Run("recover", "--identity-file", m.Identity)
+		m.WaitOpen()
 		m.waitReady(t)
-		eventually(t, reconnect, "Secrets are readable", func() error { return m.holds("before") })
+		node.Eventually(t, reconnect, "Secrets are readable", func() error { return m.holds("before") })
 		m.put(t, "after")
-		recovered := m.keyring(t)
+		recovered := m.Keyring()
 		if recovered.Current.KeyID == sealed || m.stored(t)["after"].keyID != recovered.Current.KeyID {
 			t.Errorf("the key is not rotated: %q before, %q after", sealed, recovered.Current.KeyID)
 		}
 
 		t.Log("the other kernel boots again, unaided")
-		m.api.stop()
-		m.kleidi.stop()
+		m.api.Stop()
+		m.Serving.Stop()
 		m.Reboot(other)
-		m.serveOpen(t)
+		m.ServeOpen()
 		m.api.start(t)
 		m.waitReady(t)
 		m.mustHold(t, "before", "after")
 
 		t.Log("the first kernel is no longer authorised")
-		m.kleidi.stop()
-		m.Reboot(m.boot)
-		m.serve(t)
-		m.checkLocked(t)
+		m.Serving.Stop()
+		m.Reboot(m.Kernel)
+		m.Serve()
+		m.WaitLocked("PCR 4")
 	})
-}
-
-// checkLocked wants kleidi's own readyz and status to say that it is locked and
-// which PCR is to blame.
-func (m *machine) checkLocked(t *testing.T) {
-	t.Helper()
-	eventually(t, 20*time.Second, "kleidi says that it is locked", func() error {
-		code, body, err := m.get("/readyz")
-		if err != nil {
-			return err
-		}
-		if code != http.StatusServiceUnavailable || !strings.Contains(body, "locked") || !strings.Contains(body, "PCR") {
-			return &refusal{code, body}
-		}
-		return nil
-	})
-	status, err := m.try("status")
-	said := string(status)
-	if err != nil {
-		said += err.Error()
-	}
-	for _, word := range []string{"locked", "PCR 4"} {
-		if !strings.Contains(said, word) {
-			t.Errorf("kleidi status does not say %q:\n%s", word, said)
-		}
-	}
 }

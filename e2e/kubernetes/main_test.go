@@ -7,14 +7,13 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"testing"
 )
 
 // versions are the folders of e2e/servers that hold a kube-apiserver.
 var versions = []string{"kube-apiserver-1.37", "kube-apiserver-1.29"}
 
-// binaries are absolute paths by name: "kleidi", "etcd" and each of versions.
+// binaries are paths by name: "etcd" and each of versions.
 var binaries = map[string]string{}
 
 func TestMain(m *testing.M) {
@@ -31,19 +30,6 @@ func TestMain(m *testing.M) {
 }
 
 func find() error {
-	kleidi := os.Getenv("KLEIDI")
-	if kleidi == "" {
-		kleidi = "../../bin/kleidi"
-	}
-	kleidi, err := filepath.Abs(kleidi)
-	if err != nil {
-		return err
-	}
-	if _, err := os.Stat(kleidi); err != nil {
-		return fmt.Errorf("kleidi is not built: %w; run make build, or set KLEIDI to its path", err)
-	}
-	binaries["kleidi"] = kleidi
-
 	names := append([]string{"etcd"}, versions...)
 	build := exec.Command("../servers/build", names...)
 	build.Stderr = os.Stderr

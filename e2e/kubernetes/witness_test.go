@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // tpmSlot is what the witness reads of a TPM slot.
@@ -69,8 +71,8 @@ func witness(t *testing.T, m *machine) {
 
 func (m *machine) tpmSlot(t *testing.T) (s tpmSlot) {
 	t.Helper()
-	for _, slot := range m.keyring(t).Current.Slots {
-		if slot.Type != "tpm" {
+	for _, slot := range m.Keyring().Slots {
+		if slot.Type != seal.TypeTPM {
 			continue
 		}
 		if err := json.Unmarshal(slot.Data, &s); err != nil {

@@ -1,4 +1,4 @@
-package kubernetes
+package node
 
 import (
 	"fmt"
@@ -12,21 +12,22 @@ import (
 	"testing"
 )
 
-// process is a server that logs into a file, which is shown when the test fails.
-type process struct {
+// Process is a server that logs into a file, which is shown when the test fails.
+type Process struct {
 	cmd  *exec.Cmd
 	log  string
 	done chan struct{}
 }
 
-func start(t *testing.T, log, binary string, args ...string) *process {
+// Start runs a server, which ends with the test.
+func Start(t testing.TB, log, binary string, args ...string) *Process {
 	t.Helper()
 	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	p := &process{cmd: exec.Command(binary, args...), log: log, done: make(chan struct{})}
+	p := &Process{cmd: exec.Command(binary, args...), log: log, done: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = f, f
 	// A test that panics leaves no server behind.
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -36,7 +37,7 @@ func start(t *testing.T, log, binary string, args ...string) *process {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		p.kill()
+		p.Kill()
 		if t.Failed() {
 			t.Logf("%s:\n%s", filepath.Base(log), tail(log, 60))
 		}
@@ -44,7 +45,7 @@ func start(t *testing.T, log, binary string, args ...string) *process {
 	return p
 }
 
-func (p *process) run(started chan<- error) {
+func (p *Process) run(started chan<- error) {
 	// The kernel sends Pdeathsig when the thread that started the child ends.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -56,8 +57,8 @@ func (p *process) run(started chan<- error) {
 	}
 }
 
-// alive fails when the server has ended by itself.
-func (p *process) alive() error {
+// Alive fails when the server has ended by itself.
+func (p *Process) Alive() error {
 	select {
 	case <-p.done:
 		return fmt.Errorf("%s ended: %s\n%s", filepath.Base(p.cmd.Path), p.cmd.ProcessState, tail(p.log, 20))
@@ -66,13 +67,13 @@ func (p *process) alive() error {
 	}
 }
 
-// stop asks the server to end, as systemd would, and waits for it.
-func (p *process) stop() { p.signal(syscall.SIGTERM) }
+// Stop asks the server to end, as systemd would, and waits for it.
+func (p *Process) Stop() { p.signal(syscall.SIGTERM) }
 
-// kill ends the server as a crash would.
-func (p *process) kill() { p.signal(syscall.SIGKILL) }
+// Kill ends the server as a crash would.
+func (p *Process) Kill() { p.signal(syscall.SIGKILL) }
 
-func (p *process) signal(s os.Signal) {
+func (p *Process) signal(s os.Signal) {
 	_ = p.cmd.Process.Signal(s) // a server that has ended is what we want
 	<-p.done
 }
@@ -86,8 +87,8 @@ func tail(file string, lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// freePort names a TCP port that nothing listens on just now.
-func freePort(t *testing.T) string {
+// FreePort names a TCP port that nothing listens on just now.
+func FreePort(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -1,17 +1,13 @@
-package kubernetes
+package node
 
 import (
 	"testing"
 	"time"
 )
 
-// reconnect is how long kube-apiserver may take to notice that a plugin is back: gRPC's
-// back-off ends at 92 s, the probe adds 10 s.
-const reconnect = 150 * time.Second
-
-// eventually asks until ready returns nil, and fails the test when that has not
+// Eventually asks until ready returns nil, and fails the test when that has not
 // happened within the time.
-func eventually(t *testing.T, within time.Duration, what string, ready func() error) {
+func Eventually(t testing.TB, within time.Duration, what string, ready func() error) {
 	t.Helper()
 	start := time.Now()
 	deadline := time.NewTimer(within)

@@ -1,0 +1,231 @@
+package node
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"filippo.io/age"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+	"github.com/beezy-dev/kleidi/tpm/tpmtest"
+)
+
+// Node is a machine with a TPM on which kleidi is initialised.
+type Node struct {
+	*tpmtest.Machine
+	// Kernel is the boot that the KEK was first sealed to.
+	Kernel simboot.Boot
+	// Identity is the file that holds the recovery identity.
+	Identity string
+	// Serving is the running `kleidi serve`, once Serve was called.
+	Serving *Process
+
+	t      testing.TB
+	binary string
+	http   string
+}
+
+// New boots a machine from a unified kernel image and runs `kleidi init` on it.
+func New(t testing.TB) *Node {
+	t.Helper()
+	boot := simboot.Baseline(simboot.UKI)
+	n := &Node{Machine: tpmtest.New(t, boot), Kernel: boot, t: t, binary: Binary(t), http: "127.0.0.1:" + FreePort(t)}
+	n.configure()
+	n.Run("init", "--recovery-recipient", n.makeIdentity())
+	return n
+}
+
+// Binary returns the path of kleidi: the one that the variable KLEIDI names, or
+// bin/kleidi in the nearest folder above.
+func Binary(t testing.TB) string {
+	t.Helper()
+	if path := os.Getenv("KLEIDI"); path != "" {
+		return path
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		path := filepath.Join(dir, "bin", "kleidi")
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+		if dir == filepath.Dir(dir) {
+			t.Fatal("bin/kleidi is not built; run make build, or set KLEIDI to its path")
+		}
+	}
+}
+
+// Path names a file in the machine's folder.
+func (n *Node) Path(name string) string { return filepath.Join(n.Dir(), name) }
+
+func (n *Node) write(name, content string) {
+	n.t.Helper()
+	if err := os.WriteFile(n.Path(name), []byte(content), 0o600); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func (n *Node) configure() {
+	n.t.Helper()
+	n.write("config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
+kind: KleidiConfiguration
+tpm:
+  device: %s
+  eventLog: %s
+state:
+  dir: %s
+kms:
+  socket: %s
+admin:
+  socket: %s
+http:
+  address: %s
+`, n.Device(), n.EventLog(), n.Path("state"), n.Path("run/kms.sock"), n.Path("run/admin.sock"), n.http))
+	if err := os.Mkdir(n.Path("run"), 0o700); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// makeIdentity makes the recovery identity as an operator would with age-keygen,
+// and returns its recipient.
+func (n *Node) makeIdentity() string {
+	n.t.Helper()
+	identity, err := age.GenerateX25519Identity()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.write("recovery.txt", identity.String()+"\n")
+	n.Identity = n.Path("recovery.txt")
+	return identity.Recipient().String()
+}
+
+// Run runs a verb of kleidi, which must succeed, and returns what it prints.
+func (n *Node) Run(verb string, args ...string) []byte {
+	n.t.Helper()
+	out, err := n.Try(verb, args...)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return out
+}
+
+// Try runs a verb of kleidi, which may fail.
+func (n *Node) Try(verb string, args ...string) ([]byte, error) {
+	var stderr bytes.Buffer
+	cmd := exec.Command(n.binary, append([]string{verb}, append(args, "--config", n.Path("config.yaml"))...)...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return out, fmt.Errorf("kleidi %s: %w\n%s%s", verb, err, out, stderr.Bytes())
+	}
+	return out, nil
+}
+
+// Serve starts kleidi and returns once it answers over HTTP, open or locked.
+func (n *Node) Serve() {
+	n.t.Helper()
+	n.Serving = Start(n.t, n.Path("kleidi.log"), n.binary, "serve", "--config", n.Path("config.yaml"))
+	Eventually(n.t, 20*time.Second, "kleidi serves", func() error {
+		if err := n.Serving.Alive(); err != nil {
+			n.t.Fatal(err)
+		}
+		_, _, err := n.Get("/livez")
+		return err
+	})
+}
+
+// ServeOpen starts kleidi and returns once its KEK is open.
+func (n *Node) ServeOpen() {
+	n.t.Helper()
+	n.Serve()
+	n.WaitOpen()
+}
+
+// WaitOpen returns once kleidi's KEK is open.
+func (n *Node) WaitOpen() {
+	n.t.Helper()
+	Eventually(n.t, 20*time.Second, "kleidi is open", func() error {
+		code, body, err := n.Get("/readyz")
+		if err == nil && code != http.StatusOK {
+			err = errors.New(body)
+		}
+		return err
+	})
+}
+
+// WaitLocked returns once kleidi's readyz says that it is locked and names a
+// PCR. `kleidi status` must say the same, and which PCR it is.
+func (n *Node) WaitLocked(pcr string) {
+	n.t.Helper()
+	Eventually(n.t, 20*time.Second, "kleidi says that it is locked", func() error {
+		code, body, err := n.Get("/readyz")
+		if err == nil && (code != http.StatusServiceUnavailable || !strings.Contains(body, "locked") || !strings.Contains(body, pcr)) {
+			err = fmt.Errorf("readyz: %d: %s", code, body)
+		}
+		return err
+	})
+	status, err := n.Try("status")
+	said := string(status)
+	if err != nil {
+		said += err.Error()
+	}
+	for _, word := range []string{"locked", pcr} {
+		if !strings.Contains(said, word) {
+			n.t.Errorf("kleidi status does not say %q:\n%s", word, said)
+		}
+	}
+}
+
+// Get asks kleidi over HTTP.
+func (n *Node) Get(path string) (code int, body string, err error) {
+	res, err := http.Get("http://" + n.http + path)
+	if err != nil {
+		return 0, "", err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	return res.StatusCode, string(b), err
+}
+
+// Keyring is what the tests read of `kleidi keyring show -o json`.
+type Keyring struct {
+	ClusterID string
+	Revision  uint64
+	Current   struct{ KeyID string }
+	Retired   []struct{ KeyID string }
+	Slots     []seal.Slot
+}
+
+// Keyring describes the keyring.
+func (n *Node) Keyring() Keyring {
+	n.t.Helper()
+	var k Keyring
+	if err := json.Unmarshal(n.Run("keyring", "show", "-o", "json"), &k); err != nil {
+		n.t.Fatal(err)
+	}
+	if k.Current.KeyID == "" {
+		n.t.Fatal("kleidi keyring show -o json names no current key ID")
+	}
+	return k
+}
+
+// EncryptionConfig writes what `kleidi encryption-config` prints into a file for
+// kube-apiserver's --encryption-provider-config, and returns its path.
+func (n *Node) EncryptionConfig() string {
+	n.t.Helper()
+	n.write("encryption.yaml", string(n.Run("encryption-config")))
+	return n.Path("encryption.yaml")
+}
