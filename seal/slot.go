@@ -67,7 +67,7 @@ type Slot struct {
 }
 
 // MaxSlotData bounds Slot.Data, in bytes.
-const MaxSlotData = 32 << 10
+const MaxSlotData = 64 << 10
 
 // Wrapper wraps and unwraps KEKs. Implementations are safe for concurrent use
 // and hold no session, handle or connection between calls.

@@ -60,8 +60,8 @@ func (d *Device) Do(ctx context.Context, f func(t transport.TPM) error) (err err
 	c := &conn{ctx: ctx, stream: s}
 	defer c.close()
 	if !d.addr.managed() {
-		if err := flushStale(c); err != nil {
-			return c.blame(d, fmt.Errorf("flush what an ended client left: %w", err))
+		if err := guard(func() error { return flushStale(c) }); err != nil {
+			return d.unavailable(fmt.Errorf("flush what an ended client left: %w", err))
 		}
 	}
 	return c.blame(d, guard(func() error { return f(c) }))

@@ -133,7 +133,7 @@ func TestDoSurvivesGarbage(t *testing.T) {
 		for _, code := range []tpm2.TPMCC{tpm2.TPMCCGetRandom, tpm2.TPMCCGetCapability} {
 			p.Inject(tpmtest.Fault{On: code, Do: tpmtest.Raw(garbage.Answer)})
 			err := d.Do(t.Context(), getRandom)
-			if garbage.Framed {
+			if garbage.Framed && code == tpm2.TPMCCGetRandom {
 				if err == nil {
 					t.Errorf("%s to %v is accepted", name, code)
 				}

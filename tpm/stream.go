@@ -27,7 +27,7 @@ func open(ctx context.Context, a Address) (stream, error) {
 	if a.network == "device" {
 		return openFile(ctx, a.where)
 	}
-	c, err := (&net.Dialer{}).DialContext(ctx, a.network, a.where)
+	c, err := dial(ctx, a)
 	if err != nil {
 		return nil, err
 	}
@@ -37,6 +37,21 @@ func open(ctx context.Context, a Address) (stream, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
 	return &socket{Conn: c, ctx: ctx, stop: stop}, nil
+}
+
+// dial waits for a place in swtpm's queue, which is short.
+func dial(ctx context.Context, a Address) (net.Conn, error) {
+	for {
+		c, err := (&net.Dialer{}).DialContext(ctx, a.network, a.where)
+		if !errors.Is(err, unix.EAGAIN) {
+			return c, err
+		}
+		select {
+		case <-time.After(pollSlice):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", err, cause(ctx))
+		}
+	}
 }
 
 type socket struct {

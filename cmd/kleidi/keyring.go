@@ -221,22 +221,8 @@ func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	defer old.Close()
-	revision, err := n.vouch(ctx, old, req.TrustKeyID)
-	if err != nil {
-		return admin.KeyringState{}, err
+	rotate := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		return rotation.Rotate(ctx, n.mem, k, rotation.Like(n.rewrappers(), k.Slots()), n.openers(), time.Now())
 	}
-	raised, err := old.AtLeast(revision)
-	if err != nil {
-		return admin.KeyringState{}, err
-	}
-	defer raised.Close()
-	next, err := rotation.Rotate(ctx, n.mem, raised, rotation.Like(n.rewrappers(), raised.Slots()), n.openers(), time.Now())
-	if err != nil {
-		return admin.KeyringState{}, err
-	}
-	if err := n.unlocker.Adopt(ctx, next, version, seal.TypeTPM); err != nil {
-		return admin.KeyringState{}, err
-	}
-	return n.result(old.CurrentID(), "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
+	return n.adopt(ctx, old, n.tpm, version, req.TrustKeyID, rotate, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
 }

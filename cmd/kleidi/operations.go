@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
@@ -40,7 +41,7 @@ func (n *node) result(former seal.KeyID, changes ...string) (admin.KeyringState,
 // rotate makes a fresh KEK the current one, in the same slots.
 func (n *node) rotate(ctx context.Context, _ admin.RotateRequest) (admin.KeyringState, error) {
 	var former seal.KeyID
-	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) (*keyring.Keyring, error) {
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		former = k.CurrentID()
 		return rotation.Rotate(ctx, n.mem, k, rotation.Like(n.rewrappers(), k.Slots()), n.openers(), time.Now())
 	})
@@ -54,12 +55,13 @@ func (n *node) rotate(ctx context.Context, _ admin.RotateRequest) (admin.Keyring
 // reseal seals the KEK to the present boot state, and revokes the slot of the
 // earlier one.
 func (n *node) reseal(ctx context.Context, _ admin.ResealRequest) (admin.KeyringState, error) {
-	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) (*keyring.Keyring, error) {
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		slot, err := n.sealNow(ctx, k.KEK())
 		if err != nil {
 			return nil, err
 		}
-		return k.WithSlots(rotation.Replace(k.Slots(), slot))
+		next, err := k.WithSlots(rotation.Replace(k.Slots(), slot))
+		return []*keyring.Keyring{next}, err
 	})
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
@@ -104,36 +106,24 @@ func (n *node) recoverStored(ctx context.Context, req admin.RecoverRequest) (adm
 
 // recoverFrom replaces the stored keyring of that version by what untrusted holds.
 func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, version store.Version, req admin.RecoverRequest) (admin.KeyringState, error) {
-	old, err := n.openWithIdentity(ctx, untrusted, req.Identity)
+	identity, err := n.mem.Take(req.Identity)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	defer old.Close()
-	revision, err := n.vouch(ctx, old, req.TrustKeyID)
+	defer identity.Close()
+	opener, err := recovery.NewOpener(n.mem, identity)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	next, err := n.renew(ctx, old, revision)
+	old, err := openWith(ctx, untrusted, opener)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	if err := n.unlocker.Adopt(ctx, next, version, seal.TypeRecovery); err != nil {
-		return admin.KeyringState{}, err
-	}
-	return n.result(old.CurrentID(), "a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
+	return n.adopt(ctx, old, opener, version, req.TrustKeyID, n.renew, "a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
 		"slots of the earlier epoch no longer open, kept copies included")
 }
 
-func (n *node) openWithIdentity(ctx context.Context, untrusted *keyring.Untrusted, identity []byte) (*keyring.Keyring, error) {
-	secret, err := n.mem.Take(identity)
-	if err != nil {
-		return nil, err
-	}
-	defer secret.Close()
-	opener, err := recovery.NewOpener(n.mem, secret)
-	if err != nil {
-		return nil, err
-	}
+func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recovery.Wrapper) (*keyring.Keyring, error) {
 	for _, slot := range untrusted.Slots() {
 		kek, err := opener.Unwrap(ctx, slot)
 		if errors.Is(err, seal.ErrNotMine) {
@@ -152,59 +142,85 @@ func (n *node) openWithIdentity(ctx context.Context, untrusted *keyring.Untruste
 		"no recovery slot of the keyring opens with this identity")
 }
 
+// adopt makes a keyring that was opened without the pin this node's keyring, once
+// it is vouched for, and has turn rotate it: so no key ID flips back.
+func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, opener seal.Wrapper, version store.Version, trusted seal.KeyID,
+	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
+	old, err := rotation.Complete(ctx, opened, []seal.Wrapper{opener}, time.Now())
+	defer opened.Close()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	defer old.Close()
+	revision, err := n.vouch(ctx, old, opened.CurrentID(), trusted)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	raised, err := old.AtLeast(revision)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	defer raised.Close()
+	revisions, err := turn(ctx, raised)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	if err := n.unlocker.Adopt(ctx, version, opener.Type(), revisions); err != nil {
+		return admin.KeyringState{}, err
+	}
+	return n.result(old.CurrentID(), changes...)
+}
+
 // vouch says by what the recovered keyring is trusted: the pin, else the
-// operator, who names its key ID. It returns the revision that the next one must
-// not be below.
-func (n *node) vouch(ctx context.Context, k *keyring.Keyring, trusted seal.KeyID) (uint64, error) {
+// operator, who names id, the current key ID of the keyring as it was given. It
+// returns the revision that the next one must not be below.
+func (n *node) vouch(ctx context.Context, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
 	pin, err := n.pin.Load(ctx)
 	switch {
-	case trusted != "" && trusted != k.CurrentID():
-		return 0, seal.Errorf(seal.CausePin, "compare it with what this cluster used last", "the keyring's current key ID is %s, and --trust-key-id names %s", k.CurrentID(), trusted)
+	case trusted != "" && trusted != id:
+		return 0, seal.Errorf(seal.CausePin, "compare it with what this cluster used last", "the keyring's current key ID is %s, and --trust-key-id names %s", id, trusted)
 	case trusted != "" && (err != nil || pin == nil):
 		return 0, nil
 	case err != nil:
 		return 0, err
 	case pin == nil:
-		return 0, seal.Errorf(seal.CausePin, "if that is the key ID that this cluster used last (see docs/recovery.md), run it again with --trust-key-id "+string(k.CurrentID()),
-			"there is no pin to tell whether the keyring of key ID %s is this node's", k.CurrentID())
+		return 0, seal.Errorf(seal.CausePin, "if that is the key ID that this cluster used last (see docs/recovery.md), run it again with --trust-key-id "+string(id),
+			"there is no pin to tell whether the keyring of key ID %s is this node's", id)
 	case trusted == "" && (pin.ClusterID != k.ClusterID() || !k.Holds(pin.KeyID)):
-		return 0, seal.Errorf(seal.CausePin, "restore a newer keyring; or, if what was encrypted under the pinned key ID since may be lost, run it again with --trust-key-id "+string(k.CurrentID()),
+		return 0, seal.Errorf(seal.CausePin, "restore a newer keyring; or, if what was encrypted under the pinned key ID since may be lost, run it again with --trust-key-id "+string(id),
 			"this node last trusted key ID %s, which the keyring does not hold", pin.KeyID)
 	}
 	return pin.Revision, nil
 }
 
-// renew seals a fresh KEK to the present boot state; the recovery slots stay.
-func (n *node) renew(ctx context.Context, old *keyring.Keyring, revision uint64) (*keyring.Keyring, error) {
+// renew rotates to a fresh KEK that is sealed to the present boot state; the
+// recovery slots stay.
+func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyring, error) {
 	ek, err := n.tpm.Provision(ctx)
 	if err != nil {
 		return nil, err
 	}
+	// The present KEK is sealed anew as well: the first revision of the rotation
+	// has to open too.
+	slot, err := n.sealNow(ctx, old.KEK())
+	if err != nil {
+		return nil, err
+	}
+	kept := slices.DeleteFunc(old.Slots(), func(s seal.Slot) bool { return s.Type != seal.TypeRecovery })
+	here, err := old.WithNodes([]keyring.Node{{Name: n.cfg.Node, EK: ek}}, append([]seal.Slot{slot}, kept...))
+	if err != nil {
+		return nil, err
+	}
+	defer here.Close()
 	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
 		slot, err := n.sealNow(ctx, kek)
 		if err != nil {
 			return nil, err
 		}
-		var kept []seal.Slot
-		for _, s := range old.Slots() {
-			if s.Type == seal.TypeRecovery {
-				kept = append(kept, s)
-			}
-		}
 		rewrapped, err := rotation.Like(n.rewrappers(), kept)(ctx, kek)
 		return append([]seal.Slot{slot}, rewrapped...), err
 	}
-	raised, err := old.AtLeast(revision)
-	if err != nil {
-		return nil, err
-	}
-	defer raised.Close()
-	rotated, err := rotation.Rotate(ctx, n.mem, raised, wrap, nil, time.Now())
-	if err != nil {
-		return nil, err
-	}
-	defer rotated.Close()
-	return rotated.WithNodes([]keyring.Node{{Name: n.cfg.Node, EK: ek}}, rotated.Slots())
+	return rotation.Rotate(ctx, n.mem, here, wrap, nil, time.Now())
 }
 
 // verify proves the stored keyring: it opens with a slot, its MAC verifies and

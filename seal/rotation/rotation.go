@@ -50,21 +50,30 @@ func wrapLike(ctx context.Context, wrappers []Rewrapper, kek *seal.Secret, like 
 	return seal.Slot{}, seal.Errorf(seal.CauseNoSlot, "configure the wrapper of that slot", "no configured wrapper made it")
 }
 
-// Rotate returns a keyring with a fresh KEK as the current one; the old one is
-// retired and stays readable. Each slot that can be opened here was opened.
-func Rotate(ctx context.Context, mem seal.Memory, k *keyring.Keyring, wrap Wrap, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
+// Rotate returns the two revisions of a rotation, which are to be saved in this
+// order: a fresh KEK is staged, then it is the current one, and the former one
+// retired and still readable. With the first revision kept as the previous one,
+// no single file is the only place of the fresh KEK. Each slot that can be opened
+// here was opened.
+func Rotate(ctx context.Context, mem seal.Memory, k *keyring.Keyring, wrap Wrap, opener []seal.Wrapper, now time.Time) ([]*keyring.Keyring, error) {
 	kek, err := mem.NewKEK()
 	if err != nil {
 		return nil, err
 	}
-	next, err := rotate(ctx, k, kek, wrap, opener, now)
+	staged, err := stage(ctx, k, kek, wrap, opener, now)
 	if err != nil {
 		kek.Close()
+		return nil, err
 	}
-	return next, err
+	active, err := staged.Activate(now)
+	if err != nil {
+		staged.Close()
+		return nil, err
+	}
+	return []*keyring.Keyring{staged, active}, nil
 }
 
-func rotate(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
+func stage(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
 	slots, err := wrap(ctx, kek)
 	if err != nil {
 		return nil, err
@@ -72,12 +81,29 @@ func rotate(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap
 	if err := prove(ctx, kek, slots, opener, true); err != nil {
 		return nil, err
 	}
-	staged, err := k.Stage(kek, slots, now)
-	if err != nil {
-		return nil, err
+	return k.Stage(kek, slots, now)
+}
+
+// Complete activates a staged KEK that a rotation left behind, where a wrapper
+// opens it: something may have been encrypted under it, if a later revision is
+// lost. It returns k itself where nothing is staged or it does not open.
+func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
+	for _, s := range k.StagedSlots() {
+		for _, w := range opener {
+			kek, err := w.Unwrap(ctx, s)
+			if err != nil {
+				continue
+			}
+			staged, err := k.OpenStaged(kek)
+			if err != nil {
+				kek.Close()
+				return nil, err
+			}
+			defer staged.Close()
+			return staged.Activate(now)
+		}
 	}
-	defer staged.Close()
-	return staged.Activate(now)
+	return k, nil
 }
 
 // Prove opens each slot that a wrapper of this node made and compares what comes

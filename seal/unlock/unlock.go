@@ -374,52 +374,61 @@ func (u *Unlocker) retryAt(t time.Time) {
 	u.state.Store(&s)
 }
 
-// Change saves what f makes of the open keyring, and announces it. If it fails
-// before the keyring is saved, nothing has changed. After that the new keyring
-// is on disk, and Run, which is nudged, brings it to its end.
-func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) (*keyring.Keyring, error)) error {
+// Change saves what f makes of the open keyring, one revision after the other,
+// and announces the last. If it fails before the first is saved, nothing has
+// changed. After that a new revision is on disk, and Run, which is nudged, opens
+// it. f closes what it made when it fails.
+func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyring.Keyring, error)) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	k, err := u.Keyring()
 	if err != nil {
 		return err
 	}
-	next, err := f(k)
+	revisions, err := f(k)
 	if err != nil {
 		return err
 	}
-	if err := u.save(ctx, next); err != nil {
-		next.Close()
-		return err
-	}
-	u.announce(next, "", Timing{})
-	return nil
+	return u.commit(ctx, revisions, "")
 }
 
-// Adopt saves a keyring that was opened in another way, by the recovery
-// identity, and announces it. version is that of the stored keyring that it
-// replaces.
-func (u *Unlocker) Adopt(ctx context.Context, k *keyring.Keyring, version store.Version, wrapper string) error {
+// Adopt does the same with revisions of a keyring that was opened in another way,
+// by the recovery identity for instance. version is that of the stored keyring
+// that they replace.
+func (u *Unlocker) Adopt(ctx context.Context, version store.Version, wrapper string, revisions []*keyring.Keyring) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.version = version
-	if err := u.save(ctx, k); err != nil {
+	return u.commit(ctx, revisions, wrapper)
+}
+
+func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wrapper string) error {
+	last := revisions[len(revisions)-1]
+	for _, k := range revisions {
+		if k != last {
+			defer k.Close()
+		}
+	}
+	if err := u.save(ctx, revisions); err != nil {
+		last.Close()
 		return err
 	}
-	u.announce(k, wrapper, Timing{})
+	u.announce(last, wrapper, Timing{})
 	return nil
 }
 
-func (u *Unlocker) save(ctx context.Context, next *keyring.Keyring) error {
-	version, err := u.cfg.Store.Save(ctx, next.Marshal(), u.version)
-	if errors.Is(err, store.ErrConflict) {
-		return seal.Errorf(seal.CauseStore, "run kleidi status, then try again", "the stored keyring was changed by someone else; it is read anew: %w", u.again(err))
+func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring) error {
+	for _, k := range revisions {
+		version, err := u.cfg.Store.Save(ctx, k.Marshal(), u.version)
+		if errors.Is(err, store.ErrConflict) {
+			return seal.Errorf(seal.CauseStore, "run kleidi status, then try again", "the stored keyring was changed by someone else; it is read anew: %w", u.again(err))
+		}
+		if err != nil {
+			return storeError("keyring", u.again(err))
+		}
+		u.version = version
 	}
-	if err != nil {
-		return storeError("keyring", u.again(err))
-	}
-	u.version = version
-	if err := u.settle(ctx, next); err != nil {
+	if err := u.settle(ctx, revisions[len(revisions)-1]); err != nil {
 		return fmt.Errorf("the new keyring is saved and not yet announced: %w", u.again(err))
 	}
 	return nil

@@ -91,11 +91,32 @@ func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
 	if err != nil {
 		return tpm.BootState{}, err
 	}
-	record, err := json.Marshal(r.Log.Summarize(g.Bank, pcrs))
+	record, err := record(r.Log.Summarize(g.Bank, pcrs))
 	if err != nil {
 		return tpm.BootState{}, err
 	}
 	return tpm.BootState{PCR: authpolicy.PCR{Bank: g.Bank, Values: r.PCRs}, Record: record}, nil
+}
+
+// maxRecord bounds what a slot records of its boot, in bytes: a slot has to fit
+// into a keyring, and a GRUB menu measures hundreds of commands.
+const maxRecord = seal.MaxSlotData / 2
+
+// record is what a slot keeps of how the machine booted. If it is too long, the
+// digests alone remain, and if those are too long nothing does: it explains, and
+// decides nothing.
+func record(events []eventlog.Summary) (json.RawMessage, error) {
+	b, err := json.Marshal(events)
+	if err != nil || len(b) <= maxRecord {
+		return b, err
+	}
+	for i := range events {
+		events[i].What = ""
+	}
+	if b, err = json.Marshal(events); len(b) > maxRecord {
+		return nil, err
+	}
+	return b, err
 }
 
 // choose returns the configured PCRs, or those of the boot type. The boot type
