@@ -213,6 +213,42 @@ func TestKeyIDMatchesCiphertext(t *testing.T) {
 	rotating.Wait()
 }
 
+// keepingKeys keeps the plaintexts that pass through, as no Keys should.
+type keepingKeys struct {
+	*memoryKeys
+	in, out []byte
+}
+
+func (k *keepingKeys) Encrypt(p []byte) ([]byte, seal.KeyID, error) {
+	k.in = p
+	return k.memoryKeys.Encrypt(p)
+}
+
+func (k *keepingKeys) Decrypt(id seal.KeyID, c []byte) (p []byte, err error) {
+	p, err = k.memoryKeys.Decrypt(id, c)
+	k.out = p
+	return p, err
+}
+
+// TestSeedsAreCleared: the server leaves no DEK seed in its messages.
+func TestSeedsAreCleared(t *testing.T) {
+	keys := &keepingKeys{memoryKeys: newKeys(t, "k1-a")}
+	r := start(t, keys, grpcserver.ListenConfig{})
+	c, ctx := r.client(t), limited(t)
+	seed := bytes.Repeat([]byte{7}, 32)
+	enc, err := c.Encrypt(ctx, &kmsapi.EncryptRequest{Plaintext: seed})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dec, err := c.Decrypt(ctx, &kmsapi.DecryptRequest{Ciphertext: enc.Ciphertext, KeyId: enc.KeyId})
+	if err != nil || !bytes.Equal(dec.Plaintext, seed) {
+		t.Fatalf("%x, %v", dec.GetPlaintext(), err)
+	}
+	if zero := make([]byte, 32); !bytes.Equal(keys.in, zero) || !bytes.Equal(keys.out, zero) {
+		t.Errorf("left behind: %x after Encrypt, %x after Decrypt", keys.in, keys.out)
+	}
+}
+
 func TestMetrics(t *testing.T) {
 	keys := newKeys(t, "k1-a")
 	r := start(t, keys, grpcserver.ListenConfig{})
