@@ -5,12 +5,13 @@ ARG GO_IMAGE=docker.io/library/golang:1.26
 
 FROM ${GO_IMAGE} AS build
 ARG VERSION=unknown
-ENV PATH=/usr/local/go/bin:/usr/bin:/bin HOME=/root TMPDIR=/src \
-    CGO_ENABLED=0 GOTOOLCHAIN=local GOMODCACHE=/go/pkg/mod GOEXPERIMENT=runtimesecret \
-    GOFLAGS="-trimpath -buildvcs=false '-ldflags=-s -w -X main.version=${VERSION}'"
+ENV HOME=/root CGO_ENABLED=0 GOTOOLCHAIN=local GOMODCACHE=/go/pkg/mod GOEXPERIMENT=runtimesecret \
+    GOFLAGS="-trimpath -buildvcs=false '-ldflags=-s -w -X main.buildVersion=${VERSION}'"
+# WORKDIR makes the folder; the compiler needs /tmp
+WORKDIR /tmp
 WORKDIR /src
 COPY . .
-RUN ["go", "build", "-o", "/out/kleidi", "./cmd/kleidi"]
+RUN ["/usr/local/go/bin/go", "build", "-o", "/out/kleidi", "./cmd/kleidi"]
 
 FROM scratch
 LABEL org.opencontainers.image.title="kleidi" \
