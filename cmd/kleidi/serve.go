@@ -138,10 +138,20 @@ func (s *server) serveKMS() error {
 	}
 	s.log.Info("listening", "socket", c.Socket)
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	// A call that comes now waits in the socket's queue: an error would make
+	// kube-apiserver wait 10 s before it asks again.
+	select {
+	case <-s.unlocker.Tried():
+	case <-time.After(startGrace):
+	}
 	err = s.kms.Serve(l)
 	s.health.setKMS(err)
 	return err
 }
+
+// startGrace is how long the first calls wait for the first attempt to unlock; it
+// is less than the 3 s that kube-apiserver gives a call.
+const startGrace = 2 * time.Second
 
 func orOwn(id, own int) int {
 	if id >= 0 {
