@@ -36,26 +36,44 @@ func startKleidi(ctx context.Context, o options, dir string) (*plugin, error) {
 	if err := k.prepare(ctx, machine, dir); err != nil {
 		return nil, errors.Join(err, machine.PowerOff())
 	}
-	var p *plugin
-	var took []time.Duration
-	for range max(o.starts, 1) {
+	p, err := k.startOften(ctx, max(o.starts, 1))
+	if err != nil {
+		return nil, errors.Join(err, machine.PowerOff())
+	}
+	stop := p.stop
+	if err := printTPM(ctx, machine, filepath.Join(dir, "state")); err != nil {
+		stop()
+		return nil, errors.Join(err, machine.PowerOff())
+	}
+	p.stop = func() { stop(); _ = machine.PowerOff() }
+	return p, nil
+}
+
+// startOften starts serve n times, one after the other, prints how long each took,
+// and leaves the last one running.
+func (k *shipped) startOften(ctx context.Context, n int) (p *plugin, err error) {
+	var sockets, statuses []time.Duration
+	for range n {
 		if p != nil {
 			p.stop()
 		}
-		var d time.Duration
-		if p, d, err = k.serve(ctx); err != nil {
-			return nil, errors.Join(err, machine.PowerOff())
+		var socket, status time.Duration
+		if p, socket, status, err = k.serve(ctx); err != nil {
+			return nil, err
 		}
-		took = append(took, d)
+		sockets, statuses = append(sockets, socket), append(statuses, status)
 	}
-	fmt.Printf("exec to first good Status, ms: ")
-	for _, d := range took {
-		fmt.Printf("%.1f ", d.Seconds()*1e3)
+	for _, row := range []struct {
+		name string
+		took []time.Duration
+	}{{"exec to socket", sockets}, {"exec to first good Status", statuses}} {
+		fmt.Printf("%-26s ms:", row.name)
+		for _, d := range row.took {
+			fmt.Printf(" %.1f", d.Seconds()*1e3)
+		}
+		slices.Sort(row.took)
+		fmt.Printf(" (median %.1f)\n", row.took[len(row.took)/2].Seconds()*1e3)
 	}
-	slices.Sort(took)
-	fmt.Printf("(median %.1f)\n\n", took[len(took)/2].Seconds()*1e3)
-	stop := p.stop
-	p.stop = func() { stop(); _ = machine.PowerOff() }
 	return p, nil
 }
 
@@ -88,40 +106,44 @@ http: {address: ""}
 	return nil
 }
 
-// serve starts kleidi serve and waits for its first good Status.
-func (k *shipped) serve(ctx context.Context) (*plugin, time.Duration, error) {
+// serve starts kleidi serve and waits for its first good Status. It tells when the
+// socket was there, and when that Status came.
+func (k *shipped) serve(ctx context.Context) (p *plugin, socket, status time.Duration, err error) {
 	cmd := exec.Command(k.binary, "--config", k.config, "serve")
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
 	begin := time.Now()
 	if err := cmd.Start(); err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	stop := func() { _ = cmd.Process.Signal(syscall.SIGTERM); _ = cmd.Wait() }
-	if err := k.firstStatus(ctx); err != nil {
-		stop()
-		return nil, 0, fmt.Errorf("kleidi serve: %w\n%s", err, log.Bytes())
+	exists := func() error { _, err := os.Stat(k.socket); return err }
+	if err = until(ctx, exists); err == nil {
+		socket = time.Since(begin)
+		err = until(ctx, func() error { return k.status(ctx) })
 	}
-	return &plugin{name: "kleidi", socket: k.socket, pid: cmd.Process.Pid, stop: stop}, time.Since(begin), nil
+	if err != nil {
+		stop()
+		return nil, 0, 0, fmt.Errorf("kleidi serve: %w\n%s", err, log.Bytes())
+	}
+	return &plugin{name: "kleidi", socket: k.socket, pid: cmd.Process.Pid, stop: stop}, socket, time.Since(begin), nil
 }
 
-// firstStatus asks, a thousand times a second, until the answer is good.
-func (k *shipped) firstStatus(ctx context.Context) error {
+// until repeats f, a thousand times a second, until it succeeds.
+func until(ctx context.Context, f func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
-	last := errors.New("no socket yet")
 	for {
-		if _, err := os.Stat(k.socket); err == nil {
-			if last = k.status(ctx); last == nil {
-				return nil
-			}
+		err := f()
+		if err == nil {
+			return nil
 		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return errors.Join(ctx.Err(), last)
+			return errors.Join(ctx.Err(), err)
 		}
 	}
 }
@@ -132,6 +154,8 @@ func (k *shipped) status(ctx context.Context) error {
 		return err
 	}
 	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
 	_, err = kmsapi.NewKeyManagementServiceClient(conn).Status(ctx, &kmsapi.StatusRequest{})
 	return err
 }
