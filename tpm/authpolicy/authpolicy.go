@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -83,9 +84,14 @@ type PCR struct {
 // Profile, table 7).
 func resettable(pcr int) bool { return pcr >= 16 && pcr <= 23 }
 
+// lastOfFirmware is the last PCR that the firmware extends before anything else
+// runs (PC Client Platform Firmware Profile, table 1).
+const lastOfFirmware = 7
+
 // Check refuses a selection that protects nothing: an empty one, resettable
 // PCRs, all-zero PCRs (nothing was measured into them, so that any OS may yet
-// extend them as it likes), and PCR 11 alone (any OS can extend it from zero).
+// extend them as it likes), and PCRs 8 to 15 alone, such as 11: under a loader
+// that leaves them at zero, any OS can extend them to the same values.
 func (p PCR) Check() error {
 	if _, ok := Banks[p.Bank]; !ok {
 		return fmt.Errorf("PCR bank %v; want SHA-256 or SHA-384", p.Bank)
@@ -105,8 +111,8 @@ func (p PCR) Check() error {
 			return fmt.Errorf("PCR %d is all zero: nothing was measured into it", i)
 		}
 	}
-	if _, ok := p.Values[11]; ok && len(p.Values) == 1 {
-		return errors.New("PCR 11 alone protects nothing: any OS can extend it to the same value")
+	if p.indices()[0] > lastOfFirmware {
+		return fmt.Errorf("PCR %s alone protects nothing: any OS can extend it to the same value; add PCR 4 or 7", p.list())
 	}
 	return nil
 }
@@ -118,6 +124,10 @@ func allZero(b []byte) bool {
 		}
 	}
 	return true
+}
+
+func (p PCR) list() string {
+	return strings.Trim(strings.ReplaceAll(fmt.Sprint(p.indices()), " ", ", "), "[]")
 }
 
 func (p PCR) indices() []int { return slices.Sorted(maps.Keys(p.Values)) }
