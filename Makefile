@@ -35,7 +35,7 @@ e2e: build
 	.ci/e2e $(TESTFLAGS)
 
 lint:
-	.ci/deps shellcheck
+	.ci/deps shellcheck curl
 	.ci/lint
 
 fuzz:
@@ -44,7 +44,7 @@ fuzz:
 
 bench: build
 	.ci/deps swtpm
-	cd e2e/bench && $(GO) run . -kleidi $(CURDIR)/bin/kleidi $(BENCHFLAGS)
+	$(GO) run ./e2e/bench -kleidi bin/kleidi $(BENCHFLAGS)
 
 image:
 	.ci/deps buildah
