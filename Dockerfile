@@ -1,7 +1,7 @@
 # The pure-Go kleidi, alone in its image: docker build --build-arg VERSION=v1 .
 # Every RUN is in exec form, so that the build stage needs no shell and can start
 # from scratch with a mounted toolchain (.ci/image), where no base image can be pulled.
-ARG GO_IMAGE=docker.io/library/golang:1.26
+ARG GO_IMAGE=golang:1.26
 
 FROM ${GO_IMAGE} AS build
 ARG VERSION=unknown
