@@ -5,8 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -124,15 +124,19 @@ after every rotation: etcd backups need the KEKs that they were written under.`,
 
 // writeNew writes a file that did not exist, durably.
 func writeNew(path string, b []byte) error {
-	path, err := filepath.Abs(path)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w; name another file", err)
+	}
 	if err != nil {
 		return err
 	}
-	_, err = store.NewFile(path).Save(context.Background(), b, "")
-	if errors.Is(err, store.ErrConflict) {
-		return fmt.Errorf("%s exists; name another file", path)
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err != nil {
+		return errors.Join(err, os.Remove(path))
 	}
-	return err
+	return nil
 }
 
 func (a *app) newKeyringRestore() *cobra.Command {
@@ -211,8 +215,8 @@ func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin
 		return admin.KeyringState{}, err
 	}
 	_, version, err := n.keyring.File.Load(ctx)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return admin.KeyringState{}, err
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return admin.KeyringState{}, seal.Errorf(seal.CauseStore, "move that file away, then run the command again", "the stored keyring: %w", err)
 	}
 	if len(req.Identity) > 0 {
 		return n.recoverFrom(ctx, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID})

@@ -43,7 +43,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	}
 	device := tpm.NewDevice(addr, cfg.TPM.Timeout)
 	n := &node{cfg: cfg, log: log, mem: memory(cfg), state: &state{dir: cfg.State.Dir}}
-	n.keyring = lockedFile{store.NewFile(cfg.Keyring()), n.state}
+	n.keyring = lockedFile{store.NewFile(cfg.Keyring()).Keep(parses), n.state}
 	n.pin = unlock.FilePin{Store: lockedFile{store.NewFile(cfg.Pin()), n.state}}
 	n.gate = &attest.Gate{
 		Attester: attest.Attester{Device: device, Owner: owner,
@@ -58,6 +58,11 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		Settle: n.tpm.Settle, Log: log, Attempted: attempted,
 	})
 	return n, nil
+}
+
+func parses(b []byte) bool {
+	_, err := keyring.Parse(b)
+	return err == nil
 }
 
 func (n *node) close() {

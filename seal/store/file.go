@@ -35,12 +35,20 @@ func versionOf(b []byte) Version {
 
 // File is one durable file. Its folder must be as [PrepareDir] leaves it.
 type File struct {
-	path string
-	mu   sync.Mutex
+	path  string
+	worth func([]byte) bool // nil: everything is
+	mu    sync.Mutex
 }
 
 // NewFile returns the file at path, which need not exist.
 func NewFile(path string) *File { return &File{path: filepath.Clean(path)} }
+
+// Keep says which contents are worth being kept as the previous one; without it
+// all are. What is damaged must not take the place of what is whole.
+func (f *File) Keep(worth func(b []byte) bool) *File {
+	f.worth = worth
+	return f
+}
 
 // Path returns where the file is.
 func (f *File) Path() string { return f.path }
@@ -124,13 +132,13 @@ func (f *File) Save(ctx context.Context, b []byte, old Version) (Version, error)
 	if exists && bytes.Equal(current, b) {
 		return version, syncDir(filepath.Dir(f.path)) // an earlier flush may have failed
 	}
-	if err := f.replace(b, exists); err != nil {
+	if err := f.replace(b, exists && (f.worth == nil || f.worth(current))); err != nil {
 		return "", fmt.Errorf("save %s: %w", f.path, err)
 	}
 	return versionOf(b), nil
 }
 
-func (f *File) replace(b []byte, exists bool) error {
+func (f *File) replace(b []byte, keep bool) error {
 	if err := f.sweep(); err != nil {
 		return err
 	}
@@ -138,7 +146,7 @@ func (f *File) replace(b []byte, exists bool) error {
 	if err := writeNew(tmp, b); err != nil {
 		return err
 	}
-	if exists {
+	if keep {
 		if err := f.keepPrevious(); err != nil {
 			_ = os.Remove(tmp)
 			return err

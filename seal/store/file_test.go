@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -56,4 +57,28 @@ func TestSaveLoad(t *testing.T) {
 		}
 	}
 	expect(t, f, "two")
+}
+
+// TestDamageDoesNotReplaceThePrevious: what Keep finds not worth keeping leaves
+// the previous content as it is.
+func TestDamageDoesNotReplaceThePrevious(t *testing.T) {
+	path := filepath.Join(stateDir(t), "f")
+	f := store.NewFile(path).Keep(func(b []byte) bool { return string(b) != "damaged" })
+	v := save(t, f, "one", "")
+	save(t, f, "two", v)
+	if err := os.WriteFile(path, []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, v, err := f.Load(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	v = save(t, f, "three", v)
+	if b, err := f.Previous(t.Context()); err != nil || string(b) != "one" {
+		t.Errorf("previous is %q, %v; want what was whole", b, err)
+	}
+	save(t, f, "four", v)
+	if b, err := f.Previous(t.Context()); err != nil || string(b) != "three" {
+		t.Errorf("previous is %q, %v", b, err)
+	}
 }
