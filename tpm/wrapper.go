@@ -262,6 +262,12 @@ func (w *Wrapper) unsealOnce(t transport.TPM, srk *SRK, d *slotData, object tpm2
 	seal.Erase(func() {
 		var r *tpm2.UnsealResponse
 		r, err = tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
+		if errors.Is(err, tpm2.TPMRCPolicyFail) {
+			// The PCRs were right, and parseSlot computed the digest: what is left is
+			// an NV index of another Name whose value passed.
+			err = fmt.Errorf("TPM2_Unseal: %w: %w", authpolicy.ErrCounter, err)
+			return
+		}
 		if err != nil {
 			err = fmt.Errorf("TPM2_Unseal: %w", err)
 			return

@@ -208,13 +208,20 @@ func (e Epoch) command() tpm2.PolicyNV {
 
 func (e Epoch) extend(calc *tpm2.PolicyCalculator) error { return e.command().Update(calc) }
 
+// notTheCounter are the response codes that PolicyNV gives only where the index
+// is missing, was never written, or is not one that anybody may read 8 bytes of.
+var notTheCounter = []tpm2.TPMRC{
+	tpm2.TPMRCHandle, tpm2.TPMRCNVUninitialized, tpm2.TPMRCNVAuthorization, tpm2.TPMRCNVLocked, tpm2.TPMRCNVRange,
+	tpm2.TPMRCSize, tpm2.TPMRCAuthUnavailable, tpm2.TPMRCAuthType, tpm2.TPMRCBadAuth, tpm2.TPMRCAuthFail,
+}
+
 func (e Epoch) satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
 	cmd := e.command()
 	cmd.PolicySession = session
 	switch _, err := cmd.Execute(t); {
 	case errors.Is(err, tpm2.TPMRCPolicy):
 		return fmt.Errorf("TPM2_PolicyNV: %w", ErrEpoch)
-	case errors.Is(err, tpm2.TPMRCHandle), errors.Is(err, tpm2.TPMRCNVUninitialized), errors.Is(err, tpm2.TPMRCNVAuthorization):
+	case slices.ContainsFunc(notTheCounter, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) }):
 		return fmt.Errorf("TPM2_PolicyNV: %w: %w", ErrCounter, err)
 	case err != nil:
 		return fmt.Errorf("TPM2_PolicyNV: %w", err)
