@@ -1,0 +1,103 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/beezy-dev/kleidi/"
+
+// borders says which packages of ours each package may import. A package that is
+// not listed here is a border that nobody drew.
+var borders = map[string][]string{
+	"seal":                           {},
+	"seal/keyring":                   {"seal"},
+	"seal/store":                     {},
+	"seal/unlock":                    {"seal", "seal/keyring", "seal/store"},
+	"seal/rotation":                  {"seal", "seal/keyring"},
+	"seal/recovery":                  {"seal"},
+	"seal/sealtest":                  {"seal"},
+	"tpm":                            {"seal", "tpm/authpolicy"},
+	"tpm/authpolicy":                 {},
+	"tpm/nv":                         {"seal", "tpm"},
+	"tpm/eventlog":                   {},
+	"tpm/attest":                     {"seal", "tpm", "tpm/authpolicy", "tpm/eventlog"},
+	"tpm/simboot":                    {"tpm", "tpm/eventlog"},
+	"tpm/tpmtest":                    {"tpm", "tpm/simboot"},
+	"grpcserver":                     {"seal", "grpcserver/internal/panics", "grpcserver/internal/unixsocket"},
+	"grpcserver/admin":               {"seal", "grpcserver/internal/panics", "grpcserver/internal/unixsocket"},
+	"grpcserver/internal/panics":     {},
+	"grpcserver/internal/unixsocket": {},
+	"cmd/kleidi/internal/config":     {"tpm", "tpm/attest", "tpm/nv"},
+}
+
+// doors says through which folders a library enters.
+var doors = map[string][]string{
+	"github.com/google/go-tpm/":         {"tpm"},
+	"github.com/google/go-attestation/": {"tpm/attest"},
+	"filippo.io/age":                    {"seal/recovery"},
+	"google.golang.org/grpc":            {"grpcserver", "cmd/kleidi"},
+	"k8s.io/kms/":                       {"grpcserver", "cmd/kleidi"},
+}
+
+func TestBorders(t *testing.T) {
+	for path, imports := range packages(t) {
+		if path == "cmd/kleidi" || strings.HasPrefix(path, "e2e/") {
+			continue // may import all
+		}
+		allowed, ok := borders[path]
+		if !ok {
+			t.Errorf("package %s has no border here", path)
+		}
+		for _, i := range imports {
+			if own, ok := strings.CutPrefix(i, module); ok && !slices.Contains(allowed, own) {
+				t.Errorf("%s imports %s", path, own)
+			}
+		}
+	}
+}
+
+func TestLibrariesEnterThroughTheirDoor(t *testing.T) {
+	for path, imports := range packages(t) {
+		for library, folders := range doors {
+			enters := slices.ContainsFunc(imports, func(i string) bool { return strings.HasPrefix(i, library) })
+			inside := slices.ContainsFunc(folders, func(f string) bool { return path == f || strings.HasPrefix(path, f+"/") })
+			if enters && !inside && !strings.HasPrefix(path, "e2e/") {
+				t.Errorf("%s imports %s", path, library)
+			}
+		}
+	}
+}
+
+// packages returns each package of the module with what it imports, its tests
+// left aside.
+func packages(t *testing.T) map[string][]string {
+	t.Helper()
+	cmd := exec.Command("go", "list", "-json=ImportPath,Imports", module+"...")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	all := map[string][]string{}
+	for d := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p struct {
+			ImportPath string
+			Imports    []string
+		}
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all[strings.TrimPrefix(p.ImportPath, module)] = p.Imports
+	}
+	if len(all) < len(borders) {
+		t.Fatalf("go list knows %d packages, at least %d were expected", len(all), len(borders))
+	}
+	return all
+}
