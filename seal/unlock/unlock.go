@@ -403,6 +403,7 @@ func (u *Unlocker) Adopt(ctx context.Context, version store.Version, wrapper str
 }
 
 func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wrapper string) error {
+	ctx = context.WithoutCancel(ctx) // from here on it is carried to its end
 	last := revisions[len(revisions)-1]
 	for _, k := range revisions {
 		if k != last {
