@@ -108,33 +108,45 @@ type refusal struct {
 
 func (r *refusal) Error() string { return fmt.Sprintf("%d: %s", r.code, r.body) }
 
+// get returns an answer that is text.
+func (a *apiserver) get(path string) (string, error) {
+	b, err := a.call(http.MethodGet, path, nil)
+	return string(b), err
+}
+
+// do sends an object, if there is one, and reads the answer into another.
 func (a *apiserver) do(method, path string, in, out any) error {
+	answer, err := a.call(method, path, in)
+	if err != nil || out == nil {
+		return err
+	}
+	return json.Unmarshal(answer, out)
+}
+
+func (a *apiserver) call(method, path string, in any) ([]byte, error) {
 	body, err := json.Marshal(in)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	req, err := http.NewRequest(method, a.url+path, bytes.NewReader(body))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	req.Header.Set("Authorization", "Bearer "+a.token)
 	req.Header.Set("Content-Type", "application/json")
 	res, err := a.client.Do(req)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer res.Body.Close()
 	answer, err := io.ReadAll(res.Body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if res.StatusCode/100 != 2 {
-		return &refusal{res.StatusCode, string(answer)}
+		return nil, &refusal{res.StatusCode, string(answer)}
 	}
-	if out == nil {
-		return nil
-	}
-	return json.Unmarshal(answer, out)
+	return answer, nil
 }
 
 func (a *apiserver) makeNamespace() error {

@@ -2,12 +2,14 @@ package kubernetes
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -44,12 +46,31 @@ func TestSecretInEtcd(t *testing.T) {
 			t.Errorf("stored under key %q, the current key is %q", got.keyID, current)
 		}
 		t.Run("TPM", func(t *testing.T) { witness(t, m) })
+		m.checkQuiet(t)
 		// What is on the disk is searched last, when etcd has written all of it.
 		m.api.Stop()
 		m.Serving.Stop()
 		m.etcd.Stop()
 		m.searchDisk(t, plaintext("first"))
 	})
+}
+
+// checkQuiet writes and reads many Secrets, for which kube-apiserver's DEK seed
+// is enough: the plugin is asked for nothing.
+func (m *machine) checkQuiet(t *testing.T) {
+	t.Helper()
+	encrypts, decrypts := m.Calls("Encrypt"), m.Calls("Decrypt")
+	if encrypts == 0 {
+		t.Error("a Secret is stored and Encrypt was never called")
+	}
+	for i := range 50 {
+		name := fmt.Sprint("many-", i)
+		m.put(t, name)
+		m.mustHold(t, name)
+	}
+	if e, d := m.Calls("Encrypt")-encrypts, m.Calls("Decrypt")-decrypts; e+d > 0 {
+		t.Errorf("50 writes and reads took %d Encrypt and %d Decrypt", e, d)
+	}
 }
 
 // searchDisk looks for plaintext in all that etcd, kleidi and kube-apiserver
@@ -215,6 +236,14 @@ func TestRotation(t *testing.T) {
 			}
 			return nil
 		})
+
+		metrics, err := m.api.get("/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if hash := fmt.Sprintf(`key_id_hash="sha256:%x"`, sha256.Sum256([]byte(after.Current.KeyID))); !strings.Contains(metrics, hash) {
+			t.Errorf("kube-apiserver's metrics do not show %s", hash)
+		}
 
 		// Both keys serve after restarts, and a read rewrites nothing.
 		m.Serving.Stop()

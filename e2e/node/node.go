@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -198,6 +199,32 @@ func (n *Node) Get(path string) (code int, body string, err error) {
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
 	return res.StatusCode, string(b), err
+}
+
+// Calls returns how many KMS v2 calls of a method (Status, Encrypt, Decrypt)
+// kleidi has answered since it started, by its own metrics.
+func (n *Node) Calls(method string) int {
+	n.t.Helper()
+	_, body, err := n.Get("/metrics")
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	sum, found := 0, false
+	for line := range strings.Lines(body) {
+		if !strings.HasPrefix(line, "kleidi_kms_operations_total{") || !strings.Contains(line, `method="`+method+`"`) {
+			continue
+		}
+		fields := strings.Fields(line)
+		count, err := strconv.Atoi(fields[len(fields)-1])
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		sum, found = sum+count, true
+	}
+	if !found {
+		n.t.Fatalf("kleidi's metrics do not count %s:\n%s", method, body)
+	}
+	return sum
 }
 
 // Keyring is what the tests read of `kleidi keyring show -o json`.
