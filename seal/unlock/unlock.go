@@ -72,7 +72,7 @@ type State struct {
 	Since time.Time `json:"since"`
 	// Wrapper opened the keyring.
 	Wrapper string `json:"wrapper,omitempty"`
-	// Problem is why it is locked, or, where it is open, why the last reload failed.
+	// Problem is why it is locked, or, where it is open, what failed last.
 	Problem error `json:"-"`
 	// Attempts counts attempts since it was last open.
 	Attempts int       `json:"attempts"`
@@ -138,14 +138,17 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	start := time.Now()
 	k, version, wrapper, err := u.attempt(ctx, &timing)
 	if err == nil {
-		err = u.settle(ctx, k)
-		if err != nil {
+		if err = u.pin(ctx, k); err != nil {
 			k.Close()
 		}
 	}
+	var unsettled error
+	if err == nil {
+		unsettled = u.settle(ctx, k)
+	}
 	timing.Total = time.Since(start)
 	if u.cfg.Attempted != nil {
-		u.cfg.Attempted(seal.CauseOf(err), timing)
+		u.cfg.Attempted(seal.CauseOf(errors.Join(err, unsettled)), timing)
 	}
 	if err != nil {
 		u.failed(err, timing)
@@ -153,7 +156,10 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	}
 	u.version = version
 	u.announce(k, wrapper, timing)
-	return nil
+	if unsettled != nil {
+		u.failed(unsettled, timing)
+	}
+	return unsettled
 }
 
 // Open opens the stored keyring as Unlock does, for the caller alone, who closes
@@ -278,22 +284,27 @@ func moreTelling(err, than error) bool {
 	return seal.CauseOf(err) == seal.CauseBootState && seal.CauseOf(than) == seal.CauseEpoch
 }
 
-// settle pins k where the pin is behind, and ends the epochs that are over.
-func (u *Unlocker) settle(ctx context.Context, k *keyring.Keyring) error {
+// pin pins k where the pin is behind. Where it can't be moved, k is not
+// announced: what was announced must not be rolled back.
+func (u *Unlocker) pin(ctx context.Context, k *keyring.Keyring) error {
 	pin, err := u.cfg.Pin.Load(ctx)
 	if err != nil {
 		return err
 	}
-	if pin == nil || *pin != k.Pin() {
-		if err := u.cfg.Pin.Save(ctx, k.Pin()); err != nil {
-			return err
-		}
+	if pin != nil && *pin == k.Pin() {
+		return nil
 	}
+	return u.cfg.Pin.Save(ctx, k.Pin())
+}
+
+// settle ends the epochs that are over. That it fails leaves revoked slots open
+// for longer, which is loud and tried again, and no reason to stop the cluster.
+func (u *Unlocker) settle(ctx context.Context, k *keyring.Keyring) error {
 	if u.cfg.Settle == nil {
 		return nil
 	}
 	if err := u.cfg.Settle(ctx, k.Slots()); err != nil {
-		return fmt.Errorf("end the earlier epoch: %w", err)
+		return fmt.Errorf("slots of the earlier epoch still open, as it could not be ended: %w", err)
 	}
 	return nil
 }
@@ -322,7 +333,7 @@ func (u *Unlocker) failed(err error, timing Timing) {
 	s.Attempts++
 	u.state.Store(&s)
 	if s.Open {
-		u.cfg.Log.Error("reload failed; the open keyring goes on serving", "cause", seal.CauseOf(err), "error", err)
+		u.cfg.Log.Error("not all is well; the open keyring goes on serving", "cause", seal.CauseOf(err), "error", err)
 	} else {
 		u.cfg.Log.Error("locked", "cause", seal.CauseOf(err), "error", err, "attempt", s.Attempts)
 	}
@@ -414,7 +425,11 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wra
 		last.Close()
 		return err
 	}
+	unsettled := u.settle(ctx, last)
 	u.announce(last, wrapper, Timing{})
+	if unsettled != nil {
+		return fmt.Errorf("the new keyring is saved and in use; %w", u.again(unsettled))
+	}
 	return nil
 }
 
@@ -429,7 +444,7 @@ func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring) error
 		}
 		u.version = version
 	}
-	if err := u.settle(ctx, revisions[len(revisions)-1]); err != nil {
+	if err := u.pin(ctx, revisions[len(revisions)-1]); err != nil {
 		return fmt.Errorf("the new keyring is saved and not yet announced: %w", u.again(err))
 	}
 	return nil

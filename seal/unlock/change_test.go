@@ -1,0 +1,336 @@
+package unlock_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+// TestOrderOfAChange: saved, pinned, the earlier epoch ended, and only then
+// announced.
+func TestOrderOfAChange(t *testing.T) {
+	n := opened(t)
+	former := n.encrypt()
+	if err := n.rotate(); err != nil {
+		t.Fatal(err)
+	}
+	id, _ := n.CurrentID()
+	if id == former.id {
+		t.Fatal("the key ID is the same")
+	}
+	wantSteps(t, n.steps.take(), "slot tpm", "save", "save", "pin 3", fmt.Sprintf("settle while %.8s is announced", former.id))
+	n.decrypts(former)
+	n.decrypts(n.encrypt())
+	n.restart()
+	n.mustOpen()
+	n.decrypts(former)
+}
+
+// TestRotationThatFailsEarly changes nothing.
+func TestRotationThatFailsEarly(t *testing.T) {
+	for name, damage := range map[string]func(*node){
+		"wrap":       func(n *node) { n.wrapper.set(seal.Errorf(seal.CauseUnavailable, "x", "no TPM")) },
+		"first save": func(n *node) { n.store.saves.set(errors.New("no space left on device")) },
+		"conflict":   func(n *node) { n.store.saves.set(store.ErrConflict) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := opened(t)
+			e, before, pin := n.encrypt(), n.read("keyring.json"), n.read("pin.json")
+			damage(n)
+			if err := n.rotate(); err == nil {
+				t.Fatal("it succeeded")
+			}
+			if string(n.read("keyring.json")) != string(before) || string(n.read("pin.json")) != string(pin) {
+				t.Error("the keyring or the pin has changed")
+			}
+			if id, err := n.CurrentID(); id != e.id || err != nil {
+				t.Errorf("current %s, %v", id, err)
+			}
+			n.decrypts(e)
+			n.wrapper.set(nil)
+			n.store.saves.set(nil)
+			if err := n.rotate(); err != nil {
+				t.Errorf("the next rotation: %v", err)
+			}
+		})
+	}
+}
+
+// TestCrashes: after each step of a rotation the process ends. The keyring opens,
+// and what was announced still decrypts.
+func TestCrashes(t *testing.T) {
+	for _, test := range []struct {
+		name     string
+		damage   func(*node)
+		revision uint64
+	}{
+		{"after the first revision", func(n *node) { n.store.after = 1; n.store.saves.set(errors.New("killed")) }, 2},
+		{"before the pin", func(n *node) { n.pin.saves.set(seal.Errorf(seal.CauseStore, "x", "killed")) }, 3},
+		{"before the epoch ends", func(n *node) { n.settle.set(seal.Errorf(seal.CauseUnavailable, "x", "killed")) }, 3},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			n := opened(t)
+			e := n.encrypt()
+			test.damage(n)
+			if err := n.rotate(); err == nil {
+				t.Fatal("it succeeded")
+			}
+			if id, _ := n.CurrentID(); id != e.id {
+				t.Error("the new key ID is announced")
+			}
+			n.decrypts(n.encrypt())
+			n.store.saves.set(nil)
+			n.pin.saves.set(nil)
+			n.settle.set(nil)
+			n.restart()
+			n.mustOpen()
+			k, _ := n.Keyring()
+			if k.Revision() != test.revision {
+				t.Errorf("revision %d, want %d", k.Revision(), test.revision)
+			}
+			n.decrypts(e)
+			if err := n.rotate(); err != nil {
+				t.Fatalf("the next rotation: %v", err)
+			}
+			if k, _ := n.Keyring(); k.Info().Staged != nil {
+				t.Error("a KEK is still staged")
+			}
+			n.decrypts(e)
+			n.restart()
+			n.mustOpen()
+			n.decrypts(e)
+		})
+	}
+}
+
+// TestPreviousOfARotation: either file of a rotation opens alone, and leads to
+// the fresh KEK.
+func TestPreviousOfARotation(t *testing.T) {
+	n := opened(t)
+	old := n.encrypt()
+	if err := n.rotate(); err != nil {
+		t.Fatal(err)
+	}
+	fresh := n.encrypt()
+	for _, name := range []string{"keyring.json", "keyring.json.previous"} {
+		untrusted, err := keyring.Parse(n.read(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		opened, err := n.OpenUnpinned(ctx, untrusted)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		defer opened.Close()
+		k, err := rotation.Complete(ctx, opened, []seal.Wrapper{n.wrapper}, now)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		defer k.Close()
+		for _, e := range []encrypted{old, fresh} {
+			if _, err := k.Decrypt(e.id, e.ciphertext); err != nil {
+				t.Errorf("%s does not decrypt under %s: %v", name, e.id, err)
+			}
+		}
+		if k.CurrentID() != fresh.id {
+			t.Errorf("%s: current is %s, want the fresh KEK", name, k.CurrentID())
+		}
+	}
+}
+
+// TestConflict: a keyring that somebody else saved meanwhile is not overwritten,
+// and the next reload takes it.
+func TestConflict(t *testing.T) {
+	n := opened(t)
+	k, _ := n.Keyring()
+	other, err := k.AtLeast(7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	n.put(other.Marshal())
+	wantRefusal(t, n.rotate(), seal.CauseStore, "changed by someone else")
+	if string(n.read("keyring.json")) != string(other.Marshal()) {
+		t.Error("it was overwritten")
+	}
+	n.mustOpen()
+	if k, _ := n.Keyring(); k.Revision() != 7 {
+		t.Errorf("revision %d", k.Revision())
+	}
+	if err := n.rotate(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestChangeNeedsAnOpenKeyring(t *testing.T) {
+	n := newNode(t)
+	n.make()
+	wantRefusal(t, n.rotate(), seal.CauseStarting)
+	called := false
+	n.gate.set(seal.Errorf(seal.CauseAttestation, "x", "shut"))
+	_ = n.Unlock(ctx)
+	err := n.Change(ctx, func(*keyring.Keyring) ([]*keyring.Keyring, error) { called = true; return nil, nil })
+	wantRefusal(t, err, seal.CauseAttestation)
+	if called {
+		t.Error("a locked keyring was changed")
+	}
+}
+
+// TestAdopt: a keyring that was opened in another way takes the place of the
+// stored one, of the version that was looked at.
+func TestAdopt(t *testing.T) {
+	n := newNode(t)
+	n.make()
+	n.gate.set(seal.Errorf(seal.CauseAttestation, "x", "shut"))
+	_ = n.Unlock(ctx)
+	n.steps.take()
+	_, version, err := n.store.Load(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign := n.newKeyring(n.wrapper)
+	raised, err := foreign.AtLeast(4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantRefusal(t, n.Adopt(ctx, "another version", "recovery", []*keyring.Keyring{raised}), seal.CauseStore)
+	if n.State().Open {
+		t.Fatal("it is open although nothing was saved")
+	}
+	if raised, err = foreign.AtLeast(4); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Adopt(ctx, version, "recovery", []*keyring.Keyring{raised}); err != nil {
+		t.Fatal(err)
+	}
+	wantSteps(t, n.steps.take(), "save", "save", "pin 4", "settle while nothing is announced")
+	if s := n.State(); !s.Open || s.Wrapper != "recovery" || s.Problem != nil {
+		t.Errorf("state %+v", s)
+	}
+}
+
+// records is a log that tells of each record.
+type records struct {
+	slog.Handler
+	told chan struct{}
+}
+
+func (r records) Enabled(context.Context, slog.Level) bool { return true }
+
+func (r records) Handle(context.Context, slog.Record) error {
+	r.told <- struct{}{}
+	return nil
+}
+
+// TestRun: it tries again by itself, at once when nudged, and reloads when nudged
+// while open.
+func TestRun(t *testing.T) {
+	n := newNode(t)
+	k := n.make()
+	log := records{slog.DiscardHandler, make(chan struct{}, 100)}
+	n.cfg.Log = slog.New(log)
+	n.restart()
+	n.gate.set(seal.Errorf(seal.CauseAttestation, "x", "shut"))
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { n.Run(ctx) })
+	until := func(what string, reached func() bool) {
+		t.Helper()
+		timeout := time.After(30 * time.Second)
+		for !reached() {
+			select {
+			case <-log.told:
+			case <-timeout:
+				t.Fatalf("%s: not reached; state %+v", what, n.State())
+			}
+		}
+	}
+	<-n.Tried()
+	until("two attempts by itself", func() bool { return n.State().Attempts >= 2 && !n.State().Next.IsZero() })
+	n.gate.set(nil)
+	n.Nudge()
+	n.Nudge() // one may be waiting already
+	until("open", func() bool { return n.State().Open })
+	next, err := k.AtLeast(9)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer next.Close()
+	n.put(next.Marshal())
+	n.Nudge()
+	until("the reload", func() bool { k, err := n.Keyring(); return err == nil && k.Revision() == 9 })
+	cancel()
+	running.Wait()
+}
+
+// TestConcurrentUse: calls during rotations and reloads all succeed, and each
+// ciphertext bears the ID of the KEK that made it.
+func TestConcurrentUse(t *testing.T) {
+	n := opened(t)
+	stop := make(chan struct{})
+	var calls sync.WaitGroup
+	for range 4 {
+		calls.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				c, id, err := n.Encrypt([]byte("a DEK seed"))
+				if err != nil {
+					t.Errorf("encrypt: %v", err)
+					return
+				}
+				if _, err := n.Decrypt(id, c); err != nil {
+					t.Errorf("decrypt: %v", err)
+					return
+				}
+				if _, err := n.CurrentID(); err != nil || !n.State().Open {
+					t.Errorf("locked: %v", err)
+				}
+			}
+		})
+	}
+	for range 10 {
+		if err := n.rotate(); err != nil {
+			t.Error(err)
+		}
+		if err := n.Unlock(ctx); err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	calls.Wait()
+	if k, _ := n.Keyring(); len(k.Info().Retired) != 10 {
+		t.Errorf("%d retired KEKs", len(k.Info().Retired))
+	}
+}
+
+// TestSavedAndNotAnnounced: when the pin can't be written, the answer says so.
+func TestSavedAndNotAnnounced(t *testing.T) {
+	n := opened(t)
+	n.pin.saves.set(seal.Errorf(seal.CauseStore, "free some space", "no space left on device"))
+	err := n.rotate()
+	wantRefusal(t, err, seal.CauseStore, "saved and not yet announced")
+	if !strings.Contains(err.Error(), "free some space") {
+		t.Errorf("no hint in %v", err)
+	}
+	n.pin.saves.set(nil)
+	former := n.encrypt()
+	n.mustOpen() // what Run does, which was nudged
+	if id, _ := n.CurrentID(); id == former.id {
+		t.Error("the saved KEK is not announced")
+	}
+	n.decrypts(former)
+}

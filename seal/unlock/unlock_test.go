@@ -1,0 +1,333 @@
+package unlock_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+)
+
+func TestLockedUntilUnlocked(t *testing.T) {
+	n := newNode(t)
+	k := n.make()
+	_, _, err := n.Encrypt([]byte("x"))
+	wantRefusal(t, err, seal.CauseStarting)
+	_, err = n.Decrypt(k.CurrentID(), []byte("x"))
+	wantRefusal(t, err, seal.CauseStarting)
+	select {
+	case <-n.Tried():
+		t.Error("tried before the first attempt")
+	default:
+	}
+	if err := n.Unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	<-n.Tried()
+	wantSteps(t, n.steps.take(), "gate", "slot tpm", "settle while nothing is announced")
+	s := n.State()
+	if !s.Open || s.Wrapper != "tpm" || s.Problem != nil || s.Attempts != 0 || s.Timing.Total <= 0 {
+		t.Errorf("state %+v", s)
+	}
+	n.decrypts(n.encrypt())
+	n.Close()
+	_, err = n.CurrentID()
+	wantRefusal(t, err, seal.CauseStarting)
+}
+
+// TestRefusals: each way to be locked has its own cause, loses nothing and ends
+// when its reason does.
+func TestRefusals(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		damage func(n *node)
+		mend   func(n *node)
+		cause  seal.Cause
+		says   string
+	}{
+		{"no keyring", func(n *node) { n.move("keyring.json", "away") }, func(n *node) { n.move("away", "keyring.json") }, seal.CauseKeyringMissing, "kleidi init"},
+		{"no pin", func(n *node) { n.move("pin.json", "away") }, func(n *node) { n.move("away", "pin.json") }, seal.CausePin, "no pin"},
+		{"damaged pin", func(n *node) { n.damage("pin.json") }, func(n *node) { n.move("away", "pin.json") }, seal.CausePin, "parse pin"},
+		{"damaged keyring", func(n *node) { n.damage("keyring.json") }, func(n *node) { n.move("away", "keyring.json") }, seal.CauseKeyringCorrupt, "parse keyring"},
+		{"unreadable keyring", func(n *node) { n.store.loads.set(errors.New("input/output error")) }, func(n *node) { n.store.loads.set(nil) }, seal.CauseStore, "keyring: input/output error"},
+		{"gate", func(n *node) { n.gate.set(seal.Errorf(seal.CauseAttestation, "look", "PCR 7 differs")) }, func(n *node) { n.gate.set(nil) }, seal.CauseAttestation, "PCR 7"},
+		{"slot", func(n *node) { n.wrapper.set(seal.Errorf(seal.CauseBootState, "recover", "refused")) }, func(n *node) { n.wrapper.set(nil) }, seal.CauseBootState, "explained: refused"},
+		{"settle", func(n *node) { n.settle.set(seal.Errorf(seal.CauseUnavailable, "wait", "no TPM")) }, func(n *node) { n.settle.set(nil) }, seal.CauseUnavailable, "end the earlier epoch"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			n := newNode(t)
+			n.make()
+			test.damage(n)
+			err := n.Unlock(ctx)
+			wantRefusal(t, err, test.cause, test.says)
+			_, _, encryptErr := n.Encrypt([]byte("x"))
+			if encryptErr != err || n.State().Problem != err || n.State().Attempts != 1 || n.State().Open {
+				t.Errorf("Encrypt ends in %v, the state is %+v", encryptErr, n.State())
+			}
+			test.mend(n)
+			n.mustOpen()
+			n.decrypts(n.encrypt())
+		})
+	}
+}
+
+func (n *node) move(from, to string) {
+	n.t.Helper()
+	if err := os.Rename(filepath.Join(n.dir, from), filepath.Join(n.dir, to)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// damage keeps the file as "away" and cuts it short.
+func (n *node) damage(name string) {
+	n.t.Helper()
+	b := n.read(name)
+	n.move(name, "away")
+	if err := os.WriteFile(filepath.Join(n.dir, name), b[:len(b)-2], 0o600); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// TestReloadKeepsTheOpenKeyring: whatever happens to the stored keyring, the one
+// that is open goes on serving, and the problem is shown.
+func TestReloadKeepsTheOpenKeyring(t *testing.T) {
+	n := opened(t)
+	e := n.encrypt()
+	since := n.State().Since
+	good := n.read("keyring.json")
+	for name, bad := range map[string][]byte{
+		"truncated": good[:len(good)/2], "empty": {}, "other": n.newKeyring(n.wrapper).Marshal(),
+	} {
+		n.put(bad)
+		if !n.Changed(ctx) {
+			t.Errorf("%s: no change is noticed", name)
+		}
+		if err := n.Unlock(ctx); err == nil {
+			t.Errorf("%s: the reload succeeded", name)
+		}
+		s := n.State()
+		if !s.Open || s.Problem == nil || s.Since != since {
+			t.Errorf("%s: state %+v", name, s)
+		}
+		n.decrypts(e)
+		n.decrypts(n.encrypt())
+		if err := n.rotate(); err == nil {
+			t.Errorf("%s: a rotation replaced what it had not read", name)
+		}
+		if string(n.read("keyring.json")) != string(bad) {
+			t.Errorf("%s: the stored keyring was overwritten", name)
+		}
+	}
+	n.put(good)
+	n.mustOpen()
+	if s := n.State(); s.Problem != nil || s.Since != since || n.Changed(ctx) {
+		t.Errorf("after the repair: %+v", s)
+	}
+}
+
+func TestChanged(t *testing.T) {
+	n := opened(t)
+	if n.Changed(ctx) {
+		t.Error("changed right after it was read")
+	}
+	if err := n.rotate(); err != nil {
+		t.Fatal(err)
+	}
+	if n.Changed(ctx) {
+		t.Error("changed by its own rotation")
+	}
+	n.move("keyring.json", "away")
+	if n.Changed(ctx) {
+		t.Error("a keyring that is gone is no change to reload")
+	}
+}
+
+// TestPin: what the pin refuses and what it lets pass.
+func TestPin(t *testing.T) {
+	n := opened(t)
+	first := n.read("keyring.json")
+	firstPin := n.read("pin.json")
+	e := n.encrypt()
+	if err := n.rotate(); err != nil {
+		t.Fatal(err)
+	}
+	second := n.read("keyring.json")
+	n.steps.take()
+
+	n.restart()
+	n.put(first)
+	wantRefusal(t, n.Unlock(ctx), seal.CausePin, "does not hold the pinned key ID")
+	n.put(second)
+
+	// A crash between saving and pinning leaves the pin behind; it is moved up.
+	if err := os.WriteFile(filepath.Join(n.dir, "pin.json"), firstPin, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.steps.take()
+	if err := n.Unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	wantSteps(t, n.steps.take(), "gate", "slot tpm", "pin 3", "settle while nothing is announced")
+	n.decrypts(e)
+
+	// Put back while it is open, it is not taken either.
+	n.put(first)
+	wantRefusal(t, n.Unlock(ctx), seal.CausePin)
+	n.decrypts(e)
+	n.decrypts(n.encrypt())
+}
+
+// TestOlderRevisionOfTheSameKEK: the key ID alone would let it pass.
+func TestOlderRevisionOfTheSameKEK(t *testing.T) {
+	n := opened(t)
+	first := n.read("keyring.json")
+	err := n.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.WithSlots(k.Slots())
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.restart()
+	n.put(first)
+	wantRefusal(t, n.Unlock(ctx), seal.CausePin, "revision 1", "revision 2 or later")
+}
+
+// TestAttackersKEK: a keyring that is consistent with itself, whose slot opens
+// through the gate, of the same cluster, at a later revision, is still not ours.
+func TestAttackersKEK(t *testing.T) {
+	n := opened(t)
+	k := n.newKeyring(n.wrapper)
+	for range 5 {
+		next, err := k.AtLeast(0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(next.Close)
+		k = next
+	}
+	n.restart()
+	n.put(k.Marshal())
+	wantRefusal(t, n.Unlock(ctx), seal.CausePin, "does not hold the pinned key ID")
+	if string(n.read("keyring.json")) != string(k.Marshal()) {
+		t.Error("the evidence was overwritten")
+	}
+}
+
+func TestSwappedSlot(t *testing.T) {
+	n := newNode(t)
+	k, other := n.make(), n.newKeyring(n.wrapper)
+	n.put(edited(t, k.Marshal(), string(k.Slots()[0].Data), string(other.Slots()[0].Data)))
+	wantRefusal(t, n.Unlock(ctx), seal.CauseSlotCorrupt, string(other.CurrentID()))
+}
+
+func TestEditedBody(t *testing.T) {
+	n := newNode(t)
+	k := n.make()
+	n.put(edited(t, k.Marshal(), `"revision":1`, `"revision":9`))
+	wantRefusal(t, n.Unlock(ctx), seal.CauseKeyringCorrupt, "MAC")
+}
+
+// TestSlotsInOrder: wrappers are tried in the configured order, a wrapper's slots
+// in the keyring's; what is not configured is never tried.
+func TestSlotsInOrder(t *testing.T) {
+	n := newNode(t)
+	vault := &openWrapper{name: "vault", steps: &n.steps}
+	kek, err := seal.Memory{}.NewKEK()
+	if err != nil {
+		t.Fatal(err)
+	}
+	slots := []seal.Slot{vault.slot(kek, ""), n.wrapper.slot(kek, " revoked"), n.wrapper.slot(kek, " earlier"), n.wrapper.slot(kek, " broken")}
+	k, err := keyring.New(seal.ClusterID{1}, kek, slots, nil, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	n.put(k.Marshal())
+	if err := n.pin.Save(ctx, k.Pin()); err != nil {
+		t.Fatal(err)
+	}
+	n.steps.take()
+	n.wrapper.verdicts = map[string]error{
+		" revoked": seal.Errorf(seal.CauseEpoch, "x", "epoch"),
+		" earlier": seal.Errorf(seal.CauseBootState, "x", "boot state"),
+		" broken":  seal.Errorf(seal.CauseSlotCorrupt, "x", "corrupt"),
+	}
+	wantRefusal(t, n.Unlock(ctx), seal.CauseBootState, "explained: boot state")
+	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken")
+
+	n.cfg.Wrappers = []seal.Wrapper{n.wrapper, vault}
+	n.restart()
+	if err := n.Unlock(ctx); err != nil || n.State().Wrapper != "vault" {
+		t.Errorf("%v, opened by %q", err, n.State().Wrapper)
+	}
+	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken", "slot vault", "settle while nothing is announced")
+
+	n.cfg.Wrappers = nil
+	n.restart()
+	wantRefusal(t, n.Unlock(ctx), seal.CauseNoSlot, "kleidi recover")
+}
+
+// TestOpenChangesNothing: Open and OpenUnpinned are for looking.
+func TestOpenChangesNothing(t *testing.T) {
+	n := newNode(t)
+	own := n.make()
+	k, err := n.Open(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.Close()
+	foreign := n.newKeyring(n.wrapper)
+	untrusted, err := keyring.Parse(foreign.Marshal())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if k, err = n.OpenUnpinned(ctx, untrusted); err != nil || k.CurrentID() != foreign.CurrentID() {
+		t.Fatalf("%v", err)
+	}
+	k.Close()
+	wantSteps(t, n.steps.take(), "gate", "slot tpm", "gate", "slot tpm")
+	if n.State().Open || string(n.read("keyring.json")) != string(own.Marshal()) {
+		t.Error("looking at a keyring changed something")
+	}
+	n.gate.set(seal.Errorf(seal.CauseAttestation, "x", "shut"))
+	if _, err = n.Open(ctx); seal.CauseOf(err) != seal.CauseAttestation {
+		t.Errorf("Open passes a shut gate: %v", err)
+	}
+	if _, err = n.OpenUnpinned(ctx, untrusted); seal.CauseOf(err) != seal.CauseAttestation {
+		t.Errorf("OpenUnpinned passes a shut gate: %v", err)
+	}
+}
+
+func TestAttemptedHearsOfEachAttempt(t *testing.T) {
+	n := newNode(t)
+	var causes []seal.Cause
+	n.cfg.Attempted = func(c seal.Cause, timing unlock.Timing) { causes = append(causes, c) }
+	n.restart()
+	_ = n.Unlock(ctx)
+	n.make()
+	n.mustOpen()
+	if len(causes) != 2 || causes[0] != seal.CauseKeyringMissing || causes[1] != "" {
+		t.Errorf("causes %q", causes)
+	}
+}
+
+// TestFilePin: a pin that can't be read is never taken for one that is not there.
+func TestFilePin(t *testing.T) {
+	n := newNode(t)
+	if pin, err := n.pin.Load(ctx); pin != nil || err != nil {
+		t.Errorf("no file: %v, %v", pin, err)
+	}
+	broken := &faultyStore{File: n.store.File, steps: &n.steps}
+	p := unlock.FilePin{Store: broken}
+	broken.loads.set(errors.New("input/output error"))
+	_, err := p.Load(ctx)
+	wantRefusal(t, err, seal.CauseStore, "pin: input/output error")
+	wantRefusal(t, p.Save(ctx, keyring.Pin{}), seal.CauseStore)
+	broken.loads.set(nil)
+	broken.saves.set(errors.New("no space left on device"))
+	wantRefusal(t, p.Save(ctx, keyring.Pin{}), seal.CauseStore, "pin: no space")
+}
