@@ -157,7 +157,7 @@ func (d *dev) initialize(cmd *cobra.Command, cfg *config.Config, say func(string
 		say("[dev] the keyring of an earlier run is kept")
 		return err
 	}
-	n, err := offline(cfg)
+	n, err := newNode(cfg, logger(cfg), nil)
 	if err != nil {
 		return err
 	}

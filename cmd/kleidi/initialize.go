@@ -81,7 +81,7 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice) error {
 	if err != nil {
 		return err
 	}
-	n, err := offline(cfg)
+	n, err := newNode(cfg, logger(cfg), nil)
 	if err != nil {
 		return err
 	}
@@ -111,11 +111,11 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice) error {
 func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResult, error) {
 	ctx := cmd.Context()
 	progress := func(s string) { fmt.Fprintln(cmd.ErrOrStderr(), "[init]", s) }
+	if err := n.own(); err != nil {
+		return nil, err
+	}
 	if _, _, err := n.keyring.Load(ctx); !errors.Is(err, fs.ErrNotExist) {
 		return nil, existing(n.cfg.Keyring(), err)
-	}
-	if err := lockProcess(n.mem); err != nil {
-		return nil, err
 	}
 	progress("looking for the TPM at " + n.cfg.TPM.Device)
 	ek, err := n.tpm.Provision(ctx)

@@ -210,6 +210,9 @@ func (n *node) restore(ctx context.Context, req admin.RestoreRequest) (admin.Key
 }
 
 func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin.KeyringState, error) {
+	if err := n.own(); err != nil {
+		return admin.KeyringState{}, err
+	}
 	untrusted, err := keyring.Parse(req.Keyring)
 	if err != nil {
 		return admin.KeyringState{}, err

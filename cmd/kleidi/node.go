@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 
@@ -48,7 +49,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	n.gate = &attest.Gate{
 		Attester: attest.Attester{Device: device, Owner: owner,
 			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},
-		Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs,
+		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs,
 	}
 	n.tpm = tpm.NewWrapper(tpm.Config{
 		Device: device, Owner: owner, Counter: counter, Memory: n.mem, Node: cfg.Node, State: n.gate.State,
@@ -58,6 +59,22 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		Settle: n.tpm.Settle, Log: log, Attempted: attempted,
 	})
 	return n, nil
+}
+
+// own takes the state folder for this process, before it changes anything, and
+// keeps the process out of swap, before it holds anything secret.
+func (n *node) own() error {
+	if err := lockProcess(n.mem); err != nil {
+		return err
+	}
+	err := n.state.acquire()
+	if errors.Is(err, store.ErrLocked) {
+		return fmt.Errorf("%w; nothing answers on %s: see that both use the same configuration", err, n.cfg.Admin.Socket)
+	}
+	if err != nil {
+		return seal.Errorf(seal.CauseStore, "see state.dir and its disk", "the state folder can't be changed: %w", err)
+	}
+	return nil
 }
 
 func parses(b []byte) bool {

@@ -94,7 +94,7 @@ func (n *node) recover(ctx context.Context, req admin.RecoverRequest) (admin.Key
 }
 
 func (n *node) recoverStored(ctx context.Context, req admin.RecoverRequest) (admin.KeyringState, error) {
-	if err := lockProcess(n.mem); err != nil {
+	if err := n.own(); err != nil {
 		return admin.KeyringState{}, err
 	}
 	untrusted, version, err := n.stored(ctx)

@@ -5,10 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
-	"github.com/beezy-dev/kleidi/seal/store"
 )
 
 // operate runs a verb where the keyring's one writer is: in the running serve,
@@ -26,7 +25,11 @@ func operate[Req, Resp any](ctx context.Context, a *app, verb admin.Verb[Req, Re
 	if !errors.Is(err, admin.ErrNotRunning) {
 		return none, err
 	}
-	n, err := offline(cfg)
+	log := slog.New(slog.DiscardHandler) // the result says it all
+	if a.logLevel != "" {
+		log = logger(cfg)
+	}
+	n, err := newNode(cfg, log, nil)
 	if err != nil {
 		return none, err
 	}
@@ -34,26 +37,14 @@ func operate[Req, Resp any](ctx context.Context, a *app, verb admin.Verb[Req, Re
 	return here(n, ctx, req)
 }
 
-// offline is the node without a running serve.
-func offline(cfg *config.Config) (*node, error) {
-	n, err := newNode(cfg, logger(cfg), nil)
-	if err != nil {
-		return nil, err
-	}
-	if err := n.state.acquire(); err != nil {
-		if errors.Is(err, store.ErrLocked) {
-			return nil, fmt.Errorf("state.dir %s: %w, and nothing answers on %s; see that both use the same configuration", cfg.State.Dir, err, cfg.Admin.Socket)
-		}
-		return nil, fmt.Errorf("state.dir: %w", err)
-	}
-	return n, nil
-}
-
 // unlocked is an operation that needs the keyring open first.
 func unlocked[Req, Resp any](f func(*node, context.Context, Req) (Resp, error)) func(*node, context.Context, Req) (Resp, error) {
 	return func(n *node, ctx context.Context, req Req) (Resp, error) {
+		var none Resp
+		if err := n.own(); err != nil {
+			return none, err
+		}
 		if err := n.unlocker.Unlock(ctx); err != nil {
-			var none Resp
 			return none, err
 		}
 		return f(n, ctx, req)

@@ -20,6 +20,8 @@ import (
 // Gate attests this machine to itself before a TPM slot is opened or made.
 type Gate struct {
 	Attester
+	// Node is this machine's name; slots of others demand nothing of it.
+	Node string
 	// Counter is what the slots' authorization policies name.
 	Counter tpm.Counter
 	// Bank and PCRs are what to seal to; no PCRs means by how the machine boots.
@@ -58,7 +60,7 @@ func refuse(err error) error {
 func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 	demanded := map[crypto.Hash]map[int]bool{}
 	for _, s := range slots {
-		if s.Type != seal.TypeTPM {
+		if s.Type != seal.TypeTPM || s.Node != g.Node {
 			continue
 		}
 		d, err := tpm.DemandOf(s, g.Counter)
