@@ -76,7 +76,7 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 	if err != nil {
 		return seal.Slot{}, err
 	}
-	return w.wrap(ctx, kek, state)
+	return w.wrap(ctx, kek, state, nil)
 }
 
 // WrapLike seals kek under the boot state of an authenticated slot of this node
@@ -91,10 +91,17 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 	if err != nil {
 		return seal.Slot{}, err
 	}
-	return w.wrap(ctx, kek, *d.state)
+	return w.wrap(ctx, kek, *d.state, d)
 }
 
-func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState) (seal.Slot, error) {
+// wrap seals to the storage root key of the authenticated slot like, if there is
+// one: who answers in the TPM's place learns nothing then.
+func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState, like *slotData) (seal.Slot, error) {
+	var size int
+	kek.With(func(b []byte) { size = len(b) })
+	if size != seal.KEKSize {
+		return seal.Slot{}, errors.New("wrap for the TPM: no KEK to wrap: it is closed or of another size")
+	}
 	if err := state.Check(); err != nil {
 		return seal.Slot{}, seal.Errorf(seal.CauseBootState, "choose other PCRs with tpm.pcrs", "this boot state can't be sealed to: %w", err)
 	}
@@ -106,7 +113,7 @@ func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState) (
 		if d.EK, err = w.digest(t); err != nil {
 			return err
 		}
-		return WithSRK(t, w.Owner, nil, func(srk *SRK) error { return w.seal(t, srk, kek, d) })
+		return w.withSRK(t, like, func(srk *SRK) error { return w.seal(t, srk, kek, d) })
 	})
 	if err != nil {
 		return seal.Slot{}, classify(err)
@@ -195,14 +202,10 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	}
 	var kek *seal.Secret
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
-		err := WithSRK(t, w.Owner, d.SRK, func(srk *SRK) (err error) {
+		return w.withSRK(t, d, func(srk *SRK) (err error) {
 			kek, err = w.unseal(t, srk, d)
 			return err
 		})
-		if errors.Is(err, errOtherSRK) {
-			return otherTPM(t, d.EK)
-		}
-		return err
 	})
 	if errors.Is(err, authpolicy.ErrBootState) {
 		err = &StateError{Was: *d.state, err: err}
@@ -211,6 +214,18 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 		return nil, classify(err)
 	}
 	return kek, nil
+}
+
+// withSRK runs f with the storage root key that a slot names; nil takes the TPM's.
+func (w *Wrapper) withSRK(t transport.TPM, d *slotData, f func(*SRK) error) error {
+	if d == nil {
+		return WithSRK(t, w.Owner, nil, f)
+	}
+	err := WithSRK(t, w.Owner, d.SRK, f)
+	if errors.Is(err, errOtherSRK) {
+		return otherTPM(t, d.EK)
+	}
+	return err
 }
 
 // otherTPM tells a TPM that was cleared from another one.
