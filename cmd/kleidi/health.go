@@ -93,12 +93,13 @@ var (
 	descKEKMade  = prometheus.NewDesc("kleidi_kek_created_timestamp_seconds", "When the current KEK was made.", nil, nil)
 	descSlotMade = prometheus.NewDesc("kleidi_slot_created_timestamp_seconds", "When the slot was made.", []string{"type", "node"}, nil)
 	descAttested = prometheus.NewDesc("kleidi_attestation_timestamp_seconds", "When evidence of this boot last verified.", nil, nil)
+	descPassed   = prometheus.NewDesc("kleidi_attestation_passed", "1 if the last attestation of this boot verified, 0 if it failed or there was none.", nil, nil)
 	descStep     = prometheus.NewDesc("kleidi_unlock_duration_seconds", "How long the steps of the last attempt to unlock took.", []string{"step"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descStep} {
+	for _, d := range []*prometheus.Desc{descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descStep} {
 		c <- d
 	}
 }
@@ -121,6 +122,11 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	if last := n.gate.Last(); last != nil {
 		gauge(descAttested, seconds(last.Time))
 	}
+	passed := 0.0
+	if n.gate.Passed() {
+		passed = 1
+	}
+	gauge(descPassed, passed)
 	k, err := n.unlocker.Keyring()
 	if err != nil {
 		gauge(descOpen, 0)

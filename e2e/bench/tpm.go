@@ -47,7 +47,7 @@ func printTPM(ctx context.Context, m *simboot.Machine, state string) error {
 	device := tpm.NewDevice(addr, tpm.DefaultTimeout)
 	gate := &attest.Gate{
 		Attester: attest.Attester{Device: device, Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}},
-		Counter:  counter, Bank: crypto.SHA256,
+		Node:     "bench", Counter: counter, Bank: crypto.SHA256,
 	}
 	wrapper := tpm.NewWrapper(tpm.Config{Device: device, Counter: counter, Node: "bench", State: gate.State})
 	fmt.Printf("on swtpm, median of %d:", tpmRuns)

@@ -28,13 +28,23 @@ type Gate struct {
 	Bank crypto.Hash
 	PCRs []int
 
-	last atomic.Pointer[Result]
+	last   atomic.Pointer[Result]
+	failed atomic.Bool
 }
 
 const nonceSize = 32 // bytes
 
 // attest quotes, and verifies what came.
 func (g *Gate) attest(ctx context.Context, bank crypto.Hash, pcrs []int) (*Result, error) {
+	result, err := g.verified(ctx, bank, pcrs)
+	g.failed.Store(err != nil)
+	if err == nil {
+		g.last.Store(result)
+	}
+	return result, err
+}
+
+func (g *Gate) verified(ctx context.Context, bank crypto.Hash, pcrs []int) (*Result, error) {
 	nonce := make([]byte, nonceSize)
 	rand.Read(nonce)
 	evidence, err := g.Collect(ctx, nonce, bank, pcrs)
@@ -45,7 +55,6 @@ func (g *Gate) attest(ctx context.Context, bank crypto.Hash, pcrs []int) (*Resul
 	if err != nil {
 		return nil, refuse(err)
 	}
-	g.last.Store(result)
 	return result, nil
 }
 
@@ -146,6 +155,9 @@ func (g *Gate) choose() ([]int, error) {
 
 // Last returns the newest result, or nil.
 func (g *Gate) Last() *Result { return g.last.Load() }
+
+// Passed reports whether the last attestation verified; false before the first.
+func (g *Gate) Passed() bool { return g.Last() != nil && !g.failed.Load() }
 
 // Explain adds to a refusal of the TPM what changed since the slot was made:
 // which PCR, which event, and what usually causes that. Other errors it returns
