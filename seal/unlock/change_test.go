@@ -76,7 +76,6 @@ func TestCrashes(t *testing.T) {
 	}{
 		{"after the first revision", func(n *node) { n.store.after = 1; n.store.saves.set(errors.New("killed")) }, 2},
 		{"before the pin", func(n *node) { n.pin.saves.set(seal.Errorf(seal.CauseStore, "x", "killed")) }, 3},
-		{"before the epoch ends", func(n *node) { n.settle.set(seal.Errorf(seal.CauseUnavailable, "x", "killed")) }, 3},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			n := opened(t)

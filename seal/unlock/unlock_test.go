@@ -55,7 +55,6 @@ func TestRefusals(t *testing.T) {
 		{"unreadable keyring", func(n *node) { n.store.loads.set(errors.New("input/output error")) }, func(n *node) { n.store.loads.set(nil) }, seal.CauseStore, "keyring: input/output error"},
 		{"gate", func(n *node) { n.gate.set(seal.Errorf(seal.CauseAttestation, "look", "PCR 7 differs")) }, func(n *node) { n.gate.set(nil) }, seal.CauseAttestation, "PCR 7"},
 		{"slot", func(n *node) { n.wrapper.set(seal.Errorf(seal.CauseBootState, "recover", "refused")) }, func(n *node) { n.wrapper.set(nil) }, seal.CauseBootState, "explained: refused"},
-		{"settle", func(n *node) { n.settle.set(seal.Errorf(seal.CauseUnavailable, "wait", "no TPM")) }, func(n *node) { n.settle.set(nil) }, seal.CauseUnavailable, "end the earlier epoch"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			n := newNode(t)
@@ -72,6 +71,30 @@ func TestRefusals(t *testing.T) {
 			n.decrypts(n.encrypt())
 		})
 	}
+}
+
+// TestEpochThatCannotBeEnded: revoked slots still open, which is shown and tried
+// again; the cluster comes first.
+func TestEpochThatCannotBeEnded(t *testing.T) {
+	n := newNode(t)
+	n.make()
+	n.settle.set(seal.Errorf(seal.CauseUnavailable, "wait", "no TPM"))
+	err := n.Unlock(ctx)
+	wantRefusal(t, err, seal.CauseUnavailable, "slots of the earlier epoch still open")
+	if s := n.State(); !s.Open || s.Problem != err || s.Attempts != 1 {
+		t.Errorf("state %+v", s)
+	}
+	e := n.encrypt()
+	wantRefusal(t, n.rotate(), seal.CauseUnavailable, "saved and in use", "still open")
+	if id, _ := n.CurrentID(); id == e.id {
+		t.Error("the new KEK is not in use")
+	}
+	n.settle.set(nil)
+	n.mustOpen()
+	if s := n.State(); s.Problem != nil || s.Attempts != 0 {
+		t.Errorf("state %+v", s)
+	}
+	n.decrypts(e)
 }
 
 func (n *node) move(from, to string) {
