@@ -124,7 +124,13 @@ func clip(s string) string {
 	return strconv.QuoteToASCII(s)
 }
 
+// nameSize is the size of a Name by SHA-256: the algorithm, then the digest.
+const nameSize = 2 + 32
+
 func (d *slotData) parse(counter Counter) error {
+	if len(d.SRK) != nameSize { // none at all would stand for any
+		return fmt.Errorf("the Name of its storage root key has %d bytes, want %d", len(d.SRK), nameSize)
+	}
 	bank, err := ParseBank(d.Bank)
 	if err != nil {
 		return err
