@@ -31,7 +31,7 @@ test:
 	$(GO) test $(RACE) $(TESTFLAGS) $(PACKAGES)
 
 e2e: build
-	.ci/deps swtpm tpm2 strace
+	.ci/deps swtpm tpm2
 	.ci/e2e $(TESTFLAGS)
 
 lint:
