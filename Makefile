@@ -47,7 +47,7 @@ bench: build
 	$(GO) run ./e2e/bench -kleidi bin/kleidi $(BENCHFLAGS)
 
 image:
-	.ci/deps buildah
+	.ci/deps buildah swtpm
 	.ci/image $(VERSION)
 
 clean:
