@@ -1,0 +1,71 @@
+package docs
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// documents are those that show commands, relative to this folder.
+var documents = []string{"../../docs/recovery.md"}
+
+// block is a fenced block of a document, with the comment before it.
+type block struct {
+	line     int // where it begins
+	commands bool
+	comment  string
+	text     string
+}
+
+var comment = regexp.MustCompile(`^<!-- (.*) -->$`)
+
+// blocks returns the blocks of commands, and those with a comment.
+func blocks(t *testing.T, file string) []block {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []block
+	var open *block
+	said := ""
+	for i, line := range strings.Split(string(b), "\n") {
+		fence, isFence := strings.CutPrefix(strings.TrimSpace(line), "```")
+		switch {
+		case open != nil && isFence:
+			if open.commands || open.comment != "" {
+				all = append(all, *open)
+			}
+			open = nil
+		case open != nil:
+			open.text += line + "\n"
+		case isFence:
+			open = &block{line: i + 1, commands: fence == "sh" || fence == "console" || fence == "shell" || fence == "bash", comment: said}
+			said = ""
+		case strings.TrimSpace(line) != "":
+			said = ""
+			if m := comment.FindStringSubmatch(strings.TrimSpace(line)); m != nil {
+				said = m[1]
+			}
+		}
+	}
+	if open != nil {
+		t.Fatalf("%s:%d: the block does not end", file, open.line)
+	}
+	return all
+}
+
+// matcher turns a line that a document shows into what must match: … stands for
+// anything.
+func matcher(line string) *regexp.Regexp {
+	parts := strings.Split(strings.TrimSpace(line), "…")
+	for i, p := range parts {
+		fields := strings.Fields(p)
+		for j, f := range fields {
+			fields[j] = regexp.QuoteMeta(f)
+		}
+		parts[i] = strings.Join(fields, ` +`)
+	}
+	return regexp.MustCompile(`(?m)^ *` + strings.Join(parts, ` *.*`) + ` *$`)
+}

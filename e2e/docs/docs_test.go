@@ -1,0 +1,108 @@
+package docs
+
+import (
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestCommandsOfTheDocuments(t *testing.T) {
+	for _, file := range documents {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			r := &reader{t: t}
+			for _, b := range blocks(t, file) {
+				r.where = fmt.Sprintf("%s:%d", filepath.Base(file), b.line)
+				r.follow(b)
+			}
+			r.leave()
+			if r.ran == 0 {
+				t.Errorf("%s shows no command that was run", file)
+			}
+		})
+	}
+}
+
+// reader does what a document says, block by block.
+type reader struct {
+	t      *testing.T
+	where  string
+	m      *machine
+	output string
+	ran    int
+}
+
+func (r *reader) follow(b block) {
+	r.t.Helper()
+	scene, onScene := strings.CutPrefix(b.comment, "run on: ")
+	reason, notRun := strings.CutPrefix(b.comment, "not run: ")
+	switch {
+	case b.comment == "prints" && !b.commands:
+		r.compare(b.text)
+	case !b.commands:
+	case onScene:
+		r.leave()
+		start, ok := scenes[scene]
+		if !ok {
+			r.t.Fatalf("%s: there is no scene %q", r.where, scene)
+		}
+		r.m = newMachine(r.t)
+		start(r.m)
+		r.run(b)
+	case b.comment == "run next" && r.m != nil:
+		r.run(b)
+	case notRun && strings.TrimSpace(reason) != "":
+	default:
+		r.t.Errorf("%s: the comment before the block has to say whether it is run, and if not why; it is %q", r.where, b.comment)
+	}
+}
+
+func (r *reader) run(b block) {
+	r.t.Helper()
+	r.m.serveIfPossible()
+	out, err := r.m.shell(b.text)
+	r.t.Logf("%s:\n%s%s", r.where, b.text, out)
+	if err != nil {
+		r.t.Fatalf("%s: %v", r.where, err)
+	}
+	r.output = out
+	r.ran++
+}
+
+// compare wants every line of text in what the last block printed.
+func (r *reader) compare(text string) {
+	r.t.Helper()
+	for _, line := range strings.Split(strings.TrimSpace(text), "\n") {
+		if strings.TrimSpace(line) != "" && !matcher(line).MatchString(r.output) {
+			r.t.Errorf("%s: the commands do not print this line: %s\nbut this:\n%s", r.where, line, r.output)
+		}
+	}
+}
+
+// leave ends a scene: whatever it began with, kleidi has to be open now, and
+// nothing may be lost.
+func (r *reader) leave() {
+	r.t.Helper()
+	if r.m != nil {
+		r.m.serveIfPossible()
+		r.m.checkNothingLost()
+	}
+	r.m = nil
+}
+
+func TestLinesMatchAsShown(t *testing.T) {
+	for _, c := range []struct {
+		line, output string
+		want         bool
+	}{
+		{"state  locked", "a\nstate          locked\n", true},
+		{"state  locked since …", "state          locked since 2026-11-21\n", true},
+		{"state  open", "state          locked\n", false},
+		{"slot tpm … (opens now)", "slot           tpm  PCR 4, 7, 11 (sha256), up to epoch 2  (opens now)", true},
+		{"slot tpm … (opens now)", "slot           tpm  PCR 4, 7, 11 (sha256), up to epoch 2  (DOES NOT OPEN)", false},
+	} {
+		if got := matcher(c.line).MatchString(c.output); got != c.want {
+			t.Errorf("%q in %q: %v", c.line, c.output, got)
+		}
+	}
+}

@@ -1,0 +1,185 @@
+package docs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	kmsapi "k8s.io/kms/apis/v2"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+	"github.com/beezy-dev/kleidi/tpm/tpmtest"
+)
+
+// machine is a simulated machine with a root folder of its own, in which the
+// documents' absolute paths lie.
+type machine struct {
+	*tpmtest.Machine
+	t       *testing.T
+	base    string // the root folder
+	boot    simboot.Boot
+	http    string
+	keyID   string // current key ID after the scene was set, for --trust-key-id
+	serving *node.Process
+	before  *kmsapi.EncryptResponse // a DEK seed, encrypted before the scene
+}
+
+var seed = bytes.Repeat([]byte("documents"), 4)[:32]
+
+func newMachine(t *testing.T) *machine {
+	t.Helper()
+	boot := simboot.Baseline(simboot.UKI)
+	m := &machine{Machine: tpmtest.New(t, boot), t: t, boot: boot, http: "127.0.0.1:" + node.FreePort(t)}
+	m.base = filepath.Join(m.Dir(), "r")
+	for _, dir := range []string{"bin", "root", "etc/kleidi", "etc/kubernetes", "media/usb", "run/kleidi", "var/lib"} {
+		if err := os.MkdirAll(m.root(dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.configure()
+	m.write("bin/sudo", "#!/bin/sh\nexec \"$@\"\n", 0o755)
+	m.write("bin/kleidi", fmt.Sprintf("#!/bin/sh\nexec %s --config %s \"$@\"\n", node.Binary(t), m.root("etc/kleidi/config.yaml")), 0o755)
+	m.build("bin/age-keygen", "filippo.io/age/cmd/age-keygen")
+	return m
+}
+
+func (m *machine) root(path string) string { return filepath.Join(m.base, path) }
+
+func (m *machine) configure() {
+	m.write("etc/kleidi/config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
+kind: KleidiConfiguration
+node: cp-1
+tpm: {device: "%s", eventLog: %s, userspaceEventLog: %s}
+state: {dir: %s}
+kms: {socket: %s}
+admin: {socket: %s}
+http: {address: "%s"}
+`, m.Device(), m.EventLog(), m.UserspaceLog(), m.root("var/lib/kleidi"), m.root("run/kleidi/kms.sock"), m.root("run/kleidi/admin.sock"), m.http), 0o600)
+}
+
+func (m *machine) write(path, content string, mode os.FileMode) {
+	m.t.Helper()
+	if err := os.WriteFile(m.root(path), []byte(content), mode); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *machine) build(path, pkg string) {
+	m.t.Helper()
+	if out, err := exec.Command("go", "build", "-o", m.root(path), pkg).CombinedOutput(); err != nil {
+		m.t.Fatalf("go build %s: %v\n%s", pkg, err, out)
+	}
+}
+
+// shell runs a document's commands, all of which have to succeed.
+func (m *machine) shell(commands string) (string, error) {
+	ctx, cancel := context.WithTimeout(m.t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", m.relocate(commands))
+	cmd.Dir = m.root("root")
+	cmd.Env = append(os.Environ(), "PATH="+m.root("bin")+":"+os.Getenv("PATH"), "KEY_ID="+m.keyID)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+// relocate moves the documents' absolute paths, and kleidi's HTTP address, to this machine's.
+func (m *machine) relocate(commands string) string {
+	for _, dir := range []string{"/etc/", "/media/", "/var/lib/", "/run/"} {
+		commands = strings.ReplaceAll(commands, " "+dir, " "+m.root(dir)+"/")
+	}
+	return strings.ReplaceAll(commands, "127.0.0.1:9779", m.http)
+}
+
+// must runs commands that set a scene.
+func (m *machine) must(commands string) string {
+	m.t.Helper()
+	out, err := m.shell(commands)
+	if err != nil {
+		m.t.Fatalf("%s: %v\n%s", commands, err, out)
+	}
+	return out
+}
+
+func (m *machine) exists(path string) bool {
+	_, err := os.Stat(m.root(path))
+	return err == nil
+}
+
+// serveIfPossible stands for systemctl start kleidi.
+func (m *machine) serveIfPossible() {
+	m.t.Helper()
+	if m.serving != nil || !m.exists("var/lib/kleidi/keyring.json") {
+		return
+	}
+	m.serving = node.Start(m.t, m.root("root/kleidi.log"), node.Binary(m.t), "serve", "--config", m.root("etc/kleidi/config.yaml"))
+	node.Eventually(m.t, 20*time.Second, "kleidi has tried to unlock", func() error {
+		code, body, err := m.get("/readyz")
+		if err == nil && code != http.StatusOK && (strings.Contains(body, "starting") || !strings.HasPrefix(body, "locked")) {
+			err = errors.New(body)
+		}
+		return err
+	})
+}
+
+func (m *machine) stop() {
+	if m.serving != nil {
+		m.serving.Stop()
+	}
+	m.serving = nil
+}
+
+func (m *machine) get(path string) (code int, body string, err error) {
+	res, err := http.Get("http://" + m.http + path)
+	if err != nil {
+		return 0, "", err
+	}
+	defer res.Body.Close()
+	var b bytes.Buffer
+	_, err = b.ReadFrom(res.Body)
+	return res.StatusCode, b.String(), err
+}
+
+func (m *machine) client() kmsapi.KeyManagementServiceClient {
+	m.t.Helper()
+	conn, err := grpc.NewClient("unix://"+m.root("run/kleidi/kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() { _ = conn.Close() })
+	return kmsapi.NewKeyManagementServiceClient(conn)
+}
+
+// encryptSeed does what kube-apiserver did before the scene.
+func (m *machine) encryptSeed() {
+	m.t.Helper()
+	var err error
+	if m.before, err = m.client().Encrypt(m.t.Context(), &kmsapi.EncryptRequest{Uid: "before", Plaintext: seed}); err != nil {
+		m.t.Fatal(err)
+	}
+	m.keyID = m.before.KeyId
+}
+
+func (m *machine) checkNothingLost() {
+	m.t.Helper()
+	if code, body, err := m.get("/readyz"); err != nil || code != http.StatusOK {
+		m.t.Fatalf("kleidi is not open at the end: %d %s (%v)", code, body, err)
+	}
+	if m.before == nil {
+		m.encryptSeed()
+	}
+	r, err := m.client().Decrypt(m.t.Context(), &kmsapi.DecryptRequest{Uid: "after", Ciphertext: m.before.Ciphertext, KeyId: m.before.KeyId})
+	if err != nil || !bytes.Equal(r.Plaintext, seed) {
+		m.t.Fatalf("what was encrypted before the scene does not decrypt: %v", err)
+	}
+}

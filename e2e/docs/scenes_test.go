@@ -1,0 +1,83 @@
+package docs
+
+import (
+	"context"
+	"os"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/tpm/tpmtest"
+)
+
+// scenes are where a document's tasks begin.
+var scenes = map[string]func(*machine){
+	"a machine without a keyring": func(*machine) {},
+	"a serving node":              serving,
+	"a node that booted another kernel": func(m *machine) {
+		serving(m)
+		m.stop()
+		m.boot.Kernel = "6.12.63+deb13-amd64"
+		m.Reboot(m.boot)
+	},
+	"a node with another TPM": func(m *machine) {
+		serving(m)
+		m.otherTPM()
+	},
+	"a new machine with a backup": func(m *machine) {
+		serving(m)
+		m.otherTPM()
+		m.remove("var/lib/kleidi")
+	},
+	"a node whose TPM was cleared": func(m *machine) {
+		serving(m)
+		m.stop()
+		m.clear()
+	},
+	"a node whose keyring is damaged": func(m *machine) {
+		serving(m)
+		m.stop()
+		if err := os.Truncate(m.root("var/lib/kleidi/keyring.json"), 1000); err != nil {
+			m.t.Fatal(err)
+		}
+	},
+	"a node whose pin is lost": func(m *machine) {
+		serving(m)
+		m.stop()
+		m.remove("var/lib/kleidi/pin.json")
+	},
+}
+
+// serving is a node as README leaves it, rotated once, with a backup.
+func serving(m *machine) {
+	m.must(`age-keygen -o /media/usb/kleidi-recovery.txt
+kleidi init --recovery-recipient "$(age-keygen -y /media/usb/kleidi-recovery.txt)"`)
+	m.serveIfPossible()
+	m.must("kleidi rotate && kleidi keyring backup /media/usb/keyring.json")
+	m.encryptSeed()
+}
+
+func (m *machine) remove(path string) {
+	if err := os.RemoveAll(m.root(path)); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// otherTPM puts another TPM into the machine, as a new mainboard does.
+func (m *machine) otherTPM() {
+	m.stop()
+	m.Machine = tpmtest.New(m.t, m.boot)
+	m.configure()
+}
+
+// clear does what the firmware's "clear TPM" does.
+func (m *machine) clear() {
+	err := m.TPM().Do(context.Background(), func(t transport.TPM) error {
+		_, err := tpm2.Clear{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHLockout, Auth: tpm2.PasswordAuth(nil)}}.Execute(t)
+		return err
+	})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.Reboot(m.boot)
+}
