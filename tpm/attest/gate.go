@@ -1,6 +1,7 @@
 package attest
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -198,15 +199,41 @@ func (e *Explained) Error() string {
 // Unwrap returns what the TPM answered.
 func (e *Explained) Unwrap() error { return e.err }
 
-// Compare tells a slot's boot state from a verified one. The record of the slot
-// is used only where its digests lead to the slot's PCR values.
+// Compare tells a slot's boot state from a verified one of the same bank. The
+// record of the slot is used only for those PCRs where its digests lead to the
+// slot's values: it is as untrusted as the slot.
 func Compare(was *tpm.BootState, now *Result) []eventlog.Difference {
-	var record []eventlog.Summary
-	if len(was.Record) > 0 && json.Unmarshal(was.Record, &record) != nil {
-		record = nil
+	if was.Bank != now.Bank {
+		return nil
 	}
-	pcrs := slices.Sorted(maps.Keys(was.Values))
-	return eventlog.Compare(record, now.Log.Summarize(now.Bank, pcrs), was.Values, now.PCRs)
+	var recorded []eventlog.Summary
+	if len(was.Record) > 0 && json.Unmarshal(was.Record, &recorded) != nil {
+		recorded = nil
+	}
+	proven := provenBy(was, now.Log, recorded)
+	events := now.Log.Summarize(now.Bank, proven)
+	recorded = slices.DeleteFunc(recorded, func(s eventlog.Summary) bool { return !slices.Contains(proven, s.PCR) })
+	return eventlog.Compare(recorded, events, was.Values, now.PCRs)
+}
+
+// provenBy returns the PCRs of a boot state to whose values the recorded events
+// lead. The locality from which the TPM was started is taken to be as it is now.
+func provenBy(was *tpm.BootState, log *eventlog.Log, recorded []eventlog.Summary) []int {
+	locality, err := log.StartupLocality()
+	if err != nil {
+		return nil
+	}
+	values, err := eventlog.ReplaySummary(recorded, was.Bank, locality)
+	if err != nil {
+		return nil
+	}
+	var proven []int
+	for _, pcr := range slices.Sorted(maps.Keys(was.Values)) {
+		if bytes.Equal(values[pcr], was.Values[pcr]) {
+			proven = append(proven, pcr)
+		}
+	}
+	return proven
 }
 
 // String sums a result up for a person.

@@ -1,6 +1,7 @@
 package attest
 
 import (
+	"bytes"
 	"crypto"
 	"errors"
 	"fmt"
@@ -53,6 +54,9 @@ func checkAK(public []byte) error {
 	p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
 	if err != nil {
 		return err
+	}
+	if !bytes.Equal(tpm2.Marshal(p), public) { // go-attestation parses it too, and has to read the same
+		return errors.New("it is not in the form that a TPM gives it")
 	}
 	a := p.ObjectAttributes
 	if !a.Restricted || !a.SignEncrypt || a.Decrypt || !a.FixedTPM || !a.FixedParent || !a.SensitiveDataOrigin {
