@@ -1,0 +1,341 @@
+package kill
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"filippo.io/age"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	kmsapi "k8s.io/kms/apis/v2"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+	"github.com/beezy-dev/kleidi/tpm/tpmtest"
+)
+
+// patience is how long one step of a test may take on a busy machine.
+const patience = time.Minute
+
+// machine is a simulated machine with kleidi on it, which can be put back to an
+// earlier state: disk, TPM and all.
+type machine struct {
+	*tpmtest.Machine
+	t      testing.TB
+	binary string
+}
+
+func newMachine(t testing.TB) *machine {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "kill") // sockets need a short path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return &machine{tpmtest.Attach(t, dir), t, node.Binary(t)}
+}
+
+func (m *machine) path(name string) string { return filepath.Join(m.Dir(), name) }
+func (m *machine) stateDir() string        { return m.path("state") }
+
+func (m *machine) write(name, content string) {
+	m.t.Helper()
+	if err := os.WriteFile(m.path(name), []byte(content), 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// configure writes the configuration, which holds the folder's path.
+func (m *machine) configure() {
+	m.t.Helper()
+	m.write("config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
+kind: KleidiConfiguration
+node: one
+tpm: {device: %q, eventLog: %q}
+state: {dir: %q}
+kms: {socket: %q}
+admin: {socket: %q}
+http: {address: ""}
+`, m.Device(), m.EventLog(), m.stateDir(), m.path("kms.sock"), m.path("admin.sock")))
+}
+
+// command is a verb of kleidi, as in `keyring verify`; DIR stands for the
+// machine's folder.
+func (m *machine) command(verb string) *exec.Cmd {
+	args := strings.Fields(strings.ReplaceAll(verb, "DIR", m.Dir()))
+	return exec.Command(m.binary, append(args, "--config", m.path("config.yaml"))...)
+}
+
+func (m *machine) try(verb string) ([]byte, error) {
+	var stderr bytes.Buffer
+	cmd := m.command(verb)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		err = fmt.Errorf("kleidi %s: %w\n%s%s", verb, err, out, stderr.Bytes())
+	}
+	return out, err
+}
+
+func (m *machine) run(verb string) []byte {
+	m.t.Helper()
+	out, err := m.try(verb)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return out
+}
+
+// snapshot is a machine that is off: the content of its files by path.
+type snapshot struct {
+	boot  simboot.Boot
+	files map[string][]byte
+}
+
+// off switches the machine off and takes a snapshot. It boots b when put back.
+func (m *machine) off(b simboot.Boot) snapshot {
+	m.t.Helper()
+	if err := m.PowerOff(); err != nil {
+		m.t.Fatal(err)
+	}
+	return snapshot{b, m.files("")}
+}
+
+// files reads the regular files below a folder of the machine.
+func (m *machine) files(sub string) map[string][]byte {
+	m.t.Helper()
+	files := map[string][]byte{}
+	root := os.DirFS(m.path(sub))
+	err := fs.WalkDir(root, ".", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		files[name], err = fs.ReadFile(root, name)
+		return err
+	})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return files
+}
+
+// restore puts s in the place of all that the machine is, and boots it.
+func (m *machine) restore(s snapshot) {
+	m.t.Helper()
+	if err := m.PowerOff(); err != nil {
+		m.t.Fatal(err)
+	}
+	entries, err := os.ReadDir(m.Dir())
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	for _, e := range entries {
+		if err := os.RemoveAll(m.path(e.Name())); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+	for name, content := range s.files {
+		if err := os.MkdirAll(filepath.Dir(m.path(name)), 0o700); err != nil {
+			m.t.Fatal(err)
+		}
+		m.write(name, string(content))
+	}
+	if err := os.MkdirAll(m.path("tpm"), 0o700); err != nil {
+		m.t.Fatal(err)
+	}
+	m.configure()
+	m.Reboot(s.boot)
+}
+
+// shown is what the tests read of `kleidi keyring show -o json`.
+type shown struct {
+	Revision uint64
+	Current  struct{ KeyID string }
+	Retired  []struct{ KeyID string }
+}
+
+func (m *machine) show() (s shown) {
+	m.t.Helper()
+	if err := json.Unmarshal(m.run("keyring show -o json"), &s); err != nil {
+		m.t.Fatal(err)
+	}
+	return s
+}
+
+// ids are the key IDs that the keyring holds.
+func (s shown) ids() []string {
+	ids := []string{s.Current.KeyID}
+	for _, r := range s.Retired {
+		ids = append(ids, r.KeyID)
+	}
+	return ids
+}
+
+// status is what the tests read of `kleidi status -o json`.
+type status struct {
+	State        string
+	CurrentKeyID string
+	Problem      *struct{ Cause, Message string }
+}
+
+func (m *machine) status() (s status) {
+	m.t.Helper()
+	if err := json.Unmarshal(m.run("status -o json"), &s); err != nil {
+		m.t.Fatal(err)
+	}
+	return s
+}
+
+// stored is what kube-apiserver keeps beside an object: an encrypted DEK seed.
+type stored struct {
+	id         string
+	ciphertext []byte
+	seed       []byte
+}
+
+// history is what kube-apiserver was told: it outlives kleidi's process.
+type history struct {
+	mu        sync.Mutex
+	announced []string          // key IDs in the order in which they were seen
+	kept      map[string]stored // by key ID: the last seed that was encrypted under it
+}
+
+func newHistory() *history { return &history{kept: map[string]stored{}} }
+
+func (h *history) clone() *history {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return &history{announced: slices.Clone(h.announced), kept: maps.Clone(h.kept)}
+}
+
+func (h *history) saw(id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if n := len(h.announced); n == 0 || h.announced[n-1] != id {
+		h.announced = append(h.announced, id)
+	}
+}
+
+func (h *history) keep(s stored) {
+	h.saw(s.id)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.kept[s.id] = s
+}
+
+// client does what kube-apiserver does.
+type client struct {
+	kms  kmsapi.KeyManagementServiceClient
+	conn *grpc.ClientConn
+	*history
+}
+
+func (m *machine) client(h *history) *client {
+	m.t.Helper()
+	quick := backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.2, MaxDelay: 200 * time.Millisecond}
+	conn, err := grpc.NewClient("unix:"+m.path("kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: quick, MinConnectTimeout: time.Second}))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return &client{kmsapi.NewKeyManagementServiceClient(conn), conn, h}
+}
+
+// poll asks for the status, and has a seed encrypted.
+func (c *client) poll(ctx context.Context) error {
+	s, err := c.kms.Status(ctx, &kmsapi.StatusRequest{}, grpc.WaitForReady(true))
+	if err != nil {
+		return err
+	}
+	c.saw(s.KeyId)
+	seed := make([]byte, 32)
+	rand.Read(seed)
+	e, err := c.kms.Encrypt(ctx, &kmsapi.EncryptRequest{Uid: "kill", Plaintext: seed})
+	if err == nil {
+		c.keep(stored{e.KeyId, e.Ciphertext, seed})
+	}
+	return err
+}
+
+// decrypts proves that kleidi forgot nothing that it has announced, and that no
+// key ID came back after another had taken its place.
+func (c *client) decrypts(ctx context.Context) error {
+	h := c.history.clone()
+	for i, id := range h.announced {
+		if slices.Contains(h.announced[:i], id) {
+			return fmt.Errorf("key ID %s was announced again after another: %v", id, h.announced)
+		}
+	}
+	for _, s := range h.kept {
+		d, err := c.kms.Decrypt(ctx, &kmsapi.DecryptRequest{Uid: "kill", KeyId: s.id, Ciphertext: s.ciphertext})
+		if err != nil {
+			return fmt.Errorf("a seed of key ID %s: %w", s.id, err)
+		}
+		if !bytes.Equal(d.Plaintext, s.seed) {
+			return fmt.Errorf("a seed of key ID %s decrypts to another", s.id)
+		}
+	}
+	return nil
+}
+
+// serving runs serve, then f, to which everything must decrypt.
+func (m *machine) serving(h *history, f func()) {
+	m.t.Helper()
+	p := trace(m.t, m.stateDir(), m.path("serve.log"), victim{}, m.command("serve"))
+	c := m.client(h)
+	defer c.conn.Close()
+	m.waitOpen(c, p)
+	f()
+	p.signal(unix.SIGTERM)
+	if !p.wait() {
+		m.t.Errorf("kleidi serve: %s", p.said())
+	}
+}
+
+// waitOpen returns when serve has announced a key ID and decrypts all seeds.
+func (m *machine) waitOpen(c *client, p *traced) {
+	m.t.Helper()
+	ctx, cancel := context.WithTimeout(m.t.Context(), patience)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for err := c.poll(ctx); err != nil; err = c.poll(ctx) {
+		if err := p.alive(); err != nil {
+			m.t.Fatal(err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			m.t.Fatalf("kleidi serve does not open: %v\n%s", err, p.said())
+		}
+	}
+	if err := c.decrypts(ctx); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// identity makes the recovery identity in DIR/recovery.txt and returns its recipient.
+func (m *machine) identity() string {
+	m.t.Helper()
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.write("recovery.txt", id.String()+"\n")
+	return id.Recipient().String()
+}

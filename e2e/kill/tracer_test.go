@@ -1,0 +1,369 @@
+package kill
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// traced is a process whose durable steps are counted, and that can be killed
+// before one of them.
+type traced struct {
+	t      testing.TB
+	dir    string // steps in this folder count
+	output string // file that holds stdout and stderr
+	pid    int
+	done   chan struct{}
+
+	mu     sync.Mutex
+	steps  []step
+	victim victim
+	killed bool
+	status unix.WaitStatus
+}
+
+// step is a system call that changes what a crash leaves behind.
+type step struct {
+	series string // flush, rename, link, unlink, create, write or TPM
+	what   string
+}
+
+// tpm tells commands to the TPM from steps on the disk.
+func (s step) tpm() bool { return s.series == "TPM" }
+
+// group is what victims are counted in. Steps on the disk and TPM commands are
+// counted apart, so that serve, which may ask its TPM at any time, shifts no step
+// on the disk.
+type group string
+
+const (
+	onDisk group = "step on the disk"
+	inTPM  group = "TPM command"
+	inNV   group = "TPM command that lasts, or after one" // so one is killed before it and after it
+)
+
+// lasting are the TPM commands that change what the TPM keeps: TPM2_NV_DefineSpace
+// and TPM2_NV_Increment (TPM 2.0 Library, Part 2, 6.5.2).
+var lasting = []step{{"TPM", "0x12a"}, {"TPM", "0x134"}}
+
+// count counts the steps of the group, and reports whether the last one is of it.
+func (g group) count(steps []step) (n int, last bool) {
+	afterLasting := false
+	for _, s := range steps {
+		isLasting := slices.Contains(lasting, s)
+		switch g {
+		case onDisk:
+			last = !s.tpm()
+		case inTPM:
+			last = s.tpm()
+		case inNV:
+			last = isLasting || s.tpm() && afterLasting
+		}
+		if s.tpm() {
+			afterLasting = isLasting
+		}
+		if last {
+			n++
+		}
+	}
+	return n, last
+}
+
+// victim is the step that never happens: the n-th of a group; 0: none.
+type victim struct {
+	group
+	n int
+}
+
+func (v victim) String() string { return fmt.Sprintf("%s %d", v.group, v.n) }
+
+func (s step) String() string { return s.series + " " + s.what }
+
+// trace starts a process and counts its steps in dir; it is killed before one of them.
+func trace(t testing.TB, dir, output string, victim victim, cmd *exec.Cmd) *traced {
+	t.Helper()
+	p := &traced{t: t, dir: dir, output: output, victim: victim, done: make(chan struct{})}
+	f, err := os.OpenFile(output, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	cmd.Stdout, cmd.Stderr = f, f
+	// A group of its own, so that waiting for it reaps no other child.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true, Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	go p.run(cmd, started)
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.kill)
+	return p
+}
+
+// arm counts anew.
+func (p *traced) arm(victim victim) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.steps, p.victim = nil, victim
+}
+
+func (p *traced) kill() {
+	p.signal(unix.SIGKILL)
+	<-p.done
+}
+
+// signal does nothing once the process has ended, since its number may be another's.
+func (p *traced) signal(s unix.Signal) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-p.done:
+	default:
+		_ = unix.Kill(p.pid, s)
+	}
+}
+
+// reached returns the steps that were reached, of which the last one did not
+// happen if the process was killed before it.
+func (p *traced) reached() (steps []step, killed bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.steps, p.killed
+}
+
+// wait returns when the process has ended.
+func (p *traced) wait() (ok bool) {
+	<-p.done
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.status.Exited() && p.status.ExitStatus() == 0
+}
+
+// alive fails when the process has ended.
+func (p *traced) alive() error {
+	select {
+	case <-p.done:
+		return fmt.Errorf("kleidi has ended: %s", p.said())
+	default:
+		return nil
+	}
+}
+
+func (p *traced) said() string {
+	b, err := os.ReadFile(p.output)
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
+}
+
+// run is the tracer: one thread, to which all stops are reported.
+func (p *traced) run(cmd *exec.Cmd, started chan<- error) {
+	runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+	if err := cmd.Start(); err != nil {
+		started <- err
+		return
+	}
+	p.pid = cmd.Process.Pid
+	var status unix.WaitStatus
+	_, err := unix.Wait4(p.pid, &status, 0, nil) // it stops before its first instruction
+	if err == nil {
+		err = unix.PtraceSetOptions(p.pid, unix.PTRACE_O_TRACESYSGOOD|unix.PTRACE_O_TRACECLONE|unix.PTRACE_O_TRACEFORK|
+			unix.PTRACE_O_TRACEVFORK|unix.PTRACE_O_EXITKILL)
+	}
+	if err == nil {
+		err = unix.PtraceSyscall(p.pid, 0)
+	}
+	started <- err
+	for err == nil {
+		err = p.next()
+	}
+	if !errors.Is(err, errEnded) {
+		_ = unix.Kill(p.pid, unix.SIGKILL)
+		p.t.Errorf("trace: %v", err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	close(p.done)
+	_ = cmd.Process.Release()
+}
+
+var errEnded = errors.New("the process has ended")
+
+// sysgood marks the stop at a system call (PTRACE_O_TRACESYSGOOD).
+const sysgood = unix.SIGTRAP | 0x80
+
+// next handles one stop of one thread.
+func (p *traced) next() error {
+	var status unix.WaitStatus
+	tid, err := unix.Wait4(-p.pid, &status, unix.WALL|unix.WNOTHREAD, nil)
+	if errors.Is(err, unix.EINTR) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("wait4: %w", err)
+	}
+	if !status.Stopped() {
+		if tid != p.pid {
+			return nil // a thread
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.status = status
+		return errEnded
+	}
+	deliver := 0
+	switch sig := status.StopSignal(); sig {
+	case sysgood:
+		if p.condemned(tid) {
+			return unix.Kill(p.pid, unix.SIGKILL)
+		}
+	case unix.SIGTRAP, unix.SIGSTOP: // a clone, and the thread that came of it
+	default:
+		deliver = int(sig)
+	}
+	if err := unix.PtraceSyscall(tid, deliver); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("PTRACE_SYSCALL: %w", err)
+	}
+	return nil
+}
+
+// condemned reports whether the thread has stopped before the step at which the
+// process is to die.
+func (p *traced) condemned(tid int) bool {
+	call, entry := syscallOf(tid)
+	if !entry {
+		return false
+	}
+	s, ok := p.stepOf(tid, call)
+	if !ok {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.killed {
+		return false
+	}
+	p.steps = append(p.steps, s)
+	n, last := p.victim.count(p.steps)
+	p.killed = last && n == p.victim.n
+	return p.killed
+}
+
+// call is a system call that a thread is about to make.
+type call struct {
+	nr   uint64
+	args [6]uint64
+}
+
+// syscallOf asks for what the thread stopped at: struct ptrace_syscall_info of
+// ptrace(2), which is the same on every architecture.
+func syscallOf(tid int) (c call, entry bool) {
+	const stopEntry = 1
+	var info struct {
+		op     uint8
+		_      [3]uint8
+		arch   uint32
+		ip, sp uint64
+		call
+		_ [32]byte
+	}
+	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_GET_SYSCALL_INFO, uintptr(tid),
+		unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0)
+	return info.call, errno == 0 && info.op == stopEntry
+}
+
+// stepOf reports whether a call is a durable step.
+func (p *traced) stepOf(tid int, c call) (step, bool) {
+	switch c.nr {
+	case unix.SYS_FSYNC, unix.SYS_FDATASYNC:
+		return p.inDir("flush", fdPath(tid, c.args[0]))
+	case unix.SYS_RENAMEAT, unix.SYS_RENAMEAT2:
+		return p.inDir("rename", readPath(tid, c.args[3]))
+	case unix.SYS_LINKAT:
+		return p.inDir("link", readPath(tid, c.args[3]))
+	case unix.SYS_UNLINKAT:
+		return p.inDir("unlink", readPath(tid, c.args[1]))
+	case unix.SYS_MKDIRAT:
+		return p.inDir("create", readPath(tid, c.args[1]))
+	case unix.SYS_OPENAT:
+		if c.args[2]&(unix.O_CREAT|unix.O_TRUNC) == 0 {
+			return step{}, false
+		}
+		return p.inDir("create", readPath(tid, c.args[1]))
+	case unix.SYS_FTRUNCATE:
+		return p.inDir("write", fdPath(tid, c.args[0]))
+	case unix.SYS_WRITE, unix.SYS_PWRITE64, unix.SYS_SENDTO:
+		if code, ok := tpmCommand(tid, c); ok {
+			return step{"TPM", fmt.Sprintf("%#x", code)}, true
+		}
+		return p.inDir("write", fdPath(tid, c.args[0]))
+	}
+	return step{}, false
+}
+
+func (p *traced) inDir(series, path string) (step, bool) {
+	if path != p.dir && !strings.HasPrefix(path, p.dir+"/") {
+		return step{}, false
+	}
+	return step{series, filepath.Base(path)}, true
+}
+
+func fdPath(tid int, fd uint64) string {
+	path, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", tid, int32(fd)))
+	if err != nil {
+		return ""
+	}
+	return path
+}
+
+// tpmCommand recognises a TPM command by its header: a tag, the length of the
+// whole, and a code (TPM 2.0 Library, Part 1, 18.2).
+func tpmCommand(tid int, c call) (code uint32, ok bool) {
+	const header = 10
+	if c.args[2] < header || c.args[2] > 4096 {
+		return 0, false
+	}
+	b := readMemory(tid, c.args[1], header)
+	if len(b) < header || b[0] != 0x80 || b[1] != 1 && b[1] != 2 || uint64(binary.BigEndian.Uint32(b[2:])) != c.args[2] {
+		return 0, false
+	}
+	return binary.BigEndian.Uint32(b[6:]), true
+}
+
+func readPath(tid int, addr uint64) string {
+	b := readMemory(tid, addr, 256)
+	path, _, _ := bytes.Cut(b, []byte{0})
+	return string(path)
+}
+
+func readMemory(tid int, addr uint64, n int) []byte {
+	b := make([]byte, n)
+	local := []unix.Iovec{{Base: &b[0]}}
+	local[0].SetLen(n)
+	// A page at a time: a path may end right before one that isn't there.
+	var remote []unix.RemoteIovec
+	for at, end := uintptr(addr), uintptr(addr)+uintptr(n); at < end; {
+		next := min(end, (at/4096+1)*4096)
+		remote = append(remote, unix.RemoteIovec{Base: at, Len: int(next - at)})
+		at = next
+	}
+	read, err := unix.ProcessVMReadv(tid, local, remote, 0)
+	if err != nil {
+		return nil
+	}
+	return b[:read]
+}
