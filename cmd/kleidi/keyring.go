@@ -20,7 +20,10 @@ import (
 )
 
 func (a *app) newKeyring() *cobra.Command {
-	cmd := &cobra.Command{Use: "keyring", Short: "Show, verify, back up and restore the keyring", Args: cobra.NoArgs}
+	cmd := &cobra.Command{
+		Use: "keyring", Short: "Show, verify, back up and restore the keyring",
+		Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
 	cmd.AddCommand(a.newKeyringShow(), a.newKeyringVerify(), a.newKeyringBackup(), a.newKeyringRestore())
 	return cmd
 }
@@ -202,7 +205,7 @@ func (a *app) readBackup(ctx context.Context, args []string) ([]byte, error) {
 
 // restore adopts another keyring in the place of the stored one.
 func (n *node) restore(ctx context.Context, req admin.RestoreRequest) (admin.KeyringState, error) {
-	state, err := n.restoreFrom(ctx, req)
+	state, err := n.replace(ctx, func() (admin.KeyringState, error) { return n.restoreFrom(ctx, req) })
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("restore: %w", err)
 	}
@@ -210,9 +213,6 @@ func (n *node) restore(ctx context.Context, req admin.RestoreRequest) (admin.Key
 }
 
 func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin.KeyringState, error) {
-	if err := n.own(); err != nil {
-		return admin.KeyringState{}, err
-	}
 	untrusted, err := keyring.Parse(req.Keyring)
 	if err != nil {
 		return admin.KeyringState{}, err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 
 	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
@@ -30,6 +31,8 @@ type node struct {
 	gate     *attest.Gate
 	tpm      *tpm.Wrapper
 	unlocker *unlock.Unlocker
+
+	replacing sync.Mutex // see replace
 }
 
 func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock.Timing)) (*node, error) {

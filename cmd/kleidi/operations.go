@@ -86,17 +86,33 @@ func (n *node) sealNow(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 // recover opens the stored keyring with the recovery identity, seals a fresh KEK
 // to the present boot state and makes it current.
 func (n *node) recover(ctx context.Context, req admin.RecoverRequest) (admin.KeyringState, error) {
-	state, err := n.recoverStored(ctx, req)
+	state, err := n.replace(ctx, func() (admin.KeyringState, error) { return n.recoverStored(ctx, req) })
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("recover: %w", err)
 	}
 	return state, nil
 }
 
-func (n *node) recoverStored(ctx context.Context, req admin.RecoverRequest) (admin.KeyringState, error) {
+// replace runs f, which puts another keyring in the place of the stored one, as
+// the only one to do so. Where there is none afterwards, and this process had
+// left the state folder to init before, it does so again.
+func (n *node) replace(ctx context.Context, f func() (admin.KeyringState, error)) (admin.KeyringState, error) {
+	n.replacing.Lock()
+	defer n.replacing.Unlock()
+	if !n.state.held() {
+		defer func() {
+			if _, _, err := n.keyring.File.Load(context.WithoutCancel(ctx)); errors.Is(err, fs.ErrNotExist) {
+				n.state.release()
+			}
+		}()
+	}
 	if err := n.own(); err != nil {
 		return admin.KeyringState{}, err
 	}
+	return f()
+}
+
+func (n *node) recoverStored(ctx context.Context, req admin.RecoverRequest) (admin.KeyringState, error) {
 	untrusted, version, err := n.stored(ctx)
 	if err != nil {
 		return admin.KeyringState{}, err

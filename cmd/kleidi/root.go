@@ -43,7 +43,6 @@ after the boot was attested.`,
 		Example:       example,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			hardenProcess()
 			return a.check()

@@ -32,6 +32,12 @@ func (s *state) acquire() error {
 	return requireRoot(err)
 }
 
+func (s *state) held() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lock != nil
+}
+
 func (s *state) release() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -181,13 +181,17 @@ func (u *Unlocker) OpenUnpinned(ctx context.Context, untrusted *keyring.Untruste
 	return k, err
 }
 
-// Changed reports whether the stored keyring is another than the one last read
-// or saved here.
+// Changed reports whether a reload would bring news: the stored keyring is
+// another than the one last read or saved here, it can't be read, or the last
+// attempt has failed. One that is gone is no news, for it is written anew.
 func (u *Unlocker) Changed(ctx context.Context) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	_, version, err := u.cfg.Store.Load(ctx)
-	return err == nil && version != u.version
+	if errors.Is(err, fs.ErrNotExist) {
+		return false
+	}
+	return err != nil || version != u.version || u.State().Problem != nil
 }
 
 // attempt loads the keyring and opens it with the first slot that opens.

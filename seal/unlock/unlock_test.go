@@ -145,6 +145,9 @@ func TestReloadKeepsTheOpenKeyring(t *testing.T) {
 		}
 	}
 	n.put(good)
+	if !n.Changed(ctx) {
+		t.Error("the repair is not noticed")
+	}
 	n.mustOpen()
 	if s := n.State(); s.Problem != nil || s.Since != since || n.Changed(ctx) {
 		t.Errorf("after the repair: %+v", s)
@@ -162,6 +165,11 @@ func TestChanged(t *testing.T) {
 	if n.Changed(ctx) {
 		t.Error("changed by its own rotation")
 	}
+	n.store.loads.set(errors.New("input/output error"))
+	if !n.Changed(ctx) {
+		t.Error("that it can't be read is not noticed")
+	}
+	n.store.loads.set(nil)
 	n.move("keyring.json", "away")
 	if n.Changed(ctx) {
 		t.Error("a keyring that is gone is no change to reload")
