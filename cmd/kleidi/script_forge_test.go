@@ -1,0 +1,158 @@
+package main
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// forge writes what an attacker, or a bad disk, makes of a keyring:
+//
+//	forge truncated|oversized|flipped|duplicate|unknown|version IN OUT
+//	forge edited IN OUT OLD NEW     replace text in the document, under its MAC
+//	forge slots IN FROM OUT         put the slots of FROM into IN, under its MAC
+//	forge attacker OUT              a KEK of somebody else, sealed to this TPM as
+//	                                kleidi would, in a keyring that is consistent
+func (h *host) forge(ts *testscript.TestScript, args []string) error {
+	var out []byte
+	var err error
+	switch args[0] {
+	case "attacker":
+		out, err = h.forgeAttacker()
+	case "slots":
+		out, err = forgeSlots(ts.ReadFile(args[1]), ts.ReadFile(args[2]))
+	case "edited":
+		out, err = forgeBody(ts.ReadFile(args[1]), args[3], args[4])
+		args = args[:3]
+	default:
+		out, err = forgeFile(args[0], ts.ReadFile(args[1]))
+	}
+	if err != nil {
+		return broken("forge: %w", err)
+	}
+	return os.WriteFile(h.abs(args[len(args)-1]), out, 0o600)
+}
+
+type envelope struct {
+	Body []byte `json:"body"`
+	MAC  []byte `json:"mac"`
+}
+
+func (e envelope) encode() []byte {
+	b64 := base64.StdEncoding.EncodeToString
+	return fmt.Appendf(nil, `{"body":%q,"mac":%q}`+"\n", b64(e.Body), b64(e.MAC))
+}
+
+func forgeFile(how, in string) ([]byte, error) {
+	switch how {
+	case "truncated":
+		return []byte(in[:len(in)*2/3]), nil
+	case "oversized":
+		return []byte(strings.Replace(in, "}", strings.Repeat(" ", keyring.MaxSize)+"}", 1)), nil
+	case "flipped":
+		b := []byte(in)
+		b[len(b)/3] ^= 1
+		return b, nil
+	case "duplicate":
+		return forgeBody(in, `"revision":`, `"revision":1,"revision":`)
+	case "unknown":
+		return forgeBody(in, `"revision":`, `"colour":"red","revision":`)
+	case "version":
+		return forgeBody(in, `"format":1`, `"format":2`)
+	}
+	return nil, fmt.Errorf("%s: no such forgery", how)
+}
+
+func forgeBody(in, old, with string) ([]byte, error) {
+	var e envelope
+	if err := json.Unmarshal([]byte(in), &e); err != nil {
+		return nil, err
+	}
+	body := bytes.ReplaceAll(e.Body, []byte(old), []byte(with))
+	if bytes.Equal(body, e.Body) {
+		return nil, fmt.Errorf("%q is not in the keyring", old)
+	}
+	e.Body = body
+	return e.encode(), nil
+}
+
+func forgeSlots(in, from string) ([]byte, error) {
+	var slots [2]string
+	for i, file := range []string{in, from} {
+		var e envelope
+		if err := json.Unmarshal([]byte(file), &e); err != nil {
+			return nil, err
+		}
+		var body struct {
+			Current struct {
+				Slots json.RawMessage `json:"slots"`
+			} `json:"current"`
+		}
+		if err := json.Unmarshal(e.Body, &body); err != nil {
+			return nil, err
+		}
+		slots[i] = string(body.Current.Slots)
+	}
+	return forgeBody(in, slots[0], slots[1])
+}
+
+// forgeAttacker does what anyone can who has this TPM: seal a KEK of his own under
+// the right authorization policy, and make a keyring of it.
+func (h *host) forgeAttacker() ([]byte, error) {
+	cfg, err := config.Load(h.path("config.yaml"))
+	if err != nil {
+		return nil, err
+	}
+	n, err := newNode(cfg, logger(cfg), nil)
+	if err != nil {
+		return nil, err
+	}
+	defer n.close()
+	stored, err := os.ReadFile(cfg.Keyring())
+	if err != nil {
+		return nil, err
+	}
+	ours, err := keyring.Parse(stored)
+	if err != nil {
+		return nil, err
+	}
+	kek, err := n.mem.NewKEK()
+	if err != nil {
+		return nil, err
+	}
+	slot, err := n.tpm.Wrap(h.t.Context(), kek)
+	if err != nil {
+		return nil, err
+	}
+	k, err := keyring.New(ours.ClusterID(), kek, []seal.Slot{slot}, []keyring.Node{{Name: cfg.Node}}, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	later, err := k.AtLeast(1000)
+	if err != nil {
+		return nil, err
+	}
+	defer later.Close()
+	return later.Marshal(), nil
+}
+
+// trust puts the current key ID of a keyring into $TRUST.
+func (h *host) trust(ts *testscript.TestScript, args []string) error {
+	u, err := keyring.Parse([]byte(ts.ReadFile(args[0])))
+	if err != nil {
+		return broken("trust: %w", err)
+	}
+	ts.Setenv("TRUST", string(u.CurrentID()))
+	return nil
+}

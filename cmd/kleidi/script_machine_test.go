@@ -1,0 +1,142 @@
+package main
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"reflect"
+	"strconv"
+	"strings"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+	"github.com/beezy-dev/kleidi/tpm/tpmtest"
+)
+
+// hardware is what a host consists of. hw/tpm.sock, hw/log and hw/userspace lead
+// to the machine in use, so that another can take its place.
+type hardware struct {
+	machine *tpmtest.Machine
+	proxy   *tpmtest.Proxy
+}
+
+// machineCommand is
+//
+//	machine boot [LOADER] [FIELD=VALUE...]   boot, the first time a new machine
+//	machine off | on                         switch it off, or boot as before
+//	machine clear                            clear its TPM
+//	machine other                            boot another machine in its place
+//	machine proxy                            put a proxy before its TPM
+func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
+	if len(args) == 0 || h.machine == nil && args[0] != "boot" {
+		return broken("machine: boot it first")
+	}
+	switch args[0] {
+	case "boot":
+		b, err := parseBoot(args[1:])
+		if err != nil {
+			return broken("machine boot: %w", err)
+		}
+		if h.machine == nil {
+			return h.install(tpmtest.New(h.t, b))
+		}
+		h.machine.Reboot(b)
+		return h.lead(h.device())
+	case "off":
+		return h.machine.PowerOff()
+	case "on":
+		h.machine.Reboot(h.machine.Current())
+		return nil
+	case "clear":
+		return h.machine.Clear(h.t.Context())
+	case "other":
+		return h.install(tpmtest.New(h.t, simboot.Baseline(simboot.UKI)))
+	case "proxy":
+		h.proxy = tpmtest.NewProxy(h.t, h.machine)
+		return h.lead(h.proxy.Address())
+	}
+	return broken("machine %s: no such command", args[0])
+}
+
+func parseBoot(args []string) (simboot.Boot, error) {
+	loader := simboot.UKI
+	if len(args) > 0 && !strings.Contains(args[0], "=") {
+		loader, args = simboot.Loader(args[0]), args[1:]
+	}
+	b := simboot.Baseline(loader)
+	for _, arg := range args {
+		name, value, _ := strings.Cut(arg, "=")
+		field := reflect.ValueOf(&b).Elem().FieldByName(name)
+		switch {
+		case !field.IsValid():
+			return b, errors.New("no field " + name)
+		case field.Kind() == reflect.Bool:
+			on, err := strconv.ParseBool(value)
+			if err != nil {
+				return b, err
+			}
+			field.SetBool(on)
+		default:
+			field.SetString(value)
+		}
+	}
+	return b, nil
+}
+
+func (h *host) install(m *tpmtest.Machine) error {
+	h.machine, h.proxy = m, nil
+	return h.lead(h.device())
+}
+
+func (h *host) device() string {
+	if h.proxy != nil {
+		return h.proxy.Address()
+	}
+	return h.machine.Device()
+}
+
+// lead has the configured paths lead to the machine.
+func (h *host) lead(device string) error {
+	for name, target := range map[string]string{
+		"tpm.sock": strings.TrimPrefix(device, "unix:"), "log": h.machine.EventLog(), "userspace": h.machine.UserspaceLog(),
+	} {
+		link := h.path("hw/" + name)
+		if err := os.Remove(link); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := os.Symlink(target, link); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// proxyCommand makes the TPM fail: proxy vanish|return|hang|drop|lockout|heal, or
+// garbage NAME.
+func (h *host) proxyCommand(ts *testscript.TestScript, args []string) error {
+	switch strings.Join(args[:1], "") {
+	case "vanish":
+		h.proxy.Vanish()
+	case "return":
+		h.proxy.Return()
+	case "heal":
+		h.proxy.Heal()
+	case "hang":
+		h.proxy.Inject(tpmtest.Fault{Do: tpmtest.Hang})
+	case "drop":
+		h.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCUnseal, Do: tpmtest.Drop})
+	case "lockout":
+		h.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCUnseal, Do: tpmtest.Code(tpm2.TPMRCLockout)})
+	case "garbage":
+		n, ok := tpmtest.Garbage()[strings.Join(args[1:], " ")]
+		if !ok {
+			return broken("no such garbage")
+		}
+		h.proxy.Inject(tpmtest.Fault{Do: tpmtest.Raw(n.Answer)})
+	default:
+		return broken("proxy %q: no such command", args)
+	}
+	return nil
+}

@@ -1,0 +1,233 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	kmsapi "k8s.io/kms/apis/v2"
+)
+
+// process is a running serve.
+type process struct {
+	cmd   *exec.Cmd
+	log   lockedBuffer
+	seen  int // how much of the log waitfor has looked at
+	ended chan struct{}
+	err   error
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func (p *process) kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.ended
+}
+
+func (p *process) running() bool {
+	select {
+	case <-p.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// serve starts kleidi serve; "serve -modest" as a root that file modes bind.
+func (h *host) serve(ts *testscript.TestScript, args []string) error {
+	if h.server != nil && h.server.running() {
+		return broken("serve runs already")
+	}
+	argv := []string{binary, "--config", h.path("config.yaml"), "serve"}
+	if len(args) > 0 && args[0] == "-modest" {
+		args = args[1:]
+		if os.Geteuid() == 0 {
+			argv = append([]string{"setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"}, argv...)
+		}
+	}
+	p := &process{cmd: exec.Command(argv[0], append(argv[1:], args...)...), ended: make(chan struct{})}
+	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := p.cmd.Start(); err != nil {
+		return broken("%w", err)
+	}
+	go func() { p.err = p.cmd.Wait(); close(p.ended) }()
+	h.server = p
+	return nil
+}
+
+// term ends serve by SIGTERM; it must have been running, and end well.
+func (h *host) term(ts *testscript.TestScript, _ []string) error {
+	if !h.server.running() {
+		return broken("serve has died: %v\n%s", h.server.err, h.server.log.String())
+	}
+	_ = h.server.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-h.server.ended:
+	case <-time.After(waitTimeout):
+		h.server.kill()
+		return broken("serve does not end")
+	}
+	fmt.Fprint(ts.Stderr(), h.server.log.String())
+	if h.server.err != nil {
+		return broken("serve ends in %w", h.server.err)
+	}
+	return nil
+}
+
+func (h *host) hup(*testscript.TestScript, []string) error {
+	return h.server.cmd.Process.Signal(syscall.SIGHUP)
+}
+
+// waitFor waits until serve is open, or is locked for what a regular expression
+// matches, or has logged what one matches since the last such wait, or has made a
+// file. What /readyz says, or the log, is there to match as stdout.
+func (h *host) waitFor(ts *testscript.TestScript, args []string) error {
+	want := append(args, "")[1]
+	var shown string
+	err := eventually(func() (err error) {
+		if !h.server.running() {
+			return broken("serve has died: %v\n%s", h.server.err, h.server.log.String())
+		}
+		switch args[0] {
+		case "open", "locked":
+			code, body, err := h.fetch("/readyz")
+			if shown = body; err != nil {
+				return err
+			}
+			if (code == http.StatusOK) != (args[0] == "open") || !regexp.MustCompile(want).MatchString(body) {
+				return fmt.Errorf("/readyz says %d %s", code, body)
+			}
+			return nil
+		case "file":
+			_, err := os.Lstat(h.abs(want))
+			return err
+		case "log":
+			log := h.server.log.String()
+			at := regexp.MustCompile(want).FindStringIndex(log[h.server.seen:])
+			if at == nil {
+				return fmt.Errorf("no match in the log")
+			}
+			shown, h.server.seen = log[h.server.seen:], h.server.seen+at[1]
+			return nil
+		}
+		return broken("no such condition")
+	})
+	if err != nil {
+		return fmt.Errorf("waitfor %v: %w\n%s", args, err, h.server.log.String())
+	}
+	fmt.Fprint(ts.Stdout(), shown)
+	return nil
+}
+
+func (h *host) fetch(path string) (int, string, error) {
+	client := http.Client{Timeout: waitTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
+	r, err := client.Get("http://" + h.address + path)
+	if err != nil {
+		return 0, "", err
+	}
+	defer r.Body.Close()
+	b, err := io.ReadAll(r.Body)
+	return r.StatusCode, string(b), err
+}
+
+// get shows what health and metrics answer; other codes than 200 are a failure.
+func (h *host) get(ts *testscript.TestScript, args []string) error {
+	var code int
+	var body string
+	err := eventually(func() (err error) {
+		code, body, err = h.fetch(args[0])
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(ts.Stdout(), code)
+	fmt.Fprint(ts.Stdout(), body)
+	if code != http.StatusOK {
+		return fmt.Errorf("%s answers %d", args[0], code)
+	}
+	return nil
+}
+
+// sealedSeed is a DEK seed that was encrypted.
+type sealedSeed struct {
+	seed, ciphertext []byte
+	keyID            string
+}
+
+// kms calls as kube-apiserver does: kms status, kms encrypt NAME, kms decrypt NAME
+// of what was encrypted under that name.
+func (h *host) kms(ts *testscript.TestScript, args []string) error {
+	conn, err := grpc.NewClient("unix://"+h.path("run/kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
+	if err != nil {
+		return broken("%w", err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(h.t.Context(), waitTimeout)
+	defer cancel()
+	out, err := h.call(ctx, kmsapi.NewKeyManagementServiceClient(conn), args)
+	if ctx.Err() != nil {
+		return broken("no answer: %w", err)
+	}
+	if err != nil {
+		fmt.Fprintln(ts.Stderr(), err)
+	}
+	fmt.Fprint(ts.Stdout(), out)
+	return err
+}
+
+func (h *host) call(ctx context.Context, client kmsapi.KeyManagementServiceClient, args []string) (string, error) {
+	switch args[0] {
+	case "status":
+		s, err := client.Status(ctx, &kmsapi.StatusRequest{})
+		return fmt.Sprintln(s.GetVersion(), s.GetHealthz(), s.GetKeyId()), err
+	case "encrypt":
+		seed := make([]byte, 32)
+		rand.Read(seed)
+		r, err := client.Encrypt(ctx, &kmsapi.EncryptRequest{Uid: args[1], Plaintext: seed})
+		if err == nil {
+			h.sealed[args[1]] = sealedSeed{seed, r.Ciphertext, r.KeyId}
+		}
+		return fmt.Sprintln(r.GetKeyId()), err
+	case "decrypt":
+		s, ok := h.sealed[args[1]]
+		if !ok {
+			return "", broken("nothing was encrypted as %s", args[1])
+		}
+		r, err := client.Decrypt(ctx, &kmsapi.DecryptRequest{Uid: args[1], KeyId: s.keyID, Ciphertext: s.ciphertext})
+		if err == nil && !bytes.Equal(r.Plaintext, s.seed) {
+			return "", broken("decrypted something else")
+		}
+		return "", err
+	}
+	return "", broken("kms %s: no such call", args[0])
+}

@@ -1,0 +1,275 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+)
+
+// binary is the built kleidi.
+var binary string
+
+func TestMain(m *testing.M) {
+	code, err := build(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+// build builds the binary that the scripts run, and runs the tests.
+func build(m *testing.M) (int, error) {
+	dir, err := os.MkdirTemp("", "kleidi-test")
+	if err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(dir)
+	binary = filepath.Join(dir, "kleidi")
+	out, err := exec.Command("go", "build", "-ldflags", "-X main.buildVersion=v0-test", "-o", binary, ".").CombinedOutput()
+	if err != nil {
+		return 1, fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	return m.Run(), nil
+}
+
+// TestScript runs the binary as testdata/script/*.txtar say. Each script has a
+// machine of its own, a configuration for it, and the commands below.
+func TestScript(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                filepath.Join("testdata", "script"),
+		RequireUniqueNames: true,
+		Setup:              setup,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"config":   command((*host).config),
+			"kleidi":   command((*host).kleidi),
+			"machine":  command((*host).machineCommand),
+			"proxy":    command((*host).proxyCommand),
+			"serve":    command((*host).serve),
+			"term":     command((*host).term),
+			"hup":      command((*host).hup),
+			"waitfor":  command((*host).waitFor),
+			"get":      command((*host).get),
+			"kms":      command((*host).kms),
+			"forge":    command((*host).forge),
+			"readback": command((*host).readBack),
+			"again":    command((*host).again),
+			"trust":    command((*host).trust),
+		},
+	})
+}
+
+// command makes a script command of a method. An error is a failure, or what "!"
+// wants.
+func command(f func(h *host, ts *testscript.TestScript, args []string) error) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		err := f(ts.Value("host").(*host), ts, args)
+		var broken *brokenError
+		switch {
+		case errors.As(err, &broken):
+			ts.Fatalf("%v", err)
+		case err == nil && neg:
+			ts.Fatalf("it succeeded")
+		case err != nil && !neg:
+			ts.Fatalf("%v", err)
+		}
+	}
+}
+
+// brokenError is a failure also where the script wants one.
+type brokenError struct{ err error }
+
+func (e *brokenError) Error() string { return e.err.Error() }
+
+func broken(format string, args ...any) error { return &brokenError{fmt.Errorf(format, args...)} }
+
+// host is the machine of a script, with what runs on it.
+type host struct {
+	t       testing.TB
+	work    string
+	address string // of health and metrics
+	hardware
+	server *process
+	sealed map[string]sealedSeed
+}
+
+var hosts atomic.Uint32
+
+func setup(env *testscript.Env) error {
+	n := hosts.Add(1)
+	h := &host{t: env.T().(testing.TB), work: env.WorkDir, sealed: map[string]sealedSeed{}}
+	// Each script has a loopback address of its own, so that none needs a free port.
+	h.address = fmt.Sprintf("127.%d.%d.%d:9779", 64+os.Getpid()%64, os.Getpid()/64%256, n%254+1)
+	env.Values["host"] = h
+	for _, dir := range []string{"run", "hw"} {
+		if err := os.Mkdir(h.path(dir), 0o700); err != nil {
+			return err
+		}
+	}
+	recipient, err := h.makeIdentity("identity.txt")
+	if err != nil {
+		return err
+	}
+	env.Setenv("RECIPIENT", recipient)
+	env.Setenv("KEYRING", h.path("state/keyring.json"))
+	env.Setenv("PIN", h.path("state/pin.json"))
+	env.Setenv("PATH", filepath.Dir(binary)+string(filepath.ListSeparator)+env.Getenv("PATH"))
+	env.Defer(func() { h.end(env.T().Fatal) })
+	return h.config(nil, nil)
+}
+
+func (h *host) path(name string) string { return filepath.Join(h.work, name) }
+
+func (h *host) makeIdentity(name string) (string, error) {
+	identity, recipient, err := recovery.GenerateIdentity(seal.Memory{})
+	if err != nil {
+		return "", err
+	}
+	defer identity.Close()
+	identity.With(func(b []byte) { err = os.WriteFile(h.path(name), b, 0o600) })
+	return recipient, err
+}
+
+// end is what every script ends with: the process did not die, and its log holds
+// no identity.
+func (h *host) end(fatal func(...any)) {
+	if h.server == nil {
+		return
+	}
+	log := h.server.log.String()
+	h.server.kill()
+	if regexp.MustCompile(`panic|goroutine \d|AGE-SECRET-KEY-\S{20}`).MatchString(log) {
+		fatal("the log of serve holds a panic or an identity:\n" + log)
+	}
+}
+
+// config writes the configuration: config KEY.KEY=YAML...
+func (h *host) config(_ *testscript.TestScript, args []string) error {
+	doc := map[string]any{
+		"apiVersion": config.APIVersion, "kind": config.Kind, "node": "cp-1",
+		"state": map[string]any{"dir": h.path("state")},
+		"tpm": map[string]any{"device": "unix:" + h.path("hw/tpm.sock"), "timeout": "20s",
+			"eventLog": h.path("hw/log"), "userspaceEventLog": h.path("hw/userspace")},
+		"kms":   map[string]any{"socket": h.path("run/kms.sock")},
+		"admin": map[string]any{"socket": h.path("run/admin.sock")},
+		"http":  map[string]any{"address": h.address},
+	}
+	for _, arg := range args {
+		path, text, ok := strings.Cut(arg, "=")
+		if !ok {
+			return broken("config: %q; want KEY.KEY=YAML", arg)
+		}
+		var value any
+		if err := yaml.Unmarshal([]byte(text), &value); err != nil {
+			return broken("config: %w", err)
+		}
+		at := doc
+		keys := strings.Split(path, ".")
+		for _, k := range keys[:len(keys)-1] {
+			if at[k] == nil {
+				at[k] = map[string]any{}
+			}
+			at = at[k].(map[string]any)
+		}
+		at[keys[len(keys)-1]] = value
+	}
+	b, err := yaml.Marshal(doc)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(h.path("config.yaml"), b, 0o600)
+}
+
+// kleidi runs the binary with this host's configuration. A failure has exit code
+// 1 and an "error:" that is one message in the house style.
+func (h *host) kleidi(ts *testscript.TestScript, args []string) error {
+	err := ts.Exec(binary, append([]string{"--config", h.path("config.yaml")}, args...)...)
+	if err == nil {
+		return nil
+	}
+	if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 1 {
+		return broken("kleidi ends in %w, not with exit code 1", err)
+	}
+	if e := style(ts.ReadFile("stderr")); e != nil {
+		return &brokenError{e}
+	}
+	return err
+}
+
+// style holds a message to the house style: lower case, no full stop.
+func style(stderr string) error {
+	_, message, ok := strings.Cut("\n"+stderr, "\nerror: ")
+	message = strings.TrimSpace(message)
+	switch {
+	case !ok || message == "":
+		return fmt.Errorf("no error is shown in %q", stderr)
+	case strings.HasSuffix(message, "."):
+		return fmt.Errorf("the message ends in a full stop: %s", message)
+	case regexp.MustCompile(`^[A-Z][a-z]`).MatchString(message):
+		return fmt.Errorf("the message begins in upper case: %s", message)
+	}
+	return nil
+}
+
+// waitTimeout bounds the wait for a condition.
+const waitTimeout = 30 * time.Second
+
+// eventually waits until ready returns nil, and returns its error if it does not.
+func eventually(ready func() error) error {
+	timeout := time.NewTimer(waitTimeout)
+	defer timeout.Stop()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := ready()
+		if _, ok := errors.AsType[*brokenError](err); err == nil || ok {
+			return err
+		}
+		select {
+		case <-timeout.C:
+			return broken("not within %v: %w", waitTimeout, err)
+		case <-tick.C:
+		}
+	}
+}
+
+// again compares a file with a copy of it: nothing has overwritten it.
+func (h *host) again(_ *testscript.TestScript, args []string) error {
+	if len(args) != 2 {
+		return broken("again FILE COPY")
+	}
+	a, err := os.ReadFile(h.abs(args[0]))
+	if err != nil {
+		return err
+	}
+	b, err := os.ReadFile(h.abs(args[1]))
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(a, b) {
+		return fmt.Errorf("%s is not what it was", args[0])
+	}
+	return nil
+}
+
+func (h *host) abs(name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return h.path(name)
+}
