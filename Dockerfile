@@ -5,7 +5,7 @@ ARG GO_IMAGE=golang:1.26
 
 FROM ${GO_IMAGE} AS build
 ARG VERSION=unknown
-ENV HOME=/root CGO_ENABLED=0 GOTOOLCHAIN=local GOMODCACHE=/go/pkg/mod GOEXPERIMENT=runtimesecret \
+ENV CGO_ENABLED=0 GOTOOLCHAIN=local GOMODCACHE=/go/pkg/mod GOCACHE=/go/cache GOEXPERIMENT=runtimesecret \
     GOFLAGS="-trimpath -buildvcs=false '-ldflags=-s -w -X main.buildVersion=${VERSION}'"
 # WORKDIR makes the folder; the compiler needs /tmp
 WORKDIR /tmp
