@@ -172,8 +172,13 @@ func TestClearedTPM(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.refuses(slot, seal.CauseTPMCleared, "cleared", "kleidi recover")
+	n.proxy.Forget()
+	_, err := n.WrapLike(t.Context(), n.kek(), slot) // as a rotation does
+	if n.want(err, seal.CauseTPMCleared, "kleidi recover"); n.proxy.Count(tpm2.TPMCCCreate) != 0 {
+		t.Error("a KEK was sealed to a cleared TPM")
+	}
 	// Sealing anew needs the counter anew, which is what recover does.
-	_, err := n.Wrap(t.Context(), n.kek())
+	_, err = n.Wrap(t.Context(), n.kek())
 	n.want(err, seal.CauseEpoch, "gone")
 	if _, err := n.Provision(t.Context()); err != nil {
 		t.Fatal(err)
