@@ -52,6 +52,14 @@ const (
 	CauseStarting Cause = "starting"
 )
 
+// Causes lists all causes.
+func Causes() []Cause {
+	return []Cause{
+		CauseBootState, CauseEpoch, CauseAttestation, CauseLockout, CauseOtherTPM, CauseTPMCleared, CauseUnavailable, CauseCredentials,
+		CauseSlotCorrupt, CauseKeyringMissing, CauseKeyringCorrupt, CausePin, CauseNoSlot, CauseMemory, CauseStore, CauseStarting,
+	}
+}
+
 // Error is a failure with its cause and what to do next.
 type Error struct {
 	Cause Cause

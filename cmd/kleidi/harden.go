@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"log/slog"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -20,9 +21,13 @@ func hardenProcess() {
 // lockProcess keeps the whole process out of swap. KEKs have locked memory of
 // their own; this is for what derives from them on Go's heap, AES key schedules
 // for instance. Only pages that are used are locked, so it costs nothing else.
-func lockProcess(mem seal.Memory) error {
+func lockProcess(mem seal.Memory, log *slog.Logger) error {
 	err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
-	if err == nil || mem.BestEffort || !swapOn() {
+	if err == nil {
+		return nil
+	}
+	if mem.BestEffort || !swapOn() {
+		log.Warn("the process's memory is not locked, only that of the KEKs; raise LimitMEMLOCK= of the unit", "error", err, "swap", swapOn())
 		return nil
 	}
 	return seal.Errorf(seal.CauseMemory, "raise LimitMEMLOCK= of the unit, switch swap off, or accept it with memory.lock: best-effort",

@@ -32,6 +32,10 @@ func newHealth(registry *prometheus.Registry) *health {
 		Name: "kleidi_unlock_attempts_total", Help: "Attempts to unlock or reload the keyring, by the cause of their failure; none for success.",
 	}, []string{"cause"})}
 	h.kmsError = seal.Errorf(seal.CauseStarting, "wait a moment", "the KMS socket does not listen yet")
+	h.attempts.WithLabelValues("none")
+	for _, c := range seal.Causes() { // so that a rate sees the first failure of each
+		h.attempts.WithLabelValues(string(c))
+	}
 	registry.MustRegister(h.attempts, h, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return h
 }

@@ -58,7 +58,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		Device: device, Owner: owner, Counter: counter, Memory: n.mem, Node: cfg.Node, State: n.gate.State,
 	})
 	n.unlocker = unlock.New(unlock.Config{
-		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem}, Wrappers: []seal.Wrapper{n.tpm},
+		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log}, Wrappers: []seal.Wrapper{n.tpm},
 		Settle: n.tpm.Settle, Log: log, Attempted: attempted,
 	})
 	return n, nil
@@ -67,7 +67,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 // own takes the state folder for this process, before it changes anything, and
 // keeps the process out of swap, before it holds anything secret.
 func (n *node) own() error {
-	if err := lockProcess(n.mem); err != nil {
+	if err := lockProcess(n.mem, n.log); err != nil {
 		return err
 	}
 	err := n.state.acquire()
@@ -109,11 +109,12 @@ func (n *node) rewrappers() []rotation.Rewrapper {
 type preflight struct {
 	*attest.Gate
 	mem seal.Memory
+	log *slog.Logger
 }
 
 // Attest implements unlock.Gate.
 func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
-	if err := lockProcess(p.mem); err != nil {
+	if err := lockProcess(p.mem, p.log); err != nil {
 		return err
 	}
 	return p.Gate.Attest(ctx, slots)
