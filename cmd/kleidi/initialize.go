@@ -52,12 +52,13 @@ made for an age public key whose identity you keep elsewhere.`,
 	flags.StringArrayVar(&choice.recipients, "recovery-recipient", nil, "age public key (age1…) to make the recovery slot for; may be repeated")
 	flags.BoolVar(&choice.none, "no-recovery", false, "make no recovery slot: if the TPM or the machine fails, all Secrets are lost")
 	flags.BoolVar(&choice.accepted, "accept-data-loss", false, "acknowledge what --no-recovery means")
-	cmd.MarkFlagsMutuallyExclusive("recovery-recipient", "no-recovery")
 	return cmd
 }
 
 func (c *recoveryChoice) check(a *app) error {
 	switch {
+	case c.none && len(c.recipients) > 0:
+		return errors.New("--no-recovery and --recovery-recipient exclude each other; give one of them")
 	case c.none && !c.accepted:
 		return errors.New("--no-recovery: if this TPM fails, is cleared, or the machine boots otherwise, every Secret is lost; if that is what you want, add --accept-data-loss")
 	case !c.none && len(c.recipients) == 0 && a.output == "json":
@@ -212,14 +213,21 @@ func (n *node) handOver(cmd *cobra.Command, identity *seal.Secret, slot seal.Slo
 	for range readBackTries {
 		given, err := in("give it back, to show that you kept it (not shown): ")
 		if err != nil {
-			return fmt.Errorf("recovery identity: %w; nothing was made", err)
+			return notGivenBack(err)
 		}
 		if err = n.opens(cmd.Context(), given, slot, kek); err == nil {
 			return nil
 		}
 		fmt.Fprintln(cmd.ErrOrStderr(), "that does not open the recovery slot:", err)
 	}
-	return errors.New("the recovery identity was not given back; nothing was made, run kleidi init again")
+	return notGivenBack(fmt.Errorf("%d lines did not open the recovery slot", readBackTries))
+}
+
+func notGivenBack(err error) error {
+	if errors.Is(err, io.EOF) {
+		err = errors.New("the input ended")
+	}
+	return fmt.Errorf("the recovery identity was not given back: %w; nothing was made, run kleidi init again, or name --recovery-recipient age1…", err)
 }
 
 func (n *node) opens(ctx context.Context, identity []byte, slot seal.Slot, kek *seal.Secret) error {

@@ -62,7 +62,9 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	}
 	for _, s := range r.Slots {
 		row(w, "slot", s.Type+"  "+s.Binding+"  "+opens(s))
-		printProblem(w, s.Problem)
+		if s.Problem != nil && (r.Problem == nil || *s.Problem != *r.Problem) { // said above already
+			printProblem(w, s.Problem)
+		}
 	}
 	if r.Memory != "" {
 		row(w, "memory", r.Memory)
@@ -92,7 +94,7 @@ func printProblem(w io.Writer, p *admin.Problem) {
 	if p == nil {
 		return
 	}
-	for _, line := range strings.Split(p.Message, "; ") {
+	for _, line := range strings.Split(strings.Replace(p.Message, ": PCR ", ":; PCR ", 1), "; ") {
 		fmt.Fprintf(w, "%-14s   %s\n", "", line)
 	}
 	if p.Hint != "" {
