@@ -33,7 +33,8 @@ var borders = map[string][]string{
 	"grpcserver/admin":               {"seal", "grpcserver/internal/panics", "grpcserver/internal/unixsocket"},
 	"grpcserver/internal/panics":     {},
 	"grpcserver/internal/unixsocket": {},
-	"cmd/kleidi/internal/config":     {"tpm", "tpm/attest", "tpm/nv"},
+	"internal/strictyaml":            {},
+	"cmd/kleidi/internal/config":     {"internal/strictyaml", "tpm", "tpm/attest", "tpm/nv"},
 }
 
 // doors says through which folders a library enters.

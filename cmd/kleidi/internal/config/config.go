@@ -14,8 +14,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"go.yaml.in/yaml/v3"
-
+	"github.com/beezy-dev/kleidi/internal/strictyaml"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/nv"
@@ -81,7 +80,7 @@ type KMS struct {
 	// Name is the provider's name in kube-apiserver's EncryptionConfiguration.
 	Name        string   `yaml:"name"`
 	Socket      string   `yaml:"socket"`
-	SocketMode  FileMode `yaml:"socketMode"`
+	SocketMode  FileMode `yaml:"socketMode" want:"permission bits in octal (\"0660\")"`
 	SocketUID   int      `yaml:"socketUID"`
 	SocketGID   int      `yaml:"socketGID"`
 	AllowedUIDs []uint32 `yaml:"allowedUIDs"`
@@ -99,7 +98,7 @@ type HTTP struct {
 
 // Log is what is logged, and how.
 type Log struct {
-	Level  slog.Level `yaml:"level"`
+	Level  slog.Level `yaml:"level" want:"debug, info, warn or error"`
 	Format string     `yaml:"format"`
 }
 
@@ -168,15 +167,13 @@ func Parse(b []byte) (*Config, error) {
 	}
 	c := Default()
 	c.APIVersion, c.Kind = "", ""
-	var doc yaml.Node
-	if err := yaml.Unmarshal(b, &doc); err != nil {
+	p := &problems{}
+	if err := strictyaml.Decode(b, c, &p.Problems); err != nil {
 		return nil, err
 	}
-	p := &problems{}
-	p.decode(&doc, c)
 	p.validate(c)
-	if len(p.list) > 0 {
-		return nil, errors.Join(p.list...)
+	if err := p.Err(); err != nil {
+		return nil, err
 	}
 	return c.resolve()
 }
