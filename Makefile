@@ -35,7 +35,7 @@ e2e: build
 	.ci/e2e $(TESTFLAGS)
 
 lint:
-	.ci/deps shellcheck curl
+	.ci/deps shellcheck
 	.ci/lint
 
 fuzz:
