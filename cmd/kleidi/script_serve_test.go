@@ -60,8 +60,14 @@ func (p *process) running() bool {
 	}
 }
 
-// serve starts kleidi serve; "serve -modest" as a root that file modes bind.
+// serve starts kleidi serve; "serve -modest" as a root that file modes bind,
+// "serve -second" while the first runs on, as what later commands are about.
 func (h *host) serve(ts *testscript.TestScript, args []string) error {
+	if len(args) > 0 && args[0] == "-second" {
+		args = args[1:]
+		h.first, h.server = h.server, nil
+		h.address = ts.Getenv("SECOND")
+	}
 	if h.server != nil && h.server.running() {
 		return broken("serve runs already")
 	}
@@ -83,21 +89,26 @@ func (h *host) serve(ts *testscript.TestScript, args []string) error {
 	return nil
 }
 
-// term ends serve by SIGTERM; it must have been running, and end well.
-func (h *host) term(ts *testscript.TestScript, _ []string) error {
-	if !h.server.running() {
-		return broken("serve has died: %v\n%s", h.server.err, h.server.log.String())
+// term ends serve by SIGTERM, or the first of two; it must have been running, and
+// end well. Its log is there to match as stderr.
+func (h *host) term(ts *testscript.TestScript, args []string) error {
+	p := h.server
+	if len(args) > 0 && args[0] == "-first" {
+		p = h.first
 	}
-	_ = h.server.cmd.Process.Signal(syscall.SIGTERM)
+	if !p.running() {
+		return broken("serve has died: %v\n%s", p.err, p.log.String())
+	}
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
-	case <-h.server.ended:
+	case <-p.ended:
 	case <-time.After(waitTimeout):
-		h.server.kill()
+		p.kill()
 		return broken("serve does not end")
 	}
-	fmt.Fprint(ts.Stderr(), h.server.log.String())
-	if h.server.err != nil {
-		return broken("serve ends in %w", h.server.err)
+	fmt.Fprint(ts.Stderr(), p.log.String())
+	if p.err != nil {
+		return broken("serve ends in %w", p.err)
 	}
 	return nil
 }

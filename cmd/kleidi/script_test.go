@@ -105,6 +105,7 @@ type host struct {
 	address string // of health and metrics
 	hardware
 	server *process
+	first  *process // where server is the second serve
 	sealed map[string]sealedSeed
 }
 
@@ -115,6 +116,7 @@ func setup(env *testscript.Env) error {
 	h := &host{t: env.T().(testing.TB), work: env.WorkDir, sealed: map[string]sealedSeed{}}
 	// Each script has a loopback address of its own, so that none needs a free port.
 	h.address = fmt.Sprintf("127.%d.%d.%d:9779", 64+os.Getpid()%64, os.Getpid()/64%256, n%254+1)
+	env.Setenv("SECOND", strings.Replace(h.address, ":9779", ":9780", 1))
 	env.Values["host"] = h
 	for _, dir := range []string{"run", "hw"} {
 		if err := os.Mkdir(h.path(dir), 0o700); err != nil {
@@ -148,13 +150,14 @@ func (h *host) makeIdentity(name string) (string, error) {
 // end is what every script ends with: the process did not die, and its log holds
 // no identity.
 func (h *host) end(fatal func(...any)) {
-	if h.server == nil {
-		return
-	}
-	log := h.server.log.String()
-	h.server.kill()
-	if regexp.MustCompile(`panic|goroutine \d|AGE-SECRET-KEY-\S{20}`).MatchString(log) {
-		fatal("the log of serve holds a panic or an identity:\n" + log)
+	for _, p := range []*process{h.first, h.server} {
+		if p == nil {
+			continue
+		}
+		p.kill()
+		if log := p.log.String(); regexp.MustCompile(`panic|goroutine \d|AGE-SECRET-KEY-\S{20}`).MatchString(log) {
+			fatal("the log of serve holds a panic or an identity:\n" + log)
+		}
 	}
 }
 

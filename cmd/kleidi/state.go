@@ -61,7 +61,7 @@ func (f lockedFile) Load(ctx context.Context) ([]byte, store.Version, error) {
 		return nil, "", err
 	}
 	if err := f.state.acquire(); errors.Is(err, store.ErrLocked) {
-		return nil, "", seal.Errorf(seal.CauseStore, "wait for it to end, or stop it; kleidi tries again", "the state %w", err)
+		return nil, "", seal.Errorf(seal.CauseStore, "kleidi tries again", "the state %w", err)
 	}
 	return b, version, nil
 }

@@ -4,6 +4,7 @@ import (
 	"net"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
@@ -27,6 +28,9 @@ func (p *problems) validate(c *Config) {
 	p.absolute("tpm.userspaceEventLog", c.TPM.UserspaceEventLog)
 	if c.TPM.OwnerAuthFile != "" {
 		p.absolute("tpm.ownerAuthFile", c.TPM.OwnerAuthFile)
+	}
+	if c.KMS.Socket == c.Admin.Socket {
+		p.Add("admin.socket", "%q is kms.socket too; name another path", c.Admin.Socket)
 	}
 	p.validateTPM(&c.TPM)
 	if c.KMS.Name == "" || strings.ContainsAny(c.KMS.Name, ": \n") {
@@ -57,9 +61,11 @@ func (p *problems) validateHTTP(address string) {
 	if address == "" {
 		return
 	}
-	host, _, err := net.SplitHostPort(address)
+	host, port, err := net.SplitHostPort(address)
 	if err != nil {
-		p.Add("http.address", "%v", err)
+		p.Add("http.address", "%v; want 127.0.0.1:9779 for instance", err)
+	} else if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		p.Add("http.address", "port %q; want 1 to 65535", port)
 	} else if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
 		p.Add("http.address", "%q is not on loopback; health and metrics are not authenticated", address)
 	}
