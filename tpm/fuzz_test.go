@@ -1,0 +1,81 @@
+package tpm_test
+
+import (
+	"bytes"
+	"crypto"
+	"encoding/hex"
+	"encoding/json"
+	"testing"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/nv"
+)
+
+// FuzzDemandOf: slots are read before anything about them is proven. What is
+// read makes sense: it could be sealed to, and its digest is the object's.
+func FuzzDemandOf(f *testing.F) {
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, bank := range []crypto.Hash{crypto.SHA256, crypto.SHA384} {
+		f.Add(seed(f, counter, bank))
+	}
+	f.Add([]byte(`{"form":"sealed-v1","srk":"zz"}`))
+	f.Add([]byte(`null`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		d, err := tpm.DemandOf(seal.Slot{Type: seal.TypeTPM, Data: data}, counter)
+		if err != nil {
+			if seal.CauseOf(err) != seal.CauseSlotCorrupt {
+				t.Errorf("%v: cause %q", err, seal.CauseOf(err))
+			}
+			return
+		}
+		if err := d.State.Check(); err != nil {
+			t.Error(err)
+		}
+		var slot struct{ Public []byte }
+		if err := json.Unmarshal(data, &slot); err != nil {
+			t.Fatal(err)
+		}
+		digest, err := authpolicy.Terms{d.State.PCR, authpolicy.Epoch{Index: counter.Index(), Name: counter.Name(), AtMost: d.AtMost}}.Digest()
+		if err != nil || !bytes.Contains(slot.Public, digest) {
+			t.Errorf("the object's authorization policy is another: %v", err)
+		}
+	})
+}
+
+// seed is a slot as Wrap makes it, but for what only a TPM can make.
+func seed(f *testing.F, counter *nv.Counter, bank crypto.Hash) []byte {
+	f.Helper()
+	pcr := authpolicy.PCR{Bank: bank, Values: map[int][]byte{}}
+	values := map[int]string{}
+	for _, i := range []int{4, 7, 11} {
+		pcr.Values[i] = bytes.Repeat([]byte{byte(i)}, bank.Size())
+		values[i] = hex.EncodeToString(pcr.Values[i])
+	}
+	digest, err := authpolicy.Terms{pcr, authpolicy.Epoch{Index: counter.Index(), Name: counter.Name(), AtMost: 3}}.Digest()
+	if err != nil {
+		f.Fatal(err)
+	}
+	public := tpm2.Marshal(tpm2.TPMTPublic{Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256,
+		ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true, AdminWithPolicy: true},
+		AuthPolicy:       tpm2.TPM2BDigest{Buffer: digest},
+		Parameters:       tpm2.NewTPMUPublicParms(tpm2.TPMAlgKeyedHash, &tpm2.TPMSKeyedHashParms{Scheme: tpm2.TPMTKeyedHashScheme{Scheme: tpm2.TPMAlgNull}}),
+		Unique:           tpm2.NewTPMUPublicID(tpm2.TPMAlgKeyedHash, &tpm2.TPM2BDigest{Buffer: make([]byte, 32)})})
+	name := map[crypto.Hash]string{crypto.SHA256: "sha256", crypto.SHA384: "sha384"}[bank]
+	data, err := json.Marshal(map[string]any{"form": "sealed-v1", "made": "2026-11-21T00:00:00Z", "srk": "000b" + hex.EncodeToString(make([]byte, 32)),
+		"ek": "sha256:00", "public": public, "private": make([]byte, 64), "bank": name, "pcrs": values,
+		"epoch": map[string]any{"index": counter.Index(), "atMost": 3}, "boot": []any{}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	if _, err := tpm.DemandOf(seal.Slot{Type: seal.TypeTPM, Data: data}, counter); err != nil {
+		f.Fatalf("the seed is refused: %v", err)
+	}
+	return data
+}
