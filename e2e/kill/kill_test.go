@@ -6,7 +6,6 @@ import (
 	"errors"
 	"io/fs"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -361,16 +360,8 @@ func (c *client) pollUntil(ctx context.Context, p *traced) (stop func()) {
 // waitLocked returns when serve has tried to open the keyring.
 func (s *scene) waitLocked(p *traced) {
 	s.t.Helper()
+	s.waitAdmin(p)
 	eventually(s.t, "serve is locked", func() error {
-		if err := p.alive(); err != nil {
-			s.t.Fatal(err)
-		}
-		// Without a serve that answers, status would take the lock itself.
-		conn, err := net.Dial("unix", s.path("admin.sock"))
-		if err != nil {
-			return err
-		}
-		conn.Close()
 		out, err := s.try("status -o json --quick")
 		if err == nil && (!bytes.Contains(out, []byte(`"locked"`)) || bytes.Contains(out, []byte(`"starting"`))) {
 			err = errors.New(string(out))

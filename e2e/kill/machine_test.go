@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -327,6 +328,23 @@ func (m *machine) waitOpen(c *client, p *traced) {
 	if err := c.decrypts(ctx); err != nil {
 		m.t.Fatal(err)
 	}
+	m.waitAdmin(p)
+}
+
+// waitAdmin returns when the admin socket answers: a verb that finds none would
+// want the lock itself.
+func (m *machine) waitAdmin(p *traced) {
+	m.t.Helper()
+	eventually(m.t, "serve answers on its admin socket", func() error {
+		if err := p.alive(); err != nil {
+			m.t.Fatal(err)
+		}
+		conn, err := net.Dial("unix", m.path("admin.sock"))
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
 }
 
 // identity makes the recovery identity in DIR/recovery.txt and returns its recipient.
