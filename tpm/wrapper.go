@@ -109,6 +109,7 @@ func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState, l
 	for i, v := range state.Values {
 		d.PCRs[i] = v
 	}
+	defer seal.Collect() // the command, as go-tpm marshalled it
 	err := w.Device.Do(ctx, func(t transport.TPM) (err error) {
 		if d.EK, err = w.digest(t); err != nil {
 			return err
@@ -200,6 +201,7 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	if err != nil {
 		return nil, err
 	}
+	defer seal.Collect() // the TPM's answer, as go-tpm unmarshalled it
 	var kek *seal.Secret
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
 		return w.withSRK(t, d, func(srk *SRK) (err error) {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/internal/panics"
 	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Bounds of a request.
@@ -58,7 +59,7 @@ func Listen(path string, log *slog.Logger) (net.Listener, error) {
 	if err != nil {
 		return nil, err // not a typed nil
 	}
-	return l, nil
+	return listener{l}, nil
 }
 
 // NewServer makes a Server that knows no verb yet.
@@ -94,7 +95,7 @@ func rememberPeer(ctx context.Context, c net.Conn) context.Context {
 
 // gate refuses peers before anything of theirs is read beyond the headers.
 func (s *Server) gate(w http.ResponseWriter, r *http.Request) {
-	c, ok := r.Context().Value(peerKey{}).(*unixsocket.Conn)
+	c, ok := r.Context().Value(peerKey{}).(*conn)
 	switch {
 	case !ok:
 		w.Header().Set("Connection", "close")
@@ -134,7 +135,7 @@ type wiper interface{ Wipe() }
 func Handle[Req, Resp any](s *Server, verb Verb[Req, Resp], f func(context.Context, Req) (Resp, error)) {
 	s.mux.HandleFunc("POST "+prefix+string(verb), func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
-		resp, err := serve(s, verb, f, r)
+		resp, err := serve(s, verb, f, w, r)
 		if err != nil {
 			s.log.Warn("admin operation failed", "verb", string(verb), "error", err, "duration", time.Since(start))
 			respond(w, statusOf(err), ProblemOf(err))
@@ -145,7 +146,7 @@ func Handle[Req, Resp any](s *Server, verb Verb[Req, Resp], f func(context.Conte
 	})
 }
 
-func serve[Req, Resp any](s *Server, verb Verb[Req, Resp], f func(context.Context, Req) (Resp, error), r *http.Request) (resp Resp, err error) {
+func serve[Req, Resp any](s *Server, verb Verb[Req, Resp], f func(context.Context, Req) (Resp, error), w http.ResponseWriter, r *http.Request) (resp Resp, err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			panics.Log(s.log, string(verb), v)
@@ -155,8 +156,12 @@ func serve[Req, Resp any](s *Server, verb Verb[Req, Resp], f func(context.Contex
 	ctx, cancel := context.WithTimeout(r.Context(), opTimeout)
 	defer cancel()
 	var req Req
-	if w, ok := any(&req).(wiper); ok {
-		defer w.Wipe()
+	if secret, ok := any(&req).(wiper); ok {
+		w.Header().Set("Connection", "close") // see conn.wipe
+		defer secret.Wipe()
+		if c, ok := r.Context().Value(peerKey{}).(*conn); ok {
+			defer c.wipe()
+		}
 	}
 	if err := decode(r.Body, &req); err != nil {
 		return resp, err
@@ -188,7 +193,8 @@ func decode(body io.Reader, v any) error {
 	if err != nil {
 		return badRequest{err}
 	}
-	strict, err := kjson.UnmarshalStrict(b, v)
+	var strict []error
+	seal.Erase(func() { strict, err = kjson.UnmarshalStrict(b, v) })
 	if err != nil {
 		return badRequest{errors.New("the request is no JSON of this verb; are kleidi and kleidi serve of the same version?")}
 	}
