@@ -24,6 +24,9 @@ import (
 // binary is the built kleidi.
 var binary string
 
+// buildFlags are what it is built with: under the race detector, so is it.
+var buildFlags = []string{"build", "-ldflags", "-X main.buildVersion=v0-test"}
+
 func TestMain(m *testing.M) {
 	code, err := build(m)
 	if err != nil {
@@ -41,7 +44,7 @@ func build(m *testing.M) (int, error) {
 	}
 	defer os.RemoveAll(dir)
 	binary = filepath.Join(dir, "kleidi")
-	out, err := exec.Command("go", "build", "-ldflags", "-X main.buildVersion=v0-test", "-o", binary, ".").CombinedOutput()
+	out, err := exec.Command("go", append(buildFlags, "-o", binary, ".")...).CombinedOutput()
 	if err != nil {
 		return 1, fmt.Errorf("go build: %w\n%s", err, out)
 	}
@@ -130,6 +133,7 @@ func setup(env *testscript.Env) error {
 	env.Setenv("RECIPIENT", recipient)
 	env.Setenv("KEYRING", h.path("state/keyring.json"))
 	env.Setenv("PIN", h.path("state/pin.json"))
+	env.Setenv("GORACE", os.Getenv("GORACE"))
 	env.Setenv("PATH", filepath.Dir(binary)+string(filepath.ListSeparator)+env.Getenv("PATH"))
 	env.Defer(func() { h.end(env.T().Fatal) })
 	return h.config(nil, nil)
@@ -155,7 +159,7 @@ func (h *host) end(fatal func(...any)) {
 			continue
 		}
 		p.kill()
-		if log := p.log.String(); regexp.MustCompile(`panic|goroutine \d|AGE-SECRET-KEY-\S{20}`).MatchString(log) {
+		if log := p.log.String(); regexp.MustCompile(`DATA RACE|panic|goroutine \d|AGE-SECRET-KEY-\S{20}`).MatchString(log) {
 			fatal("the log of serve holds a panic or an identity:\n" + log)
 		}
 	}
