@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -30,6 +31,11 @@ func (s *secrets) add(name string, b []byte) {
 	put("raw", b)
 	put("hexadecimal", []byte(hex.EncodeToString(b)))
 	put("hexadecimal", []byte(strings.ToUpper(hex.EncodeToString(b))))
+	// As Go prints bytes: %q, %d, %#v
+	put("quoted", []byte(strings.Trim(strconv.Quote(string(b)), `"`)))
+	put("quoted twice", []byte(strings.ReplaceAll(strings.Trim(strconv.Quote(string(b)), `"`), `\`, `\\`)))
+	put("decimal", []byte(strings.Trim(fmt.Sprint(b), "[]")))
+	put("in Go's syntax", []byte(strings.TrimSuffix(strings.TrimPrefix(fmt.Sprintf("%#v", b), "[]byte{"), "}")))
 	for _, encoding := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
 		for shift := range 3 {
 			// Inside other bytes the secret starts at any of three positions of a
