@@ -26,6 +26,7 @@ var borders = map[string][]string{
 	"tpm/authpolicy":                 {},
 	"tpm/nv":                         {"seal", "tpm"},
 	"tpm/eventlog":                   {},
+	"tpm/bootpolicy":                 {"internal/strictyaml", "tpm/eventlog"},
 	"tpm/attest":                     {"seal", "tpm", "tpm/authpolicy", "tpm/eventlog"},
 	"tpm/simboot":                    {"tpm", "tpm/eventlog"},
 	"tpm/tpmtest":                    {"tpm", "tpm/simboot"},

@@ -1,0 +1,188 @@
+package bootpolicy
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// Change is one way in which two boot policies differ.
+type Change struct {
+	// Path is that of the rule: pcrs.4.sequences[0][2], counted in the first boot
+	// policy, or in the second where the first has nothing there.
+	Path string `json:"path"`
+	// Was and Now are what the first and the second say; "" for nothing.
+	Was string `json:"was,omitempty"`
+	Now string `json:"now,omitempty"`
+}
+
+// String returns a line such as
+//
+//	pcrs.4.sequences[0][2]: was 1783b7756354… (image: \EFI\BOOT\BOOTX64.EFI, 10 bytes), now …
+func (c Change) String() string {
+	switch {
+	case c.Was == "":
+		return c.Path + ": new: " + c.Now
+	case c.Now == "":
+		return c.Path + ": gone: was " + c.Was
+	}
+	return c.Path + ": was " + c.Was + ", now " + c.Now
+}
+
+// Diff returns what b demands otherwise than a; nothing if they demand the same.
+// Notes are shown and not compared.
+func Diff(a, b *BootPolicy) []Change {
+	d := &changes{}
+	d.value("bank", a.Bank, b.Bank)
+	d.value("secureBoot", string(a.SecureBoot), string(b.SecureBoot))
+	d.value("firmware.startupLocality", number(a.Firmware.StartupLocality), number(b.Firmware.StartupLocality))
+	d.versions(a.Firmware.Versions, b.Firmware.Versions)
+	for pcr := range maxPCR + 1 {
+		path := fmt.Sprintf("pcrs.%d", pcr)
+		was, inA := a.PCRs[pcr]
+		now, inB := b.PCRs[pcr]
+		switch {
+		case inA && inB:
+			d.rule(path, pcr, was, now)
+		case inA || inB:
+			d.value(path, presence(was, inA), presence(now, inB))
+		}
+	}
+	return *d
+}
+
+type changes []Change
+
+func (d *changes) value(path, was, now string) {
+	if was != now {
+		*d = append(*d, Change{path, printable(was, 2*maxNote), printable(now, 2*maxNote)})
+	}
+}
+
+func number(n *int) string {
+	if n == nil {
+		return ""
+	}
+	return fmt.Sprint(*n)
+}
+
+// kind returns which of its three forms a rule has.
+func (r Rule) kind() string {
+	switch {
+	case r.Any:
+		return "any"
+	case r.Allowed != nil:
+		return "allowed"
+	}
+	return "sequences"
+}
+
+func presence(r Rule, has bool) string {
+	if !has {
+		return ""
+	}
+	n := len(r.Allowed)
+	for _, list := range r.Sequences {
+		n += len(list)
+	}
+	return fmt.Sprintf("%s, %d entries", r.kind(), n)
+}
+
+// versions compares sets.
+func (d *changes) versions(was, now []string) {
+	for i, v := range was {
+		if !slices.Contains(now, v) {
+			d.value(fmt.Sprintf("firmware.versions[%d]", i), fmt.Sprintf("%q", v), "")
+		}
+	}
+	for i, v := range now {
+		if !slices.Contains(was, v) {
+			d.value(fmt.Sprintf("firmware.versions[%d]", i), "", fmt.Sprintf("%q", v))
+		}
+	}
+}
+
+func (d *changes) rule(path string, pcr int, was, now Rule) {
+	d.value(path+".separator", fmt.Sprint(was.wantsSeparator(pcr)), fmt.Sprint(now.wantsSeparator(pcr)))
+	if was.kind() != now.kind() {
+		d.value(path, presence(was, true), presence(now, true))
+		return
+	}
+	d.set(path+".allowed", was.Allowed, now.Allowed)
+	d.sequences(path+".sequences", was.Sequences, now.Sequences)
+}
+
+// set compares lists whose order does not matter.
+func (d *changes) set(path string, was, now []Entry) {
+	only := func(in, out []Entry, add func(path, entry string)) {
+		known := map[string]bool{}
+		for _, e := range out {
+			known[e.identity()] = true
+		}
+		for i, e := range in {
+			if !known[e.identity()] {
+				add(fmt.Sprintf("%s[%d]", path, i), e.String())
+			}
+		}
+	}
+	only(was, now, func(path, entry string) { d.value(path, entry, "") })
+	only(now, was, func(path, entry string) { d.value(path, "", entry) })
+}
+
+// identity is what an entry demands.
+func (e Entry) identity() string { return string(e.Form) + " " + e.Value }
+
+// sequences leaves out lists that stand in both, and compares the others in their
+// order.
+func (d *changes) sequences(path string, was, now [][]Entry) {
+	a, b := unmatched(was, now), unmatched(now, was)
+	for i := range max(len(a), len(b)) {
+		switch {
+		case i >= len(b):
+			d.value(fmt.Sprintf("%s[%d]", path, a[i]), listing(was[a[i]]), "")
+		case i >= len(a):
+			d.value(fmt.Sprintf("%s[%d]", path, b[i]), "", listing(now[b[i]]))
+		default:
+			d.sequence(fmt.Sprintf("%s[%d]", path, a[i]), was[a[i]], now[b[i]])
+		}
+	}
+}
+
+// unmatched returns the indices of the lists that do not stand in others.
+func unmatched(lists, others [][]Entry) []int {
+	known := map[string]bool{}
+	for _, list := range others {
+		known[identities(list)] = true
+	}
+	var out []int
+	for i, list := range lists {
+		if !known[identities(list)] {
+			out = append(out, i)
+		}
+	}
+	return out
+}
+
+func identities(list []Entry) string {
+	s := make([]string, len(list))
+	for i, e := range list {
+		s[i] = fmt.Sprintf("%q", e.identity())
+	}
+	return strings.Join(s, "\n")
+}
+
+func listing(list []Entry) string { return fmt.Sprintf("a list of %d entries", len(list)) }
+
+func (d *changes) sequence(path string, was, now []Entry) {
+	for _, p := range differences(len(was), len(now), func(i, k int) bool { return was[i].identity() == now[k].identity() }) {
+		var a, b string
+		at := p.b
+		if p.a >= 0 {
+			a, at = was[p.a].String(), p.a
+		}
+		if p.b >= 0 {
+			b = now[p.b].String()
+		}
+		d.value(fmt.Sprintf("%s[%d]", path, at), a, b)
+	}
+}

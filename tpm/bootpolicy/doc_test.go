@@ -1,0 +1,32 @@
+package bootpolicy
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+var yamlBlock = regexp.MustCompile("(?s)```yaml\n(.*?)```")
+
+// TestDocumentedBootPolicies: what docs/boot-policy.md shows can be used as it stands;
+// a block without a head is a part.
+func TestDocumentedBootPolicies(t *testing.T) {
+	b, err := os.ReadFile("../../docs/boot-policy.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := yamlBlock.FindAllStringSubmatch(string(b), -1)
+	if len(blocks) < 5 {
+		t.Fatalf("%d blocks", len(blocks))
+	}
+	for _, m := range blocks {
+		content := m[1]
+		if !strings.HasPrefix(content, "apiVersion:") {
+			content = head + content
+		}
+		if _, err := Parse([]byte(content)); err != nil {
+			t.Errorf("%v\n%s", err, m[1])
+		}
+	}
+}

@@ -1,0 +1,110 @@
+package bootpolicy
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// maxFindings bounds a verdict. Nobody reads on, and a log may have 65,536 events.
+const maxFindings = 48
+
+// NoEvent is the index of a finding that is about no event in particular.
+const NoEvent = -1
+
+// Verdict is what came of judging a log.
+type Verdict struct {
+	// Accepted is true only if every rule held.
+	Accepted bool `json:"accepted"`
+	// Findings say which rules did not hold, in the order of Judge's steps, then by PCR.
+	Findings []Finding `json:"findings,omitempty"`
+	// More counts the findings that were left out.
+	More int `json:"more,omitempty"`
+}
+
+// Finding is one rule that does not hold.
+type Finding struct {
+	// Rule is the path of the rule in the boot policy: pcrs.4.sequences[0][2].
+	Rule string `json:"rule"`
+	// PCR is NoEvent (-1) if the rule is about none.
+	PCR int `json:"pcr"`
+	// Event is the event's index in the log, from 0, or NoEvent.
+	Event int `json:"event"`
+	// Problem says what is wrong: "kernel command line changed".
+	Problem string `json:"problem"`
+	// Want and Got are what was expected and what came; "" for nothing.
+	Want string `json:"want,omitempty"`
+	Got  string `json:"got,omitempty"`
+	// Cause is what usually leads to this, or "".
+	Cause string `json:"cause,omitempty"`
+	// Next says what to do.
+	Next string `json:"next"`
+}
+
+// String returns a line such as
+//
+//	pcrs.8.sequences[0][6]: kernel command line changed: want "/vmlinuz a", got "/vmlinuz b" (usually the command line was edited); if …
+func (f Finding) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s: %s", f.Rule, f.Problem)
+	sep := ": "
+	for _, v := range []struct{ word, value string }{{"want", f.Want}, {"got", f.Got}} {
+		if v.value != "" {
+			b.WriteString(sep + v.word + " " + v.value)
+			sep = ", "
+		}
+	}
+	if f.Cause != "" {
+		b.WriteString(" (usually " + f.Cause + ")")
+	}
+	return b.String() + "; " + f.Next
+}
+
+// Err returns nil for an accepted boot, else what was found, and what to do about
+// the first finding.
+func (v *Verdict) Err() error {
+	if v.Accepted {
+		return nil
+	}
+	return &RefusedError{v}
+}
+
+// RefusedError is a boot that the boot policy refuses.
+type RefusedError struct{ Verdict *Verdict }
+
+func (e *RefusedError) Error() string {
+	if len(e.Verdict.Findings) == 0 {
+		return "the boot policy was not judged"
+	}
+	s := "the boot policy refuses this boot: " + e.Verdict.Findings[0].String()
+	if n := len(e.Verdict.Findings) - 1 + e.Verdict.More; n > 0 {
+		s += fmt.Sprintf(" (and %d more)", n)
+	}
+	return s
+}
+
+// full counts a finding that there is no room for, before it is worded.
+func (v *Verdict) full() bool {
+	if len(v.Findings) < maxFindings {
+		return false
+	}
+	v.More++
+	return true
+}
+
+func (v *Verdict) add(f Finding) {
+	f.Want, f.Got = printable(f.Want, 2*maxNote), printable(f.Got, 2*maxNote)
+	if !slices.Contains(v.Findings, f) && !v.full() {
+		v.Findings = append(v.Findings, f)
+	}
+}
+
+// What to do next, by what is wrong.
+const (
+	nextForged = "the log was tampered with, or something extended a PCR without logging it: judge fresh evidence, and if it stays find out what runs before kleidi"
+	nextQuote  = "quote exactly the PCRs of the boot policy, in its bank"
+	nextEdit   = "run kleidi bootpolicy show to see every problem, and edit the boot policy"
+	nextChange = "if you made this change, run kleidi bootpolicy record -o NEW on this boot, look at kleidi bootpolicy diff OLD NEW, and put NEW in its place; if you did not, boot what you know and find out who did"
+	nextSetup  = "set Secure Boot as the boot policy says in the firmware's setup, or edit secureBoot"
+	nextUpdate = "if this firmware is meant to run, add its version to firmware.versions; else put the earlier one back"
+)
