@@ -61,7 +61,7 @@ func (p *process) running() bool {
 }
 
 // serve starts kleidi serve; "serve -modest" as a root that file modes bind,
-// "serve -second" while the first runs on, as what later commands are about.
+// "serve -unit" with what the systemd unit leaves to it, "serve -second" while the first runs on, as what later commands are about.
 func (h *host) serve(ts *testscript.TestScript, args []string) error {
 	if len(args) > 0 && args[0] == "-second" {
 		args = args[1:]
@@ -77,6 +77,10 @@ func (h *host) serve(ts *testscript.TestScript, args []string) error {
 		if os.Geteuid() == 0 {
 			argv = append([]string{"setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"}, argv...)
 		}
+	}
+	if len(args) > 0 && args[0] == "-unit" {
+		args = args[1:]
+		argv = append(confinement(h.t), argv...)
 	}
 	p := &process{cmd: exec.Command(argv[0], append(argv[1:], args...)...), ended: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
@@ -110,6 +114,12 @@ func (h *host) term(ts *testscript.TestScript, args []string) error {
 	if p.err != nil {
 		return broken("serve ends in %w", p.err)
 	}
+	return nil
+}
+
+// crash ends serve as a crash would.
+func (h *host) crash(*testscript.TestScript, []string) error {
+	h.server.kill()
 	return nil
 }
 

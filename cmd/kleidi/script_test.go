@@ -66,6 +66,7 @@ func TestScript(t *testing.T) {
 			"serve":    command((*host).serve),
 			"term":     command((*host).term),
 			"hup":      command((*host).hup),
+			"crash":    command((*host).crash),
 			"waitfor":  command((*host).waitFor),
 			"get":      command((*host).get),
 			"kms":      command((*host).kms),

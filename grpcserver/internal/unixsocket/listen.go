@@ -204,16 +204,17 @@ func privateFolder(dir, tmp string) error {
 	return nil
 }
 
-// place gives the socket its owner and mode, in this order since chown clears
-// bits, and moves it to its path.
+// place gives the socket its mode and owner, in this order: what belongs to
+// somebody else could be given a mode with CAP_FOWNER only. Until it is moved to
+// its path, nobody else reaches it.
 func place(cfg Config, tmp string) (inode, error) {
+	if err := os.Chmod(tmp, cfg.Mode.Perm()); err != nil {
+		return inode{}, err
+	}
 	if o := cfg.Owner; o != nil {
 		if err := os.Chown(tmp, o.UID, o.GID); err != nil {
 			return inode{}, fmt.Errorf("give the socket to UID %d, GID %d: %w; only root may do so", o.UID, o.GID, err)
 		}
-	}
-	if err := os.Chmod(tmp, cfg.Mode.Perm()); err != nil {
-		return inode{}, err
 	}
 	ino, err := inodeOf(tmp)
 	if err != nil {

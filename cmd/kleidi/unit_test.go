@@ -1,0 +1,114 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+)
+
+const (
+	unitFile     = "../../deploy/kleidi.service"
+	tmpfilesFile = "../../deploy/tmpfiles.d/kleidi.conf"
+)
+
+// unit returns the settings of the unit's [Service], each with its values in order.
+func unit(t testing.TB) map[string][]string {
+	t.Helper()
+	b, err := os.ReadFile(unitFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, service, _ := strings.Cut(string(b), "\n[Service]\n")
+	service, _, _ = strings.Cut(service, "\n[")
+	settings := map[string][]string{}
+	for line := range strings.Lines(service) {
+		name, value, ok := strings.Cut(strings.TrimSpace(line), "=")
+		if ok && !strings.HasPrefix(name, "#") {
+			settings[name] = append(settings[name], value)
+		}
+	}
+	return settings
+}
+
+// confinement is the command that leaves to what follows it the capabilities that
+// the unit does. CAP_IPC_LOCK stands for an infinite LimitMEMLOCK=: to the kernel
+// either means that any amount may be locked, and a container may often not raise limits.
+func confinement(t testing.TB) []string {
+	t.Helper()
+	u := unit(t)
+	if len(u["CapabilityBoundingSet"]) != 1 {
+		t.Fatalf("%s does not bound the capabilities, once: %q", unitFile, u["CapabilityBoundingSet"])
+	}
+	caps := "-all"
+	for _, name := range strings.Fields(u["CapabilityBoundingSet"][0]) {
+		caps += ",+" + strings.ToLower(strings.TrimPrefix(name, "CAP_"))
+	}
+	if slices.Equal(u["LimitMEMLOCK"], []string{"infinity"}) {
+		caps += ",+ipc_lock"
+	}
+	return []string{"setpriv", "--bounding-set=" + caps, "--inh-caps=-all", "--no-new-privs", "--"}
+}
+
+// TestUnit holds the unit to what the code and the documents rely on; the script
+// unit.txtar runs serve with its capabilities.
+func TestUnit(t *testing.T) {
+	u := unit(t)
+	for name, want := range map[string][]string{
+		"Type":                  {"notify"},
+		"ExecStart":             {"/usr/local/bin/kleidi serve"},
+		"ExecReload":            {"/bin/kill -HUP $MAINPID"},
+		"CapabilityBoundingSet": {"CAP_DAC_OVERRIDE CAP_CHOWN"},
+		"AmbientCapabilities":   {""},
+		"NoNewPrivileges":       {"yes"},
+		"DevicePolicy":          {"closed"},
+		// A TPM's resource manager has the major of char-tpm; the TPM itself, the
+		// first one, that of misc.
+		"DeviceAllow":  {"/dev/tpmrm0 rw", "/dev/tpm0 rw", "char-tpm rw"},
+		"LimitMEMLOCK": {"infinity"},
+		"LimitCORE":    {"0"},
+		// It would take the sockets' folder away from a kube-apiserver that mounted it.
+		"RuntimeDirectory": nil,
+		// kleidi makes its folder and files with the modes that they need.
+		"UMask": {"0077"},
+		"User":  nil, "DynamicUser": nil, "PrivateDevices": nil, "PrivateUsers": nil,
+	} {
+		if !slices.Equal(u[name], want) {
+			t.Errorf("%s: %s is %q, not %q", unitFile, name, u[name], want)
+		}
+	}
+	if p := u["ProtectSystem"]; !slices.Equal(p, []string{"strict"}) {
+		t.Fatalf("%s: ProtectSystem is %q", unitFile, p)
+	}
+}
+
+// TestUnitLeavesTheFoldersWritable: those of the default configuration, which
+// tmpfiles.d makes.
+func TestUnitLeavesTheFoldersWritable(t *testing.T) {
+	b, err := os.ReadFile(tmpfilesFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := map[string]bool{}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == "d" {
+			made[f[1]] = true
+		}
+	}
+	var writable []string
+	for _, paths := range unit(t)["ReadWritePaths"] {
+		writable = append(writable, strings.Fields(paths)...)
+	}
+	c := config.Default()
+	for _, dir := range []string{c.State.Dir, filepath.Dir(c.KMS.Socket), filepath.Dir(c.Admin.Socket)} {
+		if !slices.Contains(writable, dir) {
+			t.Errorf("%s: ReadWritePaths= lacks %s", unitFile, dir)
+		}
+		if !made[dir] {
+			t.Errorf("%s does not make %s", tmpfilesFile, dir)
+		}
+	}
+}
