@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
@@ -80,7 +81,7 @@ type KMS struct {
 	// Name is the provider's name in kube-apiserver's EncryptionConfiguration.
 	Name        string   `yaml:"name"`
 	Socket      string   `yaml:"socket"`
-	SocketMode  FileMode `yaml:"socketMode" want:"permission bits in octal (\"0660\")"`
+	SocketMode  FileMode `yaml:"socketMode" want:"permission bits in octal, no write for others (\"0660\")"`
 	SocketUID   int      `yaml:"socketUID"`
 	SocketGID   int      `yaml:"socketGID"`
 	AllowedUIDs []uint32 `yaml:"allowedUIDs"`
@@ -105,11 +106,15 @@ type Log struct {
 // FileMode is a socket's permission bits, written in octal: "0660".
 type FileMode fs.FileMode
 
-// UnmarshalText implements encoding.TextUnmarshaler.
+// othersWrite is what connecting to a socket takes of everybody.
+const othersWrite = 0o002
+
+// UnmarshalText implements encoding.TextUnmarshaler. It refuses a socket that
+// nobody or everybody could connect to.
 func (m *FileMode) UnmarshalText(b []byte) error {
-	var v uint32
-	if _, err := fmt.Sscanf(string(b), "%o", &v); err != nil || v > 0o777 {
-		return errors.New(`want permission bits in octal, "0660" for instance`)
+	v, err := strconv.ParseUint(string(b), 8, 32)
+	if err != nil || v == 0 || v > 0o777 || v&othersWrite != 0 {
+		return errors.New(`want permission bits in octal, no write for others, "0660" for instance`)
 	}
 	*m = FileMode(v)
 	return nil

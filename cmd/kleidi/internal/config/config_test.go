@@ -73,6 +73,38 @@ memory:
 	}
 }
 
+func TestSocketMode(t *testing.T) {
+	for text, want := range map[string]FileMode{
+		`"0600"`: 0o600, `0660`: 0o660, `"660"`: 0o660, `"0775"`: 0o775, `"0200"`: 0o200,
+		`"0600garbage"`: 0, `"0o660"`: 0, `"06 oops"`: 0, `"66 0"`: 0, `" 660"`: 0, `"-660"`: 0, `"+660"`: 0, `"6_60"`: 0, `"0680"`: 0, `""`: 0,
+		`"1600"`: 0, `"40000000600"`: 0, // no permission bits
+		`"0"`: 0, `"0000"`: 0, `"0666"`: 0, `"0602"`: 0, `"0777"`: 0, // nobody; everybody
+	} {
+		c, err := Parse([]byte(head + "kms: {socketMode: " + text + "}\n"))
+		switch {
+		case want == 0 && (err == nil || !strings.Contains(err.Error(), "kms.socketMode: line 3: want permission bits in octal, no write for others")):
+			t.Errorf("%s: %+v, %v", text, c, err)
+		case want != 0 && (err != nil || c.KMS.SocketMode != want):
+			t.Errorf("%s: %v, %+v", text, err, c)
+		}
+	}
+}
+
+func TestValuesThatCouldNotWork(t *testing.T) {
+	for text, want := range map[string]string{
+		"tpm: {pcrs: [4, 7, 10]}":   "tpm.pcrs: PCR 10 is extended by IMA for as long as the machine runs; leave it out",
+		"tpm: {pcrs: [4, 7, 16]}":   "tpm.pcrs: PCR 16 does not exist or can be reset",
+		"kms: {allowedUIDs: []}":    "kms.allowedUIDs: the list is empty, so nobody could call; leave the key out for root and the socket's owner",
+		"kms: {allowedUIDs: [-1]}":  "kms.allowedUIDs[0]: line 3: want",
+		"kms: {allowedUIDs: [a]}":   "kms.allowedUIDs[0]: line 3: want",
+		"tpm: {pcrs: [4, 7, 0x0a]}": "PCR 10 is extended by IMA",
+	} {
+		if c, err := Parse([]byte(head + text + "\n")); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %+v, %v", text, c, err)
+		}
+	}
+}
+
 func TestBadFiles(t *testing.T) {
 	for name, content := range map[string]string{
 		"empty": "", "a list": "- a", "no version": "kind: KleidiConfiguration\n", "not YAML": "a: [",

@@ -36,8 +36,14 @@ func (p *problems) validate(c *Config) {
 	if c.KMS.Name == "" || strings.ContainsAny(c.KMS.Name, ": \n") {
 		p.Add("kms.name", "%q can't stand in a stored object's prefix; want a name without colons and spaces", c.KMS.Name)
 	}
+	if c.KMS.AllowedUIDs != nil && len(c.KMS.AllowedUIDs) == 0 {
+		p.Add("kms.allowedUIDs", "the list is empty, so nobody could call; leave the key out for root and the socket's owner")
+	}
 	p.validateHTTP(c.HTTP.Address)
 }
+
+// imaPCR is Linux's own: what is sealed to it opens until the next measurement.
+const imaPCR = 10
 
 func (p *problems) validateTPM(c *TPM) {
 	if _, err := tpm.ParseAddress(c.Device); err != nil {
@@ -47,6 +53,9 @@ func (p *problems) validateTPM(c *TPM) {
 		p.Add("tpm.timeout", "want more than 0")
 	}
 	for _, i := range c.PCRs {
+		if i == imaPCR {
+			p.Add("tpm.pcrs", "PCR %d is extended by IMA for as long as the machine runs; leave it out", i)
+		}
 		if i < 0 || i > 15 {
 			p.Add("tpm.pcrs", "PCR %d does not exist or can be reset without a reboot; want 0 to 15", i)
 		}
