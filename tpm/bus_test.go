@@ -287,7 +287,7 @@ func TestOwnerAuthorization(t *testing.T) {
 		t.Fatal(err)
 	}
 	with := nodeOn(t, n.machine, func(c *tpm.Config) { c.Owner = tpm.Owner{File: file} })
-	next, err := with.ForNextEpoch().Wrap(t.Context(), kek)
+	next, err := with.ForNextEpoch(nil).Wrap(t.Context(), kek)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -95,11 +95,11 @@ func (d *Device) unavailable(err error) error {
 func hintFor(a Address, err error) string {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
-		return "see whether another program holds the TPM; kleidi tries again"
+		return "see whether another program holds the TPM; kleidi serve tries again"
 	case a.network == "device":
-		return "see that the firmware has the TPM switched on, that its driver is loaded (ls /dev/tpm*), and that tpm.device names it; kleidi tries again"
+		return "see that the firmware has the TPM switched on, that its driver is loaded (ls /dev/tpm*), and that tpm.device names it; kleidi serve tries again"
 	default:
-		return "see that swtpm runs and that tpm.device names its socket; kleidi tries again"
+		return "see that swtpm runs and that tpm.device names its socket; kleidi serve tries again"
 	}
 }
 

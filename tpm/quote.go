@@ -44,11 +44,12 @@ var akTemplate = tpm2.TPMTPublic{
 const quoteTries = 5
 
 // Quote makes a fresh attestation key below the storage root key and quotes the
-// PCRs with it; nonce, of at most 64 bytes, becomes the quote's extraData.
-func (d *Device) Quote(ctx context.Context, owner Owner, nonce []byte, bank crypto.Hash, pcrs []int) (*Quote, error) {
+// PCRs with it; nonce, of at most 64 bytes, becomes the quote's extraData. srk is
+// the Name of a storage root key to use if it is at hand, or nil.
+func (d *Device) Quote(ctx context.Context, owner Owner, srk, nonce []byte, bank crypto.Hash, pcrs []int) (*Quote, error) {
 	var q *Quote
 	err := d.Do(ctx, func(t transport.TPM) error {
-		return WithSRK(t, owner, nil, func(srk *SRK) error {
+		return withAnySRK(t, owner, srk, func(srk *SRK) error {
 			return withAK(t, srk, func(ak tpm2.NamedHandle, public []byte) (err error) {
 				q, err = quote(t, ak, public, nonce, bank, pcrs)
 				return err

@@ -25,7 +25,7 @@ func TestQuoteWhilePCRsMove(t *testing.T) {
 	}{{[]int{4, 7}, 3, 1}, {[]int{4, 7, 10}, 3, 4}, {[]int{4, 7, 10}, 0, 0}} {
 		n.proxy.Forget()
 		n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCQuote, Times: c.times, Do: extendFirst})
-		q, err := n.Device.Quote(t.Context(), n.Owner, []byte("nonce"), crypto.SHA256, c.pcrs)
+		q, err := n.Device.Quote(t.Context(), n.Owner, nil, []byte("nonce"), crypto.SHA256, c.pcrs)
 		if (err == nil) != (c.tries > 0) || err == nil && len(q.PCRs) != len(c.pcrs) {
 			t.Errorf("%v: %v", c.pcrs, err)
 		}
@@ -60,7 +60,7 @@ func TestReadPCRs(t *testing.T) {
 	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCPCRRead, Do: tpmtest.Change(func(r []byte) []byte {
 		return append(r[:14:14], 0, 0, 0, 0, 0, 0, 0, 0) // no selection, no values: there is no such bank
 	})})
-	_, err := n.Device.Quote(t.Context(), n.Owner, []byte("nonce"), crypto.SHA384, []int{7})
+	_, err := n.Device.Quote(t.Context(), n.Owner, nil, []byte("nonce"), crypto.SHA384, []int{7})
 	n.want(err, seal.CauseUnavailable, "no sha384 bank", "tpm.bank")
 }
 

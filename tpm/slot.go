@@ -178,6 +178,7 @@ type Demand struct {
 	State  BootState
 	AtMost uint64 // the last epoch in which the slot opens
 	EK     string
+	SRK    []byte // Name of the storage root key
 	Made   time.Time
 }
 
@@ -188,5 +189,5 @@ func DemandOf(slot seal.Slot, counter Counter) (Demand, error) {
 	if err != nil {
 		return Demand{}, err
 	}
-	return Demand{State: *d.state, AtMost: d.Epoch.AtMost, EK: d.EK, Made: d.Made}, nil
+	return Demand{State: *d.state, AtMost: d.Epoch.AtMost, EK: d.EK, SRK: d.SRK, Made: d.Made}, nil
 }

@@ -227,7 +227,7 @@ func TestConsistentForgery(t *testing.T) {
 // TestDemandOf: what is displayed and quoted is what was sealed to.
 func TestDemandOf(t *testing.T) {
 	n := newNode(t)
-	next, err := n.ForNextEpoch().Wrap(t.Context(), n.kek())
+	next, err := n.ForNextEpoch(nil).Wrap(t.Context(), n.kek())
 	if err != nil {
 		t.Fatal(err)
 	}

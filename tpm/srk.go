@@ -105,6 +105,15 @@ func WithSRK(t transport.TPM, owner Owner, want []byte, f func(*SRK) error) erro
 	return f(srk)
 }
 
+// withAnySRK runs f with the persistent key at 0x81000001 if it has the Name
+// prefer, which needs no owner authorization and no time, else with one made anew.
+func withAnySRK(t transport.TPM, owner Owner, prefer []byte, f func(*SRK) error) error {
+	if srk := persistentSRK(t, prefer); srk != nil {
+		return f(srk)
+	}
+	return WithSRK(t, owner, nil, f)
+}
+
 // persistentSRK returns the key at 0x81000001 if it is the wanted one. Whatever
 // else is there is not ours and no fault.
 func persistentSRK(t transport.TPM, want []byte) *SRK {

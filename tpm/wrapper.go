@@ -1,10 +1,12 @@
 package tpm
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -39,16 +41,41 @@ type Config struct {
 // Wrapper seals KEKs to this machine's TPM. It implements [seal.Wrapper].
 type Wrapper struct {
 	Config
-	ahead uint64                  // by how many epochs Wrap seals ahead of the counter
-	ek    *atomic.Pointer[string] // the machine's EK digest once known: making the key takes seconds
+	ahead  uint64                  // by how many epochs Wrap seals ahead of the counter
+	revoke []seal.Slot             // whose epochs end before that of what Wrap makes
+	like   *slotData               // whose storage root key Wrap seals to, if not nil
+	ek     *atomic.Pointer[string] // the machine's EK digest once known: making the key takes seconds
 }
 
 // NewWrapper returns the TPM wrapper; it touches no TPM.
 func NewWrapper(c Config) *Wrapper { return &Wrapper{Config: c, ek: new(atomic.Pointer[string])} }
 
-// ForNextEpoch returns a wrapper whose slots open in the next epoch too, and
-// stay open when the present one ends.
-func (w *Wrapper) ForNextEpoch() *Wrapper { return &Wrapper{Config: w.Config, ahead: 1, ek: w.ek} }
+// ForNextEpoch returns a wrapper whose slots open in a later epoch too than the
+// present one and that of the slots in revoke: those no longer open once Settle
+// has ended it.
+func (w *Wrapper) ForNextEpoch(revoke []seal.Slot) *Wrapper {
+	next := *w
+	next.ahead, next.revoke = 1, revoke
+	return &next
+}
+
+// OnTPMOf returns a wrapper that seals under the storage root key of an
+// authenticated slot of this node and no other: who answers in the TPM's place
+// learns nothing then.
+func (w *Wrapper) OnTPMOf(slots []seal.Slot) (*Wrapper, error) {
+	own := *w
+	for _, s := range slots {
+		if s.Type != seal.TypeTPM || s.Node != w.Node {
+			continue
+		}
+		d, err := parseSlot(s, w.Counter)
+		if err != nil {
+			return nil, err
+		}
+		own.like = d
+	}
+	return &own, nil
+}
 
 // Type implements [seal.Wrapper].
 func (w *Wrapper) Type() string { return seal.TypeTPM }
@@ -76,7 +103,7 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 	if err != nil {
 		return seal.Slot{}, err
 	}
-	return w.wrap(ctx, kek, state, nil)
+	return w.wrap(ctx, kek, state, w.like)
 }
 
 // WrapLike seals kek under the boot state of an authenticated slot of this node
@@ -106,6 +133,9 @@ func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState, l
 		return seal.Slot{}, seal.Errorf(seal.CauseBootState, "choose other PCRs with tpm.pcrs", "this boot state can't be sealed to: %w", err)
 	}
 	d := &slotData{Form: formSealed, Made: time.Now().UTC().Truncate(time.Second), Bank: bankName(state.Bank), PCRs: map[int]hexBytes{}, Boot: state.Record, state: &state}
+	if like != nil {
+		d.Epoch = like.Epoch // an end of an epoch that is still to come stays so
+	}
 	for i, v := range state.Values {
 		d.PCRs[i] = v
 	}
@@ -144,7 +174,7 @@ func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData)
 		return err
 	}
 	d.SRK = srk.Name.Buffer
-	d.Epoch = slotEpoch{Index: w.Counter.Index(), AtMost: epoch + w.ahead}
+	d.Epoch = slotEpoch{Index: w.Counter.Index(), AtMost: max(epoch+w.ahead, d.Epoch.AtMost, w.beyond(srk))}
 	digest, err := terms(d.state, w.Counter, d.Epoch.AtMost).Digest()
 	if err != nil {
 		return err
@@ -173,6 +203,19 @@ func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData)
 	}
 	d.Public, d.Private = tpm2.Marshal(public), r.OutPrivate.Buffer
 	return nil
+}
+
+// beyond is the first epoch after those in which the slots to be revoked open. It
+// is above the next one where an earlier revocation was not carried to its end.
+// Slots of another TPM do not count: its counter was another.
+func (w *Wrapper) beyond(srk *SRK) (epoch uint64) {
+	for _, s := range w.revoke {
+		d, err := parseSlot(s, w.Counter)
+		if err == nil && s.Type == seal.TypeTPM && s.Node == w.Node && bytes.Equal(d.SRK, srk.Name.Buffer) {
+			epoch = max(epoch, d.Epoch.AtMost+1)
+		}
+	}
+	return epoch
 }
 
 // StateError says that the boot state that a slot demands is not the machine's.
@@ -244,6 +287,13 @@ func otherTPM(t transport.TPM, ek string) error {
 		"the slot was sealed by another TPM: its endorsement key is %.19s…, this one's is %.19s…", ek, now)
 }
 
+// damaged are the response codes of TPM2_Load that blame what is loaded (TPM 2.0
+// Library, Part 3, 12.2); all others are the TPM's own trouble.
+var damaged = []tpm2.TPMRC{
+	tpm2.TPMRCIntegrity, tpm2.TPMRCSize, tpm2.TPMRCValue, tpm2.TPMRCAttributes, tpm2.TPMRCHash, tpm2.TPMRCType, tpm2.TPMRCKeySize,
+	tpm2.TPMRCScheme, tpm2.TPMRCSymmetric, tpm2.TPMRCBinding, tpm2.TPMRCInsufficient, tpm2.TPMRCSelector, tpm2.TPMRCKDF, tpm2.TPMRCSensitive,
+}
+
 func (w *Wrapper) unseal(t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, error) {
 	r, err := tpm2.Load{
 		ParentHandle: srk.auth(srk.Session()),
@@ -251,7 +301,7 @@ func (w *Wrapper) unseal(t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, 
 		InPublic:     tpm2.New2B(*d.public),
 	}.Execute(t)
 	if err != nil {
-		if isTPMError(err) && !errors.Is(err, tpm2.TPMRCLockout) {
+		if slices.ContainsFunc(damaged, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) }) {
 			return nil, corrupt("TPM2_Load: %w", err)
 		}
 		return nil, fmt.Errorf("TPM2_Load: %w", err)
@@ -303,7 +353,7 @@ func (w *Wrapper) unsealOnce(t transport.TPM, srk *SRK, d *slotData, object tpm2
 // for. It is called once the keyring that holds them is saved and pinned, and
 // again at every start, since a crash may have come in between.
 func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
-	var target uint64
+	var target *slotData // a slot that still has to open keeps its epoch
 	for _, s := range slots {
 		if s.Type != seal.TypeTPM || s.Node != w.Node {
 			continue
@@ -312,15 +362,15 @@ func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
 		if err != nil {
 			return err
 		}
-		if target == 0 || d.Epoch.AtMost < target {
-			target = d.Epoch.AtMost // a slot that still has to open keeps its epoch
+		if target == nil || d.Epoch.AtMost < target.Epoch.AtMost {
+			target = d
 		}
 	}
-	if target == 0 {
+	if target == nil {
 		return nil
 	}
 	return classify(w.Device.Do(ctx, func(t transport.TPM) error {
-		return WithSRK(t, w.Owner, nil, func(srk *SRK) error { return w.Counter.RaiseTo(t, srk, target) })
+		return w.withSRK(t, target, func(srk *SRK) error { return w.Counter.RaiseTo(t, srk, target.Epoch.AtMost) })
 	}))
 }
 
@@ -342,8 +392,8 @@ func classify(err error) error {
 		return &seal.Error{Cause: seal.CauseLockout, Err: fmt.Errorf("the TPM is in dictionary-attack lockout: %w", err),
 			Hint: "wait for it to end, or clear it with tpm2_dictionarylockout --clear-lockout"}
 	case isTPMError(err):
-		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM refused: %w", err), Hint: "kleidi tries again; see the TPM's state with tpm2_getcap properties-variable"}
+		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM refused: %w", err), Hint: "kleidi serve tries again; see the TPM's state with tpm2_getcap properties-variable"}
 	default:
-		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM's answer makes no sense: %w", err), Hint: "kleidi tries again; if it stays so, the TPM or what stands before it is faulty"}
+		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM's answer makes no sense: %w", err), Hint: "kleidi serve tries again; if it stays so, the TPM or what stands before it is faulty"}
 	}
 }

@@ -66,7 +66,7 @@ func TestEpochPassed(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
 	old := n.wrap(kek)
-	next, err := n.ForNextEpoch().Wrap(t.Context(), kek)
+	next, err := n.ForNextEpoch(nil).Wrap(t.Context(), kek)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,7 +94,7 @@ func TestSettle(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
 	old := n.wrap(kek)
-	next, err := n.ForNextEpoch().Wrap(t.Context(), kek)
+	next, err := n.ForNextEpoch(nil).Wrap(t.Context(), kek)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +126,7 @@ func TestSettleAfterACrash(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
 	old := n.wrap(kek)
-	next, err := n.ForNextEpoch().Wrap(t.Context(), kek)
+	next, err := n.ForNextEpoch(nil).Wrap(t.Context(), kek)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 
@@ -16,13 +18,17 @@ import (
 func hardenProcess() {
 	_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+	_ = unix.Mlockall(lockAll) // lockProcess says whether that went well, where it matters
 }
+
+// lockAll locks the pages that are used, when they are.
+const lockAll = unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT
 
 // lockProcess keeps the whole process out of swap. KEKs have locked memory of
 // their own; this is for what derives from them on Go's heap, AES key schedules
 // for instance. Only pages that are used are locked, so it costs nothing else.
 func lockProcess(mem seal.Memory, log *slog.Logger) error {
-	err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+	err := unix.Mlockall(lockAll)
 	if err == nil {
 		return nil
 	}
@@ -42,7 +48,7 @@ func swapOn() bool {
 
 // requireRoot names the usual reason before a permission error does.
 func requireRoot(err error) error {
-	if err != nil && os.IsPermission(err) && os.Geteuid() != 0 {
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
 		return fmt.Errorf("%w; run the command as root", err)
 	}
 	return err

@@ -98,12 +98,13 @@ var (
 	descSlotMade = prometheus.NewDesc("kleidi_slot_created_timestamp_seconds", "When the slot was made.", []string{"type", "node"}, nil)
 	descAttested = prometheus.NewDesc("kleidi_attestation_timestamp_seconds", "When evidence of this boot last verified.", nil, nil)
 	descPassed   = prometheus.NewDesc("kleidi_attestation_passed", "1 if the last attestation of this boot verified, 0 if it failed or there was none.", nil, nil)
+	descProblem  = prometheus.NewDesc("kleidi_problem", "1 if the last attempt to unlock or reload, or to end an epoch, failed; kleidi status says why.", nil, nil)
 	descStep     = prometheus.NewDesc("kleidi_unlock_duration_seconds", "How long the steps of the last attempt to unlock took.", []string{"step"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descStep} {
+	for _, d := range []*prometheus.Desc{descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
 		c <- d
 	}
 }
@@ -126,6 +127,11 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	if last := n.gate.Last(); last != nil {
 		gauge(descAttested, seconds(last.Time))
 	}
+	problem := 0.0
+	if n.unlocker.State().Problem != nil {
+		problem = 1
+	}
+	gauge(descProblem, problem)
 	passed := 0.0
 	if n.gate.Passed() {
 		passed = 1
@@ -143,7 +149,12 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	gauge(descKEKs, 1, "current")
 	gauge(descKEKs, float64(len(info.Retired)), "retired")
 	gauge(descKEKMade, seconds(info.Current.Created))
+	seen := map[[2]string]bool{} // the same series twice would fail the whole scrape
 	for _, s := range k.Slots() {
+		if seen[[2]string{s.Type, s.Node}] {
+			continue
+		}
+		seen[[2]string{s.Type, s.Node}] = true
 		made := info.Current.Created // all but the TPM's are made with their KEK
 		if d, err := tpm.DemandOf(s, n.gate.Counter); err == nil && s.Type == seal.TypeTPM {
 			made = d.Made

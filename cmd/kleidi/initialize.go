@@ -115,8 +115,8 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 	if err := n.own(); err != nil {
 		return nil, err
 	}
-	if _, _, err := n.keyring.Load(ctx); !errors.Is(err, fs.ErrNotExist) {
-		return nil, existing(n.cfg.Keyring(), err)
+	if err := n.vacant(ctx); err != nil {
+		return nil, err
 	}
 	progress("looking for the TPM at " + n.cfg.TPM.Device)
 	ek, err := n.tpm.Provision(ctx)
@@ -147,11 +147,20 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 	return n.saveFirst(ctx, kek, slots, ek, progress)
 }
 
-func existing(path string, err error) error {
-	if err != nil {
+// vacant refuses to make a keyring where there is one, or was one: the previous
+// revision may be all that is left of it.
+func (n *node) vacant(ctx context.Context) error {
+	_, _, err := n.keyring.Load(ctx)
+	if err == nil {
+		return fmt.Errorf("%s exists, and init never replaces a keyring; see kleidi status, or move the folder %s away if this is to be a new cluster", n.cfg.Keyring(), n.cfg.State.Dir)
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return fmt.Errorf("%s exists, and init never replaces a keyring; see kleidi status, or move the file away if this is to be a new cluster", path)
+	if _, err = n.keyring.Previous(ctx); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return fmt.Errorf("%s is gone, and its previous revision is still there; run kleidi keyring restore --previous, or move the folder %s away if this is to be a new cluster", n.cfg.Keyring(), n.cfg.State.Dir)
 }
 
 func (n *node) saveFirst(ctx context.Context, kek *seal.Secret, slots []seal.Slot, ek string, progress func(string)) (*initResult, error) {
@@ -206,6 +215,9 @@ const readBackTries = 3
 // gives back: an identity that nobody kept opens nothing.
 func (n *node) handOver(cmd *cobra.Command, identity *seal.Secret, slot seal.Slot, kek *seal.Secret) error {
 	out := cmd.OutOrStdout()
+	if f, ok := out.(*os.File); ok && isRegular(f) {
+		return errors.New("standard output is a file, and the recovery identity must not lie on this machine; run kleidi init at a terminal, or give --recovery-recipient; nothing was made")
+	}
 	fmt.Fprint(out, "\nRecovery identity. It is shown once. Keep it off this machine: it opens the keyring\nwhen the TPM does not, and so it does for anyone who finds it.\n\n  ")
 	identity.With(func(b []byte) { _, _ = out.Write(bytes.TrimSpace(b)) })
 	fmt.Fprint(out, "\n\n")
@@ -228,6 +240,11 @@ func notGivenBack(err error) error {
 		err = errors.New("the input ended")
 	}
 	return fmt.Errorf("the recovery identity was not given back: %w; nothing was made, run kleidi init again, or name --recovery-recipient age1…", err)
+}
+
+func isRegular(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode().IsRegular()
 }
 
 func (n *node) opens(ctx context.Context, identity []byte, slot seal.Slot, kek *seal.Secret) error {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -15,7 +16,6 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
-	"github.com/beezy-dev/kleidi/seal/rotation"
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
@@ -24,7 +24,7 @@ func (a *app) newKeyring() *cobra.Command {
 		Use: "keyring", Short: "Show, verify, back up and restore the keyring",
 		Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.newKeyringShow(), a.newKeyringVerify(), a.newKeyringBackup(), a.newKeyringRestore())
+	cmd.AddCommand(a.newKeyringShow(), a.newKeyringVerify(), a.newKeyringBackup(), a.newKeyringRestore(), a.newKeyringSave())
 	return cmd
 }
 
@@ -135,11 +135,20 @@ func writeNew(path string, b []byte) error {
 		return err
 	}
 	_, err = f.Write(b)
-	err = errors.Join(err, f.Sync(), f.Close())
+	err = errors.Join(err, f.Sync(), f.Close(), syncFolder(path))
 	if err != nil {
 		return errors.Join(err, os.Remove(path))
 	}
 	return nil
+}
+
+// syncFolder makes a new file's name durable.
+func syncFolder(path string) error {
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 func (a *app) newKeyringRestore() *cobra.Command {
@@ -203,6 +212,38 @@ func (a *app) readBackup(ctx context.Context, args []string) ([]byte, error) {
 	return b, nil
 }
 
+func (a *app) newKeyringSave() *cobra.Command {
+	return &cobra.Command{
+		Use:   "save",
+		Short: "Write the keyring that kleidi serve holds open in the place of the stored one",
+		Long: `Write the keyring that the running kleidi serve holds open in the place of the stored
+one, which was lost, damaged or replaced by an older one meanwhile. Until that is
+done, don't restart kleidi serve: its memory is the only place of the newest KEKs.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := operate(cmd.Context(), a, admin.Save, admin.SaveRequest{}, func(*node, context.Context, admin.SaveRequest) (admin.KeyringState, error) {
+				return admin.KeyringState{}, errors.New("kleidi serve does not run, so nothing holds a keyring open; see kleidi keyring restore")
+			})
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+}
+
+// save writes the open keyring back.
+func (n *node) save(ctx context.Context, _ admin.SaveRequest) (admin.KeyringState, error) {
+	if err := n.unlocker.Save(ctx); err != nil {
+		return admin.KeyringState{}, fmt.Errorf("save: %w", err)
+	}
+	id, err := n.unlocker.CurrentID()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	return n.result(id, "the open keyring is stored again; what it replaced, if it could be read, is the previous revision")
+}
+
 // restore adopts another keyring in the place of the stored one.
 func (n *node) restore(ctx context.Context, req admin.RestoreRequest) (admin.KeyringState, error) {
 	state, err := n.replace(ctx, func() (admin.KeyringState, error) { return n.restoreFrom(ctx, req) })
@@ -228,8 +269,5 @@ func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	rotate := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		return rotation.Rotate(ctx, n.mem, k, rotation.Like(n.rewrappers(), k.Slots()), n.openers(), time.Now())
-	}
-	return n.adopt(ctx, old, n.tpm, version, req.TrustKeyID, rotate, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
+	return n.adopt(ctx, old, n.tpm, version, req.TrustKeyID, n.turn, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
 }

@@ -14,6 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/recovery"
 	"github.com/beezy-dev/kleidi/seal/rotation"
 	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+	"github.com/beezy-dev/kleidi/tpm"
 )
 
 // The operations run in serve, asked through the admin socket, or in the command
@@ -21,7 +23,7 @@ import (
 
 func keyringMissing(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return seal.Errorf(seal.CauseKeyringMissing, "run kleidi init, or kleidi keyring restore if there was one", "there is no keyring: %w", err)
+		return seal.Errorf(seal.CauseKeyringMissing, unlock.HintMissing, "there is no keyring: %w", err)
 	}
 	return err
 }
@@ -43,7 +45,7 @@ func (n *node) rotate(ctx context.Context, _ admin.RotateRequest) (admin.Keyring
 	var former seal.KeyID
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		former = k.CurrentID()
-		return rotation.Rotate(ctx, n.mem, k, rotation.Like(n.rewrappers(), k.Slots()), n.openers(), time.Now())
+		return n.turn(ctx, k)
 	})
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
@@ -55,11 +57,17 @@ func (n *node) rotate(ctx context.Context, _ admin.RotateRequest) (admin.Keyring
 // reseal seals the KEK to the present boot state, and revokes the slot of the
 // earlier one.
 func (n *node) reseal(ctx context.Context, _ admin.ResealRequest) (admin.KeyringState, error) {
+	var bound string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		slot, err := n.sealNow(ctx, k.KEK())
+		here, err := n.tpm.ForNextEpoch(k.Slots()).OnTPMOf(k.Slots())
 		if err != nil {
 			return nil, err
 		}
+		slot, err := n.sealNow(ctx, here, k.KEK())
+		if err != nil {
+			return nil, err
+		}
+		bound = n.binding(slot)
 		next, err := k.WithSlots(rotation.Replace(k.Slots(), slot))
 		return []*keyring.Keyring{next}, err
 	})
@@ -70,13 +78,13 @@ func (n *node) reseal(ctx context.Context, _ admin.ResealRequest) (admin.Keyring
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	return n.result(k, "the KEK is sealed to the present boot state", "slots of the earlier epoch no longer open, kept copies included")
+	return n.result(k, "the KEK is sealed to the present boot state: "+bound, "slots of the earlier epoch no longer open, kept copies included")
 }
 
-// sealNow seals kek to the present boot state for the next epoch, and opens what
-// it made before anything relies on it.
-func (n *node) sealNow(ctx context.Context, kek *seal.Secret) (seal.Slot, error) {
-	slot, err := n.tpm.ForNextEpoch().Wrap(ctx, kek)
+// sealNow seals kek to the present boot state, and opens what it made before
+// anything relies on it.
+func (n *node) sealNow(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret) (seal.Slot, error) {
+	slot, err := w.Wrap(ctx, kek)
 	if err != nil {
 		return slot, err
 	}
@@ -162,8 +170,11 @@ func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recover
 // it is vouched for, and has turn rotate it: so no key ID flips back.
 func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, opener seal.Wrapper, version store.Version, trusted seal.KeyID,
 	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
-	old, err := rotation.Complete(ctx, opened, []seal.Wrapper{opener}, time.Now())
 	defer opened.Close()
+	old, err := rotation.Complete(ctx, opened, []seal.Wrapper{opener}, time.Now())
+	if err != nil && trusted != "" { // the operator does without
+		old, err = opened, nil
+	}
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
@@ -200,17 +211,18 @@ func (n *node) vouch(ctx context.Context, k *keyring.Keyring, id, trusted seal.K
 	case err != nil:
 		return 0, err
 	case pin == nil:
-		return 0, seal.Errorf(seal.CausePin, "if that is the key ID that this cluster used last (see docs/recovery.md), run it again with --trust-key-id "+string(id),
+		return 0, seal.Errorf(seal.CausePin, "if that is the key ID that this cluster used last (docs/recovery.md says where to look, and not in this keyring), run it again with --trust-key-id KEY_ID",
 			"there is no pin to tell whether the keyring of key ID %s is this node's", id)
 	case trusted == "" && (pin.ClusterID != k.ClusterID() || !k.Holds(pin.KeyID)):
-		return 0, seal.Errorf(seal.CausePin, "restore a newer keyring; or, if what was encrypted under the pinned key ID since may be lost, run it again with --trust-key-id "+string(id),
+		return 0, seal.Errorf(seal.CausePin, "restore a newer keyring; or, if what was encrypted under the pinned key ID since may be lost, run it again with --trust-key-id and the key ID of the keyring to trust",
 			"this node last trusted key ID %s, which the keyring does not hold", pin.KeyID)
 	}
 	return pin.Revision, nil
 }
 
 // renew rotates to a fresh KEK that is sealed to the present boot state; the
-// recovery slots stay.
+// recovery slots stay. A keyring that holds no more retired KEKs is sealed anew and
+// not rotated: it has to open again first of all.
 func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyring, error) {
 	ek, err := n.tpm.Provision(ctx)
 	if err != nil {
@@ -218,7 +230,8 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyr
 	}
 	// The present KEK is sealed anew as well: the first revision of the rotation
 	// has to open too.
-	slot, err := n.sealNow(ctx, old.KEK())
+	next := n.tpm.ForNextEpoch(append(old.Slots(), old.StagedSlots()...))
+	slot, err := n.sealNow(ctx, next, old.KEK())
 	if err != nil {
 		return nil, err
 	}
@@ -227,9 +240,12 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyr
 	if err != nil {
 		return nil, err
 	}
+	if full(here) {
+		return []*keyring.Keyring{here}, nil
+	}
 	defer here.Close()
 	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
-		slot, err := n.sealNow(ctx, kek)
+		slot, err := n.sealNow(ctx, next, kek)
 		if err != nil {
 			return nil, err
 		}
@@ -237,6 +253,18 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyr
 		return append([]seal.Slot{slot}, rewrapped...), err
 	}
 	return rotation.Rotate(ctx, n.mem, here, wrap, nil, time.Now())
+}
+
+// full reports whether a keyring has no room to retire its current KEK.
+func full(k *keyring.Keyring) bool { return len(k.Info().Retired) >= keyring.MaxRetired }
+
+// turn rotates a keyring in the slots that it has.
+func (n *node) turn(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
+	if full(k) {
+		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
+			"the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
+	}
+	return rotation.Rotate(ctx, n.mem, k, rotation.Like(n.rewrappers(), k.Slots()), n.openers(), time.Now())
 }
 
 // verify proves the stored keyring: it opens with a slot, its MAC verifies and

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -71,9 +72,32 @@ func promptSecret(cmd *cobra.Command, prompt string) ([]byte, error) {
 		return readBounded(cmd.InOrStdin())
 	}
 	fmt.Fprint(cmd.ErrOrStderr(), prompt)
-	b, err := term.ReadPassword(int(in.Fd()))
-	fmt.Fprintln(cmd.ErrOrStderr())
-	return b, err
+	defer fmt.Fprintln(cmd.ErrOrStderr())
+	return readHidden(cmd.Context(), in)
+}
+
+// readHidden reads a line that the terminal does not show. An interrupt ends it,
+// and leaves the terminal as it was.
+func readHidden(ctx context.Context, in *os.File) ([]byte, error) {
+	before, err := term.GetState(int(in.Fd()))
+	if err != nil {
+		return nil, err
+	}
+	type line struct {
+		text []byte
+		err  error
+	}
+	read := make(chan line, 1)
+	go func() {
+		b, err := term.ReadPassword(int(in.Fd()))
+		read <- line{b, err}
+	}()
+	select {
+	case l := <-read:
+		return l.text, l.err
+	case <-ctx.Done():
+		return nil, errors.Join(errors.New("interrupted"), term.Restore(int(in.Fd()), before))
+	}
 }
 
 // readBounded reads into one buffer, so that no copies are left behind.

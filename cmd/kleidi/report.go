@@ -38,7 +38,7 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 	}
 	var attestation error
 	if req.Try && len(slots) > 0 {
-		attestation = n.gate.Attest(ctx, slots)
+		attestation = preflight{n.gate, n.mem, n.log}.Attest(ctx, slots)
 	}
 	for _, s := range slots {
 		r.Slots = append(r.Slots, n.reportSlot(ctx, s, r.CurrentKeyID, r.ClusterID, req.Try, attestation))

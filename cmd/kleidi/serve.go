@@ -98,6 +98,7 @@ func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 	admin.Handle(s.admin, admin.Reseal, n.reseal)
 	admin.Handle(s.admin, admin.Recover, n.recover)
 	admin.Handle(s.admin, admin.Restore, n.restore)
+	admin.Handle(s.admin, admin.Save, n.save)
 	admin.Handle(s.admin, admin.Verify, n.verify)
 	admin.Handle(s.admin, admin.Reload, n.reload)
 	s.http = &http.Server{Handler: h.handler(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
@@ -196,7 +197,7 @@ func (s *server) watch(ctx context.Context) {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
-	events, stop := s.watchFolder()
+	events, failed, stop := s.watchFolder()
 	defer stop()
 	for {
 		select {
@@ -204,6 +205,9 @@ func (s *server) watch(ctx context.Context) {
 			return
 		case <-hup:
 			s.log.Info("SIGHUP: reading the keyring anew")
+			s.unlocker.Nudge()
+		case err := <-failed: // events may be lost; left unread, it would end the watch
+			s.log.Warn("watching the state folder: reading the keyring anew, in case that it has changed", "error", err)
 			s.unlocker.Nudge()
 		case e := <-events:
 			if filepath.Base(e.Name) == filepath.Base(s.cfg.Keyring()) && s.unlocker.Changed(ctx) {
@@ -216,14 +220,14 @@ func (s *server) watch(ctx context.Context) {
 
 // watchFolder watches the folder, since files in it are replaced and not written
 // to. Without a watch there is still SIGHUP.
-func (s *server) watchFolder() (<-chan fsnotify.Event, func()) {
+func (s *server) watchFolder() (<-chan fsnotify.Event, <-chan error, func()) {
 	w, err := fsnotify.NewWatcher()
 	if err == nil {
 		err = w.Add(s.cfg.State.Dir)
 	}
 	if err != nil {
 		s.log.Warn("the state folder can't be watched; send SIGHUP after a change of the keyring", "error", err)
-		return nil, func() {}
+		return nil, nil, func() {}
 	}
-	return w.Events, func() { _ = w.Close() }
+	return w.Events, w.Errors, func() { _ = w.Close() }
 }

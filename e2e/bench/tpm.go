@@ -56,7 +56,7 @@ func printTPM(ctx context.Context, m *simboot.Machine, state string) error {
 		run  func() error
 	}{
 		{"quote and event logs collected", func() error {
-			_, err := gate.Attester.Collect(ctx, make([]byte, 32), crypto.SHA256, []int{4, 7, 11})
+			_, err := gate.Attester.Collect(ctx, nil, make([]byte, 32), crypto.SHA256, []int{4, 7, 11})
 			return err
 		}},
 		{"attested (that, and verified)", func() error { return gate.Attest(ctx, slots) }},

@@ -79,7 +79,7 @@ func collect(t *testing.T, b simboot.Boot, bank crypto.Hash) *attest.Evidence {
 	t.Helper()
 	m := tpmtest.New(t, b)
 	a := attest.Attester{Device: m.TPM(), Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}}
-	e, err := a.Collect(t.Context(), nonce, bank, pcrs)
+	e, err := a.Collect(t.Context(), nil, nonce, bank, pcrs)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -23,6 +23,8 @@ const (
 	Recover Verb[RecoverRequest, KeyringState] = "recover"
 	// Restore puts another keyring in the place of the stored one, and rotates.
 	Restore Verb[RestoreRequest, KeyringState] = "restore"
+	// Save stores the open keyring again.
+	Save Verb[SaveRequest, KeyringState] = "save"
 	// Verify checks the stored keyring against the open KEK and the pin.
 	Verify Verb[VerifyRequest, KeyringState] = "verify"
 	// Reload reads configuration and keyring again.
@@ -135,6 +137,9 @@ type RestoreRequest struct {
 
 // Wipe clears the identity. [Handle] calls it when the handler has returned.
 func (r *RestoreRequest) Wipe() { clear(r.Identity) }
+
+// SaveRequest asks to store the open keyring in the place of what is stored.
+type SaveRequest struct{}
 
 // VerifyRequest asks to check the stored keyring.
 type VerifyRequest struct{}

@@ -86,13 +86,17 @@ func stage(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap,
 
 // Complete activates a staged KEK that a rotation left behind, where a wrapper
 // opens it: something may have been encrypted under it, if a later revision is
-// lost. It returns k itself where nothing is staged or it does not open.
+// lost. It returns k itself where nothing is staged, and an error where what is
+// staged does not open.
 func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
 	for _, s := range k.StagedSlots() {
 		for _, w := range opener {
 			kek, err := w.Unwrap(ctx, s)
-			if err != nil {
+			if errors.Is(err, seal.ErrNotMine) {
 				continue
+			}
+			if err != nil {
+				return nil, fmt.Errorf("the staged KEK does not open: %w", err)
 			}
 			staged, err := k.OpenStaged(kek)
 			if err != nil {
@@ -106,27 +110,37 @@ func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, no
 	return k, nil
 }
 
-// Prove opens each slot that a wrapper of this node made and compares what comes
-// out: a slot that does not open must be found before it is relied on.
+// Prove opens each slot and compares what comes out: a slot that does not open
+// must be found before it is relied on. A slot that is no opener's own has not
+// been opened, and fails too.
 func Prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper) error {
 	return prove(ctx, kek, slots, opener, false)
 }
 
-// prove passes over a slot of another boot state than the present one, where the
-// slot is for such a one: it can't be tried now.
-func prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper, elsewhere bool) error {
+// prove can pass over what can't be tried: slots that are no opener's own, such as
+// those for recovery, and slots for another boot state than the present one.
+func prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper, tryable bool) error {
 	for _, s := range slots {
-		for _, w := range opener {
-			err := proveOne(ctx, kek, s, w)
-			if errors.Is(err, seal.ErrNotMine) || elsewhere && seal.CauseOf(err) == seal.CauseBootState {
-				continue
-			}
-			if err != nil {
-				return fmt.Errorf("the new %s slot does not open, nothing was changed: %w", s.Type, err)
-			}
+		err := proveAny(ctx, kek, s, opener)
+		if tryable && (errors.Is(err, seal.ErrNotMine) || seal.CauseOf(err) == seal.CauseBootState) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("the new %s slot does not open, nothing was changed: %w", s.Type, err)
 		}
 	}
 	return nil
+}
+
+// proveAny has the first opener whose own slot it is open it.
+func proveAny(ctx context.Context, kek *seal.Secret, s seal.Slot, opener []seal.Wrapper) error {
+	err := seal.ErrNotMine
+	for _, w := range opener {
+		if err = proveOne(ctx, kek, s, w); !errors.Is(err, seal.ErrNotMine) {
+			return err
+		}
+	}
+	return err
 }
 
 func proveOne(ctx context.Context, kek *seal.Secret, s seal.Slot, w seal.Wrapper) error {

@@ -231,9 +231,12 @@ func TestProve(t *testing.T) {
 	if err := rotation.Prove(ctx, kek, []seal.Slot{a.slot(kek, ""), b.slot(kek, "")}, openers(a, b)); err != nil {
 		t.Error(err)
 	}
-	// The recovery slot is for someone else to open.
-	if err := rotation.Prove(ctx, kek, []seal.Slot{a.slot(kek, ""), b.slot(other, "")}, openers(a)); err != nil {
-		t.Error(err)
+	// A slot that is no opener's own was not opened, so it is not proven.
+	if err := rotation.Prove(ctx, kek, []seal.Slot{a.slot(kek, ""), b.slot(kek, "")}, openers(a)); !errors.Is(err, seal.ErrNotMine) {
+		t.Errorf("a slot that nobody opened: %v", err)
+	}
+	if err := rotation.Prove(ctx, kek, []seal.Slot{a.slot(kek, "")}, nil); !errors.Is(err, seal.ErrNotMine) {
+		t.Errorf("no opener at all: %v", err)
 	}
 	for name, slots := range map[string][]seal.Slot{
 		"first": {a.slot(other, ""), b.slot(kek, "")}, "second": {a.slot(kek, ""), b.slot(other, "")},
@@ -278,14 +281,18 @@ func TestComplete(t *testing.T) {
 	}
 }
 
-// TestCompleteOfWhatDoesNotOpen: the keyring is good without its staged KEK; one
-// that is not the staged KEK is refused.
+// TestCompleteOfWhatDoesNotOpen: a fault is no reason to forget a staged KEK, and
+// one that is not the staged KEK is refused. A staged slot that is no opener's own
+// leaves the keyring as it is.
 func TestCompleteOfWhatDoesNotOpen(t *testing.T) {
 	a := &wrapper{name: "tpm"}
 	k, _ := stagedKeyring(t, a)
 	a.unwrapErr = seal.Errorf(seal.CauseBootState, "x", "other PCRs")
-	if same, err := rotation.Complete(ctx, k, openers(a), now); err != nil || same != k {
-		t.Errorf("%v", err)
+	if _, err := rotation.Complete(ctx, k, openers(a), now); seal.CauseOf(err) != seal.CauseBootState {
+		t.Errorf("a fault: %v", err)
+	}
+	if same, err := rotation.Complete(ctx, k, openers(&wrapper{name: "vault"}), now); err != nil || same != k {
+		t.Errorf("no opener's own: %v", err)
 	}
 	a.unwrapErr, a.swapped = nil, newKEK(t)
 	if _, err := rotation.Complete(ctx, k, openers(a), now); seal.CauseOf(err) != seal.CauseSlotCorrupt {

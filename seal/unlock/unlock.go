@@ -6,8 +6,11 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -51,6 +54,10 @@ type Config struct {
 type Timing struct {
 	Load, Gate, Slots, Total time.Duration
 }
+
+// HintMissing is what to do where there is no keyring; init refuses where there was
+// one.
+const HintMissing = "run kleidi init if there never was one, else kleidi keyring restore with --previous or a backup"
 
 // Unlocker is one node's keyring. Its methods may be called concurrently.
 type Unlocker struct {
@@ -138,6 +145,13 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	start := time.Now()
 	k, version, wrapper, err := u.attempt(ctx, &timing)
 	if err == nil {
+		if err = u.follows(k); err != nil {
+			k.Close()
+		}
+	} else {
+		err = u.whileOpen(err)
+	}
+	if err == nil {
 		if err = u.pin(ctx, k); err != nil {
 			k.Close()
 		}
@@ -183,14 +197,11 @@ func (u *Unlocker) OpenUnpinned(ctx context.Context, untrusted *keyring.Untruste
 
 // Changed reports whether a reload would bring news: the stored keyring is
 // another than the one last read or saved here, it can't be read, or the last
-// attempt has failed. One that is gone is no news, for it is written anew.
+// attempt has failed.
 func (u *Unlocker) Changed(ctx context.Context) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	_, version, err := u.cfg.Store.Load(ctx)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false
-	}
 	return err != nil || version != u.version || u.State().Problem != nil
 }
 
@@ -234,7 +245,7 @@ func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, p
 func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, store.Version, error) {
 	raw, version, err := u.cfg.Store.Load(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, "", seal.Errorf(seal.CauseKeyringMissing, "run kleidi init, or kleidi keyring restore if there was one", "there is no keyring: %w", err)
+		return nil, nil, "", seal.Errorf(seal.CauseKeyringMissing, HintMissing, "there is no keyring: %w", err)
 	}
 	if err != nil {
 		return nil, nil, "", storeError("keyring", err)
@@ -277,9 +288,23 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot) (*seal.Secret,
 		}
 	}
 	if failure == nil {
-		failure = seal.Errorf(seal.CauseNoSlot, "run kleidi recover with the recovery identity", "the keyring holds no slot that a configured wrapper of this node opens")
+		failure = seal.Errorf(seal.CauseNoSlot, "if this machine was renamed, set node to its former name; else run kleidi recover with the recovery identity",
+			"the keyring holds no slot for this node and its configured wrappers, but for %s", owners(slots))
 	}
 	return nil, "", failure
+}
+
+// owners lists whose slots there are.
+func owners(slots []seal.Slot) string {
+	var all []string
+	for _, s := range slots {
+		name := s.Type
+		if s.Node != "" {
+			name += " of node " + s.Node
+		}
+		all = append(all, name)
+	}
+	return strings.Join(all, ", ")
 }
 
 // moreTelling prefers a boot state that differs to a slot that a reseal has
@@ -288,17 +313,69 @@ func moreTelling(err, than error) bool {
 	return seal.CauseOf(err) == seal.CauseBootState && seal.CauseOf(than) == seal.CauseEpoch
 }
 
-// pin pins k where the pin is behind. Where it can't be moved, k is not
-// announced: what was announced must not be rolled back.
+// follows refuses to go back, while a keyring is open, to one without its current
+// KEK or of an older revision: whoever could put both an older keyring and an older
+// pin in place can't make this process forget what it announced.
+func (u *Unlocker) follows(k *keyring.Keyring) error {
+	open := u.open.Load()
+	if open == nil || k.ClusterID() == open.ClusterID() && k.Holds(open.CurrentID()) && k.Revision() >= open.Revision() {
+		return nil
+	}
+	return seal.Errorf(seal.CausePin, "if the open one is the right one, "+hintSave,
+		"the stored keyring is of revision %d and does not follow the open one of revision %d with key ID %s", k.Revision(), open.Revision(), open.CurrentID())
+}
+
+// whileOpen adds the best remedy where what is stored is gone or damaged, and what
+// is open is not.
+func (u *Unlocker) whileOpen(err error) error {
+	e, ok := errors.AsType[*seal.Error](err)
+	if u.open.Load() == nil || !ok || !slices.Contains([]seal.Cause{seal.CauseKeyringMissing, seal.CauseKeyringCorrupt, seal.CausePin}, e.Cause) {
+		return err
+	}
+	return &seal.Error{Cause: e.Cause, Err: e.Err, Hint: e.Hint + "; or " + hintSave}
+}
+
+const hintSave = "store the open one again with kleidi keyring save, and don't restart kleidi serve before"
+
+// Save stores the open keyring in the place of whatever is stored.
+func (u *Unlocker) Save(ctx context.Context) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	k, err := u.Keyring()
+	if err != nil {
+		return err
+	}
+	_, version, err := u.cfg.Store.Load(ctx)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return seal.Errorf(seal.CauseStore, "move that file away, then run the command again", "the stored keyring: %w", err)
+	}
+	ctx = context.WithoutCancel(ctx)
+	if u.version, err = u.cfg.Store.Save(ctx, k.Marshal(), version); err != nil {
+		return storeError("keyring", err)
+	}
+	if err := u.cfg.Pin.Save(ctx, k.Pin()); err != nil {
+		return err
+	}
+	s := u.State()
+	s.Problem, s.Attempts = nil, 0
+	u.state.Store(&s)
+	u.Nudge()
+	return nil
+}
+
+// pin pins k, also where the pin is there already: the flush of the folder, which
+// holds the keyring too, may have failed after either was saved. Where the pin
+// can't be saved, k is not announced: what was announced must not be rolled back.
 func (u *Unlocker) pin(ctx context.Context, k *keyring.Keyring) error {
 	pin, err := u.cfg.Pin.Load(ctx)
 	if err != nil {
 		return err
 	}
-	if pin != nil && *pin == k.Pin() {
-		return nil
+	err = u.cfg.Pin.Save(ctx, k.Pin())
+	if pin != nil && *pin == k.Pin() && errors.Is(err, syscall.EROFS) {
+		return nil // nothing is left to be flushed to a disk that is read-only
 	}
-	return u.cfg.Pin.Save(ctx, k.Pin())
+	return err
 }
 
 // settle ends the epochs that are over. That it fails leaves revoked slots open
@@ -400,6 +477,9 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 	if err != nil {
 		return err
 	}
+	if err := u.settle(ctx, k); err != nil { // what is still to be revoked comes first
+		return err
+	}
 	revisions, err := f(k)
 	if err != nil {
 		return err
@@ -464,8 +544,8 @@ func (u *Unlocker) again(err error) error {
 func (u *Unlocker) Close() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	u.state.Store(&State{Since: time.Now(), Problem: seal.Errorf(seal.CauseStarting, "start kleidi serve", "kleidi is shutting down")})
 	if k := u.open.Swap(nil); k != nil {
 		k.Close()
 	}
-	u.state.Store(&State{Since: time.Now(), Problem: seal.Errorf(seal.CauseStarting, "start kleidi serve", "kleidi is shutting down")})
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/beezy-dev/kleidi/seal"
@@ -27,7 +28,7 @@ func TestLockedUntilUnlocked(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-n.Tried()
-	wantSteps(t, n.steps.take(), "gate", "slot tpm", "settle while nothing is announced")
+	wantSteps(t, n.steps.take(), "gate", "slot tpm", "pin 1", "settle while nothing is announced")
 	s := n.State()
 	if !s.Open || s.Wrapper != "tpm" || s.Problem != nil || s.Attempts != 0 || s.Timing.Total <= 0 {
 		t.Errorf("state %+v", s)
@@ -85,9 +86,10 @@ func TestEpochThatCannotBeEnded(t *testing.T) {
 		t.Errorf("state %+v", s)
 	}
 	e := n.encrypt()
-	wantRefusal(t, n.rotate(), seal.CauseUnavailable, "saved and in use", "still open")
-	if id, _ := n.CurrentID(); id == e.id {
-		t.Error("the new KEK is not in use")
+	before := n.read("keyring.json")
+	wantRefusal(t, n.rotate(), seal.CauseUnavailable, "still open")
+	if string(n.read("keyring.json")) != string(before) {
+		t.Error("a change went ahead of the revocation that is still to come")
 	}
 	n.settle.set(nil)
 	n.mustOpen()
@@ -171,9 +173,71 @@ func TestChanged(t *testing.T) {
 	}
 	n.store.loads.set(nil)
 	n.move("keyring.json", "away")
-	if n.Changed(ctx) {
-		t.Error("a keyring that is gone is no change to reload")
+	if !n.Changed(ctx) {
+		t.Error("that it is gone is not noticed")
 	}
+}
+
+// TestWhatIsOpenIsStoredAgain: whatever becomes of the stored keyring, the open
+// one serves on, says so, and can be stored again.
+func TestWhatIsOpenIsStoredAgain(t *testing.T) {
+	for name, damage := range map[string]func(*node){
+		"gone":    func(n *node) { n.move("keyring.json", "away") },
+		"damaged": func(n *node) { n.damage("keyring.json") },
+		"no pin":  func(n *node) { n.move("pin.json", "away") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := opened(t)
+			first := n.encrypt()
+			if err := n.rotate(); err != nil {
+				t.Fatal(err)
+			}
+			second := n.encrypt()
+			damage(n)
+			err := n.Unlock(ctx)
+			if err == nil || !strings.Contains(err.Error(), "kleidi keyring save") {
+				t.Fatalf("the reload ends in %v", err)
+			}
+			n.decrypts(second)
+			if err := n.Save(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if p := n.State().Problem; p != nil {
+				t.Errorf("still a problem: %v", p)
+			}
+			n.restart()
+			n.mustOpen()
+			n.decrypts(first)
+			n.decrypts(second)
+		})
+	}
+}
+
+// TestOpenNeverGoesBack: an older keyring together with its pin, put back under a
+// running serve, does not make it forget what it announced.
+func TestOpenNeverGoesBack(t *testing.T) {
+	n := opened(t)
+	keyring, pin := n.read("keyring.json"), n.read("pin.json")
+	if err := n.rotate(); err != nil {
+		t.Fatal(err)
+	}
+	e := n.encrypt()
+	for name, b := range map[string][]byte{"keyring.json": keyring, "pin.json": pin} {
+		if err := os.WriteFile(filepath.Join(n.dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantRefusal(t, n.Unlock(ctx), seal.CausePin, "does not follow the open one", "kleidi keyring save")
+	if id, err := n.CurrentID(); err != nil || id != e.id {
+		t.Errorf("announced is %s, %v", id, err)
+	}
+	n.decrypts(e)
+	if err := n.Save(ctx); err != nil {
+		t.Fatal(err)
+	}
+	n.restart()
+	n.mustOpen()
+	n.decrypts(e)
 }
 
 // TestPin: what the pin refuses and what it lets pass.
@@ -295,7 +359,7 @@ func TestSlotsInOrder(t *testing.T) {
 	if err := n.Unlock(ctx); err != nil || n.State().Wrapper != "vault" {
 		t.Errorf("%v, opened by %q", err, n.State().Wrapper)
 	}
-	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken", "slot vault", "settle while nothing is announced")
+	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken", "slot vault", "pin 1", "settle while nothing is announced")
 
 	n.cfg.Wrappers = nil
 	n.restart()

@@ -83,9 +83,10 @@ type Attester struct {
 	Logs   Logs
 }
 
-// Collect quotes exactly these PCRs with the verifier's nonce.
-func (a *Attester) Collect(ctx context.Context, nonce []byte, bank crypto.Hash, pcrs []int) (*Evidence, error) {
-	q, err := a.Device.Quote(ctx, a.Owner, nonce, bank, pcrs)
+// Collect quotes exactly these PCRs with the verifier's nonce. srk is as in
+// [tpm.Device.Quote].
+func (a *Attester) Collect(ctx context.Context, srk, nonce []byte, bank crypto.Hash, pcrs []int) (*Evidence, error) {
+	q, err := a.Device.Quote(ctx, a.Owner, srk, nonce, bank, pcrs)
 	if err != nil {
 		return nil, err
 	}

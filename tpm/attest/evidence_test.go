@@ -37,7 +37,7 @@ func attester(m *tpmtest.Machine) *attest.Attester {
 
 func collect(t *testing.T, m *tpmtest.Machine, d demand) *attest.Evidence {
 	t.Helper()
-	e, err := attester(m).Collect(t.Context(), d.nonce, d.bank, d.pcrs)
+	e, err := attester(m).Collect(t.Context(), nil, d.nonce, d.bank, d.pcrs)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -23,7 +23,7 @@ func FuzzVerify(f *testing.F) {
 	a := attest.Attester{Device: m.TPM(), Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}}
 	for _, b := range []simboot.Boot{simboot.Baseline(simboot.GRUB), phased()} {
 		m.Reboot(b)
-		e, err := a.Collect(f.Context(), ordinary.nonce, ordinary.bank, ordinary.pcrs)
+		e, err := a.Collect(f.Context(), nil, ordinary.nonce, ordinary.bank, ordinary.pcrs)
 		if err != nil {
 			f.Fatal(err)
 		}

@@ -36,8 +36,8 @@ type Gate struct {
 const nonceSize = 32 // bytes
 
 // attest quotes, and verifies what came.
-func (g *Gate) attest(ctx context.Context, bank crypto.Hash, pcrs []int) (*Result, error) {
-	result, err := g.verified(ctx, bank, pcrs)
+func (g *Gate) attest(ctx context.Context, srk []byte, bank crypto.Hash, pcrs []int) (*Result, error) {
+	result, err := g.verified(ctx, srk, bank, pcrs)
 	g.failed.Store(err != nil)
 	if err == nil {
 		g.last.Store(result)
@@ -45,10 +45,10 @@ func (g *Gate) attest(ctx context.Context, bank crypto.Hash, pcrs []int) (*Resul
 	return result, err
 }
 
-func (g *Gate) verified(ctx context.Context, bank crypto.Hash, pcrs []int) (*Result, error) {
+func (g *Gate) verified(ctx context.Context, srk []byte, bank crypto.Hash, pcrs []int) (*Result, error) {
 	nonce := make([]byte, nonceSize)
 	rand.Read(nonce)
-	evidence, err := g.Collect(ctx, nonce, bank, pcrs)
+	evidence, err := g.Collect(ctx, srk, nonce, bank, pcrs)
 	if err != nil {
 		return nil, err
 	}
@@ -69,6 +69,7 @@ func refuse(err error) error {
 // says why.
 func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 	demanded := map[crypto.Hash]map[int]bool{}
+	var srk []byte
 	for _, s := range slots {
 		if s.Type != seal.TypeTPM || s.Node != g.Node {
 			continue
@@ -77,6 +78,7 @@ func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 		if err != nil {
 			continue
 		}
+		srk = d.SRK
 		for i := range d.State.Values {
 			if demanded[d.State.Bank] == nil {
 				demanded[d.State.Bank] = map[int]bool{}
@@ -85,7 +87,7 @@ func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 		}
 	}
 	for bank, pcrs := range demanded {
-		if _, err := g.attest(ctx, bank, slices.Sorted(maps.Keys(pcrs))); err != nil {
+		if _, err := g.attest(ctx, srk, bank, slices.Sorted(maps.Keys(pcrs))); err != nil {
 			return err
 		}
 	}
@@ -99,7 +101,7 @@ func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
 	if err != nil {
 		return tpm.BootState{}, err
 	}
-	r, err := g.attest(ctx, g.Bank, pcrs)
+	r, err := g.attest(ctx, nil, g.Bank, pcrs)
 	if err != nil {
 		return tpm.BootState{}, err
 	}

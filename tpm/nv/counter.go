@@ -112,17 +112,27 @@ func (c *Counter) Ensure(t transport.TPM, srk *tpm.SRK) (uint64, error) {
 	return c.Read(t, srk)
 }
 
-// RaiseTo increments the counter until it is at least value, which is at most
-// one above the present one: that is how an epoch ends.
+// maxRaise bounds by how much RaiseTo raises: one, and one for each earlier end of
+// an epoch that failed. NV memory wears out.
+const maxRaise = 16
+
+// RaiseTo increments the counter until it is at least value: that is how epochs
+// end.
 func (c *Counter) RaiseTo(t transport.TPM, srk *tpm.SRK, value uint64) error {
 	now, err := c.Read(t, srk)
 	if err != nil || now >= value {
 		return err
 	}
-	if value != now+1 {
-		return fmt.Errorf("epoch counter is at %d; it can't be raised to %d at once", now, value)
+	if value-now > maxRaise {
+		return seal.Errorf(seal.CauseEpoch, "if this is a virtual TPM that was rolled back, bring its state back; else run kleidi recover with the recovery identity",
+			"the epoch counter is at %d and the slots are of epoch %d", now, value)
 	}
-	return c.increment(t, srk)
+	for ; now < value; now++ {
+		if err := c.increment(t, srk); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // look reports whether the counter is there and was written; another index in

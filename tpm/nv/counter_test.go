@@ -209,7 +209,8 @@ func TestRaiseTo(t *testing.T) {
 		ok        bool
 	}{
 		{0, start, true}, {start, start, true}, {start + 1, start + 1, true}, {start + 1, start + 1, true},
-		{start, start + 1, true}, {start + 3, start + 1, false}, {1<<64 - 1, start + 1, false}, {start + 2, start + 2, true},
+		{start, start + 1, true}, {start + 18, start + 1, false}, {1<<64 - 1, start + 1, false}, {start + 2, start + 2, true},
+		{start + 5, start + 5, true},
 	} {
 		if err := b.raise(c.to); (err == nil) != c.ok {
 			t.Errorf("RaiseTo(%d): %v", c.to, err)
