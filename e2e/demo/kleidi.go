@@ -73,9 +73,9 @@ func startServer(d *demo) (*server, error) {
 	return &server{cmd: cmd, conn: conn, client: kmsapi.NewKeyManagementServiceClient(conn)}, nil
 }
 
-// stop ends kleidi in the orderly way. A nil server has nothing to stop.
+// stop ends kleidi in the orderly way. A nil server has nothing to stop, nor has a stopped one.
 func (s *server) stop() {
-	if s == nil {
+	if s == nil || s.cmd.ProcessState != nil {
 		return
 	}
 	_ = s.conn.Close()
