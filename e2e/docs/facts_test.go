@@ -83,35 +83,6 @@ func TestCausesAreExplained(t *testing.T) {
 	mustContain(t, "operations.md", table, code)
 }
 
-// TestLogLinesAreReal looks for the messages in the code.
-func TestLogLinesAreReal(t *testing.T) {
-	var code strings.Builder
-	for _, folder := range []string{"cmd", "grpcserver", "seal", "tpm"} {
-		err := filepath.WalkDir(top+folder, func(path string, _ os.DirEntry, err error) error {
-			if err == nil && strings.HasSuffix(path, ".go") && !strings.HasSuffix(path, "_test.go") {
-				code.WriteString(read(t, path))
-			}
-			return err
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	_, section, _ := strings.Cut(read(t, operations), "\n## Log lines\n")
-	rows := set("(?m)^\\| (`[^|]+`) \\| (?:info|warn|error) \\|", section)
-	if len(rows) == 0 {
-		t.Fatal("operations.md lists no log line")
-	}
-	for row := range rows {
-		for line := range set("`([^`]+)`", row) {
-			// what failed is put before " failed" at run time
-			if !strings.Contains(code.String(), `"`+strings.TrimSuffix(line, " failed")) {
-				t.Errorf("operations.md: nothing logs %q", line)
-			}
-		}
-	}
-}
-
 var (
 	link      = regexp.MustCompile(`\]\(([^)#:]*)(?:#([^)]*))?\)`)
 	proof     = regexp.MustCompile("`([\\w/]+_test\\.go)` ((?:Test\\w+(?:, )?)+)")
