@@ -1,0 +1,118 @@
+package main
+
+import (
+	"bytes"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+	"github.com/beezy-dev/kleidi/tpm/tpmtest"
+)
+
+// TestFullKeyring: with no room for another retired KEK, rotate says so and
+// changes nothing, and recover still opens the keyring.
+func TestFullKeyring(t *testing.T) {
+	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
+	cfg := config.Default()
+	cfg.Node, cfg.State.Dir = "cp-1", filepath.Join(t.TempDir(), "state")
+	cfg.TPM.Device, cfg.TPM.EventLog, cfg.TPM.UserspaceEventLog = m.Device(), m.EventLog(), m.UserspaceLog()
+	n, err := newNode(cfg, slog.New(slog.DiscardHandler), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.close()
+	identity, seeds := fill(t, n)
+
+	state, err := n.recover(t.Context(), admin.RecoverRequest{Identity: identity})
+	if err != nil {
+		t.Fatalf("recover: %v", err)
+	}
+	if state.Former != "" {
+		t.Errorf("the key ID changed from %s, with no room to retire it", state.Former)
+	}
+	k, err := n.unlocker.Keyring()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, sealed := range seeds {
+		if seed, err := k.Decrypt(id, sealed); err != nil || string(seed) != string(id) {
+			t.Errorf("%s: %v", id, err)
+		}
+	}
+	if _, err := n.rotate(t.Context(), admin.RotateRequest{}); err == nil || !strings.Contains(err.Error(), "no more fit") || !strings.Contains(err.Error(), "docs/operations.md") {
+		t.Errorf("rotate: %v", err)
+	}
+	if _, err := n.reseal(t.Context(), admin.ResealRequest{}); err != nil {
+		t.Errorf("reseal: %v", err)
+	}
+}
+
+// fill stores a keyring with as many retired KEKs as it takes, and returns its
+// recovery identity and, of each KEK, its key ID encrypted under it.
+func fill(t *testing.T, n *node) (identity []byte, seeds map[seal.KeyID][]byte) {
+	t.Helper()
+	secret, recipient, err := recovery.GenerateIdentity(n.mem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer secret.Close()
+	secret.With(func(b []byte) { identity = bytes.Clone(b) })
+	w, err := recovery.NewWrapper(n.mem, []string{recipient})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh := func() (*seal.Secret, []seal.Slot) {
+		kek, err := n.mem.NewKEK()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return kek, []seal.Slot{{Type: seal.TypeVault, Data: []byte(`{}`)}}
+	}
+	kek, slots := fresh()
+	k, err := keyring.New(seal.ClusterID{1}, kek, slots, []keyring.Node{{Name: "cp-1"}}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	seeds = map[seal.KeyID][]byte{}
+	for range keyring.MaxRetired {
+		if seeds[k.CurrentID()], _, err = k.Encrypt([]byte(k.CurrentID())); err != nil {
+			t.Fatal(err)
+		}
+		kek, slots = fresh()
+		staged, err := k.Stage(kek, slots, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.Close()
+		if k, err = staged.Activate(time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		staged.Close()
+	}
+	slot, err := w.Wrap(t.Context(), k.KEK())
+	if err != nil {
+		t.Fatal(err)
+	}
+	full, err := k.WithSlots([]seal.Slot{slot})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.own(); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.pin.Save(t.Context(), full.Pin()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.keyring.Save(t.Context(), full.Marshal(), ""); err != nil {
+		t.Fatal(err)
+	}
+	return identity, seeds
+}
