@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -36,9 +35,6 @@ func NewDevice(addr Address, timeout time.Duration) *Device {
 	d.turn <- struct{}{}
 	return d
 }
-
-// Address returns where the TPM is.
-func (d *Device) Address() Address { return d.addr }
 
 // Do opens the TPM, runs f and closes the TPM. Commands are retried on
 // TPM_RC_RETRY, YIELDED, TESTING and NV_RATE until the deadline. An error of the
@@ -72,16 +68,13 @@ func (d *Device) Do(ctx context.Context, f func(t transport.TPM) error) (err err
 func guard(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = &panicError{p, debug.Stack()}
+			err = &panicError{p}
 		}
 	}()
 	return f()
 }
 
-type panicError struct {
-	value any
-	stack []byte
-}
+type panicError struct{ value any }
 
 // Error names the type only: the value could hold what was being unmarshalled.
 func (e *panicError) Error() string {
