@@ -40,19 +40,16 @@ func statusOf(err error, id string) (error, bool) {
 			"restore the object from a backup of etcd", clean(id, maxQuoted)), false
 	}
 	if e, ok := errors.AsType[*seal.Error](err); ok {
-		return status.Error(codes.Unavailable, locked(e, err)), false
+		return status.Error(codes.Unavailable, locked(e.Cause, err)), false
 	}
 	return status.Error(codes.Internal, "internal error in kleidi; see the log of kleidi serve"), true
 }
 
-func locked(e *seal.Error, err error) string {
-	reason := err.Error()
-	if e.Hint != "" {
-		reason = strings.TrimSuffix(reason, "; "+e.Hint)
-	}
-	msg := "locked (" + clean(string(e.Cause), maxQuoted) + "): " + clean(reason, maxReason)
-	if e.Hint != "" {
-		msg += "; " + clean(e.Hint, maxHint)
+func locked(cause seal.Cause, err error) string {
+	reason, hint := seal.SplitHint(err)
+	msg := "locked (" + clean(string(cause), maxQuoted) + "): " + clean(reason, maxReason)
+	if hint != "" {
+		msg += "; " + clean(hint, maxHint)
 	}
 	return msg
 }

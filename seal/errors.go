@@ -3,6 +3,7 @@ package seal
 import (
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // ErrNotMine says that a slot belongs to another wrapper, node or identity. It
@@ -92,6 +93,17 @@ func CauseOf(err error) Cause {
 		return e.Cause
 	}
 	return ""
+}
+
+// SplitHint returns err's text without the hint of the outermost [*Error] in its
+// chain, and that hint; without one, or without an [*Error], the hint is "".
+func SplitHint(err error) (message, hint string) {
+	message = err.Error()
+	e, ok := errors.AsType[*Error](err)
+	if !ok || e.Hint == "" {
+		return message, ""
+	}
+	return strings.TrimSuffix(message, "; "+e.Hint), e.Hint
 }
 
 // Errors of the DEK seed operations. They carry no key material and no input.

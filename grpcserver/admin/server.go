@@ -232,10 +232,3 @@ func respond(w http.ResponseWriter, code int, v any) {
 	w.WriteHeader(code)
 	_ = json.NewEncoder(w).Encode(v) // a client that went away
 }
-
-func trimHint(message, hint string) string {
-	if hint == "" {
-		return message
-	}
-	return strings.TrimSuffix(message, "; "+hint)
-}

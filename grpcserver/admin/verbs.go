@@ -25,9 +25,9 @@ const (
 	Restore Verb[RestoreRequest, KeyringState] = "restore"
 	// Save stores the open keyring again.
 	Save Verb[SaveRequest, KeyringState] = "save"
-	// Verify checks the stored keyring against the open KEK and the pin.
+	// Verify opens the stored keyring with a slot, and checks it against the pin.
 	Verify Verb[VerifyRequest, KeyringState] = "verify"
-	// Reload reads configuration and keyring again.
+	// Reload reads the keyring again; the configuration is read at start only.
 	Reload Verb[ReloadRequest, KeyringState] = "reload"
 )
 
@@ -144,7 +144,7 @@ type SaveRequest struct{}
 // VerifyRequest asks to check the stored keyring.
 type VerifyRequest struct{}
 
-// ReloadRequest asks to read configuration and keyring again.
+// ReloadRequest asks to read the keyring again.
 type ReloadRequest struct{}
 
 // KeyringState is what the verbs that touch the keyring leave behind.
@@ -177,12 +177,8 @@ func ProblemOf(err error) *Problem {
 	if err == nil {
 		return nil
 	}
-	p := &Problem{Message: err.Error()}
-	if e, ok := errors.AsType[*seal.Error](err); ok {
-		p.Cause, p.Hint = e.Cause, e.Hint
-		p.Message = trimHint(p.Message, e.Hint)
-	}
-	return p
+	message, hint := seal.SplitHint(err)
+	return &Problem{Cause: seal.CauseOf(err), Message: message, Hint: hint}
 }
 
 // Err puts the parts together: a [*seal.Error] where there was one.
