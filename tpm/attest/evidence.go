@@ -54,6 +54,20 @@ func readBounded(path string) ([]byte, error) {
 	return b, err
 }
 
+// Read returns the firmware's events followed by those of userspace. Nothing
+// vouches for them.
+func (l Logs) Read() (*eventlog.Log, error) {
+	firmware, userspace, err := l.read()
+	if err != nil {
+		return nil, err
+	}
+	log, err := parseLogs(firmware, userspace)
+	if err != nil {
+		return nil, refuse(err)
+	}
+	return log, nil
+}
+
 // parseLogs returns the firmware's events followed by those of userspace.
 func parseLogs(firmware, userspace []byte) (*eventlog.Log, error) {
 	log, err := eventlog.Parse(firmware)

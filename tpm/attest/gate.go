@@ -97,7 +97,7 @@ func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 // State returns the attested boot state to seal to: quoted values of the PCRs
 // that hold how this machine boots, and the events that led to them.
 func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
-	pcrs, err := g.choose()
+	pcrs, err := g.ChoosePCRs()
 	if err != nil {
 		return tpm.BootState{}, err
 	}
@@ -133,20 +133,21 @@ func record(events []eventlog.Summary) (json.RawMessage, error) {
 	return b, err
 }
 
-// choose returns the configured PCRs, or those of the boot type. The boot type
+// AttestPCRs gathers and verifies fresh evidence over these PCRs of the configured bank.
+func (g *Gate) AttestPCRs(ctx context.Context, pcrs []int) (*Result, error) {
+	return g.attest(ctx, nil, g.Bank, pcrs)
+}
+
+// ChoosePCRs returns the configured PCRs, or those of the boot type. The boot type
 // comes from a log that is not verified yet; the quote over the PCRs chosen by
 // it is verified next.
-func (g *Gate) choose() ([]int, error) {
+func (g *Gate) ChoosePCRs() ([]int, error) {
 	if len(g.PCRs) > 0 {
 		return g.PCRs, nil
 	}
-	firmware, userspace, err := g.Logs.read()
+	log, err := g.Logs.Read()
 	if err != nil {
 		return nil, err
-	}
-	log, err := parseLogs(firmware, userspace)
-	if err != nil {
-		return nil, refuse(err)
 	}
 	pcrs := log.BootType().PCRs(log)
 	if len(pcrs) == 0 {

@@ -104,7 +104,7 @@ const (
 	nextForged = "the log was tampered with, or something extended a PCR without logging it: judge fresh evidence, and if it stays find out what runs before kleidi"
 	nextQuote  = "quote exactly the PCRs of the boot policy, in its bank"
 	nextEdit   = "run kleidi bootpolicy show to see every problem, and edit the boot policy"
-	nextChange = "if you made this change, run kleidi bootpolicy record -o NEW on this boot, look at kleidi bootpolicy diff OLD NEW, and put NEW in its place; if you did not, boot what you know and find out who did"
+	nextChange = "if you made this change, run kleidi bootpolicy record --file NEW on this boot, look at kleidi bootpolicy diff OLD NEW, and put NEW in its place; if you did not, boot what you know and find out who did"
 	nextSetup  = "set Secure Boot as the boot policy says in the firmware's setup, or edit secureBoot"
 	nextUpdate = "if this firmware is meant to run, add its version to firmware.versions; else put the earlier one back"
 )

@@ -1,0 +1,284 @@
+package main
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+func (a *app) newBootPolicy() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "bootpolicy",
+		Short: "Record, show, compare and try out boot policies, and explain event logs",
+		Long: `A boot policy says what is demanded of the event log of a boot. It is a file to read
+and edit; docs/boot-policy.md describes it.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(a.newPolicyRecord(), a.newPolicyShow(), a.newPolicyCheck(), a.newPolicyDiff(), a.newPolicyExplain())
+	return cmd
+}
+
+func readPolicy(path string) (*bootpolicy.BootPolicy, error) {
+	b, err := readFile(path, bootpolicy.MaxSize)
+	if err != nil {
+		return nil, err
+	}
+	p, err := bootpolicy.Parse(b)
+	if err != nil {
+		return nil, fmt.Errorf("boot policy %s:\n%w", path, err)
+	}
+	return p, nil
+}
+
+// readFile reads at most max bytes, and one more where there are more.
+func readFile(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, limit+1))
+}
+
+func (a *app) newPolicyRecord() *cobra.Command {
+	var file string
+	var pcrs []int
+	cmd := &cobra.Command{
+		Use:   "record",
+		Short: "Write a boot policy that demands exactly the running boot",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			n, err := newNode(cfg, logger(cfg), nil)
+			if err != nil {
+				return err
+			}
+			p, err := n.recordPolicy(cmd, pcrs)
+			if err != nil {
+				return requireRoot(fmt.Errorf("record: %w", err))
+			}
+			if file == "" {
+				_, err = cmd.OutOrStdout().Write(p.Marshal())
+				return err
+			}
+			if err := writeNew(file, p.Marshal()); err != nil {
+				return fmt.Errorf("record: %w", err)
+			}
+			result := map[string]any{"file": file, "bank": p.Bank, "pcrs": p.Demanded()}
+			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
+				fmt.Fprintf(w, "this boot, of PCR %s (%s), written to %s\n", join(p.Demanded()), p.Bank, file)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&file, "file", "", "new file to write to; standard output if empty")
+	cmd.Flags().IntSliceVar(&pcrs, "pcrs", nil, "the PCRs to demand (default: 0 and those that kleidi seals to)")
+	return cmd
+}
+
+// recordPolicy records from a log that a fresh quote has verified.
+func (n *node) recordPolicy(cmd *cobra.Command, pcrs []int) (*bootpolicy.BootPolicy, error) {
+	if len(pcrs) == 0 {
+		sealed, err := n.gate.ChoosePCRs()
+		if err != nil {
+			return nil, err
+		}
+		pcrs = append([]int{0}, sealed...)
+	}
+	slices.Sort(pcrs)
+	pcrs = slices.Compact(pcrs)
+	r, err := n.gate.AttestPCRs(cmd.Context(), pcrs)
+	if err != nil {
+		return nil, err
+	}
+	return bootpolicy.Record(r.Log, r.Bank, pcrs)
+}
+
+func (a *app) newPolicyShow() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show FILE",
+		Short: "Check a boot policy, and show it",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			p, err := readPolicy(args[0])
+			if err != nil {
+				return err
+			}
+			result := map[string]any{"bank": p.Bank, "secureBoot": p.SecureBoot, "pcrs": p.Demanded(), "yaml": string(p.Marshal())}
+			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { _, _ = w.Write(p.Marshal()) })
+		},
+	}
+}
+
+func (a *app) newPolicyCheck() *cobra.Command {
+	var policy, log, values string
+	cmd := &cobra.Command{
+		Use:   "check --boot-policy FILE --event-log FILE",
+		Short: "Judge a saved event log by a boot policy",
+		Long: `Judge a saved event log by a boot policy. With --pcrs, a JSON file of the values that a
+TPM quoted ({"sha256": {"4": "…"}}), the log has to lead to them. Without it the log is
+taken at its word, which is good for trying out a boot policy and proves nothing.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			v, err := judge(policy, log, values)
+			if err != nil {
+				return err
+			}
+			err = a.show(cmd.OutOrStdout(), v, func(w io.Writer) { printVerdict(w, v, values == "") })
+			if err == nil && !v.Accepted {
+				err = errors.New("the boot policy refuses this boot; see what changed with kleidi bootpolicy explain, and docs/boot-policy.md")
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&policy, "boot-policy", "", "the boot policy")
+	cmd.Flags().StringVar(&log, "event-log", "", "the firmware's event log")
+	cmd.Flags().StringVar(&values, "pcrs", "", "JSON file of the quoted PCR values")
+	_ = cmd.MarkFlagRequired("boot-policy")
+	_ = cmd.MarkFlagRequired("event-log")
+	return cmd
+}
+
+func judge(policy, log, values string) (*bootpolicy.Verdict, error) {
+	p, err := readPolicy(policy)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := readFile(log, eventlog.MaxSize)
+	if err != nil {
+		return nil, err
+	}
+	l, err := eventlog.Parse(raw)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", log, err)
+	}
+	pcrs, err := p.Claimed(l)
+	if values != "" {
+		pcrs, err = readPCRs(values, p)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return bootpolicy.Judge(p, l, pcrs), nil
+}
+
+// readPCRs reads the values of the boot policy's bank.
+func readPCRs(path string, p *bootpolicy.BootPolicy) (eventlog.PCRs, error) {
+	b, err := readFile(path, 64<<10)
+	if err != nil {
+		return nil, err
+	}
+	var banks map[string]map[int]string
+	if err := json.Unmarshal(b, &banks); err != nil {
+		return nil, fmt.Errorf(`%s: %w; want {"sha256": {"4": "…"}}`, path, err)
+	}
+	pcrs := eventlog.PCRs{}
+	for i, s := range banks[p.Bank] {
+		if pcrs[i], err = hex.DecodeString(s); err != nil {
+			return nil, fmt.Errorf("%s: PCR %d: %w", path, i, err)
+		}
+	}
+	return pcrs, nil
+}
+
+func printVerdict(w io.Writer, v *bootpolicy.Verdict, claimed bool) {
+	switch {
+	case v.Accepted && claimed:
+		fmt.Fprintln(w, "accepted, if the log tells the truth: no PCR values were given with --pcrs")
+	case v.Accepted:
+		fmt.Fprintln(w, "accepted")
+	}
+	for _, f := range v.Findings {
+		fmt.Fprintln(w, "-", f)
+	}
+	if v.More > 0 {
+		fmt.Fprintf(w, "- and %d more\n", v.More)
+	}
+}
+
+func (a *app) newPolicyDiff() *cobra.Command {
+	return &cobra.Command{
+		Use:   "diff A B",
+		Short: "Show what boot policy B demands otherwise than A",
+		Args:  cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			first, err := readPolicy(args[0])
+			if err != nil {
+				return err
+			}
+			second, err := readPolicy(args[1])
+			if err != nil {
+				return err
+			}
+			changes := bootpolicy.Diff(first, second)
+			return a.show(cmd.OutOrStdout(), map[string]any{"changes": changes}, func(w io.Writer) {
+				for _, c := range changes {
+					fmt.Fprintln(w, c)
+				}
+				if len(changes) == 0 {
+					fmt.Fprintln(w, "they demand the same")
+				}
+			})
+		},
+	}
+}
+
+func (a *app) newPolicyExplain() *cobra.Command {
+	var path string
+	cmd := &cobra.Command{
+		Use:   "explain",
+		Short: "Show an event log event by event",
+		Long: `Show an event log event by event. "digest" says that the digest proves what the line
+says, "claimed" that the log only says so.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			log, err := explained(cfg, path)
+			if err != nil {
+				return requireRoot(err)
+			}
+			rows := bootpolicy.Explain(log, cfg.Bank())
+			return a.show(cmd.OutOrStdout(), map[string]any{"bank": cfg.TPM.Bank, "events": rows}, func(w io.Writer) { printEvents(w, rows) })
+		},
+	}
+	cmd.Flags().StringVar(&path, "event-log", "", "a saved firmware event log (default: this machine's logs)")
+	return cmd
+}
+
+func explained(cfg *config.Config, path string) (*eventlog.Log, error) {
+	if path == "" {
+		return attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}.Read()
+	}
+	return attest.Logs{Firmware: path}.Read()
+}
+
+func printEvents(w io.Writer, rows []bootpolicy.Row) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "EVENT\tPCR\tTYPE (CLAIMED)\tDIGEST\tBACKED BY\tWHAT")
+	for _, r := range rows {
+		pcr := fmt.Sprint(r.PCR)
+		if r.PCR == eventlog.NoPCR {
+			pcr = "-"
+		}
+		fmt.Fprintf(t, "%d\t%s\t%s\t%s\t%s\t%s\n", r.Event, pcr, r.UntrustedType, r.Short(), r.Backed, r.What)
+	}
+	_ = t.Flush()
+}
