@@ -41,6 +41,10 @@ var scenes = map[string]func(*machine){
 			m.t.Fatal(err)
 		}
 	},
+	"a node whose keyring was lost while kleidi holds it open": func(m *machine) {
+		serving(m)
+		m.remove("var/lib/kleidi/keyring.json")
+	},
 	"a node whose pin is lost": func(m *machine) {
 		serving(m)
 		m.stop()
