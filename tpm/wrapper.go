@@ -174,7 +174,15 @@ func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData)
 		return err
 	}
 	d.SRK = srk.Name.Buffer
-	d.Epoch = slotEpoch{Index: w.Counter.Index(), AtMost: max(epoch+w.ahead, d.Epoch.AtMost, w.beyond(srk))}
+	beyond := w.beyond(srk)
+	if beyond > epoch+MaxRaise {
+		if w.like != nil {
+			return seal.Errorf(seal.CauseEpoch, "bring the virtual TPM's state back; else run kleidi recover, which can't revoke those copies",
+				"the epoch counter went back: it is at %d, and slots up to epoch %d are to be revoked", epoch, beyond-1)
+		}
+		beyond = 0
+	}
+	d.Epoch = slotEpoch{Index: w.Counter.Index(), AtMost: max(epoch+w.ahead, d.Epoch.AtMost, beyond)}
 	digest, err := terms(d.state, w.Counter, d.Epoch.AtMost).Digest()
 	if err != nil {
 		return err
@@ -204,6 +212,10 @@ func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData)
 	d.Public, d.Private = tpm2.Marshal(public), r.OutPrivate.Buffer
 	return nil
 }
+
+// MaxRaise bounds by how much an epoch counter is raised at once: by one, and one
+// more for each earlier end of an epoch that failed. NV memory wears out.
+const MaxRaise = 16
 
 // beyond is the first epoch after those in which the slots to be revoked open. It
 // is above the next one where an earlier revocation was not carried to its end.

@@ -12,7 +12,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
@@ -126,7 +125,8 @@ func (a *app) newPolicyShow() *cobra.Command {
 }
 
 func (a *app) newPolicyCheck() *cobra.Command {
-	var policy, log, values string
+	var policy, values string
+	var logs attest.Logs
 	cmd := &cobra.Command{
 		Use:   "check --boot-policy FILE --event-log FILE",
 		Short: "Judge a saved event log by a boot policy",
@@ -135,7 +135,7 @@ TPM quoted ({"sha256": {"4": "…"}}), the log has to lead to them. Without it t
 taken at its word, which is good for trying out a boot policy and proves nothing.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			v, err := judge(policy, log, values)
+			v, err := judge(policy, logs, values)
 			if err != nil {
 				return err
 			}
@@ -147,25 +147,22 @@ taken at its word, which is good for trying out a boot policy and proves nothing
 		},
 	}
 	cmd.Flags().StringVar(&policy, "boot-policy", "", "the boot policy")
-	cmd.Flags().StringVar(&log, "event-log", "", "the firmware's event log")
+	cmd.Flags().StringVar(&logs.Firmware, "event-log", "", "the firmware's event log")
+	cmd.Flags().StringVar(&logs.Userspace, "userspace-event-log", "", "systemd's log of the same boot (tpm2-measure.log), if there was one")
 	cmd.Flags().StringVar(&values, "pcrs", "", "JSON file of the quoted PCR values")
 	_ = cmd.MarkFlagRequired("boot-policy")
 	_ = cmd.MarkFlagRequired("event-log")
 	return cmd
 }
 
-func judge(policy, log, values string) (*bootpolicy.Verdict, error) {
+func judge(policy string, logs attest.Logs, values string) (*bootpolicy.Verdict, error) {
 	p, err := readPolicy(policy)
 	if err != nil {
 		return nil, err
 	}
-	raw, err := readFile(log, eventlog.MaxSize)
+	l, err := logs.Read()
 	if err != nil {
-		return nil, err
-	}
-	l, err := eventlog.Parse(raw)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", log, err)
+		return nil, fmt.Errorf("%s: %w", logs.Firmware, err)
 	}
 	pcrs, err := p.Claimed(l)
 	if values != "" {
@@ -239,7 +236,7 @@ func (a *app) newPolicyDiff() *cobra.Command {
 }
 
 func (a *app) newPolicyExplain() *cobra.Command {
-	var path string
+	var logs attest.Logs
 	cmd := &cobra.Command{
 		Use:   "explain",
 		Short: "Show an event log event by event",
@@ -251,7 +248,10 @@ says, "claimed" that the log only says so.`,
 			if err != nil {
 				return err
 			}
-			log, err := explained(cfg, path)
+			if logs.Firmware == "" {
+				logs = attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}
+			}
+			log, err := logs.Read()
 			if err != nil {
 				return requireRoot(err)
 			}
@@ -259,15 +259,9 @@ says, "claimed" that the log only says so.`,
 			return a.show(cmd.OutOrStdout(), map[string]any{"bank": cfg.TPM.Bank, "events": rows}, func(w io.Writer) { printEvents(w, rows) })
 		},
 	}
-	cmd.Flags().StringVar(&path, "event-log", "", "a saved firmware event log (default: this machine's logs)")
+	cmd.Flags().StringVar(&logs.Firmware, "event-log", "", "a saved firmware event log (default: this machine's logs)")
+	cmd.Flags().StringVar(&logs.Userspace, "userspace-event-log", "", "systemd's log of the same boot, with --event-log")
 	return cmd
-}
-
-func explained(cfg *config.Config, path string) (*eventlog.Log, error) {
-	if path == "" {
-		return attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}.Read()
-	}
-	return attest.Logs{Firmware: path}.Read()
 }
 
 func printEvents(w io.Writer, rows []bootpolicy.Row) {

@@ -157,10 +157,15 @@ func (n *node) vacant(ctx context.Context) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if _, err = n.keyring.Previous(ctx); errors.Is(err, fs.ErrNotExist) {
+	pin, err := n.pin.Load(ctx)
+	if err != nil {
+		return err
+	}
+	// A pin of the first revision may also be what an init that was killed left.
+	if _, err = n.keyring.Previous(ctx); errors.Is(err, fs.ErrNotExist) && (pin == nil || pin.Revision == 1) {
 		return nil
 	}
-	return fmt.Errorf("%s is gone, and its previous revision is still there; run kleidi keyring restore --previous, or move the folder %s away if this is to be a new cluster", n.cfg.Keyring(), n.cfg.State.Dir)
+	return fmt.Errorf("%s is gone, and its previous revision or its pin is still there; run kleidi keyring restore --previous, or move the folder %s away if this is to be a new cluster", n.cfg.Keyring(), n.cfg.State.Dir)
 }
 
 func (n *node) saveFirst(ctx context.Context, kek *seal.Secret, slots []seal.Slot, ek string, progress func(string)) (*initResult, error) {

@@ -234,6 +234,9 @@ done, don't restart kleidi serve: its memory is the only place of the newest KEK
 
 // save writes the open keyring back.
 func (n *node) save(ctx context.Context, _ admin.SaveRequest) (admin.KeyringState, error) {
+	if err := store.PrepareDir(n.cfg.State.Dir); err != nil { // it may be gone with the keyring
+		return admin.KeyringState{}, fmt.Errorf("save: %w", err)
+	}
 	if err := n.unlocker.Save(ctx); err != nil {
 		return admin.KeyringState{}, fmt.Errorf("save: %w", err)
 	}
@@ -269,5 +272,5 @@ func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	return n.adopt(ctx, old, n.tpm, version, req.TrustKeyID, n.turn, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
+	return n.adopt(ctx, old, n.tpm, version, req.TrustKeyID, n.turnIfRoom, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
 }

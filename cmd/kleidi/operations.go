@@ -172,7 +172,7 @@ func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, opener seal.W
 	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
 	defer opened.Close()
 	old, err := rotation.Complete(ctx, opened, []seal.Wrapper{opener}, time.Now())
-	if err != nil && trusted != "" { // the operator does without
+	if err != nil && trusted == opened.CurrentID() && seal.CauseOf(err) != seal.CauseUnavailable { // the operator does without
 		old, err = opened, nil
 	}
 	if err != nil {
@@ -192,6 +192,9 @@ func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, opener seal.W
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
+	if revisions[len(revisions)-1].CurrentID() == old.CurrentID() {
+		changes = []string{"the keyring opens again, under the KEK that it had: it has no room for another retired one"}
+	}
 	if err := n.unlocker.Adopt(ctx, version, opener.Type(), revisions); err != nil {
 		return admin.KeyringState{}, err
 	}
@@ -202,9 +205,25 @@ func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, opener seal.W
 // operator, who names id, the current key ID of the keyring as it was given. It
 // returns the revision that the next one must not be below.
 func (n *node) vouch(ctx context.Context, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
+	revision, err := n.vouchByPin(ctx, k, id, trusted)
+	if err != nil {
+		return 0, err
+	}
+	open, openErr := n.unlocker.Keyring()
+	if openErr != nil {
+		return revision, nil
+	}
+	if trusted == "" && (open.ClusterID() != k.ClusterID() || !k.Holds(open.CurrentID())) {
+		return 0, seal.Errorf(seal.CausePin, "store the open one again with kleidi keyring save; or, to give it up with what was encrypted under it, name the key ID of the keyring to trust in --trust-key-id",
+			"kleidi serve holds key ID %s open, which this keyring does not hold", open.CurrentID())
+	}
+	return max(revision, open.Revision()), nil
+}
+
+func (n *node) vouchByPin(ctx context.Context, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
 	pin, err := n.pin.Load(ctx)
 	switch {
-	case trusted != "" && trusted != id:
+	case trusted != "" && trusted != id && trusted != k.CurrentID():
 		return 0, seal.Errorf(seal.CausePin, "compare it with what this cluster used last", "the keyring's current key ID is %s, and --trust-key-id names %s", id, trusted)
 	case trusted != "" && (err != nil || pin == nil):
 		return 0, nil
@@ -257,6 +276,16 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyr
 
 // full reports whether a keyring has no room to retire its current KEK.
 func full(k *keyring.Keyring) bool { return len(k.Info().Retired) >= keyring.MaxRetired }
+
+// turnIfRoom rotates a keyring in the slots that it has; one without room is only
+// raised by a revision, for it has to be stored first of all.
+func (n *node) turnIfRoom(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
+	if !full(k) {
+		return n.turn(ctx, k)
+	}
+	next, err := k.AtLeast(0)
+	return []*keyring.Keyring{next}, err
+}
 
 // turn rotates a keyring in the slots that it has.
 func (n *node) turn(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {

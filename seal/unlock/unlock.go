@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -149,7 +148,7 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 			k.Close()
 		}
 	} else {
-		err = u.whileOpen(err)
+		err = u.whileOpen(ctx, err)
 	}
 	if err == nil {
 		if err = u.pin(ctx, k); err != nil {
@@ -325,14 +324,18 @@ func (u *Unlocker) follows(k *keyring.Keyring) error {
 		"the stored keyring is of revision %d and does not follow the open one of revision %d with key ID %s", k.Revision(), open.Revision(), open.CurrentID())
 }
 
-// whileOpen adds the best remedy where what is stored is gone or damaged, and what
-// is open is not.
-func (u *Unlocker) whileOpen(err error) error {
+// whileOpen puts the best remedy first where what is stored is gone, damaged or
+// another keyring, and what is open is whole.
+func (u *Unlocker) whileOpen(ctx context.Context, err error) error {
 	e, ok := errors.AsType[*seal.Error](err)
-	if u.open.Load() == nil || !ok || !slices.Contains([]seal.Cause{seal.CauseKeyringMissing, seal.CauseKeyringCorrupt, seal.CausePin}, e.Cause) {
+	if u.open.Load() == nil || !ok {
 		return err
 	}
-	return &seal.Error{Cause: e.Cause, Err: e.Err, Hint: e.Hint + "; or " + hintSave}
+	_, version, loadErr := u.cfg.Store.Load(ctx)
+	if loadErr == nil && version == u.version && e.Cause != seal.CausePin {
+		return err // the stored keyring is the open one: something else is wrong
+	}
+	return &seal.Error{Cause: e.Cause, Err: e.Err, Hint: hintSave + "; or, if the change was yours: " + e.Hint}
 }
 
 const hintSave = "store the open one again with kleidi keyring save, and don't restart kleidi serve before"
@@ -475,9 +478,6 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 	defer u.mu.Unlock()
 	k, err := u.Keyring()
 	if err != nil {
-		return err
-	}
-	if err := u.settle(ctx, k); err != nil { // what is still to be revoked comes first
 		return err
 	}
 	revisions, err := f(k)

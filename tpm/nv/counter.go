@@ -112,18 +112,14 @@ func (c *Counter) Ensure(t transport.TPM, srk *tpm.SRK) (uint64, error) {
 	return c.Read(t, srk)
 }
 
-// maxRaise bounds by how much RaiseTo raises: one, and one for each earlier end of
-// an epoch that failed. NV memory wears out.
-const maxRaise = 16
-
 // RaiseTo increments the counter until it is at least value: that is how epochs
-// end.
+// end. It refuses to raise it by more than tpm.MaxRaise.
 func (c *Counter) RaiseTo(t transport.TPM, srk *tpm.SRK, value uint64) error {
 	now, err := c.Read(t, srk)
 	if err != nil || now >= value {
 		return err
 	}
-	if value-now > maxRaise {
+	if value-now > tpm.MaxRaise {
 		return seal.Errorf(seal.CauseEpoch, "if this is a virtual TPM that was rolled back, bring its state back; else run kleidi recover with the recovery identity",
 			"the epoch counter is at %d and the slots are of epoch %d", now, value)
 	}
