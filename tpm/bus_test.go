@@ -279,7 +279,15 @@ func TestOwnerAuthorization(t *testing.T) {
 		_, err := tpm2.HierarchyChangeAuth{AuthHandle: ownerHandle(), NewAuth: tpm2.TPM2BAuth{Buffer: []byte(secret)}}.Execute(tp)
 		return err
 	})
+	// All that a start does: the gate, the slot, and settling what is settled.
+	n.gate.Node = "alpha"
+	if err := n.gate.Attest(t.Context(), []seal.Slot{slot}); err != nil || !n.gate.Passed() {
+		t.Errorf("the gate, without the value: %v", err)
+	}
 	n.opens(slot, kek)
+	if err := n.Settle(t.Context(), []seal.Slot{slot}); err != nil {
+		t.Errorf("settling, without the value: %v", err)
+	}
 	_, err := n.Wrap(t.Context(), kek)
 	n.want(err, seal.CauseCredentials, "tpm.ownerAuthFile")
 	file := filepath.Join(t.TempDir(), "owner")

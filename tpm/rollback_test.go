@@ -1,0 +1,40 @@
+package tpm_test
+
+import (
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// TestCounterWentBack: slots far above the counter, as after the roll-back of a
+// virtual TPM. What would only claim to revoke them is refused; what has to open
+// again, for recover, is sealed.
+func TestCounterWentBack(t *testing.T) {
+	n := newNode(t)
+	kek := n.kek()
+	ahead := n.wrap(kek)
+	for range tpm.MaxRaise { // saved, and never settled
+		next, err := n.ForNextEpoch([]seal.Slot{ahead}).Wrap(t.Context(), kek)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ahead = next
+	}
+	strict, err := n.ForNextEpoch([]seal.Slot{ahead}).OnTPMOf([]seal.Slot{ahead})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = strict.Wrap(t.Context(), kek)
+	n.want(err, seal.CauseEpoch, "the epoch counter went back", "can't revoke those copies")
+
+	fresh, err := n.ForNextEpoch([]seal.Slot{ahead}).Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Settle(t.Context(), []seal.Slot{fresh}); err != nil {
+		t.Fatal(err)
+	}
+	n.opens(fresh, kek)
+	n.opens(ahead, kek) // which is why strict refuses
+}
