@@ -42,7 +42,8 @@ func readPolicy(path string) (*bootpolicy.BootPolicy, error) {
 	return p, nil
 }
 
-// readFile reads at most max bytes, and one more where there are more.
+// readFile reads at most limit bytes, and one more where there are more, which the
+// parser then refuses.
 func readFile(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {

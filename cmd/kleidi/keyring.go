@@ -193,13 +193,7 @@ trusted. Then the KEK is rotated, so that no key ID ever flips back.`,
 
 func (a *app) readBackup(ctx context.Context, args []string) ([]byte, error) {
 	if len(args) == 1 {
-		f, err := os.Open(args[0])
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		b, err := io.ReadAll(io.LimitReader(f, keyring.MaxSize+1))
-		return b, err // Parse refuses what is too large
+		return readFile(args[0], keyring.MaxSize)
 	}
 	cfg, err := a.config()
 	if err != nil {

@@ -201,9 +201,10 @@ func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, opener seal.W
 	return n.result(old.CurrentID(), changes...)
 }
 
-// vouch says by what the recovered keyring is trusted: the pin, else the
-// operator, who names id, the current key ID of the keyring as it was given. It
-// returns the revision that the next one must not be below.
+// vouch says by what the recovered keyring is trusted: the pin and, where one is
+// open, the open keyring, whose KEK it has to hold; else the operator, who names
+// id, the current key ID of the keyring as it was given. It returns the revision
+// that the next one must not be below.
 func (n *node) vouch(ctx context.Context, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
 	revision, err := n.vouchByPin(ctx, k, id, trusted)
 	if err != nil {

@@ -143,21 +143,17 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	var timing Timing
 	start := time.Now()
 	k, version, wrapper, err := u.attempt(ctx, &timing)
-	if err == nil {
-		if err = u.follows(k); err != nil {
-			k.Close()
-		}
-	} else {
+	if err != nil {
 		err = u.whileOpen(ctx, err)
-	}
-	if err == nil {
-		if err = u.pin(ctx, k); err != nil {
-			k.Close()
-		}
+	} else if err = u.follows(k); err == nil {
+		err = u.pin(ctx, k)
 	}
 	var unsettled error
-	if err == nil {
+	switch {
+	case err == nil:
 		unsettled = u.settle(ctx, k)
+	case k != nil:
+		k.Close()
 	}
 	timing.Total = time.Since(start)
 	if u.cfg.Attempted != nil {

@@ -7,7 +7,6 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"sync/atomic"
@@ -237,9 +236,4 @@ func provenBy(was *tpm.BootState, log *eventlog.Log, recorded []eventlog.Summary
 		}
 	}
 	return proven
-}
-
-// String sums a result up for a person.
-func (r *Result) String() string {
-	return fmt.Sprintf("verified: PCRs %v (%s) replay", slices.Sorted(maps.Keys(r.PCRs)), eventlog.BankName(r.Bank))
 }
