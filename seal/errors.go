@@ -23,6 +23,8 @@ const (
 	CauseEpoch Cause = "epoch-passed"
 	// CauseAttestation: evidence could not be gathered, or it did not verify.
 	CauseAttestation Cause = "attestation-failed"
+	// CauseBootPolicy: the evidence verified, and the boot policy refuses the boot.
+	CauseBootPolicy Cause = "boot-policy-refused"
 	// CauseLockout: the TPM's dictionary-attack protection is in lockout.
 	CauseLockout Cause = "tpm-locked-out"
 	// CauseOtherTPM: the slot was sealed by another TPM.
@@ -56,7 +58,7 @@ const (
 // Causes lists all causes.
 func Causes() []Cause {
 	return []Cause{
-		CauseBootState, CauseEpoch, CauseAttestation, CauseLockout, CauseOtherTPM, CauseTPMCleared, CauseUnavailable, CauseCredentials,
+		CauseBootState, CauseEpoch, CauseAttestation, CauseBootPolicy, CauseLockout, CauseOtherTPM, CauseTPMCleared, CauseUnavailable, CauseCredentials,
 		CauseSlotCorrupt, CauseKeyringMissing, CauseKeyringCorrupt, CausePin, CauseNoSlot, CauseMemory, CauseStore, CauseStarting,
 	}
 }

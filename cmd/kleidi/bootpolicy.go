@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -69,7 +70,7 @@ func (a *app) newPolicyRecord() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			p, err := n.recordPolicy(cmd, pcrs)
+			p, err := n.recordPolicy(cmd.Context(), pcrs)
 			if err != nil {
 				return requireRoot(fmt.Errorf("record: %w", err))
 			}
@@ -91,8 +92,9 @@ func (a *app) newPolicyRecord() *cobra.Command {
 	return cmd
 }
 
-// recordPolicy records from a log that a fresh quote has verified.
-func (n *node) recordPolicy(cmd *cobra.Command, pcrs []int) (*bootpolicy.BootPolicy, error) {
+// recordPolicy records from a log that a fresh quote has verified. What is to be
+// recorded isn't judged: the present boot policy may be of another boot.
+func (n *node) recordPolicy(ctx context.Context, pcrs []int) (*bootpolicy.BootPolicy, error) {
 	if len(pcrs) == 0 {
 		sealed, err := n.gate.ChoosePCRs()
 		if err != nil {
@@ -102,7 +104,8 @@ func (n *node) recordPolicy(cmd *cobra.Command, pcrs []int) (*bootpolicy.BootPol
 	}
 	slices.Sort(pcrs)
 	pcrs = slices.Compact(pcrs)
-	r, err := n.gate.AttestPCRs(cmd.Context(), pcrs)
+	unjudged := attest.Gate{Attester: n.gate.Attester, Bank: n.gate.Bank}
+	r, err := unjudged.AttestPCRs(ctx, pcrs)
 	if err != nil {
 		return nil, err
 	}

@@ -27,7 +27,7 @@ var borders = map[string][]string{
 	"tpm/nv":                         {"seal", "tpm"},
 	"tpm/eventlog":                   {},
 	"tpm/bootpolicy":                 {"internal/strictyaml", "tpm/eventlog"},
-	"tpm/attest":                     {"seal", "tpm", "tpm/authpolicy", "tpm/eventlog"},
+	"tpm/attest":                     {"seal", "tpm", "tpm/authpolicy", "tpm/bootpolicy", "tpm/eventlog"},
 	"tpm/predict":                    {"tpm/eventlog"},
 	"tpm/bootstate":                  {"tpm/authpolicy"},
 	"tpm/ekcert":                     {},

@@ -123,6 +123,9 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 	if err != nil {
 		return nil, err
 	}
+	if err := n.firstPolicy(ctx, progress); err != nil {
+		return nil, err
+	}
 	progress("attesting this boot, and sealing a fresh KEK to it")
 	kek, err := n.mem.NewKEK()
 	if err != nil {
@@ -145,6 +148,24 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 		slots = append(slots, recoverySlot)
 	}
 	return n.saveFirst(ctx, kek, slots, ek, progress)
+}
+
+// firstPolicy records the running boot as the boot policy, where the configuration
+// names one and there is no such file yet.
+func (n *node) firstPolicy(ctx context.Context, progress func(string)) error {
+	path := n.cfg.TPM.BootPolicy
+	if path == "" {
+		return nil
+	}
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	p, err := n.recordPolicy(ctx, nil)
+	if err != nil {
+		return err
+	}
+	progress("recording this boot as the boot policy " + path)
+	return writeNew(path, p.Marshal())
 }
 
 // vacant refuses to make a keyring where there is one, or was one: the previous

@@ -16,6 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/unlock"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
@@ -53,6 +54,9 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		Attester: attest.Attester{Device: device, Owner: owner,
 			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},
 		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs,
+	}
+	if cfg.TPM.BootPolicy != "" {
+		n.gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return readPolicy(cfg.TPM.BootPolicy) }
 	}
 	n.tpm = tpm.NewWrapper(tpm.Config{
 		Device: device, Owner: owner, Counter: counter, Memory: n.mem, Node: cfg.Node, State: n.gate.State,

@@ -14,6 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
@@ -27,6 +28,8 @@ type Gate struct {
 	// Bank and PCRs are what to seal to; no PCRs means by how the machine boots.
 	Bank crypto.Hash
 	PCRs []int
+	// BootPolicy reads what is demanded of the event log; nil demands nothing.
+	BootPolicy func() (*bootpolicy.BootPolicy, error)
 
 	last   atomic.Pointer[Result]
 	failed atomic.Bool
@@ -34,14 +37,69 @@ type Gate struct {
 
 const nonceSize = 32 // bytes
 
-// attest quotes, and verifies what came.
-func (g *Gate) attest(ctx context.Context, srk []byte, bank crypto.Hash, pcrs []int) (*Result, error) {
-	result, err := g.verified(ctx, srk, bank, pcrs)
+// demand is a set of PCRs by bank.
+type demand map[crypto.Hash]map[int]bool
+
+func (d demand) add(bank crypto.Hash, pcrs []int) {
+	if d[bank] == nil {
+		d[bank] = map[int]bool{}
+	}
+	for _, i := range pcrs {
+		d[bank][i] = true
+	}
+}
+
+// attest quotes what is demanded, here and by the boot policy, verifies what came,
+// and judges it. It returns the result of bank.
+func (g *Gate) attest(ctx context.Context, srk []byte, bank crypto.Hash, d demand) (*Result, error) {
+	result, err := g.judged(ctx, srk, bank, d)
 	g.failed.Store(err != nil)
-	if err == nil {
+	if err == nil && result != nil {
 		g.last.Store(result)
 	}
 	return result, err
+}
+
+func (g *Gate) judged(ctx context.Context, srk []byte, bank crypto.Hash, d demand) (*Result, error) {
+	policy, err := g.bootPolicy()
+	if err != nil {
+		return nil, err
+	}
+	if policy != nil {
+		d.add(policy.Hash(), policy.Demanded())
+	}
+	results := map[crypto.Hash]*Result{}
+	for bank, pcrs := range d {
+		if results[bank], err = g.verified(ctx, srk, bank, slices.Sorted(maps.Keys(pcrs))); err != nil {
+			return nil, err
+		}
+	}
+	if policy != nil {
+		if err := allowed(policy, results[policy.Hash()]); err != nil {
+			return nil, err
+		}
+	}
+	return results[bank], nil
+}
+
+func (g *Gate) bootPolicy() (*bootpolicy.BootPolicy, error) {
+	if g.BootPolicy == nil {
+		return nil, nil
+	}
+	p, err := g.BootPolicy()
+	if err != nil {
+		return nil, seal.Errorf(seal.CauseAttestation, "mend the file that tpm.bootPolicy names, or record one from a boot that you trust with kleidi bootpolicy record", "boot policy: %w", err)
+	}
+	return p, nil
+}
+
+// allowed judges a boot by exactly those of its PCRs that the boot policy demands.
+func allowed(p *bootpolicy.BootPolicy, r *Result) error {
+	v := bootpolicy.Judge(p, r.Log, r.only(p.Demanded()))
+	if v.Accepted {
+		return nil
+	}
+	return &seal.Error{Cause: seal.CauseBootPolicy, Err: v.Err(), Hint: "kleidi bootpolicy check lists every finding, see docs/boot-policy.md"}
 }
 
 func (g *Gate) verified(ctx context.Context, srk []byte, bank crypto.Hash, pcrs []int) (*Result, error) {
@@ -67,30 +125,22 @@ func refuse(err error) error {
 // among slots demand. A slot that makes no sense demands nothing; opening it
 // says why.
 func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
-	demanded := map[crypto.Hash]map[int]bool{}
+	d := demand{}
 	var srk []byte
+	bank := g.Bank
 	for _, s := range slots {
 		if s.Type != seal.TypeTPM || s.Node != g.Node {
 			continue
 		}
-		d, err := tpm.DemandOf(s, g.Counter)
+		demanded, err := tpm.DemandOf(s, g.Counter)
 		if err != nil {
 			continue
 		}
-		srk = d.SRK
-		for i := range d.State.Values {
-			if demanded[d.State.Bank] == nil {
-				demanded[d.State.Bank] = map[int]bool{}
-			}
-			demanded[d.State.Bank][i] = true
-		}
+		srk, bank = demanded.SRK, demanded.State.Bank
+		d.add(bank, slices.Collect(maps.Keys(demanded.State.Values)))
 	}
-	for bank, pcrs := range demanded {
-		if _, err := g.attest(ctx, srk, bank, slices.Sorted(maps.Keys(pcrs))); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err := g.attest(ctx, srk, bank, d)
+	return err
 }
 
 // State returns the attested boot state to seal to: quoted values of the PCRs
@@ -100,7 +150,7 @@ func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
 	if err != nil {
 		return tpm.BootState{}, err
 	}
-	r, err := g.attest(ctx, nil, g.Bank, pcrs)
+	r, err := g.AttestPCRs(ctx, pcrs)
 	if err != nil {
 		return tpm.BootState{}, err
 	}
@@ -108,7 +158,17 @@ func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
 	if err != nil {
 		return tpm.BootState{}, err
 	}
-	return tpm.BootState{PCR: authpolicy.PCR{Bank: g.Bank, Values: r.PCRs}, Record: record}, nil
+	return tpm.BootState{PCR: authpolicy.PCR{Bank: g.Bank, Values: r.only(pcrs)}, Record: record}, nil
+}
+
+// only returns the values of some of the quoted PCRs: the boot policy may have
+// demanded more of them.
+func (r *Result) only(pcrs []int) eventlog.PCRs {
+	values := eventlog.PCRs{}
+	for _, i := range pcrs {
+		values[i] = r.PCRs[i]
+	}
+	return values
 }
 
 // maxRecord bounds what a slot records of its boot, in bytes: a slot has to fit
@@ -134,7 +194,9 @@ func record(events []eventlog.Summary) (json.RawMessage, error) {
 
 // AttestPCRs gathers and verifies fresh evidence over these PCRs of the configured bank.
 func (g *Gate) AttestPCRs(ctx context.Context, pcrs []int) (*Result, error) {
-	return g.attest(ctx, nil, g.Bank, pcrs)
+	d := demand{}
+	d.add(g.Bank, pcrs)
+	return g.attest(ctx, nil, g.Bank, d)
 }
 
 // ChoosePCRs returns the configured PCRs, or those of the boot type. The boot type

@@ -63,6 +63,8 @@ type TPM struct {
 	EpochIndex        uint32        `yaml:"epochIndex"`
 	EventLog          string        `yaml:"eventLog"`
 	UserspaceEventLog string        `yaml:"userspaceEventLog"`
+	// BootPolicy is the file of the boot policy; "" means that none is demanded.
+	BootPolicy string `yaml:"bootPolicy"`
 }
 
 // Memory says what to do where memory can't be locked.

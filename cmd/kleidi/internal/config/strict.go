@@ -26,8 +26,10 @@ func (p *problems) validate(c *Config) {
 	p.absolute("admin.socket", c.Admin.Socket)
 	p.absolute("tpm.eventLog", c.TPM.EventLog)
 	p.absolute("tpm.userspaceEventLog", c.TPM.UserspaceEventLog)
-	if c.TPM.OwnerAuthFile != "" {
-		p.absolute("tpm.ownerAuthFile", c.TPM.OwnerAuthFile)
+	for key, path := range map[string]string{"tpm.ownerAuthFile": c.TPM.OwnerAuthFile, "tpm.bootPolicy": c.TPM.BootPolicy} {
+		if path != "" {
+			p.absolute(key, path)
+		}
 	}
 	if c.KMS.Socket == c.Admin.Socket {
 		p.Add("admin.socket", "%q is kms.socket too; name another path", c.Admin.Socket)
