@@ -34,14 +34,27 @@ type Term interface {
 	// extend adds the term to a digest.
 	extend(*tpm2.PolicyCalculator) error
 	// satisfy makes the TPM check the term in a session.
-	satisfy(transport.TPM, tpm2.TPMISHPolicy) error
+	satisfy(transport.TPM, tpm2.Session) error
 }
 
 // Terms is an authorization policy: all terms must hold, in this order.
+// [Authorized] can only be the first: it forgets the terms before it.
 type Terms []Term
+
+func (ts Terms) check() error {
+	for i, term := range ts {
+		if _, ok := term.(Authorized); ok && i > 0 {
+			return errors.New("a signed boot state is not the first term: it would undo those before it")
+		}
+	}
+	return nil
+}
 
 // Digest returns the SHA-256 authorization policy digest, 32 bytes.
 func (ts Terms) Digest() ([]byte, error) {
+	if err := ts.check(); err != nil {
+		return nil, err
+	}
 	calc, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA256)
 	if err != nil {
 		return nil, err
@@ -54,9 +67,14 @@ func (ts Terms) Digest() ([]byte, error) {
 	return calc.Hash().Digest, nil
 }
 
-// Satisfy runs all terms in an open session. The first that the TPM refuses
-// ends it, with ErrBootState, ErrEpoch or ErrCounter where that is the reason.
-func (ts Terms) Satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
+// Satisfy runs all terms in a policy session that was just opened, with a nonce
+// of [NonceSize] bytes. The first that the TPM refuses ends it, with one of this
+// package's errors where that is the reason. Next to the session, Authorized and
+// Signed need one free slot for a transient object; they free it again.
+func (ts Terms) Satisfy(t transport.TPM, session tpm2.Session) error {
+	if err := ts.check(); err != nil {
+		return err
+	}
 	for _, term := range ts {
 		if err := term.satisfy(t, session); err != nil {
 			return err
@@ -93,6 +111,17 @@ const lastOfFirmware = 7
 // extend them as it likes), and PCRs 8 to 15 alone, such as 11: under a loader
 // that leaves them at zero, any OS can extend them to the same values.
 func (p PCR) Check() error {
+	if err := p.check(); err != nil {
+		return err
+	}
+	if p.indices()[0] > lastOfFirmware {
+		return fmt.Errorf("PCR %s alone protects nothing: any OS can extend it to the same value; add PCR 4 or 7", p.list())
+	}
+	return nil
+}
+
+// check is Check without the rule about PCRs 8 to 15 alone.
+func (p PCR) check() error {
 	if _, ok := Banks[p.Bank]; !ok {
 		return fmt.Errorf("PCR bank %v; want SHA-256 or SHA-384", p.Bank)
 	}
@@ -110,9 +139,6 @@ func (p PCR) Check() error {
 		case allZero(v):
 			return fmt.Errorf("PCR %d is all zero: nothing was measured into it", i)
 		}
-	}
-	if p.indices()[0] > lastOfFirmware {
-		return fmt.Errorf("PCR %s alone protects nothing: any OS can extend it to the same value; add PCR 4 or 7", p.list())
 	}
 	return nil
 }
@@ -149,6 +175,10 @@ func (p PCR) command() (tpm2.PolicyPCR, error) {
 	if err := p.Check(); err != nil {
 		return tpm2.PolicyPCR{}, err
 	}
+	return p.demand(), nil
+}
+
+func (p PCR) demand() tpm2.PolicyPCR {
 	h := crypto.SHA256.New() // the session's algorithm, whatever the bank's
 	for _, i := range p.indices() {
 		h.Write(p.Values[i])
@@ -156,7 +186,7 @@ func (p PCR) command() (tpm2.PolicyPCR, error) {
 	return tpm2.PolicyPCR{
 		PcrDigest: tpm2.TPM2BDigest{Buffer: h.Sum(nil)},
 		Pcrs:      Selection(p.Bank, p.indices()),
-	}, nil
+	}
 }
 
 func (p PCR) extend(calc *tpm2.PolicyCalculator) error {
@@ -167,12 +197,12 @@ func (p PCR) extend(calc *tpm2.PolicyCalculator) error {
 	return cmd.Update(calc)
 }
 
-func (p PCR) satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
+func (p PCR) satisfy(t transport.TPM, session tpm2.Session) error {
 	cmd, err := p.command()
 	if err != nil {
 		return err
 	}
-	cmd.PolicySession = session
+	cmd.PolicySession = session.Handle()
 	switch _, err := cmd.Execute(t); {
 	case errors.Is(err, tpm2.TPMRCValue):
 		return fmt.Errorf("TPM2_PolicyPCR: %w", ErrBootState)
@@ -215,9 +245,9 @@ var notTheCounter = []tpm2.TPMRC{
 	tpm2.TPMRCSize, tpm2.TPMRCAuthUnavailable, tpm2.TPMRCAuthType, tpm2.TPMRCBadAuth, tpm2.TPMRCAuthFail,
 }
 
-func (e Epoch) satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
+func (e Epoch) satisfy(t transport.TPM, session tpm2.Session) error {
 	cmd := e.command()
-	cmd.PolicySession = session
+	cmd.PolicySession = session.Handle()
 	switch _, err := cmd.Execute(t); {
 	case errors.Is(err, tpm2.TPMRCPolicy):
 		return fmt.Errorf("TPM2_PolicyNV: %w", ErrEpoch)

@@ -64,7 +64,7 @@ func digestOnTPM(t transport.TPM, terms authpolicy.Terms, opts ...tpm2.AuthOptio
 		return nil, err
 	}
 	defer func() { _ = done() }()
-	if err := terms.Satisfy(t, s.Handle()); err != nil {
+	if err := terms.Satisfy(t, s); err != nil {
 		return nil, err
 	}
 	r, err := tpm2.PolicyGetDigest{PolicySession: s.Handle()}.Execute(t)
@@ -239,7 +239,7 @@ func TestCheck(t *testing.T) {
 		}
 		if err != nil {
 			// nil: whatever is refused is refused before the TPM is asked
-			if (authpolicy.Terms{c.pcr}).Satisfy(nil, 0) == nil {
+			if (authpolicy.Terms{c.pcr}).Satisfy(nil, nil) == nil {
 				t.Errorf("%s: Satisfy accepts it", name)
 			}
 		}

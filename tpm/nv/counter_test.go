@@ -272,7 +272,7 @@ func (b *bench) policy(atMost uint64) error {
 			return err
 		}
 		defer func() { _ = done() }()
-		if err := terms.Satisfy(t, s.Handle()); err != nil {
+		if err := terms.Satisfy(t, s); err != nil {
 			return err
 		}
 		r, err := tpm2.PolicyGetDigest{PolicySession: s.Handle()}.Execute(t)

@@ -1,0 +1,173 @@
+package authpolicy
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"math/big"
+	"slices"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+)
+
+// ErrKey says that the TPM does not take a public key, which it may not
+// implement: many have no RSA keys of 4096 bits and no P-384.
+var ErrKey = errors.New("the TPM does not take the public key")
+
+// keyAttributes are those of every signer's key. It can be loaded anywhere and
+// signs what it is given.
+var keyAttributes = tpm2.TPMAObject{UserWithAuth: true, SignEncrypt: true}
+
+// PublicKey returns a signer's key as a TPM knows it: RSA of 2048, 3072 or 4096
+// bits and exponent 65537, which signs by RSASSA-PKCS1-v1_5 with SHA-256, or
+// ECDSA P-256 or P-384, with SHA-256 too.
+//
+// Its Name goes into what is sealed. So the public area is frozen: with any
+// other attribute or scheme for the same key, nothing sealed under it opens.
+func PublicKey(key crypto.PublicKey) (tpm2.TPMTPublic, error) {
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		return rsaPublic(key)
+	case *ecdsa.PublicKey:
+		return ecdsaPublic(key)
+	}
+	return tpm2.TPMTPublic{}, fmt.Errorf("a key of type %T; want RSA or ECDSA", key)
+}
+
+func rsaPublic(key *rsa.PublicKey) (tpm2.TPMTPublic, error) {
+	if key.N == nil || !slices.Contains([]int{2048, 3072, 4096}, key.N.BitLen()) {
+		return tpm2.TPMTPublic{}, errors.New("an RSA key of an unsupported size; want 2048, 3072 or 4096 bits")
+	}
+	if key.E != 65537 {
+		return tpm2.TPMTPublic{}, fmt.Errorf("an RSA key with exponent %d, want 65537", key.E)
+	}
+	scheme := tpm2.TPMTRSAScheme{Scheme: tpm2.TPMAlgRSASSA,
+		Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgRSASSA, &tpm2.TPMSSigSchemeRSASSA{HashAlg: tpm2.TPMAlgSHA256})}
+	return tpm2.TPMTPublic{
+		Type: tpm2.TPMAlgRSA, NameAlg: tpm2.TPMAlgSHA256, ObjectAttributes: keyAttributes,
+		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgRSA, &tpm2.TPMSRSAParms{Scheme: scheme, KeyBits: tpm2.TPMKeyBits(key.N.BitLen())}),
+		Unique:     tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{Buffer: key.N.Bytes()}),
+	}, nil
+}
+
+var curves = map[elliptic.Curve]tpm2.TPMECCCurve{
+	elliptic.P256(): tpm2.TPMECCNistP256,
+	elliptic.P384(): tpm2.TPMECCNistP384,
+}
+
+func ecdsaPublic(key *ecdsa.PublicKey) (tpm2.TPMTPublic, error) {
+	curve, ok := curves[key.Curve]
+	if !ok {
+		return tpm2.TPMTPublic{}, errors.New("an ECDSA key of an unsupported curve; want P-256 or P-384")
+	}
+	point, err := key.Bytes() // 4, x, y; an error for what is no point of the curve
+	if err != nil {
+		return tpm2.TPMTPublic{}, fmt.Errorf("an ECDSA key: %w", err)
+	}
+	x, y := point[1:1+len(point)/2], point[1+len(point)/2:]
+	scheme := tpm2.TPMTECCScheme{Scheme: tpm2.TPMAlgECDSA,
+		Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256})}
+	return tpm2.TPMTPublic{
+		Type: tpm2.TPMAlgECC, NameAlg: tpm2.TPMAlgSHA256, ObjectAttributes: keyAttributes,
+		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{Scheme: scheme, CurveID: curve}),
+		Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
+			X: tpm2.TPM2BECCParameter{Buffer: x}, Y: tpm2.TPM2BECCParameter{Buffer: y}}),
+	}, nil
+}
+
+// Name returns a public area's Name, 34 bytes: what a TPM knows a key by. A Name
+// of another algorithm than SHA-256 is refused.
+func Name(public tpm2.TPMTPublic) ([]byte, error) {
+	if public.NameAlg != tpm2.TPMAlgSHA256 {
+		return nil, errors.New("a public key whose Name is not by SHA-256")
+	}
+	name, err := tpm2.ObjectName(&public)
+	if err != nil {
+		return nil, err
+	}
+	return name.Buffer, nil
+}
+
+// Signature returns a signature by a key that [PublicKey] takes, as a TPM reads
+// it: raw is what crypto.Signer returns for a SHA-256 hash, that is the RSASSA-PKCS1-v1_5
+// signature or the ASN.1 of an ECDSA signature. It is not verified here.
+func Signature(key crypto.PublicKey, raw []byte) (tpm2.TPMTSignature, error) {
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		if len(raw) != key.Size() {
+			return tpm2.TPMTSignature{}, fmt.Errorf("an RSA signature of %d bytes, want %d", len(raw), key.Size())
+		}
+		return tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgRSASSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgRSASSA,
+			&tpm2.TPMSSignatureRSA{Hash: tpm2.TPMAlgSHA256, Sig: tpm2.TPM2BPublicKeyRSA{Buffer: raw}})}, nil
+	case *ecdsa.PublicKey:
+		return ecdsaSignature(key, raw)
+	}
+	return tpm2.TPMTSignature{}, fmt.Errorf("a key of type %T; want RSA or ECDSA", key)
+}
+
+func ecdsaSignature(key *ecdsa.PublicKey, raw []byte) (tpm2.TPMTSignature, error) {
+	var s struct{ R, S *big.Int }
+	rest, err := asn1.Unmarshal(raw, &s)
+	if err != nil || len(rest) > 0 {
+		return tpm2.TPMTSignature{}, errors.New("an ECDSA signature that is not the ASN.1 of two integers")
+	}
+	n := key.Params().N
+	size := (n.BitLen() + 7) / 8
+	for _, i := range []*big.Int{s.R, s.S} {
+		if i.Sign() <= 0 || i.Cmp(n) >= 0 {
+			return tpm2.TPMTSignature{}, errors.New("an ECDSA signature out of its curve's range")
+		}
+	}
+	return tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgECDSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgECDSA, &tpm2.TPMSSignatureECC{
+		Hash:       tpm2.TPMAlgSHA256,
+		SignatureR: tpm2.TPM2BECCParameter{Buffer: s.R.FillBytes(make([]byte, size))},
+		SignatureS: tpm2.TPM2BECCParameter{Buffer: s.S.FillBytes(make([]byte, size))},
+	})}, nil
+}
+
+// withKey runs f with a public key loaded, and flushes it: that it can be had in
+// a TPM's last slot for transient objects matters where there are three.
+func withKey(t transport.TPM, public tpm2.TPMTPublic, f func(tpm2.NamedHandle) error) error {
+	name, err := Name(public)
+	if err != nil {
+		return err
+	}
+	// In the null hierarchy, TPM2_VerifySignature gives an empty ticket.
+	r, err := tpm2.LoadExternal{InPublic: tpm2.New2B(public), Hierarchy: tpm2.TPMRHOwner}.Execute(t)
+	if isAny(err, notTaken) {
+		return fmt.Errorf("TPM2_LoadExternal: %w: %w", ErrKey, err)
+	}
+	if err != nil {
+		return fmt.Errorf("TPM2_LoadExternal: %w", err)
+	}
+	// A handle that is not freed is freed by the next operation.
+	defer func() { _, _ = tpm2.FlushContext{FlushHandle: r.ObjectHandle}.Execute(t) }()
+	return f(tpm2.NamedHandle{Handle: r.ObjectHandle, Name: tpm2.TPM2BName{Buffer: name}})
+}
+
+// notTaken are the response codes of TPM2_LoadExternal that blame the key (TPM
+// 2.0 Library, Part 3, 12.3).
+var notTaken = []tpm2.TPMRC{
+	tpm2.TPMRCValue, tpm2.TPMRCCurve, tpm2.TPMRCKeySize, tpm2.TPMRCKey, tpm2.TPMRCECCPoint, tpm2.TPMRCSize,
+	tpm2.TPMRCAsymmetric, tpm2.TPMRCHash, tpm2.TPMRCScheme, tpm2.TPMRCType, tpm2.TPMRCRange,
+}
+
+// badSignature are the response codes of TPM2_VerifySignature and
+// TPM2_PolicySigned that blame the signature (Part 3, 20.1 and 23.3).
+var badSignature = []tpm2.TPMRC{tpm2.TPMRCSignature, tpm2.TPMRCScheme, tpm2.TPMRCSize, tpm2.TPMRCHash, tpm2.TPMRCValue, tpm2.TPMRCSelector}
+
+func signatureError(command string, err error) error {
+	if isAny(err, badSignature) {
+		return fmt.Errorf("%s: %w: %w", command, ErrSignature, err)
+	}
+	return fmt.Errorf("%s: %w", command, err)
+}
+
+func isAny(err error, codes []tpm2.TPMRC) bool {
+	return err != nil && slices.ContainsFunc(codes, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) })
+}
