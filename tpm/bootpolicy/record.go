@@ -56,17 +56,23 @@ func Record(log *eventlog.Log, bank crypto.Hash, pcrs []int) (*BootPolicy, error
 	return p, nil
 }
 
-// recordRule lists the events of a PCR. Where the firmware measured no separator,
-// none is demanded.
+// recordRule lists the events of a PCR. It demands no separator where the firmware
+// measured none, nor where it can't be told from something else: firmware measures
+// BootOrder (0001, 0000) in the bytes of a separator that reports an error, and some
+// measures four zeros in PCR 0. The list holds these events all the same.
 func recordRule(pcr int, events []event) Rule {
 	list := make([]Entry, 0, len(events))
-	separated := false
+	separated, alike := false, false
 	for _, e := range events {
 		list = append(list, Entry{FormDigest, hex.EncodeToString(e.digest), describe(e)})
-		separated = separated || e.UntrustedType == eventlog.Separator || separatorOf(e.Event) != noSeparator
+		if e.UntrustedType == eventlog.Separator {
+			separated = true
+		} else if separatorOf(e.Event) != noSeparator {
+			alike = true
+		}
 	}
 	r := Rule{Sequences: [][]Entry{list}}
-	if no := false; pcr <= lastSeparated && !separated {
+	if no := false; pcr <= lastSeparated && (!separated || alike) {
 		r.Separator = &no
 	}
 	return r
