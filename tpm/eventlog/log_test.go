@@ -278,6 +278,26 @@ func TestPublicLogs(t *testing.T) {
 	})
 }
 
+// TestLogOfWindowsIsRefused: the last of go-attestation's test logs lies in a dump of
+// all that its tool asked for.
+func TestLogOfWindowsIsRefused(t *testing.T) {
+	dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/google/go-attestation").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(dir)), "attest/testdata/windows_gcp_shielded_vm.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dump struct{ Log struct{ Raw []byte } }
+	if err := json.Unmarshal(b, &dump); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Parse(dump.Log.Raw); len(dump.Log.Raw) < 1000 || !errors.Is(err, ErrSHA1Log) {
+		t.Errorf("%d bytes, %v", len(dump.Log.Raw), err)
+	}
+}
+
 func TestParsedLogDoesNotReferToItsInput(t *testing.T) {
 	raw := readLog(t, "uki-secureboot")
 	l, want := parseLog(t, "uki-secureboot"), slices.Clone(raw)
