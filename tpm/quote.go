@@ -50,8 +50,8 @@ func (d *Device) Quote(ctx context.Context, owner Owner, srk, nonce []byte, bank
 	var q *Quote
 	err := d.Do(ctx, func(t transport.TPM) error {
 		return withAnySRK(t, owner, srk, func(srk *SRK) error {
-			return withAK(t, srk, func(ak tpm2.NamedHandle, public []byte) (err error) {
-				q, err = quote(t, ak, public, nonce, bank, pcrs)
+			return WithAK(t, srk, func(ak *AK) (err error) {
+				q, err = ak.Quote(t, nonce, bank, pcrs)
 				return err
 			})
 		})
@@ -62,7 +62,25 @@ func (d *Device) Quote(ctx context.Context, owner Owner, srk, nonce []byte, bank
 	return q, nil
 }
 
-func withAK(t transport.TPM, srk *SRK, f func(ak tpm2.NamedHandle, public []byte) error) error {
+// AK is an attestation key, loaded for the duration of a WithAK.
+type AK struct {
+	Handle tpm2.TPMHandle
+	Name   tpm2.TPM2BName
+	Public []byte // TPMT_PUBLIC
+}
+
+// IsAK reports whether a public area is that of a key which WithAK makes: the same
+// template, so that nothing but the TPM's own statements is signed with it, and no
+// other authorization than the TPM's check that the private part is there.
+func IsAK(public *tpm2.TPMTPublic) bool {
+	want := akTemplate
+	want.Unique = public.Unique
+	point, err := public.Unique.ECC()
+	return err == nil && point != nil && bytes.Equal(tpm2.Marshal(want), tpm2.Marshal(public))
+}
+
+// WithAK runs f with a fresh attestation key below the storage root key.
+func WithAK(t transport.TPM, srk *SRK, f func(*AK) error) error {
 	created, err := tpm2.Create{ParentHandle: srk.auth(srk.Session()), InPublic: tpm2.New2B(akTemplate)}.Execute(t)
 	if err != nil {
 		return fmt.Errorf("TPM2_Create of an attestation key: %w", err)
@@ -72,10 +90,15 @@ func withAK(t transport.TPM, srk *SRK, f func(ak tpm2.NamedHandle, public []byte
 		return fmt.Errorf("TPM2_Load of an attestation key: %w", err)
 	}
 	defer flush(t, loaded.ObjectHandle)
-	return f(tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: loaded.Name}, created.OutPublic.Bytes())
+	return f(&AK{Handle: loaded.ObjectHandle, Name: loaded.Name, Public: created.OutPublic.Bytes()})
 }
 
-func quote(t transport.TPM, ak tpm2.NamedHandle, public, nonce []byte, bank crypto.Hash, pcrs []int) (*Quote, error) {
+func (ak *AK) auth() tpm2.AuthHandle {
+	return tpm2.AuthHandle{Handle: ak.Handle, Name: ak.Name, Auth: tpm2.PasswordAuth(nil)}
+}
+
+// Quote quotes the PCRs; nonce, of at most 64 bytes, becomes the quote's extraData.
+func (ak *AK) Quote(t transport.TPM, nonce []byte, bank crypto.Hash, pcrs []int) (*Quote, error) {
 	pcrs = slices.Clone(pcrs)
 	slices.Sort(pcrs)
 	for range quoteTries {
@@ -84,7 +107,7 @@ func quote(t transport.TPM, ak tpm2.NamedHandle, public, nonce []byte, bank cryp
 			return nil, err
 		}
 		r, err := tpm2.Quote{
-			SignHandle:     tpm2.AuthHandle{Handle: ak.Handle, Name: ak.Name, Auth: tpm2.PasswordAuth(nil)},
+			SignHandle:     ak.auth(),
 			QualifyingData: tpm2.TPM2BData{Buffer: nonce},
 			InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
 			PCRSelect:      authpolicy.Selection(bank, pcrs),
@@ -93,7 +116,7 @@ func quote(t transport.TPM, ak tpm2.NamedHandle, public, nonce []byte, bank cryp
 			return nil, fmt.Errorf("TPM2_Quote: %w", err)
 		}
 		if states(r.Quoted, pcrs, values) {
-			return &Quote{AKPublic: public, Attest: r.Quoted.Bytes(), Signature: tpm2.Marshal(r.Signature), Bank: bank, PCRs: values}, nil
+			return &Quote{AKPublic: ak.Public, Attest: r.Quoted.Bytes(), Signature: tpm2.Marshal(r.Signature), Bank: bank, PCRs: values}, nil
 		}
 	}
 	return nil, errors.New("TPM2_Quote: PCRs change faster than they can be quoted")

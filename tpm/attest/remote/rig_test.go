@@ -1,0 +1,241 @@
+package remote
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"errors"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+	"github.com/beezy-dev/kleidi/tpm/tpmtest"
+)
+
+var cluster = seal.ClusterID{1, 2, 3}
+
+// rig is a node and a verifier that knows it, with nothing between them but what
+// a test puts there.
+type rig struct {
+	*testing.T
+	machine  *tpmtest.Machine
+	verifier *Verifier
+	attester *Attester
+	wire     *wire
+}
+
+func newRig(t *testing.T, b simboot.Boot) *rig {
+	t.Helper()
+	m := tpmtest.New(t, b)
+	r := &rig{T: t, machine: m, verifier: &Verifier{Cluster: cluster, Key: ecdsaKey(t), Nodes: map[string]Registration{}}}
+	r.wire = &wire{verifier: r.verifier}
+	r.attester = &Attester{Cluster: cluster, Node: "alpha", Logs: logs(m), Channel: r.wire}
+	r.verifier.Nodes["alpha"] = Registration{EK: ekOf(t, m), BootPolicy: policyOf(t, m, 0, 4, 7, 11)}
+	return r
+}
+
+func logs(m *tpmtest.Machine) func() ([]byte, []byte, error) {
+	return func() (firmware, userspace []byte, err error) {
+		if firmware, err = os.ReadFile(m.EventLog()); err != nil {
+			return nil, nil, err
+		}
+		userspace, err = os.ReadFile(m.UserspaceLog())
+		if errors.Is(err, os.ErrNotExist) {
+			err = nil
+		}
+		return firmware, userspace, err
+	}
+}
+
+func ekOf(t *testing.T, m *tpmtest.Machine) (digest string) {
+	t.Helper()
+	err := m.TPM().Do(t.Context(), func(tp transport.TPM) (err error) {
+		digest, err = tpm.EKDigest(tp)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return digest
+}
+
+func policyOf(t *testing.T, m *tpmtest.Machine, pcrs ...int) *bootpolicy.BootPolicy {
+	t.Helper()
+	log, err := attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := bootpolicy.Record(log, crypto.SHA256, pcrs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func ecdsaKey(t *testing.T) *Key {
+	t.Helper()
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := NewKey(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func rsaKey(t *testing.T, bits int) *Key {
+	t.Helper()
+	k, err := rsa.GenerateKey(rand.Reader, bits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := NewKey(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// wire is a Channel on which somebody may sit: what is set alters what passes.
+type wire struct {
+	verifier  *Verifier
+	exporter  []byte // on the attester's side, if it is another than the verifier's
+	hello     func(*Hello)
+	challenge func(*Challenge)
+	evidence  func(*Evidence)
+	last      *Passed
+}
+
+func exporter(first byte) []byte { return append([]byte{first}, make([]byte, ExporterSize-1)...) }
+
+// Attest implements Channel.
+func (w *wire) Attest(_ context.Context, h *Hello, answer func(*Challenge, []byte) (*Evidence, error)) ([]byte, error) {
+	w.last = nil
+	sent := *h
+	if w.hello != nil {
+		w.hello(&sent)
+	}
+	pending, c, err := w.verifier.Challenge(&sent, exporter(1))
+	if err != nil {
+		return nil, err
+	}
+	if w.challenge != nil {
+		w.challenge(c)
+	}
+	own := w.exporter
+	if own == nil {
+		own = exporter(1)
+	}
+	e, err := answer(c, own)
+	if err != nil {
+		return nil, err
+	}
+	if w.evidence != nil {
+		w.evidence(e)
+	}
+	if err := pending.Prove(e.Proof); err != nil {
+		return nil, err
+	}
+	if w.last, err = pending.Judge(e); err != nil {
+		return nil, err
+	}
+	return w.last.Sign()
+}
+
+// session runs f with a policy session as the one in which a slot is opened.
+func (r *rig) session(f func(t transport.TPM, srk *tpm.SRK, session tpm2.Session) error) error {
+	return r.machine.TPM().Do(r.Context(), func(t transport.TPM) error {
+		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+			s, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, SessionNonceSize, tpm2.Salted(srk.Handle, srk.Public), tpm2.AESEncryption(128, tpm2.EncryptOut))
+			if err != nil {
+				return err
+			}
+			defer func() { _ = done() }()
+			return f(t, srk, s)
+		})
+	})
+}
+
+// ask has the verifier asked for a new session.
+func (r *rig) ask() error {
+	return r.session(func(t transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
+		_, err := r.attester.Sign(r.Context(), t, srk, s.NonceTPM().Buffer)
+		return err
+	})
+}
+
+func (r *rig) refused(what string, err error, check Check, words string) {
+	r.Helper()
+	refusal, ok := errors.AsType[*Refusal](err)
+	if !ok || refusal.Check != check || !strings.Contains(err.Error(), words) || refusal.Hint == "" {
+		r.Errorf("%s: %v, want a refusal by %q with %q", what, err, check, words)
+	}
+}
+
+// accepted demands that an undisturbed exchange succeeds.
+func (r *rig) accepted(what string) {
+	r.Helper()
+	*r.wire = wire{verifier: r.verifier}
+	if err := r.ask(); err != nil {
+		r.Errorf("%s: %v", what, err)
+	}
+}
+
+// policySigned gives the TPM a signature, as a slot's authorization policy demands.
+func policySigned(t transport.TPM, key crypto.PublicKey, s tpm2.Session, ref []byte, signature tpm2.TPMTSignature) error {
+	public, err := publicArea(key)
+	if err != nil {
+		return err
+	}
+	loaded, err := tpm2.LoadExternal{InPublic: tpm2.New2B(*public), Hierarchy: tpm2.TPMRHNull}.Execute(t)
+	if err != nil {
+		return err
+	}
+	defer func() { _, _ = tpm2.FlushContext{FlushHandle: loaded.ObjectHandle}.Execute(t) }()
+	_, err = tpm2.PolicySigned{AuthObject: tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: loaded.Name}, PolicySession: s.Handle(),
+		NonceTPM: s.NonceTPM(), PolicyRef: tpm2.TPM2BNonce{Buffer: ref}, Auth: signature}.Execute(t)
+	return err
+}
+
+func publicArea(key crypto.PublicKey) (*tpm2.TPMTPublic, error) {
+	p := &tpm2.TPMTPublic{NameAlg: tpm2.TPMAlgSHA256, ObjectAttributes: tpm2.TPMAObject{UserWithAuth: true, SignEncrypt: true}}
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		point, err := k.Bytes()
+		if err != nil {
+			return nil, err
+		}
+		p.Type = tpm2.TPMAlgECC
+		p.Parameters = tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{CurveID: tpm2.TPMECCNistP256})
+		p.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{X: tpm2.TPM2BECCParameter{Buffer: point[1:33]}, Y: tpm2.TPM2BECCParameter{Buffer: point[33:]}})
+	case *rsa.PublicKey:
+		p.Type = tpm2.TPMAlgRSA
+		p.Parameters = tpm2.NewTPMUPublicParms(tpm2.TPMAlgRSA, &tpm2.TPMSRSAParms{KeyBits: tpm2.TPMKeyBits(k.N.BitLen())})
+		p.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{Buffer: k.N.Bytes()})
+	}
+	return p, nil
+}
+
+// copyOf returns evidence that an attacker has kept.
+func copyOf(e *Evidence) *Evidence {
+	c := *e
+	c.Proof, c.Attest, c.Signature = bytes.Clone(e.Proof), bytes.Clone(e.Attest), bytes.Clone(e.Signature)
+	c.FirmwareLog, c.UserspaceLog, c.PCRs = slices.Clone(e.FirmwareLog), slices.Clone(e.UserspaceLog), maps.Clone(e.PCRs)
+	return &c
+}
