@@ -1,5 +1,5 @@
 // Package nv keeps what must outlive a disk in the TPM's NV memory: the node's
-// epoch counter.
+// epoch counter, and its pin.
 package nv
 
 import (
@@ -30,8 +30,8 @@ type Counter struct {
 
 // NewCounter returns the counter at an NV index of the owner's range.
 func NewCounter(index uint32, owner tpm.Owner) (*Counter, error) {
-	if index < 0x0180_0000 || index > 0x01BF_FFFF {
-		return nil, fmt.Errorf("NV index %#08x is not in the owner's range, 0x01800000 to 0x01bfffff", index)
+	if err := inOwnersRange(index); err != nil {
+		return nil, err
 	}
 	public := template(index)
 	public.Attributes.Written = true
@@ -40,6 +40,13 @@ func NewCounter(index uint32, owner tpm.Owner) (*Counter, error) {
 		return nil, err
 	}
 	return &Counter{index: index, owner: owner, name: *name}, nil
+}
+
+func inOwnersRange(index uint32) error {
+	if index < 0x0180_0000 || index > 0x01BF_FFFF {
+		return fmt.Errorf("NV index %#08x is not in the owner's range, 0x01800000 to 0x01bfffff", index)
+	}
+	return nil
 }
 
 // template is the counter before it is first written. Anyone may read it, with
@@ -134,16 +141,9 @@ func (c *Counter) RaiseTo(t transport.TPM, srk *tpm.SRK, value uint64) error {
 // look reports whether the counter is there and was written; another index in
 // its place is an error.
 func (c *Counter) look(t transport.TPM) (exists, written bool, err error) {
-	r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(c.index)}.Execute(t)
-	if errors.Is(err, tpm2.TPMRCHandle) {
-		return false, false, nil
-	}
-	if err != nil {
-		return false, false, fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
-	}
-	public, err := r.NVPublic.Contents()
-	if err != nil {
-		return false, false, fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
+	public, err := readPublic(t, c.index)
+	if public == nil || err != nil {
+		return false, false, err
 	}
 	written = public.Attributes.Written
 	public.Attributes.Written = true
@@ -159,12 +159,33 @@ func (c *Counter) look(t transport.TPM) (exists, written bool, err error) {
 	return true, written, nil
 }
 
+// readPublic returns an index's public area, as the TPM or anybody in between
+// says it is, or nil where there is no such index.
+func readPublic(t transport.TPM, index uint32) (*tpm2.TPMSNVPublic, error) {
+	r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(index)}.Execute(t)
+	if errors.Is(err, tpm2.TPMRCHandle) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
+	}
+	public, err := r.NVPublic.Contents()
+	if err != nil {
+		return nil, fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
+	}
+	return public, nil
+}
+
 func (c *Counter) define(t transport.TPM, srk *tpm.SRK) error {
-	owner, err := c.owner.OwnerHandle(srk)
+	return defineSpace(t, srk, c.owner, template(c.index))
+}
+
+func defineSpace(t transport.TPM, srk *tpm.SRK, owner tpm.Owner, public tpm2.TPMSNVPublic) error {
+	handle, err := owner.OwnerHandle(srk)
 	if err != nil {
 		return err
 	}
-	if _, err := (tpm2.NVDefineSpace{AuthHandle: owner, PublicInfo: tpm2.New2B(template(c.index))}).Execute(t); err != nil {
+	if _, err := (tpm2.NVDefineSpace{AuthHandle: handle, PublicInfo: tpm2.New2B(public)}).Execute(t); err != nil {
 		return fmt.Errorf("TPM2_NV_DefineSpace: %w", tpm.OwnerError(err))
 	}
 	return nil

@@ -101,7 +101,9 @@ func ownerAuth(value string) tpm2.AuthHandle {
 	return tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: tpm2.PasswordAuth([]byte(value))}
 }
 
-func undefine(t transport.TPM) error {
+func undefine(t transport.TPM) error { return undefineAt(t, index) }
+
+func undefineAt(t transport.TPM, index uint32) error {
 	r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(index)}.Execute(t)
 	if err != nil {
 		return err
@@ -111,6 +113,10 @@ func undefine(t transport.TPM) error {
 }
 
 func define(t transport.TPM, auth string, public tpm2.TPMSNVPublic) error {
+	return defineAt(t, index, auth, public)
+}
+
+func defineAt(t transport.TPM, index uint32, auth string, public tpm2.TPMSNVPublic) error {
 	public.NVIndex, public.NameAlg = tpm2.TPMHandle(index), tpm2.TPMAlgSHA256
 	_, err := tpm2.NVDefineSpace{AuthHandle: ownerAuth(""), Auth: tpm2.TPM2BAuth{Buffer: []byte(auth)}, PublicInfo: tpm2.New2B(public)}.Execute(t)
 	return err

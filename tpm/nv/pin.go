@@ -1,0 +1,288 @@
+package nv
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// DefaultPinIndex is the pin's NV index, the one after the epoch counter's.
+const DefaultPinIndex = DefaultEpochIndex + 1
+
+// PinSize is the size of what the pin index holds, in bytes.
+const PinSize = 56
+
+// What is wrong with the index where a pin should be. The errors of [Pin] wrap
+// one of these in a [*seal.Error] with [seal.CausePin].
+var (
+	// ErrPinMissing: there is no index.
+	ErrPinMissing = errors.New("it is gone from the TPM")
+	// ErrPinUnwritten: the index was made and never written: either a crash came
+	// between the two, or someone removed the pin and made its index anew.
+	ErrPinUnwritten = errors.New("it was never written")
+	// ErrPinReplaced: another index has its place, or one for another
+	// authorization policy.
+	ErrPinReplaced = errors.New("another NV index has its place")
+)
+
+// Pin is the place in the TPM for what the node last trusted. Only a machine in
+// the boot state of its terms can write it; anyone can read it.
+//
+// Whoever has the owner authorization, which is empty on nearly every machine,
+// can remove the index from any boot state and make one of his own, also one
+// that he can fill. But an index's Name is a hash of its attributes and its
+// authorization policy, and the Name that is demanded is computed here, from code and
+// from the caller's terms. So he can only make the pin go missing, and a missing
+// pin means locked.
+type Pin struct {
+	index uint32
+	owner tpm.Owner
+}
+
+// NewPin returns the pin at an NV index of the owner's range. owner is needed to
+// make and to remove the index, not to read and to write it.
+func NewPin(index uint32, owner tpm.Owner) (*Pin, error) {
+	if err := inOwnersRange(index); err != nil {
+		return nil, err
+	}
+	return &Pin{index: index, owner: owner}, nil
+}
+
+// Index returns the NV index.
+func (p *Pin) Index() uint32 { return p.index }
+
+// Name returns the Name that the index has under these terms once it is written.
+// Of signed boot states, only the key and the reference count.
+func (p *Pin) Name(terms authpolicy.Terms) ([]byte, error) {
+	public, err := p.public(terms)
+	if err != nil {
+		return nil, err
+	}
+	public.Attributes.Written = true
+	name, err := tpm2.NVName(&public)
+	if err != nil {
+		return nil, err
+	}
+	return name.Buffer, nil
+}
+
+// public is the index before it is first written. It never changes for the same
+// terms: with any other attribute, no pin that was written is found again.
+func (p *Pin) public(terms authpolicy.Terms) (tpm2.TPMSNVPublic, error) {
+	if !bindsBootState(terms) {
+		return tpm2.TPMSNVPublic{}, errors.New("a pin that any boot state could write")
+	}
+	digest, err := terms.Digest()
+	return tpm2.TPMSNVPublic{
+		NVIndex:    tpm2.TPMHandle(p.index),
+		NameAlg:    tpm2.TPMAlgSHA256,
+		DataSize:   PinSize,
+		AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
+		Attributes: tpm2.TPMANV{PolicyWrite: true, AuthRead: true, NoDA: true, NT: tpm2.TPMNTOrdinary},
+	}, err
+}
+
+func bindsBootState(terms authpolicy.Terms) bool {
+	for _, t := range terms {
+		switch t.(type) {
+		case authpolicy.PCR, authpolicy.Authorized:
+			return true
+		}
+	}
+	return false
+}
+
+// Define makes the index where there is none. One that is there already for
+// these terms stays as it is, written or not; another one is [ErrPinReplaced].
+func (p *Pin) Define(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
+	public, err := p.public(terms)
+	if err != nil {
+		return err
+	}
+	if _, err := p.look(t, terms); !errors.Is(err, ErrPinMissing) {
+		return err
+	}
+	return defineSpace(t, srk, p.owner, public)
+}
+
+// Remove removes whatever is at the index: it is for callers who know that it
+// is theirs, or that its place is to be taken. That there is nothing is no error.
+func (p *Pin) Remove(t transport.TPM, srk *tpm.SRK) error {
+	public, err := readPublic(t, p.index)
+	if public == nil || err != nil {
+		return err
+	}
+	name, err := tpm2.NVName(public)
+	if err != nil {
+		return fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
+	}
+	owner, err := p.owner.OwnerHandle(srk)
+	if err != nil {
+		return err
+	}
+	if _, err := (tpm2.NVUndefineSpace{AuthHandle: owner, NVIndex: p.handle(*name)}).Execute(t); err != nil {
+		return fmt.Errorf("TPM2_NV_UndefineSpace: %w", tpm.OwnerError(err))
+	}
+	return nil
+}
+
+// Replace removes whatever is at the index and makes it anew for these terms. It
+// holds nothing until it is written: a crash in between means locked.
+func (p *Pin) Replace(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
+	if _, err := p.public(terms); err != nil {
+		return err // before anything is lost
+	}
+	if err := p.Remove(t, srk); err != nil {
+		return err
+	}
+	return p.Define(t, srk, terms)
+}
+
+// Read returns what the index holds, authenticated by the TPM as the content of
+// the index with the demanded Name.
+func (p *Pin) Read(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) (value [PinSize]byte, err error) {
+	found, err := p.look(t, terms)
+	if err != nil {
+		return value, err
+	}
+	if !found.written {
+		return value, p.wrong(ErrPinUnwritten)
+	}
+	r, err := tpm2.NVRead{
+		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(p.index), Name: found.name, Auth: srk.Session()},
+		NVIndex:    p.handle(found.name),
+		Size:       PinSize,
+	}.Execute(t)
+	if err != nil {
+		return value, p.refused("TPM2_NV_Read", err)
+	}
+	if len(r.Data.Buffer) != PinSize {
+		return value, fmt.Errorf("TPM2_NV_Read: %d bytes, want %d", len(r.Data.Buffer), PinSize)
+	}
+	return [PinSize]byte(r.Data.Buffer), nil
+}
+
+// writeTries bounds how often a write is repeated because any PCR, one of IMA's
+// for instance, was extended while the terms were being checked.
+const writeTries = 8
+
+// Write replaces what the index holds, in one step. In another boot state than
+// that of the terms it is refused with [seal.CauseBootState].
+func (p *Pin) Write(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, value [PinSize]byte) error {
+	found, err := p.look(t, terms)
+	if err != nil {
+		return err
+	}
+	for range writeTries {
+		err = p.writeOnce(t, srk, terms, found.name, value)
+		if !errors.Is(err, tpm2.TPMRCPCRChanged) {
+			break
+		}
+	}
+	return err
+}
+
+func (p *Pin) writeOnce(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, name tpm2.TPM2BName, value [PinSize]byte) error {
+	// Salted: that it was written is the TPM's word.
+	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, authpolicy.NonceSize, tpm2.Salted(srk.Handle, srk.Public))
+	if err != nil {
+		return fmt.Errorf("TPM2_StartAuthSession: %w", err)
+	}
+	defer func() { _ = done() }() // a session that the TPM has ended already can't be ended again
+	if err := terms.Satisfy(t, session); err != nil {
+		return p.unsatisfied(err)
+	}
+	_, err = tpm2.NVWrite{
+		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(p.index), Name: name, Auth: session},
+		NVIndex:    p.handle(name),
+		Data:       tpm2.TPM2BMaxNVBuffer{Buffer: value[:]},
+	}.Execute(t)
+	if err != nil {
+		return p.refused("TPM2_NV_Write", err)
+	}
+	return nil
+}
+
+func (p *Pin) handle(name tpm2.TPM2BName) tpm2.NamedHandle {
+	return tpm2.NamedHandle{Handle: tpm2.TPMHandle(p.index), Name: name}
+}
+
+// found is the index that has one of the two Names of these terms, the one
+// before it is first written or the one after.
+type found struct {
+	name    tpm2.TPM2BName
+	written bool
+}
+
+// look finds the index. Its answer is a claim: the session of the command that
+// follows proves the Name, or the TPM refuses.
+func (p *Pin) look(t transport.TPM, terms authpolicy.Terms) (found, error) {
+	want, err := p.public(terms)
+	if err != nil {
+		return found{}, err
+	}
+	public, err := readPublic(t, p.index)
+	if err != nil {
+		return found{}, err
+	}
+	if public == nil {
+		return found{}, p.wrong(ErrPinMissing)
+	}
+	want.Attributes.Written = public.Attributes.Written
+	name, err := tpm2.NVName(&want)
+	if err != nil {
+		return found{}, err
+	}
+	if now, err := tpm2.NVName(public); err != nil || !bytes.Equal(now.Buffer, name.Buffer) {
+		return found{}, p.wrong(ErrPinReplaced)
+	}
+	return found{name: *name, written: public.Attributes.Written}, nil
+}
+
+const pinHint = "if nobody reinstalled or cleared anything, someone tampered with the TPM from another boot; run kleidi recover with the recovery identity"
+
+func (p *Pin) wrong(err error) error {
+	return seal.Errorf(seal.CausePin, pinHint, "the pin at NV index %#08x: %w", p.index, err)
+}
+
+// unsatisfied gives it its cause that the terms do not hold.
+func (p *Pin) unsatisfied(err error) error {
+	switch {
+	case isAny(err, authpolicy.ErrBootState, authpolicy.ErrNoSignedState, authpolicy.ErrSignature, authpolicy.ErrResets):
+		return seal.Errorf(seal.CauseBootState, "boot as the node last did, or run kleidi recover with the recovery identity",
+			"the pin at NV index %#08x can't be written in this boot state: %w", p.index, err)
+	case isAny(err, authpolicy.ErrEpoch, authpolicy.ErrCounter):
+		return seal.Errorf(seal.CauseEpoch, recoverHint, "the pin at NV index %#08x can't be written in this epoch: %w", p.index, err)
+	}
+	return err
+}
+
+// refused tells what is wrong with the index from what the TPM answers to a
+// command on it (TPM 2.0 Library, Part 3, 31.7 and 31.13).
+func (p *Pin) refused(command string, err error) error {
+	var what error
+	switch {
+	case isAny(err, tpm2.TPMRCHandle):
+		what = ErrPinMissing
+	case isAny(err, tpm2.TPMRCNVUninitialized):
+		what = ErrPinUnwritten
+	case isAny(err, tpm2.TPMRCAuthFail, tpm2.TPMRCBadAuth, tpm2.TPMRCPolicyFail, tpm2.TPMRCAuthUnavailable, tpm2.TPMRCAuthType,
+		tpm2.TPMRCNVAuthorization, tpm2.TPMRCNVLocked, tpm2.TPMRCNVRange):
+		what = ErrPinReplaced
+	default:
+		return fmt.Errorf("%s: %w", command, err)
+	}
+	return p.wrong(fmt.Errorf("%w: %s: %w", what, command, err))
+}
+
+func isAny(err error, targets ...error) bool {
+	return slices.ContainsFunc(targets, func(target error) bool { return errors.Is(err, target) })
+}
