@@ -8,6 +8,9 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
@@ -34,11 +37,52 @@ func (l Logs) read() (firmware, userspace []byte, err error) {
 			"see that securityfs is mounted and that tpm.eventLog names the firmware's log; a machine that measures nothing can't be attested",
 			"firmware event log: %w", err)
 	}
-	userspace, err = readBounded(l.Userspace)
+	userspace, err = readUserspace(l.Userspace)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, seal.Errorf(seal.CauseAttestation, "see tpm.userspaceEventLog", "userspace event log: %w", err)
+		return nil, nil, seal.Errorf(seal.CauseAttestation, "see tpm.userspaceEventLog, and try again; if it stays, restart the machine", "userspace event log: %w", err)
 	}
 	return firmware, userspace, nil
+}
+
+// lockTimeout is how long to wait for a writer of the userspace log. systemd holds its
+// lock while it extends a PCR and writes a record.
+const lockTimeout = 2 * time.Second
+
+// readUserspace reads systemd's log under a shared lock, so that no record is read
+// half. systemd sets the sticky bit while it writes: one that is set without a lock
+// says that a writer ended too early, and that a measurement may be missing.
+func readUserspace(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() // and gives the lock back
+	if err := lockShared(f, lockTimeout); err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && info.Mode()&fs.ModeSticky != 0 {
+		err = fmt.Errorf("%s is marked as incomplete (sticky bit): whoever measured was interrupted", path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return readAll(f)
+}
+
+// lockShared waits for a shared lock. Where the file system has no locks, as a copy's
+// may not, nobody holds one.
+func lockShared(f *os.File, timeout time.Duration) error {
+	for end := time.Now().Add(timeout); ; {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+		if err != unix.EWOULDBLOCK {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%s has been locked for %s by another process, as systemd does while it measures", f.Name(), timeout)
+		}
+		<-time.After(10 * time.Millisecond)
+	}
 }
 
 func readBounded(path string) ([]byte, error) {
@@ -47,9 +91,13 @@ func readBounded(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
+	return readAll(f)
+}
+
+func readAll(f *os.File) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(f, eventlog.MaxSize+1))
 	if err == nil && len(b) > eventlog.MaxSize {
-		err = fmt.Errorf("%s is larger than %d MiB", path, eventlog.MaxSize>>20)
+		err = fmt.Errorf("%s is larger than %d MiB", f.Name(), eventlog.MaxSize>>20)
 	}
 	return b, err
 }
