@@ -36,18 +36,29 @@ func Verify(e *Evidence, nonce []byte, bank crypto.Hash, pcrs []int) (*Result, e
 	if err := checkQuote(&e.Quote, nonce, bank, pcrs); err != nil {
 		return nil, fmt.Errorf("quote: %w", err)
 	}
-	log, err := parseLogs(e.FirmwareLog, e.UserspaceLog)
+	quoted := eventlog.PCRs(e.Quote.PCRs)
+	log, err := VerifyLogs(e.FirmwareLog, e.UserspaceLog, bank, quoted)
 	if err != nil {
 		return nil, err
 	}
-	quoted := eventlog.PCRs(e.Quote.PCRs)
+	return &Result{Bank: bank, PCRs: quoted, Log: log, Time: time.Now()}, nil
+}
+
+// VerifyLogs is the part of Verify that comes after the quote: it proves that both
+// logs together lead to these values, by two replays. Whether a TPM has quoted them
+// is the caller's to know. Userspace may be empty.
+func VerifyLogs(firmware, userspace []byte, bank crypto.Hash, quoted eventlog.PCRs) (*eventlog.Log, error) {
+	log, err := parseLogs(firmware, userspace)
+	if err != nil {
+		return nil, err
+	}
 	if err := log.Verify(bank, quoted); err != nil {
 		return nil, err
 	}
-	if err := crossCheck(e.FirmwareLog, log, bank, quoted); err != nil {
+	if err := crossCheck(firmware, log, bank, quoted); err != nil {
 		return nil, err
 	}
-	return &Result{Bank: bank, PCRs: quoted, Log: log, Time: time.Now()}, nil
+	return log, nil
 }
 
 func checkAK(public []byte) error {
