@@ -16,18 +16,48 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// formSealed is a slot that was made on the TPM that opens it (fixedTPM,
-// fixedParent), in format version 1.
-const formSealed = "sealed-v1"
+// Forms of slots that were made on the TPM that opens them (fixedTPM,
+// fixedParent). What needs none of the later form's members keeps the first one.
+const (
+	formSealed   = "sealed-v1" // PolicyPCR, PolicyNV
+	formSealedV2 = "sealed-v2" // and what a Use other than present needs
+)
 
 // sealedAttributes are the object attributes of every sealed KEK: it never
 // leaves its TPM, no password opens it (userWithAuth clear), and it plays no
 // part in the dictionary-attack lockout.
 var sealedAttributes = tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true, AdminWithPolicy: true}
 
-// BootState is one way in which a machine booted: exact values of a set of PCRs.
+// Use is what a slot is for.
+type Use string
+
+// The uses of slots.
+const (
+	// UsePresent is the boot that was attested when the slot was made.
+	UsePresent Use = ""
+	// UseNext is a boot that was computed from the files of the next one.
+	UseNext Use = "next"
+	// UseSuspend is any boot that leaves the PCRs as they are, for a few boots.
+	UseSuspend Use = "suspend"
+	// UseSigned is any boot that leaves the PCRs as they are and whose other PCRs
+	// an operator's key has signed.
+	UseSigned Use = "signed"
+)
+
+// Signer is who may sign boot states, and what for.
+type Signer struct {
+	Key tpm2.TPMTPublic // made by authpolicy.PublicKey
+	Ref []byte          // at most 32 bytes; signed with each boot state
+}
+
+// BootState is one way to boot: exact values of a set of PCRs.
 type BootState struct {
 	authpolicy.PCR
+	Use Use
+	// Signer signs the other PCRs, for UseSigned alone.
+	Signer *Signer
+	// Resets is the last resetCount of the TPM, for UseSuspend alone.
+	Resets uint32
 	// Record is what explains the values to a person (events and digests), a
 	// JSON document that this package keeps and does not read.
 	Record json.RawMessage
@@ -46,14 +76,41 @@ type slotData struct {
 	PCRs    map[int]hexBytes `json:"pcrs"`
 	Epoch   slotEpoch        `json:"epoch"`
 	Boot    json.RawMessage  `json:"boot,omitempty"`
+	Use     Use              `json:"use,omitempty"`
+	Signer  *slotSigner      `json:"signer,omitempty"`
+	Resets  *slotResets      `json:"resets,omitempty"`
 	public  *tpm2.TPMTPublic // parsed Public
 	terms   authpolicy.Terms // from PCRs and Epoch
 	state   *BootState       // from Bank, PCRs and Boot
 }
 
+func newSlotData(s *BootState) *slotData {
+	d := &slotData{Made: time.Now().UTC().Truncate(time.Second), Bank: bankName(s.Bank), PCRs: map[int]hexBytes{}, Use: s.Use, Boot: s.Record, state: s}
+	for i, v := range s.Values {
+		d.PCRs[i] = v
+	}
+	if s.Use == UseSuspend {
+		d.Resets = &slotResets{AtMost: s.Resets}
+	}
+	if s.Signer != nil {
+		d.Signer = &slotSigner{Key: tpm2.Marshal(s.Signer.Key), Ref: s.Signer.Ref}
+	}
+	d.Form = d.form()
+	return d
+}
+
 type slotEpoch struct {
 	Index  uint32 `json:"index"`
 	AtMost uint64 `json:"atMost"`
+}
+
+type slotSigner struct {
+	Key []byte   `json:"key"` // TPMT_PUBLIC
+	Ref hexBytes `json:"ref"`
+}
+
+type slotResets struct {
+	AtMost uint32 `json:"atMost"`
 }
 
 type hexBytes []byte
@@ -105,8 +162,8 @@ func parseSlot(slot seal.Slot, counter Counter) (*slotData, error) {
 	if err != nil {
 		return nil, corrupt("%w", err)
 	}
-	if d.Form != formSealed {
-		return nil, corrupt("form %q is not known to this version", clip(d.Form))
+	if d.Form != d.form() {
+		return nil, corrupt("form %q is not known to this version, or not that of a slot for %q", clip(d.Form), clip(string(d.Use)))
 	}
 	if d.Epoch.Index != counter.Index() {
 		return nil, corrupt("it names NV index %#08x for the epoch counter, tpm.epochIndex is %#08x", d.Epoch.Index, counter.Index())
@@ -115,6 +172,20 @@ func parseSlot(slot seal.Slot, counter Counter) (*slotData, error) {
 		return nil, corrupt("%w", err)
 	}
 	return &d, nil
+}
+
+// form is the form that a slot has by what it holds; "" is none.
+func (d *slotData) form() string {
+	signed, suspended := d.Signer != nil, d.Resets != nil
+	switch {
+	case signed != (d.Use == UseSigned) || suspended != (d.Use == UseSuspend):
+		return ""
+	case d.Use == UsePresent:
+		return formSealed
+	case d.Use == UseNext, signed, suspended:
+		return formSealedV2
+	}
+	return ""
 }
 
 func clip(s string) string {
@@ -139,7 +210,17 @@ func (d *slotData) parse(counter Counter) error {
 	for i, v := range d.PCRs {
 		values[i] = v
 	}
-	d.state = &BootState{PCR: authpolicy.PCR{Bank: bank, Values: values}, Record: d.Boot}
+	d.state = &BootState{PCR: authpolicy.PCR{Bank: bank, Values: values}, Use: d.Use, Record: d.Boot}
+	if d.Resets != nil {
+		d.state.Resets = d.Resets.AtMost
+	}
+	if d.Signer != nil {
+		key, err := tpm2.Unmarshal[tpm2.TPMTPublic](d.Signer.Key)
+		if err != nil {
+			return fmt.Errorf("its signer's key: %w", err)
+		}
+		d.state.Signer = &Signer{Key: *key, Ref: d.Signer.Ref}
+	}
 	if err := d.state.Check(); err != nil {
 		return err
 	}
@@ -168,9 +249,18 @@ func checkPublic(p *tpm2.TPMTPublic, digest []byte) error {
 	return nil
 }
 
-// terms is the authorization policy of a sealed slot: PolicyPCR, then PolicyNV.
+// terms is the authorization policy of a sealed slot: PolicyAuthorize where
+// others may sign, PolicyPCR, PolicyCounterTimer where boots are counted, PolicyNV.
 func terms(s *BootState, counter Counter, atMost uint64) authpolicy.Terms {
-	return authpolicy.Terms{s.PCR, authpolicy.Epoch{Index: counter.Index(), Name: counter.Name(), AtMost: atMost}}
+	var ts authpolicy.Terms
+	if s.Signer != nil {
+		ts = append(ts, authpolicy.Authorized{Key: s.Signer.Key, Ref: s.Signer.Ref})
+	}
+	ts = append(ts, s.PCR)
+	if s.Use == UseSuspend {
+		ts = append(ts, authpolicy.Resets{AtMost: s.Resets})
+	}
+	return append(ts, authpolicy.Epoch{Index: counter.Index(), Name: counter.Name(), AtMost: atMost})
 }
 
 // Demand is what a slot asks of the machine, for display and for the quote.

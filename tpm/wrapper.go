@@ -6,9 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"sync/atomic"
-	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -36,6 +34,9 @@ type Config struct {
 	Node string
 	// State returns the attested boot state that Wrap seals to.
 	State func(context.Context) (BootState, error)
+	// Signed returns the boot states that are signed by this signer, wherever they
+	// are kept; nothing vouches for them. nil is none.
+	Signed func(Signer) []authpolicy.SignedState
 }
 
 // Wrapper seals KEKs to this machine's TPM. It implements [seal.Wrapper].
@@ -103,6 +104,11 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 	if err != nil {
 		return seal.Slot{}, err
 	}
+	return w.WrapState(ctx, kek, state)
+}
+
+// WrapState seals kek under a boot state that need not be the present one.
+func (w *Wrapper) WrapState(ctx context.Context, kek *seal.Secret, state BootState) (seal.Slot, error) {
 	return w.wrap(ctx, kek, state, w.like)
 }
 
@@ -132,12 +138,9 @@ func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState, l
 	if err := state.Check(); err != nil {
 		return seal.Slot{}, seal.Errorf(seal.CauseBootState, "choose other PCRs with tpm.pcrs", "this boot state can't be sealed to: %w", err)
 	}
-	d := &slotData{Form: formSealed, Made: time.Now().UTC().Truncate(time.Second), Bank: bankName(state.Bank), PCRs: map[int]hexBytes{}, Boot: state.Record, state: &state}
+	d := newSlotData(&state)
 	if like != nil {
 		d.Epoch = like.Epoch // an end of an epoch that is still to come stays so
-	}
-	for i, v := range state.Values {
-		d.PCRs[i] = v
 	}
 	defer seal.Collect() // the command, as go-tpm marshalled it
 	err := w.Device.Do(ctx, func(t transport.TPM) (err error) {
@@ -230,49 +233,6 @@ func (w *Wrapper) beyond(srk *SRK) (epoch uint64) {
 	return epoch
 }
 
-// StateError says that the boot state that a slot demands is not the machine's.
-type StateError struct {
-	Was BootState // what the slot demands
-	err error
-}
-
-// Error implements error.
-func (e *StateError) Error() string { return e.err.Error() }
-
-// Unwrap returns what the TPM answered.
-func (e *StateError) Unwrap() error { return e.err }
-
-// unsealTries bounds how often an unseal is repeated because any PCR, one of
-// IMA's for instance, was extended while it ran.
-const unsealTries = 8
-
-// Unwrap implements [seal.Wrapper]. That the machine booted otherwise is
-// [seal.CauseBootState] with a [*StateError].
-func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
-	if slot.Type != seal.TypeTPM || slot.Node != w.Node {
-		return nil, seal.ErrNotMine
-	}
-	d, err := parseSlot(slot, w.Counter)
-	if err != nil {
-		return nil, err
-	}
-	defer seal.Collect() // the TPM's answer, as go-tpm unmarshalled it
-	var kek *seal.Secret
-	err = w.Device.Do(ctx, func(t transport.TPM) error {
-		return w.withSRK(t, d, func(srk *SRK) (err error) {
-			kek, err = w.unseal(t, srk, d)
-			return err
-		})
-	})
-	if errors.Is(err, authpolicy.ErrBootState) {
-		err = &StateError{Was: *d.state, err: err}
-	}
-	if err != nil {
-		return nil, classify(err)
-	}
-	return kek, nil
-}
-
 // withSRK runs f with the storage root key that a slot names; nil takes the TPM's.
 func (w *Wrapper) withSRK(t transport.TPM, d *slotData, f func(*SRK) error) error {
 	if d == nil {
@@ -297,68 +257,6 @@ func otherTPM(t transport.TPM, ek string) error {
 	}
 	return seal.Errorf(seal.CauseOtherTPM, "put the disk back into its machine, or run kleidi recover with the recovery identity",
 		"the slot was sealed by another TPM: its endorsement key is %.19s…, this one's is %.19s…", ek, now)
-}
-
-// damaged are the response codes of TPM2_Load that blame what is loaded (TPM 2.0
-// Library, Part 3, 12.2); all others are the TPM's own trouble.
-var damaged = []tpm2.TPMRC{
-	tpm2.TPMRCIntegrity, tpm2.TPMRCSize, tpm2.TPMRCValue, tpm2.TPMRCAttributes, tpm2.TPMRCHash, tpm2.TPMRCType, tpm2.TPMRCKeySize,
-	tpm2.TPMRCScheme, tpm2.TPMRCSymmetric, tpm2.TPMRCBinding, tpm2.TPMRCInsufficient, tpm2.TPMRCSelector, tpm2.TPMRCKDF, tpm2.TPMRCSensitive,
-}
-
-func (w *Wrapper) unseal(t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, error) {
-	r, err := tpm2.Load{
-		ParentHandle: srk.auth(srk.Session()),
-		InPrivate:    tpm2.TPM2BPrivate{Buffer: d.Private},
-		InPublic:     tpm2.New2B(*d.public),
-	}.Execute(t)
-	if err != nil {
-		if slices.ContainsFunc(damaged, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) }) {
-			return nil, corrupt("TPM2_Load: %w", err)
-		}
-		return nil, fmt.Errorf("TPM2_Load: %w", err)
-	}
-	defer flush(t, r.ObjectHandle)
-	for range unsealTries {
-		var kek *seal.Secret
-		kek, err = w.unsealOnce(t, srk, d, tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name})
-		if !errors.Is(err, tpm2.TPMRCPCRChanged) {
-			return kek, err
-		}
-	}
-	return nil, err
-}
-
-func (w *Wrapper) unsealOnce(t transport.TPM, srk *SRK, d *slotData, object tpm2.NamedHandle) (kek *seal.Secret, err error) {
-	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, srk.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
-	if err != nil {
-		return nil, fmt.Errorf("TPM2_StartAuthSession: %w", err)
-	}
-	defer func() { _ = done() }() // a session that the TPM has ended already can't be ended again
-	if err := d.terms.Satisfy(t, session); err != nil {
-		return nil, err
-	}
-	seal.Erase(func() {
-		var r *tpm2.UnsealResponse
-		r, err = tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
-		if errors.Is(err, tpm2.TPMRCPolicyFail) {
-			// The PCRs were right, and parseSlot computed the digest: what is left is
-			// an NV index of another Name whose value passed.
-			err = fmt.Errorf("TPM2_Unseal: %w: %w", authpolicy.ErrCounter, err)
-			return
-		}
-		if err != nil {
-			err = fmt.Errorf("TPM2_Unseal: %w", err)
-			return
-		}
-		if n := len(r.OutData.Buffer); n != seal.KEKSize {
-			clear(r.OutData.Buffer)
-			err = corrupt("it holds %d bytes, want %d", n, seal.KEKSize)
-			return
-		}
-		kek, err = w.Memory.Take(r.OutData.Buffer)
-	})
-	return kek, err
 }
 
 // Settle ends the epochs before the one that the slots of this node were sealed
@@ -392,6 +290,12 @@ func classify(err error) error {
 	switch {
 	case err == nil, seal.CauseOf(err) != "":
 		return err
+	case errors.Is(err, authpolicy.ErrNoSignedState), errors.Is(err, authpolicy.ErrSignature):
+		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the way in which the machine booted is not among the signed boot states: %w", err),
+			Hint: "sign it with kleidi bootstate sign and add it with kleidi bootstate add, boot one that is signed, or run kleidi recover"}
+	case errors.Is(err, authpolicy.ErrResets):
+		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the suspension is over: %w", err),
+			Hint: "boot what was booted before it, or run kleidi recover with the recovery identity"}
 	case errors.As(err, &state):
 		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the machine did not boot as it did when the slot was sealed: %w", err),
 			Hint: "boot the earlier kernel and settings, or run kleidi recover with the recovery identity"}

@@ -70,6 +70,9 @@ func (h *health) handler() http.Handler {
 			return
 		}
 		fmt.Fprintln(w, "ok")
+		if s := h.suspension(); s != "" {
+			fmt.Fprintln(w, s)
+		}
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(h.registry, promhttp.HandlerOpts{}))
 	return mux
@@ -89,22 +92,35 @@ func (h *health) ready() error {
 	return nil
 }
 
+// suspension is node.suspension of the open keyring.
+func (h *health) suspension() string {
+	h.mu.Lock()
+	n := h.node
+	h.mu.Unlock()
+	k, err := n.unlocker.Keyring()
+	if err != nil {
+		return ""
+	}
+	return n.suspension(k.Slots())
+}
+
 var (
-	descOpen     = prometheus.NewDesc("kleidi_open", "1 if the KEK is open, 0 if kleidi is locked.", nil, nil)
-	descKeyID    = prometheus.NewDesc("kleidi_current_key_id_info", "The current key ID's hash, in the form of kube-apiserver's key_id_hash.", []string{"key_id_hash"}, nil)
-	descRevision = prometheus.NewDesc("kleidi_keyring_revision", "Revision of the open keyring.", nil, nil)
-	descKEKs     = prometheus.NewDesc("kleidi_keks", "KEKs in the open keyring, by role.", []string{"role"}, nil)
-	descKEKMade  = prometheus.NewDesc("kleidi_kek_created_timestamp_seconds", "When the current KEK was made.", nil, nil)
-	descSlotMade = prometheus.NewDesc("kleidi_slot_created_timestamp_seconds", "When the slot was made.", []string{"type", "node"}, nil)
-	descAttested = prometheus.NewDesc("kleidi_attestation_timestamp_seconds", "When evidence of this boot last verified.", nil, nil)
-	descPassed   = prometheus.NewDesc("kleidi_attestation_passed", "1 if the last attestation of this boot verified, 0 if it failed or there was none.", nil, nil)
-	descProblem  = prometheus.NewDesc("kleidi_problem", "1 if the last attempt to unlock or reload, or to end an epoch, failed; kleidi status says why.", nil, nil)
-	descStep     = prometheus.NewDesc("kleidi_unlock_duration_seconds", "How long the steps of the last attempt to unlock took.", []string{"step"}, nil)
+	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
+	descOpen      = prometheus.NewDesc("kleidi_open", "1 if the KEK is open, 0 if kleidi is locked.", nil, nil)
+	descKeyID     = prometheus.NewDesc("kleidi_current_key_id_info", "The current key ID's hash, in the form of kube-apiserver's key_id_hash.", []string{"key_id_hash"}, nil)
+	descRevision  = prometheus.NewDesc("kleidi_keyring_revision", "Revision of the open keyring.", nil, nil)
+	descKEKs      = prometheus.NewDesc("kleidi_keks", "KEKs in the open keyring, by role.", []string{"role"}, nil)
+	descKEKMade   = prometheus.NewDesc("kleidi_kek_created_timestamp_seconds", "When the current KEK was made.", nil, nil)
+	descSlotMade  = prometheus.NewDesc("kleidi_slot_created_timestamp_seconds", "When the slot was made.", []string{"type", "node"}, nil)
+	descAttested  = prometheus.NewDesc("kleidi_attestation_timestamp_seconds", "When evidence of this boot last verified.", nil, nil)
+	descPassed    = prometheus.NewDesc("kleidi_attestation_passed", "1 if the last attestation of this boot verified, 0 if it failed or there was none.", nil, nil)
+	descProblem   = prometheus.NewDesc("kleidi_problem", "1 if the last attempt to unlock or reload, or to end an epoch, failed; kleidi status says why.", nil, nil)
+	descStep      = prometheus.NewDesc("kleidi_unlock_duration_seconds", "How long the steps of the last attempt to unlock took.", []string{"step"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
+	for _, d := range []*prometheus.Desc{descSuspended, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
 		c <- d
 	}
 }
@@ -144,6 +160,11 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	}
 	info := k.Info()
 	gauge(descOpen, 1)
+	suspended := 0.0
+	if n.suspension(k.Slots()) != "" {
+		suspended = 1
+	}
+	gauge(descSuspended, suspended)
 	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
 	gauge(descRevision, float64(info.Revision))
 	gauge(descKEKs, 1, "current")

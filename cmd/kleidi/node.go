@@ -53,7 +53,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	n.gate = &attest.Gate{
 		Attester: attest.Attester{Device: device, Owner: owner,
 			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},
-		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs,
+		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs, Phase: cfg.TPM.Phase,
 	}
 	if cfg.TPM.BootPolicy != "" {
 		n.gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return readPolicy(cfg.TPM.BootPolicy) }
@@ -62,7 +62,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		Device: device, Owner: owner, Counter: counter, Memory: n.mem, Node: cfg.Node, State: n.gate.State,
 	})
 	n.unlocker = unlock.New(unlock.Config{
-		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log}, Wrappers: []seal.Wrapper{n.tpm},
+		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log}, Wrappers: n.openers(),
 		Settle: n.tpm.Settle, Log: log, Attempted: attempted,
 	})
 	return n, nil
@@ -121,7 +121,30 @@ func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
 	if err := lockProcess(p.mem, p.log); err != nil {
 		return err
 	}
-	return p.Gate.Attest(ctx, slots)
+	if err := p.Gate.Attest(ctx, slots); err != nil {
+		return err
+	}
+	if refusal := p.Overruled(); refusal != nil {
+		p.log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", refusal)
+	}
+	return nil
 }
 
-func (n *node) openers() []seal.Wrapper { return []seal.Wrapper{n.tpm} }
+func (n *node) openers() []seal.Wrapper { return []seal.Wrapper{gated{n.tpm, n.gate}} }
+
+// gated is the TPM wrapper behind what the gate found.
+type gated struct {
+	*tpm.Wrapper
+	gate *attest.Gate
+}
+
+// Unwrap implements seal.Wrapper. A boot that only a suspension makes up for opens
+// the slot of the suspension, whose boots the TPM counts, and no other.
+func (g gated) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
+	if refusal := g.gate.Overruled(); refusal != nil && slot.Type == seal.TypeTPM {
+		if d, err := tpm.DemandOf(slot, g.gate.Counter); err == nil && d.State.Use != tpm.UseSuspend {
+			return nil, refusal
+		}
+	}
+	return g.Wrapper.Unwrap(ctx, slot)
+}

@@ -54,33 +54,6 @@ func (n *node) rotate(ctx context.Context, _ admin.RotateRequest) (admin.Keyring
 		"kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")
 }
 
-// reseal seals the KEK to the present boot state, and revokes the slot of the
-// earlier one.
-func (n *node) reseal(ctx context.Context, _ admin.ResealRequest) (admin.KeyringState, error) {
-	var bound string
-	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		here, err := n.tpm.ForNextEpoch(k.Slots()).OnTPMOf(k.Slots())
-		if err != nil {
-			return nil, err
-		}
-		slot, err := n.sealNow(ctx, here, k.KEK())
-		if err != nil {
-			return nil, err
-		}
-		bound = n.binding(slot)
-		next, err := k.WithSlots(rotation.Replace(k.Slots(), slot))
-		return []*keyring.Keyring{next}, err
-	})
-	if err != nil {
-		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
-	}
-	k, err := n.unlocker.CurrentID()
-	if err != nil {
-		return admin.KeyringState{}, err
-	}
-	return n.result(k, "the KEK is sealed to the present boot state: "+bound, "slots of the earlier epoch no longer open, kept copies included")
-}
-
 // sealNow seals kek to the present boot state, and opens what it made before
 // anything relies on it.
 func (n *node) sealNow(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret) (seal.Slot, error) {

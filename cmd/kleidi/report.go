@@ -36,6 +36,7 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 	} else {
 		r.Problem = admin.ProblemOf(err)
 	}
+	r.Suspension = n.suspension(slots)
 	var attestation error
 	if req.Try && len(slots) > 0 {
 		attestation = preflight{n.gate, n.mem, n.log}.Attest(ctx, slots)
@@ -45,6 +46,17 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 	}
 	r.Attestation = n.reportAttestation(errors.Join(attestation, onlyAttestation(state.Problem)))
 	return r, nil
+}
+
+// suspension says what this node opens under while it is suspended; "" where it
+// isn't.
+func (n *node) suspension(slots []seal.Slot) string {
+	for _, s := range slots {
+		if n.suspends(s) {
+			return "suspended: anyone who boots this machine with the same " + n.binding(s) + " gets the KEK; run kleidi reseal to end this"
+		}
+	}
+	return ""
 }
 
 func onlyAttestation(err error) error {
@@ -66,7 +78,7 @@ func describe(r *admin.StatusReport, i keyring.Info) {
 }
 
 func (n *node) reportSlot(ctx context.Context, s seal.Slot, id seal.KeyID, cluster string, try bool, attestation error) admin.SlotReport {
-	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.binding(s)}
+	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.binding(s), Use: n.use(s)}
 	if !try || s.Type != seal.TypeTPM || s.Node != n.cfg.Node {
 		return r
 	}
@@ -75,6 +87,9 @@ func (n *node) reportSlot(ctx context.Context, s seal.Slot, id seal.KeyID, clust
 		err = n.tryOpen(ctx, s, id, cluster)
 	}
 	opens := err == nil
+	if r.Use == uses[tpm.UseNext] && seal.CauseOf(err) == seal.CauseBootState {
+		err = nil // it is for another boot
+	}
 	r.Opens, r.Problem = &opens, admin.ProblemOf(n.gate.Explain(err))
 	return r
 }
@@ -105,7 +120,11 @@ func (n *node) binding(s seal.Slot) string {
 		if err != nil {
 			return "unreadable"
 		}
-		return fmt.Sprintf("PCR %s (%s), up to epoch %d", join(slices.Sorted(maps.Keys(d.State.Values))), eventlog.BankName(d.State.Bank), d.AtMost)
+		s := fmt.Sprintf("PCR %s (%s), up to epoch %d", join(slices.Sorted(maps.Keys(d.State.Values))), eventlog.BankName(d.State.Bank), d.AtMost)
+		if d.State.Use == tpm.UseSuspend {
+			s += fmt.Sprintf(", up to reset %d of the TPM", d.State.Resets)
+		}
+		return s
 	case seal.TypeRecovery:
 		recipients, err := recovery.Recipients(s)
 		if err != nil {
@@ -115,6 +134,30 @@ func (n *node) binding(s seal.Slot) string {
 	default:
 		return ""
 	}
+}
+
+// uses names what slots are for, to people.
+var uses = map[tpm.Use]string{tpm.UsePresent: "present", tpm.UseNext: "next", tpm.UseSuspend: "suspend", tpm.UseSigned: "signed"}
+
+// use says what a slot is for; "" for others than the TPM's.
+func (n *node) use(s seal.Slot) string {
+	if d, err := tpm.DemandOf(s, n.gate.Counter); s.Type == seal.TypeTPM && err == nil {
+		return uses[d.State.Use]
+	}
+	return ""
+}
+
+// what says in one line what a slot of the TPM opens in.
+func (n *node) what(s seal.Slot) string {
+	switch n.use(s) {
+	case "next":
+		return "the next boot state: " + n.binding(s)
+	case "suspend":
+		return "any boot that leaves these as they are: " + n.binding(s)
+	case "signed":
+		return "signed boot states: " + n.binding(s)
+	}
+	return "the present boot state: " + n.binding(s)
 }
 
 func join(pcrs []int) string {

@@ -24,22 +24,3 @@ retired: it stays in the keyring and still decrypts.`,
 		},
 	}
 }
-
-func (a *app) newReseal() *cobra.Command {
-	return &cobra.Command{
-		Use:   "reseal",
-		Short: "Seal the KEK to the present boot state, and revoke earlier slots",
-		Long: `Seal the open KEK to the boot state of now, after a change of tpm.pcrs or tpm.bank for
-instance, and revoke the slot of the earlier one: the TPM refuses it from then on,
-even where someone kept its bytes. A locked keyring can't be resealed: after another
-kernel was booted, kleidi recover is the way.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, admin.Reseal, admin.ResealRequest{}, unlocked((*node).reseal))
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
-		},
-	}
-}

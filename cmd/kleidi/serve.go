@@ -22,7 +22,9 @@ import (
 	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/grpcserver"
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/unlock"
 )
 
 func (a *app) newServe() *cobra.Command {
@@ -54,6 +56,7 @@ answered.`,
 type server struct {
 	*node
 	health *health
+	opened chan struct{} // an attempt has opened the keyring
 	kms    *grpcserver.Server
 	admin  *admin.Server
 	http   *http.Server
@@ -72,6 +75,7 @@ func (s *server) run(ctx context.Context) {
 		running.Go(func() { s.keep(ctx, "health and metrics", s.serveHTTP) })
 	}
 	running.Go(func() { s.unlocker.Run(ctx) })
+	running.Go(func() { s.tidyUp(ctx) })
 	running.Go(func() { s.watch(ctx) })
 	<-ctx.Done()
 	s.log.Info("stopping")
@@ -80,14 +84,43 @@ func (s *server) run(ctx context.Context) {
 	s.close()
 }
 
+// tidyUp tidies whenever an attempt has opened the keyring, and tries again where
+// that fails.
+func (s *server) tidyUp(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.opened:
+		}
+		_, _ = backoff.Retry(ctx, func() (struct{}, error) {
+			if !s.unlocker.State().Open {
+				return struct{}{}, nil
+			}
+			return struct{}{}, s.tidy(ctx)
+		}, backoff.WithMaxElapsedTime(0), backoff.WithNotify(func(err error, d time.Duration) {
+			s.log.Error("slots of earlier boot states still open, as they could not be revoked", "cause", seal.CauseOf(err), "error", err, "retry", d.Round(time.Millisecond))
+		}))
+	}
+}
+
 func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 	registry := prometheus.NewRegistry()
 	h := newHealth(registry)
-	n, err := newNode(cfg, log, h.attempted)
+	opened := make(chan struct{}, 1)
+	n, err := newNode(cfg, log, func(cause seal.Cause, timing unlock.Timing) {
+		h.attempted(cause, timing)
+		if cause == "" {
+			select {
+			case opened <- struct{}{}:
+			default: // one is waiting already
+			}
+		}
+	})
 	if err != nil {
 		return nil, err
 	}
-	s := &server{node: n, health: h}
+	s := &server{node: n, health: h, opened: opened}
 	h.bind(n)
 	if s.kms, err = grpcserver.New(n.unlocker, grpcserver.Options{Registerer: registry, Log: log}); err != nil {
 		return nil, err
@@ -96,6 +129,7 @@ func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 	admin.Handle(s.admin, admin.Status, n.status)
 	admin.Handle(s.admin, admin.Rotate, n.rotate)
 	admin.Handle(s.admin, admin.Reseal, n.reseal)
+	admin.Handle(s.admin, admin.Suspend, n.suspend)
 	admin.Handle(s.admin, admin.Recover, n.recover)
 	admin.Handle(s.admin, admin.Restore, n.restore)
 	admin.Handle(s.admin, admin.Save, n.save)

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/tpm"
 )
 
 func (a *app) newStatus() *cobra.Command {
@@ -41,6 +42,7 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	if !r.NextAttempt.IsZero() && r.State == admin.Locked {
 		row(w, "next attempt", r.NextAttempt.Local().Format(time.DateTime))
 	}
+	row(w, "SUSPENDED", strings.TrimPrefix(r.Suspension, "suspended: "))
 	row(w, "node", r.Node)
 	row(w, "cluster ID", r.ClusterID)
 	if r.Revision > 0 {
@@ -61,7 +63,11 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 		printProblem(w, at.Problem)
 	}
 	for _, s := range r.Slots {
-		row(w, "slot", s.Type+"  "+s.Binding+"  "+opens(s))
+		kind := s.Type
+		if s.Use != "" && s.Use != uses[tpm.UsePresent] {
+			kind += " (" + s.Use + ")"
+		}
+		row(w, "slot", kind+"  "+s.Binding+"  "+opens(s))
 		if s.Problem != nil && (r.Problem == nil || *s.Problem != *r.Problem) { // said above already
 			printProblem(w, s.Problem)
 		}
@@ -78,6 +84,8 @@ func opens(s admin.SlotReport) string {
 		return ""
 	case *s.Opens:
 		return "(opens now)"
+	case s.Use == uses[tpm.UseNext] && s.Problem == nil:
+		return "(for the next boot)"
 	default:
 		return "(DOES NOT OPEN)"
 	}

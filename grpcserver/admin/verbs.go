@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"time"
@@ -19,6 +20,8 @@ const (
 	Rotate Verb[RotateRequest, KeyringState] = "rotate"
 	// Reseal seals the KEK to the machine's boot state of now.
 	Reseal Verb[ResealRequest, KeyringState] = "reseal"
+	// Suspend adds a slot that opens whatever boots, for a few boots.
+	Suspend Verb[SuspendRequest, KeyringState] = "suspend"
 	// Recover opens the keyring with a recovery identity, seals anew and rotates.
 	Recover Verb[RecoverRequest, KeyringState] = "recover"
 	// Restore puts another keyring in the place of the stored one, and rotates.
@@ -63,6 +66,8 @@ type StatusReport struct {
 	Revision     uint64       `json:"revision,omitempty"`
 	Keys         []KeyReport  `json:"keys,omitempty"`
 	Slots        []SlotReport `json:"slots,omitempty"`
+	// Suspension says what a suspended node opens under; empty where it isn't.
+	Suspension string `json:"suspension,omitempty"`
 	// Attestation is the result of the last one.
 	Attestation *AttestationReport `json:"attestation,omitempty"`
 	// Memory is the kind of memory that holds the KEK, as seal.Secret.Kind says.
@@ -91,6 +96,8 @@ type SlotReport struct {
 	Node string `json:"node,omitempty"`
 	// Binding says in one line what the slot is sealed to.
 	Binding string `json:"binding,omitempty"`
+	// Use is what the slot is for: present, next, suspend or signed.
+	Use string `json:"use,omitempty"`
 	// Opens is nil where it was not tried.
 	Opens *bool `json:"opens,omitempty"`
 	// Problem is why it does not open.
@@ -113,7 +120,30 @@ type RotateRequest struct{}
 
 // ResealRequest asks to seal to the boot state of now; slots of earlier boot
 // states are revoked.
-type ResealRequest struct{}
+type ResealRequest struct {
+	// Next, if set, asks to seal to this boot state besides, and to revoke nothing.
+	Next *BootState `json:"next,omitempty"`
+	// DropNext asks to revoke slots for next boots as well.
+	DropNext bool `json:"dropNext,omitempty"`
+}
+
+// BootState is a way to boot that was computed from the files of the next boot.
+type BootState struct {
+	// Bank is sha256 or sha384.
+	Bank string `json:"bank"`
+	// PCRs holds values by PCR.
+	PCRs map[int][]byte `json:"pcrs"`
+	// Record is what explains the values, see tpm.BootState.
+	Record json.RawMessage `json:"record,omitempty"`
+}
+
+// SuspendRequest asks for a slot under a weaker authorization policy.
+type SuspendRequest struct {
+	// Boots is how often the machine may start with it, at least 1.
+	Boots int `json:"boots"`
+	// Weaken names the PCRs to let go; empty means all but PCR 7.
+	Weaken []int `json:"weaken,omitempty"`
+}
 
 // RecoverRequest carries the recovery identity to the serve that holds the TPM.
 type RecoverRequest struct {

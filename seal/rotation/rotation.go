@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/beezy-dev/kleidi/seal"
@@ -110,6 +111,12 @@ func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, no
 	return k, nil
 }
 
+// ProveTryable is Prove for slots of which some may be for another boot state than
+// the present one, or no opener's own: those are passed over.
+func ProveTryable(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper) error {
+	return prove(ctx, kek, slots, opener, true)
+}
+
 // Prove opens each slot and compares what comes out: a slot that does not open
 // must be found before it is relied on. A slot that is no opener's own has not
 // been opened, and fails too.
@@ -156,10 +163,10 @@ func proveOne(ctx context.Context, kek *seal.Secret, s seal.Slot, w seal.Wrapper
 }
 
 // Replace returns slots with those of one type and node replaced.
-func Replace(slots []seal.Slot, with seal.Slot) []seal.Slot {
-	out := []seal.Slot{with}
+func Replace(slots []seal.Slot, kind, node string, with ...seal.Slot) []seal.Slot {
+	out := slices.Clone(with)
 	for _, s := range slots {
-		if s.Type != with.Type || s.Node != with.Node {
+		if s.Type != kind || s.Node != node {
 			out = append(out, s)
 		}
 	}

@@ -302,7 +302,7 @@ func TestCompleteOfWhatDoesNotOpen(t *testing.T) {
 
 func TestReplace(t *testing.T) {
 	s := func(typ, node string) seal.Slot { return seal.Slot{Type: typ, Node: node} }
-	got := rotation.Replace([]seal.Slot{s("tpm", "a"), s("tpm", "b"), s("recovery", ""), s("tpm", "a")}, s("tpm", "a"))
+	got := rotation.Replace([]seal.Slot{s("tpm", "a"), s("tpm", "b"), s("recovery", ""), s("tpm", "a")}, "tpm", "a", s("tpm", "a"))
 	var names []string
 	for _, g := range got {
 		names = append(names, g.Type+g.Node)

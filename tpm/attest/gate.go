@@ -30,9 +30,13 @@ type Gate struct {
 	PCRs []int
 	// BootPolicy reads what is demanded of the event log; nil demands nothing.
 	BootPolicy func() (*bootpolicy.BootPolicy, error)
+	// Phase is the phase of the boot in which slots are made, where systemd
+	// measures them: PCR 11 has another value in each.
+	Phase string
 
-	last   atomic.Pointer[Result]
-	failed atomic.Bool
+	last      atomic.Pointer[Result]
+	failed    atomic.Bool
+	overruled atomic.Pointer[error]
 }
 
 const nonceSize = 32 // bytes
@@ -49,21 +53,21 @@ func (d demand) add(bank crypto.Hash, pcrs []int) {
 	}
 }
 
-// attest quotes what is demanded, here and by the boot policy, verifies what came,
-// and judges it. It returns the result of bank.
-func (g *Gate) attest(ctx context.Context, srk []byte, bank crypto.Hash, d demand) (*Result, error) {
-	result, err := g.judged(ctx, srk, bank, d)
-	g.failed.Store(err != nil)
+// attest quotes what is demanded, here and by the boot policy, and verifies what
+// came. It returns the result of bank, and what the boot policy says against it.
+func (g *Gate) attest(ctx context.Context, srk []byte, bank crypto.Hash, d demand) (result *Result, refusal, err error) {
+	result, refusal, err = g.judged(ctx, srk, bank, d)
+	g.failed.Store(err != nil || refusal != nil)
 	if err == nil && result != nil {
 		g.last.Store(result)
 	}
-	return result, err
+	return result, refusal, err
 }
 
-func (g *Gate) judged(ctx context.Context, srk []byte, bank crypto.Hash, d demand) (*Result, error) {
+func (g *Gate) judged(ctx context.Context, srk []byte, bank crypto.Hash, d demand) (result *Result, refusal, err error) {
 	policy, err := g.bootPolicy()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if policy != nil {
 		d.add(policy.Hash(), policy.Demanded())
@@ -71,15 +75,13 @@ func (g *Gate) judged(ctx context.Context, srk []byte, bank crypto.Hash, d deman
 	results := map[crypto.Hash]*Result{}
 	for bank, pcrs := range d {
 		if results[bank], err = g.verified(ctx, srk, bank, slices.Sorted(maps.Keys(pcrs))); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	if policy != nil {
-		if err := allowed(policy, results[policy.Hash()]); err != nil {
-			return nil, err
-		}
+		refusal = allowed(policy, results[policy.Hash()])
 	}
-	return results[bank], nil
+	return results[bank], refusal, nil
 }
 
 func (g *Gate) bootPolicy() (*bootpolicy.BootPolicy, error) {
@@ -125,7 +127,7 @@ func refuse(err error) error {
 // among slots demand. A slot that makes no sense demands nothing; opening it
 // says why.
 func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
-	d := demand{}
+	d, suspended := demand{}, false
 	var srk []byte
 	bank := g.Bank
 	for _, s := range slots {
@@ -137,10 +139,28 @@ func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 			continue
 		}
 		srk, bank = demanded.SRK, demanded.State.Bank
+		suspended = suspended || demanded.State.Use == tpm.UseSuspend
 		d.add(bank, slices.Collect(maps.Keys(demanded.State.Values)))
 	}
-	_, err := g.attest(ctx, srk, bank, d)
+	_, refusal, err := g.attest(ctx, srk, bank, d)
+	g.overruled.Store(nil)
+	if err == nil && refusal != nil && suspended {
+		g.overruled.Store(&refusal)
+		return nil
+	}
+	if err == nil {
+		err = refusal
+	}
 	return err
+}
+
+// Overruled returns what the boot policy has against this boot where the node is
+// suspended: nothing but a slot of the suspension may be opened then.
+func (g *Gate) Overruled() error {
+	if refusal := g.overruled.Load(); refusal != nil {
+		return *refusal
+	}
+	return nil
 }
 
 // State returns the attested boot state to seal to: quoted values of the PCRs
@@ -154,11 +174,25 @@ func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
 	if err != nil {
 		return tpm.BootState{}, err
 	}
+	if err := g.CheckPhase(r.Log); err != nil {
+		return tpm.BootState{}, err
+	}
 	record, err := record(r.Log.Summarize(g.Bank, pcrs))
 	if err != nil {
 		return tpm.BootState{}, err
 	}
 	return tpm.BootState{PCR: authpolicy.PCR{Bank: g.Bank, Values: r.only(pcrs)}, Record: record}, nil
+}
+
+// CheckPhase refuses to seal in another phase of the boot than that in which kleidi
+// serve starts: what is sealed now would not open then.
+func (g *Gate) CheckPhase(log *eventlog.Log) error {
+	phases := log.Phases()
+	if g.Phase == "" || len(phases) == 0 || phases[len(phases)-1] == g.Phase {
+		return nil
+	}
+	return seal.Errorf(seal.CauseAttestation, "run it while the machine is up, or set tpm.phase to the phase in which kleidi serve starts",
+		"the boot is in phase %q, and slots are made in phase %q", phases[len(phases)-1], g.Phase)
 }
 
 // only returns the values of some of the quoted PCRs: the boot policy may have
@@ -196,7 +230,11 @@ func record(events []eventlog.Summary) (json.RawMessage, error) {
 func (g *Gate) AttestPCRs(ctx context.Context, pcrs []int) (*Result, error) {
 	d := demand{}
 	d.add(g.Bank, pcrs)
-	return g.attest(ctx, nil, g.Bank, d)
+	r, refusal, err := g.attest(ctx, nil, g.Bank, d)
+	if err == nil {
+		err = refusal
+	}
+	return r, err
 }
 
 // ChoosePCRs returns the configured PCRs, or those of the boot type. The boot type

@@ -65,6 +65,8 @@ type TPM struct {
 	UserspaceEventLog string        `yaml:"userspaceEventLog"`
 	// BootPolicy is the file of the boot policy; "" means that none is demanded.
 	BootPolicy string `yaml:"bootPolicy"`
+	// Phase is the phase of the boot in which slots are made.
+	Phase string `yaml:"phase"`
 }
 
 // Memory says what to do where memory can't be locked.
@@ -130,7 +132,7 @@ func Default() *Config {
 		State:      State{Dir: "/var/lib/kleidi"},
 		TPM: TPM{
 			Device: tpm.DefaultAddress, Timeout: tpm.DefaultTimeout, Bank: "sha256", EpochIndex: nv.DefaultEpochIndex,
-			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog,
+			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog, Phase: "ready",
 		},
 		Memory: Memory{Lock: LockRequired},
 		KMS:    KMS{Name: "kleidi", Socket: "/run/kleidi/kms.sock", SocketMode: 0o600, SocketUID: -1, SocketGID: -1},

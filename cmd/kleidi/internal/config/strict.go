@@ -19,6 +19,7 @@ func (p *problems) validate(c *Config) {
 	p.oneOf("apiVersion", c.APIVersion, APIVersion)
 	p.oneOf("kind", c.Kind, Kind)
 	p.oneOf("tpm.bank", c.TPM.Bank, "sha256", "sha384")
+	p.oneOf("tpm.phase", c.TPM.Phase, "enter-initrd", "leave-initrd", "sysinit", "ready")
 	p.oneOf("memory.lock", c.Memory.Lock, LockRequired, LockBestEffort)
 	p.oneOf("log.format", c.Log.Format, "text", "json")
 	p.absolute("state.dir", c.State.Dir)

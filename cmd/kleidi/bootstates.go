@@ -1,0 +1,338 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// The slots of this node: one for the present boot state, and those that keep an
+// update from locking the node out.
+
+// demands returns what the TPM slots of this node ask of the machine, each with
+// its place among slots.
+func (n *node) demands(slots []seal.Slot) map[int]tpm.Demand {
+	all := map[int]tpm.Demand{}
+	for i, s := range slots {
+		if s.Type != seal.TypeTPM || s.Node != n.cfg.Node {
+			continue
+		}
+		if d, err := tpm.DemandOf(s, n.gate.Counter); err == nil {
+			all[i] = d
+		}
+	}
+	return all
+}
+
+// states returns the boot states of the slots of this node that are for these uses.
+func (n *node) states(slots []seal.Slot, uses ...tpm.Use) []tpm.BootState {
+	var states []tpm.BootState
+	demands := n.demands(slots)
+	for _, i := range slices.Sorted(maps.Keys(demands)) {
+		if s := demands[i].State; slices.Contains(uses, s.Use) {
+			states = append(states, s)
+		}
+	}
+	return states
+}
+
+// reshape returns the revision in which the KEK is sealed to these boot states,
+// for the next epoch: once that has begun, no other slot of this node opens.
+func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
+	w, err := n.tpm.ForNextEpoch(k.Slots()).OnTPMOf(k.Slots())
+	if err != nil {
+		return nil, nil, err
+	}
+	slots, err := n.sealTo(ctx, w, k.KEK(), states)
+	if err != nil {
+		return nil, nil, err
+	}
+	next, err := k.WithSlots(rotation.Replace(k.Slots(), seal.TypeTPM, n.cfg.Node, slots...))
+	return next, slots, err
+}
+
+// extend returns the revision in which the KEK is sealed to one boot state more.
+// Nothing is revoked; slots that drop picks leave the keyring all the same.
+func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootState, drop func(seal.Slot) bool) (*keyring.Keyring, seal.Slot, error) {
+	w, err := n.tpm.OnTPMOf(k.Slots())
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	slots, err := n.sealTo(ctx, w, k.KEK(), []tpm.BootState{state})
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	next, err := k.WithSlots(append(slices.DeleteFunc(k.Slots(), drop), slots...))
+	return next, slots[0], err
+}
+
+// sealTo seals kek to each of the boot states, and opens what it made, as far as
+// the present boot can, before anything relies on it.
+func (n *node) sealTo(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret, states []tpm.BootState) ([]seal.Slot, error) {
+	var slots []seal.Slot
+	for _, s := range states {
+		slot, err := w.WrapState(ctx, kek, s)
+		if err != nil {
+			return nil, err
+		}
+		prove := rotation.Prove
+		if s.Use == tpm.UseNext || s.Use == tpm.UseSigned {
+			prove = rotation.ProveTryable
+		}
+		if err := prove(ctx, kek, []seal.Slot{slot}, n.openers()); err != nil {
+			return nil, err
+		}
+		slots = append(slots, slot)
+	}
+	return slots, nil
+}
+
+// reseal seals the KEK to the present boot state, and revokes the slot of the
+// earlier one; or to the next one, besides.
+func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.KeyringState, error) {
+	if req.Next != nil {
+		return n.resealNext(ctx, *req.Next)
+	}
+	var bound []string
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		present, err := n.gate.State(ctx)
+		if err != nil {
+			return nil, err
+		}
+		kept := []tpm.Use{tpm.UseSigned, tpm.UseNext}
+		if req.DropNext {
+			kept = kept[:1]
+		}
+		next, slots, err := n.reshape(ctx, k, append([]tpm.BootState{present}, n.states(k.Slots(), kept...)...))
+		for _, s := range slots {
+			bound = append(bound, "the KEK is sealed to "+n.what(s))
+		}
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
+	}
+	return n.unchanged(append(bound, "slots of the earlier epoch no longer open, kept copies included")...)
+}
+
+// unchanged is the result of an operation that kept the current KEK.
+func (n *node) unchanged(changes ...string) (admin.KeyringState, error) {
+	k, err := n.unlocker.CurrentID()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	return n.result(k, changes...)
+}
+
+// maxNext bounds the slots for next boots: an update may build its files several
+// times. The oldest goes, and is revoked with the epoch.
+const maxNext = 4
+
+var errNothing = errors.New("nothing to do")
+
+func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.KeyringState, error) {
+	bank, err := tpm.ParseBank(b.Bank)
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
+	}
+	state := tpm.BootState{PCR: authpolicy.PCR{Bank: bank, Values: b.PCRs}, Use: tpm.UseNext, Record: b.Record}
+	var bound string
+	err = n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		slots := k.Slots()
+		for _, d := range n.demands(slots) {
+			if (d.State.Use == tpm.UseNext || d.State.Use == tpm.UsePresent) && same(d.State, state) {
+				return nil, errNothing
+			}
+		}
+		oldest := n.oldestNext(slots)
+		next, slot, err := n.extend(ctx, k, state, func(s seal.Slot) bool { return oldest != nil && bytes.Equal(s.Data, oldest.Data) })
+		if err != nil {
+			return nil, err
+		}
+		bound = n.what(slot)
+		return []*keyring.Keyring{next}, nil
+	})
+	if errors.Is(err, errNothing) {
+		return n.unchanged("the KEK is sealed to that boot state already")
+	}
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
+	}
+	return n.unchanged("the KEK is sealed to "+bound+" as well", "once that boot has opened it, kleidi serve revokes the present one")
+}
+
+// oldestNext returns the oldest slot for a next boot, where there are as many as
+// there may be.
+func (n *node) oldestNext(slots []seal.Slot) *seal.Slot {
+	var oldest *seal.Slot
+	demands := n.demands(slots)
+	count := 0
+	for i, d := range demands {
+		if d.State.Use != tpm.UseNext {
+			continue
+		}
+		count++
+		if oldest == nil || d.Made.Before(demands[slices.IndexFunc(slots, func(s seal.Slot) bool { return bytes.Equal(s.Data, oldest.Data) })].Made) {
+			oldest = &slots[i]
+		}
+	}
+	if count < maxNext {
+		return nil
+	}
+	return oldest
+}
+
+// same reports whether two boot states are of the same PCR values.
+func same(a, b tpm.BootState) bool {
+	return a.Bank == b.Bank && maps.EqualFunc(a.Values, b.Values, bytes.Equal)
+}
+
+// present reports whether the machine was last attested in this boot state.
+func (n *node) present(s tpm.BootState) bool {
+	last := n.gate.Last()
+	if last == nil || last.Bank != s.Bank {
+		return false
+	}
+	for i, v := range s.Values {
+		if !bytes.Equal(last.PCRs[i], v) {
+			return false
+		}
+	}
+	return true
+}
+
+// maxBoots bounds a suspension. A firmware update takes two boots or three.
+const maxBoots = 16
+
+// suspend seals the KEK to a part of the present boot state, for a few boots that
+// the TPM counts.
+func (n *node) suspend(ctx context.Context, req admin.SuspendRequest) (admin.KeyringState, error) {
+	if req.Boots < 1 || req.Boots > maxBoots {
+		return admin.KeyringState{}, fmt.Errorf("suspend: %d boots; want 1 to %d", req.Boots, maxBoots)
+	}
+	var bound string
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		state, err := n.gate.State(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if state, err = weaken(state, req.Weaken); err != nil {
+			return nil, err
+		}
+		resets, err := n.resets(ctx)
+		if err != nil {
+			return nil, err
+		}
+		state.Resets = resets + uint32(req.Boots)
+		next, slot, err := n.extend(ctx, k, state, n.suspends)
+		if err != nil {
+			return nil, err
+		}
+		bound = n.what(slot)
+		return []*keyring.Keyring{next}, nil
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("suspend: %w", err)
+	}
+	return n.unchanged("SUSPENDED: the KEK is sealed to "+bound, "anyone who boots this machine so gets it; when the work is done, run kleidi reseal, which ends this")
+}
+
+// suspends reports whether a slot is this node's for a suspension.
+func (n *node) suspends(s seal.Slot) bool {
+	return len(n.states([]seal.Slot{s}, tpm.UseSuspend)) > 0
+}
+
+// weaken lets PCRs go; none named means all but PCR 7.
+func weaken(s tpm.BootState, pcrs []int) (tpm.BootState, error) {
+	const secureBoot = 7
+	values := map[int][]byte{}
+	for i, v := range s.Values {
+		if len(pcrs) == 0 && i == secureBoot || len(pcrs) > 0 && !slices.Contains(pcrs, i) {
+			values[i] = v
+		}
+	}
+	for _, i := range pcrs {
+		if s.Values[i] == nil {
+			return s, fmt.Errorf("--weaken %d: the KEK is sealed to PCR %s", i, join(slices.Sorted(maps.Keys(s.Values))))
+		}
+	}
+	if len(values) == 0 {
+		return s, errors.New("nothing would be left to seal to; let fewer PCRs go with --weaken, or rely on the recovery identity")
+	}
+	return tpm.BootState{PCR: authpolicy.PCR{Bank: s.Bank, Values: values}, Use: tpm.UseSuspend}, nil
+}
+
+// resets is how often the TPM has been reset.
+func (n *node) resets(ctx context.Context) (count uint32, err error) {
+	err = n.gate.Device.Do(ctx, func(t transport.TPM) error {
+		count, err = authpolicy.ResetCount(t)
+		return err
+	})
+	return count, err
+}
+
+// tidy takes away what has had its day, once the machine runs in a boot state that
+// a slot names whole: the boot states before it, after an update, and a
+// suspension that is used up.
+func (n *node) tidy(ctx context.Context) error {
+	var bound string
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		states, err := n.tidied(ctx, k.Slots())
+		if err != nil {
+			return nil, err
+		}
+		next, slots, err := n.reshape(ctx, k, states)
+		if err != nil {
+			return nil, err
+		}
+		bound = n.what(slots[0])
+		return []*keyring.Keyring{next}, nil
+	})
+	if errors.Is(err, errNothing) {
+		return nil
+	}
+	if err == nil {
+		n.log.Info("this boot has opened the keyring: earlier boot states and suspensions are revoked", "slot", bound)
+	}
+	return err
+}
+
+// tidied returns the boot states that stay, that of the running boot first.
+func (n *node) tidied(ctx context.Context, slots []seal.Slot) ([]tpm.BootState, error) {
+	var running *tpm.BootState
+	for _, s := range n.states(slots, tpm.UsePresent, tpm.UseNext) {
+		if n.present(s) {
+			running = &s
+			break
+		}
+	}
+	if running == nil {
+		return nil, errNothing
+	}
+	if running.Use == tpm.UseNext {
+		running.Use = tpm.UsePresent
+		return append([]tpm.BootState{*running}, n.states(slots, tpm.UseSigned)...), nil
+	}
+	for _, s := range n.states(slots, tpm.UseSuspend) {
+		count, err := n.resets(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if count > s.Resets {
+			return append([]tpm.BootState{*running}, n.states(slots, tpm.UseSigned, tpm.UseNext)...), nil
+		}
+	}
+	return nil, errNothing
+}

@@ -1,0 +1,140 @@
+package tpm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// StateError says that the boot state that a slot demands is not the machine's.
+type StateError struct {
+	Was BootState // what the slot demands
+	err error
+}
+
+// Error implements error.
+func (e *StateError) Error() string { return e.err.Error() }
+
+// Unwrap returns what the TPM answered.
+func (e *StateError) Unwrap() error { return e.err }
+
+// unsealTries bounds how often an unseal is repeated because any PCR, one of
+// IMA's for instance, was extended while it ran.
+const unsealTries = 8
+
+// Unwrap implements [seal.Wrapper]. That the machine booted otherwise is
+// [seal.CauseBootState] with a [*StateError].
+func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
+	if slot.Type != seal.TypeTPM || slot.Node != w.Node {
+		return nil, seal.ErrNotMine
+	}
+	d, err := parseSlot(slot, w.Counter)
+	if err != nil {
+		return nil, err
+	}
+	defer seal.Collect() // the TPM's answer, as go-tpm unmarshalled it
+	var kek *seal.Secret
+	err = w.Device.Do(ctx, func(t transport.TPM) error {
+		return w.withSRK(t, d, func(srk *SRK) (err error) {
+			kek, err = w.unseal(t, srk, d)
+			return err
+		})
+	})
+	if errors.Is(err, authpolicy.ErrBootState) || errors.Is(err, authpolicy.ErrNoSignedState) {
+		err = &StateError{Was: *d.state, err: err}
+	}
+	if err != nil {
+		return nil, classify(err)
+	}
+	return kek, nil
+}
+
+// damaged are the response codes of TPM2_Load that blame what is loaded (TPM 2.0
+// Library, Part 3, 12.2); all others are the TPM's own trouble.
+var damaged = []tpm2.TPMRC{
+	tpm2.TPMRCIntegrity, tpm2.TPMRCSize, tpm2.TPMRCValue, tpm2.TPMRCAttributes, tpm2.TPMRCHash, tpm2.TPMRCType, tpm2.TPMRCKeySize,
+	tpm2.TPMRCScheme, tpm2.TPMRCSymmetric, tpm2.TPMRCBinding, tpm2.TPMRCInsufficient, tpm2.TPMRCSelector, tpm2.TPMRCKDF, tpm2.TPMRCSensitive,
+}
+
+func (w *Wrapper) unseal(t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, error) {
+	var err error
+	for range unsealTries {
+		var kek *seal.Secret
+		kek, err = w.unsealOnce(t, srk, d)
+		if !errors.Is(err, tpm2.TPMRCPCRChanged) {
+			return kek, err
+		}
+	}
+	return nil, err
+}
+
+// unsealOnce loads the object last: until its authorization policy is satisfied,
+// the few places that a TPM has for objects are for the keys that this takes.
+func (w *Wrapper) unsealOnce(t transport.TPM, srk *SRK, d *slotData) (kek *seal.Secret, err error) {
+	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, srk.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
+	if err != nil {
+		return nil, fmt.Errorf("TPM2_StartAuthSession: %w", err)
+	}
+	defer func() { _ = done() }() // a session that the TPM has ended already can't be ended again
+	if err := w.terms(d).Satisfy(t, session); err != nil {
+		return nil, err
+	}
+	object, err := load(t, srk, d)
+	if err != nil {
+		return nil, err
+	}
+	defer flush(t, object.Handle)
+	seal.Erase(func() {
+		var r *tpm2.UnsealResponse
+		r, err = tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
+		if errors.Is(err, tpm2.TPMRCPolicyFail) {
+			// The PCRs were right, and parseSlot computed the digest: what is left is
+			// an NV index of another Name whose value passed.
+			err = fmt.Errorf("TPM2_Unseal: %w: %w", authpolicy.ErrCounter, err)
+			return
+		}
+		if err != nil {
+			err = fmt.Errorf("TPM2_Unseal: %w", err)
+			return
+		}
+		if n := len(r.OutData.Buffer); n != seal.KEKSize {
+			clear(r.OutData.Buffer)
+			err = corrupt("it holds %d bytes, want %d", n, seal.KEKSize)
+			return
+		}
+		kek, err = w.Memory.Take(r.OutData.Buffer)
+	})
+	return kek, err
+}
+
+// terms are those of the slot, with the boot states that are signed for it.
+func (w *Wrapper) terms(d *slotData) authpolicy.Terms {
+	signed, ok := d.terms[0].(authpolicy.Authorized)
+	if !ok || w.Signed == nil {
+		return d.terms
+	}
+	signed.States = w.Signed(*d.state.Signer)
+	return append(authpolicy.Terms{signed}, d.terms[1:]...)
+}
+
+func load(t transport.TPM, srk *SRK, d *slotData) (object tpm2.NamedHandle, err error) {
+	r, err := tpm2.Load{
+		ParentHandle: srk.auth(srk.Session()),
+		InPrivate:    tpm2.TPM2BPrivate{Buffer: d.Private},
+		InPublic:     tpm2.New2B(*d.public),
+	}.Execute(t)
+	if err != nil {
+		if slices.ContainsFunc(damaged, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) }) {
+			return object, corrupt("TPM2_Load: %w", err)
+		}
+		return object, fmt.Errorf("TPM2_Load: %w", err)
+	}
+	return tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name}, nil
+}
