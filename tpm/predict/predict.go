@@ -1,0 +1,192 @@
+package predict
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+// MaxFile bounds each file of a boot, in bytes. Files are taken as bytes and
+// never copied: real unified kernel images have 20 to 300 MB, so a caller may map
+// the file into memory instead of reading it.
+const MaxFile = 1 << 30
+
+// Files are files of a boot; nil stands for one that is not given.
+type Files struct {
+	// UKI is a unified kernel image as it lies on the EFI system partition: signed,
+	// if it is.
+	UKI []byte
+	// Kernel and Initrd are what GRUB or the firmware loads, for machines without a UKI.
+	Kernel, Initrd []byte
+	// GRUBConfig is the grub.cfg that boots.
+	GRUBConfig []byte
+	// CommandLine is the kernel's, as /proc/cmdline has it, without its final newline.
+	CommandLine *string
+}
+
+// Change says what is different in the next boot.
+type Change struct {
+	// Next are the files that replace the present ones. What is nil stays as it is.
+	Next Files
+	// Dbx is either the next content of the dbx variable (EFI_SIGNATURE_LISTs) or a
+	// signed update of it (EFI_VARIABLE_AUTHENTICATION_2), which the firmware
+	// appends, leaving out what is there already.
+	Dbx []byte
+	// Running are files of the running boot, as far as the caller has them. They
+	// prove that the log is understood; a changed GRUB configuration and a changed
+	// command line of an EFI stub kernel cannot be predicted without them.
+	Running Files
+	// PCRs are those that must be predicted. Other PCRs that cannot be are left
+	// out of the result, events and all. Nil stands for those that decide a boot
+	// of the log's type, [eventlog.BootType.PCRs].
+	PCRs []int
+}
+
+// Refusal says why a boot cannot be predicted.
+type Refusal struct {
+	// PCR is the one that cannot be predicted; -1 if it is not about one.
+	PCR int
+	// Reason says what was not understood: lower case, no full stop.
+	Reason string
+	// Hint is what to do instead.
+	Hint string
+}
+
+func (r *Refusal) Error() string {
+	s := r.Reason
+	if r.PCR >= 0 {
+		s = fmt.Sprintf("PCR %d of the next boot cannot be predicted: %s", r.PCR, r.Reason)
+	}
+	return s + "; " + r.Hint
+}
+
+// Hints of refusals.
+const (
+	hintAfter  = "use `kleidi suspend --boots 1` before the reboot, or the recovery identity and `kleidi reseal` after it"
+	hintFile   = "check that it is the right file, whole and signed"
+	hintChange = "name the files that this machine boots with"
+)
+
+func refuse(pcr int, format string, args ...any) error {
+	return &Refusal{PCR: pcr, Reason: fmt.Sprintf(format, args...), Hint: hintAfter}
+}
+
+func badFile(format string, args ...any) error {
+	return &Refusal{PCR: -1, Reason: fmt.Sprintf(format, args...), Hint: hintFile}
+}
+
+func badChange(format string, args ...any) error {
+	return &Refusal{PCR: -1, Reason: fmt.Sprintf(format, args...), Hint: hintChange}
+}
+
+// Predict returns the log that the next boot will have if only what change names
+// is different. log must be that of the running boot and have been verified
+// ([eventlog.Log.Verify]). The result has the banks that can be computed and
+// does not share memory with log's events that differ. An error is a [*Refusal].
+//
+// It does, in this order:
+//
+//  1. It tells the kind of boot from the log, and refuses files that such a boot
+//     does not have.
+//  2. If running files are given, it predicts the running boot from them; each
+//     digest must come out as the log has it.
+//  3. It replaces the digests that the next dbx and files lead to, each in an event
+//     whose role it recognised.
+//  4. It refuses if one of the demanded PCRs could not be told, and drops the
+//     events of the others.
+func Predict(log *eventlog.Log, change Change) (*eventlog.Log, error) {
+	if err := change.check(log); err != nil {
+		return nil, err
+	}
+	d := newDraft(log)
+	if change.Running.any() {
+		if err := d.prove(change.Running); err != nil {
+			return nil, err
+		}
+	}
+	if change.Dbx != nil {
+		if err := d.dbx(change.Dbx); err != nil {
+			return nil, err
+		}
+	}
+	if err := d.apply(change.Next, change.Running); err != nil {
+		return nil, err
+	}
+	pcrs := change.PCRs
+	if pcrs == nil {
+		next := &eventlog.Log{Banks: d.banks, Events: d.events()}
+		pcrs = slices.Concat(log.BootType().PCRs(log), next.BootType().PCRs(next))
+	}
+	return d.finish(pcrs)
+}
+
+func (f Files) any() bool {
+	return f.UKI != nil || f.Kernel != nil || f.Initrd != nil || f.GRUBConfig != nil || f.CommandLine != nil
+}
+
+// check refuses files that are too large, and those that a boot of this type does
+// not have.
+func (c Change) check(log *eventlog.Log) error {
+	for _, f := range []Files{c.Next, c.Running} {
+		for _, b := range [][]byte{f.UKI, f.Kernel, f.Initrd, f.GRUBConfig} {
+			if len(b) > MaxFile {
+				return badFile("a file of %d bytes, more than %d", len(b), MaxFile)
+			}
+		}
+	}
+	n := c.Next
+	if !n.any() && c.Dbx == nil {
+		return badChange("nothing is named that changes")
+	}
+	t := log.BootType()
+	switch {
+	case !n.any():
+	case t == eventlog.BootUKI && (n.Kernel != nil || n.Initrd != nil || n.GRUBConfig != nil || n.CommandLine != nil):
+		return badChange("this machine boots a unified kernel image, which holds kernel, initrd and command line")
+	case t != eventlog.BootUKI && n.UKI != nil:
+		return badChange("this machine does not boot a unified kernel image (boot type %s)", t)
+	case t == eventlog.BootEFIStub && n.GRUBConfig != nil:
+		return badChange("this machine does not boot with GRUB")
+	case t == eventlog.BootUnknown:
+		return refuse(-1, "the log shows none of the ways to boot that are known")
+	}
+	return nil
+}
+
+// prove predicts the running boot from its own files. PCRs that do not come out as
+// the log has them are lost.
+func (d *draft) prove(running Files) error {
+	same := newDraft(d.old)
+	if err := same.apply(running, running); err != nil {
+		return fmt.Errorf("running boot: %w", err)
+	}
+	for pcr := range eventlog.NumPCRs {
+		if same.unknown[pcr] == nil && !slices.EqualFunc(ofPCR(d.events(), pcr), ofPCR(same.events(), pcr), d.sameDigests) {
+			d.lose(pcr, "the running boot's own files do not lead to its event log, so that the log is not understood")
+		}
+	}
+	return nil
+}
+
+// apply replaces what the next files lead to.
+func (d *draft) apply(next, running Files) error {
+	switch t := d.old.BootType(); {
+	case !next.any():
+		return nil
+	case t == eventlog.BootUKI:
+		return d.uki(next, running)
+	default:
+		return refuse(-1, "no files of a boot of type %s can be predicted", t)
+	}
+}
+
+func ofPCR(events []eventlog.Event, pcr int) []eventlog.Event {
+	var of []eventlog.Event
+	for _, e := range events {
+		if e.PCR == pcr && e.UntrustedType != eventlog.NoAction {
+			of = append(of, e)
+		}
+	}
+	return of
+}
