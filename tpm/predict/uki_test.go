@@ -6,28 +6,29 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
 )
 
 // ukiFiles is what a test's unified kernel image is made of.
 type ukiFiles struct {
 	stub, kernel, osrel, cmdline, initrd string
-	more                                 []Section
-	signer                               *Signer // nil: not signed
+	more                                 []predicttest.Section
+	signer                               *predicttest.Signer // nil: not signed
 }
 
 var baseUKI = ukiFiles{stub: "252.39-1~deb12u1", kernel: "6.1.0-56-amd64", osrel: "ID=test\n", cmdline: "quiet root=/dev/sda1\n", initrd: "initrd one"}
 
-func (u ukiFiles) linux() []byte { return Kernel(u.kernel, "kernel "+u.kernel) }
+func (u ukiFiles) linux() []byte { return predicttest.Kernel(u.kernel, "kernel "+u.kernel) }
 
-func (u ukiFiles) sections() []Section {
-	s := []Section{{Name: ".osrel", Content: []byte(u.osrel)}, {Name: ".cmdline", Content: []byte(u.cmdline)},
+func (u ukiFiles) sections() []predicttest.Section {
+	s := []predicttest.Section{{Name: ".osrel", Content: []byte(u.osrel)}, {Name: ".cmdline", Content: []byte(u.cmdline)},
 		{Name: ".initrd", Content: []byte(u.initrd)}}
-	s = slices.DeleteFunc(append(s, u.more...), func(s Section) bool { return len(s.Content) == 0 })
-	return append(s, Section{Name: ".linux", Content: u.linux()})
+	s = slices.DeleteFunc(append(s, u.more...), func(s predicttest.Section) bool { return len(s.Content) == 0 })
+	return append(s, predicttest.Section{Name: ".linux", Content: u.linux()})
 }
 
 func (u ukiFiles) build(t testing.TB) []byte {
-	image := UKI(u.stub, u.sections()...)
+	image := predicttest.UKI(u.stub, u.sections()...)
 	if u.signer != nil {
 		image = sign(t, u.signer, image)
 	}
@@ -43,18 +44,18 @@ func (u ukiFiles) boot(t testing.TB, secureBoot bool, sections []string, line st
 	authorise(log, 0, "db", signers().ca.Cert)
 	image := u.build(t)
 	at := find(t, log, 4, "BOOTX64.EFI", 0)
-	remeasure(log, at, Hashed(image), resized(log.Events[at].UntrustedData, len(image)))
+	remeasure(log, at, predicttest.Hashed(image), resized(log.Events[at].UntrustedData, len(image)))
 	first := find(t, log, 11, ".linux", 0)
 	events := slices.Clone(log.Events[:first])
 	for _, name := range sections {
-		i := slices.IndexFunc(u.sections(), func(s Section) bool { return s.Name == name })
+		i := slices.IndexFunc(u.sections(), func(s predicttest.Section) bool { return s.Name == name })
 		events = append(events,
 			eventlog.Measure(log.Banks, 11, eventlog.IPL, append([]byte(name), 0), toUTF16Z(name)),
 			eventlog.Measure(log.Banks, 11, eventlog.IPL, u.sections()[i].Content, toUTF16Z(name)))
 	}
 	if !secureBoot {
 		data := resized(append(make([]byte, 24), 4, 0, 0, 0, 0, 0, 0, 0, 0x7f, 0xff, 4, 0), len(u.linux()))
-		events = append(events, eventlog.Measure(log.Banks, 4, eventlog.EFIBootServicesApp, Hashed(u.linux()), data))
+		events = append(events, eventlog.Measure(log.Banks, 4, eventlog.EFIBootServicesApp, predicttest.Hashed(u.linux()), data))
 	}
 	log.Events = append(events, log.Events[first+8:]...)
 	if !secureBoot {

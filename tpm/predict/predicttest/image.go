@@ -1,4 +1,7 @@
-package predict
+// Package predicttest makes small PE images, unified kernel images among them,
+// and signs them: files that firmware would measure as it does real ones, for
+// tests that cannot have real ones. They do not run.
+package predicttest
 
 import (
 	"bytes"

@@ -1,4 +1,4 @@
-package predict
+package predicttest
 
 import (
 	"crypto"
@@ -83,7 +83,7 @@ func (s *Signer) Sign(image []byte) ([]byte, error) {
 	return attach(image, data), nil
 }
 
-type signedAttribute struct {
+type attribute struct {
 	ID    asn1.ObjectIdentifier
 	Value asn1.RawValue `asn1:"set"`
 }
@@ -107,7 +107,7 @@ func attributes(statement []byte) (set, implicit asn1.RawValue, err error) {
 		if err != nil {
 			return set, implicit, err
 		}
-		one, err := asn1.Marshal(signedAttribute{a.id, asn1.RawValue{Tag: asn1.TagSet, IsCompound: true, Bytes: value}})
+		one, err := asn1.Marshal(attribute{a.id, asn1.RawValue{Tag: asn1.TagSet, IsCompound: true, Bytes: value}})
 		if err != nil {
 			return set, implicit, err
 		}
