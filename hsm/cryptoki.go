@@ -1,0 +1,182 @@
+//go:build cgo
+
+package hsm
+
+/*
+#cgo linux LDFLAGS: -ldl
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef unsigned long ulong_t; // CK_ULONG
+
+// A CK_FUNCTION_LIST: the functions of PKCS#11 v2.40 in the standard's order.
+typedef struct {
+	unsigned char version[2];
+	void *function[68];
+} functions;
+enum { encrypt = 30, decrypt = 34, wrap_key = 60 };
+
+typedef ulong_t (*get_function_list)(functions **);
+typedef ulong_t (*single_part)(ulong_t session, void *in, ulong_t in_size, void *out, ulong_t *out_size);
+typedef struct {
+	ulong_t type;
+	void *parameter;
+	ulong_t size;
+} mechanism_t;
+typedef ulong_t (*wrap)(ulong_t session, mechanism_t *, ulong_t wrapping, ulong_t key, void *out, ulong_t *out_size);
+
+// kleidi_load loads a module for good. It returns what is wrong with it, which the
+// caller frees, or NULL.
+static char *kleidi_load(const char *path, functions **list) {
+	void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+	if (module == NULL) {
+		const char *why = dlerror();
+		return strdup(why ? why : "dlopen failed");
+	}
+	get_function_list get = (get_function_list)dlsym(module, "C_GetFunctionList");
+	if (get == NULL) {
+		dlclose(module);
+		return strdup("it is a shared library, but no PKCS#11 module: it has no C_GetFunctionList");
+	}
+	if (get(list) != 0 || *list == NULL)
+		return strdup("C_GetFunctionList fails");
+	return NULL;
+}
+
+static ulong_t kleidi_single_part(functions *list, int which, ulong_t session, void *in, ulong_t in_size, void *out, ulong_t *out_size) {
+	return ((single_part)list->function[which])(session, in, in_size, out, out_size);
+}
+
+static ulong_t kleidi_wrap_key(functions *list, ulong_t session, ulong_t type, ulong_t wrapping, ulong_t key, void *out, ulong_t *out_size) {
+	mechanism_t m = {type, NULL, 0};
+	return ((wrap)list->function[wrap_key])(session, &m, wrapping, key, out, out_size);
+}
+
+// kleidi_scrub overwrites what was just freed on this thread: malloc hands out
+// first what was freed last. glibc keeps at most seven blocks of a size per thread.
+static void kleidi_scrub(void) {
+	enum { sizes = 64, each = 8 };
+	static __thread void *block[sizes][each];
+	for (size_t i = 0; i < sizes; i++)
+		for (size_t j = 0; j < each; j++)
+			if ((block[i][j] = malloc(24 + 16 * i)) != NULL)
+				explicit_bzero(block[i][j], 24 + 16 * i);
+	for (size_t i = 0; i < sizes; i++)
+		for (size_t j = 0; j < each; j++)
+			free(block[i][j]);
+}
+*/
+import "C"
+
+import (
+	"errors"
+	"unsafe"
+
+	"github.com/miekg/pkcs11"
+)
+
+// cryptoki is what kleidi calls of a module; *pkcs11.Ctx is one. Names are PKCS#11's.
+type cryptoki interface {
+	Initialize(...pkcs11.InitializeOption) error
+	Finalize() error
+	GetSlotList(tokenPresent bool) ([]uint, error)
+	GetTokenInfo(slotID uint) (pkcs11.TokenInfo, error)
+	GetMechanismInfo(slotID uint, m []*pkcs11.Mechanism) (pkcs11.MechanismInfo, error)
+	OpenSession(slotID, flags uint) (pkcs11.SessionHandle, error)
+	CloseSession(pkcs11.SessionHandle) error
+	Login(sh pkcs11.SessionHandle, userType uint, pin string) error
+	Logout(pkcs11.SessionHandle) error
+	FindObjectsInit(pkcs11.SessionHandle, []*pkcs11.Attribute) error
+	FindObjects(sh pkcs11.SessionHandle, most int) ([]pkcs11.ObjectHandle, bool, error)
+	FindObjectsFinal(pkcs11.SessionHandle) error
+	GetAttributeValue(pkcs11.SessionHandle, pkcs11.ObjectHandle, []*pkcs11.Attribute) ([]*pkcs11.Attribute, error)
+	GenerateKey(pkcs11.SessionHandle, []*pkcs11.Mechanism, []*pkcs11.Attribute) (pkcs11.ObjectHandle, error)
+	CreateObject(pkcs11.SessionHandle, []*pkcs11.Attribute) (pkcs11.ObjectHandle, error)
+	DestroyObject(pkcs11.SessionHandle, pkcs11.ObjectHandle) error
+	EncryptInit(pkcs11.SessionHandle, []*pkcs11.Mechanism, pkcs11.ObjectHandle) error
+	Encrypt(sh pkcs11.SessionHandle, message []byte) ([]byte, error)
+	DecryptInit(pkcs11.SessionHandle, []*pkcs11.Mechanism, pkcs11.ObjectHandle) error
+	Decrypt(sh pkcs11.SessionHandle, ciphertext []byte) ([]byte, error)
+	WrapKey(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, wrapping, key pkcs11.ObjectHandle) ([]byte, error)
+	UnwrapKey(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, unwrapping pkcs11.ObjectHandle, wrapped []byte, a []*pkcs11.Attribute) (pkcs11.ObjectHandle, error)
+}
+
+// ctx is miekg's binding, but for three calls. That one asks a module for the size
+// of the output first, which NSS softokn gets wrong for key wrapping, and leaves
+// a copy of the output in freed memory.
+type ctx struct {
+	*pkcs11.Ctx
+	list *C.functions
+}
+
+// load loads a module. miekg's binding drops dlerror's text and what
+// C_GetFunctionList returns, so both are looked at before.
+func load(path string) (*ctx, error) {
+	name := C.CString(path)
+	defer C.free(unsafe.Pointer(name))
+	c := &ctx{}
+	if why := C.kleidi_load(name, &c.list); why != nil {
+		defer C.free(unsafe.Pointer(why))
+		return nil, errors.New(C.GoString(why))
+	}
+	if c.Ctx = pkcs11.New(path); c.Ctx == nil {
+		return nil, errors.New("dlopen failed")
+	}
+	return c, nil
+}
+
+// output is a buffer for whatever wraps or is wrapped, in bytes.
+const output = 2 * maxCiphertext
+
+// Encrypt is C_Encrypt.
+func (c *ctx) Encrypt(sh pkcs11.SessionHandle, message []byte) ([]byte, error) {
+	return c.singlePart(C.encrypt, sh, message)
+}
+
+// Decrypt is C_Decrypt. The caller clears the whole capacity of what it returns.
+func (c *ctx) Decrypt(sh pkcs11.SessionHandle, ciphertext []byte) ([]byte, error) {
+	return c.singlePart(C.decrypt, sh, ciphertext)
+}
+
+func (c *ctx) singlePart(which C.int, sh pkcs11.SessionHandle, in []byte) ([]byte, error) {
+	out := make([]byte, output)
+	n := C.ulong_t(len(out))
+	rv := C.kleidi_single_part(c.list, which, C.ulong_t(sh), unsafe.Pointer(&in[0]), C.ulong_t(len(in)), unsafe.Pointer(&out[0]), &n)
+	return returned(out, n, rv)
+}
+
+// WrapKey is C_WrapKey with a mechanism that has no parameter.
+func (c *ctx) WrapKey(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, wrapping, key pkcs11.ObjectHandle) ([]byte, error) {
+	out := make([]byte, output)
+	n := C.ulong_t(len(out))
+	rv := C.kleidi_wrap_key(c.list, C.ulong_t(sh), C.ulong_t(m[0].Mechanism), C.ulong_t(wrapping), C.ulong_t(key), unsafe.Pointer(&out[0]), &n)
+	return returned(out, n, rv)
+}
+
+func returned(out []byte, n, rv C.ulong_t) ([]byte, error) {
+	if rv != pkcs11.CKR_OK {
+		clear(out)
+		return nil, pkcs11.Error(rv)
+	}
+	if int(n) > len(out) {
+		clear(out)
+		return nil, pkcs11.Error(pkcs11.CKR_GENERAL_ERROR)
+	}
+	return out[:n], nil
+}
+
+// scrub overwrites what was just freed on this thread. miekg's binding copies PINs
+// and the KEK of C_CreateObject and C_GetAttributeValue through small blocks from
+// malloc and frees them as they are, and so may modules.
+func scrub() { C.kleidi_scrub() }
+
+// cString returns s as C memory, or nil for "", and what frees it.
+func cString(s string) (p unsafe.Pointer, free func()) {
+	if s == "" {
+		return nil, func() {}
+	}
+	p = unsafe.Pointer(C.CString(s))
+	return p, func() { C.free(p) }
+}

@@ -1,0 +1,233 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"crypto/rand"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/sealtest"
+)
+
+// backend is a PKCS#11 module with tokens that a test may do anything with.
+type backend struct {
+	name     string
+	module   string
+	initArgs string
+	tokens   []string // two labels
+	only     []string // mechanisms that it offers, as slots name them
+
+}
+
+const (
+	testPIN   = "kleidi-test-1234"
+	testSOPIN = "kleidi-so-5678"
+)
+
+// firstFile returns the first of these files that there is.
+func firstFile(t *testing.T, paths ...string) string {
+	t.Helper()
+	for _, p := range paths {
+		if _, err := os.Stat(p); err == nil {
+			return p
+		}
+	}
+	t.Fatalf("none of %q is there; run .ci/deps softhsm2-util nss", paths)
+	return ""
+}
+
+// admin runs f with an initialised module, in a turn of its own.
+func admin(t *testing.T, module, initArgs string, f func(cryptoki)) {
+	t.Helper()
+	_, err := do(t.Context(), moduleAt(module), initArgs, func() (int, error) { f(moduleAt(module).p); return 0, nil }, func(int) {}, func() {})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func must[T any](t *testing.T) func(T, error) T {
+	return func(v T, err error) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+func ok(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// softHSM makes two tokens in a folder of the test's own.
+func softHSM(t *testing.T) *backend {
+	t.Helper()
+	dir := t.TempDir()
+	ok(t, os.Mkdir(filepath.Join(dir, "tokens"), 0o700))
+	conf := filepath.Join(dir, "softhsm2.conf")
+	ok(t, os.WriteFile(conf, []byte("directories.tokendir = "+dir+"/tokens\nlog.level = ERROR\n"), 0o600))
+	t.Setenv("SOFTHSM2_CONF", conf)
+	b := &backend{name: "softhsm", tokens: []string{"kleidi-a", "kleidi-b"}, only: []string{mechGCM, mechWrapPad},
+		module: firstFile(t, "/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so")}
+	for _, label := range b.tokens {
+		b.initToken(t, label)
+	}
+	return b
+}
+
+// initToken makes a token in SoftHSM's free slot.
+func (b *backend) initToken(t *testing.T, label string) {
+	t.Helper()
+	var slot uint
+	admin(t, b.module, "", func(p cryptoki) {
+		slots := must[[]uint](t)(p.GetSlotList(true))
+		slot = slots[len(slots)-1]
+		ok(t, p.(*ctx).InitToken(slot, testSOPIN, label))
+		b.setPIN(t, p.(*ctx), slot, testSOPIN)
+	})
+}
+
+func (b *backend) setPIN(t *testing.T, p *ctx, slot uint, so string) {
+	t.Helper()
+	h := must[pkcs11.SessionHandle](t)(p.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION))
+	ok(t, p.Login(h, pkcs11.CKU_SO, so))
+	ok(t, p.InitPIN(h, testPIN))
+	ok(t, p.Logout(h))
+	ok(t, p.CloseSession(h))
+}
+
+// config returns a configuration for a key of one of the tokens, with a PIN file.
+func (b *backend) config(t *testing.T, token int, key string) Config {
+	t.Helper()
+	pin := filepath.Join(t.TempDir(), "pin")
+	ok(t, os.WriteFile(pin, []byte(testPIN+"\n"), 0o600))
+	return Config{Module: b.module, InitArgs: b.initArgs, URI: fmt.Sprintf("pkcs11:token=%s;object=%s", b.tokens[token], key), PINFile: pin}
+}
+
+func newWrapper(t *testing.T, c Config, only ...string) *Wrapper {
+	t.Helper()
+	w := must[*Wrapper](t)(New(c))
+	w.only = only
+	return w
+}
+
+// generated returns a wrapper over a fresh key.
+func (b *backend) generated(t *testing.T, token int, key string, only ...string) *Wrapper {
+	t.Helper()
+	w := newWrapper(t, b.config(t, token, key), only...)
+	must[Key](t)(w.GenerateKey(t.Context()))
+	return w
+}
+
+// inSession runs f in a logged-in read-write session with w's token.
+func inSession(t *testing.T, w *Wrapper, f func(*session)) {
+	t.Helper()
+	_, err := run(t.Context(), w, pkcs11.CKF_RW_SESSION, func(s *session) (int, error) { f(s); return 0, nil }, func(int) {}, func() {})
+	ok(t, err)
+}
+
+// aesKey makes a key with both pairs of permissions, as one that an
+// administrator made might have.
+func (b *backend) aesKey(t *testing.T, w *Wrapper, label string, more ...*pkcs11.Attribute) {
+	t.Helper()
+	inSession(t, w, func(s *session) {
+		id := make([]byte, 8)
+		rand.Read(id)
+		template := append([]*pkcs11.Attribute{
+			attribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attribute(pkcs11.CKA_VALUE_LEN, keySize),
+			attribute(pkcs11.CKA_LABEL, label), attribute(pkcs11.CKA_ID, id), attribute(pkcs11.CKA_TOKEN, true), attribute(pkcs11.CKA_PRIVATE, true),
+			attribute(pkcs11.CKA_SENSITIVE, true), attribute(pkcs11.CKA_EXTRACTABLE, false),
+		}, more...)
+		must[pkcs11.ObjectHandle](t)(s.GenerateKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, template))
+	})
+}
+
+func permissions(crypt, wrap bool) []*pkcs11.Attribute {
+	return []*pkcs11.Attribute{attribute(pkcs11.CKA_ENCRYPT, crypt), attribute(pkcs11.CKA_DECRYPT, crypt), attribute(pkcs11.CKA_WRAP, wrap), attribute(pkcs11.CKA_UNWRAP, wrap)}
+}
+
+// rsaKey makes an RSA key pair.
+func (b *backend) rsaKey(t *testing.T, w *Wrapper, label string) {
+	t.Helper()
+	inSession(t, w, func(s *session) {
+		name := []*pkcs11.Attribute{attribute(pkcs11.CKA_LABEL, label), attribute(pkcs11.CKA_ID, []byte{7}), attribute(pkcs11.CKA_TOKEN, true)}
+		public := append([]*pkcs11.Attribute{attribute(pkcs11.CKA_MODULUS_BITS, minRSA), attribute(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}),
+			attribute(pkcs11.CKA_ENCRYPT, true)}, name...)
+		private := append([]*pkcs11.Attribute{attribute(pkcs11.CKA_PRIVATE, true), attribute(pkcs11.CKA_SENSITIVE, true), attribute(pkcs11.CKA_EXTRACTABLE, false),
+			attribute(pkcs11.CKA_DECRYPT, true)}, name...)
+		_, _, err := s.cryptoki.(*ctx).GenerateKeyPair(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, nil)}, public, private)
+		ok(t, err)
+	})
+}
+
+// nss makes two of NSS softokn's databases. The module opens one at a time: which
+// is said at C_Initialize.
+func nss(t *testing.T) *backend {
+	t.Helper()
+	t.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1") // a login costs as little as elsewhere
+	b := &backend{name: "nss", tokens: []string{"kleidi-a", "kleidi-a"}, only: []string{mechGCM, mechKWP, mechKWPKey, mechWrapPad, mechOAEP},
+		module: firstFile(t, "/usr/lib/x86_64-linux-gnu/libsoftokn3.so", "/usr/lib/x86_64-linux-gnu/nss/libsoftokn3.so", "/usr/lib/aarch64-linux-gnu/libsoftokn3.so", "/usr/lib64/libsoftokn3.so")}
+	b.initArgs = b.database(t)
+	return b
+}
+
+// database makes an empty database with a user PIN.
+func (b *backend) database(t *testing.T) (initArgs string) {
+	t.Helper()
+	initArgs = fmt.Sprintf("configdir='sql:%s' certPrefix='' keyPrefix='' secmod='' flags=noModDB dbTokenDescription='%s'", t.TempDir(), b.tokens[0])
+	admin(t, b.module, initArgs, func(p cryptoki) {
+		for _, slot := range must[[]uint](t)(p.GetSlotList(true)) {
+			if info := must[pkcs11.TokenInfo](t)(p.GetTokenInfo(slot)); trim(info.Label) == b.tokens[0] {
+				b.setPIN(t, p.(*ctx), slot, "")
+			}
+		}
+	})
+	return initArgs
+}
+
+func TestSoftHSM(t *testing.T) {
+	b := softHSM(t)
+	for i, name := range b.only {
+		t.Run(name, func(t *testing.T) {
+			label := fmt.Sprintf("kek-%d", i)
+			var harness [2]*Wrapper
+			for token := range b.tokens {
+				harness[token] = newWrapper(t, b.config(t, token, label), name)
+				b.aesKey(t, harness[token], label, permissions(true, true)...)
+			}
+			sealtest.Run(t, func(t *testing.T) sealtest.Harness {
+				return sealtest.Harness{Wrapper: harness[0], Other: harness[1], Memory: seal.Memory{}}
+			})
+		})
+	}
+}
+
+func TestNSS(t *testing.T) {
+	a, other := nss(t), nss(t)
+	for i, name := range a.only {
+		t.Run(name, func(t *testing.T) {
+			label := fmt.Sprintf("kek-%d", i)
+			var harness [2]*Wrapper
+			for j, b := range []*backend{a, other} {
+				harness[j] = newWrapper(t, b.config(t, 0, label), name)
+				if name == mechOAEP {
+					b.rsaKey(t, harness[j], label)
+				} else {
+					b.aesKey(t, harness[j], label, permissions(true, true)...)
+				}
+			}
+			sealtest.Run(t, func(t *testing.T) sealtest.Harness {
+				return sealtest.Harness{Wrapper: harness[0], Other: harness[1], Memory: seal.Memory{}}
+			})
+		})
+	}
+}

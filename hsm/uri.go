@@ -1,0 +1,140 @@
+package hsm
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+)
+
+// maxURI bounds a PKCS#11 URI, in bytes.
+const maxURI = 4096
+
+// uri is what kleidi takes from a PKCS#11 URI (RFC 7512).
+type uri struct {
+	token, serial, manufacturer, model string
+	slotID                             *uint
+	object                             string
+	id                                 []byte
+	class                              string // "secret-key", "private" or ""
+	modulePath                         string
+	pinFile                            string
+}
+
+// pathAttributes are the attributes of the URI's path and what each sets.
+var pathAttributes = map[string]func(u *uri, v string) error{
+	"token":        func(u *uri, v string) error { u.token = v; return nil },
+	"serial":       func(u *uri, v string) error { u.serial = v; return nil },
+	"manufacturer": func(u *uri, v string) error { u.manufacturer = v; return nil },
+	"model":        func(u *uri, v string) error { u.model = v; return nil },
+	"object":       func(u *uri, v string) error { u.object = v; return nil },
+	"id":           func(u *uri, v string) error { u.id = []byte(v); return nil },
+	"type":         (*uri).setClass,
+	"slot-id":      (*uri).setSlotID,
+}
+
+// queryAttributes are those of its query.
+var queryAttributes = map[string]func(u *uri, v string) error{
+	"module-path": (*uri).setModulePath,
+	"pin-source":  (*uri).setPINSource,
+	"pin-value": func(*uri, string) error {
+		return errors.New("a PIN does not belong into a configuration; put it into a file of mode 0600 and name that with pinFile")
+	},
+	"module-name": func(*uri, string) error {
+		return errors.New("modules are not searched for by name; write module-path=/absolute/path")
+	},
+}
+
+// parseURI reads a PKCS#11 URI strictly: an attribute that kleidi doesn't know
+// would silently widen what matches, so it is an error. No error quotes a value:
+// someone may have put a PIN there.
+func parseURI(s string) (*uri, error) {
+	rest, ok := strings.CutPrefix(s, "pkcs11:")
+	if !ok || len(s) > maxURI {
+		return nil, fmt.Errorf("the PKCS#11 URI does not begin with pkcs11:, or has more than %d bytes; see RFC 7512", maxURI)
+	}
+	path, query, _ := strings.Cut(rest, "?")
+	u := &uri{}
+	if err := u.parse(path, ";", pathAttributes); err != nil {
+		return nil, err
+	}
+	if err := u.parse(query, "&", queryAttributes); err != nil {
+		return nil, err
+	}
+	return u, nil
+}
+
+func (u *uri) parse(part, separator string, known map[string]func(*uri, string) error) error {
+	if part == "" {
+		return nil
+	}
+	seen := map[string]bool{}
+	for attribute := range strings.SplitSeq(part, separator) {
+		name, escaped, ok := strings.Cut(attribute, "=")
+		set := known[name]
+		if !ok || set == nil {
+			return fmt.Errorf("the PKCS#11 URI has an attribute that kleidi doesn't use, %.40q; leave it out", name)
+		}
+		if seen[name] {
+			return fmt.Errorf("the PKCS#11 URI says %s= twice; say it once", name)
+		}
+		seen[name] = true
+		value, err := url.PathUnescape(escaped)
+		if err != nil {
+			return fmt.Errorf("the PKCS#11 URI's %s= has a malformed %%-escape; write two hexadecimal digits after each %%", name)
+		}
+		if name != "id" && (!utf8.ValidString(value) || strings.ContainsRune(value, 0)) {
+			return fmt.Errorf("the PKCS#11 URI's %s= is no UTF-8 text; correct it", name)
+		}
+		if value == "" {
+			return fmt.Errorf("the PKCS#11 URI's %s= is empty; leave it out", name)
+		}
+		if err := set(u, value); err != nil {
+			return fmt.Errorf("the PKCS#11 URI's %s=: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func (u *uri) setClass(v string) error {
+	if v != classSecret && v != classPrivate {
+		return fmt.Errorf("want %s (AES) or %s (RSA)", classSecret, classPrivate)
+	}
+	u.class = v
+	return nil
+}
+
+func (u *uri) setSlotID(v string) error {
+	n, err := strconv.ParseUint(v, 10, 32)
+	if err != nil {
+		return errors.New("want a number; pkcs11-tool --list-slots shows them")
+	}
+	id := uint(n)
+	u.slotID = &id
+	return nil
+}
+
+func (u *uri) setModulePath(v string) error {
+	if !filepath.IsAbs(v) {
+		return errors.New("want an absolute path")
+	}
+	u.modulePath = v
+	return nil
+}
+
+// setPINSource takes file:/path, file:///path and /path; RFC 7512 allows a program
+// behind a pipe sign too, which is not run.
+func (u *uri) setPINSource(v string) error {
+	path := v
+	if rest, ok := strings.CutPrefix(v, "file:"); ok {
+		path = strings.TrimPrefix(rest, "//")
+	}
+	if !filepath.IsAbs(path) {
+		return errors.New("want file:/absolute/path; nothing else is read or run")
+	}
+	u.pinFile = path
+	return nil
+}
