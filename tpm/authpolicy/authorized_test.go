@@ -97,11 +97,13 @@ func TestAuthorized(t *testing.T) {
 				firmware := presentPCRs(t, tp, crypto.SHA256, 7)
 				good := op.state(now, ref)
 				old := op.state(authpolicy.PCR{Bank: bank, Values: values(bank, 4, 7, 9)}, ref)
+				otherBank := op.state(authpolicy.PCR{Bank: crypto.SHA256 + crypto.SHA384 - bank, Values: values(crypto.SHA256+crypto.SHA384-bank, 4, 7, 9)}, ref)
 				otherSet := op.state(authpolicy.PCR{Bank: bank, Values: values(bank, 4, 11)}, ref)
 				forged := stranger.state(now, ref)
 				for name, states := range map[string][]authpolicy.SignedState{
 					"alone": {good}, "after an old one": {old, good}, "before another set": {good, otherSet},
 					"after another set": {otherSet, old, good}, "after a forged one": {forged, good},
+					"after another bank": {otherBank, good},
 				} {
 					terms := authpolicy.Terms{authpolicy.Authorized{Key: op.public, Ref: ref, States: states}, firmware, epochTerm(counter, epoch)}
 					got, err := digestOnTPM(tp, terms)
