@@ -1,0 +1,187 @@
+package attest_test
+
+import (
+	"bytes"
+	"crypto"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+	"github.com/beezy-dev/kleidi/tpm/tpmtest"
+)
+
+func marshal(t testing.TB, e *attest.Evidence) []byte {
+	t.Helper()
+	b, err := e.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// TestSavedEvidenceVerifies: what was saved and read verifies as it did, with the same
+// ordered digests, and says what it was made for.
+func TestSavedEvidenceVerifies(t *testing.T) {
+	for _, boot := range []simboot.Boot{simboot.Baseline(simboot.UKI), simboot.Baseline(simboot.GRUB), phased()} {
+		m := tpmtest.New(t, boot)
+		for _, bank := range []crypto.Hash{crypto.SHA256, crypto.SHA384} {
+			d := demand{nonce, bank, []int{0, 4, 7, 11}}
+			e := collect(t, m, d)
+			before, err := d.result(e)
+			if err != nil {
+				t.Fatal(err)
+			}
+			saved, err := attest.ParseEvidence(marshal(t, e), bank)
+			if err != nil {
+				t.Fatal(err)
+			}
+			after, err := d.result(saved)
+			if err != nil || !reflect.DeepEqual(saved.Quote, e.Quote) {
+				t.Fatalf("%v", err)
+			}
+			if len(e.UserspaceLog) == 0 && !bytes.Equal(saved.FirmwareLog, e.FirmwareLog) {
+				t.Error("the firmware's log was changed")
+			}
+			if got, want := after.Log.Summarize(bank, d.pcrs), before.Log.Summarize(bank, d.pcrs); !reflect.DeepEqual(got, want) {
+				t.Errorf("%v\nwant %v", got, want)
+			}
+			if n, err := saved.Nonce(); err != nil || !bytes.Equal(n, nonce) {
+				t.Errorf("nonce %x, %v", n, err)
+			}
+			if !bytes.Equal(marshal(t, saved), marshal(t, e)) {
+				t.Error("saved again it is another file")
+			}
+		}
+	}
+}
+
+func field(number protowire.Number, value []byte) []byte {
+	return protowire.AppendBytes(protowire.AppendTag(nil, number, protowire.BytesType), value)
+}
+
+// without returns a message without one of its fields, and that field's value.
+func without(t *testing.T, b []byte, number protowire.Number) (rest, value []byte) {
+	t.Helper()
+	for len(b) > 0 {
+		n, typ, head := protowire.ConsumeTag(b)
+		size := protowire.ConsumeFieldValue(n, typ, b[head:])
+		if size < 0 {
+			t.Fatal(protowire.ParseError(size))
+		}
+		if n == number {
+			value, _ = protowire.ConsumeBytes(b[head:])
+		} else {
+			rest = append(rest, b[:head+size]...)
+		}
+		b = b[head+size:]
+	}
+	return rest, value
+}
+
+// TestSavedEvidenceIsReadStrictly: what could be read in two ways is refused.
+func TestSavedEvidenceIsReadStrictly(t *testing.T) {
+	e := collect(t, tpmtest.New(t, simboot.Baseline(simboot.UKI)), ordinary)
+	good := marshal(t, e)
+	noQuote, quote := without(t, good, 2)
+	noValues, values := without(t, quote, 3)
+	value := append(protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), 4), field(2, make([]byte, 32))...)
+	beyond := append(protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), 24), field(2, make([]byte, 32))...)
+	empty := protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), 3)
+	withValues := func(more []byte) []byte {
+		return slices.Concat(noQuote, field(2, slices.Concat(noValues, field(3, slices.Concat(values, field(2, more))))))
+	}
+	for name, c := range map[string]struct {
+		b      []byte
+		reason string
+	}{
+		"empty":             {nil, "0 quotes over sha256"},
+		"no quote":          {noQuote, "0 quotes over sha256"},
+		"two quotes":        {slices.Concat(good, field(2, quote)), "2 quotes over sha256"},
+		"two keys":          {slices.Concat(good, field(1, []byte("key"))), "stands twice"},
+		"two logs":          {slices.Concat(good, field(3, nil)), "stands twice"},
+		"two statements":    {slices.Concat(noQuote, field(2, slices.Concat(quote, field(1, nil)))), "stands twice"},
+		"two signatures":    {slices.Concat(noQuote, field(2, slices.Concat(quote, field(2, nil)))), "stands twice"},
+		"a PCR twice":       {withValues(value), "PCR 4"},
+		"PCR 24":            {withValues(beyond), "PCR 24 does not exist"},
+		"a PCR of no value": {withValues(empty), "PCR 3"},
+		"truncated":         {good[:len(good)-1], "saved evidence: "},
+		"garbage":           {bytes.Repeat([]byte{0xff}, 40), "saved evidence: "},
+		"too large":         {make([]byte, attest.MaxEvidence+1), "more than"},
+	} {
+		if _, err := attest.ParseEvidence(c.b, crypto.SHA256); err == nil || !strings.Contains(err.Error(), c.reason) {
+			t.Errorf("%s: %v, want %q", name, err, c.reason)
+		}
+	}
+	if _, err := attest.ParseEvidence(good, crypto.SHA384); err == nil || !strings.Contains(err.Error(), "0 quotes over sha384") {
+		t.Errorf("another bank: %v", err)
+	}
+	// Others' fields, and their quotes over other banks, are passed over.
+	more := slices.Concat(field(6, []byte("a certificate")), protowire.AppendVarint(protowire.AppendTag(nil, 99, protowire.VarintType), 7), field(2, noValues), good)
+	if read, err := attest.ParseEvidence(more, crypto.SHA256); err != nil || ordinary.verify(read) != nil {
+		t.Errorf("with others' fields: %v", err)
+	}
+}
+
+// TestSavedEvidenceIsForged: an altered file does not verify.
+func TestSavedEvidenceIsForged(t *testing.T) {
+	e := collect(t, tpmtest.New(t, phased()), ordinary)
+	for name, change := range map[string]func(*attest.Evidence){
+		"a value": func(e *attest.Evidence) {
+			e.Quote.PCRs = maps.Clone(e.Quote.PCRs)
+			e.Quote.PCRs[7] = make([]byte, 32)
+		},
+		"the signature": func(e *attest.Evidence) {
+			e.Quote.Signature = append(e.Quote.Signature[:len(e.Quote.Signature):len(e.Quote.Signature)], 0)[1:]
+		},
+		"no userspace log": func(e *attest.Evidence) { e.UserspaceLog = nil },
+		"no firmware's log": func(e *attest.Evidence) {
+			e.FirmwareLog, e.UserspaceLog = (&eventlog.Log{Banks: []crypto.Hash{crypto.SHA256}}).Encode(), nil
+		},
+	} {
+		forged := *e
+		change(&forged)
+		read, err := attest.ParseEvidence(marshal(t, &forged), crypto.SHA256)
+		if err == nil {
+			err = ordinary.verify(read)
+		}
+		if err == nil {
+			t.Errorf("%s: it verifies", name)
+		}
+	}
+	broken := *e
+	broken.UserspaceLog = []byte("no record")
+	if _, err := broken.Marshal(); err == nil {
+		t.Error("a log that can't be read is saved")
+	}
+}
+
+// FuzzParseEvidence: whatever parses is written as it was read.
+func FuzzParseEvidence(f *testing.F) {
+	m := tpmtest.New(f, phased())
+	a := attest.Attester{Device: m.TPM(), Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}}
+	e, err := a.Collect(f.Context(), nil, nonce, crypto.SHA256, ordinary.pcrs)
+	if err != nil {
+		f.Fatal(err)
+	}
+	e.FirmwareLog = shorten(f, e.FirmwareLog)
+	f.Add(marshal(f, e))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		e, err := attest.ParseEvidence(b, crypto.SHA256)
+		if err != nil {
+			return
+		}
+		again, err := attest.ParseEvidence(marshal(t, e), crypto.SHA256)
+		if err != nil || !slices.Equal(e.Quote.Attest, again.Quote.Attest) || !slices.Equal(e.Quote.AKPublic, again.Quote.AKPublic) ||
+			!slices.Equal(e.FirmwareLog, again.FirmwareLog) || !maps.EqualFunc(e.Quote.PCRs, again.Quote.PCRs, bytes.Equal) {
+			t.Errorf("%v", err)
+		}
+		_, _ = e.Nonce()
+	})
+}
