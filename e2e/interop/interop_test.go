@@ -3,14 +3,18 @@ package interop
 import (
 	"bytes"
 	"crypto"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	pb "github.com/google/go-tpm-tools/proto/attest"
-	tpmpb "github.com/google/go-tpm-tools/proto/tpm"
 	"github.com/google/go-tpm-tools/server"
 	"github.com/google/go-tpm/tpm2"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
@@ -25,27 +29,61 @@ var nonce = bytes.Repeat([]byte{0x5a}, 32)
 // pcrs are those of the firmware, the loaders and the kernel.
 var pcrs = []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 14}
 
-// attestation is evidence as go-tpm-tools' proto has it. The userspace events are
-// appended to the firmware's, for there is one log only.
+// attestation is evidence as go-tpm-tools reads what kleidi saves.
 func attestation(t *testing.T, e *attest.Evidence) *pb.Attestation {
 	t.Helper()
-	log, err := eventlog.Parse(e.FirmwareLog)
+	b, err := e.Marshal()
 	if err != nil {
 		t.Fatal(err)
 	}
-	events, err := eventlog.ParseUserspace(e.UserspaceLog)
+	a := &pb.Attestation{}
+	if err := proto.Unmarshal(b, a); err != nil {
+		t.Fatal(err)
+	}
+	if len(a.ProtoReflect().GetUnknown()) > 0 || len(a.GetQuotes()) != 1 || len(a.GetQuotes()[0].ProtoReflect().GetUnknown()) > 0 {
+		t.Fatalf("go-tpm-tools reads another message: %v", a)
+	}
+	return a
+}
+
+// TestEvidenceOfOthers: kleidi reads what Google's virtual machines sent to
+// go-tpm-tools. Their quotes are over all PCRs, and IMA's measurements (PCR 10) are in
+// no log: they are refused for that alone.
+func TestEvidenceOfOthers(t *testing.T) {
+	dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/google/go-tpm-tools").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	log.Append(events)
-	values := map[uint32][]byte{}
-	for i, v := range e.Quote.PCRs {
-		values[uint32(i)] = v
-	}
-	return &pb.Attestation{
-		AkPub: e.Quote.AKPublic, EventLog: log.Encode(),
-		Quotes: []*tpmpb.Quote{{Quote: e.Quote.Attest, RawSig: e.Quote.Signature,
-			Pcrs: &tpmpb.PCRs{Hash: tpmpb.HashAlgo(authpolicy.Banks[e.Quote.Bank]), Pcrs: values}}},
+	for name, c := range map[string]struct {
+		nonce  []byte
+		reason string
+	}{
+		"gce-cos-85-no-nonce.pb":  {nil, "no nonce was provided"},
+		"gce-cos-85-nonce9009.pb": {[]byte{0x90, 0x09}, "no event at all for PCR 10"},
+	} {
+		b, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(dir)), "internal/test/attestations", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := attest.ParseEvidence(b, crypto.SHA256)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if said, err := e.Nonce(); err != nil || !bytes.Equal(said, c.nonce) {
+			t.Errorf("%s: nonce %x, %v", name, said, err)
+		}
+		_, err = attest.Verify(e, c.nonce, crypto.SHA256, slices.Sorted(maps.Keys(e.Quote.PCRs)))
+		if err == nil || !strings.Contains(err.Error(), c.reason) {
+			t.Errorf("%s: %v, want %q", name, err, c.reason)
+		}
+		delete(e.Quote.PCRs, 10)
+		if _, err := attest.VerifyLogs(e.FirmwareLog, nil, crypto.SHA256, e.Quote.PCRs); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		e.Quote.PCRs[4] = flipLast(e.Quote.PCRs[4])
+		if _, err := attest.VerifyLogs(e.FirmwareLog, nil, crypto.SHA256, e.Quote.PCRs); err == nil {
+			t.Errorf("%s: an altered value verifies", name)
+		}
 	}
 }
 
