@@ -9,15 +9,18 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
 	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
 // recoveryChoice is how the keyring can be opened when the TPM does not.
@@ -29,6 +32,7 @@ type recoveryChoice struct {
 
 func (a *app) newInit() *cobra.Command {
 	var choice recoveryChoice
+	var pin string
 	cmd := &cobra.Command{
 		Use:   "init",
 		Short: "Make a KEK and a keyring, and seal the KEK to this machine's TPM",
@@ -45,11 +49,12 @@ made for an age public key whose identity you keep elsewhere.`,
 			if err := choice.check(a); err != nil {
 				return err
 			}
-			return a.runInit(cmd, &choice)
+			return a.runInit(cmd, &choice, pin)
 		},
 	}
 	flags := cmd.Flags()
 	flags.StringArrayVar(&choice.recipients, "recovery-recipient", nil, "age public key (age1…) to make the recovery slot for; may be repeated")
+	flags.StringVar(&pin, "pin", "", "where to keep the pin: file or tpm; it has to be what pin.store says (default pin.store)")
 	flags.BoolVar(&choice.none, "no-recovery", false, "make no recovery slot: if the TPM or the machine fails, all Secrets are lost")
 	flags.BoolVar(&choice.accepted, "accept-data-loss", false, "acknowledge what --no-recovery means")
 	return cmd
@@ -77,10 +82,13 @@ type initResult struct {
 	Slots     []string       `json:"slots"`
 }
 
-func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice) error {
+func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) error {
 	cfg, err := a.config()
 	if err != nil {
 		return err
+	}
+	if pin != "" && pin != cfg.Pin.Store {
+		return fmt.Errorf("--pin %s: pin.store is %s; set pin.store in the configuration, so that kleidi serve demands the same", pin, cfg.Pin.Store)
 	}
 	n, err := newNode(cfg, logger(cfg), nil)
 	if err != nil {
@@ -136,6 +144,9 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 	if err != nil {
 		return nil, err
 	}
+	if err := n.pinnable(); err != nil {
+		return nil, err
+	}
 	slots := []seal.Slot{slot}
 	if err := rotation.Prove(ctx, kek, slots, n.openers()); err != nil {
 		return nil, err
@@ -168,6 +179,18 @@ func (n *node) firstPolicy(ctx context.Context, progress func(string)) error {
 	return writeNew(path, p.Marshal())
 }
 
+// pinnable refuses a pin that any boot could write: without Secure Boot, PCR 7 is
+// the same whatever is started.
+func (n *node) pinnable() error {
+	if n.cfg.Pin.Store != config.PinTPM || !slices.Equal(n.cfg.Pin.PCRs, []int{7}) {
+		return nil
+	}
+	if on, known := n.gate.Last().Log.SecureBoot(); on && known {
+		return nil
+	}
+	return errors.New("pin.store tpm: Secure Boot is off, and without it any boot could write the pin; switch Secure Boot on, or bind the pin to more with pin.pcrs")
+}
+
 // vacant refuses to make a keyring where there is one, or was one: the previous
 // revision may be all that is left of it.
 func (n *node) vacant(ctx context.Context) error {
@@ -179,6 +202,12 @@ func (n *node) vacant(ctx context.Context) error {
 		return err
 	}
 	pin, err := n.pin.Load(ctx)
+	if errors.Is(err, nv.ErrPinMissing) || errors.Is(err, nv.ErrPinUnwritten) {
+		err = nil
+	}
+	if errors.Is(err, nv.ErrPinReplaced) {
+		return fmt.Errorf("%w; or, if this is to be a new cluster: tpm2_nvundefine %#x", err, n.cfg.Pin.Index)
+	}
 	if err != nil {
 		return err
 	}
@@ -198,7 +227,7 @@ func (n *node) saveFirst(ctx context.Context, kek *seal.Secret, slots []seal.Slo
 	}
 	defer k.Close()
 	progress("saving the keyring to " + n.cfg.Keyring())
-	if err := n.pin.Save(ctx, k.Pin()); err != nil {
+	if err := n.pin.Replace(ctx, k.Pin()); err != nil {
 		return nil, err
 	}
 	if _, err := n.keyring.Save(ctx, k.Marshal(), ""); err != nil {

@@ -28,7 +28,7 @@ type node struct {
 	mem      seal.Memory
 	state    *state
 	keyring  lockedFile
-	pin      unlock.FilePin
+	pin      unlock.Pin
 	gate     *attest.Gate
 	tpm      *tpm.Wrapper
 	unlocker *unlock.Unlocker
@@ -49,7 +49,14 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	device := tpm.NewDevice(addr, cfg.TPM.Timeout)
 	n := &node{cfg: cfg, log: log, mem: memory(cfg), state: &state{dir: cfg.State.Dir}}
 	n.keyring = lockedFile{store.NewFile(cfg.Keyring()).Keep(parses), n.state}
-	n.pin = unlock.FilePin{Store: lockedFile{store.NewFile(cfg.Pin()), n.state}}
+	n.pin = unlock.FilePin{Store: lockedFile{store.NewFile(cfg.PinPath()), n.state}}
+	if cfg.Pin.Store == config.PinTPM {
+		index, err := nv.NewPin(cfg.Pin.Index, owner)
+		if err != nil {
+			return nil, fmt.Errorf("pin.index: %w", err)
+		}
+		n.pin = tpmPin{index: index, device: device, owner: owner, bank: cfg.Bank(), pcrs: cfg.Pin.PCRs}
+	}
 	n.gate = &attest.Gate{
 		Attester: attest.Attester{Device: device, Owner: owner,
 			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/beezy-dev/kleidi/tpm/simboot"
@@ -29,6 +30,7 @@ type hardware struct {
 //	machine clear                            clear its TPM
 //	machine other                            boot another machine in its place
 //	machine proxy                            put a proxy before its TPM
+//	machine undefine INDEX                   remove an NV index, as any boot can
 func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 	if len(args) == 0 || h.machine == nil && args[0] != "boot" {
 		return broken("machine: boot it first")
@@ -53,11 +55,31 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 		return h.machine.Clear(h.t.Context())
 	case "other":
 		return h.install(tpmtest.New(h.t, simboot.Baseline(simboot.UKI)))
+	case "undefine":
+		return h.undefine(args[1])
 	case "proxy":
 		h.proxy = tpmtest.NewProxy(h.t, h.machine)
 		return h.lead(h.proxy.Address())
 	}
 	return broken("machine %s: no such command", args[0])
+}
+
+func (h *host) undefine(index string) error {
+	i, err := strconv.ParseUint(index, 0, 32)
+	if err != nil {
+		return err
+	}
+	return h.machine.TPM().Do(h.t.Context(), func(t transport.TPM) error {
+		public, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(i)}.Execute(t)
+		if err != nil {
+			return err
+		}
+		_, err = tpm2.NVUndefineSpace{
+			AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: tpm2.PasswordAuth(nil)},
+			NVIndex:    tpm2.NamedHandle{Handle: tpm2.TPMHandle(i), Name: public.NVName},
+		}.Execute(t)
+		return err
+	})
 }
 
 func parseBoot(args []string) (simboot.Boot, error) {

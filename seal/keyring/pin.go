@@ -2,8 +2,12 @@ package keyring
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/beezy-dev/kleidi/seal"
 )
@@ -68,6 +72,30 @@ func parsePin(b []byte) (p pin1, err error) {
 		return p, errors.New("malformed key ID")
 	case p.Revision == 0 || p.Revision > MaxRevision:
 		return p, fmt.Errorf("revision %d is not between 1 and %d", p.Revision, uint64(MaxRevision))
+	}
+	return p, nil
+}
+
+// PinBytes is the size of a pin in its binary form.
+const PinBytes = 16 + 8 + sha256.Size
+
+// Bytes returns the pin in its binary form, for where space is short: the cluster
+// ID, the revision (big-endian) and the HMAC that the key ID spells out.
+func (p Pin) Bytes() (b [PinBytes]byte, err error) {
+	sum, err := keyIDEncoding.DecodeString(strings.TrimPrefix(string(p.KeyID), keyIDPrefix))
+	if err != nil || !validKeyID(p.KeyID) {
+		return b, errors.New("malformed key ID")
+	}
+	copy(b[:], slices.Concat(p.ClusterID[:], binary.BigEndian.AppendUint64(nil, p.Revision), sum))
+	return b, nil
+}
+
+// PinOf reads what Bytes returned. An error is a [*seal.Error] with cause
+// seal.CausePin.
+func PinOf(b [PinBytes]byte) (Pin, error) {
+	p := Pin{ClusterID: seal.ClusterID(b[:16]), Revision: binary.BigEndian.Uint64(b[16:24]), KeyID: seal.KeyID(keyIDPrefix + keyIDEncoding.EncodeToString(b[24:]))}
+	if _, err := ParsePin(p.Marshal()); err != nil {
+		return Pin{}, err
 	}
 	return p, nil
 }

@@ -15,6 +15,9 @@ type Pin interface {
 	Load(context.Context) (*keyring.Pin, error)
 	// Save replaces the pin durably.
 	Save(context.Context, keyring.Pin) error
+	// Replace does so whatever is in the pin's place: an operator has vouched for
+	// the keyring.
+	Replace(context.Context, keyring.Pin) error
 }
 
 // FilePin keeps the pin in a file beside the keyring. It stops who can write the
@@ -48,6 +51,9 @@ func (p FilePin) Save(ctx context.Context, pin keyring.Pin) error {
 	}
 	return nil
 }
+
+// Replace implements [Pin].
+func (p FilePin) Replace(ctx context.Context, pin keyring.Pin) error { return p.Save(ctx, pin) }
 
 func storeError(what string, err error) error {
 	if seal.CauseOf(err) != "" {

@@ -352,7 +352,7 @@ func (u *Unlocker) Save(ctx context.Context) error {
 	if u.version, err = u.cfg.Store.Save(ctx, k.Marshal(), version); err != nil {
 		return storeError("keyring", err)
 	}
-	if err := u.cfg.Pin.Save(ctx, k.Pin()); err != nil {
+	if err := u.cfg.Pin.Replace(ctx, k.Pin()); err != nil { // what is open vouches for it
 		return err
 	}
 	s := u.State()
@@ -480,7 +480,7 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 	if err != nil {
 		return err
 	}
-	return u.commit(ctx, revisions, "")
+	return u.commit(ctx, revisions, "", u.pin)
 }
 
 // Adopt does the same with revisions of a keyring that was opened in another way,
@@ -490,10 +490,10 @@ func (u *Unlocker) Adopt(ctx context.Context, version store.Version, wrapper str
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.version = version
-	return u.commit(ctx, revisions, wrapper)
+	return u.commit(ctx, revisions, wrapper, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Pin.Replace(ctx, k.Pin()) })
 }
 
-func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wrapper string) error {
+func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wrapper string, pin func(context.Context, *keyring.Keyring) error) error {
 	ctx = context.WithoutCancel(ctx) // from here on it is carried to its end
 	last := revisions[len(revisions)-1]
 	for _, k := range revisions {
@@ -501,7 +501,7 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wra
 			defer k.Close()
 		}
 	}
-	if err := u.save(ctx, revisions); err != nil {
+	if err := u.save(ctx, revisions, pin); err != nil {
 		last.Close()
 		return err
 	}
@@ -513,7 +513,7 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wra
 	return nil
 }
 
-func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring) error {
+func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, pin func(context.Context, *keyring.Keyring) error) error {
 	for _, k := range revisions {
 		version, err := u.cfg.Store.Save(ctx, k.Marshal(), u.version)
 		if errors.Is(err, store.ErrConflict) {
@@ -524,7 +524,7 @@ func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring) error
 		}
 		u.version = version
 	}
-	if err := u.pin(ctx, revisions[len(revisions)-1]); err != nil {
+	if err := pin(ctx, revisions[len(revisions)-1]); err != nil {
 		return fmt.Errorf("the new keyring is saved and not yet announced: %w", u.again(err))
 	}
 	return nil

@@ -108,6 +108,8 @@ func (p *faultyPin) Save(ctx context.Context, pin keyring.Pin) error {
 	return p.FilePin.Save(ctx, pin)
 }
 
+func (p *faultyPin) Replace(ctx context.Context, pin keyring.Pin) error { return p.Save(ctx, pin) }
+
 // gate is a gate that can be shut.
 type gate struct {
 	fault

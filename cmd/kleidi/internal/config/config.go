@@ -41,6 +41,7 @@ type Config struct {
 	Node   string `yaml:"node"`
 	State  State  `yaml:"state"`
 	TPM    TPM    `yaml:"tpm"`
+	Pin    Pin    `yaml:"pin"`
 	Memory Memory `yaml:"memory"`
 	KMS    KMS    `yaml:"kms"`
 	Admin  Admin  `yaml:"admin"`
@@ -68,6 +69,19 @@ type TPM struct {
 	// Phase is the phase of the boot in which slots are made.
 	Phase string `yaml:"phase"`
 }
+
+// Pin is where the node keeps what it last trusted.
+type Pin struct {
+	Store string `yaml:"store"`
+	Index uint32 `yaml:"index"`
+	PCRs  []int  `yaml:"pcrs"`
+}
+
+// The values of pin.store.
+const (
+	PinFile = "file"
+	PinTPM  = "tpm"
+)
 
 // Memory says what to do where memory can't be locked.
 type Memory struct {
@@ -134,6 +148,7 @@ func Default() *Config {
 			Device: tpm.DefaultAddress, Timeout: tpm.DefaultTimeout, Bank: "sha256", EpochIndex: nv.DefaultEpochIndex,
 			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog, Phase: "ready",
 		},
+		Pin:    Pin{Store: PinFile, Index: nv.DefaultPinIndex, PCRs: []int{7}},
 		Memory: Memory{Lock: LockRequired},
 		KMS:    KMS{Name: "kleidi", Socket: "/run/kleidi/kms.sock", SocketMode: 0o600, SocketUID: -1, SocketGID: -1},
 		Admin:  Admin{Socket: "/run/kleidi/admin.sock"},
@@ -203,8 +218,8 @@ func (c *Config) resolve() (*Config, error) {
 // Keyring is the path of the keyring.
 func (c *Config) Keyring() string { return filepath.Join(c.State.Dir, "keyring.json") }
 
-// Pin is the path of the pin.
-func (c *Config) Pin() string { return filepath.Join(c.State.Dir, "pin.json") }
+// PinPath is the path of the pin where it is a file.
+func (c *Config) PinPath() string { return filepath.Join(c.State.Dir, "pin.json") }
 
 // Bank is the PCR bank.
 func (c *Config) Bank() crypto.Hash {

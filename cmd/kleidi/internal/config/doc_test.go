@@ -39,7 +39,7 @@ func shown(key string, v reflect.Value) string {
 		return "host name"
 	case "kms.allowedUIDs":
 		return "root and the socket's owner"
-	case "tpm.epochIndex":
+	case "tpm.epochIndex", "pin.index":
 		return fmt.Sprintf("`0x%08X`", v.Uint())
 	case "kms.socketMode":
 		return fmt.Sprintf("`%04o`", v.Uint())

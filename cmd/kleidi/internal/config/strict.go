@@ -20,6 +20,7 @@ func (p *problems) validate(c *Config) {
 	p.oneOf("kind", c.Kind, Kind)
 	p.oneOf("tpm.bank", c.TPM.Bank, "sha256", "sha384")
 	p.oneOf("tpm.phase", c.TPM.Phase, "enter-initrd", "leave-initrd", "sysinit", "ready")
+	p.oneOf("pin.store", c.Pin.Store, PinFile, PinTPM)
 	p.oneOf("memory.lock", c.Memory.Lock, LockRequired, LockBestEffort)
 	p.oneOf("log.format", c.Log.Format, "text", "json")
 	p.absolute("state.dir", c.State.Dir)
@@ -36,6 +37,7 @@ func (p *problems) validate(c *Config) {
 		p.Add("admin.socket", "%q is kms.socket too; name another path", c.Admin.Socket)
 	}
 	p.validateTPM(&c.TPM)
+	p.validatePin(c)
 	if c.KMS.Name == "" || strings.ContainsAny(c.KMS.Name, ": \n") {
 		p.Add("kms.name", "%q can't stand in a stored object's prefix; want a name without colons and spaces", c.KMS.Name)
 	}
@@ -48,6 +50,30 @@ func (p *problems) validate(c *Config) {
 // imaPCR is Linux's own: what is sealed to it opens until the next measurement.
 const imaPCR = 10
 
+func (p *problems) validatePCRs(key string, pcrs []int) {
+	for _, i := range pcrs {
+		if i == imaPCR {
+			p.Add(key, "PCR %d is extended by IMA for as long as the machine runs; leave it out", i)
+		}
+		if i < 0 || i > 15 {
+			p.Add(key, "PCR %d does not exist or can be reset without a reboot; want 0 to 15", i)
+		}
+	}
+}
+
+func (p *problems) validatePin(c *Config) {
+	p.validatePCRs("pin.pcrs", c.Pin.PCRs)
+	if len(c.Pin.PCRs) == 0 {
+		p.Add("pin.pcrs", "the list is empty, so that any boot could write the pin; leave the key out for PCR 7")
+	}
+	if _, err := nv.NewPin(c.Pin.Index, tpm.Owner{}); err != nil {
+		p.Add("pin.index", "%v", err)
+	}
+	if c.Pin.Index == c.TPM.EpochIndex {
+		p.Add("pin.index", "%#08x is tpm.epochIndex too; name another index", c.Pin.Index)
+	}
+}
+
 func (p *problems) validateTPM(c *TPM) {
 	if _, err := tpm.ParseAddress(c.Device); err != nil {
 		p.Add("tpm.device", "%v", err)
@@ -55,14 +81,7 @@ func (p *problems) validateTPM(c *TPM) {
 	if c.Timeout <= 0 {
 		p.Add("tpm.timeout", "want more than 0")
 	}
-	for _, i := range c.PCRs {
-		if i == imaPCR {
-			p.Add("tpm.pcrs", "PCR %d is extended by IMA for as long as the machine runs; leave it out", i)
-		}
-		if i < 0 || i > 15 {
-			p.Add("tpm.pcrs", "PCR %d does not exist or can be reset without a reboot; want 0 to 15", i)
-		}
-	}
+	p.validatePCRs("tpm.pcrs", c.PCRs)
 	if _, err := nv.NewCounter(c.EpochIndex, tpm.Owner{}); err != nil {
 		p.Add("tpm.epochIndex", "%v", err)
 	}

@@ -1,0 +1,33 @@
+package keyring_test
+
+import (
+	"bytes"
+	"encoding/hex"
+	"strings"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// TestPinBytes: the binary form is frozen, as NV indexes hold it.
+func TestPinBytes(t *testing.T) {
+	p := keyring.Pin{ClusterID: seal.ClusterID(bytes.Repeat([]byte{7}, 16)), Revision: 258, KeyID: "k1-ceirceirceirceirceirceirceirceirceirceirceirceirceiq"}
+	b, err := p.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := strings.Repeat("07", 16) + "0000000000000102" + strings.Repeat("11", 32); hex.EncodeToString(b[:]) != want {
+		t.Errorf("%x, want %s…", b, want)
+	}
+	if got, err := keyring.PinOf(b); err != nil || got != p {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if _, err := keyring.PinOf([keyring.PinBytes]byte{}); seal.CauseOf(err) != seal.CausePin {
+		t.Errorf("revision 0: %v", err)
+	}
+	p.KeyID = "k1-short"
+	if _, err := p.Bytes(); err == nil {
+		t.Error("a malformed key ID has a binary form")
+	}
+}
