@@ -1,0 +1,242 @@
+package ekcert
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// MaxSize bounds a certificate, in bytes. NV indices hold 2048 on most TPMs.
+const MaxSize = 8 << 10
+
+// Why a certificate is refused.
+var (
+	// ErrMalformed: it does not parse.
+	ErrMalformed = errors.New("the EK certificate does not parse")
+	// ErrOtherKey: it is a certificate of another key than the EK.
+	ErrOtherKey = errors.New("the EK certificate is not this endorsement key's")
+	// ErrNotEK: it is not one that is issued for an EK.
+	ErrNotEK = errors.New("the certificate is not one for an endorsement key")
+	// ErrTime: it, or a CA's, is not valid yet or no more.
+	ErrTime = errors.New("the EK certificate is not valid at this time")
+	// ErrUntrusted: no root of the bundle vouches for it.
+	ErrUntrusted = errors.New("no CA of the bundle vouches for the EK certificate")
+)
+
+// byDigest is the hint for whoever knows the machine but not its TPM's maker.
+const byDigest = "or allow this endorsement key by its digest"
+
+// Verified is what Verify found out.
+type Verified struct {
+	// Certificate is the EK's.
+	Certificate *x509.Certificate
+	// Chain leads from Certificate to a root of the bundle, both included.
+	Chain []*x509.Certificate
+	// Quirks names what was tolerated in Certificate, such as "padding".
+	Quirks []string
+}
+
+// Verify reports whether a TPM's maker says that ek is a TPM's endorsement key. nv
+// is the certificate, in DER, as it stands in NV memory. It verifies, in this
+// order:
+//
+//  1. nv is one X.509 certificate of version 3, at most MaxSize bytes, but for
+//     the quirks that this package lists;
+//  2. its key is ek: RSA of 2048 bits or more, or ECDSA on P-256 or P-384. Who
+//     relies on it still has to see that the other side holds ek, by
+//     TPM2_ActivateCredential;
+//  3. it is no CA's, and its key usage is that of an EK: key encipherment for
+//     RSA, key agreement for ECC, and nothing that signs certificates;
+//  4. signatures lead to a root of the bundle by CAs of the bundle, each valid at
+//     now, with no critical extension that nobody understood, except for the EK's
+//     subject alternative name;
+//  5. it is issued for EKs: its extended key usage has tcg-kp-EKCertificate
+//     (2.23.133.8.1), or it has none and its issuer's has; and no CA between is
+//     limited to other purposes.
+//
+// The error is, or wraps, one of this package's, and ends in a hint. What the
+// subject alternative name says of the TPM is not judged.
+func (b *Bundle) Verify(nv []byte, ek crypto.PublicKey, now time.Time) (*Verified, error) {
+	v, err := read(nv)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkKey(v.Certificate, ek); err != nil {
+		return nil, err
+	}
+	if err := checkUsage(v.Certificate); err != nil {
+		return nil, err
+	}
+	chains, err := v.Certificate.Verify(x509.VerifyOptions{
+		Roots: b.roots, Intermediates: b.intermediates, CurrentTime: now,
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}, // crypto/x509 does not know the TCG's: see forEK
+	})
+	if err != nil {
+		return nil, b.explain(v.Certificate, err)
+	}
+	at := slices.IndexFunc(chains, forEK)
+	if at < 0 {
+		return nil, fmt.Errorf("%w: neither it nor its issuer has the extended key usage %v, or a CA between is limited to others; see that it was read from the EK's NV index, %s", ErrNotEK, oidEK, byDigest)
+	}
+	v.Chain = chains[at]
+	return v, nil
+}
+
+func read(nv []byte) (*Verified, error) {
+	if len(nv) > MaxSize {
+		return nil, fmt.Errorf("%w: it has %d bytes, want at most %d; see that it was read from the EK's NV index", ErrMalformed, len(nv), MaxSize)
+	}
+	c, quirks, err := parse(nv)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w; see that it was read from the EK's NV index whole, %s", ErrMalformed, err, byDigest)
+	}
+	quirks = append(quirks, applied(contentQuirks, c)...)
+	return &Verified{Certificate: c.cert, Quirks: quirks}, nil
+}
+
+func checkKey(cert *x509.Certificate, ek crypto.PublicKey) error {
+	var same bool
+	switch k := cert.PublicKey.(type) {
+	case *rsa.PublicKey:
+		if k.N.BitLen() < 2048 {
+			return fmt.Errorf("%w: an RSA key of %d bits, want at least 2048; %s", ErrNotEK, k.N.BitLen(), replace)
+		}
+		same = k.Equal(ek)
+	case *ecdsa.PublicKey:
+		if k.Curve != elliptic.P256() && k.Curve != elliptic.P384() {
+			return fmt.Errorf("%w: a key on the curve %s, want P-256 or P-384; %s", ErrNotEK, k.Curve.Params().Name, replace)
+		}
+		same = k.Equal(ek)
+	default:
+		return fmt.Errorf("%w: a key of type %T, want RSA or ECDSA; %s", ErrNotEK, cert.PublicKey, replace)
+	}
+	if !same {
+		return fmt.Errorf("%w: its key is another; see that it belongs to this TPM and this kind of key (RSA, P-256, P-384)", ErrOtherKey)
+	}
+	return nil
+}
+
+const replace = "see that the certificate is an endorsement key's"
+
+// certifies are the key usages that would let an EK vouch for others.
+const certifies = x509.KeyUsageCertSign | x509.KeyUsageCRLSign
+
+func checkUsage(cert *x509.Certificate) error {
+	want, name := x509.KeyUsageKeyAgreement, "key agreement"
+	if _, ok := cert.PublicKey.(*rsa.PublicKey); ok {
+		want, name = x509.KeyUsageKeyEncipherment, "key encipherment"
+	}
+	switch {
+	case cert.Version != 3:
+		return fmt.Errorf("%w: its version is %d, want 3; %s", ErrNotEK, cert.Version, replace)
+	case cert.IsCA || cert.KeyUsage&certifies != 0:
+		return fmt.Errorf("%w: it is a CA's; %s", ErrNotEK, replace)
+	case cert.KeyUsage&want == 0:
+		return fmt.Errorf("%w: its key usage lacks %s; %s", ErrNotEK, name, replace)
+	}
+	return nil
+}
+
+// forEK reports whether a chain ends in a certificate for an EK: what a
+// certificate may be used for is limited by every CA above it but the root, which
+// is trusted as it is. Some makers write the purpose into the issuing CA's only.
+func forEK(chain []*x509.Certificate) bool {
+	leaf, issuers := chain[0], chain[1:]
+	if !limited(leaf) {
+		if len(issuers) == 0 || !limited(issuers[0]) || !allowsEK(issuers[0]) {
+			return false
+		}
+	} else if !slices.ContainsFunc(leaf.UnknownExtKeyUsage, oidEK.Equal) {
+		return false
+	}
+	for i, ca := range issuers {
+		if i < len(issuers)-1 && limited(ca) && !allowsEK(ca) {
+			return false
+		}
+	}
+	return true
+}
+
+func limited(c *x509.Certificate) bool { return len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) > 0 }
+
+func allowsEK(ca *x509.Certificate) bool {
+	return slices.ContainsFunc(ca.UnknownExtKeyUsage, oidEK.Equal) || slices.Contains(ca.ExtKeyUsage, x509.ExtKeyUsageAny)
+}
+
+// explain says what an operator can do about a chain that does not verify.
+func (b *Bundle) explain(cert *x509.Certificate, err error) error {
+	invalid, isInvalid := errors.AsType[x509.CertificateInvalidError](err)
+	switch {
+	case isInvalid && invalid.Reason == x509.Expired:
+		return fmt.Errorf("%w: %w; check this machine's clock, renew the bundle, %s", ErrTime, err, byDigest)
+	case isInvalid:
+		return fmt.Errorf("%w: %w; see which CA of the bundle issued it, %s", ErrUntrusted, err, byDigest)
+	case len(cert.UnhandledCriticalExtensions) > 0:
+		return fmt.Errorf("%w: it has the critical extension %v, which kleidi does not know; allow this endorsement key by its digest", ErrUntrusted, cert.UnhandledCriticalExtensions[0])
+	case cert.SignatureAlgorithm == x509.SHA1WithRSA || cert.SignatureAlgorithm == x509.ECDSAWithSHA1:
+		return fmt.Errorf("%w: it is signed with SHA-1, which no longer proves anything; allow this endorsement key by its digest", ErrUntrusted)
+	}
+	return fmt.Errorf("%w (%d roots, %d intermediates): %w; add its issuer %s to the bundle%s, %s",
+		ErrUntrusted, b.numRoots, b.numIntermediates, err, issuer(cert), source(cert), byDigest)
+}
+
+// issuer names a certificate's issuer, as the certificate claims.
+func issuer(cert *x509.Certificate) string { return fmt.Sprintf("%.200q", cert.Issuer.String()) }
+
+// source is where the certificate claims that its issuer's is to be had.
+func source(cert *x509.Certificate) string {
+	if len(cert.IssuingCertificateURL) == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" (it says: %.200q)", cert.IssuingCertificateURL[0])
+}
+
+// digestPrefix stands before the digest of an EK.
+const digestPrefix = "sha256:"
+
+// Digest returns what a node is known by: "sha256:" and the hexadecimal SHA-256 of
+// the key's SubjectPublicKeyInfo in DER.
+func Digest(pub crypto.PublicKey) (string, error) {
+	der, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		return "", fmt.Errorf("endorsement key: %w", err)
+	}
+	sum := sha256.Sum256(der)
+	return digestPrefix + hex.EncodeToString(sum[:]), nil
+}
+
+// AllowList holds EKs that an operator vouches for by digest, in place of a
+// maker's certificate.
+type AllowList struct{ digests map[string]bool }
+
+// ParseAllowList reads digests as Digest writes them. All that are wrong are
+// reported at once.
+func ParseAllowList(digests []string) (AllowList, error) {
+	l := AllowList{digests: map[string]bool{}}
+	var problems []error
+	for i, d := range digests {
+		text, ok := strings.CutPrefix(d, digestPrefix)
+		sum, err := hex.DecodeString(text)
+		if !ok || err != nil || len(sum) != sha256.Size {
+			problems = append(problems, fmt.Errorf("[%d]: %.100q is no EK digest; want sha256: and 64 hexadecimal digits, as a keyring shows for a node", i, d))
+			continue
+		}
+		l.digests[digestPrefix+hex.EncodeToString(sum)] = true
+	}
+	return l, errors.Join(problems...)
+}
+
+// Allows reports whether the list has this EK.
+func (l AllowList) Allows(ek crypto.PublicKey) bool {
+	d, err := Digest(ek)
+	return err == nil && l.digests[d]
+}
