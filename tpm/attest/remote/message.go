@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
@@ -123,3 +124,6 @@ func proof(secret, digest []byte) []byte {
 	m.Write(frame([]byte(labelProof), digest))
 	return m.Sum(nil)
 }
+
+// EKDigest returns what tpm.EKDigest would of the endorsement key that h claims.
+func EKDigest(h *Hello) string { return tpm.EKDigestOf(h.EK) }

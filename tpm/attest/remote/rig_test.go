@@ -21,6 +21,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -199,37 +200,11 @@ func (r *rig) accepted(what string) {
 
 // policySigned gives the TPM a signature, as a slot's authorization policy demands.
 func policySigned(t transport.TPM, key crypto.PublicKey, s tpm2.Session, ref []byte, signature tpm2.TPMTSignature) error {
-	public, err := publicArea(key)
+	public, err := authpolicy.PublicKey(key)
 	if err != nil {
 		return err
 	}
-	loaded, err := tpm2.LoadExternal{InPublic: tpm2.New2B(*public), Hierarchy: tpm2.TPMRHNull}.Execute(t)
-	if err != nil {
-		return err
-	}
-	defer func() { _, _ = tpm2.FlushContext{FlushHandle: loaded.ObjectHandle}.Execute(t) }()
-	_, err = tpm2.PolicySigned{AuthObject: tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: loaded.Name}, PolicySession: s.Handle(),
-		NonceTPM: s.NonceTPM(), PolicyRef: tpm2.TPM2BNonce{Buffer: ref}, Auth: signature}.Execute(t)
-	return err
-}
-
-func publicArea(key crypto.PublicKey) (*tpm2.TPMTPublic, error) {
-	p := &tpm2.TPMTPublic{NameAlg: tpm2.TPMAlgSHA256, ObjectAttributes: tpm2.TPMAObject{UserWithAuth: true, SignEncrypt: true}}
-	switch k := key.(type) {
-	case *ecdsa.PublicKey:
-		point, err := k.Bytes()
-		if err != nil {
-			return nil, err
-		}
-		p.Type = tpm2.TPMAlgECC
-		p.Parameters = tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{CurveID: tpm2.TPMECCNistP256})
-		p.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{X: tpm2.TPM2BECCParameter{Buffer: point[1:33]}, Y: tpm2.TPM2BECCParameter{Buffer: point[33:]}})
-	case *rsa.PublicKey:
-		p.Type = tpm2.TPMAlgRSA
-		p.Parameters = tpm2.NewTPMUPublicParms(tpm2.TPMAlgRSA, &tpm2.TPMSRSAParms{KeyBits: tpm2.TPMKeyBits(k.N.BitLen())})
-		p.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{Buffer: k.N.Bytes()})
-	}
-	return p, nil
+	return authpolicy.Terms{authpolicy.Signed{Key: public, Ref: ref, Sign: func([]byte) (tpm2.TPMTSignature, error) { return signature, nil }}}.Satisfy(t, s)
 }
 
 // copyOf returns evidence that an attacker has kept.

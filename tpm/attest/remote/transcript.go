@@ -7,6 +7,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
 // Domain separation. A change is a new version, and old slots keep the old
@@ -27,10 +28,8 @@ const (
 	// NonceSize is the size of the verifier's nonce.
 	NonceSize = 32
 	// SessionNonceSize is the size of the nonce that a TPM chose for a session of
-	// kleidi. No other is signed: what TPM2_PolicySigned verifies has no framing,
-	// and a longer nonce could stand for a shorter one or none with an expiration
-	// and a command behind it.
-	SessionNonceSize = 16
+	// kleidi. No other is signed, see [authpolicy.SignedHash].
+	SessionNonceSize = authpolicy.NonceSize
 	// nameSize is the size of a Name by SHA-256: the algorithm, then the digest.
 	nameSize = 2 + sha256.Size
 	// secretSize is the size of the secret in the credential.
@@ -75,17 +74,6 @@ func (t *Transcript) Digest() []byte {
 func PolicyRef(cluster seal.ClusterID, node string) []byte {
 	sum := sha256.Sum256(frame([]byte(labelPolicyRef), cluster[:], []byte(node)))
 	return sum[:]
-}
-
-// authorization returns aHash, which the signature for TPM2_PolicySigned is over
-// (TPM 2.0 Library, Part 3, 23.3.1): SHA-256(nonceTPM, expiration, cpHashA,
-// policyRef), with no expiration and no cpHashA. The session ends it soon enough.
-func authorization(nonceTPM, policyRef []byte) []byte {
-	h := sha256.New()
-	h.Write(nonceTPM)
-	h.Write(make([]byte, 4))
-	h.Write(policyRef)
-	return h.Sum(nil)
 }
 
 // nameOf returns the Name of a public area.

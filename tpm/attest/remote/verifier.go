@@ -12,6 +12,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
@@ -202,7 +203,7 @@ func (p *Pending) Judge(e *Evidence) (*Passed, error) {
 		return nil, refuse(CheckSRK, hintForged, "%w", err)
 	}
 	if err := bootpolicy.Judge(policy, result.Log, eventlog.PCRs(result.PCRs)).Err(); err != nil {
-		return nil, refuse(CheckBootPolicy, "if this boot is meant to be, edit the node's boot policy on the verifier", "%w", err)
+		return nil, refuse(CheckBootPolicy, "the boot policy to edit is the one on the verifier's machine", "%w", err)
 	}
 	return &Passed{pending: p, Result: result}, nil
 }
@@ -224,5 +225,9 @@ func (p *Pending) checkSRK(quote []byte) error {
 // to be on record before it is called.
 func (p *Passed) Sign() ([]byte, error) {
 	h := p.pending.hello
-	return p.pending.verifier.Key.sign(authorization(h.NonceTPM, PolicyRef(p.pending.verifier.Cluster, h.Node)))
+	hash, err := authpolicy.SignedHash(h.NonceTPM, PolicyRef(p.pending.verifier.Cluster, h.Node))
+	if err != nil {
+		return nil, err
+	}
+	return p.pending.verifier.Key.sign(hash)
 }

@@ -1,0 +1,354 @@
+package verifier
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+)
+
+// hello is one that the verifier answers with a challenge: all of it is public.
+func (r *rig) hello() *remote.Hello {
+	r.Helper()
+	var hello *remote.Hello
+	if err := r.ask(altered{Channel: r.client(), hello: func(h *remote.Hello) { hello = h }}); err != nil {
+		r.Fatal(err)
+	}
+	return hello
+}
+
+// raw is a client that says what it wants.
+func (r *rig) raw() grpc.BidiStreamingClient[FromAttester, FromVerifier] {
+	r.Helper()
+	conn, err := grpc.NewClient("passthrough:///"+r.address, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{InsecureSkipVerify: true})))
+	if err != nil {
+		r.Fatal(err)
+	}
+	r.Cleanup(func() { conn.Close() })
+	ctx, cancel := context.WithTimeout(r.Context(), 20*time.Second)
+	r.Cleanup(cancel)
+	s, err := conn.NewStream(ctx, &grpc.StreamDesc{StreamName: methodName, ServerStreams: true, ClientStreams: true}, "/"+serviceName+"/"+methodName)
+	if err != nil {
+		r.Fatal(err)
+	}
+	return &grpc.GenericClientStream[FromAttester, FromVerifier]{ClientStream: s}
+}
+
+func statement(s *Statement) *FromAttester {
+	return &FromAttester{Message: &FromAttester_Statement{s}}
+}
+
+func part(l *LogPart) *FromAttester { return &FromAttester{Message: &FromAttester_Log{l}} }
+
+// TestHostileClients: what no kleidi sends ends the exchange, and nothing else.
+func TestHostileClients(t *testing.T) {
+	r := newRig(t)
+	hello := fromHello(r.hello())
+	for name, c := range map[string]struct {
+		send []*FromAttester
+		code codes.Code
+	}{
+		"nothing":           {[]*FromAttester{{}}, codes.InvalidArgument},
+		"a statement first": {[]*FromAttester{statement(&Statement{})}, codes.InvalidArgument},
+		"a log first":       {[]*FromAttester{part(&LogPart{})}, codes.InvalidArgument},
+		"two hellos":        {[]*FromAttester{hello, hello}, codes.InvalidArgument},
+		"a log, no proof":   {[]*FromAttester{hello, part(&LogPart{Firmware: []byte{1}})}, codes.InvalidArgument},
+		"a huge hello":      {[]*FromAttester{fromHello(&remote.Hello{Node: strings.Repeat("x", maxMessage)})}, codes.ResourceExhausted},
+		"a huge statement":  {[]*FromAttester{hello, statement(&Statement{Proof: make([]byte, maxMessage)})}, codes.ResourceExhausted},
+		"a hello that ends": {[]*FromAttester{hello, nil}, codes.Unknown},
+		"ending at once":    {[]*FromAttester{nil}, codes.Unknown},
+	} {
+		s := r.raw()
+		for _, m := range c.send {
+			if m == nil {
+				_ = s.CloseSend()
+				continue
+			}
+			_ = s.Send(m)
+		}
+		if err := lastOf(s); status.Code(err) != c.code {
+			t.Errorf("%s: %v, want %v", name, err, c.code)
+		}
+	}
+	r.works("an honest one, afterwards")
+	if strings.Contains(r.log.String(), "panic") {
+		t.Error(r.log)
+	}
+}
+
+// lastOf returns what the stream ends in.
+func lastOf(s grpc.BidiStreamingClient[FromAttester, FromVerifier]) error {
+	for {
+		if _, err := s.Recv(); err != nil {
+			return err
+		}
+	}
+}
+
+// TestLogsOnlyAfterTheProof: who has not proven which TPM it is gets rid of no log.
+func TestLogsOnlyAfterTheProof(t *testing.T) {
+	r := newRig(t)
+	hello := fromHello(r.hello())
+	s := r.raw()
+	for _, m := range []*FromAttester{hello, statement(&Statement{Proof: make([]byte, 32)})} {
+		if err := s.Send(m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var m *FromVerifier
+	var err error
+	for m, err = s.Recv(); err == nil && m.GetRefusal() == nil; m, err = s.Recv() {
+	}
+	if err != nil || m.GetRefusal().GetCheck() != string(remote.CheckProof) {
+		t.Errorf("%v, %v", m, err) // it came while the stream was open for logs
+	}
+}
+
+// TestOversizedLogs: one byte more than the bound, from a node that has proven
+// which TPM it is.
+func TestOversizedLogs(t *testing.T) {
+	r := newRig(t)
+	for name, change := range map[string]func(*remote.Evidence){
+		"firmware":  func(e *remote.Evidence) { e.FirmwareLog = make([]byte, remote.MaxLog+1) },
+		"userspace": func(e *remote.Evidence) { e.UserspaceLog = make([]byte, remote.MaxLog+1) },
+	} {
+		r.refused(name, r.ask(altered{Channel: r.client(), evidence: change}), seal.CauseUnavailable, "more than 16 MiB")
+	}
+	r.works("an honest one, afterwards")
+}
+
+// TestSlowClients: who says nothing, or stops, is cut off, and leaves no place taken.
+func TestSlowClients(t *testing.T) {
+	const timeout = 1500 * time.Millisecond
+	slow := newRig(t, func(o *Options) { o.Timeout = timeout })
+	for name, send := range map[string][]*FromAttester{"silent": nil, "silent after the challenge": {fromHello(slow.hello())}} {
+		s, started := slow.raw(), time.Now()
+		for _, m := range send {
+			_ = s.Send(m)
+		}
+		if err := lastOf(s); status.Code(err) != codes.DeadlineExceeded || time.Since(started) > 10*timeout {
+			t.Errorf("%s: %v after %v", name, err, time.Since(started))
+		}
+	}
+	slow.works("after the slow ones")
+	r := newRig(t)
+	hello := fromHello(r.hello())
+	var open []grpc.BidiStreamingClient[FromAttester, FromVerifier]
+	for range maxPeerExchanges {
+		s := r.raw()
+		if err := s.Send(hello); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		open = append(open, s)
+	}
+	r.refused("one too many", r.ask(r.client()), seal.CauseUnavailable, "too many exchanges")
+	_ = open[0].CloseSend()
+	_ = lastOf(open[0])
+	r.works("as soon as one has ended")
+}
+
+// TestSilentConnections: bytes that are no TLS, and connections that say nothing,
+// do no harm, and a peer has only so many.
+func TestSilentConnections(t *testing.T) {
+	r := newRig(t)
+	garbage, err := net.Dial("tcp", r.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer garbage.Close()
+	if _, err := garbage.Write([]byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	r.works("beside garbage")
+	var silent []net.Conn
+	for range maxPeerConnections {
+		c, err := net.Dial("tcp", r.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		silent = append(silent, c)
+	}
+	if err := r.ask(r.client(func(c *ClientConfig) { c.Timeout = 2 * time.Second })); err == nil {
+		t.Error("one connection more than the limit is served")
+	}
+	for _, c := range silent {
+		c.Close()
+	}
+	r.eventually("served again", func() bool { return r.ask(r.client()) == nil })
+}
+
+// TestPanic: it ends the exchange alone, and its value is in no log.
+func TestPanic(t *testing.T) {
+	r := newRig(t)
+	check := func([]byte, []byte) error { return nil }
+	r.options.Verifier.EKCertificate = func(c, k []byte) error { return check(c, k) }
+	r.works("before")
+	check = func([]byte, []byte) error { panic("a secret value") }
+	r.refused("in a panic", r.ask(r.client()), seal.CauseUnavailable, "internal error in kleidi verifier")
+	if log := r.log.String(); !strings.Contains(log, "panic recovered") || strings.Contains(log, "a secret value") {
+		t.Errorf("log: %s", log)
+	}
+	check = func([]byte, []byte) error { return nil }
+	r.works("after")
+}
+
+// middle stands between a node and the verifier, with a certificate that the node
+// trusts, and passes on every message as it is.
+type middle struct {
+	to   string
+	grpc *grpc.Server
+}
+
+func (m *middle) relay(_ any, down grpc.ServerStream) error {
+	conn, err := grpc.NewClient("passthrough:///"+m.to, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{InsecureSkipVerify: true})))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	up, err := conn.NewStream(down.Context(), &grpc.StreamDesc{StreamName: methodName, ServerStreams: true, ClientStreams: true}, "/"+serviceName+"/"+methodName)
+	if err != nil {
+		return err
+	}
+	go func() {
+		for m := new(FromAttester); down.RecvMsg(m) == nil; m = new(FromAttester) {
+			_ = up.SendMsg(m)
+		}
+		_ = up.CloseSend()
+	}()
+	for {
+		m := new(FromVerifier)
+		if up.RecvMsg(m) != nil {
+			return nil
+		}
+		if err := down.SendMsg(m); err != nil {
+			return err
+		}
+	}
+}
+
+func (m *middle) Serve(l net.Listener) error       { return m.grpc.Serve(l) }
+func (m *middle) GracefulStop(ctx context.Context) { m.grpc.Stop() }
+
+// TestRelay: even who has a certificate that the node trusts can't stand in between.
+func TestRelay(t *testing.T) {
+	r := newRig(t)
+	forged := certificate(t, "verifier.example", nil)
+	m := &middle{to: r.address, grpc: grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{forged}, MinVersion: tls.VersionTLS13})))}
+	m.grpc.RegisterService(&grpc.ServiceDesc{ServiceName: serviceName, Streams: []grpc.StreamDesc{{StreamName: methodName, Handler: m.relay, ServerStreams: true, ClientStreams: true}}}, nil)
+	address := serve(t, m)
+	err := r.ask(r.client(func(c *ClientConfig) { c.Address, c.Certificate = address, Digest(forged.Certificate[0]) }))
+	r.refused("relay", err, seal.CauseAttestation, "proof: ", "somebody stands in between")
+	r.works("without it")
+}
+
+// TestHostileVerifier: what a verifier says is bounded and printable, and no
+// nonsense is taken for a signature.
+func TestHostileVerifier(t *testing.T) {
+	r := newRig(t)
+	var say []*FromVerifier
+	cert := r.options.Certificate
+	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13})))
+	s.RegisterService(&grpc.ServiceDesc{ServiceName: serviceName, Streams: []grpc.StreamDesc{{StreamName: methodName, ServerStreams: true, ClientStreams: true, Handler: func(_ any, stream grpc.ServerStream) error {
+		for _, m := range say {
+			if err := stream.SendMsg(m); err != nil {
+				return err
+			}
+		}
+		return nil
+	}}}}, nil)
+	address := serve(t, &middle{grpc: s})
+	client := r.client(func(c *ClientConfig) { c.Address = address })
+	nasty := strings.Repeat("\x1b[31m\n", 5000)
+	for name, c := range map[string]struct {
+		say   []*FromVerifier
+		cause seal.Cause
+		words string
+	}{
+		"nothing":           {nil, seal.CauseUnavailable, "without an answer"},
+		"an empty message":  {[]*FromVerifier{{}}, seal.CauseUnavailable, "without a challenge"},
+		"a signature first": {[]*FromVerifier{{Message: &FromVerifier_Signature{&Signature{Signature: []byte{1}}}}}, seal.CauseUnavailable, "without a challenge"},
+		"no challenge":      {[]*FromVerifier{{Message: &FromVerifier_Challenge{&Challenge{}}}}, seal.CauseUnavailable, "challenge"},
+		"a nasty refusal":   {[]*FromVerifier{{Message: &FromVerifier_Refusal{&Refusal{Check: nasty, Reason: nasty, Hint: nasty}}}}, seal.CauseAttestation, "it refuses"},
+		"a huge refusal":    {[]*FromVerifier{{Message: &FromVerifier_Refusal{&Refusal{Reason: strings.Repeat("x", maxMessage)}}}}, seal.CauseUnavailable, "larger than max"},
+	} {
+		say = c.say
+		err := r.ask(client)
+		r.refused(name, err, c.cause, c.words)
+		if err != nil && (strings.ContainsAny(err.Error(), "\x1b\n") || len(err.Error()) > 4*(maxReason+maxHint)) {
+			t.Errorf("%s: %q", name, err)
+		}
+	}
+}
+
+// TestPeers: shares of connections and exchanges, by address, and in time.
+func TestPeers(t *testing.T) {
+	now := time.Unix(0, 0)
+	p := newPeers()
+	p.now = func() time.Time { return now }
+	address := func(s string) net.Addr { return &net.TCPAddr{IP: net.ParseIP(s), Port: 1} }
+	times := func(a net.Addr) (n int) {
+		for ; n < 2*burst; n++ {
+			leave, ok := p.begin(a)
+			if !ok {
+				break
+			}
+			leave()
+			leave() // once is enough
+		}
+		return n
+	}
+	if n := times(address("192.0.2.1")); n != burst {
+		t.Errorf("%d exchanges at once, want %d", n, burst)
+	}
+	if n := times(address("192.0.2.2")); n != burst {
+		t.Errorf("another peer: %d exchanges", n)
+	}
+	if n := times(address("::ffff:192.0.2.1")); n != 0 {
+		t.Errorf("the same in IPv6: %d exchanges", n)
+	}
+	now = now.Add(3 * refill)
+	if n := times(address("192.0.2.1")); n != 3 {
+		t.Errorf("later: %d exchanges, want 3", n)
+	}
+	now = now.Add(time.Hour)
+	if n := times(address("2001:db8::1")) + times(address("2001:db8::2")); n != burst {
+		t.Errorf("two addresses of one network: %d", n)
+	}
+	for i := range 2 * maxPeers { // forgotten once nothing would be lost
+		now = now.Add(time.Hour)
+		a := &net.TCPAddr{IP: net.IPv4(10, byte(i>>16), byte(i>>8), byte(i))}
+		if leave, ok := p.begin(a); ok {
+			leave()
+		} else {
+			t.Fatalf("peer %d is not served", i)
+		}
+	}
+	if len(p.known) > maxPeers {
+		t.Errorf("%d peers are remembered", len(p.known))
+	}
+	q := newPeers()
+	q.now = p.now
+	held := 0
+	for i := range maxPeers + 1 { // all busy: new ones have to wait
+		if _, ok := q.connect(&net.TCPAddr{IP: net.IPv4(10, byte(i>>16), byte(i>>8), byte(i))}); ok {
+			held++
+		}
+	}
+	if held != maxConnections {
+		t.Errorf("%d connections, want %d", held, maxConnections)
+	}
+}

@@ -1,0 +1,93 @@
+package remote
+
+import (
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+)
+
+func pemOf(t *testing.T, kind string, der []byte, err error) []byte {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+}
+
+func TestParseKey(t *testing.T) {
+	ec := ecdsaKey(t).signer.(*ecdsa.PrivateKey)
+	rs := rsaKey(t, 2048).signer.(*rsa.PrivateKey)
+	ecPKCS8, err := x509.MarshalPKCS8PrivateKey(ec)
+	first := pemOf(t, "PRIVATE KEY", ecPKCS8, err)
+	rsPKCS8, err := x509.MarshalPKCS8PrivateKey(rs)
+	second := pemOf(t, "PRIVATE KEY", rsPKCS8, err)
+	sec1, err := x509.MarshalECPrivateKey(ec)
+	for name, b := range map[string][]byte{"PKCS #8, ECDSA": first, "PKCS #8, RSA": second, "SEC 1": pemOf(t, "EC PRIVATE KEY", sec1, err),
+		"PKCS #1": pemOf(t, "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(rs), nil), "text around": append([]byte("a key\n"), append(first, "end"...)...)} {
+		k, err := ParseKey(b)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if s := fmt.Sprintf("%v %+v %#v %s", k, k, k, k); s != strings.Repeat("remote.Key ", 3)+"remote.Key" {
+			t.Errorf("%s prints as %q", name, s)
+		}
+	}
+	_, ed, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	edPKCS8, err := x509.MarshalPKCS8PrivateKey(ed)
+	small, smallErr := rsa.GenerateKey(rand.Reader, 1024)
+	if smallErr != nil {
+		t.Fatal(smallErr)
+	}
+	p224, curveErr := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	if curveErr != nil {
+		t.Fatal(curveErr)
+	}
+	p224DER, curveErr := x509.MarshalECPrivateKey(p224)
+	public, publicErr := x509.MarshalPKIXPublicKey(ec.Public())
+	for name, b := range map[string][]byte{"nothing": nil, "text": []byte("key"), "Ed25519": pemOf(t, "PRIVATE KEY", edPKCS8, err), "RSA 1024": pemOf(t, "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(small), nil),
+		"P-224": pemOf(t, "EC PRIVATE KEY", p224DER, curveErr), "a public key": pemOf(t, "PUBLIC KEY", public, publicErr), "two keys": append(first, second...),
+		"garbage": pemOf(t, "PRIVATE KEY", []byte("garbage"), nil), "encrypted": pemOf(t, "ENCRYPTED PRIVATE KEY", ecPKCS8, nil)} {
+		if _, err := ParseKey(b); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+// TestTerm: asked in the midst of a session, as a slot is opened, with keys of
+// every kind, on a TPM with three slots.
+func TestTerm(t *testing.T) {
+	r := newRig(t, simboot.Baseline(simboot.UKI))
+	for name, key := range map[string]*Key{"ECDSA": ecdsaKey(t), "RSA": rsaKey(t, 3072)} {
+		r.verifier.Key = key
+		public, err := authpolicy.PublicKey(key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
+			return authpolicy.Terms{authpolicy.Signed{Key: public, Ref: PolicyRef(cluster, "alpha"), Sign: func(nonceTPM []byte) (tpm2.TPMTSignature, error) {
+				return r.attester.Sign(t.Context(), tp, srk, nonceTPM)
+			}}}.Satisfy(tp, s)
+		})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
