@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -27,7 +26,8 @@ and edit; docs/boot-policy.md describes it.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.newPolicyRecord(), a.newPolicyShow(), a.newPolicyCheck(), a.newPolicyDiff(), a.newPolicyExplain())
+	cmd.AddCommand(a.newPolicyRecord(), a.newPolicyShow(), a.newPolicyCheck(), a.newPolicyDiff(), a.newPolicyExplain(),
+		a.newPolicyEvidence())
 	return cmd
 }
 
@@ -95,6 +95,20 @@ func (a *app) newPolicyRecord() *cobra.Command {
 // recordPolicy records from a log that a fresh quote has verified. What is to be
 // recorded isn't judged: the present boot policy may be of another boot.
 func (n *node) recordPolicy(ctx context.Context, pcrs []int) (*bootpolicy.BootPolicy, error) {
+	pcrs, err := n.recordedPCRs(pcrs)
+	if err != nil {
+		return nil, err
+	}
+	unjudged := attest.Gate{Attester: n.gate.Attester, Bank: n.gate.Bank}
+	r, err := unjudged.AttestPCRs(ctx, pcrs)
+	if err != nil {
+		return nil, err
+	}
+	return bootpolicy.Record(r.Log, r.Bank, pcrs)
+}
+
+// recordedPCRs returns pcrs, or what is recorded where none are named.
+func (n *node) recordedPCRs(pcrs []int) ([]int, error) {
 	if len(pcrs) == 0 {
 		sealed, err := n.gate.ChoosePCRs()
 		if err != nil {
@@ -103,13 +117,7 @@ func (n *node) recordPolicy(ctx context.Context, pcrs []int) (*bootpolicy.BootPo
 		pcrs = append([]int{0}, sealed...)
 	}
 	slices.Sort(pcrs)
-	pcrs = slices.Compact(pcrs)
-	unjudged := attest.Gate{Attester: n.gate.Attester, Bank: n.gate.Bank}
-	r, err := unjudged.AttestPCRs(ctx, pcrs)
-	if err != nil {
-		return nil, err
-	}
-	return bootpolicy.Record(r.Log, r.Bank, pcrs)
+	return slices.Compact(pcrs), nil
 }
 
 func (a *app) newPolicyShow() *cobra.Command {
@@ -129,33 +137,56 @@ func (a *app) newPolicyShow() *cobra.Command {
 }
 
 func (a *app) newPolicyCheck() *cobra.Command {
-	var policy, values string
+	var policy, values, evidence, nonce string
 	var logs attest.Logs
 	cmd := &cobra.Command{
-		Use:   "check --boot-policy FILE --event-log FILE",
-		Short: "Judge a saved event log by a boot policy",
-		Long: `Judge a saved event log by a boot policy. With --pcrs, a JSON file of the values that a
-TPM quoted ({"sha256": {"4": "…"}}), the log has to lead to them. Without it the log is
-taken at its word, which is good for trying out a boot policy and proves nothing.`,
+		Use:   "check --boot-policy FILE (--evidence FILE | --event-log FILE)",
+		Short: "Judge saved evidence, or a saved event log, by a boot policy",
+		Long: `Judge what was saved of a boot by a boot policy.
+
+--evidence names what kleidi bootpolicy evidence wrote, or another's Attestation of
+go-tpm-tools: its quote is verified first.
+
+--event-log names a log alone. With --pcrs, a JSON file of the values that a TPM quoted
+({"sha256": {"4": "…"}}), the log has to lead to them. Without it the log is taken at its
+word, which is good for trying out a boot policy and proves nothing.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			v, err := judge(policy, logs, values)
-			if err != nil {
-				return err
+			var shown any
+			var v *bootpolicy.Verdict
+			var show func(io.Writer)
+			if evidence != "" {
+				judged, err := judgeEvidence(policy, evidence, nonce)
+				if err != nil {
+					return err
+				}
+				shown, v, show = judged, judged.Verdict, judged.print
+			} else {
+				var err error
+				if v, err = judge(policy, logs, values); err != nil {
+					return err
+				}
+				shown, show = v, func(w io.Writer) { printVerdict(w, v, values == "") }
 			}
-			err = a.show(cmd.OutOrStdout(), v, func(w io.Writer) { printVerdict(w, v, values == "") })
+			err := a.show(cmd.OutOrStdout(), shown, show)
 			if err == nil && !v.Accepted {
-				err = errors.New("the boot policy refuses this boot; see what changed with kleidi bootpolicy explain, and docs/boot-policy.md")
+				err = errRefusedBoot
 			}
 			return err
 		},
 	}
 	cmd.Flags().StringVar(&policy, "boot-policy", "", "the boot policy")
+	cmd.Flags().StringVar(&evidence, "evidence", "", "saved evidence: a quote, and the event log")
+	cmd.Flags().StringVar(&nonce, "nonce", "", "what the quote in --evidence has to be made for, in hexadecimal; any if empty")
 	cmd.Flags().StringVar(&logs.Firmware, "event-log", "", "the firmware's event log")
 	cmd.Flags().StringVar(&logs.Userspace, "userspace-event-log", "", "systemd's log of the same boot (tpm2-measure.log), if there was one")
 	cmd.Flags().StringVar(&values, "pcrs", "", "JSON file of the quoted PCR values")
 	_ = cmd.MarkFlagRequired("boot-policy")
-	_ = cmd.MarkFlagRequired("event-log")
+	cmd.MarkFlagsOneRequired("evidence", "event-log")
+	for _, alone := range []string{"event-log", "userspace-event-log", "pcrs"} {
+		cmd.MarkFlagsMutuallyExclusive("evidence", alone)
+	}
+	cmd.MarkFlagsMutuallyExclusive("nonce", "event-log")
 	return cmd
 }
 
@@ -204,6 +235,10 @@ func printVerdict(w io.Writer, v *bootpolicy.Verdict, claimed bool) {
 	case v.Accepted:
 		fmt.Fprintln(w, "accepted")
 	}
+	printFindings(w, v)
+}
+
+func printFindings(w io.Writer, v *bootpolicy.Verdict) {
 	for _, f := range v.Findings {
 		fmt.Fprintln(w, "-", f)
 	}
