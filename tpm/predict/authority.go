@@ -133,12 +133,15 @@ func fromDatabase(lists []signatureList) []authority {
 	return trusted
 }
 
-// revoked refuses an image that dbx names by its digest or by who signed it. What
-// dbx says in other ways is left to the firmware.
+// revoked refuses an image that dbx, the next one if it changes, names by its
+// SHA-256 digest. What dbx says in other ways is left to the firmware.
 func (d *draft) revoked(img *image) error {
 	_, dbx, err := d.driverConfig(securityDatabase, "dbx")
 	if err != nil {
 		return err
+	}
+	if d.forbidden != nil {
+		dbx.data = d.forbidden
 	}
 	lists, err := parseDatabase(dbx.data)
 	if err != nil {

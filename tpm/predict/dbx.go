@@ -39,6 +39,7 @@ func (d *draft) dbx(file []byte) error {
 		return err
 	}
 	v.data = content
+	d.forbidden = content
 	data := v.encode()
 	d.measureText(at, data, data)
 	return nil

@@ -19,6 +19,8 @@ type draft struct {
 	slots [][]eventlog.Event
 	// unknown are the PCRs that cannot be told, and why.
 	unknown map[int]error
+	// forbidden is the next content of dbx, nil if it stays.
+	forbidden []byte
 }
 
 func newDraft(log *eventlog.Log) *draft {

@@ -175,7 +175,14 @@ func (d *draft) apply(next, running Files) error {
 	case !next.any():
 		return nil
 	case t == eventlog.BootUKI:
+		if next.UKI == nil { // what else of it is given is in the image
+			return nil
+		}
 		return d.uki(next, running)
+	case t == eventlog.BootGRUB:
+		return d.grub(next, running)
+	case t == eventlog.BootEFIStub:
+		return d.efiStub(next, running)
 	default:
 		return refuse(-1, "no files of a boot of type %s can be predicted", t)
 	}

@@ -49,8 +49,7 @@ func (d *draft) uki(next Files, running Files) error {
 			return err
 		}
 	}
-	d.measure(boot.image, img.hashed...)
-	d.slots[boot.image][0].UntrustedData = resized(d.slots[boot.image][0].UntrustedData, len(img.file))
+	d.image(boot.image, img)
 	if err := d.innerKernel(img, boot); err != nil {
 		return err
 	}
@@ -116,19 +115,18 @@ func (b *ukiBoot) recogniseSections(d *draft) error {
 }
 
 func (b *ukiBoot) recogniseImages(d *draft) error {
+	apps, err := d.applications()
+	if err != nil {
+		return err
+	}
 	first, end := b.names[0], b.data[len(b.data)-1]
-	late := userspace(d.old)
-	var before, after []int
-	for _, i := range d.indexes(4, anyEvent) {
-		switch e := d.old.Events[i]; {
-		case i < first && isApplication(e):
-			before = append(before, i)
-		case i > end && i < late && isApplication(e):
-			after = append(after, i)
-		case i >= late && provesItself(e), i < first && provesItself(e):
-		default:
-			return refuse(4, "%s: not an image that was started, nor an action or a separator", where(i, e))
-		}
+	split := 0
+	for split < len(apps) && apps[split] < first {
+		split++
+	}
+	before, after := apps[:split], apps[split:]
+	if len(after) > 0 && after[0] < end {
+		return refuse(4, "an image was loaded while the sections were measured")
 	}
 	if len(before) == 0 {
 		return refuse(4, "the log has no image before the sections")
@@ -148,18 +146,8 @@ func (b *ukiBoot) recogniseImages(d *draft) error {
 }
 
 func (b *ukiBoot) recogniseHandover(d *draft) {
+	b.options, b.disk = d.kernelsOwn()
 	late := userspace(d.old)
-	for _, i := range d.indexes(9, anyEvent) {
-		switch e := d.old.Events[i]; {
-		case tagged(e) == tagLoadOptions && b.options < 0 && i < late:
-			b.options = i
-		case tagged(e) == tagInitrd && b.disk < 0 && i < late:
-			b.disk = i
-		case i >= late && provesItself(e):
-		default:
-			d.lose(9, "%s: neither the kernel's load options nor its initrd", where(i, e))
-		}
-	}
 	for _, pcr := range []int{12, 13} {
 		for _, i := range d.indexes(pcr, anyEvent) {
 			b.extras = b.extras || i < late
@@ -176,8 +164,7 @@ func (d *draft) innerKernel(img *image, boot *ukiBoot) error {
 	if err != nil {
 		return badFile("the kernel in the unified kernel image: %v", err)
 	}
-	d.measure(boot.inner, kernel.hashed...)
-	d.slots[boot.inner][0].UntrustedData = resized(d.slots[boot.inner][0].UntrustedData, len(kernel.file))
+	d.image(boot.inner, kernel)
 	return nil
 }
 
