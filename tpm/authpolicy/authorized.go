@@ -73,7 +73,7 @@ func (s SignedState) Check() error {
 	if len(s.Digest) != sha256.Size {
 		return fmt.Errorf("a digest of %d bytes, want %d", len(s.Digest), sha256.Size)
 	}
-	return nil
+	return checkSignature(s.Signature)
 }
 
 // ApprovedDigest returns what stands for PCR values in a signed boot state: the
@@ -142,42 +142,41 @@ func (a Authorized) satisfy(t transport.TPM, session tpm2.Session) error {
 	if err != nil {
 		return err
 	}
-	states, err := a.present(t, session.Handle())
-	if err != nil {
-		return err
-	}
-	if cmd.CheckTicket, err = a.ticket(t, states); err != nil {
-		return err
-	}
 	cmd.PolicySession = session.Handle()
-	cmd.ApprovedPolicy = tpm2.TPM2BDigest{Buffer: states[0].Digest}
+	if cmd.ApprovedPolicy.Buffer, cmd.CheckTicket, err = a.approved(t, session.Handle()); err != nil {
+		return err
+	}
 	if _, err := cmd.Execute(t); err != nil {
 		return fmt.Errorf("TPM2_PolicyAuthorize: %w", err)
 	}
 	return nil
 }
 
-// present leaves the session with the digest of the present values of some
-// states' PCRs, and returns the states that are signed for just these.
-func (a Authorized) present(t transport.TPM, session tpm2.TPMISHPolicy) ([]SignedState, error) {
+// approved leaves the session with the digest of the present values of some
+// PCRs, and returns that digest and the TPM's ticket that it is signed. A
+// signature that does not verify hides no other.
+func (a Authorized) approved(t transport.TPM, session tpm2.TPMISHPolicy) (digest []byte, ticket tpm2.TPMTTKVerified, err error) {
 	for i, s := range a.States {
 		if err := s.Check(); err != nil {
-			return nil, fmt.Errorf("signed boot state %d: %w", i+1, err)
+			return nil, ticket, fmt.Errorf("signed boot state %d: %w", i+1, err)
 		}
 	}
+	failed := ErrNoSignedState
 	for rest := a.States; len(rest) > 0; {
 		same, others := split(rest, rest[0].samePCRs)
 		digest, err := presentDigest(t, session, same[0])
 		if err != nil {
-			return nil, err
+			return nil, ticket, err
 		}
-		found, _ := split(same, func(s SignedState) bool { return bytes.Equal(s.Digest, digest) })
-		if len(found) > 0 {
-			return found, nil
+		if found, _ := split(same, func(s SignedState) bool { return bytes.Equal(s.Digest, digest) }); len(found) > 0 {
+			if ticket, err = a.ticket(t, found); !errors.Is(err, ErrSignature) {
+				return digest, ticket, err
+			}
+			failed = err
 		}
 		rest = others
 	}
-	return nil, ErrNoSignedState
+	return nil, ticket, failed
 }
 
 func (s SignedState) samePCRs(other SignedState) bool {
@@ -213,8 +212,7 @@ func presentDigest(t transport.TPM, session tpm2.TPMISHPolicy, s SignedState) ([
 }
 
 // ticket returns the TPM's own statement that one of the states, which all have
-// one digest, is signed. A state with a signature that does not verify hides no
-// other.
+// one digest, is signed.
 func (a Authorized) ticket(t transport.TPM, states []SignedState) (ticket tpm2.TPMTTKVerified, err error) {
 	signed, err := AuthorizedHash(states[0].Digest, a.Ref)
 	if err != nil {

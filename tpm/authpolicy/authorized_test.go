@@ -121,26 +121,6 @@ func TestAuthorized(t *testing.T) {
 	})
 }
 
-// TestAuthorizedPCR11: a state of PCR 11 alone, as systemd signs them, goes with
-// a literal PCR 7.
-func TestAuthorizedPCR11(t *testing.T) {
-	op := rsaSigner(t)
-	withCounter(t, func(tp transport.TPM, _ *nv.Counter, _ uint64) error {
-		if _, err := (tpm2.PCRExtend{PCRHandle: tpm2.TPMHandle(11), Digests: tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{
-			{HashAlg: tpm2.TPMAlgSHA256, Digest: make([]byte, 32)}}}}).Execute(tp); err != nil {
-			return err
-		}
-		terms := authpolicy.Terms{
-			authpolicy.Authorized{Key: op.public, States: []authpolicy.SignedState{op.state(presentPCRs(t, tp, crypto.SHA256, 11), nil)}},
-			presentPCRs(t, tp, crypto.SHA256, 7),
-		}
-		if _, err := digestOnTPM(tp, terms); err != nil {
-			t.Error(err)
-		}
-		return nil
-	})
-}
-
 // TestAuthorizedRefusals: each way in which a state is not signed for these PCR
 // values, by this key, for this reference, has its error; no key stays loaded.
 func TestAuthorizedRefusals(t *testing.T) {
@@ -230,7 +210,7 @@ func TestAuthorizedIsFirst(t *testing.T) {
 }
 
 func TestSignedStateCheck(t *testing.T) {
-	good := authpolicy.SignedState{Bank: crypto.SHA256, PCRs: []int{4, 7, 11}, Digest: make([]byte, 32)}
+	good := ecdsaSigner(t, elliptic.P256()).state(authpolicy.PCR{Bank: crypto.SHA256, Values: values(crypto.SHA256, 4, 7, 11)}, nil)
 	for name, change := range map[string]func(*authpolicy.SignedState){
 		"no bank":      func(s *authpolicy.SignedState) { s.Bank = 0 },
 		"SHA-1":        func(s *authpolicy.SignedState) { s.Bank = crypto.SHA1 },
@@ -243,6 +223,8 @@ func TestSignedStateCheck(t *testing.T) {
 		"order":        func(s *authpolicy.SignedState) { s.PCRs = []int{7, 4} },
 		"short digest": func(s *authpolicy.SignedState) { s.Digest = make([]byte, 31) },
 		"long digest":  func(s *authpolicy.SignedState) { s.Digest = make([]byte, 48) },
+		"no signature": func(s *authpolicy.SignedState) { s.Signature = tpm2.TPMTSignature{} },
+		"HMAC":         func(s *authpolicy.SignedState) { s.Signature.SigAlg = tpm2.TPMAlgHMAC },
 	} {
 		bad := good
 		bad.PCRs = slices.Clone(good.PCRs)

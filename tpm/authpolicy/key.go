@@ -130,6 +130,23 @@ func ecdsaSignature(key *ecdsa.PublicKey, raw []byte) (tpm2.TPMTSignature, error
 	})}, nil
 }
 
+// checkSignature refuses what [Signature] does not make. That there is none at
+// all would otherwise be found out when it is marshalled.
+func checkSignature(s tpm2.TPMTSignature) (err error) {
+	switch s.SigAlg {
+	case tpm2.TPMAlgRSASSA:
+		_, err = s.Signature.RSASSA()
+	case tpm2.TPMAlgECDSA:
+		_, err = s.Signature.ECDSA()
+	default:
+		err = errors.New("neither RSASSA nor ECDSA")
+	}
+	if err != nil {
+		return fmt.Errorf("no signature of a known kind: %w", err)
+	}
+	return nil
+}
+
 // withKey runs f with a public key loaded, and flushes it: that it can be had in
 // a TPM's last slot for transient objects matters where there are three.
 func withKey(t transport.TPM, public tpm2.TPMTPublic, f func(tpm2.NamedHandle) error) error {

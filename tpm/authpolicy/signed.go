@@ -66,6 +66,9 @@ func (s Signed) satisfy(t transport.TPM, session tpm2.Session) error {
 	if err != nil {
 		return err
 	}
+	if err := checkSignature(signature); err != nil {
+		return fmt.Errorf("%w: %w", ErrSignature, err)
+	}
 	return withKey(t, s.Key, func(key tpm2.NamedHandle) error {
 		_, err := tpm2.PolicySigned{
 			AuthObject: key, PolicySession: session.Handle(), NonceTPM: nonce,

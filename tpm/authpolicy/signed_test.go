@@ -104,7 +104,8 @@ func TestSignedRefusals(t *testing.T) {
 				"an expiration": func(nonce []byte) (tpm2.TPMTSignature, error) {
 					return verifier.sign(hashOf(nonce, []byte{0, 0, 0, 60}, ref), nil), nil
 				},
-				"no signer": nil,
+				"no signature": func([]byte) (tpm2.TPMTSignature, error) { return tpm2.TPMTSignature{}, nil },
+				"no signer":    nil,
 			} {
 				_, err := digestOnTPM(tp, authpolicy.Terms{authpolicy.Signed{Key: verifier.public, Ref: ref, Sign: sign}})
 				wantOnly(t, kind+", "+name, err, authpolicy.ErrSignature)
@@ -237,6 +238,18 @@ func TestResets(t *testing.T) {
 			m.CutPower()
 		}
 		m.Reboot(m.Current())
+	}
+	if err := m.Clear(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := try(func(tp transport.TPM) error {
+		now, err := authpolicy.ResetCount(tp)
+		if now != 0 {
+			t.Errorf("after TPM2_Clear: %d", now)
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
 	}
 }
 
