@@ -147,6 +147,9 @@ var separators = []forgery{
 	{name: "error behind the data of a separator", policy: anyIn(2), forge: func(t *testing.T, l *eventlog.Log) {
 		l.Events[find(t, l, 2, "separator")] = measure(l, 2, eventlog.Separator, errorData, zeros)
 	}, refused: "pcrs.2.separator", problem: "could not measure"},
+	{name: "error under another type", policy: anyIn(2), forge: func(t *testing.T, l *eventlog.Log) {
+		l.Events[find(t, l, 2, "separator")] = measure(l, 2, eventlog.IPL, errorData, "an innocent event")
+	}, refused: "pcrs.2.separator", problem: "could not measure"},
 	{name: "claimed separator", policy: anyIn(4), forge: func(t *testing.T, l *eventlog.Log) {
 		insert(l, find(t, l, 4, "image"), measure(l, 4, eventlog.Separator, "rootkit", zeros))
 	}, refused: "pcrs.4.separator", problem: "claims to be a separator"},
@@ -211,17 +214,30 @@ const otherCertificate = "\x30\x05\x02\x03evl"
 
 var otherAuthority = variable(securityGUID, "db", strings.Repeat("o", 16)+otherCertificate)
 
+// hashAuthority lets a program run by its hash: after the owner there is no certificate.
+var hashAuthority = variable(securityGUID, "db", strings.Repeat("o", 16)+strings.Repeat("h", 32))
+
+// likeAuthority has something like a certificate: a SET, and a SEQUENCE of an
+// application's own.
+func likeAuthority(tag byte) string {
+	return variable(securityGUID, "db", strings.Repeat("o", 16)+string(tag)+otherCertificate[1:])
+}
+
 // wrapped is otherAuthority with a name of 2^63 more units, or 2^64 bytes.
 var wrapped = otherAuthority[:23] + "\x80" + otherAuthority[24:]
 
 // cut is otherAuthority with a value that is said to be one byte shorter.
 var cut = otherAuthority[:24] + string(otherAuthority[24]-1) + otherAuthority[25:]
 
-func allowOther(p *BootPolicy) {
-	certificates("SnakeOil")(p)
-	r := p.PCRs[7]
-	r.Allowed = append(r.Allowed, Entry{Form: FormCertificate, Value: fmt.Sprintf("%x", sha256.Sum256([]byte(otherCertificate)))})
-	p.PCRs[7] = r
+func allowOther(p *BootPolicy) { allowCertificate(otherCertificate)(p) }
+
+func allowCertificate(certificate string) func(p *BootPolicy) {
+	return func(p *BootPolicy) {
+		certificates("SnakeOil")(p)
+		r := p.PCRs[7]
+		r.Allowed = append(r.Allowed, Entry{Form: FormCertificate, Value: fmt.Sprintf("%x", sha256.Sum256([]byte(certificate)))})
+		p.PCRs[7] = r
+	}
 }
 
 // signedBy replaces the authority.
@@ -250,6 +266,12 @@ var authorities = []forgery{
 		refused: "pcrs.7.allowed"},
 	{name: "bytes behind an allowed certificate", policy: allowOther,
 		forge: signedBy(eventlog.EFIVariableAuthority, otherAuthority+"x", otherAuthority+"x"), refused: "pcrs.7.allowed"},
+	{name: "a hash is no certificate", policy: allowCertificate(strings.Repeat("h", 32)), forge: signedBy(eventlog.EFIVariableAuthority, hashAuthority, hashAuthority),
+		refused: "pcrs.7.allowed"},
+	{name: "a SET is no certificate", policy: allowCertificate("\x31" + otherCertificate[1:]),
+		forge: signedBy(eventlog.EFIVariableAuthority, likeAuthority(0x31), likeAuthority(0x31)), refused: "pcrs.7.allowed"},
+	{name: "an application's SEQUENCE is no certificate", policy: allowCertificate("\x70" + otherCertificate[1:]),
+		forge: signedBy(eventlog.EFIVariableAuthority, likeAuthority(0x70), likeAuthority(0x70)), refused: "pcrs.7.allowed"},
 	{name: "allowed certificate behind a length that wraps", policy: allowOther, forge: signedBy(eventlog.EFIVariableAuthority, wrapped, wrapped),
 		refused: "pcrs.7.allowed"},
 	{name: "allowed certificate longer than its variable", policy: allowOther, forge: signedBy(eventlog.EFIVariableAuthority, cut, cut),

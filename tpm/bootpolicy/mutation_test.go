@@ -212,7 +212,7 @@ func TestUnjudgedIsRefused(t *testing.T) {
 		"empty log":          Judge(record(t, l, []int{4}), &eventlog.Log{}, nil),
 		"nothing quoted":     Judge(record(t, l, []int{4}), l, nil),
 	} {
-		if v.Accepted || v.Err() == nil {
+		if v.Accepted || v.Err() == nil || v.Err().Error() == "" {
 			t.Errorf("%s: accepted", name)
 		}
 	}

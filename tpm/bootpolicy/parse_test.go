@@ -93,6 +93,8 @@ func TestParseRefuses(t *testing.T) {
 		"no pcrs":               {head, "names no PCR"},
 		"a second document":     {head + "pcrs: {4: {any: true}}\n---\n" + head, "second document"},
 		"too large":             {strings.Repeat("#", MaxSize+1), "more than"},
+		"negative locality":     {head + "firmware: {startupLocality: -1}\npcrs: {0: {any: true}}\n", "startupLocality: -1; want 0 to 4"},
+		"locality 5":            {head + "firmware: {startupLocality: 5}\npcrs: {0: {any: true}}\n", "startupLocality: 5; want 0 to 4"},
 		"any: false":            {head + "pcrs: {4: {any: false}}\n", "want one of any: true"},
 		"short digest":          {head + "pcrs: {4: {allowed: [" + someDigest[2:] + "]}}\n", "is no sha256 digest"},
 		"capital digest":        {head + "pcrs: {4: {allowed: [" + strings.ToUpper(someDigest) + "]}}\n", "lower-case"},
