@@ -1,0 +1,162 @@
+package vault
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/sealtest"
+	"github.com/beezy-dev/kleidi/vault"
+)
+
+// methods are the ways to log in, each set up as docs/vault.md says.
+var methods = map[string]func(s *server) vault.Auth{
+	"token":           tokenAuth,
+	"approle":         appRoleAuth,
+	"approle wrapped": wrappedAuth,
+	"cert":            certAuth,
+	"cert, key elsewhere": func(s *server) vault.Auth {
+		return elsewhere(s, certAuth(s))
+	},
+	"jwt":        jwtAuth,
+	"kubernetes": kubernetesAuth,
+}
+
+// TestConformance runs the wrappers' common suite with each auth method.
+func TestConformance(t *testing.T) {
+	for name, auth := range methods {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t)
+			s.must("transit/keys/other", map[string]any{})
+			c := s.config()
+			c.Auth = auth(s)
+			other := c
+			other.Key = "other"
+			w, o := s.wrapper(c), s.wrapper(other)
+			sealtest.Run(t, func(*testing.T) sealtest.Harness {
+				return sealtest.Harness{Wrapper: w, Other: o, Memory: seal.Memory{}, Stride: 5}
+			})
+		})
+	}
+}
+
+func tokenAuth(s *server) vault.Auth {
+	s.t.Helper()
+	secret := s.must("auth/token/create", map[string]any{"policies": []string{"kleidi"}, "period": "24h", "no_default_policy": true})
+	return vault.Auth{Method: vault.MethodToken, TokenFile: s.write("token", []byte(secret.Auth.ClientToken+"\n"))}
+}
+
+func appRole(s *server) string {
+	s.t.Helper()
+	s.must("sys/auth/approle", map[string]any{"type": "approle"})
+	s.must("auth/approle/role/kleidi", map[string]any{"token_policies": "kleidi", "token_ttl": "1m", "token_no_default_policy": true})
+	id, err := s.root.Logical().ReadWithContext(s.t.Context(), "auth/approle/role/kleidi/role-id")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return field(s.t, id, "role_id")
+}
+
+func appRoleAuth(s *server) vault.Auth {
+	s.t.Helper()
+	id := appRole(s)
+	secret := field(s.t, s.must("auth/approle/role/kleidi/secret-id", nil), "secret_id")
+	return vault.Auth{Method: vault.MethodAppRole, RoleID: id, SecretIDFile: s.write("secret-id", []byte(secret+"\n"))}
+}
+
+// wrappedAuth: all wrappers of a process would share the file, and a token opens
+// once, so each gets its own: the suite's Other never gets as far as a login.
+func wrappedAuth(s *server) vault.Auth {
+	s.t.Helper()
+	id := appRole(s)
+	return vault.Auth{Method: vault.MethodAppRole, RoleID: id, SecretIDWrapped: true, SecretIDFile: s.write("secret-id", wrappedSecretID(s))}
+}
+
+func wrappedSecretID(s *server) []byte {
+	s.t.Helper()
+	c := s.client(s.root.Token())
+	c.SetWrappingLookupFunc(func(string, string) string { return "5m" })
+	secret, err := c.Logical().WriteWithContext(s.t.Context(), "auth/approle/role/kleidi/secret-id", nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return []byte(secret.WrapInfo.Token)
+}
+
+func certAuth(s *server) vault.Auth {
+	s.t.Helper()
+	s.must("sys/auth/cert", map[string]any{"type": "cert"})
+	s.must("auth/cert/certs/kleidi", map[string]any{"certificate": string(s.ca.pem), "allowed_common_names": "node-1",
+		"token_policies": "kleidi", "token_ttl": "1m", "token_no_default_policy": true})
+	s.ca.issue(s.t, s.path("client"), "node-1")
+	return vault.Auth{Method: vault.MethodCert, Role: "kleidi", CertFile: s.path("client.crt"), KeyFile: s.path("client.key")}
+}
+
+// opaque is a key of which only the operation can be had, as with one in a TPM.
+type opaque struct{ key *ecdsa.PrivateKey }
+
+func (o opaque) Public() crypto.PublicKey { return o.key.Public() }
+
+func (o opaque) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	return o.key.Sign(rand, digest, opts)
+}
+
+// elsewhere gives a certificate's key as a signer.
+func elsewhere(s *server, a vault.Auth) vault.Auth {
+	s.t.Helper()
+	pair, err := tls.LoadX509KeyPair(a.CertFile, a.KeyFile)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	pair.PrivateKey = opaque{pair.PrivateKey.(*ecdsa.PrivateKey)}
+	return vault.Auth{Method: vault.MethodCert, ClientCertificate: func(context.Context) (*tls.Certificate, error) { return &pair, nil }}
+}
+
+func jwtAuth(s *server) vault.Auth {
+	s.t.Helper()
+	key := newKey(s.t)
+	public, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.must("sys/auth/jwt", map[string]any{"type": "jwt"})
+	s.must("auth/jwt/config", map[string]any{
+		"jwt_validation_pubkeys": []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}))}, "bound_issuer": "https://issuer.test"})
+	s.must("auth/jwt/role/kleidi", map[string]any{"role_type": "jwt", "user_claim": "sub", "bound_audiences": "vault",
+		"bound_subject": "node-1", "token_policies": "kleidi", "token_ttl": "1m", "token_no_default_policy": true})
+	return vault.Auth{Method: vault.MethodJWT, Role: "kleidi", JWTFile: s.write("jwt", []byte(newJWT(s.t, key, "node-1")))}
+}
+
+// newJWT signs a token as an identity provider would.
+func newJWT(t *testing.T, key *ecdsa.PrivateKey, subject string) string {
+	t.Helper()
+	part := func(v any) string {
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return base64.RawURLEncoding.EncodeToString(b)
+	}
+	text := part(map[string]string{"alg": "ES256", "typ": "JWT"}) + "." + part(map[string]any{
+		"iss": "https://issuer.test", "aud": "vault", "sub": subject, "iat": time.Now().Unix() - 5, "exp": time.Now().Unix() + 3600})
+	digest := sha256.Sum256([]byte(text))
+	r, s, err := ecdsa.Sign(rand.Reader, key, digest[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	signature := make([]byte, 64)
+	r.FillBytes(signature[:32])
+	s.FillBytes(signature[32:])
+	return text + "." + base64.RawURLEncoding.EncodeToString(signature)
+}

@@ -1,0 +1,307 @@
+package vault
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// What the server says, for errors.Is. Each comes in a [*seal.Error] with its cause
+// and a hint.
+var (
+	// ErrSealed: the server is sealed and knows none of its keys.
+	ErrSealed = errors.New("it is sealed")
+	// ErrStandby: the server is a standby that can't serve this.
+	ErrStandby = errors.New("it is a standby server")
+	// ErrRateLimited: a quota of the server is used up.
+	ErrRateLimited = errors.New("it limits the rate of requests")
+	// ErrLogin: the auth method refuses the credentials.
+	ErrLogin = errors.New("it refuses the login")
+	// ErrToken: the token is expired, revoked or malformed.
+	ErrToken = errors.New("the token is expired, revoked or of another server")
+	// ErrDenied: the token is valid, and lacks a capability.
+	ErrDenied = errors.New("permission denied")
+	// ErrKeyMissing: there is no Transit key of that name.
+	ErrKeyMissing = errors.New("there is no such Transit key")
+	// ErrMountMissing: nothing is mounted at that path, in that namespace.
+	ErrMountMissing = errors.New("nothing is mounted there")
+	// ErrTooOld: the key's min_decryption_version is above the slot's version.
+	ErrTooOld = errors.New("the key's min_decryption_version is above the slot's version")
+	// ErrNotVault: the answer is not Vault's.
+	ErrNotVault = errors.New("the answer is not Vault's")
+)
+
+const (
+	hintRestore  = "run kleidi keyring restore with the previous revision or a backup"
+	hintNotVault = "set vault.address to Vault or OpenBao itself, not to a proxy or another service"
+	hintPaths    = "correct vault.mount or vault.namespace, or enable the engine there"
+)
+
+// Texts of Vault and OpenBao that tell answers of one status apart. They are
+// compared whole, since parts of them may be quoted in others.
+const (
+	textSealed       = "Vault is sealed"
+	textSealedBao    = "OpenBao is sealed"
+	textInvalidToken = "invalid token"
+	textKeyMissing   = "encryption key not found"
+	textTooOld       = "ciphertext or signature version is disallowed by policy (too old)"
+)
+
+// Statuses of sys/health and of performance standbys that net/http has no name for.
+const (
+	statusRecoverySecondary  = 472
+	statusPerformanceStandby = 473
+)
+
+// refusal is an answer that says no.
+type refusal struct {
+	status int
+	texts  []string
+	after  time.Duration
+}
+
+func (r *refusal) Error() string { return fmt.Sprintf("status %d", r.status) }
+
+func (r *refusal) says(text string) bool { return slices.Contains(r.texts, text) }
+
+func (r *refusal) sealed() bool { return r.says(textSealed) || r.says(textSealedBao) }
+
+// explain turns what call returned into a *seal.Error.
+func (s *session) explain(ctx context.Context, r request, err error) error {
+	refused, ok := errors.AsType[*refusal](err)
+	if !ok {
+		return s.config.explainTransport(err)
+	}
+	if err := s.explainServer(refused); err != nil {
+		return err
+	}
+	switch {
+	case refused.status == http.StatusForbidden:
+		return s.explainForbidden(ctx, r, refused)
+	case refused.says(textKeyMissing):
+		return s.config.errorf(seal.CauseUnavailable, "correct vault.key, or restore the key from a backup of the server",
+			"%s: %w", r.path, ErrKeyMissing)
+	case refused.status == http.StatusNotFound:
+		return s.config.errorf(seal.CauseUnavailable, hintPaths, "%s: %w", r.path, ErrMountMissing)
+	}
+	return s.config.errorf(seal.CauseUnavailable, "see the server's log for the reason, and check that the Transit key can encrypt without a context",
+		"%s: %s", r.path, s.quote(refused))
+}
+
+// explainServer is for what any request may be told, or nil.
+func (s *session) explainServer(r *refusal) error {
+	switch {
+	case r.sealed():
+		return s.config.errorf(seal.CauseUnavailable, "unseal it; kleidi then opens by itself", "%w", ErrSealed)
+	case r.status == http.StatusTooManyRequests:
+		return s.config.errorf(seal.CauseUnavailable, "wait, or raise the quota of this path (sys/quotas/rate-limit)",
+			"%w: %s", ErrRateLimited, s.quote(r))
+	case r.status == statusRecoverySecondary, r.status == statusPerformanceStandby:
+		return s.config.errorf(seal.CauseUnavailable, "set vault.address to the active server or to a load balancer that knows it",
+			"%w (status %d)", ErrStandby, r.status)
+	case r.status == http.StatusRequestEntityTooLarge:
+		return s.config.errorf(seal.CauseUnavailable, "raise max_request_size of the server's listener", "it finds the request too large")
+	case r.status >= http.StatusInternalServerError:
+		return s.config.errorf(seal.CauseUnavailable, "see the server's log, or run the command again", "it failed: %s", s.quote(r))
+	}
+	return nil
+}
+
+// explainForbidden asks the server what is missing: a valid token is told its own
+// capabilities. Vault asks for the capability create, not update, where a key
+// doesn't exist, so that a missing key is "permission denied" as well.
+func (s *session) explainForbidden(ctx context.Context, r request, refused *refusal) error {
+	capabilities, err := s.capabilities(ctx, r.path)
+	switch {
+	case err != nil && (refused.says(textInvalidToken) || forbidden(err)):
+		return s.config.errorf(seal.CauseCredentials, s.config.Auth.renewHint(), "%s: %w", r.path, ErrToken)
+	case err == nil && slices.Contains(capabilities, r.capability):
+		return s.config.errorf(seal.CauseUnavailable, "correct vault.key, or restore the key from a backup of the server",
+			"%s: %w", r.path, ErrKeyMissing)
+	}
+	return s.config.errorf(seal.CauseCredentials, fmt.Sprintf("grant it the capability %q on the path %q", r.capability, r.path),
+		"%s: %w", r.path, ErrDenied)
+}
+
+func forbidden(err error) bool {
+	r, ok := errors.AsType[*refusal](err)
+	return ok && r.status == http.StatusForbidden
+}
+
+// explainLogin is explain for a login.
+func (s *session) explainLogin(r request, err error) error {
+	refused, ok := errors.AsType[*refusal](err)
+	if !ok {
+		return s.config.explainTransport(err)
+	}
+	if err := s.explainServer(refused); err != nil {
+		return err
+	}
+	if refused.status == http.StatusNotFound {
+		return s.config.errorf(seal.CauseCredentials, "correct vault.auth.mount or vault.namespace, or enable the auth method there",
+			"%s: %w", r.path, ErrMountMissing)
+	}
+	return s.config.errorf(seal.CauseCredentials, s.config.Auth.renewHint(), "%s: %w: %s", r.path, ErrLogin, s.quote(refused))
+}
+
+// renewHint says what to do about refused credentials.
+func (a Auth) renewHint() string {
+	switch a.Method {
+	case MethodToken:
+		return "put a valid token into vault.auth.tokenFile"
+	case MethodAppRole:
+		return "make a new secret ID for the role, and put it into vault.auth.secretIDFile"
+	case MethodKubernetes:
+		return "check that vault.auth.role admits this service account, its namespace and the token's audience"
+	case MethodCert:
+		return "check that the role admits this client certificate, and that it has not expired"
+	}
+	return "check that vault.auth.role admits this token's issuer, audience and subject, and that it has not expired"
+}
+
+// maxQuoted bounds what a message quotes of an answer, in bytes.
+const maxQuoted = 200
+
+// quote shows what the server said, unless that repeats a secret.
+func (s *session) quote(r *refusal) string {
+	text := strings.Join(r.texts, "; ")
+	for _, secret := range s.secrets {
+		if repeats(text, secret) {
+			return fmt.Sprintf("status %d (its text is withheld, since it repeats a secret)", r.status)
+		}
+	}
+	if text == "" {
+		return fmt.Sprintf("status %d", r.status)
+	}
+	if len(text) > maxQuoted {
+		text = text[:maxQuoted] + "…"
+	}
+	return fmt.Sprintf("status %d, %q", r.status, text)
+}
+
+func repeats(text string, secret []byte) bool {
+	if len(secret) == 0 {
+		return false
+	}
+	b := []byte(text)
+	return bytes.Contains(b, secret) ||
+		bytes.Contains(bytes.ToLower(b), []byte(hex.EncodeToString(secret))) ||
+		bytes.Contains(b, []byte(base64.RawStdEncoding.EncodeToString(secret))) ||
+		bytes.Contains(b, []byte(base64.RawURLEncoding.EncodeToString(secret)))
+}
+
+// errorf makes an error that begins with the server's address.
+func (c Config) errorf(cause seal.Cause, hint, format string, args ...any) error {
+	return seal.Errorf(cause, hint, "vault: "+c.Address+": "+format, args...)
+}
+
+// temporary says whether a failure on the way may be over the next time. A refused
+// connection isn't: whoever waits for a server to come up waits longer than this.
+func temporary(err error) bool {
+	if e, ok := errors.AsType[*notVault](err); ok {
+		return e.status >= http.StatusInternalServerError || e.status == http.StatusTooManyRequests
+	}
+	if _, ok := errors.AsType[*handshakeError](err); ok {
+		return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)
+	}
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+}
+
+// explainTransport is for failures on the way to the server.
+func (c Config) explainTransport(err error) error {
+	if e, ok := errors.AsType[*seal.Error](err); ok {
+		return e // what the client's key said
+	}
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err // it names the URL again
+	}
+	switch {
+	case errors.Is(err, context.Canceled):
+		return c.errorf(seal.CauseUnavailable, "run the command again", "%w", err)
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
+		return c.errorf(seal.CauseUnavailable, "check that it is up and reachable from here, or raise vault.timeout",
+			"no answer within %s: %w", c.Timeout, context.DeadlineExceeded)
+	case errors.Is(err, errOversized), errors.Is(err, errHeaders):
+		return c.errorf(seal.CauseUnavailable, hintNotVault, "%w: %w", ErrNotVault, err)
+	case errors.Is(err, errRedirect), errors.Is(err, errRedirects):
+		return c.errorf(seal.CauseUnavailable, "set vault.address to the active server, or correct api_addr of the servers", "%w: %w", ErrStandby, err)
+	}
+	if e, ok := errors.AsType[*notVault](err); ok {
+		return c.errorf(seal.CauseUnavailable, hintNotVault, "%w: %w", ErrNotVault, e)
+	}
+	if err := c.explainTLS(err); err != nil {
+		return err
+	}
+	return c.explainNetwork(err)
+}
+
+// explainTLS is for what TLS found, or nil.
+func (c Config) explainTLS(err error) error {
+	const cause = seal.CauseUnavailable
+	if e, ok := errors.AsType[x509.HostnameError](err); ok {
+		return c.errorf(cause, "set vault.serverName, or vault.address, to a name that is in the certificate",
+			"its certificate is not for %.100q: %w", e.Host, short{e})
+	}
+	if e, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
+		return c.errorf(cause, "set vault.caFile to the certificate of the CA that issued the server's", "%w", short{e})
+	}
+	if e, ok := errors.AsType[x509.CertificateInvalidError](err); ok {
+		return c.errorf(cause, "renew the server's certificate, and check this machine's clock", "%w", short{e})
+	}
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+		return c.errorf(cause, "give the server's listener a certificate, or correct the port in vault.address", "it does not speak TLS")
+	}
+	if e, ok := errors.AsType[*net.OpError](err); ok && e.Op == "remote error" {
+		if c.Auth.Method == MethodCert {
+			return c.errorf(seal.CauseCredentials, c.Auth.renewHint(), "it refuses the TLS connection: %w", e.Err)
+		}
+		return c.errorf(cause, "check the TLS settings of the server's listener", "it refuses the TLS connection: %w", e.Err)
+	}
+	if e, ok := errors.AsType[*handshakeError](err); ok {
+		return c.errorf(cause, "check the TLS settings of the server's listener", "TLS: %w", short{e.err})
+	}
+	return nil
+}
+
+func (c Config) explainNetwork(err error) error {
+	const cause = seal.CauseUnavailable
+	var dns *net.DNSError
+	switch {
+	case errors.As(err, &dns):
+		return c.errorf(cause, "correct the host in vault.address, or this machine's name service", "%w", short{err})
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return c.errorf(cause, "start the server, or correct vault.address", "%w", syscall.ECONNREFUSED)
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+		return c.errorf(cause, "check the network and the firewalls between here and there", "%w", short{err})
+	}
+	return c.errorf(cause, "check that it is up, and run the command again", "%w", short{err})
+}
+
+// short is an error whose text doesn't fill a log.
+type short struct{ err error }
+
+func (s short) Error() string {
+	text := s.err.Error()
+	if len(text) > maxQuoted {
+		text = text[:maxQuoted] + "…"
+	}
+	return text
+}
+
+func (s short) Unwrap() error { return s.err }

@@ -1,0 +1,159 @@
+package vault
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"sync"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// Wrapper wraps KEKs with one Transit key.
+type Wrapper struct {
+	config Config
+
+	mu       sync.Mutex
+	secretID *unwrapped // once a wrapped secret ID was unwrapped
+}
+
+// New returns a wrapper, without asking the server. The error names every setting
+// that is wrong.
+func New(config Config) (*Wrapper, error) {
+	config, err := config.complete()
+	if err != nil {
+		return nil, err
+	}
+	return &Wrapper{config: config}, nil
+}
+
+// Close forgets the secret ID that was unwrapped, if there is one.
+func (w *Wrapper) Close() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.forget()
+	return nil
+}
+
+// Type returns seal.TypeVault.
+func (w *Wrapper) Type() string { return seal.TypeVault }
+
+func (w *Wrapper) path(operation string) string {
+	return w.config.Mount + "/" + operation + "/" + w.config.Key
+}
+
+// Wrap encrypts kek under the newest version of the Transit key.
+func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (slot seal.Slot, err error) {
+	body := make([]byte, 0, 64+base64.StdEncoding.EncodedLen(seal.KEKSize))
+	defer func() { clear(body[:cap(body)]) }()
+	kek.With(func(b []byte) {
+		if len(b) != seal.KEKSize {
+			return
+		}
+		body = append(body, `{"plaintext":"`...)
+		body = base64.StdEncoding.AppendEncode(body, b)
+		body = append(body, `"}`...)
+	})
+	if len(body) == 0 {
+		return slot, errors.New("vault: no KEK to wrap: it is closed or of another size")
+	}
+	err = w.in(ctx, func(ctx context.Context, s *session) error {
+		s.secrets = append(s.secrets, bytes.Clone(body[len(`{"plaintext":"`):len(body)-len(`"}`)]))
+		slot, err = s.transit(ctx, request{w.path("encrypt"), body, "update"})
+		return err
+	})
+	return slot, err
+}
+
+// WrapLike wraps kek as Wrap does, if like is a slot of this wrapper's key; else it
+// is seal.ErrNotMine.
+func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
+	if _, err := w.config.ciphertext(like); err != nil {
+		return seal.Slot{}, err
+	}
+	return w.Wrap(ctx, kek)
+}
+
+// Rewrap returns the slot's KEK under the newest version of the Transit key. The
+// server does it: no KEK leaves it.
+func (w *Wrapper) Rewrap(ctx context.Context, slot seal.Slot) (rewrapped seal.Slot, err error) {
+	ciphertext, err := w.config.ciphertext(slot)
+	if err != nil {
+		return seal.Slot{}, err
+	}
+	err = w.in(ctx, func(ctx context.Context, s *session) error {
+		rewrapped, err = s.transit(ctx, request{w.path("rewrap"), object(field{"ciphertext", []byte(ciphertext), false}), "update"})
+		return err
+	})
+	return rewrapped, err
+}
+
+// transit makes a request that is answered by a ciphertext.
+func (s *session) transit(ctx context.Context, r request) (seal.Slot, error) {
+	answer, err := s.call(ctx, r)
+	if err != nil {
+		return seal.Slot{}, s.explainCiphertext(ctx, r, err)
+	}
+	var parsed struct {
+		Data struct {
+			Ciphertext string `json:"ciphertext"`
+		} `json:"data"`
+	}
+	if err := json.Unmarshal(answer, &parsed); err != nil {
+		return seal.Slot{}, s.config.errorf(seal.CauseUnavailable, hintNotVault, "%s: %w: malformed JSON", r.path, ErrNotVault)
+	}
+	return s.config.slot(parsed.Data.Ciphertext)
+}
+
+// Unwrap decrypts a slot.
+func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (kek *seal.Secret, err error) {
+	ciphertext, err := w.config.ciphertext(slot)
+	if err != nil {
+		return nil, err
+	}
+	err = w.in(ctx, func(ctx context.Context, s *session) error {
+		kek, err = s.decrypt(ctx, request{w.path("decrypt"), object(field{"ciphertext", []byte(ciphertext), false}), "update"})
+		return err
+	})
+	return kek, err
+}
+
+func (s *session) decrypt(ctx context.Context, r request) (kek *seal.Secret, err error) {
+	answer, err := s.call(ctx, r)
+	if err != nil {
+		return nil, s.explainCiphertext(ctx, r, err)
+	}
+	defer clear(answer)
+	var parsed struct {
+		Data struct {
+			Plaintext []byte `json:"plaintext"`
+		} `json:"data"`
+	}
+	seal.Erase(func() { err = json.Unmarshal(answer, &parsed) })
+	plain := parsed.Data.Plaintext
+	defer func() { clear(plain[:cap(plain)]) }()
+	if err != nil {
+		return nil, s.config.errorf(seal.CauseUnavailable, hintNotVault, "%s: %w: malformed JSON", r.path, ErrNotVault)
+	}
+	if len(plain) != seal.KEKSize {
+		return nil, corrupt(errors.New("it holds no KEK"))
+	}
+	return s.config.Memory.Take(plain)
+}
+
+// explainCiphertext is explain for requests that hold a slot's ciphertext, which
+// the server may refuse as such.
+func (s *session) explainCiphertext(ctx context.Context, r request, err error) error {
+	refused, ok := errors.AsType[*refusal](err)
+	if !ok || refused.status != http.StatusBadRequest || refused.says(textKeyMissing) || r.path == s.config.Mount+"/encrypt/"+s.config.Key {
+		return s.explain(ctx, r, err)
+	}
+	if refused.says(textTooOld) {
+		return s.config.errorf(seal.CauseUnavailable, "lower min_decryption_version of the Transit key, then run kleidi slot rewrap",
+			"%s: %w", r.path, ErrTooOld)
+	}
+	return corrupt(errors.New("the server can't decrypt it: " + s.quote(refused)))
+}
