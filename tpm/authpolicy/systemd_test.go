@@ -30,8 +30,8 @@ var algorithms = map[string]crypto.Hash{"sha256": crypto.SHA256, "sha384": crypt
 
 // TestSystemdSignature: what systemd signed authorizes on a TPM whose PCR 11 the
 // stub and systemd have extended, in that phase and in no later one. Up to 259,
-// systemd signed the states of the SHA-384 bank by SHA-384, which it
-// never accepted itself; they stand in no other's way.
+// systemd signed the states of the SHA-384 bank by SHA-384, which it never
+// accepted itself; they stand in no other's way.
 func TestSystemdSignature(t *testing.T) {
 	raw, err := os.ReadFile("testdata/systemd252.pcrsig")
 	if err != nil {

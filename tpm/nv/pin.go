@@ -42,6 +42,11 @@ var (
 // authorization policy, and the Name that is demanded is computed here, from code and
 // from the caller's terms. So he can only make the pin go missing, and a missing
 // pin means locked.
+//
+// That holds only for terms that come from the running boot and from the
+// configuration. The keyring and its slots must have no say in them: whoever
+// writes those would name terms that his own OS satisfies. The storage root key
+// must be the node's, by its Name, or its session proves nothing.
 type Pin struct {
 	index uint32
 	owner tpm.Owner
