@@ -139,6 +139,34 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 	}
 }
 
+// TestProvesInEveryBankThatGoCanCompute, and in none without one.
+func TestProvesInEveryBankThatGoCanCompute(t *testing.T) {
+	text, two := []byte("x"), []crypto.Hash{crypto.SHA256, SM3}
+	whole := Measure(two, 7, IPL, text, text)
+	whole.Digests[1].Value = sum(crypto.SHA256, []byte("what SM3 gives"))
+	for name, c := range map[string]struct {
+		e    Event
+		want bool
+	}{
+		"one bank":         {Measure(sha256Only, 7, IPL, text, text), true},
+		"and SM3":          {whole, true},
+		"SM3 alone":        {Event{Digests: whole.Digests[1:]}, false},
+		"zeros in SM3":     {Measure([]crypto.Hash{SM3}, 7, IPL, text, text), false},
+		"no digest":        {Event{UntrustedData: text}, false},
+		"SHA-1 is another": {Event{Digests: append(Measure([]crypto.Hash{crypto.SHA1}, 7, IPL, nil, nil).Digests, whole.Digests...)}, false},
+	} {
+		if c.e.Proves(text) != c.want {
+			t.Errorf("%s: %v", name, !c.want)
+		}
+	}
+	// An SM3 bank hides no state, nor does a digest of zeros in it look like a separator.
+	l := &Log{Banks: two, Events: []Event{Measure(two, 7, EFIVariableDriverConfig, secureBootVar(1).UntrustedData, secureBootVar(1).UntrustedData),
+		Measure(two, 7, EFIAction, text, text), Measure(two, 7, Separator, separators[0], separators[0])}}
+	if on, known := l.SecureBoot(); !on || !known {
+		t.Errorf("with SM3: on %v, known %v", on, known)
+	}
+}
+
 func TestBootTypeBelievesOnlyWhatIsProven(t *testing.T) {
 	ipl := func(pcr int, measured, data string) Event {
 		return Measure(sha256Only, pcr, IPL, []byte(measured), []byte(data))

@@ -169,6 +169,33 @@ func TestVerifyRefuses(t *testing.T) {
 	}
 }
 
+// TestMismatchNamesSilentPCRs, and no others.
+func TestMismatchNamesSilentPCRs(t *testing.T) {
+	l := &Log{Banks: sha256Only, Events: []Event{Measure(sha256Only, 4, IPL, []byte("x"), nil)}}
+	wrong := bytes.Repeat([]byte{1}, 32)
+	err := l.Verify(crypto.SHA256, PCRs{4: wrong, 5: wrong})
+	var mismatch *MismatchError
+	if !errors.As(err, &mismatch) || !slices.Equal(mismatch.PCRs, []int{4, 5}) || !slices.Equal(mismatch.Silent, []int{5}) {
+		t.Errorf("%+v", mismatch)
+	}
+	if err := l.Verify(crypto.SHA256, PCRs{4: wrong}); err == nil || strings.Contains(err.Error(), "no event") {
+		t.Error(err)
+	}
+}
+
+// TestHandMadeLogsAreChecked as parsed ones are.
+func TestHandMadeLogsAreChecked(t *testing.T) {
+	for _, pcr := range []int{NoPCR, NumPCRs} {
+		if _, err := (&Log{Banks: sha256Only, Events: []Event{Measure(sha256Only, pcr, IPL, nil, nil)}}).Replay(crypto.SHA256); err == nil {
+			t.Errorf("an event on PCR %d is replayed", pcr)
+		}
+	}
+	none := Event{PCR: 4, UntrustedType: IPL, Digests: []Digest{{crypto.SHA256, nil}}}
+	if _, err := (&Log{Banks: sha256Only, Events: []Event{none}}).Replay(crypto.SHA256); err == nil {
+		t.Error("an empty digest is replayed")
+	}
+}
+
 func TestStartupLocality(t *testing.T) {
 	said := func(n byte) Event { return Informational(sha256Only, 0, append([]byte(startupLocality), n)) }
 	extended := Measure(sha256Only, 0, CRTMVersion, []byte("1"), nil)

@@ -50,6 +50,7 @@ func TestParseRefuses(t *testing.T) {
 		"header left over":    {func(b []byte) []byte { u32(b[atHeaderSize:], 40); return b }, "left over"},
 		"signature":           {func(b []byte) []byte { b[atSignature+14] = '2'; return b }, "SHA-1 format"},
 		"version":             {func(b []byte) []byte { b[atMajor] = 3; return b }, "specification version 3.0"},
+		"minor version":       {func(b []byte) []byte { b[atMajor-1] = 1; return b }, "specification version 2.1"},
 		"no banks":            {func(b []byte) []byte { u32(b[atBanks:], 0); return b }, "0 banks"},
 		"many banks":          {func(b []byte) []byte { u32(b[atBanks:], math.MaxUint32); return b }, "4294967295 banks"},
 		"one bank too many":   {func(b []byte) []byte { u32(b[atBanks:], 3); return b }, "header: truncated"},
