@@ -1,4 +1,4 @@
-# Targets: build demo run test e2e lint fuzz bench image. See CONTRIBUTING.md.
+# Targets: build demo run test e2e measuredboot lint fuzz bench image. See CONTRIBUTING.md.
 
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -13,7 +13,7 @@ GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.buildVers
 RACE     = $(if $(and $(shell command -v gcc),$(filter 1,$(shell $(GO) env CGO_ENABLED))),-race)
 PACKAGES = $(shell $(GO) list ./... | grep -v /e2e/)
 
-.PHONY: build demo run test e2e lint fuzz bench image clean
+.PHONY: build demo run test e2e measuredboot lint fuzz bench image clean
 
 build:
 	$(GOBUILD) -o bin/kleidi ./cmd/kleidi
@@ -36,9 +36,17 @@ test:
 	$(GO) test $(RACE) $(if $(NOT_ROOT),-skip '$(ROOT_TESTS)') $(TESTFLAGS) $(PACKAGES)
 	@test "$$(id -u)" = 0 || echo 'not run, since they need root (sudo make test): $(ROOT_TESTS)'
 
+# What e2e/measuredboot needs beside what its script `parts` fetches.
+BOOT_TOOLS = qemu-system-x86_64 ovmf swtpm_setup sbsign mcopy sfdisk objcopy openssl
+
 e2e: build
-	.ci/deps swtpm tpm2
+	.ci/deps swtpm tpm2 $(BOOT_TOOLS)
 	.ci/e2e $(TESTFLAGS)
+
+# Boots all machines, and writes what came of it into docs/measured-boot.md.
+measuredboot: build
+	.ci/deps $(BOOT_TOOLS)
+	$(GO) test -count=1 -timeout 30m ./e2e/measuredboot -update
 
 lint:
 	.ci/deps shellcheck

@@ -1,0 +1,228 @@
+package measuredboot
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/disk"
+	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/wire"
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// verdict is what comes of a boot.
+type verdict string
+
+const (
+	opens      verdict = "opens"
+	locked     verdict = "locked"
+	notStarted verdict = "not started by the firmware"
+)
+
+// boot is one boot of a machine, and what is expected of it.
+type boot struct {
+	what  string
+	image image
+	// before changes the machine while it is off.
+	before func(*machine)
+	files  []disk.File
+	// first is done before kleidi serves, then while it serves.
+	first, then []wire.Step
+	// last is done after these; what it is shows only when the machine has run.
+	last func(*machine) []wire.Step
+	want verdict
+	// cause is the typed cause of the refusal, and says what its text must name: both
+	// are in the gRPC error and in what kleidi status says.
+	cause seal.Cause
+	says  []string
+	// moved are the PCRs that differ from the first boot, of those that kleidi may
+	// seal to (4 to 9, 11 to 14).
+	moved []int
+	// discard has the state folder be as before, when the machine is off.
+	discard bool
+	// check looks at more.
+	check func(*testing.T, *booted)
+}
+
+// series runs boots one after the other. The first one makes the keyring.
+func (m *machine) series(name string, boots []boot) {
+	for n, c := range boots {
+		if n == 0 {
+			m.prepareFirst(&c)
+		}
+		row := row{Machine: name, Boot: c.what, Want: c.want}
+		passed := m.t.Run(fmt.Sprintf("%02d %s", n+1, c.what), func(t *testing.T) { m.follow(t, c, &row) })
+		if row.AsExpected = passed; !passed || row.Verdict != "" { // else -run leaves it out
+			report.add(row)
+		}
+		if !passed && n == 0 {
+			m.t.Fatal("without its first boot, nothing can be told from the others")
+		}
+	}
+}
+
+// prepareFirst has the first boot make a DEK seed.
+func (m *machine) prepareFirst(c *boot) {
+	m.seed = make([]byte, 32)
+	rand.Read(m.seed)
+	c.then = append([]wire.Step{{Encrypt: m.seed}}, c.then...)
+}
+
+func (m *machine) follow(t *testing.T, c boot, r *row) {
+	t.Helper()
+	if c.before != nil {
+		c.before(m)
+	}
+	steps := append(slices.Clone(c.first), wire.Step{Serve: true})
+	if m.under != nil {
+		steps = append(steps, wire.Step{Decrypt: m.under})
+	}
+	steps = append(steps, c.then...)
+	if c.last != nil {
+		steps = append(steps, c.last(m)...)
+	}
+	steps = append(steps, wire.Step{Stop: true})
+	state := m.state
+	b, err := m.boot(c.image, c.files, steps...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.discard || !b.started {
+		m.state = state
+	}
+	r.Seconds = b.took.Seconds()
+	m.judge(t, c, b, r)
+	if t.Failed() {
+		t.Logf("the console:\n%s", tail(b.console, 40))
+		for _, res := range b.results {
+			t.Logf("%s", describe(res))
+		}
+	}
+}
+
+// describe shows a result without the event log.
+func describe(r wire.Result) string {
+	if r.Machine != nil {
+		facts := *r.Machine
+		facts.EventLog = nil
+		r.Machine = &facts
+	}
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err.Error()
+	}
+	return strings.ReplaceAll(string(b), `\n`, "\n\t")
+}
+
+// judge compares what came of a boot with what was expected.
+func (m *machine) judge(t *testing.T, c boot, b *booted, r *row) {
+	t.Helper()
+	if !b.started {
+		r.Verdict, r.Says = notStarted, b.said
+		if c.want != notStarted {
+			t.Errorf("the firmware did not start it: %s", b.said)
+		}
+		return
+	}
+	m.judgeFacts(t, c, b, r)
+	for _, res := range b.results[1:] {
+		switch s := res.Step; {
+		case s.Serve:
+			judgeServe(t, c, res, r)
+		case s.Encrypt != nil:
+			if m.under, r.Made = res.Sealed, res.Sealed != nil; res.Sealed == nil {
+				t.Errorf("Encrypt: %s", res.Error)
+			}
+		case s.Decrypt != nil:
+			m.judgeDecrypt(t, c, res, r)
+		case res.Error != "":
+			t.Errorf("%s: %s", describe(wire.Result{Step: s}), res.Error)
+		}
+	}
+	if r.Verdict == "" {
+		t.Errorf("kleidi was not asked; expected that it %s", c.want)
+	}
+	if c.check != nil {
+		c.check(t, b)
+	}
+}
+
+// relevant are the PCRs that kleidi may seal to, the firmware's own (0 to 3) aside.
+var relevant = []int{4, 5, 6, 7, 8, 9, 11, 12, 13, 14}
+
+func (m *machine) judgeFacts(t *testing.T, c boot, b *booted, r *row) {
+	t.Helper()
+	facts := b.facts()
+	if m.first == nil {
+		m.first = facts
+	}
+	for _, n := range relevant {
+		if facts.PCRs[n] != m.first.PCRs[n] {
+			r.Moved = append(r.Moved, n)
+		}
+	}
+	if !slices.Equal(r.Moved, c.moved) {
+		t.Errorf("PCRs %v differ from the first boot, expected %v", r.Moved, c.moved)
+	}
+}
+
+// judgeServe looks at KMS v2's Status and at kleidi status, which must agree.
+func judgeServe(t *testing.T, c boot, res wire.Result, r *row) {
+	t.Helper()
+	var status struct {
+		State   string
+		Problem admin.Problem
+	}
+	if err := json.Unmarshal([]byte(res.Status), &status); err != nil {
+		t.Errorf("kleidi status -o json: %v", err)
+	}
+	r.Verdict = locked
+	if res.Error == "" {
+		r.Verdict = opens
+	}
+	if r.Verdict != c.want {
+		t.Errorf("it %s, and was expected: %s: %s", r.Verdict, c.want, res.Error)
+	}
+	if r.Verdict == opens {
+		if res.Healthz != "ok" || res.KeyID == "" || status.State != "open" {
+			t.Errorf("KMS v2 Status says healthz %q and key ID %q, kleidi status says %q", res.Healthz, res.KeyID, status.State)
+		}
+		return
+	}
+	r.Says = strings.TrimPrefix(res.Error, "rpc error: code = Unavailable desc = ")
+	if status.State != "locked" || status.Problem.Hint == "" || status.Problem.Cause != c.cause {
+		t.Errorf("kleidi status says %q because of %q, and advises %q; expected the cause %q", status.State, status.Problem.Cause, status.Problem.Hint, c.cause)
+	}
+	if !strings.Contains(res.Error, "locked ("+string(c.cause)+")") {
+		t.Errorf("the gRPC error does not name the cause %q: %s", c.cause, res.Error)
+	}
+	for _, want := range c.says {
+		if !strings.Contains(res.Error, want) {
+			t.Errorf("the gRPC error does not say %q: %s", want, res.Error)
+		}
+		if said := status.Problem.Message + "; " + status.Problem.Hint; !strings.Contains(said, want) {
+			t.Errorf("kleidi status does not say %q: %s", want, said)
+		}
+	}
+}
+
+// judgeDecrypt wants the DEK seed of the first boot back, or nothing at all.
+func (m *machine) judgeDecrypt(t *testing.T, c boot, res wire.Result, r *row) {
+	t.Helper()
+	r.Seed = bytes.Equal(res.Plain, m.seed)
+	switch c.want {
+	case opens:
+		if !r.Seed {
+			t.Errorf("the DEK seed of the first boot does not decrypt: %s", res.Error)
+		}
+	default:
+		if res.Error == "" || len(res.Plain) > 0 {
+			t.Errorf("a locked kleidi answers Decrypt with %d bytes", len(res.Plain))
+		}
+	}
+}

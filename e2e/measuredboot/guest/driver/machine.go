@@ -1,0 +1,97 @@
+package main
+
+import (
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport/linuxtpm"
+	"golang.org/x/sys/unix"
+
+	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/wire"
+)
+
+// loopback brings up lo, for kleidi's HTTP address.
+func loopback() error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_UP)
+	return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr)
+}
+
+// facts reads how this machine booted, from the kernel and not from kleidi.
+func facts() (*wire.Facts, error) {
+	f := &wire.Facts{PCRs: map[int]string{}}
+	for path, into := range map[string]*string{"/proc/sys/kernel/osrelease": &f.Kernel, "/proc/cmdline": &f.CommandLine} {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		*into = strings.TrimSpace(string(b))
+	}
+	v, err := os.ReadFile("/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
+	if err != nil {
+		return nil, err
+	}
+	f.SecureBoot = v[len(v)-1] == 1
+	if f.EventLog, err = os.ReadFile("/sys/kernel/security/tpm0/binary_bios_measurements"); err != nil {
+		return nil, err
+	}
+	return f, readPCRs(f.PCRs)
+}
+
+func readPCRs(into map[int]string) error {
+	files, err := filepath.Glob("/sys/class/tpm/tpm0/pcr-sha256/*")
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		n, err := strconv.Atoi(filepath.Base(file))
+		if err != nil {
+			return err
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		value := strings.ToLower(strings.TrimSpace(string(b)))
+		if _, err := hex.DecodeString(value); err != nil {
+			return fmt.Errorf("%s: %w", file, err)
+		}
+		into[n] = value
+	}
+	return nil
+}
+
+// undefine removes an NV index as any operating system on this machine can where
+// the owner authorization is empty.
+func undefine(index uint32) error {
+	t, err := linuxtpm.Open("/dev/tpmrm0")
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	public, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(index)}.Execute(t)
+	if err != nil {
+		return fmt.Errorf("TPM2_NV_ReadPublic: %w", err)
+	}
+	_, err = tpm2.NVUndefineSpace{
+		AuthHandle: tpm2.TPMRHOwner,
+		NVIndex:    tpm2.NamedHandle{Handle: tpm2.TPMHandle(index), Name: public.NVName},
+	}.Execute(t)
+	if err != nil {
+		return fmt.Errorf("TPM2_NV_UndefineSpace: %w", err)
+	}
+	return nil
+}

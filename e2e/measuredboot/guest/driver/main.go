@@ -1,0 +1,153 @@
+// Command driver does in a test machine what the host asks for on the request
+// disk: it runs kleidi, and speaks KMS v2 to it as kube-apiserver would. What came
+// of it, and kleidi's state folder, it leaves on the state disk.
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/disk"
+	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/wire"
+)
+
+func main() {
+	err := run()
+	fmt.Println("GUEST: driver:", err)
+	if os.Getpid() == 1 {
+		_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	}
+}
+
+func run() error {
+	if err := loopback(); err != nil {
+		return fmt.Errorf("loopback: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(wire.StateDir), 0o755); err != nil {
+		return err
+	}
+	if _, err := load(wire.State); err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
+	files, err := load(wire.Request)
+	if err != nil {
+		return fmt.Errorf("request: %w", err)
+	}
+	var script wire.Script
+	for _, f := range files {
+		if f.Name == wire.ScriptName {
+			if err := json.Unmarshal(f.Data, &script); err != nil {
+				return fmt.Errorf("%s: %w", wire.ScriptName, err)
+			}
+		}
+	}
+	facts, err := facts()
+	if err != nil {
+		return err
+	}
+	m := &machine{results: []wire.Result{{Machine: facts}}}
+	for _, step := range script.Steps {
+		m.do(step)
+	}
+	m.stop()
+	return m.save()
+}
+
+// load unpacks a disk into the root folder.
+func load(serial string) ([]disk.File, error) {
+	f, err := disk.Open(serial, os.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	files, err := disk.Read(f)
+	if err != nil {
+		return nil, err
+	}
+	return files, disk.Unpack(files, "/")
+}
+
+// machine is what the steps leave behind.
+type machine struct {
+	serving *serving
+	results []wire.Result
+}
+
+func (m *machine) do(step wire.Step) {
+	b, _ := json.Marshal(step) // for the console; it has no field that can't be marshalled
+	fmt.Printf("GUEST: step %.100s\n", b)
+	r := wire.Result{Step: &step}
+	if err := m.step(step, &r); err != nil {
+		r.Error = err.Error()
+	}
+	fmt.Printf("GUEST: %s %.300s\n", r.Healthz, r.Error)
+	m.results = append(m.results, r)
+}
+
+func (m *machine) step(step wire.Step, r *wire.Result) error {
+	switch {
+	case step.Run != nil:
+		return command(step.Run, r)
+	case step.Serve:
+		return m.serve(r)
+	case step.Stop:
+		r.Stderr = m.stop()
+		return nil
+	case step.Encrypt != nil:
+		return encrypt(step.Encrypt, r)
+	case step.Decrypt != nil:
+		return decrypt(step.Decrypt, r)
+	case step.Move != nil:
+		if err := os.RemoveAll(step.Move[1]); err != nil {
+			return err
+		}
+		return os.Rename(step.Move[0], step.Move[1])
+	case step.Copy != nil:
+		b, err := os.ReadFile(step.Copy[0])
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(step.Copy[1], b, 0o600)
+	case step.Forge != nil:
+		return forge(*step.Forge)
+	case step.Undefine != 0:
+		return undefine(step.Undefine)
+	}
+	return fmt.Errorf("a step that asks for nothing")
+}
+
+// save writes the state disk.
+func (m *machine) save() error {
+	files, err := disk.Collect(wire.StateDir)
+	if err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	var lines bytes.Buffer
+	enc := json.NewEncoder(&lines)
+	for _, r := range m.results {
+		if err := enc.Encode(r); err != nil {
+			return err
+		}
+	}
+	files = append(files, disk.File{Name: wire.ResultsName, Mode: 0o600, Data: lines.Bytes()})
+	var archive bytes.Buffer
+	if err := disk.Pack(&archive, files); err != nil {
+		return err
+	}
+	f, err := disk.Open(wire.State, os.O_WRONLY)
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write(archive.Bytes()); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return f.Close()
+}
