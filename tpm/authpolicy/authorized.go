@@ -218,7 +218,7 @@ func (a Authorized) ticket(t transport.TPM, states []SignedState) (ticket tpm2.T
 	if err != nil {
 		return ticket, err
 	}
-	return ticket, withKey(t, a.Key, func(key tpm2.NamedHandle) (err error) {
+	err = withKey(t, a.Key, func(key tpm2.NamedHandle) (err error) {
 		for _, s := range states {
 			var r *tpm2.VerifySignatureResponse
 			r, err = tpm2.VerifySignature{KeyHandle: key, Digest: tpm2.TPM2BDigest{Buffer: signed}, Signature: s.Signature}.Execute(t)
@@ -233,4 +233,5 @@ func (a Authorized) ticket(t transport.TPM, states []SignedState) (ticket tpm2.T
 		}
 		return err
 	})
+	return ticket, err
 }
