@@ -212,6 +212,11 @@ func TestStartupLocality(t *testing.T) {
 		"twice":           {[]Event{said(0), said(3), extended}, nil},
 		"too late":        {[]Event{extended, said(3)}, nil},
 		"too big":         {[]Event{said(5), extended}, nil},
+		// What only looks like it: of another PCR, of another length, by another name.
+		"another PCR":    {[]Event{Informational(sha256Only, 5, []byte(startupLocality+"\x03")), extended}, sum(crypto.SHA256, make([]byte, 32), digest)},
+		"without a byte": {[]Event{Informational(sha256Only, 0, []byte(startupLocality)), extended}, sum(crypto.SHA256, make([]byte, 32), digest)},
+		"two bytes":      {[]Event{Informational(sha256Only, 0, []byte(startupLocality+"\x03\x03")), extended}, sum(crypto.SHA256, make([]byte, 32), digest)},
+		"another name":   {[]Event{Informational(sha256Only, 0, []byte("StartupLocality!\x03")), extended}, sum(crypto.SHA256, make([]byte, 32), digest)},
 	} {
 		pcrs, err := (&Log{Banks: sha256Only, Events: c.events}).Replay(crypto.SHA256)
 		if (err != nil) != (c.want == nil) || !bytes.Equal(pcrs[0], c.want) {
