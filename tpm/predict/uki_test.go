@@ -2,6 +2,7 @@ package predict
 
 import (
 	"bytes"
+	"fmt"
 	"slices"
 	"testing"
 
@@ -102,5 +103,268 @@ func TestUKI(t *testing.T) {
 				t.Error("another image passed for the running one")
 			}
 		})
+	}
+}
+
+// Known versions of the stub measure different sections, and hand different
+// archives to the kernel.
+func TestStubVersions(t *testing.T) {
+	more := []predicttest.Section{
+		{Name: ".uname", Content: []byte("6.1.0")}, {Name: ".sbat", Content: []byte("sbat,1\n")}, {Name: ".ucode", Content: []byte("micro")},
+		{Name: ".pcrsig", Content: []byte("{}")}, {Name: ".pcrpkey", Content: []byte("-----BEGIN PUBLIC KEY-----\n")}, {Name: ".splash", Content: []byte("BM")},
+	}
+	archive := func(name, content string) string {
+		folder := "070701" + "00000001" + "0000416d" + "0000000000000000" + "00000001" + "00000000" + "00000000" + "00000000000000000000000000000000" + "00000007" + "00000000" + ".extra\x00" + "\x00\x00\x00"
+		file := "070701" + "00000002" + "00008124" + "0000000000000000" + "00000001" + "00000000" + hex8(len(content)) + "00000000000000000000000000000000" + hex8(len(".extra/"+name)+1) + "00000000" + ".extra/" + name + "\x00"
+		return folder + pad(pad(file)+content) + cpioTrailer
+	}
+	sig, key := archive("tpm2-pcr-signature.json", "{}"), archive("tpm2-pcr-public-key.pem", "-----BEGIN PUBLIC KEY-----\n")
+	for version, want := range map[string]struct {
+		sections []string
+		initrd   string
+	}{
+		"252.39-1~deb12u1": {[]string{".linux", ".osrel", ".cmdline", ".initrd", ".splash", ".pcrpkey"}, pad("initrd one") + sig + key},
+		"257.9-1~deb13u1": {[]string{".linux", ".osrel", ".cmdline", ".initrd", ".ucode", ".splash", ".uname", ".sbat", ".pcrpkey"},
+			pad("micro") + pad("initrd one") + sig + key + archive("os-release", "ID=test\n")},
+	} {
+		t.Run(version, func(t *testing.T) {
+			base, next := baseUKI, baseUKI
+			base.signer, next.signer, next.stub, next.more = signers().ca, signers().ca, version, more
+			got, err := Predict(base.boot252(t, true), Change{Next: Files{UKI: next.build(t)}, PCRs: []int{4, 7, 9, 11}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := next.boot(t, true, want.sections, "quiet root=/dev/sda1", []byte(want.initrd))
+			wantSame(t, got, want)
+			// And from there back, where only the running image explains the initrd.
+			_, err = Predict(want, Change{Next: Files{UKI: base.build(t)}, PCRs: []int{9}})
+			wantRefusal(t, err, "PCR 9", "another initrd than the image's own")
+			got, err = Predict(want, Change{Next: Files{UKI: base.build(t)}, Running: Files{UKI: next.build(t)}, PCRs: []int{4, 7, 9, 11}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantSame(t, got, base.boot252(t, true))
+		})
+	}
+}
+
+func hex8(n int) string   { return fmt.Sprintf("%08x", n) }
+func pad(s string) string { return s + "\x00\x00\x00"[:-len(s)&3] }
+
+// A version that is not known is learned from the running boot.
+func TestStubOfAnUnknownVersion(t *testing.T) {
+	base := baseUKI
+	base.stub, base.signer = "259.1", signers().ca
+	base.more = []predicttest.Section{{Name: ".uname", Content: []byte("6.1.0")}}
+	next := base
+	next.kernel = "6.1.0-57-amd64"
+	sections := append(slices.Clone(sections252), ".uname")
+	running, want := base.boot(t, true, sections, "x", []byte("y")), next.boot(t, true, sections, "x", []byte("y"))
+	got, err := Predict(running, Change{Next: Files{UKI: next.build(t)}, Running: Files{UKI: base.build(t)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantSame(t, got, without(want, 9))
+	_, err = Predict(running, Change{Next: Files{UKI: next.build(t)}, Running: Files{UKI: base.build(t)}, PCRs: []int{9}})
+	wantRefusal(t, err, "PCR 9", "259.1")
+	_, err = Predict(running, Change{Next: Files{UKI: next.build(t)}})
+	wantRefusal(t, err, "PCR 11", "259.1")
+	newer := next
+	newer.stub = "259.2"
+	_, err = Predict(running, Change{Next: Files{UKI: newer.build(t)}, Running: Files{UKI: base.build(t)}})
+	wantRefusal(t, err, "PCR 11", "259.2")
+	next.more = append(next.more, predicttest.Section{Name: ".sbat", Content: []byte("sbat,1")})
+	_, err = Predict(running, Change{Next: Files{UKI: next.build(t)}, Running: Files{UKI: base.build(t)}})
+	wantRefusal(t, err, "PCR 11", ".sbat")
+}
+
+// Images of which it is not certain what they lead to, or that would not start.
+func TestUKIsThatAreRefused(t *testing.T) {
+	good := baseUKI
+	good.signer = signers().ca
+	running := good.boot252(t, true)
+	build := func(stub string, sections ...predicttest.Section) []byte {
+		return sign(t, signers().ca, predicttest.UKI(stub, sections...))
+	}
+	linux := predicttest.Section{Name: ".linux", Content: good.linux()}
+	cmdline := predicttest.Section{Name: ".cmdline", Content: []byte("quiet")}
+	unsigned, foreign := good, good
+	unsigned.signer, foreign.signer = nil, signers().other
+	broken := good.build(t)
+	broken[0x1000] ^= 1
+	overlapping := good.build(t)
+	copy(overlapping[0x280+24+240+40+12:], overlapping[0x280+24+240+12:][:4]) // the second section's address
+	for name, c := range map[string]struct {
+		image []byte
+		says  string
+	}{
+		"not an image":            {[]byte("MZ"), "not a PE image"},
+		"cut off":                 {good.build(t)[:0x1800], "reaches beyond"},
+		"no stub":                 {sign(t, signers().ca, predicttest.Image(linux, cmdline)), "no systemd-stub"},
+		"no kernel":               {build("252.1", cmdline), "no section .linux"},
+		"two command lines":       {build("252.1", cmdline, linux, cmdline), "two sections .cmdline"},
+		"profiles":                {build("257.1", cmdline, linux, predicttest.Section{Name: ".profile", Content: []byte("x")}), ".profile"},
+		"device trees to choose":  {build("257.1", cmdline, linux, predicttest.Section{Name: ".dtbauto", Content: []byte("x")}), ".dtbauto"},
+		"a name that 252 cuts":    {build("252.1", cmdline, linux, predicttest.Section{Name: ".dtb2", Content: []byte("x")}), "taken for another"},
+		"sections that overlap":   {overlapping, "overlap in memory"},
+		"not signed":              {unsigned.build(t), "not signed"},
+		"signed by somebody else": {foreign.build(t), "no authority"},
+		"changed after signing":   {broken, "does not verify"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := Predict(running, Change{Next: Files{UKI: c.image}})
+			wantRefusal(t, err, c.says)
+		})
+	}
+}
+
+// PCRs that the next image leaves uncertain are refused only if they are demanded.
+func TestCommandLineOfUKI(t *testing.T) {
+	for _, c := range []struct {
+		cmdline, line string
+		ok            bool
+	}{
+		{"quiet\n", "quiet", true}, {"a\tb \n\n", "a b", true}, {"a\x00b", "a", true}, {"a  b", "a  b", true},
+		{" quiet", "", false}, {"grün", "", false}, {"\n", "", false}, {"", "", false}, {"a\x7f", "", false},
+	} {
+		if line, ok := commandLine([]byte(c.cmdline)); ok != c.ok || ok && line != c.line {
+			t.Errorf("%q: %q, %v", c.cmdline, line, ok)
+		}
+	}
+	base := baseUKI
+	base.signer = signers().ca
+	for _, cmdline := range []string{"grün", ""} {
+		next := base
+		next.cmdline = cmdline
+		_, err := Predict(base.boot252(t, true), Change{Next: Files{UKI: next.build(t)}, PCRs: []int{4, 9}})
+		wantRefusal(t, err, "PCR 9")
+	}
+	// Without its own command line the image takes the boot entry's, so that 9
+	// decides the boot that had been decided by 11.
+	next := base
+	next.cmdline = ""
+	_, err := Predict(base.boot252(t, true), Change{Next: Files{UKI: next.build(t)}})
+	wantRefusal(t, err, "PCR 9")
+}
+
+func TestUKILogsThatAreNotUnderstood(t *testing.T) {
+	base := baseUKI
+	base.signer = signers().ca
+	insert := func(log *eventlog.Log, at int, e eventlog.Event) { log.Events = slices.Insert(log.Events, at, e) }
+	for name, c := range map[string]struct {
+		change func(log *eventlog.Log)
+		pcrs   []int
+		says   string
+	}{
+		"a section out of order": {func(log *eventlog.Log) {
+			i := find(t, log, 11, ".osrel", 0)
+			remeasure(log, i, []byte(".sbat\x00"), toUTF16Z(".sbat"))
+		}, nil, "not where systemd-stub measures it"},
+		"an unknown section": {func(log *eventlog.Log) {
+			i := find(t, log, 11, ".osrel", 0)
+			remeasure(log, i, []byte(".other\x00"), toUTF16Z(".other"))
+		}, nil, "neither a section nor a phase"},
+		"another section first": {func(log *eventlog.Log) {
+			i := find(t, log, 11, ".linux", 0)
+			insert(log, i, eventlog.Measure(log.Banks, 11, eventlog.IPL, []byte("x"), []byte("y")))
+		}, nil, "does not begin with"},
+		"a second image": {func(log *eventlog.Log) {
+			i := find(t, log, 9, "LoadOptions", 0)
+			insert(log, i, log.Events[find(t, log, 4, "BOOTX64", 0)])
+		}, nil, "1 images were loaded after"},
+		"an image among the sections": {func(log *eventlog.Log) {
+			i := find(t, log, 11, ".osrel", 0)
+			insert(log, i, log.Events[find(t, log, 4, "BOOTX64", 0)])
+		}, nil, "while the sections were measured"},
+		"no image": {func(log *eventlog.Log) {
+			i := find(t, log, 4, "BOOTX64", 0)
+			log.Events = slices.Delete(log.Events, i, i+1)
+		}, nil, "no image before"},
+		"a credential": {func(log *eventlog.Log) {
+			i := find(t, log, 9, "LoadOptions", 0)
+			insert(log, i, eventlog.Measure(log.Banks, 12, eventlog.IPL, []byte("x"), []byte("Credentials initrd")))
+		}, []int{4, 9, 11}, "more than the image's own"},
+		"something else in PCR 9": {func(log *eventlog.Log) {
+			i := find(t, log, 9, "LoadOptions", 0)
+			insert(log, i, eventlog.Measure(log.Banks, 9, eventlog.IPL, []byte("x"), []byte("y")))
+		}, []int{9}, "neither the kernel's load options nor"},
+		"an authority that is not proven": {func(log *eventlog.Log) {
+			for i := range log.Events {
+				if log.Events[i].UntrustedType == eventlog.EFIVariableAuthority {
+					log.Events[i].UntrustedData = nil
+				}
+			}
+		}, nil, "not a proven authority"},
+		"a db that is not proven": {func(log *eventlog.Log) {
+			i := find(t, log, 7, "db", 0)
+			log.Events[i].UntrustedData = variable{securityDatabase, "db", nil}.encode()
+		}, nil, "Secure Boot"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			log := base.boot252(t, true)
+			c.change(log)
+			_, err := Predict(log, Change{Next: Files{UKI: base.build(t)}, PCRs: c.pcrs})
+			wantRefusal(t, err, c.says)
+		})
+	}
+}
+
+// What user space measured after the boot is carried over as it is: the next boot
+// does the same.
+func TestPhasesOfUserSpaceStay(t *testing.T) {
+	base, next := baseUKI, baseUKI
+	base.signer, next.signer, next.kernel = signers().ca, signers().ca, "6.1.0-57-amd64"
+	running, want := base.boot252(t, true), next.boot252(t, true)
+	for _, log := range []*eventlog.Log{running, want} {
+		for _, pcr := range []int{4, 7, 9, 12} {
+			log.Append([]eventlog.Event{eventlog.Measure(log.Banks, pcr, eventlog.EventTag, []byte("os-separator"), []byte("os-separator"))})
+		}
+		for _, phase := range []string{"enter-initrd", "leave-initrd", "sysinit", "ready"} {
+			log.Append([]eventlog.Event{eventlog.Measure(log.Banks, 11, eventlog.EventTag, []byte(phase), []byte(phase))})
+		}
+	}
+	got, err := Predict(running, Change{Next: Files{UKI: next.build(t)}, PCRs: []int{4, 7, 9, 11, 12}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantSame(t, got, want)
+}
+
+// A boot loader that db authorised starts an image that the same certificate does.
+func TestUKIBehindABootLoader(t *testing.T) {
+	base, next := baseUKI, baseUKI
+	base.signer, next.signer, next.initrd = signers().ca, signers().ca, "two"
+	behind := func(log *eventlog.Log) *eventlog.Log {
+		i := find(t, log, 4, "BOOTX64", 0)
+		log.Events = slices.Insert(log.Events, i, eventlog.Measure(log.Banks, 4, eventlog.EFIBootServicesApp, []byte("systemd-boot"), log.Events[i].UntrustedData))
+		return log
+	}
+	got, err := Predict(behind(base.boot252(t, true)), Change{Next: Files{UKI: next.build(t)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantSame(t, got, behind(next.boot252(t, true)))
+	next.signer = signers().other
+	_, err = Predict(behind(base.boot252(t, true)), Change{Next: Files{UKI: next.build(t)}})
+	wantRefusal(t, err, "no authority")
+}
+
+// A bank that Go cannot compute is left out.
+func TestBanksThatCannotBeComputed(t *testing.T) {
+	base := baseUKI
+	base.signer = signers().ca
+	log := base.boot252(t, true)
+	want := base.boot252(t, true)
+	log.Banks = append(log.Banks, eventlog.SM3)
+	for i := range log.Events {
+		log.Events[i].Digests = append(log.Events[i].Digests, eventlog.Digest{Hash: eventlog.SM3, Value: make([]byte, 32)})
+	}
+	got, err := Predict(log, Change{Next: Files{UKI: base.build(t)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantSame(t, got, want)
+	if !bytes.Equal(got.Encode(), want.Encode()) {
+		t.Error("the log differs")
 	}
 }
