@@ -1,0 +1,96 @@
+package main
+
+import (
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"os"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/beezy-dev/kleidi/grpcserver/verifier"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// ask has the machine's TPM demand the signature of the verifier at $SECOND, in a
+// session of its own: ask NODE REPORT, where REPORT is what kleidi verifier show
+// -o json prints. A refusal is there to match as stderr.
+func (h *host) ask(ts *testscript.TestScript, args []string) error {
+	if len(args) != 2 {
+		return broken("ask NODE REPORT")
+	}
+	b, err := os.ReadFile(h.abs(args[1]))
+	if err != nil {
+		return broken("%w", err)
+	}
+	var report verifierReport
+	if err := json.Unmarshal(b, &report); err != nil {
+		return broken("%w", err)
+	}
+	channel, err := verifier.NewClient(verifier.ClientConfig{Address: ts.Getenv("SECOND"), Certificate: report.Certificate})
+	if err != nil {
+		return broken("%w", err)
+	}
+	cluster, err := seal.ParseClusterID(report.ClusterID)
+	if err != nil {
+		return broken("%w", err)
+	}
+	if err := h.listening(ts.Getenv("SECOND")); err != nil {
+		return err
+	}
+	a := &remote.Attester{Cluster: cluster, Node: args[0], Channel: channel, Logs: func() (firmware, userspace []byte, err error) {
+		firmware, err = os.ReadFile(h.machine.EventLog())
+		return firmware, nil, err
+	}}
+	if err := h.satisfy(a, report.PublicKey); err != nil {
+		fmt.Fprintln(ts.Stderr(), err)
+		return err
+	}
+	return nil
+}
+
+// listening waits until somebody listens at address.
+func (h *host) listening(address string) error {
+	return eventually(func() error {
+		c, err := net.Dial("tcp", address)
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	})
+}
+
+// satisfy opens a session as for a slot, and has the attester satisfy its term.
+func (h *host) satisfy(a *remote.Attester, publicKey string) error {
+	block, _ := pem.Decode([]byte(publicKey))
+	if block == nil {
+		return broken("no public key")
+	}
+	key, err := x509.ParsePKIXPublicKey(block.Bytes)
+	if err != nil {
+		return broken("%w", err)
+	}
+	public, err := authpolicy.PublicKey(key)
+	if err != nil {
+		return broken("%w", err)
+	}
+	return h.machine.TPM().Do(h.t.Context(), func(t transport.TPM) error {
+		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+			s, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, authpolicy.NonceSize, tpm2.Salted(srk.Handle, srk.Public), tpm2.AESEncryption(128, tpm2.EncryptOut))
+			if err != nil {
+				return err
+			}
+			defer func() { _ = done() }()
+			return authpolicy.Terms{authpolicy.Signed{Key: public, Ref: remote.PolicyRef(a.Cluster, a.Node), Sign: func(nonceTPM []byte) (tpm2.TPMTSignature, error) {
+				return a.Sign(h.t.Context(), t, srk, nonceTPM)
+			}}}.Satisfy(t, s)
+		})
+	})
+}

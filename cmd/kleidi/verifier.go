@@ -1,0 +1,225 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/grpcserver/verifier"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+)
+
+func (a *app) newVerifier() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "verifier",
+		Short: "Verify nodes from another machine, and sign what their TPMs demand",
+		Long: `Run the verifier of the remote gate, on a machine that is no node of the cluster. Where
+a node's configuration names a verifier, the node's TPM unseals only with the
+verifier's signature, and the verifier signs only after it has verified fresh
+evidence of that TPM and its boot. docs/remote-attestation.md describes it.
+
+Its configuration is of a kind of its own, see kleidi verifier init
+(default ` + verifierPath + `). SIGTERM ends it.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.verifierConfig()
+			if err != nil {
+				return err
+			}
+			s, err := newVerifierService(c)
+			if err != nil {
+				return requireRoot(err)
+			}
+			return s.run(cmd.Context())
+		},
+	}
+	cmd.AddCommand(a.newVerifierInit(), a.newVerifierRegister(), a.newVerifierShow())
+	return cmd
+}
+
+// verifierService is a running verifier.
+type verifierService struct {
+	config *verifierConfig
+	log    *slog.Logger
+	server *verifier.Server
+}
+
+func newVerifierService(c *verifierConfig) (*verifierService, error) {
+	s := &verifierService{config: c, log: logger(&config.Config{Log: c.Log})}
+	certificate, err := c.tls()
+	if err != nil {
+		return nil, err
+	}
+	v, err := c.verifier()
+	if err != nil {
+		return nil, err
+	}
+	audit := auditFile(c.Audit.File)
+	if err := audit.append(nil); err != nil {
+		return nil, fmt.Errorf("audit.file: %w; without it every answer is no", err)
+	}
+	s.server = verifier.NewServer(verifier.Options{Verifier: v, Certificate: *certificate, Record: audit.record, Log: s.log})
+	return s, nil
+}
+
+// run returns when ctx has ended and every exchange has.
+func (s *verifierService) run(ctx context.Context) error {
+	l, err := net.Listen("tcp", s.config.Listen)
+	if err != nil {
+		return fmt.Errorf("listen: %w; see that nothing else listens there", err)
+	}
+	s.log.Info("verifier listening", "version", version(), "address", l.Addr().String(), "cluster", s.config.ClusterID, "nodes", len(s.config.Nodes))
+	if len(s.config.Nodes) == 0 {
+		s.log.Warn("no node is registered, so every answer is no; see kleidi verifier register")
+	}
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+		grace, cancel := context.WithTimeout(context.Background(), stopTimeout)
+		defer cancel()
+		s.server.GracefulStop(grace)
+	})
+	err = s.server.Serve(l)
+	if !stop() {
+		<-stopped
+	}
+	return err
+}
+
+// auditFile is where verdicts go, one JSON object a line. It is opened for each,
+// so that it may be moved away at any time.
+type auditFile string
+
+func (f auditFile) record(v *verifier.Verdict) error {
+	line, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return f.append(append(line, '\n'))
+}
+
+// append returns once the line is on the disk.
+func (f auditFile) append(line []byte) error {
+	file, err := os.OpenFile(string(f), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(line)
+	return errors.Join(err, file.Sync(), file.Close(), syncFolder(string(f)))
+}
+
+func (a *app) newVerifierShow() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show",
+		Short: "Check the verifier's configuration, and show what nodes have to know of it",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.verifierConfig()
+			if err != nil {
+				return err
+			}
+			r, err := c.describe("")
+			if err != nil {
+				return requireRoot(err)
+			}
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { r.print(w) })
+		},
+	}
+}
+
+// verifierReport is what nodes have to know of a verifier, and whom it knows.
+type verifierReport struct {
+	Config      string         `json:"config"`
+	ClusterID   string         `json:"clusterID"`
+	Listen      string         `json:"listen"`
+	Certificate string         `json:"certificate"` // digest
+	PublicKey   string         `json:"publicKey"`   // PEM
+	Nodes       []verifierNode `json:"nodes"`
+	// NodeConfiguration is what goes into a node's configuration.
+	NodeConfiguration string `json:"nodeConfiguration"`
+}
+
+// publicKeyPath is where nodes are told to keep the verifier's public key.
+const publicKeyPath = "/etc/kleidi/verifier.pub"
+
+// describe reads certificate and key; address is what nodes dial, "" if unknown.
+func (c *verifierConfig) describe(address string) (*verifierReport, error) {
+	certificate, err := c.tls()
+	if err != nil {
+		return nil, err
+	}
+	key, err := c.key()
+	if err != nil {
+		return nil, err
+	}
+	public, err := publicPEM(key)
+	if err != nil {
+		return nil, err
+	}
+	r := &verifierReport{Config: c.path, ClusterID: c.ClusterID.String(), Listen: c.Listen, PublicKey: string(public), Nodes: c.Nodes,
+		Certificate: verifier.Digest(certificate.Certificate[0])}
+	if r.Nodes == nil {
+		r.Nodes = []verifierNode{}
+	}
+	if address == "" {
+		address = addressOf(certificate, c.Listen)
+	}
+	settings, err := yaml.Marshal(map[string]any{"tpm": map[string]any{"verifier": map[string]any{
+		"address": address, "certificate": r.Certificate, "publicKey": publicKeyPath}}})
+	r.NodeConfiguration = string(settings)
+	return r, err
+}
+
+// addressOf guesses what nodes dial: the certificate's first name, and the port.
+func addressOf(c *tls.Certificate, listen string) string {
+	_, port, _ := net.SplitHostPort(listen)
+	host := "VERIFIER"
+	switch leaf := c.Leaf; {
+	case leaf != nil && len(leaf.DNSNames) > 0:
+		host = leaf.DNSNames[0]
+	case leaf != nil && len(leaf.IPAddresses) > 0:
+		host = leaf.IPAddresses[0].String()
+	}
+	return net.JoinHostPort(host, port)
+}
+
+func (r *verifierReport) print(w io.Writer) {
+	row(w, "configuration", r.Config)
+	row(w, "cluster ID", r.ClusterID)
+	row(w, "listens on", r.Listen)
+	row(w, "certificate", r.Certificate)
+	for _, n := range r.Nodes {
+		row(w, "node", fmt.Sprintf("%s  EK %s  %s", n.Name, n.EK, n.BootPolicy))
+	}
+	fmt.Fprintf(w, "\non every node, write this to %s:\n\n%s\nand into its configuration:\n\n%s", publicKeyPath, r.PublicKey, r.NodeConfiguration)
+}
+
+// verifier puts together who decides.
+func (c *verifierConfig) verifier() (*remote.Verifier, error) {
+	key, err := c.key()
+	if err != nil {
+		return nil, err
+	}
+	v := &remote.Verifier{Cluster: c.ClusterID, Key: key, Nodes: map[string]remote.Registration{}}
+	for i, n := range c.Nodes {
+		p, err := readPolicy(n.BootPolicy)
+		if err != nil {
+			return nil, fmt.Errorf("nodes[%d].bootPolicy: %w", i, err)
+		}
+		v.Nodes[n.Name] = remote.Registration{EK: n.EK, BootPolicy: p}
+	}
+	return v, nil
+}

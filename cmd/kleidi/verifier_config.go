@@ -1,0 +1,234 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/strictyaml"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+)
+
+// verifierPath is read if no other configuration is named.
+const verifierPath = "/etc/kleidi/verifier/verifier.yaml"
+
+const verifierKind = "VerifierConfiguration"
+
+// Limits on a verifier's files, in bytes.
+const (
+	maxVerifierConfig = 1 << 20
+	maxKeyFile        = 64 << 10
+	maxNodeName       = 253
+)
+
+// verifierConfig is the configuration file of kleidi verifier.
+type verifierConfig struct {
+	APIVersion string `yaml:"apiVersion"`
+	Kind       string `yaml:"kind"`
+	// ClusterID is the cluster whose nodes are verified.
+	ClusterID seal.ClusterID `yaml:"clusterID" want:"32 lower-case hexadecimal digits, as kleidi status shows them"`
+	Listen    string         `yaml:"listen"`
+	// Certificate and Key are of TLS, in PEM; SigningKey is what the nodes' TPMs
+	// demand signatures of. Of both keys the mode must be 0600.
+	Certificate string         `yaml:"certificate"`
+	Key         string         `yaml:"key"`
+	SigningKey  string         `yaml:"signingKey"`
+	Audit       verifierAudit  `yaml:"audit"`
+	Log         config.Log     `yaml:"log"`
+	Nodes       []verifierNode `yaml:"nodes"`
+
+	path string
+}
+
+type verifierAudit struct {
+	File string `yaml:"file"`
+}
+
+type verifierNode struct {
+	Name       string `yaml:"name" json:"name"`
+	EK         string `yaml:"ek" json:"ek"`
+	BootPolicy string `yaml:"bootPolicy" json:"bootPolicy"` // file
+}
+
+// verifierConfig reads the configuration that the flags name.
+func (a *app) verifierConfig() (*verifierConfig, error) {
+	path := a.configPath
+	if path == "" {
+		path = verifierPath
+	}
+	b, err := readFile(path, maxVerifierConfig)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("verifier configuration: %w; make one with kleidi verifier init, or name it with --config", err)
+	}
+	if err != nil {
+		return nil, requireRoot(fmt.Errorf("verifier configuration: %w", err))
+	}
+	c, err := parseVerifierConfig(b)
+	if err != nil {
+		return nil, fmt.Errorf("verifier configuration %s:\n%w", path, err)
+	}
+	c.path = path
+	if a.logLevel != "" {
+		err = c.Log.Level.UnmarshalText([]byte(a.logLevel))
+	}
+	return c, err
+}
+
+// parseVerifierConfig reports every problem at once, one a line.
+func parseVerifierConfig(b []byte) (*verifierConfig, error) {
+	if len(b) > maxVerifierConfig {
+		return nil, fmt.Errorf("  file: more than %d bytes", maxVerifierConfig)
+	}
+	c := &verifierConfig{Log: config.Log{Level: slog.LevelInfo, Format: "text"}}
+	p := &strictyaml.Problems{}
+	if err := strictyaml.Decode(b, c, p); err != nil {
+		return nil, err
+	}
+	c.validate(p)
+	return c, p.Err()
+}
+
+func (c *verifierConfig) validate(p *strictyaml.Problems) {
+	if c.APIVersion != config.APIVersion {
+		p.Add("apiVersion", "%q; want %s", c.APIVersion, config.APIVersion)
+	}
+	if c.Kind != verifierKind {
+		p.Add("kind", "%q; want %s", c.Kind, verifierKind)
+	}
+	if c.ClusterID == (seal.ClusterID{}) {
+		p.Add("clusterID", "none is named; kleidi status on a node shows it")
+	}
+	if _, port, err := net.SplitHostPort(c.Listen); err != nil {
+		p.Add("listen", "%v; want 0.0.0.0:9781 for instance", err)
+	} else if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		p.Add("listen", "port %q; want 1 to 65535", port)
+	}
+	for path, value := range map[string]string{"certificate": c.Certificate, "key": c.Key, "signingKey": c.SigningKey, "audit.file": c.Audit.File} {
+		absolutePath(p, path, value)
+	}
+	if c.Key == c.SigningKey {
+		p.Add("signingKey", "it is the key of TLS too; name another")
+	}
+	if c.Log.Format != "text" && c.Log.Format != "json" {
+		p.Add("log.format", "%q; want text or json", c.Log.Format)
+	}
+	c.validateNodes(p)
+}
+
+func (c *verifierConfig) validateNodes(p *strictyaml.Problems) {
+	names, keys := map[string]bool{}, map[string]bool{}
+	for i, n := range c.Nodes {
+		path := fmt.Sprintf("nodes[%d].", i)
+		if n.Name == "" || len(n.Name) > maxNodeName {
+			p.Add(path+"name", "it has %d bytes, want 1 to %d", len(n.Name), maxNodeName)
+		}
+		if names[n.Name] {
+			p.Add(path+"name", "%q is registered twice", n.Name)
+		}
+		if keys[n.EK] {
+			p.Add(path+"ek", "it is another node's too")
+		}
+		names[n.Name], keys[n.EK] = true, true
+		digest, ok := strings.CutPrefix(n.EK, "sha256:")
+		if b, err := hex.DecodeString(digest); !ok || err != nil || len(b) != 32 || digest != strings.ToLower(digest) {
+			p.Add(path+"ek", "%.80q is no digest; want sha256: and 64 lower-case hexadecimal digits, as kleidi keyring show prints them", n.EK)
+		}
+		absolutePath(p, path+"bootPolicy", n.BootPolicy)
+	}
+}
+
+func absolutePath(p *strictyaml.Problems, path, value string) {
+	if !filepath.IsAbs(value) {
+		p.Add(path, "%q is not an absolute path", value)
+	}
+}
+
+// tls reads the server's certificate.
+func (c *verifierConfig) tls() (*tls.Certificate, error) {
+	chain, err := readFile(c.Certificate, maxKeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("certificate: %w", err)
+	}
+	key, err := readPrivate(c.Key)
+	if err != nil {
+		return nil, fmt.Errorf("key: %w", err)
+	}
+	defer clear(key)
+	certificate, err := tls.X509KeyPair(chain, key)
+	if err != nil {
+		return nil, fmt.Errorf("certificate %s with key %s: %w", c.Certificate, c.Key, err)
+	}
+	return &certificate, nil
+}
+
+// key reads the signing key.
+func (c *verifierConfig) key() (*remote.Key, error) {
+	b, err := readPrivate(c.SigningKey)
+	if err != nil {
+		return nil, fmt.Errorf("signingKey: %w", err)
+	}
+	defer clear(b)
+	key, err := remote.ParseKey(b)
+	if err != nil {
+		return nil, fmt.Errorf("signingKey: %s: %w", c.SigningKey, err)
+	}
+	return key, nil
+}
+
+// readPrivate reads a file that nobody else may read. The caller clears it.
+func readPrivate(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("%s: mode %04o lets others at a private key; run chmod 0600 on it", path, info.Mode().Perm())
+	}
+	b := make([]byte, maxKeyFile+1) // of its size at once, so that no copy stays behind
+	n, err := io.ReadFull(f, b)
+	if err == nil {
+		clear(b)
+		return nil, fmt.Errorf("%s: it has more than %d bytes", path, maxKeyFile)
+	}
+	if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	return b[:n], nil
+}
+
+func publicPEM(key *remote.Key) ([]byte, error) {
+	der, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), nil
+}
+
+// privatePEM returns PKCS #8 in PEM. The caller clears it.
+func privatePEM(key *ecdsa.PrivateKey) ([]byte, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(der)
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}
