@@ -74,6 +74,7 @@ func TestScript(t *testing.T) {
 			"readback": command((*host).readBack),
 			"again":    command((*host).again),
 			"trust":    command((*host).trust),
+			"ask":      command((*host).ask),
 		},
 	})
 }
