@@ -31,7 +31,7 @@ const verifierKind = "VerifierConfiguration"
 // Limits on a verifier's files, in bytes.
 const (
 	maxVerifierConfig = 1 << 20
-	maxKeyFile        = 64 << 10
+	maxPrivateFile        = 64 << 10
 	maxNodeName       = 253
 )
 
@@ -159,7 +159,7 @@ func absolutePath(p *strictyaml.Problems, path, value string) {
 
 // tls reads the server's certificate.
 func (c *verifierConfig) tls() (*tls.Certificate, error) {
-	chain, err := readFile(c.Certificate, maxKeyFile)
+	chain, err := readFile(c.Certificate, maxPrivateFile)
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
@@ -203,11 +203,11 @@ func readPrivate(path string) ([]byte, error) {
 	if info.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("%s: mode %04o lets others at a private key; run chmod 0600 on it", path, info.Mode().Perm())
 	}
-	b := make([]byte, maxKeyFile+1) // of its size at once, so that no copy stays behind
+	b := make([]byte, maxPrivateFile+1) // of its size at once, so that no copy stays behind
 	n, err := io.ReadFull(f, b)
 	if err == nil {
 		clear(b)
-		return nil, fmt.Errorf("%s: it has more than %d bytes", path, maxKeyFile)
+		return nil, fmt.Errorf("%s: it has more than %d bytes", path, maxPrivateFile)
 	}
 	if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
 		return nil, err
