@@ -31,7 +31,7 @@ const verifierKind = "VerifierConfiguration"
 // Limits on a verifier's files, in bytes.
 const (
 	maxVerifierConfig = 1 << 20
-	maxPrivateFile        = 64 << 10
+	maxPrivateFile    = 64 << 10
 	maxNodeName       = 253
 )
 
@@ -163,7 +163,7 @@ func (c *verifierConfig) tls() (*tls.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
-	key, err := readPrivate(c.Key)
+	key, err := readKeyFile(c.Key)
 	if err != nil {
 		return nil, fmt.Errorf("key: %w", err)
 	}
@@ -177,7 +177,7 @@ func (c *verifierConfig) tls() (*tls.Certificate, error) {
 
 // key reads the signing key.
 func (c *verifierConfig) key() (*remote.Key, error) {
-	b, err := readPrivate(c.SigningKey)
+	b, err := readKeyFile(c.SigningKey)
 	if err != nil {
 		return nil, fmt.Errorf("signingKey: %w", err)
 	}
@@ -189,8 +189,8 @@ func (c *verifierConfig) key() (*remote.Key, error) {
 	return key, nil
 }
 
-// readPrivate reads a file that nobody else may read. The caller clears it.
-func readPrivate(path string) ([]byte, error) {
+// readKeyFile reads a file that nobody else may read. The caller clears it.
+func readKeyFile(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
