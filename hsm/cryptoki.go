@@ -6,6 +6,7 @@ package hsm
 #cgo linux LDFLAGS: -ldl
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -56,6 +57,7 @@ static ulong_t kleidi_wrap_key(functions *list, ulong_t session, ulong_t type, u
 
 // kleidi_scrub overwrites what was just freed on this thread: malloc hands out
 // first what was freed last. glibc keeps at most seven blocks of a size per thread.
+// Then it copies zeros as keys are copied, for the sake of the registers.
 static void kleidi_scrub(void) {
 	enum { sizes = 64, each = 8 };
 	static __thread void *block[sizes][each];
@@ -66,12 +68,26 @@ static void kleidi_scrub(void) {
 	for (size_t i = 0; i < sizes; i++)
 		for (size_t j = 0; j < each; j++)
 			free(block[i][j]);
+	static const char zeros[512];
+	static __thread char sink[sizeof zeros];
+	for (volatile size_t n = 1; n <= sizeof zeros; n++)
+		memcpy(sink, zeros, n);
+}
+
+// kleidi_preemption blocks or unblocks the signal by which Go preempts a thread:
+// it would save the registers, and what of a key is in them, to ordinary memory.
+static void kleidi_preemption(int how) {
+	sigset_t set;
+	sigemptyset(&set);
+	sigaddset(&set, SIGURG);
+	pthread_sigmask(how, &set, NULL);
 }
 */
 import "C"
 
 import (
 	"errors"
+	"runtime"
 	"unsafe"
 
 	"github.com/miekg/pkcs11"
@@ -167,10 +183,18 @@ func returned(out []byte, n, rv C.ulong_t) ([]byte, error) {
 	return out[:n], nil
 }
 
-// scrub overwrites what was just freed on this thread. miekg's binding copies PINs
-// and the KEK of C_CreateObject and C_GetAttributeValue through small blocks from
-// malloc and frees them as they are, and so may modules.
-func scrub() { C.kleidi_scrub() }
+// discreet runs f, which calls a module, so that nothing of a key stays behind on
+// this thread. miekg's binding copies PINs and the KEK of C_CreateObject and
+// C_GetAttributeValue through small blocks from malloc and frees them as they
+// are, and so may modules; malloc's free lists are the thread's.
+func discreet(f func()) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	C.kleidi_preemption(C.SIG_BLOCK)
+	defer C.kleidi_preemption(C.SIG_UNBLOCK)
+	defer C.kleidi_scrub()
+	f()
+}
 
 // cString returns s as C memory, or nil for "", and what frees it.
 func cString(s string) (p unsafe.Pointer, free func()) {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -78,14 +77,14 @@ func do[T any](ctx context.Context, m *module, initArgs string, f func() (T, err
 	go func() {
 		defer func() { <-m.turn }()
 		defer end()
-		// A thread of its own: malloc's free lists are per thread, see scrub.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		defer scrub()
-		value, err := initialised(m, initArgs, f)
-		if isLost(err) && ctx.Err() == nil {
+		var value T
+		var err error
+		discreet(func() {
 			value, err = initialised(m, initArgs, f)
-		}
+			if isLost(err) && ctx.Err() == nil {
+				value, err = initialised(m, initArgs, f)
+			}
+		})
 		if delivered.CompareAndSwap(false, true) {
 			done <- result{value, err}
 		} else if err == nil {

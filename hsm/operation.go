@@ -45,7 +45,7 @@ func run[T any](ctx context.Context, w *Wrapper, flags uint, f func(*session) (T
 		}
 	}
 	m := w.find(w.target.module)
-	return do(ctx, m, w.target.initArgs, func() (T, error) { return withSession(m, w.target, p, flags, f) }, drop, func() { p.close(); end() })
+	return do(ctx, m, w.target.initArgs, func() (T, error) { return withSession(m, w, p, flags, f) }, drop, func() { p.close(); end() })
 }
 
 // seal wraps kek, which it closes.
@@ -65,7 +65,7 @@ func (w *Wrapper) seal(ctx context.Context, kek *seal.Secret, like *slotData) (*
 				return nil, err
 			}
 		}
-		return s.seal(k, kek, w.only)
+		return s.seal(k, kek, w, w.only)
 	}, func(*slotData) {}, end)
 }
 
@@ -87,14 +87,13 @@ func (w *Wrapper) sealPublic(ctx context.Context, kek *seal.Secret, like *slotDa
 	return d, err
 }
 
-func (s *session) seal(k *key, kek *seal.Secret, only []string) (*slotData, error) {
+func (s *session) seal(k *key, kek *seal.Secret, w *Wrapper, only []string) (*slotData, error) {
 	m, err := s.choose(k, only)
 	if err != nil {
 		return nil, err
 	}
 	d := &slotData{Form: form1, Mechanism: m.name, Token: nameOf(s.token), Key: k.name}
-	kek.With(func(b []byte) { err = m.seal(s, k, m, b, d) })
-	return d, err
+	return d, lend(w.config.Memory, kek, func(b []byte) error { return m.seal(s, k, m, b, d) })
 }
 
 // owns says whether k made the slot like: by names, and if the token's differs by
@@ -135,7 +134,7 @@ func (s *session) open(d *slotData, w *Wrapper) (*seal.Secret, error) {
 		return nil, corrupt("it holds %d bytes, want %d", len(b), seal.KEKSize)
 	case isLost(err):
 		return nil, err
-	case s.probe(k, m, w.config.Memory) != nil:
+	case s.probe(k, m, w) != nil:
 		return nil, fmt.Errorf("the key does not work: %w", err)
 	case m.class == classSecret && d.Token != nameOf(s.token):
 		return nil, seal.ErrNotMine
@@ -144,13 +143,13 @@ func (s *session) open(d *slotData, w *Wrapper) (*seal.Secret, error) {
 }
 
 // probe wraps a random KEK and opens it.
-func (s *session) probe(k *key, m *mechanism, mem seal.Memory) error {
-	kek, err := mem.NewKEK()
+func (s *session) probe(k *key, m *mechanism, w *Wrapper) error {
+	kek, err := w.config.Memory.NewKEK()
 	if err != nil {
 		return err
 	}
 	defer kek.Close()
-	d, err := s.seal(k, kek, []string{m.name})
+	d, err := s.seal(k, kek, w, []string{m.name})
 	if err != nil {
 		return err
 	}

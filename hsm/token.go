@@ -23,16 +23,16 @@ type session struct {
 }
 
 // withSession finds the token, opens a session, logs in, calls f, and undoes all that.
-func withSession[T any](m *module, t *target, p *pin, flags uint, f func(*session) (T, error)) (result T, err error) {
+func withSession[T any](m *module, w *Wrapper, p *pin, flags uint, f func(*session) (T, error)) (result T, err error) {
 	s := &session{cryptoki: m.p}
-	if err := s.find(&t.token); err != nil {
+	if err := s.find(&w.target.token); err != nil {
 		return result, err
 	}
 	if s.h, err = s.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|flags); err != nil {
 		return result, fmt.Errorf("C_OpenSession: %w", err)
 	}
 	defer func() { _ = s.CloseSession(s.h) }() // a session that is gone is closed
-	logout, err := s.login(m, p)
+	logout, err := s.login(m, p, w.config.Memory)
 	if err != nil {
 		return result, err
 	}
@@ -102,7 +102,7 @@ const (
 
 // login logs in where the token wants that, at most once with each PIN. The
 // function that it returns logs out.
-func (s *session) login(m *module, p *pin) (logout func(), err error) {
+func (s *session) login(m *module, p *pin, mem seal.Memory) (logout func(), err error) {
 	flags, name := s.token.Flags, nameOf(s.token)
 	if flags&pkcs11.CKF_LOGIN_REQUIRED == 0 {
 		return func() {}, nil
@@ -123,7 +123,7 @@ func (s *session) login(m *module, p *pin) (logout func(), err error) {
 		return nil, refuse("log in by hand with the right PIN, which resets the count: pkcs11-tool --login --list-objects",
 			"it reports that one more wrong PIN locks it, so that try is left to you")
 	}
-	p.With(func(b []byte) { err = s.Login(s.h, pkcs11.CKU_USER, unsafe.String(&b[0], len(b))) })
+	err = lend(mem, p.Secret, func(b []byte) error { return s.Login(s.h, pkcs11.CKU_USER, unsafe.String(&b[0], len(b))) })
 	code, _ := errors.AsType[pkcs11.Error](err)
 	switch {
 	case err == nil:

@@ -5,6 +5,7 @@ package hsm
 import (
 	"crypto/rand"
 	"fmt"
+	"net/url"
 	"os"
 	"path/filepath"
 	"testing"
@@ -12,7 +13,6 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
 // backend is a PKCS#11 module with tokens that a test may do anything with.
@@ -20,6 +20,7 @@ type backend struct {
 	name     string
 	module   string
 	initArgs string
+	dir      string   // where its tokens are
 	tokens   []string // two labels
 	only     []string // mechanisms that it offers, as slots name them
 
@@ -76,7 +77,7 @@ func softHSM(t *testing.T) *backend {
 	conf := filepath.Join(dir, "softhsm2.conf")
 	ok(t, os.WriteFile(conf, []byte("directories.tokendir = "+dir+"/tokens\nlog.level = ERROR\n"), 0o600))
 	t.Setenv("SOFTHSM2_CONF", conf)
-	b := &backend{name: "softhsm", tokens: []string{"kleidi-a", "kleidi-b"}, only: []string{mechGCM, mechWrapPad},
+	b := &backend{name: "softhsm", dir: filepath.Join(dir, "tokens"), tokens: []string{"kleidi-a", "kleidi-b"}, only: []string{mechGCM, mechWrapPad},
 		module: firstFile(t, "/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so")}
 	for _, label := range b.tokens {
 		b.initToken(t, label)
@@ -110,7 +111,7 @@ func (b *backend) config(t *testing.T, token int, key string) Config {
 	t.Helper()
 	pin := filepath.Join(t.TempDir(), "pin")
 	ok(t, os.WriteFile(pin, []byte(testPIN+"\n"), 0o600))
-	return Config{Module: b.module, InitArgs: b.initArgs, URI: fmt.Sprintf("pkcs11:token=%s;object=%s", b.tokens[token], key), PINFile: pin}
+	return Config{Module: b.module, InitArgs: b.initArgs, URI: fmt.Sprintf("pkcs11:token=%s;object=%s", b.tokens[token], url.PathEscape(key)), PINFile: pin}
 }
 
 func newWrapper(t *testing.T, c Config, only ...string) *Wrapper {
@@ -183,10 +184,11 @@ func nss(t *testing.T) *backend {
 // database makes an empty database with a user PIN.
 func (b *backend) database(t *testing.T) (initArgs string) {
 	t.Helper()
-	initArgs = fmt.Sprintf("configdir='sql:%s' certPrefix='' keyPrefix='' secmod='' flags=noModDB dbTokenDescription='%s'", t.TempDir(), b.tokens[0])
+	b.dir = t.TempDir()
+	initArgs = fmt.Sprintf("configdir='sql:%s' certPrefix='' keyPrefix='' secmod='' flags=noModDB dbTokenDescription='%s'", b.dir, b.tokens[0])
 	admin(t, b.module, initArgs, func(p cryptoki) {
 		for _, slot := range must[[]uint](t)(p.GetSlotList(true)) {
-			if info := must[pkcs11.TokenInfo](t)(p.GetTokenInfo(slot)); trim(info.Label) == b.tokens[0] {
+			if info := must[tokenInfo](t)(p.GetTokenInfo(slot)); trim(info.Label) == b.tokens[0] {
 				b.setPIN(t, p.(*ctx), slot, "")
 			}
 		}
@@ -194,40 +196,33 @@ func (b *backend) database(t *testing.T) (initArgs string) {
 	return initArgs
 }
 
-func TestSoftHSM(t *testing.T) {
-	b := softHSM(t)
-	for i, name := range b.only {
-		t.Run(name, func(t *testing.T) {
-			label := fmt.Sprintf("kek-%d", i)
-			var harness [2]*Wrapper
-			for token := range b.tokens {
-				harness[token] = newWrapper(t, b.config(t, token, label), name)
-				b.aesKey(t, harness[token], label, permissions(true, true)...)
-			}
-			sealtest.Run(t, func(t *testing.T) sealtest.Harness {
-				return sealtest.Harness{Wrapper: harness[0], Other: harness[1], Memory: seal.Memory{}}
-			})
-		})
+type tokenInfo = pkcs11.TokenInfo
+
+func newKEK(t *testing.T) *seal.Secret {
+	t.Helper()
+	kek := must[*seal.Secret](t)(seal.Memory{}.NewKEK())
+	t.Cleanup(func() { kek.Close() })
+	return kek
+}
+
+// opens demands that slot opens to kek.
+func opens(t *testing.T, w seal.Wrapper, slot seal.Slot, kek *seal.Secret) {
+	t.Helper()
+	got := must[*seal.Secret](t)(w.Unwrap(t.Context(), slot))
+	defer got.Close()
+	if !got.Equal(kek) {
+		t.Error("it opens to another KEK")
 	}
 }
 
-func TestNSS(t *testing.T) {
-	a, other := nss(t), nss(t)
-	for i, name := range a.only {
-		t.Run(name, func(t *testing.T) {
-			label := fmt.Sprintf("kek-%d", i)
-			var harness [2]*Wrapper
-			for j, b := range []*backend{a, other} {
-				harness[j] = newWrapper(t, b.config(t, 0, label), name)
-				if name == mechOAEP {
-					b.rsaKey(t, harness[j], label)
-				} else {
-					b.aesKey(t, harness[j], label, permissions(true, true)...)
-				}
-			}
-			sealtest.Run(t, func(t *testing.T) sealtest.Harness {
-				return sealtest.Harness{Wrapper: harness[0], Other: harness[1], Memory: seal.Memory{}}
-			})
-		})
+// keyFor returns a wrapper over a fresh key that allows a mechanism.
+func (b *backend) keyFor(t *testing.T, token int, label, mechanism string) *Wrapper {
+	t.Helper()
+	w := newWrapper(t, b.config(t, token, label), mechanism)
+	if mechanism == mechOAEP {
+		b.rsaKey(t, w, label)
+	} else {
+		b.aesKey(t, w, label, permissions(true, true)...)
 	}
+	return w
 }

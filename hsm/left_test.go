@@ -1,0 +1,117 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/sealtest"
+)
+
+// manyWraps is how many wraps must leave nothing behind.
+const manyWraps = 10_000
+
+// left is what wraps could leave behind in the process.
+type left struct{ goroutines, files, secrets, pages int }
+
+// count counts; pages is resident memory in steps of 16 MiB: a session, a handle
+// or a key that stayed would take some bytes 10,000 times.
+func count(t *testing.T) left {
+	t.Helper()
+	runtime.GC()
+	files := must[[]os.DirEntry](t)(os.ReadDir("/proc/self/fd"))
+	maps := must[[]byte](t)(os.ReadFile("/proc/self/maps"))
+	var size, resident int
+	_, err := fmt.Sscan(string(must[[]byte](t)(os.ReadFile("/proc/self/statm"))), &size, &resident)
+	ok(t, err)
+	return left{runtime.NumGoroutine(), len(files), strings.Count(string(maps), "secretmem"), resident * os.Getpagesize() >> 24}
+}
+
+func TestNothingLeftOfManyWraps(t *testing.T) {
+	b := softHSM(t)
+	w := b.generated(t, 0, "kek")
+	kek := newKEK(t)
+	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
+	before := count(t)
+	for range manyWraps {
+		must[seal.Slot](t)(w.Wrap(t.Context(), kek))
+	}
+	opens(t, w, slot, kek)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for after := count(t); after.goroutines > before.goroutines || after.files > before.files || after.secrets > before.secrets || after.pages > before.pages+1; after = count(t) {
+		if ctx.Err() != nil {
+			t.Fatalf("before %+v, after %+v", before, after)
+		}
+		runtime.Gosched()
+	}
+	admin(t, b.module, "", func(p cryptoki) {
+		for _, slot := range must[[]uint](t)(p.GetSlotList(true)) {
+			if info := must[tokenInfo](t)(p.GetTokenInfo(slot)); info.SessionCount != 0 && info.SessionCount != ^uint(0) {
+				t.Errorf("token %v counts %d sessions", nameOf(info), info.SessionCount)
+			}
+		}
+	})
+}
+
+// TestMemory: neither KEK nor PIN lies anywhere but in its locked memory, once an
+// operation is over.
+func TestMemory(t *testing.T) {
+	for _, b := range []*backend{softHSM(t), nss(t)} {
+		for _, name := range b.only {
+			t.Run(b.name+"/"+name, func(t *testing.T) {
+				w := b.keyFor(t, 0, name, name)
+				kek := newKEK(t)
+				watch := sealtest.NewWatch()
+				watch.Add("KEK", kek)
+				slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
+				if found := watch.Find(t); len(found) > 0 {
+					t.Errorf("after Wrap: %q", found)
+				}
+				opens(t, w, slot, kek)
+				if found := watch.Find(t); len(found) > 0 {
+					t.Errorf("after Unwrap: %q", found)
+				}
+			})
+		}
+	}
+}
+
+// TestPINInMemory sets a PIN that only other processes see in the clear.
+func TestPINInMemory(t *testing.T) {
+	b := softHSM(t)
+	secret := must[*seal.Secret](t)(seal.Memory{}.New(24))
+	defer secret.Close()
+	file := filepath.Join(t.TempDir(), "pin")
+	secret.With(func(s []byte) {
+		raw := make([]byte, len(s)/2)
+		rand.Read(raw)
+		hex.Encode(s, raw)
+		clear(raw)
+		ok(t, os.WriteFile(file, s, 0o600))
+	})
+	cmd := exec.Command("sh", "-c", `softhsm2-util --init-token --free --label watched --so-pin 12345678 --pin "$(cat "$1")"`, "sh", file)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	w := newWrapper(t, Config{Module: b.module, URI: "pkcs11:token=watched;object=kek", PINFile: file})
+	watch := sealtest.NewWatch()
+	watch.Add("PIN", secret)
+	must[Key](t)(w.GenerateKey(t.Context()))
+	kek := newKEK(t)
+	opens(t, w, must[seal.Slot](t)(w.Wrap(t.Context(), kek)), kek)
+	if found := watch.Find(t); len(found) > 0 {
+		t.Errorf("found %q", found)
+	}
+}
