@@ -8,7 +8,8 @@ import (
 )
 
 // documents are those that show commands, relative to this folder.
-var documents = []string{"../../README.md", "../../docs/recovery.md", "../../docs/operations.md", "../../docs/boot-states.md"}
+var documents = []string{"../../README.md", "../../docs/recovery.md", "../../docs/operations.md", "../../docs/boot-states.md",
+	"../../docs/boot-policy.md"}
 
 // block is a fenced block of a document, with the comment before it.
 type block struct {

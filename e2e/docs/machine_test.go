@@ -98,6 +98,7 @@ func (m *machine) relocate(commands string) string {
 	for _, dir := range []string{"/etc/", "/media/", "/var/lib/", "/run/"} {
 		commands = strings.ReplaceAll(commands, " "+dir, " "+m.root(dir)+"/")
 	}
+	commands = strings.ReplaceAll(commands, " /sys/kernel/security/tpm0/binary_bios_measurements", " "+m.EventLog())
 	return strings.ReplaceAll(commands, "127.0.0.1:9779", m.http)
 }
 

@@ -7,6 +7,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
+	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
@@ -18,6 +19,18 @@ var scenes = map[string]func(*machine){
 		serving(m)
 		m.stop()
 		m.boot.Kernel = "6.12.63+deb13-amd64"
+		m.Reboot(m.boot)
+	},
+	"a serving node that boots GRUB": func(m *machine) {
+		m.boot = simboot.Baseline(simboot.GRUB)
+		m.Reboot(m.boot)
+		serving(m)
+	},
+	"a node with a boot policy whose firmware was updated": func(m *machine) {
+		serving(m)
+		m.must("kleidi bootpolicy record --file /etc/kleidi/boot-policy.yaml")
+		m.stop()
+		m.boot.Firmware = "edk2 2026.02"
 		m.Reboot(m.boot)
 	},
 	"a node with another TPM": func(m *machine) {
