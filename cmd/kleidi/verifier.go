@@ -214,6 +214,9 @@ func (c *verifierConfig) verifier() (*remote.Verifier, error) {
 		return nil, err
 	}
 	v := &remote.Verifier{Cluster: c.ClusterID, Key: key, Nodes: map[string]remote.Registration{}}
+	if v.EKCertificate, err = c.endorsements(); err != nil {
+		return nil, err
+	}
 	for i, n := range c.Nodes {
 		p, err := readPolicy(n.BootPolicy)
 		if err != nil {

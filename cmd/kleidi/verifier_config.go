@@ -16,11 +16,13 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+	"github.com/beezy-dev/kleidi/tpm/ekcert"
 )
 
 // verifierPath is read if no other configuration is named.
@@ -44,18 +46,25 @@ type verifierConfig struct {
 	Listen    string         `yaml:"listen"`
 	// Certificate and Key are of TLS, in PEM; SigningKey is what the nodes' TPMs
 	// demand signatures of. Of both keys the mode must be 0600.
-	Certificate string         `yaml:"certificate"`
-	Key         string         `yaml:"key"`
-	SigningKey  string         `yaml:"signingKey"`
-	Audit       verifierAudit  `yaml:"audit"`
-	Log         config.Log     `yaml:"log"`
-	Nodes       []verifierNode `yaml:"nodes"`
+	Certificate string        `yaml:"certificate"`
+	Key         string        `yaml:"key"`
+	SigningKey  string        `yaml:"signingKey"`
+	Audit       verifierAudit `yaml:"audit"`
+	// EKCertificates demands of every TPM a certificate that one of these CAs
+	// vouches for, beside the registered digest.
+	EKCertificates verifierCAs    `yaml:"ekCertificates"`
+	Log            config.Log     `yaml:"log"`
+	Nodes          []verifierNode `yaml:"nodes"`
 
 	path string
 }
 
 type verifierAudit struct {
 	File string `yaml:"file"`
+}
+
+type verifierCAs struct {
+	Folder string `yaml:"folder"`
 }
 
 type verifierNode struct {
@@ -119,6 +128,9 @@ func (c *verifierConfig) validate(p *strictyaml.Problems) {
 	}
 	for path, value := range map[string]string{"certificate": c.Certificate, "key": c.Key, "signingKey": c.SigningKey, "audit.file": c.Audit.File} {
 		absolutePath(p, path, value)
+	}
+	if c.EKCertificates.Folder != "" {
+		absolutePath(p, "ekCertificates.folder", c.EKCertificates.Folder)
 	}
 	if c.Key == c.SigningKey {
 		p.Add("signingKey", "it is the key of TLS too; name another")
@@ -213,6 +225,28 @@ func readKeyFile(path string) ([]byte, error) {
 		return nil, err
 	}
 	return b[:n], nil
+}
+
+// endorsements returns the check of EK certificates, nil where none is demanded.
+func (c *verifierConfig) endorsements() (func(certificate, spki []byte) error, error) {
+	if c.EKCertificates.Folder == "" {
+		return nil, nil
+	}
+	bundle, err := ekcert.LoadBundle(os.DirFS(c.EKCertificates.Folder))
+	if err != nil {
+		return nil, fmt.Errorf("ekCertificates.folder %s: %w", c.EKCertificates.Folder, err)
+	}
+	return func(certificate, spki []byte) error {
+		if len(certificate) == 0 {
+			return errors.New("the TPM holds no certificate of its endorsement key")
+		}
+		key, err := x509.ParsePKIXPublicKey(spki)
+		if err != nil {
+			return err
+		}
+		_, err = bundle.Verify(certificate, key, time.Now())
+		return err
+	}, nil
 }
 
 func publicPEM(key *remote.Key) ([]byte, error) {

@@ -139,7 +139,7 @@ func (v *Verifier) identify(h *Hello) (Registration, error) {
 		return node, nil
 	}
 	if err := v.EKCertificate(h.EKCertificate, h.EK); err != nil {
-		return Registration{}, refuse(CheckEKCertificate, "put the certificates of the TPM's manufacturer into ekCertificates.folder", "%w", err)
+		return Registration{}, refuse(CheckEKCertificate, "see ekCertificates.folder in the verifier's configuration", "%w", err)
 	}
 	return node, nil
 }
