@@ -113,6 +113,38 @@ func TestRecordWithoutSeparators(t *testing.T) {
 	}
 }
 
+// TestRecordedVersions: a version is recorded as text only if it is one that a person
+// can read and that gives the digest.
+func TestRecordedVersions(t *testing.T) {
+	long := strings.Repeat("v", maxText)
+	for name, c := range map[string]struct {
+		measured, data string
+		want           []string
+	}{
+		"text":               {"1.42", "1.42", []string{"1.42"}},
+		"with its zero":      {"1.42\x00", "1.42\x00", []string{"1.42"}},
+		"wide":               {wide("1.42"), wide("1.42"), []string{"1.42"}},
+		"wide, with a zero":  {wide("1.42\x00"), wide("1.42\x00"), []string{"1.42"}},
+		"empty":              {"", "", []string{""}},
+		"the longest":        {long, long, []string{long}},
+		"the longest, wide":  {wide(long), wide(long), []string{long}},
+		"too long":           {long + "v", long + "v", nil},
+		"too long, wide":     {wide(long + "v"), wide(long + "v"), nil},
+		"other than its log": {"1.42", "1.43", nil},
+		"a GUID":             {"\x12\x93\xc5\x01\xfe\x00\x88\x99\x1b\x02\x77\xd8\x40\xe1\x05\xa0", "\x12\x93\xc5\x01\xfe\x00\x88\x99\x1b\x02\x77\xd8\x40\xe1\x05\xa0", nil},
+		"not UTF-8":          {"1.42\xff", "1.42\xff", nil},
+		"not printable":      {"1.4\x1b[2J", "1.4\x1b[2J", nil},
+		"the rune of errors": {"1.4\ufffdx", "1.4\ufffdx", nil},
+		"half of a pair":     {wide("1.4") + "\x00\xd8", wide("1.4") + "\x00\xd8", nil},
+	} {
+		l := realLog(t, "uki-secureboot")
+		l.Events[find(t, l, 0, "firmware version")] = measure(l, 0, eventlog.CRTMVersion, c.measured, c.data)
+		if p := record(t, l, []int{0}); !reflect.DeepEqual(p.Firmware.Versions, c.want) {
+			t.Errorf("%s: %q", name, p.Firmware.Versions)
+		}
+	}
+}
+
 // TestNotesAreHarmless: what a log says ends up in comments, whatever it says.
 func TestNotesAreHarmless(t *testing.T) {
 	for _, evil := range []string{"x\nsecureBoot: disabled", "# # x", "\x1b[2J", "\u202eevil", strings.Repeat("長", 400), "\xff\xfe", "\u2028pcrs: {}", "'\"", ": - [", "\r\n- y", "\u0085z", "\ufeff"} {
