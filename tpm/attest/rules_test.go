@@ -315,3 +315,14 @@ func TestRulesOfTheGate(t *testing.T) {
 		})
 	}
 }
+
+// TestNoEvidenceWithoutATPM: what did not come from the TPM is not made up.
+func TestNoEvidenceWithoutATPM(t *testing.T) {
+	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
+	if err := m.PowerOff(); err != nil {
+		t.Fatal(err)
+	}
+	if e, err := attester(m).Collect(t.Context(), nil, nonce, crypto.SHA256, gateDemand.pcrs); err == nil || e != nil {
+		t.Errorf("%v, %v", e, err)
+	}
+}
