@@ -59,6 +59,7 @@ const (
 	textSealed       = "Vault is sealed"
 	textSealedBao    = "OpenBao is sealed"
 	textInvalidToken = "invalid token"
+	textDenied       = "permission denied"
 	textKeyMissing   = "encryption key not found"
 	textTooOld       = "ciphertext or signature version is disallowed by policy (too old)"
 )
@@ -157,16 +158,20 @@ func (s *session) explainLogin(r request, err error) error {
 		return s.config.errorf(seal.CauseCredentials, "correct vault.auth.mount or vault.namespace, or enable the auth method there",
 			"%s: %w", r.path, ErrMountMissing)
 	}
-	return s.config.errorf(seal.CauseCredentials, s.config.Auth.renewHint(), "%s: %w: %s", r.path, ErrLogin, s.quote(refused))
+	hint := s.config.Auth.renewHint()
+	if refused.says(textDenied) {
+		hint += ", and that vault.auth.mount is right" // a missing mount is denied as well
+	}
+	return s.config.errorf(seal.CauseCredentials, hint, "%s: %w: %s", r.path, ErrLogin, s.quote(refused))
 }
 
 // renewHint says what to do about refused credentials.
 func (a Auth) renewHint() string {
 	switch a.Method {
 	case MethodToken:
-		return "put a valid token into vault.auth.tokenFile"
+		return "check that the token is valid, or put another into vault.auth.tokenFile"
 	case MethodAppRole:
-		return "make a new secret ID for the role, and put it into vault.auth.secretIDFile"
+		return "check that vault.auth.roleID is the role's, or put a new secret ID of it into vault.auth.secretIDFile"
 	case MethodKubernetes:
 		return "check that vault.auth.role admits this service account, its namespace and the token's audience"
 	case MethodCert:
@@ -217,9 +222,10 @@ func temporary(err error) bool {
 	if e, ok := errors.AsType[*notVault](err); ok {
 		return e.status >= http.StatusInternalServerError || e.status == http.StatusTooManyRequests
 	}
-	if _, ok := errors.AsType[*handshakeError](err); ok {
-		return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)
-	}
+	return brokeOff(err)
+}
+
+func brokeOff(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
@@ -273,7 +279,7 @@ func (c Config) explainTLS(err error) error {
 		}
 		return c.errorf(cause, "check the TLS settings of the server's listener", "it refuses the TLS connection: %w", e.Err)
 	}
-	if e, ok := errors.AsType[*handshakeError](err); ok {
+	if e, ok := errors.AsType[*handshakeError](err); ok && !brokeOff(err) {
 		return c.errorf(cause, "check the TLS settings of the server's listener", "TLS: %w", short{e.err})
 	}
 	return nil
@@ -289,6 +295,9 @@ func (c Config) explainNetwork(err error) error {
 		return c.errorf(cause, "start the server, or correct vault.address", "%w", syscall.ECONNREFUSED)
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
 		return c.errorf(cause, "check the network and the firewalls between here and there", "%w", short{err})
+	}
+	if brokeOff(err) {
+		return c.errorf(cause, "check that it is up, and that nothing in between ends connections", "the connection breaks off: %w", short{err})
 	}
 	return c.errorf(cause, "check that it is up, and run the command again", "%w", short{err})
 }

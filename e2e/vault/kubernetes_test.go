@@ -31,6 +31,7 @@ type apiserver struct {
 func kubernetesAuth(s *server) vault.Auth {
 	s.t.Helper()
 	a := startAPIServer(s.t, s)
+	s.apiserver = a
 	a.account(s.t, "vault-reviewer")
 	a.post(s.t, "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", map[string]any{
 		"metadata": map[string]string{"name": "vault-reviewer"},

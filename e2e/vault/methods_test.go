@@ -65,7 +65,8 @@ func appRole(s *server) string {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return field(s.t, id, "role_id")
+	s.roleID = field(s.t, id, "role_id")
+	return s.roleID
 }
 
 func appRoleAuth(s *server) vault.Auth {
@@ -125,8 +126,10 @@ func elsewhere(s *server, a vault.Auth) vault.Auth {
 
 func jwtAuth(s *server) vault.Auth {
 	s.t.Helper()
-	key := newKey(s.t)
-	public, err := x509.MarshalPKIXPublicKey(key.Public())
+	if s.jwtKey == nil {
+		s.jwtKey = newKey(s.t)
+	}
+	public, err := x509.MarshalPKIXPublicKey(s.jwtKey.Public())
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -135,7 +138,7 @@ func jwtAuth(s *server) vault.Auth {
 		"jwt_validation_pubkeys": []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}))}, "bound_issuer": "https://issuer.test"})
 	s.must("auth/jwt/role/kleidi", map[string]any{"role_type": "jwt", "user_claim": "sub", "bound_audiences": "vault",
 		"bound_subject": "node-1", "token_policies": "kleidi", "token_ttl": "1m", "token_no_default_policy": true})
-	return vault.Auth{Method: vault.MethodJWT, Role: "kleidi", JWTFile: s.write("jwt", []byte(newJWT(s.t, key, "node-1")))}
+	return vault.Auth{Method: vault.MethodJWT, Role: "kleidi", JWTFile: s.write("jwt", []byte(newJWT(s.t, s.jwtKey, "node-1")))}
 }
 
 // newJWT signs a token as an identity provider would.

@@ -30,14 +30,16 @@ const serverName = "vault.test"
 // server is a real Vault with a Transit key, and a client of it that may do all.
 type server struct {
 	*node.Process
-	t        *testing.T
-	dir      string
-	url      string
-	standby  string // the second core's URL, if there is one
-	ca       *authority
-	args     []string
-	root     *api.Client
-	accessor map[string]string
+	t    *testing.T
+	dir  string
+	url  string
+	ca   *authority
+	args []string
+	root *api.Client
+	// What the auth methods leave for tests to go on with.
+	roleID    string
+	jwtKey    *ecdsa.PrivateKey
+	apiserver *apiserver
 }
 
 // newServer starts a Vault with the Transit key "kleidi" and the rules of docs/vault.md.
@@ -109,6 +111,23 @@ func (s *server) write(name string, b []byte) string {
 		s.t.Fatal(err)
 	}
 	return s.path(name)
+}
+
+// remove deletes as root.
+func (s *server) remove(path string) {
+	s.t.Helper()
+	if _, err := s.root.Logical().DeleteWithContext(s.t.Context(), path); err != nil {
+		s.t.Fatalf("%s: %v", path, err)
+	}
+}
+
+func (s *server) copy(from, to string) {
+	s.t.Helper()
+	b, err := os.ReadFile(s.path(from))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.write(to, b)
 }
 
 // config is complete but for Auth.

@@ -1,0 +1,97 @@
+package vault
+
+import (
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// gate is a way to a server that can be shut, made slow, or broken off.
+type gate struct {
+	t       *testing.T
+	url     string
+	address string
+	target  string
+
+	mu       sync.Mutex
+	listener net.Listener
+	serve    func(net.Conn)
+	open_    []net.Conn
+}
+
+func newGate(t *testing.T, url string) *gate {
+	t.Helper()
+	g := &gate{t: t, target: strings.TrimPrefix(url, "https://"), address: "127.0.0.1:0"}
+	g.open()
+	g.url = "https://" + g.address
+	t.Cleanup(g.shut)
+	return g
+}
+
+// open lets everything through.
+func (g *gate) open() { g.listen(g.forward) }
+
+// stall accepts connections and answers none.
+func (g *gate) stall() { g.listen(func(net.Conn) {}) }
+
+// breakOff ends each connection after its first bytes.
+func (g *gate) breakOff() {
+	g.listen(func(c net.Conn) {
+		_, _ = c.Read(make([]byte, 1))
+		c.Close()
+	})
+}
+
+// shut refuses connections, and ends those that are there.
+func (g *gate) shut() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.listener != nil {
+		g.listener.Close()
+		g.listener = nil
+	}
+	for _, c := range g.open_ {
+		c.Close()
+	}
+	g.open_ = nil
+}
+
+func (g *gate) listen(serve func(net.Conn)) {
+	g.t.Helper()
+	g.shut()
+	l, err := net.Listen("tcp", g.address)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.mu.Lock()
+	g.listener, g.address = l, l.Addr().String()
+	g.mu.Unlock()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			g.mu.Lock()
+			g.open_ = append(g.open_, c)
+			g.mu.Unlock()
+			go serve(c)
+		}
+	}()
+}
+
+func (g *gate) forward(c net.Conn) {
+	defer c.Close()
+	to, err := net.Dial("tcp", g.target)
+	if err != nil {
+		return
+	}
+	defer to.Close()
+	go func() {
+		_, _ = io.Copy(to, c)
+		to.Close()
+	}()
+	_, _ = io.Copy(c, to)
+}

@@ -1,0 +1,154 @@
+package vault
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/sealtest"
+	"github.com/beezy-dev/kleidi/vault"
+)
+
+// TestNothingLeft wraps so many KEKs, a tenth of them with a login each, in so many
+// goroutines at once.
+const wraps, atOnce = 10000, 8
+
+// open counts what a process has open.
+func open(t *testing.T) (goroutines, files, sockets int) {
+	t.Helper()
+	names, err := filepath.Glob("/proc/self/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if target, err := os.Readlink(name); err == nil && strings.HasPrefix(target, "socket:") {
+			sockets++
+		}
+	}
+	return runtime.NumGoroutine(), len(names), sockets
+}
+
+// TestNothingLeft: after 10,000 wraps no goroutine, file, connection, locked page or
+// token is left.
+func TestNothingLeft(t *testing.T) {
+	f := newScene(t, certAuth)
+	c := f.config()
+	c.Auth, c.Timeout = f.auth, time.Minute
+	withLogin := f.wrapper(c)
+	c.Auth = tokenAuth(f.server)
+	withToken := f.wrapper(c)
+	wrap(t, withLogin, f.kek)
+	tokens := accessors(t, f)
+	goroutines, files, sockets := open(t)
+	var group sync.WaitGroup
+	for range atOnce {
+		group.Go(func() {
+			for i := range wraps / atOnce {
+				w := withToken
+				if i%10 == 0 {
+					w = withLogin
+				}
+				if _, err := w.Wrap(t.Context(), f.kek); err != nil {
+					t.Errorf("Wrap: %v", err)
+					return
+				}
+			}
+		})
+	}
+	group.Wait()
+	node.Eventually(t, 20*time.Second, "nothing is left", func() error {
+		if g, n, s := open(t); g > goroutines || n > files || s > sockets {
+			return fmt.Errorf("%d goroutines, %d files, %d sockets; before %d, %d, %d", g, n, s, goroutines, files, sockets)
+		}
+		return nil
+	})
+	if left := accessors(t, f); left != tokens {
+		t.Errorf("%d tokens before, %d after", tokens, left)
+	}
+}
+
+// secretsOf lists what no message may hold: the KEK and all credentials.
+func secretsOf(t *testing.T, f *scene) map[string][]byte {
+	t.Helper()
+	all := map[string][]byte{}
+	f.kek.With(func(b []byte) { all["KEK"] = bytes.Clone(b) })
+	for _, name := range []string{"token", "secret-id", "jwt"} {
+		if b, err := os.ReadFile(f.path(name)); err == nil {
+			all[name] = bytes.TrimSpace(b)
+		}
+	}
+	return all
+}
+
+func findIn(t *testing.T, where, text string, secrets map[string][]byte) {
+	t.Helper()
+	for name, secret := range secrets {
+		for form, needle := range map[string]string{
+			"raw": string(secret), "hexadecimal": hex.EncodeToString(secret), "base64": base64.RawStdEncoding.EncodeToString(secret),
+			"base64url": base64.RawURLEncoding.EncodeToString(secret), "decimal": strings.Trim(fmt.Sprint(secret), "[]"),
+		} {
+			if strings.Contains(text, needle) || form == "hexadecimal" && strings.Contains(strings.ToLower(text), needle) {
+				t.Errorf("%s holds the %s (%s)", where, name, form)
+			}
+		}
+	}
+}
+
+// TestErrorsHoldNoSecret: whatever is wrong, no error repeats a KEK or a credential.
+func TestErrorsHoldNoSecret(t *testing.T) {
+	for name, auth := range map[string]func(*server) vault.Auth{"token": tokenAuth, "approle": appRoleAuth, "jwt": jwtAuth} {
+		t.Run(name, func(t *testing.T) {
+			f := newScene(t, auth)
+			secrets := secretsOf(t, f)
+			try := func(what string) {
+				_, err := f.w.Wrap(t.Context(), f.kek)
+				findIn(t, what, fmt.Sprintf("%v %+v %#v", err, err, err), secrets)
+				_, err = f.w.Unwrap(t.Context(), f.slot)
+				findIn(t, what, fmt.Sprintf("%v %+v %#v", err, err, err), secrets)
+				findIn(t, what+": the wrapper", fmt.Sprintf("%v %+v", f.w, f.w), secrets)
+			}
+			try("working")
+			f.rules(`path "nothing" { capabilities = ["read"] }`)
+			try("denied")
+			f.must("sys/seal", nil)
+			try("sealed")
+			f.gate.breakOff()
+			try("broken off")
+		})
+	}
+}
+
+// TestMemory: what a core file would show after a KEK was wrapped and opened holds
+// neither it nor its base64, in which it travelled.
+func TestMemory(t *testing.T) {
+	f := newScene(t, appRoleAuth)
+	kek := newKEK(t)
+	encoded, err := seal.Memory{}.New(base64.StdEncoding.EncodedLen(seal.KEKSize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer encoded.Close()
+	kek.With(func(b []byte) {
+		encoded.With(func(e []byte) { base64.StdEncoding.Encode(e, b) })
+	})
+	watch := sealtest.NewWatch()
+	watch.Add("KEK", kek)
+	watch.Add("KEK in base64", encoded)
+	for range 3 {
+		slot := wrap(t, f.w, kek)
+		checkOpens(t, f.w, slot, kek)
+	}
+	if found := watch.Find(t); len(found) > 0 {
+		t.Errorf("found in memory: %s", strings.Join(found, "\n"))
+	}
+}
