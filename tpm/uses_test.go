@@ -147,10 +147,12 @@ func TestUsesAreOfTheirForm(t *testing.T) {
 			t.Errorf("%q: %+v, %v", s.Use, d.State, err)
 		}
 		for name, change := range map[string]func(map[string]any){
-			"another use":   func(m map[string]any) { m["use"] = map[tpm.Use]string{tpm.UsePresent: "next"}[s.Use] },
-			"unknown use":   func(m map[string]any) { m["use"] = "everything" },
-			"signed":        func(m map[string]any) { m["use"] = "signed" },
-			"another form":  func(m map[string]any) { m["form"] = map[bool]string{true: "sealed-v2", false: "sealed-v1"}[s.Use == ""] },
+			"another use": func(m map[string]any) { m["use"] = map[tpm.Use]string{tpm.UsePresent: "next"}[s.Use] },
+			"unknown use": func(m map[string]any) { m["use"] = "everything" },
+			"signed":      func(m map[string]any) { m["use"] = "signed" },
+			"another form": func(m map[string]any) {
+				m["form"] = map[bool]string{true: "sealed-v2", false: "sealed-v1"}[s.Use == ""]
+			},
 			"other resets":  func(m map[string]any) { m["resets"] = map[string]any{"atMost": 1000} },
 			"with a signer": func(m map[string]any) { m["signer"] = map[string]any{"key": "AA==", "ref": ""} },
 		} {

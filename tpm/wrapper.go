@@ -290,7 +290,7 @@ func classify(err error) error {
 	switch {
 	case err == nil, seal.CauseOf(err) != "":
 		return err
-	case errors.Is(err, authpolicy.ErrNoSignedState), errors.Is(err, authpolicy.ErrSignature):
+	case errors.Is(err, authpolicy.ErrNoSignedState), errors.Is(err, authpolicy.ErrSignature), errors.Is(err, authpolicy.ErrKey):
 		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the way in which the machine booted is not among the signed boot states: %w", err),
 			Hint: "sign it with kleidi bootstate sign and add it with kleidi bootstate add, boot one that is signed, or run kleidi recover"}
 	case errors.Is(err, authpolicy.ErrResets):

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 
+	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
@@ -55,9 +56,12 @@ func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.Boo
 	if err != nil {
 		return nil, nil, err
 	}
-	slots, err := n.sealTo(ctx, w, k.KEK(), states)
+	slots, opened, err := n.sealTo(ctx, w, k.KEK(), states)
 	if err != nil {
 		return nil, nil, err
+	}
+	if !opened {
+		return nil, nil, seal.Errorf(seal.CauseBootState, "run kleidi reseal first, which seals to the running boot", "no slot would be left that opens in the running boot, nothing was changed")
 	}
 	next, err := k.WithSlots(rotation.Replace(k.Slots(), seal.TypeTPM, n.cfg.Node, slots...))
 	return next, slots, err
@@ -70,7 +74,7 @@ func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootSta
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}
-	slots, err := n.sealTo(ctx, w, k.KEK(), []tpm.BootState{state})
+	slots, _, err := n.sealTo(ctx, w, k.KEK(), []tpm.BootState{state})
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}
@@ -78,25 +82,24 @@ func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootSta
 	return next, slots[0], err
 }
 
-// sealTo seals kek to each of the boot states, and opens what it made, as far as
-// the present boot can, before anything relies on it.
-func (n *node) sealTo(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret, states []tpm.BootState) ([]seal.Slot, error) {
-	var slots []seal.Slot
+// sealTo seals kek to each of the boot states, and opens what it made before
+// anything relies on it. Slots for other boots than the running one can't be
+// tried; opened says whether any could.
+func (n *node) sealTo(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret, states []tpm.BootState) (slots []seal.Slot, opened bool, err error) {
 	for _, s := range states {
 		slot, err := w.WrapState(ctx, kek, s)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
-		prove := rotation.Prove
-		if s.Use == tpm.UseNext || s.Use == tpm.UseSigned {
-			prove = rotation.ProveTryable
-		}
-		if err := prove(ctx, kek, []seal.Slot{slot}, n.openers()); err != nil {
-			return nil, err
+		err = rotation.Prove(ctx, kek, []seal.Slot{slot}, n.openers())
+		opened = opened || err == nil
+		literal := s.Use == tpm.UsePresent || s.Use == tpm.UseNext
+		if err != nil && (seal.CauseOf(err) != seal.CauseBootState || literal && n.present(s)) {
+			return nil, false, err
 		}
 		slots = append(slots, slot)
 	}
-	return slots, nil
+	return slots, opened, nil
 }
 
 // reseal seals the KEK to the present boot state, and revokes the slot of the
@@ -115,7 +118,11 @@ func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.Keyri
 		if req.DropNext {
 			kept = kept[:1]
 		}
-		next, slots, err := n.reshape(ctx, k, append([]tpm.BootState{present}, n.states(k.Slots(), kept...)...))
+		states := []tpm.BootState{present}
+		for _, s := range n.states(k.Slots(), kept...) {
+			states = append(states, refreshed(s, present))
+		}
+		next, slots, err := n.reshape(ctx, k, states)
 		for _, s := range slots {
 			bound = append(bound, "the KEK is sealed to "+n.what(s))
 		}
@@ -125,6 +132,20 @@ func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.Keyri
 		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
 	}
 	return n.unchanged(append(bound, "slots of the earlier epoch no longer open, kept copies included")...)
+}
+
+// refreshed is a signed boot state with the PCR values of the present one.
+func refreshed(s, present tpm.BootState) tpm.BootState {
+	if s.Use != tpm.UseSigned || s.Bank != present.Bank {
+		return s
+	}
+	s.Values = maps.Clone(s.Values)
+	for i := range s.Values {
+		if v := present.Values[i]; v != nil {
+			s.Values[i] = v
+		}
+	}
+	return s
 }
 
 // unchanged is the result of an operation that kept the current KEK.
@@ -274,11 +295,14 @@ func weaken(s tpm.BootState, pcrs []int) (tpm.BootState, error) {
 	return tpm.BootState{PCR: authpolicy.PCR{Bank: s.Bank, Values: values}, Use: tpm.UseSuspend}, nil
 }
 
-// resets is how often the TPM has been reset.
+// resets is how often the TPM has been reset. The limit of a suspension depends on
+// it: an answer from the bus alone would not do.
 func (n *node) resets(ctx context.Context) (count uint32, err error) {
 	err = n.gate.Device.Do(ctx, func(t transport.TPM) error {
-		count, err = authpolicy.ResetCount(t)
-		return err
+		return tpm.WithSRK(t, n.gate.Owner, nil, func(srk *tpm.SRK) error {
+			count, err = authpolicy.ResetCount(t, srk.Session(tpm2.Audit()))
+			return err
+		})
 	})
 	return count, err
 }

@@ -66,7 +66,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		n.gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return readPolicy(cfg.TPM.BootPolicy) }
 	}
 	n.tpm = tpm.NewWrapper(tpm.Config{
-		Device: device, Owner: owner, Counter: counter, Memory: n.mem, Node: cfg.Node, State: n.gate.State,
+		Device: device, Owner: owner, Counter: counter, Memory: n.mem, Node: cfg.Node, State: n.gate.State, Signed: n.signed,
 	})
 	n.unlocker = unlock.New(unlock.Config{
 		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log}, Wrappers: n.openers(),

@@ -79,6 +79,7 @@ func describe(r *admin.StatusReport, i keyring.Info) {
 
 func (n *node) reportSlot(ctx context.Context, s seal.Slot, id seal.KeyID, cluster string, try bool, attestation error) admin.SlotReport {
 	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.binding(s), Use: n.use(s)}
+	r.Signer, r.Generation = n.signer(s, cluster)
 	if !try || s.Type != seal.TypeTPM || s.Node != n.cfg.Node {
 		return r
 	}
@@ -155,7 +156,7 @@ func (n *node) what(s seal.Slot) string {
 	case "suspend":
 		return "any boot that leaves these as they are: " + n.binding(s)
 	case "signed":
-		return "signed boot states: " + n.binding(s)
+		return "signed boot states, with " + n.binding(s)
 	}
 	return "the present boot state: " + n.binding(s)
 }

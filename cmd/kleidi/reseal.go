@@ -1,7 +1,11 @@
 package main
 
 import (
+	"errors"
+	"fmt"
 	"io"
+	"maps"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -9,25 +13,66 @@ import (
 )
 
 func (a *app) newReseal() *cobra.Command {
-	var dropNext bool
+	var req admin.ResealRequest
+	var files nextFiles
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "reseal",
-		Short: "Seal the KEK to the present boot state, and revoke earlier slots",
-		Long: `Seal the open KEK to the boot state of now, after a change of tpm.pcrs or tpm.bank for
-instance, and revoke the slot of the earlier one: the TPM refuses it from then on,
-even where someone kept its bytes. A suspension ends with it. A locked keyring can't
-be resealed: after another kernel was booted unprepared, kleidi recover is the way.`,
+		Short: "Seal the KEK to the present boot state, or to the next one before an update",
+		Long: `Without --next-…, seal the open KEK to the boot state of now, after a change of
+tpm.pcrs or tpm.bank for instance, and revoke the slot of the earlier one: the TPM
+refuses it from then on, even where someone kept its bytes. A suspension ends with it.
+A locked keyring can't be resealed: after another kernel was booted unprepared, kleidi
+recover is the way.
+
+With --next-…, compute the next boot state from the files of an update, and seal to it
+besides. When the next boot has opened it, kleidi serve revokes the present one. Give
+all that changes before one reboot in one command. Nothing is guessed: a boot that can't
+be predicted is refused, and the message says what to do.`,
+		Example: `  kleidi reseal --next-uki /efi/EFI/Linux/linux-6.12.58.efi
+  kleidi reseal --next-kernel /boot/vmlinuz-6.12.58 --next-initrd /boot/initrd.img-6.12.58 \
+      --next-grub-config /boot/grub/grub.cfg --running-grub-config grub.cfg.booted
+  kleidi reseal --next-dbx dbxupdate_x64.bin`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, admin.Reseal, admin.ResealRequest{DropNext: dropNext}, unlocked((*node).reseal))
+			if files.given(cmd) {
+				if req.DropNext {
+					return errors.New("--drop-next and --next-… exclude each other; give one of them")
+				}
+				r, err := a.resealNext(cmd, &files, dryRun)
+				if err != nil {
+					return fmt.Errorf("reseal: %w", err)
+				}
+				return a.show(cmd.OutOrStdout(), r, r.print)
+			}
+			if dryRun {
+				return errors.New("--dry-run shows what a next boot would be; name its files with --next-…")
+			}
+			s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).reseal))
 			if err != nil {
 				return err
 			}
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
-	cmd.Flags().BoolVar(&dropNext, "drop-next", false, "revoke the slots for next boots as well")
+	files.register(cmd)
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show the next boot state, and change nothing")
+	cmd.Flags().BoolVar(&req.DropNext, "drop-next", false, "revoke the slots for next boots as well")
 	return cmd
+}
+
+func (r *nextResult) print(w io.Writer) {
+	fmt.Fprintf(w, "next boot       %s, %s\n", r.BootType, r.Bank)
+	for _, i := range slices.Sorted(maps.Keys(r.PCRs)) {
+		note := ""
+		if slices.Contains(r.Moved, i) {
+			note = "  changes"
+		}
+		fmt.Fprintf(w, "  PCR %-2d        %s%s\n", i, r.PCRs[i], note)
+	}
+	if r.Keyring != nil {
+		printState(w, *r.Keyring)
+	}
 }
 
 // defaultBoots is what a firmware update by capsule takes.

@@ -14,6 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/tpm/bootstate"
 )
 
 // forge writes what an attacker, or a bad disk, makes of a keyring:
@@ -147,12 +148,24 @@ func (h *host) forgeAttacker() ([]byte, error) {
 	return later.Marshal(), nil
 }
 
-// trust puts the current key ID of a keyring into $TRUST.
+// pkfp puts the fingerprint of the key that signed a file of boot states into $KEY.
+func (h *host) pkfp(ts *testscript.TestScript, args []string) error {
+	f, err := bootstate.Parse([]byte(ts.ReadFile(args[0])))
+	if err != nil || len(f.States()) == 0 {
+		return broken("pkfp: %w", err)
+	}
+	ts.Setenv("KEY", fmt.Sprintf("%x", f.States()[0].KeyFingerprint))
+	return nil
+}
+
+// trust puts the current key ID of a keyring into $TRUST, and its cluster ID into
+// $CLUSTER.
 func (h *host) trust(ts *testscript.TestScript, args []string) error {
 	u, err := keyring.Parse([]byte(ts.ReadFile(args[0])))
 	if err != nil {
 		return broken("trust: %w", err)
 	}
 	ts.Setenv("TRUST", string(u.CurrentID()))
+	ts.Setenv("CLUSTER", u.ClusterID().String())
 	return nil
 }

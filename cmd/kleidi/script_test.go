@@ -75,6 +75,7 @@ func TestScript(t *testing.T) {
 			"again":    command((*host).again),
 			"trust":    command((*host).trust),
 			"ask":      command((*host).ask),
+			"pkfp":     command((*host).pkfp),
 		},
 	})
 }

@@ -130,6 +130,8 @@ func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 	admin.Handle(s.admin, admin.Rotate, n.rotate)
 	admin.Handle(s.admin, admin.Reseal, n.reseal)
 	admin.Handle(s.admin, admin.Suspend, n.suspend)
+	admin.Handle(s.admin, admin.AddBootStates, n.addBootStates)
+	admin.Handle(s.admin, admin.RevokeBootStates, n.revokeBootStates)
 	admin.Handle(s.admin, admin.Recover, n.recover)
 	admin.Handle(s.admin, admin.Restore, n.restore)
 	admin.Handle(s.admin, admin.Save, n.save)

@@ -22,6 +22,10 @@ const (
 	Reseal Verb[ResealRequest, KeyringState] = "reseal"
 	// Suspend adds a slot that opens whatever boots, for a few boots.
 	Suspend Verb[SuspendRequest, KeyringState] = "suspend"
+	// AddBootStates adds boot states that an operator's key signed.
+	AddBootStates Verb[AddBootStatesRequest, KeyringState] = "add-boot-states"
+	// RevokeBootStates takes away what a key signed.
+	RevokeBootStates Verb[RevokeBootStatesRequest, KeyringState] = "revoke-boot-states"
 	// Recover opens the keyring with a recovery identity, seals anew and rotates.
 	Recover Verb[RecoverRequest, KeyringState] = "recover"
 	// Restore puts another keyring in the place of the stored one, and rotates.
@@ -98,6 +102,10 @@ type SlotReport struct {
 	Binding string `json:"binding,omitempty"`
 	// Use is what the slot is for: present, next, suspend or signed.
 	Use string `json:"use,omitempty"`
+	// Signer is the fingerprint of the key that may sign boot states for it, and
+	// Generation what it signs for; 0 is systemd's form, which has none.
+	Signer     string `json:"signer,omitempty"`
+	Generation uint64 `json:"generation,omitempty"`
 	// Opens is nil where it was not tried.
 	Opens *bool `json:"opens,omitempty"`
 	// Problem is why it does not open.
@@ -143,6 +151,20 @@ type SuspendRequest struct {
 	Boots int `json:"boots"`
 	// Weaken names the PCRs to let go; empty means all but PCR 7.
 	Weaken []int `json:"weaken,omitempty"`
+}
+
+// AddBootStatesRequest carries signed boot states of one key and one generation.
+type AddBootStatesRequest struct {
+	// States is a file of signed boot states, see package tpm/bootstate.
+	States []byte `json:"states"`
+	// PublicKey is the signer's public key, in PEM.
+	PublicKey []byte `json:"publicKey"`
+}
+
+// RevokeBootStatesRequest names the key whose slots go.
+type RevokeBootStatesRequest struct {
+	// Key is the beginning of the key's fingerprint, in hexadecimal.
+	Key string `json:"key"`
 }
 
 // RecoverRequest carries the recovery identity to the serve that holds the TPM.

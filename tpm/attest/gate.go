@@ -141,6 +141,12 @@ func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 		srk, bank = demanded.SRK, demanded.State.Bank
 		suspended = suspended || demanded.State.Use == tpm.UseSuspend
 		d.add(bank, slices.Collect(maps.Keys(demanded.State.Values)))
+		if demanded.State.Use != tpm.UseSigned {
+			continue
+		}
+		if pcrs, err := g.ChoosePCRs(); err == nil { // what is signed is among these
+			d.add(bank, pcrs)
+		}
 	}
 	_, refusal, err := g.attest(ctx, srk, bank, d)
 	g.overruled.Store(nil)
@@ -203,6 +209,20 @@ func (r *Result) only(pcrs []int) eventlog.PCRs {
 		values[i] = r.PCRs[i]
 	}
 	return values
+}
+
+// Predicted returns the boot state that a predicted log leads to.
+func Predicted(log *eventlog.Log, bank crypto.Hash, pcrs []int) (tpm.BootState, error) {
+	values, err := log.Replay(bank)
+	if err != nil {
+		return tpm.BootState{}, err
+	}
+	record, err := record(log.Summarize(bank, pcrs))
+	if err != nil {
+		return tpm.BootState{}, err
+	}
+	r := Result{PCRs: values}
+	return tpm.BootState{PCR: authpolicy.PCR{Bank: bank, Values: r.only(pcrs)}, Use: tpm.UseNext, Record: record}, nil
 }
 
 // maxRecord bounds what a slot records of its boot, in bytes: a slot has to fit

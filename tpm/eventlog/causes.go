@@ -82,7 +82,7 @@ var causes = []cause{
 	{11, regexp.MustCompile(`^section \.cmdline`), kernelCmdline, "a unified kernel image built with another command line"},
 	{11, regexp.MustCompile(`^section \.osrel`), "operating system's release", "an update of the operating system"},
 	{11, regexp.MustCompile(`^section \.`), "section of the unified kernel image", "a new unified kernel image"},
-	{11, regexp.MustCompile(`^systemd: `), "boot phase", "kleidi ran earlier or later in the boot; order its unit After=systemd-pcrphase.service"},
+	{11, regexp.MustCompile(`^systemd: `), "boot phase", "kleidi ran earlier or later in the boot: order its unit After=systemd-pcrphase.service"},
 	{12, regexp.MustCompile(``), "command line, credentials or add-ons of the boot loader", "a changed boot entry, credential or add-on"},
 	{13, regexp.MustCompile(``), "system extension", "a system extension added, removed or updated"},
 	{14, regexp.MustCompile(`^shim`), "shim's key list", "a key enrolled or removed with mokutil, or a shim update"},

@@ -91,7 +91,7 @@ func TestCompareTellsWhatChanged(t *testing.T) {
 		"UKI, later in the boot": {"uki-secureboot", []int{11}, func(l *Log) {
 			l.Append([]Event{Measure(l.Banks, 11, EventTag, []byte("sysinit"), []byte("sysinit"))})
 		}, []string{
-			`PCR 11: boot phase is new: sysinit (usually kleidi ran earlier or later in the boot; order its unit After=systemd-pcrphase.service)`,
+			`PCR 11: boot phase is new: sysinit (usually kleidi ran earlier or later in the boot: order its unit After=systemd-pcrphase.service)`,
 		}},
 		"Secure Boot off": {"uki-secureboot", uki, func(l *Log) {
 			remeasureVariable(l, 3, []byte{0})

@@ -66,6 +66,8 @@ type TPM struct {
 	UserspaceEventLog string        `yaml:"userspaceEventLog"`
 	// BootPolicy is the file of the boot policy; "" means that none is demanded.
 	BootPolicy string `yaml:"bootPolicy"`
+	// BootStates are files of signed boot states beside those that were added.
+	BootStates []string `yaml:"bootStates"`
 	// Phase is the phase of the boot in which slots are made.
 	Phase string `yaml:"phase"`
 }
@@ -147,6 +149,7 @@ func Default() *Config {
 		TPM: TPM{
 			Device: tpm.DefaultAddress, Timeout: tpm.DefaultTimeout, Bank: "sha256", EpochIndex: nv.DefaultEpochIndex,
 			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog, Phase: "ready",
+			BootStates: []string{"/run/systemd/tpm2-pcr-signature.json", "/etc/systemd/tpm2-pcr-signature.json", "/usr/lib/systemd/tpm2-pcr-signature.json", "/.extra/tpm2-pcr-signature.json"},
 		},
 		Pin:    Pin{Store: PinFile, Index: nv.DefaultPinIndex, PCRs: []int{7}},
 		Memory: Memory{Lock: LockRequired},
@@ -217,6 +220,9 @@ func (c *Config) resolve() (*Config, error) {
 
 // Keyring is the path of the keyring.
 func (c *Config) Keyring() string { return filepath.Join(c.State.Dir, "keyring.json") }
+
+// BootStates is the path of the signed boot states that were added.
+func (c *Config) BootStates() string { return filepath.Join(c.State.Dir, "bootstates.json") }
 
 // PinPath is the path of the pin where it is a file.
 func (c *Config) PinPath() string { return filepath.Join(c.State.Dir, "pin.json") }

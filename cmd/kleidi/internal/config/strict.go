@@ -33,6 +33,9 @@ func (p *problems) validate(c *Config) {
 			p.absolute(key, path)
 		}
 	}
+	for _, path := range c.TPM.BootStates {
+		p.absolute("tpm.bootStates", path)
+	}
 	if c.KMS.Socket == c.Admin.Socket {
 		p.Add("admin.socket", "%q is kms.socket too; name another path", c.Admin.Socket)
 	}

@@ -1,0 +1,290 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/bootstate"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+// Signed boot states: what an operator's key signed opens one slot.
+
+// signed returns the boot states that this signer signed, from all files. What is
+// wrong with a file is said, and hides no other's.
+func (n *node) signed(signer tpm.Signer) []authpolicy.SignedState {
+	var all []authpolicy.SignedState
+	for _, path := range append([]string{n.cfg.BootStates()}, n.cfg.TPM.BootStates...) {
+		f, err := readBootStates(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			n.log.Warn("signed boot states", "file", path, "error", err)
+			continue
+		}
+		states, refused := f.Signed(signer.Key, signer.Ref)
+		for _, err := range refused {
+			n.log.Warn("signed boot states", "file", path, "error", err)
+		}
+		all = append(all, states...)
+	}
+	return all
+}
+
+func readBootStates(path string) (*bootstate.File, error) {
+	b, err := readFile(path, bootstate.MaxSize)
+	if err != nil {
+		return nil, err
+	}
+	return bootstate.Parse(b)
+}
+
+// maxGeneration bounds the generations of signed boot states, which are told from
+// their reference by trying.
+const maxGeneration = 1 << 16
+
+// generation finds what a reference is for: 0 is systemd's, which has none.
+func generation(cluster seal.ClusterID, ref []byte) (uint64, bool) {
+	if len(ref) == 0 {
+		return 0, true
+	}
+	for g := uint64(1); g <= maxGeneration; g++ {
+		if string(bootstate.Ref(cluster, g)) == string(ref) {
+			return g, true
+		}
+	}
+	return 0, false
+}
+
+// signer returns the fingerprint of the key, and the generation, of a slot for
+// signed boot states.
+func (n *node) signer(s seal.Slot, cluster string) (fingerprint string, g uint64) {
+	d, err := tpm.DemandOf(s, n.gate.Counter)
+	if s.Type != seal.TypeTPM || err != nil || d.State.Signer == nil {
+		return "", 0
+	}
+	if id, err := seal.ParseClusterID(cluster); err == nil {
+		g, _ = generation(id, d.State.Signer.Ref)
+	}
+	return fingerprintOf(d.State.Signer.Key), g
+}
+
+func fingerprintOf(key tpm2.TPMTPublic) string {
+	pub, err := tpm2.Pub(key)
+	if err != nil {
+		return "unreadable"
+	}
+	f, err := bootstate.KeyFingerprint(pub)
+	if err != nil {
+		return "unreadable"
+	}
+	return hex.EncodeToString(f[:])
+}
+
+// addBootStates keeps signed boot states, and seals the KEK to their key where no
+// slot is for it yet. A later generation of a key revokes the earlier one.
+func (n *node) addBootStates(ctx context.Context, req admin.AddBootStatesRequest) (admin.KeyringState, error) {
+	changes, err := n.addSigned(ctx, req)
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("add: %w", err)
+	}
+	return n.unchanged(changes...)
+}
+
+func (n *node) addSigned(ctx context.Context, req admin.AddBootStatesRequest) ([]string, error) {
+	pub, err := bootstate.ParsePublicKey(req.PublicKey)
+	if err != nil {
+		return nil, err
+	}
+	file, err := bootstate.Parse(req.States)
+	if err != nil {
+		return nil, err
+	}
+	k, err := n.unlocker.Keyring()
+	if err != nil {
+		return nil, err
+	}
+	ref, g, err := oneGeneration(k.ClusterID(), file.States(), pub)
+	if err != nil {
+		return nil, err
+	}
+	key, err := authpolicy.PublicKey(pub)
+	if err != nil {
+		return nil, err
+	}
+	if err := n.keepStates(ctx, file.States(), func(s bootstate.State) bool {
+		old, known := generation(k.ClusterID(), s.Ref)
+		return s.KeyFingerprint != file.States()[0].KeyFingerprint || known && old == g
+	}); err != nil {
+		return nil, err
+	}
+	changes, err := n.enrol(ctx, tpm.Signer{Key: key, Ref: ref}, g)
+	return append([]string{fmt.Sprintf("%d boot states of key %.16s added", len(file.States()), fingerprintOf(key))}, changes...), err
+}
+
+// oneGeneration checks that all states are signed by the key, for this cluster or
+// in systemd's form, and for one generation.
+func oneGeneration(cluster seal.ClusterID, states []bootstate.State, pub crypto.PublicKey) (ref []byte, g uint64, err error) {
+	if len(states) == 0 {
+		return nil, 0, errors.New("the file holds no signed boot state; sign one with kleidi bootstate sign")
+	}
+	for _, s := range states {
+		if err := s.Verify(pub); err != nil {
+			return nil, 0, err
+		}
+		if string(s.Ref) != string(states[0].Ref) {
+			return nil, 0, errors.New("the file holds boot states of several generations; give one file for each")
+		}
+	}
+	g, known := generation(cluster, states[0].Ref)
+	if !known {
+		return nil, 0, fmt.Errorf("the boot states are signed for another cluster than %s; sign them with --cluster-id %s", cluster, cluster)
+	}
+	return states[0].Ref, g, nil
+}
+
+// keepStates stores signed boot states with those there that stay.
+func (n *node) keepStates(ctx context.Context, states []bootstate.State, stays func(bootstate.State) bool) error {
+	file := lockedFile{store.NewFile(n.cfg.BootStates()), n.state}
+	kept := &bootstate.File{}
+	b, version, err := file.Load(ctx)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return err
+	default:
+		if kept, err = bootstate.Parse(b); err != nil {
+			return fmt.Errorf("%s: %w; move it away", n.cfg.BootStates(), err)
+		}
+	}
+	merged, err := kept.Keep(stays).Merge(states...)
+	if err != nil {
+		return err
+	}
+	if b, err = merged.Marshal(); err != nil {
+		return err
+	}
+	_, err = file.Save(ctx, b, version)
+	return err
+}
+
+// enrol seals the KEK to whatever the signer signs. PCR 7 stays as it is, with
+// shim PCR 14 too.
+func (n *node) enrol(ctx context.Context, signer tpm.Signer, g uint64) ([]string, error) {
+	var changes []string
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		stay, older, there := n.enrolled(k, signer, g)
+		if there {
+			return nil, errNothing
+		}
+		state, err := n.signable(ctx)
+		if err != nil {
+			return nil, err
+		}
+		state.Signer = &signer
+		if !older {
+			next, slot, err := n.extend(ctx, k, state, func(seal.Slot) bool { return false })
+			changes = append(changes, "the KEK is sealed to "+n.what(slot))
+			return []*keyring.Keyring{next}, err
+		}
+		next, _, err := n.reshape(ctx, k, append(stay, state))
+		changes = append(changes, "the KEK is sealed to boot states of generation "+fmt.Sprint(g), "boot states of the earlier generation no longer open, kept copies included")
+		return []*keyring.Keyring{next}, err
+	})
+	if errors.Is(err, errNothing) {
+		err = nil
+	}
+	return changes, err
+}
+
+// enrolled returns the boot states that stay beside a signer, whether one of them
+// has to go because it is of the same key and an earlier generation, and whether
+// the signer has a slot.
+func (n *node) enrolled(k *keyring.Keyring, signer tpm.Signer, g uint64) (stay []tpm.BootState, older, there bool) {
+	for _, s := range n.states(k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned) {
+		if s.Signer == nil || fingerprintOf(s.Signer.Key) != fingerprintOf(signer.Key) {
+			stay = append(stay, s)
+			continue
+		}
+		old, _ := generation(k.ClusterID(), s.Signer.Ref)
+		switch {
+		case old == g:
+			there = true
+			stay = append(stay, s)
+		case old == 0 || g == 0: // systemd's form has no generations
+			stay = append(stay, s)
+		default:
+			older = true
+		}
+	}
+	return stay, older, there
+}
+
+// signable is the part of the present boot state that a slot for signed boot
+// states keeps: that Secure Boot is on, and whose keys are in force.
+func (n *node) signable(ctx context.Context) (tpm.BootState, error) {
+	s, err := n.gate.State(ctx)
+	if err != nil {
+		return s, err
+	}
+	last := n.gate.Last()
+	if on, known := last.Log.SecureBoot(); !on || !known || s.Values[7] == nil {
+		return s, errors.New("signed boot states need Secure Boot, and PCR 7 among tpm.pcrs: without it any system could extend PCR 11 to a signed value")
+	}
+	keep := []int{7}
+	if last.Log.BootType() == eventlog.BootGRUB {
+		keep = append(keep, 14)
+	}
+	values := maps.Clone(s.Values)
+	maps.DeleteFunc(values, func(i int, _ []byte) bool { return !slices.Contains(keep, i) })
+	return tpm.BootState{PCR: authpolicy.PCR{Bank: s.Bank, Values: values}, Use: tpm.UseSigned}, nil
+}
+
+// revokeBootStates takes the slots of a key away, and with the next epoch what
+// anyone kept of them.
+func (n *node) revokeBootStates(ctx context.Context, req admin.RevokeBootStatesRequest) (admin.KeyringState, error) {
+	prefix := strings.ToLower(req.Key)
+	gone := map[string]bool{}
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		var stay []tpm.BootState
+		for _, s := range n.states(k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned) {
+			if s.Signer != nil && prefix != "" && strings.HasPrefix(fingerprintOf(s.Signer.Key), prefix) {
+				gone[fingerprintOf(s.Signer.Key)] = true
+				continue
+			}
+			stay = append(stay, s)
+		}
+		switch {
+		case len(gone) == 0:
+			return nil, fmt.Errorf("no slot is for a key whose fingerprint begins with %q; see kleidi bootstate list", req.Key)
+		case len(gone) > 1:
+			return nil, fmt.Errorf("%d keys have a fingerprint that begins with %q; give more of it", len(gone), req.Key)
+		}
+		next, _, err := n.reshape(ctx, k, stay)
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("revoke: %w", err)
+	}
+	err = n.keepStates(ctx, nil, func(s bootstate.State) bool { return !gone[hex.EncodeToString(s.KeyFingerprint[:])] })
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("revoke: the slots are revoked, and the boot states are still in the file: %w", err)
+	}
+	return n.unchanged("what that key signed no longer opens, kept copies included")
+}
