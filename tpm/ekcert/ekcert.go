@@ -150,16 +150,15 @@ func checkUsage(cert *x509.Certificate) error {
 // certificate may be used for is limited by every CA above it but the root, which
 // is trusted as it is. Some makers write the purpose into the issuing CA's only.
 func forEK(chain []*x509.Certificate) bool {
-	leaf, issuers := chain[0], chain[1:]
-	if !limited(leaf) {
-		if len(issuers) == 0 || !limited(issuers[0]) || !allowsEK(issuers[0]) {
-			return false
-		}
-	} else if !slices.ContainsFunc(leaf.UnknownExtKeyUsage, oidEK.Equal) {
+	says := chain[0]
+	if !limited(says) && len(chain) > 1 {
+		says = chain[1]
+	}
+	if !namesEK(says) {
 		return false
 	}
-	for i, ca := range issuers {
-		if i < len(issuers)-1 && limited(ca) && !allowsEK(ca) {
+	for _, ca := range chain[1 : len(chain)-1] {
+		if limited(ca) && !namesEK(ca) && !slices.Contains(ca.ExtKeyUsage, x509.ExtKeyUsageAny) {
 			return false
 		}
 	}
@@ -168,9 +167,7 @@ func forEK(chain []*x509.Certificate) bool {
 
 func limited(c *x509.Certificate) bool { return len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) > 0 }
 
-func allowsEK(ca *x509.Certificate) bool {
-	return slices.ContainsFunc(ca.UnknownExtKeyUsage, oidEK.Equal) || slices.Contains(ca.ExtKeyUsage, x509.ExtKeyUsageAny)
-}
+func namesEK(c *x509.Certificate) bool { return slices.ContainsFunc(c.UnknownExtKeyUsage, oidEK.Equal) }
 
 // explain says what an operator can do about a chain that does not verify.
 func (b *Bundle) explain(cert *x509.Certificate, err error) error {

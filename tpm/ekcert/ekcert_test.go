@@ -54,7 +54,8 @@ func TestQuirks(t *testing.T) {
 	oddRoot.der = oddRoot.forge(oddRoot.der, negative)
 	oddMiddle := oddRoot.newCA("odd middle")
 	oddMiddle.der = oddRoot.forge(oddMiddle.der, negative)
-	b := bundle(t, root, middle, oddRoot, oddMiddle)
+	any := root.newCA("any", anyUsage)
+	b := bundle(t, root, middle, oddRoot, oddMiddle, any)
 	ek := eks()["RSA-2048"].Public()
 	good := root.ekCert(ek)
 	header := append([]byte{0x10, 0x01, 0x00, byte(len(good) >> 8), byte(len(good))}, good...)
@@ -74,6 +75,7 @@ func TestQuirks(t *testing.T) {
 		"a subject":                    {root.ekCert(ek, func(t *x509.Certificate) { t.Subject.CommonName = "TPM" }), []string{"critical-san"}},
 		"other purposes too":           {root.ekCert(ek, limit(oidAIK, oidEK)), []string{"critical-san"}},
 		"no end (9999-12-31)":          {root.ekCert(ek, func(t *x509.Certificate) { t.NotAfter = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) }), []string{"critical-san"}},
+		"an issuer for any purpose":    {any.ekCert(ek), []string{"critical-san"}},
 		"purpose only at the issuer":   {middle.ekCert(ek, limit()), []string{"critical-san"}},
 		"issuers with negative serial": {oddMiddle.ekCert(ek), []string{"critical-san"}},
 	} {
@@ -96,6 +98,8 @@ func limit(to ...asn1.ObjectIdentifier) func(*x509.Certificate) {
 	return func(t *x509.Certificate) { t.UnknownExtKeyUsage = to }
 }
 
+func anyUsage(t *x509.Certificate) { t.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageAny} }
+
 // TestRefuses: each thing that Verify looks at, wrong alone.
 func TestRefuses(t *testing.T) {
 	root, stranger := (*ca)(nil).newCA("root"), (*ca)(nil).newCA("root") // of the same name
@@ -108,7 +112,8 @@ func TestRefuses(t *testing.T) {
 	odd := root.newCA("critical", func(t *x509.Certificate) {
 		t.ExtraExtensions = []pkix.Extension{{Id: oidTest, Critical: true, Value: []byte{5, 0}}}
 	})
-	b := bundle(t, root, middle, aikOnly, below, noCAs, belowNoCAs, expired, odd)
+	aikRoot, any := (*ca)(nil).newCA("aik root", limit(oidAIK)), root.newCA("any", anyUsage)
+	b := bundle(t, root, aikRoot, any, middle, aikOnly, below, noCAs, belowNoCAs, expired, odd)
 	ek, ecc := eks()["RSA-2048"].Public(), eks()["P-256"].Public()
 	good := root.ekCert(ek)
 	usage := func(u x509.KeyUsage) func(*x509.Certificate) {
@@ -148,12 +153,18 @@ func TestRefuses(t *testing.T) {
 		"no purpose":              {root.ekCert(ek, limit()), ek, ekcert.ErrNotEK, "extended key usage 2.23.133.8.1"},
 		"an AK's":                 {root.ekCert(ek, limit(oidAIK)), ek, ekcert.ErrNotEK, "extended key usage"},
 		"a server's":              {root.ekCert(ek, limit(), func(t *x509.Certificate) { t.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }), ek, ekcert.ErrNotEK, "extended key usage"},
-		"any purpose":             {root.ekCert(ek, limit(), func(t *x509.Certificate) { t.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageAny} }), ek, ekcert.ErrNotEK, "extended key usage"},
+		"any purpose":             {root.ekCert(ek, limit(), anyUsage), ek, ekcert.ErrNotEK, "extended key usage"},
 		"issuer limited to AKs":   {aikOnly.ekCert(ek), ek, ekcert.ErrNotEK, "limited to others"},
 		"limited further up":      {below.ekCert(ek), ek, ekcert.ErrNotEK, "limited to others"},
 		"limited further up, too": {below.ekCert(ek, limit()), ek, ekcert.ErrNotEK, "limited to others"},
+		"root for AKs":            {aikRoot.ekCert(ek, limit()), ek, ekcert.ErrNotEK, "extended key usage"},
+		"issuer for anything":     {any.ekCert(ek, limit()), ek, ekcert.ErrNotEK, "extended key usage"},
+		"a CA that can't sign":    {root.ekCert(ek, func(t *x509.Certificate) { t.IsCA = true }), ek, ekcert.ErrNotEK, "a CA's"},
+		"version 2":               {root.forge(good, version2), ek, ekcert.ErrNotEK, "version is 2, want 3"},
+		"an RSA-PSS key":          {root.forge(good, pss), ek, ekcert.ErrNotEK, "want RSA or ECDSA"},
+		"header of another size":  {append([]byte{0x10, 1, 0, 0xff, 0xff}, good...), ek, ekcert.ErrMalformed, ""},
 		"unknown critical":        {root.ekCert(ek, critical), ek, ekcert.ErrUntrusted, "1.3.6.1.4.1.55555.1"},
-		"issuer not in it":        {missing.ekCert(ek), ek, ekcert.ErrUntrusted, `(1 roots, 7 intermediates): x509: certificate signed by unknown authority; add its issuer "CN=missing" to the bundle`},
+		"issuer not in it":        {missing.ekCert(ek), ek, ekcert.ErrUntrusted, `(2 roots, 8 intermediates): x509: certificate signed by unknown authority; add its issuer "CN=missing" to the bundle`},
 		"a source":                {missing.ekCert(ek, func(t *x509.Certificate) { t.IssuingCertificateURL = []string{"http://ca.example/\n"} }), ek, ekcert.ErrUntrusted, `(it says: "http://ca.example/\n")`},
 		"an impostor":             {stranger.ekCert(ek), ek, ekcert.ErrUntrusted, "add its issuer"},
 		"self-signed":             {(*ca)(nil).issue(ekTemplate(ek), ek, eks()["RSA-2048"]), ek, ekcert.ErrUntrusted, ""},

@@ -131,10 +131,18 @@ func negative(tbs []byte) []byte {
 	return bytes.Replace(tbs, []byte{0xa0, 3, 2, 1, 2, 2, 1, 7}, []byte{0xa0, 3, 2, 1, 2, 2, 1, 0x87}, 1)
 }
 
-// oaep marks an RSA key for RSAES-OAEP.
-func oaep(tbs []byte) []byte {
+// version2 takes the version back, by which extensions have no place.
+func version2(tbs []byte) []byte {
+	return bytes.Replace(tbs, []byte{0xa0, 3, 2, 1, 2}, []byte{0xa0, 3, 2, 1, 1}, 1)
+}
+
+// oaep marks an RSA key for RSAES-OAEP, pss for RSASSA-PSS.
+func oaep(tbs []byte) []byte { return rsaFor(tbs, 7) }
+func pss(tbs []byte) []byte  { return rsaFor(tbs, 10) }
+
+func rsaFor(tbs []byte, purpose byte) []byte {
 	oid := []byte{0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 1}
-	return bytes.Replace(tbs, oid, append(bytes.Clone(oid[:8]), 7), 1)
+	return bytes.Replace(tbs, oid, append(bytes.Clone(oid[:8]), purpose), 1)
 }
 
 func asPEM(certs ...[]byte) []byte {
