@@ -114,6 +114,20 @@ func TestParseRefuses(t *testing.T) {
 	}
 }
 
+// TestMarshal: the form is frozen, since other programs read it.
+func TestMarshal(t *testing.T) {
+	s := bootstate.State{Bank: crypto.SHA384, PCRs: []int{4, 11}, Digest: bytes.Repeat([]byte{0xcd}, 32), Ref: []byte{1, 2},
+		Signature: []byte{0xfb, 0xff}, What: `6.12 <"x"&é>`}
+	copy(s.KeyFingerprint[:], bytes.Repeat([]byte{0xab}, 32))
+	want := `{"sha384":[{"pcrs":[4,11],"pkfp":"` + fp + `","pol":"` + pol + `","sig":"+/8=","ref":"0102","what":"6.12 <\"x\"&é>"}]}` + "\n"
+	if got := string(marshal(t, file(t, s))); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	if got := string(marshal(t, file(t))); got != "{}\n" {
+		t.Errorf("no states: %q", got)
+	}
+}
+
 // many returns n different states of the largest size that there is.
 func many(n int) []bootstate.State {
 	all := make([]bootstate.State, n)
@@ -196,6 +210,11 @@ func TestMergeSelectKeep(t *testing.T) {
 	kept := f.Keep(func(s bootstate.State) bool { return s.Bank == crypto.SHA384 })
 	if got := kept.States(); len(got) != 1 || got[0].Bank != crypto.SHA384 {
 		t.Errorf("kept %v", got)
+	}
+	claims := old
+	claims.Ref = nil // its signature is not over that, which nobody has looked at here
+	if more, err := f.Merge(claims); err != nil || len(more.States()) != 5 {
+		t.Errorf("a state with another policyRef: %v, %v", more, err)
 	}
 	f.States()[0].Digest[0] ^= 1
 	old.Signature[0] ^= 1
