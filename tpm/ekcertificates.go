@@ -93,7 +93,7 @@ func readAsOwner(t transport.TPM, owner Owner, index tpm2.NamedHandle, size uint
 			return err
 		}
 		b, err = readNV(t, auth, index, size)
-		return OwnerError(err)
+		return err
 	})
 	return b, err
 }
