@@ -1,6 +1,7 @@
 package predict
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
@@ -54,6 +55,13 @@ func TestEFIStubRefusals(t *testing.T) {
 	remeasure(log, i, toUTF16Z(many), log.Events[i].UntrustedData)
 	_, err := Predict(log, Change{Next: Files{Initrd: []byte("x")}, Running: Files{CommandLine: &many}})
 	wantRefusal(t, err, "initrd is not given")
+}
+
+func TestEFIStubLogsThatAreNotUnderstood(t *testing.T) {
+	log := readLog(t, "direct-kernel")
+	log.Events = slices.Insert(log.Events, find(t, log, 9, "Linux initrd", 0)+1, log.Events[find(t, log, 4, "kernel", 0)])
+	_, err := Predict(log, Change{Next: Files{Kernel: predicttest.Kernel("6.1.0", "")}})
+	wantRefusal(t, err, "PCR 4", "not the last image")
 }
 
 // What is not demanded and not known is left out, not carried over.

@@ -1,6 +1,7 @@
 package predict
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -183,6 +184,51 @@ func TestGRUBLogsThatAreNotUnderstood(t *testing.T) {
 			wantRefusal(t, err, c.says)
 		})
 	}
+}
+
+// Later versions of GRUB start the kernel by its EFI stub, which measures for itself.
+func TestGRUBThatStartsTheEFIStub(t *testing.T) {
+	boot := func(line, initrd string) *eventlog.Log {
+		log := grubLog(t)
+		i := find(t, log, 9, "/initrd.gz", 0)
+		remeasure(log, i, []byte(initrd), log.Events[i].UntrustedData)
+		tag := readLog(t, "direct-kernel")
+		options, disk := tag.Events[find(t, tag, 9, "LoadOptions", 0)], tag.Events[find(t, tag, 9, "Linux initrd", 0)]
+		log.Events = slices.Insert(log.Events, find(t, log, 8, "grub_cmd: boot", 0)+1,
+			eventlog.Measure(log.Banks, 9, eventlog.EventTag, toUTF16Z(line), options.UntrustedData),
+			eventlog.Measure(log.Banks, 9, eventlog.EventTag, []byte(initrd), disk.UntrustedData))
+		return log
+	}
+	const line = "BOOT_IMAGE=/vmlinuz console=ttyS0,115200 quiet panic=-1 mboot="
+	want := boot(line+"b", "two")
+	changed := strings.Replace(realConfig, "mboot=a", "mboot=b", 1)
+	remeasure(want, find(t, want, 9, "grub.cfg", 0), []byte(changed), []byte("(hd0,gpt1)/EFI/debian/grub.cfg\x00"))
+	setGRUBLine(want, find(t, want, 8, "grub_cmd: linux", 0), "grub_cmd: ", "linux "+line[len("BOOT_IMAGE="):]+"b")
+	setGRUBLine(want, find(t, want, 8, "kernel_cmdline", 0), "kernel_cmdline: ", line[len("BOOT_IMAGE="):]+"b")
+	change := Change{Next: Files{Initrd: []byte("two"), GRUBConfig: []byte(changed)}, Running: Files{GRUBConfig: []byte(realConfig)}}
+	got, err := Predict(boot(line+"a", "one"), change)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantSame(t, got, want)
+	_, err = Predict(boot(line+"other", "one"), change)
+	wantRefusal(t, err, "PCR 9", "nor what its kernel got")
+	log := boot(line+"a", "one")
+	i := find(t, log, 9, "Linux initrd", 0)
+	remeasure(log, i, []byte("one and more"), log.Events[i].UntrustedData)
+	_, err = Predict(log, change)
+	wantRefusal(t, err, "PCR 9", "nor what its kernel got")
+}
+
+// An entry of a submenu is chosen by names that may change with the configuration.
+func TestGRUBSubmenu(t *testing.T) {
+	log := grubLog(t)
+	setGRUBLine(log, find(t, log, 8, "set timeout", 0), "grub_cmd: ", "setparams More")
+	i := find(t, log, 8, "[ -e", 0)
+	setGRUBLine(log, i, "grub_cmd: ", "setparams Debian")
+	changed := strings.Replace(realConfig, "mboot=a", "mboot=b", 1)
+	_, err := Predict(log, Change{Next: Files{GRUBConfig: []byte(changed)}, Running: Files{GRUBConfig: []byte(realConfig)}})
+	wantRefusal(t, err, "PCR 8", "submenu")
 }
 
 // Menus are measured with what stands in them.

@@ -63,7 +63,7 @@ func (r *Refusal) Error() string {
 
 // Hints of refusals.
 const (
-	hintAfter  = "use `kleidi suspend --boots 1` before the reboot, or the recovery identity and `kleidi reseal` after it"
+	hintAfter  = "use `kleidi suspend` before the reboot, or the recovery identity and `kleidi reseal` after it"
 	hintFile   = "check that it is the right file, whole and signed"
 	hintChange = "name the files that this machine boots with"
 )
@@ -83,7 +83,8 @@ func badChange(format string, args ...any) error {
 // Predict returns the log that the next boot will have if only what change names
 // is different. log must be that of the running boot and have been verified
 // ([eventlog.Log.Verify]). The result has the banks that can be computed and
-// does not share memory with log's events that differ. An error is a [*Refusal].
+// shares memory with log and change, so leave them as they are. An error wraps a
+// [*Refusal].
 //
 // It does, in this order:
 //

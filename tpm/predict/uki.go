@@ -188,18 +188,22 @@ func (d *draft) sections(img *image, s stub, boot *ukiBoot) {
 	d.slots[boot.names[0]] = events
 }
 
-// ownCommandLine looks at a command line that the image gains or loses: with
-// Secure Boot on, the stub ignores the boot entry's where it has its own.
+// ownCommandLine loses PCR 12 where a new command line in the image may show in
+// it: boot loaders of some versions hand on the image's own and measure it, and
+// with Secure Boot on, a stub ignores and does not measure the boot entry's where
+// the image has its own.
 func (d *draft) ownCommandLine(img *image, boot *ukiBoot) {
-	had, has := slices.Contains(boot.measured, ".cmdline"), len(img.content(".cmdline")) > 0
-	if !boot.secureBoot || had == has {
-		return
+	line := img.content(".cmdline")
+	at := slices.Index(boot.measured, ".cmdline")
+	had, has := at >= 0, len(line) > 0
+	switch {
+	case had && has && d.old.Events[boot.data[at]].Proves(line), !had && !has:
+	case boot.secureBoot && had && !has:
+		d.lose(12, "the new image has no command line of its own")
+		d.lose(9, "the new image has no command line of its own")
+	case boot.extras:
+		d.lose(12, "it is not known whether what was measured there depends on the image's command line")
 	}
-	if has && !boot.extras {
-		return
-	}
-	d.lose(12, "the new image has its own command line or the running one has, not both")
-	d.lose(9, "the new image has its own command line or the running one has, not both")
 }
 
 // handedOver replaces what the kernel measures of its command line and its initrd.

@@ -194,10 +194,13 @@ func TestUKIsThatAreRefused(t *testing.T) {
 	broken[0x1000] ^= 1
 	overlapping := good.build(t)
 	copy(overlapping[0x280+24+240+40+12:], overlapping[0x280+24+240+12:][:4]) // the second section's address
+	hollow := good.build(t)
+	hollow[0x280+24+240+2*40+8+1] = 0x10 // the third section's size in memory
 	for name, c := range map[string]struct {
 		image []byte
 		says  string
 	}{
+		"larger in memory":        {hollow, "larger in memory"},
 		"not an image":            {[]byte("MZ"), "not a PE image"},
 		"cut off":                 {good.build(t)[:0x1800], "reaches beyond"},
 		"no stub":                 {sign(t, signers().ca, predicttest.Image(linux, cmdline)), "no systemd-stub"},
@@ -239,12 +242,18 @@ func TestCommandLineOfUKI(t *testing.T) {
 		_, err := Predict(base.boot252(t, true), Change{Next: Files{UKI: next.build(t)}, PCRs: []int{4, 9}})
 		wantRefusal(t, err, "PCR 9")
 	}
+	old := base
+	old.kernel = "5.10.0-1-amd64"
+	_, err := Predict(base.boot252(t, true), Change{Next: Files{UKI: old.build(t)}, PCRs: []int{4, 9}})
+	wantRefusal(t, err, "PCR 9", "EFI stub of the new kernel")
 	// Without its own command line the image takes the boot entry's, so that 9
 	// decides the boot that had been decided by 11.
 	next := base
 	next.cmdline = ""
-	_, err := Predict(base.boot252(t, true), Change{Next: Files{UKI: next.build(t)}})
+	_, err = Predict(base.boot252(t, true), Change{Next: Files{UKI: next.build(t)}})
 	wantRefusal(t, err, "PCR 9")
+	_, err = Predict(base.boot252(t, true), Change{Next: Files{UKI: next.build(t)}, PCRs: []int{12}})
+	wantRefusal(t, err, "PCR 12")
 }
 
 func TestUKILogsThatAreNotUnderstood(t *testing.T) {
@@ -276,6 +285,10 @@ func TestUKILogsThatAreNotUnderstood(t *testing.T) {
 			i := find(t, log, 11, ".osrel", 0)
 			insert(log, i, log.Events[find(t, log, 4, "BOOTX64", 0)])
 		}, nil, "while the sections were measured"},
+		"no kernel, without Secure Boot": {func(log *eventlog.Log) {
+			data := variable{globalVariable, "SecureBoot", []byte{0}}.encode()
+			remeasure(log, find(t, log, 7, "SecureBoot", 0), data, data)
+		}, nil, "0 images were loaded after"},
 		"no image": {func(log *eventlog.Log) {
 			i := find(t, log, 4, "BOOTX64", 0)
 			log.Events = slices.Delete(log.Events, i, i+1)
@@ -284,6 +297,11 @@ func TestUKILogsThatAreNotUnderstood(t *testing.T) {
 			i := find(t, log, 9, "LoadOptions", 0)
 			insert(log, i, eventlog.Measure(log.Banks, 12, eventlog.IPL, []byte("x"), []byte("Credentials initrd")))
 		}, []int{4, 9, 11}, "more than the image's own"},
+		"a command line in PCR 12": {func(log *eventlog.Log) {
+			i := find(t, log, 4, "BOOTX64", 0)
+			insert(log, i, eventlog.Measure(log.Banks, 12, eventlog.IPL, toUTF16Z("other"), toUTF16Z("other")))
+			remeasure(log, find(t, log, 11, ".cmdline", 1), []byte("other"), toUTF16Z(".cmdline"))
+		}, []int{4, 11, 12}, "PCR 12"},
 		"something else in PCR 9": {func(log *eventlog.Log) {
 			i := find(t, log, 9, "LoadOptions", 0)
 			insert(log, i, eventlog.Measure(log.Banks, 9, eventlog.IPL, []byte("x"), []byte("y")))
