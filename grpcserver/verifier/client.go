@@ -35,8 +35,12 @@ type ClientConfig struct {
 	Certificate string
 	CAFile      string // PEM
 	ServerName  string
-	Timeout     time.Duration // of one exchange; 0 is DefaultTimeout
+	Timeout     time.Duration // of one exchange; 0 is DefaultClientTimeout
 }
+
+// DefaultClientTimeout bounds an exchange on the node. The TPM is open for as long,
+// so it has to be below the time that a TPM operation may take.
+const DefaultClientTimeout = 15 * time.Second
 
 // Client asks a verifier. It implements [remote.Channel].
 type Client struct {
@@ -51,7 +55,7 @@ func NewClient(c ClientConfig) (*Client, error) {
 		return nil, fmt.Errorf("address: %w; want host:port", err)
 	}
 	if c.Timeout == 0 {
-		c.Timeout = DefaultTimeout
+		c.Timeout = DefaultClientTimeout
 	}
 	client := &Client{config: c}
 	switch {

@@ -80,3 +80,20 @@ func (k *Key) sign(digest []byte) ([]byte, error) {
 	}
 	return tpm2.Marshal(s), nil
 }
+
+// ParsePublicKey reads a verifier's public key in PEM (PUBLIC KEY), as nodes keep
+// it, and returns the public area that [authpolicy.Signed] names.
+func ParsePublicKey(b []byte) (tpm2.TPMTPublic, error) {
+	block, rest := pem.Decode(b)
+	if block == nil || block.Type != "PUBLIC KEY" {
+		return tpm2.TPMTPublic{}, errors.New("it holds no public key in PEM; want what kleidi verifier show prints")
+	}
+	if next, _ := pem.Decode(rest); next != nil {
+		return tpm2.TPMTPublic{}, errors.New("a second PEM block follows the first; want one public key")
+	}
+	key, err := x509.ParsePKIXPublicKey(block.Bytes)
+	if err != nil {
+		return tpm2.TPMTPublic{}, err
+	}
+	return authpolicy.PublicKey(key)
+}

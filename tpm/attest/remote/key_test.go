@@ -1,6 +1,7 @@
 package remote
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -66,6 +67,29 @@ func TestParseKey(t *testing.T) {
 		"P-224": pemOf(t, "EC PRIVATE KEY", p224DER, curveErr), "a public key": pemOf(t, "PUBLIC KEY", public, publicErr), "two keys": append(first, second...),
 		"garbage": pemOf(t, "PRIVATE KEY", []byte("garbage"), nil), "encrypted": pemOf(t, "ENCRYPTED PRIVATE KEY", ecPKCS8, nil)} {
 		if _, err := ParseKey(b); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+func TestParsePublicKey(t *testing.T) {
+	for name, key := range map[string]*Key{"ECDSA": ecdsaKey(t), "RSA": rsaKey(t, 2048)} {
+		b := pemOf(t, "PUBLIC KEY", spki(t, key.Public()), nil)
+		got, err := ParsePublicKey(b)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if public, err := tpm2.Pub(got); err != nil || !key.Public().(interface{ Equal(crypto.PublicKey) bool }).Equal(public) {
+			t.Errorf("%s: it is another key (%v)", name, err)
+		}
+		if _, err := ParsePublicKey(append(b, b...)); err == nil {
+			t.Errorf("%s: two keys are accepted", name)
+		}
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(ecdsaKey(t).signer)
+	for name, b := range map[string][]byte{"nothing": nil, "a private key": pemOf(t, "PRIVATE KEY", der, err), "garbage": pemOf(t, "PUBLIC KEY", []byte("garbage"), nil)} {
+		if _, err := ParsePublicKey(b); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}

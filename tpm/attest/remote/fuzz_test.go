@@ -1,0 +1,58 @@
+package remote
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"testing"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// FuzzKeys: the two keys of a Hello come from anybody. No byte of them ends the
+// process; what is taken for an endorsement key has one encoding, and what is
+// taken for an attestation key is of the template, whose Name covers it whole.
+func FuzzKeys(f *testing.F) {
+	r, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		f.Fatal(err)
+	}
+	e, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		f.Fatal(err)
+	}
+	ak := tpm2.ECCSRKTemplate
+	ak.ObjectAttributes = tpm2.TPMAObject{FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, NoDA: true, Restricted: true, SignEncrypt: true}
+	ak.Parameters = tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{CurveID: tpm2.TPMECCNistP256, Scheme: tpm2.TPMTECCScheme{Scheme: tpm2.TPMAlgECDSA,
+		Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256})}})
+	if !tpm.IsAK(&ak) {
+		f.Fatal("the seed is no attestation key")
+	}
+	for _, key := range []any{&r.PublicKey, &e.PublicKey} {
+		der, err := x509.MarshalPKIXPublicKey(key)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(der, tpm2.Marshal(ak))
+	}
+	f.Fuzz(func(t *testing.T, spki, public []byte) {
+		if key, err := encapsulationKey(spki); err == nil {
+			if _, _, err := makeCredential(key, make([]byte, nameSize), make([]byte, secretSize)); err != nil {
+				t.Errorf("no credential can be made for it: %v", err)
+			}
+		}
+		name, err := checkAK(public)
+		if err != nil {
+			return
+		}
+		p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
+		if err != nil || !bytes.Equal(tpm2.Marshal(p), public) || !tpm.IsAK(p) || len(name) != nameSize {
+			t.Errorf("it is taken for an attestation key: %v", err)
+		}
+	})
+}
