@@ -8,7 +8,10 @@ import (
 	"fmt"
 	"math/big"
 	"net/http"
+	"os"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -101,8 +104,8 @@ func newClient(address, namespace string, transport http.RoundTripper) (*api.Cli
 	if err != nil {
 		// The address was checked before: it is a variable of the environment that
 		// doesn't parse. The error may quote it.
-		return nil, seal.Errorf(seal.CauseUnavailable, "unset the VAULT_ variables; kleidi reads its configuration file only",
-			"vault: the client library cannot read a VAULT_ variable of the environment")
+		return nil, seal.Errorf(seal.CauseUnavailable, "unset them; kleidi reads its configuration file only",
+			"vault: the client library refuses the environment, where these are set: %s", strings.Join(libraryVariables(), ", "))
 	}
 	client.SetHeaders(http.Header{api.RequestHeaderName: {"true"}})
 	client.ClearToken()
@@ -111,6 +114,17 @@ func newClient(address, namespace string, transport http.RoundTripper) (*api.Cli
 		client.SetNamespace(namespace)
 	}
 	return client, nil
+}
+
+// libraryVariables names the variables that the client library looks at.
+func libraryVariables() (names []string) {
+	for _, variable := range os.Environ() {
+		if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, "VAULT_") {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // close ends the connection and forgets the token.

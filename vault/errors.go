@@ -171,6 +171,9 @@ func (a Auth) renewHint() string {
 	case MethodToken:
 		return "check that the token is valid, or put another into vault.auth.tokenFile"
 	case MethodAppRole:
+		if a.SecretIDWrapped {
+			return "check that vault.auth.roleID is the role's, or put a new wrapping token for a secret ID of it into vault.auth.secretIDFile"
+		}
 		return "check that vault.auth.roleID is the role's, or put a new secret ID of it into vault.auth.secretIDFile"
 	case MethodKubernetes:
 		return "check that vault.auth.role admits this service account, its namespace and the token's audience"
@@ -200,15 +203,29 @@ func (s *session) quote(r *refusal) string {
 	return fmt.Sprintf("status %d, %q", r.status, text)
 }
 
-func repeats(text string, secret []byte) bool {
+// repeats finds a secret in the forms that servers and loggers give it.
+func repeats(text string, secret []byte) (found bool) {
 	if len(secret) == 0 {
 		return false
 	}
-	b := []byte(text)
-	return bytes.Contains(b, secret) ||
-		bytes.Contains(bytes.ToLower(b), []byte(hex.EncodeToString(secret))) ||
-		bytes.Contains(b, []byte(base64.RawStdEncoding.EncodeToString(secret))) ||
-		bytes.Contains(b, []byte(base64.RawURLEncoding.EncodeToString(secret)))
+	seal.Erase(func() { // the forms are copies
+		b := []byte(text)
+		found = bytes.Contains(unquoted(b), unquoted(secret)) ||
+			bytes.Contains(bytes.ToLower(b), []byte(hex.EncodeToString(secret))) ||
+			bytes.Contains(b, []byte(base64.RawStdEncoding.EncodeToString(secret))) ||
+			bytes.Contains(b, []byte(base64.RawURLEncoding.EncodeToString(secret)))
+	})
+	return found
+}
+
+// unquoted drops what quoting adds, however often it was done.
+func unquoted(b []byte) []byte {
+	return bytes.Map(func(r rune) rune {
+		if r == '\\' || r == '"' {
+			return -1
+		}
+		return r
+	}, b)
 }
 
 // errorf makes an error that begins with the server's address.

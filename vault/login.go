@@ -121,24 +121,33 @@ type unwrapped struct {
 	id    *seal.Secret
 }
 
-// withUnwrapped unwraps a token that was not unwrapped before. Callers come one by
-// one, since the second unwrapping of a token fails.
+// withUnwrapped calls use with the secret ID that a token wraps.
 func (w *Wrapper) withUnwrapped(ctx context.Context, s *session, token []byte, use func(id []byte) error) error {
+	id, err := w.unwrapOnce(ctx, s, token)
+	if err != nil {
+		return err
+	}
+	defer clear(id)
+	return use(id)
+}
+
+// unwrapOnce unwraps a token that was not unwrapped before, and returns the secret
+// ID, which the caller clears. Callers come one by one, since the second unwrapping
+// of a token fails.
+func (w *Wrapper) unwrapOnce(ctx context.Context, s *session, token []byte) (id []byte, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	digest := sha256.Sum256(token)
 	if w.secretID == nil || w.secretID.token != digest {
-		id, err := s.unwrap(ctx, token)
+		secret, err := s.unwrap(ctx, token)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		w.forget()
-		w.secretID = &unwrapped{digest, id}
+		w.secretID = &unwrapped{digest, secret}
 	}
-	var id []byte
-	w.secretID.id.With(func(b []byte) { id = bytes.Clone(b) })
-	defer clear(id)
-	return use(id)
+	w.secretID.id.With(func(b []byte) { id = append(make([]byte, 0, len(b)), b...) })
+	return id, nil
 }
 
 // forget closes the unwrapped secret ID; w.mu is held.

@@ -53,6 +53,8 @@ type wire struct {
 	conn *tls.Conn
 	in   *bufio.Reader
 	body []byte // of the last answer
+	// stale says that conn can't be used for another request.
+	stale bool
 }
 
 // RoundTrip implements http.RoundTripper. The answer's body is read whole, and is
@@ -67,10 +69,12 @@ func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	conn := w.raw.Conn
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
 	res, err := w.exchange(req)
-	if err != nil || res.Close {
+	w.stale = !stop() // the deadline in the past is there, or comes
+	if err != nil {
 		w.close()
+	} else if res.Close {
+		w.stale = true
 	}
 	if err != nil && ctx.Err() != nil {
 		return nil, ctx.Err() // rather than the deadline that it caused
@@ -79,7 +83,7 @@ func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 func (w *wire) dial(ctx context.Context, u *url.URL) error {
-	if w.conn != nil && w.host == u.Host {
+	if w.conn != nil && w.host == u.Host && !w.stale {
 		return nil
 	}
 	w.close()
@@ -165,11 +169,11 @@ func (w *wire) readBody(r io.Reader) error {
 	for n := 0; n < len(w.body); {
 		m, err := r.Read(w.body[n:])
 		n += m
-		if errors.Is(err, io.EOF) {
+		if errors.Is(err, io.EOF) && n <= maxAnswer {
 			w.body = w.body[:n]
 			return nil
 		}
-		if err != nil {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
 	}
@@ -203,7 +207,7 @@ func (w *wire) close() {
 	}
 	clear(w.body)
 	w.raw.wipe()
-	w.conn, w.raw, w.in, w.body = nil, nil, nil, nil
+	w.conn, w.raw, w.in, w.body, w.stale = nil, nil, nil, nil, false
 }
 
 // zeros reads as zeros without end.

@@ -17,7 +17,6 @@ type gate struct {
 
 	mu       sync.Mutex
 	listener net.Listener
-	serve    func(net.Conn)
 	open_    []net.Conn
 }
 

@@ -1,0 +1,82 @@
+package vault
+
+import (
+	"encoding/json"
+	"errors"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// golden is a slot as the first version of the format writes it. It has to be read for good.
+const golden = `{"format":1,"namespace":"team/a","mount":"transit","key":"kleidi",` +
+	`"ciphertext":"vault:v3:8SDd3WHDOjf7mq69CyCqYjBXAiQQAVZRkFM13ok481zoCmHnSeDX9vyf7w=="}`
+
+func TestGoldenSlot(t *testing.T) {
+	c, err := sound().complete()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Namespace = "team/a"
+	slot := seal.Slot{Type: seal.TypeVault, Data: json.RawMessage(golden)}
+	ciphertext, err := c.ciphertext(slot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v, err := Version(slot); err != nil || v != 3 {
+		t.Errorf("version %d, %v; want 3", v, err)
+	}
+	written, err := c.slot(ciphertext)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(written.Data) != golden {
+		t.Errorf("written:\n%s\nwant:\n%s", written.Data, golden)
+	}
+}
+
+func TestVersionOfCiphertext(t *testing.T) {
+	for text, want := range map[string]int{
+		"vault:v1:AAAA": 1, "vault:v2147483647:AA==": 2147483647, "vault:v0:AAAA": 0, "vault:v01:AAAA": 0, "vault:v+1:AAAA": 0,
+		"vault:v2147483648:AAAA": 0, "vault:v1": 0, "vault:v1:": 0, "vault:v1:A A": 0, "vault:v1:A:A": 0, "vault:v1:\"": 0, "Vault:v1:AAAA": 0, "": 0,
+	} {
+		if got, err := version(text); got != want || (err == nil) != (want > 0) {
+			t.Errorf("%q: %d, %v; want %d", text, got, err, want)
+		}
+	}
+}
+
+// FuzzSlot: whatever a slot holds, the answer is a ciphertext of the form that Vault
+// writes, seal.ErrNotMine, or a typed error.
+func FuzzSlot(f *testing.F) {
+	f.Add([]byte(golden))
+	f.Add([]byte(`{"format":1,"mount":"transit","key":"kleidi","ciphertext":"vault:v1:AAAA"}`))
+	f.Add([]byte(`{"Format":1,"mount":"transit","key":"kleidi","ciphertext":"vault:v1:AAAA"}`))
+	f.Add([]byte(`{"format":1.0,"mount":null,"key":"kleidi","ciphertext":["vault:v1:AAAA"]}`))
+	f.Add([]byte(`{}{}`))
+	f.Add([]byte(`null`))
+	c, err := sound().complete()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		slot := seal.Slot{Type: seal.TypeVault, Data: data}
+		ciphertext, err := c.ciphertext(slot)
+		if err == nil {
+			if _, err := version(ciphertext); err != nil {
+				t.Errorf("%q: %v", ciphertext, err)
+			}
+			again, err := c.slot(ciphertext)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if same, err := c.ciphertext(again); err != nil || same != ciphertext {
+				t.Errorf("%q, %v; want %q", same, err, ciphertext)
+			}
+			return
+		}
+		if !errors.Is(err, seal.ErrNotMine) && seal.CauseOf(err) != seal.CauseSlotCorrupt {
+			t.Errorf("%q: %v", data, err)
+		}
+	})
+}
