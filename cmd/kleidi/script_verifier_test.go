@@ -1,9 +1,7 @@
 package main
 
 import (
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
 	"net"
 	"os"
@@ -69,15 +67,7 @@ func (h *host) listening(address string) error {
 
 // satisfy opens a session as for a slot, and has the attester satisfy its term.
 func (h *host) satisfy(a *remote.Attester, publicKey string) error {
-	block, _ := pem.Decode([]byte(publicKey))
-	if block == nil {
-		return broken("no public key")
-	}
-	key, err := x509.ParsePKIXPublicKey(block.Bytes)
-	if err != nil {
-		return broken("%w", err)
-	}
-	public, err := authpolicy.PublicKey(key)
+	public, err := remote.ParsePublicKey([]byte(publicKey))
 	if err != nil {
 		return broken("%w", err)
 	}

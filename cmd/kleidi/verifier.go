@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -65,7 +66,7 @@ func newVerifierService(c *verifierConfig) (*verifierService, error) {
 	if err != nil {
 		return nil, err
 	}
-	audit := auditFile(c.Audit.File)
+	audit := &auditFile{path: c.Audit.File}
 	if err := audit.append(nil); err != nil {
 		return nil, fmt.Errorf("audit.file: %w; without it every answer is no", err)
 	}
@@ -101,9 +102,12 @@ func (s *verifierService) run(ctx context.Context) error {
 
 // auditFile is where verdicts go, one JSON object a line. It is opened for each,
 // so that it may be moved away at any time.
-type auditFile string
+type auditFile struct {
+	path string
+	mu   sync.Mutex
+}
 
-func (f auditFile) record(v *verifier.Verdict) error {
+func (f *auditFile) record(v *verifier.Verdict) error {
 	line, err := json.Marshal(v)
 	if err != nil {
 		return err
@@ -111,14 +115,23 @@ func (f auditFile) record(v *verifier.Verdict) error {
 	return f.append(append(line, '\n'))
 }
 
-// append returns once the line is on the disk.
-func (f auditFile) append(line []byte) error {
-	file, err := os.OpenFile(string(f), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+// append returns once the line is on the disk. One that does not fit is taken back.
+func (f *auditFile) append(line []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	file, err := os.OpenFile(f.path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = file.Write(line)
-	return errors.Join(err, file.Sync(), file.Close(), syncFolder(string(f)))
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	if _, err := file.Write(line); err != nil {
+		return errors.Join(err, file.Truncate(info.Size()))
+	}
+	return errors.Join(file.Sync(), syncFolder(f.path))
 }
 
 func (a *app) newVerifierShow() *cobra.Command {
