@@ -9,6 +9,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -113,5 +114,65 @@ func TestTerm(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestUnseal: a sealed object opens with the signature and not without, in the
+// order that a TPM with three slots has room for: the object is loaded last.
+func TestUnseal(t *testing.T) {
+	r := newRig(t, simboot.Baseline(simboot.UKI))
+	public, err := authpolicy.PublicKey(r.verifier.Key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pcrs authpolicy.PCR
+	var created *tpm2.CreateResponse
+	err = r.session(func(tp transport.TPM, srk *tpm.SRK, _ tpm2.Session) error {
+		values, err := tpm.ReadPCRs(tp, crypto.SHA256, []int{4, 7, 11})
+		if err != nil {
+			return err
+		}
+		pcrs = authpolicy.PCR{Bank: crypto.SHA256, Values: values}
+		digest, err := authpolicy.Terms{pcrs, authpolicy.Signed{Key: public, Ref: PolicyRef(cluster, "alpha")}}.Digest()
+		if err != nil {
+			return err
+		}
+		created, err = tpm2.Create{ParentHandle: tpm2.AuthHandle{Handle: srk.Handle, Name: srk.Name, Auth: tpm2.PasswordAuth(nil)},
+			InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: []byte("KEK")})}},
+			InPublic: tpm2.New2B(tpm2.TPMTPublic{Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256, AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
+				ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true, AdminWithPolicy: true}})}.Execute(tp)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unseal := func(with bool) (kek []byte, err error) {
+		err = r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
+			terms := authpolicy.Terms{pcrs}
+			if with {
+				terms = append(terms, authpolicy.Signed{Key: public, Ref: PolicyRef(cluster, "alpha"), Sign: func(nonceTPM []byte) (tpm2.TPMTSignature, error) {
+					return r.attester.Sign(t.Context(), tp, srk, nonceTPM)
+				}})
+			}
+			if err := terms.Satisfy(tp, s); err != nil {
+				return err
+			}
+			object, err := tpm2.Load{ParentHandle: tpm2.AuthHandle{Handle: srk.Handle, Name: srk.Name, Auth: tpm2.PasswordAuth(nil)}, InPrivate: created.OutPrivate, InPublic: created.OutPublic}.Execute(tp)
+			if err != nil {
+				return err
+			}
+			u, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.ObjectHandle, Name: object.Name, Auth: s}}.Execute(tp)
+			if err == nil {
+				kek = u.OutData.Buffer
+			}
+			return err
+		})
+		return kek, err
+	}
+	if kek, err := unseal(true); err != nil || string(kek) != "KEK" {
+		t.Errorf("with the signature: %q, %v", kek, err)
+	}
+	if _, err := unseal(false); !errors.Is(err, tpm2.TPMRCPolicyFail) {
+		t.Errorf("without the signature: %v", err)
 	}
 }
