@@ -50,6 +50,16 @@ type Signer struct {
 	Ref []byte          // at most 32 bytes; signed with each boot state
 }
 
+// Public returns the signer's key.
+func (s Signer) Public() (crypto.PublicKey, error) { return tpm2.Pub(s.Key) }
+
+// Verifier is a remote verifier that has to agree before the TPM unseals, for
+// this node of this cluster.
+type Verifier struct {
+	Signer
+	Cluster seal.ClusterID
+}
+
 // BootState is one way to boot: exact values of a set of PCRs.
 type BootState struct {
 	authpolicy.PCR
@@ -58,6 +68,8 @@ type BootState struct {
 	Signer *Signer
 	// Resets is the last resetCount of the TPM, for UseSuspend alone.
 	Resets uint32
+	// Verifier has to agree each time; nil is none.
+	Verifier *Verifier
 	// Record is what explains the values to a person (events and digests), a
 	// JSON document that this package keeps and does not read.
 	Record json.RawMessage
@@ -66,22 +78,23 @@ type BootState struct {
 // slotData is the JSON in Slot.Data. All of it is untrusted; what it says of its
 // authorization policy must hash to the one that the TPM enforces.
 type slotData struct {
-	Form    string           `json:"form"`
-	Made    time.Time        `json:"made"`    // for people: how old the slot is
-	SRK     hexBytes         `json:"srk"`     // Name of the storage root key
-	EK      string           `json:"ek"`      // digest of the endorsement key, see EKDigest
-	Public  []byte           `json:"public"`  // TPMT_PUBLIC
-	Private []byte           `json:"private"` // TPM2B_PRIVATE's buffer
-	Bank    string           `json:"bank"`
-	PCRs    map[int]hexBytes `json:"pcrs"`
-	Epoch   slotEpoch        `json:"epoch"`
-	Boot    json.RawMessage  `json:"boot,omitempty"`
-	Use     Use              `json:"use,omitempty"`
-	Signer  *slotSigner      `json:"signer,omitempty"`
-	Resets  *slotResets      `json:"resets,omitempty"`
-	public  *tpm2.TPMTPublic // parsed Public
-	terms   authpolicy.Terms // from PCRs and Epoch
-	state   *BootState       // from Bank, PCRs and Boot
+	Form     string           `json:"form"`
+	Made     time.Time        `json:"made"`    // for people: how old the slot is
+	SRK      hexBytes         `json:"srk"`     // Name of the storage root key
+	EK       string           `json:"ek"`      // digest of the endorsement key, see EKDigest
+	Public   []byte           `json:"public"`  // TPMT_PUBLIC
+	Private  []byte           `json:"private"` // TPM2B_PRIVATE's buffer
+	Bank     string           `json:"bank"`
+	PCRs     map[int]hexBytes `json:"pcrs"`
+	Epoch    slotEpoch        `json:"epoch"`
+	Boot     json.RawMessage  `json:"boot,omitempty"`
+	Use      Use              `json:"use,omitempty"`
+	Signer   *slotSigner      `json:"signer,omitempty"`
+	Resets   *slotResets      `json:"resets,omitempty"`
+	Verifier *slotVerifier    `json:"verifier,omitempty"`
+	public   *tpm2.TPMTPublic // parsed Public
+	terms    authpolicy.Terms // from PCRs and Epoch
+	state    *BootState       // from Bank, PCRs and Boot
 }
 
 func newSlotData(s *BootState) *slotData {
@@ -95,6 +108,9 @@ func newSlotData(s *BootState) *slotData {
 	if s.Signer != nil {
 		d.Signer = &slotSigner{Key: tpm2.Marshal(s.Signer.Key), Ref: s.Signer.Ref}
 	}
+	if v := s.Verifier; v != nil {
+		d.Verifier = &slotVerifier{slotSigner{Key: tpm2.Marshal(v.Key), Ref: v.Ref}, v.Cluster}
+	}
 	d.Form = d.form()
 	return d
 }
@@ -107,6 +123,19 @@ type slotEpoch struct {
 type slotSigner struct {
 	Key []byte   `json:"key"` // TPMT_PUBLIC
 	Ref hexBytes `json:"ref"`
+}
+
+func (s *slotSigner) parse() (Signer, error) {
+	key, err := tpm2.Unmarshal[tpm2.TPMTPublic](s.Key)
+	if err != nil {
+		return Signer{}, err
+	}
+	return Signer{Key: *key, Ref: s.Ref}, nil
+}
+
+type slotVerifier struct {
+	slotSigner
+	Cluster seal.ClusterID `json:"cluster"`
 }
 
 type slotResets struct {
@@ -180,9 +209,9 @@ func (d *slotData) form() string {
 	switch {
 	case signed != (d.Use == UseSigned) || suspended != (d.Use == UseSuspend):
 		return ""
-	case d.Use == UsePresent:
+	case d.Use == UsePresent && d.Verifier == nil:
 		return formSealed
-	case d.Use == UseNext, signed, suspended:
+	case d.Use == UsePresent, d.Use == UseNext, signed, suspended:
 		return formSealedV2
 	}
 	return ""
@@ -215,11 +244,18 @@ func (d *slotData) parse(counter Counter) error {
 		d.state.Resets = d.Resets.AtMost
 	}
 	if d.Signer != nil {
-		key, err := tpm2.Unmarshal[tpm2.TPMTPublic](d.Signer.Key)
+		signer, err := d.Signer.parse()
 		if err != nil {
-			return fmt.Errorf("its signer's key: %w", err)
+			return fmt.Errorf("the key of its signed boot states: %w", err)
 		}
-		d.state.Signer = &Signer{Key: *key, Ref: d.Signer.Ref}
+		d.state.Signer = &signer
+	}
+	if v := d.Verifier; v != nil {
+		signer, err := v.parse()
+		if err != nil {
+			return fmt.Errorf("its verifier's key: %w", err)
+		}
+		d.state.Verifier = &Verifier{signer, v.Cluster}
 	}
 	if err := d.state.Check(); err != nil {
 		return err
@@ -250,7 +286,8 @@ func checkPublic(p *tpm2.TPMTPublic, digest []byte) error {
 }
 
 // terms is the authorization policy of a sealed slot: PolicyAuthorize where
-// others may sign, PolicyPCR, PolicyCounterTimer where boots are counted, PolicyNV.
+// others may sign, PolicyPCR, PolicyCounterTimer where boots are counted, PolicyNV,
+// PolicySigned where a verifier has to agree: it is asked last.
 func terms(s *BootState, counter Counter, atMost uint64) authpolicy.Terms {
 	var ts authpolicy.Terms
 	if s.Signer != nil {
@@ -260,7 +297,11 @@ func terms(s *BootState, counter Counter, atMost uint64) authpolicy.Terms {
 	if s.Use == UseSuspend {
 		ts = append(ts, authpolicy.Resets{AtMost: s.Resets})
 	}
-	return append(ts, authpolicy.Epoch{Index: counter.Index(), Name: counter.Name(), AtMost: atMost})
+	ts = append(ts, authpolicy.Epoch{Index: counter.Index(), Name: counter.Name(), AtMost: atMost})
+	if s.Verifier != nil {
+		ts = append(ts, authpolicy.Signed{Key: s.Verifier.Key, Ref: s.Verifier.Ref})
+	}
+	return ts
 }
 
 // Demand is what a slot asks of the machine, for display and for the quote.

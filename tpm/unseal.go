@@ -43,10 +43,14 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	var kek *seal.Secret
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
 		return w.withSRK(t, d, func(srk *SRK) (err error) {
-			kek, err = w.unseal(t, srk, d)
+			kek, err = w.unseal(ctx, t, srk, d)
 			return err
 		})
 	})
+	if d.state.Verifier != nil && errors.Is(err, authpolicy.ErrSignature) && seal.CauseOf(err) == "" {
+		return nil, seal.Errorf(seal.CauseCredentials, "see tpm.verifier in the configuration; without the verifier, run kleidi recover with the recovery identity",
+			"the slot demands that a verifier agrees: %w", err)
+	}
 	if errors.Is(err, authpolicy.ErrBootState) || errors.Is(err, authpolicy.ErrNoSignedState) {
 		err = &StateError{Was: *d.state, err: err}
 	}
@@ -63,11 +67,11 @@ var damaged = []tpm2.TPMRC{
 	tpm2.TPMRCScheme, tpm2.TPMRCSymmetric, tpm2.TPMRCBinding, tpm2.TPMRCInsufficient, tpm2.TPMRCSelector, tpm2.TPMRCKDF, tpm2.TPMRCSensitive,
 }
 
-func (w *Wrapper) unseal(t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, error) {
+func (w *Wrapper) unseal(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, error) {
 	var err error
 	for range unsealTries {
 		var kek *seal.Secret
-		kek, err = w.unsealOnce(t, srk, d)
+		kek, err = w.unsealOnce(ctx, t, srk, d)
 		if !errors.Is(err, tpm2.TPMRCPCRChanged) {
 			return kek, err
 		}
@@ -77,13 +81,13 @@ func (w *Wrapper) unseal(t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, 
 
 // unsealOnce loads the object last: until its authorization policy is satisfied,
 // the few places that a TPM has for objects are for the keys that this takes.
-func (w *Wrapper) unsealOnce(t transport.TPM, srk *SRK, d *slotData) (kek *seal.Secret, err error) {
+func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) (kek *seal.Secret, err error) {
 	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, srk.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
 	if err != nil {
 		return nil, fmt.Errorf("TPM2_StartAuthSession: %w", err)
 	}
 	defer func() { _ = done() }() // a session that the TPM has ended already can't be ended again
-	if err := w.terms(d).Satisfy(t, session); err != nil {
+	if err := w.terms(ctx, t, srk, d).Satisfy(t, session); err != nil {
 		return nil, err
 	}
 	object, err := load(t, srk, d)
@@ -114,14 +118,25 @@ func (w *Wrapper) unsealOnce(t transport.TPM, srk *SRK, d *slotData) (kek *seal.
 	return kek, err
 }
 
-// terms are those of the slot, with the boot states that are signed for it.
-func (w *Wrapper) terms(d *slotData) authpolicy.Terms {
-	signed, ok := d.terms[0].(authpolicy.Authorized)
-	if !ok || w.Signed == nil {
-		return d.terms
+// terms are those of the slot, with the boot states that are signed for it, and
+// with the way to its verifier.
+func (w *Wrapper) terms(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) authpolicy.Terms {
+	ts := slices.Clone(d.terms)
+	for i := range ts {
+		switch term := ts[i].(type) {
+		case authpolicy.Authorized:
+			if w.Signed != nil {
+				term.States = w.Signed(*d.state.Signer)
+			}
+			ts[i] = term
+		case authpolicy.Signed:
+			if w.Ask != nil {
+				term.Sign = func(nonce []byte) (tpm2.TPMTSignature, error) { return w.Ask(ctx, t, srk, *d.state.Verifier, nonce) }
+			}
+			ts[i] = term
+		}
 	}
-	signed.States = w.Signed(*d.state.Signer)
-	return append(authpolicy.Terms{signed}, d.terms[1:]...)
+	return ts
 }
 
 func load(t transport.TPM, srk *SRK, d *slotData) (object tpm2.NamedHandle, err error) {
@@ -137,4 +152,16 @@ func load(t transport.TPM, srk *SRK, d *slotData) (object tpm2.NamedHandle, err 
 		return object, fmt.Errorf("TPM2_Load: %w", err)
 	}
 	return tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name}, nil
+}
+
+// ResetCount returns how often the TPM was reset, once at every boot. The limit of a
+// suspension depends on it, so an answer from the bus alone does not do.
+func (d *Device) ResetCount(ctx context.Context, owner Owner) (count uint32, err error) {
+	err = d.Do(ctx, func(t transport.TPM) error {
+		return WithSRK(t, owner, nil, func(srk *SRK) error {
+			count, err = authpolicy.ResetCount(t, srk.Session(tpm2.Audit()))
+			return err
+		})
+	})
+	return count, classify(err)
 }

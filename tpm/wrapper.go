@@ -37,6 +37,9 @@ type Config struct {
 	// Signed returns the boot states that are signed by this signer, wherever they
 	// are kept; nothing vouches for them. nil is none.
 	Signed func(Signer) []authpolicy.SignedState
+	// Ask has a slot's verifier sign for a session with this nonce. nil means that
+	// none can be asked.
+	Ask func(context.Context, transport.TPM, *SRK, Verifier, []byte) (tpm2.TPMTSignature, error)
 }
 
 // Wrapper seals KEKs to this machine's TPM. It implements [seal.Wrapper].
@@ -44,6 +47,7 @@ type Wrapper struct {
 	Config
 	ahead  uint64                  // by how many epochs Wrap seals ahead of the counter
 	revoke []seal.Slot             // whose epochs end before that of what Wrap makes
+	asks   *Verifier               // who has to agree to what Wrap makes, if not nil
 	like   *slotData               // whose storage root key Wrap seals to, if not nil
 	ek     *atomic.Pointer[string] // the machine's EK digest once known: making the key takes seconds
 }
@@ -58,6 +62,14 @@ func (w *Wrapper) ForNextEpoch(revoke []seal.Slot) *Wrapper {
 	next := *w
 	next.ahead, next.revoke = 1, revoke
 	return &next
+}
+
+// Demanding returns a wrapper whose slots demand that a verifier agrees; nil is
+// none.
+func (w *Wrapper) Demanding(v *Verifier) *Wrapper {
+	asking := *w
+	asking.asks = v
+	return &asking
 }
 
 // OnTPMOf returns a wrapper that seals under the storage root key of an
@@ -109,6 +121,7 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 
 // WrapState seals kek under a boot state that need not be the present one.
 func (w *Wrapper) WrapState(ctx context.Context, kek *seal.Secret, state BootState) (seal.Slot, error) {
+	state.Verifier = w.asks
 	return w.wrap(ctx, kek, state, w.like)
 }
 

@@ -8,9 +8,6 @@ import (
 	"maps"
 	"slices"
 
-	"github.com/google/go-tpm/tpm2"
-	"github.com/google/go-tpm/tpm2/transport"
-
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -52,7 +49,7 @@ func (n *node) states(slots []seal.Slot, uses ...tpm.Use) []tpm.BootState {
 // reshape returns the revision in which the KEK is sealed to these boot states,
 // for the next epoch: once that has begun, no other slot of this node opens.
 func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
-	w, err := n.tpm.ForNextEpoch(k.Slots()).OnTPMOf(k.Slots())
+	w, err := n.onTPMOf(n.tpm.ForNextEpoch(k.Slots()), k)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -70,7 +67,7 @@ func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.Boo
 // extend returns the revision in which the KEK is sealed to one boot state more.
 // Nothing is revoked; slots that drop picks leave the keyring all the same.
 func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootState, drop func(seal.Slot) bool) (*keyring.Keyring, seal.Slot, error) {
-	w, err := n.tpm.OnTPMOf(k.Slots())
+	w, err := n.onTPMOf(n.tpm, k)
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}
@@ -80,6 +77,16 @@ func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootSta
 	}
 	next, err := k.WithSlots(append(slices.DeleteFunc(k.Slots(), drop), slots...))
 	return next, slots[0], err
+}
+
+// onTPMOf has a wrapper seal on the TPM of the keyring's slots, and under the
+// configured verifier.
+func (n *node) onTPMOf(w *tpm.Wrapper, k *keyring.Keyring) (*tpm.Wrapper, error) {
+	v, err := n.remote.demand(k.ClusterID())
+	if err != nil {
+		return nil, err
+	}
+	return w.Demanding(v).OnTPMOf(k.Slots())
 }
 
 // sealTo seals kek to each of the boot states, and opens what it made before
@@ -252,7 +259,7 @@ func (n *node) suspend(ctx context.Context, req admin.SuspendRequest) (admin.Key
 		if state, err = weaken(state, req.Weaken); err != nil {
 			return nil, err
 		}
-		resets, err := n.resets(ctx)
+		resets, err := n.gate.Device.ResetCount(ctx, n.gate.Owner)
 		if err != nil {
 			return nil, err
 		}
@@ -293,18 +300,6 @@ func weaken(s tpm.BootState, pcrs []int) (tpm.BootState, error) {
 		return s, errors.New("nothing would be left to seal to; let fewer PCRs go with --weaken, or rely on the recovery identity")
 	}
 	return tpm.BootState{PCR: authpolicy.PCR{Bank: s.Bank, Values: values}, Use: tpm.UseSuspend}, nil
-}
-
-// resets is how often the TPM has been reset. The limit of a suspension depends on
-// it: an answer from the bus alone would not do.
-func (n *node) resets(ctx context.Context) (count uint32, err error) {
-	err = n.gate.Device.Do(ctx, func(t transport.TPM) error {
-		return tpm.WithSRK(t, n.gate.Owner, nil, func(srk *tpm.SRK) error {
-			count, err = authpolicy.ResetCount(t, srk.Session(tpm2.Audit()))
-			return err
-		})
-	})
-	return count, err
 }
 
 // tidy takes away what has had its day, once the machine runs in a boot state that
@@ -350,7 +345,7 @@ func (n *node) tidied(ctx context.Context, slots []seal.Slot) ([]tpm.BootState, 
 		return append([]tpm.BootState{*running}, n.states(slots, tpm.UseSigned)...), nil
 	}
 	for _, s := range n.states(slots, tpm.UseSuspend) {
-		count, err := n.resets(ctx)
+		count, err := n.gate.Device.ResetCount(ctx, n.gate.Owner)
 		if err != nil {
 			return nil, err
 		}

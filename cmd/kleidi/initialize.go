@@ -120,6 +120,9 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) er
 func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResult, error) {
 	ctx := cmd.Context()
 	progress := func(s string) { fmt.Fprintln(cmd.ErrOrStderr(), "[init]", s) }
+	if n.remote != nil {
+		return nil, errors.New("tpm.verifier is set, and no verifier knows this cluster yet; leave it out, and set it once the verifier has registered this node, see docs/remote-attestation.md")
+	}
 	if err := n.own(); err != nil {
 		return nil, err
 	}

@@ -31,6 +31,7 @@ type node struct {
 	pin      unlock.Pin
 	gate     *attest.Gate
 	tpm      *tpm.Wrapper
+	remote   *remoteGate
 	unlocker *unlock.Unlocker
 
 	replacing sync.Mutex // see replace
@@ -55,7 +56,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		if err != nil {
 			return nil, fmt.Errorf("pin.index: %w", err)
 		}
-		n.pin = tpmPin{index: index, device: device, owner: owner, bank: cfg.Bank(), pcrs: cfg.Pin.PCRs}
+		n.pin = tpmPin{&nv.PinStore{Pin: index, Device: device, Owner: owner, Bank: cfg.Bank(), PCRs: cfg.Pin.PCRs}}
 	}
 	n.gate = &attest.Gate{
 		Attester: attest.Attester{Device: device, Owner: owner,
@@ -65,9 +66,16 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	if cfg.TPM.BootPolicy != "" {
 		n.gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return readPolicy(cfg.TPM.BootPolicy) }
 	}
+	n.remote, err = newRemoteGate(cfg, n.gate.Logs.Bytes)
+	if err != nil {
+		return nil, err
+	}
 	n.tpm = tpm.NewWrapper(tpm.Config{
 		Device: device, Owner: owner, Counter: counter, Memory: n.mem, Node: cfg.Node, State: n.gate.State, Signed: n.signed,
 	})
+	if n.remote != nil {
+		n.tpm.Ask = n.remote.Ask
+	}
 	n.unlocker = unlock.New(unlock.Config{
 		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log}, Wrappers: n.openers(),
 		Settle: n.tpm.Settle, Log: log, Attempted: attempted,

@@ -223,7 +223,11 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyr
 	}
 	// The present KEK is sealed anew as well: the first revision of the rotation
 	// has to open too.
-	next := n.tpm.ForNextEpoch(append(old.Slots(), old.StagedSlots()...))
+	v, err := n.remote.demand(old.ClusterID())
+	if err != nil {
+		return nil, err
+	}
+	next := n.tpm.ForNextEpoch(append(old.Slots(), old.StagedSlots()...)).Demanding(v)
 	slot, err := n.sealNow(ctx, next, old.KEK())
 	if err != nil {
 		return nil, err

@@ -11,8 +11,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/google/go-tpm/tpm2"
-
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -82,11 +80,11 @@ func (n *node) signer(s seal.Slot, cluster string) (fingerprint string, g uint64
 	if id, err := seal.ParseClusterID(cluster); err == nil {
 		g, _ = generation(id, d.State.Signer.Ref)
 	}
-	return fingerprintOf(d.State.Signer.Key), g
+	return fingerprintOf(*d.State.Signer), g
 }
 
-func fingerprintOf(key tpm2.TPMTPublic) string {
-	pub, err := tpm2.Pub(key)
+func fingerprintOf(s tpm.Signer) string {
+	pub, err := s.Public()
 	if err != nil {
 		return "unreadable"
 	}
@@ -134,8 +132,9 @@ func (n *node) addSigned(ctx context.Context, req admin.AddBootStatesRequest) ([
 	}); err != nil {
 		return nil, err
 	}
-	changes, err := n.enrol(ctx, tpm.Signer{Key: key, Ref: ref}, g)
-	return append([]string{fmt.Sprintf("%d boot states of key %.16s added", len(file.States()), fingerprintOf(key))}, changes...), err
+	signer := tpm.Signer{Key: key, Ref: ref}
+	changes, err := n.enrol(ctx, signer, g)
+	return append([]string{fmt.Sprintf("%d boot states of key %.16s added", len(file.States()), fingerprintOf(signer))}, changes...), err
 }
 
 // oneGeneration checks that all states are signed by the key, for this cluster or
@@ -218,7 +217,7 @@ func (n *node) enrol(ctx context.Context, signer tpm.Signer, g uint64) ([]string
 // the signer has a slot.
 func (n *node) enrolled(k *keyring.Keyring, signer tpm.Signer, g uint64) (stay []tpm.BootState, older, there bool) {
 	for _, s := range n.states(k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned) {
-		if s.Signer == nil || fingerprintOf(s.Signer.Key) != fingerprintOf(signer.Key) {
+		if s.Signer == nil || fingerprintOf(*s.Signer) != fingerprintOf(signer) {
 			stay = append(stay, s)
 			continue
 		}
@@ -264,8 +263,8 @@ func (n *node) revokeBootStates(ctx context.Context, req admin.RevokeBootStatesR
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		var stay []tpm.BootState
 		for _, s := range n.states(k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned) {
-			if s.Signer != nil && prefix != "" && strings.HasPrefix(fingerprintOf(s.Signer.Key), prefix) {
-				gone[fingerprintOf(s.Signer.Key)] = true
+			if s.Signer != nil && prefix != "" && strings.HasPrefix(fingerprintOf(*s.Signer), prefix) {
+				gone[fingerprintOf(*s.Signer)] = true
 				continue
 			}
 			stay = append(stay, s)

@@ -30,8 +30,8 @@ type Logs struct {
 	Userspace string
 }
 
-// read returns both logs, each of at most eventlog.MaxSize bytes.
-func (l Logs) read() (firmware, userspace []byte, err error) {
+// Bytes returns both logs as they are, each of at most eventlog.MaxSize bytes.
+func (l Logs) Bytes() (firmware, userspace []byte, err error) {
 	if firmware, err = readBounded(l.Firmware); err != nil {
 		return nil, nil, seal.Errorf(seal.CauseAttestation,
 			"see that securityfs is mounted and that tpm.eventLog names the firmware's log; a machine that measures nothing can't be attested",
@@ -105,7 +105,7 @@ func readAll(f *os.File) ([]byte, error) {
 // Read returns the firmware's events followed by those of userspace. Nothing
 // vouches for them.
 func (l Logs) Read() (*eventlog.Log, error) {
-	firmware, userspace, err := l.read()
+	firmware, userspace, err := l.Bytes()
 	if err != nil {
 		return nil, err
 	}
@@ -154,7 +154,7 @@ func (a *Attester) Collect(ctx context.Context, srk, nonce []byte, bank crypto.H
 	}
 	// After the quote: an event that came in between then shows as a replay that
 	// does not fit, never as one that fits by leaving it out.
-	firmware, userspace, err := a.Logs.read()
+	firmware, userspace, err := a.Logs.Bytes()
 	if err != nil {
 		return nil, err
 	}

@@ -64,12 +64,24 @@ type TPM struct {
 	EpochIndex        uint32        `yaml:"epochIndex"`
 	EventLog          string        `yaml:"eventLog"`
 	UserspaceEventLog string        `yaml:"userspaceEventLog"`
+	Verifier          Verifier      `yaml:"verifier"`
 	// BootPolicy is the file of the boot policy; "" means that none is demanded.
 	BootPolicy string `yaml:"bootPolicy"`
 	// BootStates are files of signed boot states beside those that were added.
 	BootStates []string `yaml:"bootStates"`
 	// Phase is the phase of the boot in which slots are made.
 	Phase string `yaml:"phase"`
+}
+
+// Verifier is a machine that has to agree each time before a slot opens; without
+// an address there is none.
+type Verifier struct {
+	Address     string        `yaml:"address"`
+	Certificate string        `yaml:"certificate"`
+	CAFile      string        `yaml:"caFile"`
+	ServerName  string        `yaml:"serverName"`
+	PublicKey   string        `yaml:"publicKey"`
+	Timeout     time.Duration `yaml:"timeout"`
 }
 
 // Pin is where the node keeps what it last trusted.
@@ -148,7 +160,7 @@ func Default() *Config {
 		State:      State{Dir: "/var/lib/kleidi"},
 		TPM: TPM{
 			Device: tpm.DefaultAddress, Timeout: tpm.DefaultTimeout, Bank: "sha256", EpochIndex: nv.DefaultEpochIndex,
-			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog, Phase: "ready",
+			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog, Phase: "ready", Verifier: Verifier{Timeout: 20 * time.Second},
 			BootStates: []string{"/run/systemd/tpm2-pcr-signature.json", "/etc/systemd/tpm2-pcr-signature.json", "/usr/lib/systemd/tpm2-pcr-signature.json", "/.extra/tpm2-pcr-signature.json"},
 		},
 		Pin:    Pin{Store: PinFile, Index: nv.DefaultPinIndex, PCRs: []int{7}},

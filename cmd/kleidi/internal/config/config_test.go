@@ -92,12 +92,24 @@ func TestSocketMode(t *testing.T) {
 
 func TestValuesThatCouldNotWork(t *testing.T) {
 	for text, want := range map[string]string{
-		"tpm: {pcrs: [4, 7, 10]}":   "tpm.pcrs: PCR 10 is extended by IMA for as long as the machine runs; leave it out",
-		"tpm: {pcrs: [4, 7, 16]}":   "tpm.pcrs: PCR 16 does not exist or can be reset",
-		"kms: {allowedUIDs: []}":    "kms.allowedUIDs: the list is empty, so nobody could call; leave the key out for root and the socket's owner",
-		"kms: {allowedUIDs: [-1]}":  "kms.allowedUIDs[0]: line 3: want",
-		"kms: {allowedUIDs: [a]}":   "kms.allowedUIDs[0]: line 3: want",
-		"tpm: {pcrs: [4, 7, 0x0a]}": "PCR 10 is extended by IMA",
+		"tpm: {pcrs: [4, 7, 10]}":             "tpm.pcrs: PCR 10 is extended by IMA for as long as the machine runs; leave it out",
+		"tpm: {pcrs: [4, 7, 16]}":             "tpm.pcrs: PCR 16 does not exist or can be reset",
+		"kms: {allowedUIDs: []}":              "kms.allowedUIDs: the list is empty, so nobody could call; leave the key out for root and the socket's owner",
+		"kms: {allowedUIDs: [-1]}":            "kms.allowedUIDs[0]: line 3: want",
+		"kms: {allowedUIDs: [a]}":             "kms.allowedUIDs[0]: line 3: want",
+		"tpm: {pcrs: [4, 7, 0x0a]}":           "PCR 10 is extended by IMA",
+		"tpm: {bootPolicy: policy.yaml}":      "tpm.bootPolicy: \"policy.yaml\" is not an absolute path",
+		"tpm: {bootStates: [states.json]}":    "tpm.bootStates: \"states.json\" is not an absolute path",
+		"tpm: {phase: shutdown}":              "tpm.phase: \"shutdown\"",
+		"tpm: {verifier: {address: \"v:1\"}}": "tpm.verifier.publicKey: want the file",
+		"tpm: {verifier: {address: v}}":       "tpm.verifier: address: ",
+		"tpm: {verifier: {address: \"v:1\", publicKey: /k, certificate: abc}}": "tpm.verifier: certificate: ",
+		"tpm: {verifier: {address: \"v:1\", timeout: 1m}}":                     "tpm.verifier.timeout: want more than 0, and less than tpm.timeout, 30s",
+		"pin: {store: nvram}":                  "pin.store: \"nvram\"",
+		"pin: {pcrs: []}":                      "pin.pcrs: the list is empty",
+		"pin: {pcrs: [16]}":                    "pin.pcrs: PCR 16",
+		"pin: {index: 7}":                      "pin.index: ",
+		"pin: {store: tpm, index: 0x01804B01}": "pin.index: 0x01804b01 is tpm.epochIndex too",
 	} {
 		if c, err := Parse([]byte(head + text + "\n")); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %+v, %v", text, c, err)

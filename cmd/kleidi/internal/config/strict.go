@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/beezy-dev/kleidi/grpcserver/verifier"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/nv"
@@ -40,6 +41,7 @@ func (p *problems) validate(c *Config) {
 		p.Add("admin.socket", "%q is kms.socket too; name another path", c.Admin.Socket)
 	}
 	p.validateTPM(&c.TPM)
+	p.validateVerifier(&c.TPM)
 	p.validatePin(c)
 	if c.KMS.Name == "" || strings.ContainsAny(c.KMS.Name, ": \n") {
 		p.Add("kms.name", "%q can't stand in a stored object's prefix; want a name without colons and spaces", c.KMS.Name)
@@ -64,6 +66,27 @@ func (p *problems) validatePCRs(key string, pcrs []int) {
 	}
 }
 
+func (p *problems) validateVerifier(c *TPM) {
+	v := c.Verifier
+	for key, path := range map[string]string{"tpm.verifier.caFile": v.CAFile, "tpm.verifier.publicKey": v.PublicKey} {
+		if path != "" {
+			p.absolute(key, path)
+		}
+	}
+	if v.Address == "" {
+		return
+	}
+	if v.Timeout <= 0 || v.Timeout >= c.Timeout {
+		p.Add("tpm.verifier.timeout", "want more than 0, and less than tpm.timeout, %v", c.Timeout)
+	}
+	if v.PublicKey == "" {
+		p.Add("tpm.verifier.publicKey", "want the file with the verifier's public key, as kleidi verifier init prints it")
+	}
+	if _, err := verifier.NewClient(verifier.ClientConfig{Address: v.Address, Certificate: v.Certificate, CAFile: v.CAFile, ServerName: v.ServerName}); err != nil {
+		p.Add("tpm.verifier", "%v", err)
+	}
+}
+
 func (p *problems) validatePin(c *Config) {
 	p.validatePCRs("pin.pcrs", c.Pin.PCRs)
 	if len(c.Pin.PCRs) == 0 {
@@ -72,7 +95,7 @@ func (p *problems) validatePin(c *Config) {
 	if _, err := nv.NewPin(c.Pin.Index, tpm.Owner{}); err != nil {
 		p.Add("pin.index", "%v", err)
 	}
-	if c.Pin.Index == c.TPM.EpochIndex {
+	if c.Pin.Store == PinTPM && c.Pin.Index == c.TPM.EpochIndex {
 		p.Add("pin.index", "%#08x is tpm.epochIndex too; name another index", c.Pin.Index)
 	}
 }

@@ -1,0 +1,54 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/grpcserver/verifier"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/bootstate"
+)
+
+// remoteGate is the configured verifier, seen from the node; nil where there is
+// none.
+type remoteGate struct {
+	*remote.Gate
+	publicKey string
+}
+
+func newRemoteGate(cfg *config.Config, logs func() ([]byte, []byte, error)) (*remoteGate, error) {
+	v := cfg.TPM.Verifier
+	if v.Address == "" {
+		return nil, nil
+	}
+	channel, err := verifier.NewClient(verifier.ClientConfig{
+		Address: v.Address, Certificate: v.Certificate, CAFile: v.CAFile, ServerName: v.ServerName, Timeout: v.Timeout,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("tpm.verifier: %w", err)
+	}
+	return &remoteGate{&remote.Gate{Node: cfg.Node, Logs: logs, Channel: channel}, v.PublicKey}, nil
+}
+
+// demand is what new slots of a cluster demand of the verifier.
+func (g *remoteGate) demand(cluster seal.ClusterID) (*tpm.Verifier, error) {
+	if g == nil {
+		return nil, nil
+	}
+	b, err := readFile(g.publicKey, maxKeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.verifier.publicKey: %w", err)
+	}
+	public, err := bootstate.ParsePublicKey(b)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.verifier.publicKey: %s: %w", g.publicKey, err)
+	}
+	key, err := authpolicy.PublicKey(public)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.verifier.publicKey: %s: %w", g.publicKey, err)
+	}
+	return &tpm.Verifier{Signer: tpm.Signer{Key: key, Ref: remote.PolicyRef(cluster, g.Node)}, Cluster: cluster}, nil
+}
