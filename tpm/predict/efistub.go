@@ -45,7 +45,13 @@ func (d *draft) efiStub(next, running Files) error {
 			return err
 		}
 	}
-	encode, line := d.encoding(options, running.CommandLine)
+	d.startedWith(options, disk, next, running)
+	return nil
+}
+
+// startedWith replaces what the kernel measures of its command line and its initrd.
+func (d *draft) startedWith(options, disk int, next, running Files) {
+	encode := d.encoding(options, running.CommandLine)
 	if next.CommandLine != nil {
 		d.bootEntry(running.CommandLine)
 		if encode == nil {
@@ -54,18 +60,18 @@ func (d *draft) efiStub(next, running Files) error {
 			d.measure(options, encode(*next.CommandLine))
 		}
 	}
-	if next.Initrd != nil {
-		single := encode != nil && strings.Count(" "+line, " initrd=") == 1
-		switch {
-		case disk < 0:
-			d.lose(9, "the running boot has no initrd")
-		case running.Initrd == nil && !single:
-			d.lose(9, "the running initrd is not given, and the command line does not name exactly one")
-		default:
-			d.measure(disk, next.Initrd)
-		}
+	if next.Initrd == nil {
+		return
 	}
-	return nil
+	single := encode != nil && strings.Count(" "+*running.CommandLine, " initrd=") == 1
+	switch {
+	case disk < 0:
+		d.lose(9, "the running boot has no initrd")
+	case running.Initrd == nil && !single:
+		d.lose(9, "the running initrd is not given, and the command line does not name exactly one")
+	default:
+		d.measure(disk, next.Initrd)
+	}
 }
 
 // kernelsOwn finds what the kernel measured of its load options and its initrd,
@@ -130,17 +136,18 @@ func (d *draft) image(i int, img *image) {
 	d.slots[i][0].UntrustedData = resized(d.slots[i][0].UntrustedData, len(img.file))
 }
 
-// encoding returns how the running command line is encoded in the load options.
-func (d *draft) encoding(options int, running *string) (encode func(string) []byte, line string) {
+// encoding returns how the running command line is encoded in the load options,
+// nil if it is not there.
+func (d *draft) encoding(options int, running *string) func(string) []byte {
 	if options < 0 || running == nil {
-		return nil, ""
+		return nil
 	}
 	for _, encode := range []func(string) []byte{toUTF16Z, toUTF16} {
 		if d.old.Events[options].Proves(encode(*running)) {
-			return encode, *running
+			return encode
 		}
 	}
-	return nil, ""
+	return nil
 }
 
 // bootEntry loses the PCRs that hold the command line in another form: the

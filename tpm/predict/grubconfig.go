@@ -39,6 +39,9 @@ func (d *draft) configured(boot *grubBoot, next, running Files) ([]string, error
 	if err != nil {
 		return nil, err
 	}
+	if len(commands) > maxCommands {
+		return nil, refuse(8, "GRUB ran more than %d commands", maxCommands)
+	}
 	if n := strings.Count(strings.Join(commands, "\n")+"\n", "\nsetparams "); n > 1 {
 		return nil, refuse(8, "an entry of a submenu was chosen")
 	}
@@ -51,20 +54,35 @@ func (d *draft) configured(boot *grubBoot, next, running Files) ([]string, error
 }
 
 // configChange is a configuration and what takes its place, line by line.
-type configChange struct{ was, now []string }
+type configChange struct {
+	was, now []string
+	// becomes are the simple commands that lines of the first are, each with what
+	// the lines in their places are.
+	becomes map[string][]string
+}
 
-// maxConfig bounds a GRUB configuration, in bytes. Real ones have 5 to 50 KB.
-const maxConfig = 1 << 20
+// Limits on what is compared. Real configurations have 5 to 50 KB, and some
+// hundred commands are run.
+const (
+	maxConfig   = 256 << 10 // bytes
+	maxCommands = 4096
+)
 
 func compareConfig(was, now []byte) (*configChange, error) {
 	if len(was) > maxConfig || len(now) > maxConfig {
 		return nil, badFile("a grub.cfg of more than %d bytes", maxConfig)
 	}
-	c := &configChange{strings.Split(string(was), "\n"), strings.Split(string(now), "\n")}
+	c := &configChange{strings.Split(string(was), "\n"), strings.Split(string(now), "\n"), map[string][]string{}}
 	if len(c.was) != len(c.now) {
 		return nil, refuse(8, "the new grub.cfg has other entries than the running one")
 	}
 	for i := range c.was {
+		if w := words(c.was[i]); w != nil {
+			command, becomes := strings.Join(w, " "), strings.Join(words(c.now[i]), " ")
+			if !slices.Contains(c.becomes[command], becomes) {
+				c.becomes[command] = append(c.becomes[command], becomes)
+			}
+		}
 		if c.was[i] == c.now[i] {
 			continue
 		}
@@ -97,14 +115,7 @@ func (c *configChange) rerun(text string) (string, error) {
 			return "", refuse(8, "line %d of grub.cfg changes the title of an entry that was chosen", i+1)
 		}
 	}
-	var becomes []string
-	for i := range c.was {
-		if w := words(c.was[i]); w != nil && strings.Join(w, " ") == head {
-			if now := strings.Join(words(c.now[i]), " "); !slices.Contains(becomes, now) {
-				becomes = append(becomes, now)
-			}
-		}
-	}
+	becomes := c.becomes[head]
 	switch len(becomes) {
 	case 0: // made of variables, or run from elsewhere: no line that changed
 		return text, nil

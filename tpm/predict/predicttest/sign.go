@@ -13,12 +13,10 @@ import (
 	"time"
 )
 
-// Signer is a key for images, with its certificate.
+// Signer is a key for images, with its certificate, which goes with each signature.
 type Signer struct {
 	Key  *rsa.PrivateKey
 	Cert *x509.Certificate
-	// chain goes with each signature.
-	chain []*x509.Certificate
 }
 
 // NewSigner returns a signer with a self-signed certificate, or one that issuer
@@ -51,7 +49,7 @@ func NewSigner(name string, issuer *Signer) (*Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Signer{Key: key, Cert: cert, chain: []*x509.Certificate{cert}}, nil
+	return &Signer{key, cert}, nil
 }
 
 var sha256ID = pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 2, 1}, Parameters: asn1.NullRawValue}
@@ -152,10 +150,6 @@ func (s *Signer) signedData(statement []byte) ([]byte, error) {
 		Algorithm  pkix.AlgorithmIdentifier
 		Signature  []byte
 	}
-	var certs []byte
-	for _, c := range s.chain {
-		certs = append(certs, c.Raw...)
-	}
 	info := signer{Version: 1, Digest: sha256ID, Attributes: implicit, Signature: signature,
 		Algorithm: pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 1}, Parameters: asn1.NullRawValue}}
 	info.Cert.Issuer, info.Cert.Serial = asn1.RawValue{FullBytes: s.Cert.RawIssuer}, s.Cert.SerialNumber
@@ -168,7 +162,7 @@ func (s *Signer) signedData(statement []byte) ([]byte, error) {
 	}{
 		1, []pkix.AlgorithmIdentifier{sha256ID},
 		content{asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 311, 2, 1, 4}, explicit(statement)},
-		explicit(certs),
+		explicit(s.Cert.Raw),
 		[]signer{info},
 	})
 	if err != nil {
