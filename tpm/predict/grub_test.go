@@ -1,6 +1,7 @@
 package predict
 
 import (
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -283,4 +284,40 @@ submenu 'More' {
 		_, err = c.rerun(r.command)
 		wantRefusal(t, err, r.says)
 	}
+}
+
+// The logs of two boots with menus as grub-mkconfig writes them (Debian's GRUB
+// 2.06, shim 16.1, OVMF): one file for one, PCR 8 as it really was. Kernel and
+// initrd are too large to be kept, so other ones stand in for them.
+func TestGRUBMenusOfRealBoots(t *testing.T) {
+	config := func(name string) []byte {
+		b, err := os.ReadFile("testdata/" + name + ".cfg")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	kernels := map[string][]byte{
+		"grub-menus-a": sign(t, signers().vendor, predicttest.Kernel("6.1.0-56-amd64", "old")),
+		"grub-menus-b": sign(t, signers().vendor, predicttest.Kernel("6.1.0-57-amd64", "new")),
+	}
+	initrds := map[string][]byte{"grub-menus-a": []byte("old initrd"), "grub-menus-b": []byte("new initrd")}
+	boot := func(name string) *eventlog.Log {
+		log := readLog(t, name)
+		trust(t, log, signers().ca.Cert)
+		authorise(log, 0, "db", signers().ca.Cert)
+		authorise(log, 1, "MokListRT", signers().vendor.Cert)
+		setGRUBKernel(t, log, kernels[name])
+		i := find(t, log, 9, "/initrd", 0)
+		remeasure(log, i, initrds[name], log.Events[i].UntrustedData)
+		return log
+	}
+	line := "console=ttyS0,115200 quiet panic=-1 mboot=b"
+	next := Files{Kernel: kernels["grub-menus-b"], Initrd: initrds["grub-menus-b"], GRUBConfig: config("grub-menus-b"), CommandLine: &line}
+	running := Files{Kernel: kernels["grub-menus-a"], Initrd: initrds["grub-menus-a"], GRUBConfig: config("grub-menus-a")}
+	got, err := Predict(boot("grub-menus-a"), Change{Next: next, Running: running})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantSame(t, got, boot("grub-menus-b"))
 }
