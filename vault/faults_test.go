@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -277,6 +278,42 @@ func TestEnvironmentThatTheLibraryRefuses(t *testing.T) {
 				t.Errorf("the error holds the value: %v", err)
 			}
 		})
+	}
+}
+
+// TestConnectionPerRequest: a server that ends the connection after each answer is
+// served as well.
+func TestConnectionPerRequest(t *testing.T) {
+	f := newFake(t, nil)
+	f.Config.SetKeepAlivesEnabled(false)
+	w, kek := newWrapper(t, f.config()), newKEK(t)
+	slot, err := w.Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := w.Unwrap(t.Context(), slot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer got.Close()
+	if !got.Equal(kek) {
+		t.Error("another KEK")
+	}
+}
+
+// TestLateCancel: an operation that is cancelled after its answer still gives the
+// token back.
+func TestLateCancel(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	f := newFake(t, func(_ http.ResponseWriter, r *http.Request, _ int) bool {
+		if r.URL.Path == "/v1/"+encrypt {
+			cancel()
+		}
+		return false
+	})
+	_, _ = newWrapper(t, f.config()).Wrap(ctx, newKEK(t))
+	if n := len(f.sent("auth/token/revoke-self")); n != 1 {
+		t.Errorf("the token was given back %d times", n)
 	}
 }
 

@@ -32,12 +32,7 @@ func kubernetesAuth(s *server) vault.Auth {
 	s.t.Helper()
 	a := startAPIServer(s.t, s)
 	s.apiserver = a
-	a.account(s.t, "vault-reviewer")
-	a.post(s.t, "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", map[string]any{
-		"metadata": map[string]string{"name": "vault-reviewer"},
-		"roleRef":  map[string]string{"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:auth-delegator"},
-		"subjects": []map[string]string{{"kind": "ServiceAccount", "name": "vault-reviewer", "namespace": "kube-system"}},
-	}, nil)
+	a.reviewer(s.t)
 	a.account(s.t, "kleidi")
 	s.must("sys/auth/kubernetes", map[string]any{"type": "kubernetes"})
 	s.must("auth/kubernetes/config", map[string]any{"kubernetes_host": a.url, "kubernetes_ca_cert": string(a.ca),
@@ -91,6 +86,17 @@ func (a *apiserver) ready(s *server) (err error) {
 		return err
 	}
 	return a.do(http.MethodGet, "/api/v1/namespaces/kube-system", nil, nil)
+}
+
+// reviewer makes the service account as which Vault asks.
+func (a *apiserver) reviewer(t *testing.T) {
+	t.Helper()
+	a.account(t, "vault-reviewer")
+	a.post(t, "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", map[string]any{
+		"metadata": map[string]string{"name": "vault-reviewer"},
+		"roleRef":  map[string]string{"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:auth-delegator"},
+		"subjects": []map[string]string{{"kind": "ServiceAccount", "name": "vault-reviewer", "namespace": "kube-system"}},
+	}, nil)
 }
 
 func (a *apiserver) account(t *testing.T, name string) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 )
 
@@ -16,6 +17,13 @@ var names = []string{"vault", "etcd", "kube-apiserver-1.37"}
 var binaries = map[string]string{}
 
 func TestMain(m *testing.M) {
+	if filepath.Base(os.Args[0]) == commandName {
+		if err := command(os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(2)
+		}
+		os.Exit(0)
+	}
 	if err := find(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

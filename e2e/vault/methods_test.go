@@ -129,16 +129,21 @@ func jwtAuth(s *server) vault.Auth {
 	if s.jwtKey == nil {
 		s.jwtKey = newKey(s.t)
 	}
-	public, err := x509.MarshalPKIXPublicKey(s.jwtKey.Public())
-	if err != nil {
-		s.t.Fatal(err)
-	}
 	s.must("sys/auth/jwt", map[string]any{"type": "jwt"})
 	s.must("auth/jwt/config", map[string]any{
-		"jwt_validation_pubkeys": []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}))}, "bound_issuer": "https://issuer.test"})
+		"jwt_validation_pubkeys": string(publicPEM(s.t, s.jwtKey)), "bound_issuer": "https://issuer.test"})
 	s.must("auth/jwt/role/kleidi", map[string]any{"role_type": "jwt", "user_claim": "sub", "bound_audiences": "vault",
 		"bound_subject": "node-1", "token_policies": "kleidi", "token_ttl": "1m", "token_no_default_policy": true})
 	return vault.Auth{Method: vault.MethodJWT, Role: "kleidi", JWTFile: s.write("jwt", []byte(newJWT(s.t, s.jwtKey, "node-1")))}
+}
+
+func publicPEM(t *testing.T, key *ecdsa.PrivateKey) []byte {
+	t.Helper()
+	der, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
 }
 
 // newJWT signs a token as an identity provider would.

@@ -45,6 +45,16 @@ type server struct {
 // newServer starts a Vault with the Transit key "kleidi" and the rules of docs/vault.md.
 func newServer(t *testing.T, args ...string) *server {
 	t.Helper()
+	s := startServer(t, args...)
+	s.must("sys/mounts/transit", map[string]any{"type": "transit"})
+	s.must("transit/keys/kleidi", map[string]any{})
+	s.must("sys/policies/acl/kleidi", map[string]any{"policy": documentedRules(t)})
+	return s
+}
+
+// startServer starts a Vault that holds nothing yet.
+func startServer(t *testing.T, args ...string) *server {
+	t.Helper()
 	port := node.FreePort(t)
 	s := &server{t: t, dir: t.TempDir(), url: "https://127.0.0.1:" + port, ca: newAuthority(t)}
 	s.write("ca.pem", s.ca.pem)
@@ -52,9 +62,6 @@ func newServer(t *testing.T, args ...string) *server {
 	s.args = append([]string{"-addr", "127.0.0.1:" + port, "-dir", s.dir,
 		"-tls-cert", s.path("server.crt"), "-tls-key", s.path("server.key")}, args...)
 	s.start()
-	s.must("sys/mounts/transit", map[string]any{"type": "transit"})
-	s.must("transit/keys/kleidi", map[string]any{})
-	s.must("sys/policies/acl/kleidi", map[string]any{"policy": documentedRules(t)})
 	return s
 }
 
