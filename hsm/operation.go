@@ -158,6 +158,18 @@ func (s *session) probe(k *key, m *mechanism, w *Wrapper) error {
 	return err
 }
 
+// same reports whether both name one key. A label can be changed, so the IDs
+// decide where both have one.
+func (k keyName) same(o keyName) bool {
+	if string(k.Public) != string(o.Public) {
+		return false
+	}
+	if len(k.ID) > 0 && len(o.ID) > 0 {
+		return string(k.ID) == string(o.ID)
+	}
+	return k.Label == o.Label
+}
+
 func (w *Wrapper) generate(ctx context.Context) (Key, error) {
 	return run(ctx, w, pkcs11.CKF_RW_SESSION, func(s *session) (Key, error) {
 		k, err := s.generateKey(&w.target.key)

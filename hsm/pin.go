@@ -22,24 +22,12 @@ type pin struct {
 	stamp string // "" where it is from no file
 }
 
-// same reports whether the token would be asked the same question again.
-func (p *pin) same(o *pin) bool {
-	return p.size() > 0 && o.size() > 0 && p.stamp == o.stamp && p.Equal(o.Secret)
-}
-
 // size is 0 for nil and closed PINs.
 func (p *pin) size() (n int) {
 	if p != nil && p.Secret != nil {
 		p.With(func(b []byte) { n = len(b) })
 	}
 	return n
-}
-
-// keep takes the PIN out of p, which then closes nothing.
-func (p *pin) keep() *pin {
-	kept := *p
-	p.Secret = nil
-	return &kept
 }
 
 func (p *pin) close() {

@@ -156,18 +156,6 @@ func (k keyMatch) mayBe(name keyName) bool {
 	return k.label == "" || name.Label == "" || len(name.ID) > 0 || k.label == name.Label
 }
 
-// same reports whether both name one key. A label can be changed, so the IDs
-// decide where both have one.
-func (k keyName) same(o keyName) bool {
-	if string(k.Public) != string(o.Public) {
-		return false
-	}
-	if len(k.ID) > 0 && len(o.ID) > 0 {
-		return string(k.ID) == string(o.ID)
-	}
-	return k.Label == o.Label
-}
-
 // Sizes of RSA keys, in bits.
 const minRSA, maxRSA = 2048, 16384
 

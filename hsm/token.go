@@ -164,3 +164,15 @@ func (m *module) forget(name tokenName) {
 	m.refused[name.String()].close()
 	delete(m.refused, name.String())
 }
+
+// same reports whether the token would be asked the same question again.
+func (p *pin) same(o *pin) bool {
+	return p.size() > 0 && o.size() > 0 && p.stamp == o.stamp && p.Equal(o.Secret)
+}
+
+// keep takes the PIN out of p, which then closes nothing.
+func (p *pin) keep() *pin {
+	kept := *p
+	p.Secret = nil
+	return &kept
+}
