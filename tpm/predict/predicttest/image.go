@@ -81,6 +81,19 @@ func UKI(stub string, sections ...Section) []byte {
 	return Image(append(own, sections...)...)
 }
 
+// Sections returns the sections of an image of this package.
+func Sections(image []byte) []Section {
+	le := binary.LittleEndian
+	var sections []Section
+	for i := range int(le.Uint16(image[peHeader+6:])) {
+		h := image[table+40*i:]
+		at := le.Uint32(h[20:])
+		name := string(bytes.TrimRight(h[:8], "\x00"))
+		sections = append(sections, Section{name, image[at : at+le.Uint32(h[8:])]})
+	}
+	return sections
+}
+
 // Hashed returns what the Authenticode digest of an image of this package covers.
 func Hashed(image []byte) []byte {
 	end := len(image)

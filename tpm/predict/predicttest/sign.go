@@ -30,6 +30,11 @@ func NewSigner(name string, issuer *Signer) (*Signer, error) {
 	if err != nil {
 		return nil, err
 	}
+	return certify(name, serial, key, issuer)
+}
+
+// certify returns the key with a certificate, its own or one that issuer issued.
+func certify(name string, serial *big.Int, key *rsa.PrivateKey, issuer *Signer) (*Signer, error) {
 	template := &x509.Certificate{
 		SerialNumber: serial,
 		Subject:      pkix.Name{CommonName: name},
