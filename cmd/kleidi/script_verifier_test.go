@@ -15,6 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/bootstate"
 )
 
 // ask has the machine's TPM demand the signature of the verifier at $SECOND, in a
@@ -67,7 +68,11 @@ func (h *host) listening(address string) error {
 
 // satisfy opens a session as for a slot, and has the attester satisfy its term.
 func (h *host) satisfy(a *remote.Attester, publicKey string) error {
-	public, err := remote.ParsePublicKey([]byte(publicKey))
+	key, err := bootstate.ParsePublicKey([]byte(publicKey))
+	if err != nil {
+		return broken("%w", err)
+	}
+	public, err := authpolicy.PublicKey(key)
 	if err != nil {
 		return broken("%w", err)
 	}

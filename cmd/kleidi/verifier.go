@@ -144,6 +144,9 @@ func (a *app) newVerifierShow() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if _, err := c.verifier(); err != nil {
+				return requireRoot(err)
+			}
 			r, err := c.describe("")
 			if err != nil {
 				return requireRoot(err)

@@ -22,6 +22,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+	"github.com/beezy-dev/kleidi/tpm/bootstate"
 	"github.com/beezy-dev/kleidi/tpm/ekcert"
 )
 
@@ -194,7 +195,11 @@ func (c *verifierConfig) key() (*remote.Key, error) {
 		return nil, fmt.Errorf("signingKey: %w", err)
 	}
 	defer clear(b)
-	key, err := remote.ParseKey(b)
+	signer, err := bootstate.ParsePrivateKey(b)
+	if err != nil {
+		return nil, fmt.Errorf("signingKey: %s: %w", c.SigningKey, err)
+	}
+	key, err := remote.NewKey(signer)
 	if err != nil {
 		return nil, fmt.Errorf("signingKey: %s: %w", c.SigningKey, err)
 	}

@@ -3,6 +3,7 @@ package verifier
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"net"
 	"strings"
 	"testing"
@@ -91,6 +92,40 @@ func lastOf(s grpc.BidiStreamingClient[FromAttester, FromVerifier]) error {
 	for {
 		if _, err := s.Recv(); err != nil {
 			return err
+		}
+	}
+}
+
+// odd is a channel that sends something else in place of the logs.
+type odd struct {
+	*rig
+	instead *FromAttester
+}
+
+// Attest implements remote.Channel.
+func (o odd) Attest(_ context.Context, h *remote.Hello, answer func(*remote.Challenge, []byte) (*remote.Evidence, error)) ([]byte, error) {
+	d := &dialogue{o.raw()}
+	return d.run(h, func(c *remote.Challenge, exporter []byte) (*remote.Evidence, error) {
+		e, err := answer(c, exporter)
+		if err != nil {
+			return nil, err
+		}
+		if err := d.send(fromEvidence(e)); err != nil {
+			return nil, err
+		}
+		if err := d.send(o.instead); err != nil {
+			return nil, err
+		}
+		return nil, lastOf(d.stream)
+	})
+}
+
+// TestProvenAndHostile: a node that has proven which TPM it is, and sends no logs.
+func TestProvenAndHostile(t *testing.T) {
+	r := newRig(t)
+	for name, m := range map[string]*FromAttester{"a hello": fromHello(&remote.Hello{}), "a second statement": statement(&Statement{}), "nothing": {}} {
+		if err := r.ask(odd{r, m}); !strings.Contains(fmt.Sprint(err), errOrder.Error()) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

@@ -58,6 +58,12 @@ func TestRefusals(t *testing.T) {
 	if v := r.lastVerdict(); v.Accepted || v.Node != "alpha" || v.Check != string(remote.CheckEvidence) {
 		t.Errorf("%+v", v)
 	}
+	r.options.Verifier.EKCertificate = func([]byte, []byte) error { return errors.New("\x1b[2J\n" + strings.Repeat("x", 5000)) }
+	r.refused("a reason that quotes anything", r.ask(r.client()), seal.CauseAttestation, "endorsement key certificate: ?[2J?xxx")
+	if v := r.lastVerdict(); strings.ContainsAny(v.Reason, "\x1b\n") || len(v.Reason) > maxReason+8 {
+		t.Errorf("%d bytes: %q", len(v.Reason), v.Reason)
+	}
+	r.options.Verifier.EKCertificate = nil
 	other := simboot.Baseline(simboot.UKI)
 	other.CommandLine = "init=/bin/sh"
 	r.machine.Reboot(other)
