@@ -206,7 +206,17 @@ func judge(policy string, logs attest.Logs, values string) (*bootpolicy.Verdict,
 	if err != nil {
 		return nil, err
 	}
-	return bootpolicy.Judge(p, l, pcrs), nil
+	v := bootpolicy.Judge(p, l, pcrs)
+	if v.Accepted && values != "" { // the second replay, as the gate has it
+		firmware, userspace, err := logs.Bytes()
+		if err == nil {
+			_, err = attest.VerifyLogs(firmware, userspace, p.Hash(), pcrs)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w; save the log anew, and if it stays it was tampered with", logs.Firmware, err)
+		}
+	}
+	return v, nil
 }
 
 // readPCRs reads the values of the boot policy's bank.
