@@ -76,6 +76,9 @@ func (h *host) satisfy(a *remote.Attester, publicKey string) error {
 	if err != nil {
 		return broken("%w", err)
 	}
+	if a.Key, err = authpolicy.Name(public); err != nil {
+		return broken("%w", err)
+	}
 	return h.machine.TPM().Do(h.t.Context(), func(t transport.TPM) error {
 		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
 			s, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, authpolicy.NonceSize, tpm2.Salted(srk.Handle, srk.Public), tpm2.AESEncryption(128, tpm2.EncryptOut))

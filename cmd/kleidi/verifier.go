@@ -177,11 +177,11 @@ func (c *verifierConfig) describe(address string) (*verifierReport, error) {
 	if err != nil {
 		return nil, err
 	}
-	key, err := c.key()
+	keys, err := c.keys()
 	if err != nil {
 		return nil, err
 	}
-	public, err := publicPEM(key)
+	public, err := publicPEM(keys[0])
 	if err != nil {
 		return nil, err
 	}
@@ -225,11 +225,11 @@ func (r *verifierReport) print(w io.Writer) {
 
 // verifier puts together who decides.
 func (c *verifierConfig) verifier() (*remote.Verifier, error) {
-	key, err := c.key()
+	keys, err := c.keys()
 	if err != nil {
 		return nil, err
 	}
-	v := &remote.Verifier{Cluster: c.ClusterID, Key: key, Nodes: map[string]remote.Registration{}}
+	v := &remote.Verifier{Cluster: c.ClusterID, Keys: keys, Nodes: map[string]remote.Registration{}}
 	if v.EKCertificate, err = c.endorsements(); err != nil {
 		return nil, err
 	}

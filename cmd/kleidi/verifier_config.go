@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -47,10 +48,12 @@ type verifierConfig struct {
 	Listen    string         `yaml:"listen"`
 	// Certificate and Key are of TLS, in PEM; SigningKey is what the nodes' TPMs
 	// demand signatures of. Of both keys the mode must be 0600.
-	Certificate string        `yaml:"certificate"`
-	Key         string        `yaml:"key"`
-	SigningKey  string        `yaml:"signingKey"`
-	Audit       verifierAudit `yaml:"audit"`
+	Certificate string `yaml:"certificate"`
+	Key         string `yaml:"key"`
+	SigningKey  string `yaml:"signingKey"`
+	// FormerSigningKeys are those that some nodes\' slots still demand.
+	FormerSigningKeys []string      `yaml:"formerSigningKeys"`
+	Audit             verifierAudit `yaml:"audit"`
 	// EKCertificates demands of every TPM a certificate that one of these CAs
 	// vouches for, beside the registered digest.
 	EKCertificates verifierCAs    `yaml:"ekCertificates"`
@@ -133,7 +136,10 @@ func (c *verifierConfig) validate(p *strictyaml.Problems) {
 	if c.EKCertificates.Folder != "" {
 		absolutePath(p, "ekCertificates.folder", c.EKCertificates.Folder)
 	}
-	if c.Key == c.SigningKey {
+	for i, path := range c.FormerSigningKeys {
+		absolutePath(p, fmt.Sprintf("formerSigningKeys[%d]", i), path)
+	}
+	if c.Key == c.SigningKey || slices.Contains(c.FormerSigningKeys, c.Key) {
 		p.Add("signingKey", "it is the key of TLS too; name another")
 	}
 	if c.Log.Format != "text" && c.Log.Format != "json" {
@@ -188,20 +194,36 @@ func (c *verifierConfig) tls() (*tls.Certificate, error) {
 	return &certificate, nil
 }
 
-// key reads the signing key.
-func (c *verifierConfig) key() (*remote.Key, error) {
-	b, err := readKeyFile(c.SigningKey)
+// keys reads the signing keys, the current one first.
+func (c *verifierConfig) keys() ([]*remote.Key, error) {
+	current, err := readSigningKey(c.SigningKey)
 	if err != nil {
 		return nil, fmt.Errorf("signingKey: %w", err)
+	}
+	keys := []*remote.Key{current}
+	for i, path := range c.FormerSigningKeys {
+		former, err := readSigningKey(path)
+		if err != nil {
+			return nil, fmt.Errorf("formerSigningKeys[%d]: %w", i, err)
+		}
+		keys = append(keys, former)
+	}
+	return keys, nil
+}
+
+func readSigningKey(path string) (*remote.Key, error) {
+	b, err := readKeyFile(path)
+	if err != nil {
+		return nil, err
 	}
 	defer clear(b)
 	signer, err := bootstate.ParsePrivateKey(b)
 	if err != nil {
-		return nil, fmt.Errorf("signingKey: %s: %w", c.SigningKey, err)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	key, err := remote.NewKey(signer)
 	if err != nil {
-		return nil, fmt.Errorf("signingKey: %s: %w", c.SigningKey, err)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return key, nil
 }

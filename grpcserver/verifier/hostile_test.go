@@ -329,6 +329,26 @@ func TestHostileVerifier(t *testing.T) {
 	}
 }
 
+// TestNoSignature: an answer in its place that holds none.
+func TestNoSignature(t *testing.T) {
+	cert := certificate(t, "verifier.example", nil)
+	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13})))
+	s.RegisterService(&grpc.ServiceDesc{ServiceName: serviceName, Streams: []grpc.StreamDesc{{StreamName: methodName, ServerStreams: true, ClientStreams: true, Handler: func(_ any, stream grpc.ServerStream) error {
+		if err := stream.SendMsg(fromChallenge(&remote.Challenge{})); err != nil {
+			return err
+		}
+		return stream.SendMsg(&FromVerifier{Message: &FromVerifier_Signature{&Signature{}}})
+	}}}}, nil)
+	client, err := NewClient(ClientConfig{Address: serve(t, &middle{grpc: s}), Certificate: Digest(cert.Certificate[0])})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = client.Attest(t.Context(), &remote.Hello{}, func(*remote.Challenge, []byte) (*remote.Evidence, error) { return &remote.Evidence{}, nil })
+	if seal.CauseOf(err) != seal.CauseUnavailable || !strings.Contains(err.Error(), "without a signature") {
+		t.Error(err)
+	}
+}
+
 // TestPeers: shares of connections and exchanges, by address, and in time.
 func TestPeers(t *testing.T) {
 	now := time.Unix(0, 0)

@@ -28,6 +28,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -42,6 +43,7 @@ type rig struct {
 	options Options
 	address string
 	log     *buffer
+	key     []byte // Name of the verifier's
 
 	mu       sync.Mutex
 	verdicts []*Verdict
@@ -78,9 +80,16 @@ func newRig(t *testing.T, change ...func(*Options)) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
+	public, err := authpolicy.PublicKey(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.key, err = authpolicy.Name(public); err != nil {
+		t.Fatal(err)
+	}
 	registration := remote.Registration{EK: ekOf(t, m), BootPolicy: policyOf(t, m)}
 	r.options = Options{
-		Verifier:    &remote.Verifier{Cluster: cluster, Key: signer, Nodes: map[string]remote.Registration{"alpha": registration}},
+		Verifier:    &remote.Verifier{Cluster: cluster, Keys: []*remote.Key{signer}, Nodes: map[string]remote.Registration{"alpha": registration}},
 		Certificate: certificate(t, "verifier.example", nil), Record: r.record, Log: slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Timeout: 20 * time.Second,
 	}
@@ -204,7 +213,7 @@ func (r *rig) client(change ...func(*ClientConfig)) *Client {
 
 // ask has the node ask through a channel, for a session as that of a slot.
 func (r *rig) ask(channel remote.Channel) error {
-	a := &remote.Attester{Cluster: cluster, Node: "alpha", Channel: channel, Logs: r.logs}
+	a := &remote.Attester{Cluster: cluster, Node: "alpha", Key: r.key, Channel: channel, Logs: r.logs}
 	return r.machine.TPM().Do(r.Context(), func(t transport.TPM) error {
 		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
 			s, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, remote.SessionNonceSize)

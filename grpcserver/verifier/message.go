@@ -29,12 +29,12 @@ func bankOf(name string) crypto.Hash {
 
 func toHello(h *Hello) *remote.Hello {
 	return &remote.Hello{Cluster: h.GetCluster(), Node: h.GetNode(), EK: h.GetEk(), EKCertificate: h.GetEkCertificate(),
-		AK: h.GetAk(), SRK: h.GetSrk(), NonceTPM: h.GetNonceTpm()}
+		AK: h.GetAk(), SRK: h.GetSrk(), NonceTPM: h.GetNonceTpm(), Key: h.GetKey()}
 }
 
 func fromHello(h *remote.Hello) *FromAttester {
 	return &FromAttester{Message: &FromAttester_Hello{&Hello{Cluster: h.Cluster, Node: h.Node, Ek: h.EK, EkCertificate: h.EKCertificate,
-		Ak: h.AK, Srk: h.SRK, NonceTpm: h.NonceTPM}}}
+		Ak: h.AK, Srk: h.SRK, NonceTpm: h.NonceTPM, Key: h.Key}}}
 }
 
 func toChallenge(c *Challenge) *remote.Challenge {

@@ -230,6 +230,7 @@ type Hello struct {
 	Ak            []byte                 `protobuf:"bytes,5,opt,name=ak,proto3" json:"ak,omitempty"`                                            // TPMT_PUBLIC
 	Srk           []byte                 `protobuf:"bytes,6,opt,name=srk,proto3" json:"srk,omitempty"`                                          // Name
 	NonceTpm      []byte                 `protobuf:"bytes,7,opt,name=nonce_tpm,json=nonceTpm,proto3" json:"nonce_tpm,omitempty"`                // of the policy session
+	Key           []byte                 `protobuf:"bytes,8,opt,name=key,proto3" json:"key,omitempty"`                                          // Name of the key that the slot demands
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -309,6 +310,13 @@ func (x *Hello) GetSrk() []byte {
 func (x *Hello) GetNonceTpm() []byte {
 	if x != nil {
 		return x.NonceTpm
+	}
+	return nil
+}
+
+func (x *Hello) GetKey() []byte {
+	if x != nil {
+		return x.Key
 	}
 	return nil
 }
@@ -627,7 +635,7 @@ const file_verifier_proto_rawDesc = "" +
 	"\tchallenge\x18\x02 \x01(\v2\x1d.kleidi.verifier.v1.ChallengeH\x00R\tchallenge\x12=\n" +
 	"\tsignature\x18\x05 \x01(\v2\x1d.kleidi.verifier.v1.SignatureH\x00R\tsignature\x127\n" +
 	"\arefusal\x18\x06 \x01(\v2\x1b.kleidi.verifier.v1.RefusalH\x00R\arefusalB\t\n" +
-	"\amessage\"\xab\x01\n" +
+	"\amessage\"\xbd\x01\n" +
 	"\x05Hello\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\fR\acluster\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x0e\n" +
@@ -635,7 +643,8 @@ const file_verifier_proto_rawDesc = "" +
 	"\x0eek_certificate\x18\x04 \x01(\fR\rekCertificate\x12\x0e\n" +
 	"\x02ak\x18\x05 \x01(\fR\x02ak\x12\x10\n" +
 	"\x03srk\x18\x06 \x01(\fR\x03srk\x12\x1b\n" +
-	"\tnonce_tpm\x18\a \x01(\fR\bnonceTpm\"\x94\x01\n" +
+	"\tnonce_tpm\x18\a \x01(\fR\bnonceTpm\x12\x10\n" +
+	"\x03key\x18\b \x01(\fR\x03key\"\x94\x01\n" +
 	"\tChallenge\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\fR\x05nonce\x12\x1e\n" +
 	"\n" +

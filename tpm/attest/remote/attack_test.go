@@ -50,6 +50,8 @@ func TestAttacks(t *testing.T) {
 		"no proof":                               {wire{evidence: func(e *Evidence) { e.Proof = nil }}, CheckProof, "not on the TPM"},
 		"another cluster":                        {wire{hello: func(h *Hello) { h.Cluster = make([]byte, 16) }}, CheckCluster, "is of cluster"},
 		"an unknown node":                        {wire{hello: func(h *Hello) { h.Node = "gamma" }}, CheckNode, "not registered"},
+		"another key":                            {wire{hello: func(h *Hello) { h.Key = other.attester.Key }}, CheckKey, "another key than this verifier has"},
+		"no key":                                 {wire{hello: func(h *Hello) { h.Key = nil }}, CheckMessage, "signing key"},
 		"another node's name":                    {wire{hello: func(h *Hello) { h.Node = "beta" }}, CheckEK, "another endorsement key"},
 		"an endorsement key that nobody knows":   {wire{hello: func(h *Hello) { h.EK = unknown }}, CheckEK, "another endorsement key"},
 		"fewer PCRs":                             {wire{challenge: func(c *Challenge) { c.PCRs = []int{0, 4, 7} }}, CheckEvidence, "not over exactly"},
@@ -127,7 +129,7 @@ func TestOtherBoot(t *testing.T) {
 // TestAnotherTPM: a machine that booted well and is not the registered one.
 func TestAnotherTPM(t *testing.T) {
 	r, other := newRig(t, simboot.Baseline(simboot.UKI)), newRig(t, simboot.Baseline(simboot.UKI))
-	other.attester.Channel = r.wire
+	other.attester.Channel, other.attester.Key = r.wire, r.attester.Key
 	r.refused("another TPM", other.ask(), CheckEK, "another endorsement key")
 	// It lends its quote to the registered one, over the right transcript.
 	var digest []byte

@@ -24,6 +24,8 @@ type Channel interface {
 type Attester struct {
 	Cluster seal.ClusterID
 	Node    string
+	// Key is the Name of the verifier's key that the slot demands.
+	Key []byte
 	// Logs returns the bytes of both event logs, the second empty if there is none.
 	Logs    func() (firmware, userspace []byte, err error)
 	Channel Channel
@@ -64,7 +66,7 @@ type machine struct {
 
 func (a *Attester) exchange(ctx context.Context, m *machine, nonceTPM []byte) ([]byte, error) {
 	hello := &Hello{Cluster: a.Cluster[:], Node: a.Node, EK: m.ek.SPKI, EKCertificate: tpm.EKCertificate(m.t, m.ek),
-		AK: m.ak.Public, SRK: m.srk.Name.Buffer, NonceTPM: nonceTPM}
+		AK: m.ak.Public, SRK: m.srk.Name.Buffer, NonceTPM: nonceTPM, Key: a.Key}
 	if err := hello.check(); err != nil {
 		return nil, fmt.Errorf("remote gate: %w", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
 // Gate asks the verifier that this node is configured with.
@@ -19,6 +20,10 @@ type Gate struct {
 // Ask is for [tpm.Config]. The cluster is what the slot names; the verifier knows
 // its own.
 func (g *Gate) Ask(ctx context.Context, t transport.TPM, srk *tpm.SRK, v tpm.Verifier, nonceTPM []byte) (tpm2.TPMTSignature, error) {
-	a := Attester{Cluster: v.Cluster, Node: g.Node, Logs: g.Logs, Channel: g.Channel}
+	key, err := authpolicy.Name(v.Key)
+	if err != nil {
+		return tpm2.TPMTSignature{}, err
+	}
+	a := Attester{Cluster: v.Cluster, Node: g.Node, Key: key, Logs: g.Logs, Channel: g.Channel}
 	return a.Sign(ctx, t, srk, nonceTPM)
 }

@@ -13,14 +13,22 @@ import (
 // Key is what a verifier signs with, see [authpolicy.PublicKey] for what it may be.
 // It is to be used for nothing else: what it signs has no domain separation of its
 // own, since the TPM decides its form.
-type Key struct{ signer crypto.Signer }
+type Key struct {
+	signer crypto.Signer
+	name   []byte // of its public area
+}
 
 // NewKey returns a key to sign with.
 func NewKey(signer crypto.Signer) (*Key, error) {
-	if _, err := authpolicy.PublicKey(signer.Public()); err != nil {
+	public, err := authpolicy.PublicKey(signer.Public())
+	if err != nil {
 		return nil, err
 	}
-	return &Key{signer}, nil
+	name, err := authpolicy.Name(public)
+	if err != nil {
+		return nil, err
+	}
+	return &Key{signer, name}, nil
 }
 
 // Public returns the public key, which slots' authorization policies name.

@@ -51,7 +51,7 @@ func TestKey(t *testing.T) {
 func TestTerm(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	for name, key := range map[string]*Key{"ECDSA": ecdsaKey(t), "RSA": rsaKey(t, 3072)} {
-		r.verifier.Key = key
+		r.use(key)
 		public, err := authpolicy.PublicKey(key.Public())
 		if err != nil {
 			t.Fatal(err)
@@ -71,7 +71,7 @@ func TestTerm(t *testing.T) {
 // order that a TPM with three slots has room for: the object is loaded last.
 func TestUnseal(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
-	public, err := authpolicy.PublicKey(r.verifier.Key.Public())
+	public, err := authpolicy.PublicKey(r.verifier.Keys[0].Public())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,4 +125,27 @@ func TestUnseal(t *testing.T) {
 	if _, err := unseal(false); !errors.Is(err, tpm2.TPMRCPolicyFail) {
 		t.Errorf("without the signature: %v", err)
 	}
+}
+
+// TestSeveralKeys: each slot gets a signature by the key that it demands, so that
+// nodes can move from one to the next while both are there.
+func TestSeveralKeys(t *testing.T) {
+	r := newRig(t, simboot.Baseline(simboot.UKI))
+	current, former := rsaKey(t, 2048), ecdsaKey(t)
+	r.verifier.Keys = []*Key{current, former}
+	for name, key := range map[string]*Key{"current": current, "former": former} {
+		r.attester.Key = key.name
+		err := r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
+			signature, err := r.attester.Sign(t.Context(), tp, srk, s.NonceTPM().Buffer)
+			if err != nil {
+				return err
+			}
+			return policySigned(tp, key.Public(), s, PolicyRef(cluster, "alpha"), signature)
+		})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	r.verifier.Keys, r.attester.Key = []*Key{current}, former.name
+	r.refused("a key that was given up", r.ask(), CheckKey, "another key")
 }

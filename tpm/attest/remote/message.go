@@ -34,6 +34,7 @@ type Hello struct {
 	AK            []byte // TPMT_PUBLIC of the attestation key
 	SRK           []byte // Name of the storage root key
 	NonceTPM      []byte // of the policy session
+	Key           []byte // Name of the verifier's key that the slot demands
 }
 
 func (h *Hello) check() error {
@@ -45,6 +46,7 @@ func (h *Hello) check() error {
 		{"cluster ID", len(h.Cluster), 16, 16}, {"node name", len(h.Node), 1, maxNode}, {"endorsement key", len(h.EK), 1, maxKey},
 		{"certificate", len(h.EKCertificate), 0, maxCertificate}, {"attestation key", len(h.AK), 1, maxKey},
 		{"storage root key's Name", len(h.SRK), nameSize, nameSize}, {"session nonce", len(h.NonceTPM), SessionNonceSize, SessionNonceSize},
+		{"signing key's Name", len(h.Key), nameSize, nameSize},
 	} {
 		if err := checkSize(f.what, f.n, f.low, f.high); err != nil {
 			return err

@@ -20,7 +20,7 @@ import (
 func TestSignatureSatisfiesTheTPM(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	for name, key := range map[string]*Key{"ECDSA": ecdsaKey(t), "RSA": rsaKey(t, 2048)} {
-		r.verifier.Key = key
+		r.use(key)
 		ref := PolicyRef(cluster, "alpha")
 		var old tpm2.TPMTSignature
 		err := r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) (err error) {

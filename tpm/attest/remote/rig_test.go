@@ -42,12 +42,16 @@ type rig struct {
 func newRig(t *testing.T, b simboot.Boot) *rig {
 	t.Helper()
 	m := tpmtest.New(t, b)
-	r := &rig{T: t, machine: m, verifier: &Verifier{Cluster: cluster, Key: ecdsaKey(t), Nodes: map[string]Registration{}}}
+	r := &rig{T: t, machine: m, verifier: &Verifier{Cluster: cluster, Nodes: map[string]Registration{}}}
 	r.wire = &wire{verifier: r.verifier}
 	r.attester = &Attester{Cluster: cluster, Node: "alpha", Logs: logs(m), Channel: r.wire}
 	r.verifier.Nodes["alpha"] = Registration{EK: ekOf(t, m), BootPolicy: policyOf(t, m, 0, 4, 7, 11)}
+	r.use(ecdsaKey(t))
 	return r
 }
+
+// use has the verifier sign with a key, and the node demand it.
+func (r *rig) use(k *Key) { r.verifier.Keys, r.attester.Key = []*Key{k}, k.name }
 
 func logs(m *tpmtest.Machine) func() ([]byte, []byte, error) {
 	return func() (firmware, userspace []byte, err error) {

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 
@@ -21,8 +22,10 @@ import (
 // exchanges and may be used concurrently.
 type Verifier struct {
 	Cluster seal.ClusterID
-	Key     *Key
-	Nodes   map[string]Registration // by node name
+	// Keys are what to sign with. A node says which one its slot demands: there is
+	// more than one while nodes move from one to the next.
+	Keys  []*Key
+	Nodes map[string]Registration // by node name
 	// EKCertificate verifies the certificate of an endorsement key, both DER; nil
 	// demands none. It is extra evidence: the registered digest decides which TPM
 	// it is, the certificate that a manufacturer made it.
@@ -43,6 +46,7 @@ const (
 	CheckMessage       Check = "message"
 	CheckCluster       Check = "cluster"
 	CheckNode          Check = "node"
+	CheckKey           Check = "signing key"
 	CheckEK            Check = "endorsement key"
 	CheckEKCertificate Check = "endorsement key certificate"
 	CheckAK            Check = "attestation key"
@@ -78,6 +82,7 @@ const (
 type Pending struct {
 	verifier *Verifier
 	node     Registration
+	key      *Key
 	hello    *Hello
 	digest   []byte // of the transcript
 	akName   []byte
@@ -88,15 +93,15 @@ type Pending struct {
 
 // Challenge begins an exchange on a TLS connection with that exporter value. It
 // demands, in this order: the claims have sizes that they can have; the cluster is
-// this verifier's; the node is registered; the endorsement key is the registered
-// one, and its certificate verifies where one is demanded; the attestation key is
-// of the template that kleidi makes (restricted: it signs nothing but statements
+// this verifier's; the node is registered; the verifier has the key that the slot
+// demands; the endorsement key is the registered one, and its certificate verifies
+// where one is demanded; the attestation key is of the template that kleidi makes (restricted: it signs nothing but statements
 // of its TPM). The challenge then commits to that attestation key's Name.
 func (v *Verifier) Challenge(h *Hello, exporter []byte) (*Pending, *Challenge, error) {
 	if len(exporter) != ExporterSize {
 		return nil, nil, errors.New("no value of the TLS exporter") // a fault of the transport
 	}
-	node, err := v.identify(h)
+	node, key, err := v.identify(h)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -108,7 +113,7 @@ func (v *Verifier) Challenge(h *Hello, exporter []byte) (*Pending, *Challenge, e
 	if err != nil {
 		return nil, nil, refuse(CheckAK, hintForged, "%w", err)
 	}
-	p := &Pending{verifier: v, node: node, hello: h, akName: akName, secret: make([]byte, secretSize)}
+	p := &Pending{verifier: v, node: node, key: key, hello: h, akName: akName, secret: make([]byte, secretSize)}
 	rand.Read(p.secret)
 	c := &Challenge{Nonce: make([]byte, NonceSize), Bank: node.BootPolicy.Hash(), PCRs: node.BootPolicy.Demanded()}
 	rand.Read(c.Nonce)
@@ -120,28 +125,34 @@ func (v *Verifier) Challenge(h *Hello, exporter []byte) (*Pending, *Challenge, e
 	return p, c, nil
 }
 
-// identify returns what is registered of the node that h claims to be.
-func (v *Verifier) identify(h *Hello) (Registration, error) {
+// identify returns what is registered of the node that h claims to be, and the key
+// that it asks for.
+func (v *Verifier) identify(h *Hello) (Registration, *Key, error) {
 	if err := h.check(); err != nil {
-		return Registration{}, refuse(CheckMessage, hintForged, "%w", err)
+		return Registration{}, nil, refuse(CheckMessage, hintForged, "%w", err)
 	}
 	if !bytes.Equal(h.Cluster, v.Cluster[:]) {
-		return Registration{}, refuse(CheckCluster, "see clusterID in the verifier's configuration; kleidi status on the node shows its own", "the node is of cluster %x", h.Cluster)
+		return Registration{}, nil, refuse(CheckCluster, "see clusterID in the verifier's configuration; kleidi status on the node shows its own", "the node is of cluster %x", h.Cluster)
 	}
 	node, ok := v.Nodes[h.Node]
 	if !ok {
-		return Registration{}, refuse(CheckNode, hintRegister, "node %.64q is not registered", h.Node)
+		return Registration{}, nil, refuse(CheckNode, hintRegister, "node %.64q is not registered", h.Node)
+	}
+	i := slices.IndexFunc(v.Keys, func(k *Key) bool { return bytes.Equal(k.name, h.Key) })
+	if i < 0 {
+		return Registration{}, nil, refuse(CheckKey, "see signingKey and formerSigningKeys in the verifier's configuration, and tpm.verifier.publicKey in the node's",
+			"the slot demands a signature by another key than this verifier has")
 	}
 	if got := tpm.EKDigestOf(h.EK); got != node.EK {
-		return Registration{}, refuse(CheckEK, hintRegister, "node %.64q is registered with another endorsement key than %s", h.Node, got)
+		return Registration{}, nil, refuse(CheckEK, hintRegister, "node %.64q is registered with another endorsement key than %s", h.Node, got)
 	}
 	if v.EKCertificate == nil {
-		return node, nil
+		return node, v.Keys[i], nil
 	}
 	if err := v.EKCertificate(h.EKCertificate, h.EK); err != nil {
-		return Registration{}, refuse(CheckEKCertificate, "see ekCertificates.folder in the verifier's configuration", "%w", err)
+		return Registration{}, nil, refuse(CheckEKCertificate, "see ekCertificates.folder in the verifier's configuration", "%w", err)
 	}
-	return node, nil
+	return node, v.Keys[i], nil
 }
 
 // checkAK demands exactly the template, and returns the Name. With it, the Name
@@ -229,5 +240,5 @@ func (p *Passed) Sign() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return p.pending.verifier.Key.sign(hash)
+	return p.pending.key.sign(hash)
 }
