@@ -35,6 +35,38 @@ func TestGoldenSlot(t *testing.T) {
 	}
 }
 
+// TestSlotsThatAreNotOpened: those of others are told from those that are damaged,
+// and neither is sent anywhere.
+func TestSlotsThatAreNotOpened(t *testing.T) {
+	f := newFake(t, nil)
+	w := newWrapper(t, f.config())
+	for data, notMine := range map[string]bool{
+		`{"format":1,"namespace":"a","mount":"transit","key":"kleidi","ciphertext":"vault:v1:AAAA"}`:    true,
+		`{"format":1,"mount":"other","key":"kleidi","ciphertext":"vault:v1:AAAA"}`:                      true,
+		`{"format":1,"mount":"transit","key":"other","ciphertext":"vault:v1:AAAA"}`:                     true,
+		`{"format":2,"mount":"transit","key":"kleidi","ciphertext":"vault:v1:AAAA"}`:                    false,
+		`{"mount":"transit","key":"kleidi","ciphertext":"vault:v1:AAAA"}`:                               false,
+		`{"format":1,"mount":"transit","key":"kleidi","ciphertext":"vault:v1:AAAA","address":"https:"}`: false,
+		`{"format":1,"mount":"transit","key":"kleidi","ciphertext":"vault:v1:AA\",\"a\":\"AA"}`:         false,
+	} {
+		_, err := w.Unwrap(t.Context(), seal.Slot{Type: seal.TypeVault, Data: json.RawMessage(data)})
+		if errors.Is(err, seal.ErrNotMine) != notMine || !notMine && seal.CauseOf(err) != seal.CauseSlotCorrupt {
+			t.Errorf("%s: %v", data, err)
+		}
+	}
+	if len(f.requests) > 0 {
+		t.Errorf("%d requests", len(f.requests))
+	}
+}
+
+// TestWhatIsNoKEK: a ciphertext of something else, made by whoever may encrypt.
+func TestWhatIsNoKEK(t *testing.T) {
+	w := newWrapper(t, newFake(t, at("transit/decrypt/kleidi", 200, `{"data":{"plaintext":"c2hvcnQ="}}`)).config())
+	_, err := w.Unwrap(t.Context(), seal.Slot{Type: seal.TypeVault, Data: json.RawMessage(
+		`{"format":1,"mount":"transit","key":"kleidi","ciphertext":"vault:v1:AAAA"}`)})
+	checkError(t, err, seal.CauseSlotCorrupt, nil, "it holds no KEK")
+}
+
 func TestVersionOfCiphertext(t *testing.T) {
 	for text, want := range map[string]int{
 		"vault:v1:AAAA": 1, "vault:v2147483647:AA==": 2147483647, "vault:v0:AAAA": 0, "vault:v01:AAAA": 0, "vault:v+1:AAAA": 0,
