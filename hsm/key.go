@@ -144,7 +144,7 @@ func (s *session) readPublic(k *key) (*rsa.PublicKey, error) {
 	}
 	exponent := new(big.Int).SetBytes(e)
 	if len(n) == 0 || exponent.BitLen() > 31 {
-		return nil, seal.Errorf(seal.CauseUnavailable, "store the public key on the token too, with the same id, or set pkcs11.publicKey", "token %v does not show the public part of the RSA key", nameOf(s.token))
+		return nil, seal.Errorf(seal.CauseUnavailable, "store the public key object on the token too, with the same label and id", "token %v does not show the public part of the RSA key", nameOf(s.token))
 	}
 	return &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(exponent.Int64())}, nil
 }

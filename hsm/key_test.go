@@ -24,7 +24,7 @@ func TestGenerateKey(t *testing.T) {
 	for _, b := range []*backend{softHSM(t), nss(t)} {
 		w := newWrapper(t, b.config(t, 0, "kek"))
 		k := must[Key](t)(w.GenerateKey(t.Context()))
-		if k.Label != "kek" || len(k.ID) != 16 || k.TokenLabel != b.tokens[0] || k.Mechanism != mechGCM {
+		if k.Label != "kek" || len(k.ID) != 16 || k.TokenLabel != b.tokens[0] || k.Mechanism != mechGCM || k.Extractable {
 			t.Errorf("%s: %+v", b.name, k)
 		}
 		_, err := w.GenerateKey(t.Context())
@@ -114,7 +114,7 @@ func TestLegacy(t *testing.T) {
 		must[pkcs11.ObjectHandle](t)(s.GenerateKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
 			attribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attribute(pkcs11.CKA_VALUE_LEN, keySize),
 			attribute(pkcs11.CKA_TOKEN, true), attribute(pkcs11.CKA_PRIVATE, true), attribute(pkcs11.CKA_LABEL, LegacyKeyLabel),
-			attribute(pkcs11.CKA_ENCRYPT, true), attribute(pkcs11.CKA_DECRYPT, true)}))
+			attribute(pkcs11.CKA_ENCRYPT, true), attribute(pkcs11.CKA_DECRYPT, true), attribute(pkcs11.CKA_EXTRACTABLE, true)}))
 	})
 	c, pin, err := ParseLegacy(seal.Memory{}, fmt.Appendf(nil, `{"path": %q, "tokenLabel": %q, "pin": %q}`, b.module, b.tokens[0], testPIN))
 	ok(t, err)
@@ -124,4 +124,7 @@ func TestLegacy(t *testing.T) {
 	w := newWrapper(t, c)
 	kek := newKEK(t)
 	opens(t, w, must[seal.Slot](t)(w.Wrap(t.Context(), kek)), kek)
+	if k := must[Key](t)(w.Find(t.Context())); !k.Extractable || k.Label != LegacyKeyLabel || len(k.ID) != 0 {
+		t.Errorf("%+v", k)
+	}
 }

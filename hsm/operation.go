@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -196,5 +197,6 @@ func (s *session) describe(k *key, only []string) (Key, error) {
 		return Key{}, err
 	}
 	t := nameOf(s.token)
-	return Key{TokenLabel: t.Label, TokenSerial: t.Serial, Label: k.name.Label, ID: k.name.ID, Mechanism: m.name}, nil
+	return Key{TokenLabel: t.Label, TokenSerial: t.Serial, Label: k.name.Label, ID: k.name.ID, Mechanism: m.name,
+		Extractable: !bytes.Equal(s.read(k.handle, pkcs11.CKA_EXTRACTABLE), []byte{0})}, nil
 }

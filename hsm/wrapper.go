@@ -34,6 +34,8 @@ type Key struct {
 	ID    []byte
 	// Mechanism is how it wraps, as slots name it.
 	Mechanism string
+	// Extractable says that the token would hand the key out, in the clear or wrapped.
+	Extractable bool
 }
 
 // New returns a wrapper. It reads neither the module nor the token nor the PIN, so
