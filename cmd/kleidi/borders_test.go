@@ -33,7 +33,7 @@ var borders = map[string][]string{
 	"tpm/bootstate":                  {"tpm/authpolicy"},
 	"tpm/ekcert":                     {},
 	"tpm/attest/remote":              {"seal", "tpm", "tpm/attest", "tpm/authpolicy", "tpm/bootpolicy", "tpm/eventlog"},
-	"tpm/simboot":                    {"tpm", "tpm/eventlog"},
+	"tpm/simboot":                    {"tpm", "tpm/eventlog", "tpm/predict/predicttest"},
 	"tpm/tpmtest":                    {"tpm", "tpm/simboot"},
 	"grpcserver":                     {"seal", "grpcserver/internal/panics", "grpcserver/internal/unixsocket"},
 	"grpcserver/admin":               {"seal", "grpcserver/internal/panics", "grpcserver/internal/unixsocket"},
@@ -43,7 +43,7 @@ var borders = map[string][]string{
 	"grpcserver/internal/panics":     {},
 	"grpcserver/internal/unixsocket": {},
 	"internal/strictyaml":            {},
-	"cmd/kleidi/internal/config":     {"grpcserver/verifier", "internal/strictyaml", "tpm", "tpm/attest", "tpm/nv"},
+	"cmd/kleidi/internal/config":     {"grpcserver/verifier", "hsm", "internal/strictyaml", "seal", "tpm", "tpm/attest", "tpm/nv", "vault"},
 }
 
 // doors says through which folders a library enters.

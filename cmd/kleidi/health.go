@@ -70,8 +70,8 @@ func (h *health) handler() http.Handler {
 			return
 		}
 		fmt.Fprintln(w, "ok")
-		if s := h.suspension(); s != "" {
-			fmt.Fprintln(w, s)
+		for _, remark := range h.remarks() {
+			fmt.Fprintln(w, remark)
 		}
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(h.registry, promhttp.HandlerOpts{}))
@@ -92,20 +92,37 @@ func (h *health) ready() error {
 	return nil
 }
 
-// suspension is node.suspension of the open keyring.
-func (h *health) suspension() string {
+// remarks say what is to be mended although all calls succeed.
+func (h *health) remarks() []string {
 	h.mu.Lock()
 	n := h.node
 	h.mu.Unlock()
 	k, err := n.unlocker.Keyring()
 	if err != nil {
-		return ""
+		return nil
 	}
-	return n.suspension(k.Slots())
+	var remarks []string
+	if s := n.suspension(k.Slots()); s != "" {
+		remarks = append(remarks, s)
+	}
+	if state := n.unlocker.State(); state.Fallback != nil {
+		remarks = append(remarks, fmt.Sprintf("fallback: opened by %s, since: %s", state.Wrapper, state.Fallback))
+	}
+	if tests := n.tests.Load(); tests != nil {
+		for _, t := range tests.tests {
+			if !t.Opens {
+				remarks = append(remarks, fmt.Sprintf("self-test: slot %s does not open: %s", t.Name, t.Problem.Err()))
+			}
+		}
+	}
+	return remarks
 }
 
 var (
 	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
+	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if another wrapper than the first of unlock.order opened the keyring, 0 else.", nil, nil)
+	descSlotOpens = prometheus.NewDesc("kleidi_slot_opens", "1 if the slot opened in the last self-test, 0 if not.", []string{"slot"}, nil)
+	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would.", nil, nil)
 	descOpen      = prometheus.NewDesc("kleidi_open", "1 if the KEK is open, 0 if kleidi is locked.", nil, nil)
 	descKeyID     = prometheus.NewDesc("kleidi_current_key_id_info", "The current key ID's hash, in the form of kube-apiserver's key_id_hash.", []string{"key_id_hash"}, nil)
 	descRevision  = prometheus.NewDesc("kleidi_keyring_revision", "Revision of the open keyring.", nil, nil)
@@ -120,7 +137,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descSuspended, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
+	for _, d := range []*prometheus.Desc{descSuspended, descFallback, descSlotOpens, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
 		c <- d
 	}
 }
@@ -165,6 +182,21 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 		suspended = 1
 	}
 	gauge(descSuspended, suspended)
+	fallback := 0.0
+	if n.unlocker.State().Fallback != nil {
+		fallback = 1
+	}
+	gauge(descFallback, fallback)
+	if tests := n.tests.Load(); tests != nil {
+		gauge(descTested, seconds(tests.at))
+		for _, t := range tests.tests {
+			opens := 0.0
+			if t.Opens {
+				opens = 1
+			}
+			gauge(descSlotOpens, opens, t.Name)
+		}
+	}
 	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
 	gauge(descRevision, float64(info.Revision))
 	gauge(descKEKs, 1, "current")

@@ -129,28 +129,15 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 	if err := n.vacant(ctx); err != nil {
 		return nil, err
 	}
-	progress("looking for the TPM at " + n.cfg.TPM.Device)
-	ek, err := n.tpm.Provision(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := n.firstPolicy(ctx, progress); err != nil {
-		return nil, err
-	}
-	progress("attesting this boot, and sealing a fresh KEK to it")
 	kek, err := n.mem.NewKEK()
 	if err != nil {
 		return nil, err
 	}
 	defer kek.Close() // harmless after the keyring, which takes it, has closed it
-	slot, err := n.tpm.Wrap(ctx, kek)
+	ek, slots, err := n.firstSlots(ctx, kek, progress)
 	if err != nil {
 		return nil, err
 	}
-	if err := n.pinnable(); err != nil {
-		return nil, err
-	}
-	slots := []seal.Slot{slot}
 	if err := rotation.Prove(ctx, kek, slots, n.openers()); err != nil {
 		return nil, err
 	}
@@ -162,6 +149,43 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 		slots = append(slots, recoverySlot)
 	}
 	return n.saveFirst(ctx, kek, slots, ek, progress)
+}
+
+// firstSlots wraps the KEK by every wrapper that may open the keyring at start.
+func (n *node) firstSlots(ctx context.Context, kek *seal.Secret, progress func(string)) (ek string, slots []seal.Slot, err error) {
+	for _, kind := range n.cfg.Unlock.Order {
+		var slot seal.Slot
+		if kind == seal.TypeTPM {
+			ek, slot, err = n.firstTPM(ctx, kek, progress)
+		} else {
+			progress("wrapping a fresh KEK by " + kind)
+			slot, err = n.wrapper(kind).Wrap(ctx, kek)
+		}
+		if err != nil {
+			return "", nil, err
+		}
+		slots = append(slots, slot)
+	}
+	if !n.opensWithTPM() && n.attests() {
+		err = n.gate.Attest(ctx, nil)
+	}
+	return ek, slots, err
+}
+
+// firstTPM seals the KEK to the running boot.
+func (n *node) firstTPM(ctx context.Context, kek *seal.Secret, progress func(string)) (ek string, slot seal.Slot, err error) {
+	progress("looking for the TPM at " + n.cfg.TPM.Device)
+	if ek, err = n.tpm.Provision(ctx); err != nil {
+		return "", slot, err
+	}
+	if err := n.firstPolicy(ctx, progress); err != nil {
+		return "", slot, err
+	}
+	progress("attesting this boot, and sealing a fresh KEK to it")
+	if slot, err = n.tpm.Wrap(ctx, kek); err != nil {
+		return "", slot, err
+	}
+	return ek, slot, n.pinnable()
 }
 
 // firstPolicy records the running boot as the boot policy, where the configuration

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
@@ -18,6 +21,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/nv"
+	"github.com/beezy-dev/kleidi/vault"
 )
 
 // node is this machine, put together from its configuration. Making one touches
@@ -32,9 +36,12 @@ type node struct {
 	gate     *attest.Gate
 	tpm      *tpm.Wrapper
 	remote   *remoteGate
+	hsm      *hsm.Wrapper   // nil where no token is configured
+	vault    *vault.Wrapper // nil where no server is configured
 	unlocker *unlock.Unlocker
 
 	replacing sync.Mutex // see replace
+	tests     atomic.Pointer[selfTests]
 }
 
 func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock.Timing)) (*node, error) {
@@ -61,7 +68,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	n.gate = &attest.Gate{
 		Attester: attest.Attester{Device: device, Owner: owner,
 			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},
-		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs, Phase: cfg.TPM.Phase,
+		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs, Phase: cfg.TPM.Phase, Always: cfg.Unlock.RequireAttestation,
 	}
 	if cfg.TPM.BootPolicy != "" {
 		n.gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return readPolicy(cfg.TPM.BootPolicy) }
@@ -76,11 +83,59 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	if n.remote != nil {
 		n.tpm.Ask = n.remote.Ask
 	}
+	if err := n.addSecondary(); err != nil {
+		return nil, err
+	}
 	n.unlocker = unlock.New(unlock.Config{
-		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log}, Wrappers: n.openers(),
+		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log, n.attests()}, GateTPMOnly: !cfg.Unlock.RequireAttestation, Wrappers: n.openers(),
 		Settle: n.tpm.Settle, Log: log, Attempted: attempted,
 	})
 	return n, nil
+}
+
+// addSecondary makes the wrappers beside the TPM's that are configured.
+func (n *node) addSecondary() (err error) {
+	if n.cfg.PKCS11.Module != "" || n.cfg.PKCS11.URI != "" {
+		if n.hsm, err = hsm.New(n.cfg.PKCS11.Wrapper(n.mem)); err != nil {
+			return fmt.Errorf("pkcs11: %w", err)
+		}
+	}
+	if n.cfg.Vault.Address != "" {
+		if n.vault, err = vault.New(n.cfg.Vault.Wrapper(n.mem)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// opensWithTPM reports whether the TPM is among what may open the keyring.
+func (n *node) opensWithTPM() bool { return slices.Contains(n.cfg.Unlock.Order, seal.TypeTPM) }
+
+// attests reports whether this machine has a TPM to attest it.
+func (n *node) attests() bool { return n.opensWithTPM() || n.cfg.Unlock.RequireAttestation }
+
+// wrapper returns the configured wrapper of a type, or nil.
+func (n *node) wrapper(kind string) seal.Wrapper {
+	switch {
+	case kind == seal.TypeTPM:
+		return gated{n.tpm, n.gate}
+	case kind == seal.TypePKCS11 && n.hsm != nil:
+		return n.hsm
+	case kind == seal.TypeVault && n.vault != nil:
+		return n.vault
+	}
+	return nil
+}
+
+// wrappers returns all that are configured, whether they may open at start or not.
+func (n *node) wrappers() []seal.Wrapper {
+	var all []seal.Wrapper
+	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault} {
+		if w := n.wrapper(kind); w != nil && (kind != seal.TypeTPM || n.opensWithTPM()) {
+			all = append(all, w)
+		}
+	}
+	return all
 }
 
 // own takes the state folder for this process, before it changes anything, and
@@ -106,6 +161,9 @@ func parses(b []byte) bool {
 
 func (n *node) close() {
 	n.unlocker.Close()
+	if n.vault != nil {
+		_ = n.vault.Close()
+	}
 	n.state.release()
 }
 
@@ -121,20 +179,31 @@ func (n *node) stored(ctx context.Context) (*keyring.Untrusted, store.Version, e
 
 // rewrappers are the wrappers that rotation follows slots with.
 func (n *node) rewrappers() []rotation.Rewrapper {
-	return []rotation.Rewrapper{n.tpm, recovery.Rewrapper{Memory: n.mem}}
+	all := []rotation.Rewrapper{n.tpm, recovery.Rewrapper{Memory: n.mem}, skipped{}}
+	if n.hsm != nil {
+		all = append(all, n.hsm)
+	}
+	if n.vault != nil {
+		all = append(all, n.vault)
+	}
+	return all
 }
 
 // preflight is the gate, behind the check that nothing secret can reach the swap.
 type preflight struct {
 	*attest.Gate
-	mem seal.Memory
-	log *slog.Logger
+	mem     seal.Memory
+	log     *slog.Logger
+	attests bool // there is a TPM to attest with
 }
 
 // Attest implements unlock.Gate.
 func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
 	if err := lockProcess(p.mem, p.log); err != nil {
 		return err
+	}
+	if !p.attests {
+		return nil
 	}
 	if err := p.Gate.Attest(ctx, slots); err != nil {
 		return err
@@ -145,7 +214,16 @@ func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
 	return nil
 }
 
-func (n *node) openers() []seal.Wrapper { return []seal.Wrapper{gated{n.tpm, n.gate}} }
+// openers are the wrappers that may open the keyring at start, in their order.
+func (n *node) openers() []seal.Wrapper {
+	var all []seal.Wrapper
+	for _, kind := range n.cfg.Unlock.Order {
+		if w := n.wrapper(kind); w != nil {
+			all = append(all, w)
+		}
+	}
+	return all
+}
 
 // gated is the TPM wrapper behind what the gate found.
 type gated struct {

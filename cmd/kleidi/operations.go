@@ -41,11 +41,11 @@ func (n *node) result(former seal.KeyID, changes ...string) (admin.KeyringState,
 }
 
 // rotate makes a fresh KEK the current one, in the same slots.
-func (n *node) rotate(ctx context.Context, _ admin.RotateRequest) (admin.KeyringState, error) {
+func (n *node) rotate(ctx context.Context, req admin.RotateRequest) (admin.KeyringState, error) {
 	var former seal.KeyID
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		former = k.CurrentID()
-		return n.turn(ctx, k)
+		return n.turn(ctx, k, req.SkipSlots...)
 	})
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
@@ -217,23 +217,27 @@ func (n *node) vouchByPin(ctx context.Context, k *keyring.Keyring, id, trusted s
 // recovery slots stay. A keyring that holds no more retired KEKs is sealed anew and
 // not rotated: it has to open again first of all.
 func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyring, error) {
-	ek, err := n.tpm.Provision(ctx)
-	if err != nil {
-		return nil, err
-	}
-	// The present KEK is sealed anew as well: the first revision of the rotation
-	// has to open too.
 	v, err := n.remote.demand(old.ClusterID())
 	if err != nil {
 		return nil, err
 	}
+	self := keyring.Node{Name: n.cfg.Node}
+	if n.opensWithTPM() {
+		if self.EK, err = n.tpm.Provision(ctx); err != nil {
+			return nil, err
+		}
+	}
+	// The present KEK is wrapped anew as well: the first revision of the rotation
+	// has to open too.
 	next := n.tpm.ForNextEpoch(append(old.Slots(), old.StagedSlots()...)).Demanding(v)
-	slot, err := n.sealNow(ctx, next, old.KEK())
+	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
+		return n.renewSlots(ctx, next, kek, old.Slots())
+	}
+	slots, err := wrap(ctx, old.KEK())
 	if err != nil {
 		return nil, err
 	}
-	kept := slices.DeleteFunc(old.Slots(), func(s seal.Slot) bool { return s.Type != seal.TypeRecovery })
-	here, err := old.WithNodes([]keyring.Node{{Name: n.cfg.Node, EK: ek}}, append([]seal.Slot{slot}, kept...))
+	here, err := old.WithNodes([]keyring.Node{self}, slots)
 	if err != nil {
 		return nil, err
 	}
@@ -241,15 +245,51 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyr
 		return []*keyring.Keyring{here}, nil
 	}
 	defer here.Close()
-	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
-		slot, err := n.sealNow(ctx, next, kek)
+	return rotation.Rotate(ctx, n.mem, here, wrap, nil, time.Now())
+}
+
+// renewSlots wraps a KEK by every wrapper of this node, and for the recipients of
+// the old recovery slots. A token or a server that can't be reached is skipped as
+// long as another slot opens: status shows the place until it is mended.
+func (n *node) renewSlots(ctx context.Context, tpmNow *tpm.Wrapper, kek *seal.Secret, old []seal.Slot) ([]seal.Slot, error) {
+	var slots, kept []seal.Slot
+	var failure error
+	if n.opensWithTPM() {
+		slot, err := n.sealNow(ctx, tpmNow, kek)
 		if err != nil {
 			return nil, err
 		}
-		rewrapped, err := rotation.Like(n.rewrappers(), kept)(ctx, kek)
-		return append([]seal.Slot{slot}, rewrapped...), err
+		slots = append(slots, slot)
 	}
-	return rotation.Rotate(ctx, n.mem, here, wrap, nil, time.Now())
+	for _, kind := range []string{seal.TypePKCS11, seal.TypeVault} {
+		was := slices.ContainsFunc(old, func(s seal.Slot) bool { return typeName(s) == kind })
+		w := n.wrapper(kind)
+		if w == nil || !was && !slices.Contains(n.cfg.Unlock.Order, kind) {
+			continue
+		}
+		slot, err := w.Wrap(ctx, kek)
+		if err == nil {
+			err = rotation.Prove(ctx, kek, []seal.Slot{slot}, []seal.Wrapper{w})
+		}
+		if err != nil {
+			failure = errors.Join(failure, err)
+			n.log.Warn("recover goes on without a slot", "slot", kind, "cause", seal.CauseOf(err), "error", err)
+			if slot, err = skip(seal.Slot{Type: kind}); err != nil {
+				return nil, err
+			}
+		}
+		slots = append(slots, slot)
+	}
+	if !n.anyOpens(slots) {
+		return nil, failure
+	}
+	for _, s := range old {
+		if s.Type == seal.TypeRecovery {
+			kept = append(kept, s)
+		}
+	}
+	rewrapped, err := rotation.Like(n.rewrappers(), kept)(ctx, kek)
+	return append(slots, rewrapped...), err
 }
 
 // full reports whether a keyring has no room to retire its current KEK.
@@ -265,13 +305,17 @@ func (n *node) turnIfRoom(ctx context.Context, k *keyring.Keyring) ([]*keyring.K
 	return []*keyring.Keyring{next}, err
 }
 
-// turn rotates a keyring in the slots that it has.
-func (n *node) turn(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
+// turn rotates a keyring in the slots that it has, but for those to skip.
+func (n *node) turn(ctx context.Context, k *keyring.Keyring, skip ...string) ([]*keyring.Keyring, error) {
 	if full(k) {
 		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
 			"the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
 	}
-	return rotation.Rotate(ctx, n.mem, k, rotation.Like(n.rewrappers(), k.Slots()), n.openers(), time.Now())
+	wrap, err := n.wrapAll(k.Slots(), skip)
+	if err != nil {
+		return nil, err
+	}
+	return rotation.Rotate(ctx, n.mem, k, wrap, n.wrappers(), time.Now())
 }
 
 // verify proves the stored keyring: it opens with a slot, its MAC verifies and

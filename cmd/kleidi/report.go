@@ -10,11 +10,13 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/vault"
 )
 
 // status reports what is sealed to what. With Try it has the TPM open each slot
@@ -28,6 +30,7 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 	var slots []seal.Slot
 	if k, err := n.unlocker.Keyring(); err == nil {
 		r.State, r.Memory = admin.Open, k.KEK().Kind()
+		r.Wrapper, r.Fallback = state.Wrapper, admin.ProblemOf(state.Fallback)
 		describe(&r, k.Info())
 		slots = k.Slots()
 	} else if u, _, err := n.stored(ctx); err == nil {
@@ -39,10 +42,13 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 	r.Suspension = n.suspension(slots)
 	var attestation error
 	if req.Try && len(slots) > 0 {
-		attestation = preflight{n.gate, n.mem, n.log}.Attest(ctx, slots)
+		attestation = preflight{n.gate, n.mem, n.log, n.attests()}.Attest(ctx, slots)
 	}
-	for _, s := range slots {
-		r.Slots = append(r.Slots, n.reportSlot(ctx, s, r.CurrentKeyID, r.ClusterID, req.Try, attestation))
+	names := slotNames(slots)
+	for i, s := range slots {
+		report := n.reportSlot(ctx, s, r.CurrentKeyID, r.ClusterID, req.Try, attestation)
+		report.Name = names[i]
+		r.Slots = append(r.Slots, report)
 	}
 	r.Attestation = n.reportAttestation(errors.Join(attestation, onlyAttestation(state.Problem)))
 	return r, nil
@@ -80,12 +86,17 @@ func describe(r *admin.StatusReport, i keyring.Info) {
 func (n *node) reportSlot(ctx context.Context, s seal.Slot, id seal.KeyID, cluster string, try bool, attestation error) admin.SlotReport {
 	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.binding(s), Use: n.use(s)}
 	r.Signer, r.Generation = n.signer(s, cluster)
-	if !try || s.Type != seal.TypeTPM || s.Node != n.cfg.Node {
+	if !try || s.Type == seal.TypeTPM && s.Node != n.cfg.Node || n.wrapper(s.Type) == nil && s.Type != typeSkipped {
 		return r
 	}
-	err := attestation
-	if err == nil {
-		err = n.tryOpen(ctx, s, id, cluster)
+	var err error
+	if s.Type == seal.TypeTPM || n.cfg.Unlock.RequireAttestation {
+		err = attestation
+	}
+	if c, parseErr := seal.ParseClusterID(cluster); err == nil {
+		if err = parseErr; err == nil {
+			err = n.tryOpen(ctx, s, id, c)
+		}
 	}
 	opens := err == nil
 	if r.Use == uses[tpm.UseNext] && seal.CauseOf(err) == seal.CauseBootState {
@@ -93,24 +104,6 @@ func (n *node) reportSlot(ctx context.Context, s seal.Slot, id seal.KeyID, clust
 	}
 	r.Opens, r.Problem = &opens, admin.ProblemOf(n.gate.Explain(err))
 	return r
-}
-
-// tryOpen has the TPM open the slot, and forgets what came out once its key ID
-// is compared.
-func (n *node) tryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster string) error {
-	kek, err := n.tpm.Unwrap(ctx, s)
-	if err != nil {
-		return err
-	}
-	defer kek.Close()
-	c, err := seal.ParseClusterID(cluster)
-	if err != nil {
-		return err
-	}
-	if got := keyring.NewKeyID(c, kek); got != id {
-		return seal.Errorf(seal.CauseSlotCorrupt, "run kleidi keyring restore, or kleidi recover", "it holds the KEK of key ID %s", got)
-	}
-	return nil
 }
 
 // binding says in one line what a slot is sealed to.
@@ -132,6 +125,13 @@ func (n *node) binding(s seal.Slot) string {
 			return "unreadable"
 		}
 		return "age " + strings.Join(recipients, ", ")
+	case seal.TypePKCS11:
+		return hsm.Describe(s)
+	case seal.TypeVault:
+		return vault.Describe(s)
+	case typeSkipped:
+		d, _ := skippedBy(s)
+		return "left out by the rotation of " + d.Since.Local().Format(time.DateTime)
 	default:
 		return ""
 	}
@@ -160,6 +160,8 @@ func (n *node) what(s seal.Slot) string {
 	}
 	return "the present boot state: " + n.binding(s)
 }
+
+func joinWords(words []string) string { return strings.Join(words, ", ") }
 
 func join(pcrs []int) string {
 	return strings.Trim(strings.ReplaceAll(fmt.Sprint(pcrs), " ", ", "), "[]")

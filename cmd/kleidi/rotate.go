@@ -9,18 +9,26 @@ import (
 )
 
 func (a *app) newRotate() *cobra.Command {
-	return &cobra.Command{
+	var req admin.RotateRequest
+	cmd := &cobra.Command{
 		Use:   "rotate",
 		Short: "Make a fresh KEK the current one",
 		Long: `Make a fresh KEK the current one, sealed as the present one is. The former KEK is
-retired: it stays in the keyring and still decrypts.`,
+retired: it stays in the keyring and still decrypts.
+
+The fresh KEK is wrapped by every wrapper that the present one is. Where one of them
+can't be reached nothing is changed, unless --skip-slot names it: status shows the
+missing slot then until kleidi slot add has made it again.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, admin.Rotate, admin.RotateRequest{}, unlocked((*node).rotate))
+			s, err := operate(cmd.Context(), a, admin.Rotate, req, unlocked((*node).rotate))
 			if err != nil {
 				return err
 			}
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
+	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "do without this slot for now, as kleidi slot list names it; may be repeated")
+	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.slotNamesOf)
+	return cmd
 }

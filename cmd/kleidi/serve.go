@@ -76,6 +76,7 @@ func (s *server) run(ctx context.Context) {
 	}
 	running.Go(func() { s.unlocker.Run(ctx) })
 	running.Go(func() { s.tidyUp(ctx) })
+	running.Go(func() { s.selfTest(ctx) })
 	running.Go(func() { s.watch(ctx) })
 	<-ctx.Done()
 	s.log.Info("stopping")
@@ -132,6 +133,10 @@ func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 	admin.Handle(s.admin, admin.Suspend, n.suspend)
 	admin.Handle(s.admin, admin.AddBootStates, n.addBootStates)
 	admin.Handle(s.admin, admin.RevokeBootStates, n.revokeBootStates)
+	admin.Handle(s.admin, admin.AddSlot, n.addSlot)
+	admin.Handle(s.admin, admin.RemoveSlot, n.removeSlot)
+	admin.Handle(s.admin, admin.TestSlots, n.testSlots)
+	admin.Handle(s.admin, admin.RewrapSlot, n.rewrapSlot)
 	admin.Handle(s.admin, admin.Recover, n.recover)
 	admin.Handle(s.admin, admin.Restore, n.restore)
 	admin.Handle(s.admin, admin.Save, n.save)

@@ -43,6 +43,10 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 		row(w, "next attempt", r.NextAttempt.Local().Format(time.DateTime))
 	}
 	row(w, "SUSPENDED", strings.TrimPrefix(r.Suspension, "suspended: "))
+	if r.Fallback != nil {
+		row(w, "FALLBACK", "opened by "+r.Wrapper+", since what comes before it in unlock.order did not:")
+		printProblem(w, r.Fallback)
+	}
 	row(w, "node", r.Node)
 	row(w, "cluster ID", r.ClusterID)
 	if r.Revision > 0 {

@@ -26,6 +26,14 @@ const (
 	AddBootStates Verb[AddBootStatesRequest, KeyringState] = "add-boot-states"
 	// RevokeBootStates takes away what a key signed.
 	RevokeBootStates Verb[RevokeBootStatesRequest, KeyringState] = "revoke-boot-states"
+	// AddSlot wraps the KEK by one wrapper more.
+	AddSlot Verb[AddSlotRequest, KeyringState] = "add-slot"
+	// RemoveSlot takes a slot away.
+	RemoveSlot Verb[RemoveSlotRequest, KeyringState] = "remove-slot"
+	// TestSlots opens slots and compares what comes out.
+	TestSlots Verb[TestSlotsRequest, SlotTests] = "test-slots"
+	// RewrapSlot wraps a slot anew, by the newest version of its key.
+	RewrapSlot Verb[RewrapSlotRequest, KeyringState] = "rewrap-slot"
 	// Recover opens the keyring with a recovery identity, seals anew and rotates.
 	Recover Verb[RecoverRequest, KeyringState] = "recover"
 	// Restore puts another keyring in the place of the stored one, and rotates.
@@ -70,6 +78,10 @@ type StatusReport struct {
 	Revision     uint64       `json:"revision,omitempty"`
 	Keys         []KeyReport  `json:"keys,omitempty"`
 	Slots        []SlotReport `json:"slots,omitempty"`
+	// Wrapper is which wrapper opened the keyring, and Fallback why those before it
+	// in unlock.order did not.
+	Wrapper  string   `json:"wrapper,omitempty"`
+	Fallback *Problem `json:"fallback,omitempty"`
 	// Suspension says what a suspended node opens under; empty where it isn't.
 	Suspension string `json:"suspension,omitempty"`
 	// Attestation is the result of the last one.
@@ -96,6 +108,8 @@ type KeyReport struct {
 
 // SlotReport is one slot of the current KEK.
 type SlotReport struct {
+	// Name is the type, and a number where there are several of it: recovery/2.
+	Name string `json:"name"`
 	Type string `json:"type"`
 	Node string `json:"node,omitempty"`
 	// Binding says in one line what the slot is sealed to.
@@ -124,7 +138,10 @@ type AttestationReport struct {
 }
 
 // RotateRequest asks for a new current KEK.
-type RotateRequest struct{}
+type RotateRequest struct {
+	// SkipSlots names slots that the new KEK does without for now.
+	SkipSlots []string `json:"skipSlots,omitempty"`
+}
 
 // ResealRequest asks to seal to the boot state of now; slots of earlier boot
 // states are revoked.
@@ -165,6 +182,46 @@ type AddBootStatesRequest struct {
 type RevokeBootStatesRequest struct {
 	// Key is the beginning of the key's fingerprint, in hexadecimal.
 	Key string `json:"key"`
+}
+
+// AddSlotRequest asks for a slot by one wrapper.
+type AddSlotRequest struct {
+	// Type is pkcs11, vault or recovery.
+	Type string `json:"type"`
+	// GenerateKey has the token make the key first.
+	GenerateKey bool `json:"generateKey,omitempty"`
+	// Recipients are age public keys, for recovery.
+	Recipients []string `json:"recipients,omitempty"`
+}
+
+// RemoveSlotRequest names a slot as [SlotReport.Name] does.
+type RemoveSlotRequest struct {
+	Name string `json:"name"`
+}
+
+// TestSlotsRequest names slots; none means all that can be tried.
+type TestSlotsRequest struct {
+	Names []string `json:"names,omitempty"`
+}
+
+// SlotTests is what came of opening slots.
+type SlotTests struct {
+	Slots []SlotTest `json:"slots"`
+}
+
+// SlotTest is what came of opening one slot.
+type SlotTest struct {
+	Name string `json:"name"`
+	// Opens is false where Problem says why.
+	Opens    bool          `json:"opens"`
+	Problem  *Problem      `json:"problem,omitempty"`
+	Warnings []string      `json:"warnings,omitempty"`
+	Duration time.Duration `json:"duration"`
+}
+
+// RewrapSlotRequest names a slot as [SlotReport.Name] does.
+type RewrapSlotRequest struct {
+	Name string `json:"name"`
 }
 
 // RecoverRequest carries the recovery identity to the serve that holds the TPM.

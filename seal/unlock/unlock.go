@@ -39,6 +39,9 @@ type Config struct {
 	Pin   Pin
 	// Gate may be nil where there is no TPM.
 	Gate Gate
+	// GateTPMOnly lets wrappers other than the TPM's open slots although the gate
+	// refuses.
+	GateTPMOnly bool
 	// Wrappers may open slots, in this order.
 	Wrappers []seal.Wrapper
 	// Settle, if set, ends the epochs before that of these slots. It is called
@@ -78,6 +81,9 @@ type State struct {
 	Since time.Time `json:"since"`
 	// Wrapper opened the keyring.
 	Wrapper string `json:"wrapper,omitempty"`
+	// Fallback is why the wrappers before it in the order did not; nil where it is
+	// the first.
+	Fallback error `json:"-"`
 	// Problem is why it is locked, or, where it is open, what failed last.
 	Problem error `json:"-"`
 	// Attempts counts attempts since it was last open.
@@ -142,7 +148,7 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	defer u.once.Do(func() { close(u.tried) })
 	var timing Timing
 	start := time.Now()
-	k, version, wrapper, err := u.attempt(ctx, &timing)
+	k, version, by, err := u.attempt(ctx, &timing)
 	if err != nil {
 		err = u.whileOpen(ctx, err)
 	} else if err = u.follows(k); err == nil {
@@ -164,7 +170,7 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 		return err
 	}
 	u.version = version
-	u.announce(k, wrapper, timing)
+	u.announce(k, by, timing)
 	if unsettled != nil {
 		u.failed(unsettled, timing)
 	}
@@ -201,40 +207,43 @@ func (u *Unlocker) Changed(ctx context.Context) bool {
 }
 
 // attempt loads the keyring and opens it with the first slot that opens.
-func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyring, store.Version, string, error) {
+func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyring, store.Version, opener, error) {
 	start := time.Now()
 	untrusted, pin, version, err := u.load(ctx)
 	timing.Load = time.Since(start)
 	if err != nil {
-		return nil, "", "", err
+		return nil, "", opener{}, err
 	}
-	k, wrapper, err := u.openWith(ctx, untrusted, pin, timing)
-	return k, version, wrapper, err
+	k, by, err := u.openWith(ctx, untrusted, pin, timing)
+	return k, version, by, err
 }
 
 // openWith is the gate, then the slots, then the keyring's own checks.
-func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, pin *keyring.Pin, timing *Timing) (*keyring.Keyring, string, error) {
+func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, pin *keyring.Pin, timing *Timing) (*keyring.Keyring, opener, error) {
 	start := time.Now()
-	var err error
+	var gate error
 	if u.cfg.Gate != nil {
-		err = u.cfg.Gate.Attest(ctx, untrusted.Slots())
+		gate = u.cfg.Gate.Attest(ctx, untrusted.Slots())
 	}
 	timing.Gate = time.Since(start)
-	if err != nil {
-		return nil, "", err
-	}
 	start = time.Now()
-	kek, wrapper, err := u.unwrap(ctx, untrusted.Slots())
+	kek, by, err := u.unwrap(ctx, untrusted.Slots(), gate)
 	timing.Slots = time.Since(start)
 	if err != nil {
-		return nil, "", err
+		return nil, by, err
 	}
 	k, err := untrusted.Open(kek, pin)
 	if err != nil {
 		kek.Close()
-		return nil, "", err
+		return nil, by, err
 	}
-	return k, wrapper, nil
+	return k, by, nil
+}
+
+// opener is which wrapper opened a slot, and why those before it did not.
+type opener struct {
+	wrapper  string
+	fallback error
 }
 
 func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, store.Version, error) {
@@ -263,13 +272,20 @@ func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, 
 // unwrap tries the slots, wrapper by wrapper in the configured order. A slot that
 // is not a wrapper's own is passed over. Only configured wrappers are tried, so
 // that a failing TPM gives way to another wrapper only where the operator said so.
-func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot) (*seal.Secret, string, error) {
-	var failure error
+func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*seal.Secret, opener, error) {
+	failure := gate
+	if gate != nil && !u.cfg.GateTPMOnly {
+		return nil, opener{}, gate
+	}
 	for _, w := range u.cfg.Wrappers {
+		if gate != nil && w.Type() == seal.TypeTPM {
+			continue
+		}
+		earlier := failure
 		for _, s := range slots {
 			kek, err := w.Unwrap(ctx, s)
 			if err == nil {
-				return kek, w.Type(), nil
+				return kek, opener{w.Type(), earlier}, nil
 			}
 			if errors.Is(err, seal.ErrNotMine) {
 				continue
@@ -286,7 +302,7 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot) (*seal.Secret,
 		failure = seal.Errorf(seal.CauseNoSlot, "if this machine was renamed, set node to its former name; else run kleidi recover with the recovery identity",
 			"the keyring holds no slot for this node and its configured wrappers, but for %s", owners(slots))
 	}
-	return nil, "", failure
+	return nil, opener{}, failure
 }
 
 // owners lists whose slots there are.
@@ -390,14 +406,17 @@ func (u *Unlocker) settle(ctx context.Context, k *keyring.Keyring) error {
 }
 
 // announce makes k the open keyring.
-func (u *Unlocker) announce(k *keyring.Keyring, wrapper string, timing Timing) {
+func (u *Unlocker) announce(k *keyring.Keyring, by opener, timing Timing) {
 	old := u.open.Swap(k)
-	s := State{Open: true, Since: time.Now(), Wrapper: wrapper, Timing: timing}
+	s := State{Open: true, Since: time.Now(), Wrapper: by.wrapper, Fallback: by.fallback, Timing: timing}
 	if before := u.State(); before.Open {
 		s.Since = before.Since
-		if wrapper == "" {
-			s.Wrapper, s.Timing = before.Wrapper, before.Timing
+		if by.wrapper == "" {
+			s.Wrapper, s.Fallback, s.Timing = before.Wrapper, before.Fallback, before.Timing
 		}
+	}
+	if by.fallback != nil {
+		u.cfg.Log.Warn("opened by a fallback", "wrapper", by.wrapper, "cause", seal.CauseOf(by.fallback), "error", by.fallback)
 	}
 	u.state.Store(&s)
 	u.cfg.Log.Info("open", "keyID", k.CurrentID(), "revision", k.Revision(), "wrapper", s.Wrapper,
@@ -506,7 +525,7 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wra
 		return err
 	}
 	unsettled := u.settle(ctx, last)
-	u.announce(last, wrapper, Timing{})
+	u.announce(last, opener{wrapper: wrapper}, Timing{})
 	if unsettled != nil {
 		return fmt.Errorf("the new keyring is saved and in use; %w", u.again(unsettled))
 	}

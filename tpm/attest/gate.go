@@ -30,6 +30,8 @@ type Gate struct {
 	PCRs []int
 	// BootPolicy reads what is demanded of the event log; nil demands nothing.
 	BootPolicy func() (*bootpolicy.BootPolicy, error)
+	// Always attests the machine before other slots than the TPM's, too.
+	Always bool
 	// Phase is the phase of the boot in which slots are made, where systemd
 	// measures them: PCR 11 has another value in each.
 	Phase string
@@ -147,6 +149,14 @@ func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 		if pcrs, err := g.ChoosePCRs(); err == nil { // what is signed is among these
 			d.add(bank, pcrs)
 		}
+	}
+	if len(d) == 0 && g.Always {
+		pcrs, err := g.ChoosePCRs()
+		if err != nil {
+			g.failed.Store(true)
+			return err
+		}
+		d.add(bank, pcrs)
 	}
 	_, refusal, err := g.attest(ctx, srk, bank, d)
 	g.overruled.Store(nil)

@@ -15,10 +15,13 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/nv"
+	"github.com/beezy-dev/kleidi/vault"
 )
 
 // APIVersion and Kind open every configuration file.
@@ -42,6 +45,9 @@ type Config struct {
 	State  State  `yaml:"state"`
 	TPM    TPM    `yaml:"tpm"`
 	Pin    Pin    `yaml:"pin"`
+	Unlock Unlock `yaml:"unlock"`
+	PKCS11 PKCS11 `yaml:"pkcs11"`
+	Vault  Vault  `yaml:"vault"`
 	Memory Memory `yaml:"memory"`
 	KMS    KMS    `yaml:"kms"`
 	Admin  Admin  `yaml:"admin"`
@@ -96,6 +102,52 @@ const (
 	PinFile = "file"
 	PinTPM  = "tpm"
 )
+
+// Unlock is which wrappers may open the keyring.
+type Unlock struct {
+	// Order names wrappers: tpm, pkcs11, vault.
+	Order []string `yaml:"order"`
+	// RequireAttestation has the gate pass before any of them is asked.
+	RequireAttestation bool `yaml:"requireAttestation"`
+	// SelfTest is how often the slots of other wrappers than the TPM are opened, to
+	// see that they would.
+	SelfTest time.Duration `yaml:"selfTest"`
+}
+
+// PKCS11 is a key in a PKCS#11 token; without a module there is none.
+type PKCS11 struct {
+	Module   string        `yaml:"module"`
+	InitArgs string        `yaml:"initArgs"`
+	URI      string        `yaml:"uri"`
+	PINFile  string        `yaml:"pinFile"`
+	Timeout  time.Duration `yaml:"timeout"`
+}
+
+// Vault is a Transit key of Vault or OpenBao; without an address there is none.
+type Vault struct {
+	Address    string        `yaml:"address"`
+	Namespace  string        `yaml:"namespace"`
+	Mount      string        `yaml:"mount"`
+	Key        string        `yaml:"key"`
+	CAFile     string        `yaml:"caFile"`
+	ServerName string        `yaml:"serverName"`
+	Timeout    time.Duration `yaml:"timeout"`
+	Auth       VaultAuth     `yaml:"auth"`
+}
+
+// VaultAuth is how to log in to Vault.
+type VaultAuth struct {
+	Method          string `yaml:"method"`
+	Mount           string `yaml:"mount"`
+	Role            string `yaml:"role"`
+	TokenFile       string `yaml:"tokenFile"`
+	RoleID          string `yaml:"roleID"`
+	SecretIDFile    string `yaml:"secretIDFile"`
+	SecretIDWrapped bool   `yaml:"secretIDWrapped"`
+	JWTFile         string `yaml:"jwtFile"`
+	CertFile        string `yaml:"certFile"`
+	KeyFile         string `yaml:"keyFile"`
+}
 
 // Memory says what to do where memory can't be locked.
 type Memory struct {
@@ -164,6 +216,9 @@ func Default() *Config {
 			BootStates: []string{"/run/systemd/tpm2-pcr-signature.json", "/etc/systemd/tpm2-pcr-signature.json", "/usr/lib/systemd/tpm2-pcr-signature.json", "/.extra/tpm2-pcr-signature.json"},
 		},
 		Pin:    Pin{Store: PinFile, Index: nv.DefaultPinIndex, PCRs: []int{7}},
+		Unlock: Unlock{Order: []string{seal.TypeTPM}, RequireAttestation: true, SelfTest: 24 * time.Hour},
+		PKCS11: PKCS11{Timeout: hsm.DefaultTimeout},
+		Vault:  Vault{Mount: "transit", Timeout: 15 * time.Second},
 		Memory: Memory{Lock: LockRequired},
 		KMS:    KMS{Name: "kleidi", Socket: "/run/kleidi/kms.sock", SocketMode: 0o600, SocketUID: -1, SocketGID: -1},
 		Admin:  Admin{Socket: "/run/kleidi/admin.sock"},
@@ -228,6 +283,19 @@ func (c *Config) resolve() (*Config, error) {
 	}
 	c.Node = host
 	return c, nil
+}
+
+// Wrapper is what package hsm wants.
+func (c PKCS11) Wrapper(mem seal.Memory) hsm.Config {
+	return hsm.Config{Module: c.Module, InitArgs: c.InitArgs, URI: c.URI, PINFile: c.PINFile, Timeout: c.Timeout, Memory: mem}
+}
+
+// Wrapper is what package vault wants.
+func (c Vault) Wrapper(mem seal.Memory) vault.Config {
+	a := c.Auth
+	return vault.Config{Address: c.Address, Namespace: c.Namespace, Mount: c.Mount, Key: c.Key, CAFile: c.CAFile, ServerName: c.ServerName, Timeout: c.Timeout, Memory: mem,
+		Auth: vault.Auth{Method: vault.Method(a.Method), Mount: a.Mount, Role: a.Role, TokenFile: a.TokenFile, RoleID: a.RoleID, SecretIDFile: a.SecretIDFile,
+			SecretIDWrapped: a.SecretIDWrapped, JWTFile: a.JWTFile, CertFile: a.CertFile, KeyFile: a.KeyFile}}
 }
 
 // Keyring is the path of the keyring.

@@ -39,6 +39,8 @@ func shown(key string, v reflect.Value) string {
 		return "host name"
 	case "kms.allowedUIDs":
 		return "root and the socket's owner"
+	case "unlock.selfTest":
+		return "`" + strings.TrimSuffix(fmt.Sprint(v.Interface()), "0m0s") + "`"
 	case "tpm.epochIndex", "pin.index":
 		return fmt.Sprintf("`0x%08X`", v.Uint())
 	case "kms.socketMode":

@@ -1,16 +1,21 @@
 package config
 
 import (
+	"fmt"
 	"net"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/verifier"
+	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/nv"
+	"github.com/beezy-dev/kleidi/vault"
 )
 
 // problems adds to what is wrong with the document what is wrong with its values.
@@ -42,6 +47,7 @@ func (p *problems) validate(c *Config) {
 	}
 	p.validateTPM(&c.TPM)
 	p.validateVerifier(&c.TPM)
+	p.validateUnlock(c)
 	p.validatePin(c)
 	if c.KMS.Name == "" || strings.ContainsAny(c.KMS.Name, ": \n") {
 		p.Add("kms.name", "%q can't stand in a stored object's prefix; want a name without colons and spaces", c.KMS.Name)
@@ -62,6 +68,39 @@ func (p *problems) validatePCRs(key string, pcrs []int) {
 		}
 		if i < 0 || i > 15 {
 			p.Add(key, "PCR %d does not exist or can be reset without a reboot; want 0 to 15", i)
+		}
+	}
+}
+
+func (p *problems) validateUnlock(c *Config) {
+	configured := map[string]bool{seal.TypeTPM: true, seal.TypePKCS11: c.PKCS11.Module != "" || c.PKCS11.URI != "", seal.TypeVault: c.Vault.Address != ""}
+	seen := map[string]bool{}
+	for i, w := range c.Unlock.Order {
+		there, known := configured[w]
+		switch path := fmt.Sprintf("unlock.order[%d]", i); {
+		case !known:
+			p.Add(path, "%q; want tpm, pkcs11 or vault", w)
+		case seen[w]:
+			p.Add(path, "%s stands twice", w)
+		case !there:
+			p.Add(path, "%s is not configured; set %s", w, map[string]string{seal.TypePKCS11: "pkcs11.module", seal.TypeVault: "vault.address"}[w])
+		}
+		seen[w] = true
+	}
+	if len(c.Unlock.Order) == 0 {
+		p.Add("unlock.order", "the list is empty, so nothing could open the keyring; leave the key out for tpm")
+	}
+	if c.Unlock.SelfTest < 0 || c.Unlock.SelfTest > 0 && c.Unlock.SelfTest < time.Minute {
+		p.Add("unlock.selfTest", "want 1m or more, or 0 for never")
+	}
+	if configured[seal.TypePKCS11] {
+		if _, err := hsm.New(c.PKCS11.Wrapper(seal.Memory{})); err != nil {
+			p.Add("pkcs11", "%v", err)
+		}
+	}
+	if configured[seal.TypeVault] {
+		if _, err := vault.New(c.Vault.Wrapper(seal.Memory{})); err != nil {
+			p.Add("vault", "%v", err)
 		}
 	}
 }

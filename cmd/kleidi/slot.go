@@ -1,0 +1,169 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+func (a *app) newSlot() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "slot",
+		Short: "List, add, test, rewrap and remove the ways in which the KEK is wrapped",
+		Long: `The KEK lies in the keyring once for each way to open it: a slot for this machine's
+TPM, and, if you add them, slots for a key in a PKCS#11 token, for one of Vault or
+OpenBao, and for recovery identities.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(a.newSlotList(), a.newSlotAdd(), a.newSlotTest(), a.newSlotRewrap(), a.newSlotRemove())
+	return cmd
+}
+
+func (a *app) newSlotList() *cobra.Command {
+	return &cobra.Command{
+		Use:   "list",
+		Short: "Show the slots",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := operate(cmd.Context(), a, admin.Status, admin.StatusRequest{}, (*node).offlineStatus)
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), r.Slots, func(w io.Writer) {
+				t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+				fmt.Fprintln(t, "NAME\tNODE\tFOR\tWRAPPED BY")
+				for _, s := range r.Slots {
+					fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", s.Name, orDash(s.Node), orDash(s.Use), s.Binding)
+				}
+				_ = t.Flush()
+			})
+		},
+	}
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// slotNamesOf completes the names of slots.
+func (a *app) slotNamesOf(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	r, err := operate(cmd.Context(), a, admin.Status, admin.StatusRequest{}, (*node).offlineStatus)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, s := range r.Slots {
+		names = append(names, s.Name)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+func (a *app) newSlotAdd() *cobra.Command {
+	var req admin.AddSlotRequest
+	cmd := &cobra.Command{
+		Use:   "add pkcs11|vault|recovery",
+		Short: "Wrap the KEK by one wrapper more, as it is configured",
+		Example: `  kleidi slot add pkcs11 --generate-key
+  kleidi slot add vault
+  kleidi slot add recovery --recipient age1…`,
+		Args:      cobra.ExactArgs(1),
+		ValidArgs: []string{seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req.Type = args[0]
+			if (req.Type == seal.TypeRecovery) != (len(req.Recipients) > 0) {
+				return fmt.Errorf("slot add %s: --recipient goes with recovery, and recovery with --recipient age1…", req.Type)
+			}
+			s, err := operate(cmd.Context(), a, admin.AddSlot, req, unlocked((*node).addSlot))
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+	cmd.Flags().BoolVar(&req.GenerateKey, "generate-key", false, "have the token make the key first: AES-256, sensitive, not extractable")
+	cmd.Flags().StringArrayVar(&req.Recipients, "recipient", nil, "age public key (age1…) of a recovery identity; may be repeated")
+	return cmd
+}
+
+func (a *app) newSlotTest() *cobra.Command {
+	return &cobra.Command{
+		Use:   "test [NAME]...",
+		Short: "Open slots for real, and compare what comes out with the key ID",
+		Long: `Open slots for real, and compare what comes out with the key ID. Without names, all
+that are configured on this machine are opened. kleidi serve does so by itself with
+those of pkcs11 and vault, as often as unlock.selfTest says.`,
+		ValidArgsFunction: a.slotNamesOf,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, err := operate(cmd.Context(), a, admin.TestSlots, admin.TestSlotsRequest{Names: args}, unlocked((*node).testSlots))
+			if err != nil {
+				return err
+			}
+			if err := a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printTests(w, r) }); err != nil {
+				return err
+			}
+			for _, s := range r.Slots {
+				if !s.Opens {
+					return fmt.Errorf("slot %s does not open", s.Name)
+				}
+			}
+			return nil
+		},
+	}
+}
+
+func printTests(w io.Writer, r admin.SlotTests) {
+	for _, s := range r.Slots {
+		verdict := "opens"
+		if !s.Opens {
+			verdict = "DOES NOT OPEN"
+		}
+		fmt.Fprintf(w, "%-14s %s (%v)\n", s.Name, verdict, s.Duration.Round(time.Millisecond))
+		printProblem(w, s.Problem)
+		for _, warning := range s.Warnings {
+			fmt.Fprintf(w, "%-14s   %s\n", "", strings.Replace(warning, "; ", "\n"+strings.Repeat(" ", 17)+"-> ", 1))
+		}
+	}
+}
+
+func (a *app) newSlotRewrap() *cobra.Command {
+	return &cobra.Command{
+		Use:   "rewrap NAME",
+		Short: "Wrap a slot anew, by the newest version of its key",
+		Args:  cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := operate(cmd.Context(), a, admin.RewrapSlot, admin.RewrapSlotRequest{Name: args[0]}, unlocked((*node).rewrapSlot))
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+}
+
+func (a *app) newSlotRemove() *cobra.Command {
+	return &cobra.Command{
+		Use:   "remove NAME",
+		Short: "Take a slot away; the last one that can open stays",
+		Long: `Take a slot away. One of this machine's TPM is revoked: it refuses kept copies as well.
+Kept copies of others still open the KEK, until kleidi rotate has made a fresh one.`,
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := operate(cmd.Context(), a, admin.RemoveSlot, admin.RemoveSlotRequest{Name: args[0]}, unlocked((*node).removeSlot))
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+}

@@ -1,0 +1,292 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// The slots of all wrappers: how they are named, added, tested and taken away.
+
+// slotNames names slots by their type, with a number where there are several.
+func slotNames(slots []seal.Slot) []string {
+	count, seen := map[string]int{}, map[string]int{}
+	for _, s := range slots {
+		count[typeName(s)]++
+	}
+	names := make([]string, len(slots))
+	for i, s := range slots {
+		t := typeName(s)
+		seen[t]++
+		names[i] = t
+		if count[t] > 1 {
+			names[i] = fmt.Sprintf("%s/%d", t, seen[t])
+		}
+	}
+	return names
+}
+
+// typeName is the type of a slot, and that of the one in whose place a skipped one
+// stands.
+func typeName(s seal.Slot) string {
+	if d, ok := skippedBy(s); ok {
+		return d.Type
+	}
+	return s.Type
+}
+
+// find returns the place of a named slot.
+func find(slots []seal.Slot, name string) (int, error) {
+	names := slotNames(slots)
+	if i := slices.Index(names, name); i >= 0 {
+		return i, nil
+	}
+	return 0, fmt.Errorf("there is no slot %q, but %s; see kleidi slot list", name, joinWords(names))
+}
+
+// typeSkipped marks the place of a slot that a rotation did without.
+const typeSkipped = "skipped"
+
+// skippedSlot is the data of such a place. Nothing opens it.
+type skippedSlot struct {
+	Type  string    `json:"type"`
+	Since time.Time `json:"since"`
+}
+
+// skip returns what stands in the place of a slot.
+func skip(s seal.Slot) (seal.Slot, error) {
+	data, err := json.Marshal(skippedSlot{typeName(s), time.Now().UTC().Truncate(time.Second)})
+	return seal.Slot{Type: typeSkipped, Node: s.Node, Data: data}, err
+}
+
+func skippedBy(s seal.Slot) (d skippedSlot, ok bool) {
+	return d, s.Type == typeSkipped && json.Unmarshal(s.Data, &d) == nil
+}
+
+// skipped keeps the place of a slot in the rotations that follow.
+type skipped struct{}
+
+// WrapLike implements rotation.Rewrapper.
+func (skipped) WrapLike(_ context.Context, _ *seal.Secret, like seal.Slot) (seal.Slot, error) {
+	if like.Type != typeSkipped {
+		return seal.Slot{}, seal.ErrNotMine
+	}
+	return like, nil
+}
+
+// wrapAll is how rotation makes the slots of a new KEK: like those of the present
+// one, but for some that are skipped, which is recorded in their place.
+func (n *node) wrapAll(slots []seal.Slot, without []string) (rotation.Wrap, error) {
+	slots = slices.Clone(slots)
+	names := slotNames(slots)
+	for _, name := range without {
+		i := slices.Index(names, name)
+		if i < 0 {
+			return nil, fmt.Errorf("--skip-slot: there is no slot %q, but %s", name, joinWords(names))
+		}
+		var err error
+		if slots[i], err = skip(slots[i]); err != nil {
+			return nil, err
+		}
+	}
+	if !n.anyOpens(slots) {
+		return nil, errors.New("--skip-slot: no slot would be left that can open the keyring on this node")
+	}
+	return rotation.Like(n.rewrappers(), slots), nil
+}
+
+// anyOpens reports whether one of the slots is of a wrapper that may open the
+// keyring on this node.
+func (n *node) anyOpens(slots []seal.Slot) bool {
+	return slices.ContainsFunc(slots, func(s seal.Slot) bool {
+		return slices.Contains(n.cfg.Unlock.Order, s.Type) && (s.Type != seal.TypeTPM || s.Node == n.cfg.Node)
+	})
+}
+
+// addSlot wraps the KEK by one wrapper more. A slot of a token or a server takes the
+// place of the one that is there.
+func (n *node) addSlot(ctx context.Context, req admin.AddSlotRequest) (admin.KeyringState, error) {
+	var bound string
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		w, err := n.adder(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		slot, err := w.Wrap(ctx, k.KEK())
+		if err != nil {
+			return nil, err
+		}
+		if err := rotation.Prove(ctx, k.KEK(), []seal.Slot{slot}, []seal.Wrapper{w}); err != nil && req.Type != seal.TypeRecovery {
+			return nil, err
+		}
+		kept := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return typeName(s) == req.Type && req.Type != seal.TypeRecovery })
+		bound = n.binding(slot)
+		next, err := k.WithSlots(append(kept, slot))
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("slot add %s: %w", req.Type, err)
+	}
+	changes := []string{"the KEK is wrapped by " + req.Type + " as well: " + bound}
+	if req.Type != seal.TypeRecovery && !slices.Contains(n.cfg.Unlock.Order, req.Type) {
+		changes = append(changes, "it opens nothing at start until unlock.order names "+req.Type)
+	}
+	return n.unchanged(changes...)
+}
+
+func (n *node) adder(ctx context.Context, req admin.AddSlotRequest) (seal.Wrapper, error) {
+	switch {
+	case req.Type == seal.TypeRecovery:
+		return recovery.NewWrapper(n.mem, req.Recipients)
+	case req.Type == seal.TypeTPM:
+		return nil, errors.New("run kleidi reseal, which seals to the running boot")
+	case req.Type == seal.TypePKCS11 && n.hsm == nil:
+		return nil, errors.New("no token is configured; set pkcs11.module and pkcs11.uri, and restart kleidi serve")
+	case req.Type == seal.TypeVault && n.vault == nil:
+		return nil, errors.New("no server is configured; set vault.address and vault.key, and restart kleidi serve")
+	}
+	w := n.wrapper(req.Type)
+	if w == nil {
+		return nil, errors.New("there is no such wrapper; want pkcs11, vault or recovery")
+	}
+	if req.GenerateKey {
+		if req.Type != seal.TypePKCS11 {
+			return nil, errors.New("--generate-key is for pkcs11 alone")
+		}
+		if _, err := n.hsm.GenerateKey(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return w, nil
+}
+
+// removeSlot takes a slot away. One of this TPM is revoked with its epoch; what is
+// kept of others opens the KEK until it is rotated.
+func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (admin.KeyringState, error) {
+	var changes []string
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		slots := k.Slots()
+		i, err := find(slots, req.Name)
+		if err != nil {
+			return nil, err
+		}
+		gone := slots[i]
+		rest := slices.Delete(slices.Clone(slots), i, i+1)
+		if !n.anyOpens(rest) {
+			return nil, errors.New("it is the last slot that can open the keyring on this node; add another one first")
+		}
+		if gone.Type == seal.TypeTPM && gone.Node == n.cfg.Node && len(n.demands(rest)) > 0 {
+			next, _, err := n.reshape(ctx, k, n.states(rest, tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned))
+			changes = []string{"the TPM no longer opens it, kept copies included"}
+			return []*keyring.Keyring{next}, err
+		}
+		changes = []string{"the slot is gone from the keyring; kept copies of it still open the KEK: run kleidi rotate"}
+		next, err := k.WithSlots(rest)
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("slot remove %s: %w", req.Name, err)
+	}
+	return n.unchanged(changes...)
+}
+
+// rewrapSlot wraps the KEK anew where the slot is: by the newest version of its
+// key, for the same boot state or recipients.
+func (n *node) rewrapSlot(ctx context.Context, req admin.RewrapSlotRequest) (admin.KeyringState, error) {
+	var bound string
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		slots := k.Slots()
+		i, err := find(slots, req.Name)
+		if err != nil {
+			return nil, err
+		}
+		rewrapped, err := rotation.Like(n.rewrappers(), slots[i:i+1])(ctx, k.KEK())
+		if err != nil {
+			return nil, err
+		}
+		if err := rotation.ProveTryable(ctx, k.KEK(), rewrapped, n.wrappers()); err != nil {
+			return nil, err
+		}
+		slots[i] = rewrapped[0]
+		bound = n.binding(slots[i])
+		next, err := k.WithSlots(slots)
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("slot rewrap %s: %w", req.Name, err)
+	}
+	return n.unchanged("the slot is wrapped anew: " + bound)
+}
+
+// testSlots opens slots for real and compares what comes out. What only the
+// operator or another node can open is left aside, unless it is named.
+func (n *node) testSlots(ctx context.Context, req admin.TestSlotsRequest) (admin.SlotTests, error) {
+	k, err := n.unlocker.Keyring()
+	if err != nil {
+		return admin.SlotTests{}, err
+	}
+	slots := k.Slots()
+	names := slotNames(slots)
+	for _, name := range req.Names {
+		if _, err := find(slots, name); err != nil {
+			return admin.SlotTests{}, fmt.Errorf("slot test: %w", err)
+		}
+	}
+	var r admin.SlotTests
+	for i, s := range slots {
+		if len(req.Names) > 0 && !slices.Contains(req.Names, names[i]) || len(req.Names) == 0 && n.wrapper(s.Type) == nil && s.Type != typeSkipped {
+			continue
+		}
+		r.Slots = append(r.Slots, n.testSlot(ctx, k, names[i], s))
+	}
+	return r, nil
+}
+
+func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s seal.Slot) admin.SlotTest {
+	start := time.Now()
+	t := admin.SlotTest{Name: name}
+	err := n.tryOpen(ctx, s, k.CurrentID(), k.ClusterID())
+	t.Opens, t.Problem, t.Duration = err == nil, admin.ProblemOf(n.gate.Explain(err)), time.Since(start)
+	if s.Type == seal.TypeVault && n.vault != nil {
+		warnings, err := n.vault.Check(ctx, s)
+		if err != nil && t.Opens {
+			warnings = append(warnings, err.Error())
+		}
+		t.Warnings = warnings
+	}
+	return t
+}
+
+// tryOpen has the slot's wrapper open it, and forgets what came out once its key ID
+// is compared.
+func (n *node) tryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
+	if d, ok := skippedBy(s); ok {
+		return seal.Errorf(seal.CauseNoSlot, "run kleidi slot add "+d.Type+" once its backend answers", "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
+	}
+	w := n.wrapper(s.Type)
+	if w == nil {
+		return seal.Errorf(seal.CauseNoSlot, "configure its wrapper; a recovery slot opens with kleidi keyring verify --identity-file", "nothing here can open it")
+	}
+	kek, err := w.Unwrap(ctx, s)
+	if errors.Is(err, seal.ErrNotMine) {
+		return seal.Errorf(seal.CauseNoSlot, "see node and the wrapper's settings in the configuration", "the slot is for another node, token or key than the configured one")
+	}
+	if err != nil {
+		return err
+	}
+	defer kek.Close()
+	if got := keyring.NewKeyID(cluster, kek); got != id {
+		return seal.Errorf(seal.CauseSlotCorrupt, "run kleidi slot rewrap, kleidi keyring restore, or kleidi recover", "it holds the KEK of key ID %s", got)
+	}
+	return nil
+}
