@@ -21,8 +21,8 @@ const (
 )
 
 // Boot is what a machine boots. Each string stands for the content of what it
-// names: the same string is the same content, another string is another one.
-// The comments say which PCRs a change moves. Boots are comparable.
+// names: the same string is the same content, another string is another one; see
+// [Boot.Files]. The comments say which PCRs a change moves. Boots are comparable.
 type Boot struct {
 	Loader Loader `json:"loader"`
 	// Kernel is the kernel's version. UKI 4, 11; GRUB 4, 8, 9 (its files are
@@ -33,8 +33,9 @@ type Boot struct {
 	// CommandLine is the kernel's. UKI 4, 9, 11; GRUB 8, 9; EFIStub 9. An empty
 	// one leaves a UKI without a .cmdline section.
 	CommandLine string `json:"commandLine"`
-	// LoaderVersion is the version of systemd-stub, or of GRUB: 4. The EFI stub
-	// is a part of its kernel and has none.
+	// LoaderVersion is the version of systemd-stub, or of GRUB: 4. systemd-stub 252
+	// measures fewer sections than those after it. The EFI stub is a part of its
+	// kernel and has none.
 	LoaderVersion string `json:"loaderVersion,omitempty"`
 	// Firmware is the firmware's build: 0.
 	Firmware string `json:"firmware"`
@@ -46,7 +47,8 @@ type Boot struct {
 	// Keys names the owner of PK, KEK and db: 7. Empty means that no keys are
 	// enrolled, as in setup mode; Secure Boot is off then.
 	Keys string `json:"keys,omitempty"`
-	// Dbx is the revision of the forbidden signatures: 7.
+	// Dbx is the revision of the forbidden signatures, or the revisions that were
+	// installed one after the other, separated by commas: 7.
 	Dbx string `json:"dbx,omitempty"`
 	// Phases are the phases of user space that systemd-pcrphase has measured so
 	// far, separated by colons, as systemd-measure has it: 11. Empty means that

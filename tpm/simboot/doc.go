@@ -8,7 +8,8 @@
 // kernel, another command line, or with Secure Boot off, and exactly those PCRs
 // differ that differ on a real machine. The sequences are modelled on logs of
 // real boots (OVMF with systemd-stub 252, with shim 16.1 and GRUB 2.06, and with
-// an EFI stub kernel).
+// an EFI stub kernel). [Boot.Files] are the files that are measured, so that what
+// the next boot will measure can be told from them.
 //
 // It serves `kleidi dev` and tests. It protects nothing: the emulator's state,
 // seeds and all, is a file.

@@ -2,15 +2,9 @@ package simboot
 
 import (
 	"bytes"
-	"crypto/ed25519"
 	"crypto/sha256"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/binary"
 	"encoding/hex"
-	"fmt"
-	"math/big"
-	"time"
 	"unicode/utf16"
 )
 
@@ -25,6 +19,7 @@ var (
 	guidShim     = mustGUID("50ab5d6046e00043abb63dd810dd8b23") // SHIM_LOCK_GUID
 	guidX509     = mustGUID("a159c0a5e494a74a87b5ab155c2bf072") // EFI_CERT_X509_GUID
 	guidSHA256   = mustGUID("2616c4c14c509240aca941f936934328") // EFI_CERT_SHA256_GUID
+	guidPKCS7    = mustGUID("9dd2af4adf68ee498aa9347d375665a7") // EFI_CERT_TYPE_PKCS7_GUID
 )
 
 func mustGUID(s string) (g guid) {
@@ -79,27 +74,6 @@ func signatureList(typ, owner guid, entries ...[]byte) []byte {
 	b = binary.LittleEndian.AppendUint32(b, 0) // SignatureHeaderSize
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(data)/len(entries)))
 	return append(b, data...)
-}
-
-// certificate returns the DER of a self-signed certificate that follows from
-// its name alone, so that each boot measures the same one. Ed25519 is what Go
-// makes deterministically; firmware has RSA here.
-func certificate(name string) ([]byte, error) {
-	seed := sha256.Sum256([]byte("kleidi simboot certificate: " + name))
-	key := ed25519.NewKeyFromSeed(seed[:])
-	tmpl := &x509.Certificate{
-		SerialNumber: new(big.Int).SetBytes(seed[:8]),
-		Subject:      pkix.Name{CommonName: name},
-		NotBefore:    time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC),
-		NotAfter:     time.Date(2044, 1, 1, 0, 0, 0, 0, time.UTC),
-		IsCA:         true, BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
-	}
-	der, err := x509.CreateCertificate(nil, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		return nil, fmt.Errorf("certificate %q: %w", name, err)
-	}
-	return der, nil
 }
 
 // imageLoad returns an EFI_IMAGE_LOAD_EVENT (PC Client Platform Firmware Profile 1.06, 10.2.3).

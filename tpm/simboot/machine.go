@@ -31,6 +31,7 @@ const (
 	lockName      = "lock"
 	eventLogName  = "binary_bios_measurements"
 	userspaceName = "tpm2-measure.log"
+	filesName     = "boot"
 )
 
 // maxSocketPath is how long the path of a unix socket may be, in bytes (unix(7):
@@ -106,6 +107,10 @@ func (m *Machine) EventLog() string { return m.path(eventLogName) }
 // boot whose user space measured nothing.
 func (m *Machine) UserspaceLog() string { return m.path(userspaceName) }
 
+// Files returns the folder with the files that the machine booted last: see
+// [Files.Write].
+func (m *Machine) Files() string { return m.path(filesName) }
+
 // Current returns what the machine booted last, also in an earlier process;
 // the zero Boot if it never did.
 func (m *Machine) Current() Boot {
@@ -144,12 +149,16 @@ func (m *Machine) Boot(ctx context.Context, b Boot) (err error) {
 func (m *Machine) measure(ctx context.Context, b Boot) error {
 	var log *eventlog.Log
 	var userspaceLog []byte
-	err := m.tpm().Do(ctx, func(t transport.TPM) error {
+	files, err := b.Files()
+	if err != nil {
+		return err
+	}
+	err = m.tpm().Do(ctx, func(t transport.TPM) error {
 		banks, err := activeBanks(t)
 		if err != nil {
 			return err
 		}
-		events, err := measure(b, banks)
+		events, err := measure(b, files, banks)
 		if err != nil {
 			return err
 		}
@@ -167,6 +176,9 @@ func (m *Machine) measure(ctx context.Context, b Boot) error {
 		return nil
 	})
 	if err != nil {
+		return err
+	}
+	if err := files.Write(m.Files()); err != nil {
 		return err
 	}
 	return m.record(b, log.Encode(), userspaceLog)

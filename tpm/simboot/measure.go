@@ -1,12 +1,15 @@
 package simboot
 
 import (
+	"bytes"
+	"cmp"
 	"crypto"
 	"crypto/sha256"
 	"encoding/binary"
 	"strings"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
 )
 
 // measurement is one event before it is hashed.
@@ -20,13 +23,14 @@ type measurement struct {
 // sequence collects the measurements of one boot, in their order.
 type sequence struct {
 	boot   Boot
+	files  *Files
 	events []measurement
 	err    error // the first certificate that could not be made
 }
 
 // measure returns the events of a boot as firmware, loader and kernel log them.
-func measure(b Boot, banks []crypto.Hash) ([]eventlog.Event, error) {
-	s := &sequence{boot: b}
+func measure(b Boot, f *Files, banks []crypto.Hash) ([]eventlog.Event, error) {
+	s := &sequence{boot: b, files: f}
 	s.firmware()
 	s.secureBootVariables()
 	s.bootVariables()
@@ -63,7 +67,8 @@ func (s *sequence) addContent(pcr int, typ eventlog.EventType, measured, data []
 
 func (s *sequence) separator(pcr int) { s.add(pcr, eventlog.Separator, make([]byte, 4)) }
 
-// content stands for the bytes of a file: it is a function of what it is made of.
+// content stands for bytes that nothing but their digest is known of: it is a
+// function of what they are made of.
 func content(kind string, of ...string) []byte {
 	h := sha256.New()
 	for _, part := range append([]string{kind}, of...) {
@@ -102,17 +107,18 @@ func (s *sequence) secureBootVariables() {
 	set(guidGlobal, "PK", s.keyList("Platform Key"))
 	set(guidGlobal, "KEK", s.keyList("Key Exchange Key"))
 	set(guidSecurity, "db", s.keyList("Signature Database Key"))
-	set(guidSecurity, "dbx", s.forbidden())
+	set(guidSecurity, "dbx", s.files.Dbx)
 	s.separator(7)
 }
 
 // cert returns the DER of one of the enrolled keys' certificates.
 func (s *sequence) cert(name string) []byte {
-	der, err := certificate(name)
-	if err != nil && s.err == nil {
-		s.err = err
+	signer, err := signer(name)
+	if err != nil {
+		s.err = cmp.Or(s.err, err)
+		return nil
 	}
-	return der
+	return signer.Cert.Raw
 }
 
 func (s *sequence) keyList(role string) []byte {
@@ -120,14 +126,6 @@ func (s *sequence) keyList(role string) []byte {
 		return nil
 	}
 	return signatureList(guidX509, ownerGUID(s.boot.Keys), s.cert(s.boot.Keys+" "+role))
-}
-
-func (s *sequence) forbidden() []byte {
-	if s.boot.Dbx == "" {
-		return nil
-	}
-	first, second := sha256.Sum256(nil), sha256.Sum256([]byte(s.boot.Dbx))
-	return signatureList(guidSHA256, ownerGUID("dbx"), first[:], second[:])
 }
 
 // authority measures which certificate let the next image run.
@@ -139,7 +137,7 @@ func (s *sequence) authority(namespace guid, name string, value []byte) {
 
 func (s *sequence) dbAuthority() {
 	owner := ownerGUID(s.boot.Keys)
-	s.authority(guidSecurity, "db", append(owner[:], s.cert(s.boot.Keys+" Signature Database Key")...))
+	s.authority(guidSecurity, "db", append(owner[:], s.cert(s.boot.dbKey())...))
 }
 
 // bootVariables are measured by their value alone, as EV_EFI_VARIABLE_BOOT is.
@@ -154,69 +152,83 @@ func (s *sequence) bootVariables() {
 	set("Boot0000", bootOption(0x109, "UiApp", setup))
 }
 
-// image measures a PE image that is started; its digest is its Authenticode
-// hash, which signing does not change here.
-func (s *sequence) image(measured []byte, size uint64, path ...[]byte) {
-	var p []byte
-	for _, node := range path {
-		p = append(p, node...)
-	}
-	s.addContent(4, eventlog.EFIBootServicesApp, measured, imageLoad(0x1c958018, size, p))
+// image measures a PE image that is started, by its Authenticode digest, which
+// signing does not change.
+func (s *sequence) image(file []byte, path ...[]byte) {
+	s.addContent(4, eventlog.EFIBootServicesApp, predicttest.Hashed(file),
+		imageLoad(0x1c958018, uint64(len(file)), bytes.Join(path, nil)))
 }
 
-func (s *sequence) kernel() []byte { return content("kernel", s.boot.Kernel) }
-func (s *sequence) initrd() []byte { return content("initrd", s.boot.Initrd) }
+// program is a boot loader that has a version.
+func program(name, version string) []byte {
+	return predicttest.Image(predicttest.Section{Name: ".text", Content: []byte(name + " " + version)})
+}
 
-// loadOptions is what the kernel's EFI stub measures: its command line and
-// its initrd, whoever loaded them.
-func (s *sequence) loadOptions() {
+// handOver is what the kernel's EFI stub measures: its command line and its
+// initrd, whoever loaded them.
+func (s *sequence) handOver(initrd []byte) {
 	s.addContent(9, eventlog.EventTag, utf16z(s.boot.CommandLine), taggedEvent(0x8f3b22ed, "LOADED_IMAGE::LoadOptions"))
-	s.addContent(9, eventlog.EventTag, s.initrd(), taggedEvent(0x8f3b22ec, "Linux initrd"))
+	s.addContent(9, eventlog.EventTag, initrd, taggedEvent(0x8f3b22ec, "Linux initrd"))
+}
+
+// stub is what a version of systemd-stub does (its stub.c).
+type stub struct {
+	sections  []string // measured, in this order
+	osRelease bool     // added to the initrd, as /.extra/os-release
+}
+
+func (b Boot) stub() stub {
+	if strings.HasPrefix(b.LoaderVersion, "252") {
+		return stub{sections: []string{".linux", ".osrel", ".cmdline", ".initrd"}}
+	}
+	return stub{sections: []string{".linux", ".osrel", ".cmdline", ".initrd", ".uname", ".sbat"}, osRelease: true}
 }
 
 func (s *sequence) uki() {
-	const osRelease = "ID=debian\nVERSION_ID=\"13\"\nPRETTY_NAME=\"Debian GNU/Linux 13 (trixie)\"\n"
-	b := s.boot
 	s.dbAuthority()
 	s.add(5, eventlog.EFIGPTEvent, gpt())
-	s.image(content("uki", b.LoaderVersion, b.Kernel, b.Initrd, b.CommandLine), 10429968,
-		diskPath, filePath(`\EFI\BOOT\BOOTX64.EFI`), pathEnd)
-	section := func(name string, measured []byte) {
-		s.addContent(11, eventlog.IPL, append([]byte(name), 0), utf16z(name))
-		s.addContent(11, eventlog.IPL, measured, utf16z(name))
+	s.image(s.files.UKI, diskPath, filePath(`\EFI\BOOT\BOOTX64.EFI`), pathEnd)
+	contents := map[string][]byte{}
+	for _, section := range predicttest.Sections(s.files.UKI) {
+		contents[section.Name] = section.Content
 	}
-	section(".linux", s.kernel())
-	section(".osrel", []byte(osRelease))
-	if b.CommandLine != "" {
-		section(".cmdline", []byte(b.CommandLine))
+	stub := s.boot.stub()
+	for _, name := range stub.sections {
+		if content := contents[name]; content != nil {
+			s.addContent(11, eventlog.IPL, append([]byte(name), 0), utf16z(name))
+			s.addContent(11, eventlog.IPL, content, utf16z(name))
+		}
 	}
-	section(".initrd", s.initrd())
-	if !b.SecureBoot {
+	if !s.boot.SecureBoot {
 		// The stub starts the kernel through the firmware, which measures it; with
 		// Secure Boot on it has to start it itself.
-		s.image(s.kernel(), 8247232, pathEnd)
+		s.image(contents[".linux"], pathEnd)
 	}
-	s.loadOptions()
+	initrd := contents[".initrd"]
+	if stub.osRelease {
+		initrd = append(bytes.Clone(initrd), make([]byte, -len(initrd)&3)...)
+		initrd = append(initrd, newc(file{name: ".extra"}, file{".extra/os-release", contents[".osrel"]})...)
+	}
+	s.handOver(initrd)
 }
 
 func (s *sequence) efiStub() {
 	s.dbAuthority()
 	s.add(5, eventlog.EFIGPTEvent, gpt())
-	s.image(s.kernel(), 8247232, diskPath, filePath(`\EFI\debian\vmlinuz.efi`), pathEnd)
-	s.loadOptions()
+	s.image(s.files.Kernel, diskPath, filePath(`\EFI\debian\vmlinuz.efi`), pathEnd)
+	s.handOver(s.files.Initrd)
 }
 
 func (s *sequence) grub() {
-	b := s.boot
 	s.dbAuthority()
 	s.add(5, eventlog.EFIGPTEvent, gpt())
-	s.image(content("shim", "16.1"), 1048504, diskPath, filePath(`\EFI\debian\shimx64.efi`), pathEnd)
+	s.image(program("shim", "16.1"), diskPath, filePath(`\EFI\debian\shimx64.efi`), pathEnd)
 	s.mok("MokList")
 	s.mok("MokListX")
 	s.authority(guidShim, "SbatLevel", []byte("sbat,1,2025021800\nshim,4\ngrub,5\n"))
 	s.mok("MokListTrusted")
-	s.authority(guidShim, "MokListRT", append(append([]byte(nil), guidShim[:]...), s.cert("Example Secure Boot CA")...))
-	s.image(content("grub", b.LoaderVersion), 4183488, filePath(`\EFI\debian\grubx64.efi`), pathEnd)
+	s.authority(guidShim, "MokListRT", append(append([]byte(nil), guidShim[:]...), s.cert(vendorKey)...))
+	s.image(program("grub", s.boot.LoaderVersion), filePath(`\EFI\debian\grubx64.efi`), pathEnd)
 	s.grubCommands()
 }
 
@@ -228,8 +240,8 @@ func (s *sequence) mok(name string) {
 // PCR 8, each file that it reads into PCR 9.
 func (s *sequence) grubCommands() {
 	const config = "(hd0,gpt1)/EFI/debian/grub.cfg"
-	kernelFile, initrdFile := "/boot/vmlinuz-"+s.boot.Kernel, "/boot/initrd.img-"+s.boot.Kernel
-	start := strings.TrimRight(kernelFile+" "+s.boot.CommandLine, " ")
+	linux := s.boot.linux()
+	start, initrd := strings.Join(linux, " "), s.boot.initrdFile()
 	command := func(prefix, line string) {
 		s.addContent(8, eventlog.IPL, []byte(line), append([]byte(prefix+line), 0))
 	}
@@ -238,16 +250,16 @@ func (s *sequence) grubCommands() {
 	}
 	command("grub_cmd: ", "[ -e "+config+" ]")
 	command("grub_cmd: ", "source "+config)
-	file(config, content("grub.cfg", start, initrdFile))
+	file(config, s.files.GRUBConfig)
 	command("grub_cmd: ", "set timeout=0")
 	command("grub_cmd: ", "linux "+start)
-	file(kernelFile, s.kernel())
-	s.image(s.kernel(), 8247232)
+	file(linux[0], s.files.Kernel)
+	s.image(s.files.Kernel)
 	if s.boot.SecureBoot {
-		s.image(s.kernel(), 8247232) // once verified by shim, once started
+		s.image(s.files.Kernel) // once verified by shim, once started
 	}
 	command("kernel_cmdline: ", start)
-	command("grub_cmd: ", "initrd "+initrdFile)
-	file(initrdFile, s.initrd())
+	command("grub_cmd: ", "initrd "+initrd)
+	file(initrd, s.files.Initrd)
 	command("grub_cmd: ", "boot")
 }

@@ -40,7 +40,9 @@ func shape(log *eventlog.Log) []string {
 
 // TestLikeRecordedBoots: a simulated log has the shape of a recorded one.
 func TestLikeRecordedBoots(t *testing.T) {
-	for folder, l := range map[string]simboot.Loader{"uki-secureboot": simboot.UKI, "shim-grub-secureboot": simboot.GRUB} {
+	uki := simboot.Baseline(simboot.UKI)
+	uki.LoaderVersion = "252.39" // which measures fewer sections than later ones
+	for folder, b := range map[string]simboot.Boot{"uki-secureboot": uki, "shim-grub-secureboot": simboot.Baseline(simboot.GRUB)} {
 		raw, err := os.ReadFile(filepath.Join("..", "eventlog", "testdata", folder, "binary_bios_measurements"))
 		if err != nil {
 			t.Fatal(err)
@@ -49,9 +51,9 @@ func TestLikeRecordedBoots(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, want := shape(readLog(t, tpmtest.New(t, simboot.Baseline(l)))), shape(recorded)
+		got, want := shape(readLog(t, tpmtest.New(t, b))), shape(recorded)
 		if !slices.Equal(got, want) {
-			t.Errorf("%s:\n got %q\nwant %q", l, got, want)
+			t.Errorf("%s:\n got %q\nwant %q", b.Loader, got, want)
 		}
 	}
 }
