@@ -48,9 +48,10 @@ var (
 )
 
 const (
-	hintRestore  = "run kleidi keyring restore with the previous revision or a backup"
-	hintNotVault = "set vault.address to Vault or OpenBao itself, not to a proxy or another service"
-	hintPaths    = "correct vault.mount or vault.namespace, or enable the engine there"
+	hintRestore    = "run kleidi keyring restore with the previous revision or a backup"
+	hintNotVault   = "set vault.address to Vault or OpenBao itself, not to a proxy or another service"
+	hintKeyMissing = "correct vault.key, or restore the key from a backup of the server"
+	hintPaths      = "correct vault.mount or vault.namespace, or enable the engine there"
 )
 
 // Texts of Vault and OpenBao that tell answers of one status apart. They are
@@ -79,7 +80,23 @@ type refusal struct {
 
 func (r *refusal) Error() string { return fmt.Sprintf("status %d", r.status) }
 
-func (r *refusal) says(text string) bool { return slices.Contains(r.texts, text) }
+// lines takes lists apart that go-multierror made:
+// "2 errors occurred:\n\t* permission denied\n\t* invalid token\n\n".
+func (r *refusal) lines() (all []string) {
+	for _, text := range r.texts {
+		if heading, list, ok := strings.Cut(text, " occurred:\n"); ok && strings.Contains(heading, "error") {
+			text = list
+		}
+		for line := range strings.Lines(text) {
+			if line = strings.TrimPrefix(strings.TrimSpace(line), "* "); line != "" {
+				all = append(all, line)
+			}
+		}
+	}
+	return all
+}
+
+func (r *refusal) says(text string) bool { return slices.Contains(r.lines(), text) }
 
 func (r *refusal) sealed() bool { return r.says(textSealed) || r.says(textSealedBao) }
 
@@ -96,8 +113,7 @@ func (s *session) explain(ctx context.Context, r request, err error) error {
 	case refused.status == http.StatusForbidden:
 		return s.explainForbidden(ctx, r, refused)
 	case refused.says(textKeyMissing):
-		return s.config.errorf(seal.CauseUnavailable, "correct vault.key, or restore the key from a backup of the server",
-			"%s: %w", r.path, ErrKeyMissing)
+		return s.config.errorf(seal.CauseUnavailable, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
 	case refused.status == http.StatusNotFound:
 		return s.config.errorf(seal.CauseUnavailable, hintPaths, "%s: %w", r.path, ErrMountMissing)
 	}
@@ -125,18 +141,24 @@ func (s *session) explainServer(r *refusal) error {
 }
 
 // explainForbidden asks the server what is missing: a valid token is told its own
-// capabilities. Vault asks for the capability create, not update, where a key
-// doesn't exist, so that a missing key is "permission denied" as well.
+// capabilities.
 func (s *session) explainForbidden(ctx context.Context, r request, refused *refusal) error {
+	if refused.says(textInvalidToken) {
+		return s.config.errorf(seal.CauseCredentials, s.config.Auth.renewHint(), "%s: %w", r.path, ErrToken)
+	}
+	grant := fmt.Sprintf("grant it the capability %q on the path %q", r.capability, r.path)
 	capabilities, err := s.capabilities(ctx, r.path)
 	switch {
-	case err != nil && (refused.says(textInvalidToken) || forbidden(err)):
-		return s.config.errorf(seal.CauseCredentials, s.config.Auth.renewHint(), "%s: %w", r.path, ErrToken)
-	case err == nil && slices.Contains(capabilities, r.capability):
-		return s.config.errorf(seal.CauseUnavailable, "correct vault.key, or restore the key from a backup of the server",
-			"%s: %w", r.path, ErrKeyMissing)
+	case forbidden(err):
+		return s.config.errorf(seal.CauseCredentials, grant+`, and "update" on "sys/capabilities-self"; or renew it, if it has expired`,
+			"%s: %w", r.path, ErrDenied)
+	case err != nil, !slices.Contains(capabilities, r.capability):
+		return s.config.errorf(seal.CauseCredentials, grant, "%s: %w", r.path, ErrDenied)
+	case r.path == s.config.Mount+"/encrypt/"+s.config.Key:
+		// Vault asks for the capability create, not update, where the key doesn't exist
+		return s.config.errorf(seal.CauseUnavailable, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
 	}
-	return s.config.errorf(seal.CauseCredentials, fmt.Sprintf("grant it the capability %q on the path %q", r.capability, r.path),
+	return s.config.errorf(seal.CauseCredentials, "see the server's audit log; the capability is there, so that another rule (MFA, control group) forbids it",
 		"%s: %w", r.path, ErrDenied)
 }
 
@@ -188,7 +210,7 @@ const maxQuoted = 200
 
 // quote shows what the server said, unless that repeats a secret.
 func (s *session) quote(r *refusal) string {
-	text := strings.Join(r.texts, "; ")
+	text := strings.Join(r.lines(), "; ")
 	for _, secret := range s.secrets {
 		if repeats(text, secret) {
 			return fmt.Sprintf("status %d (its text is withheld, since it repeats a secret)", r.status)

@@ -58,13 +58,18 @@ func TestAnswers(t *testing.T) {
 		is     error
 		says   string
 	}{
+		"a token that expired": {at(encrypt, 403, `{"errors":["2 errors occurred:\n\t* permission denied\n\t* invalid token\n\n"]}`),
+			seal.CauseCredentials, ErrToken, "vault.auth.secretIDFile"},
+		"a token that can't ask": {func(w http.ResponseWriter, r *http.Request, n int) bool {
+			return at(encrypt, 403, `{"errors":["permission denied"]}`)(w, r, n) || at("sys/capabilities-self", 403, `{"errors":["permission denied"]}`)(w, r, n)
+		}, seal.CauseCredentials, ErrDenied, `"update" on "sys/capabilities-self"; or renew it`},
 		"a proxy's page":          {html(http.StatusOK), seal.CauseUnavailable, ErrNotVault, `is "text/html; charset=utf-8" and not application/json`},
 		"a proxy's refusal":       {html(http.StatusForbidden), seal.CauseUnavailable, ErrNotVault, "status 403"},
 		"a gateway's failure":     {html(http.StatusBadGateway), seal.CauseUnavailable, ErrNotVault, "status 502"},
 		"recovery secondary":      {at(encrypt, 472, `{"errors":[]}`), seal.CauseUnavailable, ErrStandby, "status 472"},
 		"performance standby":     {at(encrypt, 473, `{"errors":[]}`), seal.CauseUnavailable, ErrStandby, "set vault.address to the active server"},
 		"OpenBao sealed":          {at(encrypt, 503, `{"errors":["OpenBao is sealed"]}`), seal.CauseUnavailable, ErrSealed, "unseal it"},
-		"failure":                 {at(encrypt, 500, `{"errors":["1 error occurred:\n\t* storage"]}`), seal.CauseUnavailable, nil, `\t* storage`},
+		"failure":                 {at(encrypt, 500, `{"errors":["1 error occurred:\n\t* storage"]}`), seal.CauseUnavailable, nil, `status 500, "storage"`},
 		"too large for it":        {at(encrypt, 413, `{"errors":["http: request body too large"]}`), seal.CauseUnavailable, nil, "max_request_size"},
 		"no such namespace":       {at(encrypt, 404, `{"errors":["no handler for route \"transit/encrypt/kleidi\". route entry not found."]}`), seal.CauseUnavailable, ErrMountMissing, "vault.namespace"},
 		"login: no such method":   {at("auth/approle/login", 404, `{"errors":["no handler"]}`), seal.CauseCredentials, ErrMountMissing, "vault.auth.mount"},
