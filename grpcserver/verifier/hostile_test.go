@@ -164,7 +164,7 @@ func TestOversizedLogs(t *testing.T) {
 
 // TestSlowClients: who says nothing, or stops, is cut off, and leaves no place taken.
 func TestSlowClients(t *testing.T) {
-	const timeout = 1500 * time.Millisecond
+	const timeout = 3 * time.Second
 	slow := newRig(t, func(o *Options) { o.Timeout = timeout })
 	for name, send := range map[string][]*FromAttester{"silent": nil, "silent after the challenge": {fromHello(slow.hello())}} {
 		s, started := slow.raw(), time.Now()

@@ -320,7 +320,7 @@ func TestOnce(t *testing.T) {
 	}
 }
 
-// TestEKClaims: only keys of the TCG's two templates, in one encoding.
+// TestEKClaims: only keys of the TCG's two templates.
 func TestEKClaims(t *testing.T) {
 	r3, err := rsa.GenerateKey(rand.Reader, 3072)
 	if err != nil {

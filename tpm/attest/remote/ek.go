@@ -1,12 +1,10 @@
 package remote
 
 import (
-	"bytes"
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
-	"errors"
 	"fmt"
 
 	"github.com/google/go-tpm/tpm2"
@@ -20,9 +18,6 @@ func encapsulationKey(spki []byte) (tpm2.LabeledEncapsulationKey, error) {
 	key, err := x509.ParsePKIXPublicKey(spki)
 	if err != nil {
 		return nil, err
-	}
-	if again, err := x509.MarshalPKIXPublicKey(key); err != nil || !bytes.Equal(again, spki) {
-		return nil, errors.New("it is not encoded as DER demands")
 	}
 	var public tpm2.TPMTPublic
 	switch k := key.(type) {

@@ -15,8 +15,8 @@ import (
 )
 
 // FuzzKeys: the two keys of a Hello come from anybody. No byte of them ends the
-// process; what is taken for an endorsement key has one encoding, and what is
-// taken for an attestation key is of the template, whose Name covers it whole.
+// process; to what is taken for an endorsement key a credential can be made, and what
+// is taken for an attestation key is of the template, whose Name covers it whole.
 func FuzzKeys(f *testing.F) {
 	r, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {

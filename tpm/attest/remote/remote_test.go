@@ -14,8 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// TestSignatureSatisfiesTheTPM: with a signature the session's policy digest is
-// the one that is computed without a TPM; for another session, another reference
+// TestSignatureSatisfiesTheTPM: with a signature the session's digest is the one
+// that is computed without a TPM; for another session, another reference
 // or by another key, the TPM refuses it.
 func TestSignatureSatisfiesTheTPM(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
@@ -45,7 +45,7 @@ func TestSignatureSatisfiesTheTPM(t *testing.T) {
 				return err
 			}
 			if want := signedDigest(t, key, ref); !bytes.Equal(got.PolicyDigest.Buffer, want) {
-				t.Errorf("%s: policy digest %x, want %x", name, got.PolicyDigest.Buffer, want)
+				t.Errorf("%s: digest %x, want %x", name, got.PolicyDigest.Buffer, want)
 			}
 			return nil
 		})
