@@ -84,6 +84,9 @@ func (h *host) serve(ts *testscript.TestScript, args []string) error {
 	}
 	p := &process{cmd: exec.Command(argv[0], append(argv[1:], args...)...), ended: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
+	if conf := ts.Getenv("SOFTHSM2_CONF"); conf != "" {
+		p.cmd.Env = append(os.Environ(), "SOFTHSM2_CONF="+conf)
+	}
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := p.cmd.Start(); err != nil {
 		return broken("%w", err)
