@@ -16,6 +16,12 @@
 // A PIN that the token refused is not tried again until it changes, however
 // often unlocking is repeated, and the last try before a lock-out is left to a person.
 //
+// Nothing of a PIN or a KEK stays behind but in locked memory, as far as that is in
+// our hands: blocks and registers that a call went through are overwritten, which
+// tests see over both modules that they use. What a module keeps in memory of its own is its
+// business. Children of this process inherit nothing: Go forks only to execute another
+// program, and between operations a module has no file open.
+//
 // Modules are C. Without cgo this package builds, and [New] says how to get one
 // that works.
 package hsm
