@@ -219,13 +219,6 @@ func (f *scene) read(name string) string {
 	return strings.TrimSpace(string(b))
 }
 
-func (f *scene) removeFile(name string) {
-	f.t.Helper()
-	if err := os.Remove(f.path(name)); err != nil {
-		f.t.Fatal(err)
-	}
-}
-
 func (f *scene) chmod(name string, mode os.FileMode) {
 	f.t.Helper()
 	if err := os.Chmod(f.path(name), mode); err != nil {

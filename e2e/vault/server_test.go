@@ -128,6 +128,13 @@ func (s *server) remove(path string) {
 	}
 }
 
+func (s *server) removeFile(name string) {
+	s.t.Helper()
+	if err := os.Remove(s.path(name)); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
 func (s *server) copy(from, to string) {
 	s.t.Helper()
 	b, err := os.ReadFile(s.path(from))
