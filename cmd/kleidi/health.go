@@ -121,8 +121,8 @@ func (h *health) remarks() []string {
 var (
 	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
 	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if another wrapper than the first of unlock.order opened the keyring, 0 else.", nil, nil)
-	descSlotOpens = prometheus.NewDesc("kleidi_slot_opens", "1 if the slot opened in the last self-test, 0 if not.", []string{"slot"}, nil)
-	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would.", nil, nil)
+	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open in the last self-test.", nil, nil)
+	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would; 0 if never.", nil, nil)
 	descOpen      = prometheus.NewDesc("kleidi_open", "1 if the KEK is open, 0 if kleidi is locked.", nil, nil)
 	descKeyID     = prometheus.NewDesc("kleidi_current_key_id_info", "The current key ID's hash, in the form of kube-apiserver's key_id_hash.", []string{"key_id_hash"}, nil)
 	descRevision  = prometheus.NewDesc("kleidi_keyring_revision", "Revision of the open keyring.", nil, nil)
@@ -137,7 +137,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descSuspended, descFallback, descSlotOpens, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
+	for _, d := range []*prometheus.Desc{descSuspended, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
 		c <- d
 	}
 }
@@ -187,16 +187,12 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 		fallback = 1
 	}
 	gauge(descFallback, fallback)
-	if tests := n.tests.Load(); tests != nil {
-		gauge(descTested, seconds(tests.at))
-		for _, t := range tests.tests {
-			opens := 0.0
-			if t.Opens {
-				opens = 1
-			}
-			gauge(descSlotOpens, opens, t.Name)
-		}
+	var tests selfTests
+	if t := n.tests.Load(); t != nil {
+		tests = *t
 	}
+	gauge(descTested, tests.seconds())
+	gauge(descUnusable, float64(tests.failed()))
 	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
 	gauge(descRevision, float64(info.Revision))
 	gauge(descKEKs, 1, "current")

@@ -31,8 +31,9 @@ type hardware struct {
 //	machine other                            boot another machine in its place
 //	machine proxy                            put a proxy before its TPM
 //	machine undefine INDEX                   remove an NV index, as any boot can
+//	machine files DIR [LOADER] [FIELD=VALUE...]  write the files of such a boot
 func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
-	if len(args) == 0 || h.machine == nil && args[0] != "boot" {
+	if len(args) == 0 || h.machine == nil && args[0] != "boot" && args[0] != "files" {
 		return broken("machine: boot it first")
 	}
 	switch args[0] {
@@ -57,6 +58,16 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 		return h.install(tpmtest.New(h.t, simboot.Baseline(simboot.UKI)))
 	case "undefine":
 		return h.undefine(args[1])
+	case "files":
+		b, err := parseBoot(args[2:])
+		if err != nil {
+			return broken("machine files: %w", err)
+		}
+		f, err := b.Files()
+		if err != nil {
+			return err
+		}
+		return f.Write(h.path(args[1]))
 	case "proxy":
 		h.proxy = tpmtest.NewProxy(h.t, h.machine)
 		return h.lead(h.proxy.Address())
@@ -135,8 +146,8 @@ func (h *host) lead(device string) error {
 	return nil
 }
 
-// proxyCommand makes the TPM fail: proxy vanish|return|hang|drop|lockout|heal, or
-// garbage NAME.
+// proxyCommand makes the TPM fail: proxy vanish|return|hang|drop|lockout|heal,
+// increment (no counter moves) or garbage NAME.
 func (h *host) proxyCommand(ts *testscript.TestScript, args []string) error {
 	switch strings.Join(args[:1], "") {
 	case "vanish":
@@ -147,6 +158,8 @@ func (h *host) proxyCommand(ts *testscript.TestScript, args []string) error {
 		h.proxy.Heal()
 	case "hang":
 		h.proxy.Inject(tpmtest.Fault{Do: tpmtest.Hang})
+	case "increment":
+		h.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCNVIncrement, Do: tpmtest.Hang})
 	case "drop":
 		h.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCUnseal, Do: tpmtest.Drop})
 	case "lockout":

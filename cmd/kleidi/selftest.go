@@ -18,6 +18,24 @@ type selfTests struct {
 	tests []admin.SlotTest
 }
 
+// seconds is when it was, 0 if never.
+func (r selfTests) seconds() float64 {
+	if r.at.IsZero() {
+		return 0
+	}
+	return seconds(r.at)
+}
+
+// failed counts the slots that did not open.
+func (r selfTests) failed() (n int) {
+	for _, t := range r.tests {
+		if !t.Opens {
+			n++
+		}
+	}
+	return n
+}
+
 // selfTest tests now and then until ctx ends: first a while after the start, then
 // as often as configured, give or take a tenth, so that nodes don't all ask at once.
 func (s *server) selfTest(ctx context.Context) {
