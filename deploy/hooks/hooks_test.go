@@ -57,7 +57,7 @@ func newHost(t *testing.T) *host {
 
 // relocate moves the absolute paths of the hooks to this host.
 func (h *host) relocate(script string) string {
-	for _, path := range []string{"/run/kleidi-hooks", "/boot/", "/efi/EFI", "/proc/cmdline", "/etc/dpkg", "/etc/kernel", "/usr/local/sbin"} {
+	for _, path := range []string{"/run/kleidi-hooks", "/sys/firmware", "/boot/", "/boot$path", "/efi/EFI", "/efi$path", "/proc/cmdline", "/etc/dpkg", "/etc/kernel", "/usr/local/sbin"} {
 		for _, before := range []string{" ", "=", "<", ":", "\"", "-"} {
 			script = strings.ReplaceAll(script, before+path, before+h.root+path)
 		}
@@ -297,6 +297,25 @@ func TestKernelInstallOtherwise(t *testing.T) {
 	h.want(h.run([]string{"KERNEL_INSTALL_LAYOUT=bls"}, "95-kleidi.install", "add", "2", "", "/boot/vmlinuz-2"), "kernel 2, installed with the layout bls")
 	h.write("boot/grub/grub.cfg", booted)
 	h.want(h.run([]string{"KERNEL_INSTALL_LAYOUT=other"}, "95-kleidi.install", "add", "2"), "")
+}
+
+// TestRunningImage: where the running image is still there, kleidi gets it, and
+// where that does not help, it is left out.
+func TestRunningImage(t *testing.T) {
+	const variable = "sys/firmware/efi/efivars/StubImageIdentifier-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+	h := newHost(t)
+	h.run(nil, "kleidi-next-boot", "booted")
+	image := "\\EFI\\Linux\\token-1.efi\x00"
+	h.write(variable, "\x06\x00\x00\x00"+strings.Join(strings.Split(image, ""), "\x00")+"\x00")
+	h.write("efi/EFI/Linux/token-2.efi", "image 2")
+	next := h.root + "/efi/EFI/Linux/token-2.efi"
+	alone := "--next-uki /efi/EFI/Linux/token-2.efi"
+	h.want(h.run(nil, "kleidi-next-boot", "uki", next), "the next boot is prepared", alone)
+	h.write("efi/EFI/Linux/token-1.efi", "image 1")
+	with := alone + " --running-uki /efi/EFI/Linux/token-1.efi"
+	h.want(h.run(nil, "kleidi-next-boot", "uki", next), "the next boot is prepared", with)
+	h.write("refuse", "")
+	h.want(h.run(nil, "kleidi-next-boot", "uki", next), loud, with, alone)
 }
 
 // TestImageWithoutLoader: the image that the firmware starts itself is no boot
