@@ -13,6 +13,8 @@ import (
 	"net/http"
 	"net/url"
 	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Limits of what is read.
@@ -127,8 +129,10 @@ func (w *wire) exchange(req *http.Request) (*http.Response, error) {
 	if err := req.Write(&out); err != nil {
 		return nil, err
 	}
-	request := out.Bytes()
-	if _, err := w.conn.Write(request); err != nil {
+	var err error
+	// crypto/tls builds records in buffers that may grow, and leave a copy, on the way
+	seal.Erase(func() { _, err = w.conn.Write(out.Bytes()) })
+	if err != nil {
 		return nil, err
 	}
 	res, err := w.readHeaders(req)

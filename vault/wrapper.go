@@ -60,6 +60,7 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (slot seal.Slot, e
 	if len(body) == 0 {
 		return slot, errors.New("vault: no KEK to wrap: it is closed or of another size")
 	}
+	defer seal.Collect() // what crypto/tls left of the KEK, see wire.exchange
 	err = w.in(ctx, func(ctx context.Context, s *session) error {
 		s.secrets = append(s.secrets, bytes.Clone(body[len(`{"plaintext":"`):len(body)-len(`"}`)]))
 		slot, err = s.transit(ctx, request{w.path("encrypt"), body, "update"})

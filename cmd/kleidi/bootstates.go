@@ -49,7 +49,16 @@ func (n *node) states(slots []seal.Slot, uses ...tpm.Use) []tpm.BootState {
 // reshape returns the revision in which the KEK is sealed to these boot states,
 // for the next epoch: once that has begun, no other slot of this node opens.
 func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
-	w, err := n.onTPMOf(n.tpm.ForNextEpoch(k.Slots()), k)
+	v, err := n.remote.demand(k.ClusterID())
+	if err != nil {
+		return nil, nil, err
+	}
+	return n.reshapeUnder(ctx, k, v, states)
+}
+
+// reshapeUnder does so under this verifier, or none.
+func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
+	w, err := n.tpm.ForNextEpoch(k.Slots()).Demanding(v).OnTPMOf(k.Slots())
 	if err != nil {
 		return nil, nil, err
 	}
@@ -67,7 +76,11 @@ func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.Boo
 // extend returns the revision in which the KEK is sealed to one boot state more.
 // Nothing is revoked; slots that drop picks leave the keyring all the same.
 func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootState, drop func(seal.Slot) bool) (*keyring.Keyring, seal.Slot, error) {
-	w, err := n.onTPMOf(n.tpm, k)
+	v, err := n.remote.demand(k.ClusterID())
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	w, err := n.tpm.Demanding(v).OnTPMOf(k.Slots())
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}
@@ -77,16 +90,6 @@ func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootSta
 	}
 	next, err := k.WithSlots(append(slices.DeleteFunc(k.Slots(), drop), slots...))
 	return next, slots[0], err
-}
-
-// onTPMOf has a wrapper seal on the TPM of the keyring's slots, and under the
-// configured verifier.
-func (n *node) onTPMOf(w *tpm.Wrapper, k *keyring.Keyring) (*tpm.Wrapper, error) {
-	v, err := n.remote.demand(k.ClusterID())
-	if err != nil {
-		return nil, err
-	}
-	return w.Demanding(v).OnTPMOf(k.Slots())
 }
 
 // sealTo seals kek to each of the boot states, and opens what it made before
@@ -129,7 +132,13 @@ func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.Keyri
 		for _, s := range n.states(k.Slots(), kept...) {
 			states = append(states, refreshed(s, present))
 		}
-		next, slots, err := n.reshape(ctx, k, states)
+		reshape := n.reshape
+		if req.WithoutVerifier {
+			reshape = func(ctx context.Context, k *keyring.Keyring, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
+				return n.reshapeUnder(ctx, k, nil, states)
+			}
+		}
+		next, slots, err := reshape(ctx, k, states)
 		for _, s := range slots {
 			bound = append(bound, "the KEK is sealed to "+n.what(s))
 		}
@@ -202,24 +211,20 @@ func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.Keyring
 }
 
 // oldestNext returns the oldest slot for a next boot, where there are as many as
-// there may be.
+// there may be. Of slots made in the same second, later ones stand behind.
 func (n *node) oldestNext(slots []seal.Slot) *seal.Slot {
-	var oldest *seal.Slot
+	var next []int
 	demands := n.demands(slots)
-	count := 0
-	for i, d := range demands {
-		if d.State.Use != tpm.UseNext {
-			continue
-		}
-		count++
-		if oldest == nil || d.Made.Before(demands[slices.IndexFunc(slots, func(s seal.Slot) bool { return bytes.Equal(s.Data, oldest.Data) })].Made) {
-			oldest = &slots[i]
+	for _, i := range slices.Sorted(maps.Keys(demands)) {
+		if demands[i].State.Use == tpm.UseNext {
+			next = append(next, i)
 		}
 	}
-	if count < maxNext {
+	if len(next) < maxNext {
 		return nil
 	}
-	return oldest
+	slices.SortStableFunc(next, func(a, b int) int { return demands[a].Made.Compare(demands[b].Made) })
+	return &slots[next[len(next)-1]]
 }
 
 // same reports whether two boot states are of the same PCR values.

@@ -38,6 +38,7 @@ var borders = map[string][]string{
 	"grpcserver":                     {"seal", "grpcserver/internal/panics", "grpcserver/internal/unixsocket"},
 	"grpcserver/admin":               {"seal", "grpcserver/internal/panics", "grpcserver/internal/unixsocket"},
 	"grpcserver/verifier":            {"seal", "grpcserver/internal/panics", "tpm/attest/remote"},
+	"deploy/hooks":                   {},
 	"hsm":                            {"seal"},
 	"vault":                          {"seal"},
 	"grpcserver/internal/panics":     {},

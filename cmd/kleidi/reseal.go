@@ -57,6 +57,7 @@ be predicted is refused, and the message says what to do.`,
 	}
 	files.register(cmd)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show the next boot state, and change nothing")
+	cmd.Flags().BoolVar(&req.WithoutVerifier, "without-verifier", false, "demand no verifier, before tpm.verifier is taken out of the configuration")
 	cmd.Flags().BoolVar(&req.DropNext, "drop-next", false, "revoke the slots for next boots as well")
 	return cmd
 }

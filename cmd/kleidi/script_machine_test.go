@@ -16,7 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// hardware is what a host consists of. hw/tpm.sock, hw/log and hw/userspace lead
+// hardware is what a host consists of. hw/tpm.sock, hw/log, hw/userspace and hw/boot lead
 // to the machine in use, so that another can take its place.
 type hardware struct {
 	machine *tpmtest.Machine
@@ -133,7 +133,7 @@ func (h *host) device() string {
 // lead has the configured paths lead to the machine.
 func (h *host) lead(device string) error {
 	for name, target := range map[string]string{
-		"tpm.sock": strings.TrimPrefix(device, "unix:"), "log": h.machine.EventLog(), "userspace": h.machine.UserspaceLog(),
+		"tpm.sock": strings.TrimPrefix(device, "unix:"), "log": h.machine.EventLog(), "userspace": h.machine.UserspaceLog(), "boot": h.machine.Files(),
 	} {
 		link := h.path("hw/" + name)
 		if err := os.Remove(link); err != nil && !errors.Is(err, fs.ErrNotExist) {

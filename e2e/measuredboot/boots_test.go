@@ -37,12 +37,15 @@ type boot struct {
 	last func(*machine) []wire.Step
 	want verdict
 	// cause is the typed cause of the refusal, and says what its text must name: both
-	// are in the gRPC error and in what kleidi status says.
-	cause seal.Cause
-	says  []string
+	// are in the gRPC error and in what kleidi status says. slot is what kleidi status
+	// says of one of the slots, where that is another cause.
+	cause, slot seal.Cause
+	says        []string
 	// moved are the PCRs that differ from the first boot, of those that kleidi may
 	// seal to (4 to 9, 11 to 14).
 	moved []int
+	// refused is what a command says that must fail; empty if none must.
+	refused string
 	// discard has the state folder be as before, when the machine is off.
 	discard bool
 	// check looks at more.
@@ -140,9 +143,14 @@ func (m *machine) judge(t *testing.T, c boot, b *booted, r *row) {
 			}
 		case s.Decrypt != nil:
 			m.judgeDecrypt(t, c, res, r)
+		case c.refused != "" && res.Error != "" && strings.Contains(res.Stderr, c.refused):
+			r.Says = strings.TrimSpace(res.Stderr)
 		case res.Error != "":
 			t.Errorf("%s: %s", describe(wire.Result{Step: s}), res.Error)
 		}
+	}
+	if c.refused != "" && r.Says == "" {
+		t.Errorf("no command said %q", c.refused)
 	}
 	if r.Verdict == "" {
 		t.Errorf("kleidi was not asked; expected that it %s", c.want)
@@ -177,6 +185,7 @@ func judgeServe(t *testing.T, c boot, res wire.Result, r *row) {
 	var status struct {
 		State   string
 		Problem admin.Problem
+		Slots   []admin.SlotReport
 	}
 	if err := json.Unmarshal([]byte(res.Status), &status); err != nil {
 		t.Errorf("kleidi status -o json: %v", err)
@@ -200,6 +209,9 @@ func judgeServe(t *testing.T, c boot, res wire.Result, r *row) {
 	}
 	if !strings.Contains(res.Error, "locked ("+string(c.cause)+")") {
 		t.Errorf("the gRPC error does not name the cause %q: %s", c.cause, res.Error)
+	}
+	if c.slot != "" && !slices.ContainsFunc(status.Slots, func(s admin.SlotReport) bool { return s.Problem != nil && s.Problem.Cause == c.slot }) {
+		t.Errorf("kleidi status gives the cause %q for no slot: %s", c.slot, res.Status)
 	}
 	for _, want := range c.says {
 		if !strings.Contains(res.Error, want) {

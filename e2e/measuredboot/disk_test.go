@@ -46,9 +46,10 @@ func makePartition(path string) error {
 // initrdFile packs the initrd: init, the modules in load order, the digest of the
 // disk with the programs.
 func (f *forge) initrdFile(i image) (string, error) {
-	return f.once(image{initrd: i.initrd}.path(f, ".initrd"), func(path string) error {
+	root := f.root(i)
+	return f.once(image{initrd: i.initrd, systemd: i.systemd}.path(f, ".initrd"), func(path string) error {
 		files := []disk.File{{Name: "modules/", Mode: 0o755}, {Name: "init", Mode: 0o755, Data: f.init}}
-		files = append(files, disk.File{Name: wire.ToolsDigest[1:], Mode: 0o644, Data: fmt.Appendf(nil, "%x %d\n", sha256.Sum256(f.tools), len(f.tools))})
+		files = append(files, disk.File{Name: wire.ToolsDigest[1:], Mode: 0o644, Data: fmt.Appendf(nil, "%x %d\n", sha256.Sum256(root), len(root))})
 		if i.initrd != "" {
 			files = append(files, disk.File{Name: "hook", Mode: 0o755, Data: []byte(i.initrd)})
 		}

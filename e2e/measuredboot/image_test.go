@@ -23,19 +23,27 @@ type image struct {
 	kernel      string // put in the place of the name of who built the kernel; as long as that
 	uname       string // .uname, which the stub does not measure
 	unsigned    bool
+	systemd     bool              // systemd is what the initrd hands over to
 	sections    map[string][]byte // further sections of a unified kernel image
 }
 
-const commandLine = "console=ttyS0,115200 quiet panic=-1 root=tools"
+// Without no_timer_check the kernel panics on a busy host: it takes an emulated timer
+// that ticks late for one that is broken.
+const commandLine = "console=ttyS0,115200 quiet panic=-1 no_timer_check root=tools"
+
+const osRelease = "ID=measuredboot\nVERSION_ID=1\n"
 
 // forge makes images in a folder. Each is made once.
 type forge struct {
 	dir   string
 	parts *parts
-	// init is the initrd's; tools is the archive with the programs.
-	init, tools []byte
-	mu          sync.Mutex
-	made        map[string]string
+	// init is the initrd's; tools is the archive with the programs, system the one
+	// that also has systemd.
+	init, tools, system []byte
+	// key is that whose certificate the firmware's db and KEK hold.
+	key  string
+	mu   sync.Mutex
+	made map[string]string
 }
 
 func newForge(dir string) (*forge, error) {
@@ -43,8 +51,11 @@ func newForge(dir string) (*forge, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &forge{dir: dir, parts: p, made: map[string]string{}}
-	kleidi, err := os.ReadFile(binary())
+	f := &forge{dir: dir, parts: p, key: filepath.Join(dir, "signing.key"), made: map[string]string{}}
+	if _, err := output("openssl", "rsa", "-in", snakeoil+".key", "-passin", "pass:snakeoil", "-out", f.key); err != nil {
+		return nil, err
+	}
+	kleidi, err := os.ReadFile(kleidiBinary())
 	if err != nil {
 		return nil, fmt.Errorf("%w; run make build, or set KLEIDI to the binary's path", err)
 	}
@@ -55,13 +66,33 @@ func newForge(dir string) (*forge, error) {
 	if f.init, err = f.program("init"); err != nil {
 		return nil, err
 	}
-	var tools bytes.Buffer
-	err = disk.Pack(&tools, []disk.File{{Name: wire.Driver, Mode: 0o755, Data: driver}, {Name: wire.Kleidi, Mode: 0o755, Data: kleidi}})
-	f.tools = tools.Bytes()
+	programs := []disk.File{{Name: wire.Driver, Mode: 0o755, Data: driver}, {Name: wire.Kleidi, Mode: 0o755, Data: kleidi}}
+	if f.tools, err = archive(programs); err != nil {
+		return nil, err
+	}
+	system, err := p.systemFiles()
+	if err != nil {
+		return nil, err
+	}
+	f.system, err = archive(append(system, programs...))
 	return f, err
 }
 
-func binary() string {
+func archive(files []disk.File) ([]byte, error) {
+	var b bytes.Buffer
+	err := disk.Pack(&b, files)
+	return b.Bytes(), err
+}
+
+// root is what the initrd hands over to.
+func (f *forge) root(i image) []byte {
+	if i.systemd {
+		return f.system
+	}
+	return f.tools
+}
+
+func kleidiBinary() string {
 	if path := os.Getenv("KLEIDI"); path != "" {
 		return path
 	}
@@ -127,7 +158,7 @@ func (f *forge) uki(i image) (string, error) {
 		return "", err
 	}
 	return f.once(i.path(f, ".efi"), func(path string) error {
-		sections := []section{{".osrel", f.text(path, ".osrel", "ID=measuredboot\nVERSION_ID=1\n")}}
+		sections := []section{{".osrel", f.text(path, ".osrel", osRelease)}}
 		sections = append(sections, section{".cmdline", f.text(path, ".cmdline", i.line())})
 		uname := i.uname
 		if uname == "" {
@@ -150,6 +181,10 @@ func (i image) line() string {
 		return commandLine
 	}
 	return commandLine + " " + i.commandLine
+}
+
+func (i image) grubConfig() string {
+	return fmt.Sprintf("set timeout=0\nlinux /vmlinuz %s\ninitrd /initrd\nboot\n", i.line())
 }
 
 // text writes what a section holds; a file that can't be written shows when it is read.
@@ -198,13 +233,8 @@ const (
 	codeImage = ovmf + "OVMF_CODE_4M.secboot.fd"
 )
 
-// sign signs with the key whose certificate the firmware's db holds.
 func (f *forge) sign(path string) error {
-	key := filepath.Join(f.dir, "signing.key")
-	if _, err := output("openssl", "rsa", "-in", snakeoil+".key", "-passin", "pass:snakeoil", "-out", key); err != nil {
-		return err
-	}
-	_, err := output("sbsign", "--key", key, "--cert", snakeoil+".pem", "--output", path, path)
+	_, err := output("sbsign", "--key", f.key, "--cert", snakeoil+".pem", "--output", path, path)
 	return err
 }
 
@@ -224,7 +254,7 @@ func (f *forge) disk(i image) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		config := f.text(i.path(f, ""), ".grub.cfg", fmt.Sprintf("set timeout=0\nlinux /vmlinuz %s\ninitrd /initrd\nboot\n", i.line()))
+		config := f.text(i.path(f, ""), ".grub.cfg", i.grubConfig())
 		files = []copied{{f.parts.shim, "EFI/BOOT/BOOTX64.EFI"}, {f.parts.grub, "EFI/BOOT/grubx64.efi"},
 			{config, "EFI/debian/grub.cfg"}, {f.parts.kernel, "vmlinuz"}, {initrd, "initrd"}}
 	default:

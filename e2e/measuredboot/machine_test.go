@@ -32,8 +32,9 @@ type machine struct {
 	t         *testing.T
 	forge     *forge
 	dir       string
-	variables string // the firmware's, below dir
-	settings  string // added to kleidi's configuration
+	variables string      // the firmware's, below dir
+	settings  string      // added to kleidi's configuration
+	files     []disk.File // what is on it besides
 	state     []disk.File
 	// Of the first boot: what it found, and a DEK seed, as it was and encrypted.
 	first *wire.Facts
@@ -98,7 +99,7 @@ func (b *booted) facts() *wire.Facts {
 
 // boot starts the machine from an image, and returns when it has powered off.
 func (m *machine) boot(i image, files []disk.File, steps ...wire.Step) (*booted, error) {
-	image, err := m.forge.disk(i)
+	esp, err := m.forge.disk(i)
 	if err != nil {
 		return nil, err
 	}
@@ -106,18 +107,17 @@ func (m *machine) boot(i image, files []disk.File, steps ...wire.Step) (*booted,
 	if err != nil {
 		return nil, err
 	}
-	files = append([]disk.File{{Name: wire.ScriptName, Mode: 0o600, Data: script}, m.configuration()}, files...)
+	files = append([]disk.File{{Name: wire.ScriptName, Mode: 0o600, Data: script}, m.configuration()}, append(files, m.files...)...)
 	for name, content := range map[string][]disk.File{wire.Request: files, wire.State: m.state} {
 		if err := m.writeDisk(name, content); err != nil {
 			return nil, err
 		}
 	}
-	tools := m.path(wire.Tools)
-	if err := os.WriteFile(tools, padded(m.forge.tools), 0o600); err != nil {
+	if err := os.WriteFile(m.path(wire.Tools), padded(m.forge.root(i)), 0o600); err != nil {
 		return nil, err
 	}
 	b := &booted{}
-	if err := m.run(image, b); err != nil || !b.started {
+	if err := m.run(esp, b); err != nil || !b.started {
 		return b, err
 	}
 	return b, m.readState(b)

@@ -16,6 +16,7 @@ import (
 // parts is where the packages are unpacked that the machines boot from.
 type parts struct {
 	kernel, stub, shim, grub string
+	system                   string            // a root folder with systemd
 	modules                  map[string]string // path by name
 	versions                 map[string]string // version by package
 }
@@ -32,6 +33,7 @@ var findParts = sync.OnceValues(func() (*parts, error) {
 		grub:     filepath.Join(dir, "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed"),
 		modules:  map[string]string{},
 		versions: map[string]string{},
+		system:   filepath.Join(dir, "system"),
 	}
 	kernels, err := filepath.Glob(filepath.Join(dir, "boot/vmlinuz-*"))
 	if err != nil || len(kernels) != 1 {

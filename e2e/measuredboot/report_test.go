@@ -132,7 +132,7 @@ func versions() ([]string, error) {
 		return nil, err
 	}
 	all = append(all, strings.Split(strings.TrimSpace(out), "\n")...)
-	if out, err = output(binary(), "version"); err != nil {
+	if out, err = output(kleidiBinary(), "version"); err != nil {
 		return nil, err
 	}
 	slices.Sort(all)

@@ -150,6 +150,8 @@ type ResealRequest struct {
 	Next *BootState `json:"next,omitempty"`
 	// DropNext asks to revoke slots for next boots as well.
 	DropNext bool `json:"dropNext,omitempty"`
+	// WithoutVerifier asks to seal without the configured verifier's demand.
+	WithoutVerifier bool `json:"withoutVerifier,omitempty"`
 }
 
 // BootState is a way to boot that was computed from the files of the next boot.

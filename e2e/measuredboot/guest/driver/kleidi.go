@@ -25,10 +25,44 @@ const (
 	patience = 2 * time.Minute
 )
 
-// serving is a running kleidi serve.
+// serving is a running kleidi serve. Without cmd it is a unit of systemd.
 type serving struct {
 	cmd   *exec.Cmd
 	ended chan error
+}
+
+// systemd says whether systemd runs this machine.
+func systemd() bool {
+	_, err := os.Stat("/run/systemd/system")
+	return err == nil
+}
+
+const unit = "kleidi.service"
+
+func start() (*serving, error) {
+	s := &serving{ended: make(chan error, 1)}
+	if systemd() {
+		r := wire.Result{}
+		if err := command([]string{"systemctl", "start", unit}, &r); err != nil {
+			return nil, fmt.Errorf("systemctl start %s: %w: %s", unit, err, r.Stderr)
+		}
+		return s, nil
+	}
+	if err := os.MkdirAll("/run/kleidi", 0o700); err != nil {
+		return nil, err
+	}
+	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	s.cmd = exec.Command(wire.Kleidi, "serve")
+	s.cmd.Stdout, s.cmd.Stderr = log, log
+	if err := s.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() { s.ended <- s.cmd.Wait() }()
+	return s, nil
 }
 
 // command runs a program to its end.
@@ -49,20 +83,10 @@ func (m *machine) serve(r *wire.Result) error {
 	if m.serving != nil {
 		return errors.New("kleidi serve runs already")
 	}
-	if err := os.MkdirAll("/run/kleidi", 0o700); err != nil {
-		return err
-	}
-	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	s, err := start()
 	if err != nil {
 		return err
 	}
-	defer log.Close()
-	s := &serving{cmd: exec.Command(wire.Kleidi, "serve"), ended: make(chan error, 1)}
-	s.cmd.Stdout, s.cmd.Stderr = log, log
-	if err := s.cmd.Start(); err != nil {
-		return err
-	}
-	go func() { s.ended <- s.cmd.Wait() }()
 	m.serving = s
 	tried := s.tried(r)
 	status := wire.Result{}
@@ -106,19 +130,27 @@ func (m *machine) stop() string {
 	if m.serving == nil {
 		return ""
 	}
-	_ = m.serving.cmd.Process.Signal(unix.SIGTERM) // one that has ended is what we want
-	select {
-	case <-m.serving.ended:
-	case <-time.After(patience):
-		_ = m.serving.cmd.Process.Kill()
-		<-m.serving.ended
-	}
+	m.serving.stop()
 	m.serving = nil
 	log, err := os.ReadFile(logFile)
 	if err != nil {
 		return err.Error()
 	}
 	return string(log)
+}
+
+func (s *serving) stop() {
+	if s.cmd == nil {
+		_ = command([]string{"systemctl", "stop", unit}, &wire.Result{}) // what it left is looked at
+		return
+	}
+	_ = s.cmd.Process.Signal(unix.SIGTERM) // one that has ended is what we want
+	select {
+	case <-s.ended:
+	case <-time.After(patience):
+		_ = s.cmd.Process.Kill()
+		<-s.ended
+	}
 }
 
 // withKMS calls kleidi as kube-apiserver does.

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -19,32 +18,20 @@ import (
 func main() {
 	err := run()
 	fmt.Println("GUEST: driver:", err)
-	if os.Getpid() == 1 {
-		_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
-	}
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
 
 func run() error {
 	if err := loopback(); err != nil {
 		return fmt.Errorf("loopback: %w", err)
 	}
-	if err := os.MkdirAll(filepath.Dir(wire.StateDir), 0o755); err != nil {
+	b, err := os.ReadFile(wire.ScriptName)
+	if err != nil {
 		return err
 	}
-	if _, err := load(wire.State); err != nil {
-		return fmt.Errorf("state: %w", err)
-	}
-	files, err := load(wire.Request)
-	if err != nil {
-		return fmt.Errorf("request: %w", err)
-	}
 	var script wire.Script
-	for _, f := range files {
-		if f.Name == wire.ScriptName {
-			if err := json.Unmarshal(f.Data, &script); err != nil {
-				return fmt.Errorf("%s: %w", wire.ScriptName, err)
-			}
-		}
+	if err := json.Unmarshal(b, &script); err != nil {
+		return fmt.Errorf("%s: %w", wire.ScriptName, err)
 	}
 	facts, err := facts()
 	if err != nil {
@@ -56,20 +43,6 @@ func run() error {
 	}
 	m.stop()
 	return m.save()
-}
-
-// load unpacks a disk into the root folder.
-func load(serial string) ([]disk.File, error) {
-	f, err := disk.Open(serial, os.O_RDONLY)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	files, err := disk.Read(f)
-	if err != nil {
-		return nil, err
-	}
-	return files, disk.Unpack(files, "/")
 }
 
 // machine is what the steps leave behind.

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"syscall"
 
@@ -28,17 +29,87 @@ func main() {
 }
 
 func start() error {
-	for _, step := range []func() error{mount, modules, efivars, tools} {
+	for _, step := range []func() error{mount, extras, modules, efivars, tools} {
 		if err := step(); err != nil {
 			return err
 		}
 	}
-	return fmt.Errorf("exec %s: %w", wire.Driver, syscall.Exec(wire.Driver, []string{wire.Driver}, []string{"PATH=/usr/bin", "HOME=/"}))
+	for _, serial := range []string{wire.State, wire.Request} {
+		if err := unpackDisk(serial); err != nil {
+			return fmt.Errorf("disk %s: %w", serial, err)
+		}
+	}
+	program := wire.Driver
+	if _, err := os.Stat(root + wire.Systemd); err == nil {
+		program = wire.Systemd
+		if err := leaveInitrd(); err != nil {
+			return err
+		}
+	}
+	if err := switchRoot(); err != nil {
+		return err
+	}
+	return fmt.Errorf("exec %s: %w", program, syscall.Exec(program, []string{program}, []string{"PATH=/usr/bin:/bin", "HOME=/"}))
+}
+
+// root is where the file system is made that the initrd hands over to.
+const root = "/sysroot"
+
+// leaveInitrd has systemd measure what it measures in an initrd of its own.
+func leaveInitrd() error {
+	for _, m := range moved {
+		if err := os.MkdirAll(root+m, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(m, root+m, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return fmt.Errorf("bind %s: %w", m, err)
+		}
+	}
+	for _, phase := range []string{"enter-initrd", "leave-initrd"} {
+		cmd := exec.Command("/lib/systemd/systemd-pcrphase", phase)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("systemd-pcrphase %s: %w: %s", phase, err, out)
+		}
+	}
+	for _, m := range moved {
+		if err := unix.Unmount(root+m, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", m, err)
+		}
+	}
+	return nil
+}
+
+// moved are the file systems that the next init finds mounted.
+var moved = []string{"/dev", "/proc", "/sys", "/run"}
+
+// switchRoot makes root the root folder, as switch_root(8) does.
+func switchRoot() error {
+	for _, m := range moved {
+		if err := os.MkdirAll(root+m, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(m, root+m, "", unix.MS_MOVE, ""); err != nil {
+			return fmt.Errorf("move %s: %w", m, err)
+		}
+	}
+	for _, step := range []func() error{
+		func() error { return os.MkdirAll(root+"/tmp", 0o1777) },
+		func() error { return os.Chdir(root) },
+		func() error { return unix.Mount(".", "/", "", unix.MS_MOVE, "") },
+		func() error { return unix.Chroot(".") },
+		func() error { return os.Chdir("/") },
+	} {
+		if err := step(); err != nil {
+			return fmt.Errorf("switch to %s: %w", root, err)
+		}
+	}
+	return nil
 }
 
 func mount() error {
 	for _, m := range []struct{ kind, at string }{
-		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/run"}, {"tmpfs", "/tmp"},
+		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/run"}, {"tmpfs", root},
 		{"securityfs", "/sys/kernel/security"},
 	} {
 		if err := mountAt(m.kind, m.at); err != nil {
@@ -54,6 +125,26 @@ func mountAt(kind, at string) error {
 	}
 	if err := unix.Mount(kind, at, kind, 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("mount %s: %w", at, err)
+	}
+	return nil
+}
+
+// extras keeps what systemd's stub hands to the initrd, where systemd keeps it
+// (tmpfiles.d/20-systemd-stub.conf).
+func extras() error {
+	files, err := filepath.Glob("/.extra/*")
+	if err != nil || len(files) == 0 {
+		return err
+	}
+	if err := os.MkdirAll("/run/systemd", 0o755); err != nil {
+		return err
+	}
+	for _, file := range files {
+		if b, err := os.ReadFile(file); err == nil { // not a folder
+			if err := os.WriteFile("/run/systemd/"+filepath.Base(file), b, 0o644); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -106,5 +197,23 @@ func tools() error {
 	if err != nil {
 		return err
 	}
-	return disk.Unpack(files, "/")
+	return disk.Unpack(files, root)
+}
+
+// unpackDisk unpacks a disk that nothing vouches for: kleidi's state folder is such
+// a thing, and what the host asks for is done by root on a running machine.
+func unpackDisk(serial string) error {
+	f, err := disk.Open(serial, os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	files, err := disk.Read(f)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(root+wire.StateDir), 0o755); err != nil {
+		return err
+	}
+	return disk.Unpack(files, root)
 }

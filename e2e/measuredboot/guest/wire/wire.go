@@ -19,12 +19,14 @@ const (
 	// ToolsDigest is in the initrd: the SHA-256 of the tools' archive, in hex, and
 	// the archive's size.
 	ToolsDigest = "/tools.sha256"
-	// Driver is run by the initrd's init, as PID 1.
-	Driver = "/usr/bin/driver"
+	// Driver is run by the initrd's init, as PID 1; or by systemd, where that is
+	// among the tools, and then PID 1.
+	Driver  = "/usr/bin/driver"
+	Systemd = "/lib/systemd/systemd"
 	// Kleidi is the binary under test.
-	Kleidi = "/usr/bin/kleidi"
+	Kleidi = "/usr/local/bin/kleidi"
 	// ScriptName is the Script, in JSON.
-	ScriptName = "script.json"
+	ScriptName = "/script.json"
 	// ResultsName is one Result in JSON per line.
 	ResultsName = "results.jsonl"
 	// StateDir is kept from boot to boot.
@@ -42,7 +44,8 @@ type Script struct {
 type Step struct {
 	// Run is a command line: a program and its arguments, no shell.
 	Run []string `json:"run,omitempty"`
-	// Serve starts kleidi serve and returns once it has tried to open the keyring.
+	// Serve starts kleidi serve, where systemd has not, and returns once it has tried
+	// to open the keyring.
 	Serve bool `json:"serve,omitempty"`
 	// Stop ends it.
 	Stop bool `json:"stop,omitempty"`
