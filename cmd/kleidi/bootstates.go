@@ -224,7 +224,7 @@ func (n *node) oldestNext(slots []seal.Slot) *seal.Slot {
 		return nil
 	}
 	slices.SortStableFunc(next, func(a, b int) int { return demands[a].Made.Compare(demands[b].Made) })
-	return &slots[next[len(next)-1]]
+	return &slots[next[0]]
 }
 
 // same reports whether two boot states are of the same PCR values.
