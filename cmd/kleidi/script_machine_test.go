@@ -16,8 +16,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// hardware is what a host consists of. hw/tpm.sock, hw/log, hw/userspace and hw/boot lead
-// to the machine in use, so that another can take its place.
+// hardware is what a host consists of. hw/tpm.sock, hw/log, hw/userspace and
+// hw/boot lead to the machine in use, so that another can take its place.
 type hardware struct {
 	machine *tpmtest.Machine
 	proxy   *tpmtest.Proxy
