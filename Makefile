@@ -1,4 +1,4 @@
-# Targets: build demo run test e2e measuredboot lint fuzz bench image. See CONTRIBUTING.md.
+# Targets: build build-pkcs11 demo run test e2e measuredboot lint fuzz bench image. See CONTRIBUTING.md.
 
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -13,10 +13,15 @@ GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.buildVers
 RACE     = $(if $(and $(shell command -v gcc),$(filter 1,$(shell $(GO) env CGO_ENABLED))),-race)
 PACKAGES = $(shell $(GO) list ./... | grep -v /e2e/)
 
-.PHONY: build demo run test e2e measuredboot lint fuzz bench image clean
+.PHONY: build build-pkcs11 demo run test e2e measuredboot lint fuzz bench image clean
 
 build:
 	$(GOBUILD) -o bin/kleidi ./cmd/kleidi
+
+# With PKCS#11, which needs a C compiler, and the C library of the machine that it runs on.
+build-pkcs11:
+	.ci/deps gcc
+	CGO_ENABLED=1 $(GO) build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)" -o bin/kleidi-pkcs11 ./cmd/kleidi
 
 demo: build
 	.ci/deps swtpm
@@ -32,7 +37,7 @@ ROOT_TESTS = TestStrangersDontCrowdOut|TestSocketModeAndOwner|TestBadFolders|Tes
 NOT_ROOT   = $(filter-out 0,$(shell id -u))
 
 test:
-	.ci/deps swtpm
+	.ci/deps swtpm openssl softhsm2-util pkcs11-tool nss
 	$(GO) test $(RACE) $(if $(NOT_ROOT),-skip '$(ROOT_TESTS)') $(TESTFLAGS) $(PACKAGES)
 	@test "$$(id -u)" = 0 || echo 'not run, since they need root (sudo make test): $(ROOT_TESTS)'
 

@@ -28,6 +28,7 @@ type recoveryChoice struct {
 	recipients []string
 	none       bool
 	accepted   bool
+	importFrom string // config.json of kleidi 1.x
 }
 
 func (a *app) newInit() *cobra.Command {
@@ -54,6 +55,8 @@ made for an age public key whose identity you keep elsewhere.`,
 	}
 	flags := cmd.Flags()
 	flags.StringArrayVar(&choice.recipients, "recovery-recipient", nil, "age public key (age1…) to make the recovery slot for; may be repeated")
+	flags.StringVar(&choice.importFrom, "import-config", "", "config.json of kleidi 1.x: its token and key wrap the KEK as well")
+	_ = cmd.MarkFlagFilename("import-config", "json")
 	flags.StringVar(&pin, "pin", "", "where to keep the pin: file or tpm; it has to be what pin.store says (default pin.store)")
 	flags.BoolVar(&choice.none, "no-recovery", false, "make no recovery slot: if the TPM or the machine fails, all Secrets are lost")
 	flags.BoolVar(&choice.accepted, "accept-data-loss", false, "acknowledge what --no-recovery means")
@@ -110,6 +113,9 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) er
 		for _, s := range result.Slots {
 			fmt.Fprintf(w, "  slot        %s\n", s)
 		}
+		if n.imported != nil {
+			n.imported.print(w)
+		}
 		fmt.Fprintf(w, "\nnext: start kleidi serve, and give kube-apiserver what kleidi encryption-config prints\n")
 	})
 }
@@ -134,12 +140,23 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 		return nil, err
 	}
 	defer kek.Close() // harmless after the keyring, which takes it, has closed it
+	if choice.importFrom != "" {
+		if n.imported, err = n.importConfig(choice.importFrom); err != nil {
+			return nil, err
+		}
+		defer n.imported.pin.Close()
+	}
 	ek, slots, err := n.firstSlots(ctx, kek, progress)
 	if err != nil {
 		return nil, err
 	}
-	if err := rotation.Prove(ctx, kek, slots, n.openers()); err != nil {
+	if err := rotation.Prove(ctx, kek, slots, n.wrappers()); err != nil {
 		return nil, err
+	}
+	if n.imported != nil {
+		if err := n.imported.keepPIN(); err != nil {
+			return nil, err
+		}
 	}
 	if !choice.none {
 		recoverySlot, err := n.makeRecovery(cmd, kek, choice.recipients)
@@ -153,7 +170,11 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 
 // firstSlots wraps the KEK by every wrapper that may open the keyring at start.
 func (n *node) firstSlots(ctx context.Context, kek *seal.Secret, progress func(string)) (ek string, slots []seal.Slot, err error) {
-	for _, kind := range n.cfg.Unlock.Order {
+	order := slices.Clone(n.cfg.Unlock.Order)
+	if n.imported != nil {
+		order = append(order, seal.TypePKCS11)
+	}
+	for _, kind := range order {
 		var slot seal.Slot
 		if kind == seal.TypeTPM {
 			ek, slot, err = n.firstTPM(ctx, kek, progress)
