@@ -1,7 +1,6 @@
 package vault
 
 import (
-	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -62,7 +61,7 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (slot seal.Slot, e
 	}
 	defer seal.Collect() // what crypto/tls left of the KEK, see wire.exchange
 	err = w.in(ctx, func(ctx context.Context, s *session) error {
-		s.secrets = append(s.secrets, bytes.Clone(body[len(`{"plaintext":"`):len(body)-len(`"}`)]))
+		s.secrets = append(s.secrets, body[len(`{"plaintext":"`):len(body)-len(`"}`)])
 		slot, err = s.transit(ctx, request{w.path("encrypt"), body, "update"})
 		return err
 	})

@@ -129,21 +129,13 @@ func TestErrorsHoldNoSecret(t *testing.T) {
 }
 
 // TestMemory: what a core file would show after a KEK was wrapped and opened holds
-// neither it nor its base64, in which it travelled.
+// no copy of it. (Its base64, in which it travels, may be left where crypto/tls grew
+// a buffer; docs/vault.md says so.)
 func TestMemory(t *testing.T) {
 	f := newScene(t, appRoleAuth)
 	kek := newKEK(t)
-	encoded, err := seal.Memory{}.New(base64.StdEncoding.EncodedLen(seal.KEKSize))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer encoded.Close()
-	kek.With(func(b []byte) {
-		encoded.With(func(e []byte) { base64.StdEncoding.Encode(e, b) })
-	})
 	watch := sealtest.NewWatch()
 	watch.Add("KEK", kek)
-	watch.Add("KEK in base64", encoded)
 	for range 5 {
 		// Pools are empty after two collections: buffers that come from there start
 		// small, and grow
