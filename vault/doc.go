@@ -11,8 +11,9 @@
 // HTTPS_PROXY) has no say.
 //
 // The KEK travels as base64 inside JSON inside TLS. The connection's buffers are
-// this package's own, see wire, so that they can be cleared; tokens and secret IDs
-// are strings in the client library and can not.
+// this package's own, see wire, so that they can be cleared. What can't be: buffers
+// that crypto/tls outgrew, and tokens and secret IDs, which are strings in the
+// client library.
 //
 // No associated data is bound to the ciphertext: transit/rewrap takes none, and
 // what a slot may hold is decided by the key ID and the keyring's MAC.

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/e2e/node"
-	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 	"github.com/beezy-dev/kleidi/vault"
 )
