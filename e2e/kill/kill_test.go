@@ -25,6 +25,8 @@ type verb struct {
 	// prepare makes the machine that the verb is run on, of one that holds two
 	// KEKs, and returns what it is to boot.
 	prepare func(*machine) simboot.Boot
+	// config is added to the machine's configuration.
+	config string
 	// closed says that the keyring does not open before the verb has saved one.
 	closed bool
 	// over is how the verb says that there is nothing left to do.
@@ -45,6 +47,14 @@ var verbs = []verb{
 	}},
 	{name: "rotate", args: "rotate", prepare: asItIs},
 	{name: "reseal", args: "reseal", prepare: asItIs},
+	{name: "suspend", args: "suspend", prepare: asItIs},
+	{name: "bootstate add", args: "bootstate add DIR/states.json --public-key DIR/operator.pub", prepare: signedStates},
+	{name: "init with the pin in the TPM", config: pinInTPM, args: "init --pin tpm --recovery-recipient RECIPIENT", closed: true, over: "never replaces a keyring", prepare: func(m *machine) simboot.Boot {
+		m.remove("state")
+		m.undefine(pinIndex)
+		return usual
+	}},
+	{name: "rotate with the pin in the TPM", config: pinInTPM, args: "rotate", prepare: asItIs},
 	{name: "recover", args: "recover --identity-file DIR/recovery.txt", closed: true,
 		prepare: func(*machine) simboot.Boot { return other }},
 	{name: "restore previous", args: "keyring restore --previous", prepare: asItIs},
@@ -56,6 +66,21 @@ var verbs = []verb{
 		m.remove("state/keyring.json")
 		return usual
 	}},
+}
+
+// pinInTPM has the node keep its pin at pinIndex.
+const (
+	pinInTPM = "pin: {store: tpm}\n"
+	pinIndex = 0x01804B02
+)
+
+// signedStates has an operator sign the boot of the machine.
+func signedStates(m *machine) simboot.Boot {
+	m.Reboot(usual)
+	m.exec("openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", m.path("operator.pem"))
+	m.exec("openssl", "pkey", "-in", m.path("operator.pem"), "-pubout", "-out", m.path("operator.pub"))
+	m.run("bootstate sign --key DIR/operator.pem --cluster-id " + m.cluster() + " --event-log " + m.EventLog() + " --out DIR/states.json")
+	return usual
 }
 
 func asItIs(*machine) simboot.Boot { return usual }
@@ -74,7 +99,7 @@ type scene struct {
 func set(t *testing.T, v verb) *scene {
 	t.Helper()
 	m := newMachine(t)
-	m.configure()
+	m.configure(v.config)
 	recipient := m.identity()
 	m.Reboot(usual)
 	h := newHistory()
@@ -88,7 +113,7 @@ func set(t *testing.T, v verb) *scene {
 		t.Fatal(err)
 	}
 	boot := v.prepare(m)
-	if v.is("init") {
+	if strings.HasPrefix(v.name, "init") {
 		h = newHistory()
 	}
 	v.args = strings.ReplaceAll(v.args, "RECIPIENT", recipient)
@@ -170,7 +195,7 @@ func (s *scene) clean() {
 	s.t.Helper()
 	for name := range s.state() {
 		switch name {
-		case "keyring.json", "keyring.json.previous", "pin.json", "pin.json.previous":
+		case "keyring.json", "keyring.json.previous", "pin.json", "pin.json.previous", "bootstates.json", "bootstates.json.previous":
 		default:
 			s.t.Errorf("%s is left in the state folder", name)
 		}
@@ -293,7 +318,7 @@ func trail(steps []step) string {
 func TestServeKilled(t *testing.T) {
 	table := newTable(t)
 	for _, v := range verbs {
-		if v.is("init") {
+		if strings.HasPrefix(v.name, "init") {
 			continue // serve never makes a keyring
 		}
 		t.Run(v.name, func(t *testing.T) {

@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"filippo.io/age"
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
@@ -39,6 +41,7 @@ type machine struct {
 	*tpmtest.Machine
 	t      testing.TB
 	binary string
+	more   string // of the configuration
 }
 
 func newMachine(t testing.TB) *machine {
@@ -48,7 +51,7 @@ func newMachine(t testing.TB) *machine {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	return &machine{tpmtest.Attach(t, dir), t, node.Binary(t)}
+	return &machine{Machine: tpmtest.Attach(t, dir), t: t, binary: node.Binary(t)}
 }
 
 func (m *machine) path(name string) string { return filepath.Join(m.Dir(), name) }
@@ -62,8 +65,9 @@ func (m *machine) write(name, content string) {
 }
 
 // configure writes the configuration, which holds the folder's path.
-func (m *machine) configure() {
+func (m *machine) configure(more string) {
 	m.t.Helper()
+	m.more = more
 	m.write("config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
 node: one
@@ -72,7 +76,45 @@ state: {dir: %q}
 kms: {socket: %q}
 admin: {socket: %q}
 http: {address: ""}
-`, m.Device(), m.EventLog(), m.stateDir(), m.path("kms.sock"), m.path("admin.sock")))
+%s`, m.Device(), m.EventLog(), m.stateDir(), m.path("kms.sock"), m.path("admin.sock"), more))
+}
+
+// exec runs another program than kleidi.
+func (m *machine) exec(name string, args ...string) {
+	m.t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		m.t.Fatalf("%s: %v\n%s", name, err, out)
+	}
+}
+
+// cluster is the ID of the keyring's cluster.
+func (m *machine) cluster() string {
+	m.t.Helper()
+	var shown struct{ ClusterID string }
+	if err := json.Unmarshal(m.run("keyring show -o json"), &shown); err != nil || shown.ClusterID == "" {
+		m.t.Fatalf("no cluster ID: %v", err)
+	}
+	return shown.ClusterID
+}
+
+// undefine removes an NV index.
+func (m *machine) undefine(index uint32) {
+	m.t.Helper()
+	m.Reboot(usual)
+	err := m.TPM().Do(m.t.Context(), func(t transport.TPM) error {
+		public, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(index)}.Execute(t)
+		if err != nil {
+			return err
+		}
+		_, err = tpm2.NVUndefineSpace{
+			AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: tpm2.PasswordAuth(nil)},
+			NVIndex:    tpm2.NamedHandle{Handle: tpm2.TPMHandle(index), Name: public.NVName},
+		}.Execute(t)
+		return err
+	})
+	if err != nil {
+		m.t.Fatal(err)
+	}
 }
 
 // command is a verb of kleidi, as in `keyring verify`; DIR stands for the
@@ -159,7 +201,7 @@ func (m *machine) restore(s snapshot) {
 	if err := os.MkdirAll(m.path("tpm"), 0o700); err != nil {
 		m.t.Fatal(err)
 	}
-	m.configure()
+	m.configure(m.more)
 	m.Reboot(s.boot)
 }
 

@@ -55,9 +55,9 @@ const (
 	inNV   group = "TPM command that lasts, or after one" // so one is killed before it and after it
 )
 
-// lasting are the TPM commands that change what the TPM keeps: TPM2_NV_DefineSpace
-// and TPM2_NV_Increment (TPM 2.0 Library, Part 2, 6.5.2).
-var lasting = []step{{"TPM", "0x12a"}, {"TPM", "0x134"}}
+// lasting are the TPM commands that change what the TPM keeps: TPM2_NV_UndefineSpace,
+// TPM2_NV_DefineSpace, TPM2_NV_Increment and TPM2_NV_Write (TPM 2.0 Library, Part 2, 6.5.2).
+var lasting = []step{{"TPM", "0x122"}, {"TPM", "0x12a"}, {"TPM", "0x134"}, {"TPM", "0x137"}}
 
 // count counts the steps of the group, and reports whether the last one is of it.
 func (g group) count(steps []step) (n int, last bool) {
