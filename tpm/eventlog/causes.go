@@ -77,7 +77,8 @@ var causes = []cause{
 	{9, regexp.MustCompile(`^file`), "file that the boot loader read", "a boot loader or kernel update"},
 
 	{11, regexp.MustCompile(`^section name`), sectionName, "a unified kernel image built in another way"},
-	{11, regexp.MustCompile(`^section \.(linux|uname)`), kernelImage, "a kernel update"},
+	{11, regexp.MustCompile(`^section \.linux`), kernelImage, "a kernel update"},
+	{11, regexp.MustCompile(`^section \.uname`), "kernel's version", "a kernel update"},
 	{11, regexp.MustCompile(`^section \.initrd`), "initrd", "a rebuilt initrd, after a kernel or driver update"},
 	{11, regexp.MustCompile(`^section \.cmdline`), kernelCmdline, "a unified kernel image built with another command line"},
 	{11, regexp.MustCompile(`^section \.osrel`), "operating system's release", "an update of the operating system"},
