@@ -77,6 +77,8 @@ func TestScript(t *testing.T) {
 			"ask":       command((*host).ask),
 			"listening": command(func(h *host, _ *testscript.TestScript, args []string) error { return h.listening(args[0]) }),
 			"pkfp":      command((*host).pkfp),
+			"row":       command((*host).row),
+			"table":     command((*host).printTable),
 		},
 	})
 }
@@ -114,6 +116,7 @@ type host struct {
 	server *process
 	first  *process // where server is the second serve
 	sealed map[string]sealedSeed
+	table  []tableRow
 }
 
 var hosts atomic.Uint32
