@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"slices"
 	"text/tabwriter"
 
@@ -107,7 +106,7 @@ func (s *signing) sign() (state bootstate.State, file []byte, err error) {
 	if err != nil {
 		return state, nil, err
 	}
-	pem, err := readPrivate(s.key)
+	pem, err := readKeyFile(s.key)
 	if err != nil {
 		return state, nil, err
 	}
@@ -180,20 +179,8 @@ func (s *signing) boot() (tpm.BootState, error) {
 	return attest.Predicted(log, bank, pcrs)
 }
 
-// maxKeyFile bounds a file with a private key, in bytes.
+// maxKeyFile bounds a file with a public key, in bytes.
 const maxKeyFile = 64 << 10
-
-// readPrivate reads a private key that nobody else may read.
-func readPrivate(path string) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s: others may read this private key; run chmod 600 on it", path)
-	}
-	return readFile(path, maxKeyFile)
-}
 
 func (a *app) newStateAdd() *cobra.Command {
 	var key string
