@@ -110,6 +110,7 @@ func (d *dev) run(cmd *cobra.Command, a *app) error {
 	}
 	defer func() { _ = machine.PowerOff() }()
 	say("[dev] machine booted in %v: %s, kernel %s, Secure Boot %s", time.Since(start).Round(time.Millisecond), d.boot.Loader, d.boot.Kernel, onOff(d.boot.SecureBoot))
+	say("[dev] the files that it booted lie in %s, for kleidi reseal --next-…", machine.Files())
 	cfg, err := d.config(machine, a)
 	if err != nil {
 		return err
