@@ -38,8 +38,6 @@ var (
 	other = func() simboot.Boot { b := usual; b.Kernel = "6.13.1"; return b }()
 )
 
-func (v verb) is(name string) bool { return v.name == name }
-
 var verbs = []verb{
 	{name: "init", args: "init --recovery-recipient RECIPIENT", closed: true, over: "never replaces a keyring", prepare: func(m *machine) simboot.Boot {
 		m.remove("state")

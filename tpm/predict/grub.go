@@ -183,9 +183,7 @@ func (b *grubBoot) recogniseCommands(d *draft) error {
 }
 
 func (b *grubBoot) recogniseFiles(d *draft) error {
-	for _, i := range d.indexes(9, func(e eventlog.Event) bool { return e.UntrustedType == eventlog.IPL }) {
-		b.files = append(b.files, i)
-	}
+	b.files = append(b.files, d.indexes(9, func(e eventlog.Event) bool { return e.UntrustedType == eventlog.IPL })...)
 	one := func(command int) int {
 		at, name := b.commands[command].at, b.commands[command].words()[1]
 		end := len(d.old.Events)

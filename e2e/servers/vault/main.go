@@ -109,7 +109,7 @@ func newCore(s storage, addr string, logger hclog.Logger) (*vault.Core, error) {
 	}
 	return vault.NewCore(&vault.CoreConfig{
 		Physical: s.Backend, HAPhysical: s.ha, Logger: logger, DisableMlock: true,
-		RedirectAddr: "https://" + addr,
+		RedirectAddr:    "https://" + addr,
 		LogicalBackends: plugins[consts.PluginTypeSecrets], CredentialBackends: plugins[consts.PluginTypeCredential],
 		BuiltinRegistry: plugins,
 	})
