@@ -37,7 +37,7 @@ ROOT_TESTS = TestStrangersDontCrowdOut|TestSocketModeAndOwner|TestBadFolders|Tes
 NOT_ROOT   = $(filter-out 0,$(shell id -u))
 
 test:
-	.ci/deps swtpm openssl softhsm2-util pkcs11-tool nss
+	.ci/deps gcc swtpm openssl softhsm2-util pkcs11-tool nss
 	$(GO) test $(RACE) $(if $(NOT_ROOT),-skip '$(ROOT_TESTS)') $(TESTFLAGS) $(PACKAGES)
 	@test "$$(id -u)" = 0 || echo 'not run, since they need root (sudo make test): $(ROOT_TESTS)'
 
@@ -51,7 +51,7 @@ e2e: build
 # Boots all machines, and writes what came of it into docs/measured-boot.md.
 measuredboot: build
 	.ci/deps $(BOOT_TOOLS)
-	$(GO) test -count=1 -timeout 30m ./e2e/measuredboot -update
+	$(GO) test -count=1 -timeout 60m ./e2e/measuredboot -update
 
 lint:
 	.ci/deps shellcheck
