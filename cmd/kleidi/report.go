@@ -39,7 +39,9 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 	} else {
 		r.Problem = admin.ProblemOf(err)
 	}
-	r.Suspension = n.suspension(slots)
+	if r.Suspension = n.suspension(slots); r.Suspension != "" && req.Try {
+		r.Suspension += n.bootsLeft(ctx, slots)
+	}
 	var attestation error
 	if req.Try && len(slots) > 0 {
 		attestation = preflight{n.gate, n.mem, n.log, n.attests()}.Attest(ctx, slots)
@@ -60,6 +62,17 @@ func (n *node) suspension(slots []seal.Slot) string {
 	for _, s := range slots {
 		if n.suspends(s) {
 			return "suspended: anyone who boots this machine with the same " + n.binding(s) + " gets the KEK; run kleidi reseal to end this"
+		}
+	}
+	return ""
+}
+
+// bootsLeft says how many boots more a suspension lasts, as far as the TPM tells.
+func (n *node) bootsLeft(ctx context.Context, slots []seal.Slot) string {
+	count, err := n.gate.Device.ResetCount(ctx, n.gate.Owner)
+	for _, s := range n.states(slots, tpm.UseSuspend) {
+		if err == nil {
+			return fmt.Sprintf(" (boots left: %d)", max(int64(s.Resets)-int64(count), 0))
 		}
 	}
 	return ""
