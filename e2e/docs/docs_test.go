@@ -67,6 +67,7 @@ func (r *reader) run(b block) {
 	}
 	r.output = out
 	r.ran++
+	r.m.rebootIfAsked()
 }
 
 // compare wants every line of text in what the last block printed.

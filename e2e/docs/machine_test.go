@@ -29,6 +29,7 @@ type machine struct {
 	t       *testing.T
 	base    string // the root folder
 	boot    simboot.Boot
+	next    simboot.Boot // what an update leads to
 	http    string
 	keyID   string // current key ID after the scene was set, for --trust-key-id
 	serving *node.Process
@@ -95,7 +96,7 @@ func (m *machine) shell(commands string) (string, error) {
 
 // relocate moves the documents' absolute paths, and kleidi's HTTP address, to this machine's.
 func (m *machine) relocate(commands string) string {
-	for _, dir := range []string{"/etc/", "/media/", "/var/lib/", "/run/"} {
+	for _, dir := range []string{"/etc/", "/media/", "/var/lib/", "/run/", "/root/", "/boot/", "/efi/", "/usr/local/"} {
 		commands = strings.ReplaceAll(commands, " "+dir, " "+m.root(dir)+"/")
 	}
 	commands = strings.ReplaceAll(commands, " /sys/kernel/security/tpm0/binary_bios_measurements", " "+m.EventLog())

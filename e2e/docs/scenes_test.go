@@ -26,6 +26,11 @@ var scenes = map[string]func(*machine){
 		m.Reboot(m.boot)
 		serving(m)
 	},
+	"a serving UKI host before an update":                          beforeUpdate(simboot.UKI, newKernel),
+	"a serving UKI host before an update of dbx":                   beforeUpdate(simboot.UKI, newDbx),
+	"a serving UKI host before an update of the kernel and of dbx": beforeUpdate(simboot.UKI, func(b *simboot.Boot) { newKernel(b); newDbx(b) }),
+	"a serving UKI host before a firmware update":                  beforeUpdate(simboot.UKI, func(b *simboot.Boot) { b.Firmware = "edk2 2026.02"; newDbx(b) }),
+	"a serving GRUB host before an update":                         beforeUpdate(simboot.GRUB, newKernel),
 	"a node with a boot policy whose firmware was updated": func(m *machine) {
 		serving(m)
 		m.must("kleidi bootpolicy record --file /etc/kleidi/boot-policy.yaml")
@@ -64,6 +69,12 @@ var scenes = map[string]func(*machine){
 		m.remove("var/lib/kleidi/pin.json")
 	},
 }
+
+func newKernel(b *simboot.Boot) {
+	b.Kernel, b.Initrd = "6.12.63+deb13-amd64", "dracut 106, built for 6.12.63"
+}
+
+func newDbx(b *simboot.Boot) { b.Dbx += ",2025-10-14" }
 
 // serving is a node as README leaves it, rotated once, with a backup.
 func serving(m *machine) {
