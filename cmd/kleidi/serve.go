@@ -95,10 +95,13 @@ func (s *server) tidyUp(ctx context.Context) {
 		case <-s.opened:
 		}
 		_, _ = backoff.Retry(ctx, func() (struct{}, error) {
+			// The attempt is told of before its outcome is there for all to see. tidy
+			// waits for it, so only then is it clear whether anything is open.
+			err := s.tidy(ctx)
 			if !s.unlocker.State().Open {
-				return struct{}{}, nil
+				err = nil
 			}
-			return struct{}{}, s.tidy(ctx)
+			return struct{}{}, err
 		}, backoff.WithMaxElapsedTime(0), backoff.WithNotify(func(err error, d time.Duration) {
 			s.log.Error("slots of earlier boot states still open, as they could not be revoked", "cause", seal.CauseOf(err), "error", err, "retry", d.Round(time.Millisecond))
 		}))
