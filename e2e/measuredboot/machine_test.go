@@ -77,6 +77,15 @@ func (m *machine) setVariables(file string) {
 	}
 }
 
+// resetVariables gives the firmware the variables that it began with.
+func (m *machine) resetVariables() {
+	m.t.Helper()
+	b := must[[]byte](m.t)(os.ReadFile(ovmf + filepath.Base(m.variables)))
+	if err := os.WriteFile(m.variables, b, 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
 func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
 
 // booted is what one boot gave.

@@ -73,6 +73,25 @@ func (r row) Decrypts() string {
 	}
 }
 
+// Line is the row in the document.
+func (r row) Line() string {
+	return fmt.Sprintf("| %s | %s | %s | %s |", r.Boot, r.PCRs(), r.Result(), r.Decrypts())
+}
+
+// compare wants every row in the document, as it came out.
+func (r *rows) compare(path string) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	for _, row := range r.sorted() {
+		if !strings.Contains(string(b), row.Line()+"\n") {
+			return fmt.Errorf("%s does not have this row; run make measuredboot: %s", path, row.Line())
+		}
+	}
+	return nil
+}
+
 // print shows the table on a terminal, with what was said and how long it took.
 func (r *rows) print(w io.Writer) {
 	for _, row := range r.sorted() {

@@ -85,3 +85,15 @@ func TestGRUB(t *testing.T) {
 		{what: "the first files, after all of this", image: grub, want: opens},
 	})
 }
+
+// TestSealedToPCR7 shows what the others would look like if nothing stood in the way:
+// a table in which all is refused could also come from a kleidi that never opens.
+func TestSealedToPCR7(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, shared, ownKeys)
+	m.settings = "tpm:\n  pcrs: [7]\n"
+	m.series("UKI, sealed to PCR 7 alone, which nobody should do", []boot{
+		{what: "tpm.pcrs: [7]; kleidi init", image: uki, first: []wire.Step{initialize}, want: opens},
+		{what: "other command line", image: with(uki, func(i *image) { i.commandLine = "init=/bin/sh" }), want: opens, moved: []int{4, 9, 11}},
+	})
+}

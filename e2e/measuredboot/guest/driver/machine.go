@@ -40,7 +40,7 @@ func facts() (*wire.Facts, error) {
 		}
 		*into = strings.TrimSpace(string(b))
 	}
-	v, err := os.ReadFile("/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
+	v, err := os.ReadFile(efivars + "/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
 	if err != nil {
 		return nil, err
 	}
@@ -73,6 +73,25 @@ func readPCRs(into map[int]string) error {
 	}
 	return nil
 }
+
+// copyFile copies a file, also to one of efivarfs: the kernel keeps those from being
+// written by mistake.
+func copyFile(from, to string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	if f, err := os.Open(to); err == nil && filepath.Dir(to) == efivars {
+		err = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, 0)
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("%s: make it mutable: %w", to, err)
+		}
+	}
+	return os.WriteFile(to, b, 0o600)
+}
+
+const efivars = "/sys/firmware/efi/efivars"
 
 // undefine removes an NV index as any operating system on this machine can where
 // the owner authorization is empty.

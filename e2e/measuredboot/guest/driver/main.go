@@ -81,11 +81,7 @@ func (m *machine) step(step wire.Step, r *wire.Result) error {
 		}
 		return os.Rename(step.Move[0], step.Move[1])
 	case step.Copy != nil:
-		b, err := os.ReadFile(step.Copy[0])
-		if err != nil {
-			return err
-		}
-		return os.WriteFile(step.Copy[1], b, 0o600)
+		return copyFile(step.Copy[0], step.Copy[1])
 	case step.Forge != nil:
 		return forge(*step.Forge)
 	case step.Undefine != 0:
