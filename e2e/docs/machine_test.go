@@ -89,7 +89,7 @@ func (m *machine) shell(commands string) (string, error) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", m.relocate(commands))
 	cmd.Dir = m.root("root")
-	cmd.Env = append(os.Environ(), "PATH="+m.root("bin")+":"+os.Getenv("PATH"), "KEY_ID="+m.keyID)
+	cmd.Env = append(os.Environ(), "PATH="+m.root("bin")+":"+m.root("usr/local/sbin")+":"+os.Getenv("PATH"), "KEY_ID="+m.keyID)
 	out, err := cmd.CombinedOutput()
 	return string(out), err
 }
