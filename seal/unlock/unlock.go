@@ -1,6 +1,7 @@
 package unlock
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -281,22 +282,20 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 		if gate != nil && w.Type() == seal.TypeTPM {
 			continue
 		}
-		earlier := failure
+		var refusal error
 		for _, s := range slots {
 			kek, err := w.Unwrap(ctx, s)
 			if err == nil {
-				return kek, opener{w.Type(), earlier}, nil
+				return kek, opener{w.Type(), failure}, nil
 			}
-			if errors.Is(err, seal.ErrNotMine) {
-				continue
-			}
-			if failure == nil || moreTelling(err, failure) {
-				failure = err
+			if !errors.Is(err, seal.ErrNotMine) && (refusal == nil || moreTelling(err, refusal)) {
+				refusal = err
 			}
 		}
-		if failure != nil && u.cfg.Gate != nil {
-			failure = u.cfg.Gate.Explain(failure)
+		if refusal != nil && u.cfg.Gate != nil {
+			refusal = u.cfg.Gate.Explain(refusal)
 		}
+		failure = both(failure, w.Type(), refusal)
 	}
 	if failure == nil {
 		failure = seal.Errorf(seal.CauseNoSlot, "if this machine was renamed, set node to its former name; else run kleidi recover with the recovery identity",
@@ -304,6 +303,25 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 	}
 	return nil, opener{}, failure
 }
+
+// both is the failure of the wrappers so far, with that of the next one in its text:
+// where a fallback fails too, its remedy may be the nearer one.
+func both(failure error, kind string, next error) error {
+	if failure == nil || next == nil {
+		return cmp.Or(failure, next)
+	}
+	text, hint := seal.SplitHint(failure)
+	return &seal.Error{Cause: seal.CauseOf(failure), Hint: hint, Err: &failures{failure, fmt.Sprintf("%s; %s does not open either: %s", text, kind, next)}}
+}
+
+// failures is one failure in whose text others stand too.
+type failures struct {
+	first error
+	text  string
+}
+
+func (f *failures) Error() string { return f.text }
+func (f *failures) Unwrap() error { return f.first }
 
 // owners lists whose slots there are.
 func owners(slots []seal.Slot) string {

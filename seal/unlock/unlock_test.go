@@ -360,6 +360,15 @@ func TestSlotsInOrder(t *testing.T) {
 	}
 	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken", "slot vault", "pin 1", "settle while nothing is announced")
 
+	// where the fallback fails as well, both are told, with the first one's remedy
+	vault.set(seal.Errorf(seal.CauseUnavailable, "start the server", "connection refused"))
+	n.restart()
+	err = n.Unlock(ctx)
+	wantRefusal(t, err, seal.CauseBootState, "explained: boot state", "vault does not open either: explained: connection refused; start the server")
+	if e, ok := errors.AsType[*seal.Error](err); !ok || e.Hint != "x" {
+		t.Errorf("the remedy is not that of the first: %v", err)
+	}
+
 	n.cfg.Wrappers = nil
 	n.restart()
 	wantRefusal(t, n.Unlock(ctx), seal.CauseNoSlot, "kleidi recover")
