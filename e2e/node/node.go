@@ -35,14 +35,37 @@ type Node struct {
 	t      testing.TB
 	binary string
 	http   string
+	noTPM  bool
+}
+
+// Setup is how a node differs from that of [New].
+type Setup struct {
+	// Binary is kleidi's path; empty means what [Binary] returns.
+	Binary string
+	// Settings are added to the configuration: YAML of top-level keys.
+	Settings string
+	// NoTPM leaves the machine without a TPM.
+	NoTPM bool
 }
 
 // New boots a machine from a unified kernel image and runs `kleidi init` on it.
 func New(t testing.TB) *Node {
 	t.Helper()
+	return Make(t, Setup{})
+}
+
+// Make does what New does, otherwise set up.
+func Make(t testing.TB, s Setup) *Node {
+	t.Helper()
+	if s.Binary == "" {
+		s.Binary = Binary(t)
+	}
 	boot := simboot.Baseline(simboot.UKI)
-	n := &Node{Machine: tpmtest.New(t, boot), Kernel: boot, t: t, binary: Binary(t), http: "127.0.0.1:" + FreePort(t)}
-	n.configure()
+	n := &Node{Machine: tpmtest.New(t, boot), Kernel: boot, t: t, binary: s.Binary, http: "127.0.0.1:" + FreePort(t), noTPM: s.NoTPM}
+	if err := os.Mkdir(n.Path("run"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	n.Configure(s.Settings)
 	n.Run("init", "--recovery-recipient", n.makeIdentity())
 	return n
 }
@@ -79,8 +102,14 @@ func (n *Node) write(name, content string) {
 	}
 }
 
-func (n *Node) configure() {
+// Configure writes the configuration anew, with these settings added: YAML of
+// top-level keys. A kleidi that serves reads it when it starts again.
+func (n *Node) Configure(settings string) {
 	n.t.Helper()
+	device := n.Device()
+	if n.noTPM {
+		device = n.Path("no-tpm")
+	}
 	n.write("config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
 tpm:
@@ -94,10 +123,8 @@ admin:
   socket: %s
 http:
   address: %s
-`, n.Device(), n.EventLog(), n.Path("state"), n.Path("run/kms.sock"), n.Path("run/admin.sock"), n.http))
-	if err := os.Mkdir(n.Path("run"), 0o700); err != nil {
-		n.t.Fatal(err)
-	}
+%s
+`, device, n.EventLog(), n.Path("state"), n.Path("run/kms.sock"), n.Path("run/admin.sock"), n.http, settings))
 }
 
 // makeIdentity makes the recovery identity as an operator would with age-keygen,
