@@ -94,3 +94,10 @@ func (g *gate) forward(c net.Conn) {
 	}()
 	_, _ = io.Copy(c, to)
 }
+
+// asked counts the connections that are open.
+func (g *gate) asked() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.open_)
+}
