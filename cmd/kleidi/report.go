@@ -14,6 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/unlock"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 	"github.com/beezy-dev/kleidi/vault"
@@ -79,7 +80,7 @@ func (n *node) bootsLeft(ctx context.Context, slots []seal.Slot) string {
 }
 
 func onlyAttestation(err error) error {
-	if seal.CauseOf(err) == seal.CauseAttestation {
+	if cause := seal.CauseOf(err); cause == seal.CauseAttestation || cause == seal.CauseBootPolicy {
 		return err
 	}
 	return nil
@@ -105,6 +106,9 @@ func (n *node) reportSlot(ctx context.Context, s seal.Slot, id seal.KeyID, clust
 	var err error
 	if s.Type == seal.TypeTPM || n.cfg.Unlock.RequireAttestation {
 		err = attestation
+	}
+	if o, ok := errors.AsType[unlock.Overruled](attestation); ok && o.Overrules(s) {
+		err = nil
 	}
 	if c, parseErr := seal.ParseClusterID(cluster); err == nil {
 		if err = parseErr; err == nil {

@@ -34,6 +34,13 @@ type Gate interface {
 	Explain(error) error
 }
 
+// Overruled is a refusal of the gate that leaves some slots to be tried: those of
+// a suspension, which the TPM limits.
+type Overruled interface {
+	error
+	Overrules(seal.Slot) bool
+}
+
 // Config is what an Unlocker works with.
 type Config struct {
 	Store Store
@@ -275,18 +282,15 @@ func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, 
 // that a failing TPM gives way to another wrapper only where the operator said so.
 func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*seal.Secret, opener, error) {
 	failure := gate
-	if gate != nil && !u.cfg.GateTPMOnly {
-		return nil, opener{}, gate
-	}
 	for _, w := range u.cfg.Wrappers {
-		if gate != nil && w.Type() == seal.TypeTPM {
-			continue
-		}
 		var refusal error
 		for _, s := range slots {
+			if !u.passes(gate, w, s) {
+				continue
+			}
 			kek, err := w.Unwrap(ctx, s)
 			if err == nil {
-				return kek, opener{w.Type(), failure}, nil
+				return kek, u.openedBy(w, gate, failure), nil
 			}
 			if !errors.Is(err, seal.ErrNotMine) && (refusal == nil || moreTelling(err, refusal)) {
 				refusal = err
@@ -302,6 +306,25 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 			"the keyring holds no slot for this node and its configured wrappers, but for %s", owners(slots))
 	}
 	return nil, opener{}, failure
+}
+
+// passes reports whether a wrapper may be tried on a slot after what the gate said.
+func (u *Unlocker) passes(gate error, w seal.Wrapper, s seal.Slot) bool {
+	if gate == nil || u.cfg.GateTPMOnly && w.Type() != seal.TypeTPM {
+		return true
+	}
+	o, ok := errors.AsType[Overruled](gate)
+	return ok && w.Type() == s.Type && o.Overrules(s)
+}
+
+// openedBy tells a fallback from the first wrapper, and says so where a suspension
+// has overruled the gate.
+func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) opener {
+	if _, ok := errors.AsType[Overruled](gate); ok && w.Type() == seal.TypeTPM {
+		u.cfg.Log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", gate)
+		return opener{wrapper: w.Type()}
+	}
+	return opener{w.Type(), earlier}
 }
 
 // both is the failure of the wrappers so far, with that of the next one in its text:

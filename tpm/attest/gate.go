@@ -36,9 +36,8 @@ type Gate struct {
 	// measures them: PCR 11 has another value in each.
 	Phase string
 
-	last      atomic.Pointer[Result]
-	failed    atomic.Bool
-	overruled atomic.Pointer[error]
+	last   atomic.Pointer[Result]
+	failed atomic.Bool
 }
 
 const nonceSize = 32 // bytes
@@ -159,24 +158,31 @@ func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 		d.add(bank, pcrs)
 	}
 	_, refusal, err := g.attest(ctx, srk, bank, d)
-	g.overruled.Store(nil)
-	if err == nil && refusal != nil && suspended {
-		g.overruled.Store(&refusal)
-		return nil
+	switch {
+	case err != nil:
+		return err
+	case refusal != nil && suspended:
+		return &overruled{refusal, g}
 	}
-	if err == nil {
-		err = refusal
-	}
-	return err
+	return refusal
 }
 
-// Overruled returns what the boot policy has against this boot where the node is
-// suspended: nothing but a slot of the suspension may be opened then.
-func (g *Gate) Overruled() error {
-	if refusal := g.overruled.Load(); refusal != nil {
-		return *refusal
-	}
-	return nil
+// overruled is what the boot policy has against a boot where a slot says that the
+// node is suspended. It implements unlock.Overruled.
+type overruled struct {
+	error
+	gate *Gate
+}
+
+// Unwrap returns the refusal.
+func (o *overruled) Unwrap() error { return o.error }
+
+// Overrules reports whether a slot may be tried all the same: that of a suspension,
+// whose boots the TPM counts, and no other. What the slot says is for the TPM to
+// believe.
+func (o *overruled) Overrules(s seal.Slot) bool {
+	d, err := tpm.DemandOf(s, o.gate.Counter)
+	return s.Type == seal.TypeTPM && s.Node == o.gate.Node && err == nil && d.State.Use == tpm.UseSuspend
 }
 
 // State returns the attested boot state to seal to: quoted values of the PCRs
