@@ -137,7 +137,23 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 	if err != nil {
 		return seal.Slot{}, err
 	}
+	if epoch, err := w.Epoch(ctx); err != nil {
+		return seal.Slot{}, err
+	} else if d.Epoch.AtMost < epoch {
+		return seal.Slot{}, classify(fmt.Errorf("what is revoked is not made anew: %w", authpolicy.ErrEpoch))
+	}
 	return w.wrap(ctx, kek, *d.state, d)
+}
+
+// Epoch returns the present epoch. A slot whose last one is below it is revoked.
+func (w *Wrapper) Epoch(ctx context.Context) (epoch uint64, err error) {
+	err = w.Device.Do(ctx, func(t transport.TPM) error {
+		return WithSRK(t, w.Owner, nil, func(srk *SRK) error {
+			epoch, err = w.Counter.Read(t, srk)
+			return err
+		})
+	})
+	return epoch, classify(err)
 }
 
 // wrap seals to the storage root key of the authenticated slot like, if there is

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -44,6 +46,21 @@ func (n *node) states(slots []seal.Slot, uses ...tpm.Use) []tpm.BootState {
 		}
 	}
 	return states
+}
+
+// live is states without those that are revoked: they must not come back.
+func (n *node) live(ctx context.Context, slots []seal.Slot, uses ...tpm.Use) ([]tpm.BootState, error) {
+	epoch, err := n.tpm.Epoch(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return n.states(slices.DeleteFunc(slices.Clone(slots), func(s seal.Slot) bool { return n.revoked(s, epoch) }), uses...), nil
+}
+
+// revoked reports whether the epoch of a slot of this TPM has passed.
+func (n *node) revoked(s seal.Slot, epoch uint64) bool {
+	d, ok := n.demands([]seal.Slot{s})[0]
+	return ok && d.AtMost < epoch
 }
 
 // reshape returns the revision in which the KEK is sealed to these boot states,
@@ -128,8 +145,12 @@ func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.Keyri
 		if req.DropNext {
 			kept = kept[:1]
 		}
+		live, err := n.live(ctx, k.Slots(), kept...)
+		if err != nil {
+			return nil, err
+		}
 		states := []tpm.BootState{present}
-		for _, s := range n.states(k.Slots(), kept...) {
+		for _, s := range live {
 			states = append(states, refreshed(s, present))
 		}
 		reshape := n.reshape
@@ -186,6 +207,7 @@ func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.Keyring
 	}
 	state := tpm.BootState{PCR: authpolicy.PCR{Bank: bank, Values: b.PCRs}, Use: tpm.UseNext, Record: b.Record}
 	var bound string
+	var dropped []string
 	err = n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		slots := k.Slots()
 		for _, d := range n.demands(slots) {
@@ -199,6 +221,9 @@ func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.Keyring
 			return nil, err
 		}
 		bound = n.what(slot)
+		if oldest != nil {
+			dropped = []string{"the oldest slot for a next boot, made " + n.made(*oldest) + ", had to go: there are at most " + fmt.Sprint(maxNext)}
+		}
 		return []*keyring.Keyring{next}, nil
 	})
 	if errors.Is(err, errNothing) {
@@ -207,7 +232,12 @@ func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.Keyring
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
 	}
-	return n.unchanged("the KEK is sealed to "+bound+" as well", "once that boot has opened it, kleidi serve revokes the present one")
+	return n.unchanged(append([]string{"the KEK is sealed to " + bound + " as well", "once that boot has opened it, kleidi serve revokes the present one"}, dropped...)...)
+}
+
+// made says when a slot of this TPM was made.
+func (n *node) made(s seal.Slot) string {
+	return n.demands([]seal.Slot{s})[0].Made.Local().Format(time.DateTime)
 }
 
 // oldestNext returns the oldest slot for a next boot, where there are as many as
@@ -269,7 +299,10 @@ func (n *node) suspend(ctx context.Context, req admin.SuspendRequest) (admin.Key
 			return nil, err
 		}
 		state.Resets = resets + uint32(req.Boots)
-		next, slot, err := n.extend(ctx, k, state, n.suspends)
+		if err := n.pinHolds(state); err != nil {
+			return nil, err
+		}
+		next, slot, err := n.addSuspension(ctx, k, state)
 		if err != nil {
 			return nil, err
 		}
@@ -280,6 +313,36 @@ func (n *node) suspend(ctx context.Context, req admin.SuspendRequest) (admin.Key
 		return admin.KeyringState{}, fmt.Errorf("suspend: %w", err)
 	}
 	return n.unchanged("SUSPENDED: the KEK is sealed to "+bound, "anyone who boots this machine so gets it; when the work is done, run kleidi reseal, which ends this")
+}
+
+// addSuspension seals to a suspension besides. One that is there already is revoked:
+// it may be the weaker one.
+func (n *node) addSuspension(ctx context.Context, k *keyring.Keyring, state tpm.BootState) (*keyring.Keyring, seal.Slot, error) {
+	if !slices.ContainsFunc(k.Slots(), n.suspends) {
+		return n.extend(ctx, k, state, func(seal.Slot) bool { return false })
+	}
+	states, err := n.live(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSigned)
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	next, slots, err := n.reshape(ctx, k, append(states, state))
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	return next, slots[len(slots)-1], nil
+}
+
+// pinHolds refuses a slot for boots in which the pin in the TPM could not be read.
+func (n *node) pinHolds(s tpm.BootState) error {
+	if n.cfg.Pin.Store != config.PinTPM {
+		return nil
+	}
+	for _, i := range n.cfg.Pin.PCRs {
+		if s.Values[i] == nil {
+			return fmt.Errorf("the pin in the TPM is bound to PCR %d, which this slot would let go: a boot that changes it needs kleidi recover with the recovery identity all the same; see docs/threat-model.md", i)
+		}
+	}
+	return nil
 }
 
 // suspends reports whether a slot is this node's for a suspension.
@@ -333,30 +396,66 @@ func (n *node) tidy(ctx context.Context) error {
 	return err
 }
 
-// tidied returns the boot states that stay, that of the running boot first.
+// tidied returns the boot states that stay, that of the running boot first: after
+// an update those that were prepared later, what is signed, and a suspension that
+// is not used up.
 func (n *node) tidied(ctx context.Context, slots []seal.Slot) ([]tpm.BootState, error) {
-	var running *tpm.BootState
-	for _, s := range n.states(slots, tpm.UsePresent, tpm.UseNext) {
-		if n.present(s) {
-			running = &s
-			break
-		}
-	}
-	if running == nil {
+	running, ok := n.running(slots)
+	if !ok {
 		return nil, errNothing
 	}
-	if running.Use == tpm.UseNext {
-		running.Use = tpm.UsePresent
-		return append([]tpm.BootState{*running}, n.states(slots, tpm.UseSigned)...), nil
+	updated := running.State.Use == tpm.UseNext
+	spent, err := n.spent(ctx, slots)
+	if err != nil {
+		return nil, err
 	}
-	for _, s := range n.states(slots, tpm.UseSuspend) {
+	if !updated && len(spent) == 0 {
+		return nil, errNothing
+	}
+	epoch, err := n.tpm.Epoch(ctx)
+	if err != nil {
+		return nil, err
+	}
+	demands := n.demands(slots)
+	running.State.Use = tpm.UsePresent
+	states := []tpm.BootState{running.State}
+	for _, i := range slices.Sorted(maps.Keys(demands)) {
+		d := demands[i]
+		later := d.State.Use == tpm.UseNext && !n.present(d.State) && (!updated || d.Made.After(running.Made))
+		suspended := d.State.Use == tpm.UseSuspend && !spent[i]
+		if d.AtMost >= epoch && (later || suspended || d.State.Use == tpm.UseSigned) {
+			states = append(states, refreshed(d.State, running.State))
+		}
+	}
+	return states, nil
+}
+
+// running returns what the slot demands that names the running boot whole.
+func (n *node) running(slots []seal.Slot) (tpm.Demand, bool) {
+	demands := n.demands(slots)
+	for _, i := range slices.Sorted(maps.Keys(demands)) {
+		d := demands[i]
+		if (d.State.Use == tpm.UsePresent || d.State.Use == tpm.UseNext) && n.present(d.State) {
+			return d, true
+		}
+	}
+	return tpm.Demand{}, false
+}
+
+// spent returns the places of the suspensions that are used up.
+func (n *node) spent(ctx context.Context, slots []seal.Slot) (map[int]bool, error) {
+	spent := map[int]bool{}
+	for i, d := range n.demands(slots) {
+		if d.State.Use != tpm.UseSuspend {
+			continue
+		}
 		count, err := n.gate.Device.ResetCount(ctx, n.gate.Owner)
 		if err != nil {
 			return nil, err
 		}
-		if count > s.Resets {
-			return append([]tpm.BootState{*running}, n.states(slots, tpm.UseSigned, tpm.UseNext)...), nil
+		if count > d.State.Resets {
+			spent[i] = true
 		}
 	}
-	return nil, errNothing
+	return spent, nil
 }

@@ -119,7 +119,7 @@ func (n *node) attests() bool { return n.opensWithTPM() || n.cfg.Unlock.RequireA
 func (n *node) wrapper(kind string) seal.Wrapper {
 	switch {
 	case kind == seal.TypeTPM:
-		return gated{n.tpm, n.gate}
+		return n.tpm
 	case kind == seal.TypePKCS11 && n.hsm != nil:
 		return n.hsm
 	case kind == seal.TypeVault && n.vault != nil:
@@ -206,13 +206,7 @@ func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
 	if !p.attests {
 		return nil
 	}
-	if err := p.Gate.Attest(ctx, slots); err != nil {
-		return err
-	}
-	if refusal := p.Overruled(); refusal != nil {
-		p.log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", refusal)
-	}
-	return nil
+	return p.Gate.Attest(ctx, slots)
 }
 
 // openers are the wrappers that may open the keyring at start, in their order.
@@ -224,21 +218,4 @@ func (n *node) openers() []seal.Wrapper {
 		}
 	}
 	return all
-}
-
-// gated is the TPM wrapper behind what the gate found.
-type gated struct {
-	*tpm.Wrapper
-	gate *attest.Gate
-}
-
-// Unwrap implements seal.Wrapper. A boot that only a suspension makes up for opens
-// the slot of the suspension, whose boots the TPM counts, and no other.
-func (g gated) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
-	if refusal := g.gate.Overruled(); refusal != nil && slot.Type == seal.TypeTPM {
-		if d, err := tpm.DemandOf(slot, g.gate.Counter); err == nil && d.State.Use != tpm.UseSuspend {
-			return nil, refusal
-		}
-	}
-	return g.Wrapper.Unwrap(ctx, slot)
 }
