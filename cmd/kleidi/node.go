@@ -102,7 +102,7 @@ func (n *node) addSecondary() (err error) {
 		}
 	}
 	if n.cfg.Vault.Address != "" {
-		if n.vault, err = vault.New(n.cfg.Vault.Wrapper(n.mem)); err != nil {
+		if n.vault, err = vault.New(n.cfg.Vault.Wrapper(n.mem, n.clientCertificate)); err != nil {
 			return err
 		}
 	}

@@ -4,7 +4,9 @@
 package config
 
 import (
+	"context"
 	"crypto"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -147,6 +149,8 @@ type VaultAuth struct {
 	JWTFile         string `yaml:"jwtFile"`
 	CertFile        string `yaml:"certFile"`
 	KeyFile         string `yaml:"keyFile"`
+	// TPMKeyFile holds, instead of KeyFile, a key that only this node's TPM can use.
+	TPMKeyFile string `yaml:"tpmKeyFile"`
 }
 
 // Memory says what to do where memory can't be locked.
@@ -290,12 +294,17 @@ func (c PKCS11) Wrapper(mem seal.Memory) hsm.Config {
 	return hsm.Config{Module: c.Module, InitArgs: c.InitArgs, URI: c.URI, PINFile: c.PINFile, Timeout: c.Timeout, Memory: mem}
 }
 
-// Wrapper is what package vault wants.
-func (c Vault) Wrapper(mem seal.Memory) vault.Config {
+// Wrapper is what package vault wants. certificate returns the client certificate
+// where its key is in the TPM.
+func (c Vault) Wrapper(mem seal.Memory, certificate func(context.Context) (*tls.Certificate, error)) vault.Config {
 	a := c.Auth
-	return vault.Config{Address: c.Address, Namespace: c.Namespace, Mount: c.Mount, Key: c.Key, CAFile: c.CAFile, ServerName: c.ServerName, Timeout: c.Timeout, Memory: mem,
+	v := vault.Config{Address: c.Address, Namespace: c.Namespace, Mount: c.Mount, Key: c.Key, CAFile: c.CAFile, ServerName: c.ServerName, Timeout: c.Timeout, Memory: mem,
 		Auth: vault.Auth{Method: vault.Method(a.Method), Mount: a.Mount, Role: a.Role, TokenFile: a.TokenFile, RoleID: a.RoleID, SecretIDFile: a.SecretIDFile,
 			SecretIDWrapped: a.SecretIDWrapped, JWTFile: a.JWTFile, CertFile: a.CertFile, KeyFile: a.KeyFile}}
+	if a.TPMKeyFile != "" {
+		v.Auth.CertFile, v.Auth.KeyFile, v.Auth.ClientCertificate = "", "", certificate
+	}
+	return v
 }
 
 // Keyring is the path of the keyring.

@@ -117,6 +117,24 @@ func TestValuesThatCouldNotWork(t *testing.T) {
 	}
 }
 
+func TestVaultKeyInTheTPM(t *testing.T) {
+	const server = "vault: {address: \"https://v\", key: k, auth: "
+	for text, want := range map[string]string{
+		"{method: cert, certFile: /c, tpmKeyFile: /t}":                 "",
+		"{method: cert, certFile: /c, tpmKeyFile: /t, role: r}":        "",
+		"{method: cert, certFile: /c, tpmKeyFile: t}":                  "vault.auth.tpmKeyFile: \"t\" is not an absolute path",
+		"{method: cert, tpmKeyFile: /t}":                               "vault.auth.certFile: \"\" is not an absolute path",
+		"{method: cert, certFile: /c, keyFile: /k, tpmKeyFile: /t}":    "vault.auth.tpmKeyFile: vault.auth.keyFile names a key as well",
+		"{method: token, tokenFile: /f, certFile: /c, tpmKeyFile: /t}": "vault.auth.tpmKeyFile: the method token doesn't use it",
+		"{method: cert, certFile: /c}":                                 "vault.auth.keyFile: it is missing",
+	} {
+		_, err := Parse([]byte(head + server + text + "}\n"))
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
 func TestBadFiles(t *testing.T) {
 	for name, content := range map[string]string{
 		"empty": "", "a list": "- a", "no version": "kind: KleidiConfiguration\n", "not YAML": "a: [",

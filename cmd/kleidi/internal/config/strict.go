@@ -1,6 +1,9 @@
 package config
 
 import (
+	"context"
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
@@ -99,9 +102,26 @@ func (p *problems) validateUnlock(c *Config) {
 		}
 	}
 	if configured[seal.TypeVault] {
-		if _, err := vault.New(c.Vault.Wrapper(seal.Memory{})); err != nil {
-			p.Add("vault", "%v", err)
-		}
+		p.validateVault(c.Vault)
+	}
+}
+
+func (p *problems) validateVault(c Vault) {
+	unused := func(context.Context) (*tls.Certificate, error) { return nil, errors.ErrUnsupported }
+	if _, err := vault.New(c.Wrapper(seal.Memory{}, unused)); err != nil {
+		p.Add("vault", "%v", err)
+	}
+	a := c.Auth
+	if a.TPMKeyFile == "" {
+		return
+	}
+	p.absolute("vault.auth.tpmKeyFile", a.TPMKeyFile)
+	p.absolute("vault.auth.certFile", a.CertFile)
+	if a.KeyFile != "" {
+		p.Add("vault.auth.tpmKeyFile", "vault.auth.keyFile names a key as well; remove one of them")
+	}
+	if method := vault.Method(a.Method); method != vault.MethodCert {
+		p.Add("vault.auth.tpmKeyFile", "the method %s doesn't use it; remove it", method)
 	}
 }
 
