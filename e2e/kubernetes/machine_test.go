@@ -25,7 +25,12 @@ type machine struct {
 // kleidi nor kube-apiserver runs yet.
 func newMachine(t *testing.T, version string) *machine {
 	t.Helper()
-	n := node.New(t)
+	return newMachineOf(t, version, node.Setup{})
+}
+
+func newMachineOf(t *testing.T, version string, s node.Setup) *machine {
+	t.Helper()
+	n := node.Make(t, s)
 	e := startEtcd(t, n)
 	return &machine{Node: n, etcd: e, api: newAPIServer(t, version, n, e)}
 }

@@ -13,8 +13,11 @@ import (
 // versions are the folders of e2e/servers that hold a kube-apiserver.
 var versions = []string{"kube-apiserver-1.37", "kube-apiserver-1.29"}
 
-// binaries are paths by name: "etcd" and each of versions.
+// binaries are paths by name: "etcd", "vault" and each of versions.
 var binaries = map[string]string{}
+
+// scratch is a folder for all tests.
+var scratch string
 
 func TestMain(m *testing.M) {
 	flag.Parse()
@@ -26,11 +29,24 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	os.Exit(m.Run())
+	os.Exit(runAll(m))
+}
+
+func runAll(m *testing.M) int {
+	var err error
+	if scratch, err = os.MkdirTemp("", "kleidi-kubernetes"); err == nil {
+		defer os.RemoveAll(scratch)
+		err = prepareSoftHSM(scratch)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
 }
 
 func find() error {
-	names := append([]string{"etcd"}, versions...)
+	names := append([]string{"etcd", "vault"}, versions...)
 	build := exec.Command("../servers/build", names...)
 	build.Stderr = os.Stderr
 	out, err := build.Output()
