@@ -232,7 +232,11 @@ func TestSuspendedIsNotLoud(t *testing.T) {
 	h.update()
 	h.write("refuse", "")
 	h.write("status", `{"suspension": "suspended: …"}`)
-	if out := h.run(nil, "kleidi-next-boot", "grub"); strings.Contains(out, loud) || !strings.Contains(out, "a suspension lets it open") {
+	if out := h.run(nil, "kleidi-next-boot", "grub"); strings.Contains(out, loud) || !strings.Contains(out, "This node is suspended") {
+		t.Error(out)
+	}
+	h.write("status", `{"suspension": "suspended: … (boots left: 0)"}`)
+	if out := h.run(nil, "kleidi-next-boot", "grub"); !strings.Contains(out, loud) {
 		t.Error(out)
 	}
 }

@@ -31,7 +31,7 @@ func TestHookRefused(t *testing.T) {
 		t.Error("the update was not installed")
 	}
 	m.must("kleidi suspend --boots 1")
-	if out := m.must("kleidi-next-boot grub 2>&1"); !strings.Contains(out, "a suspension lets it open") {
+	if out := m.must("kleidi-next-boot grub 2>&1"); !strings.Contains(out, "This node is suspended") {
 		t.Errorf("while suspended it says:\n%s", out)
 	}
 	m.must("reboot")

@@ -30,6 +30,7 @@ var scenes = map[string]func(*machine){
 	"a serving UKI host before an update of dbx":                   beforeUpdate(simboot.UKI, newDbx),
 	"a serving UKI host before an update of the kernel and of dbx": beforeUpdate(simboot.UKI, func(b *simboot.Boot) { newKernel(b); newDbx(b) }),
 	"a serving UKI host before a firmware update":                  beforeUpdate(simboot.UKI, func(b *simboot.Boot) { b.Firmware = "edk2 2026.02"; newDbx(b) }),
+	"a serving EFI-stub host before an update":                     beforeUpdate(simboot.EFIStub, newKernel),
 	"a serving GRUB host before an update":                         beforeUpdate(simboot.GRUB, newKernel),
 	"a node with a boot policy whose firmware was updated": func(m *machine) {
 		serving(m)

@@ -86,6 +86,13 @@ KERNEL_INSTALL_LAYOUT=uki KERNEL_INSTALL_BOOT_ROOT=%s KERNEL_INSTALL_ENTRY_TOKEN
 `, m.root("efi"), m.root("etc/kernel/install.d/95-kleidi.install"), version(m.next)), 0o755)
 		return
 	}
+	if m.boot.Loader == simboot.EFIStub {
+		for b, f := range map[simboot.Boot]*simboot.Files{m.boot: is, m.next: will} {
+			m.write("boot/vmlinuz-"+b.Kernel, string(f.Kernel), 0o644)
+			m.write("boot/initrd.img-"+b.Kernel, string(f.Initrd), 0o644)
+		}
+		return
+	}
 	m.write("proc/cmdline", "BOOT_IMAGE=/boot/vmlinuz-"+m.boot.Kernel+" "+m.boot.CommandLine+"\n", 0o444)
 	m.write("boot/vmlinuz-"+m.boot.Kernel, string(is.Kernel), 0o644)
 	m.write("boot/initrd.img-"+m.boot.Kernel, string(is.Initrd), 0o644)
