@@ -42,7 +42,7 @@ func startKleidi(ctx context.Context, o options, dir string) (*plugin, error) {
 		return nil, errors.Join(err, machine.PowerOff())
 	}
 	stop := p.stop
-	if err := printTPM(ctx, machine, filepath.Join(dir, "state")); err != nil {
+	if err := printTPM(ctx, o, machine, dir); err != nil {
 		stop()
 		return nil, errors.Join(err, machine.PowerOff())
 	}

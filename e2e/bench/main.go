@@ -28,6 +28,7 @@ type options struct {
 	pairs          int
 	slice          time.Duration
 	starts         int
+	wrappers       string
 	maxP50         float64
 }
 
@@ -44,6 +45,7 @@ func main() {
 	flag.IntVar(&o.pairs, "pairs", 21, "pairs of slices for each line")
 	flag.DurationVar(&o.slice, "slice", 100*time.Millisecond, "length of a slice")
 	flag.IntVar(&o.starts, "starts", 5, "how often to start kleidi (with -kleidi), to see how soon it answers")
+	flag.StringVar(&o.wrappers, "wrappers", "recovery,pkcs11,vault", "wrappers whose time to open a slot is compared with the TPM's (with -kleidi)")
 	flag.Float64Var(&o.maxP50, "max-p50", 0, "fail if the p50 with one caller is more than this times that of doing nothing")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

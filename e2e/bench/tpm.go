@@ -21,8 +21,10 @@ import (
 // tpmRuns is how often each step is timed.
 const tpmRuns = 21
 
-// printTPM times what unlocking does on the swtpm, with the slot that kleidi made.
-func printTPM(ctx context.Context, m *simboot.Machine, state string) error {
+// printTPM times what unlocking does on the swtpm, with the slot that kleidi made,
+// and then opening that slot against other wrappers.
+func printTPM(ctx context.Context, o options, m *simboot.Machine, dir string) error {
+	state := filepath.Join(dir, "state")
 	b, err := os.ReadFile(filepath.Join(state, "keyring.json"))
 	if err != nil {
 		return err
@@ -75,7 +77,7 @@ func printTPM(ctx context.Context, m *simboot.Machine, state string) error {
 		fmt.Printf(" %s %.1f ms;", step.name, d.Seconds()*1e3)
 	}
 	fmt.Print("\n\n")
-	return nil
+	return printOpening(ctx, o, dir, opener{"tpm, swtpm", func(ctx context.Context) (*seal.Secret, error) { return wrapper.Unwrap(ctx, slots[i]) }})
 }
 
 func medianOf(f func() error) (time.Duration, error) {
