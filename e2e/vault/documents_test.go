@@ -146,10 +146,18 @@ func TestDocument(t *testing.T) {
 	var last *vault.Wrapper
 	yamls := map[string]string{}
 	roleID, ran := "", 0
+	tpmKey := newInTPM(d)
 	for _, b := range all {
 		method, isMethod := strings.CutPrefix(b.comment, "run next: ")
 		configures, isYAML := strings.CutPrefix(b.comment, "configures: ")
 		switch {
+		case configures == "cert, key in the TPM":
+			yamls[configures] = b.text
+			tpmKey.configured(b.text)
+		case b.comment == "run on: the node", b.comment == "run on: the CA":
+			tpmKey.run(b.text)
+		case b.comment == "run on: the node, when PCR 7 has changed":
+			tpmKey.changed(b.text)
 		case isYAML:
 			yamls[configures] = strings.Replace(b.text, "ROLE_ID", roleID, 1)
 			last = d.configured(yamls[configures])
@@ -172,8 +180,8 @@ func TestDocument(t *testing.T) {
 		}
 		ran++
 	}
-	if len(yamls) != 5 {
-		t.Errorf("%d methods are shown, want 5", len(yamls))
+	if len(yamls) != 6 {
+		t.Errorf("%d ways to log in are shown, want 6", len(yamls))
 	}
 	t.Logf("%d blocks", ran)
 }

@@ -209,6 +209,16 @@ func newKey(t *testing.T) *ecdsa.PrivateKey {
 	return key
 }
 
+// keyPEM is the authority's private key.
+func (a *authority) keyPEM(t *testing.T) []byte {
+	t.Helper()
+	private, err := x509.MarshalPKCS8PrivateKey(a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})
+}
+
 // issue writes FILE.crt and FILE.key, for servers and clients alike.
 func (a *authority) issue(t *testing.T, file, name string) *ecdsa.PrivateKey {
 	t.Helper()

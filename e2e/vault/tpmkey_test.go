@@ -1,0 +1,79 @@
+package vault
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+)
+
+// inTPM is a node of the document whose client key is in its TPM.
+type inTPM struct {
+	*node.Node
+	d     *documented
+	steps []string // the document's commands that make the key and its certificate
+}
+
+// newInTPM has the kleidi of the document's commands run on a node with a TPM.
+func newInTPM(d *documented) *inTPM {
+	d.t.Helper()
+	n := &inTPM{Node: node.New(d.t), d: d}
+	script := fmt.Sprintf("#!/bin/sh\nexec '%s' --config '%s' \"$@\"\n", node.Binary(d.t), n.Path("config.yaml"))
+	if err := os.WriteFile(filepath.Join(d.bin, "kleidi"), []byte(script), 0o700); err != nil {
+		d.t.Fatal(err)
+	}
+	d.write("etc/node-ca-key.pem", d.ca.keyPEM(d.t))
+	return n
+}
+
+// run runs a block, and keeps it for when the key has to be made anew.
+func (n *inTPM) run(block string) {
+	n.d.t.Helper()
+	n.steps = append(n.steps, block)
+	n.d.run(block)
+}
+
+// configured follows the document: the slot is made, and opens the keyring where the
+// TPM's own does not.
+func (n *inTPM) configured(text string) {
+	t := n.d.t
+	t.Helper()
+	settings := strings.NewReplacer("/etc/kleidi/vault", n.d.folder, "https://vault.example:8200", n.d.url).Replace(text)
+	n.Configure(settings + "unlock: {order: [tpm, vault]}\n")
+	wantIn(t, "slot add", string(n.Run("slot", "add", "vault")), []string{"the KEK is wrapped by vault as well"})
+	wantIn(t, "slot test", string(n.Run("slot", "test", "vault")), []string{"opens"})
+	b := n.Current()
+	b.Kernel = "6.13.1"
+	n.Reboot(b)
+	n.opensByVault()
+}
+
+func (n *inTPM) opensByVault() {
+	n.d.t.Helper()
+	n.ServeOpen()
+	_, body, err := n.Get("/readyz?verbose")
+	if err != nil {
+		n.d.t.Fatal(err)
+	}
+	wantIn(n.d.t, "readyz", body, []string{"fallback: opened by vault"})
+	n.Serving.Stop()
+}
+
+// changed is the document's way out where PCR 7 is another.
+func (n *inTPM) changed(remove string) {
+	t := n.d.t
+	t.Helper()
+	b := n.Current()
+	b.Dbx = "2019-01-01"
+	n.Reboot(b)
+	n.Serve()
+	n.WaitLocked("bound to PCR 7")
+	n.Serving.Stop()
+	n.d.run(remove)
+	for _, step := range n.steps {
+		n.d.run(step)
+	}
+	n.opensByVault()
+}
