@@ -68,6 +68,9 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	}
 	for _, s := range r.Slots {
 		kind := s.Type
+		if kind == typeSkipped {
+			kind = s.Name // of what stood there
+		}
 		if s.Use != "" && s.Use != uses[tpm.UsePresent] {
 			kind += " (" + s.Use + ")"
 		}
