@@ -68,6 +68,7 @@ func (r *reader) run(b block) {
 	r.output = out
 	r.ran++
 	r.m.rebootIfAsked()
+	r.m.restartIfAsked()
 }
 
 // compare wants every line of text in what the last block printed.

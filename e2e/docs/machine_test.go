@@ -26,14 +26,16 @@ import (
 // documents' absolute paths lie.
 type machine struct {
 	*tpmtest.Machine
-	t       *testing.T
-	base    string // the root folder
-	boot    simboot.Boot
-	next    simboot.Boot // what an update leads to
-	http    string
-	keyID   string // current key ID after the scene was set, for --trust-key-id
-	serving *node.Process
-	before  *kmsapi.EncryptResponse // a DEK seed, encrypted before the scene
+	t        *testing.T
+	base     string // the root folder
+	boot     simboot.Boot
+	next     simboot.Boot // what an update leads to
+	http     string
+	binary   string // of kleidi
+	settings string // more of its configuration, YAML of top-level keys
+	keyID    string // current key ID after the scene was set, for --trust-key-id
+	serving  *node.Process
+	before   *kmsapi.EncryptResponse // a DEK seed, encrypted before the scene
 }
 
 var seed = bytes.Repeat([]byte("documents"), 4)[:32]
@@ -41,7 +43,7 @@ var seed = bytes.Repeat([]byte("documents"), 4)[:32]
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	boot := simboot.Baseline(simboot.UKI)
-	m := &machine{Machine: tpmtest.New(t, boot), t: t, boot: boot, http: "127.0.0.1:" + node.FreePort(t)}
+	m := &machine{Machine: tpmtest.New(t, boot), t: t, boot: boot, http: "127.0.0.1:" + node.FreePort(t), binary: node.Binary(t)}
 	m.base = filepath.Join(m.Dir(), "r")
 	for _, dir := range []string{"bin", "root", "etc/kleidi", "etc/kubernetes", "media/usb", "run/kleidi", "var/lib"} {
 		if err := os.MkdirAll(m.root(dir), 0o755); err != nil {
@@ -50,12 +52,17 @@ func newMachine(t *testing.T) *machine {
 	}
 	m.configure()
 	m.write("bin/sudo", "#!/bin/sh\nexec \"$@\"\n", 0o755)
-	m.write("bin/kleidi", fmt.Sprintf("#!/bin/sh\nexec %s --config %s \"$@\"\n", node.Binary(t), m.root("etc/kleidi/config.yaml")), 0o755)
+	m.writeKleidi()
 	m.build("bin/age-keygen", "filippo.io/age/cmd/age-keygen")
 	return m
 }
 
 func (m *machine) root(path string) string { return filepath.Join(m.base, path) }
+
+// writeKleidi makes the command that knows this machine's configuration.
+func (m *machine) writeKleidi() {
+	m.write("bin/kleidi", fmt.Sprintf("#!/bin/sh\nexec %s --config %s \"$@\"\n", m.binary, m.root("etc/kleidi/config.yaml")), 0o755)
+}
 
 func (m *machine) configure() {
 	m.write("etc/kleidi/config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
@@ -66,7 +73,7 @@ state: {dir: %s}
 kms: {socket: %s}
 admin: {socket: %s}
 http: {address: "%s"}
-`, m.Device(), m.EventLog(), m.UserspaceLog(), m.root("var/lib/kleidi"), m.root("run/kleidi/kms.sock"), m.root("run/kleidi/admin.sock"), m.http), 0o600)
+%s`, m.Device(), m.EventLog(), m.UserspaceLog(), m.root("var/lib/kleidi"), m.root("run/kleidi/kms.sock"), m.root("run/kleidi/admin.sock"), m.http, m.settings), 0o600)
 }
 
 func (m *machine) write(path, content string, mode os.FileMode) {
@@ -124,7 +131,7 @@ func (m *machine) serveIfPossible() {
 	if m.serving != nil || !m.exists("var/lib/kleidi/keyring.json") {
 		return
 	}
-	m.serving = node.Start(m.t, m.root("root/kleidi.log"), node.Binary(m.t), "serve", "--config", m.root("etc/kleidi/config.yaml"))
+	m.serving = node.Start(m.t, m.root("root/kleidi.log"), m.binary, "serve", "--config", m.root("etc/kleidi/config.yaml"))
 	node.Eventually(m.t, 20*time.Second, "kleidi has tried to unlock", func() error {
 		code, body, err := m.get("/readyz")
 		if err == nil && code != http.StatusOK && (strings.Contains(body, "starting") || !strings.HasPrefix(body, "locked")) {

@@ -64,6 +64,31 @@ var scenes = map[string]func(*machine){
 		serving(m)
 		m.remove("var/lib/kleidi/keyring.json")
 	},
+	"a node that booted another kernel, with a token as its fallback": func(m *machine) {
+		withToken("[tpm, pkcs11]", true)(m)
+		m.bootOther()
+	},
+	"a node with another TPM, and a token as its fallback": func(m *machine) {
+		withToken("[tpm, pkcs11]", true)(m)
+		m.otherTPM()
+	},
+	"a serving node whose token is away": func(m *machine) {
+		withToken("[tpm, pkcs11]", true)(m)
+		m.must("mv " + m.root("tokens") + " " + m.root("away"))
+	},
+	"a serving node whose token is lost": func(m *machine) {
+		withToken("[tpm, pkcs11]", true)(m)
+		m.remove("tokens")
+	},
+	"a serving node without a TPM, with a new token": func(m *machine) {
+		withToken("[pkcs11]", false)(m)
+		m.newToken()
+	},
+	"a locked node without a TPM, with a new token": func(m *machine) {
+		withToken("[pkcs11]", false)(m)
+		m.stop()
+		m.newToken()
+	},
 	"a node whose pin is lost": func(m *machine) {
 		serving(m)
 		m.stop()
