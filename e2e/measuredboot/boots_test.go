@@ -213,6 +213,9 @@ func judgeServe(t *testing.T, c boot, res wire.Result, r *row) {
 	if c.slot != "" && !slices.ContainsFunc(status.Slots, func(s admin.SlotReport) bool { return s.Problem != nil && s.Problem.Cause == c.slot }) {
 		t.Errorf("kleidi status gives the cause %q for no slot: %s", c.slot, res.Status)
 	}
+	if c.slot != "" {
+		r.Says += "; kleidi status says of a slot: " + string(c.slot)
+	}
 	for _, want := range c.says {
 		if !strings.Contains(res.Error, want) {
 			t.Errorf("the gRPC error does not say %q: %s", want, res.Error)

@@ -37,8 +37,13 @@ func run(m *testing.M) (int, error) {
 	took := time.Since(begin)
 	fmt.Printf("\n%d boots in %s\n", len(report.sorted()), took.Round(time.Second))
 	report.print(os.Stdout)
-	if *update && code == 0 {
-		return code, report.write("../../docs/measured-boot.md", took)
+	const page = "../../docs/measured-boot.md"
+	switch {
+	case code != 0:
+		return code, nil
+	case *update:
+		return code, report.write(page, took)
+	default:
+		return code, report.compare(page)
 	}
-	return code, nil
 }

@@ -102,23 +102,30 @@ func (r *rows) print(w io.Writer) {
 	}
 }
 
+// chapter is one machine in the document.
+type chapter struct {
+	Name string
+	Rows []row
+}
+
+// Refuses says whether any boot was refused.
+func (c chapter) Refuses() bool {
+	return slices.ContainsFunc(c.Rows, func(r row) bool { return r.Says != "" })
+}
+
 //go:embed testdata/measured-boot.md.tmpl
 var document string
 
 // write makes the document of the table. One with a surprise in it is not written.
 func (r *rows) write(path string, took time.Duration) error {
-	type machine struct {
-		Name string
-		Rows []row
-	}
-	var machines []machine
+	var machines []chapter
 	all := r.sorted()
 	for _, row := range all {
 		if !row.AsExpected {
 			return fmt.Errorf("%s is not written: not all boots were as expected", path)
 		}
 		if n := len(machines); n == 0 || machines[n-1].Name != row.Machine {
-			machines = append(machines, machine{Name: row.Machine})
+			machines = append(machines, chapter{Name: row.Machine})
 		}
 		last := &machines[len(machines)-1]
 		last.Rows = append(last.Rows, row)
