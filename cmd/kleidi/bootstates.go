@@ -48,13 +48,10 @@ func (n *node) states(slots []seal.Slot, uses ...tpm.Use) []tpm.BootState {
 	return states
 }
 
-// live is states without those that are revoked: they must not come back.
+// live is states without those that are revoked.
 func (n *node) live(ctx context.Context, slots []seal.Slot, uses ...tpm.Use) ([]tpm.BootState, error) {
-	epoch, err := n.tpm.Epoch(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return n.states(slices.DeleteFunc(slices.Clone(slots), func(s seal.Slot) bool { return n.revoked(s, epoch) }), uses...), nil
+	slots, err := n.unrevoked(ctx, slots)
+	return n.states(slots, uses...), err
 }
 
 // revoked reports whether the epoch of a slot of this TPM has passed.
@@ -86,7 +83,8 @@ func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Veri
 	if !opened {
 		return nil, nil, seal.Errorf(seal.CauseBootState, "run kleidi reseal first, which seals to the running boot", "no slot would be left that opens in the running boot, nothing was changed")
 	}
-	next, err := k.WithSlots(rotation.Replace(k.Slots(), seal.TypeTPM, n.cfg.Node, slots...))
+	others := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return typeName(s) == seal.TypeTPM && s.Node == n.cfg.Node })
+	next, err := k.WithSlots(append(slots, others...))
 	return next, slots, err
 }
 
@@ -396,15 +394,12 @@ func (n *node) tidy(ctx context.Context) error {
 	return err
 }
 
-// tidied returns the boot states that stay, that of the running boot first: after
-// an update those that were prepared later, what is signed, and a suspension that
-// is not used up.
+// tidied returns the boot states that stay, that of the running boot first where a
+// slot names it: after an update those that were prepared later, what is signed,
+// and a suspension that is not used up.
 func (n *node) tidied(ctx context.Context, slots []seal.Slot) ([]tpm.BootState, error) {
-	running, ok := n.running(slots)
-	if !ok {
-		return nil, errNothing
-	}
-	updated := running.State.Use == tpm.UseNext
+	at, running := n.running(slots)
+	updated := at >= 0 && running.State.Use == tpm.UseNext
 	spent, err := n.spent(ctx, slots)
 	if err != nil {
 		return nil, err
@@ -417,29 +412,33 @@ func (n *node) tidied(ctx context.Context, slots []seal.Slot) ([]tpm.BootState, 
 		return nil, err
 	}
 	demands := n.demands(slots)
-	running.State.Use = tpm.UsePresent
-	states := []tpm.BootState{running.State}
+	var states []tpm.BootState
+	if at >= 0 {
+		running.State.Use = tpm.UsePresent
+		states = append(states, running.State)
+	}
 	for _, i := range slices.Sorted(maps.Keys(demands)) {
 		d := demands[i]
-		later := d.State.Use == tpm.UseNext && !n.present(d.State) && (!updated || d.Made.After(running.Made))
-		suspended := d.State.Use == tpm.UseSuspend && !spent[i]
-		if d.AtMost >= epoch && (later || suspended || d.State.Use == tpm.UseSigned) {
+		gone := i == at || spent[i] || d.AtMost < epoch || at >= 0 && n.present(d.State) && d.State.Signer == nil && d.State.Use != tpm.UseSuspend
+		before := updated && (d.State.Use == tpm.UsePresent || d.State.Use == tpm.UseNext && i < at)
+		if !gone && !before {
 			states = append(states, refreshed(d.State, running.State))
 		}
 	}
 	return states, nil
 }
 
-// running returns what the slot demands that names the running boot whole.
-func (n *node) running(slots []seal.Slot) (tpm.Demand, bool) {
+// running returns the place of the slot that names the running boot whole, and
+// what it demands; -1 where there is none.
+func (n *node) running(slots []seal.Slot) (int, tpm.Demand) {
 	demands := n.demands(slots)
 	for _, i := range slices.Sorted(maps.Keys(demands)) {
 		d := demands[i]
 		if (d.State.Use == tpm.UsePresent || d.State.Use == tpm.UseNext) && n.present(d.State) {
-			return d, true
+			return i, d
 		}
 	}
-	return tpm.Demand{}, false
+	return -1, tpm.Demand{}
 }
 
 // spent returns the places of the suspensions that are used up.

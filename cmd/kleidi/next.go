@@ -141,32 +141,39 @@ func (n *node) pinFollows(now eventlog.PCRs, next *eventlog.Log) error {
 	return nil
 }
 
-// allowNext has the boot policy allow the predicted boot, too. It says what it did.
-func (n *node) allowNext(ctx context.Context, next *eventlog.Log) (string, error) {
+// allowNext has the boot policy allow the predicted boot, too. It says what it did,
+// and how to take it back.
+func (n *node) allowNext(ctx context.Context, next *eventlog.Log) (did string, undo func() error, err error) {
 	path := n.cfg.TPM.BootPolicy
+	undo = func() error { return nil }
 	if path == "" {
-		return "", nil
+		return "", undo, nil
 	}
 	file := store.NewFile(path)
 	b, version, err := file.Load(ctx)
 	if err != nil {
-		return "", fmt.Errorf("boot policy: %w", err)
+		return "", nil, fmt.Errorf("boot policy: %w", err)
 	}
 	p, err := bootpolicy.Parse(b)
 	if err != nil {
-		return "", fmt.Errorf("boot policy %s:\n%w", path, err)
+		return "", nil, fmt.Errorf("boot policy %s:\n%w", path, err)
 	}
 	wider, err := p.AlsoAllow(next)
 	if err != nil {
-		return "", fmt.Errorf("%s can't allow the next boot: %w", path, err)
+		return "", nil, fmt.Errorf("%s can't allow the next boot: %w", path, err)
 	}
 	if bytes.Equal(wider.Marshal(), p.Marshal()) {
-		return "", nil
+		return "", undo, nil
 	}
-	if _, err := file.Save(ctx, wider.Marshal(), version); err != nil {
-		return "", fmt.Errorf("boot policy: %w", err)
+	version, err = file.Save(ctx, wider.Marshal(), version)
+	if err != nil {
+		return "", nil, fmt.Errorf("boot policy: %w", err)
 	}
-	return "the boot policy " + path + " allows it as well", nil
+	undo = func() error {
+		_, err := file.Save(context.WithoutCancel(ctx), b, version)
+		return err
+	}
+	return "the boot policy " + path + " allows it as well", undo, nil
 }
 
 func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, dryRun bool) (*nextResult, error) {
@@ -197,14 +204,15 @@ func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, dryRun bool) (*nextRe
 	if dryRun {
 		return r, nil
 	}
-	allowed, err := n.allowNext(cmd.Context(), p.log)
+	// First the boot policy: a slot for a boot that it refuses would be of no use.
+	allowed, undo, err := n.allowNext(cmd.Context(), p.log)
 	if err != nil {
 		return nil, err
 	}
 	req := admin.ResealRequest{Next: &admin.BootState{Bank: cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record}}
 	s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).reseal))
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, undo())
 	}
 	if allowed != "" {
 		s.Changes = append(s.Changes, allowed)

@@ -116,8 +116,15 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	return n.adopt(ctx, old, opener, version, req.TrustKeyID, n.renew, "a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
-		"slots of the earlier epoch no longer open, kept copies included")
+	changes := []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
+		"slots of the earlier epoch no longer open, kept copies included"}
+	for _, s := range n.states(old.Slots(), tpm.UseSigned) {
+		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add again", fingerprintOf(*s.Signer)))
+	}
+	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		return n.renew(ctx, k, req.WithoutVerifier)
+	}
+	return n.adopt(ctx, old, opener, version, req.TrustKeyID, renew, changes...)
 }
 
 func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recovery.Wrapper) (*keyring.Keyring, error) {
@@ -216,8 +223,11 @@ func (n *node) vouchByPin(ctx context.Context, k *keyring.Keyring, id, trusted s
 // renew rotates to a fresh KEK that is sealed to the present boot state; the
 // recovery slots stay. A keyring that holds no more retired KEKs is sealed anew and
 // not rotated: it has to open again first of all.
-func (n *node) renew(ctx context.Context, old *keyring.Keyring) ([]*keyring.Keyring, error) {
+func (n *node) renew(ctx context.Context, old *keyring.Keyring, withoutVerifier bool) ([]*keyring.Keyring, error) {
 	v, err := n.remote.demand(old.ClusterID())
+	if withoutVerifier {
+		v, err = nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -311,7 +321,7 @@ func (n *node) turn(ctx context.Context, k *keyring.Keyring, skip ...string) ([]
 		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
 			"the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
 	}
-	wrap, err := n.wrapAll(k.Slots(), skip)
+	wrap, err := n.wrapAll(ctx, k, skip)
 	if err != nil {
 		return nil, err
 	}

@@ -126,15 +126,37 @@ func (n *node) addSigned(ctx context.Context, req admin.AddBootStatesRequest) ([
 	if err != nil {
 		return nil, err
 	}
-	if err := n.keepStates(ctx, file.States(), func(s bootstate.State) bool {
-		old, known := generation(k.ClusterID(), s.Ref)
-		return s.KeyFingerprint != file.States()[0].KeyFingerprint || known && old == g
-	}); err != nil {
+	signer := tpm.Signer{Key: key, Ref: ref}
+	if newest := n.newest(k, signer); g != 0 && g < newest {
+		return nil, fmt.Errorf("generation %d of that key was revoked by generation %d; sign the boot states with --generation %d", g, newest, newest)
+	}
+	// A state too many opens nothing, one too few locks the node out: none goes
+	// before the slot for the new ones is there.
+	if err := n.keepStates(ctx, file.States(), func(bootstate.State) bool { return true }); err != nil {
 		return nil, err
 	}
-	signer := tpm.Signer{Key: key, Ref: ref}
 	changes, err := n.enrol(ctx, signer, g)
-	return append([]string{fmt.Sprintf("%d boot states of key %.16s added", len(file.States()), fingerprintOf(signer))}, changes...), err
+	if err != nil {
+		return nil, err
+	}
+	err = n.keepStates(ctx, nil, func(s bootstate.State) bool {
+		old, known := generation(k.ClusterID(), s.Ref)
+		return s.KeyFingerprint != file.States()[0].KeyFingerprint || known && (old == g || old == 0 || g == 0)
+	})
+	if err != nil {
+		n.log.Warn("signed boot states", "file", n.cfg.BootStates(), "error", err) // none of them opens any more
+	}
+	return append([]string{fmt.Sprintf("%d boot states of key %.16s added", len(file.States()), fingerprintOf(signer))}, changes...), nil
+}
+
+// newest is the latest generation of a signer's key that a slot is for.
+func (n *node) newest(k *keyring.Keyring, signer tpm.Signer) (newest uint64) {
+	for _, s := range n.states(k.Slots(), tpm.UseSigned) {
+		if g, _ := generation(k.ClusterID(), s.Signer.Ref); fingerprintOf(*s.Signer) == fingerprintOf(signer) {
+			newest = max(newest, g)
+		}
+	}
+	return newest
 }
 
 // oneGeneration checks that all states are signed by the key, for this cluster or
@@ -188,12 +210,18 @@ func (n *node) keepStates(ctx context.Context, states []bootstate.State, stays f
 func (n *node) enrol(ctx context.Context, signer tpm.Signer, g uint64) ([]string, error) {
 	var changes []string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		stay, older, there := n.enrolled(k, signer, g)
+		stay, older, there, err := n.enrolled(ctx, k, signer, g)
+		if err != nil {
+			return nil, err
+		}
 		if there {
 			return nil, errNothing
 		}
 		state, err := n.signable(ctx)
 		if err != nil {
+			return nil, err
+		}
+		if err := n.pinHolds(state); err != nil {
 			return nil, err
 		}
 		state.Signer = &signer
@@ -215,8 +243,9 @@ func (n *node) enrol(ctx context.Context, signer tpm.Signer, g uint64) ([]string
 // enrolled returns the boot states that stay beside a signer, whether one of them
 // has to go because it is of the same key and an earlier generation, and whether
 // the signer has a slot.
-func (n *node) enrolled(k *keyring.Keyring, signer tpm.Signer, g uint64) (stay []tpm.BootState, older, there bool) {
-	for _, s := range n.states(k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned) {
+func (n *node) enrolled(ctx context.Context, k *keyring.Keyring, signer tpm.Signer, g uint64) (stay []tpm.BootState, older, there bool, err error) {
+	live, err := n.live(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)
+	for _, s := range live {
 		if s.Signer == nil || fingerprintOf(*s.Signer) != fingerprintOf(signer) {
 			stay = append(stay, s)
 			continue
@@ -232,7 +261,7 @@ func (n *node) enrolled(k *keyring.Keyring, signer tpm.Signer, g uint64) (stay [
 			older = true
 		}
 	}
-	return stay, older, there
+	return stay, older, there, err
 }
 
 // signable is the part of the present boot state that a slot for signed boot
@@ -261,8 +290,12 @@ func (n *node) revokeBootStates(ctx context.Context, req admin.RevokeBootStatesR
 	prefix := strings.ToLower(req.Key)
 	gone := map[string]bool{}
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		live, err := n.live(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)
+		if err != nil {
+			return nil, err
+		}
 		var stay []tpm.BootState
-		for _, s := range n.states(k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned) {
+		for _, s := range live {
 			if s.Signer != nil && prefix != "" && strings.HasPrefix(fingerprintOf(*s.Signer), prefix) {
 				gone[fingerprintOf(*s.Signer)] = true
 				continue

@@ -86,8 +86,8 @@ func (skipped) WrapLike(_ context.Context, _ *seal.Secret, like seal.Slot) (seal
 
 // wrapAll is how rotation makes the slots of a new KEK: like those of the present
 // one, but for some that are skipped, which is recorded in their place.
-func (n *node) wrapAll(slots []seal.Slot, without []string) (rotation.Wrap, error) {
-	slots = slices.Clone(slots)
+func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string) (rotation.Wrap, error) {
+	slots := k.Slots()
 	names := slotNames(slots)
 	for _, name := range without {
 		i := slices.Index(names, name)
@@ -99,17 +99,50 @@ func (n *node) wrapAll(slots []seal.Slot, without []string) (rotation.Wrap, erro
 			return nil, err
 		}
 	}
-	if !n.anyOpens(slots) {
+	if len(without) > 0 && !n.anyOpens(slots) {
 		return nil, errors.New("--skip-slot: no slot would be left that can open the keyring on this node")
 	}
-	return rotation.Like(n.rewrappers(), slots), nil
+	live, err := n.unrevoked(ctx, slots)
+	if err != nil {
+		return nil, err
+	}
+	like := rotation.Like(n.rewrappers(), live)
+	if len(live) == len(slots) || len(n.demands(live)) > 0 {
+		return like, nil
+	}
+	// All slots of this TPM are revoked, as in an old keyring: the running boot takes
+	// their place.
+	v, err := n.remote.demand(k.ClusterID())
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
+		slot, err := n.sealNow(ctx, n.tpm.Demanding(v), kek)
+		if err != nil {
+			return nil, err
+		}
+		others, err := like(ctx, kek)
+		return append([]seal.Slot{slot}, others...), err
+	}, nil
+}
+
+// unrevoked leaves out the slots of this TPM whose epoch has passed: they must not
+// come back.
+func (n *node) unrevoked(ctx context.Context, slots []seal.Slot) ([]seal.Slot, error) {
+	if len(n.demands(slots)) == 0 {
+		return slots, nil
+	}
+	epoch, err := n.tpm.Epoch(ctx)
+	return slices.DeleteFunc(slices.Clone(slots), func(s seal.Slot) bool { return n.revoked(s, epoch) }), err
 }
 
 // anyOpens reports whether one of the slots is of a wrapper that may open the
-// keyring on this node.
+// keyring on this node; one of the TPM has to be for the running boot, or for signed
+// ones.
 func (n *node) anyOpens(slots []seal.Slot) bool {
-	return slices.ContainsFunc(slots, func(s seal.Slot) bool {
-		return slices.Contains(n.cfg.Unlock.Order, s.Type) && (s.Type != seal.TypeTPM || s.Node == n.cfg.Node)
+	at, _ := n.running(slots)
+	return at >= 0 && n.opensWithTPM() || len(n.states(slots, tpm.UseSigned)) > 0 || slices.ContainsFunc(slots, func(s seal.Slot) bool {
+		return slices.Contains(n.cfg.Unlock.Order, s.Type) && s.Type != seal.TypeTPM
 	})
 }
 
@@ -186,11 +219,18 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 			return nil, errors.New("it is the last slot that can open the keyring on this node; add another one first")
 		}
 		if gone.Type == seal.TypeTPM && gone.Node == n.cfg.Node && len(n.demands(rest)) > 0 {
-			next, _, err := n.reshape(ctx, k, n.states(rest, tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned))
+			live, err := n.live(ctx, rest, tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)
+			if err != nil {
+				return nil, err
+			}
+			next, _, err := n.reshape(ctx, k, live)
 			changes = []string{"the TPM no longer opens it, kept copies included"}
 			return []*keyring.Keyring{next}, err
 		}
 		changes = []string{"the slot is gone from the keyring; kept copies of it still open the KEK: run kleidi rotate"}
+		if gone.Type == seal.TypeRecovery && !slices.ContainsFunc(rest, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery }) {
+			changes = append(changes, "NO RECOVERY SLOT IS LEFT: if the TPM or the machine fails, all Secrets are lost; run kleidi slot add recovery")
+		}
 		next, err := k.WithSlots(rest)
 		return []*keyring.Keyring{next}, err
 	})
@@ -209,6 +249,9 @@ func (n *node) rewrapSlot(ctx context.Context, req admin.RewrapSlotRequest) (adm
 		i, err := find(slots, req.Name)
 		if err != nil {
 			return nil, err
+		}
+		if _, ok := skippedBy(slots[i]); ok {
+			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; run kleidi slot add, or kleidi reseal for the TPM")
 		}
 		rewrapped, err := rotation.Like(n.rewrappers(), slots[i:i+1])(ctx, k.KEK())
 		if err != nil {
@@ -271,7 +314,11 @@ func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s 
 // is compared.
 func (n *node) tryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
 	if d, ok := skippedBy(s); ok {
-		return seal.Errorf(seal.CauseNoSlot, "run kleidi slot add "+d.Type+" once its backend answers", "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
+		hint := "run kleidi slot add " + d.Type + " once its backend answers"
+		if d.Type == seal.TypeTPM {
+			hint = "run kleidi reseal, which seals to the running boot"
+		}
+		return seal.Errorf(seal.CauseNoSlot, hint, "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
 	}
 	w := n.wrapper(s.Type)
 	if w == nil {

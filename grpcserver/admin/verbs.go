@@ -232,6 +232,8 @@ type RecoverRequest struct {
 	// TrustKeyID is the current key ID of the keyring that the operator vouches
 	// for, where the pin can't.
 	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
+	// WithoutVerifier asks to seal without the configured verifier's demand.
+	WithoutVerifier bool `json:"withoutVerifier,omitempty"`
 }
 
 // Wipe clears the identity. [Handle] calls it when the handler has returned.

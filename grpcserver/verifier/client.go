@@ -81,7 +81,7 @@ func Digest(certificate []byte) string {
 }
 
 const (
-	hintReach = "see that kleidi verifier runs at tpm.verifier.address and can be reached; without it this slot opens nowhere, and kleidi recover with the recovery identity is the way in"
+	hintReach = "see that kleidi verifier runs at tpm.verifier.address and can be reached; without it this slot opens nowhere, and kleidi recover --without-verifier with the recovery identity is the way in"
 	hintTrust = "compare tpm.verifier.certificate (or caFile and serverName) with what kleidi verifier show prints there; if they are the same, somebody stands in between"
 	hintAsk   = "see the log of kleidi verifier"
 )

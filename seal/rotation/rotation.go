@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/beezy-dev/kleidi/seal"
@@ -160,15 +159,4 @@ func proveOne(ctx context.Context, kek *seal.Secret, s seal.Slot, w seal.Wrapper
 		return seal.Errorf(seal.CauseSlotCorrupt, "see whether the wrapper's backend is healthy", "it holds another KEK")
 	}
 	return nil
-}
-
-// Replace returns slots with those of one type and node replaced.
-func Replace(slots []seal.Slot, kind, node string, with ...seal.Slot) []seal.Slot {
-	out := slices.Clone(with)
-	for _, s := range slots {
-		if s.Type != kind || s.Node != node {
-			out = append(out, s)
-		}
-	}
-	return out
 }

@@ -283,31 +283,3 @@ func TestComplete(t *testing.T) {
 
 // TestCompleteOfWhatDoesNotOpen: a fault is no reason to forget a staged KEK, and
 // one that is not the staged KEK is refused. A staged slot that is no opener's own
-// leaves the keyring as it is.
-func TestCompleteOfWhatDoesNotOpen(t *testing.T) {
-	a := &wrapper{name: "tpm"}
-	k, _ := stagedKeyring(t, a)
-	a.unwrapErr = seal.Errorf(seal.CauseBootState, "x", "other PCRs")
-	if _, err := rotation.Complete(ctx, k, openers(a), now); seal.CauseOf(err) != seal.CauseBootState {
-		t.Errorf("a fault: %v", err)
-	}
-	if same, err := rotation.Complete(ctx, k, openers(&wrapper{name: "vault"}), now); err != nil || same != k {
-		t.Errorf("no opener's own: %v", err)
-	}
-	a.unwrapErr, a.swapped = nil, newKEK(t)
-	if _, err := rotation.Complete(ctx, k, openers(a), now); seal.CauseOf(err) != seal.CauseSlotCorrupt {
-		t.Errorf("another KEK: %v", err)
-	}
-}
-
-func TestReplace(t *testing.T) {
-	s := func(typ, node string) seal.Slot { return seal.Slot{Type: typ, Node: node} }
-	got := rotation.Replace([]seal.Slot{s("tpm", "a"), s("tpm", "b"), s("recovery", ""), s("tpm", "a")}, "tpm", "a", s("tpm", "a"))
-	var names []string
-	for _, g := range got {
-		names = append(names, g.Type+g.Node)
-	}
-	if want := []string{"tpma", "tpmb", "recovery"}; !slices.Equal(names, want) {
-		t.Errorf("%q, want %q", names, want)
-	}
-}

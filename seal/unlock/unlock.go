@@ -359,10 +359,10 @@ func owners(slots []seal.Slot) string {
 	return strings.Join(all, ", ")
 }
 
-// moreTelling prefers a boot state that differs to a slot that a reseal has
-// revoked: the latter was meant not to open.
+// moreTelling prefers a slot that was revoked to one for another boot: the TPM asks
+// for the PCRs first, so the boot was right, and the keyring is an old one.
 func moreTelling(err, than error) bool {
-	return seal.CauseOf(err) == seal.CauseBootState && seal.CauseOf(than) == seal.CauseEpoch
+	return seal.CauseOf(err) == seal.CauseEpoch && seal.CauseOf(than) == seal.CauseBootState
 }
 
 // follows refuses to go back, while a keyring is open, to one without its current

@@ -350,7 +350,7 @@ func TestSlotsInOrder(t *testing.T) {
 		" earlier": seal.Errorf(seal.CauseBootState, "x", "boot state"),
 		" broken":  seal.Errorf(seal.CauseSlotCorrupt, "x", "corrupt"),
 	}
-	wantRefusal(t, n.Unlock(ctx), seal.CauseBootState, "explained: boot state")
+	wantRefusal(t, n.Unlock(ctx), seal.CauseEpoch, "explained: epoch")
 	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken")
 
 	n.cfg.Wrappers = []seal.Wrapper{n.wrapper, vault}
@@ -364,7 +364,7 @@ func TestSlotsInOrder(t *testing.T) {
 	vault.set(seal.Errorf(seal.CauseUnavailable, "start the server", "connection refused"))
 	n.restart()
 	err = n.Unlock(ctx)
-	wantRefusal(t, err, seal.CauseBootState, "explained: boot state", "vault does not open either: explained: connection refused; start the server")
+	wantRefusal(t, err, seal.CauseEpoch, "explained: epoch", "vault does not open either: explained: connection refused; start the server")
 	if e, ok := errors.AsType[*seal.Error](err); !ok || e.Hint != "x" {
 		t.Errorf("the remedy is not that of the first: %v", err)
 	}
