@@ -119,7 +119,7 @@ var briefly = []struct {
 }{
 	{regexp.MustCompile(`(?s)\n.*`), ""},
 	{regexp.MustCompile(`the machine did not boot as it did when the slot was sealed: `), ""},
-	{regexp.MustCompile(`; (boot the earlier|if this change|put the|use the present|run |if nobody).*`), ""},
+	{regexp.MustCompile(`; (boot the earlier|if this change|put the|use the present|run |if Secure Boot).*`), ""},
 	{regexp.MustCompile(`: was [0-9a-f]{12}…(, now [0-9a-f]{12}…)?`), ""},
 	{regexp.MustCompile(` \((\\EFI|usually) ?[^)]*\)`), ""},
 	{regexp.MustCompile(`k1-[a-z2-7]{52}`), "k1-…"},
