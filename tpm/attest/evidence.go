@@ -158,5 +158,8 @@ func (a *Attester) Collect(ctx context.Context, srk, nonce []byte, bank crypto.H
 	if err != nil {
 		return nil, err
 	}
+	if log, err := eventlog.Parse(firmware); err == nil && len(userspace) == 0 {
+		userspace = log.UnloggedPhases(bank, q.PCRs)
+	}
 	return &Evidence{Quote: *q, FirmwareLog: firmware, UserspaceLog: userspace}, nil
 }

@@ -250,6 +250,11 @@ func TestGateRefuses(t *testing.T) {
 	log.Events = measured[1:]
 	firmwareless := log.Encode()
 	firmware, userspace := n.gate.Logs.Firmware, n.gate.Logs.Userspace
+	phases, err := os.ReadFile(userspace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	half := phases[:bytes.LastIndexByte(phases, 0x1e)]
 	missing, file := filepath.Join(t.TempDir(), "none"), func(b []byte) string {
 		path := filepath.Join(t.TempDir(), "log")
 		replaceFile(t, path, b)
@@ -266,7 +271,7 @@ func TestGateRefuses(t *testing.T) {
 		"an empty log":         {attest.Logs{Firmware: file(nil), Userspace: userspace}, nil, []string{"firmware event log", "tpm.pcrs"}, "seal open"},
 		"a truncated log":      {attest.Logs{Firmware: file(good[:len(good)-1]), Userspace: userspace}, nil, []string{"firmware event log", "truncated"}, "seal open"},
 		"a huge log":           {attest.Logs{Firmware: file(make([]byte, eventlog.MaxSize+1)), Userspace: userspace}, nil, []string{"larger than 16 MiB"}, "seal open"},
-		"no userspace log":     {attest.Logs{Firmware: firmware, Userspace: missing}, nil, []string{"PCR 11", "without logging it", "tpm.pcrs"}, "seal open"},
+		"half a userspace log": {attest.Logs{Firmware: firmware, Userspace: file(half)}, nil, []string{"PCR 11", "without logging it", "tpm.pcrs"}, "seal open"},
 		"userspace, a folder":  {attest.Logs{Firmware: firmware, Userspace: t.TempDir()}, nil, []string{"tpm.userspaceEventLog"}, "seal open"},
 		"userspace, garbage":   {attest.Logs{Firmware: firmware, Userspace: file([]byte("x"))}, nil, []string{"userspace event log"}, "seal open"},
 		"a tampered log":       {attest.Logs{Firmware: file(sectionless), Userspace: userspace}, nil, []string{"PCR 11"}, "open"},
@@ -300,6 +305,25 @@ func TestGateRefuses(t *testing.T) {
 	n.gate.Logs, n.gate.PCRs = attest.Logs{Firmware: firmware, Userspace: userspace}, nil
 	if err := n.gate.Attest(t.Context(), []seal.Slot{slot}); err != nil || !n.gate.Passed() {
 		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// TestUnloggedPhases: a systemd that measures the phases of the boot and logs nothing
+// of it, as that of Debian 12, keeps nothing from being attested.
+func TestUnloggedPhases(t *testing.T) {
+	n := newNode(t, phased())
+	n.gate.Logs.Userspace = filepath.Join(t.TempDir(), "none")
+	slot := n.seal()
+	if err := n.gate.Attest(t.Context(), []seal.Slot{slot}); err != nil {
+		t.Fatal(err)
+	}
+	kek, err := n.wrapper.Unwrap(t.Context(), slot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kek.Close()
+	if got := n.gate.Last().Log.Phases(); strings.Join(got, ":") != phased().Phases {
+		t.Errorf("%v", got)
 	}
 }
 
