@@ -45,11 +45,12 @@ type Config struct {
 // Wrapper seals KEKs to this machine's TPM. It implements [seal.Wrapper].
 type Wrapper struct {
 	Config
-	ahead  uint64                  // by how many epochs Wrap seals ahead of the counter
-	revoke []seal.Slot             // whose epochs end before that of what Wrap makes
-	asks   *Verifier               // who has to agree to what Wrap makes, if not nil
-	like   *slotData               // whose storage root key Wrap seals to, if not nil
-	ek     *atomic.Pointer[string] // the machine's EK digest once known: making the key takes seconds
+	ahead   uint64                  // by how many epochs Wrap seals ahead of the counter
+	revoke  []seal.Slot             // whose epochs end before that of what Wrap makes
+	follows bool                    // a slot that is like one that is revoked is not made
+	asks    *Verifier               // who has to agree to what Wrap makes, if not nil
+	like    *slotData               // whose storage root key Wrap seals to, if not nil
+	ek      *atomic.Pointer[string] // the machine's EK digest once known: making the key takes seconds
 }
 
 // NewWrapper returns the TPM wrapper; it touches no TPM.
@@ -137,18 +138,15 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 	if err != nil {
 		return seal.Slot{}, err
 	}
-	if epoch, err := w.Epoch(ctx); err != nil {
-		return seal.Slot{}, err
-	} else if d.Epoch.AtMost < epoch {
-		return seal.Slot{}, classify(fmt.Errorf("what is revoked is not made anew: %w", authpolicy.ErrEpoch))
-	}
-	return w.wrap(ctx, kek, *d.state, d)
+	follower := *w
+	follower.follows = true
+	return follower.wrap(ctx, kek, *d.state, d)
 }
 
 // Epoch returns the present epoch. A slot whose last one is below it is revoked.
 func (w *Wrapper) Epoch(ctx context.Context) (epoch uint64, err error) {
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
-		return WithSRK(t, w.Owner, nil, func(srk *SRK) error {
+		return w.withSRK(t, w.like, func(srk *SRK) error {
 			epoch, err = w.Counter.Read(t, srk)
 			return err
 		})
@@ -206,6 +204,9 @@ func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData)
 		return err
 	}
 	d.SRK = srk.Name.Buffer
+	if w.follows && d.Epoch.AtMost < epoch {
+		return fmt.Errorf("what is revoked is not made anew: %w", authpolicy.ErrEpoch)
+	}
 	beyond := w.beyond(srk)
 	if beyond > epoch+MaxRaise {
 		if w.like != nil {

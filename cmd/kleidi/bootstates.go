@@ -407,7 +407,7 @@ func (n *node) tidied(ctx context.Context, slots []seal.Slot) ([]tpm.BootState, 
 	if !updated && len(spent) == 0 {
 		return nil, errNothing
 	}
-	epoch, err := n.tpm.Epoch(ctx)
+	live, err := n.unrevoked(ctx, slots)
 	if err != nil {
 		return nil, err
 	}
@@ -419,7 +419,8 @@ func (n *node) tidied(ctx context.Context, slots []seal.Slot) ([]tpm.BootState, 
 	}
 	for _, i := range slices.Sorted(maps.Keys(demands)) {
 		d := demands[i]
-		gone := i == at || spent[i] || d.AtMost < epoch || at >= 0 && n.present(d.State) && d.State.Signer == nil && d.State.Use != tpm.UseSuspend
+		revoked := !slices.ContainsFunc(live, func(s seal.Slot) bool { return bytes.Equal(s.Data, slots[i].Data) })
+		gone := i == at || spent[i] || revoked || at >= 0 && n.present(d.State) && d.State.Signer == nil && d.State.Use != tpm.UseSuspend
 		before := updated && (d.State.Use == tpm.UsePresent || d.State.Use == tpm.UseNext && i < at)
 		if !gone && !before {
 			states = append(states, refreshed(d.State, running.State))

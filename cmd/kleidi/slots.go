@@ -132,7 +132,11 @@ func (n *node) unrevoked(ctx context.Context, slots []seal.Slot) ([]seal.Slot, e
 	if len(n.demands(slots)) == 0 {
 		return slots, nil
 	}
-	epoch, err := n.tpm.Epoch(ctx)
+	w, err := n.tpm.OnTPMOf(slots)
+	if err != nil {
+		return nil, err
+	}
+	epoch, err := w.Epoch(ctx)
 	return slices.DeleteFunc(slices.Clone(slots), func(s seal.Slot) bool { return n.revoked(s, epoch) }), err
 }
 

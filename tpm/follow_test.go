@@ -1,0 +1,32 @@
+package tpm_test
+
+import (
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// TestWrapLikeDoesNotRevive: a slot that was revoked is no example for another.
+func TestWrapLikeDoesNotRevive(t *testing.T) {
+	n := newNode(t)
+	old := n.wrap(n.kek())
+	next := n.ForNextEpoch([]seal.Slot{old})
+	kek := n.kek()
+	slot, err := next.Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.WrapLike(t.Context(), kek, old); err != nil {
+		t.Errorf("before it is revoked: %v", err)
+	}
+	if err := n.Settle(t.Context(), []seal.Slot{slot}); err != nil {
+		t.Fatal(err)
+	}
+	_, err = n.WrapLike(t.Context(), kek, old)
+	n.want(err, seal.CauseEpoch, "what is revoked is not made anew")
+	if again, err := n.WrapLike(t.Context(), kek, slot); err != nil {
+		t.Errorf("a slot of the present epoch: %v", err)
+	} else {
+		n.opens(again, kek)
+	}
+}
