@@ -166,6 +166,9 @@ func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.Keyri
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
 	}
+	if n.unlocker.State().Fallback != nil {
+		n.unlocker.Nudge() // the TPM opens again, which a reload finds out
+	}
 	return n.unchanged(append(bound, "slots of the earlier epoch no longer open, kept copies included")...)
 }
 

@@ -116,8 +116,11 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	changes := []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
-		"slots of the earlier epoch no longer open, kept copies included"}
+	changes := []string{"a fresh KEK is wrapped by " + joinWords(n.cfg.Unlock.Order) + "; all earlier ones are retired and still decrypt"}
+	if n.opensWithTPM() {
+		changes = []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
+			"slots of the earlier epoch no longer open, kept copies included"}
+	}
 	for _, s := range n.states(old.Slots(), tpm.UseSigned) {
 		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add again", fingerprintOf(*s.Signer)))
 	}

@@ -257,14 +257,14 @@ func (n *node) rewrapSlot(ctx context.Context, req admin.RewrapSlotRequest) (adm
 		if _, ok := skippedBy(slots[i]); ok {
 			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; run kleidi slot add, or kleidi reseal for the TPM")
 		}
-		rewrapped, err := rotation.Like(n.rewrappers(), slots[i:i+1])(ctx, k.KEK())
+		rewrapped, err := n.rewrap(ctx, k, slots[i])
 		if err != nil {
 			return nil, err
 		}
-		if err := rotation.ProveTryable(ctx, k.KEK(), rewrapped, n.wrappers()); err != nil {
+		if err := rotation.ProveTryable(ctx, k.KEK(), []seal.Slot{rewrapped}, n.wrappers()); err != nil {
 			return nil, err
 		}
-		slots[i] = rewrapped[0]
+		slots[i] = rewrapped
 		bound = n.binding(slots[i])
 		next, err := k.WithSlots(slots)
 		return []*keyring.Keyring{next}, err
@@ -273,6 +273,21 @@ func (n *node) rewrapSlot(ctx context.Context, req admin.RewrapSlotRequest) (adm
 		return admin.KeyringState{}, fmt.Errorf("slot rewrap %s: %w", req.Name, err)
 	}
 	return n.unchanged("the slot is wrapped anew: " + bound)
+}
+
+// rewrap has Vault rewrap its own ciphertext, so that the KEK doesn't travel; where
+// it can't, and for all others, the open KEK is wrapped anew.
+func (n *node) rewrap(ctx context.Context, k *keyring.Keyring, s seal.Slot) (seal.Slot, error) {
+	if s.Type == seal.TypeVault && n.vault != nil {
+		if rewrapped, err := n.vault.Rewrap(ctx, s); err == nil {
+			return rewrapped, nil
+		}
+	}
+	slots, err := rotation.Like(n.rewrappers(), []seal.Slot{s})(ctx, k.KEK())
+	if err != nil {
+		return seal.Slot{}, err
+	}
+	return slots[0], nil
 }
 
 // testSlots opens slots for real and compares what comes out. What only the
