@@ -26,10 +26,10 @@ import (
 func (n *node) demands(slots []seal.Slot) map[int]tpm.Demand {
 	all := map[int]tpm.Demand{}
 	for i, s := range slots {
-		if s.Type != seal.TypeTPM || s.Node != n.cfg.Node {
+		if !n.isTPM(s) {
 			continue
 		}
-		if d, err := tpm.DemandOf(s, n.gate.Counter); err == nil {
+		if d, err := tpm.DemandOf(ofTPM(s), n.gate.Counter); err == nil {
 			all[i] = d
 		}
 	}
@@ -72,7 +72,7 @@ func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.Boo
 
 // reshapeUnder does so under this verifier, or none.
 func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
-	w, err := n.tpm.ForNextEpoch(k.Slots()).Demanding(v).OnTPMOf(k.Slots())
+	w, err := n.tpm.ForNextEpoch(halves(k.Slots())).Demanding(v).OnTPMOf(halves(k.Slots()))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -83,7 +83,7 @@ func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Veri
 	if !opened {
 		return nil, nil, seal.Errorf(seal.CauseBootState, "run kleidi reseal first, which seals to the running boot", "no slot would be left that opens in the running boot, nothing was changed")
 	}
-	others := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return typeName(s) == seal.TypeTPM && s.Node == n.cfg.Node })
+	others := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return n.isTPM(s) || typeName(s) == seal.TypeTPM && s.Node == n.cfg.Node })
 	next, err := k.WithSlots(append(slots, others...))
 	return next, slots, err
 }
@@ -95,7 +95,7 @@ func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootSta
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}
-	w, err := n.tpm.Demanding(v).OnTPMOf(k.Slots())
+	w, err := n.tpm.Demanding(v).OnTPMOf(halves(k.Slots()))
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}
@@ -112,7 +112,7 @@ func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootSta
 // tried; opened says whether any could.
 func (n *node) sealTo(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret, states []tpm.BootState) (slots []seal.Slot, opened bool, err error) {
 	for _, s := range states {
-		slot, err := w.WrapState(ctx, kek, s)
+		slot, err := n.wrapState(ctx, w, kek, s)
 		if err != nil {
 			return nil, false, err
 		}

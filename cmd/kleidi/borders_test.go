@@ -20,6 +20,7 @@ var borders = map[string][]string{
 	"seal/store":                     {},
 	"seal/unlock":                    {"seal", "seal/keyring", "seal/store"},
 	"seal/rotation":                  {"seal", "seal/keyring"},
+	"seal/both":                      {"seal"},
 	"seal/recovery":                  {"seal"},
 	"seal/sealtest":                  {"seal"},
 	"tpm":                            {"seal", "tpm/authpolicy"},

@@ -26,6 +26,9 @@ const maxLegacy = 64 << 10
 // importConfig reads the config.json of kleidi 1.x, and has its token be this
 // node's PKCS#11 wrapper.
 func (n *node) importConfig(path string) (*imported, error) {
+	if n.needsBoth() != "" {
+		return nil, errors.New("--import-config: the token alone would open what unlock.order wants two wrappers for")
+	}
 	if n.hsm != nil {
 		return nil, errors.New("--import-config: pkcs11.module is set already; take it out, or init without --import-config and run kleidi slot add pkcs11")
 	}

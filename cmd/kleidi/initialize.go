@@ -29,6 +29,7 @@ type recoveryChoice struct {
 	none       bool
 	accepted   bool
 	importFrom string // config.json of kleidi 1.x
+	breaks     bool   // one wrapper alone may open what two of two protect
 }
 
 func (a *app) newInit() *cobra.Command {
@@ -55,6 +56,7 @@ made for an age public key whose identity you keep elsewhere.`,
 	}
 	flags := cmd.Flags()
 	flags.StringArrayVar(&choice.recipients, "recovery-recipient", nil, "age public key (age1…) to make the recovery slot for; may be repeated")
+	flags.BoolVar(&choice.breaks, "break-two-of-two", false, "make the recovery slot although it opens alone what unlock.order wants two wrappers for")
 	flags.StringVar(&choice.importFrom, "import-config", "", "config.json of kleidi 1.x: its token and key wrap the KEK as well")
 	_ = cmd.MarkFlagFilename("import-config", "json")
 	flags.StringVar(&pin, "pin", "", "where to keep the pin: file or tpm; it has to be what pin.store says (default pin.store)")
@@ -129,6 +131,11 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 	if n.remote != nil {
 		return nil, errors.New("tpm.verifier is set, and no verifier knows this cluster yet; leave it out, and set it once the verifier has registered this node, see docs/remote-attestation.md")
 	}
+	if !choice.none {
+		if err := n.breaks(seal.TypeRecovery, nil, choice.breaks); err != nil {
+			return nil, err
+		}
+	}
 	if err := n.own(); err != nil {
 		return nil, err
 	}
@@ -176,7 +183,7 @@ func (n *node) firstSlots(ctx context.Context, kek *seal.Secret, progress func(s
 	}
 	for _, kind := range order {
 		var slot seal.Slot
-		if kind == seal.TypeTPM {
+		if kind == seal.TypeTPM || twoOfTwo(kind) != "" {
 			ek, slot, err = n.firstTPM(ctx, kek, progress)
 		} else {
 			progress("wrapping a fresh KEK by " + kind)
@@ -203,7 +210,11 @@ func (n *node) firstTPM(ctx context.Context, kek *seal.Secret, progress func(str
 		return "", slot, err
 	}
 	progress("attesting this boot, and sealing a fresh KEK to it")
-	if slot, err = n.tpm.Wrap(ctx, kek); err != nil {
+	state, err := n.gate.State(ctx)
+	if err != nil {
+		return "", slot, err
+	}
+	if slot, err = n.wrapState(ctx, n.tpm, kek, state); err != nil {
 		return "", slot, err
 	}
 	return ek, slot, n.pinnable()

@@ -89,7 +89,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	}
 	n.unlocker = unlock.New(unlock.Config{
 		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log, n.attests()}, GateTPMOnly: !cfg.Unlock.RequireAttestation, Wrappers: n.openers(),
-		Settle: n.tpm.Settle, Log: log, Attempted: attempted,
+		Settle: n.settle, Log: log, Attempted: attempted,
 	})
 	return n, nil
 }
@@ -110,7 +110,14 @@ func (n *node) addSecondary() (err error) {
 }
 
 // opensWithTPM reports whether the TPM is among what may open the keyring.
-func (n *node) opensWithTPM() bool { return slices.Contains(n.cfg.Unlock.Order, seal.TypeTPM) }
+func (n *node) opensWithTPM() bool {
+	return slices.Contains(n.cfg.Unlock.Order, seal.TypeTPM) || n.needsBoth() != ""
+}
+
+// settle ends the epochs before that of these slots.
+func (n *node) settle(ctx context.Context, slots []seal.Slot) error {
+	return n.tpm.Settle(ctx, halves(slots))
+}
 
 // attests reports whether this machine has a TPM to attest it.
 func (n *node) attests() bool { return n.opensWithTPM() || n.cfg.Unlock.RequireAttestation }
@@ -124,6 +131,10 @@ func (n *node) wrapper(kind string) seal.Wrapper {
 		return n.hsm
 	case kind == seal.TypeVault && n.vault != nil:
 		return n.vault
+	case twoOfTwo(kind) != "":
+		if w := n.together(kind, n.tpm); w != nil {
+			return w
+		}
 	}
 	return nil
 }
@@ -131,7 +142,7 @@ func (n *node) wrapper(kind string) seal.Wrapper {
 // wrappers returns all that are configured, whether they may open at start or not.
 func (n *node) wrappers() []seal.Wrapper {
 	var all []seal.Wrapper
-	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault} {
+	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, config.TPMAndPKCS11, config.TPMAndVault} {
 		if w := n.wrapper(kind); w != nil && (kind != seal.TypeTPM || n.opensWithTPM()) {
 			all = append(all, w)
 		}
@@ -187,6 +198,9 @@ func (n *node) rewrappers() []rotation.Rewrapper {
 	if n.vault != nil {
 		all = append(all, n.vault)
 	}
+	if kind := n.needsBoth(); kind != "" {
+		all = append(all, n.together(kind, n.tpm))
+	}
 	return all
 }
 
@@ -206,7 +220,11 @@ func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
 	if !p.attests {
 		return nil
 	}
-	return p.Gate.Attest(ctx, slots)
+	err := p.Gate.Attest(ctx, halves(slots))
+	if o, ok := errors.AsType[unlock.Overruled](err); ok {
+		return halved{o}
+	}
+	return err
 }
 
 // openers are the wrappers that may open the keyring at start, in their order.

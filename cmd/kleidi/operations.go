@@ -57,7 +57,11 @@ func (n *node) rotate(ctx context.Context, req admin.RotateRequest) (admin.Keyri
 // sealNow seals kek to the present boot state, and opens what it made before
 // anything relies on it.
 func (n *node) sealNow(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret) (seal.Slot, error) {
-	slot, err := w.Wrap(ctx, kek)
+	state, err := n.gate.State(ctx)
+	if err != nil {
+		return seal.Slot{}, err
+	}
+	slot, err := n.wrapState(ctx, w, kek, state)
 	if err != nil {
 		return slot, err
 	}
@@ -242,7 +246,7 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring, withoutVerifier 
 	}
 	// The present KEK is wrapped anew as well: the first revision of the rotation
 	// has to open too.
-	next := n.tpm.ForNextEpoch(append(old.Slots(), old.StagedSlots()...)).Demanding(v)
+	next := n.tpm.ForNextEpoch(halves(append(old.Slots(), old.StagedSlots()...))).Demanding(v)
 	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
 		return n.renewSlots(ctx, next, kek, old.Slots())
 	}
@@ -277,7 +281,7 @@ func (n *node) renewSlots(ctx context.Context, tpmNow *tpm.Wrapper, kek *seal.Se
 	for _, kind := range []string{seal.TypePKCS11, seal.TypeVault} {
 		was := slices.ContainsFunc(old, func(s seal.Slot) bool { return typeName(s) == kind })
 		w := n.wrapper(kind)
-		if w == nil || !was && !slices.Contains(n.cfg.Unlock.Order, kind) {
+		if w == nil || n.needsBoth() != "" || !was && !slices.Contains(n.cfg.Unlock.Order, kind) {
 			continue
 		}
 		slot, err := w.Wrap(ctx, kek)

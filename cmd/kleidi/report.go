@@ -9,9 +9,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/both"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
 	"github.com/beezy-dev/kleidi/seal/unlock"
@@ -100,11 +102,11 @@ func describe(r *admin.StatusReport, i keyring.Info) {
 func (n *node) reportSlot(ctx context.Context, s seal.Slot, id seal.KeyID, cluster string, try bool, attestation error) admin.SlotReport {
 	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.binding(s), Use: n.use(s)}
 	r.Signer, r.Generation = n.signer(s, cluster)
-	if !try || s.Type == seal.TypeTPM && s.Node != n.cfg.Node || n.wrapper(s.Type) == nil && s.Type != typeSkipped {
+	if !try || n.wrapper(s.Type) != nil && s.Node != "" && s.Node != n.cfg.Node || n.wrapper(s.Type) == nil && s.Type != typeSkipped {
 		return r
 	}
 	var err error
-	if s.Type == seal.TypeTPM || n.cfg.Unlock.RequireAttestation {
+	if n.isTPM(s) || n.cfg.Unlock.RequireAttestation {
 		err = attestation
 	}
 	if o, ok := errors.AsType[unlock.Overruled](attestation); ok && o.Overrules(s) {
@@ -146,6 +148,12 @@ func (n *node) binding(s seal.Slot) string {
 		return hsm.Describe(s)
 	case seal.TypeVault:
 		return vault.Describe(s)
+	case config.TPMAndPKCS11, config.TPMAndVault:
+		first, second, err := both.Parts(s)
+		if err != nil {
+			return "unreadable"
+		}
+		return n.binding(first) + ", and " + n.binding(second)
 	case typeSkipped:
 		d, _ := skippedBy(s)
 		return "left out by the rotation of " + d.Since.Local().Format(time.DateTime)
@@ -159,7 +167,7 @@ var uses = map[tpm.Use]string{tpm.UsePresent: "present", tpm.UseNext: "next", tp
 
 // use says what a slot is for; "" for others than the TPM's.
 func (n *node) use(s seal.Slot) string {
-	if d, err := tpm.DemandOf(s, n.gate.Counter); s.Type == seal.TypeTPM && err == nil {
+	if d, err := tpm.DemandOf(ofTPM(s), n.gate.Counter); ofTPM(s).Type == seal.TypeTPM && err == nil {
 		return uses[d.State.Use]
 	}
 	return ""

@@ -73,8 +73,8 @@ func generation(cluster seal.ClusterID, ref []byte) (uint64, bool) {
 // signer returns the fingerprint of the key, and the generation, of a slot for
 // signed boot states.
 func (n *node) signer(s seal.Slot, cluster string) (fingerprint string, g uint64) {
-	d, err := tpm.DemandOf(s, n.gate.Counter)
-	if s.Type != seal.TypeTPM || err != nil || d.State.Signer == nil {
+	d, err := tpm.DemandOf(ofTPM(s), n.gate.Counter)
+	if ofTPM(s).Type != seal.TypeTPM || err != nil || d.State.Signer == nil {
 		return "", 0
 	}
 	if id, err := seal.ParseClusterID(cluster); err == nil {

@@ -92,6 +92,7 @@ func (a *app) newSlotAdd() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&req.GenerateKey, "generate-key", false, "have the token make the key first: AES-256, sensitive, not extractable")
+	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "add it although one wrapper alone opens the KEK then")
 	cmd.Flags().StringArrayVar(&req.Recipients, "recipient", nil, "age public key (age1…) of a recovery identity; may be repeated")
 	return cmd
 }

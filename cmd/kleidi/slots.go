@@ -132,7 +132,7 @@ func (n *node) unrevoked(ctx context.Context, slots []seal.Slot) ([]seal.Slot, e
 	if len(n.demands(slots)) == 0 {
 		return slots, nil
 	}
-	w, err := n.tpm.OnTPMOf(slots)
+	w, err := n.tpm.OnTPMOf(halves(slots))
 	if err != nil {
 		return nil, err
 	}
@@ -146,7 +146,7 @@ func (n *node) unrevoked(ctx context.Context, slots []seal.Slot) ([]seal.Slot, e
 func (n *node) anyOpens(slots []seal.Slot) bool {
 	at, _ := n.running(slots)
 	return at >= 0 && n.opensWithTPM() || len(n.states(slots, tpm.UseSigned)) > 0 || slices.ContainsFunc(slots, func(s seal.Slot) bool {
-		return slices.Contains(n.cfg.Unlock.Order, s.Type) && s.Type != seal.TypeTPM
+		return slices.Contains(n.cfg.Unlock.Order, s.Type) && !n.isTPM(s)
 	})
 }
 
@@ -155,6 +155,9 @@ func (n *node) anyOpens(slots []seal.Slot) bool {
 func (n *node) addSlot(ctx context.Context, req admin.AddSlotRequest) (admin.KeyringState, error) {
 	var bound string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		if err := n.breaks(req.Type, k.Slots(), req.BreakTwoOfTwo); err != nil {
+			return nil, err
+		}
 		w, err := n.adder(ctx, req)
 		if err != nil {
 			return nil, err
@@ -185,7 +188,7 @@ func (n *node) adder(ctx context.Context, req admin.AddSlotRequest) (seal.Wrappe
 	switch {
 	case req.Type == seal.TypeRecovery:
 		return recovery.NewWrapper(n.mem, req.Recipients)
-	case req.Type == seal.TypeTPM:
+	case req.Type == seal.TypeTPM, twoOfTwo(req.Type) != "":
 		return nil, errors.New("run kleidi reseal, which seals to the running boot")
 	case req.Type == seal.TypePKCS11 && n.hsm == nil:
 		return nil, errors.New("no token is configured; set pkcs11.module and pkcs11.uri, and restart kleidi serve")
@@ -222,7 +225,7 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 		if !n.anyOpens(rest) {
 			return nil, errors.New("it is the last slot that can open the keyring on this node; add another one first")
 		}
-		if gone.Type == seal.TypeTPM && gone.Node == n.cfg.Node && len(n.demands(rest)) > 0 {
+		if n.isTPM(gone) && len(n.demands(rest)) > 0 {
 			live, err := n.live(ctx, rest, tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)
 			if err != nil {
 				return nil, err

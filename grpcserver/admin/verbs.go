@@ -192,6 +192,8 @@ type AddSlotRequest struct {
 	Type string `json:"type"`
 	// GenerateKey has the token make the key first.
 	GenerateKey bool `json:"generateKey,omitempty"`
+	// BreakTwoOfTwo says that the operator wants one wrapper to be enough.
+	BreakTwoOfTwo bool `json:"breakTwoOfTwo,omitempty"`
 	// Recipients are age public keys, for recovery.
 	Recipients []string `json:"recipients,omitempty"`
 }

@@ -320,7 +320,7 @@ func (u *Unlocker) passes(gate error, w seal.Wrapper, s seal.Slot) bool {
 // openedBy tells a fallback from the first wrapper, and says so where a suspension
 // has overruled the gate.
 func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) opener {
-	if _, ok := errors.AsType[Overruled](gate); ok && w.Type() == seal.TypeTPM {
+	if _, ok := errors.AsType[Overruled](gate); ok && (w.Type() == seal.TypeTPM || !u.cfg.GateTPMOnly) {
 		u.cfg.Log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", gate)
 		return opener{wrapper: w.Type()}
 	}

@@ -77,16 +77,20 @@ func (p *problems) validatePCRs(key string, pcrs []int) {
 
 func (p *problems) validateUnlock(c *Config) {
 	configured := map[string]bool{seal.TypeTPM: true, seal.TypePKCS11: c.PKCS11.Module != "" || c.PKCS11.URI != "", seal.TypeVault: c.Vault.Address != ""}
+	configured[TPMAndPKCS11], configured[TPMAndVault] = configured[seal.TypePKCS11], configured[seal.TypeVault]
+	if len(c.Unlock.Order) > 1 && slices.ContainsFunc(c.Unlock.Order, func(w string) bool { return w == TPMAndPKCS11 || w == TPMAndVault }) {
+		p.Add("unlock.order", "a two-of-two stands alone: any other wrapper beside it would open the keyring without it")
+	}
 	seen := map[string]bool{}
 	for i, w := range c.Unlock.Order {
 		there, known := configured[w]
 		switch path := fmt.Sprintf("unlock.order[%d]", i); {
 		case !known:
-			p.Add(path, "%q; want tpm, pkcs11 or vault", w)
+			p.Add(path, "%q; want tpm, pkcs11, vault, tpm-and-pkcs11 or tpm-and-vault", w)
 		case seen[w]:
 			p.Add(path, "%s stands twice", w)
 		case !there:
-			p.Add(path, "%s is not configured; set %s", w, map[string]string{seal.TypePKCS11: "pkcs11.module", seal.TypeVault: "vault.address"}[w])
+			p.Add(path, "%s is not configured; set %s", w, map[string]string{seal.TypePKCS11: "pkcs11.module", TPMAndPKCS11: "pkcs11.module", seal.TypeVault: "vault.address", TPMAndVault: "vault.address"}[w])
 		}
 		seen[w] = true
 	}

@@ -1,0 +1,186 @@
+package both_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/both"
+)
+
+// box keeps what it wraps in memory, by a number that the slot holds.
+type box struct {
+	kind string
+	mem  seal.Memory
+	kept map[string][]byte
+	down error
+}
+
+func newBox(kind string) *box { return &box{kind: kind, kept: map[string][]byte{}} }
+
+func (b *box) Type() string { return b.kind }
+
+func (b *box) Wrap(_ context.Context, kek *seal.Secret) (seal.Slot, error) {
+	if b.down != nil {
+		return seal.Slot{}, b.down
+	}
+	data, _ := json.Marshal(map[string]int{"number": len(b.kept)})
+	kek.With(func(k []byte) { b.kept[string(data)] = append([]byte(nil), k...) })
+	return seal.Slot{Type: b.kind, Data: data}, nil
+}
+
+func (b *box) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
+	if like.Type != b.kind {
+		return seal.Slot{}, seal.ErrNotMine
+	}
+	return b.Wrap(ctx, kek)
+}
+
+func (b *box) Unwrap(_ context.Context, s seal.Slot) (*seal.Secret, error) {
+	switch k := b.kept[string(s.Data)]; {
+	case s.Type != b.kind:
+		return nil, seal.ErrNotMine
+	case b.down != nil:
+		return nil, b.down
+	case k == nil:
+		return nil, seal.Errorf(seal.CauseSlotCorrupt, "hint", "no such number")
+	default:
+		return b.mem.Take(append([]byte(nil), k...))
+	}
+}
+
+func newBoth(t *testing.T) (w *both.Wrapper, first, second *box, kek *seal.Secret) {
+	t.Helper()
+	first, second = newBox("one"), newBox("two")
+	kek, err := seal.Memory{}.NewKEK()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { kek.Close() })
+	return &both.Wrapper{Kind: "one-two", Node: "alpha", First: first, Second: second}, first, second, kek
+}
+
+func mustOpen(t *testing.T, w seal.Wrapper, s seal.Slot, kek *seal.Secret) {
+	t.Helper()
+	got, err := w.Unwrap(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer got.Close()
+	if !got.Equal(kek) {
+		t.Error("it opens to another KEK")
+	}
+}
+
+// TestTwoOfTwo: both open together, each alone says nothing about the KEK.
+func TestTwoOfTwo(t *testing.T) {
+	w, first, second, kek := newBoth(t)
+	slot, err := w.Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := w.WrapLike(t.Context(), kek, slot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slot.Type != "one-two" || slot.Node != "alpha" {
+		t.Errorf("%+v", slot)
+	}
+	mustOpen(t, w, slot, kek)
+	mustOpen(t, w, again, kek)
+	seen := map[string]bool{}
+	for _, b := range []*box{first, second} {
+		for _, share := range b.kept {
+			kek.With(func(k []byte) {
+				if string(share) == string(k) {
+					t.Error("a share is the KEK")
+				}
+			})
+			if seen[string(share)] {
+				t.Error("a share was used twice")
+			}
+			seen[string(share)] = true
+		}
+	}
+	for _, b := range []*box{first, second} {
+		b.down = seal.Errorf(seal.CauseUnavailable, "hint", "%s is down", b.kind)
+		if _, err := w.Unwrap(t.Context(), slot); !errors.Is(err, b.down) {
+			t.Errorf("without %s: %v", b.kind, err)
+		}
+		if _, err := w.Wrap(t.Context(), kek); !errors.Is(err, b.down) {
+			t.Errorf("wrapping without %s: %v", b.kind, err)
+		}
+		b.down = nil
+	}
+	mustOpen(t, w, slot, kek)
+}
+
+// TestSwappedParts: shares of two KEKs do not make either.
+func TestSwappedParts(t *testing.T) {
+	w, _, _, kek := newBoth(t)
+	_, _, _, other := newBoth(t)
+	a, err := w.Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := w.Wrap(t.Context(), other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, _, err := both.Parts(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, second, err := both.Parts(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mixed, err := w.WrapWith(t.Context(), kek,
+		func(context.Context, *seal.Secret) (seal.Slot, error) { return first, nil },
+		func(context.Context, *seal.Secret) (seal.Slot, error) { return second, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := w.Unwrap(t.Context(), mixed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer got.Close()
+	if got.Equal(kek) || got.Equal(other) {
+		t.Error("shares of two KEKs make one of them")
+	}
+}
+
+// TestHostileSlots are refused as damaged, those of others as not ours.
+func TestHostileSlots(t *testing.T) {
+	w, _, _, kek := newBoth(t)
+	good, err := w.Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string]string{
+		"nothing": "", "no JSON": "x", "another form": strings.Replace(string(good.Data), "both-v1", "both-v2", 1),
+		"unknown member": strings.Replace(string(good.Data), `{"form"`, `{"more":1,"form"`, 1), "huge": `{"form":"` + strings.Repeat("x", seal.MaxSlotData) + `"}`,
+	} {
+		bad := good
+		bad.Data = json.RawMessage(data)
+		if _, err := w.Unwrap(t.Context(), bad); seal.CauseOf(err) != seal.CauseSlotCorrupt {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, s := range []seal.Slot{{Type: "one", Node: "alpha", Data: good.Data}, {Type: good.Type, Node: "beta", Data: good.Data}} {
+		if _, err := w.Unwrap(t.Context(), s); !errors.Is(err, seal.ErrNotMine) {
+			t.Errorf("%s of %s: %v", s.Type, s.Node, err)
+		}
+		if _, err := w.WrapLike(t.Context(), kek, s); !errors.Is(err, seal.ErrNotMine) {
+			t.Errorf("%s of %s: %v", s.Type, s.Node, err)
+		}
+	}
+	kek.Close()
+	if _, err := w.Wrap(t.Context(), kek); err == nil {
+		t.Error("a closed KEK is wrapped")
+	}
+}
