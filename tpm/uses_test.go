@@ -135,6 +135,34 @@ func TestSuspendSlot(t *testing.T) {
 	}
 }
 
+// TestSuspendSlotCountsRestarts: a TPM2_Shutdown(STATE), which any system can send
+// before it resets the machine, hides no boot.
+func TestSuspendSlotCountsRestarts(t *testing.T) {
+	n := newNode(t)
+	state := n.only(tpm.UseSuspend, 7)
+	count, err := n.Device.ResetCount(t.Context(), n.Owner)
+	if err != nil {
+		t.Fatal(err)
+	}
+	state.Resets = count + 1
+	slot, kek := n.wrapState(state)
+	n.opens(slot, kek)
+	n.must(func(t transport.TPM) error {
+		_, err := tpm2.Shutdown{ShutdownType: tpm2.TPMSUState}.Execute(t)
+		return err
+	})
+	n.machine.CutPower()
+	n.machine.Reboot(simboot.Baseline(simboot.UKI))
+	if now, err := n.Device.ResetCount(t.Context(), n.Owner); err != nil || now != count {
+		t.Fatalf("it was no restart: %d resets, then %d, %v", count, now, err)
+	}
+	n.refuses(slot, seal.CauseBootState, "the suspension is over")
+	n.machine.Reboot(simboot.Baseline(simboot.UKI))
+	n.opens(slot, kek)
+	n.machine.Reboot(simboot.Baseline(simboot.UKI))
+	n.refuses(slot, seal.CauseBootState, "the suspension is over")
+}
+
 // TestUsesAreOfTheirForm: what a slot is for, and what it holds, have to agree, and
 // the later form is not that of a slot which needs none of it.
 func TestUsesAreOfTheirForm(t *testing.T) {

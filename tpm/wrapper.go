@@ -324,7 +324,7 @@ func classify(err error) error {
 		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the way in which the machine booted is not among the signed boot states: %w", err),
 			Hint: "sign it with kleidi bootstate sign and add it with kleidi bootstate add, boot one that is signed, or run kleidi recover"}
 	case errors.Is(err, authpolicy.ErrResets):
-		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the suspension is over: %w", err),
+		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the suspension is over, or the machine was restarted without a reset of its TPM: %w", err),
 			Hint: "boot what was booted before it, or run kleidi recover with the recovery identity"}
 	case errors.As(err, &state):
 		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the machine did not boot as it did when the slot was sealed: %w", err),

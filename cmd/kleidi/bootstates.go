@@ -211,7 +211,11 @@ func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.Keyring
 	var dropped []string
 	err = n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		slots := k.Slots()
-		for _, d := range n.demands(slots) {
+		live, err := n.unrevoked(ctx, slots)
+		if err != nil {
+			return nil, err
+		}
+		for _, d := range n.demands(live) {
 			if (d.State.Use == tpm.UseNext || d.State.Use == tpm.UsePresent) && same(d.State, state) {
 				return nil, errNothing
 			}

@@ -126,7 +126,7 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 			"slots of the earlier epoch no longer open, kept copies included"}
 	}
 	for _, s := range n.states(old.Slots(), tpm.UseSigned) {
-		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add again", fingerprintOf(*s.Signer)))
+		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add again, with those of the latest generation", fingerprintOf(*s.Signer)))
 	}
 	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		return n.renew(ctx, k, req.WithoutVerifier)
@@ -216,6 +216,9 @@ func (n *node) vouchByPin(ctx context.Context, k *keyring.Keyring, id, trusted s
 	case trusted != "" && (err != nil || pin == nil):
 		return 0, nil
 	case err != nil:
+		if e, ok := errors.AsType[*seal.Error](err); ok && e.Cause == seal.CausePin {
+			err = &seal.Error{Cause: e.Cause, Err: e.Err, Hint: "run it again with --trust-key-id KEY_ID, the key ID that this cluster used last (docs/recovery.md says where to look); the keyring's is " + string(id)}
+		}
 		return 0, err
 	case pin == nil:
 		return 0, seal.Errorf(seal.CausePin, "if that is the key ID that this cluster used last (docs/recovery.md says where to look, and not in this keyring), run it again with --trust-key-id KEY_ID",

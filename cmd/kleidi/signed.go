@@ -146,13 +146,26 @@ func (n *node) addSigned(ctx context.Context, req admin.AddBootStatesRequest) ([
 	if err != nil {
 		n.log.Warn("signed boot states", "file", n.cfg.BootStates(), "error", err) // none of them opens any more
 	}
+	if n.cfg.TPM.BootPolicy != "" {
+		changes = append(changes, "the boot policy "+n.cfg.TPM.BootPolicy+" judges these boots too, and has to allow them: see docs/updates.md")
+	}
 	return append([]string{fmt.Sprintf("%d boot states of key %.16s added", len(file.States()), fingerprintOf(signer))}, changes...), nil
 }
 
-// newest is the latest generation of a signer's key that a slot is for.
+// newest is the latest generation of a signer's key that a slot is for, or was: the
+// boot states that were added are kept where a slot has gone.
 func (n *node) newest(k *keyring.Keyring, signer tpm.Signer) (newest uint64) {
 	for _, s := range n.states(k.Slots(), tpm.UseSigned) {
 		if g, _ := generation(k.ClusterID(), s.Signer.Ref); fingerprintOf(*s.Signer) == fingerprintOf(signer) {
+			newest = max(newest, g)
+		}
+	}
+	kept, err := readBootStates(n.cfg.BootStates())
+	if err != nil {
+		return newest
+	}
+	for _, s := range kept.States() {
+		if g, _ := generation(k.ClusterID(), s.Ref); hex.EncodeToString(s.KeyFingerprint[:]) == fingerprintOf(signer) {
 			newest = max(newest, g)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -359,10 +360,12 @@ func owners(slots []seal.Slot) string {
 	return strings.Join(all, ", ")
 }
 
-// moreTelling prefers a slot that was revoked to one for another boot: the TPM asks
-// for the PCRs first, so the boot was right, and the keyring is an old one.
+// moreTelling prefers the slot that got furthest to one for another boot: the TPM
+// asks for the PCRs first. Where a slot is revoked the keyring is an old one; where
+// a verifier does not agree, or can't be asked, that is what is to be mended.
 func moreTelling(err, than error) bool {
-	return seal.CauseOf(err) == seal.CauseEpoch && seal.CauseOf(than) == seal.CauseBootState
+	further := []seal.Cause{seal.CauseEpoch, seal.CauseBootPolicy, seal.CauseAttestation, seal.CauseUnavailable, seal.CauseCredentials}
+	return seal.CauseOf(than) == seal.CauseBootState && slices.Contains(further, seal.CauseOf(err))
 }
 
 // follows refuses to go back, while a keyring is open, to one without its current

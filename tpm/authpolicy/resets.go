@@ -12,38 +12,62 @@ import (
 // ErrResets says that the machine was reset too often since.
 var ErrResets = errors.New("the machine was reset more often than allowed")
 
-// Resets is the condition that the TPM was not reset too often, once at every
-// boot: TPM2_PolicyCounterTimer with an unsigned <= on resetCount. A resume from
-// sleep is no reset. TPM2_Clear sets resetCount to zero, and ends all that was
-// sealed before.
+// Resets is the condition that the TPM was not reset too often: two
+// TPM2_PolicyCounterTimer with an unsigned <=, on resetCount and on restartCount.
+//
+// A boot resets the TPM, which counts resetCount up and sets restartCount to zero,
+// unless TPM2_Shutdown(STATE) came before: then it is a TPM Restart, which counts
+// restartCount up alone. Any system can send that, so after one, and after a
+// resume from sleep, the condition does not hold until the next true reset.
+// TPM2_Clear sets resetCount to zero, and ends all that was sealed before.
 type Resets struct {
 	// AtMost is the last resetCount that satisfies the condition, see [ResetCount].
 	AtMost uint32
 }
 
-// resetCountOffset is where resetCount is in TPMS_TIME_INFO (TPM 2.0 Library,
-// Part 2, 10.11): after time and clock, of 8 bytes each.
-const resetCountOffset = 16
+// Offsets in TPMS_TIME_INFO (TPM 2.0 Library, Part 2, 10.11): time and clock, of 8
+// bytes each, come first.
+const (
+	resetCountOffset   = 16
+	restartCountOffset = 20
+)
+
+// limit is one TPM2_PolicyCounterTimer.
+type limit struct {
+	offset uint16
+	atMost uint32
+}
+
+func (r Resets) limits() []limit {
+	return []limit{{resetCountOffset, r.AtMost}, {restartCountOffset, 0}}
+}
 
 // parameters are operandB, offset and operation of TPM2_PolicyCounterTimer.
-func (r Resets) parameters() (operand, rest []byte) {
-	rest = binary.BigEndian.AppendUint16(nil, resetCountOffset)
-	return binary.BigEndian.AppendUint32(nil, r.AtMost), binary.BigEndian.AppendUint16(rest, uint16(tpm2.TPMEOUnsignedLE))
+func (l limit) parameters() (operand, rest []byte) {
+	rest = binary.BigEndian.AppendUint16(nil, l.offset)
+	return binary.BigEndian.AppendUint32(nil, l.atMost), binary.BigEndian.AppendUint16(rest, uint16(tpm2.TPMEOUnsignedLE))
 }
 
 func (r Resets) extend(calc *tpm2.PolicyCalculator) error {
-	operand, rest := r.parameters()
-	return calc.Update(tpm2.TPMCCPolicyCounterTimer, hash(operand, rest))
+	for _, l := range r.limits() {
+		operand, rest := l.parameters()
+		if err := calc.Update(tpm2.TPMCCPolicyCounterTimer, hash(operand, rest)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (r Resets) satisfy(t transport.TPM, session tpm2.Session) error {
-	operand, rest := r.parameters()
-	sized := append(binary.BigEndian.AppendUint16(nil, uint16(len(operand))), operand...)
-	switch err := policyCommand(t, tpm2.TPMCCPolicyCounterTimer, session.Handle(), append(sized, rest...)); {
-	case errors.Is(err, tpm2.TPMRCPolicy):
-		return fmt.Errorf("TPM2_PolicyCounterTimer: %w", ErrResets)
-	case err != nil:
-		return fmt.Errorf("TPM2_PolicyCounterTimer: %w", err)
+	for _, l := range r.limits() {
+		operand, rest := l.parameters()
+		sized := append(binary.BigEndian.AppendUint16(nil, uint16(len(operand))), operand...)
+		switch err := policyCommand(t, tpm2.TPMCCPolicyCounterTimer, session.Handle(), append(sized, rest...)); {
+		case errors.Is(err, tpm2.TPMRCPolicy):
+			return fmt.Errorf("TPM2_PolicyCounterTimer: %w", ErrResets)
+		case err != nil:
+			return fmt.Errorf("TPM2_PolicyCounterTimer: %w", err)
+		}
 	}
 	return nil
 }

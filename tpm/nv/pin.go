@@ -252,7 +252,7 @@ func (p *Pin) look(t transport.TPM, terms authpolicy.Terms) (found, error) {
 	return found{name: *name, written: public.Attributes.Written}, nil
 }
 
-const pinHint = "if Secure Boot, its keys or dbx changed (pin.pcrs), that is why, else someone tampered with the TPM from another boot: run kleidi recover with the recovery identity"
+const pinHint = "if Secure Boot, its keys or dbx changed (pin.pcrs), that is why, else someone tampered with the TPM from another boot: run kleidi recover --trust-key-id KEY_ID with the recovery identity, see docs/recovery.md"
 
 func (p *Pin) wrong(err error) error {
 	return seal.Errorf(seal.CausePin, pinHint, "the pin at NV index %#08x: %w", p.index, err)
