@@ -83,7 +83,9 @@ func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Veri
 	if !opened {
 		return nil, nil, seal.Errorf(seal.CauseBootState, "run kleidi reseal first, which seals to the running boot", "no slot would be left that opens in the running boot, nothing was changed")
 	}
-	others := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return n.isTPM(s) || typeName(s) == seal.TypeTPM && s.Node == n.cfg.Node })
+	others := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool {
+		return n.isTPM(s) || (typeName(s) == seal.TypeTPM || twoOfTwo(typeName(s)) != "") && s.Node == n.cfg.Node
+	})
 	next, err := k.WithSlots(append(slots, others...))
 	return next, slots, err
 }

@@ -88,7 +88,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		return nil, err
 	}
 	n.unlocker = unlock.New(unlock.Config{
-		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log, n.attests()}, GateTPMOnly: !cfg.Unlock.RequireAttestation, Wrappers: n.openers(),
+		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log, n.attests()}, Ungated: n.ungated, Wrappers: n.openers(),
 		Settle: n.settle, Log: log, Attempted: attempted,
 	})
 	return n, nil
@@ -112,6 +112,12 @@ func (n *node) addSecondary() (err error) {
 // opensWithTPM reports whether the TPM is among what may open the keyring.
 func (n *node) opensWithTPM() bool {
 	return slices.Contains(n.cfg.Unlock.Order, seal.TypeTPM) || n.needsBoth() != ""
+}
+
+// ungated reports whether a wrapper needs no attestation: one without the TPM, where
+// the configuration says so.
+func (n *node) ungated(kind string) bool {
+	return !n.cfg.Unlock.RequireAttestation && kind != seal.TypeTPM && twoOfTwo(kind) == ""
 }
 
 // settle ends the epochs before that of these slots.

@@ -120,6 +120,10 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
+	if err := n.keepsBoth(old.Slots(), req.BreakTwoOfTwo); err != nil {
+		old.Close()
+		return admin.KeyringState{}, err
+	}
 	changes := []string{"a fresh KEK is wrapped by " + joinWords(n.cfg.Unlock.Order) + "; all earlier ones are retired and still decrypt"}
 	if n.opensWithTPM() {
 		changes = []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
@@ -131,7 +135,7 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		return n.renew(ctx, k, req.WithoutVerifier)
 	}
-	return n.adopt(ctx, old, opener, version, req.TrustKeyID, renew, changes...)
+	return n.adopt(ctx, old, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)
 }
 
 func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recovery.Wrapper) (*keyring.Keyring, error) {
@@ -155,10 +159,10 @@ func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recover
 
 // adopt makes a keyring that was opened without the pin this node's keyring, once
 // it is vouched for, and has turn rotate it: so no key ID flips back.
-func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, opener seal.Wrapper, version store.Version, trusted seal.KeyID,
+func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, openers []seal.Wrapper, version store.Version, trusted seal.KeyID,
 	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
 	defer opened.Close()
-	old, err := rotation.Complete(ctx, opened, []seal.Wrapper{opener}, time.Now())
+	old, err := rotation.Complete(ctx, opened, openers, time.Now())
 	if err != nil && trusted == opened.CurrentID() && seal.CauseOf(err) != seal.CauseUnavailable { // the operator does without
 		old, err = opened, nil
 	}
@@ -182,7 +186,7 @@ func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, opener seal.W
 	if revisions[len(revisions)-1].CurrentID() == old.CurrentID() {
 		changes = []string{"the keyring opens again, under the KEK that it had: it has no room for another retired one"}
 	}
-	if err := n.unlocker.Adopt(ctx, version, opener.Type(), revisions); err != nil {
+	if err := n.unlocker.Adopt(ctx, version, openers[0].Type(), revisions); err != nil {
 		return admin.KeyringState{}, err
 	}
 	return n.result(old.CurrentID(), changes...)

@@ -17,7 +17,7 @@ import (
 
 func (a *app) newRecover() *cobra.Command {
 	var file, trust string
-	var withoutVerifier bool
+	var withoutVerifier, breaks bool
 	cmd := &cobra.Command{
 		Use:   "recover",
 		Short: "Open a locked keyring with the recovery identity, seal anew and rotate",
@@ -35,7 +35,7 @@ The identity is asked for, or read from standard input or from --identity-file.`
 				return err
 			}
 			defer clear(identity)
-			req := admin.RecoverRequest{Identity: identity, TrustKeyID: seal.KeyID(trust), WithoutVerifier: withoutVerifier}
+			req := admin.RecoverRequest{Identity: identity, TrustKeyID: seal.KeyID(trust), WithoutVerifier: withoutVerifier, BreakTwoOfTwo: breaks}
 			s, err := operate(cmd.Context(), a, admin.Recover, req, (*node).recover)
 			if err != nil {
 				return err
@@ -44,6 +44,7 @@ The identity is asked for, or read from standard input or from --identity-file.`
 		},
 	}
 	cmd.Flags().StringVar(&file, "identity-file", "", "file that holds the recovery identity (AGE-SECRET-KEY-…)")
+	cmd.Flags().BoolVar(&breaks, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, alone opens the KEK then")
 	cmd.Flags().BoolVar(&withoutVerifier, "without-verifier", false, "demand no verifier, where it is gone for good")
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the pin does not vouch for it")
 	_ = cmd.MarkFlagFilename("identity-file")

@@ -225,6 +225,9 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 		if !n.anyOpens(rest) {
 			return nil, errors.New("it is the last slot that can open the keyring on this node; add another one first")
 		}
+		if err := n.someOpens(ctx, k, rest); err != nil {
+			return nil, fmt.Errorf("no other slot opens the keyring on this node now: %w", err)
+		}
 		if n.isTPM(gone) && len(n.demands(rest)) > 0 {
 			live, err := n.live(ctx, rest, tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)
 			if err != nil {
@@ -245,6 +248,20 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 		return admin.KeyringState{}, fmt.Errorf("slot remove %s: %w", req.Name, err)
 	}
 	return n.unchanged(changes...)
+}
+
+// someOpens opens slots until one of a wrapper that may open the keyring at start
+// does; else it says why the last one did not.
+func (n *node) someOpens(ctx context.Context, k *keyring.Keyring, slots []seal.Slot) (err error) {
+	for _, s := range slots {
+		if !slices.Contains(n.cfg.Unlock.Order, s.Type) || s.Node != "" && s.Node != n.cfg.Node {
+			continue
+		}
+		if err = n.tryOpen(ctx, s, k.CurrentID(), k.ClusterID()); err == nil {
+			return nil
+		}
+	}
+	return n.gate.Explain(err)
 }
 
 // rewrapSlot wraps the KEK anew where the slot is: by the newest version of its
@@ -322,8 +339,8 @@ func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s 
 	t := admin.SlotTest{Name: name}
 	err := n.tryOpen(ctx, s, k.CurrentID(), k.ClusterID())
 	t.Opens, t.Problem, t.Duration = err == nil, admin.ProblemOf(n.gate.Explain(err)), time.Since(start)
-	if s.Type == seal.TypeVault && n.vault != nil {
-		warnings, err := n.vault.Check(ctx, s)
+	if half := ofVault(s); half.Type == seal.TypeVault && n.vault != nil {
+		warnings, err := n.vault.Check(ctx, half)
 		if err != nil && t.Opens {
 			warnings = append(warnings, err.Error())
 		}
@@ -337,7 +354,7 @@ func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s 
 func (n *node) tryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
 	if d, ok := skippedBy(s); ok {
 		hint := "run kleidi slot add " + d.Type + " once its backend answers"
-		if d.Type == seal.TypeTPM {
+		if d.Type == seal.TypeTPM || twoOfTwo(d.Type) != "" {
 			hint = "run kleidi reseal, which seals to the running boot"
 		}
 		return seal.Errorf(seal.CauseNoSlot, hint, "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))

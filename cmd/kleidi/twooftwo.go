@@ -59,6 +59,19 @@ func ofTPM(s seal.Slot) seal.Slot {
 	return first
 }
 
+// ofVault returns the slot of Vault in a slot: the slot itself, or its half of a
+// two-of-two.
+func ofVault(s seal.Slot) seal.Slot {
+	if twoOfTwo(s.Type) != seal.TypeVault {
+		return s
+	}
+	_, second, err := both.Parts(s)
+	if err != nil {
+		return seal.Slot{}
+	}
+	return second
+}
+
 // halves returns slots with the TPM's half in the place of each two-of-two: for
 // the gate, the epoch and all that asks what the TPM demands.
 func halves(slots []seal.Slot) []seal.Slot {
@@ -103,4 +116,18 @@ func (n *node) breaks(kind string, slots []seal.Slot, allowed bool) error {
 		return nil
 	}
 	return errors.New("a slot of " + kind + " would open the KEK alone, and break two of two; if that is what you want, add --break-two-of-two")
+}
+
+// keepsBoth refuses a recovery that leaves one way in beside a two-of-two that was
+// not there before, or that makes one enough where two were needed.
+func (n *node) keepsBoth(old []seal.Slot, allowed bool) error {
+	had := slices.ContainsFunc(old, func(s seal.Slot) bool { return twoOfTwo(typeName(s)) != "" })
+	switch wants := n.needsBoth() != ""; {
+	case allowed || had == wants:
+		return nil
+	case wants:
+		return n.breaks(seal.TypeRecovery, old, false)
+	default:
+		return errors.New("the keyring needs two wrappers together, and unlock.order has one open it; set unlock.order to that two-of-two, or add --break-two-of-two")
+	}
 }

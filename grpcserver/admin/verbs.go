@@ -236,6 +236,8 @@ type RecoverRequest struct {
 	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
 	// WithoutVerifier asks to seal without the configured verifier's demand.
 	WithoutVerifier bool `json:"withoutVerifier,omitempty"`
+	// BreakTwoOfTwo is as in [AddSlotRequest].
+	BreakTwoOfTwo bool `json:"breakTwoOfTwo,omitempty"`
 }
 
 // Wipe clears the identity. [Handle] calls it when the handler has returned.
@@ -248,6 +250,8 @@ type RestoreRequest struct {
 	Identity Identity `json:"identity,omitempty"`
 	// TrustKeyID is as in [RecoverRequest].
 	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
+	// BreakTwoOfTwo is as in [AddSlotRequest].
+	BreakTwoOfTwo bool `json:"breakTwoOfTwo,omitempty"`
 }
 
 // Wipe clears the identity. [Handle] calls it when the handler has returned.

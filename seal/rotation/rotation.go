@@ -5,6 +5,7 @@
 package rotation
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -89,6 +90,7 @@ func stage(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap,
 // lost. It returns k itself where nothing is staged, and an error where what is
 // staged does not open.
 func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
+	var refusal error
 	for _, s := range k.StagedSlots() {
 		for _, w := range opener {
 			kek, err := w.Unwrap(ctx, s)
@@ -96,7 +98,8 @@ func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, no
 				continue
 			}
 			if err != nil {
-				return nil, fmt.Errorf("the staged KEK does not open: %w", err)
+				refusal = cmp.Or(refusal, fmt.Errorf("the staged KEK does not open: %w", err))
+				continue
 			}
 			staged, err := k.OpenStaged(kek)
 			if err != nil {
@@ -106,6 +109,9 @@ func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, no
 			defer staged.Close()
 			return staged.Activate(now)
 		}
+	}
+	if refusal != nil {
+		return nil, refusal
 	}
 	return k, nil
 }

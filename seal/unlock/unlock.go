@@ -48,9 +48,9 @@ type Config struct {
 	Pin   Pin
 	// Gate may be nil where there is no TPM.
 	Gate Gate
-	// GateTPMOnly lets wrappers other than the TPM's open slots although the gate
-	// refuses.
-	GateTPMOnly bool
+	// Ungated reports whether a wrapper of that type may open slots although the gate
+	// refuses; nil is none.
+	Ungated func(kind string) bool
 	// Wrappers may open slots, in this order.
 	Wrappers []seal.Wrapper
 	// Settle, if set, ends the epochs before that of these slots. It is called
@@ -311,17 +311,19 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 
 // passes reports whether a wrapper may be tried on a slot after what the gate said.
 func (u *Unlocker) passes(gate error, w seal.Wrapper, s seal.Slot) bool {
-	if gate == nil || u.cfg.GateTPMOnly && w.Type() != seal.TypeTPM {
+	if gate == nil || u.ungated(w) {
 		return true
 	}
 	o, ok := errors.AsType[Overruled](gate)
 	return ok && w.Type() == s.Type && o.Overrules(s)
 }
 
+func (u *Unlocker) ungated(w seal.Wrapper) bool { return u.cfg.Ungated != nil && u.cfg.Ungated(w.Type()) }
+
 // openedBy tells a fallback from the first wrapper, and says so where a suspension
 // has overruled the gate.
 func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) opener {
-	if _, ok := errors.AsType[Overruled](gate); ok && (w.Type() == seal.TypeTPM || !u.cfg.GateTPMOnly) {
+	if _, ok := errors.AsType[Overruled](gate); ok && !u.ungated(w) {
 		u.cfg.Log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", gate)
 		return opener{wrapper: w.Type()}
 	}
