@@ -318,7 +318,9 @@ func (u *Unlocker) passes(gate error, w seal.Wrapper, s seal.Slot) bool {
 	return ok && w.Type() == s.Type && o.Overrules(s)
 }
 
-func (u *Unlocker) ungated(w seal.Wrapper) bool { return u.cfg.Ungated != nil && u.cfg.Ungated(w.Type()) }
+func (u *Unlocker) ungated(w seal.Wrapper) bool {
+	return u.cfg.Ungated != nil && u.cfg.Ungated(w.Type())
+}
 
 // openedBy tells a fallback from the first wrapper, and says so where a suspension
 // has overruled the gate.
