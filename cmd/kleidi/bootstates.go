@@ -63,7 +63,7 @@ func (n *node) revoked(s seal.Slot, epoch uint64) bool {
 // reshape returns the revision in which the KEK is sealed to these boot states,
 // for the next epoch: once that has begun, no other slot of this node opens.
 func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
-	v, err := n.remote.demand(k.ClusterID())
+	v, err := n.remote.demand(k.ClusterID(), false)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -91,9 +91,9 @@ func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Veri
 }
 
 // extend returns the revision in which the KEK is sealed to one boot state more.
-// Nothing is revoked; slots that drop picks leave the keyring all the same.
-func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootState, drop func(seal.Slot) bool) (*keyring.Keyring, seal.Slot, error) {
-	v, err := n.remote.demand(k.ClusterID())
+// Nothing is revoked; drop, if there is one, leaves the keyring all the same.
+func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot) (*keyring.Keyring, seal.Slot, error) {
+	v, err := n.remote.demand(k.ClusterID(), false)
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}
@@ -105,7 +105,8 @@ func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootSta
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}
-	next, err := k.WithSlots(append(slices.DeleteFunc(k.Slots(), drop), slots...))
+	kept := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return drop != nil && bytes.Equal(s.Data, drop.Data) })
+	next, err := k.WithSlots(append(kept, slots...))
 	return next, slots[0], err
 }
 
@@ -153,13 +154,11 @@ func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.Keyri
 		for _, s := range live {
 			states = append(states, refreshed(s, present))
 		}
-		reshape := n.reshape
-		if req.WithoutVerifier {
-			reshape = func(ctx context.Context, k *keyring.Keyring, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
-				return n.reshapeUnder(ctx, k, nil, states)
-			}
+		v, err := n.remote.demand(k.ClusterID(), req.WithoutVerifier)
+		if err != nil {
+			return nil, err
 		}
-		next, slots, err := reshape(ctx, k, states)
+		next, slots, err := n.reshapeUnder(ctx, k, v, states)
 		for _, s := range slots {
 			bound = append(bound, "the KEK is sealed to "+n.what(s))
 		}
@@ -223,7 +222,7 @@ func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.Keyring
 			}
 		}
 		oldest := n.oldestNext(slots)
-		next, slot, err := n.extend(ctx, k, state, func(s seal.Slot) bool { return oldest != nil && bytes.Equal(s.Data, oldest.Data) })
+		next, slot, err := n.extend(ctx, k, state, oldest)
 		if err != nil {
 			return nil, err
 		}
@@ -326,7 +325,7 @@ func (n *node) suspend(ctx context.Context, req admin.SuspendRequest) (admin.Key
 // it may be the weaker one.
 func (n *node) addSuspension(ctx context.Context, k *keyring.Keyring, state tpm.BootState) (*keyring.Keyring, seal.Slot, error) {
 	if !slices.ContainsFunc(k.Slots(), n.suspends) {
-		return n.extend(ctx, k, state, func(seal.Slot) bool { return false })
+		return n.extend(ctx, k, state, nil)
 	}
 	states, err := n.live(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSigned)
 	if err != nil {
@@ -368,7 +367,7 @@ func weaken(s tpm.BootState, pcrs []int) (tpm.BootState, error) {
 	}
 	for _, i := range pcrs {
 		if s.Values[i] == nil {
-			return s, fmt.Errorf("--weaken %d: the KEK is sealed to PCR %s", i, join(slices.Sorted(maps.Keys(s.Values))))
+			return s, fmt.Errorf("--weaken %d: the KEK is sealed to PCR %s; name some of these", i, join(slices.Sorted(maps.Keys(s.Values))))
 		}
 	}
 	if len(values) == 0 {
@@ -405,34 +404,38 @@ func (n *node) tidy(ctx context.Context) error {
 
 // tidied returns the boot states that stay, that of the running boot first where a
 // slot names it: after an update those that were prepared later, what is signed,
-// and a suspension that is not used up.
+// and a suspension that is not used up. What is revoked counts for nothing: a
+// keyring of before may have been put back.
 func (n *node) tidied(ctx context.Context, slots []seal.Slot) ([]tpm.BootState, error) {
-	at, running := n.running(slots)
-	updated := at >= 0 && running.State.Use == tpm.UseNext
+	if at, d := n.running(slots); (at < 0 || d.State.Use != tpm.UseNext) && !slices.ContainsFunc(slots, n.suspends) {
+		return nil, errNothing
+	}
+	slots, err := n.unrevoked(ctx, slots)
+	if err != nil {
+		return nil, err
+	}
 	spent, err := n.spent(ctx, slots)
 	if err != nil {
 		return nil, err
 	}
+	at, running := n.running(slots)
+	updated := at >= 0 && running.State.Use == tpm.UseNext
 	if !updated && len(spent) == 0 {
 		return nil, errNothing
 	}
-	live, err := n.unrevoked(ctx, slots)
-	if err != nil {
-		return nil, err
-	}
-	demands := n.demands(slots)
 	var states []tpm.BootState
 	if at >= 0 {
 		running.State.Use = tpm.UsePresent
 		states = append(states, running.State)
 	}
+	demands := n.demands(slots)
 	for _, i := range slices.Sorted(maps.Keys(demands)) {
-		d := demands[i]
-		revoked := !slices.ContainsFunc(live, func(s seal.Slot) bool { return bytes.Equal(s.Data, slots[i].Data) })
-		gone := i == at || spent[i] || revoked || at >= 0 && n.present(d.State) && d.State.Signer == nil && d.State.Use != tpm.UseSuspend
-		before := updated && (d.State.Use == tpm.UsePresent || d.State.Use == tpm.UseNext && i < at)
-		if !gone && !before {
-			states = append(states, refreshed(d.State, running.State))
+		s := demands[i].State
+		literal := s.Use == tpm.UsePresent || s.Use == tpm.UseNext
+		again := literal && n.present(s)
+		before := updated && (s.Use == tpm.UsePresent || s.Use == tpm.UseNext && i < at)
+		if !spent[i] && !again && !before {
+			states = append(states, refreshed(s, running.State))
 		}
 	}
 	return states, nil

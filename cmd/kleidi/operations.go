@@ -221,7 +221,7 @@ func (n *node) vouchByPin(ctx context.Context, k *keyring.Keyring, id, trusted s
 		return 0, nil
 	case err != nil:
 		if e, ok := errors.AsType[*seal.Error](err); ok && e.Cause == seal.CausePin {
-			err = &seal.Error{Cause: e.Cause, Err: e.Err, Hint: "run it again with --trust-key-id KEY_ID, the key ID that this cluster used last (docs/recovery.md says where to look); the keyring's is " + string(id)}
+			err = &seal.Error{Cause: e.Cause, Err: e.Err, Hint: "run it again with --trust-key-id KEY_ID, the key ID that this cluster used last (docs/recovery.md says where to look, and not in this keyring)"}
 		}
 		return 0, err
 	case pin == nil:
@@ -238,10 +238,7 @@ func (n *node) vouchByPin(ctx context.Context, k *keyring.Keyring, id, trusted s
 // recovery slots stay. A keyring that holds no more retired KEKs is sealed anew and
 // not rotated: it has to open again first of all.
 func (n *node) renew(ctx context.Context, old *keyring.Keyring, withoutVerifier bool) ([]*keyring.Keyring, error) {
-	v, err := n.remote.demand(old.ClusterID())
-	if withoutVerifier {
-		v, err = nil, nil
-	}
+	v, err := n.remote.demand(old.ClusterID(), withoutVerifier)
 	if err != nil {
 		return nil, err
 	}

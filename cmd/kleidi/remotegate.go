@@ -33,9 +33,10 @@ func newRemoteGate(cfg *config.Config, logs func() ([]byte, []byte, error)) (*re
 	return &remoteGate{&remote.Gate{Node: cfg.Node, Logs: logs, Channel: channel}, v.PublicKey}, nil
 }
 
-// demand is what new slots of a cluster demand of the verifier.
-func (g *remoteGate) demand(cluster seal.ClusterID) (*tpm.Verifier, error) {
-	if g == nil {
+// demand is what new slots of a cluster demand of the verifier; nil is nothing,
+// where there is none or the operator does without.
+func (g *remoteGate) demand(cluster seal.ClusterID, without bool) (*tpm.Verifier, error) {
+	if g == nil || without {
 		return nil, nil
 	}
 	b, err := readFile(g.publicKey, maxKeyFile)

@@ -69,8 +69,12 @@ func skip(s seal.Slot) (seal.Slot, error) {
 	return seal.Slot{Type: typeSkipped, Node: s.Node, Data: data}, err
 }
 
+// skippedBy reads such a place. It may come from a keyring that nothing vouches for,
+// and is shown: only types of slots are taken.
 func skippedBy(s seal.Slot) (d skippedSlot, ok bool) {
-	return d, s.Type == typeSkipped && json.Unmarshal(s.Data, &d) == nil
+	ok = s.Type == typeSkipped && json.Unmarshal(s.Data, &d) == nil &&
+		(slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery}, d.Type) || twoOfTwo(d.Type) != "")
+	return d, ok
 }
 
 // skipped keeps the place of a slot in the rotations that follow.
@@ -92,7 +96,7 @@ func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string
 	for _, name := range without {
 		i := slices.Index(names, name)
 		if i < 0 {
-			return nil, fmt.Errorf("--skip-slot: there is no slot %q, but %s", name, joinWords(names))
+			return nil, fmt.Errorf("--skip-slot: there is no slot %q, but %s; see kleidi slot list", name, joinWords(names))
 		}
 		var err error
 		if slots[i], err = skip(slots[i]); err != nil {
@@ -100,7 +104,7 @@ func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string
 		}
 	}
 	if len(without) > 0 && !n.anyOpens(slots) {
-		return nil, errors.New("--skip-slot: no slot would be left that can open the keyring on this node")
+		return nil, errors.New("--skip-slot: no slot would be left that can open the keyring on this node; skip fewer, or add another one first")
 	}
 	live, err := n.unrevoked(ctx, slots)
 	if err != nil {
@@ -112,7 +116,7 @@ func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string
 	}
 	// All slots of this TPM are revoked, as in an old keyring: the running boot takes
 	// their place.
-	v, err := n.remote.demand(k.ClusterID())
+	v, err := n.remote.demand(k.ClusterID(), false)
 	if err != nil {
 		return nil, err
 	}
@@ -222,11 +226,8 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 		}
 		gone := slots[i]
 		rest := slices.Delete(slices.Clone(slots), i, i+1)
-		if !n.anyOpens(rest) {
-			return nil, errors.New("it is the last slot that can open the keyring on this node; add another one first")
-		}
 		if err := n.someOpens(ctx, k, rest); err != nil {
-			return nil, fmt.Errorf("no other slot opens the keyring on this node now: %w", err)
+			return nil, err
 		}
 		if n.isTPM(gone) && len(n.demands(rest)) > 0 {
 			live, err := n.live(ctx, rest, tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)
@@ -251,17 +252,20 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 }
 
 // someOpens opens slots until one of a wrapper that may open the keyring at start
-// does; else it says why the last one did not.
-func (n *node) someOpens(ctx context.Context, k *keyring.Keyring, slots []seal.Slot) (err error) {
+// does; else it says why the last one did not, or that there is none.
+func (n *node) someOpens(ctx context.Context, k *keyring.Keyring, slots []seal.Slot) error {
+	refusal := errors.New("it is the last slot that can open the keyring on this node; add another one first")
 	for _, s := range slots {
 		if !slices.Contains(n.cfg.Unlock.Order, s.Type) || s.Node != "" && s.Node != n.cfg.Node {
 			continue
 		}
-		if err = n.tryOpen(ctx, s, k.CurrentID(), k.ClusterID()); err == nil {
+		err := n.tryOpen(ctx, s, k.CurrentID(), k.ClusterID())
+		if err == nil {
 			return nil
 		}
+		refusal = fmt.Errorf("no other slot opens the keyring on this node now: %w", n.gate.Explain(err))
 	}
-	return n.gate.Explain(err)
+	return refusal
 }
 
 // rewrapSlot wraps the KEK anew where the slot is: by the newest version of its

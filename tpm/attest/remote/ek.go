@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"errors"
 	"fmt"
 
 	"github.com/google/go-tpm/tpm2"
@@ -24,6 +25,10 @@ func encapsulationKey(spki []byte) (tpm2.LabeledEncapsulationKey, error) {
 	case *rsa.PublicKey:
 		if k.N.BitLen() != 2048 || k.E != 65537 {
 			return nil, fmt.Errorf("an RSA key of %d bits with exponent %d; want 2048 and 65537", k.N.BitLen(), k.E)
+		}
+		// x509 takes it, and nothing can be encrypted with it.
+		if k.N.Bit(0) == 0 {
+			return nil, errors.New("an RSA key with an even modulus")
 		}
 		public = tpm2.RSAEKTemplate
 		public.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{Buffer: k.N.FillBytes(make([]byte, 256))})

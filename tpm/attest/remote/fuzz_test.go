@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"math/big"
 	"testing"
 
 	"github.com/google/go-tpm/tpm2"
@@ -33,7 +34,8 @@ func FuzzKeys(f *testing.F) {
 	if !tpm.IsAK(&ak) {
 		f.Fatal("the seed is no attestation key")
 	}
-	for _, key := range []any{&r.PublicKey, &e.PublicKey} {
+	even := &rsa.PublicKey{N: new(big.Int).Sub(r.N, big.NewInt(1)), E: r.E}
+	for _, key := range []any{&r.PublicKey, even, &e.PublicKey} {
 		der, err := x509.MarshalPKIXPublicKey(key)
 		if err != nil {
 			f.Fatal(err)
