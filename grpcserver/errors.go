@@ -2,8 +2,6 @@ package grpcserver
 
 import (
 	"errors"
-	"strings"
-	"unicode"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -32,12 +30,12 @@ func statusOf(err error, id string) (error, bool) {
 	switch {
 	case errors.Is(err, seal.ErrUnknownKey):
 		return status.Errorf(codes.NotFound, "key_id: no KEK of this keyring has key ID %q; "+
-			"see kleidi keyring show, and restore the keyring that holds it", clean(id, maxQuoted)), false
+			"see kleidi keyring show, and restore the keyring that holds it", seal.OneLine(id, maxQuoted)), false
 	case errors.Is(err, seal.ErrMalformed):
 		return status.Error(codes.InvalidArgument, "ciphertext: not of a form that kleidi writes; was it written by another plugin, or cut short?"), false
 	case errors.Is(err, seal.ErrAuthentication):
 		return status.Errorf(codes.DataLoss, "ciphertext: does not authenticate under key ID %q, so it was changed after kleidi wrote it; "+
-			"restore the object from a backup of etcd", clean(id, maxQuoted)), false
+			"restore the object from a backup of etcd", seal.OneLine(id, maxQuoted)), false
 	}
 	if e, ok := errors.AsType[*seal.Error](err); ok {
 		return status.Error(codes.Unavailable, locked(e.Cause, err)), false
@@ -47,28 +45,9 @@ func statusOf(err error, id string) (error, bool) {
 
 func locked(cause seal.Cause, err error) string {
 	reason, hint := seal.SplitHint(err)
-	msg := "locked (" + clean(string(cause), maxQuoted) + "): " + clean(reason, maxReason)
+	msg := "locked (" + seal.OneLine(string(cause), maxQuoted) + "): " + seal.OneLine(reason, maxReason)
 	if hint != "" {
-		msg += "; " + clean(hint, maxHint)
+		msg += "; " + seal.OneLine(hint, maxHint)
 	}
 	return msg
-}
-
-// clean bounds s and replaces what could not be shown in one line: reasons may
-// quote event logs, and key IDs come from the peer.
-func clean(s string, limit int) string {
-	n := 0
-	for i := range s { // i is at a rune's first byte
-		if n == limit {
-			s = s[:i] + "…"
-			break
-		}
-		n++
-	}
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return '?'
-		}
-		return r
-	}, s)
 }

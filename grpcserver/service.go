@@ -111,7 +111,7 @@ func checkOwn(what string, n, high int) error {
 func (s *Server) failed(method string, err error, id string) error {
 	st, log := statusOf(err, id)
 	if log {
-		s.log.Error("KMS call failed", "method", method, "error", clean(err.Error(), maxReason))
+		s.log.Error("KMS call failed", "method", method, "error", seal.OneLine(err.Error(), maxReason))
 	}
 	return st
 }

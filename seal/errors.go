@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode"
 )
 
 // ErrNotMine says that a slot belongs to another wrapper, node or identity. It
@@ -117,3 +118,22 @@ var (
 	// ErrAuthentication: the ciphertext does not authenticate under the named KEK.
 	ErrAuthentication = errors.New("ciphertext does not authenticate")
 )
+
+// OneLine returns s in at most limit runes, with what can't be shown in a line
+// replaced: reasons may quote event logs, and names come from peers.
+func OneLine(s string, limit int) string {
+	n := 0
+	for i := range s { // i is at a rune's first byte
+		if n == limit {
+			s = s[:i] + "…"
+			break
+		}
+		n++
+	}
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, s)
+}

@@ -26,3 +26,17 @@ func TestSplitHint(t *testing.T) {
 		}
 	}
 }
+
+func TestOneLine(t *testing.T) {
+	for in, want := range map[string]string{
+		"":                        "",
+		"PCR 4: shim":             "PCR 4: shim",
+		"a\nb\x1b[31m\u202ec\xff": "a?b?[31m?c\ufffd",
+		"twelve runes":            "twelve runes",
+		"thirteen runä":           "thirteen run…",
+	} {
+		if got := seal.OneLine(in, 12); got != want {
+			t.Errorf("%q: %q, want %q", in, got, want)
+		}
+	}
+}

@@ -154,13 +154,13 @@ func (c *Client) failed(err, certificate error) error {
 		if refusal.Check == string(remote.CheckBootPolicy) {
 			cause = seal.CauseBootPolicy
 		}
-		return seal.Errorf(cause, clean(refusal.Hint, maxHint), "remote verifier %s: it refuses: %w", c.config.Address, err)
+		return seal.Errorf(cause, seal.OneLine(refusal.Hint, maxHint), "remote verifier %s: it refuses: %w", c.config.Address, err)
 	}
 	hint := hintAsk
 	if code := status.Code(err); code == codes.Unavailable || code == codes.DeadlineExceeded {
 		hint = hintReach
 	}
-	return seal.Errorf(seal.CauseUnavailable, hint, "remote verifier %s: %s", c.config.Address, clean(status.Convert(err).Message(), maxReason))
+	return seal.Errorf(seal.CauseUnavailable, hint, "remote verifier %s: %s", c.config.Address, seal.OneLine(status.Convert(err).Message(), maxReason))
 }
 
 // refusedError is what the verifier says of the evidence.
@@ -168,7 +168,7 @@ type refusedError struct{ *Refusal }
 
 // Error implements error.
 func (e *refusedError) Error() string {
-	return clean(e.Check, maxName) + ": " + clean(e.Reason, maxReason)
+	return seal.OneLine(e.Check, maxName) + ": " + seal.OneLine(e.Reason, maxReason)
 }
 
 // ownError is an error on this side.

@@ -2,8 +2,6 @@ package verifier
 
 import (
 	"crypto"
-	"strings"
-	"unicode"
 
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
@@ -76,21 +74,3 @@ const (
 	maxHint   = 300
 	maxName   = 80
 )
-
-// clean bounds s and replaces what could not be shown in one line.
-func clean(s string, limit int) string {
-	n := 0
-	for i := range s { // i is at a rune's first byte
-		if n == limit {
-			s = s[:i] + "…"
-			break
-		}
-		n++
-	}
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return '?'
-		}
-		return r
-	}, s)
-}

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/tap"
 
 	"github.com/beezy-dev/kleidi/grpcserver/internal/panics"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
 
@@ -161,7 +162,7 @@ func (s *Server) handle(_ any, stream grpc.ServerStream) (err error) {
 		return x.refuse(refusal)
 	}
 	if err != nil {
-		s.Log.Debug("an exchange ended early", "peer", x.peer, "error", clean(err.Error(), maxReason))
+		s.Log.Debug("an exchange ended early", "peer", x.peer, "error", seal.OneLine(err.Error(), maxReason))
 	}
 	return err
 }
@@ -241,7 +242,7 @@ func (x *exchange) readLogs(e *remote.Evidence) error {
 }
 
 func (x *exchange) verdict() *Verdict {
-	return &Verdict{Time: time.Now().UTC(), Peer: x.peer, Node: clean(x.hello.Node, maxName), EK: remote.EKDigest(x.hello)}
+	return &Verdict{Time: time.Now().UTC(), Peer: x.peer, Node: seal.OneLine(x.hello.Node, maxName), EK: remote.EKDigest(x.hello)}
 }
 
 func (x *exchange) accept(passed *remote.Passed) error {
@@ -264,7 +265,7 @@ func (x *exchange) accept(passed *remote.Passed) error {
 
 func (x *exchange) refuse(r *remote.Refusal) error {
 	v := x.verdict()
-	v.Check, v.Reason, v.Hint = string(r.Check), clean(r.Err.Error(), maxReason), clean(r.Hint, maxHint)
+	v.Check, v.Reason, v.Hint = string(r.Check), seal.OneLine(r.Err.Error(), maxReason), seal.OneLine(r.Hint, maxHint)
 	if err := x.record(v); err != nil {
 		return err
 	}

@@ -32,8 +32,7 @@ func bankName(bank crypto.Hash) string {
 
 // File is a set of states.
 type File struct {
-	states    []State
-	leftAside map[string]int
+	states []State
 }
 
 // entry is a state as it stands in a file.
@@ -49,7 +48,7 @@ type entry struct {
 // Parse reads a file. It refuses what is larger than MaxSize or holds more than
 // MaxStates, duplicate members, members of another type or size, and whatever
 // follows the end, except for the zeros that pad a section of a PE file. Banks
-// that nothing is sealed to are left aside, see LeftAside. Members that are
+// that nothing is sealed to are left aside. Members that are
 // unknown are ignored, as systemd does: a newer systemd must not lock a node out,
 // and none can make a state be accepted, since the TPM verifies each signature.
 // Parse verifies none.
@@ -65,7 +64,7 @@ func Parse(b []byte) (*File, error) {
 	if err := decode(b, &raw); err != nil {
 		return nil, fmt.Errorf("signed boot states: %w; want the JSON that systemd-measure or kleidi bootstate writes", err)
 	}
-	f := &File{leftAside: map[string]int{}}
+	f := &File{}
 	for _, known := range banks {
 		if err := f.read(known.bank, raw[known.name]); err != nil {
 			return nil, fmt.Errorf("signed boot states: %s%w", known.name, err)
@@ -77,7 +76,6 @@ func Parse(b []byte) (*File, error) {
 		if err := json.Unmarshal(list, &others); err != nil {
 			return nil, fmt.Errorf("signed boot states: %s holds no list; want the name of a PCR bank and its states", clip(name))
 		}
-		f.leftAside[clip(name)] += len(others)
 	}
 	return f, nil
 }
@@ -202,10 +200,6 @@ func (f *File) States() []State {
 func (f *File) Select(fingerprint [sha256.Size]byte, ref []byte) []State {
 	return f.Keep(func(s State) bool { return s.KeyFingerprint == fingerprint && bytes.Equal(s.Ref, ref) }).states
 }
-
-// LeftAside returns how many states Parse left aside, by the name of their bank,
-// such as "sha1".
-func (f *File) LeftAside() map[string]int { return f.leftAside }
 
 // Marshal returns the file as one line of JSON. What Parse left aside is not in
 // it.

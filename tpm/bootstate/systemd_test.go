@@ -47,9 +47,6 @@ func TestSystemdMeasure(t *testing.T) {
 		if seen[crypto.SHA256] != 4 || seen[crypto.SHA384] != 4 {
 			t.Errorf("%s: %v states, want 4 of each bank", name, seen)
 		}
-		if n := f.LeftAside()["sha1"]; n != len(want[crypto.SHA1]) {
-			t.Errorf("%s: %d SHA-1 states left aside, want %d", name, n, len(want[crypto.SHA1]))
-		}
 	}
 }
 

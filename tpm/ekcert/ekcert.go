@@ -5,13 +5,10 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -195,45 +192,4 @@ func source(cert *x509.Certificate) string {
 		return ""
 	}
 	return fmt.Sprintf(" (it says: %.200q)", cert.IssuingCertificateURL[0])
-}
-
-// digestPrefix stands before the digest of an EK.
-const digestPrefix = "sha256:"
-
-// Digest returns what a node is known by: "sha256:" and the hexadecimal SHA-256 of
-// the key's SubjectPublicKeyInfo in DER.
-func Digest(pub crypto.PublicKey) (string, error) {
-	der, err := x509.MarshalPKIXPublicKey(pub)
-	if err != nil {
-		return "", fmt.Errorf("endorsement key: %w", err)
-	}
-	sum := sha256.Sum256(der)
-	return digestPrefix + hex.EncodeToString(sum[:]), nil
-}
-
-// AllowList holds EKs that an operator vouches for by digest, in place of a
-// maker's certificate.
-type AllowList struct{ digests map[string]bool }
-
-// ParseAllowList reads digests as Digest writes them. All that are wrong are
-// reported at once.
-func ParseAllowList(digests []string) (AllowList, error) {
-	l := AllowList{digests: map[string]bool{}}
-	var problems []error
-	for i, d := range digests {
-		text, ok := strings.CutPrefix(d, digestPrefix)
-		sum, err := hex.DecodeString(text)
-		if !ok || err != nil || len(sum) != sha256.Size {
-			problems = append(problems, fmt.Errorf("[%d]: %.100q is no EK digest; want sha256: and 64 hexadecimal digits, as a keyring shows for a node", i, d))
-			continue
-		}
-		l.digests[digestPrefix+hex.EncodeToString(sum)] = true
-	}
-	return l, errors.Join(problems...)
-}
-
-// Allows reports whether the list has this EK.
-func (l AllowList) Allows(ek crypto.PublicKey) bool {
-	d, err := Digest(ek)
-	return err == nil && l.digests[d]
 }

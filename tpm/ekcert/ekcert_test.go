@@ -7,11 +7,9 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"os"
@@ -259,31 +257,6 @@ func TestGoogle(t *testing.T) {
 		if _, err := b.Verify(block.Bytes, ek, now); !errors.Is(err, want) {
 			t.Errorf("%s: %v, want %v", name, err, want)
 		}
-	}
-}
-
-func TestDigestAndAllowList(t *testing.T) {
-	a, other := eks()["RSA-2048"].Public(), eks()["P-384"].Public()
-	sum := sha256.Sum256(must(x509.MarshalPKIXPublicKey(a)))
-	want := "sha256:" + hex.EncodeToString(sum[:])
-	if got, err := ekcert.Digest(a); got != want || err != nil {
-		t.Errorf("%s, %v, want %s", got, err, want)
-	}
-	l, err := ekcert.ParseAllowList([]string{want, "sha256:" + strings.ToUpper(strings.Repeat("ab", 32))})
-	if err != nil || !l.Allows(a) || l.Allows(other) || l.Allows(nil) {
-		t.Errorf("%v: allows %v, another %v, none %v", err, l.Allows(a), l.Allows(other), l.Allows(nil))
-	}
-	if (ekcert.AllowList{}).Allows(a) {
-		t.Error("an empty list allows")
-	}
-	_, err = ekcert.ParseAllowList([]string{want[:70], "", want, "SHA256:" + want[7:], want + "00", want[7:]})
-	for _, s := range []string{"[0]: ", "[1]: ", "[3]: ", "[4]: ", "[5]: ", "want sha256: and 64"} {
-		if err == nil || !strings.Contains(err.Error(), s) {
-			t.Errorf("%v, want %q", err, s)
-		}
-	}
-	if strings.Contains(err.Error(), "[2]") {
-		t.Errorf("%v", err)
 	}
 }
 

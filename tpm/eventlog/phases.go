@@ -26,7 +26,7 @@ func (l *Log) Phases() []string {
 }
 
 // UnloggedPhases returns systemd's log of the phases of a boot, where an older
-// systemd (before 254) extended PCR 11 with them and logged nothing: of all the
+// systemd (such as 252) extended PCR 11 with them and logged nothing: of all the
 // ways in which a boot goes through the phases, the one that leads from the
 // firmware's log to the quoted value. nil where none does, or none is needed. It
 // is a guess that the digests prove, as they prove every log.
