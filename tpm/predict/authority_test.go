@@ -6,18 +6,18 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
-	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
+	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
 // What lies behind the sections belongs to the digest, too.
 func TestDigestCoversWhatFollowsTheSections(t *testing.T) {
-	image := append(predicttest.Kernel("6.1.0", "x"), "symbols of a linker"...)
+	image := append(peimage.Kernel("6.1.0", "x"), "symbols of a linker"...)
 	for name, file := range map[string][]byte{"not signed": image, "signed": sign(t, signers().ca, image)} {
 		img, err := parsePE(file)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if want := sha256.Sum256(predicttest.Hashed(file)); !bytes.Equal(img.digest(5), want[:]) {
+		if want := sha256.Sum256(peimage.Hashed(file)); !bytes.Equal(img.digest(5), want[:]) {
 			t.Errorf("%s: another digest", name)
 		}
 	}
@@ -32,7 +32,7 @@ func TestForgedSignatures(t *testing.T) {
 	image := base.build(t)
 	unsigned, other := baseUKI.build(t), baseUKI
 	other.kernel = "6.1.0-57-amd64"
-	was, is := sha256.Sum256(predicttest.Hashed(unsigned)), sha256.Sum256(predicttest.Hashed(other.build(t)))
+	was, is := sha256.Sum256(peimage.Hashed(unsigned)), sha256.Sum256(peimage.Hashed(other.build(t)))
 
 	flipped := bytes.Clone(image)
 	flipped[len(flipped)-20] ^= 1
@@ -42,11 +42,11 @@ func TestForgedSignatures(t *testing.T) {
 		t.Fatal("tables of different sizes")
 	}
 	moved = append(moved[:len(moved)-len(table)], table...)
-	namesake, err := predicttest.NewSigner("CA", nil)
+	namesake, err := peimage.NewSigner("CA", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	leaf, err := predicttest.NewSigner("leaf", namesake)
+	leaf, err := peimage.NewSigner("leaf", namesake)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
-	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
+	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
 // hashes returns entries of a list of SHA-256 digests, of one owner.
@@ -127,7 +127,7 @@ func TestImageRevokedByDbx(t *testing.T) {
 	base := baseUKI
 	base.signer = signers().ca
 	image := base.build(t)
-	sum := sha256.Sum256(predicttest.Hashed(image))
+	sum := sha256.Sum256(peimage.Hashed(image))
 	revoke := signatureList{typ: certSHA256, entries: [][]byte{append(make([]byte, 16), sum[:]...)}}
 	log := base.boot252(t, true)
 	_, err := Predict(log, Change{Next: Files{UKI: image}, Dbx: signedDbx(revoke.encode())})

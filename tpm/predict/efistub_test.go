@@ -5,7 +5,7 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
-	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
+	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
 // directLine is the command line of the recorded boot.
@@ -13,10 +13,10 @@ const directLine = "console=ttyS0,115200 quiet panic=-1 mboot=a initrd=initrd"
 
 func TestEFIStub(t *testing.T) {
 	log, want := readLog(t, "direct-kernel"), readLog(t, "direct-kernel")
-	kernel := predicttest.Kernel("6.12.57-amd64", "new")
+	kernel := peimage.Kernel("6.12.57-amd64", "new")
 	line, running := "console=ttyS0 initrd=initrd", directLine
 	i := find(t, want, 4, "kernel", 0)
-	remeasure(want, i, predicttest.Hashed(kernel), resized(want.Events[i].UntrustedData, len(kernel)))
+	remeasure(want, i, peimage.Hashed(kernel), resized(want.Events[i].UntrustedData, len(kernel)))
 	remeasure(want, find(t, want, 9, "LoadOptions", 0), toUTF16Z(line), want.Events[find(t, want, 9, "LoadOptions", 0)].UntrustedData)
 	remeasure(want, find(t, want, 9, "Linux initrd", 0), []byte("initrd"), want.Events[find(t, want, 9, "Linux initrd", 0)].UntrustedData)
 	got, err := Predict(log, Change{Next: Files{Kernel: kernel, Initrd: []byte("initrd"), CommandLine: &line}, Running: Files{CommandLine: &running}})
@@ -37,9 +37,9 @@ func TestEFIStubRefusals(t *testing.T) {
 		"it is another":                         {Change{Next: Files{CommandLine: &other}, Running: Files{CommandLine: &other}}, "PCR 9"},
 		"the running initrd is not given":       {Change{Next: Files{Initrd: []byte("x")}}, "initrd is not given"},
 		"it is another (initrd)":                {Change{Next: Files{Initrd: []byte("x")}, Running: Files{Initrd: []byte("y")}}, "own files do not lead"},
-		"it is another (kernel)":                {Change{Next: Files{Initrd: []byte("x")}, Running: Files{Kernel: predicttest.Kernel("6.1.0", ""), CommandLine: &line}}, "PCR 4"},
-		"the kernel is too old":                 {Change{Next: Files{Kernel: predicttest.Kernel("5.10.0", "")}}, "EFI stub of the new kernel"},
-		"the kernel tells no version":           {Change{Next: Files{Kernel: predicttest.Image(predicttest.Section{Name: ".text", Content: []byte("x")})}}, "EFI stub"},
+		"it is another (kernel)":                {Change{Next: Files{Initrd: []byte("x")}, Running: Files{Kernel: peimage.Kernel("6.1.0", ""), CommandLine: &line}}, "PCR 4"},
+		"the kernel is too old":                 {Change{Next: Files{Kernel: peimage.Kernel("5.10.0", "")}}, "EFI stub of the new kernel"},
+		"the kernel tells no version":           {Change{Next: Files{Kernel: peimage.Image(peimage.Section{Name: ".text", Content: []byte("x")})}}, "EFI stub"},
 		"the kernel is no image":                {Change{Next: Files{Kernel: []byte("x")}}, "not a PE image"},
 		"nothing":                               {Change{}, "nothing is named"},
 		"a UKI":                                 {Change{Next: Files{UKI: []byte("MZ")}}, "does not boot a unified"},
@@ -60,13 +60,13 @@ func TestEFIStubRefusals(t *testing.T) {
 func TestEFIStubLogsThatAreNotUnderstood(t *testing.T) {
 	log := readLog(t, "direct-kernel")
 	log.Events = slices.Insert(log.Events, find(t, log, 9, "Linux initrd", 0)+1, log.Events[find(t, log, 4, "kernel", 0)])
-	_, err := Predict(log, Change{Next: Files{Kernel: predicttest.Kernel("6.1.0", "")}})
+	_, err := Predict(log, Change{Next: Files{Kernel: peimage.Kernel("6.1.0", "")}})
 	wantRefusal(t, err, "PCR 4", "not the last image")
 }
 
 // What is not demanded and not known is left out, not carried over.
 func TestPCRsThatAreNotDemanded(t *testing.T) {
-	old := predicttest.Kernel("5.10.0", "")
+	old := peimage.Kernel("5.10.0", "")
 	got, err := Predict(readLog(t, "direct-kernel"), Change{Next: Files{Kernel: old}, PCRs: []int{4, 7}})
 	if err != nil {
 		t.Fatal(err)

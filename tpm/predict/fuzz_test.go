@@ -9,18 +9,18 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
-	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
+	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
 // Whatever a file says, reading it takes no more than it holds: parts of an image
 // lie in the file and do not overlap, and the time is that of a few passes.
 func FuzzImage(f *testing.F) {
-	signed, err := signers().ca.Sign(predicttest.UKI("252.1", predicttest.Section{Name: ".linux", Content: predicttest.Kernel("6.1.0", "x")}))
+	signed, err := signers().ca.Sign(peimage.UKI("252.1", peimage.Section{Name: ".linux", Content: peimage.Kernel("6.1.0", "x")}))
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(signed)
-	f.Add(predicttest.Kernel("6.1.0-56-amd64", "kernel"))
+	f.Add(peimage.Kernel("6.1.0-56-amd64", "kernel"))
 	f.Add(signed[:0x300])
 	f.Add([]byte("MZ"))
 	f.Fuzz(func(t *testing.T, file []byte) {
@@ -93,7 +93,7 @@ func FuzzPredict(f *testing.F) {
 		if err != nil {
 			f.Fatal(err)
 		}
-		f.Add(raw, predicttest.Kernel("6.1.0", "x"), []byte(realConfig), []byte(realConfig), directLine)
+		f.Add(raw, peimage.Kernel("6.1.0", "x"), []byte(realConfig), []byte(realConfig), directLine)
 	}
 	f.Fuzz(func(t *testing.T, raw, image, config, running []byte, line string) {
 		log, err := eventlog.Parse(raw)

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
-	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
+	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
 // realConfig is the grub.cfg of the recorded boot, byte for byte.
@@ -29,7 +29,7 @@ func setGRUBKernel(t testing.TB, log *eventlog.Log, kernel []byte) {
 	i := find(t, log, 9, "/vmlinuz", 0)
 	remeasure(log, i, kernel, log.Events[i].UntrustedData)
 	for i += 1; log.Events[i].PCR == 4; i++ {
-		remeasure(log, i, predicttest.Hashed(kernel), resized(log.Events[i].UntrustedData, len(kernel)))
+		remeasure(log, i, peimage.Hashed(kernel), resized(log.Events[i].UntrustedData, len(kernel)))
 	}
 }
 
@@ -94,8 +94,8 @@ func TestGRUBConfigurationAndCommandLine(t *testing.T) {
 
 func TestGRUBKernel(t *testing.T) {
 	vendor := signers().vendor
-	old := sign(t, vendor, predicttest.Kernel("6.1.0-56-amd64", "old"))
-	kernel := sign(t, vendor, predicttest.Kernel("6.1.0-57-amd64", "new"))
+	old := sign(t, vendor, peimage.Kernel("6.1.0-56-amd64", "old"))
+	kernel := sign(t, vendor, peimage.Kernel("6.1.0-57-amd64", "new"))
 	running := Files{Kernel: old, GRUBConfig: []byte(realConfig)}
 	log, want := grubLogOf(t, old), grubLogOf(t, kernel)
 	got, err := Predict(log, Change{Next: Files{Kernel: kernel}, Running: running})
@@ -121,19 +121,19 @@ func TestGRUBKernel(t *testing.T) {
 }
 
 func TestGRUBKernelOfAnotherSigner(t *testing.T) {
-	kernel := predicttest.Kernel("6.1.0-57-amd64", "new")
-	log := grubLogOf(t, sign(t, signers().vendor, predicttest.Kernel("6.1.0-56-amd64", "old")))
+	kernel := peimage.Kernel("6.1.0-57-amd64", "new")
+	log := grubLogOf(t, sign(t, signers().vendor, peimage.Kernel("6.1.0-56-amd64", "old")))
 	_, err := Predict(log, Change{Next: Files{Kernel: kernel}})
 	wantRefusal(t, err, "not signed")
 	_, err = Predict(log, Change{Next: Files{Kernel: sign(t, signers().other, kernel)}}) // is in db, but was not measured
 	wantRefusal(t, err, "PCR 7", "another authority")
-	stranger, err := predicttest.NewSigner("stranger", nil)
+	stranger, err := peimage.NewSigner("stranger", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, err = Predict(log, Change{Next: Files{Kernel: sign(t, stranger, kernel)}})
 	wantRefusal(t, err, "no authority")
-	intermediate, err := predicttest.NewSigner("leaf", signers().vendor)
+	intermediate, err := peimage.NewSigner("leaf", signers().vendor)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -298,8 +298,8 @@ func TestGRUBMenusOfRealBoots(t *testing.T) {
 		return b
 	}
 	kernels := map[string][]byte{
-		"grub-menus-a": sign(t, signers().vendor, predicttest.Kernel("6.1.0-56-amd64", "old")),
-		"grub-menus-b": sign(t, signers().vendor, predicttest.Kernel("6.1.0-57-amd64", "new")),
+		"grub-menus-a": sign(t, signers().vendor, peimage.Kernel("6.1.0-56-amd64", "old")),
+		"grub-menus-b": sign(t, signers().vendor, peimage.Kernel("6.1.0-57-amd64", "new")),
 	}
 	initrds := map[string][]byte{"grub-menus-a": []byte("old initrd"), "grub-menus-b": []byte("new initrd")}
 	boot := func(name string) *eventlog.Log {

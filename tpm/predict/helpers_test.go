@@ -15,7 +15,7 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
-	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
+	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
 // readLog reads the log of a real boot.
@@ -33,17 +33,17 @@ func readLog(t testing.TB, name string) *eventlog.Log {
 }
 
 // signers are made once: RSA keys take their time.
-var signers = sync.OnceValue(func() (s struct{ ca, vendor, other *predicttest.Signer }) {
+var signers = sync.OnceValue(func() (s struct{ ca, vendor, other *peimage.Signer }) {
 	var err error
-	for name, to := range map[string]**predicttest.Signer{"CA": &s.ca, "Vendor": &s.vendor, "Other": &s.other} {
-		if *to, err = predicttest.NewSigner(name, nil); err != nil {
+	for name, to := range map[string]**peimage.Signer{"CA": &s.ca, "Vendor": &s.vendor, "Other": &s.other} {
+		if *to, err = peimage.NewSigner(name, nil); err != nil {
 			panic(err)
 		}
 	}
 	return s
 })
 
-func sign(t testing.TB, s *predicttest.Signer, image []byte) []byte {
+func sign(t testing.TB, s *peimage.Signer, image []byte) []byte {
 	t.Helper()
 	signed, err := s.Sign(image)
 	if err != nil {

@@ -7,29 +7,29 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
-	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
+	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
 // ukiFiles is what a test's unified kernel image is made of.
 type ukiFiles struct {
 	stub, kernel, osrel, cmdline, initrd string
-	more                                 []predicttest.Section
-	signer                               *predicttest.Signer // nil: not signed
+	more                                 []peimage.Section
+	signer                               *peimage.Signer // nil: not signed
 }
 
 var baseUKI = ukiFiles{stub: "252.39-1~deb12u1", kernel: "6.1.0-56-amd64", osrel: "ID=test\n", cmdline: "quiet root=/dev/sda1\n", initrd: "initrd one"}
 
-func (u ukiFiles) linux() []byte { return predicttest.Kernel(u.kernel, "kernel "+u.kernel) }
+func (u ukiFiles) linux() []byte { return peimage.Kernel(u.kernel, "kernel "+u.kernel) }
 
-func (u ukiFiles) sections() []predicttest.Section {
-	s := []predicttest.Section{{Name: ".osrel", Content: []byte(u.osrel)}, {Name: ".cmdline", Content: []byte(u.cmdline)},
+func (u ukiFiles) sections() []peimage.Section {
+	s := []peimage.Section{{Name: ".osrel", Content: []byte(u.osrel)}, {Name: ".cmdline", Content: []byte(u.cmdline)},
 		{Name: ".initrd", Content: []byte(u.initrd)}}
-	s = slices.DeleteFunc(append(s, u.more...), func(s predicttest.Section) bool { return len(s.Content) == 0 })
-	return append(s, predicttest.Section{Name: ".linux", Content: u.linux()})
+	s = slices.DeleteFunc(append(s, u.more...), func(s peimage.Section) bool { return len(s.Content) == 0 })
+	return append(s, peimage.Section{Name: ".linux", Content: u.linux()})
 }
 
 func (u ukiFiles) build(t testing.TB) []byte {
-	image := predicttest.UKI(u.stub, u.sections()...)
+	image := peimage.UKI(u.stub, u.sections()...)
 	if u.signer != nil {
 		image = sign(t, u.signer, image)
 	}
@@ -45,18 +45,18 @@ func (u ukiFiles) boot(t testing.TB, secureBoot bool, sections []string, line st
 	authorise(log, 0, "db", signers().ca.Cert)
 	image := u.build(t)
 	at := find(t, log, 4, "BOOTX64.EFI", 0)
-	remeasure(log, at, predicttest.Hashed(image), resized(log.Events[at].UntrustedData, len(image)))
+	remeasure(log, at, peimage.Hashed(image), resized(log.Events[at].UntrustedData, len(image)))
 	first := find(t, log, 11, ".linux", 0)
 	events := slices.Clone(log.Events[:first])
 	for _, name := range sections {
-		i := slices.IndexFunc(u.sections(), func(s predicttest.Section) bool { return s.Name == name })
+		i := slices.IndexFunc(u.sections(), func(s peimage.Section) bool { return s.Name == name })
 		events = append(events,
 			eventlog.Measure(log.Banks, 11, eventlog.IPL, append([]byte(name), 0), toUTF16Z(name)),
 			eventlog.Measure(log.Banks, 11, eventlog.IPL, u.sections()[i].Content, toUTF16Z(name)))
 	}
 	if !secureBoot {
 		data := resized(append(make([]byte, 24), 4, 0, 0, 0, 0, 0, 0, 0, 0x7f, 0xff, 4, 0), len(u.linux()))
-		events = append(events, eventlog.Measure(log.Banks, 4, eventlog.EFIBootServicesApp, predicttest.Hashed(u.linux()), data))
+		events = append(events, eventlog.Measure(log.Banks, 4, eventlog.EFIBootServicesApp, peimage.Hashed(u.linux()), data))
 	}
 	log.Events = append(events, log.Events[first+8:]...)
 	if !secureBoot {
@@ -109,7 +109,7 @@ func TestUKI(t *testing.T) {
 // Known versions of the stub measure different sections, and hand different
 // archives to the kernel.
 func TestStubVersions(t *testing.T) {
-	more := []predicttest.Section{
+	more := []peimage.Section{
 		{Name: ".uname", Content: []byte("6.1.0")}, {Name: ".sbat", Content: []byte("sbat,1\n")}, {Name: ".ucode", Content: []byte("micro")},
 		{Name: ".pcrsig", Content: []byte("{}")}, {Name: ".pcrpkey", Content: []byte("-----BEGIN PUBLIC KEY-----\n")}, {Name: ".splash", Content: []byte("BM")},
 	}
@@ -155,7 +155,7 @@ func pad(s string) string { return s + "\x00\x00\x00"[:-len(s)&3] }
 func TestStubOfAnUnknownVersion(t *testing.T) {
 	base := baseUKI
 	base.stub, base.signer = "259.1", signers().ca
-	base.more = []predicttest.Section{{Name: ".uname", Content: []byte("6.1.0")}}
+	base.more = []peimage.Section{{Name: ".uname", Content: []byte("6.1.0")}}
 	next := base
 	next.kernel = "6.1.0-57-amd64"
 	sections := append(slices.Clone(sections252), ".uname")
@@ -173,7 +173,7 @@ func TestStubOfAnUnknownVersion(t *testing.T) {
 	newer.stub = "259.2"
 	_, err = Predict(running, Change{Next: Files{UKI: newer.build(t)}, Running: Files{UKI: base.build(t)}})
 	wantRefusal(t, err, "PCR 11", "259.2")
-	next.more = append(next.more, predicttest.Section{Name: ".sbat", Content: []byte("sbat,1")})
+	next.more = append(next.more, peimage.Section{Name: ".sbat", Content: []byte("sbat,1")})
 	_, err = Predict(running, Change{Next: Files{UKI: next.build(t)}, Running: Files{UKI: base.build(t)}})
 	wantRefusal(t, err, "PCR 11", ".sbat")
 }
@@ -183,11 +183,11 @@ func TestUKIsThatAreRefused(t *testing.T) {
 	good := baseUKI
 	good.signer = signers().ca
 	running := good.boot252(t, true)
-	build := func(stub string, sections ...predicttest.Section) []byte {
-		return sign(t, signers().ca, predicttest.UKI(stub, sections...))
+	build := func(stub string, sections ...peimage.Section) []byte {
+		return sign(t, signers().ca, peimage.UKI(stub, sections...))
 	}
-	linux := predicttest.Section{Name: ".linux", Content: good.linux()}
-	cmdline := predicttest.Section{Name: ".cmdline", Content: []byte("quiet")}
+	linux := peimage.Section{Name: ".linux", Content: good.linux()}
+	cmdline := peimage.Section{Name: ".cmdline", Content: []byte("quiet")}
 	unsigned, foreign := good, good
 	unsigned.signer, foreign.signer = nil, signers().other
 	broken := good.build(t)
@@ -203,12 +203,12 @@ func TestUKIsThatAreRefused(t *testing.T) {
 		"larger in memory":        {hollow, "larger in memory"},
 		"not an image":            {[]byte("MZ"), "not a PE image"},
 		"cut off":                 {good.build(t)[:0x1800], "reaches beyond"},
-		"no stub":                 {sign(t, signers().ca, predicttest.Image(linux, cmdline)), "no systemd-stub"},
+		"no stub":                 {sign(t, signers().ca, peimage.Image(linux, cmdline)), "no systemd-stub"},
 		"no kernel":               {build("252.1", cmdline), "no section .linux"},
 		"two command lines":       {build("252.1", cmdline, linux, cmdline), "two sections .cmdline"},
-		"profiles":                {build("257.1", cmdline, linux, predicttest.Section{Name: ".profile", Content: []byte("x")}), ".profile"},
-		"device trees to choose":  {build("257.1", cmdline, linux, predicttest.Section{Name: ".dtbauto", Content: []byte("x")}), ".dtbauto"},
-		"a name that 252 cuts":    {build("252.1", cmdline, linux, predicttest.Section{Name: ".dtb2", Content: []byte("x")}), "taken for another"},
+		"profiles":                {build("257.1", cmdline, linux, peimage.Section{Name: ".profile", Content: []byte("x")}), ".profile"},
+		"device trees to choose":  {build("257.1", cmdline, linux, peimage.Section{Name: ".dtbauto", Content: []byte("x")}), ".dtbauto"},
+		"a name that 252 cuts":    {build("252.1", cmdline, linux, peimage.Section{Name: ".dtb2", Content: []byte("x")}), "taken for another"},
 		"sections that overlap":   {overlapping, "overlap in memory"},
 		"not signed":              {unsigned.build(t), "not signed"},
 		"signed by somebody else": {foreign.build(t), "no authority"},

@@ -12,7 +12,7 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
+	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
 // Files are what a machine reads when it boots, and what its measurements are of.
@@ -74,11 +74,11 @@ func (b Boot) Files() (*Files, error) {
 		f.DbxUpdate = signedUpdate(f.Dbx)
 	}
 	initrd := newc(file{"etc/initrd", []byte(b.Initrd)})
-	kernel := predicttest.Kernel(b.Kernel, "kernel "+b.Kernel)
+	kernel := peimage.Kernel(b.Kernel, "kernel "+b.Kernel)
 	var err error
 	switch b.Loader {
 	case UKI:
-		f.UKI, err = b.sign(predicttest.UKI(b.LoaderVersion, b.sections(kernel, initrd)...), b.dbKey())
+		f.UKI, err = b.sign(peimage.UKI(b.LoaderVersion, b.sections(kernel, initrd)...), b.dbKey())
 	case GRUB:
 		f.Kernel, err = b.sign(kernel, vendorKey)
 		f.Initrd, f.GRUBConfig = initrd, b.grubConfig()
@@ -90,16 +90,16 @@ func (b Boot) Files() (*Files, error) {
 }
 
 // sections are those of the UKI, in the order in which ukify puts them.
-func (b Boot) sections(kernel, initrd []byte) []predicttest.Section {
-	s := []predicttest.Section{{Name: ".osrel", Content: []byte(osRelease)}}
+func (b Boot) sections(kernel, initrd []byte) []peimage.Section {
+	s := []peimage.Section{{Name: ".osrel", Content: []byte(osRelease)}}
 	if b.CommandLine != "" {
-		s = append(s, predicttest.Section{Name: ".cmdline", Content: []byte(b.CommandLine)})
+		s = append(s, peimage.Section{Name: ".cmdline", Content: []byte(b.CommandLine)})
 	}
 	return append(s,
-		predicttest.Section{Name: ".uname", Content: []byte(b.Kernel)},
-		predicttest.Section{Name: ".sbat", Content: []byte(sbat)},
-		predicttest.Section{Name: ".initrd", Content: initrd},
-		predicttest.Section{Name: ".linux", Content: kernel})
+		peimage.Section{Name: ".uname", Content: []byte(b.Kernel)},
+		peimage.Section{Name: ".sbat", Content: []byte(sbat)},
+		peimage.Section{Name: ".initrd", Content: initrd},
+		peimage.Section{Name: ".linux", Content: kernel})
 }
 
 // vendorKey is whose certificate shim has in it.
@@ -122,11 +122,11 @@ func (b Boot) sign(image []byte, by string) ([]byte, error) {
 // signers are those that were made: it takes 15 ms to check their key.
 var signers sync.Map
 
-func signer(name string) (*predicttest.Signer, error) {
+func signer(name string) (*peimage.Signer, error) {
 	if s, ok := signers.Load(name); ok {
-		return s.(*predicttest.Signer), nil
+		return s.(*peimage.Signer), nil
 	}
-	s, err := predicttest.FixedSigner(name)
+	s, err := peimage.FixedSigner(name)
 	if err != nil {
 		return nil, fmt.Errorf("certificate %q: %w", name, err)
 	}

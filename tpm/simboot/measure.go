@@ -9,7 +9,7 @@ import (
 	"strings"
 
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
-	"github.com/beezy-dev/kleidi/tpm/predict/predicttest"
+	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
 // measurement is one event before it is hashed.
@@ -155,13 +155,13 @@ func (s *sequence) bootVariables() {
 // image measures a PE image that is started, by its Authenticode digest, which
 // signing does not change.
 func (s *sequence) image(file []byte, path ...[]byte) {
-	s.addContent(4, eventlog.EFIBootServicesApp, predicttest.Hashed(file),
+	s.addContent(4, eventlog.EFIBootServicesApp, peimage.Hashed(file),
 		imageLoad(0x1c958018, uint64(len(file)), bytes.Join(path, nil)))
 }
 
 // program is a boot loader that has a version.
 func program(name, version string) []byte {
-	return predicttest.Image(predicttest.Section{Name: ".text", Content: []byte(name + " " + version)})
+	return peimage.Image(peimage.Section{Name: ".text", Content: []byte(name + " " + version)})
 }
 
 // handOver is what the kernel's EFI stub measures: its command line and its
@@ -189,7 +189,7 @@ func (s *sequence) uki() {
 	s.add(5, eventlog.EFIGPTEvent, gpt())
 	s.image(s.files.UKI, diskPath, filePath(`\EFI\BOOT\BOOTX64.EFI`), pathEnd)
 	contents := map[string][]byte{}
-	for _, section := range predicttest.Sections(s.files.UKI) {
+	for _, section := range peimage.Sections(s.files.UKI) {
 		contents[section.Name] = section.Content
 	}
 	stub := s.boot.stub()

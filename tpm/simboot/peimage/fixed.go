@@ -1,4 +1,4 @@
-package predicttest
+package peimage
 
 import (
 	"crypto/rsa"

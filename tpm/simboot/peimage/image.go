@@ -1,7 +1,7 @@
-// Package predicttest makes small PE images, unified kernel images among them,
+// Package peimage makes small PE images, unified kernel images among them,
 // and signs them: files that firmware would measure as it does real ones, for
-// tests that cannot have real ones. They do not run.
-package predicttest
+// a simulated boot, and for tests that cannot have real ones. They do not run.
+package peimage
 
 import (
 	"bytes"
