@@ -12,8 +12,8 @@ import (
 // made. Its CKA_ID is empty.
 const LegacyKeyLabel = "kleidi-kms-plugin"
 
-// maxLegacy bounds a config.json of kleidi 1.x, in bytes.
-const maxLegacy = 64 << 10
+// MaxLegacy bounds a config.json of kleidi 1.x, in bytes.
+const MaxLegacy = 64 << 10
 
 // ParseLegacy reads the config.json of kleidi 1.x: path, tokenLabel, tokenSerial
 // or slotNumber, and pin. It returns a configuration for that token and key,
@@ -21,8 +21,8 @@ const maxLegacy = 64 << 10
 // its own. Letter case of the names is ignored, and what else the file says too,
 // as kleidi 1.x did. The caller clears b.
 func ParseLegacy(mem seal.Memory, b []byte) (Config, *seal.Secret, error) {
-	if len(b) > maxLegacy {
-		return Config{}, nil, fmt.Errorf("config.json of kleidi 1.x: %d bytes, at most %d are read", len(b), maxLegacy)
+	if len(b) > MaxLegacy {
+		return Config{}, nil, fmt.Errorf("config.json of kleidi 1.x: %d bytes, at most %d are read", len(b), MaxLegacy)
 	}
 	var old struct {
 		Path        string

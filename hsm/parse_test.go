@@ -176,7 +176,7 @@ func TestParseLegacy(t *testing.T) {
 	})
 	for _, bad := range []string{"", "[]", "{}", `{"pin":"s3cret"}`, `{"pin":"s3cret","path":"/m"}`, `{"pin":"s3cret","path":"m","tokenLabel":"t"}`,
 		`{"path":"/m","tokenLabel":"t"}`, `{"pin":7,"path":"/m","tokenLabel":"t"}`, `{"pin":"","path":"/m","tokenLabel":"t"}`, `{"pin":"s3cret\n","path":"/m","tokenLabel":"t"}`,
-		`{"path":["s3cret"]}`, `{"pin":"s3cret","path":"/m","tokenLabel":"` + strings.Repeat("t", 33) + `"}`, strings.Repeat(" ", maxLegacy) + good} {
+		`{"path":["s3cret"]}`, `{"pin":"s3cret","path":"/m","tokenLabel":"` + strings.Repeat("t", 33) + `"}`, strings.Repeat(" ", MaxLegacy) + good} {
 		_, pin, err := ParseLegacy(seal.Memory{}, []byte(bad))
 		if err == nil || pin != nil || strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("%.60s: %v", bad, err)

@@ -62,11 +62,7 @@ func (a *app) newPolicyRecord() *cobra.Command {
 		Short: "Write a boot policy that demands exactly the running boot",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := a.config()
-			if err != nil {
-				return err
-			}
-			n, err := newNode(cfg, logger(cfg), nil)
+			n, err := a.node()
 			if err != nil {
 				return err
 			}

@@ -36,20 +36,16 @@ to know that it is fresh chooses the nonce.`,
 			if err != nil {
 				return err
 			}
-			cfg, err := a.config()
-			if err != nil {
-				return err
-			}
-			n, err := newNode(cfg, logger(cfg), nil)
+			n, err := a.node()
 			if err != nil {
 				return err
 			}
 			if pcrs, err = n.recordedPCRs(pcrs); err != nil {
 				return requireRoot(fmt.Errorf("evidence: %w", err))
 			}
-			e, err := n.gate.Collect(cmd.Context(), nil, fresh, cfg.Bank(), pcrs)
+			e, err := n.gate.Collect(cmd.Context(), nil, fresh, n.cfg.Bank(), pcrs)
 			if err == nil {
-				_, err = attest.Verify(e, fresh, cfg.Bank(), pcrs)
+				_, err = attest.Verify(e, fresh, n.cfg.Bank(), pcrs)
 			}
 			if err != nil {
 				return requireRoot(fmt.Errorf("evidence: %w", err))
@@ -61,9 +57,9 @@ to know that it is fresh chooses the nonce.`,
 			if err != nil {
 				return fmt.Errorf("evidence: %w", err)
 			}
-			result := map[string]any{"file": file, "bank": cfg.TPM.Bank, "pcrs": pcrs, "nonce": hex.EncodeToString(fresh), "attestationKey": keyDigest(e)}
+			result := map[string]any{"file": file, "bank": n.cfg.TPM.Bank, "pcrs": pcrs, "nonce": hex.EncodeToString(fresh), "attestationKey": keyDigest(e)}
 			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
-				fmt.Fprintf(w, "quote over PCR %s (%s) with nonce %x, and the event log, written to %s\n", join(pcrs), cfg.TPM.Bank, fresh, file)
+				fmt.Fprintf(w, "quote over PCR %s (%s) with nonce %x, and the event log, written to %s\n", join(pcrs), n.cfg.TPM.Bank, fresh, file)
 			})
 		},
 	}

@@ -20,9 +20,6 @@ type imported struct {
 	pinFile string
 }
 
-// maxLegacy bounds a config.json of kleidi 1.x, in bytes.
-const maxLegacy = 64 << 10
-
 // importConfig reads the config.json of kleidi 1.x, and has its token be this
 // node's PKCS#11 wrapper.
 func (n *node) importConfig(path string) (*imported, error) {
@@ -32,7 +29,7 @@ func (n *node) importConfig(path string) (*imported, error) {
 	if n.hsm != nil {
 		return nil, errors.New("--import-config: pkcs11.module is set already; take it out, or init without --import-config and run kleidi slot add pkcs11")
 	}
-	b, err := readFile(path, maxLegacy)
+	b, err := readFile(path, hsm.MaxLegacy)
 	if err != nil {
 		return nil, fmt.Errorf("--import-config: %w", err)
 	}

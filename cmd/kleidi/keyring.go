@@ -44,15 +44,11 @@ func (a *app) newKeyringShow() *cobra.Command {
 		Short: "Show the stored keyring, without verifying it",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := a.config()
+			n, err := a.node()
 			if err != nil {
 				return err
 			}
-			u, _, err := readStored(cmd.Context(), cfg)
-			if err != nil {
-				return err
-			}
-			n, err := newNode(cfg, logger(cfg), nil)
+			u, _, err := readStored(cmd.Context(), n.cfg)
 			if err != nil {
 				return err
 			}

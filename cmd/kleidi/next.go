@@ -177,11 +177,7 @@ func (n *node) allowNext(ctx context.Context, next *eventlog.Log) (did string, u
 }
 
 func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, dryRun bool) (*nextResult, error) {
-	cfg, err := a.config()
-	if err != nil {
-		return nil, err
-	}
-	n, err := newNode(cfg, logger(cfg), nil)
+	n, err := a.node()
 	if err != nil {
 		return nil, err
 	}
@@ -197,7 +193,7 @@ func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, dryRun bool) (*nextRe
 		}
 		return nil, requireRoot(err)
 	}
-	r := &nextResult{Bank: cfg.TPM.Bank, PCRs: map[int]string{}, Moved: p.moved, BootType: string(p.log.BootType())}
+	r := &nextResult{Bank: n.cfg.TPM.Bank, PCRs: map[int]string{}, Moved: p.moved, BootType: string(p.log.BootType())}
 	for _, i := range slices.Sorted(maps.Keys(p.state.Values)) {
 		r.PCRs[i] = fmt.Sprintf("%x", p.state.Values[i])
 	}
@@ -209,7 +205,7 @@ func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, dryRun bool) (*nextRe
 	if err != nil {
 		return nil, err
 	}
-	req := admin.ResealRequest{Next: &admin.BootState{Bank: cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record}}
+	req := admin.ResealRequest{Next: &admin.BootState{Bank: n.cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record}}
 	s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).reseal))
 	if err != nil {
 		return nil, errors.Join(err, undo())

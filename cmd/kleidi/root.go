@@ -82,6 +82,15 @@ func (a *app) config() (*config.Config, error) {
 	return c, err
 }
 
+// node puts this machine together from the configuration that the flags name.
+func (a *app) node() (*node, error) {
+	cfg, err := a.config()
+	if err != nil {
+		return nil, err
+	}
+	return newNode(cfg, logger(cfg), nil)
+}
+
 // logger writes to stderr, so that stdout holds results alone.
 func logger(c *config.Config) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: c.Log.Level}

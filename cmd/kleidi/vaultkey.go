@@ -48,17 +48,13 @@ now. After a change of these, or when the TPM was cleared, make a new one.`,
 		Example: `  kleidi vault-key --out /etc/kleidi/vault/node.tpmkey --csr node.csr`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := a.config()
+			n, err := a.node()
 			if err != nil {
 				return err
 			}
-			n, err := newNode(cfg, logger(cfg), nil)
-			if err != nil {
-				return err
-			}
-			k := vaultKey{Key: out, Request: csr, Name: name, Bank: cfg.TPM.Bank}
+			k := vaultKey{Key: out, Request: csr, Name: name, Bank: n.cfg.TPM.Bank}
 			if k.Name == "" {
-				k.Name = cfg.Node
+				k.Name = n.cfg.Node
 			}
 			if err := n.makeVaultKey(cmd.Context(), &k); err != nil {
 				return requireRoot(fmt.Errorf("vault-key: %w", err))
