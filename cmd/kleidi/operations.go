@@ -50,8 +50,12 @@ func (n *node) rotate(ctx context.Context, req admin.RotateRequest) (admin.Keyri
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
 	}
-	return n.result(former, "a fresh KEK is current; the former one is retired and still decrypts",
-		"kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")
+	k, err := n.unlocker.Keyring()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	changes := append([]string{"a fresh KEK is current; the former one is retired and still decrypts"}, leftOut(k.Slots())...)
+	return n.result(former, append(changes, "kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")...)
 }
 
 // sealNow seals kek to the present boot state, and opens what it made before
@@ -135,7 +139,16 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		return n.renew(ctx, k, req.WithoutVerifier)
 	}
-	return n.adopt(ctx, old, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)
+	before := old.Slots()
+	state, err := n.adopt(ctx, old, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)
+	if err != nil {
+		return state, err
+	}
+	k, err := n.unlocker.Keyring()
+	if err == nil {
+		state.Changes = slices.Concat(state.Changes, leftOut(k.Slots()), dropped(before, k.Slots()))
+	}
+	return state, err
 }
 
 func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recovery.Wrapper) (*keyring.Keyring, error) {
@@ -270,8 +283,9 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring, withoutVerifier 
 }
 
 // renewSlots wraps a KEK by every wrapper of this node, and for the recipients of
-// the old recovery slots. A token or a server that can't be reached is skipped as
-// long as another slot opens: status shows the place until it is mended.
+// the old recovery slots. A token or a server that can't be reached, or is not
+// configured here, is skipped as long as another slot opens: status shows the place
+// until it is mended.
 func (n *node) renewSlots(ctx context.Context, tpmNow *tpm.Wrapper, kek *seal.Secret, old []seal.Slot) ([]seal.Slot, error) {
 	var slots, kept []seal.Slot
 	var failure error
@@ -283,19 +297,18 @@ func (n *node) renewSlots(ctx context.Context, tpmNow *tpm.Wrapper, kek *seal.Se
 		slots = append(slots, slot)
 	}
 	for _, kind := range []string{seal.TypePKCS11, seal.TypeVault} {
-		was := slices.ContainsFunc(old, func(s seal.Slot) bool { return typeName(s) == kind })
-		w := n.wrapper(kind)
-		if w == nil || n.needsBoth() != "" || !was && !slices.Contains(n.cfg.Unlock.Order, kind) {
+		at := slices.IndexFunc(old, func(s seal.Slot) bool { return typeName(s) == kind })
+		if n.needsBoth() != "" || at < 0 && !slices.Contains(n.cfg.Unlock.Order, kind) {
 			continue
 		}
-		slot, err := w.Wrap(ctx, kek)
-		if err == nil {
-			err = rotation.Prove(ctx, kek, []seal.Slot{slot}, []seal.Wrapper{w})
-		}
+		slot, err := n.renewSecondary(ctx, kind, kek)
 		if err != nil {
 			failure = errors.Join(failure, err)
 			n.log.Warn("recover goes on without a slot", "slot", kind, "cause", seal.CauseOf(err), "error", err)
-			if slot, err = skip(seal.Slot{Type: kind}); err != nil {
+			if slot = (seal.Slot{Type: kind}); at >= 0 {
+				slot = old[at]
+			}
+			if slot, err = skip(slot); err != nil {
 				return nil, err
 			}
 		}
@@ -311,6 +324,19 @@ func (n *node) renewSlots(ctx context.Context, tpmNow *tpm.Wrapper, kek *seal.Se
 	}
 	rewrapped, err := rotation.Like(n.rewrappers(), kept)(ctx, kek)
 	return append(slots, rewrapped...), err
+}
+
+// renewSecondary wraps a KEK by the token or the server.
+func (n *node) renewSecondary(ctx context.Context, kind string, kek *seal.Secret) (seal.Slot, error) {
+	w := n.wrapper(kind)
+	if w == nil {
+		return seal.Slot{}, seal.Errorf(seal.CauseNoSlot, "configure "+kind+", and run kleidi slot add "+kind, "%s is not configured on this node", kind)
+	}
+	slot, err := w.Wrap(ctx, kek)
+	if err == nil {
+		err = rotation.Prove(ctx, kek, []seal.Slot{slot}, []seal.Wrapper{w})
+	}
+	return slot, err
 }
 
 // full reports whether a keyring has no room to retire its current KEK.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -36,15 +35,6 @@ func slotNames(slots []seal.Slot) []string {
 	return names
 }
 
-// typeName is the type of a slot, and that of the one in whose place a skipped one
-// stands.
-func typeName(s seal.Slot) string {
-	if d, ok := skippedBy(s); ok {
-		return d.Type
-	}
-	return s.Type
-}
-
 // find returns the place of a named slot.
 func find(slots []seal.Slot, name string) (int, error) {
 	names := slotNames(slots)
@@ -52,40 +42,6 @@ func find(slots []seal.Slot, name string) (int, error) {
 		return i, nil
 	}
 	return 0, fmt.Errorf("there is no slot %q, but %s; see kleidi slot list", name, joinWords(names))
-}
-
-// typeSkipped marks the place of a slot that a rotation did without.
-const typeSkipped = "skipped"
-
-// skippedSlot is the data of such a place. Nothing opens it.
-type skippedSlot struct {
-	Type  string    `json:"type"`
-	Since time.Time `json:"since"`
-}
-
-// skip returns what stands in the place of a slot.
-func skip(s seal.Slot) (seal.Slot, error) {
-	data, err := json.Marshal(skippedSlot{typeName(s), time.Now().UTC().Truncate(time.Second)})
-	return seal.Slot{Type: typeSkipped, Node: s.Node, Data: data}, err
-}
-
-// skippedBy reads such a place. It may come from a keyring that nothing vouches for,
-// and is shown: only types of slots are taken.
-func skippedBy(s seal.Slot) (d skippedSlot, ok bool) {
-	ok = s.Type == typeSkipped && json.Unmarshal(s.Data, &d) == nil &&
-		(slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery}, d.Type) || twoOfTwo(d.Type) != "")
-	return d, ok
-}
-
-// skipped keeps the place of a slot in the rotations that follow.
-type skipped struct{}
-
-// WrapLike implements rotation.Rewrapper.
-func (skipped) WrapLike(_ context.Context, _ *seal.Secret, like seal.Slot) (seal.Slot, error) {
-	if like.Type != typeSkipped {
-		return seal.Slot{}, seal.ErrNotMine
-	}
-	return like, nil
 }
 
 // wrapAll is how rotation makes the slots of a new KEK: like those of the present
@@ -155,7 +111,7 @@ func (n *node) anyOpens(slots []seal.Slot) bool {
 }
 
 // addSlot wraps the KEK by one wrapper more. A slot of a token or a server takes the
-// place of the one that is there.
+// place of the one that is there, one for recovery that of one that was left out.
 func (n *node) addSlot(ctx context.Context, req admin.AddSlotRequest) (admin.KeyringState, error) {
 	var bound string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
@@ -173,9 +129,8 @@ func (n *node) addSlot(ctx context.Context, req admin.AddSlotRequest) (admin.Key
 		if err := rotation.Prove(ctx, k.KEK(), []seal.Slot{slot}, []seal.Wrapper{w}); err != nil && req.Type != seal.TypeRecovery {
 			return nil, err
 		}
-		kept := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return typeName(s) == req.Type && req.Type != seal.TypeRecovery })
 		bound = n.binding(slot)
-		next, err := k.WithSlots(append(kept, slot))
+		next, err := k.WithSlots(append(others(k.Slots(), req.Type), slot))
 		return []*keyring.Keyring{next}, err
 	})
 	if err != nil {
@@ -186,6 +141,18 @@ func (n *node) addSlot(ctx context.Context, req admin.AddSlotRequest) (admin.Key
 		changes = append(changes, "it opens nothing at start until unlock.order names "+req.Type)
 	}
 	return n.unchanged(changes...)
+}
+
+// others returns the slots that stay beside a new one of that type.
+func others(slots []seal.Slot, kind string) []seal.Slot {
+	if kind != seal.TypeRecovery {
+		return slices.DeleteFunc(slots, func(s seal.Slot) bool { return typeName(s) == kind })
+	}
+	// There may be several, each for recipients of its own: one new slot mends one place.
+	if i := slices.IndexFunc(slots, func(s seal.Slot) bool { return s.Type == typeSkipped && typeName(s) == kind }); i >= 0 {
+		return slices.Delete(slots, i, i+1)
+	}
+	return slots
 }
 
 func (n *node) adder(ctx context.Context, req admin.AddSlotRequest) (seal.Wrapper, error) {
@@ -278,8 +245,8 @@ func (n *node) rewrapSlot(ctx context.Context, req admin.RewrapSlotRequest) (adm
 		if err != nil {
 			return nil, err
 		}
-		if _, ok := skippedBy(slots[i]); ok {
-			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; run kleidi slot add, or kleidi reseal for the TPM")
+		if d, ok := skippedBy(slots[i]); ok {
+			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; " + d.mend())
 		}
 		rewrapped, err := n.rewrap(ctx, k, slots[i])
 		if err != nil {
@@ -357,11 +324,7 @@ func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s 
 // is compared.
 func (n *node) tryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
 	if d, ok := skippedBy(s); ok {
-		hint := "run kleidi slot add " + d.Type + " once its backend answers"
-		if d.Type == seal.TypeTPM || twoOfTwo(d.Type) != "" {
-			hint = "run kleidi reseal, which seals to the running boot"
-		}
-		return seal.Errorf(seal.CauseNoSlot, hint, "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
+		return seal.Errorf(seal.CauseNoSlot, d.mend(), "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
 	}
 	w := n.wrapper(s.Type)
 	if w == nil {

@@ -1,0 +1,95 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// The place of a slot that could not be made: it stays, and is shown, until it is mended.
+
+// typeSkipped marks the place of a slot that a rotation, or a recovery, which ends in
+// one, did without.
+const typeSkipped = "skipped"
+
+// skippedSlot is the data of such a place. Nothing opens it.
+type skippedSlot struct {
+	Type  string    `json:"type"`
+	Since time.Time `json:"since"`
+}
+
+// skip returns what stands in the place of a slot; a place that is there stays.
+func skip(s seal.Slot) (seal.Slot, error) {
+	if s.Type == typeSkipped {
+		return s, nil
+	}
+	data, err := json.Marshal(skippedSlot{typeName(s), time.Now().UTC().Truncate(time.Second)})
+	return seal.Slot{Type: typeSkipped, Node: s.Node, Data: data}, err
+}
+
+// skippedBy reads such a place. It may come from a keyring that nothing vouches for,
+// and is shown: only types of slots are taken.
+func skippedBy(s seal.Slot) (d skippedSlot, ok bool) {
+	ok = s.Type == typeSkipped && json.Unmarshal(s.Data, &d) == nil &&
+		(slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery}, d.Type) || twoOfTwo(d.Type) != "")
+	return d, ok
+}
+
+// skipped keeps the place of a slot in the rotations that follow.
+type skipped struct{}
+
+// WrapLike implements rotation.Rewrapper.
+func (skipped) WrapLike(_ context.Context, _ *seal.Secret, like seal.Slot) (seal.Slot, error) {
+	if like.Type != typeSkipped {
+		return seal.Slot{}, seal.ErrNotMine
+	}
+	return like, nil
+}
+
+// typeName is the type of a slot, and that of the one in whose place a skipped one
+// stands.
+func typeName(s seal.Slot) string {
+	if d, ok := skippedBy(s); ok {
+		return d.Type
+	}
+	return s.Type
+}
+
+// mend says how the place is mended.
+func (d skippedSlot) mend() string {
+	switch {
+	case d.Type == seal.TypeTPM || twoOfTwo(d.Type) != "":
+		return "run kleidi reseal, which seals to the running boot"
+	case d.Type == seal.TypeRecovery:
+		return "run kleidi slot add recovery --recipient age1…"
+	}
+	return "run kleidi slot add " + d.Type + " once it is configured and its backend answers"
+}
+
+// leftOut says which slots are missing, and how each is mended.
+func leftOut(slots []seal.Slot) (changes []string) {
+	names := slotNames(slots)
+	for i, s := range slots {
+		if d, ok := skippedBy(s); ok {
+			changes = append(changes, "WITHOUT SLOT "+names[i]+": the KEK is not wrapped by it; "+d.mend())
+		}
+	}
+	return changes
+}
+
+// dropped says which slots a recovery did not make again, and left no place for.
+func dropped(before, after []seal.Slot) (changes []string) {
+	var said []string
+	for _, s := range before {
+		kind := typeName(s)
+		if slices.Contains(said, kind) || slices.ContainsFunc(after, func(s seal.Slot) bool { return typeName(s) == kind }) {
+			continue
+		}
+		said = append(said, kind)
+		changes = append(changes, "there is no slot of "+kind+" any more, since unlock.order does not want it; kept copies of the former one still open what it held")
+	}
+	return changes
+}
