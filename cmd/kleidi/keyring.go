@@ -258,9 +258,9 @@ func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin
 	if len(req.Identity) > 0 {
 		return n.recoverFrom(ctx, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID, BreakTwoOfTwo: req.BreakTwoOfTwo})
 	}
-	old, err := n.unlocker.OpenUnpinned(ctx, untrusted)
+	old, by, err := n.unlocker.OpenUnpinned(ctx, untrusted)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	return n.adopt(ctx, old, n.openers(), version, req.TrustKeyID, n.turnIfRoom, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
+	return n.adopt(ctx, old, by, n.openers(), version, req.TrustKeyID, n.turnIfRoom, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
 }

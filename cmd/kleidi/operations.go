@@ -140,7 +140,7 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 		return n.renew(ctx, k, req.WithoutVerifier)
 	}
 	before := old.Slots()
-	state, err := n.adopt(ctx, old, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)
+	state, err := n.adopt(ctx, old, unlock.Opener{Wrapper: opener.Type()}, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)
 	if err != nil {
 		return state, err
 	}
@@ -172,7 +172,7 @@ func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recover
 
 // adopt makes a keyring that was opened without the pin this node's keyring, once
 // it is vouched for, and has turn rotate it: so no key ID flips back.
-func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, openers []seal.Wrapper, version store.Version, trusted seal.KeyID,
+func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, by unlock.Opener, openers []seal.Wrapper, version store.Version, trusted seal.KeyID,
 	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
 	defer opened.Close()
 	old, err := rotation.Complete(ctx, opened, openers, time.Now())
@@ -199,7 +199,7 @@ func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, openers []sea
 	if revisions[len(revisions)-1].CurrentID() == old.CurrentID() {
 		changes = []string{"the keyring opens again, under the KEK that it had: it has no room for another retired one"}
 	}
-	if err := n.unlocker.Adopt(ctx, version, openers[0].Type(), revisions); err != nil {
+	if err := n.unlocker.Adopt(ctx, version, by, revisions); err != nil {
 		return admin.KeyringState{}, err
 	}
 	return n.result(old.CurrentID(), changes...)

@@ -14,6 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/rotation"
 	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/unlock"
 )
 
 // TestOrderOfAChange: saved, pinned, the earlier epoch ended, and only then
@@ -126,7 +127,7 @@ func TestPreviousOfARotation(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		opened, err := n.OpenUnpinned(ctx, untrusted)
+		opened, _, err := n.OpenUnpinned(ctx, untrusted)
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -202,18 +203,19 @@ func TestAdopt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	wantRefusal(t, n.Adopt(ctx, "another version", "recovery", []*keyring.Keyring{raised}), seal.CauseStore)
+	wantRefusal(t, n.Adopt(ctx, "another version", unlock.Opener{Wrapper: "recovery"}, []*keyring.Keyring{raised}), seal.CauseStore)
 	if n.State().Open {
 		t.Fatal("it is open although nothing was saved")
 	}
 	if raised, err = foreign.AtLeast(4); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Adopt(ctx, version, "recovery", []*keyring.Keyring{raised}); err != nil {
+	refused := errors.New("refused")
+	if err := n.Adopt(ctx, version, unlock.Opener{Wrapper: "recovery", Fallback: refused}, []*keyring.Keyring{raised}); err != nil {
 		t.Fatal(err)
 	}
 	wantSteps(t, n.steps.take(), "save", "save", "pin 4", "settle while nothing is announced")
-	if s := n.State(); !s.Open || s.Wrapper != "recovery" || s.Problem != nil {
+	if s := n.State(); !s.Open || s.Wrapper != "recovery" || s.Fallback != refused || s.Problem != nil {
 		t.Errorf("state %+v", s)
 	}
 }

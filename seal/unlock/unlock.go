@@ -198,11 +198,10 @@ func (u *Unlocker) Open(ctx context.Context) (*keyring.Keyring, error) {
 // OpenUnpinned opens another keyring than the stored one through the gate and with
 // a slot, for the caller alone, who closes it. The pin is not asked: the caller
 // finds out whether the keyring is to be trusted.
-func (u *Unlocker) OpenUnpinned(ctx context.Context, untrusted *keyring.Untrusted) (*keyring.Keyring, error) {
+func (u *Unlocker) OpenUnpinned(ctx context.Context, untrusted *keyring.Untrusted) (*keyring.Keyring, Opener, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	k, _, err := u.openWith(ctx, untrusted, nil, &Timing{})
-	return k, err
+	return u.openWith(ctx, untrusted, nil, &Timing{})
 }
 
 // Changed reports whether a reload would bring news: the stored keyring is
@@ -216,19 +215,19 @@ func (u *Unlocker) Changed(ctx context.Context) bool {
 }
 
 // attempt loads the keyring and opens it with the first slot that opens.
-func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyring, store.Version, opener, error) {
+func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyring, store.Version, Opener, error) {
 	start := time.Now()
 	untrusted, pin, version, err := u.load(ctx)
 	timing.Load = time.Since(start)
 	if err != nil {
-		return nil, "", opener{}, err
+		return nil, "", Opener{}, err
 	}
 	k, by, err := u.openWith(ctx, untrusted, pin, timing)
 	return k, version, by, err
 }
 
 // openWith is the gate, then the slots, then the keyring's own checks.
-func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, pin *keyring.Pin, timing *Timing) (*keyring.Keyring, opener, error) {
+func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, pin *keyring.Pin, timing *Timing) (*keyring.Keyring, Opener, error) {
 	start := time.Now()
 	var gate error
 	if u.cfg.Gate != nil {
@@ -249,10 +248,12 @@ func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, p
 	return k, by, nil
 }
 
-// opener is which wrapper opened a slot, and why those before it did not.
-type opener struct {
-	wrapper  string
-	fallback error
+// Opener is which wrapper opened a slot, and why those before it did not.
+type Opener struct {
+	// Wrapper is its type.
+	Wrapper string
+	// Fallback is nil where it is the first one.
+	Fallback error
 }
 
 func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, store.Version, error) {
@@ -281,7 +282,7 @@ func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, 
 // unwrap tries the slots, wrapper by wrapper in the configured order. A slot that
 // is not a wrapper's own is passed over. Only configured wrappers are tried, so
 // that a failing TPM gives way to another wrapper only where the operator said so.
-func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*seal.Secret, opener, error) {
+func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*seal.Secret, Opener, error) {
 	failure := gate
 	for _, w := range u.cfg.Wrappers {
 		var refusal error
@@ -306,7 +307,7 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 		failure = seal.Errorf(seal.CauseNoSlot, "if this machine was renamed, set node to its former name; else run kleidi recover with the recovery identity",
 			"the keyring holds no slot for this node and its configured wrappers, but for %s", owners(slots))
 	}
-	return nil, opener{}, failure
+	return nil, Opener{}, failure
 }
 
 // passes reports whether a wrapper may be tried on a slot after what the gate said.
@@ -324,12 +325,12 @@ func (u *Unlocker) ungated(w seal.Wrapper) bool {
 
 // openedBy tells a fallback from the first wrapper, and says so where a suspension
 // has overruled the gate.
-func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) opener {
+func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) Opener {
 	if _, ok := errors.AsType[Overruled](gate); ok && !u.ungated(w) {
 		u.cfg.Log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", gate)
-		return opener{wrapper: w.Type()}
+		return Opener{Wrapper: w.Type()}
 	}
-	return opener{w.Type(), earlier}
+	return Opener{w.Type(), earlier}
 }
 
 // both is the failure of the wrappers so far, with that of the next one in its text:
@@ -454,17 +455,17 @@ func (u *Unlocker) settle(ctx context.Context, k *keyring.Keyring) error {
 }
 
 // announce makes k the open keyring.
-func (u *Unlocker) announce(k *keyring.Keyring, by opener, timing Timing) {
+func (u *Unlocker) announce(k *keyring.Keyring, by Opener, timing Timing) {
 	old := u.open.Swap(k)
-	s := State{Open: true, Since: time.Now(), Wrapper: by.wrapper, Fallback: by.fallback, Timing: timing}
+	s := State{Open: true, Since: time.Now(), Wrapper: by.Wrapper, Fallback: by.Fallback, Timing: timing}
 	if before := u.State(); before.Open {
 		s.Since = before.Since
-		if by.wrapper == "" {
+		if by.Wrapper == "" {
 			s.Wrapper, s.Fallback, s.Timing = before.Wrapper, before.Fallback, before.Timing
 		}
 	}
-	if by.fallback != nil {
-		u.cfg.Log.Warn("opened by a fallback", "wrapper", by.wrapper, "cause", seal.CauseOf(by.fallback), "error", by.fallback)
+	if by.Fallback != nil {
+		u.cfg.Log.Warn("opened by a fallback", "wrapper", by.Wrapper, "cause", seal.CauseOf(by.Fallback), "error", by.Fallback)
 	}
 	u.state.Store(&s)
 	u.cfg.Log.Info("open", "keyID", k.CurrentID(), "revision", k.Revision(), "wrapper", s.Wrapper,
@@ -547,20 +548,20 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 	if err != nil {
 		return err
 	}
-	return u.commit(ctx, revisions, "", u.pin)
+	return u.commit(ctx, revisions, Opener{}, u.pin)
 }
 
 // Adopt does the same with revisions of a keyring that was opened in another way,
-// by the recovery identity for instance. version is that of the stored keyring
+// by the recovery identity for instance; by says how. version is that of the stored keyring
 // that they replace.
-func (u *Unlocker) Adopt(ctx context.Context, version store.Version, wrapper string, revisions []*keyring.Keyring) error {
+func (u *Unlocker) Adopt(ctx context.Context, version store.Version, by Opener, revisions []*keyring.Keyring) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.version = version
-	return u.commit(ctx, revisions, wrapper, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Pin.Replace(ctx, k.Pin()) })
+	return u.commit(ctx, revisions, by, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Pin.Replace(ctx, k.Pin()) })
 }
 
-func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wrapper string, pin func(context.Context, *keyring.Keyring) error) error {
+func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by Opener, pin func(context.Context, *keyring.Keyring) error) error {
 	ctx = context.WithoutCancel(ctx) // from here on it is carried to its end
 	last := revisions[len(revisions)-1]
 	for _, k := range revisions {
@@ -573,7 +574,7 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, wra
 		return err
 	}
 	unsettled := u.settle(ctx, last)
-	u.announce(last, opener{wrapper: wrapper}, Timing{})
+	u.announce(last, by, Timing{})
 	if unsettled != nil {
 		return fmt.Errorf("the new keyring is saved and in use; %w", u.again(unsettled))
 	}

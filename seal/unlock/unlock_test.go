@@ -388,7 +388,7 @@ func TestOpenChangesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if k, err = n.OpenUnpinned(ctx, untrusted); err != nil || k.CurrentID() != foreign.CurrentID() {
+	if k, _, err = n.OpenUnpinned(ctx, untrusted); err != nil || k.CurrentID() != foreign.CurrentID() {
 		t.Fatalf("%v", err)
 	}
 	k.Close()
@@ -400,7 +400,7 @@ func TestOpenChangesNothing(t *testing.T) {
 	if _, err = n.Open(ctx); seal.CauseOf(err) != seal.CauseAttestation {
 		t.Errorf("Open passes a shut gate: %v", err)
 	}
-	if _, err = n.OpenUnpinned(ctx, untrusted); seal.CauseOf(err) != seal.CauseAttestation {
+	if _, _, err = n.OpenUnpinned(ctx, untrusted); seal.CauseOf(err) != seal.CauseAttestation {
 		t.Errorf("OpenUnpinned passes a shut gate: %v", err)
 	}
 }
