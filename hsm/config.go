@@ -139,7 +139,7 @@ func (t *target) check(pinFile string) error {
 	case pinFile != "" && !filepath.IsAbs(pinFile):
 		return fmt.Errorf("pinFile %q is no absolute path; write it from the root on", pinFile)
 	case t.key.label == "" && len(t.key.id) == 0:
-		return errors.New("no key is named; add object=LABEL or id=%01 to uri")
+		return errors.New("no key is named; set keyLabel, or add object=LABEL or id=%01 to uri")
 	case len(t.token.label) > maxTokenLabel || len(t.token.serial) > maxTokenSerial:
 		return fmt.Errorf("a token's label has at most %d bytes, its serial number %d; see what pkcs11-tool --list-slots shows", maxTokenLabel, maxTokenSerial)
 	case len(t.key.label) > maxKeyLabel || len(t.key.id) > maxKeyID:

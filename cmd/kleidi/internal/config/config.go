@@ -122,13 +122,18 @@ const (
 	TPMAndVault  = "tpm-and-vault"
 )
 
-// PKCS11 is a key in a PKCS#11 token; without a module there is none.
+// PKCS11 is a key in a PKCS#11 token; see Configured.
 type PKCS11 struct {
-	Module   string        `yaml:"module"`
-	InitArgs string        `yaml:"initArgs"`
-	URI      string        `yaml:"uri"`
-	PINFile  string        `yaml:"pinFile"`
-	Timeout  time.Duration `yaml:"timeout"`
+	Module   string `yaml:"module"`
+	InitArgs string `yaml:"initArgs"`
+	URI      string `yaml:"uri"`
+	// Without a URI, or where it doesn't say.
+	TokenLabel  string `yaml:"tokenLabel"`
+	TokenSerial string `yaml:"tokenSerial"`
+	KeyLabel    string `yaml:"keyLabel"`
+
+	PINFile string        `yaml:"pinFile"`
+	Timeout time.Duration `yaml:"timeout"`
 }
 
 // Vault is a Transit key of Vault or OpenBao; without an address there is none.
@@ -295,9 +300,15 @@ func (c *Config) resolve() (*Config, error) {
 	return c, nil
 }
 
+// Configured reports whether anything names a token, its module or its key.
+func (c PKCS11) Configured() bool {
+	return c.Module+c.URI+c.TokenLabel+c.TokenSerial+c.KeyLabel != ""
+}
+
 // Wrapper is what package hsm wants.
 func (c PKCS11) Wrapper(mem seal.Memory) hsm.Config {
-	return hsm.Config{Module: c.Module, InitArgs: c.InitArgs, URI: c.URI, PINFile: c.PINFile, Timeout: c.Timeout, Memory: mem}
+	return hsm.Config{Module: c.Module, InitArgs: c.InitArgs, URI: c.URI, TokenLabel: c.TokenLabel, TokenSerial: c.TokenSerial, KeyLabel: c.KeyLabel,
+		PINFile: c.PINFile, Timeout: c.Timeout, Memory: mem}
 }
 
 // Wrapper is what package vault wants. certificate returns the client certificate

@@ -76,7 +76,7 @@ func (p *problems) validatePCRs(key string, pcrs []int) {
 }
 
 func (p *problems) validateUnlock(c *Config) {
-	configured := map[string]bool{seal.TypeTPM: true, seal.TypePKCS11: c.PKCS11.Module != "" || c.PKCS11.URI != "", seal.TypeVault: c.Vault.Address != ""}
+	configured := map[string]bool{seal.TypeTPM: true, seal.TypePKCS11: c.PKCS11.Configured(), seal.TypeVault: c.Vault.Address != ""}
 	configured[TPMAndPKCS11], configured[TPMAndVault] = configured[seal.TypePKCS11], configured[seal.TypeVault]
 	if len(c.Unlock.Order) > 1 && slices.ContainsFunc(c.Unlock.Order, func(w string) bool { return w == TPMAndPKCS11 || w == TPMAndVault }) {
 		p.Add("unlock.order", "a two-of-two stands alone: any other wrapper beside it would open the keyring without it")
