@@ -108,12 +108,8 @@ func (h *health) remarks() []string {
 	if state := n.unlocker.State(); state.Fallback != nil {
 		remarks = append(remarks, fmt.Sprintf("fallback: opened by %s, since: %s", state.Wrapper, state.Fallback))
 	}
-	if tests := n.tests.Load(); tests != nil {
-		for _, t := range tests.tests {
-			if !t.Opens {
-				remarks = append(remarks, fmt.Sprintf("self-test: slot %s does not open: %s", t.Name, t.Problem.Err()))
-			}
-		}
+	for _, t := range n.unusable(k) {
+		remarks = append(remarks, fmt.Sprintf("self-test: slot %s does not open: %s", t.Name, t.Problem.Err()))
 	}
 	return remarks
 }
@@ -121,7 +117,7 @@ func (h *health) remarks() []string {
 var (
 	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
 	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if another wrapper than the first of unlock.order opened the keyring, 0 else.", nil, nil)
-	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open in the last self-test.", nil, nil)
+	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open when they were last tested, and those that a rotation left out.", nil, nil)
 	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would; 0 if never.", nil, nil)
 	descOpen      = prometheus.NewDesc("kleidi_open", "1 if the KEK is open, 0 if kleidi is locked.", nil, nil)
 	descKeyID     = prometheus.NewDesc("kleidi_current_key_id_info", "The current key ID's hash, in the form of kube-apiserver's key_id_hash.", []string{"key_id_hash"}, nil)
@@ -187,12 +183,8 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 		fallback = 1
 	}
 	gauge(descFallback, fallback)
-	var tests selfTests
-	if t := n.tests.Load(); t != nil {
-		tests = *t
-	}
-	gauge(descTested, tests.seconds())
-	gauge(descUnusable, float64(tests.failed()))
+	gauge(descTested, n.tests.seconds())
+	gauge(descUnusable, float64(len(n.unusable(k))))
 	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
 	gauge(descRevision, float64(info.Revision))
 	gauge(descKEKs, 1, "current")

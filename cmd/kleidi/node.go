@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
-	"sync/atomic"
 
 	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/hsm"
@@ -42,7 +41,7 @@ type node struct {
 
 	imported  *imported  // by init, if at all
 	replacing sync.Mutex // see replace
-	tests     atomic.Pointer[selfTests]
+	tests     selfTests
 }
 
 func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock.Timing)) (*node, error) {

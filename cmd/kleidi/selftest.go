@@ -3,38 +3,89 @@ package main
 import (
 	"context"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
 // A way back that has rotted is found before it is needed: serve opens the slots of
 // secondary wrappers now and then.
 
-// selfTests is what came of the last self-test.
+// selfTests is what came of the last tests of slots. A result is kept with the slot
+// that it is of: one that is made anew, or taken away, leaves no result behind.
 type selfTests struct {
-	at    time.Time
-	tests []admin.SlotTest
+	mu      sync.Mutex
+	at      time.Time // of the last one of all slots
+	results map[string]admin.SlotTest
 }
 
-// seconds is when it was, 0 if never.
-func (r selfTests) seconds() float64 {
+// identity tells slots apart by all that they are.
+func identity(s seal.Slot) string { return s.Type + "\x00" + s.Node + "\x00" + string(s.Data) }
+
+// record keeps the result of a test of one of these slots, and none of others.
+func (r *selfTests) record(slots []seal.Slot, s seal.Slot, t admin.SlotTest) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	kept := map[string]admin.SlotTest{identity(s): t}
+	for _, other := range slots {
+		if t, ok := r.results[identity(other)]; ok && identity(other) != identity(s) {
+			kept[identity(other)] = t
+		}
+	}
+	r.results = kept
+}
+
+// ended says that all slots were tested.
+func (r *selfTests) ended(at time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.at = at
+}
+
+// seconds is when all slots were last tested, 0 if never.
+func (r *selfTests) seconds() float64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.at.IsZero() {
 		return 0
 	}
 	return seconds(r.at)
 }
 
-// failed counts the slots that did not open.
-func (r selfTests) failed() (n int) {
-	for _, t := range r.tests {
-		if !t.Opens {
-			n++
+// failed returns the tests of these slots that failed.
+func (r *selfTests) failed(slots []seal.Slot) (failed []admin.SlotTest) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i, name := range slotNames(slots) {
+		if t, ok := r.results[identity(slots[i])]; ok && !t.Opens {
+			t.Name = name // which depends on what stands beside it
+			failed = append(failed, t)
 		}
 	}
-	return n
+	return failed
+}
+
+// unusable returns what the self-test found of the slots that are there now, and the
+// places of slots that were left out, which nothing opens.
+func (n *node) unusable(k *keyring.Keyring) []admin.SlotTest {
+	slots := k.Slots()
+	failed := n.tests.failed(slots)
+	for i, name := range slotNames(slots) {
+		if d, ok := skippedBy(slots[i]); ok {
+			failed = append(failed, admin.SlotTest{Name: name, Problem: admin.ProblemOf(d.missing())})
+		}
+	}
+	return failed
+}
+
+// secondary reports whether the self-test opens a slot: one of a wrapper beside the
+// TPM's, alone or together with the TPM in the running boot.
+func (n *node) secondary(s seal.Slot) bool {
+	return s.Type == seal.TypePKCS11 || s.Type == seal.TypeVault || twoOfTwo(s.Type) != "" && n.use(s) == uses[tpm.UsePresent]
 }
 
 // selfTest tests now and then until ctx ends: first a while after the start, then
@@ -64,21 +115,23 @@ func (s *server) testSecondary(ctx context.Context) {
 		return
 	}
 	slots := k.Slots()
-	r := selfTests{at: time.Now()}
+	at, tested := time.Now(), 0
 	for i, name := range slotNames(slots) {
-		if t := slots[i].Type; t != seal.TypePKCS11 && t != seal.TypeVault && t != typeSkipped && (twoOfTwo(t) == "" || s.use(slots[i]) != uses[tpm.UsePresent]) {
+		if !s.secondary(slots[i]) {
 			continue
 		}
-		t := s.testSlot(ctx, k, name, slots[i])
-		r.tests = append(r.tests, t)
-		if !t.Opens {
-			s.log.Warn("self-test: a slot does not open", "slot", name, "cause", t.Problem.Cause, "error", t.Problem.Err())
-		}
-		for _, w := range t.Warnings {
+		tested++
+		for _, w := range s.testSlot(ctx, k, name, slots[i]).Warnings {
 			s.log.Warn("self-test", "slot", name, "warning", w)
 		}
 	}
-	if len(r.tests) > 0 {
-		s.tests.Store(&r)
+	if tested > 0 {
+		s.tests.ended(at)
+	}
+	if k, err = s.unlocker.Keyring(); err != nil {
+		return
+	}
+	for _, t := range s.unusable(k) {
+		s.log.Warn("self-test: a slot does not open", "slot", t.Name, "cause", t.Problem.Cause, "error", t.Problem.Err())
 	}
 }

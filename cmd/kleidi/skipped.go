@@ -66,7 +66,12 @@ func (d skippedSlot) mend() string {
 	case d.Type == seal.TypeRecovery:
 		return "run kleidi slot add recovery --recipient age1…"
 	}
-	return "run kleidi slot add " + d.Type + " once it is configured and its backend answers"
+	return "run kleidi slot add " + d.Type + " once its backend answers, and is configured here"
+}
+
+// missing is why nothing opens in the place.
+func (d skippedSlot) missing() error {
+	return seal.Errorf(seal.CauseNoSlot, d.mend(), "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
 }
 
 // leftOut says which slots are missing, and how each is mended.

@@ -305,6 +305,7 @@ func (n *node) testSlots(ctx context.Context, req admin.TestSlotsRequest) (admin
 	return r, nil
 }
 
+// testSlot opens a slot. The result is what metrics and readyz show of it from then on.
 func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s seal.Slot) admin.SlotTest {
 	start := time.Now()
 	t := admin.SlotTest{Name: name}
@@ -317,6 +318,9 @@ func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s 
 		}
 		t.Warnings = warnings
 	}
+	if n.secondary(s) && ctx.Err() == nil { // else it is who asked that has gone
+		n.tests.record(k.Slots(), s, t)
+	}
 	return t
 }
 
@@ -324,7 +328,7 @@ func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s 
 // is compared.
 func (n *node) tryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
 	if d, ok := skippedBy(s); ok {
-		return seal.Errorf(seal.CauseNoSlot, d.mend(), "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
+		return d.missing()
 	}
 	w := n.wrapper(s.Type)
 	if w == nil {
