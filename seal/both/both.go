@@ -68,8 +68,14 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 		return seal.Slot{}, err
 	}
 	return w.WrapWith(ctx, kek,
-		func(ctx context.Context, s *seal.Secret) (seal.Slot, error) { return w.First.WrapLike(ctx, s, first) },
-		func(ctx context.Context, s *seal.Secret) (seal.Slot, error) { return w.Second.WrapLike(ctx, s, second) })
+		func(ctx context.Context, s *seal.Secret) (seal.Slot, error) {
+			slot, err := w.First.WrapLike(ctx, s, first)
+			return slot, w.half(w.First, err)
+		},
+		func(ctx context.Context, s *seal.Secret) (seal.Slot, error) {
+			slot, err := w.Second.WrapLike(ctx, s, second)
+			return slot, w.half(w.Second, err)
+		})
 }
 
 // Wrap wraps one share.
@@ -134,15 +140,25 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	}
 	a, err := w.First.Unwrap(ctx, first)
 	if err != nil {
-		return nil, err
+		return nil, w.half(w.First, err)
 	}
 	defer a.Close()
 	b, err := w.Second.Unwrap(ctx, second)
 	if err != nil {
-		return nil, err
+		return nil, w.half(w.Second, err)
 	}
 	defer b.Close()
 	return w.xor(a, b)
+}
+
+// half says which half a wrapper does not know: the whole is this wrapper's, and no
+// other one opens it.
+func (w *Wrapper) half(part Part, err error) error {
+	if !errors.Is(err, seal.ErrNotMine) {
+		return err
+	}
+	return seal.Errorf(seal.CauseNoSlot, "see node and the settings of "+part.Type()+" in the configuration",
+		"%s: its half of %s is for another node, token or key than the configured one", w.Kind, part.Type())
 }
 
 // Parts returns the two slots within one, as untrusted as it is.

@@ -118,6 +118,30 @@ func TestTwoOfTwo(t *testing.T) {
 	mustOpen(t, w, slot, kek)
 }
 
+// TestForeignHalf: where one half is not for what is configured here, it is said which.
+func TestForeignHalf(t *testing.T) {
+	w, first, second, kek := newBoth(t)
+	slot, err := w.Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range []*box{first, second} {
+		kind := b.kind
+		b.kind = "other"
+		for what, try := range map[string]func() error{
+			"Unwrap":   func() error { _, err := w.Unwrap(t.Context(), slot); return err },
+			"WrapLike": func() error { _, err := w.WrapLike(t.Context(), kek, slot); return err },
+		} {
+			err := try()
+			if errors.Is(err, seal.ErrNotMine) || seal.CauseOf(err) != seal.CauseNoSlot || !strings.Contains(err.Error(), "one-two: its half of other is for another") {
+				t.Errorf("%s without %s: %v", what, kind, err)
+			}
+		}
+		b.kind = kind
+	}
+	mustOpen(t, w, slot, kek)
+}
+
 // TestSwappedParts: shares of two KEKs do not make either.
 func TestSwappedParts(t *testing.T) {
 	w, _, _, kek := newBoth(t)
