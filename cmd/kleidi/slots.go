@@ -114,13 +114,20 @@ func (n *node) anyOpens(slots []seal.Slot) bool {
 // place of the one that is there, one for recovery that of one that was left out.
 func (n *node) addSlot(ctx context.Context, req admin.AddSlotRequest) (admin.KeyringState, error) {
 	var bound string
+	var made bool
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		if err := n.breaks(req.Type, k.Slots(), req.BreakTwoOfTwo); err != nil {
 			return nil, err
 		}
-		w, err := n.adder(ctx, req)
+		w, err := n.adder(req)
 		if err != nil {
 			return nil, err
+		}
+		if req.GenerateKey {
+			if _, err := n.hsm.GenerateKey(ctx); err != nil {
+				return nil, err
+			}
+			made = true
 		}
 		slot, err := w.Wrap(ctx, k.KEK())
 		if err != nil {
@@ -133,6 +140,9 @@ func (n *node) addSlot(ctx context.Context, req admin.AddSlotRequest) (admin.Key
 		next, err := k.WithSlots(append(others(k.Slots(), req.Type), slot))
 		return []*keyring.Keyring{next}, err
 	})
+	if err != nil && made {
+		err = keyMade(err)
+	}
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("slot add %s: %w", req.Type, err)
 	}
@@ -155,7 +165,7 @@ func others(slots []seal.Slot, kind string) []seal.Slot {
 	return slots
 }
 
-func (n *node) adder(ctx context.Context, req admin.AddSlotRequest) (seal.Wrapper, error) {
+func (n *node) adder(req admin.AddSlotRequest) (seal.Wrapper, error) {
 	switch {
 	case req.Type == seal.TypeRecovery:
 		return recovery.NewWrapper(n.mem, req.Recipients)
@@ -170,15 +180,19 @@ func (n *node) adder(ctx context.Context, req admin.AddSlotRequest) (seal.Wrappe
 	if w == nil {
 		return nil, errors.New("there is no such wrapper; want pkcs11, vault or recovery")
 	}
-	if req.GenerateKey {
-		if req.Type != seal.TypePKCS11 {
-			return nil, errors.New("--generate-key is for pkcs11 alone")
-		}
-		if _, err := n.hsm.GenerateKey(ctx); err != nil {
-			return nil, err
-		}
+	if req.GenerateKey && req.Type != seal.TypePKCS11 {
+		return nil, errors.New("--generate-key is for pkcs11 alone")
 	}
 	return w, nil
+}
+
+// keyMade is a failure after the token has made a key: the next try has to use that.
+func keyMade(err error) error {
+	message, hint := seal.SplitHint(err)
+	if hint != "" {
+		hint += "; "
+	}
+	return seal.Errorf(seal.CauseOf(err), hint+"the key is made, so leave --generate-key out when you run it again", "%s", message)
 }
 
 // removeSlot takes a slot away. One of this TPM is revoked with its epoch; what is
