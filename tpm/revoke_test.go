@@ -59,3 +59,27 @@ func TestTPMTroubleIsNoDamage(t *testing.T) {
 	n.proxy.Heal()
 	n.opens(slot, kek)
 }
+
+// TestRevoke: what is revoked with nothing in its place is refused, again and again
+// is harmless, and what is sealed afterwards opens.
+func TestRevoke(t *testing.T) {
+	n := newNode(t)
+	kek := n.kek()
+	old := n.wrap(kek)
+	pending, err := n.ForNextEpoch([]seal.Slot{old}).Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := n.Revoke(t.Context(), []seal.Slot{old, pending}); err != nil {
+			t.Fatal(err)
+		}
+		n.refuses(old, seal.CauseEpoch)
+		n.refuses(pending, seal.CauseEpoch)
+	}
+	n.opens(n.wrap(kek), kek)
+	other := newNode(t)
+	if err := other.Revoke(t.Context(), []seal.Slot{old}); seal.CauseOf(err) != seal.CauseOtherTPM {
+		t.Errorf("another TPM revokes it: %v", err)
+	}
+}

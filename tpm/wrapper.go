@@ -314,6 +314,19 @@ func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
 	}))
 }
 
+// Revoke ends the epochs of authenticated slots that none of this node follows. It is
+// called before the keyring without them is saved: after a crash in between they
+// are there and refused, and can be taken away again.
+func (w *Wrapper) Revoke(ctx context.Context, slots []seal.Slot) error {
+	own, err := w.ForNextEpoch(slots).OnTPMOf(slots)
+	if err != nil {
+		return err
+	}
+	return classify(own.Device.Do(ctx, func(t transport.TPM) error {
+		return own.withSRK(t, own.like, func(srk *SRK) error { return own.Counter.RaiseTo(t, srk, own.beyond(srk)) })
+	}))
+}
+
 // classify gives an error of the TPM its cause.
 func classify(err error) error {
 	var state *StateError

@@ -216,13 +216,10 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 				return nil, err
 			}
 			next, _, err := n.reshape(ctx, k, live)
-			changes = []string{"the TPM no longer opens it, kept copies included"}
+			changes = []string{revokedByTPM}
 			return []*keyring.Keyring{next}, err
 		}
-		changes = []string{"the slot is gone from the keyring; kept copies of it still open the KEK: run kleidi rotate"}
-		if gone.Type == seal.TypeRecovery && !slices.ContainsFunc(rest, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery }) {
-			changes = append(changes, "NO RECOVERY SLOT IS LEFT: if the TPM or the machine fails, all Secrets are lost; run kleidi slot add recovery")
-		}
+		changes = n.withoutSlot(ctx, gone, rest)
 		next, err := k.WithSlots(rest)
 		return []*keyring.Keyring{next}, err
 	})
@@ -230,6 +227,27 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 		return admin.KeyringState{}, fmt.Errorf("slot remove %s: %w", req.Name, err)
 	}
 	return n.unchanged(changes...)
+}
+
+const revokedByTPM = "the TPM no longer opens it, kept copies included"
+
+// withoutSlot says what it means that a slot goes. If it is the last one of this TPM,
+// which no slot of the next epoch follows, the TPM is told to refuse it first.
+func (n *node) withoutSlot(ctx context.Context, gone seal.Slot, rest []seal.Slot) []string {
+	if n.isTPM(gone) {
+		if err := n.tpm.Revoke(ctx, halves([]seal.Slot{gone})); err != nil {
+			return []string{"the slot is gone from the keyring; KEPT COPIES OF IT STILL OPEN WITH ITS TPM, which could not be told to refuse them: run kleidi reseal once it answers, and remove the slot again (" + err.Error() + ")"}
+		}
+		return []string{revokedByTPM}
+	}
+	if gone.Type == typeSkipped {
+		return []string{"the place is gone from the keyring; there was no slot in it"}
+	}
+	changes := []string{"the slot is gone from the keyring; kept copies of it still open the KEK: run kleidi rotate"}
+	if gone.Type == seal.TypeRecovery && !slices.ContainsFunc(rest, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery }) {
+		changes = append(changes, "NO RECOVERY SLOT IS LEFT: if the TPM or the machine fails, all Secrets are lost; run kleidi slot add recovery")
+	}
+	return changes
 }
 
 // someOpens opens slots until one of a wrapper that may open the keyring at start
