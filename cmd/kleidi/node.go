@@ -73,7 +73,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	if cfg.TPM.BootPolicy != "" {
 		n.gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return readPolicy(cfg.TPM.BootPolicy) }
 	}
-	n.remote, err = newRemoteGate(cfg, n.gate.Logs.Bytes)
+	n.remote, err = newRemoteGate(cfg, n.gate.Logs.Explaining)
 	if err != nil {
 		return nil, err
 	}

@@ -19,7 +19,7 @@ type remoteGate struct {
 	publicKey string
 }
 
-func newRemoteGate(cfg *config.Config, logs func() ([]byte, []byte, error)) (*remoteGate, error) {
+func newRemoteGate(cfg *config.Config, logs remote.Logs) (*remoteGate, error) {
 	v := cfg.TPM.Verifier
 	if v.Address == "" {
 		return nil, nil

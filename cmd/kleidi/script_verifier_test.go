@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
 // ask has the machine's TPM demand the signature of the verifier at $SECOND, in a
@@ -44,7 +46,7 @@ func (h *host) ask(ts *testscript.TestScript, args []string) error {
 	if err := h.listening(ts.Getenv("SECOND")); err != nil {
 		return err
 	}
-	a := &remote.Attester{Cluster: cluster, Node: args[0], Channel: channel, Logs: func() (firmware, userspace []byte, err error) {
+	a := &remote.Attester{Cluster: cluster, Node: args[0], Channel: channel, Logs: func(crypto.Hash, eventlog.PCRs) (firmware, userspace []byte, err error) {
 		firmware, err = os.ReadFile(h.machine.EventLog())
 		return firmware, nil, err
 	}}

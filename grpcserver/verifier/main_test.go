@@ -30,6 +30,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -227,7 +228,7 @@ func (r *rig) ask(channel remote.Channel) error {
 	})
 }
 
-func (r *rig) logs() (firmware, userspace []byte, err error) {
+func (r *rig) logs(crypto.Hash, eventlog.PCRs) (firmware, userspace []byte, err error) {
 	firmware, err = os.ReadFile(r.machine.EventLog())
 	return firmware, nil, err
 }

@@ -102,6 +102,18 @@ func readAll(f *os.File) ([]byte, error) {
 	return b, err
 }
 
+// Explaining returns the logs as Bytes does, for a quote of these PCRs: with the
+// phases of the boot that an older systemd measured without logging them.
+func (l Logs) Explaining(bank crypto.Hash, quoted eventlog.PCRs) (firmware, userspace []byte, err error) {
+	if firmware, userspace, err = l.Bytes(); err != nil {
+		return nil, nil, err
+	}
+	if log, err := eventlog.Parse(firmware); err == nil && len(userspace) == 0 {
+		userspace = log.UnloggedPhases(bank, quoted)
+	}
+	return firmware, userspace, nil
+}
+
 // Read returns the firmware's events followed by those of userspace. Nothing
 // vouches for them.
 func (l Logs) Read() (*eventlog.Log, error) {
@@ -154,12 +166,9 @@ func (a *Attester) Collect(ctx context.Context, srk, nonce []byte, bank crypto.H
 	}
 	// After the quote: an event that came in between then shows as a replay that
 	// does not fit, never as one that fits by leaving it out.
-	firmware, userspace, err := a.Logs.Bytes()
+	firmware, userspace, err := a.Logs.Explaining(bank, q.PCRs)
 	if err != nil {
 		return nil, err
-	}
-	if log, err := eventlog.Parse(firmware); err == nil && len(userspace) == 0 {
-		userspace = log.UnloggedPhases(bank, q.PCRs)
 	}
 	return &Evidence{Quote: *q, FirmwareLog: firmware, UserspaceLog: userspace}, nil
 }

@@ -2,6 +2,7 @@ package remote
 
 import (
 	"context"
+	"crypto"
 	"fmt"
 
 	"github.com/google/go-tpm/tpm2"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
 // Channel leads to the verifier, see package grpcserver/verifier.
@@ -20,14 +22,18 @@ type Channel interface {
 	Attest(ctx context.Context, hello *Hello, answer func(c *Challenge, exporter []byte) (*Evidence, error)) (signature []byte, err error)
 }
 
+// Logs is [attest.Logs.Explaining], or a test's.
+type Logs func(bank crypto.Hash, quoted eventlog.PCRs) (firmware, userspace []byte, err error)
+
 // Attester asks the verifier on behalf of the machine that it runs on.
 type Attester struct {
 	Cluster seal.ClusterID
 	Node    string
 	// Key is the Name of the verifier's key that the slot demands.
 	Key []byte
-	// Logs returns the bytes of both event logs, the second empty if there is none.
-	Logs    func() (firmware, userspace []byte, err error)
+	// Logs returns the bytes of both event logs that explain quoted PCRs, the second
+	// empty if there is none.
+	Logs    Logs
 	Channel Channel
 }
 
@@ -90,7 +96,7 @@ func (a *Attester) answer(m *machine, h *Hello, c *Challenge, exporter []byte) (
 	}
 	// After the quote: an event that came in between then shows as a replay that
 	// does not fit, never as one that fits by leaving it out.
-	firmware, userspace, err := a.Logs()
+	firmware, userspace, err := a.Logs(c.Bank, q.PCRs)
 	if err != nil {
 		return nil, err
 	}

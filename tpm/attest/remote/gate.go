@@ -13,7 +13,7 @@ import (
 // Gate asks the verifier that this node is configured with.
 type Gate struct {
 	Node    string
-	Logs    func() (firmware, userspace []byte, err error)
+	Logs    Logs
 	Channel Channel
 }
 

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"encoding/hex"
 	"errors"
+	"path/filepath"
 	"testing"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
@@ -84,6 +86,10 @@ func TestBoots(t *testing.T) {
 		r.accepted(string(b.Loader))
 		if r.wire.last == nil || len(r.wire.last.Result.PCRs) != 11 {
 			t.Errorf("%s: %+v", b.Loader, r.wire.last)
+		}
+		if b.Phases != "" {
+			r.attester.Logs = attest.Logs{Firmware: r.machine.EventLog(), Userspace: filepath.Join(t.TempDir(), "none")}.Explaining
+			r.accepted("with a systemd that measured its phases and logged none")
 		}
 	}
 }

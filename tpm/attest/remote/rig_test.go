@@ -10,7 +10,6 @@ import (
 	"crypto/rsa"
 	"errors"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -44,7 +43,7 @@ func newRig(t *testing.T, b simboot.Boot) *rig {
 	m := tpmtest.New(t, b)
 	r := &rig{T: t, machine: m, verifier: &Verifier{Cluster: cluster, Nodes: map[string]Registration{}}}
 	r.wire = &wire{verifier: r.verifier}
-	r.attester = &Attester{Cluster: cluster, Node: "alpha", Logs: logs(m), Channel: r.wire}
+	r.attester = &Attester{Cluster: cluster, Node: "alpha", Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}.Explaining, Channel: r.wire}
 	r.verifier.Nodes["alpha"] = Registration{EK: ekOf(t, m), BootPolicy: policyOf(t, m, 0, 4, 7, 11)}
 	r.use(ecdsaKey(t))
 	return r
@@ -52,19 +51,6 @@ func newRig(t *testing.T, b simboot.Boot) *rig {
 
 // use has the verifier sign with a key, and the node demand it.
 func (r *rig) use(k *Key) { r.verifier.Keys, r.attester.Key = []*Key{k}, k.name }
-
-func logs(m *tpmtest.Machine) func() ([]byte, []byte, error) {
-	return func() (firmware, userspace []byte, err error) {
-		if firmware, err = os.ReadFile(m.EventLog()); err != nil {
-			return nil, nil, err
-		}
-		userspace, err = os.ReadFile(m.UserspaceLog())
-		if errors.Is(err, os.ErrNotExist) {
-			err = nil
-		}
-		return firmware, userspace, err
-	}
-}
 
 func ekOf(t *testing.T, m *tpmtest.Machine) (digest string) {
 	t.Helper()
