@@ -158,6 +158,9 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	var timing Timing
 	start := time.Now()
 	k, version, by, err := u.attempt(ctx, &timing)
+	if err != nil && ctx.Err() != nil {
+		return err // it was told to stop, which is nothing to report
+	}
 	if err != nil {
 		err = u.whileOpen(ctx, err)
 	} else if err = u.follows(k); err == nil {

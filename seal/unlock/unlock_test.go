@@ -1,6 +1,7 @@
 package unlock_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -419,6 +420,22 @@ func TestAttemptedHearsOfEachAttempt(t *testing.T) {
 }
 
 // TestFilePin: a pin that can't be read is never taken for one that is not there.
+// TestStoppedAttempt: what ends because kleidi does is no failure.
+func TestStoppedAttempt(t *testing.T) {
+	n := newNode(t)
+	n.make()
+	n.gate.set(context.Canceled)
+	before := n.State()
+	stopped, stop := context.WithCancel(ctx)
+	stop()
+	if err := n.Unlock(stopped); err == nil {
+		t.Fatal("it unlocked")
+	}
+	if after := n.State(); after.Attempts != before.Attempts || seal.CauseOf(after.Problem) != seal.CauseOf(before.Problem) {
+		t.Errorf("after an attempt that was stopped: %+v, before %+v", after, before)
+	}
+}
+
 func TestFilePin(t *testing.T) {
 	n := newNode(t)
 	if pin, err := n.pin.Load(ctx); pin != nil || err != nil {
