@@ -8,7 +8,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -242,16 +241,7 @@ func readKeyFile(path string) ([]byte, error) {
 	if info.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("%s: mode %04o lets others at a private key; run chmod 0600 on it", path, info.Mode().Perm())
 	}
-	b := make([]byte, maxPrivateFile+1) // of its size at once, so that no copy stays behind
-	n, err := io.ReadFull(f, b)
-	if err == nil {
-		clear(b)
-		return nil, fmt.Errorf("%s: it has more than %d bytes", path, maxPrivateFile)
-	}
-	if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
-		return nil, err
-	}
-	return b[:n], nil
+	return readInOne(f, maxPrivateFile)
 }
 
 // endorsements returns the check of EK certificates, nil where none is demanded.

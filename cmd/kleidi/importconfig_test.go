@@ -1,0 +1,84 @@
+//go:build cgo
+
+package main
+
+import (
+	"crypto/rand"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/sealtest"
+)
+
+// TestImportLeavesNoPIN: of the PIN in a config.json, no copy stays on the heap, however
+// long the file is.
+func TestImportLeavesNoPIN(t *testing.T) {
+	pin, err := seal.Memory{}.New(40)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pin.Close()
+	path := filepath.Join(t.TempDir(), "config.json")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(b []byte) {
+		if _, err := f.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write([]byte(`{"pin": "`))
+	pin.With(func(b []byte) {
+		rand.Read(b)
+		for i := range b {
+			b[i] = 'a' + b[i]%26
+		}
+		write(b)
+	})
+	write([]byte(`", "path": "/lib/module.so", "tokenLabel": "kleidi"` + strings.Repeat(" ", 8<<10) + "}"))
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	cfg := config.Default()
+	cfg.State.Dir = t.TempDir()
+	n, err := newNode(cfg, slog.New(slog.DiscardHandler), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i, err := n.importConfig(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer i.pin.Close()
+	if !i.pin.Equal(pin) {
+		t.Fatal("another PIN is read")
+	}
+	watch := sealtest.NewWatch()
+	watch.Add("the PIN", pin)
+	watch.Add("the PIN", i.pin)
+	if found := watch.Find(t); len(found) > 0 {
+		t.Errorf("copies stay: %v", found)
+	}
+}
+
+// TestImportLimit: a file that is too long is refused, not cut.
+func TestImportLimit(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "config.json")
+	for size, tooLong := range map[int]bool{0: false, hsm.MaxLegacy: false, hsm.MaxLegacy + 1: true} {
+		if err := os.WriteFile(path, make([]byte, size), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		b, err := readSecret(path, hsm.MaxLegacy)
+		if (err != nil) != tooLong || !tooLong && len(b) != size {
+			t.Errorf("%d bytes: %d are read, %v", size, len(b), err)
+		}
+	}
+}
