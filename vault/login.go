@@ -133,21 +133,55 @@ func (w *Wrapper) withUnwrapped(ctx context.Context, s *session, token []byte, u
 
 // unwrapOnce unwraps a token that was not unwrapped before, and returns the secret
 // ID, which the caller clears. Callers come one by one, since the second unwrapping
-// of a token fails.
-func (w *Wrapper) unwrapOnce(ctx context.Context, s *session, token []byte) (id []byte, err error) {
+// of a token fails; who waits for another one waits no longer than ctx.
+func (w *Wrapper) unwrapOnce(ctx context.Context, s *session, token []byte) ([]byte, error) {
+	digest := sha256.Sum256(token)
+	if id := w.kept(digest); id != nil {
+		return id, nil
+	}
+	select {
+	case w.unwrapping <- struct{}{}:
+		defer func() { <-w.unwrapping }()
+	case <-ctx.Done():
+		return nil, w.config.explainTransport(ctx.Err())
+	}
+	if id := w.kept(digest); id != nil {
+		return id, nil
+	}
+	secret, err := s.unwrap(ctx, token)
+	if err != nil {
+		return nil, err
+	}
+	return w.keep(&unwrapped{digest, secret}), nil
+}
+
+// kept returns a copy of the secret ID that came out of a token, or nil.
+func (w *Wrapper) kept(token [sha256.Size]byte) []byte {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	digest := sha256.Sum256(token)
-	if w.secretID == nil || w.secretID.token != digest {
-		secret, err := s.unwrap(ctx, token)
-		if err != nil {
-			return nil, err
-		}
-		w.forget()
-		w.secretID = &unwrapped{digest, secret}
+	if w.secretID == nil || w.secretID.token != token {
+		return nil
 	}
-	w.secretID.id.With(func(b []byte) { id = append(make([]byte, 0, len(b)), b...) })
-	return id, nil
+	return w.secretID.copied()
+}
+
+// keep keeps a secret ID until Close, and returns a copy.
+func (w *Wrapper) keep(u *unwrapped) []byte {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	id := u.copied()
+	w.forget()
+	if w.closed {
+		_ = u.id.Close()
+		return id
+	}
+	w.secretID = u
+	return id
+}
+
+func (u *unwrapped) copied() (id []byte) {
+	u.id.With(func(b []byte) { id = append(make([]byte, 0, len(b)), b...) })
+	return id
 }
 
 // forget closes the unwrapped secret ID; w.mu is held.
@@ -158,7 +192,7 @@ func (w *Wrapper) forget() {
 	}
 }
 
-const hintWrapped = "put a new wrapping token there; if nobody of yours used the last one, somebody else has the secret ID: destroy it first"
+const hintWrapped = "put a new wrapping token there: each start of kleidi serve takes one, and so does each command that runs without it; if nobody of yours used the last one, somebody else has the secret ID: destroy it first"
 
 // unwrap asks first what the token wraps: one that was replaced on its way wraps
 // something that was made elsewhere.

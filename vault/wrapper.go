@@ -15,8 +15,11 @@ import (
 type Wrapper struct {
 	config Config
 
-	mu       sync.Mutex
+	unwrapping chan struct{} // holds one who unwraps a secret ID: the second unwrapping of a token fails
+
+	mu       sync.Mutex // never held while a server is asked
 	secretID *unwrapped // once a wrapped secret ID was unwrapped
+	closed   bool
 }
 
 // New returns a wrapper, without asking the server. The error names every setting
@@ -26,15 +29,24 @@ func New(config Config) (*Wrapper, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Wrapper{config: config}, nil
+	return &Wrapper{config: config, unwrapping: make(chan struct{}, 1)}, nil
 }
 
 // Close forgets the secret ID that was unwrapped, if there is one.
 func (w *Wrapper) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.closed = true
 	w.forget()
 	return nil
+}
+
+// Unwrapped reports whether this wrapper holds a secret ID that it has unwrapped: its
+// wrapping token is spent then, and Close forgets what it held.
+func (w *Wrapper) Unwrapped() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.secretID != nil
 }
 
 // Type returns seal.TypeVault.

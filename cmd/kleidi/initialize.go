@@ -101,6 +101,7 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) er
 	}
 	defer n.close()
 	result, err := n.initialize(cmd, choice)
+	n.saySpent(cmd.ErrOrStderr())
 	if err != nil {
 		return fmt.Errorf("init: %w", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 )
@@ -34,7 +35,16 @@ func operate[Req, Resp any](ctx context.Context, a *app, verb admin.Verb[Req, Re
 		return none, err
 	}
 	defer n.close()
+	defer n.saySpent(os.Stderr)
 	return here(n, ctx, req)
+}
+
+// saySpent says what a command without serve has used up: what was unwrapped is in its
+// memory alone, and ends with it.
+func (n *node) saySpent(w io.Writer) {
+	if n.vault != nil && n.vault.Unwrapped() {
+		fmt.Fprintf(w, "note: the wrapping token in vault.auth.secretIDFile is spent, and the secret ID that it held ends with this command; put a new wrapping token into %s before kleidi serve starts, or the next command without it\n", n.cfg.Vault.Auth.SecretIDFile)
+	}
 }
 
 // unlocked is an operation that needs the keyring open first.
