@@ -1,0 +1,69 @@
+package pkcs11
+
+import (
+	"os"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/e2e/site"
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// faults are what can be wrong with a token, its PIN and its module.
+func (k *token) faults() []site.Fault {
+	wrongPINs := func(want string) {
+		k.t.Helper()
+		if got := k.read("tries"); got != want {
+			k.t.Errorf("%s wrong PINs were entered, want %s", got, want)
+		}
+	}
+	row := func(name string, cause seal.Cause, break_, mend func(), says ...string) site.Fault {
+		return site.Fault{Name: name, Cause: cause, Says: says, Wraps: true, Opens: true, Break: break_, Mend: mend}
+	}
+	shims := func(name, fault string, says ...string) site.Fault {
+		return row(name, seal.CauseUnavailable, func() { k.fault(fault) }, func() { k.fault("") }, says...)
+	}
+
+	duringUse := shims("token removed in the middle", "removed", "the token is not there", "connect the token", "tries again by itself")
+	duringUse.Each = true
+	duringUse.While = func(bool) {
+		if k.read("fault") != "gone" {
+			k.t.Error("the token was not in use when it was taken out")
+		}
+	}
+	wrongPIN := row("wrong PIN", seal.CauseCredentials, func() { k.write("pin", k.wrong+"\n") }, func() { k.write("pin", k.pin+"\n"); wrongPINs("2") },
+		"PIN", "put the right PIN into the file that pkcs11.pinFile names")
+	wrongPIN.While = func(open bool) {
+		if open {
+			wrongPINs("1") // by two commands
+		}
+	}
+	finalTry := row("one PIN try left", seal.CauseCredentials, func() { k.write("tries", "8") }, func() { wrongPINs("8"); k.tool("--list-objects") },
+		"one more wrong PIN locks it", "log in by hand with the right PIN")
+
+	return []site.Fault{
+		row("module missing", seal.CauseUnavailable, func() { k.link("") }, func() { k.link(shim) }, "no such file", "name the PKCS#11 module of your token's vendor with pkcs11.module"),
+		row("module is none", seal.CauseUnavailable, func() { k.link(k.path("softhsm2.conf")) }, func() { k.link(shim) }, "load the PKCS#11 module", "name the PKCS#11 module of your token's vendor with pkcs11.module"),
+		row("token removed", seal.CauseUnavailable, k.takeOut, k.putBack, "the token is not there", "connect the token", "tries again by itself"),
+		duringUse,
+		shims("slower than the deadline", "slow", "see whether the token's device or service hangs"),
+		shims("session killed each time", "killed", "CKR_SESSION_HANDLE_INVALID", "pkcs11-tool"),
+		wrongPIN,
+		finalTry,
+		row("PIN locked", seal.CauseCredentials, func() { k.write("tries", "9") }, func() { k.write("tries", "0") }, "its user PIN is locked", "have the security officer unlock the user PIN"),
+		row("PIN file gone", seal.CauseCredentials, func() { k.ok(os.Remove(k.path("pin"))) }, func() { k.write("pin", k.pin+"\n") }, "no such file", "put the PIN, and nothing else, into that file"),
+		row("key deleted", seal.CauseUnavailable, func() {
+			k.ok(os.CopyFS(k.path("away"), os.DirFS(k.path("tokens"))))
+			k.tool("--delete-object", "--type", "secrkey", "--label", "kek")
+		}, k.putBack, "it has no key that matches", "backup"),
+	}
+}
+
+// TestFaults: whatever is wrong with the token, a kleidi that is open goes on, a
+// rotation changes nothing, one that starts is locked and says why, and opens by
+// itself once it is mended.
+func TestFaults(t *testing.T) {
+	k := newToken(t)
+	s := newSite(t, k, "[pkcs11]")
+	s.Matrix(seal.TypePKCS11, k.faults())
+	s.SaidNone(k.secrets(s.SlotOf(seal.TypePKCS11)))
+}

@@ -1,0 +1,61 @@
+package pkcs11
+
+import (
+	"bytes"
+	"net/http"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// TestSessionKilledOnce: a token that ends a session is asked again, whatever kleidi
+// was about, and nobody notices.
+func TestSessionKilledOnce(t *testing.T) {
+	k := newToken(t)
+	s := newSite(t, k, "[pkcs11]")
+	killed := func() {
+		t.Helper()
+		if got := k.read("fault"); got != "" {
+			t.Errorf("no session was killed: %q", got)
+		}
+	}
+	for _, command := range []string{"slot test", "rotate", "slot rewrap pkcs11"} {
+		k.fault("killed-once")
+		s.Do(command)
+		killed()
+	}
+	k.fault("killed-once")
+	s.Restart()
+	s.WaitOpen()
+	killed()
+	s.Decrypts()
+}
+
+// TestSkipsSlot: a token that goes in the middle of a rotation ends it, and nothing is
+// changed; told to, the rotation does without it, which is shown until it is mended.
+func TestSkipsSlot(t *testing.T) {
+	k := newToken(t)
+	s := newSite(t, k, "[tpm, pkcs11]")
+	before := s.Stored()
+	k.fault("removed")
+	s.Refuse("rotate", "wrap the new KEK as the pkcs11 slot is", "the token is not there")
+	s.Refuse("rotate --skip-slot tpm", "the token is not there")
+	s.Refuse("rotate --skip-slot tpm --skip-slot pkcs11", "no slot would be left")
+	if !bytes.Equal(before, s.Stored()) {
+		t.Error("a refused rotation changed the keyring")
+	}
+	s.Do("rotate --skip-slot pkcs11")
+	s.Do("status", "left out by the rotation")
+	s.Do("slot list", "left out by the rotation")
+	s.Refuse("slot test", "DOES NOT OPEN", "run kleidi slot add pkcs11 once its backend answers")
+	s.Restart()
+	s.WaitOpen()
+	s.WaitSays(http.StatusOK, "self-test: slot pkcs11 does not open", "run kleidi slot add pkcs11")
+	s.Metric("kleidi_self_test_failed_slots 1")
+	k.fault("")
+	s.Do("slot add pkcs11", "the KEK is wrapped by pkcs11 as well")
+	s.Do("slot test", "pkcs11")
+	s.Do("rotate")
+	s.Decrypts()
+	s.SaidNone(k.secrets(s.SlotOf(seal.TypePKCS11)))
+}

@@ -1,0 +1,163 @@
+package pkcs11
+
+import (
+	"bytes"
+	"crypto/rand"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/e2e/site"
+	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// tries is how many wrong PINs lock the token.
+const tries = 9
+
+// token is one of SoftHSM's with an AES key, behind the shim.
+type token struct {
+	t          *testing.T
+	dir        string
+	pin, wrong string
+}
+
+// newToken makes a token. The environment tells SoftHSM and the shim of it, and so
+// every kleidi that the test starts.
+func newToken(t *testing.T) *token {
+	t.Helper()
+	k := &token{t: t, dir: t.TempDir(), pin: rand.Text()[:16], wrong: rand.Text()[:16]}
+	k.mkdir("tokens")
+	k.write("softhsm2.conf", "directories.tokendir = "+k.path("tokens")+"\nobjectstore.backend = file\nlog.level = ERROR\n")
+	k.write("pin", k.pin+"\n")
+	k.write("fault", "")
+	k.link(shim)
+	for name, value := range map[string]string{"SOFTHSM2_CONF": k.path("softhsm2.conf"), "KLEIDI_TEST_MODULE": softHSM(t),
+		"KLEIDI_TEST_TRIES": k.path("tries"), "KLEIDI_TEST_MOST": strconv.Itoa(tries), "KLEIDI_TEST_FAULT": k.path("fault")} {
+		t.Setenv(name, value)
+	}
+	k.run("softhsm2-util", "--init-token", "--free", "--label", "kleidi", "--so-pin", rand.Text()[:16], "--pin", k.pin)
+	k.tool("--keygen", "--key-type", "AES:32", "--label", "kek")
+	return k
+}
+
+// softHSM is where distributions put its module.
+func softHSM(t *testing.T) string {
+	t.Helper()
+	for _, path := range []string{"/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so"} {
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+	}
+	t.Fatal("SoftHSM is not there; run .ci/deps softhsm2-util")
+	return ""
+}
+
+// settings are kleidi's for this token.
+func (k *token) settings(order string) string {
+	return fmt.Sprintf(`unlock: {order: %s, requireAttestation: %t, selfTest: 1m}
+pkcs11: {module: %s, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 2s}
+log: {level: debug}`, order, strings.Contains(order, "tpm"), k.path("module.so"), k.path("pin"))
+}
+
+// newSite is a node with the token; where the TPM is not in the order, the machine
+// has none.
+func newSite(t *testing.T, k *token, order string) *site.Site {
+	t.Helper()
+	return site.New(t, node.Setup{Binary: binary, Settings: k.settings(order), NoTPM: !strings.Contains(order, "tpm")})
+}
+
+// wrapper is that of the token, in the test's own process.
+func (k *token) wrapper() *hsm.Wrapper {
+	k.t.Helper()
+	w, err := hsm.New(hsm.Config{Module: softHSM(k.t), URI: "pkcs11:token=kleidi;object=kek", PINFile: k.path("pin")})
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	return w
+}
+
+// secrets are those of the token, and the KEK in a slot of it.
+func (k *token) secrets(slot seal.Slot) map[string][]byte {
+	k.t.Helper()
+	all := map[string][]byte{"PIN": []byte(k.pin), "wrong PIN": []byte(k.wrong)}
+	kek, err := k.wrapper().Unwrap(k.t.Context(), slot)
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	defer kek.Close()
+	kek.With(func(b []byte) { all["KEK"] = bytes.Clone(b) })
+	return all
+}
+
+func (k *token) path(name string) string { return filepath.Join(k.dir, name) }
+
+func (k *token) write(name, content string) {
+	k.t.Helper()
+	k.ok(os.WriteFile(k.path(name), []byte(content), 0o600))
+}
+
+func (k *token) read(name string) string {
+	k.t.Helper()
+	b, err := os.ReadFile(k.path(name))
+	k.ok(err)
+	return strings.TrimSpace(string(b))
+}
+
+func (k *token) mkdir(name string) {
+	k.t.Helper()
+	k.ok(os.Mkdir(k.path(name), 0o700))
+}
+
+// fault tells the shim.
+func (k *token) fault(name string) {
+	k.t.Helper()
+	k.write("fault", name)
+}
+
+// link makes the module that kleidi knows another one; "" takes it away.
+func (k *token) link(to string) {
+	k.t.Helper()
+	_ = os.Remove(k.path("module.so"))
+	if to != "" {
+		k.ok(os.Symlink(to, k.path("module.so")))
+	}
+}
+
+// takeOut moves the folder of the tokens away, putBack moves it back.
+func (k *token) takeOut() {
+	k.t.Helper()
+	k.ok(os.Rename(k.path("tokens"), k.path("away")))
+	k.mkdir("tokens")
+}
+
+func (k *token) putBack() {
+	k.t.Helper()
+	k.ok(os.RemoveAll(k.path("tokens")))
+	k.ok(os.Rename(k.path("away"), k.path("tokens")))
+}
+
+// tool is pkcs11-tool, logged in.
+func (k *token) tool(args ...string) {
+	k.t.Helper()
+	k.run("pkcs11-tool", append([]string{"--module", shim, "--token-label", "kleidi", "--login", "--pin", k.pin}, args...)...)
+}
+
+func (k *token) run(name string, args ...string) {
+	k.t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		k.t.Fatalf("%s %q: %v\n%s", name, args, err, out)
+	}
+}
+
+func (k *token) ok(err error) {
+	k.t.Helper()
+	if err != nil {
+		k.t.Fatal(err)
+	}
+}

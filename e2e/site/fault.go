@@ -1,0 +1,162 @@
+package site
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	kmsapi "k8s.io/kms/apis/v2"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// Fault is a row of the fault matrix: what is wrong, what everyone is shown, and
+// what mends it.
+type Fault struct {
+	Name string
+	// Cause and Says are what is shown: the cause by which a kleidi that starts is
+	// locked, and parts of the text: what is wrong, and what to do next.
+	Cause seal.Cause
+	Says  []string
+	// Wraps, Opens: what fails.
+	Wraps, Opens bool
+	// Break brings it about, Mend undoes it. Each has Break called before each
+	// operation: for what happens in its middle.
+	Break, Mend func()
+	Each        bool
+	// While, if set, is called with the fault there, in a kleidi that is open and in
+	// one that is locked.
+	While func(open bool)
+}
+
+// line is what became of a row.
+type line struct{ name, shown, kept, recovered string }
+
+// Matrix runs rows, and logs what became of them as a table. type_ is that of the slot.
+func (s *Site) Matrix(type_ string, rows []Fault) {
+	s.t.Helper()
+	var lines []line
+	for _, row := range rows {
+		if !s.t.Run(row.Name, func(t *testing.T) {
+			s.In(t, func() { lines = append(lines, s.run(row, type_)) })
+		}) {
+			break // what comes next would start from what this one left
+		}
+	}
+	s.table("fault matrix of "+type_, lines)
+}
+
+// table logs what became of rows.
+func (s *Site) table(title string, lines []line) {
+	s.t.Helper()
+	var b strings.Builder
+	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "FAULT\tSHOWN\tKEPT\tRECOVERED")
+	for _, l := range lines {
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", l.name, l.shown, l.kept, l.recovered)
+	}
+	_ = table.Flush() // into memory
+	s.t.Logf("%s:\n%s", title, b.String())
+}
+
+// line says what became of a row that was mended then.
+func (s *Site) line(name, shown, kept string, mended time.Time) line {
+	l := line{name, shown, kept, fmt.Sprintf("by itself, in %s", time.Since(mended).Round(time.Second))}
+	if s.t.Failed() {
+		l.kept, l.recovered = "FAILED", "FAILED"
+	}
+	return l
+}
+
+// run: a kleidi that is open goes on and says what doesn't work, a rotation changes
+// nothing, a kleidi that starts is locked and says why to everyone, and opens by
+// itself once it is mended.
+func (s *Site) run(row Fault, type_ string) line {
+	s.t.Helper()
+	before := s.Stored()
+	shown := "-"
+	row.Break()
+	if row.Wraps {
+		s.Refuse("rotate", append([]string{"wrap the new KEK as the " + type_ + " slot is"}, row.Says...)...)
+		shown = "rotate: " + row.Says[0]
+	}
+	row.again()
+	if row.Opens {
+		s.Refuse("slot test", append([]string{"DOES NOT OPEN"}, row.Says...)...)
+	}
+	s.WaitSays(http.StatusOK, "ok")
+	s.Decrypts()
+	if row.While != nil {
+		row.While(true)
+	}
+	row.again()
+	s.Restart()
+	if row.Opens {
+		s.isLocked(row)
+		shown = string(row.Cause) + ": " + row.Says[0]
+		if row.While != nil {
+			row.While(false)
+		}
+	}
+	if !bytes.Equal(before, s.Stored()) {
+		s.t.Error("the keyring was changed")
+	}
+	row.Mend()
+	began := time.Now()
+	s.WaitSays(http.StatusOK, "ok")
+	s.Decrypts()
+	s.Do("slot test", "opens")
+	s.Do("rotate")
+	s.Decrypts()
+	return s.line(row.Name, shown, "keyring unchanged, open goes on", began)
+}
+
+func (row Fault) again() {
+	if row.Each {
+		row.Break()
+	}
+}
+
+// isLocked wants each place where it is looked for to say that kleidi is locked, and why.
+func (s *Site) isLocked(row Fault) {
+	s.t.Helper()
+	locked := "locked: " + string(row.Cause)
+	s.WaitSays(http.StatusServiceUnavailable, append([]string{locked}, row.Says...)...)
+	s.Do("status --quick", append([]string{"locked"}, row.Says...)...)
+	s.RefusesCalls(append([]string{string(row.Cause)}, row.Says...)...)
+	said := false
+	for l := range strings.Lines(s.Log()) {
+		said = said || strings.Contains(l, "msg=locked cause="+string(row.Cause)) && strings.Contains(l, quoted(row.Says[0]))
+	}
+	if !said {
+		s.t.Errorf("the log has no line of msg=locked with cause %s and %q", row.Cause, row.Says[0])
+	}
+}
+
+// quoted is text as it stands inside of a quoted value of the log.
+func quoted(text string) string {
+	q := fmt.Sprintf("%q", text)
+	return q[1 : len(q)-1]
+}
+
+// RefusesCalls wants kube-apiserver's calls to end in errors that say these.
+func (s *Site) RefusesCalls(says ...string) {
+	s.t.Helper()
+	c, ctx := s.Client(), s.t.Context()
+	_, statusErr := c.Status(ctx, &kmsapi.StatusRequest{})
+	_, encryptErr := c.Encrypt(ctx, &kmsapi.EncryptRequest{Uid: "2", Plaintext: Seed})
+	_, decryptErr := c.Decrypt(ctx, &kmsapi.DecryptRequest{Uid: "3", Ciphertext: s.seed.Ciphertext, KeyId: s.seed.KeyId})
+	for call, err := range map[string]error{"Status": statusErr, "Encrypt": encryptErr, "Decrypt": decryptErr} {
+		if status.Code(err) != codes.Unavailable {
+			s.t.Errorf("%s: %v, want %s", call, err, codes.Unavailable)
+			continue
+		}
+		s.WantIn("the error of "+call, err.Error(), says...)
+	}
+}

@@ -1,0 +1,239 @@
+// Package site is a node with whose kleidi a test speaks as kube-apiserver and as an
+// operator do, and the fault matrix that those of PKCS#11 and of Vault have in common:
+// what each is shown, what is kept, and how it works again.
+package site
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	kmsapi "k8s.io/kms/apis/v2"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// Seed is the DEK seed that has to decrypt for ever.
+var Seed = bytes.Repeat([]byte("kleidi"), 6)[:32]
+
+// Site is a node that serves.
+type Site struct {
+	*node.Node
+
+	t    *testing.T
+	seed *kmsapi.EncryptResponse
+	said bytes.Buffer // all that the commands printed
+}
+
+// New runs init and serve on a node, which opens, and encrypts the seed.
+func New(t *testing.T, s node.Setup) *Site {
+	t.Helper()
+	n := &Site{Node: node.Make(t, s), t: t}
+	n.ServeOpen()
+	n.EncryptSeed()
+	return n
+}
+
+// In runs f with the failures in it counted for t.
+func (s *Site) In(t *testing.T, f func()) {
+	outer := s.t
+	s.t = t
+	defer func() { s.t = outer }()
+	f()
+}
+
+// Restart ends serve and starts it again, which then is open or locked.
+func (s *Site) Restart() {
+	s.t.Helper()
+	s.Serving.Stop()
+	s.Serve()
+}
+
+// Client is a kube-apiserver's.
+func (s *Site) Client() kmsapi.KeyManagementServiceClient {
+	s.t.Helper()
+	conn, err := grpc.NewClient("unix://"+s.Path("run/kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { conn.Close() })
+	return kmsapi.NewKeyManagementServiceClient(conn)
+}
+
+// EncryptSeed encrypts the seed anew.
+func (s *Site) EncryptSeed() {
+	s.t.Helper()
+	var err error
+	if s.seed, err = s.Client().Encrypt(s.t.Context(), &kmsapi.EncryptRequest{Uid: "1", Plaintext: Seed}); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// Decrypts wants the seed back.
+func (s *Site) Decrypts() {
+	s.t.Helper()
+	r, err := s.Client().Decrypt(s.t.Context(), &kmsapi.DecryptRequest{Uid: "1", Ciphertext: s.seed.Ciphertext, KeyId: s.seed.KeyId})
+	if err != nil {
+		s.t.Fatalf("what was encrypted before does not decrypt: %v", err)
+	}
+	if !bytes.Equal(r.Plaintext, Seed) {
+		s.t.Fatal("the seed decrypts to something else")
+	}
+}
+
+// Do is a command that succeeds and says these.
+func (s *Site) Do(command string, says ...string) string {
+	s.t.Helper()
+	out, err := s.try(command)
+	if err != nil {
+		s.t.Errorf("kleidi %s: %v", command, err)
+	}
+	s.WantIn("kleidi "+command, out, says...)
+	return out
+}
+
+// Refuse is a command that fails and says these.
+func (s *Site) Refuse(command string, says ...string) {
+	s.t.Helper()
+	out, err := s.try(command)
+	if err == nil {
+		s.t.Errorf("kleidi %s succeeds:\n%s", command, out)
+		return
+	}
+	s.WantIn("kleidi "+command, err.Error(), says...)
+}
+
+func (s *Site) try(command string) (string, error) {
+	words := strings.Fields(command)
+	out, err := s.Try(words[0], words[1:]...)
+	s.said.Write(out)
+	if err != nil {
+		s.said.WriteString(err.Error())
+	}
+	return string(out), err
+}
+
+// WantIn wants a text to say these.
+func (s *Site) WantIn(where, text string, says ...string) {
+	s.t.Helper()
+	for _, want := range says {
+		if !strings.Contains(text, want) {
+			s.t.Errorf("%s does not say %q:\n%s", where, want, text)
+		}
+	}
+}
+
+// How long kleidi may take to say what is wrong, and to notice that it is mended: its
+// attempts are a minute apart at most.
+const notices, recovers = 20 * time.Second, 90 * time.Second
+
+// WaitSays waits until /readyz has this status and says these, and returns all of it.
+func (s *Site) WaitSays(status int, says ...string) (body string) {
+	s.t.Helper()
+	within := notices
+	if status == http.StatusOK {
+		within = recovers
+	}
+	node.Eventually(s.t, within, "readyz says "+strings.Join(says, ", "), func() error {
+		code, text, err := s.Get("/readyz")
+		if err != nil {
+			return err
+		}
+		for _, want := range says {
+			if code != status || !strings.Contains(text, want) {
+				return fmt.Errorf("%d: %s", code, text)
+			}
+		}
+		body = text
+		return nil
+	})
+	return body
+}
+
+// Metric wants a line of /metrics.
+func (s *Site) Metric(line string) {
+	s.t.Helper()
+	_, body, err := s.Get("/metrics")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if !strings.Contains(body, "\n"+line+"\n") {
+		s.t.Errorf("the metrics do not hold %q", line)
+	}
+}
+
+// Stored is the keyring's file.
+func (s *Site) Stored() []byte { return s.read("state/keyring.json") }
+
+// Log is all that serve has logged.
+func (s *Site) Log() string {
+	s.t.Helper()
+	log := string(s.read("kleidi.log"))
+	if !strings.Contains(log, "level=") {
+		s.t.Fatalf("the log says nothing:\n%s", log)
+	}
+	return log
+}
+
+func (s *Site) read(name string) []byte {
+	s.t.Helper()
+	b, err := os.ReadFile(s.Path(name))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return b
+}
+
+// SlotOf is the slot of this type as it is stored.
+func (s *Site) SlotOf(kind string) seal.Slot {
+	s.t.Helper()
+	untrusted, err := keyring.Parse(s.Stored())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, slot := range untrusted.Slots() {
+		if slot.Type == kind {
+			return slot
+		}
+	}
+	s.t.Fatalf("the keyring holds no slot of %s", kind)
+	return seal.Slot{}
+}
+
+// SaidNone searches the log, which is to be at its debug level, and all that the
+// commands printed, for secrets, the seed among them.
+func (s *Site) SaidNone(secrets map[string][]byte) {
+	s.t.Helper()
+	secrets["seed"] = Seed
+	FindIn(s.t, "the log", s.Log(), secrets)
+	FindIn(s.t, "what was printed", s.said.String(), secrets)
+}
+
+// FindIn fails the test where text holds a secret, raw or as programs print bytes.
+func FindIn(t *testing.T, where, text string, secrets map[string][]byte) {
+	t.Helper()
+	for name, secret := range secrets {
+		if len(secret) == 0 {
+			t.Fatal(errors.New("there is no " + name + " to look for"))
+		}
+		for form, needle := range map[string]string{
+			"raw": string(secret), "hexadecimal": hex.EncodeToString(secret), "base64": base64.RawStdEncoding.EncodeToString(secret),
+			"base64url": base64.RawURLEncoding.EncodeToString(secret), "decimal": strings.Trim(fmt.Sprint(secret), "[]"),
+		} {
+			if strings.Contains(text, needle) || form == "hexadecimal" && strings.Contains(strings.ToLower(text), needle) {
+				t.Errorf("%s holds the %s (%s)", where, name, form)
+			}
+		}
+	}
+}
