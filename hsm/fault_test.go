@@ -166,7 +166,7 @@ func faultRows() []faultRow {
 			setPIN(t, w, wrongPIN)
 			return func() { setPIN(t, w, testPIN) }
 		}},
-		{"key gone", seal.CauseUnavailable, ErrNoKey.Error(), func(t *testing.T, _ *backend, w *Wrapper, k Key) func() {
+		{"key gone", seal.CauseKeyMissing, ErrNoKey.Error(), func(t *testing.T, _ *backend, w *Wrapper, k Key) func() {
 			relabel(t, w, k.Label, "away")
 			return func() { relabel(t, w, "away", k.Label) }
 		}},
@@ -241,7 +241,7 @@ func TestKeyDeleted(t *testing.T) {
 		backup := b.dir + ".backup"
 		ok(t, os.CopyFS(backup, os.DirFS(b.dir)))
 		inSession(t, w, func(s *session) { ok(t, s.DestroyObject(s.h, must[*key](t)(s.findKey(&w.target.key, "")).handle)) })
-		refuses(t, w, slot, seal.CauseUnavailable, ErrNoKey.Error())
+		refuses(t, w, slot, seal.CauseKeyMissing, ErrNoKey.Error())
 		if _, err := w.Unwrap(t.Context(), slot); !errors.Is(err, ErrNoKey) {
 			t.Errorf("%v is no ErrNoKey", err)
 		}

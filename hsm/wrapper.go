@@ -8,9 +8,10 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Causes within [seal.CauseUnavailable] that call for different remedies.
+// What calls for other remedies than most of [seal.CauseUnavailable].
 var (
 	// ErrNoKey: the token is there and the key is not. It was deleted, or never made.
+	// The cause is [seal.CauseKeyMissing].
 	ErrNoKey = errors.New("it has no key that matches")
 	// ErrNotPermitted: no mechanism of kleidi's is both offered by the token and
 	// allowed by the key.

@@ -36,6 +36,9 @@ const (
 	// CauseUnavailable: the backend (TPM, token, server) cannot be reached, or
 	// did not answer in time or sensibly.
 	CauseUnavailable Cause = "backend-unavailable"
+	// CauseKeyMissing: the backend answers, and does not have the key that wraps. To
+	// wait for it is of no use.
+	CauseKeyMissing Cause = "key-missing"
 	// CauseCredentials: the backend refused our credentials.
 	CauseCredentials Cause = "credentials-refused"
 	// CauseSlotCorrupt: the slot does not parse or contradicts itself.
@@ -59,7 +62,7 @@ const (
 // Causes lists all causes.
 func Causes() []Cause {
 	return []Cause{
-		CauseBootState, CauseEpoch, CauseAttestation, CauseBootPolicy, CauseLockout, CauseOtherTPM, CauseTPMCleared, CauseUnavailable, CauseCredentials,
+		CauseBootState, CauseEpoch, CauseAttestation, CauseBootPolicy, CauseLockout, CauseOtherTPM, CauseTPMCleared, CauseUnavailable, CauseKeyMissing, CauseCredentials,
 		CauseSlotCorrupt, CauseKeyringMissing, CauseKeyringCorrupt, CausePin, CauseNoSlot, CauseMemory, CauseStore, CauseStarting,
 	}
 }

@@ -113,7 +113,7 @@ func (s *session) explain(ctx context.Context, r request, err error) error {
 	case refused.status == http.StatusForbidden:
 		return s.explainForbidden(ctx, r, refused)
 	case refused.says(textKeyMissing):
-		return s.config.errorf(seal.CauseUnavailable, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
+		return s.config.errorf(seal.CauseKeyMissing, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
 	case refused.status == http.StatusNotFound:
 		return s.config.errorf(seal.CauseUnavailable, hintPaths, "%s: %w", r.path, ErrMountMissing)
 	}
@@ -156,7 +156,7 @@ func (s *session) explainForbidden(ctx context.Context, r request, refused *refu
 		return s.config.errorf(seal.CauseCredentials, grant, "%s: %w", r.path, ErrDenied)
 	case r.path == s.config.Mount+"/encrypt/"+s.config.Key:
 		// Vault asks for the capability create, not update, where the key doesn't exist
-		return s.config.errorf(seal.CauseUnavailable, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
+		return s.config.errorf(seal.CauseKeyMissing, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
 	}
 	return s.config.errorf(seal.CauseCredentials, "see the server's audit log; the capability is there, so that another rule (MFA, control group) forbids it",
 		"%s: %w", r.path, ErrDenied)

@@ -94,7 +94,7 @@ var tokenFaults = []fault{
 			_, _ = f.w.Wrap(f.t.Context(), f.kek) // uses it up
 		},
 		mend: func(f *scene) { f.server.remove("sys/quotas/rate-limit/all") }},
-	{name: "key deleted", cause: seal.CauseUnavailable, is: vault.ErrKeyMissing, says: []string{"there is no such Transit key", "restore the key"}, wraps: true, opens: true,
+	{name: "key deleted", cause: seal.CauseKeyMissing, is: vault.ErrKeyMissing, says: []string{"there is no such Transit key", "restore the key"}, wraps: true, opens: true,
 		break_: func(f *scene) {
 			f.must("transit/keys/kleidi/config", map[string]any{"deletion_allowed": true, "exportable": true, "allow_plaintext_backup": true})
 			backup, err := f.root.Logical().ReadWithContext(f.t.Context(), "transit/backup/kleidi")

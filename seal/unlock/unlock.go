@@ -372,7 +372,7 @@ func owners(slots []seal.Slot) string {
 // asks for the PCRs first. Where a slot is revoked the keyring is an old one; where
 // a verifier does not agree, or can't be asked, that is what is to be mended.
 func moreTelling(err, than error) bool {
-	further := []seal.Cause{seal.CauseEpoch, seal.CauseBootPolicy, seal.CauseAttestation, seal.CauseUnavailable, seal.CauseCredentials}
+	further := []seal.Cause{seal.CauseEpoch, seal.CauseBootPolicy, seal.CauseAttestation, seal.CauseUnavailable, seal.CauseKeyMissing, seal.CauseCredentials}
 	return seal.CauseOf(than) == seal.CauseBootState && slices.Contains(further, seal.CauseOf(err))
 }
 
