@@ -42,7 +42,8 @@ type Config struct {
 	KeyLabel string
 	KeyID    []byte
 	// PIN returns the user PIN; the wrapper closes it. It is called for each
-	// operation. PINFile is used where it is nil.
+	// operation. An error of it that is a [seal.Error] stays one. Where it is set,
+	// neither PINFile nor the URI's pin-source may be.
 	PIN func(context.Context) (*seal.Secret, error)
 	// PINFile is the absolute path of a file with the PIN, which nobody but its
 	// owner may read.
@@ -62,7 +63,7 @@ type target struct {
 	module, initArgs string
 	token            tokenMatch
 	key              keyMatch
-	pin              func(context.Context) (*pin, error) // nil: none configured
+	pin              func(context.Context) (*seal.Secret, error) // nil: none configured
 	timeout          time.Duration
 }
 
@@ -127,15 +128,18 @@ func (c Config) resolve() (*target, error) {
 			return nil, fmt.Errorf("publicKey: %w", err)
 		}
 	}
-	return t, t.check(pinFile)
+	return t, t.check(pinFile, c.PIN != nil)
 }
 
-func (t *target) check(pinFile string) error {
+// check refuses what can't work. elsewhere says that the PIN comes from the program.
+func (t *target) check(pinFile string, elsewhere bool) error {
 	switch {
 	case t.module == "":
 		return errors.New("no PKCS#11 module is named; set module to its absolute path, /usr/lib/softhsm/libsofthsm2.so for instance")
 	case !filepath.IsAbs(t.module):
 		return fmt.Errorf("module %q is no absolute path; write it from the root on", t.module)
+	case pinFile != "" && elsewhere:
+		return errors.New("pinFile, or the URI's pin-source, names a PIN beside sealedPINFile; remove one of them")
 	case pinFile != "" && !filepath.IsAbs(pinFile):
 		return fmt.Errorf("pinFile %q is no absolute path; write it from the root on", pinFile)
 	case t.key.label == "" && len(t.key.id) == 0:
@@ -151,18 +155,18 @@ func (t *target) check(pinFile string) error {
 }
 
 // pinSource returns nil where no PIN is configured.
-func (c Config) pinSource(file string) func(context.Context) (*pin, error) {
+func (c Config) pinSource(file string) func(context.Context) (*seal.Secret, error) {
 	switch {
 	case c.PIN != nil:
-		return func(ctx context.Context) (*pin, error) {
+		return func(ctx context.Context) (*seal.Secret, error) {
 			s, err := c.PIN(ctx)
-			if err != nil {
-				return nil, seal.Errorf(seal.CauseCredentials, "see the setting of the PIN", "get the PIN: %w", err)
+			if err != nil && seal.CauseOf(err) == "" {
+				err = seal.Errorf(seal.CauseCredentials, "see the setting of the PIN", "get the PIN: %w", err)
 			}
-			return &pin{Secret: s}, nil
+			return s, err
 		}
 	case file != "":
-		return func(context.Context) (*pin, error) { return readPIN(c.Memory, file) }
+		return func(context.Context) (*seal.Secret, error) { return ReadPIN(c.Memory, file) }
 	}
 	return nil
 }

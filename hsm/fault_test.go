@@ -27,6 +27,7 @@ import (
 type faulty struct {
 	cryptoki
 	slots       func([]uint) []uint
+	login       func() error
 	encryptInit func(pkcs11.SessionHandle)
 	decrypt     func(pkcs11.SessionHandle)
 	fails       bool // C_Decrypt and C_UnwrapKey fail, and don't say why
@@ -316,11 +317,11 @@ func TestHang(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
 	kek := newKEK(t)
+	f := fault(w)
 	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
 	runtime.GC()
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // it would close a forgotten Secret
 	before := count(t)
-	f := fault(w)
 	hangs, release := make(chan struct{}), make(chan struct{})
 	f.decrypt = func(pkcs11.SessionHandle) { f.decrypt = nil; close(hangs); <-release }
 	ctx, cancel := context.WithCancel(t.Context())

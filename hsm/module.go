@@ -23,12 +23,11 @@ type module struct {
 	turn  chan struct{}             // whoever has put something in may call it
 	since atomic.Pointer[time.Time] // since when the present turn lasts
 	p     cryptoki                  // nil until it is loaded
-	// refused holds the last PIN that each token refused, by tokenKey.
-	refused map[string]*pin
+	tried tried                     // PINs that are not given again
 }
 
 func newModule(path string, p cryptoki) *module {
-	return &module{path: path, turn: make(chan struct{}, 1), p: p, refused: map[string]*pin{}}
+	return &module{path: path, turn: make(chan struct{}, 1), p: p, tried: tried{by: map[tokenName]map[pinMark]pkcs11.Error{}}}
 }
 
 // loaded holds the modules of the process. This is a global because what it

@@ -37,7 +37,7 @@ func run[T any](ctx context.Context, w *Wrapper, flags uint, f func(*session) (T
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, w.target.timeout, errTimeout(w.target.timeout))
 	defer cancel()
-	var p *pin
+	var p *seal.Secret
 	if w.target.pin != nil {
 		var err error
 		if p, err = w.target.pin(ctx); err != nil {
@@ -46,7 +46,7 @@ func run[T any](ctx context.Context, w *Wrapper, flags uint, f func(*session) (T
 		}
 	}
 	m := w.find(w.target.module)
-	return do(ctx, m, w.target.initArgs, func() (T, error) { return withSession(m, w, p, flags, f) }, drop, func() { p.close(); end() })
+	return do(ctx, m, w.target.initArgs, func() (T, error) { return withSession(m, w, p, flags, f) }, drop, func() { closePIN(p); end() })
 }
 
 // seal wraps kek, which it closes.

@@ -109,7 +109,7 @@ func TestConfig(t *testing.T) {
 
 // TestPINSource: a PIN comes from wherever the program says.
 func TestPINSource(t *testing.T) {
-	c := Config{Module: "/m.so", KeyLabel: "k", PINFile: "/none", PIN: func(context.Context) (*seal.Secret, error) { return seal.Memory{}.Take([]byte("1234")) }}
+	c := Config{Module: "/m.so", KeyLabel: "k", PIN: func(context.Context) (*seal.Secret, error) { return seal.Memory{}.Take([]byte("1234")) }}
 	target, err := c.resolve()
 	if err != nil {
 		t.Fatal(err)
@@ -118,33 +118,62 @@ func TestPINSource(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.close()
-	if p.size() != 4 || p.stamp != "" {
-		t.Errorf("%d bytes, stamp %q", p.size(), p.stamp)
+	defer p.Close()
+	if size(p) != 4 {
+		t.Errorf("%d bytes", size(p))
 	}
+	sealed := seal.Errorf(seal.CauseOtherTPM, "seal it anew", "it is another TPM's")
+	for _, c := range []struct {
+		err   error
+		cause seal.Cause
+		text  string
+	}{{errors.New("boom"), seal.CauseCredentials, "get the PIN: boom; see"}, {sealed, seal.CauseOtherTPM, "it is another TPM's; seal it anew"}} {
+		w := Config{Module: "/m.so", KeyLabel: "k", PIN: func(context.Context) (*seal.Secret, error) { return nil, c.err }}
+		target, err := w.resolve()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := target.pin(t.Context()); seal.CauseOf(err) != c.cause || !strings.HasPrefix(err.Error(), c.text) {
+			t.Errorf("%v: %v", c.err, err)
+		}
+	}
+	for _, twice := range []Config{{PINFile: "/f"}, {URI: "pkcs11:token=t?pin-source=file:/f"}} {
+		twice.Module, twice.KeyLabel, twice.PIN = c.Module, c.KeyLabel, c.PIN
+		if _, err := twice.resolve(); err == nil || !strings.Contains(err.Error(), "names a PIN beside sealedPINFile; remove one of them") {
+			t.Errorf("%+v: %v", twice, err)
+		}
+	}
+}
+
+// size is that of a PIN, 0 for none.
+func size(p *seal.Secret) (n int) {
+	if p != nil {
+		p.With(func(b []byte) { n = len(b) })
+	}
+	return n
 }
 
 func TestPINFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pin")
-	for content, size := range map[string]int{"1234": 4, "1234\n": 4, "1234\r\n": 4, " 12 \n34\n": 4, "": 0, "\n": 0,
+	for content, want := range map[string]int{"1234": 4, "1234\n": 4, "1234\r\n": 4, " 12 \n34\n": 4, "": 0, "\n": 0,
 		strings.Repeat("1", maxPIN) + "\n": maxPIN, strings.Repeat("1", maxPIN+1): 0} {
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		p, err := readPIN(seal.Memory{}, path)
-		if p.size() != size || (err == nil) != (size > 0) {
-			t.Errorf("%.20q: %d bytes, %v", content, p.size(), err)
+		p, err := ReadPIN(seal.Memory{}, path)
+		if size(p) != want || (err == nil) != (want > 0) {
+			t.Errorf("%.20q: %d bytes, %v", content, size(p), err)
 		}
 		if err != nil && (seal.CauseOf(err) != seal.CauseCredentials || strings.Contains(err.Error(), "1111")) {
 			t.Error(err)
 		}
-		p.close()
+		closePIN(p)
 	}
 	for _, mode := range []os.FileMode{0o640, 0o604, 0o660} {
 		if err := os.Chmod(path, mode); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := readPIN(seal.Memory{}, path); err == nil {
+		if _, err := ReadPIN(seal.Memory{}, path); err == nil {
 			t.Errorf("mode %o is taken", mode)
 		}
 	}
@@ -153,7 +182,7 @@ func TestPINFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, other := range []string{fifo, filepath.Dir(path), path + ".missing"} {
-		if _, err := readPIN(seal.Memory{}, other); seal.CauseOf(err) != seal.CauseCredentials {
+		if _, err := ReadPIN(seal.Memory{}, other); seal.CauseOf(err) != seal.CauseCredentials {
 			t.Errorf("%s: %v", other, err)
 		}
 	}

@@ -16,28 +16,16 @@ import (
 // maxPIN bounds a PIN, in bytes.
 const maxPIN = 255
 
-// pin is a PIN and which edition of its file it was read from.
-type pin struct {
-	*seal.Secret
-	stamp string // "" where it is from no file
-}
-
-// size is 0 for nil and closed PINs.
-func (p *pin) size() (n int) {
-	if p != nil && p.Secret != nil {
-		p.With(func(b []byte) { n = len(b) })
-	}
-	return n
-}
-
-func (p *pin) close() {
-	if p != nil && p.Secret != nil {
+// closePIN closes a PIN, if there is one.
+func closePIN(p *seal.Secret) {
+	if p != nil {
 		_ = p.Close()
 	}
 }
 
-// readPIN reads the first line of a file that only its owner may read.
-func readPIN(mem seal.Memory, path string) (*pin, error) {
+// ReadPIN reads the first line of a file that only its owner may read: a PIN of 1
+// to 255 bytes. Its errors are of [seal.CauseCredentials] and quote nothing.
+func ReadPIN(mem seal.Memory, path string) (*seal.Secret, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO must not make us wait
 	if err != nil {
 		return nil, badPIN(path, err)
@@ -60,11 +48,7 @@ func readPIN(mem seal.Memory, path string) (*pin, error) {
 	if len(line) == 0 || len(line) > maxPIN {
 		return nil, badPIN(path, fmt.Errorf("it holds no PIN of 1 to %d bytes", maxPIN))
 	}
-	s, err := mem.Take(line)
-	if err != nil {
-		return nil, err
-	}
-	return &pin{Secret: s, stamp: stamp(info)}, nil
+	return mem.Take(line)
 }
 
 func badPIN(path string, err error) error {
@@ -88,12 +72,6 @@ func checkPINFile(info fs.FileInfo) error {
 		return errors.New("it belongs to another user")
 	}
 	return nil
-}
-
-// stamp names one edition of a file: it changes when the file is written or replaced.
-func stamp(info fs.FileInfo) string {
-	st, _ := info.Sys().(*syscall.Stat_t)
-	return fmt.Sprintf("%d %d %d", st.Dev, st.Ino, info.ModTime().UnixNano())
 }
 
 // trimLine cuts b before its first line end.

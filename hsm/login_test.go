@@ -1,0 +1,116 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"context"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// TestSameWrongPINAgain: a wrong PIN costs one try however often its file is written
+// anew, and wherever it comes from. Another one is another try; a right one ends it.
+func TestSameWrongPINAgain(t *testing.T) {
+	b, triesFile := habits(t)
+	w := b.generated(t, 0, "kek")
+	kek := newKEK(t)
+	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
+	counted := func(want string) {
+		t.Helper()
+		if got := strings.TrimSpace(string(must[[]byte](t)(os.ReadFile(triesFile)))); got != want {
+			t.Fatalf("%s wrong PINs, want %s", got, want)
+		}
+	}
+	setPIN(t, w, wrongPIN)
+	refuses(t, w, slot, seal.CauseCredentials, "PIN")
+	for _, same := range []string{wrongPIN, wrongPIN + "\nbut a comment", wrongPIN} {
+		ok(t, os.Remove(w.config.PINFile))
+		setPIN(t, w, same)
+		refuses(t, w, slot, seal.CauseCredentials, "refused this PIN before")
+	}
+	c := w.config
+	c.PINFile, c.PIN = "", func(context.Context) (*seal.Secret, error) { return seal.Memory{}.Take([]byte(wrongPIN)) }
+	refuses(t, newWrapper(t, c), slot, seal.CauseCredentials, "refused this PIN before")
+	counted("1")
+	setPIN(t, w, testPIN)
+	opens(t, w, slot, kek)
+	counted("0")
+	setPIN(t, w, wrongPIN) // the token's PIN may have been set to it since
+	refuses(t, w, slot, seal.CauseCredentials, "PIN")
+	setPIN(t, w, wrongPIN+"0")
+	refuses(t, w, slot, seal.CauseCredentials, "PIN")
+	counted("2")
+}
+
+// Login has a test come between.
+func (f *faulty) Login(h pkcs11.SessionHandle, user uint, pin string) error {
+	if f.login != nil {
+		if err := f.login(); err != nil {
+			return err
+		}
+	}
+	return f.cryptoki.Login(h, user, pin)
+}
+
+// TestUnknownAnswerToLogin: an answer to C_Login that is neither yes nor no may have
+// counted as a wrong PIN, so that each PIN is given once: no repetition after a lost
+// session, no later try, until there is another PIN or the process starts anew.
+func TestUnknownAnswerToLogin(t *testing.T) {
+	b := softHSM(t)
+	w := b.generated(t, 0, "kek")
+	kek := newKEK(t)
+	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
+	for answer, shown := range map[pkcs11.Error]string{
+		pkcs11.CKR_DEVICE_ERROR: "CKR_DEVICE_ERROR", pkcs11.CKR_FUNCTION_FAILED: "CKR_FUNCTION_FAILED", pkcs11.CKR_GENERAL_ERROR: "CKR_GENERAL_ERROR",
+		pkcs11.CKR_USER_NOT_LOGGED_IN: "CKR_USER_NOT_LOGGED_IN", pkcs11.CKR_OPERATION_ACTIVE: "CKR_OPERATION_ACTIVE", 0x80000105: "0x80000105",
+	} {
+		given := 0
+		f := fault(w)
+		f.login = func() error { given++; return answer }
+		for range 5 {
+			refuses(t, w, slot, seal.CauseUnavailable, shown)
+			refuses(t, w, slot, seal.CauseUnavailable, "which may have counted as a wrong PIN, so this PIN is not given again")
+		}
+		if given != 1 {
+			t.Errorf("%v: the PIN was given %d times", answer, given)
+		}
+		f.login = func() error { given++; return nil } // mended: nobody knows that
+		setPIN(t, w, testPIN)
+		refuses(t, w, slot, seal.CauseUnavailable, "restart kleidi, which gives the PIN once more")
+		setPIN(t, w, wrongPIN)
+		refuses(t, w, slot, seal.CauseCredentials, "PIN")
+		if given != 2 {
+			t.Errorf("%v: PINs were given %d times, and the second one is new", answer, given)
+		}
+		setPIN(t, w, testPIN)
+		refuses(t, w, slot, seal.CauseUnavailable, shown)
+		fault(w) // as a process that starts anew
+		opens(t, w, slot, kek)
+	}
+}
+
+// TestTokenGoneAtLogin: a token that is taken out just then has looked at no PIN. It
+// is asked again, once at a time.
+func TestTokenGoneAtLogin(t *testing.T) {
+	b := softHSM(t)
+	w := b.generated(t, 0, "kek")
+	kek := newKEK(t)
+	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
+	for _, answer := range gone {
+		given := 0
+		f := fault(w)
+		f.login = func() error { given++; return answer }
+		_, err := w.Unwrap(t.Context(), slot)
+		checkFault(t, err, seal.CauseUnavailable, "C_Login: ")
+		if given != 2 {
+			t.Errorf("%v: the PIN was given %d times, want once and once more", answer, given)
+		}
+		f.login = nil
+		opens(t, w, slot, kek)
+	}
+}
