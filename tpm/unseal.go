@@ -90,32 +90,42 @@ func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *SRK, d *
 	if err := w.terms(ctx, t, srk, d).Satisfy(t, session); err != nil {
 		return nil, err
 	}
-	object, err := load(t, srk, d)
+	object, err := load(t, srk, tpm2.New2B(*d.public), d.Private, corrupt)
 	if err != nil {
 		return nil, err
 	}
 	defer flush(t, object.Handle)
+	kek, err = unseal(t, object, session, w.Memory, func(n int) error {
+		if n != seal.KEKSize {
+			return corrupt("it holds %d bytes, want %d", n, seal.KEKSize)
+		}
+		return nil
+	})
+	if errors.Is(err, tpm2.TPMRCPolicyFail) {
+		// The PCRs were right, and parseSlot computed the digest: what is left is
+		// an NV index of another Name whose value passed.
+		err = fmt.Errorf("%w: %w", authpolicy.ErrCounter, err)
+	}
+	return kek, err
+}
+
+// unseal moves what a sealed object holds into locked memory, if its size fits. What
+// go-tpm leaves behind is erased once it is collected.
+func unseal(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session, mem seal.Memory, fits func(n int) error) (secret *seal.Secret, err error) {
 	seal.Erase(func() {
 		var r *tpm2.UnsealResponse
 		r, err = tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
-		if errors.Is(err, tpm2.TPMRCPolicyFail) {
-			// The PCRs were right, and parseSlot computed the digest: what is left is
-			// an NV index of another Name whose value passed.
-			err = fmt.Errorf("TPM2_Unseal: %w: %w", authpolicy.ErrCounter, err)
-			return
-		}
 		if err != nil {
 			err = fmt.Errorf("TPM2_Unseal: %w", err)
 			return
 		}
-		if n := len(r.OutData.Buffer); n != seal.KEKSize {
+		if err = fits(len(r.OutData.Buffer)); err != nil {
 			clear(r.OutData.Buffer)
-			err = corrupt("it holds %d bytes, want %d", n, seal.KEKSize)
 			return
 		}
-		kek, err = w.Memory.Take(r.OutData.Buffer)
+		secret, err = mem.Take(r.OutData.Buffer)
 	})
-	return kek, err
+	return secret, err
 }
 
 // terms are those of the slot, with the boot states that are signed for it, and
@@ -139,15 +149,13 @@ func (w *Wrapper) terms(ctx context.Context, t transport.TPM, srk *SRK, d *slotD
 	return ts
 }
 
-func load(t transport.TPM, srk *SRK, d *slotData) (object tpm2.NamedHandle, err error) {
-	r, err := tpm2.Load{
-		ParentHandle: srk.auth(srk.Session()),
-		InPrivate:    tpm2.TPM2BPrivate{Buffer: d.Private},
-		InPublic:     tpm2.New2B(*d.public),
-	}.Execute(t)
+// load loads an object. Where it is the object that the TPM blames, broken makes the
+// error.
+func load(t transport.TPM, srk *SRK, public tpm2.TPM2BPublic, private []byte, broken func(format string, args ...any) error) (object tpm2.NamedHandle, err error) {
+	r, err := tpm2.Load{ParentHandle: srk.auth(srk.Session()), InPrivate: tpm2.TPM2BPrivate{Buffer: private}, InPublic: public}.Execute(t)
 	if err != nil {
 		if slices.ContainsFunc(damaged, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) }) {
-			return object, corrupt("TPM2_Load: %w", err)
+			return object, broken("TPM2_Load: %w", err)
 		}
 		return object, fmt.Errorf("TPM2_Load: %w", err)
 	}

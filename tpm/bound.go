@@ -1,0 +1,155 @@
+package tpm
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// boundPCR holds the state and the keys of Secure Boot. What is bound to it alone
+// demands nothing of the kernel: it has to outlive updates, and what a boot may open
+// is for the slots' authorization policies to say.
+const boundPCR = 7
+
+// bound is an object of this TPM that is of use only while PCR 7 is what it was when
+// the object was made, as the JSON in a file. Nothing in it is secret, and it is of
+// use to this TPM alone.
+type bound struct {
+	Form    string           `json:"form"`
+	SRK     hexBytes         `json:"srk"` // Name of the storage root key
+	Bank    string           `json:"bank"`
+	PCR7    hexBytes         `json:"pcr7"`
+	Public  []byte           `json:"public"`  // TPMT_PUBLIC
+	Private []byte           `json:"private"` // TPM2B_PRIVATE's buffer
+	terms   authpolicy.Terms // from Bank and PCR7
+}
+
+// boundKind is what tells one kind of such files from another.
+type boundKind struct {
+	form    string // the version of the file
+	max     int    // bounds the file, in bytes
+	name    string // in messages
+	command string // which makes it
+	renew   string // a hint: how to get another one
+	without string // a hint: how to do without
+}
+
+// newBound returns what is to be bound to the present value of PCR 7, and the digest of
+// its authorization policy.
+func newBound(t transport.TPM, srk *SRK, bank crypto.Hash, kind *boundKind) (b bound, digest []byte, err error) {
+	// In an audit session: who answers in the TPM's place must not choose the value
+	r, err := tpm2.PCRRead{PCRSelectionIn: authpolicy.Selection(bank, []int{boundPCR})}.Execute(t, srk.Session(tpm2.Audit()))
+	if err != nil {
+		return b, nil, fmt.Errorf("TPM2_PCR_Read: %w", err)
+	}
+	if len(r.PCRValues.Digests) != 1 {
+		return b, nil, fmt.Errorf("TPM2_PCR_Read: the TPM has no %s bank; set tpm.bank", bankName(bank))
+	}
+	b = bound{Form: kind.form, SRK: srk.Name.Buffer, Bank: bankName(bank), PCR7: r.PCRValues.Digests[0].Buffer}
+	digest, err = b.authorization()
+	if err != nil {
+		return b, nil, seal.Errorf(seal.CauseBootState, kind.without+"; see that the firmware measures into the bank that tpm.bank names",
+			"no %s can be bound to this boot: %w", kind.name, err)
+	}
+	return b, digest, nil
+}
+
+// authorization computes the terms from the bank and PCR 7, and their digest.
+func (b *bound) authorization() ([]byte, error) {
+	bank, err := ParseBank(b.Bank)
+	if err != nil {
+		return nil, err
+	}
+	b.terms = authpolicy.Terms{authpolicy.PCR{Bank: bank, Values: map[int][]byte{boundPCR: b.PCR7}}}
+	return b.terms.Digest()
+}
+
+// create makes the object.
+func (b *bound) create(t transport.TPM, cmd tpm2.Create) error {
+	r, err := cmd.Execute(t)
+	if err != nil {
+		return fmt.Errorf("TPM2_Create: %w", err)
+	}
+	b.Public, b.Private = r.OutPublic.Bytes(), r.OutPrivate.Buffer
+	return nil
+}
+
+// marshalBound returns the content of the file.
+func marshalBound(whole any) ([]byte, error) {
+	b, err := json.Marshal(whole)
+	return append(b, '\n'), err
+}
+
+// damaged says that a file can't be used on any TPM.
+func (k *boundKind) damaged(format string, args ...any) error {
+	return seal.Errorf(seal.CauseCredentials, "bring back the file, or "+k.renew, "the file of the "+k.name+" is damaged: "+format, args...)
+}
+
+// parse reads a file, of which there is only one form for each object, into whole, in
+// which b is embedded. It returns the digest that the object's authorization policy
+// has to have.
+func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, err error) {
+	if len(file) > kind.max {
+		return nil, kind.damaged("more than %d bytes", kind.max)
+	}
+	if err := json.Unmarshal(file, whole); err != nil {
+		return nil, kind.damaged("%w", err)
+	}
+	if b.Form != kind.form {
+		return nil, kind.damaged("form %s is not known to this version", clip(b.Form))
+	}
+	if len(b.SRK) != nameSize { // none at all would stand for any
+		return nil, kind.damaged("the Name of its storage root key has %d bytes, want %d", len(b.SRK), nameSize)
+	}
+	if digest, err = b.authorization(); err != nil {
+		return nil, kind.damaged("%w", err)
+	}
+	if same, err := marshalBound(whole); err != nil || !bytes.Equal(same, file) {
+		return nil, kind.damaged("it is not as %s writes it", kind.command)
+	}
+	return digest, nil
+}
+
+// useBound runs f with the object loaded, and with a session that satisfies its
+// authorization policy. The session, salted to the storage root key that the file
+// names, proves that the answer is that TPM's.
+func (d *Device) useBound(ctx context.Context, owner Owner, b *bound, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts ...tpm2.AuthOption) error {
+	return d.Do(ctx, func(t transport.TPM) error {
+		return WithSRK(t, owner, b.SRK, func(srk *SRK) (err error) {
+			for range unsealTries {
+				err = b.use(t, srk, kind, f, append(opts, srk.salted()))
+				if !errors.Is(err, tpm2.TPMRCPCRChanged) {
+					break
+				}
+			}
+			return err
+		})
+	})
+}
+
+// use loads the object last: see Wrapper.unsealOnce.
+func (b *bound) use(t transport.TPM, srk *SRK, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts []tpm2.AuthOption) error {
+	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, opts...)
+	if err != nil {
+		return fmt.Errorf("TPM2_StartAuthSession: %w", err)
+	}
+	defer func() { _ = done() }() // a session that the TPM has ended already can't be ended again
+	if err := b.terms.Satisfy(t, session); err != nil {
+		return err
+	}
+	object, err := load(t, srk, tpm2.BytesAs2B[tpm2.TPMTPublic](b.Public), b.Private, kind.damaged)
+	if err != nil {
+		return err
+	}
+	defer flush(t, object.Handle)
+	return f(t, object, session)
+}

@@ -1,0 +1,162 @@
+package tpm
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// MaxCredential bounds a credential that is sealed, in bytes: every TPM takes as much
+// (MAX_SYM_DATA, TCG PC Client Platform TPM Profile).
+const MaxCredential = 128
+
+// MaxSealedCredential bounds the file of a sealed credential, in bytes.
+const MaxSealedCredential = 4 << 10
+
+var credentialKind = &boundKind{
+	form: "sealed-credential-v1", max: MaxSealedCredential, name: "sealed credential", command: "kleidi pkcs11-pin",
+	renew: hintCredential, without: "keep the PIN in a file, with pkcs11.pinFile",
+}
+
+const hintCredential = "seal a new one with kleidi pkcs11-pin"
+
+// sealedCredential is the JSON in a sealed credential's file.
+type sealedCredential struct {
+	bound
+	EK string `json:"ek"` // digest of the endorsement key, see EKDigest
+}
+
+// credentialTemplate is a sealed object like that of a KEK, see sealedAttributes.
+func credentialTemplate(digest []byte) tpm2.TPMTPublic {
+	return tpm2.TPMTPublic{
+		Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256,
+		ObjectAttributes: sealedAttributes, AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
+		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgKeyedHash, &tpm2.TPMSKeyedHashParms{Scheme: tpm2.TPMTKeyedHashScheme{Scheme: tpm2.TPMAlgNull}}),
+	}
+}
+
+// SealCredential seals a credential of 1 to [MaxCredential] bytes to this TPM, for as
+// long as PCR 7 of the bank is what it is now: after a change of Secure Boot's state
+// or keys, seal it anew. blob is what to keep in a file, of at most
+// [MaxSealedCredential] bytes; it holds nothing that another TPM could open, nor this
+// one once it was cleared.
+func (d *Device) SealCredential(ctx context.Context, owner Owner, bank crypto.Hash, credential *seal.Secret) (blob []byte, err error) {
+	var size int
+	credential.With(func(b []byte) { size = len(b) })
+	if size == 0 || size > MaxCredential {
+		return nil, fmt.Errorf("a credential of %d bytes can't be sealed; want 1 to %d", size, MaxCredential)
+	}
+	defer seal.Collect() // the command, as go-tpm marshalled it
+	c := &sealedCredential{}
+	err = d.Do(ctx, func(t transport.TPM) (err error) {
+		if c.EK, err = EKDigest(t); err != nil {
+			return err
+		}
+		return WithSRK(t, owner, nil, func(srk *SRK) error { return c.seal(t, srk, bank, credential) })
+	})
+	if err != nil {
+		return nil, classify(err)
+	}
+	if blob, err = marshalBound(c); err != nil {
+		return nil, err
+	}
+	_, err = parseCredential(blob)
+	return blob, err
+}
+
+// seal creates the sealed object; the credential crosses the bus encrypted.
+func (c *sealedCredential) seal(t transport.TPM, srk *SRK, bank crypto.Hash, credential *seal.Secret) error {
+	b, digest, err := newBound(t, srk, bank, credentialKind)
+	if err != nil {
+		return err
+	}
+	c.bound = b
+	credential.With(func(b []byte) {
+		err = c.create(t, tpm2.Create{
+			ParentHandle: srk.auth(srk.Session(tpm2.AESEncryption(128, tpm2.EncryptIn))),
+			InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
+				Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: b})}},
+			InPublic: tpm2.New2B(credentialTemplate(digest)),
+		})
+	})
+	return err
+}
+
+// parseCredential reads a sealed credential's file, and proves that it holds an object
+// of the kind that SealCredential makes, bound to the PCR value that stands beside it.
+func parseCredential(blob []byte) (*sealedCredential, error) {
+	c := &sealedCredential{}
+	digest, err := c.parse(credentialKind, blob, c)
+	if err != nil {
+		return nil, err
+	}
+	if sum, ok := strings.CutPrefix(c.EK, "sha256:"); !ok || len(sum) != 2*crypto.SHA256.Size() || strings.ToLower(sum) != sum {
+		return nil, credentialKind.damaged("%s is no digest of an endorsement key", clip(c.EK))
+	} else if _, err := hex.DecodeString(sum); err != nil {
+		return nil, credentialKind.damaged("digest of the endorsement key: %w", err)
+	}
+	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](c.Public)
+	if err != nil {
+		return nil, credentialKind.damaged("public area: %w", err)
+	}
+	want := credentialTemplate(digest)
+	want.Unique = public.Unique
+	if id, err := public.Unique.KeyedHash(); err != nil || len(id.Buffer) != crypto.SHA256.Size() || !bytes.Equal(tpm2.Marshal(want), c.Public) {
+		return nil, credentialKind.damaged("the object is of another kind, or its authorization policy is not that of its PCR 7")
+	}
+	return c, nil
+}
+
+// UnsealCredential returns what SealCredential made blob of, in locked memory. That
+// Secure Boot's state or keys have changed is [seal.CauseBootState]; another TPM is
+// [seal.CauseOtherTPM], a cleared one [seal.CauseTPMCleared], and a file that no TPM
+// can open [seal.CauseCredentials].
+func (d *Device) UnsealCredential(ctx context.Context, owner Owner, mem seal.Memory, blob []byte) (credential *seal.Secret, err error) {
+	c, err := parseCredential(blob)
+	if err != nil {
+		return nil, err
+	}
+	defer seal.Collect() // the TPM's answer, as go-tpm unmarshalled it
+	err = d.useBound(ctx, owner, &c.bound, credentialKind, func(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session) (err error) {
+		credential, err = unseal(t, object, session, mem, func(n int) error {
+			if n == 0 || n > MaxCredential {
+				return credentialKind.damaged("it holds %d bytes, want 1 to %d", n, MaxCredential)
+			}
+			return nil
+		})
+		return err
+	}, tpm2.AESEncryption(128, tpm2.EncryptOut))
+	switch {
+	case errors.Is(err, errOtherSRK):
+		return nil, classify(d.Do(ctx, c.otherTPM))
+	case errors.Is(err, authpolicy.ErrBootState):
+		return nil, seal.Errorf(seal.CauseBootState, "boot as before, or "+hintCredential,
+			"Secure Boot's state or keys have changed since the credential was sealed, which is bound to PCR 7: %w", err)
+	case err != nil:
+		return nil, classify(err)
+	}
+	return credential, nil
+}
+
+// otherTPM tells a TPM that was cleared from another one.
+func (c *sealedCredential) otherTPM(t transport.TPM) error {
+	now, err := EKDigest(t)
+	switch {
+	case err != nil:
+		return err
+	case now == c.EK:
+		return seal.Errorf(seal.CauseTPMCleared, hintCredential, "this TPM was cleared after the credential was sealed: %w", errOtherSRK)
+	}
+	return seal.Errorf(seal.CauseOtherTPM, "put the disk back into its machine, or "+hintCredential,
+		"the credential was sealed by another TPM: its endorsement key is %.19s…, this one's is %.19s…: %w", c.EK, now, errOtherSRK)
+}
