@@ -96,7 +96,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 // addSecondary makes the wrappers beside the TPM's that are configured.
 func (n *node) addSecondary() (err error) {
 	if n.cfg.PKCS11.Configured() {
-		if n.hsm, err = hsm.New(n.cfg.PKCS11.Wrapper(n.mem)); err != nil {
+		if n.hsm, err = hsm.New(n.cfg.PKCS11.Wrapper(n.mem, n.sealedPIN)); err != nil {
 			return fmt.Errorf("pkcs11: %w", err)
 		}
 	}

@@ -132,8 +132,10 @@ type PKCS11 struct {
 	TokenSerial string `yaml:"tokenSerial"`
 	KeyLabel    string `yaml:"keyLabel"`
 
-	PINFile string        `yaml:"pinFile"`
-	Timeout time.Duration `yaml:"timeout"`
+	PINFile string `yaml:"pinFile"`
+	// SealedPINFile holds, instead of PINFile, a PIN that only this node's TPM can unseal.
+	SealedPINFile string        `yaml:"sealedPINFile"`
+	Timeout       time.Duration `yaml:"timeout"`
 }
 
 // Vault is a Transit key of Vault or OpenBao; without an address there is none.
@@ -305,10 +307,15 @@ func (c PKCS11) Configured() bool {
 	return c.Module+c.URI+c.TokenLabel+c.TokenSerial+c.KeyLabel != ""
 }
 
-// Wrapper is what package hsm wants.
-func (c PKCS11) Wrapper(mem seal.Memory) hsm.Config {
-	return hsm.Config{Module: c.Module, InitArgs: c.InitArgs, URI: c.URI, TokenLabel: c.TokenLabel, TokenSerial: c.TokenSerial, KeyLabel: c.KeyLabel,
+// Wrapper is what package hsm wants. sealed returns the PIN where it is sealed to
+// the TPM.
+func (c PKCS11) Wrapper(mem seal.Memory, sealed func(context.Context) (*seal.Secret, error)) hsm.Config {
+	h := hsm.Config{Module: c.Module, InitArgs: c.InitArgs, URI: c.URI, TokenLabel: c.TokenLabel, TokenSerial: c.TokenSerial, KeyLabel: c.KeyLabel,
 		PINFile: c.PINFile, Timeout: c.Timeout, Memory: mem}
+	if c.SealedPINFile != "" {
+		h.PIN = sealed
+	}
+	return h
 }
 
 // Wrapper is what package vault wants. certificate returns the client certificate

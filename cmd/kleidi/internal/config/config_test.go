@@ -135,6 +135,23 @@ func TestVaultKeyInTheTPM(t *testing.T) {
 	}
 }
 
+func TestSealedPIN(t *testing.T) {
+	const token = "pkcs11: {module: /m.so, "
+	for text, want := range map[string]string{
+		"uri: \"pkcs11:object=k\", sealedPINFile: /s":                               "",
+		"uri: \"pkcs11:object=k\", sealedPINFile: s":                                "pkcs11.sealedPINFile: \"s\" is not an absolute path",
+		"uri: \"pkcs11:object=k\", sealedPINFile: /s, pinFile: /p":                  "pkcs11: pinFile, or the URI's pin-source, names a PIN beside sealedPINFile; remove one of them",
+		"uri: \"pkcs11:object=k?pin-source=file:/p\", sealedPINFile: /s":            "names a PIN beside sealedPINFile",
+		"uri: \"pkcs11:object=k?pin-source=file:/p\", sealedPINFile: \"\"":          "",
+		"uri: \"pkcs11:object=k\", sealedPINFile: /s, sealedPINFile: /t, pinFile: ": "pkcs11.sealedPINFile: line 3: the key stands twice",
+	} {
+		_, err := Parse([]byte(head + token + text + "}\n"))
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
 func TestBadFiles(t *testing.T) {
 	for name, content := range map[string]string{
 		"empty": "", "a list": "- a", "no version": "kind: KleidiConfiguration\n", "not YAML": "a: [",

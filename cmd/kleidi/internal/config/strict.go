@@ -101,12 +101,20 @@ func (p *problems) validateUnlock(c *Config) {
 		p.Add("unlock.selfTest", "want 1m or more, or 0 for never")
 	}
 	if configured[seal.TypePKCS11] {
-		if _, err := hsm.New(c.PKCS11.Wrapper(seal.Memory{})); err != nil {
-			p.Add("pkcs11", "%v", err)
-		}
+		p.validatePKCS11(c.PKCS11)
 	}
 	if configured[seal.TypeVault] {
 		p.validateVault(c.Vault)
+	}
+}
+
+func (p *problems) validatePKCS11(c PKCS11) {
+	unused := func(context.Context) (*seal.Secret, error) { return nil, errors.ErrUnsupported }
+	if _, err := hsm.New(c.Wrapper(seal.Memory{}, unused)); err != nil {
+		p.Add("pkcs11", "%v", err)
+	}
+	if c.SealedPINFile != "" {
+		p.absolute("pkcs11.sealedPINFile", c.SealedPINFile)
 	}
 }
 

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// pkcs11PIN is what kleidi pkcs11-pin made.
+type pkcs11PIN struct {
+	File    string `json:"sealedPINFile"`
+	PINFile string `json:"pinFile,omitempty"`
+	Bank    string `json:"bank"`
+	PCRs    []int  `json:"pcrs"`
+	// SecureBoot says whether evidence shows that it is on.
+	SecureBoot bool `json:"secureBoot"`
+}
+
+// fromStdin names standard input where a file could be named.
+const fromStdin = "-"
+
+func (a *app) newPKCS11PIN() *cobra.Command {
+	var pinFile, out string
+	cmd := &cobra.Command{
+		Use:   "pkcs11-pin --pin-file FILE --out FILE",
+		Short: "Seal the user PIN of a PKCS#11 token to this machine's TPM",
+		Long: `Seal the user PIN of a PKCS#11 token to this machine's TPM, so that no PIN lies
+readable on the disk. What is written is of no use to another machine. Nothing asks
+the token for the PIN here: kleidi slot test does. docs/pkcs11.md goes on from there.
+
+The PIN unseals only while PCR 7, the state and the keys of Secure Boot, is what it is
+now. After a change of these, or when the TPM was cleared, seal it anew: keep the PIN
+where you keep the recovery identity.`,
+		Example: `  kleidi pkcs11-pin --pin-file /etc/kleidi/pkcs11.pin --out /etc/kleidi/pkcs11.pin.sealed
+  kleidi pkcs11-pin --pin-file - --out /etc/kleidi/pkcs11.pin.sealed`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			n, err := newNode(cfg, logger(cfg), nil)
+			if err != nil {
+				return err
+			}
+			p := pkcs11PIN{File: out, Bank: cfg.TPM.Bank, PCRs: []int{7}}
+			if pinFile != fromStdin {
+				p.PINFile = pinFile
+			}
+			if err := n.makeSealedPIN(cmd, &p); err != nil {
+				return requireRoot(fmt.Errorf("pkcs11-pin: %w", err))
+			}
+			return a.show(cmd.OutOrStdout(), p, p.print)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&pinFile, "pin-file", "", "file with the PIN on its first line, readable by its owner alone; - asks for it, or reads standard input")
+	flags.StringVar(&out, "out", "", "new file for the sealed PIN, which pkcs11.sealedPINFile names")
+	for _, name := range []string{"pin-file", "out"} {
+		_ = cmd.MarkFlagRequired(name)
+		_ = cmd.MarkFlagFilename(name)
+	}
+	return cmd
+}
+
+func (p pkcs11PIN) print(w io.Writer) {
+	fmt.Fprintf(w, "PIN sealed to this machine's TPM, of use to this machine alone, written to %s\n", p.File)
+	fmt.Fprintf(w, "it unseals while PCR 7 (%s) is what it is now: seal it anew when Secure Boot's state or keys change\n", p.Bank)
+	if !p.SecureBoot {
+		fmt.Fprintf(w, "warning: nothing shows that Secure Boot is on: any operating system that is started on this machine can unseal it\n")
+	}
+	fmt.Fprintf(w, "next: set pkcs11.sealedPINFile: %s in place of pkcs11.pinFile, restart kleidi serve,\nand see with kleidi slot test that the token takes the PIN\n", p.File)
+	if p.PINFile != "" {
+		fmt.Fprintf(w, "then keep the PIN off this machine, and remove it here: shred -u %s\n", p.PINFile)
+		fmt.Fprintf(w, "flash, snapshots, journals and backups may hold copies all the same: only another PIN on the token makes them worthless\n")
+	}
+}
+
+// makeSealedPIN writes the file once it is proven that the PIN comes out of it.
+func (n *node) makeSealedPIN(cmd *cobra.Command, p *pkcs11PIN) (err error) {
+	if p.File, err = filepath.Abs(p.File); err != nil {
+		return err
+	}
+	if _, err := os.Lstat(p.File); err == nil {
+		return fmt.Errorf("%s exists; name another file", p.File)
+	}
+	if err := lockProcess(n.mem, n.log); err != nil {
+		return err
+	}
+	pin, err := n.readPIN(cmd, p.PINFile)
+	if err != nil {
+		return err
+	}
+	defer pin.Close()
+	ctx := cmd.Context()
+	blob, err := n.gate.Device.SealCredential(ctx, n.gate.Owner, n.gate.Bank, pin)
+	if err != nil {
+		return needsTPM(err)
+	}
+	if err := n.provePIN(ctx, blob, pin); err != nil {
+		return err
+	}
+	p.SecureBoot = n.secureBoot(ctx)
+	return writeNew(p.File, blob)
+}
+
+func (n *node) provePIN(ctx context.Context, blob []byte, pin *seal.Secret) error {
+	got, err := n.gate.Device.UnsealCredential(ctx, n.gate.Owner, n.mem, blob)
+	if err != nil {
+		return err
+	}
+	defer got.Close()
+	if !got.Equal(pin) {
+		return errors.New("the TPM unseals something else than what was sealed, nothing was written; see whether the TPM is faulty")
+	}
+	return nil
+}
+
+// readPIN reads a PIN from a file, or else a line of standard input. At a terminal
+// it is asked for twice: a wrong one would cost a try on the token.
+func (n *node) readPIN(cmd *cobra.Command, file string) (*seal.Secret, error) {
+	if file != "" {
+		return hsm.ReadPIN(n.mem, file)
+	}
+	read := lines(cmd)
+	b, err := read("user PIN of the token (not shown): ")
+	b = bytes.TrimSuffix(b, []byte("\r"))
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("read the PIN: %w", err)
+	}
+	if len(b) == 0 {
+		return nil, errors.New("no PIN was given; type it, pipe it in, or name --pin-file")
+	}
+	pin, err := n.mem.Take(b)
+	if err != nil {
+		return nil, err
+	}
+	if in, ok := cmd.InOrStdin().(*os.File); !ok || !isTerminal(in) {
+		return pin, nil
+	}
+	if err := sameAgain(n.mem, read, pin); err != nil {
+		_ = pin.Close()
+		return nil, err
+	}
+	return pin, nil
+}
+
+func sameAgain(mem seal.Memory, read func(prompt string) ([]byte, error), pin *seal.Secret) error {
+	b, err := read("the same PIN again: ")
+	if err != nil {
+		return err
+	}
+	if len(b) > 0 {
+		again, err := mem.Take(b)
+		if err != nil {
+			return err
+		}
+		defer again.Close()
+		if again.Equal(pin) {
+			return nil
+		}
+	}
+	return errors.New("the two PINs differ, nothing was written; run the command again")
+}
+
+// sealedPIN is the user PIN where it is sealed to the TPM. The file is read anew each
+// time, so replacing it is enough.
+func (n *node) sealedPIN(ctx context.Context) (*seal.Secret, error) {
+	path := n.cfg.PKCS11.SealedPINFile
+	blob, err := readFile(path, tpm.MaxSealedCredential)
+	if err != nil {
+		return nil, seal.Errorf(seal.CauseCredentials, "make it with kleidi pkcs11-pin, or correct pkcs11.sealedPINFile", "pkcs11.sealedPINFile: %w", err)
+	}
+	pin, err := n.gate.Device.UnsealCredential(ctx, n.gate.Owner, n.mem, blob)
+	if e, ok := errors.AsType[*seal.Error](needsTPM(err)); ok {
+		return nil, seal.Errorf(e.Cause, e.Hint, "pkcs11.sealedPINFile: %s: %w", path, e.Err)
+	}
+	return pin, err
+}
+
+// needsTPM says what a machine without a TPM can do.
+func needsTPM(err error) error {
+	e, ok := errors.AsType[*seal.Error](err)
+	if !ok || e.Cause != seal.CauseUnavailable {
+		return err
+	}
+	return seal.Errorf(e.Cause, e.Hint+"; where there is no TPM, set pkcs11.pinFile instead", "a sealed PIN needs this machine's TPM: %w", e.Err)
+}
