@@ -9,7 +9,7 @@ import (
 
 // documents are those that show commands, relative to this folder.
 var documents = []string{"../../README.md", "../../docs/recovery.md", "../../docs/operations.md", "../../docs/boot-states.md",
-	"../../docs/boot-policy.md", "../../docs/updates.md", "../../docs/remote-attestation.md"}
+	"../../docs/boot-policy.md", "../../docs/updates.md", "../../docs/remote-attestation.md", "../../docs/pkcs11.md"}
 
 // block is a fenced block of a document, with the comment before it.
 type block struct {

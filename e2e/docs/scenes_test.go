@@ -72,6 +72,7 @@ var scenes = map[string]func(*machine){
 		withToken("[tpm, pkcs11]", true)(m)
 		m.otherTPM()
 	},
+	"a serving node with a token": withToken("[tpm, pkcs11]", true),
 	"a serving node whose token is away": func(m *machine) {
 		withToken("[tpm, pkcs11]", true)(m)
 		m.must("mv " + m.root("tokens") + " " + m.root("away"))

@@ -15,7 +15,7 @@ func withToken(order string, attests bool) func(*machine) {
 		m.buildPKCS11()
 		m.newToken()
 		m.must("pkcs11-tool --module " + softHSM + " --token-label kleidi --login --pin 73616220 --keygen --key-type AES:32 --label kek")
-		m.settings = fmt.Sprintf("unlock: {order: %s, requireAttestation: %t}\npkcs11: {module: %s, uri: \"pkcs11:token=kleidi;object=kek\", pinFile: %s}\n",
+		m.settings = fmt.Sprintf("unlock: {order: %s, requireAttestation: %t}\npkcs11:\n  module: %s\n  uri: pkcs11:token=kleidi;object=kek\n  pinFile: %s\n",
 			order, attests, softHSM, m.root("etc/kleidi/pkcs11.pin"))
 		m.configure()
 		// What is started by systemctl here is started by the test.
