@@ -148,6 +148,10 @@ func (w *Wrapper) unwrapOnce(ctx context.Context, s *session, token []byte) ([]b
 	if id := w.kept(digest); id != nil {
 		return id, nil
 	}
+	// Who asked may have gone: what the server gives out once must be kept all the same.
+	deadline, _ := ctx.Deadline() // see in
+	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	defer cancel()
 	secret, err := s.unwrap(ctx, token)
 	if err != nil {
 		return nil, err

@@ -123,3 +123,18 @@ func TestUnwrappingHoldsNobodyUp(t *testing.T) {
 		t.Error("it keeps a secret ID although it is closed")
 	}
 }
+
+// TestUnwrappedForTheNext: a secret ID whose asker has gone meanwhile is there for the
+// next one, since nobody gets it again.
+func TestUnwrappedForTheNext(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	f := newFake(t, unwraps(cancel))
+	w := newWrapper(t, wrappedConfig(t, f))
+	kek := newKEK(t)
+	if _, err := w.Wrap(ctx, kek); !errors.Is(err, context.Canceled) {
+		t.Errorf("who has gone: %v", err)
+	}
+	if _, err := w.Wrap(t.Context(), kek); err != nil {
+		t.Errorf("the next one: %v", err)
+	}
+}
