@@ -54,7 +54,7 @@ func TestTwoOfTwoConformance(t *testing.T) {
 	for _, b := range [][2]*backend{{&softA, &softB}, {nss(t), nss(t)}} {
 		token, other := b[0].generated(t, 0, "kek"), b[1].generated(t, 0, "kek")
 		for name, h := range map[string]sealtest.Harness{
-			"another token": {Other: pair(first, other)},
+			"another token": {Other: pair(first, other), OtherCause: seal.CauseNoSlot},
 			"another TPM":   {Other: pair(elsewhere, token), OtherCause: seal.CauseOtherTPM},
 		} {
 			t.Run(b[0].name+"/"+name, func(t *testing.T) {
