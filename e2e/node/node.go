@@ -46,6 +46,8 @@ type Setup struct {
 	Settings string
 	// NoTPM leaves the machine without a TPM.
 	NoTPM bool
+	// Init are the flags of init in the place of a recovery recipient.
+	Init []string
 }
 
 // New boots a machine from a unified kernel image and runs `kleidi init` on it.
@@ -66,7 +68,10 @@ func Make(t testing.TB, s Setup) *Node {
 		t.Fatal(err)
 	}
 	n.Configure(s.Settings)
-	n.Run("init", "--recovery-recipient", n.makeIdentity())
+	if s.Init == nil {
+		s.Init = []string{"--recovery-recipient", n.makeIdentity()}
+	}
+	n.Run("init", s.Init...)
 	return n
 }
 

@@ -51,7 +51,7 @@ func (k *token) faults() []site.Fault {
 		finalTry,
 		row("PIN locked", seal.CauseCredentials, func() { k.write("tries", "9") }, func() { k.write("tries", "0") }, "its user PIN is locked", "have the security officer unlock the user PIN"),
 		row("PIN file gone", seal.CauseCredentials, func() { k.ok(os.Remove(k.path("pin"))) }, func() { k.write("pin", k.pin+"\n") }, "no such file", "put the PIN, and nothing else, into that file"),
-		row("key deleted", seal.CauseUnavailable, func() {
+		row("key deleted", seal.CauseKeyMissing, func() {
 			k.ok(os.CopyFS(k.path("away"), os.DirFS(k.path("tokens"))))
 			k.tool("--delete-object", "--type", "secrkey", "--label", "kek")
 		}, k.putBack, "it has no key that matches", "backup"),

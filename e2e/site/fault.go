@@ -98,8 +98,7 @@ func (s *Site) run(row Fault, type_ string) line {
 	row.again()
 	s.Restart()
 	if row.Opens {
-		s.isLocked(row)
-		shown = string(row.Cause) + ": " + row.Says[0]
+		shown = s.isLocked(row)
 		if row.While != nil {
 			row.While(false)
 		}
@@ -123,11 +122,15 @@ func (row Fault) again() {
 	}
 }
 
-// isLocked wants each place where it is looked for to say that kleidi is locked, and why.
-func (s *Site) isLocked(row Fault) {
+// shownOf bounds how much of an error a table shows, in bytes.
+const shownOf = 160
+
+// isLocked wants each place where it is looked for to say that kleidi is locked, and
+// why. It returns the beginning of that.
+func (s *Site) isLocked(row Fault) string {
 	s.t.Helper()
 	locked := "locked: " + string(row.Cause)
-	s.WaitSays(http.StatusServiceUnavailable, append([]string{locked}, row.Says...)...)
+	body := s.WaitSays(http.StatusServiceUnavailable, append([]string{locked}, row.Says...)...)
 	s.Do("status --quick", append([]string{"locked"}, row.Says...)...)
 	s.RefusesCalls(append([]string{string(row.Cause)}, row.Says...)...)
 	said := false
@@ -137,6 +140,8 @@ func (s *Site) isLocked(row Fault) {
 	if !said {
 		s.t.Errorf("the log has no line of msg=locked with cause %s and %q", row.Cause, row.Says[0])
 	}
+	body = strings.TrimPrefix(body, "locked: ")
+	return strings.TrimSpace(body[:min(len(body), shownOf)])
 }
 
 // quoted is text as it stands inside of a quoted value of the log.

@@ -49,7 +49,7 @@ func (s *Site) forge(row Forgery, type_ string) line {
 	s.WaitSays(http.StatusOK, "ok")
 	s.Decrypts()
 	s.Restart()
-	s.isLocked(Fault{Cause: row.Cause, Says: row.Says})
+	shown := s.isLocked(Fault{Cause: row.Cause, Says: row.Says})
 	if !bytes.Equal(bad, s.Stored()) {
 		s.t.Error("kleidi has written the keyring")
 	}
@@ -58,7 +58,7 @@ func (s *Site) forge(row Forgery, type_ string) line {
 	s.WaitSays(http.StatusOK, "ok")
 	s.Decrypts()
 	s.Do("slot test", "opens")
-	return s.line(row.Name, string(row.Cause)+": "+row.Says[0], "nothing written, open goes on", began)
+	return s.line(row.Name, shown, "nothing written, open goes on", began)
 }
 
 // store replaces the keyring's file, as whoever may write the disk can.

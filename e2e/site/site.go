@@ -127,9 +127,15 @@ func (s *Site) try(command string) (string, error) {
 // WantIn wants a text to say these.
 func (s *Site) WantIn(where, text string, says ...string) {
 	s.t.Helper()
+	WantIn(s.t, where, text, says...)
+}
+
+// WantIn fails the test where a text does not say these.
+func WantIn(t testing.TB, where, text string, says ...string) {
+	t.Helper()
 	for _, want := range says {
 		if !strings.Contains(text, want) {
-			s.t.Errorf("%s does not say %q:\n%s", where, want, text)
+			t.Errorf("%s does not say %q:\n%s", where, want, text)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"errors"
 	"io"
 	"net"
 	"strings"
@@ -95,9 +96,12 @@ func (g *gate) forward(c net.Conn) {
 	_, _ = io.Copy(c, to)
 }
 
-// asked counts the connections that are open.
-func (g *gate) asked() int {
+// wasAsked is nil once a connection is open.
+func (g *gate) wasAsked() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return len(g.open_)
+	if len(g.open_) == 0 {
+		return errors.New("no connection")
+	}
+	return nil
 }

@@ -2,8 +2,6 @@ package vault
 
 import (
 	"bytes"
-	"encoding/base64"
-	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -14,6 +12,7 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/e2e/site"
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 	"github.com/beezy-dev/kleidi/vault"
 )
@@ -89,20 +88,6 @@ func secretsOf(t *testing.T, f *scene) map[string][]byte {
 	return all
 }
 
-func findIn(t *testing.T, where, text string, secrets map[string][]byte) {
-	t.Helper()
-	for name, secret := range secrets {
-		for form, needle := range map[string]string{
-			"raw": string(secret), "hexadecimal": hex.EncodeToString(secret), "base64": base64.RawStdEncoding.EncodeToString(secret),
-			"base64url": base64.RawURLEncoding.EncodeToString(secret), "decimal": strings.Trim(fmt.Sprint(secret), "[]"),
-		} {
-			if strings.Contains(text, needle) || form == "hexadecimal" && strings.Contains(strings.ToLower(text), needle) {
-				t.Errorf("%s holds the %s (%s)", where, name, form)
-			}
-		}
-	}
-}
-
 // TestErrorsHoldNoSecret: whatever is wrong, no error repeats a KEK or a credential.
 func TestErrorsHoldNoSecret(t *testing.T) {
 	for name, auth := range map[string]func(*server) vault.Auth{"token": tokenAuth, "approle": appRoleAuth, "jwt": jwtAuth} {
@@ -111,10 +96,10 @@ func TestErrorsHoldNoSecret(t *testing.T) {
 			secrets := secretsOf(t, f)
 			try := func(what string) {
 				_, err := f.w.Wrap(t.Context(), f.kek)
-				findIn(t, what, fmt.Sprintf("%v %+v %#v", err, err, err), secrets)
+				site.FindIn(t, what, fmt.Sprintf("%v %+v %#v", err, err, err), secrets)
 				_, err = f.w.Unwrap(t.Context(), f.slot)
-				findIn(t, what, fmt.Sprintf("%v %+v %#v", err, err, err), secrets)
-				findIn(t, what+": the wrapper", fmt.Sprintf("%v %+v", f.w, f.w), secrets)
+				site.FindIn(t, what, fmt.Sprintf("%v %+v %#v", err, err, err), secrets)
+				site.FindIn(t, what+": the wrapper", fmt.Sprintf("%v %+v", f.w, f.w), secrets)
 			}
 			try("working")
 			f.rules(`path "nothing" { capabilities = ["read"] }`)

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/e2e/site"
 )
 
 // inTPM is a node of the document whose client key is in its TPM.
@@ -42,8 +43,8 @@ func (n *inTPM) configured(text string) {
 	t.Helper()
 	settings := strings.NewReplacer("/etc/kleidi/vault", n.d.folder, "https://vault.example:8200", n.d.url).Replace(text)
 	n.Configure(settings + "unlock: {order: [tpm, vault]}\n")
-	wantIn(t, "slot add", string(n.Run("slot", "add", "vault")), []string{"the KEK is wrapped by vault as well"})
-	wantIn(t, "slot test", string(n.Run("slot", "test", "vault")), []string{"opens"})
+	site.WantIn(t, "slot add", string(n.Run("slot", "add", "vault")), "the KEK is wrapped by vault as well")
+	site.WantIn(t, "slot test", string(n.Run("slot", "test", "vault")), "opens")
 	b := n.Current()
 	b.Kernel = "6.13.1"
 	n.Reboot(b)
@@ -57,7 +58,7 @@ func (n *inTPM) opensByVault() {
 	if err != nil {
 		n.d.t.Fatal(err)
 	}
-	wantIn(n.d.t, "readyz", body, []string{"fallback: opened by vault"})
+	site.WantIn(n.d.t, "readyz", body, "fallback: opened by vault")
 	n.Serving.Stop()
 }
 
