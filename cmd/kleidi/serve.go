@@ -131,15 +131,15 @@ func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 	}
 	s.admin = admin.NewServer(admin.Options{Log: log})
 	admin.Handle(s.admin, admin.Status, n.status)
-	admin.Handle(s.admin, admin.Rotate, n.rotate)
-	admin.Handle(s.admin, admin.Reseal, n.reseal)
-	admin.Handle(s.admin, admin.Suspend, n.suspend)
-	admin.Handle(s.admin, admin.AddBootStates, n.addBootStates)
-	admin.Handle(s.admin, admin.RevokeBootStates, n.revokeBootStates)
-	admin.Handle(s.admin, admin.AddSlot, n.addSlot)
-	admin.Handle(s.admin, admin.RemoveSlot, n.removeSlot)
-	admin.Handle(s.admin, admin.TestSlots, n.testSlots)
-	admin.Handle(s.admin, admin.RewrapSlot, n.rewrapSlot)
+	admin.Handle(s.admin, admin.Rotate, tried(n, n.rotate))
+	admin.Handle(s.admin, admin.Reseal, tried(n, n.reseal))
+	admin.Handle(s.admin, admin.Suspend, tried(n, n.suspend))
+	admin.Handle(s.admin, admin.AddBootStates, tried(n, n.addBootStates))
+	admin.Handle(s.admin, admin.RevokeBootStates, tried(n, n.revokeBootStates))
+	admin.Handle(s.admin, admin.AddSlot, tried(n, n.addSlot))
+	admin.Handle(s.admin, admin.RemoveSlot, tried(n, n.removeSlot))
+	admin.Handle(s.admin, admin.TestSlots, tried(n, n.testSlots))
+	admin.Handle(s.admin, admin.RewrapSlot, tried(n, n.rewrapSlot))
 	admin.Handle(s.admin, admin.Recover, n.recover)
 	admin.Handle(s.admin, admin.Restore, n.restore)
 	admin.Handle(s.admin, admin.Save, n.save)
@@ -147,6 +147,18 @@ func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 	admin.Handle(s.admin, admin.Reload, n.reload)
 	s.http = &http.Server{Handler: h.handler(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
 	return s, nil
+}
+
+// tried has an operation on the open keyring wait for the first attempt to unlock: to
+// systemd the unit is ready before that, and a command may follow at once.
+func tried[Req, Resp any](n *node, f func(context.Context, Req) (Resp, error)) func(context.Context, Req) (Resp, error) {
+	return func(ctx context.Context, req Req) (Resp, error) {
+		select {
+		case <-n.unlocker.Tried():
+		case <-ctx.Done():
+		}
+		return f(ctx, req)
+	}
 }
 
 // keep runs f until ctx ends, and again after a while where it fails: a folder

@@ -6,6 +6,6 @@
 //	<!-- run on: a serving node -->       start from that scene
 //	<!-- run next -->                     go on where the last block ended
 //	<!-- not run: needs a cluster -->     it can't run here, and why
-//	<!-- token: next -->                  package hsm's test runs it, and what kleidi does then
 //	<!-- prints -->                       before a text block: part of what the last block prints
+//	<!-- configures -->                   before a YAML block: it goes into kleidi's configuration
 package docs

@@ -30,8 +30,6 @@ type reader struct {
 	m      *machine
 	output string
 	ran    int
-	// elsewhere says that it is package hsm's test that ran the last block.
-	elsewhere bool
 }
 
 func (r *reader) follow(b block) {
@@ -39,9 +37,10 @@ func (r *reader) follow(b block) {
 	scene, onScene := strings.CutPrefix(b.comment, "run on: ")
 	reason, notRun := strings.CutPrefix(b.comment, "not run: ")
 	switch {
-	case b.comment == "prints" && !b.commands && r.elsewhere:
 	case b.comment == "prints" && !b.commands:
 		r.compare(b.text)
+	case b.comment == "configures" && !b.commands && r.m != nil:
+		r.m.set(b.text)
 	case !b.commands:
 	case onScene:
 		r.leave()
@@ -54,8 +53,6 @@ func (r *reader) follow(b block) {
 		r.run(b)
 	case b.comment == "run next" && r.m != nil:
 		r.run(b)
-	case strings.HasPrefix(b.comment, "token: "), b.comment == "run by kleidi":
-		r.elsewhere = true
 	case notRun && strings.TrimSpace(reason) != "":
 	default:
 		r.t.Errorf("%s: the comment before the block has to say whether it is run, and if not why; it is %q", r.where, b.comment)
@@ -70,10 +67,9 @@ func (r *reader) run(b block) {
 	if err != nil {
 		r.t.Fatalf("%s: %v", r.where, err)
 	}
-	r.output, r.elsewhere = out, false
+	r.output = out
 	r.ran++
 	r.m.rebootIfAsked()
-	r.m.restartIfAsked()
 }
 
 // compare wants every line of text in what the last block printed.

@@ -3,7 +3,6 @@ package docs
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -13,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"go.yaml.in/yaml/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	kmsapi "k8s.io/kms/apis/v2"
@@ -31,8 +31,9 @@ type machine struct {
 	boot     simboot.Boot
 	next     simboot.Boot // what an update leads to
 	http     string
-	binary   string // of kleidi
-	settings string // more of its configuration, YAML of top-level keys
+	binary   string         // of kleidi
+	settings map[string]any // more of its configuration, by top-level key
+	noTPM    bool
 	keyID    string // current key ID after the scene was set, for --trust-key-id
 	serving  *node.Process
 	before   *kmsapi.EncryptResponse // a DEK seed, encrypted before the scene
@@ -43,9 +44,9 @@ var seed = bytes.Repeat([]byte("documents"), 4)[:32]
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	boot := simboot.Baseline(simboot.UKI)
-	m := &machine{Machine: tpmtest.New(t, boot), t: t, boot: boot, http: "127.0.0.1:" + node.FreePort(t), binary: node.Binary(t)}
+	m := &machine{Machine: tpmtest.New(t, boot), t: t, boot: boot, http: "127.0.0.1:" + node.FreePort(t), binary: node.Binary(t), settings: map[string]any{}}
 	m.base = filepath.Join(m.Dir(), "r")
-	for _, dir := range []string{"bin", "root", "etc/kleidi", "etc/kubernetes", "media/usb", "run/kleidi", "var/lib"} {
+	for _, dir := range []string{"bin", "root", "etc/kleidi", "etc/kubernetes", "media/usb", "opt/kleidi", "run/kleidi", "usr/local/bin", "var/lib"} {
 		if err := os.MkdirAll(m.root(dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -53,6 +54,7 @@ func newMachine(t *testing.T) *machine {
 	m.configure()
 	m.write("bin/sudo", "#!/bin/sh\nexec \"$@\"\n", 0o755)
 	m.writeKleidi()
+	m.writeSystemctl()
 	m.build("bin/age-keygen", "filippo.io/age/cmd/age-keygen")
 	return m
 }
@@ -64,7 +66,30 @@ func (m *machine) writeKleidi() {
 	m.write("bin/kleidi", fmt.Sprintf("#!/bin/sh\nexec %s --config %s \"$@\"\n", m.binary, m.root("etc/kleidi/config.yaml")), 0o755)
 }
 
+// set adds settings to the configuration. They take the place of those of the same
+// top-level key.
+func (m *machine) set(settings string) {
+	m.t.Helper()
+	if err := yaml.Unmarshal([]byte(m.relocate(settings)), &m.settings); err != nil {
+		m.t.Fatalf("%s: %v", settings, err)
+	}
+	m.configure()
+}
+
 func (m *machine) configure() {
+	m.t.Helper()
+	var settings bytes.Buffer
+	if len(m.settings) > 0 {
+		y := yaml.NewEncoder(&settings)
+		y.SetIndent(2) // as people write it, and as commands that edit it expect it
+		if err := y.Encode(m.settings); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+	device := m.Device()
+	if m.noTPM {
+		device = m.root("dev/tpmrm0")
+	}
 	m.write("etc/kleidi/config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
 node: cp-1
@@ -73,7 +98,7 @@ state: {dir: %s}
 kms: {socket: %s}
 admin: {socket: %s}
 http: {address: "%s"}
-%s`, m.Device(), m.EventLog(), m.UserspaceLog(), m.root("var/lib/kleidi"), m.root("run/kleidi/kms.sock"), m.root("run/kleidi/admin.sock"), m.http, m.settings), 0o600)
+%s`, device, m.EventLog(), m.UserspaceLog(), m.root("var/lib/kleidi"), m.root("run/kleidi/kms.sock"), m.root("run/kleidi/admin.sock"), m.http, settings.String()), 0o600)
 }
 
 func (m *machine) write(path, content string, mode os.FileMode) {
@@ -92,18 +117,32 @@ func (m *machine) build(path, pkg string) {
 
 // shell runs a document's commands, all of which have to succeed.
 func (m *machine) shell(commands string) (string, error) {
+	m.t.Helper()
 	ctx, cancel := context.WithTimeout(m.t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", m.relocate(commands))
 	cmd.Dir = m.root("root")
 	cmd.Env = append(os.Environ(), "PATH="+m.root("bin")+":"+m.root("usr/local/sbin")+":"+os.Getenv("PATH"), "KEY_ID="+m.keyID)
-	out, err := cmd.CombinedOutput()
-	return string(out), err
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		return "", err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	for {
+		select {
+		case err := <-ended:
+			return out.String(), err
+		case <-time.After(20 * time.Millisecond):
+			m.obeySystemctl()
+		}
+	}
 }
 
 // relocate moves the documents' absolute paths, and kleidi's HTTP address, to this machine's.
 func (m *machine) relocate(commands string) string {
-	for _, dir := range []string{"/etc/", "/media/", "/var/lib/", "/run/", "/boot/", "/efi/", "/usr/local/"} {
+	for _, dir := range []string{"/etc/", "/media/", "/opt/", "/var/lib/", "/run/", "/root/", "/boot/", "/efi/", "/usr/local/"} {
 		commands = strings.ReplaceAll(commands, " "+dir, " "+m.root(dir)+"/")
 	}
 	commands = strings.ReplaceAll(commands, " /sys/kernel/security/tpm0/binary_bios_measurements", " "+m.EventLog())
@@ -123,29 +162,6 @@ func (m *machine) must(commands string) string {
 func (m *machine) exists(path string) bool {
 	_, err := os.Stat(m.root(path))
 	return err == nil
-}
-
-// serveIfPossible stands for systemctl start kleidi.
-func (m *machine) serveIfPossible() {
-	m.t.Helper()
-	if m.serving != nil || !m.exists("var/lib/kleidi/keyring.json") {
-		return
-	}
-	m.serving = node.Start(m.t, m.root("root/kleidi.log"), m.binary, "serve", "--config", m.root("etc/kleidi/config.yaml"))
-	node.Eventually(m.t, 20*time.Second, "kleidi has tried to unlock", func() error {
-		code, body, err := m.get("/readyz")
-		if err == nil && code != http.StatusOK && (strings.Contains(body, "starting") || !strings.HasPrefix(body, "locked")) {
-			err = errors.New(body)
-		}
-		return err
-	})
-}
-
-func (m *machine) stop() {
-	if m.serving != nil {
-		m.serving.Stop()
-	}
-	m.serving = nil
 }
 
 func (m *machine) get(path string) (code int, body string, err error) {

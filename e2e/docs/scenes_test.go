@@ -72,7 +72,6 @@ var scenes = map[string]func(*machine){
 		withToken("[tpm, pkcs11]", true)(m)
 		m.otherTPM()
 	},
-	"a serving node with a token": withToken("[tpm, pkcs11]", true),
 	"a serving node whose token is away": func(m *machine) {
 		withToken("[tpm, pkcs11]", true)(m)
 		m.must("mv " + m.root("tokens") + " " + m.root("away"))
@@ -89,6 +88,29 @@ var scenes = map[string]func(*machine){
 		withToken("[pkcs11]", false)(m)
 		m.stop()
 		m.newToken()
+	},
+	"a serving node with the sources, and SoftHSM": func(m *machine) {
+		m.emptySoftHSM()
+		m.sources()
+		serving(m)
+	},
+	"a serving node with a token as its fallback": withToken("[tpm, pkcs11]", true),
+	"a machine without a TPM, with a token": func(m *machine) {
+		m.noTPM = true
+		m.buildPKCS11()
+		m.newToken()
+	},
+	"a machine without a keyring, with a key in a token": withKey,
+	"a two-of-two machine without a keyring": func(m *machine) {
+		withKey(m)
+		m.set("unlock: {order: [tpm-and-pkcs11]}\n" + tokenSettings)
+	},
+	"a node of kleidi 1.x": legacy,
+	"a serving node whose token is back after a rotation without it": func(m *machine) {
+		withToken("[tpm, pkcs11]", true)(m)
+		m.must("mv " + m.root("tokens") + " " + m.root("away"))
+		m.must("kleidi rotate --skip-slot pkcs11")
+		m.must("mv " + m.root("away") + " " + m.root("tokens"))
 	},
 	"a node whose pin is lost": func(m *machine) {
 		serving(m)
@@ -110,12 +132,6 @@ kleidi init --recovery-recipient "$(age-keygen -y /media/usb/kleidi-recovery.txt
 	m.serveIfPossible()
 	m.must("kleidi rotate && kleidi keyring backup /media/usb/keyring.json")
 	m.encryptSeed()
-}
-
-func (m *machine) remove(path string) {
-	if err := os.RemoveAll(m.root(path)); err != nil {
-		m.t.Fatal(err)
-	}
 }
 
 // otherTPM puts another TPM into the machine, as a new mainboard does.

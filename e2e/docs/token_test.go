@@ -1,31 +1,37 @@
 package docs
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 )
 
-// softHSM is the module of SoftHSM 2.
+// softHSM is the module of SoftHSM 2, where Debian has it.
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
+
+// tokenSettings name the key kek of the token kleidi.
+const tokenSettings = "pkcs11: {module: " + softHSM + ", uri: \"pkcs11:token=kleidi;object=kek\", pinFile: /etc/kleidi/pkcs11.pin}\n"
 
 // withToken has a key in a token as a wrapper, in this order of wrappers.
 func withToken(order string, attests bool) func(*machine) {
 	return func(m *machine) {
-		m.buildPKCS11()
-		m.newToken()
-		m.must("pkcs11-tool --module " + softHSM + " --token-label kleidi --login --pin 73616220 --keygen --key-type AES:32 --label kek")
-		m.settings = fmt.Sprintf("unlock: {order: %s, requireAttestation: %t}\npkcs11:\n  module: %s\n  uri: pkcs11:token=kleidi;object=kek\n  pinFile: %s\n",
-			order, attests, softHSM, m.root("etc/kleidi/pkcs11.pin"))
-		m.configure()
-		// What is started by systemctl here is started by the test.
-		m.write("bin/systemctl", "#!/bin/sh\n[ \"$*\" = 'restart kleidi' ] && touch "+m.root("root/restarting")+"\n", 0o755)
+		withKey(m)
+		m.set(fmt.Sprintf("unlock: {order: %s, requireAttestation: %t}\n%s", order, attests, tokenSettings))
 		serving(m)
 	}
 }
 
-// newToken puts an empty token in the place of what is there.
-func (m *machine) newToken() {
+// withKey has a key in a token, and no keyring.
+func withKey(m *machine) {
+	m.buildPKCS11()
+	m.newToken()
+	m.must("pkcs11-tool --module " + softHSM + " --token-label kleidi --login --pin 73616220 --keygen --key-type AES:32 --label kek")
+}
+
+// emptySoftHSM has SoftHSM installed, without a token.
+func (m *machine) emptySoftHSM() {
 	m.t.Helper()
 	m.remove("tokens")
 	if err := os.Mkdir(m.root("tokens"), 0o700); err != nil {
@@ -33,20 +39,74 @@ func (m *machine) newToken() {
 	}
 	m.write("etc/softhsm2.conf", "directories.tokendir = "+m.root("tokens")+"\nobjectstore.backend = file\nlog.level = ERROR\n", 0o600)
 	m.t.Setenv("SOFTHSM2_CONF", m.root("etc/softhsm2.conf"))
+}
+
+// newToken puts an empty token in the place of what is there.
+func (m *machine) newToken() {
+	m.t.Helper()
+	m.emptySoftHSM()
 	m.write("etc/kleidi/pkcs11.pin", "73616220\n", 0o600)
 	m.must("softhsm2-util --init-token --free --label kleidi --so-pin 5462 --pin 73616220")
 }
 
-// buildPKCS11 has the machine run a kleidi with PKCS#11, which the pure-Go one lacks.
+// legacy is a node on which the init container of kleidi 1.x has made its token, by
+// these commands, from a config.json like the one that 1.x shows.
+func legacy(m *machine) {
+	const token, pin = "kleidi-kms-plugin", "1234"
+	m.buildPKCS11()
+	m.emptySoftHSM()
+	config, err := json.Marshal(map[string]string{"tokenLabel": token, "pin": pin, "path": "/usr/lib64/softhsm/libsofthsm.so"})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.write("opt/kleidi/config.json", string(config), 0o644)
+	m.must("softhsm2-util --init-token --free --label " + token + " --pin " + pin + " --so-pin " + pin)
+	m.must("pkcs11-tool --module " + softHSM + " --keygen --key-type aes:32 --pin " + pin + " --token-label " + token + " --label kleidi-kms-plugin")
+}
+
+// sources has the repository's Makefile and what it builds in the working folder.
+func (m *machine) sources() {
+	m.t.Helper()
+	here, err := filepath.Abs(top)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(here, "bin"), m.root("root/bin")); err != nil {
+		m.t.Fatal(err)
+	}
+	tool, err := exec.LookPath("make")
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.write("bin/make", fmt.Sprintf("#!/bin/sh\nexec %s -C %s \"$@\"\n", tool, here), 0o755)
+	// A first build takes longer than a document's commands may.
+	if out, err := exec.Command(tool, "-C", here, "build-pkcs11").CombinedOutput(); err != nil {
+		m.t.Fatalf("make build-pkcs11: %v\n%s", err, out)
+	}
+}
+
+// buildPKCS11 has the machine run a kleidi with PKCS#11, which the pure-Go one lacks:
+// the one that the variable KLEIDI_PKCS11 names, or a new build.
 func (m *machine) buildPKCS11() {
 	m.t.Helper()
+	defer m.writeKleidi()
+	if m.binary = os.Getenv("KLEIDI_PKCS11"); m.binary != "" {
+		return
+	}
 	m.binary = m.root("bin/kleidi-pkcs11")
 	build := exec.Command("go", "build", "-o", m.binary, "github.com/beezy-dev/kleidi/cmd/kleidi")
 	build.Env = append(os.Environ(), "CGO_ENABLED=1")
 	if out, err := build.CombinedOutput(); err != nil {
 		m.t.Fatalf("go build: %v\n%s", err, out)
 	}
-	m.writeKleidi()
+}
+
+// useInstalled has the machine run the kleidi that a document's commands installed.
+func (m *machine) useInstalled() {
+	if m.exists("usr/local/bin/kleidi") {
+		m.binary = m.root("usr/local/bin/kleidi")
+		m.writeKleidi()
+	}
 }
 
 // bootOther boots another kernel.
@@ -54,15 +114,4 @@ func (m *machine) bootOther() {
 	m.stop()
 	m.boot.Kernel = "6.12.63+deb13-amd64"
 	m.Reboot(m.boot)
-}
-
-// restartIfAsked does what systemctl restart kleidi asked for.
-func (m *machine) restartIfAsked() {
-	m.t.Helper()
-	if !m.exists("root/restarting") {
-		return
-	}
-	m.remove("root/restarting")
-	m.stop()
-	m.serveIfPossible()
 }
