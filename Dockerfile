@@ -1,18 +1,45 @@
-# The pure-Go kleidi, alone in its image: docker build --build-arg VERSION=v1 .
+# Two images: the pure-Go kleidi alone in one, and one with PKCS#11, see docs/pkcs11.md:
+#
+#	docker build --build-arg VERSION=v1 .
+#	docker build --build-arg VERSION=v1 --target pkcs11 .
+#
 # Every RUN is in exec form, so that the build stage needs no shell and can start
 # from scratch with a mounted toolchain (.ci/image), where no base image can be pulled.
-ARG GO_IMAGE=golang:1.26
 
-FROM ${GO_IMAGE} AS build
+# What is built with cgo needs a glibc at least as new as that of GO_IMAGE, so both are
+# of one Debian. It is Debian rather than a distroless base since a vendor's module comes
+# as a package, or as an installer that wants a shell, and often wants more libraries;
+# where a mounted module needs none, a distroless cc-debian13 as BASE_IMAGE is enough.
+ARG GO_IMAGE=golang:1.26-trixie
+ARG BASE_IMAGE=debian:trixie-slim
+
+FROM ${GO_IMAGE} AS source
 ARG VERSION=unknown
-ENV CGO_ENABLED=0 GOTOOLCHAIN=local GOMODCACHE=/go/pkg/mod GOCACHE=/go/cache GOEXPERIMENT=runtimesecret \
+ENV GOTOOLCHAIN=local GOMODCACHE=/go/pkg/mod GOCACHE=/go/cache GOEXPERIMENT=runtimesecret \
     GOFLAGS="-trimpath -buildvcs=false '-ldflags=-s -w -X main.buildVersion=${VERSION}'"
 # WORKDIR makes the folder; the compiler needs /tmp
 WORKDIR /tmp
 WORKDIR /src
 COPY . .
+
+FROM source AS build-pkcs11
+ENV CGO_ENABLED=1
 RUN ["/usr/local/go/bin/go", "build", "-o", "/out/kleidi", "./cmd/kleidi"]
 
+FROM ${BASE_IMAGE} AS pkcs11
+LABEL org.opencontainers.image.title="kleidi with PKCS#11" \
+      org.opencontainers.image.source="https://github.com/beezy-dev/kleidi" \
+      org.opencontainers.image.description="KMS v2 provider for Kubernetes: the KEK is sealed to the node's TPM, or wrapped by a PKCS#11 token"
+COPY --from=build-pkcs11 /out/kleidi /kleidi
+# root: as below
+ENTRYPOINT ["/kleidi"]
+CMD ["serve"]
+
+FROM source AS build
+ENV CGO_ENABLED=0
+RUN ["/usr/local/go/bin/go", "build", "-o", "/out/kleidi", "./cmd/kleidi"]
+
+# The last stage is what is built without --target.
 FROM scratch
 LABEL org.opencontainers.image.title="kleidi" \
       org.opencontainers.image.source="https://github.com/beezy-dev/kleidi" \

@@ -66,7 +66,7 @@ bench: build
 	$(GO) run ./e2e/bench -kleidi bin/kleidi $(BENCHFLAGS)
 
 image:
-	.ci/deps buildah swtpm
+	.ci/deps buildah swtpm softhsm2-util pkcs11-tool
 	.ci/image $(VERSION)
 
 clean:

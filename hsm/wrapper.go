@@ -54,7 +54,7 @@ func New(c Config) (*Wrapper, error) {
 }
 
 // ErrNoCgo says how to get a kleidi with PKCS#11.
-var ErrNoCgo = errors.New("this kleidi was built without PKCS#11; use the image with PKCS#11, or build it with a C compiler and CGO_ENABLED=1")
+var ErrNoCgo = errors.New("this kleidi was built without PKCS#11; install the one of make build-pkcs11, or use the image with PKCS#11; see docs/pkcs11.md")
 
 // Type implements [seal.Wrapper].
 func (w *Wrapper) Type() string { return seal.TypePKCS11 }

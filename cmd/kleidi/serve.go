@@ -130,7 +130,7 @@ func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 		return nil, err
 	}
 	s.admin = admin.NewServer(admin.Options{Log: log})
-	admin.Handle(s.admin, admin.Status, n.status)
+	admin.Handle(s.admin, admin.Status, tried(n, n.status))
 	admin.Handle(s.admin, admin.Rotate, tried(n, n.rotate))
 	admin.Handle(s.admin, admin.Reseal, tried(n, n.reseal))
 	admin.Handle(s.admin, admin.Suspend, tried(n, n.suspend))
@@ -149,12 +149,13 @@ func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 	return s, nil
 }
 
-// tried has an operation on the open keyring wait for the first attempt to unlock: to
-// systemd the unit is ready before that, and a command may follow at once.
+// tried has an operation wait a moment for the first attempt to unlock: to systemd the
+// unit is ready before that, and a command may follow at once.
 func tried[Req, Resp any](n *node, f func(context.Context, Req) (Resp, error)) func(context.Context, Req) (Resp, error) {
 	return func(ctx context.Context, req Req) (Resp, error) {
 		select {
 		case <-n.unlocker.Tried():
+		case <-time.After(startGrace):
 		case <-ctx.Done():
 		}
 		return f(ctx, req)

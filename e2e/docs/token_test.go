@@ -6,6 +6,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
+	"testing"
 )
 
 // softHSM is the module of SoftHSM 2, where Debian has it.
@@ -114,4 +116,20 @@ func (m *machine) bootOther() {
 	m.stop()
 	m.boot.Kernel = "6.12.63+deb13-amd64"
 	m.Reboot(m.boot)
+}
+
+// TestPureGoSaysHowToGetPKCS11: a token is configured, and kleidi can't load a module.
+func TestPureGoSaysHowToGetPKCS11(t *testing.T) {
+	m := newMachine(t)
+	serving(m)
+	m.stop()
+	m.set(tokenSettings)
+	for _, verb := range []string{"serve", "status", "slot add pkcs11"} {
+		out, err := m.shell("kleidi " + verb)
+		for _, says := range []string{"this kleidi was built without PKCS#11", "make build-pkcs11", "docs/pkcs11.md"} {
+			if err == nil || !strings.Contains(out, says) {
+				t.Errorf("kleidi %s does not say %q: %v\n%s", verb, says, err, out)
+			}
+		}
+	}
 }
