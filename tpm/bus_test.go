@@ -3,6 +3,7 @@ package tpm_test
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"encoding/binary"
 	"errors"
 	"net"
@@ -59,9 +60,21 @@ func (n *node) sent(f func() error) []tpmtest.Exchange {
 	return n.proxy.Traffic()
 }
 
-// operations are what a slot goes through.
+// operations are what a slot goes through, and a sealed credential.
 func (n *node) operations(slot seal.Slot, kek *seal.Secret) map[string]func() error {
+	blob := n.sealed(kek)
 	return map[string]func() error{
+		"SealCredential": func() error {
+			_, err := n.Device.SealCredential(n.Context(), n.Owner, crypto.SHA256, kek)
+			return err
+		},
+		"UnsealCredential": func() error {
+			got, err := n.unseal(blob)
+			if err == nil {
+				got.Close()
+			}
+			return err
+		},
 		"Wrap":     func() error { _, err := n.Wrap(n.Context(), kek); return err },
 		"WrapLike": func() error { _, err := n.WrapLike(n.Context(), kek, slot); return err },
 		"Unwrap": func() error {

@@ -3,6 +3,7 @@ package tpm_test
 import (
 	"bytes"
 	"crypto"
+	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/sealtest"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
@@ -94,6 +96,28 @@ func TestCredential(t *testing.T) {
 	}
 	n.must(lockOut)
 	n.unseals(blob, pin)
+}
+
+// TestCredentialInMemory: once it is sealed, or unsealed, it lies nowhere but in its
+// locked memory.
+func TestCredentialInMemory(t *testing.T) {
+	n := newNode(t)
+	pin, err := n.Memory.New(24)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pin.Close()
+	pin.With(func(b []byte) { rand.Read(b) })
+	watch := sealtest.NewWatch()
+	watch.Add("PIN", pin)
+	blob := n.sealed(pin)
+	if found := watch.Find(t); len(found) > 0 {
+		t.Errorf("after SealCredential: %q", found)
+	}
+	n.unseals(blob, pin)
+	if found := watch.Find(t); len(found) > 0 {
+		t.Errorf("after UnsealCredential: %q", found)
+	}
 }
 
 // TestCredentialSizes: 1 to 128 bytes.
