@@ -305,7 +305,7 @@ func TestCredentialFaults(t *testing.T) {
 	n.unseals(blob, pin)
 }
 
-// TestNoCredentialCrossesTheBus in plain, and who answers for the TPM with a storage
+// TestNoCredentialCrossesTheBus in plain, nor in a session whose key is known; and who answers for the TPM with a storage
 // root key of his own gets no session.
 func TestNoCredentialCrossesTheBus(t *testing.T) {
 	n, his := newNode(t), newNode(t)
@@ -319,6 +319,14 @@ func TestNoCredentialCrossesTheBus(t *testing.T) {
 	}
 	if n.proxy.Count(tpm2.TPMCCCreate) == 0 || n.proxy.Count(tpm2.TPMCCUnseal) == 0 {
 		t.Error("nothing crossed the bus")
+	}
+	n.proxy.Forget()
+	n.unseals(n.sealed(pin), pin)
+	for _, e := range n.proxy.Traffic() {
+		// Who talks in its place knows the key of a session that is not salted.
+		if salted := e.Command[10:14]; e.Code == tpm2.TPMCCStartAuthSession && bytes.Equal(salted, []byte{0x40, 0, 0, 7}) {
+			t.Error("a session was started without a salt")
+		}
 	}
 	mine, theirs := n.srkPoint(), his.srkPoint()
 	n.proxy.Forget()

@@ -173,7 +173,7 @@ func TestWeakObject(t *testing.T) {
 		}
 		public.Unique = tpm2.TPMUPublicID{}
 		c.change(public)
-		d["public"], d["private"] = createObject(n, *public)
+		d["public"], d["private"] = createObject(n, *public, seal.KEKSize)
 		n.proxy.Forget()
 		n.refuses(d.slot(t, slot), seal.CauseSlotCorrupt, c.says)
 		if len(n.proxy.Traffic()) != 0 {
@@ -182,15 +182,33 @@ func TestWeakObject(t *testing.T) {
 	}
 }
 
-// createObject has the TPM seal 32 bytes below its storage root key.
-func createObject(n *node, public tpm2.TPMTPublic) (pub, priv []byte) {
+// TestObjectOfAnotherSize: what opens well and is no KEK.
+func TestObjectOfAnotherSize(t *testing.T) {
+	n := newNode(t)
+	slot := n.wrap(n.kek())
+	d := read(t, slot)
+	var genuine struct{ Public []byte }
+	if err := json.Unmarshal(slot.Data, &genuine); err != nil {
+		t.Fatal(err)
+	}
+	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](genuine.Public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public.Unique = tpm2.TPMUPublicID{}
+	d["public"], d["private"] = createObject(n, *public, seal.KEKSize/2)
+	n.refuses(d.slot(t, slot), seal.CauseSlotCorrupt, "it holds 16 bytes, want 32")
+}
+
+// createObject has the TPM seal so many bytes below its storage root key.
+func createObject(n *node, public tpm2.TPMTPublic, size int) (pub, priv []byte) {
 	n.Helper()
 	n.must(func(tp transport.TPM) error {
 		return tpm.WithSRK(tp, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
 			r, err := tpm2.Create{
 				ParentHandle: tpm2.AuthHandle{Handle: srk.Handle, Name: srk.Name, Auth: tpm2.PasswordAuth(nil)},
 				InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
-					Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: bytes.Repeat([]byte{0x66}, 32)})}},
+					Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: bytes.Repeat([]byte{0x66}, size)})}},
 				InPublic: tpm2.New2B(public),
 			}.Execute(tp)
 			if err != nil {
