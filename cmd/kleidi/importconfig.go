@@ -10,17 +10,18 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 // imported is the token of kleidi 1.x, taken over.
 type imported struct {
-	config  hsm.Config
-	pin     *seal.Secret
-	from    string // the config.json
-	pinFile string
+	token config.PKCS11 // as the configuration is to have it from now on
+	pin   *seal.Secret
+	from  string // the config.json
 }
 
 // readSecret reads a file of at most limit bytes. The caller clears it.
@@ -47,13 +48,10 @@ func readInOne(f *os.File, limit int) ([]byte, error) {
 	return nil, err
 }
 
-// importConfig reads the config.json of kleidi 1.x, and has its token be this
-// node's PKCS#11 wrapper.
-func (n *node) importConfig(path string) (*imported, error) {
-	if n.needsBoth() != "" {
-		return nil, errors.New("--import-config: the token alone would open what unlock.order wants two wrappers for")
-	}
-	if n.hsm != nil {
+// importConfig reads the config.json of kleidi 1.x. From then on the configuration,
+// in which nothing else may name a token, names its.
+func importConfig(path string, cfg *config.Config) (*imported, error) {
+	if cfg.PKCS11.Configured() {
 		return nil, errors.New("--import-config: pkcs11.module is set already; take it out, or init without --import-config and run kleidi slot add pkcs11")
 	}
 	b, err := readSecret(path, hsm.MaxLegacy)
@@ -61,25 +59,53 @@ func (n *node) importConfig(path string) (*imported, error) {
 		return nil, fmt.Errorf("--import-config: %w", err)
 	}
 	defer clear(b)
-	c, pin, err := hsm.ParseLegacy(n.mem, b)
+	c, pin, err := hsm.ParseLegacy(memory(cfg), b)
 	if err != nil {
 		return nil, fmt.Errorf("--import-config %s: %w", path, err)
 	}
-	c.Memory, c.Timeout = n.mem, n.cfg.PKCS11.Timeout
-	i := &imported{config: c, pin: pin, from: path, pinFile: filepath.Join(n.cfg.State.Dir, "pkcs11-pin")}
-	if err := i.samePIN(n.mem); err != nil {
-		pin.Close()
-		return nil, fmt.Errorf("--import-config %s: %w", path, err)
+	cfg.PKCS11.Module, cfg.PKCS11.URI, cfg.PKCS11.PINFile = c.Module, legacyURI(c), filepath.Join(cfg.State.Dir, "pkcs11-pin")
+	return &imported{token: cfg.PKCS11, pin: pin, from: path}, nil
+}
+
+func legacyURI(c hsm.Config) string {
+	uri := "pkcs11:object=" + url.PathEscape(c.KeyLabel)
+	if c.TokenLabel != "" {
+		uri += ";token=" + url.PathEscape(c.TokenLabel)
 	}
-	c.PIN = func(context.Context) (copied *seal.Secret, err error) {
-		pin.With(func(b []byte) { copied, err = n.mem.Take(append([]byte(nil), b...)) })
+	if c.TokenSerial != "" {
+		uri += ";serial=" + url.PathEscape(c.TokenSerial)
+	}
+	if c.SlotID != nil {
+		uri += fmt.Sprintf(";slot-id=%d", *c.SlotID)
+	}
+	return uri
+}
+
+// takeOver has the token wrap with the PIN at hand, which gets its file only once it has
+// shown to be right.
+func (n *node) takeOver(i *imported) error {
+	if n.needsBoth() == config.TPMAndVault {
+		return errors.New("--import-config: the token alone would open what unlock.order wants two wrappers for; leave it out")
+	}
+	if err := i.samePIN(n.mem); err != nil {
+		return fmt.Errorf("--import-config %s: %w", i.from, err)
+	}
+	c := i.token.Wrapper(n.mem, nil)
+	c.PINFile, c.PIN = "", func(context.Context) (copied *seal.Secret, err error) {
+		i.pin.With(func(b []byte) { copied, err = n.mem.Take(append([]byte(nil), b...)) })
 		return copied, err
 	}
-	if n.hsm, err = hsm.New(c); err != nil {
-		pin.Close()
-		return nil, fmt.Errorf("--import-config %s: %w", path, err)
+	token, err := hsm.New(c)
+	if err != nil {
+		return fmt.Errorf("--import-config %s: %w", i.from, err)
 	}
-	return i, nil
+	n.hsm, n.imported = token, i
+	return nil
+}
+
+// opens reports whether the token may open the keyring at start.
+func (i *imported) opens(order []string) bool {
+	return slices.Contains(order, seal.TypePKCS11) || slices.Contains(order, config.TPMAndPKCS11)
 }
 
 // maxPINFile bounds the file of a PIN, in bytes.
@@ -88,7 +114,7 @@ const maxPINFile = 4 << 10
 // samePIN refuses a file that is there already, and with which the token would not
 // open. That of an init that was killed holds the same PIN.
 func (i *imported) samePIN(mem seal.Memory) error {
-	b, err := readSecret(i.pinFile, maxPINFile)
+	b, err := readSecret(i.token.PINFile, maxPINFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -107,12 +133,12 @@ func (i *imported) samePIN(mem seal.Memory) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s is there already, and holds another PIN than that; move it away, or correct the pin, and run kleidi init again", i.pinFile)
+	return fmt.Errorf("%s is there already, and holds another PIN than that; move it away, or correct the pin, and run kleidi init again", i.token.PINFile)
 }
 
 // keepPIN writes the PIN into a file of its own, beside the keyring.
 func (i *imported) keepPIN() (err error) {
-	i.pin.With(func(b []byte) { err = writeNew(i.pinFile, b) })
+	i.pin.With(func(b []byte) { err = writeNew(i.token.PINFile, b) })
 	if errors.Is(err, os.ErrExist) {
 		return nil // it holds the same PIN, see samePIN
 	}
@@ -120,17 +146,11 @@ func (i *imported) keepPIN() (err error) {
 }
 
 // print shows what the configuration needs from now on.
-func (i *imported) print(w io.Writer) {
-	uri := "pkcs11:object=" + url.PathEscape(i.config.KeyLabel)
-	if i.config.TokenLabel != "" {
-		uri += ";token=" + url.PathEscape(i.config.TokenLabel)
+func (i *imported) print(w io.Writer, order []string) {
+	fmt.Fprintf(w, "\nadd to the configuration, so that kleidi serve can use the token:\n\n  pkcs11:\n    module: %s\n    uri: %s\n    pinFile: %s\n",
+		i.token.Module, i.token.URI, i.token.PINFile)
+	if !i.opens(order) {
+		fmt.Fprintf(w, "\nthe token opens nothing at start until unlock.order names pkcs11, as in [tpm, pkcs11]\n")
 	}
-	if i.config.TokenSerial != "" {
-		uri += ";serial=" + url.PathEscape(i.config.TokenSerial)
-	}
-	if i.config.SlotID != nil {
-		uri += fmt.Sprintf(";slot-id=%d", *i.config.SlotID)
-	}
-	fmt.Fprintf(w, "\nadd to the configuration, so that kleidi serve can use the token:\n\n  pkcs11:\n    module: %s\n    uri: %s\n    pinFile: %s\n", i.config.Module, uri, i.pinFile)
-	fmt.Fprintf(w, "\nthe token opens nothing at start until unlock.order names pkcs11, as in [tpm, pkcs11]\n%s holds the PIN as well, for kleidi 1.x: when that is gone, remove the file and change the PIN\n", i.from)
+	fmt.Fprintf(w, "\n%s holds the PIN as well, for kleidi 1.x: when that is gone, remove the file and change the PIN\n", i.from)
 }

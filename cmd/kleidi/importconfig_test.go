@@ -49,15 +49,18 @@ func TestImportLeavesNoPIN(t *testing.T) {
 
 	cfg := config.Default()
 	cfg.State.Dir = t.TempDir()
-	n, err := newNode(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	i, err := n.importConfig(path)
+	i, err := importConfig(path, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer i.pin.Close()
+	n, err := newNode(cfg, slog.New(slog.DiscardHandler), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.takeOver(i); err != nil {
+		t.Fatal(err)
+	}
 	if !i.pin.Equal(pin) {
 		t.Fatal("another PIN is read")
 	}

@@ -85,12 +85,41 @@ type initResult struct {
 	Node      string         `json:"node"`
 	EK        string         `json:"ek"`
 	Slots     []string       `json:"slots"`
+	// PKCS11 is what --import-config adds to the configuration.
+	PKCS11 *importedToken `json:"pkcs11,omitempty"`
+}
+
+type importedToken struct {
+	Module  string `json:"module"`
+	URI     string `json:"uri"`
+	PINFile string `json:"pinFile"`
+}
+
+// configOf returns the configuration, and the token of kleidi 1.x that it names by
+// way of --import-config.
+func (a *app) configOf(choice *recoveryChoice) (*config.Config, *imported, error) {
+	if choice.importFrom == "" {
+		cfg, err := a.config()
+		return cfg, nil, err
+	}
+	var i *imported
+	cfg, err := a.config(func(c *config.Config) (err error) {
+		i, err = importConfig(choice.importFrom, c)
+		return err
+	})
+	if err != nil && i != nil {
+		i.pin.Close()
+	}
+	return cfg, i, err
 }
 
 func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) error {
-	cfg, err := a.config()
+	cfg, i, err := a.configOf(choice)
 	if err != nil {
 		return err
+	}
+	if i != nil {
+		defer i.pin.Close()
 	}
 	if pin != "" && pin != cfg.Pin.Store {
 		return fmt.Errorf("--pin %s: pin.store is %s; set pin.store in the configuration, so that kleidi serve demands the same", pin, cfg.Pin.Store)
@@ -100,10 +129,18 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) er
 		return err
 	}
 	defer n.close()
+	if i != nil {
+		if err := n.takeOver(i); err != nil {
+			return fmt.Errorf("init: %w", err)
+		}
+	}
 	result, err := n.initialize(cmd, choice)
 	n.saySpent(cmd.ErrOrStderr())
 	if err != nil {
 		return fmt.Errorf("init: %w", err)
+	}
+	if i != nil {
+		result.PKCS11 = &importedToken{i.token.Module, i.token.URI, i.token.PINFile}
 	}
 	n.state.release()
 	if client, err := admin.Dial(cmd.Context(), cfg.Admin.Socket); err == nil {
@@ -117,7 +154,7 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) er
 			fmt.Fprintf(w, "  slot        %s\n", s)
 		}
 		if n.imported != nil {
-			n.imported.print(w)
+			n.imported.print(w, cfg.Unlock.Order)
 		}
 		fmt.Fprintf(w, "\nnext: start kleidi serve, and give kube-apiserver what kleidi encryption-config prints\n")
 	})
@@ -148,12 +185,6 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 		return nil, err
 	}
 	defer kek.Close() // harmless after the keyring, which takes it, has closed it
-	if choice.importFrom != "" {
-		if n.imported, err = n.importConfig(choice.importFrom); err != nil {
-			return nil, err
-		}
-		defer n.imported.pin.Close()
-	}
 	ek, slots, err := n.firstSlots(ctx, kek, progress)
 	if err != nil {
 		return nil, err
@@ -179,7 +210,7 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 // firstSlots wraps the KEK by every wrapper that may open the keyring at start.
 func (n *node) firstSlots(ctx context.Context, kek *seal.Secret, progress func(string)) (ek string, slots []seal.Slot, err error) {
 	order := slices.Clone(n.cfg.Unlock.Order)
-	if n.imported != nil {
+	if n.imported != nil && !n.imported.opens(order) {
 		order = append(order, seal.TypePKCS11)
 	}
 	for _, kind := range order {

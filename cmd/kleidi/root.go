@@ -74,8 +74,8 @@ func (a *app) check() error {
 }
 
 // config reads the configuration that the flags name.
-func (a *app) config() (*config.Config, error) {
-	c, err := config.Load(a.configPath)
+func (a *app) config(amend ...func(*config.Config) error) (*config.Config, error) {
+	c, err := config.Load(a.configPath, amend...)
 	if err == nil && a.logLevel != "" {
 		err = c.Log.Level.UnmarshalText([]byte(a.logLevel))
 	}

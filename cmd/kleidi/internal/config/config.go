@@ -245,43 +245,65 @@ func Default() *Config {
 }
 
 // Load reads the file at path. With an empty path it reads DefaultPath, which may
-// be missing.
-func Load(path string) (*Config, error) {
+// be missing. What amend makes of it is checked as if the file said so.
+func Load(path string, amend ...func(*Config) error) (*Config, error) {
 	name := path
 	if path == "" {
 		name = DefaultPath
 	}
-	f, err := os.Open(name)
-	if path == "" && errors.Is(err, fs.ErrNotExist) {
-		return Default().resolve()
-	}
-	if err != nil {
+	c, p := Default(), &problems{}
+	switch b, err := read(name); {
+	case path == "" && errors.Is(err, fs.ErrNotExist):
+	case err != nil:
 		return nil, fmt.Errorf("configuration: %w; name another file with --config", err)
+	default:
+		if c, err = decode(b, p); err != nil {
+			return nil, fmt.Errorf("configuration %s:\n%w", name, err)
+		}
 	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxSize+1))
-	if err != nil {
-		return nil, fmt.Errorf("configuration: %w", err)
+	for _, f := range amend {
+		if err := f(c); err != nil {
+			return nil, err
+		}
 	}
-	c, err := Parse(b)
+	c, err := c.checked(p)
 	if err != nil {
 		return nil, fmt.Errorf("configuration %s:\n%w", name, err)
 	}
 	return c, nil
 }
 
+func read(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxSize+1))
+}
+
 // Parse reads a configuration file. The error lists every problem with the path
 // of its key, one a line.
 func Parse(b []byte) (*Config, error) {
+	p := &problems{}
+	c, err := decode(b, p)
+	if err != nil {
+		return nil, err
+	}
+	return c.checked(p)
+}
+
+func decode(b []byte, p *problems) (*Config, error) {
 	if len(b) > maxSize {
 		return nil, fmt.Errorf("larger than %d KiB", maxSize>>10)
 	}
 	c := Default()
 	c.APIVersion, c.Kind = "", ""
-	p := &problems{}
-	if err := strictyaml.Decode(b, c, &p.Problems); err != nil {
-		return nil, err
-	}
+	return c, strictyaml.Decode(b, c, &p.Problems)
+}
+
+// checked adds what is wrong with the values to what is wrong with the keys.
+func (c *Config) checked(p *problems) (*Config, error) {
 	p.validate(c)
 	if err := p.Err(); err != nil {
 		return nil, err
