@@ -29,7 +29,7 @@ func blocks(t *testing.T) (all []block) {
 	for _, m := range fenced.FindAllStringSubmatch(string(b), -1) {
 		all = append(all, block{m[1], m[2], m[3]})
 	}
-	if shown := strings.Count(string(b), "```sh\n") + strings.Count(string(b), "```yaml\n"); shown != len(all) {
+	if shown := strings.Count(string(b), "```sh\n") + strings.Count(string(b), "```yaml\n") + strings.Count(string(b), "```text\n"); shown != len(all) {
 		t.Fatalf("%d blocks, of which %d have a comment", shown, len(all))
 	}
 	return all
@@ -66,7 +66,8 @@ func newDocumented(t *testing.T) *documented {
 // run runs a block as an operator with the vault command would, and returns what it prints.
 func (d *documented) run(text string, variables ...string) string {
 	d.t.Helper()
-	cmd := exec.Command("sh", "-euc", strings.ReplaceAll(text, "/etc/kleidi/vault", d.folder))
+	here := strings.NewReplacer("/etc/kleidi/vault", d.folder, "/etc/systemd", d.path("systemd"))
+	cmd := exec.Command("sh", "-euc", here.Replace(text))
 	cmd.Dir = d.folder
 	cmd.Env = append(os.Environ(), "PATH="+d.bin+":"+os.Getenv("PATH"), "VAULT_ADDR="+d.url, "VAULT_CACERT="+d.path("ca.pem"), "VAULT_TOKEN="+d.root.Token())
 	cmd.Env = append(cmd.Env, variables...)
@@ -145,7 +146,7 @@ func TestDocument(t *testing.T) {
 	kek := newKEK(t)
 	var last *vault.Wrapper
 	yamls := map[string]string{}
-	roleID, ran := "", 0
+	roleID, onNode, ran := "", "", 0
 	tpmKey := newInTPM(d)
 	for _, b := range all {
 		method, isMethod := strings.CutPrefix(b.comment, "run next: ")
@@ -162,6 +163,13 @@ func TestDocument(t *testing.T) {
 			yamls[configures] = strings.Replace(b.text, "ROLE_ID", roleID, 1)
 			last = d.configured(yamls[configures])
 			checkOpens(t, last, wrap(t, last, kek), kek)
+		case b.comment == "run on: a serving node":
+			tpmKey.serve()
+			d.run(b.text)
+		case b.comment == "run next: on the node":
+			onNode = d.run(b.text)
+		case b.comment == "prints":
+			prints(t, onNode, b.text)
 		case b.comment == "run on: a Vault server", b.comment == "run next":
 			d.run(b.text)
 		case method == "approle-wrapped":
@@ -184,6 +192,21 @@ func TestDocument(t *testing.T) {
 		t.Errorf("%d ways to log in are shown, want 6", len(yamls))
 	}
 	t.Logf("%d blocks", ran)
+}
+
+// prints wants every line of text in what was printed. … stands for anything, and a
+// space for any number of them.
+func prints(t *testing.T, printed, text string) {
+	t.Helper()
+	for line := range strings.Lines(text) {
+		parts := strings.Fields(line)
+		for i, p := range parts {
+			parts[i] = strings.ReplaceAll(regexp.QuoteMeta(p), "…", ".*")
+		}
+		if !regexp.MustCompile(`(?m)^ *` + strings.Join(parts, " +") + ` *$`).MatchString(printed) {
+			t.Errorf("the commands do not print %sbut:\n%s", line, printed)
+		}
+	}
 }
 
 func lastLine(text string) string {

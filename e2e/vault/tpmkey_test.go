@@ -25,6 +25,12 @@ func newInTPM(d *documented) *inTPM {
 	if err := os.WriteFile(filepath.Join(d.bin, "kleidi"), []byte(script), 0o700); err != nil {
 		d.t.Fatal(err)
 	}
+	// What is restarted in the document is started by the test, with those settings.
+	for name, script := range map[string]string{"sudo": "exec \"$@\"", "systemctl": "[ \"$*\" = daemon-reload ] || [ \"$*\" = 'restart kleidi' ]"} {
+		if err := os.WriteFile(filepath.Join(d.bin, name), []byte("#!/bin/sh\n"+script+"\n"), 0o700); err != nil {
+			d.t.Fatal(err)
+		}
+	}
 	d.write("etc/node-ca-key.pem", d.ca.keyPEM(d.t))
 	return n
 }
@@ -77,4 +83,11 @@ func (n *inTPM) changed(remove string) {
 		n.d.run(step)
 	}
 	n.opensByVault()
+}
+
+// serve has the node open, and seal to the boot of now.
+func (n *inTPM) serve() {
+	n.d.t.Helper()
+	n.ServeOpen()
+	n.Run("reseal")
 }
