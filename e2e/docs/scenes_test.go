@@ -105,6 +105,15 @@ var scenes = map[string]func(*machine){
 		withKey(m)
 		m.set("unlock: {order: [tpm-and-pkcs11]}\n" + tokenSettings)
 	},
+	"a two-of-two node with another TPM": func(m *machine) {
+		withKey(m)
+		m.set("unlock: {order: [tpm-and-pkcs11]}\n" + tokenSettings)
+		m.must(`age-keygen -o /media/usb/kleidi-recovery.txt
+kleidi init --break-two-of-two --recovery-recipient "$(age-keygen -y /media/usb/kleidi-recovery.txt)"`)
+		m.serveIfPossible()
+		m.encryptSeed()
+		m.otherTPM()
+	},
 	"a node of kleidi 1.x": legacy,
 	"a serving node whose token is back after a rotation without it": func(m *machine) {
 		withToken("[tpm, pkcs11]", true)(m)

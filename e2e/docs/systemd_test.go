@@ -17,8 +17,9 @@ import (
 // asked is where systemctl says what for, and which is gone when it is done.
 const asked = "run/systemctl"
 
-// writeSystemctl makes the command, which waits until it is obeyed.
+// writeSystemctl makes the command, which waits until it is obeyed, and the journal's.
 func (m *machine) writeSystemctl() {
+	m.write("bin/journalctl", fmt.Sprintf("#!/bin/sh\n[ \"$*\" = '-u kleidi' ] && exec cat %s\n", m.root("root/kleidi.log")), 0o755)
 	m.write("bin/systemctl", fmt.Sprintf(`#!/bin/sh
 case "$*" in
 'daemon-reload') exit 0 ;;
