@@ -1,6 +1,7 @@
 package pkcs11
 
 import (
+	"maps"
 	"os"
 	"testing"
 
@@ -64,6 +65,21 @@ func (k *token) faults() []site.Fault {
 func TestFaults(t *testing.T) {
 	k := newToken(t)
 	s := newSite(t, k, "[pkcs11]")
+	secrets := k.secrets()
+	secrets["first KEK"] = k.kek(s.SlotOf(seal.TypePKCS11))
 	s.Matrix(seal.TypePKCS11, k.faults())
-	s.SaidNone(k.secrets(s.SlotOf(seal.TypePKCS11)))
+	secrets["last KEK"] = k.kek(s.SlotOf(seal.TypePKCS11))
+	s.SaidNone(secrets)
+}
+
+// TestFaultsOfTwoOfTwo: the same where the TPM has to open together with the token.
+func TestFaultsOfTwoOfTwo(t *testing.T) {
+	const kind = "tpm-and-pkcs11"
+	k := newToken(t)
+	s := newSite(t, k, "["+kind+"]")
+	s.Matrix(kind, k.faults())
+	slot := s.SlotOf(kind)
+	secrets := site.Secrets(t, site.Pair(site.TPM(t, s.Machine, slot.Node), k.wrapper()), slot)
+	maps.Copy(secrets, k.secrets())
+	s.SaidNone(secrets)
 }

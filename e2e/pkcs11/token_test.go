@@ -69,7 +69,11 @@ log: {level: debug}`, order, strings.Contains(order, "tpm"), k.path("module.so")
 // has none.
 func newSite(t *testing.T, k *token, order string) *site.Site {
 	t.Helper()
-	return site.New(t, node.Setup{Binary: binary, Settings: k.settings(order), NoTPM: !strings.Contains(order, "tpm")})
+	setup := node.Setup{Binary: binary, Settings: k.settings(order), NoTPM: !strings.Contains(order, "tpm")}
+	if strings.Contains(order, "-and-") {
+		setup.Init = []string{"--no-recovery", "--accept-data-loss"}
+	}
+	return site.New(t, setup)
 }
 
 // wrapper is that of the token, in the test's own process.
@@ -82,17 +86,20 @@ func (k *token) wrapper() *hsm.Wrapper {
 	return w
 }
 
-// secrets are those of the token, and the KEK in a slot of it.
-func (k *token) secrets(slot seal.Slot) map[string][]byte {
+// secrets are the token's PINs.
+func (k *token) secrets() map[string][]byte {
+	return map[string][]byte{"PIN": []byte(k.pin), "wrong PIN": []byte(k.wrong)}
+}
+
+// kek is the KEK in a slot of the token.
+func (k *token) kek(slot seal.Slot) []byte {
 	k.t.Helper()
-	all := map[string][]byte{"PIN": []byte(k.pin), "wrong PIN": []byte(k.wrong)}
 	kek, err := k.wrapper().Unwrap(k.t.Context(), slot)
-	if err != nil {
-		k.t.Fatal(err)
-	}
+	k.ok(err)
 	defer kek.Close()
-	kek.With(func(b []byte) { all["KEK"] = bytes.Clone(b) })
-	return all
+	var copied []byte
+	kek.With(func(b []byte) { copied = bytes.Clone(b) })
+	return copied
 }
 
 func (k *token) path(name string) string { return filepath.Join(k.dir, name) }

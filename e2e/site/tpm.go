@@ -20,28 +20,33 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// NewTPM returns the TPM's wrapper on a machine of its own, as kleidi puts it
-// together, in this process.
+// NewTPM returns the TPM's wrapper on a machine of its own, in this process.
 func NewTPM(t testing.TB) (*tpm.Wrapper, *tpmtest.Machine) {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	gate := &attest.Gate{Attester: attest.Attester{Device: m.TPM(), Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}},
-		Counter: counter, Bank: crypto.SHA256}
-	w := tpm.NewWrapper(tpm.Config{Device: m.TPM(), Node: "alpha", Counter: counter,
-		State: func(ctx context.Context) (tpm.BootState, error) { return gate.State(ctx) }})
+	w := TPM(t, m, "alpha")
 	if _, err := w.Provision(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	return w, m
 }
 
+// TPM returns the wrapper of a machine's TPM as kleidi puts it together.
+func TPM(t testing.TB, m *tpmtest.Machine, node string) *tpm.Wrapper {
+	t.Helper()
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	gate := &attest.Gate{Attester: attest.Attester{Device: m.TPM(), Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}},
+		Counter: counter, Bank: crypto.SHA256}
+	return tpm.NewWrapper(tpm.Config{Device: m.TPM(), Node: node, Counter: counter,
+		State: func(ctx context.Context) (tpm.BootState, error) { return gate.State(ctx) }})
+}
+
 // Pair needs a TPM and another wrapper to open a KEK.
 func Pair(first *tpm.Wrapper, second both.Part) *both.Wrapper {
-	return &both.Wrapper{Kind: "tpm-and-" + second.Type(), Node: "alpha", First: first, Second: second}
+	return &both.Wrapper{Kind: "tpm-and-" + second.Type(), Node: first.Node, First: first, Second: second}
 }
 
 // wraps are how many wraps must leave nothing behind.
