@@ -13,3 +13,17 @@ func TestNothingLeftOfTwoOfTwo(t *testing.T) {
 	first, _ := site.NewTPM(t)
 	site.NothingLeft(t, site.Pair(first, k.wrapper()))
 }
+
+// TestNothingLeftInServe: nor does the whole kleidi keep anything, whether the token
+// does what is asked or not.
+func TestNothingLeftInServe(t *testing.T) {
+	k := newToken(t)
+	s := newSite(t, k, "[tpm, pkcs11]")
+	s.StaysSmall(func() { s.Do("slot test", "opens") })
+	s.StaysSmall(func() { s.Do("rotate") })
+	k.fault("killed")
+	s.StaysSmall(func() { s.Refuse("rotate", "CKR_SESSION_HANDLE_INVALID") })
+	k.fault("gone")
+	s.StaysSmall(func() { s.Refuse("rotate", "the token is not there") })
+	s.Decrypts()
+}

@@ -243,3 +243,41 @@ func FindIn(t *testing.T, where, text string, secrets map[string][]byte) {
 		}
 	}
 }
+
+// StaysSmall does something 100 times and wants the process that serves to hold no more
+// goroutines and files than after the first few.
+func (s *Site) StaysSmall(do func()) {
+	s.t.Helper()
+	for range 5 {
+		do()
+	}
+	goroutines, files := s.Value("go_goroutines"), s.Value("process_open_fds")
+	for range 100 {
+		do()
+	}
+	node.Eventually(s.t, notices, "nothing is left in serve", func() error {
+		if g, f := s.Value("go_goroutines"), s.Value("process_open_fds"); g > goroutines || f > files {
+			return fmt.Errorf("%d goroutines, %d files; before %d, %d", g, f, goroutines, files)
+		}
+		return nil
+	})
+}
+
+// Value is that of a metric without labels.
+func (s *Site) Value(metric string) (n int) {
+	s.t.Helper()
+	_, body, err := s.Get("/metrics")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for l := range strings.Lines(body) {
+		if text, ok := strings.CutPrefix(l, metric+" "); ok {
+			if _, err := fmt.Sscan(text, &n); err != nil {
+				s.t.Fatalf("%s: %v", l, err)
+			}
+			return n
+		}
+	}
+	s.t.Fatalf("there is no metric %s", metric)
+	return 0
+}

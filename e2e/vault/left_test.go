@@ -132,3 +132,17 @@ func TestMemory(t *testing.T) {
 		t.Errorf("found in memory: %s", strings.Join(found, "\n"))
 	}
 }
+
+// TestNothingLeftInServe: nor does the whole kleidi keep anything, whether the server
+// does what is asked or not.
+func TestNothingLeftInServe(t *testing.T) {
+	t.Parallel()
+	s := newHost(t, "[tpm, vault]")
+	s.StaysSmall(func() { s.Do("slot test", "opens") })
+	s.StaysSmall(func() { s.Do("rotate") })
+	s.scene.write("token", []byte("hvs.of-another-server"))
+	s.StaysSmall(func() { s.Refuse("rotate", "the token is expired, revoked or of another server") })
+	s.scene.gate.shut()
+	s.StaysSmall(func() { s.Refuse("slot test", "connection refused") })
+	s.Decrypts()
+}
