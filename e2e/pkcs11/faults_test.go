@@ -10,11 +10,10 @@ import (
 )
 
 // faults are what can be wrong with a token, its PIN and its module.
-func (k *token) faults() []site.Fault {
+func (k *token) faults(s *site.Site) []site.Fault {
 	wrongPINs := func(want string) {
-		k.t.Helper()
 		if got := k.read("tries"); got != want {
-			k.t.Errorf("%s wrong PINs were entered, want %s", got, want)
+			s.T().Errorf("%s wrong PINs were entered, want %s", got, want)
 		}
 	}
 	row := func(name string, cause seal.Cause, break_, mend func(), says ...string) site.Fault {
@@ -28,7 +27,7 @@ func (k *token) faults() []site.Fault {
 	duringUse.Each = true
 	duringUse.While = func(bool) {
 		if k.read("fault") != "gone" {
-			k.t.Error("the token was not in use when it was taken out")
+			s.T().Error("the token was not in use when it was taken out")
 		}
 	}
 	wrongPIN := row("wrong PIN", seal.CauseCredentials, func() { k.write("pin", k.wrong+"\n") }, func() { k.write("pin", k.pin+"\n"); wrongPINs("2") },
@@ -67,7 +66,7 @@ func TestFaults(t *testing.T) {
 	s := newSite(t, k, "[pkcs11]")
 	secrets := k.secrets()
 	secrets["first KEK"] = k.kek(s.SlotOf(seal.TypePKCS11))
-	s.Matrix(seal.TypePKCS11, k.faults())
+	s.Matrix(seal.TypePKCS11, k.faults(s))
 	secrets["last KEK"] = k.kek(s.SlotOf(seal.TypePKCS11))
 	s.SaidNone(secrets)
 }
@@ -77,7 +76,7 @@ func TestFaultsOfTwoOfTwo(t *testing.T) {
 	const kind = "tpm-and-pkcs11"
 	k := newToken(t)
 	s := newSite(t, k, "["+kind+"]")
-	s.Matrix(kind, k.faults())
+	s.Matrix(kind, k.faults(s))
 	slot := s.SlotOf(kind)
 	secrets := site.Secrets(t, site.Pair(site.TPM(t, s.Machine, slot.Node), k.wrapper()), slot)
 	maps.Copy(secrets, k.secrets())

@@ -61,7 +61,7 @@ func softHSM(t *testing.T) string {
 // settings are kleidi's for this token.
 func (k *token) settings(order string) string {
 	return fmt.Sprintf(`unlock: {order: %s, requireAttestation: %t, selfTest: 1m}
-pkcs11: {module: %s, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 2s}
+pkcs11: {module: %s, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 4s}
 log: {level: debug}`, order, strings.Contains(order, "tpm"), k.path("module.so"), k.path("pin"))
 }
 

@@ -53,6 +53,9 @@ func (s *Site) In(t *testing.T, f func()) {
 	f()
 }
 
+// T is what the failures are counted for now.
+func (s *Site) T() *testing.T { return s.t }
+
 // Restart ends serve and starts it again, which then is open or locked.
 func (s *Site) Restart() {
 	s.t.Helper()
