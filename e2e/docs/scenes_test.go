@@ -115,6 +115,10 @@ kleidi init --break-two-of-two --recovery-recipient "$(age-keygen -y /media/usb/
 		m.otherTPM()
 	},
 	"a node of kleidi 1.x": legacy,
+	"a node of kleidi 1.x without a TPM": func(m *machine) {
+		m.noTPM = true
+		legacy(m)
+	},
 	"a serving node whose token is back after a rotation without it": func(m *machine) {
 		withToken("[tpm, pkcs11]", true)(m)
 		m.must("mv " + m.root("tokens") + " " + m.root("away"))
