@@ -45,7 +45,7 @@ test:
 BOOT_TOOLS = qemu-system-x86_64 ovmf swtpm_setup sbsign mcopy sfdisk objcopy openssl
 
 e2e: build
-	.ci/deps gcc swtpm tpm2 softhsm2-util pkcs11-tool $(BOOT_TOOLS)
+	.ci/deps gcc swtpm tpm2 softhsm2-util pkcs11-tool nss certutil $(BOOT_TOOLS)
 	.ci/e2e $(TESTFLAGS)
 
 # Boots all machines, and writes what came of it into docs/measured-boot.md.

@@ -3,11 +3,15 @@ package pkcs11
 import (
 	"maps"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/beezy-dev/kleidi/e2e/site"
 	"github.com/beezy-dev/kleidi/seal"
 )
+
+// The rows that are not for NSS.
+const tokenRemoved, finalTryLeft = "token removed", "one PIN try left"
 
 // faults are what can be wrong with a token, its PIN and its module.
 func (k *token) faults(s *site.Site) []site.Fault {
@@ -37,13 +41,13 @@ func (k *token) faults(s *site.Site) []site.Fault {
 			wrongPINs("1") // by two commands
 		}
 	}
-	finalTry := row("one PIN try left", seal.CauseCredentials, func() { k.write("tries", "8") }, func() { wrongPINs("8"); k.tool("--list-objects") },
+	finalTry := row(finalTryLeft, seal.CauseCredentials, func() { k.write("tries", "8") }, func() { wrongPINs("8"); k.tool("--list-objects") },
 		"one more wrong PIN locks it", "log in by hand with the right PIN")
 
 	return []site.Fault{
 		row("module missing", seal.CauseUnavailable, func() { k.link("") }, func() { k.link(shim) }, "no such file", "name the PKCS#11 module of your token's vendor with pkcs11.module"),
-		row("module is none", seal.CauseUnavailable, func() { k.link(k.path("softhsm2.conf")) }, func() { k.link(shim) }, "load the PKCS#11 module", "name the PKCS#11 module of your token's vendor with pkcs11.module"),
-		row("token removed", seal.CauseUnavailable, k.takeOut, k.putBack, "the token is not there", "connect the token", "tries again by itself"),
+		row("module is none", seal.CauseUnavailable, func() { k.link(k.path("fault")) }, func() { k.link(shim) }, "load the PKCS#11 module", "name the PKCS#11 module of your token's vendor with pkcs11.module"),
+		row(tokenRemoved, seal.CauseUnavailable, k.takeOut, k.putBack, "the token is not there", "connect the token", "tries again by itself"),
 		duringUse,
 		shims("slower than the deadline", "slow", "see whether the token's device or service hangs"),
 		shims("session killed each time", "killed", "CKR_SESSION_HANDLE_INVALID", "pkcs11-tool"),
@@ -51,10 +55,7 @@ func (k *token) faults(s *site.Site) []site.Fault {
 		finalTry,
 		row("PIN locked", seal.CauseCredentials, func() { k.write("tries", "9") }, func() { k.write("tries", "0") }, "its user PIN is locked", "have the security officer unlock the user PIN"),
 		row("PIN file gone", seal.CauseCredentials, func() { k.ok(os.Remove(k.path("pin"))) }, func() { k.write("pin", k.pin+"\n") }, "no such file", "put the PIN, and nothing else, into that file"),
-		row("key deleted", seal.CauseKeyMissing, func() {
-			k.ok(os.CopyFS(k.path("away"), os.DirFS(k.path("tokens"))))
-			k.tool("--delete-object", "--type", "secrkey", "--label", "kek")
-		}, k.putBack, "it has no key that matches", "backup"),
+		row("key deleted", seal.CauseKeyMissing, k.deleteKey, k.putBack, "it has no key that matches", "backup"),
 	}
 }
 
@@ -62,11 +63,23 @@ func (k *token) faults(s *site.Site) []site.Fault {
 // rotation changes nothing, one that starts is locked and says why, and opens by
 // itself once it is mended.
 func TestFaults(t *testing.T) {
-	k := newToken(t)
-	s := newSite(t, k, "[pkcs11]")
+	for name, make_ := range map[string]func(*testing.T) *token{"SoftHSM": newSoftHSM, "NSS": newNSS} {
+		t.Run(name, func(t *testing.T) {
+			k := make_(t)
+			s := newSite(t, k, "[pkcs11]")
+			rows := k.faults(s)
+			if name == "NSS" { // it makes a database where there is none, and pkcs11-tool can't open it
+				rows = slices.DeleteFunc(rows, func(row site.Fault) bool { return row.Name == tokenRemoved || row.Name == finalTryLeft })
+			}
+			k.testFaults(s, rows)
+		})
+	}
+}
+
+func (k *token) testFaults(s *site.Site, rows []site.Fault) {
 	secrets := k.secrets()
 	secrets["first KEK"] = k.kek(s.SlotOf(seal.TypePKCS11))
-	s.Matrix(seal.TypePKCS11, k.faults(s))
+	s.Matrix(seal.TypePKCS11, rows)
 	secrets["last KEK"] = k.kek(s.SlotOf(seal.TypePKCS11))
 	s.SaidNone(secrets)
 }
@@ -74,7 +87,7 @@ func TestFaults(t *testing.T) {
 // TestFaultsOfTwoOfTwo: the same where the TPM has to open together with the token.
 func TestFaultsOfTwoOfTwo(t *testing.T) {
 	const kind = "tpm-and-pkcs11"
-	k := newToken(t)
+	k := newSoftHSM(t)
 	s := newSite(t, k, "["+kind+"]")
 	s.Matrix(kind, k.faults(s))
 	slot := s.SlotOf(kind)

@@ -10,7 +10,7 @@ import (
 
 // TestHostileSlots: a writer of the keyring's file, who can't make its MAC.
 func TestHostileSlots(t *testing.T) {
-	k := newToken(t)
+	k := newSoftHSM(t)
 	s := newSite(t, k, "[pkcs11]")
 	ciphertext := func(change func(b []byte) []byte) func(seal.Slot) []byte {
 		return site.Edit(func(d map[string]any) {

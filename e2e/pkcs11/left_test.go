@@ -9,7 +9,7 @@ import (
 // TestNothingLeftOfTwoOfTwo: after 10,000 wraps by a TPM and a token. (Package hsm has
 // the token alone.)
 func TestNothingLeftOfTwoOfTwo(t *testing.T) {
-	k := newToken(t)
+	k := newSoftHSM(t)
 	first, _ := site.NewTPM(t)
 	site.NothingLeft(t, site.Pair(first, k.wrapper()))
 }
@@ -17,7 +17,7 @@ func TestNothingLeftOfTwoOfTwo(t *testing.T) {
 // TestNothingLeftInServe: nor does the whole kleidi keep anything, whether the token
 // does what is asked or not.
 func TestNothingLeftInServe(t *testing.T) {
-	k := newToken(t)
+	k := newSoftHSM(t)
 	s := newSite(t, k, "[tpm, pkcs11]")
 	s.StaysSmall(func() { s.Do("slot test", "opens") })
 	s.StaysSmall(func() { s.Do("rotate") })

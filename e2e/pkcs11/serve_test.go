@@ -11,7 +11,7 @@ import (
 // TestSessionKilledOnce: a token that ends a session is asked again, whatever kleidi
 // was about, and nobody notices.
 func TestSessionKilledOnce(t *testing.T) {
-	k := newToken(t)
+	k := newSoftHSM(t)
 	s := newSite(t, k, "[pkcs11]")
 	killed := func() {
 		t.Helper()
@@ -34,7 +34,7 @@ func TestSessionKilledOnce(t *testing.T) {
 // TestSkipsSlot: a token that goes in the middle of a rotation ends it, and nothing is
 // changed; told to, the rotation does without it, which is shown until it is mended.
 func TestSkipsSlot(t *testing.T) {
-	k := newToken(t)
+	k := newSoftHSM(t)
 	s := newSite(t, k, "[tpm, pkcs11]")
 	before := s.Stored()
 	k.fault("removed")

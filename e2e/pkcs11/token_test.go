@@ -20,49 +20,81 @@ import (
 // tries is how many wrong PINs lock the token.
 const tries = 9
 
-// token is one of SoftHSM's with an AES key, behind the shim.
+// token is one with an AES key, behind the shim.
 type token struct {
-	t          *testing.T
-	dir        string
-	pin, wrong string
+	t                *testing.T
+	dir              string
+	pin, wrong       string
+	module, initArgs string // the shim's
+	// deleteKey deletes the key, and keeps what putBack brings back.
+	deleteKey func()
 }
 
-// newToken makes a token. The environment tells SoftHSM and the shim of it, and so
-// every kleidi that the test starts.
-func newToken(t *testing.T) *token {
+// newSoftHSM makes a token of SoftHSM's.
+func newSoftHSM(t *testing.T) *token {
 	t.Helper()
-	k := &token{t: t, dir: t.TempDir(), pin: rand.Text()[:16], wrong: rand.Text()[:16]}
-	k.mkdir("tokens")
+	k := newToken(t, "/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so")
 	k.write("softhsm2.conf", "directories.tokendir = "+k.path("tokens")+"\nobjectstore.backend = file\nlog.level = ERROR\n")
-	k.write("pin", k.pin+"\n")
-	k.write("fault", "")
-	k.link(shim)
-	for name, value := range map[string]string{"SOFTHSM2_CONF": k.path("softhsm2.conf"), "KLEIDI_TEST_MODULE": softHSM(t),
-		"KLEIDI_TEST_TRIES": k.path("tries"), "KLEIDI_TEST_MOST": strconv.Itoa(tries), "KLEIDI_TEST_FAULT": k.path("fault")} {
-		t.Setenv(name, value)
-	}
+	t.Setenv("SOFTHSM2_CONF", k.path("softhsm2.conf"))
 	k.run("softhsm2-util", "--init-token", "--free", "--label", "kleidi", "--so-pin", rand.Text()[:16], "--pin", k.pin)
 	k.tool("--keygen", "--key-type", "AES:32", "--label", "kek")
+	k.deleteKey = func() {
+		k.ok(os.CopyFS(k.path("away"), os.DirFS(k.path("tokens"))))
+		k.tool("--delete-object", "--type", "secrkey", "--label", "kek")
+	}
 	return k
 }
 
-// softHSM is where distributions put its module.
-func softHSM(t *testing.T) string {
+// newNSS makes a database of NSS softokn's.
+func newNSS(t *testing.T) *token {
 	t.Helper()
-	for _, path := range []string{"/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so"} {
-		if _, err := os.Stat(path); err == nil {
-			return path
+	t.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1") // a login costs as little as elsewhere
+	var paths []string
+	for _, dir := range []string{"/usr/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu/nss", "/usr/lib/aarch64-linux-gnu", "/usr/lib64"} {
+		paths = append(paths, dir+"/libsoftokn3.so")
+	}
+	k := newToken(t, paths...)
+	k.initArgs = fmt.Sprintf("configdir='sql:%s' certPrefix='' keyPrefix='' secmod='' flags=noModDB dbTokenDescription='kleidi'", k.path("tokens"))
+	k.run("certutil", "-N", "-d", "sql:"+k.path("tokens"), "-f", k.path("pin"))
+	k.ok(os.CopyFS(k.path("without"), os.DirFS(k.path("tokens"))))
+	_, err := k.wrapper().GenerateKey(t.Context())
+	k.ok(err)
+	k.deleteKey = func() {
+		k.ok(os.Rename(k.path("tokens"), k.path("away")))
+		k.ok(os.CopyFS(k.path("tokens"), os.DirFS(k.path("without"))))
+	}
+	return k
+}
+
+// newToken makes what both have around them. The environment tells the shim of it, and
+// so every kleidi that the test starts. The module is the first of these that there is.
+func newToken(t *testing.T, modules ...string) *token {
+	t.Helper()
+	k := &token{t: t, dir: t.TempDir(), pin: rand.Text()[:16], wrong: rand.Text()[:16]}
+	for _, path := range modules {
+		if _, err := os.Stat(path); err == nil && k.module == "" {
+			k.module = path
 		}
 	}
-	t.Fatal("SoftHSM is not there; run .ci/deps softhsm2-util")
-	return ""
+	if k.module == "" {
+		t.Fatalf("none of %q is there; run .ci/deps softhsm2-util nss", modules)
+	}
+	k.mkdir("tokens")
+	k.write("pin", k.pin+"\n")
+	k.write("fault", "")
+	k.link(shim)
+	for name, value := range map[string]string{"KLEIDI_TEST_MODULE": k.module, "KLEIDI_TEST_TRIES": k.path("tries"),
+		"KLEIDI_TEST_MOST": strconv.Itoa(tries), "KLEIDI_TEST_FAULT": k.path("fault")} {
+		t.Setenv(name, value)
+	}
+	return k
 }
 
 // settings are kleidi's for this token.
 func (k *token) settings(order string) string {
 	return fmt.Sprintf(`unlock: {order: %s, requireAttestation: %t, selfTest: 1m}
-pkcs11: {module: %s, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 4s}
-log: {level: debug}`, order, strings.Contains(order, "tpm"), k.path("module.so"), k.path("pin"))
+pkcs11: {module: %s, initArgs: %q, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 4s}
+log: {level: debug}`, order, strings.Contains(order, "tpm"), k.path("module.so"), k.initArgs, k.path("pin"))
 }
 
 // newSite is a node with the token; where the TPM is not in the order, the machine
@@ -79,7 +111,7 @@ func newSite(t *testing.T, k *token, order string) *site.Site {
 // wrapper is that of the token, in the test's own process.
 func (k *token) wrapper() *hsm.Wrapper {
 	k.t.Helper()
-	w, err := hsm.New(hsm.Config{Module: softHSM(k.t), URI: "pkcs11:token=kleidi;object=kek", PINFile: k.path("pin")})
+	w, err := hsm.New(hsm.Config{Module: k.module, InitArgs: k.initArgs, URI: "pkcs11:token=kleidi;object=kek", PINFile: k.path("pin")})
 	if err != nil {
 		k.t.Fatal(err)
 	}
