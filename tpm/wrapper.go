@@ -282,10 +282,10 @@ func otherTPM(t transport.TPM, ek string) error {
 		return err
 	}
 	if now == ek {
-		return seal.Errorf(seal.CauseTPMCleared, "run kleidi recover with the recovery identity",
+		return seal.Errorf(seal.CauseTPMCleared, "run kleidi recover with the recovery identity; while the keyring is open, kleidi reseal --new-tpm does without",
 			"this TPM was cleared after the slot was sealed: its storage root key is gone")
 	}
-	return seal.Errorf(seal.CauseOtherTPM, "put the disk back into its machine, or run kleidi recover with the recovery identity",
+	return seal.Errorf(seal.CauseOtherTPM, "put the disk back into its machine, or run kleidi recover with the recovery identity; while another wrapper holds the keyring open, kleidi reseal --new-tpm does without",
 		"the slot was sealed by another TPM: its endorsement key is %.19s…, this one's is %.19s…", ek, now)
 }
 

@@ -136,8 +136,15 @@ func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.Keyri
 	if req.Next != nil {
 		return n.resealNext(ctx, *req.Next)
 	}
+	if req.NewTPM {
+		return n.resealToNewTPM(ctx, req.WithoutVerifier)
+	}
 	var bound []string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		if _, err := n.tpm.Epoch(ctx); err != nil && len(n.demands(k.Slots())) == 0 {
+			reason, _ := seal.SplitHint(err)
+			return nil, fmt.Errorf("no slot of this node is sealed to a TPM, and %s; run kleidi reseal --new-tpm, which seals to the TPM that is there", reason)
+		}
 		present, err := n.gate.State(ctx)
 		if err != nil {
 			return nil, err

@@ -83,7 +83,7 @@ type initResult struct {
 	KeyID     seal.KeyID     `json:"keyID"`
 	Keyring   string         `json:"keyring"`
 	Node      string         `json:"node"`
-	EK        string         `json:"ek"`
+	EK        string         `json:"ek,omitempty"` // where there is a TPM slot
 	Slots     []string       `json:"slots"`
 	// PKCS11 is what --import-config adds to the configuration.
 	PKCS11 *importedToken `json:"pkcs11,omitempty"`
@@ -149,7 +149,11 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) er
 		}
 	}
 	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
-		fmt.Fprintf(w, "\nkeyring %s made\n  cluster ID  %s\n  key ID      %s\n  node        %s (EK %.23s…)\n", result.Keyring, result.ClusterID, result.KeyID, result.Node, result.EK)
+		node := result.Node
+		if result.EK != "" {
+			node += fmt.Sprintf(" (EK %.23s…)", result.EK)
+		}
+		fmt.Fprintf(w, "\nkeyring %s made\n  cluster ID  %s\n  key ID      %s\n  node        %s\n", result.Keyring, result.ClusterID, result.KeyID, node)
 		for _, s := range result.Slots {
 			fmt.Fprintf(w, "  slot        %s\n", s)
 		}

@@ -128,14 +128,7 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 		old.Close()
 		return admin.KeyringState{}, err
 	}
-	changes := []string{"a fresh KEK is wrapped by " + joinWords(n.cfg.Unlock.Order) + "; all earlier ones are retired and still decrypt"}
-	if n.opensWithTPM() {
-		changes = []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
-			"slots of the earlier epoch no longer open, kept copies included"}
-	}
-	for _, s := range n.states(old.Slots(), tpm.UseSigned) {
-		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add again, with those of the latest generation", fingerprintOf(*s.Signer)))
-	}
+	changes := n.renewed(old)
 	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		return n.renew(ctx, k, req.WithoutVerifier)
 	}
@@ -149,6 +142,69 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 		state.Changes = slices.Concat(state.Changes, leftOut(k.Slots()), dropped(before, k.Slots()))
 	}
 	return state, err
+}
+
+// renewed says what renew makes of a keyring.
+func (n *node) renewed(old *keyring.Keyring) []string {
+	changes := []string{"a fresh KEK is wrapped by " + joinWords(n.cfg.Unlock.Order) + "; all earlier ones are retired and still decrypt"}
+	if n.opensWithTPM() {
+		changes = []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
+			"slots of the earlier epoch no longer open, kept copies included"}
+	}
+	for _, s := range n.states(old.Slots(), tpm.UseSigned) {
+		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add again, with those of the latest generation", fingerprintOf(*s.Signer)))
+	}
+	return changes
+}
+
+// resealToNewTPM does what recover does, without the recovery identity, while the
+// keyring is open by other means than the TPM: by a fallback, or since the TPM was
+// cleared under a running serve. That TPM is trusted as it is, as at init.
+func (n *node) resealToNewTPM(ctx context.Context, withoutVerifier bool) (admin.KeyringState, error) {
+	var former seal.KeyID
+	var changes []string
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		if err := n.isNew(ctx, k.Slots()); err != nil {
+			return nil, err
+		}
+		former, changes = k.CurrentID(), n.renewed(k)
+		revisions, err := n.renew(ctx, k, withoutVerifier)
+		if err != nil {
+			return nil, err
+		}
+		now := revisions[len(revisions)-1].Slots()
+		changes = slices.Concat(changes, leftOut(now), dropped(k.Slots(), now))
+		return revisions, nil
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("reseal --new-tpm: %w", err)
+	}
+	if n.unlocker.State().Fallback != nil {
+		n.unlocker.Nudge() // the TPM opens, which a reload finds out
+	}
+	return n.result(former, changes...)
+}
+
+// isNew reports whether no slot of this node is sealed to this machine's TPM.
+func (n *node) isNew(ctx context.Context, slots []seal.Slot) error {
+	if !n.opensWithTPM() {
+		return errors.New("unlock.order names no TPM; add tpm to it, and restart kleidi serve")
+	}
+	w, err := n.tpm.OnTPMOf(halves(slots))
+	if err != nil {
+		return err
+	}
+	if len(n.demands(slots)) == 0 {
+		return nil
+	}
+	_, err = w.Epoch(ctx)
+	switch seal.CauseOf(err) {
+	case seal.CauseOtherTPM, seal.CauseTPMCleared:
+		return nil
+	case "":
+		return errors.New("the slots are sealed to this TPM; run kleidi reseal without --new-tpm")
+	}
+	return err
 }
 
 func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recovery.Wrapper) (*keyring.Keyring, error) {

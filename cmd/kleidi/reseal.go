@@ -25,6 +25,10 @@ refuses it from then on, even where someone kept its bytes. A suspension ends wi
 A locked keyring can't be resealed: after another kernel was booted unprepared, kleidi
 recover is the way.
 
+With --new-tpm, after the mainboard was replaced or the TPM was cleared while another
+wrapper holds the keyring open, seal a fresh KEK to the TPM that is there. It is trusted
+as it is, as at kleidi init.
+
 With --next-…, compute the next boot state from the files of an update, and seal to it
 besides. When the next boot has opened it, kleidi serve revokes the present one. Give
 all that changes before one reboot in one command. Nothing is guessed: a boot that can't
@@ -36,8 +40,8 @@ be predicted is refused, and the message says what to do.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if files.given(cmd) {
-				if req.DropNext {
-					return errors.New("--drop-next and --next-… exclude each other; give one of them")
+				if req.DropNext || req.NewTPM {
+					return errors.New("--next-… excludes --drop-next and --new-tpm; give one of them")
 				}
 				r, err := a.resealNext(cmd, &files, dryRun)
 				if err != nil {
@@ -58,6 +62,7 @@ be predicted is refused, and the message says what to do.`,
 	files.register(cmd)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show the next boot state, and change nothing")
 	cmd.Flags().BoolVar(&req.WithoutVerifier, "without-verifier", false, "demand no verifier, before tpm.verifier is taken out of the configuration")
+	cmd.Flags().BoolVar(&req.NewTPM, "new-tpm", false, "seal a fresh KEK to another TPM than the slots are sealed to, or to one that was cleared")
 	cmd.Flags().BoolVar(&req.DropNext, "drop-next", false, "revoke the slots for next boots as well")
 	return cmd
 }

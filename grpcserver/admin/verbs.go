@@ -152,6 +152,8 @@ type ResealRequest struct {
 	DropNext bool `json:"dropNext,omitempty"`
 	// WithoutVerifier asks to seal without the configured verifier's demand.
 	WithoutVerifier bool `json:"withoutVerifier,omitempty"`
+	// NewTPM asks to seal a fresh KEK to a TPM that no slot of the node is sealed to.
+	NewTPM bool `json:"newTPM,omitempty"`
 }
 
 // BootState is a way to boot that was computed from the files of the next boot.
