@@ -15,8 +15,9 @@
 //
 // A PIN that the token refused is not tried again until it changes, however
 // often unlocking is repeated and however often its file is written; nor is one to
-// which the token's answer was neither yes nor no, since that may have counted. The
-// last try before a lock-out is left to a person.
+// which the token's answer was neither yes nor no nor trouble of the device, since that
+// may have counted, unless a login with it went well before. The last try before a
+// lock-out is left to a person.
 //
 // Nothing of a PIN or a KEK stays behind but in locked memory, as far as that is in
 // our hands: blocks and registers that a call went through are overwritten, which

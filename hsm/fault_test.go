@@ -28,6 +28,7 @@ type faulty struct {
 	cryptoki
 	slots       func([]uint) []uint
 	login       func() error
+	flags       uint // that the token reports besides
 	encryptInit func(pkcs11.SessionHandle)
 	decrypt     func(pkcs11.SessionHandle)
 	fails       bool // C_Decrypt and C_UnwrapKey fail, and don't say why
@@ -39,6 +40,12 @@ func (f *faulty) GetSlotList(present bool) ([]uint, error) {
 		slots = f.slots(slots)
 	}
 	return slots, err
+}
+
+func (f *faulty) GetTokenInfo(slot uint) (tokenInfo, error) {
+	info, err := f.cryptoki.GetTokenInfo(slot)
+	info.Flags |= f.flags
+	return info, err
 }
 
 func (f *faulty) EncryptInit(h pkcs11.SessionHandle, m []*pkcs11.Mechanism, k pkcs11.ObjectHandle) error {

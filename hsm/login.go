@@ -20,6 +20,8 @@ import (
 type tried struct {
 	key *seal.Secret // of the marks, and room for a PIN behind it; made with the first mark
 	by  map[tokenName]map[pinMark]pkcs11.Error
+	// right is the PIN with which a login went well last.
+	right map[tokenName]pinMark
 }
 
 // pinMark stands for a PIN: the SHA-256 digest of a random key and the PIN. PINs are
@@ -55,11 +57,38 @@ func (t *tried) keep(name tokenName, m pinMark, answer pkcs11.Error) {
 		t.by[name] = map[pinMark]pkcs11.Error{}
 	}
 	t.by[name][m] = answer
+	if slices.Contains(refusals, answer) {
+		delete(t.right, name)
+	}
+}
+
+// took forgets what the token did not take before: with a login its count begins anew.
+func (t *tried) took(name tokenName, m pinMark) {
+	delete(t.by, name)
+	t.right[name] = m
+}
+
+// mayRepeat reports whether the PIN may be given once more: where it is known to be
+// right, or where the device was in trouble, which PKCS#11 tells from a wrong PIN, and
+// the token does not report that one was entered.
+func (t *tried) mayRepeat(name tokenName, m pinMark, answer pkcs11.Error, flags uint) bool {
+	const low = pkcs11.CKF_USER_PIN_COUNT_LOW | pkcs11.CKF_USER_PIN_FINAL_TRY | pkcs11.CKF_USER_PIN_LOCKED
+	switch right, known := t.right[name]; {
+	case slices.Contains(refusals, answer):
+		return false
+	case known && right == m:
+		return true
+	}
+	return slices.Contains(trouble, answer) && flags&low == 0
 }
 
 var (
 	// refusals are what a token says of a PIN that it does not take.
 	refusals = []pkcs11.Error{pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED}
+	// trouble is what it says where its device, or the way there, is not well.
+	trouble = []pkcs11.Error{
+		pkcs11.CKR_DEVICE_ERROR, pkcs11.CKR_DEVICE_MEMORY, pkcs11.CKR_HOST_MEMORY, pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_FUNCTION_CANCELED, pkcs11.CKR_GENERAL_ERROR,
+	}
 	// gone is what it says of a session that ended, or of a token that was taken out,
 	// before it looked at the PIN.
 	gone = []pkcs11.Error{
@@ -89,7 +118,7 @@ func (s *session) login(t *tried, p *seal.Secret, mem seal.Memory) (logout func(
 		return nil, err
 	}
 	name := nameOf(s.token)
-	if answer, ok := t.by[name][mark]; ok {
+	if answer, ok := t.by[name][mark]; ok && !t.mayRepeat(name, mark, answer, s.token.Flags) {
 		return nil, s.notAgain(answer, s.token.Flags)
 	}
 	if s.token.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0 {
@@ -100,7 +129,7 @@ func (s *session) login(t *tried, p *seal.Secret, mem seal.Memory) (logout func(
 	answer, answered := errors.AsType[pkcs11.Error](err)
 	switch {
 	case err == nil:
-		delete(t.by, name)
+		t.took(name, mark)
 		return func() { _ = s.Logout(s.h) }, nil
 	case answer == pkcs11.CKR_USER_ALREADY_LOGGED_IN: // by another user of the module, who logs out
 		return func() {}, nil
@@ -110,9 +139,12 @@ func (s *session) login(t *tried, p *seal.Secret, mem seal.Memory) (logout func(
 		return nil, fmt.Errorf("C_Login: %w", err)
 	}
 	t.keep(name, mark, answer)
-	now, _ := s.GetTokenInfo(s.slot)
-	if slices.Contains(refusals, answer) {
+	now, infoErr := s.GetTokenInfo(s.slot)
+	switch {
+	case slices.Contains(refusals, answer):
 		return nil, s.refuse(hintPIN, "C_Login: %w%s", err, tries(now.Flags))
+	case infoErr == nil && t.mayRepeat(name, mark, answer, now.Flags): // shown and not wrapped, see notAgain
+		return nil, seal.Errorf(seal.CauseUnavailable, "see whether the token is well; kleidi tries again by itself", "token %v: it answered %v to C_Login", name, answer)
 	}
 	return nil, s.notAgain(answer, now.Flags)
 }

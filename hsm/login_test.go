@@ -58,15 +58,15 @@ func (f *faulty) Login(h pkcs11.SessionHandle, user uint, pin string) error {
 }
 
 // TestUnknownAnswerToLogin: an answer to C_Login that is neither yes nor no may have
-// counted as a wrong PIN, so that each PIN is given once: no repetition after a lost
-// session, no later try, until there is another PIN or the process starts anew.
+// counted as a wrong PIN, so that a PIN that never logged in is given once: no
+// repetition after a lost session, no later try, until there is another PIN or the
+// process starts anew.
 func TestUnknownAnswerToLogin(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
 	kek := newKEK(t)
 	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
 	for answer, shown := range map[pkcs11.Error]string{
-		pkcs11.CKR_DEVICE_ERROR: "CKR_DEVICE_ERROR", pkcs11.CKR_FUNCTION_FAILED: "CKR_FUNCTION_FAILED", pkcs11.CKR_GENERAL_ERROR: "CKR_GENERAL_ERROR",
 		pkcs11.CKR_USER_NOT_LOGGED_IN: "CKR_USER_NOT_LOGGED_IN", pkcs11.CKR_OPERATION_ACTIVE: "CKR_OPERATION_ACTIVE", 0x80000105: "0x80000105",
 	} {
 		given := 0
@@ -91,6 +91,39 @@ func TestUnknownAnswerToLogin(t *testing.T) {
 		refuses(t, w, slot, seal.CauseUnavailable, shown)
 		fault(w) // as a process that starts anew
 		opens(t, w, slot, kek)
+	}
+}
+
+// TestTroubleAtLogin: a device in trouble has refused no PIN, and kleidi tries again,
+// as it does with a PIN that has logged in, whatever the answer; but not with another
+// one where the token reports that a wrong PIN was entered.
+func TestTroubleAtLogin(t *testing.T) {
+	b := softHSM(t)
+	w := b.generated(t, 0, "kek")
+	kek := newKEK(t)
+	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
+	f := fault(w)
+	for _, answer := range append(trouble, 0x80000105) {
+		f.login = func() error { return answer }
+		for range 3 {
+			refuses(t, w, slot, seal.CauseUnavailable, "kleidi tries again by itself")
+		}
+		f.login = nil
+		opens(t, w, slot, kek) // so it is known to be right when the vendor's code comes
+	}
+	f.login = func() error { return pkcs11.Error(pkcs11.CKR_PIN_INCORRECT) } // set anew on the token
+	refuses(t, w, slot, seal.CauseCredentials, "PIN")
+	f.login = func() error { return pkcs11.Error(pkcs11.CKR_DEVICE_ERROR) }
+	refuses(t, w, slot, seal.CauseCredentials, "refused this PIN before")
+
+	f = fault(w)
+	given := 0
+	f.login = func() error { given++; return pkcs11.Error(pkcs11.CKR_DEVICE_ERROR) }
+	f.flags = pkcs11.CKF_USER_PIN_COUNT_LOW
+	refuses(t, w, slot, seal.CauseUnavailable, "so this PIN is not given again")
+	refuses(t, w, slot, seal.CauseUnavailable, "so this PIN is not given again")
+	if given != 1 {
+		t.Errorf("the PIN was given %d times to a token that counts a wrong one", given)
 	}
 }
 

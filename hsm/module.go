@@ -27,7 +27,7 @@ type module struct {
 }
 
 func newModule(path string, p cryptoki) *module {
-	return &module{path: path, turn: make(chan struct{}, 1), p: p, tried: tried{by: map[tokenName]map[pinMark]pkcs11.Error{}}}
+	return &module{path: path, turn: make(chan struct{}, 1), p: p, tried: tried{by: map[tokenName]map[pinMark]pkcs11.Error{}, right: map[tokenName]pinMark{}}}
 }
 
 // loaded holds the modules of the process. This is a global because what it

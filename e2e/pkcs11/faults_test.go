@@ -50,6 +50,7 @@ func (k *token) faults(s *site.Site) []site.Fault {
 		row(tokenRemoved, seal.CauseUnavailable, k.takeOut, k.putBack, "the token is not there", "connect the token", "tries again by itself"),
 		duringUse,
 		shims("slower than the deadline", "slow", "see whether the token's device or service hangs"),
+		shims("device error at login", "trouble", "CKR_DEVICE_ERROR", "see whether the token is well; kleidi tries again by itself"),
 		shims("session killed each time", "killed", "CKR_SESSION_HANDLE_INVALID", "pkcs11-tool"),
 		wrongPIN,
 		finalTry,

@@ -41,7 +41,7 @@ typedef struct {
 } token_info; // its beginning
 
 enum { user_pin_count_low = 0x10000, user_pin_final_try = 0x20000, user_pin_locked = 0x40000 };
-enum { ckr_device_removed = 0x32, ckr_mechanism_param_invalid = 0x71, ckr_pin_incorrect = 0xa0, ckr_pin_locked = 0xa4, ckr_token_not_present = 0xe0 };
+enum { ckr_device_error = 0x30, ckr_device_removed = 0x32, ckr_mechanism_param_invalid = 0x71, ckr_pin_incorrect = 0xa0, ckr_pin_locked = 0xa4, ckr_token_not_present = 0xe0 };
 enum { aes_gcm = 0x1087 };
 
 static functions *real, mine;
@@ -122,6 +122,8 @@ static ulong_t own_get_token_info(ulong_t slot, token_info *info) {
 static ulong_t own_login(ulong_t session, ulong_t user, unsigned char *pin, ulong_t size) {
 	if (user == 1 && wrong(0) >= most())
 		return ckr_pin_locked;
+	if (user == 1 && fault("trouble"))
+		return ckr_device_error;
 	ulong_t rv = ((ulong_t(*)(ulong_t, ulong_t, unsigned char *, ulong_t))real->function[login])(session, user, pin, size);
 	if (user == 1)
 		wrong(rv == ckr_pin_incorrect ? 1 : -1);
