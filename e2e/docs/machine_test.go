@@ -142,7 +142,7 @@ func (m *machine) shell(commands string) (string, error) {
 
 // relocate moves the documents' absolute paths, and kleidi's HTTP address, to this machine's.
 func (m *machine) relocate(commands string) string {
-	for _, dir := range []string{"/etc/", "/media/", "/opt/", "/var/lib/", "/run/", "/root/", "/boot/", "/efi/", "/usr/local/"} {
+	for _, dir := range []string{"/etc/", "/media/", "/opt/", "/var/lib/", "/run/", "/boot/", "/efi/", "/usr/local/"} {
 		commands = strings.ReplaceAll(commands, " "+dir, " "+m.root(dir)+"/")
 	}
 	commands = strings.ReplaceAll(commands, " /sys/kernel/security/tpm0/binary_bios_measurements", " "+m.EventLog())
