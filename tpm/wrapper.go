@@ -291,7 +291,8 @@ func otherTPM(t transport.TPM, ek string) error {
 
 // Settle ends the epochs before the one that the slots of this node were sealed
 // for. It is called once the keyring that holds them is saved and pinned, and
-// again at every start, since a crash may have come in between.
+// again at every start, since a crash may have come in between. On another TPM, and
+// on one that was cleared, there is nothing to end: none of them opens there.
 func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
 	var target *slotData // a slot that still has to open keeps its epoch
 	for _, s := range slots {
@@ -309,9 +310,13 @@ func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
 	if target == nil {
 		return nil
 	}
-	return classify(w.Device.Do(ctx, func(t transport.TPM) error {
+	err := classify(w.Device.Do(ctx, func(t transport.TPM) error {
 		return w.withSRK(t, target, func(srk *SRK) error { return w.Counter.RaiseTo(t, srk, target.Epoch.AtMost) })
 	}))
+	if cause := seal.CauseOf(err); cause == seal.CauseOtherTPM || cause == seal.CauseTPMCleared {
+		return nil
+	}
+	return err
 }
 
 // Revoke ends the epochs of authenticated slots that none of this node follows. It is

@@ -87,7 +87,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		return nil, err
 	}
 	n.unlocker = unlock.New(unlock.Config{
-		Store: n.keyring, Pin: n.pin, Gate: preflight{n.gate, n.mem, log, n.attests()}, Ungated: n.ungated, Wrappers: n.openers(),
+		Store: n.keyring, Pin: n.pin, Ready: n.ready, Gate: preflight{n.gate, n.attests()}, Ungated: n.ungated, Wrappers: n.openers(),
 		Settle: n.settle, Log: log, Attempted: attempted,
 	})
 	return n, nil
@@ -158,7 +158,7 @@ func (n *node) wrappers() []seal.Wrapper {
 // own takes the state folder for this process, before it changes anything, and
 // keeps the process out of swap, before it holds anything secret.
 func (n *node) own() error {
-	if err := lockProcess(n.mem, n.log); err != nil {
+	if err := n.ready(); err != nil {
 		return err
 	}
 	err := n.state.acquire()
@@ -209,19 +209,17 @@ func (n *node) rewrappers() []rotation.Rewrapper {
 	return all
 }
 
-// preflight is the gate, behind the check that nothing secret can reach the swap.
+// ready is the check that nothing secret can reach the swap.
+func (n *node) ready() error { return lockProcess(n.mem, n.log) }
+
+// preflight is the gate, which takes two of two apart.
 type preflight struct {
 	*attest.Gate
-	mem     seal.Memory
-	log     *slog.Logger
 	attests bool // there is a TPM to attest with
 }
 
 // Attest implements unlock.Gate.
 func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
-	if err := lockProcess(p.mem, p.log); err != nil {
-		return err
-	}
 	if !p.attests {
 		return nil
 	}

@@ -45,13 +45,18 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 	if r.Suspension = n.suspension(slots); r.Suspension != "" && req.Try {
 		r.Suspension += n.bootsLeft(ctx, slots)
 	}
-	var attestation error
+	var attestation, unready error
 	if req.Try && len(slots) > 0 {
-		attestation = preflight{n.gate, n.mem, n.log, n.attests()}.Attest(ctx, slots)
+		if unready = n.ready(); unready == nil {
+			attestation = preflight{n.gate, n.attests()}.Attest(ctx, slots)
+		}
 	}
 	names := slotNames(slots)
 	for i, s := range slots {
-		report := n.reportSlot(ctx, s, r.CurrentKeyID, r.ClusterID, req.Try, attestation)
+		report := n.reportSlot(ctx, s, r.CurrentKeyID, r.ClusterID, req.Try && unready == nil, attestation)
+		if unready != nil {
+			report.Problem = admin.ProblemOf(unready)
+		}
 		report.Name = names[i]
 		r.Slots = append(r.Slots, report)
 	}

@@ -233,6 +233,19 @@ func (r records) Handle(context.Context, slog.Record) error {
 	return nil
 }
 
+// until waits for what is logged once it is reached.
+func (n *node) until(what string, log records, reached func() bool) {
+	n.t.Helper()
+	timeout := time.After(30 * time.Second)
+	for !reached() {
+		select {
+		case <-log.told:
+		case <-timeout:
+			n.t.Fatalf("%s: not reached; state %+v", what, n.State())
+		}
+	}
+}
+
 // TestRun: it tries again by itself, at once when nudged, and reloads when nudged
 // while open.
 func TestRun(t *testing.T) {
@@ -245,23 +258,12 @@ func TestRun(t *testing.T) {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	running.Go(func() { n.Run(ctx) })
-	until := func(what string, reached func() bool) {
-		t.Helper()
-		timeout := time.After(30 * time.Second)
-		for !reached() {
-			select {
-			case <-log.told:
-			case <-timeout:
-				t.Fatalf("%s: not reached; state %+v", what, n.State())
-			}
-		}
-	}
 	<-n.Tried()
-	until("two attempts by itself", func() bool { return n.State().Attempts >= 2 && !n.State().Next.IsZero() })
+	n.until("two attempts by itself", log, func() bool { return n.State().Attempts >= 2 && !n.State().Next.IsZero() })
 	n.gate.set(nil)
 	n.Nudge()
 	n.Nudge() // one may be waiting already
-	until("open", func() bool { return n.State().Open })
+	n.until("open", log, func() bool { return n.State().Open })
 	next, err := k.AtLeast(9)
 	if err != nil {
 		t.Fatal(err)
@@ -269,7 +271,7 @@ func TestRun(t *testing.T) {
 	defer next.Close()
 	n.put(next.Marshal())
 	n.Nudge()
-	until("the reload", func() bool { k, err := n.Keyring(); return err == nil && k.Revision() == 9 })
+	n.until("the reload", log, func() bool { k, err := n.Keyring(); return err == nil && k.Revision() == 9 })
 	cancel()
 	running.Wait()
 }

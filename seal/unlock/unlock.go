@@ -1,14 +1,10 @@
 package unlock
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -46,6 +42,8 @@ type Overruled interface {
 type Config struct {
 	Store Store
 	Pin   Pin
+	// Ready, if set, has to pass before a KEK is opened, whatever the gate says.
+	Ready func() error
 	// Gate may be nil where there is no TPM.
 	Gate Gate
 	// Ungated reports whether a wrapper of that type may open slots although the gate
@@ -78,9 +76,12 @@ type Unlocker struct {
 
 	mu      sync.Mutex // one attempt or change at a time
 	version store.Version
-	nudge   chan struct{}
-	tried   chan struct{} // closed after the first attempt
-	once    sync.Once
+	// unsettled says that the keyring is open, and nothing is to be done but to end
+	// the epochs that are over.
+	unsettled bool
+	nudge     chan struct{}
+	tried     chan struct{} // closed after the first attempt
+	once      sync.Once
 }
 
 // State is where the state machine is, for people.
@@ -155,6 +156,7 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	defer u.once.Do(func() { close(u.tried) })
+	u.unsettled = false
 	var timing Timing
 	start := time.Now()
 	k, version, by, err := u.attempt(ctx, &timing)
@@ -183,10 +185,32 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	}
 	u.version = version
 	u.announce(k, by, timing)
-	if unsettled != nil {
+	if u.unsettled = unsettled != nil; u.unsettled {
 		u.failed(unsettled, timing)
 	}
 	return unsettled
+}
+
+// retry makes another attempt at what has failed. Where only an epoch could not be
+// ended, no slot is opened once more for that: it may be a token's.
+func (u *Unlocker) retry(ctx context.Context) error {
+	u.mu.Lock()
+	k := u.open.Load()
+	if k == nil || !u.unsettled {
+		u.mu.Unlock()
+		return u.Unlock(ctx)
+	}
+	defer u.mu.Unlock()
+	s := u.State()
+	if err := u.settle(ctx, k); err != nil {
+		u.failed(err, s.Timing)
+		return err
+	}
+	u.unsettled = false
+	s.Problem, s.Attempts, s.Next = nil, 0, time.Time{}
+	u.state.Store(&s)
+	u.cfg.Log.Info("the earlier epoch is ended: revoked slots no longer open")
+	return nil
 }
 
 // Open opens the stored keyring as Unlock does, for the caller alone, who closes
@@ -217,165 +241,6 @@ func (u *Unlocker) Changed(ctx context.Context) bool {
 	return err != nil || version != u.version || u.State().Problem != nil
 }
 
-// attempt loads the keyring and opens it with the first slot that opens.
-func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyring, store.Version, Opener, error) {
-	start := time.Now()
-	untrusted, pin, version, err := u.load(ctx)
-	timing.Load = time.Since(start)
-	if err != nil {
-		return nil, "", Opener{}, err
-	}
-	k, by, err := u.openWith(ctx, untrusted, pin, timing)
-	return k, version, by, err
-}
-
-// openWith is the gate, then the slots, then the keyring's own checks.
-func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, pin *keyring.Pin, timing *Timing) (*keyring.Keyring, Opener, error) {
-	start := time.Now()
-	var gate error
-	if u.cfg.Gate != nil {
-		gate = u.cfg.Gate.Attest(ctx, untrusted.Slots())
-	}
-	timing.Gate = time.Since(start)
-	start = time.Now()
-	kek, by, err := u.unwrap(ctx, untrusted.Slots(), gate)
-	timing.Slots = time.Since(start)
-	if err != nil {
-		return nil, by, err
-	}
-	k, err := untrusted.Open(kek, pin)
-	if err != nil {
-		kek.Close()
-		return nil, by, err
-	}
-	return k, by, nil
-}
-
-// Opener is which wrapper opened a slot, and why those before it did not.
-type Opener struct {
-	// Wrapper is its type.
-	Wrapper string
-	// Fallback is nil where it is the first one.
-	Fallback error
-}
-
-func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, store.Version, error) {
-	raw, version, err := u.cfg.Store.Load(ctx)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, "", seal.Errorf(seal.CauseKeyringMissing, HintMissing, "there is no keyring: %w", err)
-	}
-	if err != nil {
-		return nil, nil, "", storeError("keyring", err)
-	}
-	untrusted, err := keyring.Parse(raw)
-	if err != nil {
-		return nil, nil, "", err
-	}
-	pin, err := u.cfg.Pin.Load(ctx)
-	if err != nil {
-		return nil, nil, "", err
-	}
-	if pin == nil {
-		return nil, nil, "", seal.Errorf(seal.CausePin, "put the pin file back, or run kleidi recover with the recovery identity",
-			"there is a keyring but no pin, so nothing says that it is this node's keyring")
-	}
-	return untrusted, pin, version, nil
-}
-
-// unwrap tries the slots, wrapper by wrapper in the configured order. A slot that
-// is not a wrapper's own is passed over. Only configured wrappers are tried, so
-// that a failing TPM gives way to another wrapper only where the operator said so.
-func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*seal.Secret, Opener, error) {
-	failure := gate
-	for _, w := range u.cfg.Wrappers {
-		var refusal error
-		for _, s := range slots {
-			if !u.passes(gate, w, s) {
-				continue
-			}
-			kek, err := w.Unwrap(ctx, s)
-			if err == nil {
-				return kek, u.openedBy(w, gate, failure), nil
-			}
-			if !errors.Is(err, seal.ErrNotMine) && (refusal == nil || moreTelling(err, refusal)) {
-				refusal = err
-			}
-		}
-		if refusal != nil && u.cfg.Gate != nil {
-			refusal = u.cfg.Gate.Explain(refusal)
-		}
-		failure = both(failure, w.Type(), refusal)
-	}
-	if failure == nil {
-		failure = seal.Errorf(seal.CauseNoSlot, "if this machine was renamed, set node to its former name; else run kleidi recover with the recovery identity",
-			"the keyring holds no slot for this node and its configured wrappers, but for %s", owners(slots))
-	}
-	return nil, Opener{}, failure
-}
-
-// passes reports whether a wrapper may be tried on a slot after what the gate said.
-func (u *Unlocker) passes(gate error, w seal.Wrapper, s seal.Slot) bool {
-	if gate == nil || u.ungated(w) {
-		return true
-	}
-	o, ok := errors.AsType[Overruled](gate)
-	return ok && w.Type() == s.Type && o.Overrules(s)
-}
-
-func (u *Unlocker) ungated(w seal.Wrapper) bool {
-	return u.cfg.Ungated != nil && u.cfg.Ungated(w.Type())
-}
-
-// openedBy tells a fallback from the first wrapper, and says so where a suspension
-// has overruled the gate.
-func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) Opener {
-	if _, ok := errors.AsType[Overruled](gate); ok && !u.ungated(w) {
-		u.cfg.Log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", gate)
-		return Opener{Wrapper: w.Type()}
-	}
-	return Opener{w.Type(), earlier}
-}
-
-// both is the failure of the wrappers so far, with that of the next one in its text:
-// where a fallback fails too, its remedy may be the nearer one.
-func both(failure error, kind string, next error) error {
-	if failure == nil || next == nil {
-		return cmp.Or(failure, next)
-	}
-	text, hint := seal.SplitHint(failure)
-	return &seal.Error{Cause: seal.CauseOf(failure), Hint: hint, Err: &failures{failure, fmt.Sprintf("%s; %s does not open either: %s", text, kind, next)}}
-}
-
-// failures is one failure in whose text others stand too.
-type failures struct {
-	first error
-	text  string
-}
-
-func (f *failures) Error() string { return f.text }
-func (f *failures) Unwrap() error { return f.first }
-
-// owners lists whose slots there are.
-func owners(slots []seal.Slot) string {
-	var all []string
-	for _, s := range slots {
-		name := s.Type
-		if s.Node != "" {
-			name += " of node " + s.Node
-		}
-		all = append(all, name)
-	}
-	return strings.Join(all, ", ")
-}
-
-// moreTelling prefers the slot that got furthest to one for another boot: the TPM
-// asks for the PCRs first. Where a slot is revoked the keyring is an old one; where
-// a verifier does not agree, or can't be asked, that is what is to be mended.
-func moreTelling(err, than error) bool {
-	further := []seal.Cause{seal.CauseEpoch, seal.CauseBootPolicy, seal.CauseAttestation, seal.CauseUnavailable, seal.CauseKeyMissing, seal.CauseCredentials}
-	return seal.CauseOf(than) == seal.CauseBootState && slices.Contains(further, seal.CauseOf(err))
-}
-
 // follows refuses to go back, while a keyring is open, to one without its current
 // KEK or of an older revision: whoever could put both an older keyring and an older
 // pin in place can't make this process forget what it announced.
@@ -386,48 +251,6 @@ func (u *Unlocker) follows(k *keyring.Keyring) error {
 	}
 	return seal.Errorf(seal.CausePin, "if the open one is the right one, "+hintSave,
 		"the stored keyring is of revision %d and does not follow the open one of revision %d with key ID %s", k.Revision(), open.Revision(), open.CurrentID())
-}
-
-// whileOpen puts the best remedy first where what is stored is gone, damaged or
-// another keyring, and what is open is whole.
-func (u *Unlocker) whileOpen(ctx context.Context, err error) error {
-	e, ok := errors.AsType[*seal.Error](err)
-	if u.open.Load() == nil || !ok {
-		return err
-	}
-	_, version, loadErr := u.cfg.Store.Load(ctx)
-	if loadErr == nil && version == u.version && e.Cause != seal.CausePin {
-		return err // the stored keyring is the open one: something else is wrong
-	}
-	return &seal.Error{Cause: e.Cause, Err: e.Err, Hint: hintSave + "; or, if the change was yours: " + e.Hint}
-}
-
-const hintSave = "store the open one again with kleidi keyring save, and don't restart kleidi serve before"
-
-// Save stores the open keyring in the place of whatever is stored.
-func (u *Unlocker) Save(ctx context.Context) error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	k, err := u.Keyring()
-	if err != nil {
-		return err
-	}
-	_, version, err := u.cfg.Store.Load(ctx)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return seal.Errorf(seal.CauseStore, "move that file away, then run the command again", "the stored keyring: %w", err)
-	}
-	ctx = context.WithoutCancel(ctx)
-	if u.version, err = u.cfg.Store.Save(ctx, k.Marshal(), version); err != nil {
-		return storeError("keyring", err)
-	}
-	if err := u.cfg.Pin.Replace(ctx, k.Pin()); err != nil { // what is open vouches for it
-		return err
-	}
-	s := u.State()
-	s.Problem, s.Attempts = nil, 0
-	u.state.Store(&s)
-	u.Nudge()
-	return nil
 }
 
 // pin pins k, also where the pin is there already: the flush of the folder, which
@@ -510,9 +333,10 @@ const (
 func (u *Unlocker) Run(ctx context.Context) {
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = retryFirst, retryMost
+	attempt := u.Unlock
 	for {
 		var retry <-chan time.Time
-		if u.Unlock(ctx) == nil {
+		if attempt(ctx) == nil {
 			wait.Reset()
 		} else {
 			d := wait.NextBackOff()
@@ -523,7 +347,9 @@ func (u *Unlocker) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-u.nudge:
+			attempt = u.Unlock
 		case <-retry:
+			attempt = u.retry
 		}
 	}
 }
@@ -534,77 +360,6 @@ func (u *Unlocker) retryAt(t time.Time) {
 	s := u.State()
 	s.Next = t
 	u.state.Store(&s)
-}
-
-// Change saves what f makes of the open keyring, one revision after the other,
-// and announces the last. If it fails before the first is saved, nothing has
-// changed. After that a new revision is on disk, and Run, which is nudged, opens
-// it. f closes what it made when it fails.
-func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyring.Keyring, error)) error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	k, err := u.Keyring()
-	if err != nil {
-		return err
-	}
-	revisions, err := f(k)
-	if err != nil {
-		return err
-	}
-	return u.commit(ctx, revisions, Opener{}, u.pin)
-}
-
-// Adopt does the same with revisions of a keyring that was opened in another way,
-// by the recovery identity for instance; by says how. version is that of the stored keyring
-// that they replace.
-func (u *Unlocker) Adopt(ctx context.Context, version store.Version, by Opener, revisions []*keyring.Keyring) error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.version = version
-	return u.commit(ctx, revisions, by, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Pin.Replace(ctx, k.Pin()) })
-}
-
-func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by Opener, pin func(context.Context, *keyring.Keyring) error) error {
-	ctx = context.WithoutCancel(ctx) // from here on it is carried to its end
-	last := revisions[len(revisions)-1]
-	for _, k := range revisions {
-		if k != last {
-			defer k.Close()
-		}
-	}
-	if err := u.save(ctx, revisions, pin); err != nil {
-		last.Close()
-		return err
-	}
-	unsettled := u.settle(ctx, last)
-	u.announce(last, by, Timing{})
-	if unsettled != nil {
-		return fmt.Errorf("the new keyring is saved and in use; %w", u.again(unsettled))
-	}
-	return nil
-}
-
-func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, pin func(context.Context, *keyring.Keyring) error) error {
-	for _, k := range revisions {
-		version, err := u.cfg.Store.Save(ctx, k.Marshal(), u.version)
-		if errors.Is(err, store.ErrConflict) {
-			return seal.Errorf(seal.CauseStore, "run kleidi status, then try again", "the stored keyring was changed by someone else; it is read anew: %w", u.again(err))
-		}
-		if err != nil {
-			return storeError("keyring", u.again(err))
-		}
-		u.version = version
-	}
-	if err := pin(ctx, revisions[len(revisions)-1]); err != nil {
-		return fmt.Errorf("the new keyring is saved and not yet announced: %w", u.again(err))
-	}
-	return nil
-}
-
-// again nudges Run, for what is on disk may differ from what is open.
-func (u *Unlocker) again(err error) error {
-	u.Nudge()
-	return err
 }
 
 // Close forgets the KEKs.

@@ -228,7 +228,13 @@ func (n *node) restart() {
 // make makes a keyring as init does.
 func (n *node) make() *keyring.Keyring {
 	n.t.Helper()
-	k := n.newKeyring(n.wrapper)
+	return n.makeWith(n.wrapper)
+}
+
+// makeWith makes one with a slot of each of these wrappers.
+func (n *node) makeWith(wrappers ...*openWrapper) *keyring.Keyring {
+	n.t.Helper()
+	k := n.newKeyring(wrappers...)
 	n.put(k.Marshal())
 	if err := n.pin.Save(ctx, k.Pin()); err != nil {
 		n.t.Fatal(err)
@@ -238,18 +244,30 @@ func (n *node) make() *keyring.Keyring {
 }
 
 // newKeyring makes one that is stored nowhere.
-func (n *node) newKeyring(w *openWrapper) *keyring.Keyring {
+func (n *node) newKeyring(wrappers ...*openWrapper) *keyring.Keyring {
 	n.t.Helper()
 	kek, err := seal.Memory{}.NewKEK()
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	k, err := keyring.New(seal.ClusterID{1}, kek, []seal.Slot{w.slot(kek, "")}, nil, now)
+	var slots []seal.Slot
+	for _, w := range wrappers {
+		slots = append(slots, w.slot(kek, ""))
+	}
+	k, err := keyring.New(seal.ClusterID{1}, kek, slots, nil, now)
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(k.Close)
 	return k
+}
+
+// fallback is a second wrapper that may open the keyring.
+func (n *node) fallback() *openWrapper {
+	w := &openWrapper{name: "vault", steps: &n.steps}
+	n.cfg.Wrappers = []seal.Wrapper{n.wrapper, w}
+	n.restart()
+	return w
 }
 
 // opened is a node whose keyring is open.

@@ -1,0 +1,203 @@
+package unlock
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+// attempt loads the keyring and opens it with the first slot that opens.
+func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyring, store.Version, Opener, error) {
+	start := time.Now()
+	untrusted, pin, version, err := u.load(ctx)
+	timing.Load = time.Since(start)
+	if err != nil {
+		return nil, "", Opener{}, err
+	}
+	k, by, err := u.openWith(ctx, untrusted, pin, timing)
+	return k, version, by, err
+}
+
+// openWith is the gate, then the slots, then the keyring's own checks.
+func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, pin *keyring.Pin, timing *Timing) (*keyring.Keyring, Opener, error) {
+	start := time.Now()
+	if u.cfg.Ready != nil {
+		if err := u.cfg.Ready(); err != nil {
+			return nil, Opener{}, err
+		}
+	}
+	var gate error
+	if u.cfg.Gate != nil {
+		gate = u.cfg.Gate.Attest(ctx, untrusted.Slots())
+	}
+	timing.Gate = time.Since(start)
+	start = time.Now()
+	kek, by, err := u.unwrap(ctx, untrusted.Slots(), gate)
+	timing.Slots = time.Since(start)
+	if err != nil {
+		return nil, by, err
+	}
+	k, err := untrusted.Open(kek, pin)
+	if err != nil {
+		kek.Close()
+		return nil, by, err
+	}
+	return k, by, nil
+}
+
+// Opener is which wrapper opened a slot, and why those before it did not.
+type Opener struct {
+	// Wrapper is its type.
+	Wrapper string
+	// Fallback is nil where it is the first one.
+	Fallback error
+}
+
+func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, store.Version, error) {
+	raw, version, err := u.cfg.Store.Load(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, "", seal.Errorf(seal.CauseKeyringMissing, HintMissing, "there is no keyring: %w", err)
+	}
+	if err != nil {
+		return nil, nil, "", storeError("keyring", err)
+	}
+	untrusted, err := keyring.Parse(raw)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	pin, err := u.cfg.Pin.Load(ctx)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	if pin == nil {
+		return nil, nil, "", seal.Errorf(seal.CausePin, "put the pin file back, or run kleidi recover with the recovery identity",
+			"there is a keyring but no pin, so nothing says that it is this node's keyring")
+	}
+	return untrusted, pin, version, nil
+}
+
+// unwrap tries the slots, wrapper by wrapper in the configured order. A slot that
+// is not a wrapper's own is passed over. Only configured wrappers are tried, so
+// that a failing TPM gives way to another wrapper only where the operator said so.
+func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*seal.Secret, Opener, error) {
+	failure := gate
+	var missing error // the first wrapper without a slot
+	for i, w := range u.cfg.Wrappers {
+		var refusal error
+		own := false
+		for _, s := range slots {
+			if !u.passes(gate, w, s) {
+				own = true // or so it may be
+				continue
+			}
+			kek, err := w.Unwrap(ctx, s)
+			if err == nil {
+				by := u.openedBy(w, gate, cmp.Or(failure, missing))
+				if i == 0 { // whatever a gate said that it does not need
+					by.Fallback = nil
+				}
+				return kek, by, nil
+			}
+			if errors.Is(err, seal.ErrNotMine) {
+				continue
+			}
+			own = true
+			if refusal == nil || moreTelling(err, refusal) {
+				refusal = err
+			}
+		}
+		if !own && missing == nil {
+			missing = noSlot(w.Type())
+		}
+		if refusal != nil && u.cfg.Gate != nil {
+			refusal = u.cfg.Gate.Explain(refusal)
+		}
+		failure = both(failure, w.Type(), refusal)
+	}
+	if failure == nil {
+		failure = seal.Errorf(seal.CauseNoSlot, "if this machine was renamed, set node to its former name; else run kleidi recover with the recovery identity",
+			"the keyring holds no slot for this node and its configured wrappers, but for %s", owners(slots))
+	}
+	return nil, Opener{}, failure
+}
+
+// noSlot is why a wrapper that may open the keyring can't, where another one does.
+func noSlot(kind string) error {
+	hint := "run kleidi slot add " + kind
+	if kind == seal.TypeTPM {
+		hint = "if this machine was renamed, set node to its former name; else run kleidi reseal --new-tpm"
+	}
+	return seal.Errorf(seal.CauseNoSlot, hint, "the keyring holds no %s slot for this node", kind)
+}
+
+// passes reports whether a wrapper may be tried on a slot after what the gate said.
+func (u *Unlocker) passes(gate error, w seal.Wrapper, s seal.Slot) bool {
+	if gate == nil || u.ungated(w) {
+		return true
+	}
+	o, ok := errors.AsType[Overruled](gate)
+	return ok && w.Type() == s.Type && o.Overrules(s)
+}
+
+func (u *Unlocker) ungated(w seal.Wrapper) bool {
+	return u.cfg.Ungated != nil && u.cfg.Ungated(w.Type())
+}
+
+// openedBy tells a fallback from the first wrapper, and says so where a suspension
+// has overruled the gate.
+func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) Opener {
+	if _, ok := errors.AsType[Overruled](gate); ok && !u.ungated(w) {
+		u.cfg.Log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", gate)
+		return Opener{Wrapper: w.Type()}
+	}
+	return Opener{w.Type(), earlier}
+}
+
+// both is the failure of the wrappers so far, with that of the next one in its text:
+// where a fallback fails too, its remedy may be the nearer one.
+func both(failure error, kind string, next error) error {
+	if failure == nil || next == nil {
+		return cmp.Or(failure, next)
+	}
+	text, hint := seal.SplitHint(failure)
+	return &seal.Error{Cause: seal.CauseOf(failure), Hint: hint, Err: &failures{failure, fmt.Sprintf("%s; %s does not open either: %s", text, kind, next)}}
+}
+
+// failures is one failure in whose text others stand too.
+type failures struct {
+	first error
+	text  string
+}
+
+func (f *failures) Error() string { return f.text }
+func (f *failures) Unwrap() error { return f.first }
+
+// owners lists whose slots there are.
+func owners(slots []seal.Slot) string {
+	var all []string
+	for _, s := range slots {
+		name := s.Type
+		if s.Node != "" {
+			name += " of node " + s.Node
+		}
+		all = append(all, name)
+	}
+	return strings.Join(all, ", ")
+}
+
+// moreTelling prefers the slot that got furthest to one for another boot: the TPM
+// asks for the PCRs first. Where a slot is revoked the keyring is an old one; where
+// a verifier does not agree, or can't be asked, that is what is to be mended.
+func moreTelling(err, than error) bool {
+	further := []seal.Cause{seal.CauseEpoch, seal.CauseBootPolicy, seal.CauseAttestation, seal.CauseUnavailable, seal.CauseKeyMissing, seal.CauseCredentials}
+	return seal.CauseOf(than) == seal.CauseBootState && slices.Contains(further, seal.CauseOf(err))
+}

@@ -1,0 +1,85 @@
+package unlock_test
+
+import (
+	"context"
+	"log/slog"
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// TestFallbackWithoutASlot: where the first wrapper has no slot for this node, as
+// after a renaming, the second one is a fallback as much as where that does not open.
+func TestFallbackWithoutASlot(t *testing.T) {
+	n := newNode(t)
+	second := n.fallback()
+	n.makeWith(second)
+	n.mustOpen()
+	s := n.State()
+	if s.Wrapper != "vault" {
+		t.Errorf("%+v", s)
+	}
+	wantRefusal(t, s.Fallback, seal.CauseNoSlot, "the keyring holds no tpm slot for this node", "set node to its former name")
+	second.set(seal.Errorf(seal.CauseUnavailable, "wait", "away"))
+	n.restart()
+	wantRefusal(t, n.Unlock(ctx), seal.CauseUnavailable, "away") // what has a slot is what to mend
+	second.set(nil)
+	n.cfg.Wrappers = []seal.Wrapper{second, n.wrapper}
+	n.restart()
+	n.mustOpen()
+	if s := n.State(); s.Fallback != nil {
+		t.Errorf("the first one opened it: %v", s.Fallback)
+	}
+}
+
+// TestFirstIsNoFallback: whatever the gate says that the first wrapper does not need.
+func TestFirstIsNoFallback(t *testing.T) {
+	n := newNode(t)
+	n.makeWith(n.wrapper, n.fallback())
+	n.cfg.Ungated = func(string) bool { return true }
+	n.gate.set(seal.Errorf(seal.CauseBootPolicy, "x", "another boot"))
+	n.restart()
+	n.mustOpen()
+	if s := n.State(); s.Wrapper != "tpm" || s.Fallback != nil {
+		t.Errorf("%+v", s)
+	}
+}
+
+// TestReadyIsNeverOverruled: memory that can be swapped out takes no KEK, of a wrapper
+// that needs no attestation neither.
+func TestReadyIsNeverOverruled(t *testing.T) {
+	n := newNode(t)
+	n.make()
+	var unready error = seal.Errorf(seal.CauseMemory, "raise it", "no memory can be locked")
+	n.cfg.Ungated = func(string) bool { return true }
+	n.cfg.Ready = func() error { return unready }
+	n.restart()
+	wantRefusal(t, n.Unlock(ctx), seal.CauseMemory, "no memory can be locked")
+	wantSteps(t, n.steps.take()) // no slot was opened
+	unready = nil
+	n.mustOpen()
+}
+
+// TestOnlyTheEpochIsTriedAgain: where nothing but an epoch could not be ended, no slot
+// is opened again and again: it may be a token's.
+func TestOnlyTheEpochIsTriedAgain(t *testing.T) {
+	n := newNode(t)
+	n.make()
+	log := records{slog.DiscardHandler, make(chan struct{}, 100)}
+	n.cfg.Log = slog.New(log)
+	n.restart()
+	n.settle.set(seal.Errorf(seal.CauseUnavailable, "wait", "no TPM"))
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { n.Run(ctx) })
+	n.until("two attempts", log, func() bool { return n.State().Attempts >= 2 })
+	n.settle.set(nil)
+	n.until("all is well", log, func() bool { return n.State().Problem == nil })
+	cancel()
+	running.Wait()
+	if steps := n.steps.take(); len(slices.DeleteFunc(steps, func(s string) bool { return s != "slot tpm" })) != 1 {
+		t.Errorf("slots were opened %q", steps)
+	}
+}
