@@ -140,7 +140,7 @@ func (s *session) open(d *slotData, w *Wrapper) (*seal.Secret, error) {
 	case m.class == classSecret && d.Token != nameOf(s.token):
 		return nil, seal.ErrNotMine
 	}
-	return nil, corrupt("it does not open, and what the same key has just wrapped does: %w", err)
+	return nil, otherKey("it does not open, and what the same key has just wrapped does: %w", err)
 }
 
 // probe wraps a random KEK and opens it.

@@ -77,6 +77,13 @@ func (h *hexID) UnmarshalText(b []byte) error {
 	return err
 }
 
+// otherKey is for a slot that a key of the right name does not open: the key may be a new
+// one of that name.
+func otherKey(format string, args ...any) error {
+	return seal.Errorf(seal.CauseSlotCorrupt, "if the key was made anew, or the token replaced, run kleidi slot rewrap with --new-key, or kleidi slot remove and kleidi slot add pkcs11; else bring back an undamaged keyring with kleidi keyring restore",
+		"the pkcs11 slot is damaged, or of another key: "+format, args...)
+}
+
 func corrupt(format string, args ...any) error {
 	return seal.Errorf(seal.CauseSlotCorrupt, "bring back an undamaged keyring with kleidi keyring restore, or make the slot anew with kleidi slot add pkcs11",
 		"the pkcs11 slot is damaged: "+format, args...)

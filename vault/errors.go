@@ -48,6 +48,7 @@ var (
 )
 
 const (
+	hintOtherKey   = "if the Transit key was deleted and made anew, run kleidi slot rewrap with --new-key, or kleidi slot remove and kleidi slot add vault; else " + hintRestore
 	hintRestore    = "run kleidi keyring restore with the previous revision or a backup"
 	hintNotVault   = "set vault.address to Vault or OpenBao itself, not to a proxy or another service"
 	hintKeyMissing = "correct vault.key, or restore the key from a backup of the server"

@@ -167,5 +167,5 @@ func (s *session) explainCiphertext(ctx context.Context, r request, err error) e
 		return s.config.errorf(seal.CauseUnavailable, "lower min_decryption_version of the Transit key, then run kleidi slot rewrap",
 			"%s: %w", r.path, ErrTooOld)
 	}
-	return corrupt(errors.New("the server can't decrypt it: " + s.quote(refused)))
+	return seal.Errorf(seal.CauseSlotCorrupt, hintOtherKey, "vault slot: the server can't decrypt it: %s", s.quote(refused))
 }
