@@ -72,6 +72,9 @@ func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.Boo
 
 // reshapeUnder does so under this verifier, or none.
 func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
+	if err := n.sameKey(ctx, k); err != nil {
+		return nil, nil, err
+	}
 	w, err := n.tpm.ForNextEpoch(halves(k.Slots())).Demanding(v).OnTPMOf(halves(k.Slots()))
 	if err != nil {
 		return nil, nil, err
@@ -95,6 +98,9 @@ func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Veri
 func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot) (*keyring.Keyring, seal.Slot, error) {
 	v, err := n.remote.demand(k.ClusterID(), false)
 	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	if err := n.sameKey(ctx, k); err != nil {
 		return nil, seal.Slot{}, err
 	}
 	w, err := n.tpm.Demanding(v).OnTPMOf(halves(k.Slots()))

@@ -45,7 +45,11 @@ func (n *node) rotate(ctx context.Context, req admin.RotateRequest) (admin.Keyri
 	var former seal.KeyID
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		former = k.CurrentID()
-		return n.turn(ctx, k, req.SkipSlots...)
+		revisions, err := n.turn(ctx, k, req.SkipSlots...)
+		if err != nil {
+			err = n.withSkipHint(k, err)
+		}
+		return revisions, err
 	})
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
@@ -165,6 +169,9 @@ func (n *node) resealToNewTPM(ctx context.Context, withoutVerifier bool) (admin.
 	var changes []string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		if err := n.isNew(ctx, k.Slots()); err != nil {
+			return nil, err
+		}
+		if err := n.sameKey(ctx, k); err != nil {
 			return nil, err
 		}
 		former, changes = k.CurrentID(), n.renewed(k)
@@ -402,7 +409,8 @@ func full(k *keyring.Keyring) bool { return len(k.Info().Retired) >= keyring.Max
 // raised by a revision, for it has to be stored first of all.
 func (n *node) turnIfRoom(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
 	if !full(k) {
-		return n.turn(ctx, k)
+		revisions, err := n.turn(ctx, k)
+		return revisions, withIdentityHint(err)
 	}
 	next, err := k.AtLeast(0)
 	return []*keyring.Keyring{next}, err

@@ -138,18 +138,26 @@ func printTests(w io.Writer, r admin.SlotTests) {
 }
 
 func (a *app) newSlotRewrap() *cobra.Command {
-	return &cobra.Command{
+	var req admin.RewrapSlotRequest
+	cmd := &cobra.Command{
 		Use:   "rewrap NAME",
 		Short: "Wrap a slot anew, by the newest version of its key",
-		Args:  cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
+		Long: `Wrap a slot anew, by the newest version of its key. That key has to open the present
+slot: another one of the same name is refused, for whoever has that one would get the
+KEK. With --new-key, after the token was replaced or its key was made anew, it is trusted
+as it is.`,
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s, err := operate(cmd.Context(), a, admin.RewrapSlot, admin.RewrapSlotRequest{Name: args[0]}, unlocked((*node).rewrapSlot))
+			req.Name = args[0]
+			s, err := operate(cmd.Context(), a, admin.RewrapSlot, req, unlocked((*node).rewrapSlot))
 			if err != nil {
 				return err
 			}
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
+	cmd.Flags().BoolVar(&req.NewKey, "new-key", false, "trust the key that is configured now, although it does not open the present slot")
+	return cmd
 }
 
 func (a *app) newSlotRemove() *cobra.Command {

@@ -66,12 +66,15 @@ func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string
 	if err != nil {
 		return nil, err
 	}
-	like := rotation.Like(n.rewrappers(), live)
+	like := rotation.Like(n.proven(k), live)
 	if len(live) == len(slots) || len(n.demands(live)) > 0 {
 		return like, nil
 	}
 	// All slots of this TPM are revoked, as in an old keyring: the running boot takes
 	// their place.
+	if err := n.sameKey(ctx, k); err != nil {
+		return nil, err
+	}
 	v, err := n.remote.demand(k.ClusterID(), false)
 	if err != nil {
 		return nil, err
@@ -280,7 +283,7 @@ func (n *node) rewrapSlot(ctx context.Context, req admin.RewrapSlotRequest) (adm
 		if d, ok := skippedBy(slots[i]); ok {
 			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; " + d.mend())
 		}
-		rewrapped, err := n.rewrap(ctx, k, slots[i])
+		rewrapped, err := n.rewrap(ctx, k, slots[i], req.NewKey)
 		if err != nil {
 			return nil, err
 		}
@@ -295,18 +298,25 @@ func (n *node) rewrapSlot(ctx context.Context, req admin.RewrapSlotRequest) (adm
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("slot rewrap %s: %w", req.Name, err)
 	}
-	return n.unchanged("the slot is wrapped anew: " + bound)
+	changes := []string{"the slot is wrapped anew: " + bound}
+	if req.NewKey {
+		changes = append(changes, "kept copies of the former one still open with the key that made it: run kleidi rotate")
+	}
+	return n.unchanged(changes...)
 }
 
 // rewrap has Vault rewrap its own ciphertext, so that the KEK doesn't travel; where
 // it can't, and for all others, the open KEK is wrapped anew.
-func (n *node) rewrap(ctx context.Context, k *keyring.Keyring, s seal.Slot) (seal.Slot, error) {
+func (n *node) rewrap(ctx context.Context, k *keyring.Keyring, s seal.Slot, newKey bool) (seal.Slot, error) {
+	if newKey {
+		return n.rewrapByNewKey(ctx, k, s)
+	}
 	if s.Type == seal.TypeVault && n.vault != nil {
 		if rewrapped, err := n.vault.Rewrap(ctx, s); err == nil {
 			return rewrapped, nil
 		}
 	}
-	slots, err := rotation.Like(n.rewrappers(), []seal.Slot{s})(ctx, k.KEK())
+	slots, err := rotation.Like(n.proven(k), []seal.Slot{s})(ctx, k.KEK())
 	if err != nil {
 		return seal.Slot{}, err
 	}

@@ -205,7 +205,9 @@ func TestServeVersions(t *testing.T) {
 	s.WaitSays(http.StatusOK, "self-test: slot vault does not open", "min_decryption_version")
 	s.Metric("kleidi_self_test_failed_slots 1")
 	s.Decrypts()
-	s.Do("slot rewrap vault", "version 3") // the KEK is open, so the old version isn't needed
+	s.Refuse("slot rewrap vault", "min_decryption_version is above the slot's version")
+	s.Refuse("rotate", "min_decryption_version is above the slot's version", "--skip-slot vault")
+	s.Do("slot rewrap vault --new-key", "version 3") // the KEK is open, so the old version isn't needed
 	s.Do("slot test", "opens")
 	s.Restart()
 	s.WaitOpen()

@@ -228,6 +228,8 @@ type SlotTest struct {
 // RewrapSlotRequest names a slot as [SlotReport.Name] does.
 type RewrapSlotRequest struct {
 	Name string `json:"name"`
+	// NewKey trusts the key that is configured, although it does not open the slot.
+	NewKey bool `json:"newKey,omitempty"`
 }
 
 // RecoverRequest carries the recovery identity to the serve that holds the TPM.

@@ -151,6 +151,39 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	return w.xor(a, b)
 }
 
+// Holds has the second wrapper open its half of an authenticated slot that holds kek:
+// what answers to its name may be another one, with another key. Where the first one
+// opens its half too, which it does not for another boot state, both together have to
+// be kek.
+func (w *Wrapper) Holds(ctx context.Context, kek *seal.Secret, slot seal.Slot) error {
+	if slot.Type != w.Kind || slot.Node != w.Node {
+		return seal.ErrNotMine
+	}
+	first, second, err := Parts(slot)
+	if err != nil {
+		return err
+	}
+	b, err := w.Second.Unwrap(ctx, second)
+	if err != nil {
+		return w.half(w.Second, err)
+	}
+	defer b.Close()
+	a, err := w.First.Unwrap(ctx, first)
+	if err != nil {
+		return nil
+	}
+	defer a.Close()
+	whole, err := w.xor(a, b)
+	if err != nil {
+		return err
+	}
+	defer whole.Close()
+	if !whole.Equal(kek) {
+		return corrupt("both parts open, and are another KEK")
+	}
+	return nil
+}
+
 // half says which half a wrapper does not know: the whole is this wrapper's, and no
 // other one opens it.
 func (w *Wrapper) half(part Part, err error) error {

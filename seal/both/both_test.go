@@ -208,3 +208,41 @@ func TestHostileSlots(t *testing.T) {
 		t.Error("a closed KEK is wrapped")
 	}
 }
+
+// TestHolds: the second wrapper has to open its half, and what it says has to be the
+// other half where the first one can tell.
+func TestHolds(t *testing.T) {
+	w, first, second, kek := newBoth(t)
+	slot, err := w.Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	down := seal.Errorf(seal.CauseBootState, "hint", "another boot state")
+	for _, test := range []struct {
+		name  string
+		spoil func()
+		cause seal.Cause
+	}{
+		{"both open", func() {}, ""},
+		{"another boot state", func() { first.down = down }, ""},
+		{"another key", func() { second.kept = map[string][]byte{} }, seal.CauseSlotCorrupt},
+		{"another key, in another boot state", func() { first.down, second.kept = down, map[string][]byte{} }, seal.CauseSlotCorrupt},
+		{"it is down", func() { second.down = seal.Errorf(seal.CauseUnavailable, "hint", "down") }, seal.CauseUnavailable},
+		{"it lies", func() { second.kept = map[string][]byte{`{"number":0}`: make([]byte, seal.KEKSize)} }, seal.CauseSlotCorrupt},
+		{"the half is another's", func() { second.kind = "three" }, seal.CauseNoSlot},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			was, kept := *second, *first
+			defer func() { *second, *first = was, kept }()
+			test.spoil()
+			if err := w.Holds(t.Context(), kek, slot); seal.CauseOf(err) != test.cause || (err == nil) != (test.cause == "") {
+				t.Errorf("%v; want cause %q", err, test.cause)
+			}
+		})
+	}
+	for _, s := range []seal.Slot{{Type: "two", Node: slot.Node, Data: slot.Data}, {Type: slot.Type, Node: "beta", Data: slot.Data}} {
+		if err := w.Holds(t.Context(), kek, s); !errors.Is(err, seal.ErrNotMine) {
+			t.Errorf("a slot of %s, %s: %v", s.Type, s.Node, err)
+		}
+	}
+}

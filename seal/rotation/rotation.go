@@ -33,13 +33,27 @@ func Like(wrappers []Rewrapper, slots []seal.Slot) Wrap {
 		for _, s := range slots {
 			w, err := wrapLike(ctx, wrappers, kek, s)
 			if err != nil {
-				return nil, fmt.Errorf("wrap the new KEK as the %s slot is: %w", s.Type, err)
+				return nil, &SlotError{s, err}
 			}
 			out = append(out, w)
 		}
 		return out, nil
 	}
 }
+
+// SlotError says which slot could not be followed.
+type SlotError struct {
+	Slot seal.Slot
+	Err  error
+}
+
+// Error implements error.
+func (e *SlotError) Error() string {
+	return fmt.Sprintf("wrap the new KEK as the %s slot is: %v", e.Slot.Type, e.Err)
+}
+
+// Unwrap returns why.
+func (e *SlotError) Unwrap() error { return e.Err }
 
 func wrapLike(ctx context.Context, wrappers []Rewrapper, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
 	for _, w := range wrappers {
