@@ -321,6 +321,11 @@ func (n *node) revokeBootStates(ctx context.Context, req admin.RevokeBootStatesR
 		case len(gone) > 1:
 			return nil, fmt.Errorf("%d keys have a fingerprint that begins with %q; give more of it", len(gone), req.Key)
 		}
+		if !slices.ContainsFunc(stay, func(s tpm.BootState) bool { return s.Use == tpm.UsePresent || s.Use == tpm.UseSigned }) {
+			if err := n.someOpens(ctx, k, slices.DeleteFunc(k.Slots(), n.isTPM)); err != nil {
+				return nil, err
+			}
+		}
 		next, _, err := n.reshape(ctx, k, stay)
 		return []*keyring.Keyring{next}, err
 	})

@@ -254,11 +254,12 @@ func (n *node) withoutSlot(ctx context.Context, gone seal.Slot, rest []seal.Slot
 }
 
 // someOpens opens slots until one of a wrapper that may open the keyring at start
-// does; else it says why the last one did not, or that there is none.
+// does; else it says why the last one did not, or that there is none. A suspension
+// does not count: it ends. A slot for a next boot opens in that boot alone.
 func (n *node) someOpens(ctx context.Context, k *keyring.Keyring, slots []seal.Slot) error {
 	refusal := errors.New("it is the last slot that can open the keyring on this node; add another one first")
 	for _, s := range slots {
-		if !slices.Contains(n.cfg.Unlock.Order, s.Type) || s.Node != "" && s.Node != n.cfg.Node {
+		if !slices.Contains(n.cfg.Unlock.Order, s.Type) || s.Node != "" && s.Node != n.cfg.Node || n.suspends(s) {
 			continue
 		}
 		err := n.tryOpen(ctx, s, k.CurrentID(), k.ClusterID())
@@ -352,7 +353,10 @@ func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s 
 	start := time.Now()
 	t := admin.SlotTest{Name: name}
 	err := n.tryOpen(ctx, s, k.CurrentID(), k.ClusterID())
-	t.Opens, t.Problem, t.Duration = err == nil, admin.ProblemOf(n.gate.Explain(err)), time.Since(start)
+	t.Opens, t.Duration, t.Use = err == nil, time.Since(start), n.use(s)
+	if t.ForNextBoot = t.Use == uses[tpm.UseNext] && seal.CauseOf(err) == seal.CauseBootState; !t.ForNextBoot {
+		t.Problem = admin.ProblemOf(n.gate.Explain(err))
+	}
 	if half := ofVault(s); half.Type == seal.TypeVault && n.vault != nil {
 		warnings, err := n.vault.Check(ctx, half)
 		if err != nil && t.Opens {

@@ -218,11 +218,15 @@ type SlotTests struct {
 // SlotTest is what came of opening one slot.
 type SlotTest struct {
 	Name string `json:"name"`
-	// Opens is false where Problem says why.
-	Opens    bool          `json:"opens"`
-	Problem  *Problem      `json:"problem,omitempty"`
-	Warnings []string      `json:"warnings,omitempty"`
-	Duration time.Duration `json:"duration"`
+	// Use is as in [SlotReport].
+	Use string `json:"use,omitempty"`
+	// Opens is false where Problem says why, and where ForNextBoot is true: the slot
+	// is for a boot that was prepared, and nothing is wrong with it.
+	Opens       bool          `json:"opens"`
+	ForNextBoot bool          `json:"forNextBoot,omitempty"`
+	Problem     *Problem      `json:"problem,omitempty"`
+	Warnings    []string      `json:"warnings,omitempty"`
+	Duration    time.Duration `json:"duration"`
 }
 
 // RewrapSlotRequest names a slot as [SlotReport.Name] does.
