@@ -67,11 +67,15 @@ func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.Boo
 	if err != nil {
 		return nil, nil, err
 	}
-	return n.reshapeUnder(ctx, k, v, states)
+	return n.reshapeUnder(ctx, k, v, states, false)
 }
 
-// reshapeUnder does so under this verifier, or none.
-func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
+// reshapeUnder does so under this verifier, or none; breaks allows the TPM alone in
+// the place of a two-of-two.
+func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState, breaks bool) (*keyring.Keyring, []seal.Slot, error) {
+	if err := n.sealsAlone(k.Slots(), breaks); err != nil {
+		return nil, nil, err
+	}
 	if err := n.sameKey(ctx, k); err != nil {
 		return nil, nil, err
 	}
@@ -94,8 +98,12 @@ func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Veri
 }
 
 // extend returns the revision in which the KEK is sealed to one boot state more.
-// Nothing is revoked; drop, if there is one, leaves the keyring all the same.
-func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot) (*keyring.Keyring, seal.Slot, error) {
+// Nothing is revoked; drop, if there is one, leaves the keyring all the same; breaks
+// allows the TPM alone beside a two-of-two.
+func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot, breaks bool) (*keyring.Keyring, seal.Slot, error) {
+	if err := n.sealsAlone(k.Slots(), breaks); err != nil {
+		return nil, seal.Slot{}, err
+	}
 	v, err := n.remote.demand(k.ClusterID(), false)
 	if err != nil {
 		return nil, seal.Slot{}, err
@@ -140,10 +148,10 @@ func (n *node) sealTo(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret, sta
 // earlier one; or to the next one, besides.
 func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.KeyringState, error) {
 	if req.Next != nil {
-		return n.resealNext(ctx, *req.Next)
+		return n.resealNext(ctx, *req.Next, req.BreakTwoOfTwo)
 	}
 	if req.NewTPM {
-		return n.resealToNewTPM(ctx, req.WithoutVerifier)
+		return n.resealToNewTPM(ctx, req)
 	}
 	var bound []string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
@@ -171,10 +179,11 @@ func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.Keyri
 		if err != nil {
 			return nil, err
 		}
-		next, slots, err := n.reshapeUnder(ctx, k, v, states)
+		next, slots, err := n.reshapeUnder(ctx, k, v, states, req.BreakTwoOfTwo)
 		for _, s := range slots {
 			bound = append(bound, "the KEK is sealed to "+n.what(s))
 		}
+		bound = append(bound, n.broken(k.Slots())...)
 		return []*keyring.Keyring{next}, err
 	})
 	if err != nil {
@@ -215,14 +224,14 @@ const maxNext = 4
 
 var errNothing = errors.New("nothing to do")
 
-func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.KeyringState, error) {
+func (n *node) resealNext(ctx context.Context, b admin.BootState, breaks bool) (admin.KeyringState, error) {
 	bank, err := tpm.ParseBank(b.Bank)
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
 	}
 	state := tpm.BootState{PCR: authpolicy.PCR{Bank: bank, Values: b.PCRs}, Use: tpm.UseNext, Record: b.Record}
 	var bound string
-	var dropped []string
+	var notes []string
 	err = n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		slots := k.Slots()
 		live, err := n.unrevoked(ctx, slots)
@@ -235,13 +244,13 @@ func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.Keyring
 			}
 		}
 		oldest := n.oldestNext(slots)
-		next, slot, err := n.extend(ctx, k, state, oldest)
+		next, slot, err := n.extend(ctx, k, state, oldest, breaks)
 		if err != nil {
 			return nil, err
 		}
-		bound = n.what(slot)
+		bound, notes = n.what(slot), n.broken(slots)
 		if oldest != nil {
-			dropped = []string{"the oldest slot for a next boot, made " + n.made(*oldest) + ", had to go: there are at most " + fmt.Sprint(maxNext)}
+			notes = append(notes, "the oldest slot for a next boot, made "+n.made(*oldest)+", had to go: there are at most "+fmt.Sprint(maxNext))
 		}
 		return []*keyring.Keyring{next}, nil
 	})
@@ -251,7 +260,7 @@ func (n *node) resealNext(ctx context.Context, b admin.BootState) (admin.Keyring
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
 	}
-	return n.unchanged(append([]string{"the KEK is sealed to " + bound + " as well", "once that boot has opened it, kleidi serve revokes the present one"}, dropped...)...)
+	return n.unchanged(append([]string{"the KEK is sealed to " + bound + " as well", "once that boot has opened it, kleidi serve revokes the present one"}, notes...)...)
 }
 
 // made says when a slot of this TPM was made.
@@ -338,7 +347,7 @@ func (n *node) suspend(ctx context.Context, req admin.SuspendRequest) (admin.Key
 // it may be the weaker one.
 func (n *node) addSuspension(ctx context.Context, k *keyring.Keyring, state tpm.BootState) (*keyring.Keyring, seal.Slot, error) {
 	if !slices.ContainsFunc(k.Slots(), n.suspends) {
-		return n.extend(ctx, k, state, nil)
+		return n.extend(ctx, k, state, nil, false)
 	}
 	states, err := n.live(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSigned)
 	if err != nil {

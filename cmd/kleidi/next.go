@@ -176,7 +176,7 @@ func (n *node) allowNext(ctx context.Context, next *eventlog.Log) (did string, u
 	return "the boot policy " + path + " allows it as well", undo, nil
 }
 
-func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, dryRun bool) (*nextResult, error) {
+func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, req admin.ResealRequest, dryRun bool) (*nextResult, error) {
 	n, err := a.node()
 	if err != nil {
 		return nil, err
@@ -205,7 +205,7 @@ func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, dryRun bool) (*nextRe
 	if err != nil {
 		return nil, err
 	}
-	req := admin.ResealRequest{Next: &admin.BootState{Bank: n.cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record}}
+	req.Next = &admin.BootState{Bank: n.cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record}
 	s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).reseal))
 	if err != nil {
 		return nil, errors.Join(err, undo())

@@ -164,18 +164,21 @@ func (n *node) renewed(old *keyring.Keyring) []string {
 // resealToNewTPM does what recover does, without the recovery identity, while the
 // keyring is open by other means than the TPM: by a fallback, or since the TPM was
 // cleared under a running serve. That TPM is trusted as it is, as at init.
-func (n *node) resealToNewTPM(ctx context.Context, withoutVerifier bool) (admin.KeyringState, error) {
+func (n *node) resealToNewTPM(ctx context.Context, req admin.ResealRequest) (admin.KeyringState, error) {
 	var former seal.KeyID
 	var changes []string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		if err := n.isNew(ctx, k.Slots()); err != nil {
 			return nil, err
 		}
+		if err := n.keepsBoth(k.Slots(), req.BreakTwoOfTwo); err != nil {
+			return nil, err
+		}
 		if err := n.sameKey(ctx, k); err != nil {
 			return nil, err
 		}
-		former, changes = k.CurrentID(), n.renewed(k)
-		revisions, err := n.renew(ctx, k, withoutVerifier)
+		former, changes = k.CurrentID(), append(n.renewed(k), n.broken(k.Slots())...)
+		revisions, err := n.renew(ctx, k, req.WithoutVerifier)
 		if err != nil {
 			return nil, err
 		}
@@ -422,7 +425,7 @@ func (n *node) turn(ctx context.Context, k *keyring.Keyring, skip ...string) ([]
 		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
 			"the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
 	}
-	wrap, err := n.wrapAll(ctx, k, skip)
+	wrap, err := n.wrapAll(ctx, k, skip, false)
 	if err != nil {
 		return nil, err
 	}

@@ -29,6 +29,9 @@ With --new-tpm, after the mainboard was replaced or the TPM was cleared while an
 wrapper holds the keyring open, seal a fresh KEK to the TPM that is there. It is trusted
 as it is, as at kleidi init.
 
+A KEK that two have to open together is sealed to the TPM alone only with
+--break-two-of-two, whatever unlock.order says by now.
+
 With --next-…, compute the next boot state from the files of an update, and seal to it
 besides. When the next boot has opened it, kleidi serve revokes the present one. Give
 all that changes before one reboot in one command. Nothing is guessed: a boot that can't
@@ -43,7 +46,7 @@ be predicted is refused, and the message says what to do.`,
 				if req.DropNext || req.NewTPM {
 					return errors.New("--next-… excludes --drop-next and --new-tpm; give one of them")
 				}
-				r, err := a.resealNext(cmd, &files, dryRun)
+				r, err := a.resealNext(cmd, &files, req, dryRun)
 				if err != nil {
 					return fmt.Errorf("reseal: %w", err)
 				}
@@ -62,6 +65,7 @@ be predicted is refused, and the message says what to do.`,
 	files.register(cmd)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show the next boot state, and change nothing")
 	cmd.Flags().BoolVar(&req.WithoutVerifier, "without-verifier", false, "demand no verifier, before tpm.verifier is taken out of the configuration")
+	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "seal to the TPM alone although the KEK needs it together with another wrapper")
 	cmd.Flags().BoolVar(&req.NewTPM, "new-tpm", false, "seal a fresh KEK to another TPM than the slots are sealed to, or to one that was cleared")
 	cmd.Flags().BoolVar(&req.DropNext, "drop-next", false, "revoke the slots for next boots as well")
 	return cmd

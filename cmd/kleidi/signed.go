@@ -239,7 +239,7 @@ func (n *node) enrol(ctx context.Context, signer tpm.Signer, g uint64) ([]string
 		}
 		state.Signer = &signer
 		if !older {
-			next, slot, err := n.extend(ctx, k, state, nil)
+			next, slot, err := n.extend(ctx, k, state, nil, false)
 			changes = append(changes, "the KEK is sealed to "+n.what(slot))
 			return []*keyring.Keyring{next}, err
 		}

@@ -45,8 +45,9 @@ func find(slots []seal.Slot, name string) (int, error) {
 }
 
 // wrapAll is how rotation makes the slots of a new KEK: like those of the present
-// one, but for some that are skipped, which is recorded in their place.
-func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string) (rotation.Wrap, error) {
+// one, but for some that are skipped, which is recorded in their place. breaks is as in
+// sealsAlone.
+func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string, breaks bool) (rotation.Wrap, error) {
 	slots := k.Slots()
 	names := slotNames(slots)
 	for _, name := range without {
@@ -72,6 +73,9 @@ func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string
 	}
 	// All slots of this TPM are revoked, as in an old keyring: the running boot takes
 	// their place.
+	if err := n.sealsAlone(k.Slots(), breaks); err != nil {
+		return nil, err
+	}
 	if err := n.sameKey(ctx, k); err != nil {
 		return nil, err
 	}

@@ -94,7 +94,7 @@ func sealToNext(t *testing.T, cfg *config.Config, next simboot.Boot) {
 	if err := n.unlocker.Unlock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.resealNext(t.Context(), admin.BootState{Bank: cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record}); err != nil {
+	if _, err := n.resealNext(t.Context(), admin.BootState{Bank: cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record}, false); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -109,9 +109,14 @@ func (n *node) wrapState(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret, 
 		}, pair.Second.Wrap)
 }
 
+// hasBoth reports whether one of the slots is a two-of-two, or the place of one.
+func hasBoth(slots []seal.Slot) bool {
+	return slices.ContainsFunc(slots, func(s seal.Slot) bool { return twoOfTwo(typeName(s)) != "" })
+}
+
 // breaks refuses a slot that one wrapper opens alone beside a two-of-two.
 func (n *node) breaks(kind string, slots []seal.Slot, allowed bool) error {
-	has := n.needsBoth() != "" || slices.ContainsFunc(slots, func(s seal.Slot) bool { return twoOfTwo(s.Type) != "" })
+	has := n.needsBoth() != "" || hasBoth(slots)
 	if !has || allowed || twoOfTwo(kind) != "" {
 		return nil
 	}
@@ -121,7 +126,7 @@ func (n *node) breaks(kind string, slots []seal.Slot, allowed bool) error {
 // keepsBoth refuses a recovery that leaves one way in beside a two-of-two that was
 // not there before, or that makes one enough where two were needed.
 func (n *node) keepsBoth(old []seal.Slot, allowed bool) error {
-	had := slices.ContainsFunc(old, func(s seal.Slot) bool { return twoOfTwo(typeName(s)) != "" })
+	had := hasBoth(old)
 	switch wants := n.needsBoth() != ""; {
 	case allowed || had == wants:
 		return nil
@@ -130,4 +135,21 @@ func (n *node) keepsBoth(old []seal.Slot, allowed bool) error {
 	default:
 		return errors.New("the keyring needs two wrappers together, and unlock.order has one open it; set unlock.order to that two-of-two, or add --break-two-of-two")
 	}
+}
+
+// sealsAlone refuses to seal to the TPM alone beside a two-of-two, or in its place:
+// unlock.order may have lost it since.
+func (n *node) sealsAlone(slots []seal.Slot, allowed bool) error {
+	if allowed || n.needsBoth() != "" || !hasBoth(slots) {
+		return nil
+	}
+	return errors.New("the keyring needs two wrappers together, and unlock.order names no two-of-two; set unlock.order to that two-of-two, or, if one is to be enough, run kleidi reseal with --break-two-of-two")
+}
+
+// broken says that the TPM alone opens what needed two together in slots.
+func (n *node) broken(slots []seal.Slot) (changes []string) {
+	if n.needsBoth() == "" && hasBoth(slots) {
+		changes = []string{"TWO OF TWO IS BROKEN: the TPM opens the KEK alone"}
+	}
+	return changes
 }

@@ -154,6 +154,8 @@ type ResealRequest struct {
 	WithoutVerifier bool `json:"withoutVerifier,omitempty"`
 	// NewTPM asks to seal a fresh KEK to a TPM that no slot of the node is sealed to.
 	NewTPM bool `json:"newTPM,omitempty"`
+	// BreakTwoOfTwo is as in [AddSlotRequest].
+	BreakTwoOfTwo bool `json:"breakTwoOfTwo,omitempty"`
 }
 
 // BootState is a way to boot that was computed from the files of the next boot.
