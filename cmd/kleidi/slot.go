@@ -103,7 +103,11 @@ func (a *app) newSlotTest() *cobra.Command {
 		Short: "Open slots for real, and compare what comes out with the key ID",
 		Long: `Open slots for real, and compare what comes out with the key ID. Without names, all
 that are configured on this machine are opened. kleidi serve does so by itself with
-those of pkcs11 and vault, as often as unlock.selfTest says.`,
+those of pkcs11 and vault, as often as unlock.selfTest says.
+
+The running serve is asked. Without one, each run is a try of its own: with a wrong PIN
+it costs one of those that the token grants before it locks the PIN, and a wrapping token
+in vault.auth.secretIDFile is spent.`,
 		ValidArgsFunction: a.slotNamesOf,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := operate(cmd.Context(), a, admin.TestSlots, admin.TestSlotsRequest{Names: args}, unlocked((*node).testSlots))

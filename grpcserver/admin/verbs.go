@@ -120,6 +120,9 @@ type SlotReport struct {
 	// Generation what it signs for; 0 is systemd's form, which has none.
 	Signer     string `json:"signer,omitempty"`
 	Generation uint64 `json:"generation,omitempty"`
+	// NotTried says that a try would cost one: a token counts wrong PINs, a server's
+	// wrapped secret ID can be unwrapped once. So status without serve tries none.
+	NotTried bool `json:"notTried,omitempty"`
 	// Opens is nil where it was not tried.
 	Opens *bool `json:"opens,omitempty"`
 	// Problem is why it does not open.
