@@ -57,7 +57,7 @@ lint:
 	.ci/deps shellcheck
 	.ci/lint
 
-fuzz:
+fuzz: build
 	.ci/deps swtpm
 	.ci/fuzz $(FUZZTIME)
 
