@@ -124,7 +124,7 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 		failure = both(failure, w.Type(), refusal)
 	}
 	if failure == nil {
-		failure = seal.Errorf(seal.CauseNoSlot, "if this machine was renamed, set node to its former name; else run kleidi recover with the recovery identity",
+		failure = seal.Errorf(seal.CauseNoSlot, u.hintNoSlot(slots),
 			"the keyring holds no slot for this node and its configured wrappers, but for %s", owners(slots))
 	}
 	return nil, Opener{}, failure
@@ -180,6 +180,18 @@ type failures struct {
 
 func (f *failures) Error() string { return f.text }
 func (f *failures) Unwrap() error { return f.first }
+
+// hintNoSlot tells slots that unlock.order does not name from those of another node.
+func (u *Unlocker) hintNoSlot(slots []seal.Slot) string {
+	const recover = "run kleidi recover with the recovery identity"
+	for _, s := range slots {
+		backed := strings.HasPrefix(s.Type, seal.TypeTPM) || s.Type == seal.TypePKCS11 || s.Type == seal.TypeVault
+		if backed && !slices.ContainsFunc(u.cfg.Wrappers, func(w seal.Wrapper) bool { return w.Type() == s.Type }) {
+			return "set unlock.order so that it names " + s.Type + ", and restart kleidi serve; else " + recover
+		}
+	}
+	return "if this machine was renamed, set node to its former name; else " + recover
+}
 
 // owners lists whose slots there are.
 func owners(slots []seal.Slot) string {
