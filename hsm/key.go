@@ -58,7 +58,7 @@ func (s *session) findKey(want *keyMatch, class string) (*key, error) {
 			"token %v has several %s keys that match %v", nameOf(s.token), c.description, want)
 	}
 	return nil, &seal.Error{Cause: seal.CauseKeyMissing, Err: fmt.Errorf("token %v: %w: %v", nameOf(s.token), ErrNoKey, want),
-		Hint: "if it was deleted, restore it from the token's backup, or unlock with another slot and kleidi slot remove this one; a new key is made by kleidi slot add pkcs11 --generate-key"}
+		Hint: "if it was deleted, restore it from the token's backup, or unlock with another slot and kleidi slot remove this one; a new key is made by kleidi slot add pkcs11 --generate-key, or by kleidi init --generate-key where there is no keyring yet"}
 }
 
 func (k keyMatch) String() string {

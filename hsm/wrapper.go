@@ -39,6 +39,9 @@ type Key struct {
 	Extractable bool
 }
 
+// Available says whether this build can load modules. Without, [New] is [ErrNoCgo].
+const Available = haveCgo
+
 // New returns a wrapper. It reads neither the module nor the token nor the PIN, so
 // that a token that is away is an error of the operation that wants it. Where kleidi
 // was built without cgo, the error is [ErrNoCgo].

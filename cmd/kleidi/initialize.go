@@ -29,6 +29,7 @@ type recoveryChoice struct {
 	none       bool
 	accepted   bool
 	importFrom string // config.json of kleidi 1.x
+	generates  bool   // the token makes its key first
 	breaks     bool   // one wrapper alone may open what two of two protect
 }
 
@@ -59,6 +60,7 @@ made for an age public key whose identity you keep elsewhere.`,
 	flags.BoolVar(&choice.breaks, "break-two-of-two", false, "make the recovery slot although it opens alone what unlock.order wants two wrappers for")
 	flags.StringVar(&choice.importFrom, "import-config", "", "config.json of kleidi 1.x: its token and key wrap the KEK as well")
 	_ = cmd.MarkFlagFilename("import-config", "json")
+	flags.BoolVar(&choice.generates, "generate-key", false, "have the configured token make the key first: AES-256, sensitive, not extractable")
 	flags.StringVar(&pin, "pin", "", "where to keep the pin: file or tpm; it has to be what pin.store says (default pin.store)")
 	flags.BoolVar(&choice.none, "no-recovery", false, "make no recovery slot: if the TPM or the machine fails, all Secrets are lost")
 	flags.BoolVar(&choice.accepted, "accept-data-loss", false, "acknowledge what --no-recovery means")
@@ -184,6 +186,22 @@ func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResu
 	if err := n.vacant(ctx); err != nil {
 		return nil, err
 	}
+	if !choice.generates {
+		return n.firstKeyring(cmd, choice, progress)
+	}
+	if err := n.firstKey(ctx, progress); err != nil {
+		return nil, err
+	}
+	r, err := n.firstKeyring(cmd, choice, progress)
+	if err != nil {
+		err = keyMade(err)
+	}
+	return r, err
+}
+
+// firstKeyring makes the KEK, its slots and the keyring.
+func (n *node) firstKeyring(cmd *cobra.Command, choice *recoveryChoice, progress func(string)) (*initResult, error) {
+	ctx := cmd.Context()
 	kek, err := n.mem.NewKEK()
 	if err != nil {
 		return nil, err
@@ -234,6 +252,16 @@ func (n *node) firstSlots(ctx context.Context, kek *seal.Secret, progress func(s
 		err = n.gate.Attest(ctx, nil)
 	}
 	return ek, slots, err
+}
+
+// firstKey has the token make the key by which it wraps.
+func (n *node) firstKey(ctx context.Context, progress func(string)) error {
+	if n.hsm == nil || n.imported != nil || !slices.ContainsFunc(n.cfg.Unlock.Order, func(kind string) bool { return kind == seal.TypePKCS11 || twoOfTwo(kind) == seal.TypePKCS11 }) {
+		return errors.New("--generate-key is for a token that is configured, and that unlock.order names; set both, or run kleidi slot add pkcs11 --generate-key once the keyring is made")
+	}
+	progress("having the token make its key")
+	_, err := n.hsm.GenerateKey(ctx)
+	return err
 }
 
 // firstTPM seals the KEK to the running boot.

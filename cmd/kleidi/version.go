@@ -7,6 +7,8 @@ import (
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/hsm"
 )
 
 // buildVersion is set by the linker to the release's version.
@@ -32,7 +34,7 @@ func version() string {
 func (a *app) newVersion() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
-		Short: "Show the version",
+		Short: "Show the version, and whether it was built with PKCS#11",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			v := struct {
@@ -40,8 +42,15 @@ func (a *app) newVersion() *cobra.Command {
 				Go      string `json:"go"`
 				OS      string `json:"os"`
 				Arch    string `json:"arch"`
-			}{version(), runtime.Version(), runtime.GOOS, runtime.GOARCH}
-			return a.show(cmd.OutOrStdout(), v, func(w io.Writer) { fmt.Fprintf(w, "kleidi %s (%s, %s/%s)\n", v.Version, v.Go, v.OS, v.Arch) })
+				PKCS11  bool   `json:"pkcs11"`
+			}{version(), runtime.Version(), runtime.GOOS, runtime.GOARCH, hsm.Available}
+			with := "without"
+			if v.PKCS11 {
+				with = "with"
+			}
+			return a.show(cmd.OutOrStdout(), v, func(w io.Writer) {
+				fmt.Fprintf(w, "kleidi %s (%s, %s/%s, %s PKCS#11)\n", v.Version, v.Go, v.OS, v.Arch, with)
+			})
 		},
 	}
 }
