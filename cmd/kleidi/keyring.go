@@ -147,61 +147,6 @@ func syncFolder(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-func (a *app) newKeyringRestore() *cobra.Command {
-	var previous bool
-	var identityFile, trust string
-	cmd := &cobra.Command{
-		Use:   "restore [FILE | --previous]",
-		Short: "Put a backup, or the previous revision, in the place of the keyring, and rotate",
-		Long: `Put a backup, or the previous revision, in the place of the stored keyring. It has to
-open, with the TPM or with --identity-file, and to hold the KEK that this node last
-trusted. Then the KEK is rotated, so that no key ID ever flips back.`,
-		Example: `  kleidi keyring restore --previous
-  kleidi keyring restore /media/usb/keyring.json --identity-file /media/usb/kleidi-recovery.txt`,
-		Args: cobra.MaximumNArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if previous == (len(args) == 1) {
-				return errors.New("name a backup file, or --previous")
-			}
-			b, err := a.readBackup(cmd.Context(), args)
-			if err != nil {
-				return err
-			}
-			req := admin.RestoreRequest{Keyring: b, TrustKeyID: seal.KeyID(trust)}
-			if identityFile != "" {
-				if req.Identity, err = readIdentity(cmd, identityFile); err != nil {
-					return err
-				}
-				defer clear(req.Identity)
-			}
-			s, err := operate(cmd.Context(), a, admin.Restore, req, (*node).restore)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
-		},
-	}
-	cmd.Flags().BoolVar(&previous, "previous", false, "restore the previous revision, which kleidi keeps")
-	cmd.Flags().StringVar(&identityFile, "identity-file", "", "open it with this recovery identity instead of the TPM")
-	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the pin does not vouch for it")
-	return cmd
-}
-
-func (a *app) readBackup(ctx context.Context, args []string) ([]byte, error) {
-	if len(args) == 1 {
-		return readFile(args[0], keyring.MaxSize)
-	}
-	cfg, err := a.config()
-	if err != nil {
-		return nil, err
-	}
-	b, err := store.NewFile(cfg.Keyring()).Previous(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("there is no previous revision: %w", requireRoot(err))
-	}
-	return b, nil
-}
-
 func (a *app) newKeyringSave() *cobra.Command {
 	return &cobra.Command{
 		Use:   "save",
@@ -235,32 +180,4 @@ func (n *node) save(ctx context.Context, _ admin.SaveRequest) (admin.KeyringStat
 		return admin.KeyringState{}, err
 	}
 	return n.result(id, "the open keyring is stored again; what it replaced, if it could be read, is the previous revision")
-}
-
-// restore adopts another keyring in the place of the stored one.
-func (n *node) restore(ctx context.Context, req admin.RestoreRequest) (admin.KeyringState, error) {
-	state, err := n.replace(ctx, func() (admin.KeyringState, error) { return n.restoreFrom(ctx, req) })
-	if err != nil {
-		return admin.KeyringState{}, fmt.Errorf("restore: %w", err)
-	}
-	return state, nil
-}
-
-func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin.KeyringState, error) {
-	untrusted, err := keyring.Parse(req.Keyring)
-	if err != nil {
-		return admin.KeyringState{}, err
-	}
-	_, version, err := n.keyring.File.Load(ctx)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return admin.KeyringState{}, seal.Errorf(seal.CauseStore, "move that file away, then run the command again", "the stored keyring: %w", err)
-	}
-	if len(req.Identity) > 0 {
-		return n.recoverFrom(ctx, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID, BreakTwoOfTwo: req.BreakTwoOfTwo})
-	}
-	old, by, err := n.unlocker.OpenUnpinned(ctx, untrusted)
-	if err != nil {
-		return admin.KeyringState{}, err
-	}
-	return n.adopt(ctx, old, by, n.openers(), version, req.TrustKeyID, n.turnIfRoom, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
 }

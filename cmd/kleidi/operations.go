@@ -45,9 +45,9 @@ func (n *node) rotate(ctx context.Context, req admin.RotateRequest) (admin.Keyri
 	var former seal.KeyID
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		former = k.CurrentID()
-		revisions, err := n.turn(ctx, k, req.SkipSlots...)
+		revisions, err := n.turn(ctx, k, false, req.SkipSlots...)
 		if err != nil {
-			err = n.withSkipHint(k, err)
+			err = n.withSkipHint(k, err, "run kleidi rotate")
 		}
 		return revisions, err
 	})
@@ -408,24 +408,14 @@ func (n *node) renewSecondary(ctx context.Context, kind string, kek *seal.Secret
 // full reports whether a keyring has no room to retire its current KEK.
 func full(k *keyring.Keyring) bool { return len(k.Info().Retired) >= keyring.MaxRetired }
 
-// turnIfRoom rotates a keyring in the slots that it has; one without room is only
-// raised by a revision, for it has to be stored first of all.
-func (n *node) turnIfRoom(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
-	if !full(k) {
-		revisions, err := n.turn(ctx, k)
-		return revisions, withIdentityHint(err)
-	}
-	next, err := k.AtLeast(0)
-	return []*keyring.Keyring{next}, err
-}
-
-// turn rotates a keyring in the slots that it has, but for those to skip.
-func (n *node) turn(ctx context.Context, k *keyring.Keyring, skip ...string) ([]*keyring.Keyring, error) {
+// turn rotates a keyring in the slots that it has, but for those to skip; breaks is as
+// in sealsAlone.
+func (n *node) turn(ctx context.Context, k *keyring.Keyring, breaks bool, skip ...string) ([]*keyring.Keyring, error) {
 	if full(k) {
 		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
 			"the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
 	}
-	wrap, err := n.wrapAll(ctx, k, skip, false)
+	wrap, err := n.wrapAll(ctx, k, skip, breaks)
 	if err != nil {
 		return nil, err
 	}

@@ -108,8 +108,9 @@ func (n *node) sameKey(ctx context.Context, k *keyring.Keyring) error {
 	return nil
 }
 
-// withSkipHint adds to a refusal of a rotation that it can do without the slot.
-func (n *node) withSkipHint(k *keyring.Keyring, err error) error {
+// withSkipHint adds to a refusal of a rotation that it can do without the slot, and how
+// the command is told so.
+func (n *node) withSkipHint(k *keyring.Keyring, err error, how string) error {
 	e, ok := errors.AsType[*rotation.SlotError](err)
 	if !ok {
 		return err
@@ -122,7 +123,7 @@ func (n *node) withSkipHint(k *keyring.Keyring, err error) error {
 	if hint != "" {
 		hint += "; "
 	}
-	return seal.Errorf(seal.CauseOf(err), hint+"to go on without the slot for now, run kleidi rotate --skip-slot "+n.nameOf(k, e.Slot), "%s", message)
+	return seal.Errorf(seal.CauseOf(err), hint+"to go on without the slot for now, "+how+" --skip-slot "+n.nameOf(k, e.Slot), "%s", message)
 }
 
 // withIdentityHint is for a keyring that is to come back, and is not open yet.

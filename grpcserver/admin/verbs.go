@@ -265,6 +265,8 @@ type RestoreRequest struct {
 	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
 	// BreakTwoOfTwo is as in [AddSlotRequest].
 	BreakTwoOfTwo bool `json:"breakTwoOfTwo,omitempty"`
+	// SkipSlots is as in [RotateRequest], of the given keyring.
+	SkipSlots []string `json:"skipSlots,omitempty"`
 }
 
 // Wipe clears the identity. [Handle] calls it when the handler has returned.
