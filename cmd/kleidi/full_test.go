@@ -18,7 +18,7 @@ import (
 )
 
 // TestFullKeyring: with no room for another retired KEK, rotate says so and
-// changes nothing, and recover still opens the keyring.
+// changes nothing, and recover still opens the keyring, but not as a two-of-two.
 func TestFullKeyring(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	cfg := config.Default()
@@ -30,6 +30,15 @@ func TestFullKeyring(t *testing.T) {
 	}
 	defer n.close()
 	identity, seeds := fill(t, n)
+
+	// Two of two wants a fresh KEK, for which there is no room.
+	single := cfg.Unlock.Order
+	cfg.Unlock.Order = []string{config.TPMAndPKCS11}
+	_, err = n.recover(t.Context(), admin.RecoverRequest{Identity: bytes.Clone(identity), BreakTwoOfTwo: true})
+	if err == nil || !strings.Contains(err.Error(), "two of two wants a fresh KEK") || !strings.Contains(err.Error(), "set unlock.order to tpm") {
+		t.Errorf("recover to two of two: %v", err)
+	}
+	cfg.Unlock.Order = single
 
 	state, err := n.recover(t.Context(), admin.RecoverRequest{Identity: identity})
 	if err != nil {

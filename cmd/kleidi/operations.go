@@ -317,6 +317,9 @@ func (n *node) vouchByPin(ctx context.Context, k *keyring.Keyring, id, trusted s
 // recovery slots stay. A keyring that holds no more retired KEKs is sealed anew and
 // not rotated: it has to open again first of all.
 func (n *node) renew(ctx context.Context, old *keyring.Keyring, withoutVerifier bool) ([]*keyring.Keyring, error) {
+	if err := n.freshForBoth(old); err != nil {
+		return nil, err
+	}
 	v, err := n.remote.demand(old.ClusterID(), withoutVerifier)
 	if err != nil {
 		return nil, err

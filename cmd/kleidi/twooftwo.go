@@ -8,6 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/both"
+	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/unlock"
 	"github.com/beezy-dev/kleidi/tpm"
 )
@@ -152,4 +153,14 @@ func (n *node) broken(slots []seal.Slot) (changes []string) {
 		changes = []string{"TWO OF TWO IS BROKEN: the TPM opens the KEK alone"}
 	}
 	return changes
+}
+
+// freshForBoth refuses a two-of-two of a KEK that one wrapper may have held alone,
+// which is what is left where there is no room to retire it.
+func (n *node) freshForBoth(k *keyring.Keyring) error {
+	if n.needsBoth() == "" || hasBoth(k.Slots()) || !full(k) {
+		return nil
+	}
+	return seal.Errorf(seal.CauseStore, "set unlock.order to tpm, or to what else opened this keyring, and run the command again; it can't become two of two (see docs/operations.md)",
+		"two of two wants a fresh KEK, and the keyring holds %d retired ones: no more fit", keyring.MaxRetired)
 }
