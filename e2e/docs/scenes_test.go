@@ -74,11 +74,11 @@ var scenes = map[string]func(*machine){
 	},
 	"a serving node whose token is away": func(m *machine) {
 		withToken("[tpm, pkcs11]", true)(m)
-		m.must("mv " + m.root("tokens") + " " + m.root("away"))
+		m.must("mv " + m.root(tokens) + " " + m.root("away"))
 	},
 	"a serving node whose token is lost": func(m *machine) {
 		withToken("[tpm, pkcs11]", true)(m)
-		m.remove("tokens")
+		m.remove(tokens)
 	},
 	"a serving node without a TPM, with a new token": func(m *machine) {
 		withToken("[pkcs11]", false)(m)
@@ -121,9 +121,9 @@ kleidi init --break-two-of-two --recovery-recipient "$(age-keygen -y /media/usb/
 	},
 	"a serving node whose token is back after a rotation without it": func(m *machine) {
 		withToken("[tpm, pkcs11]", true)(m)
-		m.must("mv " + m.root("tokens") + " " + m.root("away"))
+		m.must("mv " + m.root(tokens) + " " + m.root("away"))
 		m.must("kleidi rotate --skip-slot pkcs11")
-		m.must("mv " + m.root("away") + " " + m.root("tokens"))
+		m.must("mv " + m.root("away") + " " + m.root(tokens))
 	},
 	"a node whose pin is lost": func(m *machine) {
 		serving(m)

@@ -13,6 +13,9 @@ import (
 // softHSM is the module of SoftHSM 2, where Debian has it.
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
+// tokens is where it keeps tokens.
+const tokens = "var/lib/softhsm/tokens"
+
 // tokenSettings name the key kek of the token kleidi.
 const tokenSettings = "pkcs11: {module: " + softHSM + ", uri: \"pkcs11:token=kleidi;object=kek\", pinFile: /etc/kleidi/pkcs11.pin}\n"
 
@@ -35,11 +38,11 @@ func withKey(m *machine) {
 // emptySoftHSM has SoftHSM installed, without a token.
 func (m *machine) emptySoftHSM() {
 	m.t.Helper()
-	m.remove("tokens")
-	if err := os.Mkdir(m.root("tokens"), 0o700); err != nil {
+	m.remove(tokens)
+	if err := os.MkdirAll(m.root(tokens), 0o700); err != nil {
 		m.t.Fatal(err)
 	}
-	m.write("etc/softhsm2.conf", "directories.tokendir = "+m.root("tokens")+"\nobjectstore.backend = file\nlog.level = ERROR\n", 0o600)
+	m.write("etc/softhsm2.conf", "directories.tokendir = "+m.root(tokens)+"\nobjectstore.backend = file\nlog.level = ERROR\n", 0o600)
 	m.t.Setenv("SOFTHSM2_CONF", m.root("etc/softhsm2.conf"))
 }
 
