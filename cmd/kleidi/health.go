@@ -117,14 +117,14 @@ func (h *health) remarks() []string {
 var (
 	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
 	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if another wrapper than the first of unlock.order opened the keyring, 0 else.", nil, nil)
-	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open when they were last tested, and those that a rotation left out.", nil, nil)
+	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open when they were last tested, those that a rotation left out, and wrappers of unlock.order without a slot.", nil, nil)
 	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would; 0 if never.", nil, nil)
 	descOpen      = prometheus.NewDesc("kleidi_open", "1 if the KEK is open, 0 if kleidi is locked.", nil, nil)
 	descKeyID     = prometheus.NewDesc("kleidi_current_key_id_info", "The current key ID's hash, in the form of kube-apiserver's key_id_hash.", []string{"key_id_hash"}, nil)
 	descRevision  = prometheus.NewDesc("kleidi_keyring_revision", "Revision of the open keyring.", nil, nil)
 	descKEKs      = prometheus.NewDesc("kleidi_keks", "KEKs in the open keyring, by role.", []string{"role"}, nil)
 	descKEKMade   = prometheus.NewDesc("kleidi_kek_created_timestamp_seconds", "When the current KEK was made.", nil, nil)
-	descSlotMade  = prometheus.NewDesc("kleidi_slot_created_timestamp_seconds", "When the slot was made.", []string{"type", "node"}, nil)
+	descSlotMade  = prometheus.NewDesc("kleidi_slot_created_timestamp_seconds", "When a slot of the TPM, alone or with another wrapper, was made; the others don't record it.", []string{"type", "node"}, nil)
 	descAttested  = prometheus.NewDesc("kleidi_attestation_timestamp_seconds", "When evidence of this boot last verified.", nil, nil)
 	descPassed    = prometheus.NewDesc("kleidi_attestation_passed", "1 if the last attestation of this boot verified, 0 if it failed or there was none.", nil, nil)
 	descProblem   = prometheus.NewDesc("kleidi_problem", "1 if the last attempt to unlock or reload, or to end an epoch, failed; kleidi status says why.", nil, nil)
@@ -196,11 +196,11 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 			continue
 		}
 		seen[[2]string{s.Type, s.Node}] = true
-		made := info.Current.Created // all but the TPM's are made with their KEK
-		if d, err := tpm.DemandOf(s, n.gate.Counter); err == nil && s.Type == seal.TypeTPM {
-			made = d.Made
+		if half := ofTPM(s); half.Type == seal.TypeTPM { // others don't record when they were made
+			if d, err := tpm.DemandOf(half, n.gate.Counter); err == nil {
+				gauge(descSlotMade, seconds(d.Made), s.Type, s.Node)
+			}
 		}
-		gauge(descSlotMade, seconds(made), s.Type, s.Node)
 	}
 }
 

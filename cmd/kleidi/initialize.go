@@ -214,17 +214,17 @@ func (n *node) firstKeyring(cmd *cobra.Command, choice *recoveryChoice, progress
 	if err := rotation.Prove(ctx, kek, slots, n.wrappers()); err != nil {
 		return nil, err
 	}
-	if n.imported != nil {
-		if err := n.imported.keepPIN(); err != nil {
-			return nil, err
-		}
-	}
 	if !choice.none {
 		recoverySlot, err := n.makeRecovery(cmd, kek, choice.recipients)
 		if err != nil {
 			return nil, err
 		}
 		slots = append(slots, recoverySlot)
+	}
+	if n.imported != nil { // only now: until here nothing is made that an operator who gives up would leave
+		if err := n.imported.keepPIN(); err != nil {
+			return nil, err
+		}
 	}
 	return n.saveFirst(ctx, kek, slots, ek, progress)
 }

@@ -43,11 +43,19 @@ func (n *node) result(former seal.KeyID, changes ...string) (admin.KeyringState,
 // rotate makes a fresh KEK the current one, in the same slots.
 func (n *node) rotate(ctx context.Context, req admin.RotateRequest) (admin.KeyringState, error) {
 	var former seal.KeyID
+	var before []seal.Slot
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		former = k.CurrentID()
-		revisions, err := n.turn(ctx, k, false, req.SkipSlots...)
+		former, before = k.CurrentID(), k.Slots()
+		all, err := n.complete(ctx, k, req.SkipSlots)
 		if err != nil {
-			err = n.withSkipHint(k, err, "run kleidi rotate")
+			return nil, err
+		}
+		if all != k {
+			defer all.Close()
+		}
+		revisions, err := n.turn(ctx, all, false, req.SkipSlots...)
+		if err != nil {
+			err = n.withSkipHint(all, err, "run kleidi rotate")
 		}
 		return revisions, err
 	})
@@ -58,7 +66,7 @@ func (n *node) rotate(ctx context.Context, req admin.RotateRequest) (admin.Keyri
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	changes := append([]string{"a fresh KEK is current; the former one is retired and still decrypts"}, leftOut(k.Slots())...)
+	changes := slices.Concat([]string{"a fresh KEK is current; the former one is retired and still decrypts"}, n.completed(before, k.Slots()), n.leftOut(k.Slots()))
 	return n.result(former, append(changes, "kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")...)
 }
 
@@ -143,7 +151,7 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 	}
 	k, err := n.unlocker.Keyring()
 	if err == nil {
-		state.Changes = slices.Concat(state.Changes, leftOut(k.Slots()), dropped(before, k.Slots()))
+		state.Changes = slices.Concat(state.Changes, n.leftOut(k.Slots()), dropped(before, k.Slots()))
 	}
 	return state, err
 }
@@ -183,7 +191,7 @@ func (n *node) resealToNewTPM(ctx context.Context, req admin.ResealRequest) (adm
 			return nil, err
 		}
 		now := revisions[len(revisions)-1].Slots()
-		changes = slices.Concat(changes, leftOut(now), dropped(k.Slots(), now))
+		changes = slices.Concat(changes, n.leftOut(now), dropped(k.Slots(), now))
 		return revisions, nil
 	})
 	if err != nil {

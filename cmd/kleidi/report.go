@@ -51,10 +51,13 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 			attestation = preflight{n.gate, n.attests()}.Attest(ctx, slots)
 		}
 	}
+	if len(slots) > 0 {
+		slots = n.places(slots)
+	}
 	names := slotNames(slots)
 	for i, s := range slots {
-		report := n.reportSlot(ctx, s, r.CurrentKeyID, r.ClusterID, req.Try && unready == nil, attestation)
-		if unready != nil {
+		report := n.reportSlot(ctx, slots, s, r.CurrentKeyID, r.ClusterID, req.Try && unready == nil, attestation)
+		if unready != nil && s.Type != typeSkipped {
 			report.Problem = admin.ProblemOf(unready)
 		}
 		report.Name = names[i]
@@ -104,10 +107,14 @@ func describe(r *admin.StatusReport, i keyring.Info) {
 	}
 }
 
-func (n *node) reportSlot(ctx context.Context, s seal.Slot, id seal.KeyID, cluster string, try bool, attestation error) admin.SlotReport {
+func (n *node) reportSlot(ctx context.Context, slots []seal.Slot, s seal.Slot, id seal.KeyID, cluster string, try bool, attestation error) admin.SlotReport {
 	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.binding(s), Use: n.use(s)}
 	r.Signer, r.Generation = n.signer(s, cluster)
-	if !try || n.wrapper(s.Type) != nil && s.Node != "" && s.Node != n.cfg.Node || n.wrapper(s.Type) == nil && s.Type != typeSkipped {
+	if d, ok := skippedBy(s); ok {
+		r.Opens, r.Problem = new(bool), admin.ProblemOf(n.missing(d, slots))
+		return r
+	}
+	if !try || n.wrapper(s.Type) == nil || s.Node != "" && s.Node != n.cfg.Node {
 		return r
 	}
 	var err error
@@ -161,6 +168,9 @@ func (n *node) binding(s seal.Slot) string {
 		return n.binding(first) + ", and " + n.binding(second)
 	case typeSkipped:
 		d, _ := skippedBy(s)
+		if d.Since.IsZero() {
+			return "no slot, although unlock.order names it"
+		}
 		return "left out by the rotation of " + d.Since.Local().Format(time.DateTime)
 	default:
 		return ""

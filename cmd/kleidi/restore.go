@@ -135,7 +135,7 @@ func (n *node) restoreWith(ctx context.Context, untrusted *keyring.Untrusted, ve
 	}
 	k, err := n.unlocker.Keyring()
 	if err == nil {
-		state.Changes = append(state.Changes, leftOut(k.Slots())...)
+		state.Changes = append(state.Changes, n.leftOut(k.Slots())...)
 	}
 	return state, err
 }

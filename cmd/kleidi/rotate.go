@@ -16,9 +16,10 @@ func (a *app) newRotate() *cobra.Command {
 		Long: `Make a fresh KEK the current one, sealed as the present one is. The former KEK is
 retired: it stays in the keyring and still decrypts.
 
-The fresh KEK is wrapped by every wrapper that the present one is. Where one of them
-can't be reached nothing is changed, unless --skip-slot names it: status shows the
-missing slot then until kleidi slot add has made it again.`,
+The fresh KEK is wrapped by every wrapper that the present one is, and by the token or
+the server that unlock.order names and that had no slot. Where one of them can't be
+reached nothing is changed, unless --skip-slot names it: status shows the missing slot
+then until kleidi slot add has made it.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := operate(cmd.Context(), a, admin.Rotate, req, unlocked((*node).rotate))

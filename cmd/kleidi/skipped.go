@@ -18,7 +18,7 @@ const typeSkipped = "skipped"
 // skippedSlot is the data of such a place. Nothing opens it.
 type skippedSlot struct {
 	Type  string    `json:"type"`
-	Since time.Time `json:"since"`
+	Since time.Time `json:"since,omitzero"` // of one that was there; else nothing was ever made
 }
 
 // skip returns what stands in the place of a slot; a place that is there stays.
@@ -56,33 +56,6 @@ func typeName(s seal.Slot) string {
 		return d.Type
 	}
 	return s.Type
-}
-
-// mend says how the place is mended.
-func (d skippedSlot) mend() string {
-	switch {
-	case d.Type == seal.TypeTPM || twoOfTwo(d.Type) != "":
-		return "run kleidi reseal, which seals to the running boot"
-	case d.Type == seal.TypeRecovery:
-		return "run kleidi slot add recovery --recipient age1…"
-	}
-	return "run kleidi slot add " + d.Type + " once its backend answers, and is configured here"
-}
-
-// missing is why nothing opens in the place.
-func (d skippedSlot) missing() error {
-	return seal.Errorf(seal.CauseNoSlot, d.mend(), "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
-}
-
-// leftOut says which slots are missing, and how each is mended.
-func leftOut(slots []seal.Slot) (changes []string) {
-	names := slotNames(slots)
-	for i, s := range slots {
-		if d, ok := skippedBy(s); ok {
-			changes = append(changes, "WITHOUT SLOT "+names[i]+": the KEK is not wrapped by it; "+d.mend())
-		}
-	}
-	return changes
 }
 
 // dropped says which slots a recovery did not make again, and left no place for.

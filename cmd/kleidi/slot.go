@@ -41,7 +41,11 @@ func (a *app) newSlotList() *cobra.Command {
 				t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 				fmt.Fprintln(t, "NAME\tNODE\tFOR\tWRAPPED BY")
 				for _, s := range r.Slots {
-					fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", s.Name, orDash(s.Node), orDash(s.Use), s.Binding)
+					by := s.Binding
+					if s.Type == typeSkipped && s.Problem != nil {
+						by += "; " + s.Problem.Hint
+					}
+					fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", s.Name, orDash(s.Node), orDash(s.Use), by)
 				}
 				_ = t.Flush()
 			})

@@ -286,7 +286,7 @@ func (n *node) rewrapSlot(ctx context.Context, req admin.RewrapSlotRequest) (adm
 			return nil, err
 		}
 		if d, ok := skippedBy(slots[i]); ok {
-			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; " + d.mend())
+			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; " + n.mend(d, slots))
 		}
 		rewrapped, err := n.rewrap(ctx, k, slots[i], req.NewKey)
 		if err != nil {
@@ -335,7 +335,7 @@ func (n *node) testSlots(ctx context.Context, req admin.TestSlotsRequest) (admin
 	if err != nil {
 		return admin.SlotTests{}, err
 	}
-	slots := k.Slots()
+	slots := n.places(k.Slots())
 	names := slotNames(slots)
 	for _, name := range req.Names {
 		if _, err := find(slots, name); err != nil {
@@ -356,7 +356,7 @@ func (n *node) testSlots(ctx context.Context, req admin.TestSlotsRequest) (admin
 func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s seal.Slot) admin.SlotTest {
 	start := time.Now()
 	t := admin.SlotTest{Name: name}
-	err := n.tryOpen(ctx, s, k.CurrentID(), k.ClusterID())
+	err := n.tryPlace(ctx, k.Slots(), s, k.CurrentID(), k.ClusterID())
 	t.Opens, t.Duration, t.Use = err == nil, time.Since(start), n.use(s)
 	if t.ForNextBoot = t.Use == uses[tpm.UseNext] && seal.CauseOf(err) == seal.CauseBootState; !t.ForNextBoot {
 		t.Problem = admin.ProblemOf(n.gate.Explain(err))
@@ -369,17 +369,31 @@ func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s 
 		t.Warnings = warnings
 	}
 	if n.secondary(s) && ctx.Err() == nil { // else it is who asked that has gone
-		n.tests.record(k.Slots(), s, t)
+		n.tests.record(n.openSlots, s, t)
 	}
 	return t
+}
+
+// openSlots returns the slots of the open keyring; none where kleidi is locked.
+func (n *node) openSlots() []seal.Slot {
+	k, err := n.unlocker.Keyring()
+	if err != nil {
+		return nil
+	}
+	return k.Slots()
+}
+
+// tryPlace opens one of slots, or says why there is none in its place.
+func (n *node) tryPlace(ctx context.Context, slots []seal.Slot, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
+	if d, ok := skippedBy(s); ok {
+		return n.missing(d, slots)
+	}
+	return n.tryOpen(ctx, s, id, cluster)
 }
 
 // tryOpen has the slot's wrapper open it, and forgets what came out once its key ID
 // is compared.
 func (n *node) tryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
-	if d, ok := skippedBy(s); ok {
-		return d.missing()
-	}
 	w := n.wrapper(s.Type)
 	if w == nil {
 		return seal.Errorf(seal.CauseNoSlot, "configure its wrapper; a recovery slot opens with kleidi keyring verify --identity-file", "nothing here can open it")

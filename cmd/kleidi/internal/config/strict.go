@@ -98,7 +98,7 @@ func (p *problems) validateUnlock(c *Config) {
 		p.Add("unlock.order", "the list is empty, so nothing could open the keyring; leave the key out for tpm")
 	}
 	if c.Unlock.SelfTest < 0 || c.Unlock.SelfTest > 0 && c.Unlock.SelfTest < time.Minute {
-		p.Add("unlock.selfTest", "want 1m or more, or 0 for never")
+		p.Add("unlock.selfTest", "want 1m or more, or 0s for never")
 	}
 	if configured[seal.TypePKCS11] {
 		p.validatePKCS11(c.PKCS11)

@@ -1,0 +1,125 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// A way back that the configuration counts on has to be there: each wrapper of
+// unlock.order has its place, with a slot in it or not.
+
+// places returns slots, and behind them a place for each wrapper of unlock.order of
+// which there is none for this node. Such a place is never stored.
+func (n *node) places(slots []seal.Slot) []seal.Slot {
+	slots = slices.Clone(slots)
+	for _, kind := range n.cfg.Unlock.Order {
+		if !slices.ContainsFunc(slots, func(s seal.Slot) bool {
+			return typeName(s) == kind && (s.Node == "" || s.Node == n.cfg.Node)
+		}) {
+			slots = append(slots, n.place(kind))
+		}
+	}
+	return slots
+}
+
+// place is where nothing was ever made.
+func (n *node) place(kind string) seal.Slot {
+	s := seal.Slot{Type: typeSkipped}
+	s.Data, _ = json.Marshal(skippedSlot{Type: kind}) // two fields that can't fail
+	if kind == seal.TypeTPM || twoOfTwo(kind) != "" {
+		s.Node = n.cfg.Node
+	}
+	return s
+}
+
+// mend says how a place among slots is mended.
+func (n *node) mend(d skippedSlot, slots []seal.Slot) string {
+	switch {
+	case d.Type == seal.TypeRecovery:
+		return "run kleidi slot add recovery --recipient age1…"
+	case d.Type != seal.TypeTPM && twoOfTwo(d.Type) == "":
+		return "run kleidi slot add " + d.Type + " once its backend answers, and is configured here"
+	case len(n.demands(slots)) == 0: // reseal goes by the slots that are sealed to this TPM
+		return "run kleidi reseal --new-tpm, which seals to the TPM that is there"
+	}
+	return "run kleidi reseal, which seals to the running boot"
+}
+
+// missing is why nothing opens in a place among slots.
+func (n *node) missing(d skippedSlot, slots []seal.Slot) error {
+	if d.Since.IsZero() {
+		hint := n.mend(d, slots)
+		if slices.ContainsFunc(slots, func(s seal.Slot) bool { return typeName(s) == d.Type && s.Node != "" && s.Node != n.cfg.Node }) { // of another node
+			hint = "if this machine was renamed, set node to its former name; else " + hint
+		}
+		return seal.Errorf(seal.CauseNoSlot, hint, "unlock.order names %s, and the keyring holds no slot of it for this node", d.Type)
+	}
+	return seal.Errorf(seal.CauseNoSlot, n.mend(d, slots), "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
+}
+
+// leftOut says which slots are missing, and how each is mended.
+func (n *node) leftOut(slots []seal.Slot) (changes []string) {
+	slots = n.places(slots)
+	names := slotNames(slots)
+	for i, s := range slots {
+		if d, ok := skippedBy(s); ok {
+			changes = append(changes, "WITHOUT SLOT "+names[i]+": the KEK is not wrapped by it; "+n.mend(d, slots))
+		}
+	}
+	return changes
+}
+
+// complete returns a keyring with a slot, or the place of one that is skipped, for
+// each wrapper of unlock.order that has none: rotation follows slots. The TPM is left
+// to reseal, which takes it as it is only when told so, and nothing is put beside a
+// two-of-two that opens alone. Where nothing is missing that is k itself.
+func (n *node) complete(ctx context.Context, k *keyring.Keyring, without []string) (*keyring.Keyring, error) {
+	slots := k.Slots()
+	all := n.places(slots)
+	names := slotNames(all)
+	for i := len(slots); i < len(all); i++ {
+		s, kind := all[i], typeName(all[i])
+		var err error
+		switch {
+		case slices.Contains(without, names[i]):
+			s, err = skip(seal.Slot{Type: kind, Node: s.Node})
+		case s.Node != "" || n.breaks(kind, k.Slots(), false) != nil:
+			continue
+		default:
+			s, err = n.renewSecondary(ctx, kind, k.KEK())
+		}
+		if err != nil {
+			return nil, noneMade(kind, err)
+		}
+		slots = append(slots, s)
+	}
+	if len(slots) == len(k.Slots()) {
+		return k, nil
+	}
+	return k.WithSlots(slots)
+}
+
+// noneMade is why a wrapper that has no slot yet can't make one.
+func noneMade(kind string, err error) error {
+	message, hint := seal.SplitHint(err)
+	if hint != "" {
+		hint += "; or "
+	}
+	return seal.Errorf(seal.CauseOf(err), hint+"do without it for now: kleidi rotate --skip-slot "+kind,
+		"unlock.order names %s, which has no slot yet: %s", kind, message)
+}
+
+// completed says which slots a rotation made that were not there before.
+func (n *node) completed(before, after []seal.Slot) (changes []string) {
+	for _, s := range after {
+		if s.Type != typeSkipped && !slices.ContainsFunc(before, func(b seal.Slot) bool { return typeName(b) == s.Type }) {
+			changes = append(changes, "the KEK is wrapped by "+s.Type+" as well, which unlock.order names and had no slot: "+n.binding(s))
+		}
+	}
+	return changes
+}
