@@ -108,9 +108,9 @@ func (n *node) complete(ctx context.Context, k *keyring.Keyring, without []strin
 func noneMade(kind string, err error) error {
 	message, hint := seal.SplitHint(err)
 	if hint != "" {
-		hint += "; or "
+		hint += "; "
 	}
-	return seal.Errorf(seal.CauseOf(err), hint+"do without it for now: kleidi rotate --skip-slot "+kind,
+	return seal.Errorf(seal.CauseOf(err), hint+"to go on without the slot for now, run kleidi rotate --skip-slot "+kind,
 		"unlock.order names %s, which has no slot yet: %s", kind, message)
 }
 
@@ -122,4 +122,20 @@ func (n *node) completed(before, after []seal.Slot) (changes []string) {
 		}
 	}
 	return changes
+}
+
+// stillNamed says that a slot was taken away which unlock.order counts on: rotation
+// would undo that.
+func (n *node) stillNamed(kind string) []string {
+	if !slices.ContainsFunc(n.places(n.openSlots()), func(s seal.Slot) bool {
+		d, ok := skippedBy(s)
+		return ok && d.Since.IsZero() && d.Type == kind
+	}) {
+		return nil
+	}
+	warning := "unlock.order still names " + kind + ", so the slot counts as missing; take it out of unlock.order"
+	if kind == seal.TypePKCS11 || kind == seal.TypeVault {
+		warning += ", or the next rotation makes the slot again"
+	}
+	return []string{warning}
 }

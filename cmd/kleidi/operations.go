@@ -40,36 +40,6 @@ func (n *node) result(former seal.KeyID, changes ...string) (admin.KeyringState,
 	return s, nil
 }
 
-// rotate makes a fresh KEK the current one, in the same slots.
-func (n *node) rotate(ctx context.Context, req admin.RotateRequest) (admin.KeyringState, error) {
-	var former seal.KeyID
-	var before []seal.Slot
-	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		former, before = k.CurrentID(), k.Slots()
-		all, err := n.complete(ctx, k, req.SkipSlots)
-		if err != nil {
-			return nil, err
-		}
-		if all != k {
-			defer all.Close()
-		}
-		revisions, err := n.turn(ctx, all, false, req.SkipSlots...)
-		if err != nil {
-			err = n.withSkipHint(all, err, "run kleidi rotate")
-		}
-		return revisions, err
-	})
-	if err != nil {
-		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
-	}
-	k, err := n.unlocker.Keyring()
-	if err != nil {
-		return admin.KeyringState{}, err
-	}
-	changes := slices.Concat([]string{"a fresh KEK is current; the former one is retired and still decrypts"}, n.completed(before, k.Slots()), n.leftOut(k.Slots()))
-	return n.result(former, append(changes, "kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")...)
-}
-
 // sealNow seals kek to the present boot state, and opens what it made before
 // anything relies on it.
 func (n *node) sealNow(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret) (seal.Slot, error) {

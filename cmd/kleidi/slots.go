@@ -233,7 +233,7 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("slot remove %s: %w", req.Name, err)
 	}
-	return n.unchanged(changes...)
+	return n.unchanged(append(changes, n.stillNamed(req.Name)...)...)
 }
 
 const revokedByTPM = "the TPM no longer opens it, kept copies included"
