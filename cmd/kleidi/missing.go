@@ -39,15 +39,24 @@ func (n *node) place(kind string) seal.Slot {
 
 // mend says how a place among slots is mended.
 func (n *node) mend(d skippedSlot, slots []seal.Slot) string {
-	switch {
-	case d.Type == seal.TypeRecovery:
+	if d.Type == seal.TypeRecovery {
 		return "run kleidi slot add recovery --recipient age1…"
-	case d.Type != seal.TypeTPM && twoOfTwo(d.Type) == "":
-		return "run kleidi slot add " + d.Type + " once its backend answers, and is configured here"
-	case len(n.demands(slots)) == 0: // reseal goes by the slots that are sealed to this TPM
-		return "run kleidi reseal --new-tpm, which seals to the TPM that is there"
 	}
-	return "run kleidi reseal, which seals to the running boot"
+	command := "kleidi slot add " + d.Type
+	if ofTPM := d.Type == seal.TypeTPM || twoOfTwo(d.Type) != ""; ofTPM && len(n.demands(slots)) == 0 { // reseal goes by what is sealed to this TPM
+		command = "kleidi reseal --new-tpm"
+	} else if ofTPM {
+		command = "kleidi reseal"
+	}
+	switch {
+	case hasBoth(slots) && twoOfTwo(d.Type) == "":
+		return "set unlock.order to the two-of-two that the keyring holds; or, if one wrapper is to be enough, run " + command + " with --break-two-of-two"
+	case command == "kleidi reseal":
+		return "run " + command + ", which seals to the running boot"
+	case command == "kleidi reseal --new-tpm":
+		return "run " + command + ", which seals to the TPM that is there"
+	}
+	return "run " + command + " once its backend answers, and is configured here"
 }
 
 // missing is why nothing opens in a place among slots.
