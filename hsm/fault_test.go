@@ -80,6 +80,18 @@ func fault(w *Wrapper) *faulty {
 	return f
 }
 
+// owned has the module be an empty file of that mode, owner and group.
+func owned(t *testing.T, b *backend, w *Wrapper, mode os.FileMode, uid, gid int) func() {
+	t.Helper()
+	point := linked(t, w)
+	copied := filepath.Join(t.TempDir(), "copy")
+	ok(t, os.WriteFile(copied, nil, 0o600))
+	ok(t, os.Chmod(copied, mode))
+	ok(t, os.Chown(copied, uid, gid))
+	point(copied)
+	return func() { point(b.module) }
+}
+
 // linked puts a link in front of w's module, which the test may point elsewhere.
 func linked(t *testing.T, w *Wrapper) (point func(to string)) {
 	t.Helper()
@@ -133,13 +145,17 @@ func faultRows() []faultRow {
 			point(firstFile(t, "/lib/x86_64-linux-gnu/libm.so.6", "/lib/aarch64-linux-gnu/libm.so.6", "/lib64/libm.so.6"))
 			return func() { point(b.module) }
 		}},
-		{"module writable by all", seal.CauseUnavailable, "anyone may write it", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
-			point := linked(t, w)
-			copied := filepath.Join(t.TempDir(), "copy")
-			ok(t, os.WriteFile(copied, nil, 0o600))
-			ok(t, os.Chmod(copied, 0o666))
-			point(copied)
-			return func() { point(b.module) }
+		{"module writable by all", seal.CauseUnavailable, "its mode is 0666: anyone may write it", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
+			return owned(t, b, w, 0o666, 0, 0)
+		}},
+		{"module of another user", seal.CauseUnavailable, "it belongs to another user than root and the one that runs kleidi", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
+			return owned(t, b, w, 0o644, 65534, 0)
+		}},
+		{"module writable by a group", seal.CauseUnavailable, "its mode is 0664: its group 65534 may write it", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
+			return owned(t, b, w, 0o664, 0, 65534)
+		}},
+		{"module writable by root's group", seal.CauseUnavailable, "file too short", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
+			return owned(t, b, w, 0o664, 0, 0)
 		}},
 		{"module busy", seal.CauseUnavailable, "is busy with a call made", func(_ *testing.T, _ *backend, w *Wrapper, _ Key) func() {
 			m := moduleAt(w.target.module)

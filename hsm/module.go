@@ -6,10 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/miekg/pkcs11"
@@ -125,16 +127,33 @@ func (m *module) load() error {
 	switch {
 	case err != nil:
 		return m.bad(err)
-	case !info.Mode().IsRegular():
-		return m.bad(errors.New("it is no regular file"))
-	case info.Mode().Perm()&0o002 != 0:
-		return m.bad(errors.New("anyone may write it, and it would run as this user"))
+	}
+	if err := checkModuleFile(info); err != nil {
+		return m.bad(err)
 	}
 	p, err := load(m.path)
 	if err != nil {
 		return m.bad(err)
 	}
 	m.p = p
+	return nil
+}
+
+// checkModuleFile demands a regular file that nobody but root and this user may
+// change: what it holds is run as this user.
+func checkModuleFile(info fs.FileInfo) error {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	mode := info.Mode().Perm()
+	switch {
+	case !info.Mode().IsRegular():
+		return errors.New("it is no regular file")
+	case mode&0o002 != 0:
+		return fmt.Errorf("its mode is %04o: anyone may write it, and it would run as this user; have root own it with mode 0644", mode)
+	case !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid():
+		return errors.New("it belongs to another user than root and the one that runs kleidi, as which it would run; have root own it with mode 0644")
+	case mode&0o020 != 0 && st.Gid != 0:
+		return fmt.Errorf("its mode is %04o: its group %d may write it, and it would run as this user; have root own it with mode 0644", mode, st.Gid)
+	}
 	return nil
 }
 
