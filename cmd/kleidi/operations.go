@@ -386,9 +386,6 @@ func (n *node) renewSecondary(ctx context.Context, kind string, kek *seal.Secret
 	return slot, err
 }
 
-// full reports whether a keyring has no room to retire its current KEK.
-func full(k *keyring.Keyring) bool { return len(k.Info().Retired) >= keyring.MaxRetired }
-
 // turn rotates a keyring in the slots that it has, but for those to skip; breaks is as
 // in sealsAlone.
 func (n *node) turn(ctx context.Context, k *keyring.Keyring, breaks bool, skip ...string) ([]*keyring.Keyring, error) {
