@@ -5,8 +5,6 @@ package site
 
 import (
 	"bytes"
-	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/http"
@@ -22,6 +20,7 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
 // Seed is the DEK seed that has to decrypt for ever.
@@ -236,13 +235,12 @@ func FindIn(t *testing.T, where, text string, secrets map[string][]byte) {
 		if len(secret) == 0 {
 			t.Fatal(errors.New("there is no " + name + " to look for"))
 		}
-		for form, needle := range map[string]string{
-			"raw": string(secret), "hexadecimal": hex.EncodeToString(secret), "base64": base64.RawStdEncoding.EncodeToString(secret),
-			"base64url": base64.RawURLEncoding.EncodeToString(secret), "decimal": strings.Trim(fmt.Sprint(secret), "[]"),
-		} {
-			if strings.Contains(text, needle) || form == "hexadecimal" && strings.Contains(strings.ToLower(text), needle) {
-				t.Errorf("%s holds the %s (%s)", where, name, form)
-			}
+		form := sealtest.FindSecret(text, secret)
+		if decimal := strings.Trim(fmt.Sprint(secret), "[]"); form == "" && strings.Contains(text, decimal) {
+			form = "decimal"
+		}
+		if form != "" {
+			t.Errorf("%s holds the %s (%s)", where, name, form)
 		}
 	}
 }

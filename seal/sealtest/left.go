@@ -65,8 +65,8 @@ func testNothingLeft(t *testing.T, h Harness) {
 	}
 }
 
-// findSecret names the encoding in which text holds secret, or returns "".
-func findSecret(text string, secret []byte) string {
+// FindSecret names the encoding in which text holds secret, or returns "".
+func FindSecret(text string, secret []byte) string {
 	lower := strings.ToLower(text)
 	switch {
 	case strings.Contains(text, string(secret)):

@@ -141,7 +141,7 @@ func testSlotHoldsNoKEK(t *testing.T, h Harness) {
 	}
 	text := slot.Type + "\n" + slot.Node + "\n" + string(slot.Data)
 	kek.With(func(b []byte) {
-		if form := findSecret(text, b); form != "" {
+		if form := FindSecret(text, b); form != "" {
 			t.Errorf("the slot holds the KEK (%s)", form)
 		}
 	})
