@@ -23,6 +23,7 @@ var borders = map[string][]string{
 	"seal/both":                      {"seal"},
 	"seal/recovery":                  {"seal"},
 	"seal/sealtest":                  {"seal"},
+	"hsm/internal/cheap":             {},
 	"tpm":                            {"seal", "tpm/authpolicy"},
 	"tpm/authpolicy":                 {},
 	"tpm/nv":                         {"seal", "tpm", "tpm/authpolicy"},
