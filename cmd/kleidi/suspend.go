@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// A suspension: other boots may open the keyring for a while, before work that can't be
+// predicted.
+
+// maxBoots bounds a suspension. A firmware update takes two boots or three.
+const maxBoots = 16
+
+// suspend seals the KEK to a part of the present boot state, for a few boots that
+// the TPM counts.
+func (n *node) suspend(ctx context.Context, req admin.SuspendRequest) (admin.KeyringState, error) {
+	if req.Boots < 1 || req.Boots > maxBoots {
+		return admin.KeyringState{}, fmt.Errorf("suspend: %d boots; want 1 to %d", req.Boots, maxBoots)
+	}
+	var bound string
+	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		state, err := n.gate.State(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if state, err = weaken(state, req.Weaken); err != nil {
+			return nil, err
+		}
+		resets, err := n.gate.Device.ResetCount(ctx, n.gate.Owner)
+		if err != nil {
+			return nil, err
+		}
+		state.Resets = resets + uint32(req.Boots)
+		if err := n.pinHolds(state); err != nil {
+			return nil, err
+		}
+		next, slot, err := n.addSuspension(ctx, k, state)
+		if err != nil {
+			return nil, err
+		}
+		bound = n.what(slot)
+		return []*keyring.Keyring{next}, nil
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("suspend: %w", err)
+	}
+	return n.unchanged("SUSPENDED: the KEK is sealed to "+bound, "anyone who boots this machine so gets it; when the work is done, run kleidi reseal, which ends this")
+}
+
+// addSuspension seals to a suspension besides. One that is there already is revoked:
+// it may be the weaker one.
+func (n *node) addSuspension(ctx context.Context, k *keyring.Keyring, state tpm.BootState) (*keyring.Keyring, seal.Slot, error) {
+	if !slices.ContainsFunc(k.Slots(), n.suspends) {
+		return n.extend(ctx, k, state, nil, false)
+	}
+	states, err := n.live(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSigned)
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	next, slots, err := n.reshape(ctx, k, append(states, state))
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	return next, slots[len(slots)-1], nil
+}
+
+// pinHolds refuses a slot for boots in which the pin in the TPM could not be read.
+func (n *node) pinHolds(s tpm.BootState) error {
+	if n.cfg.Pin.Store != config.PinTPM {
+		return nil
+	}
+	for _, i := range n.cfg.Pin.PCRs {
+		if s.Values[i] == nil {
+			return fmt.Errorf("the pin in the TPM is bound to PCR %d, which this slot would let go: a boot that changes it needs kleidi recover with the recovery identity all the same; see docs/threat-model.md", i)
+		}
+	}
+	return nil
+}
+
+// suspends reports whether a slot is this node's for a suspension.
+func (n *node) suspends(s seal.Slot) bool {
+	return len(n.states([]seal.Slot{s}, tpm.UseSuspend)) > 0
+}
+
+// weaken lets PCRs go; none named means all but PCR 7.
+func weaken(s tpm.BootState, pcrs []int) (tpm.BootState, error) {
+	const secureBoot = 7
+	values := map[int][]byte{}
+	for i, v := range s.Values {
+		if len(pcrs) == 0 && i == secureBoot || len(pcrs) > 0 && !slices.Contains(pcrs, i) {
+			values[i] = v
+		}
+	}
+	for _, i := range pcrs {
+		if s.Values[i] == nil {
+			return s, fmt.Errorf("--weaken %d: the KEK is sealed to PCR %s; name some of these", i, join(slices.Sorted(maps.Keys(s.Values))))
+		}
+	}
+	if len(values) == 0 {
+		return s, errors.New("nothing would be left to seal to; let fewer PCRs go with --weaken, or rely on the recovery identity")
+	}
+	return tpm.BootState{PCR: authpolicy.PCR{Bank: s.Bank, Values: values}, Use: tpm.UseSuspend}, nil
+}
