@@ -28,10 +28,15 @@ import (
 // softHSM is the module of SoftHSM 2.
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
+// oneToken: softhsm2-util stumbles over a token that another one is making.
+var oneToken sync.Mutex
+
 // newToken makes a token in SoftHSM with an AES key, and returns kleidi's settings
 // for it. All tokens lie in one folder, for which TestMain sets SOFTHSM2_CONF.
 func newToken(t *testing.T) string {
 	t.Helper()
+	oneToken.Lock()
+	defer oneToken.Unlock()
 	label, pin := "kleidi-"+rand.Text()[:8], rand.Text()[:16]
 	run(t, "softhsm2-util", "--init-token", "--free", "--label", label, "--so-pin", rand.Text()[:16], "--pin", pin)
 	run(t, "pkcs11-tool", "--module", softHSM, "--token-label", label, "--login", "--pin", pin, "--keygen", "--key-type", "AES:32", "--label", "kek")
