@@ -154,6 +154,9 @@ func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.Keyri
 	}
 	var bound []string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		if !n.opensWithTPM() {
+			return nil, errNoTPM
+		}
 		if _, err := n.tpm.Epoch(ctx); err != nil && len(n.demands(k.Slots())) == 0 {
 			reason, _ := seal.SplitHint(err)
 			return nil, fmt.Errorf("no slot of this node is sealed to a TPM, and %s; run kleidi reseal --new-tpm, which seals to the TPM that is there", reason)

@@ -28,12 +28,15 @@ func (n *node) resealToNewTPM(ctx context.Context, req admin.ResealRequest) (adm
 			return nil, err
 		}
 		former, changes = k.CurrentID(), append(n.renewed(k), n.broken(k.Slots())...)
-		revisions, err := n.renew(ctx, k, req.WithoutVerifier)
+		revisions, err := n.renew(ctx, k, req.WithoutVerifier, n.strangers(ctx, k))
 		if err != nil {
 			return nil, err
 		}
-		now := revisions[len(revisions)-1].Slots()
-		changes = slices.Concat(changes, n.leftOut(now), dropped(k.Slots(), now))
+		last := revisions[len(revisions)-1]
+		if last.CurrentID() == former {
+			changes[0] = "the KEK that it had is sealed to this machine's present boot state: the keyring has no room for another retired one"
+		}
+		changes = slices.Concat(changes, n.leftOut(last.Slots()), dropped(k.Slots(), last.Slots()))
 		return revisions, nil
 	})
 	if err != nil {
@@ -45,10 +48,12 @@ func (n *node) resealToNewTPM(ctx context.Context, req admin.ResealRequest) (adm
 	return n.result(former, changes...)
 }
 
+var errNoTPM = errors.New("unlock.order names no TPM; add tpm to it, and restart kleidi serve")
+
 // isNew reports whether no slot of this node is sealed to this machine's TPM.
 func (n *node) isNew(ctx context.Context, slots []seal.Slot) error {
 	if !n.opensWithTPM() {
-		return errors.New("unlock.order names no TPM; add tpm to it, and restart kleidi serve")
+		return errNoTPM
 	}
 	w, err := n.tpm.OnTPMOf(halves(slots))
 	if err != nil {

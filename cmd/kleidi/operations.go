@@ -112,7 +112,7 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 	}
 	changes := n.renewed(old)
 	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		return n.renew(ctx, k, req.WithoutVerifier)
+		return n.renew(ctx, k, req.WithoutVerifier, nil)
 	}
 	before := old.Slots()
 	state, err := n.adopt(ctx, old, unlock.Opener{Wrapper: opener.Type()}, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)
@@ -237,8 +237,9 @@ func (n *node) vouchByPin(ctx context.Context, k *keyring.Keyring, id, trusted s
 
 // renew rotates to a fresh KEK that is sealed to the present boot state; the
 // recovery slots stay. A keyring that holds no more retired KEKs is sealed anew and
-// not rotated: it has to open again first of all.
-func (n *node) renew(ctx context.Context, old *keyring.Keyring, withoutVerifier bool) ([]*keyring.Keyring, error) {
+// not rotated: it has to open again first of all. Strangers get no KEK, by the reason of
+// each.
+func (n *node) renew(ctx context.Context, old *keyring.Keyring, withoutVerifier bool, strangers map[string]error) ([]*keyring.Keyring, error) {
 	if err := n.freshForBoth(old); err != nil {
 		return nil, err
 	}
@@ -256,7 +257,7 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring, withoutVerifier 
 	// has to open too.
 	next := n.tpm.ForNextEpoch(halves(append(old.Slots(), old.StagedSlots()...))).Demanding(v)
 	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
-		return n.renewSlots(ctx, next, kek, old.Slots())
+		return n.renewSlots(ctx, next, kek, old.Slots(), strangers)
 	}
 	slots, err := wrap(ctx, old.KEK())
 	if err != nil {
@@ -277,7 +278,7 @@ func (n *node) renew(ctx context.Context, old *keyring.Keyring, withoutVerifier 
 // the old recovery slots. A token or a server that can't be reached, or is not
 // configured here, is skipped as long as another slot opens: status shows the place
 // until it is mended.
-func (n *node) renewSlots(ctx context.Context, tpmNow *tpm.Wrapper, kek *seal.Secret, old []seal.Slot) ([]seal.Slot, error) {
+func (n *node) renewSlots(ctx context.Context, tpmNow *tpm.Wrapper, kek *seal.Secret, old []seal.Slot, strangers map[string]error) ([]seal.Slot, error) {
 	var slots, kept []seal.Slot
 	var failure error
 	if n.opensWithTPM() {
@@ -292,7 +293,11 @@ func (n *node) renewSlots(ctx context.Context, tpmNow *tpm.Wrapper, kek *seal.Se
 		if n.needsBoth() != "" || at < 0 && !slices.Contains(n.cfg.Unlock.Order, kind) {
 			continue
 		}
-		slot, err := n.renewSecondary(ctx, kind, kek)
+		var slot seal.Slot
+		err := strangers[kind]
+		if err == nil {
+			slot, err = n.renewSecondary(ctx, kind, kek)
+		}
 		if err != nil {
 			failure = errors.Join(failure, err)
 			n.log.Warn("recover goes on without a slot", "slot", kind, "cause", seal.CauseOf(err), "error", err)

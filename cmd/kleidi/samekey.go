@@ -35,12 +35,47 @@ func holds(ctx context.Context, w seal.Wrapper, kek *seal.Secret, s seal.Slot) e
 		return pair.Holds(ctx, kek, s)
 	}
 	got, err := w.Unwrap(ctx, s)
+	if errors.Is(err, seal.ErrNotMine) {
+		return seal.Errorf(seal.CauseNoSlot, hintSameKey, "the token, or the server, that is configured did not make it")
+	}
 	if err != nil {
 		return err
 	}
 	defer got.Close()
 	if !got.Equal(kek) {
 		return seal.Errorf(seal.CauseSlotCorrupt, "see whether the wrapper's backend is healthy", "the present slot opens, and holds another KEK")
+	}
+	return nil
+}
+
+// strangers are the tokens and servers that are not to get the KEK although they are
+// configured: they don't open the slot that is there, or were left out.
+func (n *node) strangers(ctx context.Context, k *keyring.Keyring) map[string]error {
+	all := map[string]error{}
+	for _, s := range k.Slots() {
+		kind := typeName(s)
+		w := n.wrapper(kind)
+		if kind != seal.TypePKCS11 && kind != seal.TypeVault || w == nil {
+			continue
+		}
+		if d, ok := skippedBy(s); ok {
+			all[kind] = n.missing(d, k.Slots())
+		} else if err := holds(ctx, w, k.KEK(), s); err != nil {
+			all[kind] = n.otherKey(k, s, err)
+		}
+	}
+	return all
+}
+
+// notAnother refuses to put a slot in the place of one that the wrapper doesn't open.
+func (n *node) notAnother(ctx context.Context, k *keyring.Keyring, w seal.Wrapper) error {
+	for _, s := range k.Slots() {
+		if s.Type != w.Type() || !backed(s.Type) {
+			continue
+		}
+		if err := holds(ctx, w, k.KEK(), s); err != nil {
+			return n.otherKey(k, s, err)
+		}
 	}
 	return nil
 }

@@ -68,7 +68,7 @@ func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string
 		return nil, err
 	}
 	like := rotation.Like(n.proven(k), live)
-	if len(live) == len(slots) || len(n.demands(live)) > 0 {
+	if len(live) == len(slots) || len(n.demands(live)) > 0 || !n.opensWithTPM() {
 		return like, nil
 	}
 	// All slots of this TPM are revoked, as in an old keyring: the running boot takes
@@ -135,6 +135,8 @@ func (n *node) addSlot(ctx context.Context, req admin.AddSlotRequest) (admin.Key
 				return nil, err
 			}
 			made = true
+		} else if err := n.notAnother(ctx, k, w); err != nil {
+			return nil, err
 		}
 		slot, err := w.Wrap(ctx, k.KEK())
 		if err != nil {
