@@ -2,11 +2,14 @@ package vault
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // gate is a way to a server that can be shut, made slow, or broken off.
@@ -23,11 +26,29 @@ type gate struct {
 
 func newGate(t *testing.T, url string) *gate {
 	t.Helper()
-	g := &gate{t: t, target: strings.TrimPrefix(url, "https://"), address: "127.0.0.1:0"}
-	g.open()
+	g := &gate{t: t, target: strings.TrimPrefix(url, "https://"), address: reserve(t)}
 	g.url = "https://" + g.address
+	g.open()
 	t.Cleanup(g.shut)
 	return g
+}
+
+// reserve returns an address whose port stays the test's, also while nobody listens
+// there: a socket that is bound and does not listen keeps others from it.
+func reserve(t *testing.T) string {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	// Listeners of package net have it as well, and so may share the port
+	err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1), unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	name, nameErr := unix.Getsockname(fd)
+	if err := errors.Join(err, nameErr); err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("127.0.0.1:%d", name.(*unix.SockaddrInet4).Port)
 }
 
 // open lets everything through.
@@ -66,7 +87,7 @@ func (g *gate) listen(serve func(net.Conn)) {
 		g.t.Fatal(err)
 	}
 	g.mu.Lock()
-	g.listener, g.address = l, l.Addr().String()
+	g.listener = l
 	g.mu.Unlock()
 	go func() {
 		for {
