@@ -9,6 +9,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/both"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
 	"github.com/beezy-dev/kleidi/seal/rotation"
@@ -354,6 +355,24 @@ func (n *node) testSlots(ctx context.Context, req admin.TestSlotsRequest) (admin
 	return r, nil
 }
 
+// secondHalf has the second wrapper of a two-of-two open its half, where the TPM can't
+// open the other one yet.
+func (n *node) secondHalf(ctx context.Context, k *keyring.Keyring, s seal.Slot) error {
+	pair, ok := n.wrapper(s.Type).(*both.Wrapper)
+	if !ok {
+		return nil
+	}
+	err := pair.Holds(ctx, k.KEK(), s)
+	if err == nil {
+		return nil
+	}
+	message, hint := seal.SplitHint(err)
+	if hint != "" {
+		hint += "; or "
+	}
+	return seal.Errorf(seal.CauseOf(err), hint+"run kleidi reseal --drop-next, and prepare the next boot again", "for the next boot, and would not open in it: %s", message)
+}
+
 // testSlot opens a slot. The result is what metrics and readyz show of it from then on.
 func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s seal.Slot) admin.SlotTest {
 	start := time.Now()
@@ -362,6 +381,8 @@ func (n *node) testSlot(ctx context.Context, k *keyring.Keyring, name string, s 
 	t.Opens, t.Duration, t.Use = err == nil, time.Since(start), n.use(s)
 	if t.ForNextBoot = t.Use == uses[tpm.UseNext] && seal.CauseOf(err) == seal.CauseBootState; !t.ForNextBoot {
 		t.Problem = admin.ProblemOf(n.gate.Explain(err))
+	} else if err := n.secondHalf(ctx, k, s); err != nil {
+		t.ForNextBoot, t.Problem = false, admin.ProblemOf(err)
 	}
 	if half := ofVault(s); half.Type == seal.TypeVault && n.vault != nil {
 		warnings, err := n.vault.Check(ctx, half)
