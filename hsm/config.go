@@ -161,7 +161,7 @@ func (c Config) pinSource(file string) func(context.Context) (*seal.Secret, erro
 		return func(ctx context.Context) (*seal.Secret, error) {
 			s, err := c.PIN(ctx)
 			if err != nil && seal.CauseOf(err) == "" {
-				err = seal.Errorf(seal.CauseCredentials, "see the setting of the PIN", "get the PIN: %w", err)
+				err = seal.Errorf(seal.CauseCredentials, "see pkcs11.sealedPINFile", "get the PIN: %w", err)
 			}
 			return s, err
 		}

@@ -50,6 +50,16 @@ func setPIN(t *testing.T, w *Wrapper, pin string) {
 	ok(t, os.WriteFile(w.config.PINFile, []byte(pin+"\n"), 0o600))
 }
 
+// wrongPINs returns a check of how many wrong PINs the token has counted.
+func wrongPINs(t *testing.T, triesFile string) func(want string) {
+	return func(want string) {
+		t.Helper()
+		if got := strings.TrimSpace(string(must[[]byte](t)(os.ReadFile(triesFile)))); got != want {
+			t.Fatalf("%s wrong PINs, want %s", got, want)
+		}
+	}
+}
+
 // TestWrongPIN: a wrong PIN costs one try, however often unlocking is repeated and
 // by however many wrappers; the last try is never taken; a locked token is left
 // alone; and each state is over as soon as its reason is.
@@ -58,12 +68,7 @@ func TestWrongPIN(t *testing.T) {
 	w := b.generated(t, 0, "kek")
 	kek := newKEK(t)
 	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
-	counted := func(want string) {
-		t.Helper()
-		if got := strings.TrimSpace(string(must[[]byte](t)(os.ReadFile(triesFile)))); got != want {
-			t.Fatalf("%s wrong PINs, want %s", got, want)
-		}
-	}
+	counted := wrongPINs(t, triesFile)
 	setPIN(t, w, wrongPIN)
 	refuses(t, w, slot, seal.CauseCredentials, "PIN")
 	for range 20 {

@@ -104,8 +104,8 @@ const (
 	hintLocked  = "have the security officer unlock the user PIN (C_InitPIN); kleidi goes on by itself afterwards"
 )
 
-// login logs in where the token wants that, at most once with each PIN that is not
-// taken. The function that it returns logs out.
+// login logs in where the token wants that, never again with a PIN that was refused, or
+// for which mayRepeat doesn't speak. The function that it returns logs out.
 func (s *session) login(t *tried, p *seal.Secret, mem seal.Memory) (logout func(), err error) {
 	if s.token.Flags&pkcs11.CKF_LOGIN_REQUIRED == 0 {
 		return func() {}, nil

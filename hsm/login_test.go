@@ -5,7 +5,6 @@ package hsm
 import (
 	"context"
 	"os"
-	"strings"
 	"testing"
 
 	"github.com/miekg/pkcs11"
@@ -20,12 +19,7 @@ func TestSameWrongPINAgain(t *testing.T) {
 	w := b.generated(t, 0, "kek")
 	kek := newKEK(t)
 	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
-	counted := func(want string) {
-		t.Helper()
-		if got := strings.TrimSpace(string(must[[]byte](t)(os.ReadFile(triesFile)))); got != want {
-			t.Fatalf("%s wrong PINs, want %s", got, want)
-		}
-	}
+	counted := wrongPINs(t, triesFile)
 	setPIN(t, w, wrongPIN)
 	refuses(t, w, slot, seal.CauseCredentials, "PIN")
 	for _, same := range []string{wrongPIN, wrongPIN + "\nbut a comment", wrongPIN} {

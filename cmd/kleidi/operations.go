@@ -300,7 +300,7 @@ func (n *node) renewSlots(ctx context.Context, tpmNow *tpm.Wrapper, kek *seal.Se
 		}
 		if err != nil {
 			failure = errors.Join(failure, err)
-			n.log.Warn("recover goes on without a slot", "slot", kind, "cause", seal.CauseOf(err), "error", err)
+			n.log.Warn("a slot is left out", "slot", kind, "cause", seal.CauseOf(err), "error", err)
 			if slot = (seal.Slot{Type: kind}); at >= 0 {
 				slot = old[at]
 			}

@@ -45,15 +45,11 @@ where you keep the recovery identity.`,
   kleidi pkcs11-pin --pin-file - --out /etc/kleidi/pkcs11.pin.sealed`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := a.config()
+			n, err := a.node()
 			if err != nil {
 				return err
 			}
-			n, err := newNode(cfg, logger(cfg), nil)
-			if err != nil {
-				return err
-			}
-			p := pkcs11PIN{File: out, Bank: cfg.TPM.Bank, PCRs: []int{7}}
+			p := pkcs11PIN{File: out, Bank: n.cfg.TPM.Bank, PCRs: []int{7}}
 			if pinFile != fromStdin {
 				p.PINFile = pinFile
 			}

@@ -41,15 +41,24 @@ type line struct{ name, shown, kept, recovered string }
 // Matrix runs rows, and logs what became of them as a table. type_ is that of the slot.
 func (s *Site) Matrix(type_ string, rows []Fault) {
 	s.t.Helper()
+	each(s, "fault matrix of "+type_, rows, func(row Fault) (string, func() line) {
+		return row.Name, func() line { return s.run(row, type_) }
+	})
+}
+
+// each runs rows as tests of their own, and logs the table of what became of them.
+func each[Row any](s *Site, title string, rows []Row, of func(Row) (name string, run func() line)) {
+	s.t.Helper()
 	var lines []line
 	for _, row := range rows {
-		if !s.t.Run(row.Name, func(t *testing.T) {
-			s.In(t, func() { lines = append(lines, s.run(row, type_)) })
+		name, run := of(row)
+		if !s.t.Run(name, func(t *testing.T) {
+			s.In(t, func() { lines = append(lines, run()) })
 		}) {
 			break // what comes next would start from what this one left
 		}
 	}
-	s.table("fault matrix of "+type_, lines)
+	s.table(title, lines)
 }
 
 // table logs what became of rows.

@@ -29,15 +29,9 @@ type Forgery struct {
 // that starts is locked and says why, and opens once the file is brought back.
 func (s *Site) Hostile(type_ string, rows []Forgery) {
 	s.t.Helper()
-	var lines []line
-	for _, row := range rows {
-		if !s.t.Run(row.Name, func(t *testing.T) {
-			s.In(t, func() { lines = append(lines, s.forge(row, type_)) })
-		}) {
-			break // what comes next would start from what this one left
-		}
-	}
-	s.table("hostile slots of "+type_, lines)
+	each(s, "hostile slots of "+type_, rows, func(row Forgery) (string, func() line) {
+		return row.Name, func() line { return s.forge(row, type_) }
+	})
 }
 
 func (s *Site) forge(row Forgery, type_ string) line {

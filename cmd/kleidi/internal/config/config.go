@@ -282,17 +282,8 @@ func read(name string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxSize+1))
 }
 
-// Parse reads a configuration file. The error lists every problem with the path
-// of its key, one a line.
-func Parse(b []byte) (*Config, error) {
-	p := &problems{}
-	c, err := decode(b, p)
-	if err != nil {
-		return nil, err
-	}
-	return c.checked(p)
-}
-
+// decode reads a configuration file. What is wrong with its keys is added to p, which
+// checked reports: every problem with the path of its key, one a line.
 func decode(b []byte, p *problems) (*Config, error) {
 	if len(b) > maxSize {
 		return nil, fmt.Errorf("larger than %d KiB", maxSize>>10)

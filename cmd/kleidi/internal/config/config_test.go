@@ -10,6 +10,16 @@ import (
 
 const head = "apiVersion: kleidi.beezy.dev/v1alpha1\nkind: KleidiConfiguration\n"
 
+// Parse reads a configuration as Load reads a file.
+func Parse(b []byte) (*Config, error) {
+	p := &problems{}
+	c, err := decode(b, p)
+	if err != nil {
+		return nil, err
+	}
+	return c.checked(p)
+}
+
 func TestParse(t *testing.T) {
 	c, err := Parse([]byte(head + `
 node: cp-1
