@@ -47,13 +47,13 @@ const (
 	CauseKeyringMissing Cause = "keyring-missing"
 	// CauseKeyringCorrupt: the keyring does not parse, or its MAC does not verify.
 	CauseKeyringCorrupt Cause = "keyring-corrupt"
-	// CausePin: the keyring is not the one that this node last trusted.
-	CausePin Cause = "pin-mismatch"
+	// CauseAnchor: the keyring is not the one that this node last trusted.
+	CauseAnchor Cause = "anchor-mismatch"
 	// CauseNoSlot: the keyring holds no slot that a configured wrapper can open.
 	CauseNoSlot Cause = "no-slot"
 	// CauseMemory: no memory could be locked for the KEK.
 	CauseMemory Cause = "memory-not-lockable"
-	// CauseStore: the keyring or the pin could not be read or saved.
+	// CauseStore: the keyring or the anchor could not be read or saved.
 	CauseStore Cause = "store-failed"
 	// CauseStarting: the first attempt to unlock has not ended yet.
 	CauseStarting Cause = "starting"
@@ -63,7 +63,7 @@ const (
 func Causes() []Cause {
 	return []Cause{
 		CauseBootState, CauseEpoch, CauseAttestation, CauseBootPolicy, CauseLockout, CauseOtherTPM, CauseTPMCleared, CauseUnavailable, CauseKeyMissing, CauseCredentials,
-		CauseSlotCorrupt, CauseKeyringMissing, CauseKeyringCorrupt, CausePin, CauseNoSlot, CauseMemory, CauseStore, CauseStarting,
+		CauseSlotCorrupt, CauseKeyringMissing, CauseKeyringCorrupt, CauseAnchor, CauseNoSlot, CauseMemory, CauseStore, CauseStarting,
 	}
 }
 

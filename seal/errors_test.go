@@ -19,7 +19,7 @@ func TestSplitHint(t *testing.T) {
 		{inner, "disk; full", "see its disk"},
 		{fmt.Errorf("save: %w", inner), "save: disk; full", "see its disk"},
 		{fmt.Errorf("%w, and more", inner), "disk; full; see its disk, and more", "see its disk"},
-		{seal.Errorf(seal.CausePin, "recover", "pin: %w", inner), "pin: disk; full; see its disk", "recover"},
+		{seal.Errorf(seal.CauseAnchor, "recover", "anchor: %w", inner), "anchor: disk; full; see its disk", "recover"},
 	} {
 		if message, hint := seal.SplitHint(tc.err); message != tc.message || hint != tc.hint {
 			t.Errorf("%v: %q, %q", tc.err, message, hint)

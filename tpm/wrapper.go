@@ -290,7 +290,7 @@ func otherTPM(t transport.TPM, ek string) error {
 }
 
 // Settle ends the epochs before the one that the slots of this node were sealed
-// for. It is called once the keyring that holds them is saved and pinned, and
+// for. It is called once the keyring that holds them is saved and anchored, and
 // again at every start, since a crash may have come in between. On another TPM, and
 // on one that was cleared, there is nothing to end: none of them opens there.
 func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {

@@ -117,7 +117,7 @@ func fill(t *testing.T, n *node) (identity []byte, seeds map[seal.KeyID][]byte) 
 	if err := n.own(); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.pin.Save(t.Context(), full.Pin()); err != nil {
+	if err := n.anchor.Save(t.Context(), full.Anchor()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := n.keyring.Save(t.Context(), full.Marshal(), ""); err != nil {

@@ -35,7 +35,7 @@ type recoveryChoice struct {
 
 func (a *app) newInit() *cobra.Command {
 	var choice recoveryChoice
-	var pin string
+	var anchor string
 	cmd := &cobra.Command{
 		Use:   "init",
 		Short: "Make a KEK and a keyring, and seal the KEK to this machine's TPM",
@@ -52,7 +52,7 @@ made for an age public key whose identity you keep elsewhere.`,
 			if err := choice.check(a); err != nil {
 				return err
 			}
-			return a.runInit(cmd, &choice, pin)
+			return a.runInit(cmd, &choice, anchor)
 		},
 	}
 	flags := cmd.Flags()
@@ -61,7 +61,7 @@ made for an age public key whose identity you keep elsewhere.`,
 	flags.StringVar(&choice.importFrom, "import-config", "", "config.json of kleidi 1.x: its token and key wrap the KEK as well")
 	_ = cmd.MarkFlagFilename("import-config", "json")
 	flags.BoolVar(&choice.generates, "generate-key", false, "have the configured token make the key first: AES-256, sensitive, not extractable")
-	flags.StringVar(&pin, "pin", "", "where to keep the pin: file or tpm; it has to be what pin.store says (default pin.store)")
+	flags.StringVar(&anchor, "anchor", "", "where to keep the anchor: file or tpm; it has to be what anchor.store says (default anchor.store)")
 	flags.BoolVar(&choice.none, "no-recovery", false, "make no recovery slot: if the TPM or the machine fails, all Secrets are lost")
 	flags.BoolVar(&choice.accepted, "accept-data-loss", false, "acknowledge what --no-recovery means")
 	return cmd
@@ -115,7 +115,7 @@ func (a *app) configOf(choice *recoveryChoice) (*config.Config, *imported, error
 	return cfg, i, err
 }
 
-func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) error {
+func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, anchor string) error {
 	cfg, i, err := a.configOf(choice)
 	if err != nil {
 		return err
@@ -123,8 +123,8 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) er
 	if i != nil {
 		defer i.pin.Close()
 	}
-	if pin != "" && pin != cfg.Pin.Store {
-		return fmt.Errorf("--pin %s: pin.store is %s; set pin.store in the configuration, so that kleidi serve demands the same", pin, cfg.Pin.Store)
+	if anchor != "" && anchor != cfg.Anchor.Store {
+		return fmt.Errorf("--anchor %s: anchor.store is %s; set anchor.store in the configuration, so that kleidi serve demands the same", anchor, cfg.Anchor.Store)
 	}
 	n, err := newNode(cfg, logger(cfg), nil)
 	if err != nil {
@@ -167,8 +167,8 @@ func (a *app) runInit(cmd *cobra.Command, choice *recoveryChoice, pin string) er
 }
 
 // initialize makes the keyring. Until its last step nothing but the TPM's epoch
-// counter exists, and a second init goes on from there. The pin comes first: a
-// keyring without a pin would not be trusted, a pin without a keyring is nothing.
+// counter exists, and a second init goes on from there. The anchor comes first: a
+// keyring without an anchor would not be trusted, an anchor without a keyring is nothing.
 func (n *node) initialize(cmd *cobra.Command, choice *recoveryChoice) (*initResult, error) {
 	ctx := cmd.Context()
 	progress := func(s string) { fmt.Fprintln(cmd.ErrOrStderr(), "[init]", s) }
@@ -281,7 +281,7 @@ func (n *node) firstTPM(ctx context.Context, kek *seal.Secret, progress func(str
 	if slot, err = n.wrapState(ctx, n.tpm, kek, state); err != nil {
 		return "", slot, err
 	}
-	return ek, slot, n.pinnable()
+	return ek, slot, n.anchorable()
 }
 
 // firstPolicy records the running boot as the boot policy, where the configuration
@@ -302,16 +302,16 @@ func (n *node) firstPolicy(ctx context.Context, progress func(string)) error {
 	return writeNew(path, p.Marshal())
 }
 
-// pinnable refuses a pin that any boot could write: without Secure Boot, PCR 7 is
+// anchorable refuses an anchor that any boot could write: without Secure Boot, PCR 7 is
 // the same whatever is started.
-func (n *node) pinnable() error {
-	if n.cfg.Pin.Store != config.PinTPM || !slices.Equal(n.cfg.Pin.PCRs, []int{7}) {
+func (n *node) anchorable() error {
+	if n.cfg.Anchor.Store != config.AnchorTPM || !slices.Equal(n.cfg.Anchor.PCRs, []int{7}) {
 		return nil
 	}
 	if on, known := n.gate.Last().Log.SecureBoot(); on && known {
 		return nil
 	}
-	return errors.New("pin.store tpm: Secure Boot is off, and without it any boot could write the pin; switch Secure Boot on, or bind the pin to more with pin.pcrs")
+	return errors.New("anchor.store tpm: Secure Boot is off, and without it any boot could write the anchor; switch Secure Boot on, or bind the anchor to more with anchor.pcrs")
 }
 
 // vacant refuses to make a keyring where there is one, or was one: the previous
@@ -324,21 +324,21 @@ func (n *node) vacant(ctx context.Context) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	pin, err := n.pin.Load(ctx)
-	if errors.Is(err, nv.ErrPinMissing) || errors.Is(err, nv.ErrPinUnwritten) {
+	anchor, err := n.anchor.Load(ctx)
+	if errors.Is(err, nv.ErrAnchorMissing) || errors.Is(err, nv.ErrAnchorUnwritten) {
 		err = nil
 	}
-	if errors.Is(err, nv.ErrPinReplaced) {
-		return fmt.Errorf("%w; or, if this is to be a new cluster: tpm2_nvundefine %#x", err, n.cfg.Pin.Index)
+	if errors.Is(err, nv.ErrAnchorReplaced) {
+		return fmt.Errorf("%w; or, if this is to be a new cluster: tpm2_nvundefine %#x", err, n.cfg.Anchor.Index)
 	}
 	if err != nil {
 		return err
 	}
-	// A pin of the first revision may also be what an init that was killed left.
-	if _, err = n.keyring.Previous(ctx); errors.Is(err, fs.ErrNotExist) && (pin == nil || pin.Revision == 1) {
+	// An anchor of the first revision may also be what an init that was killed left.
+	if _, err = n.keyring.Previous(ctx); errors.Is(err, fs.ErrNotExist) && (anchor == nil || anchor.Revision == 1) {
 		return nil
 	}
-	return fmt.Errorf("%s is gone, and its previous revision or its pin is still there; run kleidi keyring restore --previous, or move the folder %s away if this is to be a new cluster", n.cfg.Keyring(), n.cfg.State.Dir)
+	return fmt.Errorf("%s is gone, and its previous revision or its anchor is still there; run kleidi keyring restore --previous, or move the folder %s away if this is to be a new cluster", n.cfg.Keyring(), n.cfg.State.Dir)
 }
 
 func (n *node) saveFirst(ctx context.Context, kek *seal.Secret, slots []seal.Slot, ek string, progress func(string)) (*initResult, error) {
@@ -350,7 +350,7 @@ func (n *node) saveFirst(ctx context.Context, kek *seal.Secret, slots []seal.Slo
 	}
 	defer k.Close()
 	progress("saving the keyring to " + n.cfg.Keyring())
-	if err := n.pin.Replace(ctx, k.Pin()); err != nil {
+	if err := n.anchor.Replace(ctx, k.Anchor()); err != nil {
 		return nil, err
 	}
 	if _, err := n.keyring.Save(ctx, k.Marshal(), ""); err != nil {

@@ -81,7 +81,7 @@ func (n *node) printKeyring(w io.Writer, u *keyring.Untrusted) {
 func (a *app) newKeyringVerify() *cobra.Command {
 	return &cobra.Command{
 		Use:   "verify",
-		Short: "Open the stored keyring with the TPM and check it against MAC and pin",
+		Short: "Open the stored keyring with the TPM and check it against MAC and anchor",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := operate(cmd.Context(), a, admin.Verify, admin.VerifyRequest{}, (*node).verify)

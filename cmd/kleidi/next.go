@@ -121,21 +121,21 @@ func (n *node) predict(ctx context.Context, change predict.Change) (*prediction,
 			p.moved = append(p.moved, i)
 		}
 	}
-	return p, n.pinFollows(now, p.log)
+	return p, n.anchorFollows(now, p.log)
 }
 
-// pinFollows refuses a next boot that could not read the pin in the TPM.
-func (n *node) pinFollows(now eventlog.PCRs, next *eventlog.Log) error {
-	if n.cfg.Pin.Store != config.PinTPM {
+// anchorFollows refuses a next boot that could not read the anchor in the TPM.
+func (n *node) anchorFollows(now eventlog.PCRs, next *eventlog.Log) error {
+	if n.cfg.Anchor.Store != config.AnchorTPM {
 		return nil
 	}
 	then, err := next.Replay(n.cfg.Bank())
 	if err != nil {
 		return err
 	}
-	for _, i := range n.cfg.Pin.PCRs {
+	for _, i := range n.cfg.Anchor.PCRs {
 		if !bytes.Equal(now[i], then[i]) {
-			return fmt.Errorf("PCR %d changes, and the pin in the TPM is bound to it: the next boot will need kleidi recover with the recovery identity; see docs/threat-model.md", i)
+			return fmt.Errorf("PCR %d changes, and the anchor in the TPM is bound to it: the next boot will need kleidi recover with the recovery identity; see docs/threat-model.md", i)
 		}
 	}
 	return nil

@@ -31,7 +31,7 @@ type node struct {
 	mem      seal.Memory
 	state    *state
 	keyring  lockedFile
-	pin      unlock.Pin
+	anchor   unlock.Anchor
 	gate     *attest.Gate
 	tpm      *tpm.Wrapper
 	remote   *remoteGate
@@ -57,13 +57,13 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 	device := tpm.NewDevice(addr, cfg.TPM.Timeout)
 	n := &node{cfg: cfg, log: log, mem: memory(cfg), state: &state{dir: cfg.State.Dir}}
 	n.keyring = lockedFile{store.NewFile(cfg.Keyring()).Keep(parses), n.state}
-	n.pin = unlock.FilePin{Store: lockedFile{store.NewFile(cfg.PinPath()), n.state}}
-	if cfg.Pin.Store == config.PinTPM {
-		index, err := nv.NewPin(cfg.Pin.Index, owner)
+	n.anchor = unlock.FileAnchor{Store: lockedFile{store.NewFile(cfg.AnchorPath()).Formerly("pin.json"), n.state}}
+	if cfg.Anchor.Store == config.AnchorTPM {
+		index, err := nv.NewAnchor(cfg.Anchor.Index, owner)
 		if err != nil {
-			return nil, fmt.Errorf("pin.index: %w", err)
+			return nil, fmt.Errorf("anchor.index: %w", err)
 		}
-		n.pin = tpmPin{&nv.PinStore{Pin: index, Device: device, Owner: owner, Bank: cfg.Bank(), PCRs: cfg.Pin.PCRs}}
+		n.anchor = tpmAnchor{&nv.AnchorStore{Anchor: index, Device: device, Owner: owner, Bank: cfg.Bank(), PCRs: cfg.Anchor.PCRs}}
 	}
 	n.gate = &attest.Gate{
 		Attester: attest.Attester{Device: device, Owner: owner,
@@ -87,7 +87,7 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		return nil, err
 	}
 	n.unlocker = unlock.New(unlock.Config{
-		Store: n.keyring, Pin: n.pin, Ready: n.ready, Gate: preflight{n.gate, n.attests()}, Ungated: n.ungated, Wrappers: n.openers(),
+		Store: n.keyring, Anchor: n.anchor, Ready: n.ready, Gate: preflight{n.gate, n.attests()}, Ungated: n.ungated, Wrappers: n.openers(),
 		Settle: n.settle, Log: log, Attempted: attempted,
 	})
 	return n, nil

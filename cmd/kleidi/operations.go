@@ -158,7 +158,7 @@ func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recover
 		"no recovery slot of the keyring opens with this identity")
 }
 
-// adopt makes a keyring that was opened without the pin this node's keyring, once
+// adopt makes a keyring that was opened without the anchor this node's keyring, once
 // it is vouched for, and has turn rotate it: so no key ID flips back.
 func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, by unlock.Opener, openers []seal.Wrapper, version store.Version, trusted seal.KeyID,
 	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
@@ -193,12 +193,12 @@ func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, by unlock.Ope
 	return n.result(old.CurrentID(), changes...)
 }
 
-// vouch says by what the recovered keyring is trusted: the pin and, where one is
+// vouch says by what the recovered keyring is trusted: the anchor and, where one is
 // open, the open keyring, whose KEK it has to hold; else the operator, who names
 // id, the current key ID of the keyring as it was given. It returns the revision
 // that the next one must not be below.
 func (n *node) vouch(ctx context.Context, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
-	revision, err := n.vouchByPin(ctx, k, id, trusted)
+	revision, err := n.vouchByAnchor(ctx, k, id, trusted)
 	if err != nil {
 		return 0, err
 	}
@@ -207,32 +207,32 @@ func (n *node) vouch(ctx context.Context, k *keyring.Keyring, id, trusted seal.K
 		return revision, nil
 	}
 	if trusted == "" && (open.ClusterID() != k.ClusterID() || !k.Holds(open.CurrentID())) {
-		return 0, seal.Errorf(seal.CausePin, "store the open one again with kleidi keyring save; or, to give it up with what was encrypted under it, name the key ID of the keyring to trust in --trust-key-id",
+		return 0, seal.Errorf(seal.CauseAnchor, "store the open one again with kleidi keyring save; or, to give it up with what was encrypted under it, name the key ID of the keyring to trust in --trust-key-id",
 			"kleidi serve holds key ID %s open, which this keyring does not hold", open.CurrentID())
 	}
 	return max(revision, open.Revision()), nil
 }
 
-func (n *node) vouchByPin(ctx context.Context, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
-	pin, err := n.pin.Load(ctx)
+func (n *node) vouchByAnchor(ctx context.Context, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
+	anchor, err := n.anchor.Load(ctx)
 	switch {
 	case trusted != "" && trusted != id && trusted != k.CurrentID():
-		return 0, seal.Errorf(seal.CausePin, "compare it with what this cluster used last", "the keyring's current key ID is %s, and --trust-key-id names %s", id, trusted)
-	case trusted != "" && (err != nil || pin == nil):
+		return 0, seal.Errorf(seal.CauseAnchor, "compare it with what this cluster used last", "the keyring's current key ID is %s, and --trust-key-id names %s", id, trusted)
+	case trusted != "" && (err != nil || anchor == nil):
 		return 0, nil
 	case err != nil:
-		if e, ok := errors.AsType[*seal.Error](err); ok && e.Cause == seal.CausePin {
+		if e, ok := errors.AsType[*seal.Error](err); ok && e.Cause == seal.CauseAnchor {
 			err = &seal.Error{Cause: e.Cause, Err: e.Err, Hint: "run it again with --trust-key-id KEY_ID, the key ID that this cluster used last (docs/recovery.md says where to look, and not in this keyring)"}
 		}
 		return 0, err
-	case pin == nil:
-		return 0, seal.Errorf(seal.CausePin, "if that is the key ID that this cluster used last (docs/recovery.md says where to look, and not in this keyring), run it again with --trust-key-id KEY_ID",
-			"there is no pin to tell whether the keyring of key ID %s is this node's", id)
-	case trusted == "" && (pin.ClusterID != k.ClusterID() || !k.Holds(pin.KeyID)):
-		return 0, seal.Errorf(seal.CausePin, "restore a newer keyring; or, if what was encrypted under the pinned key ID since may be lost, run it again with --trust-key-id and the key ID of the keyring to trust",
-			"this node last trusted key ID %s, which the keyring does not hold", pin.KeyID)
+	case anchor == nil:
+		return 0, seal.Errorf(seal.CauseAnchor, "if that is the key ID that this cluster used last (docs/recovery.md says where to look, and not in this keyring), run it again with --trust-key-id KEY_ID",
+			"there is no anchor to tell whether the keyring of key ID %s is this node's", id)
+	case trusted == "" && (anchor.ClusterID != k.ClusterID() || !k.Holds(anchor.KeyID)):
+		return 0, seal.Errorf(seal.CauseAnchor, "restore a newer keyring; or, if what was encrypted under the anchored key ID since may be lost, run it again with --trust-key-id and the key ID of the keyring to trust",
+			"this node last trusted key ID %s, which the keyring does not hold", anchor.KeyID)
 	}
-	return pin.Revision, nil
+	return anchor.Revision, nil
 }
 
 // renew rotates to a fresh KEK that is sealed to the present boot state; the
@@ -350,7 +350,7 @@ func (n *node) turn(ctx context.Context, k *keyring.Keyring, breaks bool, skip .
 }
 
 // verify proves the stored keyring: it opens with a slot, its MAC verifies and
-// the pin agrees. Nothing is changed.
+// the anchor agrees. Nothing is changed.
 func (n *node) verify(ctx context.Context, _ admin.VerifyRequest) (admin.KeyringState, error) {
 	k, err := n.unlocker.Open(ctx)
 	if err != nil {
@@ -358,7 +358,7 @@ func (n *node) verify(ctx context.Context, _ admin.VerifyRequest) (admin.Keyring
 	}
 	defer k.Close()
 	return admin.KeyringState{CurrentKeyID: k.CurrentID(), Revision: k.Revision(), Changes: []string{
-		"the stored keyring opens, its MAC verifies and the pin agrees",
+		"the stored keyring opens, its MAC verifies and the anchor agrees",
 		fmt.Sprintf("%d retired KEKs open", len(k.Info().Retired)),
 	}}, nil
 }

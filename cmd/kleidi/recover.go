@@ -46,7 +46,7 @@ The identity is asked for, or read from standard input or from --identity-file.`
 	cmd.Flags().StringVar(&file, "identity-file", "", "file that holds the recovery identity (AGE-SECRET-KEY-…)")
 	cmd.Flags().BoolVar(&breaks, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, alone opens the KEK then")
 	cmd.Flags().BoolVar(&withoutVerifier, "without-verifier", false, "demand no verifier, where it is gone for good")
-	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the pin does not vouch for it")
+	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
 	_ = cmd.MarkFlagFilename("identity-file")
 	return cmd
 }

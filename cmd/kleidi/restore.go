@@ -64,7 +64,7 @@ not to come back, --skip-slot names its slot in the restored keyring. With
 	cmd.Flags().StringVar(&identityFile, "identity-file", "", "open it with this recovery identity instead of the TPM")
 	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "do without this slot of the restored keyring for now; may be repeated")
 	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, alone opens the KEK then")
-	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the pin does not vouch for it")
+	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
 	return cmd
 }
 
@@ -122,7 +122,7 @@ func (n *node) restoreWith(ctx context.Context, untrusted *keyring.Untrusted, ve
 		}
 		return n.recoverFrom(ctx, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID, BreakTwoOfTwo: req.BreakTwoOfTwo})
 	}
-	old, by, err := n.unlocker.OpenUnpinned(ctx, untrusted)
+	old, by, err := n.unlocker.OpenUnanchored(ctx, untrusted)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}

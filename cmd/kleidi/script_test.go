@@ -139,7 +139,7 @@ func setup(env *testscript.Env) error {
 	}
 	env.Setenv("RECIPIENT", recipient)
 	env.Setenv("KEYRING", h.path("state/keyring.json"))
-	env.Setenv("PIN", h.path("state/pin.json"))
+	env.Setenv("ANCHOR", h.path("state/anchor.json"))
 	env.Setenv("GORACE", os.Getenv("GORACE"))
 	env.Setenv("PATH", filepath.Dir(binary)+string(filepath.ListSeparator)+env.Getenv("PATH"))
 	env.Defer(func() { h.end(env.T().Fatal) })

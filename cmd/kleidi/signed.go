@@ -234,7 +234,7 @@ func (n *node) enrol(ctx context.Context, signer tpm.Signer, g uint64) ([]string
 		if err != nil {
 			return nil, err
 		}
-		if err := n.pinHolds(state); err != nil {
+		if err := n.anchorHolds(state); err != nil {
 			return nil, err
 		}
 		state.Signer = &signer

@@ -41,7 +41,7 @@ func (n *node) suspend(ctx context.Context, req admin.SuspendRequest) (admin.Key
 			return nil, err
 		}
 		state.Resets = resets + uint32(req.Boots)
-		if err := n.pinHolds(state); err != nil {
+		if err := n.anchorHolds(state); err != nil {
 			return nil, err
 		}
 		next, slot, err := n.addSuspension(ctx, k, state)
@@ -74,14 +74,14 @@ func (n *node) addSuspension(ctx context.Context, k *keyring.Keyring, state tpm.
 	return next, slots[len(slots)-1], nil
 }
 
-// pinHolds refuses a slot for boots in which the pin in the TPM could not be read.
-func (n *node) pinHolds(s tpm.BootState) error {
-	if n.cfg.Pin.Store != config.PinTPM {
+// anchorHolds refuses a slot for boots in which the anchor in the TPM could not be read.
+func (n *node) anchorHolds(s tpm.BootState) error {
+	if n.cfg.Anchor.Store != config.AnchorTPM {
 		return nil
 	}
-	for _, i := range n.cfg.Pin.PCRs {
+	for _, i := range n.cfg.Anchor.PCRs {
 		if s.Values[i] == nil {
-			return fmt.Errorf("the pin in the TPM is bound to PCR %d, which this slot would let go: a boot that changes it needs kleidi recover with the recovery identity all the same; see docs/threat-model.md", i)
+			return fmt.Errorf("the anchor in the TPM is bound to PCR %d, which this slot would let go: a boot that changes it needs kleidi recover with the recovery identity all the same; see docs/threat-model.md", i)
 		}
 	}
 	return nil

@@ -227,7 +227,7 @@ func (d *demo) reboot(ctx context.Context, boot simboot.Boot) error {
 func (d *demo) bootOther(ctx context.Context) error {
 	other := d.boot
 	other.Kernel = "6.12.63+deb13-amd64"
-	if err := d.copyState("kept", "keyring.json", "pin.json"); err != nil {
+	if err := d.copyState("kept", "keyring.json", "anchor.json"); err != nil {
 		return err
 	}
 	if err := d.reboot(ctx, other); err != nil {
@@ -289,7 +289,7 @@ func copyFile(from, to string) error {
 
 func (d *demo) bootBack(ctx context.Context) error {
 	d.server.stop()
-	for _, n := range []string{"keyring.json", "pin.json"} {
+	for _, n := range []string{"keyring.json", "anchor.json"} {
 		if err := copyFile(d.path(n+".kept"), d.path("state/"+n)); err != nil {
 			return err
 		}
@@ -297,7 +297,7 @@ func (d *demo) bootBack(ctx context.Context) error {
 	if err := d.reboot(ctx, d.boot); err != nil {
 		return err
 	}
-	say("kernel %s; keyring and pin as they were before the recovery", d.boot.Kernel)
+	say("kernel %s; keyring and anchor as they were before the recovery", d.boot.Kernel)
 	return d.expectRefusal(ctx, "revoked", "epoch")
 }
 

@@ -125,10 +125,10 @@ kleidi init --break-two-of-two --recovery-recipient "$(age-keygen -y /media/usb/
 		m.must("kleidi rotate --skip-slot pkcs11")
 		m.must("mv " + m.root("away") + " " + m.root(tokens))
 	},
-	"a node whose pin is lost": func(m *machine) {
+	"a node whose anchor is lost": func(m *machine) {
 		serving(m)
 		m.stop()
-		m.remove("var/lib/kleidi/pin.json")
+		m.remove("var/lib/kleidi/anchor.json")
 	},
 }
 

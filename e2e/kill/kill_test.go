@@ -47,12 +47,12 @@ var verbs = []verb{
 	{name: "reseal", args: "reseal", prepare: asItIs},
 	{name: "suspend", args: "suspend", prepare: asItIs},
 	{name: "bootstate add", args: "bootstate add DIR/states.json --public-key DIR/operator.pub", prepare: signedStates},
-	{name: "init with the pin in the TPM", config: pinInTPM, args: "init --pin tpm --recovery-recipient RECIPIENT", closed: true, over: "never replaces a keyring", prepare: func(m *machine) simboot.Boot {
+	{name: "init with the anchor in the TPM", config: anchorInTPM, args: "init --anchor tpm --recovery-recipient RECIPIENT", closed: true, over: "never replaces a keyring", prepare: func(m *machine) simboot.Boot {
 		m.remove("state")
-		m.undefine(pinIndex)
+		m.undefine(anchorIndex)
 		return usual
 	}},
-	{name: "rotate with the pin in the TPM", config: pinInTPM, args: "rotate", prepare: asItIs},
+	{name: "rotate with the anchor in the TPM", config: anchorInTPM, args: "rotate", prepare: asItIs},
 	{name: "recover", args: "recover --identity-file DIR/recovery.txt", closed: true,
 		prepare: func(*machine) simboot.Boot { return other }},
 	{name: "restore previous", args: "keyring restore --previous", prepare: asItIs},
@@ -66,10 +66,10 @@ var verbs = []verb{
 	}},
 }
 
-// pinInTPM has the node keep its pin at pinIndex.
+// anchorInTPM has the node keep its anchor at anchorIndex.
 const (
-	pinInTPM = "pin: {store: tpm}\n"
-	pinIndex = 0x01804B02
+	anchorInTPM = "anchor: {store: tpm}\n"
+	anchorIndex = 0x01804B02
 )
 
 // signedStates has an operator sign the boot of the machine.
@@ -193,7 +193,7 @@ func (s *scene) clean() {
 	s.t.Helper()
 	for name := range s.state() {
 		switch name {
-		case "keyring.json", "keyring.json.previous", "pin.json", "pin.json.previous", "bootstates.json", "bootstates.json.previous":
+		case "keyring.json", "keyring.json.previous", "anchor.json", "anchor.json.previous", "bootstates.json", "bootstates.json.previous":
 		default:
 			s.t.Errorf("%s is left in the state folder", name)
 		}

@@ -305,7 +305,7 @@ func quoted(t *testing.T, b []byte) []byte {
 func (l *life) silent() {
 	l.t.Helper()
 	l.said.Write(l.log())
-	for _, name := range []string{"keyring.json", "keyring.json.previous", "pin.json", "pin.json.previous", "lock"} {
+	for _, name := range []string{"keyring.json", "keyring.json.previous", "anchor.json", "anchor.json.previous", "lock"} {
 		b, err := os.ReadFile(l.path("state/" + name))
 		if err != nil {
 			l.t.Fatal(err)

@@ -45,7 +45,7 @@ func TestUKI(t *testing.T) {
 		{what: "Secure Boot off", image: uki, before: func(m *machine) { m.setVariables(noKeys) },
 			want: locked, cause: seal.CauseBootState, moved: []int{4, 7}, says: []string{"PCR 4", "PCR 7"}},
 		{what: "keyring of an attacker, sealed to this boot", image: uki, before: func(m *machine) { m.setVariables(ownKeys) },
-			files: []disk.File{attacker}, first: replaceKeyring(t), discard: true, want: locked, cause: seal.CausePin, says: []string{"does not hold the pinned key ID"}},
+			files: []disk.File{attacker}, first: replaceKeyring(t), discard: true, want: locked, cause: seal.CauseAnchor, says: []string{"does not hold the anchored key ID"}},
 		{what: "the first image, after all of this", image: uki, want: opens},
 		{what: "same disk and boot, other TPM", image: uki, before: (*machine).newTPM,
 			want: locked, cause: seal.CauseOtherTPM, says: []string{"sealed by another TPM"}},
@@ -62,7 +62,7 @@ admin:
   socket: /run/attacker.sock
 `)}
 
-// replaceKeyring puts another keyring in the place of the real one, pin included or
+// replaceKeyring puts another keyring in the place of the real one, anchor included or
 // not. It is sealed to this boot on this TPM, so it opens; and somebody knows its KEK.
 func replaceKeyring(t *testing.T) []wire.Step {
 	identity := must[*age.X25519Identity](t)(age.GenerateX25519Identity())

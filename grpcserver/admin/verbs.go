@@ -40,7 +40,7 @@ const (
 	Restore Verb[RestoreRequest, KeyringState] = "restore"
 	// Save stores the open keyring again.
 	Save Verb[SaveRequest, KeyringState] = "save"
-	// Verify opens the stored keyring with a slot, and checks it against the pin.
+	// Verify opens the stored keyring with a slot, and checks it against the anchor.
 	Verify Verb[VerifyRequest, KeyringState] = "verify"
 	// Reload reads the keyring again; the configuration is read at start only.
 	Reload Verb[ReloadRequest, KeyringState] = "reload"
@@ -245,7 +245,7 @@ type RewrapSlotRequest struct {
 type RecoverRequest struct {
 	Identity Identity `json:"identity"`
 	// TrustKeyID is the current key ID of the keyring that the operator vouches
-	// for, where the pin can't.
+	// for, where the anchor can't.
 	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
 	// WithoutVerifier asks to seal without the configured verifier's demand.
 	WithoutVerifier bool `json:"withoutVerifier,omitempty"`

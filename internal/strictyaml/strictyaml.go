@@ -26,6 +26,9 @@ const maxProblems = 50
 
 // Problems collects what is wrong with a document.
 type Problems struct {
+	// Renamed maps the path of a key that has another name now to that name.
+	Renamed map[string]string
+
 	list []error
 	more int
 }
@@ -78,6 +81,10 @@ func Decode(b []byte, into any, p *Problems) error {
 func (p *Problems) mapping(n *yaml.Node, v reflect.Value, prefix string) {
 	p.EachKey(n, strings.TrimSuffix(prefix, "."), func(key, value *yaml.Node, path string) {
 		field, want, ok := fieldOf(v, key.Value)
+		if now, renamed := p.Renamed[path]; !ok && renamed {
+			p.Add(path, "line %d: this key is named %s now; rename it", key.Line, now)
+			return
+		}
 		if !ok {
 			p.Add(path, "line %d: unknown key", key.Line)
 			return

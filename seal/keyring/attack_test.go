@@ -29,12 +29,12 @@ func edited(t testing.TB, edit func(b *body1)) []byte {
 	return must[[]byte](t)(encode(u.doc))
 }
 
-func open(file []byte, kek *seal.Secret, pin *Pin) (*Keyring, error) {
+func open(file []byte, kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
 	u, err := Parse(file)
 	if err != nil {
 		return nil, err
 	}
-	return u.Open(kek, pin)
+	return u.Open(kek, anchor)
 }
 
 func wantRefusal(t testing.TB, err error, cause seal.Cause, says ...string) {
@@ -258,62 +258,62 @@ func TestSwaps(t *testing.T) {
 }
 
 // TestAttackersKEK: anyone can seal a KEK of their own to this TPM and write a
-// keyring around it that is right in itself. The pin tells.
+// keyring around it that is right in itself. The anchor tells.
 func TestAttackersKEK(t *testing.T) {
 	mine := rotate(t, newKeyring(t, 1), 50)
-	pin := mine.Pin()
+	anchor := mine.Anchor()
 	theirs := newKeyring(t, 200)
 	for range 5 {
 		theirs = must[*Keyring](t)(theirs.AtLeast(100))
 	}
 	kek := newKEK(t, 200)
-	_, err := open(theirs.Marshal(), kek, &pin)
-	wantRefusal(t, err, seal.CausePin, string(pin.KeyID), string(theirs.CurrentID()),
-		fmt.Sprintf("revision %d", pin.Revision), "revision 104", "kleidi recover", "kleidi keyring restore")
+	_, err := open(theirs.Marshal(), kek, &anchor)
+	wantRefusal(t, err, seal.CauseAnchor, string(anchor.KeyID), string(theirs.CurrentID()),
+		fmt.Sprintf("revision %d", anchor.Revision), "revision 104", "kleidi recover", "kleidi keyring restore")
 	if _, err := open(theirs.Marshal(), newKEK(t, 200), nil); err != nil {
-		t.Errorf("without a pin the same keyring is right in itself: %v", err)
+		t.Errorf("without an anchor the same keyring is right in itself: %v", err)
 	}
 
-	// It may list the pinned key ID, but it can't hold the KEK.
+	// It may list the anchored key ID, but it can't hold the KEK.
 	doc := *theirs.doc
-	doc.Retired = []retired{{KeyID: pin.KeyID, Created: newStamp(now), Retired: newStamp(now), Sealed: make([]byte, 60)}}
-	_, err = open(forge(t, must[[]byte](t)(encode(doc)), kek), kek, &pin)
-	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired", string(pin.KeyID))
-	kek.With(func(b []byte) { // the attacker's own KEK under the pinned key ID
-		doc.Retired[0].Sealed = aead(b, labelRetired).Seal(nil, nil, bytes.Repeat([]byte{7}, 32), retiredAAD(cluster, pin.KeyID, theirs.CurrentID()))
+	doc.Retired = []retired{{KeyID: anchor.KeyID, Created: newStamp(now), Retired: newStamp(now), Sealed: make([]byte, 60)}}
+	_, err = open(forge(t, must[[]byte](t)(encode(doc)), kek), kek, &anchor)
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired", string(anchor.KeyID))
+	kek.With(func(b []byte) { // the attacker's own KEK under the anchored key ID
+		doc.Retired[0].Sealed = aead(b, labelRetired).Seal(nil, nil, bytes.Repeat([]byte{7}, 32), retiredAAD(cluster, anchor.KeyID, theirs.CurrentID()))
 	})
-	_, err = open(forge(t, must[[]byte](t)(encode(doc)), kek), kek, &pin)
-	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired", string(pin.KeyID))
+	_, err = open(forge(t, must[[]byte](t)(encode(doc)), kek), kek, &anchor)
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired", string(anchor.KeyID))
 }
 
-func TestPin(t *testing.T) {
+func TestAnchor(t *testing.T) {
 	first := newKeyring(t, 1)
 	third := rotate(t, rotate(t, first, 50), 100)
 	file := third.Marshal()
-	at := func(k *Keyring, revision uint64) *Pin { p := k.Pin(); p.Revision = revision; return &p }
-	for _, ok := range []*Pin{nil, at(third, 5), at(third, 1), at(first, 1), at(first, 5)} {
+	at := func(k *Keyring, revision uint64) *Anchor { p := k.Anchor(); p.Revision = revision; return &p }
+	for _, ok := range []*Anchor{nil, at(third, 5), at(third, 1), at(first, 1), at(first, 5)} {
 		if _, err := open(file, newKEK(t, 100), ok); err != nil {
-			t.Errorf("pin %+v: %v", ok, err)
+			t.Errorf("anchor %+v: %v", ok, err)
 		}
 	}
 	_, err := open(file, newKEK(t, 100), at(third, 6))
-	wantRefusal(t, err, seal.CausePin, "revision 5", "revision 6", string(third.CurrentID()), "kleidi recover")
+	wantRefusal(t, err, seal.CauseAnchor, "revision 5", "revision 6", string(third.CurrentID()), "kleidi recover")
 	_, err = open(first.Marshal(), newKEK(t, 1), at(first, 2))
-	wantRefusal(t, err, seal.CausePin, "revision 1", "revision 2")
+	wantRefusal(t, err, seal.CauseAnchor, "revision 1", "revision 2")
 	_, err = open(first.Marshal(), newKEK(t, 1), at(third, 1))
-	wantRefusal(t, err, seal.CausePin, string(third.CurrentID()), string(first.CurrentID()))
-	foreign := third.Pin()
+	wantRefusal(t, err, seal.CauseAnchor, string(third.CurrentID()), string(first.CurrentID()))
+	foreign := third.Anchor()
 	foreign.ClusterID[0] ^= 1
 	_, err = open(file, newKEK(t, 100), &foreign)
-	wantRefusal(t, err, seal.CausePin, foreign.ClusterID.String(), cluster.String())
+	wantRefusal(t, err, seal.CauseAnchor, foreign.ClusterID.String(), cluster.String())
 	staged := must[*Keyring](t)(first.Stage(newKEK(t, 60), slots("next"), now))
-	p := Pin{ClusterID: cluster, KeyID: staged.Info().Staged.KeyID, Revision: 1}
+	p := Anchor{ClusterID: cluster, KeyID: staged.Info().Staged.KeyID, Revision: 1}
 	_, err = open(staged.Marshal(), newKEK(t, 1), &p)
-	wantRefusal(t, err, seal.CausePin) // nobody pins a staged KEK
+	wantRefusal(t, err, seal.CauseAnchor) // nobody anchors a staged KEK
 }
 
-func TestParsePin(t *testing.T) {
-	file := string(golden(t, "pin.json"))
+func TestParseAnchor(t *testing.T) {
+	file := string(golden(t, "anchor.json"))
 	for name, f := range map[string]string{
 		"empty": "", "null": "null\n", "two": file + file, "no newline": strings.TrimSpace(file),
 		"unknown":    strings.Replace(file, `"revision"`, `"x":1,"revision"`, 1),
@@ -322,17 +322,17 @@ func TestParsePin(t *testing.T) {
 		"format":     strings.Replace(file, `"format":1`, `"format":2`, 1),
 		"revision":   strings.Replace(file, `:6}`, `:0}`, 1),
 		"key ID":     strings.Replace(file, `"k1-i`, `"k1-I`, 1),
-		"oversize":   strings.Repeat(" ", MaxPinSize) + file,
+		"oversize":   strings.Repeat(" ", MaxAnchorSize) + file,
 	} {
 		if f == file {
 			t.Errorf("%s: the test changes nothing", name)
 		}
-		if _, err := ParsePin([]byte(f)); seal.CauseOf(err) != seal.CausePin {
+		if _, err := ParseAnchor([]byte(f)); seal.CauseOf(err) != seal.CauseAnchor {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	j, err := json.Marshal(map[string]Pin{"pin": must[Pin](t)(ParsePin([]byte(file)))})
-	if err != nil || string(j) != `{"pin":`+strings.TrimSpace(file)+`}` {
+	j, err := json.Marshal(map[string]Anchor{"anchor": must[Anchor](t)(ParseAnchor([]byte(file)))})
+	if err != nil || string(j) != `{"anchor":`+strings.TrimSpace(file)+`}` {
 		t.Errorf("%s, %v", j, err)
 	}
 }

@@ -109,7 +109,7 @@ func (k *Keyring) WithNodes(nodes []Node, slots []seal.Slot) (*Keyring, error) {
 }
 
 // AtLeast raises the revision by one, or to revision if that is more. A keyring
-// that was put back is raised so above what the nodes have pinned.
+// that was put back is raised so above what the nodes have anchored.
 func (k *Keyring) AtLeast(revision uint64) (*Keyring, error) {
 	doc := *k.doc
 	if revision > 0 {

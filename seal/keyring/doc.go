@@ -11,8 +11,8 @@
 // Anyone can write a keyring: sealing to a TPM needs nothing but its public
 // key. So what [Parse] returns is [Untrusted], and [Untrusted.Open] makes a
 // [Keyring] of it only if the KEK that came out of a slot matches its key ID,
-// which commits to it, the MAC verifies under it, and the [Pin] that this node
-// last trusted names a KEK of this keyring. Hence whoever knows the pinned KEK
+// which commits to it, the MAC verifies under it, and the [Anchor] that this node
+// last trusted names a KEK of this keyring. Hence whoever knows the anchored KEK
 // can write that node's keyring, and nobody else can.
 //
 // The format is frozen; docs/keyring-format.md describes it so that others can

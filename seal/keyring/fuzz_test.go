@@ -103,16 +103,16 @@ func FuzzDecrypt(f *testing.F) {
 	})
 }
 
-// FuzzParsePin: what parses is written back byte by byte.
-func FuzzParsePin(f *testing.F) {
-	file := golden(f, "pin.json")
+// FuzzParseAnchor: what parses is written back byte by byte.
+func FuzzParseAnchor(f *testing.F) {
+	file := golden(f, "anchor.json")
 	f.Add(file)
 	f.Add(bytes.Replace(file, []byte(`6`), []byte(`06`), 1))
 	f.Add(bytes.Replace(file, []byte(`"revision"`), []byte(`"x":1,"revision"`), 1))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		p, err := ParsePin(b)
+		p, err := ParseAnchor(b)
 		if err != nil {
-			wantRefusal(t, err, seal.CausePin, "parse pin")
+			wantRefusal(t, err, seal.CauseAnchor, "parse anchor")
 			return
 		}
 		if again := p.Marshal(); !bytes.Equal(again, b) {

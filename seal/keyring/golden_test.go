@@ -74,10 +74,10 @@ func TestVectors(t *testing.T) {
 
 func TestGoldenKeyringOpens(t *testing.T) {
 	v := goldenVectors(t)
-	pin := must[Pin](t)(ParsePin(golden(t, "pin.json")))
+	anchor := must[Anchor](t)(ParseAnchor(golden(t, "anchor.json")))
 	file := golden(t, "keyring.json")
 	u := must[*Untrusted](t)(Parse(file))
-	k := must[*Keyring](t)(u.Open(newKEK(t, 0x81), &pin))
+	k := must[*Keyring](t)(u.Open(newKEK(t, 0x81), &anchor))
 	for id, seed := range map[seal.KeyID][2]string{
 		v.KeyID:        {v.SeedCiphertext, v.SeedPlaintext},
 		v.RetiredKeyID: {v.RetiredSeedCiphertext, v.RetiredSeedPlaintext},
@@ -86,7 +86,7 @@ func TestGoldenKeyringOpens(t *testing.T) {
 			t.Errorf("%s: %q, %v", id, p, err)
 		}
 	}
-	if !bytes.Equal(k.Marshal(), file) || !bytes.Equal(k.Pin().Marshal(), golden(t, "pin.json")) {
+	if !bytes.Equal(k.Marshal(), file) || !bytes.Equal(k.Anchor().Marshal(), golden(t, "anchor.json")) {
 		t.Error("the golden files are not written as they were")
 	}
 	if i := k.Info(); len(i.Retired) != 2 || i.Staged == nil || len(i.Nodes) != 2 || i.Revision != 6 {

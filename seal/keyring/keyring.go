@@ -54,9 +54,9 @@ func (k *Keyring) StagedSlots() []seal.Slot { return stagedSlots(k.doc) }
 // Nodes returns the nodes.
 func (k *Keyring) Nodes() []Node { return slices.Clone(k.doc.Nodes) }
 
-// Pin returns what a node that trusts this keyring pins.
-func (k *Keyring) Pin() Pin {
-	return Pin{ClusterID: k.doc.ClusterID, KeyID: k.doc.Current.KeyID, Revision: k.doc.Revision}
+// Anchor returns what a node that trusts this keyring anchors.
+func (k *Keyring) Anchor() Anchor {
+	return Anchor{ClusterID: k.doc.ClusterID, KeyID: k.doc.Current.KeyID, Revision: k.doc.Revision}
 }
 
 // Info describes the keyring.

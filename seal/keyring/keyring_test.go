@@ -64,17 +64,17 @@ func rotate(t testing.TB, k *Keyring, first byte) *Keyring {
 	return ok(staged.Activate(now.Add(2 * time.Hour)))
 }
 
-// reopen stores, parses and opens k as a node would that holds pin.
-func reopen(t testing.TB, k *Keyring, kek *seal.Secret, pin *Pin) *Keyring {
+// reopen stores, parses and opens k as a node would that holds anchor.
+func reopen(t testing.TB, k *Keyring, kek *seal.Secret, anchor *Anchor) *Keyring {
 	t.Helper()
 	u := must[*Untrusted](t)(Parse(k.Marshal()))
-	return must[*Keyring](t)(u.Open(kek, pin))
+	return must[*Keyring](t)(u.Open(kek, anchor))
 }
 
 func TestRoundTrip(t *testing.T) {
 	k := newKeyring(t, 1)
-	pin := k.Pin()
-	again := reopen(t, k, newKEK(t, 1), &pin)
+	anchor := k.Anchor()
+	again := reopen(t, k, newKEK(t, 1), &anchor)
 	c, id, err := k.Encrypt([]byte("seed"))
 	if err != nil || id != k.CurrentID() {
 		t.Fatal(id, err)
@@ -90,7 +90,7 @@ func TestRoundTrip(t *testing.T) {
 
 func TestRotationKeepsAllOlderKEKs(t *testing.T) {
 	k := newKeyring(t, 1)
-	first := k.Pin()
+	first := k.Anchor()
 	type sealed struct {
 		c  []byte
 		id seal.KeyID

@@ -37,7 +37,7 @@ func TestLimitsAreDocumented(t *testing.T) {
 		"`revision`":                    fmt.Sprintf("%d (2⁵³−1)", uint64(keyring.MaxRevision)),
 		"DEK seed":                      fmt.Sprintf("%d bytes", keyring.MaxPlaintext),
 		"ciphertext of a DEK seed":      fmt.Sprintf("%d bytes", keyring.MaxCiphertext),
-		"pin":                           fmt.Sprintf("%d bytes", keyring.MaxPinSize),
+		"anchor":                        fmt.Sprintf("%d bytes", keyring.MaxAnchorSize),
 		"recipients of a recovery slot": fmt.Sprint(recovery.MaxRecipients),
 	}
 	for what, limit := range limits {

@@ -99,20 +99,20 @@ func (u *Untrusted) Info() Info { return u.doc.info() }
 //  1. kek matches the key ID of the current KEK in this cluster;
 //  2. the MAC over the body as stored verifies under kek;
 //  3. every retired KEK decrypts under kek and matches its own key ID;
-//  4. the pinned cluster is this one, and the pinned KEK is the current one or
+//  4. the anchored cluster is this one, and the anchored KEK is the current one or
 //     among the retired ones;
-//  5. the revision is not below the pinned one.
+//  5. the revision is not below the anchored one.
 //
-// A nil pin skips 4 and 5: the operator vouches, as in recover and verify. On
+// A nil anchor skips 4 and 5: the operator vouches, as in recover and verify. On
 // success the Keyring owns kek; on error the caller still does. An error is a
 // [*seal.Error] with cause seal.CauseSlotCorrupt (1), seal.CauseKeyringCorrupt
-// (2, 3) or seal.CausePin (4, 5).
-func (u *Untrusted) Open(kek *seal.Secret, pin *Pin) (*Keyring, error) {
+// (2, 3) or seal.CauseAnchor (4, 5).
+func (u *Untrusted) Open(kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
 	k := &Keyring{raw: u.raw, doc: u.doc, seeds: map[seal.KeyID]*dekSeeds{}}
 	err := error(seal.Errorf(seal.CauseSlotCorrupt, hintRestore, "the slot holds no KEK of %d bytes", seal.KEKSize))
 	withKEK(kek, func(b []byte) { err = u.open(k, b) })
-	if err == nil && pin != nil {
-		err = u.checkPin(*pin)
+	if err == nil && anchor != nil {
+		err = u.checkAnchor(*anchor)
 	}
 	if err != nil {
 		return nil, err
@@ -137,23 +137,23 @@ func (u *Untrusted) open(k *Keyring, kek []byte) error {
 	})
 }
 
-func (u *Untrusted) checkPin(pin Pin) error {
+func (u *Untrusted) checkAnchor(anchor Anchor) error {
 	doc := u.doc
-	if pin.ClusterID != doc.ClusterID {
-		return seal.Errorf(seal.CausePin, "run kleidi keyring restore with a keyring of the pinned cluster",
-			"the keyring is of cluster %s, the pin is of cluster %s", doc.ClusterID, pin.ClusterID)
+	if anchor.ClusterID != doc.ClusterID {
+		return seal.Errorf(seal.CauseAnchor, "run kleidi keyring restore with a keyring of the anchored cluster",
+			"the keyring is of cluster %s, the anchor is of cluster %s", doc.ClusterID, anchor.ClusterID)
 	}
-	trusted := pin.KeyID == doc.Current.KeyID ||
-		slices.ContainsFunc(doc.Retired, func(r retired) bool { return r.KeyID == pin.KeyID })
+	trusted := anchor.KeyID == doc.Current.KeyID ||
+		slices.ContainsFunc(doc.Retired, func(r retired) bool { return r.KeyID == anchor.KeyID })
 	if !trusted {
-		return seal.Errorf(seal.CausePin, hintRecover,
-			"the keyring (key ID %s, revision %d) does not hold the pinned key ID %s (revision %d)",
-			doc.Current.KeyID, doc.Revision, pin.KeyID, pin.Revision)
+		return seal.Errorf(seal.CauseAnchor, hintRecover,
+			"the keyring (key ID %s, revision %d) does not hold the anchored key ID %s (revision %d)",
+			doc.Current.KeyID, doc.Revision, anchor.KeyID, anchor.Revision)
 	}
-	if doc.Revision < pin.Revision {
-		return seal.Errorf(seal.CausePin, hintRecover,
-			"the keyring has revision %d, the pin expects revision %d or later (key ID %s)",
-			doc.Revision, pin.Revision, doc.Current.KeyID)
+	if doc.Revision < anchor.Revision {
+		return seal.Errorf(seal.CauseAnchor, hintRecover,
+			"the keyring has revision %d, the anchor expects revision %d or later (key ID %s)",
+			doc.Revision, anchor.Revision, doc.Current.KeyID)
 	}
 	return nil
 }

@@ -206,10 +206,10 @@ func TestCrashOfTheFirstSave(t *testing.T) {
 	onlyFiles(t, dir, "keyring.json")
 }
 
-// TestOtherFilesStay: the pin lives in the same folder, and so do its leftovers.
+// TestOtherFilesStay: the anchor lives in the same folder, and so do its leftovers.
 func TestOtherFilesStay(t *testing.T) {
 	dir := stateDir(t)
-	names := []string{".keyring.json", ".pin.json.tmp-AAAA", "keyring.json", "keyring.json.tmp-x", "pin.json"}
+	names := []string{".anchor.json.tmp-AAAA", ".keyring.json", "anchor.json", "keyring.json", "keyring.json.tmp-x"}
 	for _, name := range names {
 		if name != "keyring.json" {
 			if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {

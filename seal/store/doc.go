@@ -1,4 +1,4 @@
-// Package store keeps small documents, the keyring and the pin, so that a crash
+// Package store keeps small documents, the keyring and the anchor, so that a crash
 // at any moment leaves either the old or the new one, whole. It knows nothing of
 // what the bytes mean.
 //

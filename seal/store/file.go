@@ -35,9 +35,10 @@ func versionOf(b []byte) Version {
 
 // File is one durable file. Its folder must be as [PrepareDir] leaves it.
 type File struct {
-	path  string
-	worth func([]byte) bool // nil: everything is
-	mu    sync.Mutex
+	path   string
+	former string            // empty: it never had another name
+	worth  func([]byte) bool // nil: everything is
+	mu     sync.Mutex
 }
 
 // NewFile returns the file at path, which need not exist.
@@ -50,6 +51,14 @@ func (f *File) Keep(worth func(b []byte) bool) *File {
 	return f
 }
 
+// Formerly gives the file's earlier name in the same folder. Where no file has the
+// present name, Load renames the one with the earlier name, once, and its previous
+// content with it.
+func (f *File) Formerly(name string) *File {
+	f.former = filepath.Join(filepath.Dir(f.path), name)
+	return f
+}
+
 // Path returns where the file is.
 func (f *File) Path() string { return f.path }
 
@@ -57,7 +66,29 @@ func (f *File) Path() string { return f.path }
 // is no file. A symbolic link, a file that others may write, and one of more
 // than MaxSize bytes are refused.
 func (f *File) Load(ctx context.Context) ([]byte, Version, error) {
+	b, version, err := f.load(ctx, f.path)
+	if f.former == "" || !errors.Is(err, fs.ErrNotExist) {
+		return b, version, err
+	}
+	switch err := f.rename(); {
+	case errors.Is(err, unix.EROFS):
+		return f.load(ctx, f.former)
+	case err != nil:
+		return nil, "", err
+	}
 	return f.load(ctx, f.path)
+}
+
+// rename gives the file with the earlier name its present one. A file that got the
+// present name in the meantime stays.
+func (f *File) rename() error {
+	for _, suffix := range []string{previousSuffix, ""} {
+		err := unix.Renameat2(unix.AT_FDCWD, f.former+suffix, unix.AT_FDCWD, f.path+suffix, unix.RENAME_NOREPLACE)
+		if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("rename %s to %s: %w", f.former+suffix, f.path+suffix, err)
+		}
+	}
+	return syncDir(filepath.Dir(f.path))
 }
 
 // Previous returns the content that the last Save replaced; the error is
@@ -67,7 +98,9 @@ func (f *File) Previous(ctx context.Context) ([]byte, error) {
 	return b, err
 }
 
-func (f *File) previous() string { return f.path + ".previous" }
+const previousSuffix = ".previous"
+
+func (f *File) previous() string { return f.path + previousSuffix }
 
 func (f *File) load(ctx context.Context, path string) ([]byte, Version, error) {
 	if err := ctx.Err(); err != nil {

@@ -82,3 +82,22 @@ func TestDamageDoesNotReplaceThePrevious(t *testing.T) {
 		t.Errorf("previous is %q, %v", b, err)
 	}
 }
+
+// TestFormerly: a file with the earlier name is given its present one, with what it
+// replaced, and never takes the place of a file that has the present name.
+func TestFormerly(t *testing.T) {
+	dir := stateDir(t)
+	former := store.NewFile(filepath.Join(dir, "pin.json"))
+	save(t, former, "two", save(t, former, "one", ""))
+	f := store.NewFile(filepath.Join(dir, "anchor.json")).Formerly("pin.json")
+	v := expect(t, f, "two")
+	if b, err := f.Previous(t.Context()); err != nil || string(b) != "one" {
+		t.Errorf("previous is %q, %v", b, err)
+	}
+	onlyFiles(t, dir, "anchor.json", "anchor.json.previous")
+	save(t, f, "three", v)
+
+	save(t, former, "planted", "")
+	expect(t, f, "three")
+	onlyFiles(t, dir, "anchor.json", "anchor.json.previous", "pin.json")
+}

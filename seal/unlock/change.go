@@ -26,7 +26,7 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 	if err != nil {
 		return err
 	}
-	return u.commit(ctx, revisions, Opener{}, u.pin)
+	return u.commit(ctx, revisions, Opener{}, u.anchor)
 }
 
 // Adopt does the same with revisions of a keyring that was opened in another way,
@@ -36,10 +36,10 @@ func (u *Unlocker) Adopt(ctx context.Context, version store.Version, by Opener, 
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.version = version
-	return u.commit(ctx, revisions, by, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Pin.Replace(ctx, k.Pin()) })
+	return u.commit(ctx, revisions, by, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Anchor.Replace(ctx, k.Anchor()) })
 }
 
-func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by Opener, pin func(context.Context, *keyring.Keyring) error) error {
+func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by Opener, anchor func(context.Context, *keyring.Keyring) error) error {
 	ctx = context.WithoutCancel(ctx) // from here on it is carried to its end
 	last := revisions[len(revisions)-1]
 	for _, k := range revisions {
@@ -47,7 +47,7 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by 
 			defer k.Close()
 		}
 	}
-	if err := u.save(ctx, revisions, pin); err != nil {
+	if err := u.save(ctx, revisions, anchor); err != nil {
 		last.Close()
 		return err
 	}
@@ -59,7 +59,7 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by 
 	return nil
 }
 
-func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, pin func(context.Context, *keyring.Keyring) error) error {
+func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, anchor func(context.Context, *keyring.Keyring) error) error {
 	for _, k := range revisions {
 		version, err := u.cfg.Store.Save(ctx, k.Marshal(), u.version)
 		if errors.Is(err, store.ErrConflict) {
@@ -70,7 +70,7 @@ func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, pin f
 		}
 		u.version = version
 	}
-	if err := pin(ctx, revisions[len(revisions)-1]); err != nil {
+	if err := anchor(ctx, revisions[len(revisions)-1]); err != nil {
 		return fmt.Errorf("the new keyring is saved and not yet announced: %w", u.again(err))
 	}
 	return nil
@@ -90,7 +90,7 @@ func (u *Unlocker) whileOpen(ctx context.Context, err error) error {
 		return err
 	}
 	_, version, loadErr := u.cfg.Store.Load(ctx)
-	if loadErr == nil && version == u.version && e.Cause != seal.CausePin {
+	if loadErr == nil && version == u.version && e.Cause != seal.CauseAnchor {
 		return err // the stored keyring is the open one: something else is wrong
 	}
 	return &seal.Error{Cause: e.Cause, Err: e.Err, Hint: hintSave + "; or, if the change was yours: " + e.Hint}
@@ -114,7 +114,7 @@ func (u *Unlocker) Save(ctx context.Context) error {
 	if u.version, err = u.cfg.Store.Save(ctx, k.Marshal(), version); err != nil {
 		return storeError("keyring", err)
 	}
-	if err := u.cfg.Pin.Replace(ctx, k.Pin()); err != nil { // what is open vouches for it
+	if err := u.cfg.Anchor.Replace(ctx, k.Anchor()); err != nil { // what is open vouches for it
 		return err
 	}
 	s := u.State()

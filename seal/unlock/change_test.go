@@ -17,7 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/unlock"
 )
 
-// TestOrderOfAChange: saved, pinned, the earlier epoch ended, and only then
+// TestOrderOfAChange: saved, anchored, the earlier epoch ended, and only then
 // announced.
 func TestOrderOfAChange(t *testing.T) {
 	n := opened(t)
@@ -29,7 +29,7 @@ func TestOrderOfAChange(t *testing.T) {
 	if id == former.id {
 		t.Fatal("the key ID is the same")
 	}
-	wantSteps(t, n.steps.take(), "slot tpm", "save", "save", "pin 3", fmt.Sprintf("settle while %.8s is announced", former.id))
+	wantSteps(t, n.steps.take(), "slot tpm", "save", "save", "anchor 3", fmt.Sprintf("settle while %.8s is announced", former.id))
 	n.decrypts(former)
 	n.decrypts(n.encrypt())
 	n.restart()
@@ -46,13 +46,13 @@ func TestRotationThatFailsEarly(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := opened(t)
-			e, before, pin := n.encrypt(), n.read("keyring.json"), n.read("pin.json")
+			e, before, anchor := n.encrypt(), n.read("keyring.json"), n.read("anchor.json")
 			damage(n)
 			if err := n.rotate(); err == nil {
 				t.Fatal("it succeeded")
 			}
-			if string(n.read("keyring.json")) != string(before) || string(n.read("pin.json")) != string(pin) {
-				t.Error("the keyring or the pin has changed")
+			if string(n.read("keyring.json")) != string(before) || string(n.read("anchor.json")) != string(anchor) {
+				t.Error("the keyring or the anchor has changed")
 			}
 			if id, err := n.CurrentID(); id != e.id || err != nil {
 				t.Errorf("current %s, %v", id, err)
@@ -76,7 +76,7 @@ func TestCrashes(t *testing.T) {
 		revision uint64
 	}{
 		{"after the first revision", func(n *node) { n.store.after = 1; n.store.saves.set(errors.New("killed")) }, 2},
-		{"before the pin", func(n *node) { n.pin.saves.set(seal.Errorf(seal.CauseStore, "x", "killed")) }, 3},
+		{"before the anchor", func(n *node) { n.anchor.saves.set(seal.Errorf(seal.CauseStore, "x", "killed")) }, 3},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			n := opened(t)
@@ -90,7 +90,7 @@ func TestCrashes(t *testing.T) {
 			}
 			n.decrypts(n.encrypt())
 			n.store.saves.set(nil)
-			n.pin.saves.set(nil)
+			n.anchor.saves.set(nil)
 			n.settle.set(nil)
 			n.restart()
 			n.mustOpen()
@@ -127,7 +127,7 @@ func TestPreviousOfARotation(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		opened, _, err := n.OpenUnpinned(ctx, untrusted)
+		opened, _, err := n.OpenUnanchored(ctx, untrusted)
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -214,7 +214,7 @@ func TestAdopt(t *testing.T) {
 	if err := n.Adopt(ctx, version, unlock.Opener{Wrapper: "recovery", Fallback: refused}, []*keyring.Keyring{raised}); err != nil {
 		t.Fatal(err)
 	}
-	wantSteps(t, n.steps.take(), "save", "save", "pin 4", "settle while nothing is announced")
+	wantSteps(t, n.steps.take(), "save", "save", "anchor 4", "settle while nothing is announced")
 	if s := n.State(); !s.Open || s.Wrapper != "recovery" || s.Fallback != refused || s.Problem != nil {
 		t.Errorf("state %+v", s)
 	}
@@ -320,16 +320,16 @@ func TestConcurrentUse(t *testing.T) {
 	}
 }
 
-// TestSavedAndNotAnnounced: when the pin can't be written, the answer says so.
+// TestSavedAndNotAnnounced: when the anchor can't be written, the answer says so.
 func TestSavedAndNotAnnounced(t *testing.T) {
 	n := opened(t)
-	n.pin.saves.set(seal.Errorf(seal.CauseStore, "free some space", "no space left on device"))
+	n.anchor.saves.set(seal.Errorf(seal.CauseStore, "free some space", "no space left on device"))
 	err := n.rotate()
 	wantRefusal(t, err, seal.CauseStore, "saved and not yet announced")
 	if !strings.Contains(err.Error(), "free some space") {
 		t.Errorf("no hint in %v", err)
 	}
-	n.pin.saves.set(nil)
+	n.anchor.saves.set(nil)
 	former := n.encrypt()
 	n.mustOpen() // what Run does, which was nudged
 	if id, _ := n.CurrentID(); id == former.id {

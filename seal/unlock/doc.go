@@ -7,7 +7,7 @@
 // that is open goes on serving, for the cluster comes first.
 //
 // One Unlocker is the one writer of a node's keyring. Every change goes the same
-// way: save, pin, end the epochs that are over, and only then announce, so that
+// way: save, anchor, end the epochs that are over, and only then announce, so that
 // a crash between any two steps leaves a keyring that opens and no key ID that
 // is forgotten.
 package unlock

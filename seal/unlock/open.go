@@ -18,17 +18,17 @@ import (
 // attempt loads the keyring and opens it with the first slot that opens.
 func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyring, store.Version, Opener, error) {
 	start := time.Now()
-	untrusted, pin, version, err := u.load(ctx)
+	untrusted, anchor, version, err := u.load(ctx)
 	timing.Load = time.Since(start)
 	if err != nil {
 		return nil, "", Opener{}, err
 	}
-	k, by, err := u.openWith(ctx, untrusted, pin, timing)
+	k, by, err := u.openWith(ctx, untrusted, anchor, timing)
 	return k, version, by, err
 }
 
 // openWith is the gate, then the slots, then the keyring's own checks.
-func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, pin *keyring.Pin, timing *Timing) (*keyring.Keyring, Opener, error) {
+func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, anchor *keyring.Anchor, timing *Timing) (*keyring.Keyring, Opener, error) {
 	start := time.Now()
 	if u.cfg.Ready != nil {
 		if err := u.cfg.Ready(); err != nil {
@@ -46,7 +46,7 @@ func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, p
 	if err != nil {
 		return nil, by, err
 	}
-	k, err := untrusted.Open(kek, pin)
+	k, err := untrusted.Open(kek, anchor)
 	if err != nil {
 		kek.Close()
 		return nil, by, err
@@ -62,7 +62,7 @@ type Opener struct {
 	Fallback error
 }
 
-func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, store.Version, error) {
+func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Anchor, store.Version, error) {
 	raw, version, err := u.cfg.Store.Load(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, "", seal.Errorf(seal.CauseKeyringMissing, HintMissing, "there is no keyring: %w", err)
@@ -74,15 +74,15 @@ func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Pin, 
 	if err != nil {
 		return nil, nil, "", err
 	}
-	pin, err := u.cfg.Pin.Load(ctx)
+	anchor, err := u.cfg.Anchor.Load(ctx)
 	if err != nil {
 		return nil, nil, "", err
 	}
-	if pin == nil {
-		return nil, nil, "", seal.Errorf(seal.CausePin, "put the pin file back, or run kleidi recover with the recovery identity",
-			"there is a keyring but no pin, so nothing says that it is this node's keyring")
+	if anchor == nil {
+		return nil, nil, "", seal.Errorf(seal.CauseAnchor, "put the anchor file back, or run kleidi recover with the recovery identity",
+			"there is a keyring but no anchor, so nothing says that it is this node's keyring")
 	}
-	return untrusted, pin, version, nil
+	return untrusted, anchor, version, nil
 }
 
 // unwrap tries the slots, wrapper by wrapper in the configured order. A slot that

@@ -40,8 +40,8 @@ type Overruled interface {
 
 // Config is what an Unlocker works with.
 type Config struct {
-	Store Store
-	Pin   Pin
+	Store  Store
+	Anchor Anchor
 	// Ready, if set, has to pass before a KEK is opened, whatever the gate says.
 	Ready func() error
 	// Gate may be nil where there is no TPM.
@@ -150,7 +150,7 @@ func (u *Unlocker) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 	return k.Decrypt(id, ciphertext)
 }
 
-// Unlock makes one attempt: load, gate, slots in order, pin, settle, announce. It
+// Unlock makes one attempt: load, gate, slots in order, anchor, settle, announce. It
 // does the same when open, so it is a reload too.
 func (u *Unlocker) Unlock(ctx context.Context) error {
 	u.mu.Lock()
@@ -166,7 +166,7 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	if err != nil {
 		err = u.whileOpen(ctx, err)
 	} else if err = u.follows(k); err == nil {
-		err = u.pin(ctx, k)
+		err = u.anchor(ctx, k)
 	}
 	var unsettled error
 	switch {
@@ -214,7 +214,7 @@ func (u *Unlocker) retry(ctx context.Context) error {
 }
 
 // Open opens the stored keyring as Unlock does, for the caller alone, who closes
-// it. Nothing is saved, pinned or announced.
+// it. Nothing is saved, anchored or announced.
 func (u *Unlocker) Open(ctx context.Context) (*keyring.Keyring, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -222,10 +222,10 @@ func (u *Unlocker) Open(ctx context.Context) (*keyring.Keyring, error) {
 	return k, err
 }
 
-// OpenUnpinned opens another keyring than the stored one through the gate and with
-// a slot, for the caller alone, who closes it. The pin is not asked: the caller
+// OpenUnanchored opens another keyring than the stored one through the gate and with
+// a slot, for the caller alone, who closes it. The anchor is not asked: the caller
 // finds out whether the keyring is to be trusted.
-func (u *Unlocker) OpenUnpinned(ctx context.Context, untrusted *keyring.Untrusted) (*keyring.Keyring, Opener, error) {
+func (u *Unlocker) OpenUnanchored(ctx context.Context, untrusted *keyring.Untrusted) (*keyring.Keyring, Opener, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.openWith(ctx, untrusted, nil, &Timing{})
@@ -243,26 +243,26 @@ func (u *Unlocker) Changed(ctx context.Context) bool {
 
 // follows refuses to go back, while a keyring is open, to one without its current
 // KEK or of an older revision: whoever could put both an older keyring and an older
-// pin in place can't make this process forget what it announced.
+// anchor in place can't make this process forget what it announced.
 func (u *Unlocker) follows(k *keyring.Keyring) error {
 	open := u.open.Load()
 	if open == nil || k.ClusterID() == open.ClusterID() && k.Holds(open.CurrentID()) && k.Revision() >= open.Revision() {
 		return nil
 	}
-	return seal.Errorf(seal.CausePin, "if the open one is the right one, "+hintSave,
+	return seal.Errorf(seal.CauseAnchor, "if the open one is the right one, "+hintSave,
 		"the stored keyring is of revision %d and does not follow the open one of revision %d with key ID %s", k.Revision(), open.Revision(), open.CurrentID())
 }
 
-// pin pins k, also where the pin is there already: the flush of the folder, which
-// holds the keyring too, may have failed after either was saved. Where the pin
+// anchor anchors k, also where the anchor is there already: the flush of the folder, which
+// holds the keyring too, may have failed after either was saved. Where the anchor
 // can't be saved, k is not announced: what was announced must not be rolled back.
-func (u *Unlocker) pin(ctx context.Context, k *keyring.Keyring) error {
-	pin, err := u.cfg.Pin.Load(ctx)
+func (u *Unlocker) anchor(ctx context.Context, k *keyring.Keyring) error {
+	anchor, err := u.cfg.Anchor.Load(ctx)
 	if err != nil {
 		return err
 	}
-	err = u.cfg.Pin.Save(ctx, k.Pin())
-	if pin != nil && *pin == k.Pin() && errors.Is(err, syscall.EROFS) {
+	err = u.cfg.Anchor.Save(ctx, k.Anchor())
+	if anchor != nil && *anchor == k.Anchor() && errors.Is(err, syscall.EROFS) {
 		return nil // nothing is left to be flushed to a disk that is read-only
 	}
 	return err

@@ -29,7 +29,7 @@ func TestLockedUntilUnlocked(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-n.Tried()
-	wantSteps(t, n.steps.take(), "gate", "slot tpm", "pin 1", "settle while nothing is announced")
+	wantSteps(t, n.steps.take(), "gate", "slot tpm", "anchor 1", "settle while nothing is announced")
 	s := n.State()
 	if !s.Open || s.Wrapper != "tpm" || s.Problem != nil || s.Attempts != 0 || s.Timing.Total <= 0 {
 		t.Errorf("state %+v", s)
@@ -51,8 +51,8 @@ func TestRefusals(t *testing.T) {
 		says   string
 	}{
 		{"no keyring", func(n *node) { n.move("keyring.json", "away") }, func(n *node) { n.move("away", "keyring.json") }, seal.CauseKeyringMissing, "kleidi init"},
-		{"no pin", func(n *node) { n.move("pin.json", "away") }, func(n *node) { n.move("away", "pin.json") }, seal.CausePin, "no pin"},
-		{"damaged pin", func(n *node) { n.damage("pin.json") }, func(n *node) { n.move("away", "pin.json") }, seal.CausePin, "parse pin"},
+		{"no anchor", func(n *node) { n.move("anchor.json", "away") }, func(n *node) { n.move("away", "anchor.json") }, seal.CauseAnchor, "no anchor"},
+		{"damaged anchor", func(n *node) { n.damage("anchor.json") }, func(n *node) { n.move("away", "anchor.json") }, seal.CauseAnchor, "parse anchor"},
 		{"damaged keyring", func(n *node) { n.damage("keyring.json") }, func(n *node) { n.move("away", "keyring.json") }, seal.CauseKeyringCorrupt, "parse keyring"},
 		{"unreadable keyring", func(n *node) { n.store.loads.set(errors.New("input/output error")) }, func(n *node) { n.store.loads.set(nil) }, seal.CauseStore, "keyring: input/output error"},
 		{"gate", func(n *node) { n.gate.set(seal.Errorf(seal.CauseAttestation, "look", "PCR 7 differs")) }, func(n *node) { n.gate.set(nil) }, seal.CauseAttestation, "PCR 7"},
@@ -182,9 +182,9 @@ func TestChanged(t *testing.T) {
 // one serves on, says so, and can be stored again.
 func TestWhatIsOpenIsStoredAgain(t *testing.T) {
 	for name, damage := range map[string]func(*node){
-		"gone":    func(n *node) { n.move("keyring.json", "away") },
-		"damaged": func(n *node) { n.damage("keyring.json") },
-		"no pin":  func(n *node) { n.move("pin.json", "away") },
+		"gone":      func(n *node) { n.move("keyring.json", "away") },
+		"damaged":   func(n *node) { n.damage("keyring.json") },
+		"no anchor": func(n *node) { n.move("anchor.json", "away") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := opened(t)
@@ -213,21 +213,21 @@ func TestWhatIsOpenIsStoredAgain(t *testing.T) {
 	}
 }
 
-// TestOpenNeverGoesBack: an older keyring together with its pin, put back under a
+// TestOpenNeverGoesBack: an older keyring together with its anchor, put back under a
 // running serve, does not make it forget what it announced.
 func TestOpenNeverGoesBack(t *testing.T) {
 	n := opened(t)
-	keyring, pin := n.read("keyring.json"), n.read("pin.json")
+	keyring, anchor := n.read("keyring.json"), n.read("anchor.json")
 	if err := n.rotate(); err != nil {
 		t.Fatal(err)
 	}
 	e := n.encrypt()
-	for name, b := range map[string][]byte{"keyring.json": keyring, "pin.json": pin} {
+	for name, b := range map[string][]byte{"keyring.json": keyring, "anchor.json": anchor} {
 		if err := os.WriteFile(filepath.Join(n.dir, name), b, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	wantRefusal(t, n.Unlock(ctx), seal.CausePin, "does not follow the open one", "kleidi keyring save")
+	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor, "does not follow the open one", "kleidi keyring save")
 	if id, err := n.CurrentID(); err != nil || id != e.id {
 		t.Errorf("announced is %s, %v", id, err)
 	}
@@ -240,11 +240,11 @@ func TestOpenNeverGoesBack(t *testing.T) {
 	n.decrypts(e)
 }
 
-// TestPin: what the pin refuses and what it lets pass.
-func TestPin(t *testing.T) {
+// TestAnchor: what the anchor refuses and what it lets pass.
+func TestAnchor(t *testing.T) {
 	n := opened(t)
 	first := n.read("keyring.json")
-	firstPin := n.read("pin.json")
+	firstAnchor := n.read("anchor.json")
 	e := n.encrypt()
 	if err := n.rotate(); err != nil {
 		t.Fatal(err)
@@ -254,23 +254,23 @@ func TestPin(t *testing.T) {
 
 	n.restart()
 	n.put(first)
-	wantRefusal(t, n.Unlock(ctx), seal.CausePin, "does not hold the pinned key ID")
+	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor, "does not hold the anchored key ID")
 	n.put(second)
 
-	// A crash between saving and pinning leaves the pin behind; it is moved up.
-	if err := os.WriteFile(filepath.Join(n.dir, "pin.json"), firstPin, 0o600); err != nil {
+	// A crash between saving and anchoring leaves the anchor behind; it is moved up.
+	if err := os.WriteFile(filepath.Join(n.dir, "anchor.json"), firstAnchor, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	n.steps.take()
 	if err := n.Unlock(ctx); err != nil {
 		t.Fatal(err)
 	}
-	wantSteps(t, n.steps.take(), "gate", "slot tpm", "pin 3", "settle while nothing is announced")
+	wantSteps(t, n.steps.take(), "gate", "slot tpm", "anchor 3", "settle while nothing is announced")
 	n.decrypts(e)
 
 	// Put back while it is open, it is not taken either.
 	n.put(first)
-	wantRefusal(t, n.Unlock(ctx), seal.CausePin)
+	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor)
 	n.decrypts(e)
 	n.decrypts(n.encrypt())
 }
@@ -288,7 +288,7 @@ func TestOlderRevisionOfTheSameKEK(t *testing.T) {
 	}
 	n.restart()
 	n.put(first)
-	wantRefusal(t, n.Unlock(ctx), seal.CausePin, "revision 1", "revision 2 or later")
+	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor, "revision 1", "revision 2 or later")
 }
 
 // TestAttackersKEK: a keyring that is consistent with itself, whose slot opens
@@ -306,7 +306,7 @@ func TestAttackersKEK(t *testing.T) {
 	}
 	n.restart()
 	n.put(k.Marshal())
-	wantRefusal(t, n.Unlock(ctx), seal.CausePin, "does not hold the pinned key ID")
+	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor, "does not hold the anchored key ID")
 	if string(n.read("keyring.json")) != string(k.Marshal()) {
 		t.Error("the evidence was overwritten")
 	}
@@ -342,7 +342,7 @@ func TestSlotsInOrder(t *testing.T) {
 	}
 	defer k.Close()
 	n.put(k.Marshal())
-	if err := n.pin.Save(ctx, k.Pin()); err != nil {
+	if err := n.anchor.Save(ctx, k.Anchor()); err != nil {
 		t.Fatal(err)
 	}
 	n.steps.take()
@@ -359,7 +359,7 @@ func TestSlotsInOrder(t *testing.T) {
 	if err := n.Unlock(ctx); err != nil || n.State().Wrapper != "vault" {
 		t.Errorf("%v, opened by %q", err, n.State().Wrapper)
 	}
-	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken", "slot vault", "pin 1", "settle while nothing is announced")
+	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken", "slot vault", "anchor 1", "settle while nothing is announced")
 
 	// where the fallback fails as well, both are told, with the first one's remedy
 	vault.set(seal.Errorf(seal.CauseUnavailable, "start the server", "connection refused"))
@@ -375,7 +375,7 @@ func TestSlotsInOrder(t *testing.T) {
 	wantRefusal(t, n.Unlock(ctx), seal.CauseNoSlot, "kleidi recover")
 }
 
-// TestOpenChangesNothing: Open and OpenUnpinned are for looking.
+// TestOpenChangesNothing: Open and OpenUnanchored are for looking.
 func TestOpenChangesNothing(t *testing.T) {
 	n := newNode(t)
 	own := n.make()
@@ -389,7 +389,7 @@ func TestOpenChangesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if k, _, err = n.OpenUnpinned(ctx, untrusted); err != nil || k.CurrentID() != foreign.CurrentID() {
+	if k, _, err = n.OpenUnanchored(ctx, untrusted); err != nil || k.CurrentID() != foreign.CurrentID() {
 		t.Fatalf("%v", err)
 	}
 	k.Close()
@@ -401,8 +401,8 @@ func TestOpenChangesNothing(t *testing.T) {
 	if _, err = n.Open(ctx); seal.CauseOf(err) != seal.CauseAttestation {
 		t.Errorf("Open passes a shut gate: %v", err)
 	}
-	if _, _, err = n.OpenUnpinned(ctx, untrusted); seal.CauseOf(err) != seal.CauseAttestation {
-		t.Errorf("OpenUnpinned passes a shut gate: %v", err)
+	if _, _, err = n.OpenUnanchored(ctx, untrusted); seal.CauseOf(err) != seal.CauseAttestation {
+		t.Errorf("OpenUnanchored passes a shut gate: %v", err)
 	}
 }
 
@@ -419,7 +419,7 @@ func TestAttemptedHearsOfEachAttempt(t *testing.T) {
 	}
 }
 
-// TestFilePin: a pin that can't be read is never taken for one that is not there.
+// TestFileAnchor: an anchor that can't be read is never taken for one that is not there.
 // TestStoppedAttempt: what ends because kleidi does is no failure.
 func TestStoppedAttempt(t *testing.T) {
 	n := newNode(t)
@@ -436,18 +436,18 @@ func TestStoppedAttempt(t *testing.T) {
 	}
 }
 
-func TestFilePin(t *testing.T) {
+func TestFileAnchor(t *testing.T) {
 	n := newNode(t)
-	if pin, err := n.pin.Load(ctx); pin != nil || err != nil {
-		t.Errorf("no file: %v, %v", pin, err)
+	if anchor, err := n.anchor.Load(ctx); anchor != nil || err != nil {
+		t.Errorf("no file: %v, %v", anchor, err)
 	}
 	broken := &faultyStore{File: n.store.File, steps: &n.steps}
-	p := unlock.FilePin{Store: broken}
+	p := unlock.FileAnchor{Store: broken}
 	broken.loads.set(errors.New("input/output error"))
 	_, err := p.Load(ctx)
-	wantRefusal(t, err, seal.CauseStore, "pin: input/output error")
-	wantRefusal(t, p.Save(ctx, keyring.Pin{}), seal.CauseStore)
+	wantRefusal(t, err, seal.CauseStore, "anchor: input/output error")
+	wantRefusal(t, p.Save(ctx, keyring.Anchor{}), seal.CauseStore)
 	broken.loads.set(nil)
 	broken.saves.set(errors.New("no space left on device"))
-	wantRefusal(t, p.Save(ctx, keyring.Pin{}), seal.CauseStore, "pin: no space")
+	wantRefusal(t, p.Save(ctx, keyring.Anchor{}), seal.CauseStore, "anchor: no space")
 }

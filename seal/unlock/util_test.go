@@ -48,7 +48,7 @@ func (s *steps) take() []string {
 	return s.list
 }
 
-// fault is a store, pin, gate or wrapper that fails while err is set.
+// fault is a store, anchor, gate or wrapper that fails while err is set.
 type fault struct {
 	mu  sync.Mutex
 	err error
@@ -93,22 +93,24 @@ func (s *faultyStore) Save(ctx context.Context, b []byte, old store.Version) (st
 	return s.File.Save(ctx, b, old)
 }
 
-// faultyPin is a real pin whose saves can fail.
-type faultyPin struct {
-	unlock.FilePin
+// faultyAnchor is a real anchor whose saves can fail.
+type faultyAnchor struct {
+	unlock.FileAnchor
 	saves fault
 	steps *steps
 }
 
-func (p *faultyPin) Save(ctx context.Context, pin keyring.Pin) error {
+func (p *faultyAnchor) Save(ctx context.Context, anchor keyring.Anchor) error {
 	if err := p.saves.get(); err != nil {
 		return err
 	}
-	p.steps.add("pin %d", pin.Revision)
-	return p.FilePin.Save(ctx, pin)
+	p.steps.add("anchor %d", anchor.Revision)
+	return p.FileAnchor.Save(ctx, anchor)
 }
 
-func (p *faultyPin) Replace(ctx context.Context, pin keyring.Pin) error { return p.Save(ctx, pin) }
+func (p *faultyAnchor) Replace(ctx context.Context, anchor keyring.Anchor) error {
+	return p.Save(ctx, anchor)
+}
 
 // gate is a gate that can be shut.
 type gate struct {
@@ -182,7 +184,7 @@ type node struct {
 	dir     string
 	steps   steps
 	store   *faultyStore
-	pin     *faultyPin
+	anchor  *faultyAnchor
 	gate    *gate
 	wrapper *openWrapper
 	settle  fault
@@ -198,10 +200,10 @@ func newNode(t testing.TB) *node {
 		t.Fatal(err)
 	}
 	n.store = &faultyStore{File: store.NewFile(filepath.Join(n.dir, "keyring.json")), steps: &n.steps}
-	n.pin = &faultyPin{FilePin: unlock.FilePin{Store: store.NewFile(filepath.Join(n.dir, "pin.json"))}, steps: &n.steps}
+	n.anchor = &faultyAnchor{FileAnchor: unlock.FileAnchor{Store: store.NewFile(filepath.Join(n.dir, "anchor.json"))}, steps: &n.steps}
 	n.gate = &gate{steps: &n.steps}
 	n.wrapper = &openWrapper{name: "tpm", steps: &n.steps, verdicts: map[string]error{}}
-	n.cfg = unlock.Config{Store: n.store, Pin: n.pin, Gate: n.gate, Wrappers: []seal.Wrapper{n.wrapper}, Settle: n.settled, Log: slog.New(slog.DiscardHandler)}
+	n.cfg = unlock.Config{Store: n.store, Anchor: n.anchor, Gate: n.gate, Wrappers: []seal.Wrapper{n.wrapper}, Settle: n.settled, Log: slog.New(slog.DiscardHandler)}
 	n.restart()
 	return n
 }
@@ -236,7 +238,7 @@ func (n *node) makeWith(wrappers ...*openWrapper) *keyring.Keyring {
 	n.t.Helper()
 	k := n.newKeyring(wrappers...)
 	n.put(k.Marshal())
-	if err := n.pin.Save(ctx, k.Pin()); err != nil {
+	if err := n.anchor.Save(ctx, k.Anchor()); err != nil {
 		n.t.Fatal(err)
 	}
 	n.steps.take()

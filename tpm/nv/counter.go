@@ -1,5 +1,5 @@
 // Package nv keeps what must outlive a disk in the TPM's NV memory: the node's
-// epoch counter, and its pin.
+// epoch counter, and its anchor.
 package nv
 
 import (

@@ -12,10 +12,10 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// PinStore is the pin of the running boot: what it demands of the index are the
+// AnchorStore is the anchor of the running boot: what it demands of the index are the
 // values that some PCRs have now. So nobody can write it who boots with others.
-type PinStore struct {
-	Pin    *Pin
+type AnchorStore struct {
+	Anchor *Anchor
 	Device *tpm.Device
 	Owner  tpm.Owner
 	Bank   crypto.Hash
@@ -23,7 +23,7 @@ type PinStore struct {
 }
 
 // do runs f with what the running boot demands of the index.
-func (p *PinStore) do(ctx context.Context, f func(transport.TPM, *tpm.SRK, authpolicy.Terms) error) error {
+func (p *AnchorStore) do(ctx context.Context, f func(transport.TPM, *tpm.SRK, authpolicy.Terms) error) error {
 	err := p.Device.Do(ctx, func(t transport.TPM) error {
 		values, err := tpm.ReadPCRs(t, p.Bank, p.PCRs)
 		if err != nil {
@@ -34,16 +34,16 @@ func (p *PinStore) do(ctx context.Context, f func(transport.TPM, *tpm.SRK, authp
 		})
 	})
 	if err != nil && seal.CauseOf(err) == "" {
-		return seal.Errorf(seal.CauseUnavailable, "see tpm.device; kleidi serve tries again", "the pin in the TPM: %w", err)
+		return seal.Errorf(seal.CauseUnavailable, "see tpm.device; kleidi serve tries again", "the anchor in the TPM: %w", err)
 	}
 	return err
 }
 
 // Load returns what the index holds. That there is none is an error: someone may
 // have removed it.
-func (p *PinStore) Load(ctx context.Context) (value [PinSize]byte, err error) {
+func (p *AnchorStore) Load(ctx context.Context) (value [AnchorSize]byte, err error) {
 	err = p.do(ctx, func(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
-		value, err = p.Pin.Read(t, srk, terms)
+		value, err = p.Anchor.Read(t, srk, terms)
 		return err
 	})
 	return value, err
@@ -51,30 +51,30 @@ func (p *PinStore) Load(ctx context.Context) (value [PinSize]byte, err error) {
 
 // Save replaces what the index holds. What is there already is not written again:
 // NV memory wears out.
-func (p *PinStore) Save(ctx context.Context, value [PinSize]byte) error {
+func (p *AnchorStore) Save(ctx context.Context, value [AnchorSize]byte) error {
 	return p.save(ctx, value, func(transport.TPM, *tpm.SRK, authpolicy.Terms, error) error { return nil })
 }
 
 // Replace does so, and makes the index anew where there is none or another one
 // stands in its place.
-func (p *PinStore) Replace(ctx context.Context, value [PinSize]byte) error {
+func (p *AnchorStore) Replace(ctx context.Context, value [AnchorSize]byte) error {
 	return p.save(ctx, value, func(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, err error) error {
-		if errors.Is(err, ErrPinMissing) || errors.Is(err, ErrPinReplaced) {
-			return p.Pin.Replace(t, srk, terms)
+		if errors.Is(err, ErrAnchorMissing) || errors.Is(err, ErrAnchorReplaced) {
+			return p.Anchor.Replace(t, srk, terms)
 		}
 		return nil
 	})
 }
 
-func (p *PinStore) save(ctx context.Context, value [PinSize]byte, prepare func(transport.TPM, *tpm.SRK, authpolicy.Terms, error) error) error {
+func (p *AnchorStore) save(ctx context.Context, value [AnchorSize]byte, prepare func(transport.TPM, *tpm.SRK, authpolicy.Terms, error) error) error {
 	return p.do(ctx, func(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
-		now, err := p.Pin.Read(t, srk, terms)
+		now, err := p.Anchor.Read(t, srk, terms)
 		if err == nil && now == value {
 			return nil
 		}
 		if err := prepare(t, srk, terms, err); err != nil {
 			return err
 		}
-		return p.Pin.Write(t, srk, terms, value)
+		return p.Anchor.Write(t, srk, terms, value)
 	})
 }

@@ -46,7 +46,7 @@ type Config struct {
 	Node   string `yaml:"node"`
 	State  State  `yaml:"state"`
 	TPM    TPM    `yaml:"tpm"`
-	Pin    Pin    `yaml:"pin"`
+	Anchor Anchor `yaml:"anchor"`
 	Unlock Unlock `yaml:"unlock"`
 	PKCS11 PKCS11 `yaml:"pkcs11"`
 	Vault  Vault  `yaml:"vault"`
@@ -57,7 +57,7 @@ type Config struct {
 	Log    Log    `yaml:"log"`
 }
 
-// State is where the keyring and the pin are kept.
+// State is where the keyring and the anchor are kept.
 type State struct {
 	Dir string `yaml:"dir"`
 }
@@ -92,17 +92,17 @@ type Verifier struct {
 	Timeout     time.Duration `yaml:"timeout"`
 }
 
-// Pin is where the node keeps what it last trusted.
-type Pin struct {
+// Anchor is where the node keeps what it last trusted.
+type Anchor struct {
 	Store string `yaml:"store"`
 	Index uint32 `yaml:"index"`
 	PCRs  []int  `yaml:"pcrs"`
 }
 
-// The values of pin.store.
+// The values of anchor.store.
 const (
-	PinFile = "file"
-	PinTPM  = "tpm"
+	AnchorFile = "file"
+	AnchorTPM  = "tpm"
 )
 
 // Unlock is which wrappers may open the keyring.
@@ -232,7 +232,7 @@ func Default() *Config {
 			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog, Phase: "ready", Verifier: Verifier{Timeout: 20 * time.Second},
 			BootStates: []string{"/run/systemd/tpm2-pcr-signature.json", "/etc/systemd/tpm2-pcr-signature.json", "/usr/lib/systemd/tpm2-pcr-signature.json", "/.extra/tpm2-pcr-signature.json"},
 		},
-		Pin:    Pin{Store: PinFile, Index: nv.DefaultPinIndex, PCRs: []int{7}},
+		Anchor: Anchor{Store: AnchorFile, Index: nv.DefaultAnchorIndex, PCRs: []int{7}},
 		Unlock: Unlock{Order: []string{seal.TypeTPM}, RequireAttestation: true, SelfTest: 24 * time.Hour},
 		PKCS11: PKCS11{Timeout: hsm.DefaultTimeout},
 		Vault:  Vault{Mount: "transit", Timeout: 15 * time.Second},
@@ -290,6 +290,7 @@ func decode(b []byte, p *problems) (*Config, error) {
 	}
 	c := Default()
 	c.APIVersion, c.Kind = "", ""
+	p.Renamed = map[string]string{"pin": "anchor"}
 	return c, strictyaml.Decode(b, c, &p.Problems)
 }
 
@@ -350,8 +351,8 @@ func (c *Config) Keyring() string { return filepath.Join(c.State.Dir, "keyring.j
 // BootStates is the path of the signed boot states that were added.
 func (c *Config) BootStates() string { return filepath.Join(c.State.Dir, "bootstates.json") }
 
-// PinPath is the path of the pin where it is a file.
-func (c *Config) PinPath() string { return filepath.Join(c.State.Dir, "pin.json") }
+// AnchorPath is the path of the anchor where it is a file.
+func (c *Config) AnchorPath() string { return filepath.Join(c.State.Dir, "anchor.json") }
 
 // Bank is the PCR bank.
 func (c *Config) Bank() crypto.Hash {

@@ -115,11 +115,12 @@ func TestValuesThatCouldNotWork(t *testing.T) {
 		"tpm: {verifier: {address: v}}":       "tpm.verifier: address: ",
 		"tpm: {verifier: {address: \"v:1\", publicKey: /k, certificate: abc}}": "tpm.verifier: certificate: ",
 		"tpm: {verifier: {address: \"v:1\", timeout: 1m}}":                     "tpm.verifier.timeout: want more than 0, and less than tpm.timeout, 30s",
-		"pin: {store: nvram}":                  "pin.store: \"nvram\"",
-		"pin: {pcrs: []}":                      "pin.pcrs: the list is empty",
-		"pin: {pcrs: [16]}":                    "pin.pcrs: PCR 16",
-		"pin: {index: 7}":                      "pin.index: ",
-		"pin: {store: tpm, index: 0x01804B01}": "pin.index: 0x01804b01 is tpm.epochIndex too",
+		"pin: {store: tpm}":                       "pin: line 3: this key is named anchor now; rename it",
+		"anchor: {store: nvram}":                  "anchor.store: \"nvram\"",
+		"anchor: {pcrs: []}":                      "anchor.pcrs: the list is empty",
+		"anchor: {pcrs: [16]}":                    "anchor.pcrs: PCR 16",
+		"anchor: {index: 7}":                      "anchor.index: ",
+		"anchor: {store: tpm, index: 0x01804B01}": "anchor.index: 0x01804b01 is tpm.epochIndex too",
 	} {
 		if c, err := Parse([]byte(head + text + "\n")); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %+v, %v", text, c, err)

@@ -41,7 +41,7 @@ func shown(key string, v reflect.Value) string {
 		return "root and the socket's owner"
 	case "unlock.selfTest":
 		return "`" + strings.TrimSuffix(fmt.Sprint(v.Interface()), "0m0s") + "`"
-	case "tpm.epochIndex", "pin.index":
+	case "tpm.epochIndex", "anchor.index":
 		return fmt.Sprintf("`0x%08X`", v.Uint())
 	case "kms.socketMode":
 		return fmt.Sprintf("`%04o`", v.Uint())

@@ -29,7 +29,7 @@ func (p *problems) validate(c *Config) {
 	p.oneOf("kind", c.Kind, Kind)
 	p.oneOf("tpm.bank", c.TPM.Bank, "sha256", "sha384")
 	p.oneOf("tpm.phase", c.TPM.Phase, "enter-initrd", "leave-initrd", "sysinit", "ready")
-	p.oneOf("pin.store", c.Pin.Store, PinFile, PinTPM)
+	p.oneOf("anchor.store", c.Anchor.Store, AnchorFile, AnchorTPM)
 	p.oneOf("memory.lock", c.Memory.Lock, LockRequired, LockBestEffort)
 	p.oneOf("log.format", c.Log.Format, "text", "json")
 	p.absolute("state.dir", c.State.Dir)
@@ -51,7 +51,7 @@ func (p *problems) validate(c *Config) {
 	p.validateTPM(&c.TPM)
 	p.validateVerifier(&c.TPM)
 	p.validateUnlock(c)
-	p.validatePin(c)
+	p.validateAnchor(c)
 	if c.KMS.Name == "" || strings.ContainsAny(c.KMS.Name, ": \n") {
 		p.Add("kms.name", "%q can't stand in a stored object's prefix; want a name without colons and spaces", c.KMS.Name)
 	}
@@ -158,16 +158,16 @@ func (p *problems) validateVerifier(c *TPM) {
 	}
 }
 
-func (p *problems) validatePin(c *Config) {
-	p.validatePCRs("pin.pcrs", c.Pin.PCRs)
-	if len(c.Pin.PCRs) == 0 {
-		p.Add("pin.pcrs", "the list is empty, so that any boot could write the pin; leave the key out for PCR 7")
+func (p *problems) validateAnchor(c *Config) {
+	p.validatePCRs("anchor.pcrs", c.Anchor.PCRs)
+	if len(c.Anchor.PCRs) == 0 {
+		p.Add("anchor.pcrs", "the list is empty, so that any boot could write the anchor; leave the key out for PCR 7")
 	}
-	if _, err := nv.NewPin(c.Pin.Index, tpm.Owner{}); err != nil {
-		p.Add("pin.index", "%v", err)
+	if _, err := nv.NewAnchor(c.Anchor.Index, tpm.Owner{}); err != nil {
+		p.Add("anchor.index", "%v", err)
 	}
-	if c.Pin.Store == PinTPM && c.Pin.Index == c.TPM.EpochIndex {
-		p.Add("pin.index", "%#08x is tpm.epochIndex too; name another index", c.Pin.Index)
+	if c.Anchor.Store == AnchorTPM && c.Anchor.Index == c.TPM.EpochIndex {
+		p.Add("anchor.index", "%#08x is tpm.epochIndex too; name another index", c.Anchor.Index)
 	}
 }
 

@@ -21,23 +21,23 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-const pinIndex = uint32(nv.DefaultPinIndex)
+const anchorIndex = uint32(nv.DefaultAnchorIndex)
 
-// pinBench is a machine and the terms of the boot state that it is in.
-type pinBench struct {
+// anchorBench is a machine and the terms of the boot state that it is in.
+type anchorBench struct {
 	*bench
-	pin   *nv.Pin
-	terms authpolicy.Terms
+	anchor *nv.Anchor
+	terms  authpolicy.Terms
 }
 
-func newPinBench(t *testing.T) *pinBench {
+func newAnchorBench(t *testing.T) *anchorBench {
 	t.Helper()
 	b := newBench(t)
-	pin, err := nv.NewPin(pinIndex, tpm.Owner{})
+	anchor, err := nv.NewAnchor(anchorIndex, tpm.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &pinBench{b, pin, authpolicy.Terms{b.present()}}
+	return &anchorBench{b, anchor, authpolicy.Terms{b.present()}}
 }
 
 // present is the boot state that the machine is in.
@@ -51,107 +51,107 @@ func (b *bench) present() (pcr authpolicy.PCR) {
 	return pcr
 }
 
-func (b *pinBench) define() error {
-	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.pin.Define(t, srk, b.terms) })
+func (b *anchorBench) define() error {
+	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.anchor.Define(t, srk, b.terms) })
 }
 
-func (b *pinBench) replace() error {
-	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.pin.Replace(t, srk, b.terms) })
+func (b *anchorBench) replace() error {
+	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.anchor.Replace(t, srk, b.terms) })
 }
 
-func (b *pinBench) remove() error { return b.with(b.pin.Remove) }
+func (b *anchorBench) remove() error { return b.with(b.anchor.Remove) }
 
-func (b *pinBench) write(value [nv.PinSize]byte) error {
-	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.pin.Write(t, srk, b.terms, value) })
+func (b *anchorBench) write(value [nv.AnchorSize]byte) error {
+	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.anchor.Write(t, srk, b.terms, value) })
 }
 
-func (b *pinBench) read() (value [nv.PinSize]byte, err error) {
+func (b *anchorBench) read() (value [nv.AnchorSize]byte, err error) {
 	err = b.with(func(t transport.TPM, srk *tpm.SRK) (err error) {
-		value, err = b.pin.Read(t, srk, b.terms)
+		value, err = b.anchor.Read(t, srk, b.terms)
 		return err
 	})
 	return value, err
 }
 
-// holds demands that the pin can be read and is value.
-func (b *pinBench) holds(value [nv.PinSize]byte) {
+// holds demands that the anchor can be read and is value.
+func (b *anchorBench) holds(value [nv.AnchorSize]byte) {
 	b.Helper()
 	if got, err := b.read(); err != nil || got != value {
-		b.Errorf("the pin holds %x, %v; want %x", got, err, value)
+		b.Errorf("the anchor holds %x, %v; want %x", got, err, value)
 	}
 }
 
-// wantPin demands one of the errors about the index, with its cause.
-func (b *pinBench) wantPin(err, want error) {
+// wantAnchor demands one of the errors about the index, with its cause.
+func (b *anchorBench) wantAnchor(err, want error) {
 	b.Helper()
-	b.want(err, seal.CausePin, "0x01804b02", "kleidi recover")
-	for _, sentinel := range []error{nv.ErrPinMissing, nv.ErrPinUnwritten, nv.ErrPinReplaced} {
+	b.want(err, seal.CauseAnchor, "0x01804b02", "kleidi recover")
+	for _, sentinel := range []error{nv.ErrAnchorMissing, nv.ErrAnchorUnwritten, nv.ErrAnchorReplaced} {
 		if errors.Is(err, sentinel) != (sentinel == want) {
 			b.Errorf("%v, want %v", err, want)
 		}
 	}
 }
 
-func (b *pinBench) ok(err error) {
+func (b *anchorBench) ok(err error) {
 	b.Helper()
 	if err != nil {
 		b.Fatal(err)
 	}
 }
 
-func filled(x byte) (value [nv.PinSize]byte) {
-	return [nv.PinSize]byte(bytes.Repeat([]byte{x}, nv.PinSize))
+func filled(x byte) (value [nv.AnchorSize]byte) {
+	return [nv.AnchorSize]byte(bytes.Repeat([]byte{x}, nv.AnchorSize))
 }
 
-// genuine is the public area of the pin's own index.
-func (b *pinBench) genuine() tpm2.TPMSNVPublic {
+// genuine is the public area of the anchor's own index.
+func (b *anchorBench) genuine() tpm2.TPMSNVPublic {
 	b.Helper()
 	digest, err := b.terms.Digest()
 	b.ok(err)
-	return tpm2.TPMSNVPublic{DataSize: nv.PinSize, AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
+	return tpm2.TPMSNVPublic{DataSize: nv.AnchorSize, AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
 		Attributes: tpm2.TPMANV{PolicyWrite: true, AuthRead: true, NoDA: true, NT: tpm2.TPMNTOrdinary}}
 }
 
-func TestNewPinTakesTheOwnersRangeOnly(t *testing.T) {
-	for i, ok := range map[uint32]bool{0x0180_0000: true, pinIndex: true, 0x01BF_FFFF: true, 0: false, 0x017F_FFFF: false, 0x01C0_0000: false, 0x8100_0001: false} {
-		p, err := nv.NewPin(i, tpm.Owner{})
+func TestNewAnchorTakesTheOwnersRangeOnly(t *testing.T) {
+	for i, ok := range map[uint32]bool{0x0180_0000: true, anchorIndex: true, 0x01BF_FFFF: true, 0: false, 0x017F_FFFF: false, 0x01C0_0000: false, 0x8100_0001: false} {
+		p, err := nv.NewAnchor(i, tpm.Owner{})
 		if (err == nil) != ok || ok && p.Index() != i {
 			t.Errorf("%#08x: %v", i, err)
 		}
 	}
-	if pinIndex == index {
-		t.Error("the pin and the epoch counter have one index")
+	if anchorIndex == index {
+		t.Error("the anchor and the epoch counter have one index")
 	}
 }
 
-// TestPinName: the Name that is computed from code is the TPM's; other terms and
+// TestAnchorName: the Name that is computed from code is the TPM's; other terms and
 // other indices have others.
-func TestPinName(t *testing.T) {
-	b := newPinBench(t)
+func TestAnchorName(t *testing.T) {
+	b := newAnchorBench(t)
 	b.ok(b.define())
 	b.ok(b.write(filled(1)))
-	want, err := b.pin.Name(b.terms)
+	want, err := b.anchor.Name(b.terms)
 	b.ok(err)
 	b.must(func(tp transport.TPM) error {
-		r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(pinIndex)}.Execute(tp)
+		r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(anchorIndex)}.Execute(tp)
 		if err == nil && !bytes.Equal(r.NVName.Buffer, want) {
 			t.Errorf("the TPM has %x, computed %x", r.NVName.Buffer, want)
 		}
 		return err
 	})
-	other, err := nv.NewPin(pinIndex+1, tpm.Owner{})
+	other, err := nv.NewAnchor(anchorIndex+1, tpm.Owner{})
 	b.ok(err)
 	if name, err := other.Name(b.terms); err != nil || bytes.Equal(name, want) {
 		t.Errorf("two indices have one Name: %x, %v", name, err)
 	}
-	if name, err := b.pin.Name(append(b.terms, authpolicy.Resets{})); err != nil || bytes.Equal(name, want) {
+	if name, err := b.anchor.Name(append(b.terms, authpolicy.Resets{})); err != nil || bytes.Equal(name, want) {
 		t.Errorf("two authorization policies have one Name: %x, %v", name, err)
 	}
 }
 
-// TestPinTermsBindABootState: what any OS could write is no pin.
-func TestPinTermsBindABootState(t *testing.T) {
-	b := newPinBench(t)
+// TestAnchorTermsBindABootState: what any OS could write is no anchor.
+func TestAnchorTermsBindABootState(t *testing.T) {
+	b := newAnchorBench(t)
 	b.ok(b.define())
 	b.ok(b.write(filled(1)))
 	good := b.terms
@@ -163,7 +163,7 @@ func TestPinTermsBindABootState(t *testing.T) {
 				t.Errorf("%s takes %v", name, terms)
 			}
 		}
-		if _, err := b.pin.Name(terms); err == nil {
+		if _, err := b.anchor.Name(terms); err == nil {
 			t.Errorf("Name takes %v", terms)
 		}
 	}
@@ -171,17 +171,17 @@ func TestPinTermsBindABootState(t *testing.T) {
 	b.holds(filled(1))
 }
 
-// TestPin: it holds what was written last, across boots in the same boot state.
-func TestPin(t *testing.T) {
-	b := newPinBench(t)
+// TestAnchor: it holds what was written last, across boots in the same boot state.
+func TestAnchor(t *testing.T) {
+	b := newAnchorBench(t)
 	_, err := b.read()
-	b.wantPin(err, nv.ErrPinMissing)
-	b.wantPin(b.write(filled(1)), nv.ErrPinMissing)
+	b.wantAnchor(err, nv.ErrAnchorMissing)
+	b.wantAnchor(b.write(filled(1)), nv.ErrAnchorMissing)
 	b.ok(b.remove()) // nothing
 	for range 2 {
 		b.ok(b.define())
 		_, err = b.read()
-		b.wantPin(err, nv.ErrPinUnwritten)
+		b.wantAnchor(err, nv.ErrAnchorUnwritten)
 	}
 	for i := range byte(3) {
 		b.ok(b.write(filled(i)))
@@ -192,13 +192,13 @@ func TestPin(t *testing.T) {
 	}
 	b.ok(b.remove())
 	_, err = b.read()
-	b.wantPin(err, nv.ErrPinMissing)
+	b.wantAnchor(err, nv.ErrAnchorMissing)
 }
 
-// TestPinInAnotherBootState: with Secure Boot off, the pin can be read and not
+// TestAnchorInAnotherBootState: with Secure Boot off, the anchor can be read and not
 // be written, whatever authorization is tried.
-func TestPinInAnotherBootState(t *testing.T) {
-	b := newPinBench(t)
+func TestAnchorInAnotherBootState(t *testing.T) {
+	b := newAnchorBench(t)
 	b.ok(b.define())
 	b.ok(b.write(filled(1)))
 	boot := b.machine.Current()
@@ -210,15 +210,15 @@ func TestPinInAnotherBootState(t *testing.T) {
 	if !errors.Is(err, authpolicy.ErrBootState) {
 		t.Error(err)
 	}
-	name, err := b.pin.Name(b.terms)
+	name, err := b.anchor.Name(b.terms)
 	b.ok(err)
-	own := tpm2.NamedHandle{Handle: tpm2.TPMHandle(pinIndex), Name: tpm2.TPM2BName{Buffer: name}}
+	own := tpm2.NamedHandle{Handle: tpm2.TPMHandle(anchorIndex), Name: tpm2.TPM2BName{Buffer: name}}
 	b.must(func(tp transport.TPM) error {
 		value := filled(2)
 		for who, auth := range map[string]tpm2.AuthHandle{"the owner": ownerAuth(""), "a password": {Handle: own.Handle, Name: own.Name, Auth: tpm2.PasswordAuth(nil)},
 			"the platform": {Handle: tpm2.TPMRHPlatform, Name: tpm2.HandleName(tpm2.TPMRHPlatform), Auth: tpm2.PasswordAuth(nil)}} {
 			if _, err := (tpm2.NVWrite{AuthHandle: auth, NVIndex: own, Data: tpm2.TPM2BMaxNVBuffer{Buffer: value[:]}}).Execute(tp); err == nil {
-				t.Errorf("%s writes the pin", who)
+				t.Errorf("%s writes the anchor", who)
 			}
 		}
 		session, done, err := tpm2.PolicySession(tp, tpm2.TPMAlgSHA256, 16) // a session in which nothing was checked
@@ -238,28 +238,28 @@ func TestPinInAnotherBootState(t *testing.T) {
 	b.holds(filled(3))
 }
 
-// TestPinOfAnEarlierAuthorizationPolicy: after Replace, who puts back a keyring
-// that names the earlier terms finds no pin under them.
-func TestPinOfAnEarlierAuthorizationPolicy(t *testing.T) {
-	b := newPinBench(t)
+// TestAnchorOfAnEarlierAuthorizationPolicy: after Replace, who puts back a keyring
+// that names the earlier terms finds no anchor under them.
+func TestAnchorOfAnEarlierAuthorizationPolicy(t *testing.T) {
+	b := newAnchorBench(t)
 	b.ok(b.define())
 	b.ok(b.write(filled(1)))
 	earlier := b.terms
 	b.terms = authpolicy.Terms{b.present(), authpolicy.Resets{AtMost: 1<<32 - 1}}
 	_, err := b.read()
-	b.wantPin(err, nv.ErrPinReplaced)
+	b.wantAnchor(err, nv.ErrAnchorReplaced)
 	b.ok(b.replace())
 	b.ok(b.write(filled(2)))
 	b.holds(filled(2))
 	b.terms = earlier
 	_, err = b.read()
-	b.wantPin(err, nv.ErrPinReplaced)
+	b.wantAnchor(err, nv.ErrAnchorReplaced)
 }
 
-// TestPinOfASignedBootState: under an operator's key, the pin outlives a change
+// TestAnchorOfASignedBootState: under an operator's key, the anchor outlives a change
 // of the boot state that was signed, and no other.
-func TestPinOfASignedBootState(t *testing.T) {
-	b := newPinBench(t)
+func TestAnchorOfASignedBootState(t *testing.T) {
+	b := newAnchorBench(t)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	b.ok(err)
 	public, err := authpolicy.PublicKey(key.Public())
@@ -294,9 +294,9 @@ func TestPinOfASignedBootState(t *testing.T) {
 	b.holds(filled(2))
 }
 
-// TestPinOfAnEpoch: that the epoch has passed has its cause.
-func TestPinOfAnEpoch(t *testing.T) {
-	b := newPinBench(t)
+// TestAnchorOfAnEpoch: that the epoch has passed has its cause.
+func TestAnchorOfAnEpoch(t *testing.T) {
+	b := newAnchorBench(t)
 	b.terms = append(b.terms, authpolicy.Epoch{Index: index, Name: b.counter.Name(), AtMost: b.ensure()})
 	b.ok(b.define())
 	b.ok(b.write(filled(1)))
@@ -307,23 +307,23 @@ func TestPinOfAnEpoch(t *testing.T) {
 	b.holds(filled(1))
 }
 
-// TestPinRefusals: what the TPM answers to a command on the index has its error,
+// TestAnchorRefusals: what the TPM answers to a command on the index has its error,
 // and a PCR that was extended meanwhile is no refusal.
-func TestPinRefusals(t *testing.T) {
-	b := newPinBench(t)
+func TestAnchorRefusals(t *testing.T) {
+	b := newAnchorBench(t)
 	b.ok(b.define())
 	b.ok(b.write(filled(1)))
-	for code, want := range map[tpm2.TPMRC]error{tpm2.TPMRCNVUninitialized: nv.ErrPinUnwritten, tpm2.TPMRCHandle: nv.ErrPinMissing,
-		tpm2.TPMRCAuthFail: nv.ErrPinReplaced, tpm2.TPMRCNVAuthorization: nv.ErrPinReplaced} {
+	for code, want := range map[tpm2.TPMRC]error{tpm2.TPMRCNVUninitialized: nv.ErrAnchorUnwritten, tpm2.TPMRCHandle: nv.ErrAnchorMissing,
+		tpm2.TPMRCAuthFail: nv.ErrAnchorReplaced, tpm2.TPMRCNVAuthorization: nv.ErrAnchorReplaced} {
 		b.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCNVRead, Do: tpmtest.Code(code)})
 		_, err := b.read()
-		b.wantPin(err, want)
+		b.wantAnchor(err, want)
 	}
 	for _, command := range []tpm2.TPMCC{tpm2.TPMCCNVRead, tpm2.TPMCCNVWrite, tpm2.TPMCCNVReadPublic} {
 		b.proxy.Inject(tpmtest.Fault{On: command, Do: tpmtest.Code(tpm2.TPMRCFailure)})
 		_, readErr := b.read()
 		writeErr := b.write(filled(2))
-		if failed := map[bool]error{true: writeErr, false: readErr}[command == tpm2.TPMCCNVWrite]; !errors.Is(failed, tpm2.TPMRCFailure) || seal.CauseOf(failed) == seal.CausePin {
+		if failed := map[bool]error{true: writeErr, false: readErr}[command == tpm2.TPMCCNVWrite]; !errors.Is(failed, tpm2.TPMRCFailure) || seal.CauseOf(failed) == seal.CauseAnchor {
 			t.Errorf("%v fails: %v", command, failed)
 		}
 	}
@@ -336,10 +336,10 @@ func TestPinRefusals(t *testing.T) {
 	}
 }
 
-// TestPinWithOwnerAuthorization: making and removing the index need it, reading
+// TestAnchorWithOwnerAuthorization: making and removing the index need it, reading
 // and writing do not.
-func TestPinWithOwnerAuthorization(t *testing.T) {
-	b := newPinBench(t)
+func TestAnchorWithOwnerAuthorization(t *testing.T) {
+	b := newAnchorBench(t)
 	const secret = "correct horse battery staple"
 	b.must(func(tp transport.TPM) error {
 		_, err := tpm2.HierarchyChangeAuth{AuthHandle: ownerAuth(""), NewAuth: tpm2.TPM2BAuth{Buffer: []byte(secret)}}.Execute(tp)
@@ -348,22 +348,22 @@ func TestPinWithOwnerAuthorization(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "owner")
 	b.ok(os.WriteFile(path, []byte(secret+"\n"), 0o600))
 	b.useOwner(tpm.Owner{File: path}) // for the storage root key
-	without, err := nv.NewPin(pinIndex, tpm.Owner{})
+	without, err := nv.NewAnchor(anchorIndex, tpm.Owner{})
 	b.ok(err)
-	with, err := nv.NewPin(pinIndex, b.owner)
+	with, err := nv.NewAnchor(anchorIndex, b.owner)
 	b.ok(err)
 
-	b.pin = without
+	b.anchor = without
 	b.want(b.define(), seal.CauseCredentials, "tpm.ownerAuthFile")
-	b.pin = with
+	b.anchor = with
 	b.ok(b.define())
-	b.pin = without
+	b.anchor = without
 	b.ok(b.write(filled(1)))
 	b.holds(filled(1))
 	b.want(b.remove(), seal.CauseCredentials, "tpm.ownerAuthFile")
 	b.want(b.replace(), seal.CauseCredentials, "tpm.ownerAuthFile")
 	b.holds(filled(1))
-	b.pin = with
+	b.anchor = with
 	b.ok(b.replace())
 	b.ok(b.remove())
 	if b.proxy.Saw([]byte(secret)) {

@@ -10,9 +10,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// TestPinBytes: the binary form is frozen, as NV indexes hold it.
-func TestPinBytes(t *testing.T) {
-	p := keyring.Pin{ClusterID: seal.ClusterID(bytes.Repeat([]byte{7}, 16)), Revision: 258, KeyID: "k1-ceirceirceirceirceirceirceirceirceirceirceirceirceiq"}
+// TestAnchorBytes: the binary form is frozen, as NV indexes hold it.
+func TestAnchorBytes(t *testing.T) {
+	p := keyring.Anchor{ClusterID: seal.ClusterID(bytes.Repeat([]byte{7}, 16)), Revision: 258, KeyID: "k1-ceirceirceirceirceirceirceirceirceirceirceirceirceiq"}
 	b, err := p.Bytes()
 	if err != nil {
 		t.Fatal(err)
@@ -20,10 +20,10 @@ func TestPinBytes(t *testing.T) {
 	if want := strings.Repeat("07", 16) + "0000000000000102" + strings.Repeat("11", 32); hex.EncodeToString(b[:]) != want {
 		t.Errorf("%x, want %s…", b, want)
 	}
-	if got, err := keyring.PinOf(b); err != nil || got != p {
+	if got, err := keyring.AnchorOf(b); err != nil || got != p {
 		t.Errorf("%+v, %v", got, err)
 	}
-	if _, err := keyring.PinOf([keyring.PinBytes]byte{}); seal.CauseOf(err) != seal.CausePin {
+	if _, err := keyring.AnchorOf([keyring.AnchorBytes]byte{}); seal.CauseOf(err) != seal.CauseAnchor {
 		t.Errorf("revision 0: %v", err)
 	}
 	p.KeyID = "k1-short"

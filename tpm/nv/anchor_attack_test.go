@@ -15,64 +15,64 @@ import (
 )
 
 // foreign is the index that another OS would make to fill it as it likes.
-var foreign = tpm2.TPMSNVPublic{DataSize: nv.PinSize, Attributes: tpm2.TPMANV{OwnerWrite: true, AuthRead: true, NoDA: true, NT: tpm2.TPMNTOrdinary}}
+var foreign = tpm2.TPMSNVPublic{DataSize: nv.AnchorSize, Attributes: tpm2.TPMANV{OwnerWrite: true, AuthRead: true, NoDA: true, NT: tpm2.TPMNTOrdinary}}
 
 // fill writes an index that the owner may write.
-func fill(t transport.TPM, value [nv.PinSize]byte) error {
-	r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(pinIndex)}.Execute(t)
+func fill(t transport.TPM, value [nv.AnchorSize]byte) error {
+	r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(anchorIndex)}.Execute(t)
 	if err != nil {
 		return err
 	}
-	_, err = tpm2.NVWrite{AuthHandle: ownerAuth(""), NVIndex: tpm2.NamedHandle{Handle: tpm2.TPMHandle(pinIndex), Name: r.NVName},
+	_, err = tpm2.NVWrite{AuthHandle: ownerAuth(""), NVIndex: tpm2.NamedHandle{Handle: tpm2.TPMHandle(anchorIndex), Name: r.NVName},
 		Data: tpm2.TPM2BMaxNVBuffer{Buffer: value[:]}}.Execute(t)
 	return err
 }
 
-// TestPinFilledFromAnotherOS: an index that the owner may write, holding the very
-// value that was pinned, is not the pin; it is left as it is until Replace.
-func TestPinFilledFromAnotherOS(t *testing.T) {
+// TestAnchorFilledFromAnotherOS: an index that the owner may write, holding the very
+// value that was anchored, is not the anchor; it is left as it is until Replace.
+func TestAnchorFilledFromAnotherOS(t *testing.T) {
 	both, larger, password, byOther := foreign, foreign, foreign, foreign
-	both.AuthPolicy, both.Attributes.PolicyWrite = newPinBench(t).genuine().AuthPolicy, true
+	both.AuthPolicy, both.Attributes.PolicyWrite = newAnchorBench(t).genuine().AuthPolicy, true
 	larger.DataSize++
 	password.Attributes.AuthWrite = true
 	byOther.AuthPolicy.Buffer, byOther.Attributes.PolicyWrite = make([]byte, 32), true
 	for name, public := range map[string]tpm2.TPMSNVPublic{"written by the owner": foreign, "and in the boot state": both, "larger": larger,
 		"and by a password": password, "and in any boot state": byOther} {
 		t.Run(name, func(t *testing.T) {
-			b := newPinBench(t)
+			b := newAnchorBench(t)
 			b.ok(b.define())
 			b.ok(b.write(filled(1)))
 			b.must(func(tp transport.TPM) error {
-				if err := undefineAt(tp, pinIndex); err != nil {
+				if err := undefineAt(tp, anchorIndex); err != nil {
 					return err
 				}
-				if err := defineAt(tp, pinIndex, "", public); err != nil {
+				if err := defineAt(tp, anchorIndex, "", public); err != nil {
 					return err
 				}
 				return fill(tp, filled(1))
 			})
 			_, err := b.read()
-			b.wantPin(err, nv.ErrPinReplaced)
-			b.wantPin(b.write(filled(2)), nv.ErrPinReplaced)
-			b.wantPin(b.define(), nv.ErrPinReplaced)
+			b.wantAnchor(err, nv.ErrAnchorReplaced)
+			b.wantAnchor(b.write(filled(2)), nv.ErrAnchorReplaced)
+			b.wantAnchor(b.define(), nv.ErrAnchorReplaced)
 			if n := b.proxy.Count(tpm2.TPMCCNVUndefineSpace); n != 0 {
 				t.Error("it was removed unasked")
 			}
 			b.ok(b.replace())
 			_, err = b.read()
-			b.wantPin(err, nv.ErrPinUnwritten)
+			b.wantAnchor(err, nv.ErrAnchorUnwritten)
 			b.ok(b.write(filled(3)))
 			b.holds(filled(3))
 		})
 	}
 }
 
-// TestPinMadeAnewFromAnotherOS: the pin's own index, made anew, is empty, and
+// TestAnchorMadeAnewFromAnotherOS: the anchor's own index, made anew, is empty, and
 // whoever made it can't fill it; with an authorization value, which no Name
 // holds, nobody but he can read it.
-func TestPinMadeAnewFromAnotherOS(t *testing.T) {
+func TestAnchorMadeAnewFromAnotherOS(t *testing.T) {
 	for _, auth := range []string{"", "secret"} {
-		b := newPinBench(t)
+		b := newAnchorBench(t)
 		b.ok(b.define())
 		b.ok(b.write(filled(1)))
 		boot := b.machine.Current()
@@ -80,33 +80,33 @@ func TestPinMadeAnewFromAnotherOS(t *testing.T) {
 		insecure.SecureBoot = false
 		b.machine.Reboot(insecure)
 		b.must(func(tp transport.TPM) error {
-			if err := undefineAt(tp, pinIndex); err != nil {
+			if err := undefineAt(tp, anchorIndex); err != nil {
 				return err
 			}
-			return defineAt(tp, pinIndex, auth, b.genuine())
+			return defineAt(tp, anchorIndex, auth, b.genuine())
 		})
 		b.want(b.write(filled(1)), seal.CauseBootState)
 		b.machine.Reboot(boot)
 		_, err := b.read()
-		b.wantPin(err, nv.ErrPinUnwritten)
+		b.wantAnchor(err, nv.ErrAnchorUnwritten)
 		b.ok(b.write(filled(2)))
 		if auth == "" {
 			b.holds(filled(2))
 			continue
 		}
 		_, err = b.read()
-		b.wantPin(err, nv.ErrPinReplaced)
+		b.wantAnchor(err, nv.ErrAnchorReplaced)
 		b.ok(b.replace())
 		b.ok(b.write(filled(2)))
 		b.holds(filled(2))
 	}
 }
 
-// TestPinInterrupted: power that fails at any command leaves the value before or
-// the one after, or no pin, and doing it again helps.
-func TestPinInterrupted(t *testing.T) {
-	steps := func(b *pinBench) error { return errors.Join(b.replace(), b.write(filled(2))) }
-	clean := newPinBench(t)
+// TestAnchorInterrupted: power that fails at any command leaves the value before or
+// the one after, or no anchor, and doing it again helps.
+func TestAnchorInterrupted(t *testing.T) {
+	steps := func(b *anchorBench) error { return errors.Join(b.replace(), b.write(filled(2))) }
+	clean := newAnchorBench(t)
 	clean.ok(clean.define())
 	clean.ok(clean.write(filled(1)))
 	clean.proxy.Forget()
@@ -117,7 +117,7 @@ func TestPinInterrupted(t *testing.T) {
 	}
 	for action, do := range map[string]tpmtest.Action{"before": tpmtest.Drop, "after": func(_ []byte, send func() []byte) []byte { send(); return nil }} {
 		for i := range n {
-			b := newPinBench(t)
+			b := newAnchorBench(t)
 			b.ok(b.define())
 			b.ok(b.write(filled(1)))
 			b.proxy.Inject(tpmtest.Fault{After: i, Do: do})
@@ -128,7 +128,7 @@ func TestPinInterrupted(t *testing.T) {
 			switch value, err := b.read(); {
 			case err == nil && value != filled(1) && value != filled(2):
 				t.Errorf("%s command %d: %x", action, i, value)
-			case err != nil && !errors.Is(err, nv.ErrPinMissing) && !errors.Is(err, nv.ErrPinUnwritten):
+			case err != nil && !errors.Is(err, nv.ErrAnchorMissing) && !errors.Is(err, nv.ErrAnchorUnwritten):
 				t.Errorf("%s command %d: %v", action, i, err)
 			}
 			b.ok(steps(b))
@@ -137,13 +137,13 @@ func TestPinInterrupted(t *testing.T) {
 	}
 }
 
-// TestPinOverAForgedBus: whoever answers in the TPM's place, or changes what goes
-// to it, makes the pin unreadable and never another.
-func TestPinOverAForgedBus(t *testing.T) {
-	b := newPinBench(t)
+// TestAnchorOverAForgedBus: whoever answers in the TPM's place, or changes what goes
+// to it, makes the anchor unreadable and never another.
+func TestAnchorOverAForgedBus(t *testing.T) {
+	b := newAnchorBench(t)
 	b.ok(b.define())
 	b.ok(b.write(filled(1)))
-	replace := func(in []byte, old, new [nv.PinSize]byte) []byte { return bytes.Replace(in, old[:], new[:], 1) }
+	replace := func(in []byte, old, new [nv.AnchorSize]byte) []byte { return bytes.Replace(in, old[:], new[:], 1) }
 
 	b.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCNVRead, Do: tpmtest.Change(func(r []byte) []byte { return replace(r, filled(1), filled(2)) })})
 	if value, err := b.read(); err == nil {
@@ -163,36 +163,36 @@ func TestPinOverAForgedBus(t *testing.T) {
 	b.proxy.Heal()
 	b.holds(filled(1))
 
-	// An index of his own, shown as the pin's.
+	// An index of his own, shown as the anchor's.
 	var public []byte
 	b.must(func(tp transport.TPM) error {
-		r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(pinIndex)}.Execute(tp)
+		r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(anchorIndex)}.Execute(tp)
 		if err != nil {
 			return err
 		}
 		public = append(tpm2.Marshal(r.NVPublic), tpm2.Marshal(r.NVName)...)
-		if err := undefineAt(tp, pinIndex); err != nil {
+		if err := undefineAt(tp, anchorIndex); err != nil {
 			return err
 		}
-		if err := defineAt(tp, pinIndex, "", foreign); err != nil {
+		if err := defineAt(tp, anchorIndex, "", foreign); err != nil {
 			return err
 		}
 		return fill(tp, filled(1))
 	})
 	b.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCNVReadPublic, Do: tpmtest.Change(func(r []byte) []byte { return append(r[:10:10], public...) })})
 	_, err := b.read()
-	b.wantPin(err, nv.ErrPinReplaced)
-	b.wantPin(b.write(filled(2)), nv.ErrPinReplaced)
+	b.wantAnchor(err, nv.ErrAnchorReplaced)
+	b.wantAnchor(b.write(filled(2)), nv.ErrAnchorReplaced)
 	b.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCNVReadPublic, Do: tpmtest.Truncate(30)})
 	if _, err := b.read(); err == nil {
 		t.Error("half an answer is read")
 	}
 }
 
-// TestPinSessionsAreSalted: an unsalted session has a key that everybody knows,
+// TestAnchorSessionsAreSalted: an unsalted session has a key that everybody knows,
 // so that whoever is on the bus could change what is written, or say that it was.
-func TestPinSessionsAreSalted(t *testing.T) {
-	b := newPinBench(t)
+func TestAnchorSessionsAreSalted(t *testing.T) {
+	b := newAnchorBench(t)
 	b.ok(b.define())
 	b.proxy.Forget()
 	b.ok(b.write(filled(1)))

@@ -14,59 +14,59 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// DefaultPinIndex is the pin's NV index, the one after the epoch counter's.
-const DefaultPinIndex = DefaultEpochIndex + 1
+// DefaultAnchorIndex is the anchor's NV index, the one after the epoch counter's.
+const DefaultAnchorIndex = DefaultEpochIndex + 1
 
-// PinSize is the size of what the pin index holds, in bytes.
-const PinSize = 56
+// AnchorSize is the size of what the anchor index holds, in bytes.
+const AnchorSize = 56
 
-// What is wrong with the index where a pin should be. The errors of [Pin] wrap
-// one of these in a [*seal.Error] with [seal.CausePin].
+// What is wrong with the index where an anchor should be. The errors of [Anchor] wrap
+// one of these in a [*seal.Error] with [seal.CauseAnchor].
 var (
-	// ErrPinMissing: there is no index.
-	ErrPinMissing = errors.New("it is gone from the TPM")
-	// ErrPinUnwritten: the index was made and never written: either a crash came
-	// between the two, or someone removed the pin and made its index anew.
-	ErrPinUnwritten = errors.New("it was never written")
-	// ErrPinReplaced: another index has its place, or one for another
+	// ErrAnchorMissing: there is no index.
+	ErrAnchorMissing = errors.New("it is gone from the TPM")
+	// ErrAnchorUnwritten: the index was made and never written: either a crash came
+	// between the two, or someone removed the anchor and made its index anew.
+	ErrAnchorUnwritten = errors.New("it was never written")
+	// ErrAnchorReplaced: another index has its place, or one for another
 	// authorization policy.
-	ErrPinReplaced = errors.New("another NV index has its place")
+	ErrAnchorReplaced = errors.New("another NV index has its place")
 )
 
-// Pin is the place in the TPM for what the node last trusted. Only a machine in
+// Anchor is the place in the TPM for what the node last trusted. Only a machine in
 // the boot state of its terms can write it; anyone can read it.
 //
 // Whoever has the owner authorization, which is empty on nearly every machine,
 // can remove the index from any boot state and make one of his own, also one
 // that he can fill. But an index's Name is a hash of its attributes and its
 // authorization policy, and the Name that is demanded is computed here, from code and
-// from the caller's terms. So he can only make the pin go missing, and a missing
-// pin means locked.
+// from the caller's terms. So he can only make the anchor go missing, and a missing
+// anchor means locked.
 //
 // That holds only for terms that come from the running boot and from the
 // configuration. The keyring and its slots must have no say in them: whoever
 // writes those would name terms that his own OS satisfies. The storage root key
 // must be the node's, by its Name, or its session proves nothing.
-type Pin struct {
+type Anchor struct {
 	index uint32
 	owner tpm.Owner
 }
 
-// NewPin returns the pin at an NV index of the owner's range. owner is needed to
+// NewAnchor returns the anchor at an NV index of the owner's range. owner is needed to
 // make and to remove the index, not to read and to write it.
-func NewPin(index uint32, owner tpm.Owner) (*Pin, error) {
+func NewAnchor(index uint32, owner tpm.Owner) (*Anchor, error) {
 	if err := inOwnersRange(index); err != nil {
 		return nil, err
 	}
-	return &Pin{index: index, owner: owner}, nil
+	return &Anchor{index: index, owner: owner}, nil
 }
 
 // Index returns the NV index.
-func (p *Pin) Index() uint32 { return p.index }
+func (p *Anchor) Index() uint32 { return p.index }
 
 // Name returns the Name that the index has under these terms once it is written.
 // Of signed boot states, only the key and the reference count.
-func (p *Pin) Name(terms authpolicy.Terms) ([]byte, error) {
+func (p *Anchor) Name(terms authpolicy.Terms) ([]byte, error) {
 	public, err := p.public(terms)
 	if err != nil {
 		return nil, err
@@ -80,16 +80,16 @@ func (p *Pin) Name(terms authpolicy.Terms) ([]byte, error) {
 }
 
 // public is the index before it is first written. It never changes for the same
-// terms: with any other attribute, no pin that was written is found again.
-func (p *Pin) public(terms authpolicy.Terms) (tpm2.TPMSNVPublic, error) {
+// terms: with any other attribute, no anchor that was written is found again.
+func (p *Anchor) public(terms authpolicy.Terms) (tpm2.TPMSNVPublic, error) {
 	if !bindsBootState(terms) {
-		return tpm2.TPMSNVPublic{}, errors.New("a pin that any boot state could write")
+		return tpm2.TPMSNVPublic{}, errors.New("an anchor that any boot state could write")
 	}
 	digest, err := terms.Digest()
 	return tpm2.TPMSNVPublic{
 		NVIndex:    tpm2.TPMHandle(p.index),
 		NameAlg:    tpm2.TPMAlgSHA256,
-		DataSize:   PinSize,
+		DataSize:   AnchorSize,
 		AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
 		Attributes: tpm2.TPMANV{PolicyWrite: true, AuthRead: true, NoDA: true, NT: tpm2.TPMNTOrdinary},
 	}, err
@@ -106,13 +106,13 @@ func bindsBootState(terms authpolicy.Terms) bool {
 }
 
 // Define makes the index where there is none. One that is there already for
-// these terms stays as it is, written or not; another one is [ErrPinReplaced].
-func (p *Pin) Define(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
+// these terms stays as it is, written or not; another one is [ErrAnchorReplaced].
+func (p *Anchor) Define(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
 	public, err := p.public(terms)
 	if err != nil {
 		return err
 	}
-	if _, err := p.look(t, terms); !errors.Is(err, ErrPinMissing) {
+	if _, err := p.look(t, terms); !errors.Is(err, ErrAnchorMissing) {
 		return err
 	}
 	return defineSpace(t, srk, p.owner, public)
@@ -120,7 +120,7 @@ func (p *Pin) Define(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) erro
 
 // Remove removes whatever is at the index: it is for callers who know that it
 // is theirs, or that its place is to be taken. That there is nothing is no error.
-func (p *Pin) Remove(t transport.TPM, srk *tpm.SRK) error {
+func (p *Anchor) Remove(t transport.TPM, srk *tpm.SRK) error {
 	public, err := readPublic(t, p.index)
 	if public == nil || err != nil {
 		return err
@@ -141,7 +141,7 @@ func (p *Pin) Remove(t transport.TPM, srk *tpm.SRK) error {
 
 // Replace removes whatever is at the index and makes it anew for these terms. It
 // holds nothing until it is written: a crash in between means locked.
-func (p *Pin) Replace(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
+func (p *Anchor) Replace(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
 	if _, err := p.public(terms); err != nil {
 		return err // before anything is lost
 	}
@@ -153,26 +153,26 @@ func (p *Pin) Replace(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) err
 
 // Read returns what the index holds, authenticated by the TPM as the content of
 // the index with the demanded Name.
-func (p *Pin) Read(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) (value [PinSize]byte, err error) {
+func (p *Anchor) Read(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) (value [AnchorSize]byte, err error) {
 	found, err := p.look(t, terms)
 	if err != nil {
 		return value, err
 	}
 	if !found.written {
-		return value, p.wrong(ErrPinUnwritten)
+		return value, p.wrong(ErrAnchorUnwritten)
 	}
 	r, err := tpm2.NVRead{
 		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(p.index), Name: found.name, Auth: srk.Session()},
 		NVIndex:    p.handle(found.name),
-		Size:       PinSize,
+		Size:       AnchorSize,
 	}.Execute(t)
 	if err != nil {
 		return value, p.refused("TPM2_NV_Read", err)
 	}
-	if len(r.Data.Buffer) != PinSize {
-		return value, fmt.Errorf("TPM2_NV_Read: %d bytes, want %d", len(r.Data.Buffer), PinSize)
+	if len(r.Data.Buffer) != AnchorSize {
+		return value, fmt.Errorf("TPM2_NV_Read: %d bytes, want %d", len(r.Data.Buffer), AnchorSize)
 	}
-	return [PinSize]byte(r.Data.Buffer), nil
+	return [AnchorSize]byte(r.Data.Buffer), nil
 }
 
 // writeTries bounds how often a write is repeated because any PCR, one of IMA's
@@ -181,7 +181,7 @@ const writeTries = 8
 
 // Write replaces what the index holds, in one step. In another boot state than
 // that of the terms it is refused with [seal.CauseBootState].
-func (p *Pin) Write(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, value [PinSize]byte) error {
+func (p *Anchor) Write(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, value [AnchorSize]byte) error {
 	found, err := p.look(t, terms)
 	if err != nil {
 		return err
@@ -195,7 +195,7 @@ func (p *Pin) Write(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, value
 	return err
 }
 
-func (p *Pin) writeOnce(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, name tpm2.TPM2BName, value [PinSize]byte) error {
+func (p *Anchor) writeOnce(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, name tpm2.TPM2BName, value [AnchorSize]byte) error {
 	// Salted: that it was written is the TPM's word.
 	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, authpolicy.NonceSize, tpm2.Salted(srk.Handle, srk.Public))
 	if err != nil {
@@ -216,7 +216,7 @@ func (p *Pin) writeOnce(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, n
 	return nil
 }
 
-func (p *Pin) handle(name tpm2.TPM2BName) tpm2.NamedHandle {
+func (p *Anchor) handle(name tpm2.TPM2BName) tpm2.NamedHandle {
 	return tpm2.NamedHandle{Handle: tpm2.TPMHandle(p.index), Name: name}
 }
 
@@ -229,7 +229,7 @@ type found struct {
 
 // look finds the index. Its answer is a claim: the session of the command that
 // follows proves the Name, or the TPM refuses.
-func (p *Pin) look(t transport.TPM, terms authpolicy.Terms) (found, error) {
+func (p *Anchor) look(t transport.TPM, terms authpolicy.Terms) (found, error) {
 	want, err := p.public(terms)
 	if err != nil {
 		return found{}, err
@@ -239,7 +239,7 @@ func (p *Pin) look(t transport.TPM, terms authpolicy.Terms) (found, error) {
 		return found{}, err
 	}
 	if public == nil {
-		return found{}, p.wrong(ErrPinMissing)
+		return found{}, p.wrong(ErrAnchorMissing)
 	}
 	want.Attributes.Written = public.Attributes.Written
 	name, err := tpm2.NVName(&want)
@@ -247,41 +247,41 @@ func (p *Pin) look(t transport.TPM, terms authpolicy.Terms) (found, error) {
 		return found{}, err
 	}
 	if now, err := tpm2.NVName(public); err != nil || !bytes.Equal(now.Buffer, name.Buffer) {
-		return found{}, p.wrong(ErrPinReplaced)
+		return found{}, p.wrong(ErrAnchorReplaced)
 	}
 	return found{name: *name, written: public.Attributes.Written}, nil
 }
 
-const pinHint = "if Secure Boot, its keys or dbx changed (pin.pcrs), that is why, else someone tampered with the TPM from another boot: run kleidi recover --trust-key-id KEY_ID with the recovery identity, see docs/recovery.md"
+const anchorHint = "if Secure Boot, its keys or dbx changed (anchor.pcrs), that is why, else someone tampered with the TPM from another boot: run kleidi recover --trust-key-id KEY_ID with the recovery identity, see docs/recovery.md"
 
-func (p *Pin) wrong(err error) error {
-	return seal.Errorf(seal.CausePin, pinHint, "the pin at NV index %#08x: %w", p.index, err)
+func (p *Anchor) wrong(err error) error {
+	return seal.Errorf(seal.CauseAnchor, anchorHint, "the anchor at NV index %#08x: %w", p.index, err)
 }
 
 // unsatisfied gives it its cause that the terms do not hold.
-func (p *Pin) unsatisfied(err error) error {
+func (p *Anchor) unsatisfied(err error) error {
 	switch {
 	case isAny(err, authpolicy.ErrBootState, authpolicy.ErrNoSignedState, authpolicy.ErrSignature, authpolicy.ErrResets):
 		return seal.Errorf(seal.CauseBootState, "boot as the node last did, or run kleidi recover with the recovery identity",
-			"the pin at NV index %#08x can't be written in this boot state: %w", p.index, err)
+			"the anchor at NV index %#08x can't be written in this boot state: %w", p.index, err)
 	case isAny(err, authpolicy.ErrEpoch, authpolicy.ErrCounter):
-		return seal.Errorf(seal.CauseEpoch, recoverHint, "the pin at NV index %#08x can't be written in this epoch: %w", p.index, err)
+		return seal.Errorf(seal.CauseEpoch, recoverHint, "the anchor at NV index %#08x can't be written in this epoch: %w", p.index, err)
 	}
 	return err
 }
 
 // refused tells what is wrong with the index from what the TPM answers to a
 // command on it (TPM 2.0 Library, Part 3, 31.7 and 31.13).
-func (p *Pin) refused(command string, err error) error {
+func (p *Anchor) refused(command string, err error) error {
 	var what error
 	switch {
 	case isAny(err, tpm2.TPMRCHandle):
-		what = ErrPinMissing
+		what = ErrAnchorMissing
 	case isAny(err, tpm2.TPMRCNVUninitialized):
-		what = ErrPinUnwritten
+		what = ErrAnchorUnwritten
 	case isAny(err, tpm2.TPMRCAuthFail, tpm2.TPMRCBadAuth, tpm2.TPMRCPolicyFail, tpm2.TPMRCAuthUnavailable, tpm2.TPMRCAuthType,
 		tpm2.TPMRCNVAuthorization, tpm2.TPMRCNVLocked, tpm2.TPMRCNVRange):
-		what = ErrPinReplaced
+		what = ErrAnchorReplaced
 	default:
 		return fmt.Errorf("%s: %w", command, err)
 	}
