@@ -46,18 +46,19 @@ type demand struct {
 var allPCRs = []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15}
 
 // corpus returns the boots that are mutated: those recorded on virtual machines
-// with real firmware, the public test logs of the modules that kleidi requires, and
-// boots of every type on a simulated machine with a real TPM 2.0.
+// with real firmware, the test logs of other projects, and boots of every type on a
+// simulated machine with a real TPM 2.0.
 func corpus(ctx context.Context, s *signer) ([]*source, error) {
 	root, err := output("go", "list", "-m", "-f", "{{.Dir}}", "github.com/beezy-dev/kleidi")
 	if err != nil {
 		return nil, err
 	}
-	recorded, err := recordedBoots(s, filepath.Join(root, "tpm/eventlog/testdata"))
+	testdata := filepath.Join(root, "tpm/eventlog/testdata")
+	recorded, err := recordedBoots(s, testdata)
 	if err != nil {
 		return nil, err
 	}
-	public, err := publicLogs(s)
+	public, err := publicLogs(s, filepath.Join(testdata, "public"))
 	if err != nil {
 		return nil, err
 	}
@@ -156,38 +157,30 @@ func newRecord(pcr int, text string) string {
 		pcr, strings.Join(digests, ","), text)
 }
 
-// publicLogs are inside the modules, which Go keeps in its cache. Those of TPM 1.2
-// are refused, which package eventlog tests.
-func publicLogs(s *signer) ([]*source, error) {
+// publicLogs are the test logs of other projects. Package eventlog tests that those
+// of TPM 1.2 are refused.
+func publicLogs(s *signer, folder string) ([]*source, error) {
+	files, err := filepath.Glob(filepath.Join(folder, "*/*"))
+	if err != nil {
+		return nil, err
+	}
 	var all []*source
-	for module, folder := range map[string]string{
-		"github.com/google/go-attestation": "attest/testdata", "github.com/google/go-tpm-tools": "internal/test/eventlogs",
-	} {
-		dir, err := output("go", "list", "-m", "-f", "{{.Dir}}", module)
+	for _, file := range files {
+		raw, err := os.ReadFile(file)
 		if err != nil {
 			return nil, err
 		}
-		files, err := filepath.Glob(filepath.Join(dir, folder, "*"))
+		if _, err := eventlog.Parse(raw); err != nil {
+			continue
+		}
+		b, err := s.signed(filepath.Base(file), raw, nil)
 		if err != nil {
 			return nil, err
 		}
-		for _, file := range files {
-			raw, err := os.ReadFile(file)
-			if err != nil {
-				return nil, err
-			}
-			if _, err := eventlog.Parse(raw); err != nil {
-				continue
-			}
-			b, err := s.signed(filepath.Base(file), raw, nil)
-			if err != nil {
-				return nil, err
-			}
-			all = append(all, b)
-		}
+		all = append(all, b)
 	}
 	if len(all) < 15 {
-		return nil, fmt.Errorf("only %d public logs were read; see what the modules moved", len(all))
+		return nil, fmt.Errorf("only %d public logs were read from %s", len(all), folder)
 	}
 	slices.SortFunc(all, func(a, b *source) int { return strings.Compare(a.name, b.name) })
 	return all, nil

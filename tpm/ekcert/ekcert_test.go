@@ -13,8 +13,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -237,22 +235,16 @@ func TestSwtpm(t *testing.T) {
 // usage; that of the issuing CA says what they are. The AKs that the same CA
 // certifies are no EKs.
 func TestGoogle(t *testing.T) {
-	dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/google/go-tpm-tools").Output()
-	if err != nil {
-		t.Fatalf("go list -m: %v", err)
-	}
-	in := func(name string) []byte {
-		return must(os.ReadFile(filepath.Join(strings.TrimSpace(string(dir)), name)))
-	}
+	in := func(name string) []byte { return must(os.ReadFile("testdata/google/" + name)) }
 	b := load(t, fstest.MapFS{
-		"root.crt":  {Data: in("server/ca-certs/gcp_ek_ak_ca_root.crt")},
-		"inter.crt": {Data: in("server/ca-certs/gcp_ek_ak_ca_intermediate_v3.crt")},
+		"root.crt":  {Data: in("gcp_ek_ak_ca_root.crt")},
+		"inter.crt": {Data: in("gcp_ek_ak_ca_intermediate_v3.crt")},
 	})
 	for name, want := range map[string]error{
 		"pca_tpm_rsa_enc_cert": nil, "pca_tpm_ecc_enc_cert": nil,
 		"pca_tpm_rsa_sign_cert": ekcert.ErrNotEK, "pca_tpm_ecc_sign_cert": ekcert.ErrNotEK,
 	} {
-		block, _ := pem.Decode(in("internal/test/certificates/" + name + ".pem"))
+		block, _ := pem.Decode(in(name + ".pem"))
 		ek := must(x509.ParseCertificate(block.Bytes)).PublicKey
 		if _, err := b.Verify(block.Bytes, ek, now); !errors.Is(err, want) {
 			t.Errorf("%s: %v, want %v", name, err, want)

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -225,46 +224,42 @@ func TestStartupLocality(t *testing.T) {
 	}
 }
 
-// publicLogs are the test logs inside two modules that we require anyway, as
-// laid down by many firmwares. The value is a part of the reason for refusal.
+// publicLogs are the test logs of two other projects, written by many firmwares
+// (testdata/public). The value is a part of the reason for refusal.
 var publicLogs = map[string]map[string]string{
-	"github.com/google/go-attestation": {
-		"attest/testdata/coreos_36_shielded_vm_no_secure_boot_eventlog":   "",
-		"attest/testdata/crypto_agile_eventlog":                           "",
-		"attest/testdata/ebs_event_missing_eventlog":                      "SHA-1 format",
-		"attest/testdata/option_rom_eventlog":                             "SHA-1 format",
-		"attest/testdata/sb_cert_eventlog":                                "",
-		"attest/testdata/short_no_action_eventlog":                        "SHA-1 format",
-		"attest/testdata/ubuntu_2104_shielded_vm_no_secure_boot_eventlog": "",
+	"go-attestation": {
+		"coreos_36_shielded_vm_no_secure_boot_eventlog":   "",
+		"crypto_agile_eventlog":                           "",
+		"ebs_event_missing_eventlog":                      "SHA-1 format",
+		"option_rom_eventlog":                             "SHA-1 format",
+		"sb_cert_eventlog":                                "",
+		"short_no_action_eventlog":                        "SHA-1 format",
+		"ubuntu_2104_shielded_vm_no_secure_boot_eventlog": "",
 	},
-	"github.com/google/go-tpm-tools": {
-		"internal/test/eventlogs/arch-linux-workstation.bin":                 "",
-		"internal/test/eventlogs/confidential-gke-debug-251000_eventlog.bin": "",
-		"internal/test/eventlogs/cos-101-amd-sev.bin":                        "",
-		"internal/test/eventlogs/cos-85-amd-sev.bin":                         "",
-		"internal/test/eventlogs/cos-93-amd-sev.bin":                         "",
-		"internal/test/eventlogs/debian-10.bin":                              "SHA-1 format",
-		"internal/test/eventlogs/eventlogwithsp800155.bin":                   "",
-		"internal/test/eventlogs/gdc-host.bin":                               "",
-		"internal/test/eventlogs/glinux-alex.bin":                            "",
-		"internal/test/eventlogs/rhel8-uefi.bin":                             "",
-		"internal/test/eventlogs/ubuntu-1804-amd-sev.bin":                    "",
-		"internal/test/eventlogs/ubuntu-2104-no-dbx.bin":                     "",
-		"internal/test/eventlogs/ubuntu-2104-no-secure-boot.bin":             "",
-		"internal/test/eventlogs/ubuntu-2404-amd-sevsnp.bin":                 "",
+	"go-tpm-tools": {
+		"arch-linux-workstation.bin":                 "",
+		"confidential-gke-debug-251000_eventlog.bin": "",
+		"cos-101-amd-sev.bin":                        "",
+		"cos-85-amd-sev.bin":                         "",
+		"cos-93-amd-sev.bin":                         "",
+		"debian-10.bin":                              "SHA-1 format",
+		"eventlogwithsp800155.bin":                   "",
+		"gdc-host.bin":                               "",
+		"glinux-alex.bin":                            "",
+		"rhel8-uefi.bin":                             "",
+		"ubuntu-1804-amd-sev.bin":                    "",
+		"ubuntu-2104-no-dbx.bin":                     "",
+		"ubuntu-2104-no-secure-boot.bin":             "",
+		"ubuntu-2404-amd-sevsnp.bin":                 "",
 	},
 }
 
 func eachPublicLog(t *testing.T, f func(t *testing.T, raw []byte, refusal string)) {
 	t.Helper()
-	for module, files := range publicLogs {
-		dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
-		if err != nil {
-			t.Fatalf("go list -m %s: %v", module, err)
-		}
+	for project, files := range publicLogs {
 		for _, file := range slices.Sorted(maps.Keys(files)) {
-			t.Run(filepath.Base(file), func(t *testing.T) {
-				raw, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(dir)), file))
+			t.Run(file, func(t *testing.T) {
+				raw, err := os.ReadFile(filepath.Join("testdata/public", project, file))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -313,11 +308,7 @@ func TestPublicLogs(t *testing.T) {
 // TestLogOfWindowsIsRefused: the last of go-attestation's test logs lies in a dump of
 // all that its tool asked for.
 func TestLogOfWindowsIsRefused(t *testing.T) {
-	dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/google/go-attestation").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(dir)), "attest/testdata/windows_gcp_shielded_vm.json"))
+	b, err := os.ReadFile("testdata/public/go-attestation/windows_gcp_shielded_vm.json")
 	if err != nil {
 		t.Fatal(err)
 	}
