@@ -3,6 +3,8 @@
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 30s
+# How many mutated event logs `make fuzz` tries on the gate.
+MUTATIONS ?= 1000000
 
 # runtime/secret erases what a computation on a key leaves behind; package seal
 # uses it where the toolchain has it.
@@ -59,7 +61,7 @@ lint:
 
 fuzz: build
 	.ci/deps swtpm
-	.ci/fuzz $(FUZZTIME)
+	.ci/fuzz $(FUZZTIME) $(MUTATIONS)
 
 bench: build
 	.ci/deps gcc swtpm softhsm2-util

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -63,6 +64,30 @@ func TestMetricsAreReal(t *testing.T) {
 		used[strings.TrimSuffix(name, "_bucket")] = true
 	}
 	mustContain(t, "live metrics, by the alerts", live, used)
+}
+
+// aDistributionHas are commands that need no word: each Debian or Ubuntu server has them.
+var aDistributionHas = strings.Fields("install reboot systemctl systemd-tmpfiles tee sudo")
+
+// TestNeedsNameTheTools: what a task runs and a plain machine lacks is named where
+// the page says what is needed.
+func TestNeedsNameTheTools(t *testing.T) {
+	command := regexp.MustCompile(`(?m)(?:^|\||\$\() *(?:sudo +)?([a-z][a-z0-9-]*)`)
+	needs := regexp.MustCompile(`(?s)\nNeeded: .*?\n\n`)
+	for _, file := range []string{top + "README.md", operations} {
+		needed := needs.FindString(read(t, file))
+		for _, b := range blocks(t, file) {
+			if !b.commands {
+				continue
+			}
+			for _, m := range command.FindAllStringSubmatch(b.text, -1) {
+				tool := strings.TrimSuffix(m[1], "-keygen")
+				if tool != "kleidi" && !slices.Contains(aDistributionHas, tool) && !regexp.MustCompile(`\b`+tool+`\b`).MatchString(needed) {
+					t.Errorf("%s:%d: %s is in no need of the page: %q", file, b.line, tool, needed)
+				}
+			}
+		}
+	}
 }
 
 func TestAlertsAreExplained(t *testing.T) {
