@@ -35,11 +35,11 @@ run: build
 
 # These change users, mount disks or give files away. CI runs them, as root.
 ROOT_TESTS = TestStrangersDontCrowdOut|TestSocketModeAndOwner|TestBadFolders|TestLiveSocketIsLeftAlone|TestPeers|$\
-	TestOtherUsersAreRefused|TestFolders/foreign|TestFiles/foreign|TestFullDisk|TestReadOnlyDisk|TestScript/unit
+	TestOtherUsersAreRefused|TestFolders/foreign|TestFiles/foreign|TestFullDisk|TestReadOnlyDisk|TestPowerLoss|TestCut|TestScript/unit
 NOT_ROOT   = $(filter-out 0,$(shell id -u))
 
 test:
-	.ci/deps gcc swtpm openssl softhsm2-util pkcs11-tool nss
+	.ci/deps gcc swtpm openssl softhsm2-util pkcs11-tool nss $(if $(NOT_ROOT),,mkfs.ext4)
 	$(GO) test $(RACE) $(if $(NOT_ROOT),-skip '$(ROOT_TESTS)') $(TESTFLAGS) $(PACKAGES)
 	@test "$$(id -u)" = 0 || echo 'not run, since they need root (sudo make test): $(ROOT_TESTS)'
 

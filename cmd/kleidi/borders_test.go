@@ -46,6 +46,7 @@ var borders = map[string][]string{
 	"grpcserver/internal/panics":     {},
 	"grpcserver/internal/unixsocket": {},
 	"internal/strictyaml":            {},
+	"internal/powerloss":             {},
 	"cmd/kleidi/internal/config":     {"grpcserver/verifier", "hsm", "internal/strictyaml", "seal", "tpm", "tpm/attest", "tpm/nv", "vault"},
 }
 
