@@ -1,5 +1,5 @@
 // Package kill kills the shipped binary at every durable step of every verb that
-// changes the keyring, and fills its disk. Whatever the moment, the keyring must
+// changes the keyring, fills its disk, and cuts the disk's power. Whatever the moment, the keyring must
 // open afterwards with all its KEKs, no key ID that was announced may be
 // forgotten, and the verb can be run again.
 //
@@ -11,5 +11,5 @@
 // goroutines between threads: some steps would never be the N-th of any.
 //
 // The tests run as root, as kleidi does: only root may trace a process that
-// has made itself undumpable, and mount a small disk.
+// has made itself undumpable, and mount a disk.
 package kill

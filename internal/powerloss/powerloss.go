@@ -58,10 +58,11 @@ func New(t testing.TB, dir string) *Disk {
 		t.Fatalf("mount a disk of its own (run the tests as root): %v", err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(d.dir, unix.MNT_DETACH) })
-	if err := os.Chmod(dir, 0o700); err != nil {
+	// An ext4 file system of its own has this folder, which is empty
+	if err := errors.Join(os.Remove(filepath.Join(dir, "lost+found")), os.Chmod(dir, 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	d.flush() // the file system itself is on the disk
+	d.Flush() // the file system itself is on the disk
 	return d
 }
 
@@ -84,8 +85,8 @@ func (d *Disk) Cut() {
 	}
 }
 
-// flush has the whole file system written to the disk.
-func (d *Disk) flush() {
+// Flush has the whole file system written to the disk.
+func (d *Disk) Flush() {
 	d.t.Helper()
 	f, err := os.Open(d.dir)
 	if err != nil {
