@@ -189,7 +189,19 @@ var secureBoot = []forgery{
 	{name: "Secure Boot on where it is to be off", log: "direct-kernel", policy: anyIn(7), forge: func(t *testing.T, l *eventlog.Log) {
 		on := variable(globalGUID, "SecureBoot", "\x01")
 		l.Events[find(t, l, 7, "Secure Boot: off")] = measure(l, 7, eventlog.EFIVariableDriverConfig, on, on)
-	}, refused: "secureBoot", problem: "in another state"},
+	}, refused: "secureBoot", problem: "no key that verified"},
+	{name: "Secure Boot on, and nothing verified", policy: anyIn(7), forge: func(t *testing.T, l *eventlog.Log) {
+		remove(l, find(t, l, 7, "authorised by"))
+	}, refused: "secureBoot", problem: "no key that verified"},
+	{name: "Secure Boot on, and nothing verified, before the system", policy: anyIn(7), forge: func(t *testing.T, l *eventlog.Log) {
+		insert(l, find(t, l, 7, "authorised by"), measure(l, 7, eventlog.EventTag, eventlog.OSSeparator, eventlog.OSSeparator))
+	}, refused: "secureBoot", problem: "no key that verified"},
+	{name: "Secure Boot on, and the certificate measured as a setting", policy: anyIn(7), forge: func(t *testing.T, l *eventlog.Log) {
+		l.Events[find(t, l, 7, "authorised by")].UntrustedType = eventlog.EFIVariableDriverConfig
+	}, refused: "secureBoot", problem: "no key that verified"},
+	{name: "Secure Boot on, and shim's SBAT level alone", log: "shim-grub-secureboot", policy: anyIn(7), forge: func(t *testing.T, l *eventlog.Log) {
+		remove(l, find(t, l, 7, "authorised by db"))
+	}, refused: "secureBoot", problem: "no key that verified"},
 }
 
 // certificates rewrites PCR 7: the firmware's variables by their digests, and then
@@ -207,6 +219,7 @@ func certificates(names ...string) func(p *BootPolicy) {
 			}
 		}
 		p.PCRs[7] = Rule{Allowed: allowed}
+		p.SecureBoot = "" // which is judged first, and counts authorities too
 	}
 }
 

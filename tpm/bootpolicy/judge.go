@@ -27,7 +27,8 @@ type judgement struct {
 //     which are now proven, and at their order.
 //  4. PCR 0 starts from the demanded locality, and before its separator comes an
 //     allowed version.
-//  5. PCR 7 shows the demanded state of Secure Boot.
+//  5. PCR 7 shows the demanded state of Secure Boot; it is on only where a key of db
+//     verified something.
 //  6. By PCR: exactly one separator, where one is demanded, and none that reports
 //     an error; every event matches its entry.
 //
@@ -169,21 +170,31 @@ func (j *judgement) judgeSecureBoot() {
 	if j.policy.SecureBoot == "" {
 		return
 	}
-	on, known := j.log.SecureBoot()
-	got := SecureBootDisabled
-	if on {
-		got = SecureBootEnabled
-	}
-	f := Finding{Rule: "secureBoot", PCR: 7, Event: NoEvent, Want: string(j.policy.SecureBoot), Got: string(got)}
-	switch {
-	case !known:
-		f.Got, f.Problem, f.Next = "unknown", "PCR 7 does not prove the state of Secure Boot", nextForged
+	state := j.log.SecureBootState()
+	f := Finding{Rule: "secureBoot", PCR: 7, Event: NoEvent, Want: string(j.policy.SecureBoot), Got: string(state)}
+	switch got := recordedAs(state); {
+	case state == eventlog.SecureBootIdle:
+		f.Problem, f.Cause, f.Next = "Secure Boot is on, and PCR 7 shows no key that verified what was started", "a hypervisor that starts the kernel itself", nextBoot
+	case got == "":
+		f.Problem, f.Next = "PCR 7 does not prove the state of Secure Boot", nextForged
 	case got != j.policy.SecureBoot:
-		f.Problem, f.Cause, f.Next = "Secure Boot is in another state", "it was switched in the firmware's setup", nextSetup
+		f.Got, f.Problem, f.Cause, f.Next = string(got), "Secure Boot is in another state", "it was switched in the firmware's setup", nextSetup
 	default:
 		return
 	}
 	j.add(f)
+}
+
+// recordedAs is how a boot policy writes a state; "" is how it writes one that proves
+// nothing.
+func recordedAs(state eventlog.SecureBootState) SecureBoot {
+	switch state {
+	case eventlog.SecureBootOn:
+		return SecureBootEnabled
+	case eventlog.SecureBootOff:
+		return SecureBootDisabled
+	}
+	return ""
 }
 
 func (j *judgement) judgeSeparator(pcr int) {

@@ -41,11 +41,8 @@ func Record(log *eventlog.Log, bank crypto.Hash, pcrs []int) (*BootPolicy, error
 	if _, ok := p.PCRs[0]; ok {
 		p.recordFirmware(j)
 	}
-	if on, known := j.log.SecureBoot(); known && slices.Contains(pcrs, 7) {
-		p.SecureBoot = SecureBootDisabled
-		if on {
-			p.SecureBoot = SecureBootEnabled
-		}
+	if slices.Contains(pcrs, 7) {
+		p.SecureBoot = recordedAs(j.log.SecureBootState())
 	}
 	if v := Judge(p, log, claimed); !v.Accepted {
 		return nil, fmt.Errorf("boot policy: this boot can't be recorded: %s", v.Findings[0])

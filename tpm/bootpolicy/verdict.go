@@ -105,6 +105,7 @@ const (
 	nextQuote  = "quote exactly the PCRs of the boot policy, in its bank"
 	nextEdit   = "run kleidi bootpolicy show to see every problem, and edit the boot policy"
 	nextChange = "if you made this change, run kleidi bootpolicy record --file NEW on this boot, look at kleidi bootpolicy diff OLD NEW, and put NEW in its place; if you did not, boot what you know and find out who did"
+	nextBoot   = "start the machine by its firmware's boot manager, from a disk, so that the firmware verifies what it starts"
 	nextSetup  = "set Secure Boot as the boot policy says in the firmware's setup, or edit secureBoot"
 	nextUpdate = "if this firmware is meant to run, add its version to firmware.versions; else put the earlier one back"
 )

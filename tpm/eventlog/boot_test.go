@@ -2,9 +2,11 @@ package eventlog
 
 import (
 	"crypto"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -70,10 +72,43 @@ func TestSecureBootOfPublicLogsAsGoAttestationSeesIt(t *testing.T) {
 	}
 }
 
+// TestNothingVerified: without the authority, Secure Boot is not on, and go-attestation
+// says the same.
+func TestNothingVerified(t *testing.T) {
+	l := parseLog(t, "uki-secureboot")
+	l.Events = slices.DeleteFunc(l.Events, func(e Event) bool { return e.UntrustedType == EFIVariableAuthority })
+	if s := l.SecureBootState(); s != SecureBootIdle {
+		t.Errorf("%s, want %s", s, SecureBootIdle)
+	}
+	pcrs, err := l.Replay(crypto.SHA256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	events, err := oracleEvents(l.Encode(), crypto.SHA256, pcrs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := attest.ParseSecurebootState(events); err == nil || !strings.Contains(err.Error(), "no key was used") {
+		t.Errorf("go-attestation: %v", err)
+	}
+}
+
 func secureBootVar(data ...byte) Event {
 	v := variable{globalVariable, "SecureBoot", data}.encode()
 	return Measure(sha256Only, 7, EFIVariableDriverConfig, v, v)
 }
+
+// authorityOf is what firmware measures of the entry of a variable that let an image run.
+func authorityOf(banks []crypto.Hash, vendor guid, name string, entry []byte) Event {
+	v := variable{vendor, name, entry}.encode()
+	return Measure(banks, 7, EFIVariableAuthority, v, v)
+}
+
+// certificateOfDB is an authority by a certificate, hashOfDB one by a hash of the image.
+var (
+	certificateOfDB = authorityOf(sha256Only, securityDatabase, "db", append(make([]byte, 16), 0x30, 2, 5, 0))
+	hashOfDB        = authorityOf(sha256Only, securityDatabase, "db", make([]byte, 16+32))
+)
 
 // bootWith is a log of one bank whose PCR 7 has these events.
 func bootWith(events ...Event) *Log { return &Log{Banks: sha256Only, Events: events} }
@@ -93,6 +128,16 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 	informational.UntrustedType = NoAction
 	otherVendor := variable{securityDatabase, "SecureBoot", []byte{1}}.encode()
 	os := Measure(sha256Only, 7, EventTag, []byte(OSSeparator), []byte(OSSeparator))
+	vouched := certificateOfDB
+	// The variable db itself, which is a setting, and not what let an image run.
+	list := binary.LittleEndian.AppendUint32(append([]byte(nil), certX509[:]...), 28+16+32)
+	list = binary.LittleEndian.AppendUint32(list, 0)
+	list = binary.LittleEndian.AppendUint32(list, 16+32)
+	list = append(list, make([]byte, 16+32)...)
+	setting := authorityOf(sha256Only, securityDatabase, "db", list)
+	asSetting, unproven := vouched, vouched
+	asSetting.UntrustedType = EFIVariableDriverConfig
+	unproven.UntrustedData = hashOfDB.UntrustedData
 	two := []crypto.Hash{crypto.SHA1, crypto.SHA256}
 	halfTrue := Measure(two, 7, EFIVariableDriverConfig, off.UntrustedData, on.UntrustedData)
 	copy(halfTrue.Digests[0].Value, sum(crypto.SHA1, on.UntrustedData))
@@ -103,11 +148,23 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 		log       *Log
 		on, known bool
 	}{
-		"on":                        {bootWith(on, separator), true, true},
+		"on":                        {bootWith(on, separator, vouched), true, true},
+		"vouched for by hash":       {bootWith(on, separator, hashOfDB), true, true},
+		"vouched for earlier":       {bootWith(on, vouched, separator), true, true},
+		"nobody vouched":            {bootWith(on, separator), false, false},
+		"after the system's":        {bootWith(on, separator, os, vouched), false, false},
+		"the variable db":           {bootWith(on, separator, setting), false, false},
+		"SBAT level":                {bootWith(on, separator, authorityOf(sha256Only, guid{1}, "SbatLevel", make([]byte, 64))), false, false},
+		"key of shim":               {bootWith(on, separator, authorityOf(sha256Only, guid{1}, "MokListRT", make([]byte, 64))), false, false},
+		"another vendor's db":       {bootWith(on, separator, authorityOf(sha256Only, guid{1}, "db", make([]byte, 64))), false, false},
+		"no certificate":            {bootWith(on, separator, authorityOf(sha256Only, securityDatabase, "db", make([]byte, 16+31))), false, false},
+		"empty db":                  {bootWith(on, separator, authorityOf(sha256Only, securityDatabase, "db", nil)), false, false},
+		"authority, as a setting":   {bootWith(on, separator, asSetting), false, false},
+		"unproven authority":        {bootWith(on, separator, unproven), false, false},
 		"off":                       {bootWith(off, separator), false, true},
 		"variable absent":           {bootWith(secureBootVar(), separator), false, true},
-		"os separator later":        {bootWith(on, separator, os), true, true},
-		"unproven event later":      {bootWith(on, separator, hidden), true, true},
+		"os separator later":        {bootWith(on, separator, vouched, os), true, true},
+		"unproven event later":      {bootWith(on, separator, vouched, hidden), true, true},
 		"empty log":                 {bootWith(), false, false},
 		"no separator":              {bootWith(on), false, false},
 		"nothing but a separator":   {bootWith(separator), false, false},
@@ -120,7 +177,7 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 		"two, the first relabelled": {bootWith(off, relabelled, on, separator), false, false},
 		"two, the last relabelled":  {bootWith(on, separator, relabelled), false, false},
 		"separator of wrong digest": {bootWith(on, Measure(sha256Only, 7, Separator, []byte("x"), separators[0]), separator), false, false},
-		"separator of ones":         {bootWith(on, Measure(sha256Only, 7, Separator, separators[1], separators[1])), true, true},
+		"separator of ones":         {bootWith(on, Measure(sha256Only, 7, Separator, separators[1], separators[1]), vouched), true, true},
 		"one separator of each":     {bootWith(on, separator, Measure(sha256Only, 7, Separator, separators[1], nil)), false, false},
 		"error separator":           {bootWith(on, Measure(sha256Only, 7, Separator, separators[2], separators[2])), false, false},
 		"in another PCR":            {bootWith(elsewhere, separator), false, false},
@@ -130,8 +187,9 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 		"neither 0 nor 1":           {bootWith(secureBootVar(2), separator), false, false},
 		"separator of other data":   {bootWith(on, Measure(sha256Only, 7, Separator, []byte("x"), []byte("x")), separator), false, false},
 		"separator in one bank":     {&Log{Banks: two, Events: []Event{onInTwo, halfSeparator}}, false, false},
-		"on in two banks":           {&Log{Banks: two, Events: []Event{onInTwo, Measure(two, 7, Separator, separators[0], nil)}}, true, true},
-		"true in one bank only":     {&Log{Banks: two, Events: []Event{halfTrue, Measure(two, 7, Separator, separators[0], nil)}}, false, false},
+		"on in two banks": {&Log{Banks: two, Events: []Event{onInTwo, Measure(two, 7, Separator, separators[0], nil),
+			authorityOf(two, securityDatabase, "db", make([]byte, 48))}}, true, true},
+		"true in one bank only": {&Log{Banks: two, Events: []Event{halfTrue, Measure(two, 7, Separator, separators[0], nil)}}, false, false},
 	} {
 		if on, known := c.log.SecureBoot(); on != c.on || known != c.known {
 			t.Errorf("%s: on %v, known %v, want %v, %v", name, on, known, c.on, c.known)
@@ -161,7 +219,8 @@ func TestProvesInEveryBankThatGoCanCompute(t *testing.T) {
 	}
 	// An SM3 bank hides no state, nor does a digest of zeros in it look like a separator.
 	l := &Log{Banks: two, Events: []Event{Measure(two, 7, EFIVariableDriverConfig, secureBootVar(1).UntrustedData, secureBootVar(1).UntrustedData),
-		Measure(two, 7, EFIAction, text, text), Measure(two, 7, Separator, separators[0], separators[0])}}
+		Measure(two, 7, EFIAction, text, text), Measure(two, 7, Separator, separators[0], separators[0]),
+		authorityOf(two, securityDatabase, "db", make([]byte, 48))}}
 	if on, known := l.SecureBoot(); !on || !known {
 		t.Errorf("with SM3: on %v, known %v", on, known)
 	}
@@ -174,7 +233,10 @@ func TestBootTypeBelievesOnlyWhatIsProven(t *testing.T) {
 	section := ipl(11, ".linux\x00", "")
 	cmdline := ipl(11, ".cmdline\x00", "")
 	grub := ipl(8, "boot", "grub_cmd: boot\x00")
-	stub := ipl(9, "initrd's bytes", string(taggedEvent(tagLinuxInitrd, []byte("Linux initrd\x00"))))
+	initrd := ipl(9, "initrd's bytes", string(taggedEvent(tagLinuxInitrd, []byte("Linux initrd\x00"))))
+	stub := ipl(9, "the command line", string(taggedEvent(tagLinuxLoadOptions, []byte("LOADED_IMAGE::LoadOptions\x00"))))
+	disk := ipl(11, ".initrd\x00", "")
+	given := ipl(12, "r\x00o\x00o\x00t\x00", "r\x00o\x00o\x00t\x00")
 	mok := ipl(14, "x", "MokList\x00")
 	separator := Measure(sha256Only, 7, Separator, separators[0], separators[0])
 	for name, c := range map[string]struct {
@@ -189,15 +251,98 @@ func TestBootTypeBelievesOnlyWhatIsProven(t *testing.T) {
 		"GRUB":                  {bootWith(grub), BootGRUB, []int{4, 7, 8, 9}},
 		"GRUB, shim":            {bootWith(grub, mok), BootGRUB, []int{4, 7, 8, 9, 14}},
 		"GRUB starts a UKI":     {bootWith(grub, section, mok), BootGRUB, []int{4, 7, 8, 9, 11, 14}},
-		"UKI":                   {bootWith(secureBootVar(1), separator, section, cmdline, stub), BootUKI, []int{4, 7, 11}},
-		"UKI, no command line":  {bootWith(secureBootVar(1), separator, section, stub), BootUKI, []int{4, 7, 9, 11}},
-		"UKI, Secure Boot off":  {bootWith(secureBootVar(0), separator, section, cmdline, stub), BootUKI, []int{4, 7, 9, 11}},
-		"UKI, unknown":          {bootWith(section, cmdline, stub), BootUKI, []int{4, 7, 9, 11}},
-		"UKI, off, PCR 9 empty": {bootWith(section, cmdline), BootUKI, []int{4, 7, 11}},
+		"RHEL 8's GRUB":         {bootWith(ipl(8, "boot\x00", "grub_cmd boot")), BootGRUB, []int{4, 7, 8, 9}},
+		"UKI":                   {bootWith(secureBootVar(1), separator, certificateOfDB, section, cmdline, disk, stub), BootUKI, []int{4, 7, 11}},
+		"UKI, nothing verified": {bootWith(secureBootVar(1), separator, section, cmdline, disk, stub), BootUKI, []int{4, 7, 9, 11}},
+		"UKI, no command line":  {bootWith(secureBootVar(1), separator, certificateOfDB, section, disk, stub), BootUKI, []int{4, 7, 9, 11}},
+		"UKI, no initrd":        {bootWith(secureBootVar(1), separator, certificateOfDB, section, cmdline, stub), BootUKI, []int{4, 7, 9, 11}},
+		"UKI, Secure Boot off":  {bootWith(secureBootVar(0), separator, section, cmdline, disk, stub), BootUKI, []int{4, 7, 9, 11}},
+		"UKI, unknown":          {bootWith(section, cmdline, disk, stub), BootUKI, []int{4, 7, 9, 11}},
+		"UKI, off, PCR 9 empty": {bootWith(section, cmdline, disk), BootUKI, []int{4, 7, 11}},
+		"UKI, older kernel":     {bootWith(section, disk, initrd, given), BootUKI, []int{4, 7, 9, 11, 12}},
 		"stub":                  {bootWith(stub), BootEFIStub, []int{4, 7, 9}},
+		"initrd alone":          {bootWith(initrd), BootUnknown, nil},
 	} {
 		if got := c.log.BootType(); got != c.boot || !reflect.DeepEqual(got.PCRs(c.log), c.pcrs) {
 			t.Errorf("%s: %s %v, want %s %v", name, got, got.PCRs(c.log), c.boot, c.pcrs)
+		}
+	}
+}
+
+// TestMeasuredOfPublicLogs: the parts of real boots are found, and with a boot type all
+// parts that it demands.
+func TestMeasuredOfPublicLogs(t *testing.T) {
+	unknown := 0
+	eachPublicLog(t, func(t *testing.T, raw []byte, refusal string) {
+		l, err := Parse(raw)
+		if err != nil {
+			return
+		}
+		m := l.Measured()
+		if !m.Image {
+			t.Error("no image in PCR 4")
+		}
+		switch boot := l.BootType(); {
+		case boot == BootUnknown:
+			unknown++
+		case boot != BootGRUB || !m.CommandLine || !m.File:
+			t.Errorf("%s: %+v", boot, m)
+		}
+	})
+	if unknown > 4 {
+		t.Errorf("of %d logs the boot type is unknown", unknown)
+	}
+}
+
+// TestMeasuredIsNothingElse: an event that only claims to be a part of the boot, with
+// the digest of a separator, an action or its own text, is none.
+func TestMeasuredIsNothingElse(t *testing.T) {
+	load := string(imageLoad{size: 1}.encode())
+	tagged := string(taggedEvent(tagLinuxLoadOptions, nil))
+	disk := string(taggedEvent(tagLinuxInitrd, nil))
+	measured := func(pcr int, typ EventType, measured, data string) Event {
+		return Measure(sha256Only, pcr, typ, []byte(measured), []byte(data))
+	}
+	parts := map[string]func(measured string) Event{
+		"image":        func(s string) Event { return measured(4, EFIBootServicesApp, s, load) },
+		"file":         func(s string) Event { return measured(9, IPL, s, "/vmlinuz") },
+		"load options": func(s string) Event { return measured(9, EventTag, s, tagged) },
+		"initrd":       func(s string) Event { return measured(9, EventTag, s, disk) },
+	}
+	holds := func(e ...Event) bool {
+		m := bootWith(e...).Measured()
+		return m.Image || m.File || m.LoadOptions || m.Initrd
+	}
+	for name, part := range parts {
+		if !holds(part("the content")) {
+			t.Errorf("%s: not found", name)
+		}
+		for _, other := range append(actions, "", "\x00\x00\x00\x00", "\xff\xff\xff\xff", "\x01\x00\x00\x00") {
+			if holds(part(other)) {
+				t.Errorf("%s with the digest of %q is taken for one", name, other)
+			}
+		}
+		own := part("the content")
+		own.Digests[0].Value = sum(crypto.SHA256, own.UntrustedData)
+		system := part(OSSeparator)
+		if holds(own) {
+			t.Errorf("%s: its own data is taken for the content", name)
+		}
+		if holds(system, part("the content")) {
+			t.Errorf("%s: what the system measured is taken for one", name)
+		}
+	}
+	for name, e := range map[string]Event{
+		"a driver":         measured(4, EFIBootServicesDriver, "the content", load),
+		"an empty image":   measured(4, EFIBootServicesApp, "the content", string(imageLoad{size: 0}.encode())),
+		"no image at all":  measured(4, EFIBootServicesApp, "the content", "x"),
+		"in another PCR":   measured(5, EFIBootServicesApp, "the content", load),
+		"a nameless file":  measured(9, IPL, "the content", ""),
+		"another PCR's":    measured(8, EventTag, "the content", tagged),
+		"not even claimed": measured(9, NoAction, "the content", tagged),
+	} {
+		if holds(e) {
+			t.Errorf("%s is taken for a part of the boot", name)
 		}
 	}
 }

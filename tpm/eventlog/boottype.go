@@ -16,22 +16,64 @@ const (
 	BootUKI BootType = "uki"
 	// BootGRUB: GRUB, with or without shim.
 	BootGRUB BootType = "grub"
-	// BootEFIStub: the kernel's own EFI stub, started by firmware or systemd-boot.
+	// BootEFIStub: the kernel's own EFI stub, started by firmware or systemd-boot, in a
+	// version that measures its command line.
 	BootEFIStub BootType = "efi-stub"
 	// BootUnknown: none of the above left its measurements.
 	BootUnknown BootType = "unknown"
 )
 
-// BootType tells how the machine booted. For GRUB and UKIs it believes only data
-// whose hash is the digest; what the EFI stub measures can't be recomputed, but
-// it is asked last. GRUB that started a UKI is GRUB.
+// Measured is what a log shows of a boot, part by part. A part counts only in its PCR
+// and before systemd's separator: what comes later is the operating system's.
+type Measured struct {
+	// Image: PCR 4 has an image that the firmware started, a boot loader for instance.
+	Image bool
+	// Command and CommandLine: PCR 8 has a command that GRUB ran, and the command line
+	// with which it started the kernel.
+	Command, CommandLine bool
+	// File: PCR 9 has a file that GRUB read.
+	File bool
+	// LoadOptions and Initrd: PCR 9 has the command line and the initrd that Linux's EFI
+	// stub found.
+	LoadOptions, Initrd bool
+	// LinuxSection, CommandLineSection and InitrdSection: PCR 11 has these sections of a
+	// unified kernel image.
+	LinuxSection, CommandLineSection, InitrdSection bool
+	// ExtraCommandLine: PCR 12 has a command line that systemd-stub was given.
+	ExtraCommandLine bool
+}
+
+// Measured tells which parts of a boot were measured. For GRUB and UKIs it believes
+// only data whose hash is the digest. An image, a file, and what the EFI stub
+// measures can't be recomputed from the log: there the log is believed unless the
+// digest is that of something else.
+func (l *Log) Measured() Measured {
+	section := func(name string) func(Event) bool {
+		return func(e Event) bool { return e.Proves([]byte(name + "\x00")) }
+	}
+	return Measured{
+		Image:              l.hasBeforeOS(4, isImage),
+		Command:            l.hasBeforeOS(8, isGRUBCommand),
+		CommandLine:        l.hasBeforeOS(8, isKernelCommandLine),
+		File:               l.hasBeforeOS(9, isGRUBFile),
+		LoadOptions:        l.hasBeforeOS(9, isLoadOptions),
+		Initrd:             l.hasBeforeOS(9, isInitrd),
+		LinuxSection:       l.hasBeforeOS(11, section(".linux")),
+		CommandLineSection: l.hasBeforeOS(11, section(".cmdline")),
+		InitrdSection:      l.hasBeforeOS(11, section(".initrd")),
+		ExtraCommandLine:   l.hasBeforeOS(12, isProvenText),
+	}
+}
+
+// BootType tells how the machine booted. The EFI stub is asked last, since nothing
+// proves what it measures. GRUB that started a UKI is GRUB.
 func (l *Log) BootType() BootType {
-	switch {
-	case l.has(8, isGRUBCommand):
+	switch m := l.Measured(); {
+	case m.Command:
 		return BootGRUB
-	case l.hasSection(".linux"):
+	case m.LinuxSection:
 		return BootUKI
-	case l.has(9, isLinuxStub):
+	case m.LoadOptions:
 		return BootEFIStub
 	default:
 		return BootUnknown
@@ -40,28 +82,35 @@ func (l *Log) BootType() BootType {
 
 // PCRs returns the PCRs that hold what decides a boot of this type, ascending;
 // none for BootUnknown. PCR 4 is the boot loader or image, 7 the Secure Boot
-// state and keys. PCRs 9 and 14 are added to those of a UKI and of GRUB only
+// state and keys. PCRs 9, 12 and 14 are added to those of a UKI and of GRUB only
 // where they have events.
 //
 //   - uki: 4, 7 and 11 (the image's sections); 9 (the command line and initrd as the
 //     kernel got them) as well, unless Secure Boot is on and the image brings its own
-//     command line: only then does systemd-stub ignore any other.
+//     command line: only then does systemd-stub ignore any other. It is added for an
+//     image without an initrd, too. Where the kernel does not measure its command line,
+//     12 (the one that systemd-stub was given) takes the place of 9.
 //   - grub: 4, 7, 8 (commands, command line), 9 (files), 14 (shim's keys), and 11 if
 //     GRUB started a UKI.
 //   - efi-stub: 4, 7 and 9.
 func (t BootType) PCRs(l *Log) []int {
 	any := func(Event) bool { return true }
+	m := l.Measured()
 	switch t {
 	case BootUKI:
-		pcrs := []int{4, 7, 11}
 		on, known := l.SecureBoot()
-		if !(known && on && l.hasSection(".cmdline")) && l.has(9, any) {
+		own := known && on && m.CommandLineSection
+		pcrs := []int{4, 7, 11}
+		if (!own || !m.InitrdSection) && l.has(9, any) {
 			pcrs = []int{4, 7, 9, 11}
+		}
+		if !own && !m.LoadOptions && m.ExtraCommandLine {
+			pcrs = append(pcrs, 12)
 		}
 		return pcrs
 	case BootGRUB:
 		pcrs := []int{4, 7, 8, 9}
-		if l.hasSection(".linux") {
+		if m.LinuxSection {
 			pcrs = append(pcrs, 11)
 		}
 		if l.has(14, any) {
@@ -80,14 +129,24 @@ func (l *Log) has(pcr int, is func(Event) bool) bool {
 	return slices.ContainsFunc(l.Events, func(e Event) bool { return e.PCR == pcr && e.extends() && is(e) })
 }
 
-// hasSection reports whether systemd-stub measured that section of a UKI.
-func (l *Log) hasSection(name string) bool {
-	return l.has(11, func(e Event) bool { return e.Proves([]byte(name + "\x00")) })
+// hasBeforeOS is has for the events before systemd's separator. Without one, they may
+// be the operating system's.
+func (l *Log) hasBeforeOS(pcr int, is func(Event) bool) bool {
+	for _, e := range l.Events {
+		switch {
+		case e.PCR != pcr || !e.extends():
+		case e.mayBe([]byte(OSSeparator)):
+			return false
+		case is(e):
+			return true
+		}
+	}
+	return false
 }
 
 // grubPrefixes open the data of GRUB's events; what follows is measured, without
-// the final NUL.
-var grubPrefixes = []string{"grub_cmd: ", "kernel_cmdline: ", "module_cmdline: "}
+// the final NUL, or with it in RHEL 8's GRUB, which writes no colon.
+var grubPrefixes = []string{"grub_cmd: ", "kernel_cmdline: ", "module_cmdline: ", "grub_cmd ", "grub_kernel_cmdline "}
 
 // splitGRUB splits the data of a GRUB event; prefix is "" for any other.
 func splitGRUB(data []byte) (prefix string, text []byte) {
@@ -104,8 +163,51 @@ func isGRUBCommand(e Event) bool {
 	return prefix != "" && (e.Proves(text) || e.Proves(append(bytes.Clone(text), 0)))
 }
 
-func isLinuxStub(e Event) bool {
-	id, _, ok := parseTagged(e.UntrustedData)
-	return ok && (id == tagLinuxInitrd || id == tagLinuxLoadOptions) ||
-		strings.HasPrefix(string(e.UntrustedData), "LOADED_IMAGE::LoadOptions")
+// isKernelCommandLine recognises the command line that GRUB gave the kernel.
+func isKernelCommandLine(e Event) bool {
+	prefix, _ := splitGRUB(e.UntrustedData)
+	return strings.Contains(prefix, "kernel_cmdline") && isGRUBCommand(e)
 }
+
+// isGRUBFile recognises a file that GRUB read, by its name.
+func isGRUBFile(e Event) bool {
+	return e.UntrustedType == IPL && len(e.UntrustedData) > 0 && !isSomethingElse(e)
+}
+
+// isImage recognises an image that was started. The digest is the image's own, so
+// that it must not be that of anything else that is measured into PCR 4.
+func isImage(e Event) bool {
+	if e.UntrustedType != EFIBootServicesApp {
+		return false
+	}
+	i, err := parseImageLoad(e.UntrustedData)
+	return err == nil && i.size > 0 && !isSomethingElse(e)
+}
+
+// actions are measured into PCR 4 as text, beside images (TCG PFP 1.06, 10.4.4).
+var actions = []string{
+	"Calling EFI Application from Boot Option", "Returning from EFI Application from Boot Option",
+	"Entering ROM Based Setup", "Exit Boot Services Invocation", "Exit Boot Services Returned with Failure", "Exit Boot Services Returned with Success",
+}
+
+// isSomethingElse reports whether an event that should have the digest of a file has
+// that of its own data, of a separator or of an action: then no file was measured.
+func isSomethingElse(e Event) bool {
+	return e.mayBe(e.UntrustedData) || e.mayBe(nil) || separatorKind(e) >= 0 ||
+		slices.ContainsFunc(actions, func(a string) bool { return e.mayBe([]byte(a)) })
+}
+
+// isLoadOptions recognises what Linux's EFI stub measures of its command line. Its
+// initrd alone is no sign of a stub that measures both: older ones measure only that.
+func isLoadOptions(e Event) bool {
+	id, _, ok := parseTagged(e.UntrustedData)
+	return (ok && id == tagLinuxLoadOptions || strings.HasPrefix(string(e.UntrustedData), "LOADED_IMAGE::LoadOptions")) && !isSomethingElse(e)
+}
+
+func isInitrd(e Event) bool {
+	id, _, ok := parseTagged(e.UntrustedData)
+	return ok && id == tagLinuxInitrd && !isSomethingElse(e)
+}
+
+// isProvenText recognises text in UTF-16 that the digest is of.
+func isProvenText(e Event) bool { return isUTF16(e.UntrustedData) && e.Proves(e.UntrustedData) }

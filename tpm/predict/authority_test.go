@@ -84,5 +84,5 @@ func TestClaimedAuthority(t *testing.T) {
 		}
 	}
 	_, err = Predict(log, Change{Next: Files{UKI: next.build(t)}})
-	wantRefusal(t, err, "PCR 7", "not a proven authority")
+	wantRefusal(t, err, "PCR 7", "no proven authority")
 }

@@ -19,9 +19,9 @@ import (
 // shows how it was encoded. An initrd can be if the running one is given, or if
 // the command line names exactly one: else others may have been appended to it.
 func (d *draft) efiStub(next, running Files) error {
-	on, known := d.old.SecureBoot()
-	if !known {
-		return refuse(7, "the log leaves it open whether Secure Boot is on")
+	on, err := d.secureBoot()
+	if err != nil {
+		return err
 	}
 	options, disk := d.kernelsOwn()
 	apps, err := d.applications()

@@ -37,9 +37,9 @@ const (
 
 // grub replaces files that GRUB loads.
 func (d *draft) grub(next, running Files) error {
-	on, known := d.old.SecureBoot()
-	if !known {
-		return refuse(7, "the log leaves it open whether Secure Boot is on")
+	on, err := d.secureBoot()
+	if err != nil {
+		return err
 	}
 	boot, err := d.recogniseGRUB()
 	if err != nil {

@@ -155,6 +155,18 @@ func (c Change) check(log *eventlog.Log) error {
 	return nil
 }
 
+// secureBoot tells whether Secure Boot is on, which decides what else is measured.
+func (d *draft) secureBoot() (on bool, err error) {
+	switch state := d.old.SecureBootState(); state {
+	case eventlog.SecureBootOn, eventlog.SecureBootOff:
+		return state == eventlog.SecureBootOn, nil
+	case eventlog.SecureBootIdle:
+		return false, refuse(7, "Secure Boot is on, and the log has no proven authority by which anything was verified")
+	default:
+		return false, refuse(7, "the log leaves it open whether Secure Boot is on")
+	}
+}
+
 // prove predicts the running boot from its own files. PCRs that do not come out as
 // the log has them are lost.
 func (d *draft) prove(running Files) error {

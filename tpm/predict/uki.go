@@ -71,9 +71,9 @@ func (d *draft) uki(next Files, running Files) error {
 //   - Whatever else reaches the command line or the initrd is measured into PCR 12
 //     or 13 before user space starts.
 func (d *draft) recogniseUKI() (*ukiBoot, error) {
-	on, known := d.old.SecureBoot()
-	if !known {
-		return nil, refuse(7, "the log leaves it open whether Secure Boot is on")
+	on, err := d.secureBoot()
+	if err != nil {
+		return nil, err
 	}
 	b := &ukiBoot{secureBoot: on, loader: -1, inner: -1, options: -1, disk: -1}
 	if err := b.recogniseSections(d); err != nil {

@@ -306,13 +306,17 @@ func TestUKILogsThatAreNotUnderstood(t *testing.T) {
 			i := find(t, log, 9, "LoadOptions", 0)
 			insert(log, i, eventlog.Measure(log.Banks, 9, eventlog.IPL, []byte("x"), []byte("y")))
 		}, []int{9}, "neither the kernel's load options nor"},
+		"a second authority that is not proven": {func(log *eventlog.Log) {
+			i := find(t, log, 4, "BOOTX64", 0)
+			insert(log, i, eventlog.Measure(log.Banks, 7, eventlog.EFIVariableAuthority, []byte("x"), []byte("y")))
+		}, nil, "not a proven authority"},
 		"an authority that is not proven": {func(log *eventlog.Log) {
 			for i := range log.Events {
 				if log.Events[i].UntrustedType == eventlog.EFIVariableAuthority {
 					log.Events[i].UntrustedData = nil
 				}
 			}
-		}, nil, "not a proven authority"},
+		}, nil, "no proven authority"},
 		"a db that is not proven": {func(log *eventlog.Log) {
 			i := find(t, log, 7, "db", 0)
 			log.Events[i].UntrustedData = variable{securityDatabase, "db", nil}.encode()
