@@ -1,6 +1,7 @@
 package unlock_test
 
 import (
+	"bytes"
 	"context"
 	"log/slog"
 	"slices"
@@ -8,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
 // TestFallbackWithoutASlot: where the first wrapper has no slot for this node, as
@@ -82,4 +84,48 @@ func TestOnlyTheEpochIsTriedAgain(t *testing.T) {
 	if steps := n.steps.take(); len(slices.DeleteFunc(steps, func(s string) bool { return s != "slot tpm" })) != 1 {
 		t.Errorf("slots were opened %q", steps)
 	}
+}
+
+// suspended is a refusal of the gate that leaves the slots with this text to be tried.
+type suspended struct {
+	error
+	text string
+}
+
+func (s suspended) Unwrap() error { return s.error }
+
+func (s suspended) Overrules(slot seal.Slot) bool {
+	return bytes.Contains(slot.Data, []byte(s.text))
+}
+
+// TestOverruledGate: a suspension opens its own slot where the boot policy refuses
+// the boot. No other slot of the TPM is tried, although it would open.
+func TestOverruledGate(t *testing.T) {
+	n := newNode(t)
+	kek, err := seal.Memory{}.NewKEK()
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := keyring.New(seal.ClusterID{1}, kek, []seal.Slot{n.wrapper.slot(kek, " present"), n.wrapper.slot(kek, " suspension")}, nil, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	n.put(k.Marshal())
+	if err := n.anchor.Save(ctx, k.Anchor()); err != nil {
+		t.Fatal(err)
+	}
+	refused := seal.Errorf(seal.CauseBootPolicy, "x", "another kernel")
+	n.gate.set(suspended{refused, " suspension"})
+
+	n.wrapper.verdicts[" suspension"] = seal.Errorf(seal.CauseBootState, "x", "the suspension is over")
+	n.steps.take()
+	wantRefusal(t, n.Unlock(ctx), seal.CauseBootPolicy, "another kernel", "the suspension is over")
+	wantSteps(t, n.steps.take(), "gate", "slot tpm suspension")
+
+	delete(n.wrapper.verdicts, " suspension")
+	if err := n.Unlock(ctx); err != nil {
+		t.Fatal(err)
+	}
+	wantSteps(t, n.steps.take(), "gate", "slot tpm suspension", "anchor 1", "settle while nothing is announced")
 }

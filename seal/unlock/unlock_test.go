@@ -240,6 +240,29 @@ func TestOpenNeverGoesBack(t *testing.T) {
 	n.decrypts(e)
 }
 
+// TestOpenNeverGoesBackARevision: the same of an older revision with the same KEK,
+// in which a removed slot would be back.
+func TestOpenNeverGoesBackARevision(t *testing.T) {
+	n := opened(t)
+	older, olderAnchor := n.read("keyring.json"), n.read("anchor.json")
+	err := n.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.WithSlots(k.Slots())
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range map[string][]byte{"keyring.json": older, "anchor.json": olderAnchor} {
+		if err := os.WriteFile(filepath.Join(n.dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor, "is of revision 1 and does not follow the open one of revision 2")
+	if k, err := n.Keyring(); err != nil || k.Revision() != 2 {
+		t.Errorf("the open keyring is of revision %d, %v", k.Revision(), err)
+	}
+}
+
 // TestAnchor: what the anchor refuses and what it lets pass.
 func TestAnchor(t *testing.T) {
 	n := opened(t)
