@@ -48,9 +48,14 @@ func (m Memory) New(n int) (*Secret, error) {
 		return nil, &Error{Cause: CauseMemory, Err: fmt.Errorf("lock memory for a secret: %w", err),
 			Hint: "raise LimitMEMLOCK= of the unit (ulimit -l), or accept unlocked memory with memory.lock: best-effort"}
 	}
+	return secretIn(buf, n, kind), nil
+}
+
+// secretIn returns the Secret that owns the mapping buf.
+func secretIn(buf []byte, n int, kind string) *Secret {
 	s := &Secret{buf: buf, n: n, kind: kind}
 	s.cleanup = runtime.AddCleanup(s, release, buf)
-	return s, nil
+	return s
 }
 
 // Take moves b into a new Secret: b is zeroed in any case.
@@ -74,24 +79,14 @@ func (m Memory) NewKEK() (*Secret, error) {
 	return s, nil
 }
 
-func (m Memory) mmap(n int) ([]byte, string, error) {
+// mmap maps at least n bytes and names the kind of memory.
+func (m Memory) mmap(n int) (buf []byte, kind string, err error) {
 	page := unix.Getpagesize()
 	size := (n + page - 1) / page * page
-	if b, err := mmapSecret(size); err == nil {
-		return b, "memfd_secret", nil
+	if buf, err := mmapSecret(size); err == nil {
+		return buf, "memfd_secret", nil
 	}
-	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		return nil, "", fmt.Errorf("mmap: %w", err)
-	}
-	if err = lock(b); err == nil {
-		return b, "mlock", nil
-	}
-	if m.BestEffort {
-		return b, "unlocked", nil
-	}
-	_ = unix.Munmap(b)
-	return nil, "", err
+	return m.mmapAnonymous(size)
 }
 
 func mmapSecret(size int) ([]byte, error) {
@@ -114,14 +109,36 @@ func mmapSecret(size int) ([]byte, error) {
 	return b, nil
 }
 
-func lock(b []byte) error {
-	if err := unix.Mlock(b); err != nil {
-		return fmt.Errorf("mlock: %w", err)
+func (m Memory) mmapAnonymous(size int) (buf []byte, kind string, err error) {
+	buf, err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, "", fmt.Errorf("mmap: %w", err)
 	}
+	err = errors.Join(advise(buf), lock(buf))
+	switch {
+	case err == nil:
+		return buf, "mlock", nil
+	case m.BestEffort:
+		return buf, "unlocked", nil
+	}
+	_ = unix.Munmap(buf)
+	return nil, "", err
+}
+
+// advise keeps b out of core files and of child processes.
+func advise(b []byte) error {
 	for _, advice := range []int{unix.MADV_DONTDUMP, unix.MADV_WIPEONFORK} {
 		if err := unix.Madvise(b, advice); err != nil {
 			return fmt.Errorf("madvise: %w", err)
 		}
+	}
+	return nil
+}
+
+// lock keeps b out of swap space.
+func lock(b []byte) error {
+	if err := unix.Mlock(b); err != nil {
+		return fmt.Errorf("mlock: %w", err)
 	}
 	return nil
 }
