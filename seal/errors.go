@@ -112,6 +112,30 @@ func SplitHint(err error) (message, hint string) {
 	return strings.TrimSuffix(message, "; "+e.Hint), e.Hint
 }
 
+// AddHint returns err with one more thing to do next, after the hint that it has.
+func AddHint(err error, hint string) *Error {
+	if _, former := SplitHint(err); former != "" {
+		hint = former + "; " + hint
+	}
+	return WithHint(err, hint)
+}
+
+// WithHint returns err with another hint in the place of its own. Its cause stays,
+// and so do the errors in its chain.
+func WithHint(err error, hint string) *Error {
+	message, _ := SplitHint(err)
+	return &Error{Cause: CauseOf(err), Hint: hint, Err: &reworded{message, err}}
+}
+
+// reworded is an error whose text leaves out the hint.
+type reworded struct {
+	text string
+	err  error
+}
+
+func (r *reworded) Error() string { return r.text }
+func (r *reworded) Unwrap() error { return r.err }
+
 // Errors of the DEK seed operations. They carry no key material and no input.
 var (
 	// ErrUnknownKey: no KEK with that key ID is in the keyring.

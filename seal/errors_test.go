@@ -40,3 +40,26 @@ func TestOneLine(t *testing.T) {
 		}
 	}
 }
+
+func TestHints(t *testing.T) {
+	reason := errors.New("no answer")
+	inner := seal.Errorf(seal.CauseUnavailable, "see its power", "the token: %w", reason)
+	for _, tc := range []struct {
+		err           error
+		message, hint string
+		cause         seal.Cause
+	}{
+		{seal.AddHint(inner, "or skip it"), "the token: no answer", "see its power; or skip it", seal.CauseUnavailable},
+		{seal.AddHint(fmt.Errorf("wrap: %w", inner), "or skip it"), "wrap: the token: no answer", "see its power; or skip it", seal.CauseUnavailable},
+		{seal.AddHint(reason, "ask again"), "no answer", "ask again", ""},
+		{seal.WithHint(inner, "replace it"), "the token: no answer", "replace it", seal.CauseUnavailable},
+		{fmt.Errorf("rotate: %w", seal.WithHint(inner, "replace it")), "rotate: the token: no answer", "replace it", seal.CauseUnavailable},
+	} {
+		if message, hint := seal.SplitHint(tc.err); message != tc.message || hint != tc.hint {
+			t.Errorf("%v: %q, %q", tc.err, message, hint)
+		}
+		if seal.CauseOf(tc.err) != tc.cause || !errors.Is(tc.err, reason) {
+			t.Errorf("%v: cause %q, and its reason is lost: %t", tc.err, seal.CauseOf(tc.err), !errors.Is(tc.err, reason))
+		}
+	}
+}

@@ -51,6 +51,14 @@ const (
 	TypePKCS11   = "pkcs11"
 	TypeVault    = "vault"
 	TypeRecovery = "recovery"
+
+	// Two of two: both wrappers are needed to open the slot, see package both.
+	TypeTPMAndPKCS11 = "tpm-and-pkcs11"
+	TypeTPMAndVault  = "tpm-and-vault"
+
+	// TypeSkipped marks the place of a slot that could not be made. No wrapper
+	// opens it, and configuration never names it.
+	TypeSkipped = "skipped"
 )
 
 // Slot is one KEK, wrapped once by one wrapper. It is untrusted until the KEK

@@ -47,7 +47,7 @@ var borders = map[string][]string{
 	"grpcserver/internal/unixsocket": {},
 	"internal/strictyaml":            {},
 	"internal/powerloss":             {},
-	"cmd/kleidi/internal/config":     {"grpcserver/verifier", "hsm", "internal/strictyaml", "seal", "tpm", "tpm/attest", "tpm/nv", "vault"},
+	"internal/config":                {"grpcserver/verifier", "hsm", "internal/strictyaml", "seal", "tpm", "tpm/attest", "tpm/nv", "vault"},
 }
 
 // doors says through which folders a library enters.

@@ -8,8 +8,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
@@ -33,7 +33,7 @@ func TestFullKeyring(t *testing.T) {
 
 	// Two of two wants a fresh KEK, for which there is no room.
 	single := cfg.Unlock.Order
-	cfg.Unlock.Order = []string{config.TPMAndPKCS11}
+	cfg.Unlock.Order = []string{seal.TypeTPMAndPKCS11}
 	_, err = n.recover(t.Context(), admin.RecoverRequest{Identity: bytes.Clone(identity), BreakTwoOfTwo: true})
 	if err == nil || !strings.Contains(err.Error(), "two of two wants a fresh KEK") || !strings.Contains(err.Error(), "set unlock.order to tpm") {
 		t.Errorf("recover to two of two: %v", err)

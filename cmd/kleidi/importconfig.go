@@ -12,8 +12,8 @@ import (
 	"path/filepath"
 	"slices"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -84,7 +84,7 @@ func legacyURI(c hsm.Config) string {
 // takeOver has the token wrap with the PIN at hand, which gets its file only once it has
 // shown to be right.
 func (n *node) takeOver(i *imported) error {
-	if n.needsBoth() == config.TPMAndVault {
+	if n.needsBoth() == seal.TypeTPMAndVault {
 		return errors.New("--import-config: the token alone would open what unlock.order wants two wrappers for; leave it out")
 	}
 	if err := i.samePIN(n.mem); err != nil {
@@ -105,7 +105,7 @@ func (n *node) takeOver(i *imported) error {
 
 // opens reports whether the token may open the keyring at start.
 func (i *imported) opens(order []string) bool {
-	return slices.Contains(order, seal.TypePKCS11) || slices.Contains(order, config.TPMAndPKCS11)
+	return slices.Contains(order, seal.TypePKCS11) || slices.Contains(order, seal.TypeTPMAndPKCS11)
 }
 
 // maxPINFile bounds the file of a PIN, in bytes.

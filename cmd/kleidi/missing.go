@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"slices"
 	"time"
 
@@ -29,7 +30,7 @@ func (n *node) places(slots []seal.Slot) []seal.Slot {
 
 // place is where nothing was ever made.
 func (n *node) place(kind string) seal.Slot {
-	s := seal.Slot{Type: typeSkipped}
+	s := seal.Slot{Type: seal.TypeSkipped}
 	s.Data, _ = json.Marshal(skippedSlot{Type: kind}) // two fields that can't fail
 	if kind == seal.TypeTPM || twoOfTwo(kind) != "" {
 		s.Node = n.cfg.Node
@@ -115,18 +116,13 @@ func (n *node) complete(ctx context.Context, k *keyring.Keyring, without []strin
 
 // noneMade is why a wrapper that has no slot yet can't make one.
 func noneMade(kind string, err error) error {
-	message, hint := seal.SplitHint(err)
-	if hint != "" {
-		hint += "; "
-	}
-	return seal.Errorf(seal.CauseOf(err), hint+"to go on without the slot for now, run kleidi rotate --skip-slot "+kind,
-		"unlock.order names %s, which has no slot yet: %s", kind, message)
+	return fmt.Errorf("unlock.order names %s, which has no slot yet: %w", kind, seal.AddHint(err, "to go on without the slot for now, run kleidi rotate --skip-slot "+kind))
 }
 
 // completed says which slots a rotation made that were not there before.
 func (n *node) completed(before, after []seal.Slot) (changes []string) {
 	for _, s := range after {
-		if s.Type != typeSkipped && !slices.ContainsFunc(before, func(b seal.Slot) bool { return typeName(b) == s.Type }) {
+		if s.Type != seal.TypeSkipped && !slices.ContainsFunc(before, func(b seal.Slot) bool { return typeName(b) == s.Type }) {
 			changes = append(changes, "the KEK is wrapped by "+s.Type+" as well, which unlock.order names and had no slot: "+n.binding(s))
 		}
 	}

@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
@@ -20,7 +20,7 @@ func TestNothingBesideBoth(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer n.close()
-	for kind, refused := range map[string]bool{config.TPMAndPKCS11: false, seal.TypeRecovery: true} {
+	for kind, refused := range map[string]bool{seal.TypeTPMAndPKCS11: false, seal.TypeRecovery: true} {
 		kek, err := n.mem.NewKEK()
 		if err != nil {
 			t.Fatal(err)

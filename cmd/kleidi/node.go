@@ -8,8 +8,8 @@ import (
 	"slices"
 	"sync"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
@@ -147,7 +147,7 @@ func (n *node) wrapper(kind string) seal.Wrapper {
 // wrappers returns all that are configured, whether they may open at start or not.
 func (n *node) wrappers() []seal.Wrapper {
 	var all []seal.Wrapper
-	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, config.TPMAndPKCS11, config.TPMAndVault} {
+	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault} {
 		if w := n.wrapper(kind); w != nil && (kind != seal.TypeTPM || n.opensWithTPM()) {
 			all = append(all, w)
 		}

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/seal"
@@ -57,7 +56,7 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 	names := slotNames(slots)
 	for i, s := range slots {
 		report := n.reportSlot(ctx, slots, s, r.CurrentKeyID, r.ClusterID, req.Try && unready == nil, attestation)
-		if unready != nil && s.Type != typeSkipped {
+		if unready != nil && s.Type != seal.TypeSkipped {
 			report.Problem = admin.ProblemOf(unready)
 		}
 		report.Name = names[i]
@@ -160,13 +159,13 @@ func (n *node) binding(s seal.Slot) string {
 		return hsm.Describe(s)
 	case seal.TypeVault:
 		return vault.Describe(s)
-	case config.TPMAndPKCS11, config.TPMAndVault:
+	case seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault:
 		first, second, err := both.Parts(s)
 		if err != nil {
 			return "unreadable"
 		}
 		return n.binding(first) + ", and " + n.binding(second)
-	case typeSkipped:
+	case seal.TypeSkipped:
 		d, _ := skippedBy(s)
 		if d.Since.IsZero() {
 			return "no slot, although unlock.order names it"

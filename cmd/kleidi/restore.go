@@ -181,7 +181,7 @@ func (n *node) staysBoth(k *keyring.Keyring, req admin.RestoreRequest) error {
 // singles returns the names of the slots that one wrapper opens alone.
 func singles(slots []seal.Slot) (names []string) {
 	for i, name := range slotNames(slots) {
-		if s := slots[i]; s.Type != typeSkipped && twoOfTwo(s.Type) == "" {
+		if s := slots[i]; s.Type != seal.TypeSkipped && twoOfTwo(s.Type) == "" {
 			names = append(names, name)
 		}
 	}
@@ -219,7 +219,7 @@ func (n *node) comeBack(backup, before, after []seal.Slot) (changes []string) {
 	names := slotNames(after)
 	for i, s := range after {
 		alike := func(other seal.Slot) bool { return n.alike(other, s) }
-		if s.Type != typeSkipped && slices.ContainsFunc(backup, alike) && !slices.ContainsFunc(before, alike) {
+		if s.Type != seal.TypeSkipped && slices.ContainsFunc(backup, alike) && !slices.ContainsFunc(before, alike) {
 			changes = append(changes, "slot "+names[i]+" is back, which the replaced keyring did not have: "+n.binding(s))
 		}
 	}

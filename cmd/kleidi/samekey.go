@@ -3,8 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/both"
@@ -20,8 +20,12 @@ import (
 
 const hintSameKey = "bring back the token, or the server, whose key made the slot"
 
-// hintNewKey is for a key that is another one than that of the slot.
-const hintNewKey = hintSameKey + "; if its key was made anew, and you trust it, run kleidi slot rewrap "
+// otherKeyError says that the configured token or server may hold another key than the
+// one that made the slot: only the operator can tell whether it is to be trusted.
+type otherKeyError struct{ error }
+
+// Unwrap returns the reason.
+func (e *otherKeyError) Unwrap() error { return e.error }
 
 // backed reports whether a token or a server opens slots of a type, alone or together
 // with the TPM.
@@ -111,8 +115,8 @@ func (n *node) otherKey(k *keyring.Keyring, s seal.Slot, err error) error {
 	if cause := seal.CauseOf(err); cause != seal.CauseSlotCorrupt && cause != seal.CauseNoSlot {
 		return err
 	}
-	message, _ := seal.SplitHint(err)
-	return seal.Errorf(seal.CauseOf(err), hintNewKey+n.nameOf(k, s)+" --new-key", "its key may be another one, since it does not open the present slot: %s", message)
+	return &otherKeyError{fmt.Errorf("its key may be another one, since it does not open the present slot: %w",
+		seal.WithHint(err, hintSameKey+"; if its key was made anew, and you trust it, run kleidi slot rewrap "+n.nameOf(k, s)+" --new-key"))}
 }
 
 // nameOf is the name of a slot of a keyring.
@@ -154,23 +158,15 @@ func (n *node) withSkipHint(k *keyring.Keyring, err error, how string) error {
 	if !n.anyOpens(rest) {
 		return err
 	}
-	message, hint := seal.SplitHint(err)
-	if hint != "" {
-		hint += "; "
-	}
-	return seal.Errorf(seal.CauseOf(err), hint+"to go on without the slot for now, "+how+" --skip-slot "+n.nameOf(k, e.Slot), "%s", message)
+	return seal.AddHint(err, "to go on without the slot for now, "+how+" --skip-slot "+n.nameOf(k, e.Slot))
 }
 
 // withIdentityHint is for a keyring that is to come back, and is not open yet.
 func withIdentityHint(err error) error {
-	message, hint := "", ""
-	if err != nil {
-		message, hint = seal.SplitHint(err)
-	}
-	if !strings.HasPrefix(hint, hintNewKey) {
+	if _, ok := errors.AsType[*otherKeyError](err); !ok {
 		return err
 	}
-	return seal.Errorf(seal.CauseOf(err), hintSameKey+"; or restore with --identity-file, which trusts the one that is there", "%s", message)
+	return seal.WithHint(err, hintSameKey+"; or restore with --identity-file, which trusts the one that is there")
 }
 
 // rewrapByNewKey wraps the KEK by the key that is configured now, in the place of a

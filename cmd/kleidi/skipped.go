@@ -11,10 +11,6 @@ import (
 
 // The place of a slot that could not be made: it stays, and is shown, until it is mended.
 
-// typeSkipped marks the place of a slot that a rotation, or a recovery, which ends in
-// one, did without.
-const typeSkipped = "skipped"
-
 // skippedSlot is the data of such a place. Nothing opens it.
 type skippedSlot struct {
 	Type  string    `json:"type"`
@@ -23,17 +19,17 @@ type skippedSlot struct {
 
 // skip returns what stands in the place of a slot; a place that is there stays.
 func skip(s seal.Slot) (seal.Slot, error) {
-	if s.Type == typeSkipped {
+	if s.Type == seal.TypeSkipped {
 		return s, nil
 	}
 	data, err := json.Marshal(skippedSlot{typeName(s), time.Now().UTC().Truncate(time.Second)})
-	return seal.Slot{Type: typeSkipped, Node: s.Node, Data: data}, err
+	return seal.Slot{Type: seal.TypeSkipped, Node: s.Node, Data: data}, err
 }
 
 // skippedBy reads such a place. It may come from a keyring that nothing vouches for,
 // and is shown: only types of slots are taken.
 func skippedBy(s seal.Slot) (d skippedSlot, ok bool) {
-	ok = s.Type == typeSkipped && json.Unmarshal(s.Data, &d) == nil &&
+	ok = s.Type == seal.TypeSkipped && json.Unmarshal(s.Data, &d) == nil &&
 		(slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery}, d.Type) || twoOfTwo(d.Type) != "")
 	return d, ok
 }
@@ -43,7 +39,7 @@ type skipped struct{}
 
 // WrapLike implements rotation.Rewrapper.
 func (skipped) WrapLike(_ context.Context, _ *seal.Secret, like seal.Slot) (seal.Slot, error) {
-	if like.Type != typeSkipped {
+	if like.Type != seal.TypeSkipped {
 		return seal.Slot{}, seal.ErrNotMine
 	}
 	return like, nil

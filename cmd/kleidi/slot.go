@@ -42,7 +42,7 @@ func (a *app) newSlotList() *cobra.Command {
 				fmt.Fprintln(t, "NAME\tNODE\tFOR\tWRAPPED BY")
 				for _, s := range r.Slots {
 					by := s.Binding
-					if s.Type == typeSkipped && s.Problem != nil {
+					if s.Type == seal.TypeSkipped && s.Problem != nil {
 						by += "; " + s.Problem.Hint
 					}
 					fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", s.Name, orDash(s.Node), orDash(s.Use), by)

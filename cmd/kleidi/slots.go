@@ -169,7 +169,7 @@ func others(slots []seal.Slot, kind string) []seal.Slot {
 		return slices.DeleteFunc(slots, func(s seal.Slot) bool { return typeName(s) == kind })
 	}
 	// There may be several, each for recipients of its own: one new slot mends one place.
-	if i := slices.IndexFunc(slots, func(s seal.Slot) bool { return s.Type == typeSkipped && typeName(s) == kind }); i >= 0 {
+	if i := slices.IndexFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypeSkipped && typeName(s) == kind }); i >= 0 {
 		return slices.Delete(slots, i, i+1)
 	}
 	return slots
@@ -198,11 +198,7 @@ func (n *node) adder(req admin.AddSlotRequest) (seal.Wrapper, error) {
 
 // keyMade is a failure after the token has made a key: the next try has to use that.
 func keyMade(err error) error {
-	message, hint := seal.SplitHint(err)
-	if hint != "" {
-		hint += "; "
-	}
-	return seal.Errorf(seal.CauseOf(err), hint+"the key is made, so leave --generate-key out when you run it again", "%s", message)
+	return seal.AddHint(err, "the key is made, so leave --generate-key out when you run it again")
 }
 
 // removeSlot takes a slot away. One of this TPM is revoked with its epoch; what is
@@ -250,7 +246,7 @@ func (n *node) withoutSlot(ctx context.Context, gone seal.Slot, rest []seal.Slot
 		}
 		return []string{revokedByTPM}
 	}
-	if gone.Type == typeSkipped {
+	if gone.Type == seal.TypeSkipped {
 		return []string{"the place is gone from the keyring; there was no slot in it"}
 	}
 	changes := []string{"the slot is gone from the keyring; kept copies of it still open the KEK: run kleidi rotate"}
@@ -347,7 +343,7 @@ func (n *node) testSlots(ctx context.Context, req admin.TestSlotsRequest) (admin
 	}
 	var r admin.SlotTests
 	for i, s := range slots {
-		if len(req.Names) > 0 && !slices.Contains(req.Names, names[i]) || len(req.Names) == 0 && n.wrapper(s.Type) == nil && s.Type != typeSkipped {
+		if len(req.Names) > 0 && !slices.Contains(req.Names, names[i]) || len(req.Names) == 0 && n.wrapper(s.Type) == nil && s.Type != seal.TypeSkipped {
 			continue
 		}
 		r.Slots = append(r.Slots, n.testSlot(ctx, k, names[i], s))
@@ -366,11 +362,7 @@ func (n *node) secondHalf(ctx context.Context, k *keyring.Keyring, s seal.Slot) 
 	if err == nil {
 		return nil
 	}
-	message, hint := seal.SplitHint(err)
-	if hint != "" {
-		hint += "; or "
-	}
-	return seal.Errorf(seal.CauseOf(err), hint+"run kleidi reseal --drop-next, and prepare the next boot again", "for the next boot, and would not open in it: %s", message)
+	return fmt.Errorf("for the next boot, and would not open in it: %w", seal.AddHint(err, "or run kleidi reseal --drop-next, and prepare the next boot again"))
 }
 
 // testSlot opens a slot. The result is what metrics and readyz show of it from then on.

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
@@ -84,7 +85,7 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	}
 	for _, s := range r.Slots {
 		kind := s.Type
-		if kind == typeSkipped {
+		if kind == seal.TypeSkipped {
 			kind = s.Name // of what stood there
 		}
 		if s.Use != "" && s.Use != uses[tpm.UsePresent] {

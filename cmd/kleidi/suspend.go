@@ -7,8 +7,8 @@ import (
 	"maps"
 	"slices"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"

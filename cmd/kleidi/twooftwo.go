@@ -5,7 +5,6 @@ import (
 	"errors"
 	"slices"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/both"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -19,9 +18,9 @@ import (
 // unlock.order; "" for others.
 func twoOfTwo(kind string) string {
 	switch kind {
-	case config.TPMAndPKCS11:
+	case seal.TypeTPMAndPKCS11:
 		return seal.TypePKCS11
-	case config.TPMAndVault:
+	case seal.TypeTPMAndVault:
 		return seal.TypeVault
 	}
 	return ""

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/beezy-dev/kleidi/cmd/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/config"
 )
 
 const (

@@ -137,7 +137,7 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 				continue
 			}
 			own = true
-			if refusal == nil || moreTelling(err, refusal) {
+			if refusal == nil || moreSpecific(err, refusal) {
 				refusal = err
 			}
 		}
@@ -147,7 +147,7 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 		if refusal != nil && u.cfg.Gate != nil {
 			refusal = u.cfg.Gate.Explain(refusal)
 		}
-		failure = both(failure, w.Type(), refusal)
+		failure = joinFailures(failure, w.Type(), refusal)
 	}
 	if failure == nil {
 		failure = seal.Errorf(seal.CauseNoSlot, u.hintNoSlot(slots),
@@ -188,9 +188,9 @@ func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) Opener {
 	return Opener{Wrapper: w.Type(), Fallback: earlier}
 }
 
-// both is the failure of the wrappers so far, with that of the next one in its text:
-// where a fallback fails too, its remedy may be the nearer one.
-func both(failure error, kind string, next error) error {
+// joinFailures keeps the first failure's cause and appends the fallback's message:
+// the operator may find the fallback easier to mend.
+func joinFailures(failure error, kind string, next error) error {
 	if failure == nil || next == nil {
 		return cmp.Or(failure, next)
 	}
@@ -211,7 +211,7 @@ func (f *failures) Unwrap() error { return f.first }
 func (u *Unlocker) hintNoSlot(slots []seal.Slot) string {
 	const recover = "run kleidi recover with the recovery identity"
 	for _, s := range slots {
-		backed := strings.HasPrefix(s.Type, seal.TypeTPM) || s.Type == seal.TypePKCS11 || s.Type == seal.TypeVault
+		backed := slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault}, s.Type)
 		if backed && !slices.ContainsFunc(u.cfg.Wrappers, func(w seal.Wrapper) bool { return w.Type() == s.Type }) {
 			return "set unlock.order so that it names " + s.Type + ", and restart kleidi serve; else " + recover
 		}
@@ -232,10 +232,11 @@ func owners(slots []seal.Slot) string {
 	return strings.Join(all, ", ")
 }
 
-// moreTelling prefers the slot that got furthest to one for another boot: the TPM
-// asks for the PCRs first. Where a slot is revoked the keyring is an old one; where
-// a verifier does not agree, or can't be asked, that is what is to be mended.
-func moreTelling(err, than error) bool {
+// moreSpecific reports whether err explains the refusal better than an error that only
+// says that the boot state is wrong: the TPM checks the PCRs first, so a slot that got
+// further tells more. A revoked slot means an old keyring; a verifier that refuses, or
+// can't be reached, is what the operator has to mend.
+func moreSpecific(err, than error) bool {
 	further := []seal.Cause{seal.CauseEpoch, seal.CauseBootPolicy, seal.CauseAttestation, seal.CauseUnavailable, seal.CauseKeyMissing, seal.CauseCredentials}
 	return seal.CauseOf(than) == seal.CauseBootState && slices.Contains(further, seal.CauseOf(err))
 }

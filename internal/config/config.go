@@ -116,12 +116,6 @@ type Unlock struct {
 	SelfTest time.Duration `yaml:"selfTest"`
 }
 
-// What may stand in unlock.order besides the wrappers' types: two of two.
-const (
-	TPMAndPKCS11 = "tpm-and-pkcs11"
-	TPMAndVault  = "tpm-and-vault"
-)
-
 // PKCS11 is a key in a PKCS#11 token; see Configured.
 type PKCS11 struct {
 	Module   string `yaml:"module"`

@@ -10,8 +10,8 @@ import (
 )
 
 const (
-	referenceFile = "../../../../docs/configuration.md"
-	exampleFile   = "../../../../deploy/config.yaml"
+	referenceFile = "../../docs/configuration.md"
+	exampleFile   = "../../deploy/config.yaml"
 )
 
 // keys returns the path of every key with its default.

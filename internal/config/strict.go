@@ -77,8 +77,8 @@ func (p *problems) validatePCRs(key string, pcrs []int) {
 
 func (p *problems) validateUnlock(c *Config) {
 	configured := map[string]bool{seal.TypeTPM: true, seal.TypePKCS11: c.PKCS11.Configured(), seal.TypeVault: c.Vault.Address != ""}
-	configured[TPMAndPKCS11], configured[TPMAndVault] = configured[seal.TypePKCS11], configured[seal.TypeVault]
-	if len(c.Unlock.Order) > 1 && slices.ContainsFunc(c.Unlock.Order, func(w string) bool { return w == TPMAndPKCS11 || w == TPMAndVault }) {
+	configured[seal.TypeTPMAndPKCS11], configured[seal.TypeTPMAndVault] = configured[seal.TypePKCS11], configured[seal.TypeVault]
+	if len(c.Unlock.Order) > 1 && slices.ContainsFunc(c.Unlock.Order, func(w string) bool { return w == seal.TypeTPMAndPKCS11 || w == seal.TypeTPMAndVault }) {
 		p.Add("unlock.order", "a two-of-two stands alone: any other wrapper beside it would open the keyring without it")
 	}
 	seen := map[string]bool{}
@@ -90,7 +90,7 @@ func (p *problems) validateUnlock(c *Config) {
 		case seen[w]:
 			p.Add(path, "%s stands twice", w)
 		case !there:
-			p.Add(path, "%s is not configured; set %s", w, map[string]string{seal.TypePKCS11: "pkcs11.module", TPMAndPKCS11: "pkcs11.module", seal.TypeVault: "vault.address", TPMAndVault: "vault.address"}[w])
+			p.Add(path, "%s is not configured; set %s", w, map[string]string{seal.TypePKCS11: "pkcs11.module", seal.TypeTPMAndPKCS11: "pkcs11.module", seal.TypeVault: "vault.address", seal.TypeTPMAndVault: "vault.address"}[w])
 		}
 		seen[w] = true
 	}
