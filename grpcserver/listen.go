@@ -50,6 +50,11 @@ func Listen(cfg ListenConfig) (net.Listener, error) {
 	return l, nil
 }
 
+// CheckSocket verifies the folder of the KMS socket, as Listen does, before
+// kube-apiserver is told to connect there: it does not ask who listens. A folder that
+// does not exist is no error.
+func CheckSocket(path string) error { return unixsocket.CheckFolder(path, "kms.socket") }
+
 func allowedUIDs(cfg ListenConfig) []uint32 {
 	if cfg.AllowedUIDs != nil {
 		return cfg.AllowedUIDs

@@ -117,6 +117,10 @@ func TestBadPaths(t *testing.T) {
 	if err := os.Symlink(file, link); err != nil {
 		t.Fatal(err)
 	}
+	folder := filepath.Join(dir, "folder")
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	refuse(t, "@kleidi", "abstract socket")
 	refuse(t, "\x00kleidi", "abstract socket")
 	refuse(t, "kms.sock", "clean absolute path", "/run/kleidi/kms.sock")
@@ -126,7 +130,7 @@ func TestBadPaths(t *testing.T) {
 	refuse(t, long, "has "+strconv.Itoa(grpcserver.MaxSocketPath+1)+" bytes", "room for")
 	refuse(t, file, "is no socket", "move it away")
 	refuse(t, link, "is no socket")
-	refuse(t, filepath.Dir(link), "is no socket")
+	refuse(t, folder, "is no socket")
 	if b, err := os.ReadFile(file); err != nil || string(b) != "precious" {
 		t.Errorf("the file is %q, %v", b, err)
 	}
@@ -163,14 +167,18 @@ func TestBadFolders(t *testing.T) {
 	mk("group", 0o775, 0)
 	mk("foreign", 0o755, 1000)
 	mk("sticky", os.ModeSticky|0o777, 0)
+	mk("theirs", 0o755, 1000)
+	mk("theirs/sub", 0o755, 0)
 	for dir, texts := range map[string][]string{
-		"missing":   {"does not exist", "install -d"},
-		"link":      {"symbolic link"},
-		"file":      {"is no folder"},
-		"everybody": {"mode 0757", "chmod go-w"},
-		"group":     {"mode 0775", "chmod go-w"},
-		"foreign":   {"belongs to UID 1000", "chown"},
-		"loose/sub": {"/loose has mode 0777", "chmod o-w"},
+		"missing":    {"does not exist", "install -d"},
+		"link":       {"symbolic link"},
+		"file":       {"is no folder"},
+		"everybody":  {"mode 0757", "chmod go-w"},
+		"group":      {"mode 0775", "chmod go-w"},
+		"foreign":    {"belongs to UID 1000", "chown"},
+		"loose/sub":  {"/loose has mode 0777", "chmod go-w"},
+		"sticky":     {"mode 1777", "may be first", "a folder of its own"},
+		"theirs/sub": {"/theirs belongs to UID 1000", "chown"},
 	} {
 		t.Run(dir, func(t *testing.T) { refuse(t, filepath.Join(base, dir, "kms.sock"), texts...) })
 	}
@@ -178,9 +186,7 @@ func TestBadFolders(t *testing.T) {
 		refuse(t, "/proc/sys/kms.sock", "can't be written by UID 0")
 		asUser(t, 1000, filepath.Join(good, "kms.sock"), "can't be written by UID 1000")
 	})
-	for _, dir := range []string{good, filepath.Join(base, "sticky")} {
-		listen(t, grpcserver.ListenConfig{Path: filepath.Join(dir, "kms.sock")})
-	}
+	listen(t, grpcserver.ListenConfig{Path: filepath.Join(good, "kms.sock")})
 }
 
 // asUser lets another user listen on path, and wants an error.

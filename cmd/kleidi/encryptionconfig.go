@@ -3,9 +3,13 @@ package main
 import (
 	"fmt"
 	"io"
+	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/grpcserver"
+	"github.com/beezy-dev/kleidi/internal/ownership"
 )
 
 const encryptionConfig = `apiVersion: apiserver.config.k8s.io/v1
@@ -36,6 +40,12 @@ the file in kube-apiserver's --encryption-provider-config.`,
 			c, err := a.config()
 			if err != nil {
 				return err
+			}
+			if err := grpcserver.CheckSocket(c.KMS.Socket); err != nil {
+				return err
+			}
+			if above := ownership.StickyAbove(filepath.Dir(c.KMS.Socket)); above != "" {
+				fmt.Fprintf(cmd.ErrOrStderr(), "warning: kms.socket lies below %s, in which every user may make entries: after a reboot another user could make its folder first, and answer kube-apiserver; choose a path below /run\n", above)
 			}
 			var list strings.Builder
 			for _, r := range resources {

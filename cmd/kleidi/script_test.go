@@ -74,6 +74,7 @@ func TestScript(t *testing.T) {
 			"readback":  command((*host).readBack),
 			"again":     command((*host).again),
 			"trust":     command((*host).trust),
+			"impostor":  command((*host).impostor),
 			"ask":       command((*host).ask),
 			"listening": command(func(h *host, _ *testscript.TestScript, args []string) error { return h.listening(args[0]) }),
 			"pkfp":      command((*host).pkfp),

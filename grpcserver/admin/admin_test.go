@@ -1,6 +1,7 @@
 package admin_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/base64"
@@ -27,7 +28,14 @@ import (
 // asClient makes the test binary call Status on the named socket.
 const asClient = "KLEIDI_TEST_ADMIN_CLIENT"
 
+// asImpostor makes the test binary listen on the named socket in kleidi's place.
+const asImpostor = "KLEIDI_TEST_ADMIN_IMPOSTOR"
+
 func TestMain(m *testing.M) {
+	if path := os.Getenv(asImpostor); path != "" {
+		fmt.Println(impersonate(path))
+		os.Exit(0)
+	}
 	if path := os.Getenv(asClient); path != "" {
 		c, err := admin.Dial(context.Background(), path)
 		if err == nil {
@@ -176,6 +184,9 @@ func TestNotRunning(t *testing.T) {
 	if _, err := admin.Dial(t.Context(), filepath.Join(dir, "none.sock")); !errors.Is(err, admin.ErrNotRunning) {
 		t.Errorf("no socket: %v", err)
 	}
+	if _, err := admin.Dial(t.Context(), filepath.Join(dir, "none", "admin.sock")); !errors.Is(err, admin.ErrNotRunning) {
+		t.Errorf("no folder: %v", err)
+	}
 	stale := filepath.Join(dir, "stale.sock")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: stale, Net: "unix"})
 	if err != nil {
@@ -196,19 +207,8 @@ func TestOtherUsersAreRefused(t *testing.T) {
 	if fi, err := os.Stat(f.path); err != nil || fi.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", fi.Mode(), err)
 	}
-	exe, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	name := filepath.Join(filepath.Dir(f.path), "client")
-	if err := os.WriteFile(name, exe, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	as := func(uid uint32) string {
-		cmd := exec.Command(name)
-		cmd.Env = append(os.Environ(), asClient+"="+f.path)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
-		out, err := cmd.CombinedOutput()
+		out, err := reexec(t, filepath.Dir(f.path), uid, asClient+"="+f.path).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
@@ -225,6 +225,119 @@ func TestOtherUsersAreRefused(t *testing.T) {
 	}
 	if got := as(0); got != "<nil>" {
 		t.Errorf("root: %s", got)
+	}
+}
+
+// reexec is this test binary run by another user, from a copy in dir.
+func reexec(t *testing.T, dir string, uid uint32, env string) *exec.Cmd {
+	t.Helper()
+	exe, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(dir, "kleidi-test")
+	if err := os.WriteFile(name, exe, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(name)
+	cmd.Env = append(os.Environ(), env)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	return cmd
+}
+
+// impersonate answers on path until stdin ends, and returns what it was sent.
+func impersonate(path string) string {
+	l, err := net.Listen("unix", path)
+	if err == nil {
+		err = os.Chmod(path, 0o777)
+	}
+	if err != nil {
+		return err.Error()
+	}
+	fmt.Println("listening")
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		l.Close()
+	}()
+	var got []byte
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return fmt.Sprintf("got %q", got)
+		}
+		b := make([]byte, 4096)
+		n, _ := c.Read(b)
+		got = append(got, b[:n]...)
+		c.Close()
+	}
+}
+
+// TestImpostorsGetNothing has another user listen where kleidi serve would. The
+// command refuses, and not a byte reaches the impostor.
+func TestImpostorsGetNothing(t *testing.T) {
+	const uid = 1000
+	folder := func(t *testing.T, path string, mode os.FileMode, owner int) string {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(path, 0o700), os.Chown(path, owner, 0), os.Chmod(path, mode)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	for name, tc := range map[string]struct {
+		folder func(t *testing.T, base string) string
+		want   string
+	}{
+		"sticky": {func(t *testing.T, base string) string {
+			return folder(t, base+"/s", os.ModeSticky|0o777, 0)
+		}, "has mode 1777"},
+		"below another user's": {func(t *testing.T, base string) string {
+			folder(t, base+"/u", 0o755, uid)
+			return folder(t, base+"/u/kleidi", 0o755, 0)
+		}, "/u belongs to UID 1000, who can replace what is below it"},
+		"another user's": {func(t *testing.T, base string) string {
+			return folder(t, base+"/u", 0o755, uid)
+		}, "/u belongs to UID 1000"},
+		"in root's own folder": {func(t *testing.T, base string) string {
+			return folder(t, base+"/r", 0o755, 0)
+		}, "of UID 1000 listens there instead of kleidi serve, and nothing was sent to it"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			base := folder(t, t.TempDir(), 0o755, 0)
+			folder(t, filepath.Dir(base), 0o755, 0)
+			made := filepath.Join(folder(t, base+"/made", 0o755, uid), "s")
+			cmd := reexec(t, base, uid, asImpostor+"="+made)
+			stdin, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			stdout, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer cmd.Wait()
+			out := bufio.NewReader(stdout)
+			if line, err := out.ReadString('\n'); line != "listening\n" {
+				t.Fatalf("%q, %v", line, err)
+			}
+			path := filepath.Join(tc.folder(t, base), "admin.sock")
+			if err := os.Rename(made, path); err != nil {
+				t.Fatal(err)
+			}
+			c, err := admin.Dial(t.Context(), path)
+			if err == nil {
+				_, _ = admin.Call(t.Context(), c, admin.Recover, admin.RecoverRequest{Identity: admin.Identity("AGE-SECRET-KEY-1")})
+			}
+			if err == nil || errors.Is(err, admin.ErrNotRunning) || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("%v; want %q", err, tc.want)
+			}
+			stdin.Close()
+			if line, _ := out.ReadString('\n'); line != "got \"\"\n" {
+				t.Errorf("the impostor: %s", line)
+			}
+		})
 	}
 }
 

@@ -11,7 +11,8 @@ import (
 	"net"
 	"net/http"
 	"syscall"
-	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
 )
 
 // ErrNotRunning says that nothing answers on the admin socket.
@@ -19,8 +20,6 @@ var ErrNotRunning = errors.New("kleidi serve does not run")
 
 // maxResponse bounds an answer, in bytes.
 const maxResponse = 4 << 20
-
-const dialTimeout = 5 * time.Second
 
 // Client speaks to a running serve.
 type Client struct {
@@ -30,10 +29,11 @@ type Client struct {
 
 // Dial connects to the admin socket. It returns [ErrNotRunning] where there is
 // no socket or nothing answers on it; any other error means that the state of
-// things is not known, and nothing may be assumed.
+// things is not known, and nothing may be assumed. Before each request the kernel is
+// asked who listens: a request may hold the recovery identity, and goes to a serve of
+// root or of this process's own user only.
 func Dial(ctx context.Context, path string) (*Client, error) {
-	dialer := net.Dialer{Timeout: dialTimeout}
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return dialer.DialContext(ctx, "unix", path) }
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return unixsocket.Dial(ctx, path) }
 	conn, err := dial(ctx, "", "")
 	if err != nil {
 		return nil, dialError(path, err)

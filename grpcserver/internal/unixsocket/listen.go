@@ -75,7 +75,11 @@ func listen(cfg Config) (*Listener, error) {
 	if err := checkPath(cfg.Path); err != nil {
 		return nil, err
 	}
-	if err := checkFolder(filepath.Dir(cfg.Path)); err != nil {
+	dir := filepath.Dir(cfg.Path)
+	if err := checkFolder(dir); err != nil {
+		return nil, err
+	}
+	if err := checkWritable(dir); err != nil {
 		return nil, err
 	}
 	lock, err := takeLock(beside(cfg.Path, ".lock"))
@@ -94,6 +98,16 @@ func listen(cfg Config) (*Listener, error) {
 	l := &Listener{UnixListener: ul, path: cfg.Path, ino: ino, lock: lock}
 	l.seats.init(cfg.AllowedUIDs, cfg.Log)
 	return l, nil
+}
+
+// CheckFolder verifies the folder of a socket that is not made yet, as Listen does. One
+// that does not exist is no error.
+func CheckFolder(path, setting string) error {
+	err := checkFolder(filepath.Dir(path))
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", setting, err)
 }
 
 // beside names a hidden file in path's folder.

@@ -1,0 +1,70 @@
+package main
+
+import (
+	"errors"
+	"net"
+	"os"
+	"runtime"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
+)
+
+// nobody is another user than the one that runs kleidi.
+const nobody = 65534
+
+// impostor listens on a socket as another user would: impostor SOCKET FILE. What it is
+// sent ends up in the file. It needs root.
+func (h *host) impostor(_ *testscript.TestScript, args []string) error {
+	l, err := listenAs(nobody, h.abs(args[0]))
+	if err != nil {
+		return broken("listen as UID %d: %w", nobody, err)
+	}
+	h.t.Cleanup(func() { l.Close() })
+	loot, err := os.Create(h.abs(args[1]))
+	if err != nil {
+		return broken("%w", err)
+	}
+	go func() {
+		defer loot.Close()
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			b := make([]byte, 4096)
+			n, _ := c.Read(b)
+			_, _ = loot.Write(b[:n])
+			c.Close()
+		}
+	}()
+	return nil
+}
+
+// listenAs makes a socket on which, to the kernel, a process of that user listens:
+// SO_PEERCRED tells who called listen(2). Only this thread changes its user.
+func listenAs(uid int, path string) (net.Listener, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), path)
+	defer f.Close()
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(setThreadUID(uid), unix.Listen(fd, 8), setThreadUID(0)); err != nil {
+		return nil, err
+	}
+	return net.FileListener(f)
+}
+
+func setThreadUID(uid int) error {
+	const unchanged = ^uintptr(0)
+	if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, unchanged, uintptr(uid), unchanged); e != 0 {
+		return e
+	}
+	return nil
+}
