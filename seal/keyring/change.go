@@ -131,9 +131,9 @@ func build(doc body1, kek, staged *shared) (*Keyring, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &Keyring{seeds: map[seal.KeyID]*dekSeeds{}}
+	var k *Keyring
 	err = fmt.Errorf("the KEK is closed or not of %d bytes", seal.KEKSize)
-	withKEK(kek.secret, func(b []byte) { err = k.write(body, b) })
+	withKEK(kek.secret, func(b []byte) { k, err = write(body, b) })
 	if err != nil {
 		return nil, err
 	}
@@ -142,17 +142,17 @@ func build(doc body1, kek, staged *shared) (*Keyring, error) {
 	return k, nil
 }
 
-func (k *Keyring) write(body, kek []byte) error {
+func write(body, kek []byte) (*Keyring, error) {
 	file, err := encode(envelope{Body: body, MAC: bodyMAC(kek, body)})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	u, err := parse(append(file, '\n'))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	k.raw, k.doc = u.raw, u.doc
-	return u.open(k, kek)
+	k := newOpen(u)
+	return k, u.open(k, kek)
 }
 
 func (k *Keyring) addStaged(staged *shared) {
@@ -160,5 +160,5 @@ func (k *Keyring) addStaged(staged *shared) {
 		return
 	}
 	k.staged = staged.retain()
-	withKEK(staged.secret, func(b []byte) { k.add(newDEKSeeds(k.doc.ClusterID, k.doc.Staged.KeyID, b)) })
+	withKEK(staged.secret, func(b []byte) { k.add(k.doc.Staged.KeyID, newSeedCipher(k.doc.ClusterID, k.doc.Staged.KeyID, b)) })
 }

@@ -21,8 +21,9 @@ var keyIDEncoding = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithP
 
 // frame joins fields so that no two lists of fields give the same bytes: each
 // field follows its length, 8 bytes, big-endian.
-func frame(fields ...string) []byte {
-	var b []byte
+func frame(fields ...string) []byte { return appendFrame(nil, fields...) }
+
+func appendFrame(b []byte, fields ...string) []byte {
 	for _, f := range fields {
 		b = binary.BigEndian.AppendUint64(b, uint64(len(f)))
 		b = append(b, f...)
@@ -41,6 +42,29 @@ func NewKeyID(cluster seal.ClusterID, kek *seal.Secret) (id seal.KeyID) {
 func keyID(cluster seal.ClusterID, kek []byte) seal.KeyID {
 	sum := mac(kek, frame(labelKeyID, string(cluster[:])))
 	return seal.KeyID(keyIDPrefix + keyIDEncoding.EncodeToString(sum))
+}
+
+// withKeyIDMatcher calls f with a function that reports whether a KEK has a key ID. It
+// is for many KEKs: allocations inside [seal.Erase] are slow, so the KEKs share all
+// memory but that of HMAC itself.
+func withKeyIDMatcher(cluster seal.ClusterID, f func(matches func(id seal.KeyID, kek []byte) bool) error) (err error) {
+	msg, got, want := frame(labelKeyID, string(cluster[:])), make([]byte, 0, sha256.Size), make([]byte, sha256.Size)
+	scrubbed(func(h func() hash.Hash) {
+		one, other := h(), h()
+		next := func() hash.Hash {
+			one, other = other, one
+			one.Reset()
+			return one
+		}
+		err = f(func(id seal.KeyID, kek []byte) bool {
+			m := hmac.New(next, kek)
+			m.Write(msg)
+			got = m.Sum(got[:0])
+			_, err := keyIDEncoding.Decode(want, []byte(id[len(keyIDPrefix):]))
+			return err == nil && hmac.Equal(got, want)
+		})
+	})
+	return err
 }
 
 // validKeyID reports whether id is of the form that NewKeyID returns.

@@ -59,7 +59,7 @@ func TestVectors(t *testing.T) {
 		"retired key":           {derived[labelRetired], v.RetiredKey},
 		"MAC key":               {derived[labelMAC], v.MACKey},
 		"MAC":                   {hex.EncodeToString(bodyMAC(kek, []byte(v.MACOf))), v.MAC},
-		"DEK seed's associated": {hex.EncodeToString(newDEKSeeds(v.ClusterID, v.KeyID, kek).aad), v.SeedAAD},
+		"DEK seed's associated": {hex.EncodeToString(newSeedCipher(v.ClusterID, v.KeyID, kek).aad), v.SeedAAD},
 		"retired associated":    {hex.EncodeToString(retiredAAD(v.ClusterID, v.RetiredKeyID, v.KeyID)), v.RetiredAAD},
 	} {
 		if is[0] != is[1] {

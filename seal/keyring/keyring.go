@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bytes"
+	"errors"
 	"slices"
 	"sync/atomic"
 
@@ -17,16 +18,27 @@ type Keyring struct {
 	kek     *shared
 	staged  *shared // nil if none is staged or it was not opened
 	seeds   map[seal.KeyID]*dekSeeds
-	current *dekSeeds
+	current *seedCipher
 	closed  atomic.Bool
 }
 
-// add takes the KEK of the first call for the current one.
-func (k *Keyring) add(d *dekSeeds) {
-	if k.current == nil {
-		k.current = d
+// ErrClosed: the keyring was closed before it had made the cipher of a retired KEK.
+var ErrClosed = errors.New("the keyring is closed")
+
+// add adds a KEK by its cipher.
+func (k *Keyring) add(id seal.KeyID, c *seedCipher) {
+	d := new(dekSeeds)
+	d.cipher.Store(c)
+	k.seeds[id] = d
+}
+
+// addRetired adds the retired KEKs, whose ciphers are made later.
+func (k *Keyring) addRetired() {
+	all := make([]dekSeeds, len(k.doc.Retired))
+	for i, r := range k.doc.Retired {
+		all[i].retired = k.doc.Retired[i : i+1]
+		k.seeds[r.KeyID] = &all[i]
 	}
-	k.seeds[d.id] = d
 }
 
 // Marshal returns the keyring as it is stored.
@@ -72,22 +84,31 @@ func (k *Keyring) Encrypt(plaintext []byte) (ciphertext []byte, id seal.KeyID, e
 	if err != nil {
 		return nil, "", err
 	}
-	return ciphertext, k.current.id, nil
+	return ciphertext, k.CurrentID(), nil
 }
 
 // Decrypt decrypts what Encrypt returned for id. The error is
-// seal.ErrUnknownKey, seal.ErrMalformed or seal.ErrAuthentication.
+// seal.ErrUnknownKey, seal.ErrMalformed or seal.ErrAuthentication; on a closed
+// keyring it may be [ErrClosed], see Close.
 func (k *Keyring) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 	d := k.seeds[id]
 	if d == nil {
 		return nil, seal.ErrUnknownKey
 	}
-	return d.decrypt(ciphertext)
+	if !wellFormed(ciphertext) {
+		return nil, seal.ErrMalformed
+	}
+	c, err := k.cipherOf(d)
+	if err != nil {
+		return nil, err
+	}
+	return c.decrypt(ciphertext)
 }
 
 // Close gives the KEKs back, unless another keyring shares them. Closing twice
-// is harmless. Encrypt and Decrypt go on working, so that a call that a reload
-// overtakes ends well: their ciphers live until the keyring is unreachable.
+// is harmless. Encrypt goes on working, and so does Decrypt under a KEK that was
+// used before: their ciphers live until the keyring is unreachable. A call that a
+// reload overtakes and that gets [ErrClosed] is for the newer keyring.
 func (k *Keyring) Close() {
 	if k.closed.Swap(true) {
 		return

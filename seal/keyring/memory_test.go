@@ -19,6 +19,10 @@ func TestNoKEKOutsideLockedMemory(t *testing.T) {
 	}
 	ok := must[*Keyring](t)
 	k := ok(New(cluster, random("first KEK"), slots("one"), nodes, now))
+	seed, first, err := k.Encrypt([]byte("seed"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range []string{"second KEK", "third KEK"} {
 		k = ok(ok(k.Stage(random(name), slots(name), now)).Activate(now))
 		u := must[*Untrusted](t)(Parse(k.Marshal()))
@@ -27,6 +31,9 @@ func TestNoKEKOutsideLockedMemory(t *testing.T) {
 		watch.Add(name, again)
 		k = ok(u.Open(again, nil))
 		if _, _, err := k.Encrypt([]byte("seed")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.Decrypt(first, seed); err != nil { // makes the cipher of a retired KEK
 			t.Fatal(err)
 		}
 	}

@@ -58,21 +58,32 @@ func parse(b []byte) (*Untrusted, error) {
 	if len(e.MAC) != sha256.Size {
 		return nil, fmt.Errorf("mac has %d bytes, want %d", len(e.MAC), sha256.Size)
 	}
-	// The format decides how the rest reads, so it is looked at alone first.
-	var peek struct {
-		Format int `json:"format"`
-	}
-	if err := json.Unmarshal(e.Body, &peek); err != nil {
-		return nil, fmt.Errorf("body: %w", clip(err))
-	}
-	if peek.Format != format1 {
-		return nil, fmt.Errorf("%w %d, this version reads %d", errNewerFormat, peek.Format, format1)
+	if err := checkFormat(e.Body); err != nil {
+		return nil, err
 	}
 	doc, err := parseBody1(e.Body)
 	if err != nil {
 		return nil, fmt.Errorf("body: %w", err)
 	}
 	return &Untrusted{raw: bytes.Clone(b), body: e.Body, mac: e.MAC, doc: doc}, nil
+}
+
+// checkFormat reads the format alone: it decides how the rest reads. The form that
+// is written starts with it, and a second one is refused with the rest.
+func checkFormat(body []byte) error {
+	if bytes.HasPrefix(body, fmt.Appendf(nil, `{"format":%d,`, format1)) {
+		return nil
+	}
+	var peek struct {
+		Format int `json:"format"`
+	}
+	if err := json.Unmarshal(body, &peek); err != nil {
+		return fmt.Errorf("body: %w", clip(err))
+	}
+	if peek.Format != format1 {
+		return fmt.Errorf("%w %d, this version reads %d", errNewerFormat, peek.Format, format1)
+	}
+	return nil
 }
 
 // ClusterID returns the cluster that the keyring claims.
@@ -108,7 +119,7 @@ func (u *Untrusted) Info() Info { return u.doc.info() }
 // [*seal.Error] with cause seal.CauseSlotCorrupt (1), seal.CauseKeyringCorrupt
 // (2, 3) or seal.CauseAnchor (4, 5).
 func (u *Untrusted) Open(kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
-	k := &Keyring{raw: u.raw, doc: u.doc, seeds: map[seal.KeyID]*dekSeeds{}}
+	k := newOpen(u)
 	err := error(seal.Errorf(seal.CauseSlotCorrupt, hintRestore, "the slot holds no KEK of %d bytes", seal.KEKSize))
 	withKEK(kek, func(b []byte) { err = u.open(k, b) })
 	if err == nil && anchor != nil {
@@ -121,6 +132,14 @@ func (u *Untrusted) Open(kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
 	return k, nil
 }
 
+// newOpen returns the keyring of u before it is opened. It allocates what it can
+// before a KEK is at hand: inside [seal.Erase] each allocation is slow.
+func newOpen(u *Untrusted) *Keyring {
+	k := &Keyring{raw: u.raw, doc: u.doc, seeds: make(map[seal.KeyID]*dekSeeds, len(u.doc.Retired)+2)}
+	k.addRetired()
+	return k
+}
+
 func (u *Untrusted) open(k *Keyring, kek []byte) error {
 	id := u.doc.Current.KeyID
 	if got := keyID(u.doc.ClusterID, kek); got != id {
@@ -130,11 +149,9 @@ func (u *Untrusted) open(k *Keyring, kek []byte) error {
 	if !hmac.Equal(bodyMAC(kek, u.body), u.mac) {
 		return seal.Errorf(seal.CauseKeyringCorrupt, hintRestore, "the keyring's MAC does not verify under key ID %s", id)
 	}
-	k.add(newDEKSeeds(u.doc.ClusterID, id, kek))
-	return u.doc.eachRetired(kek, func(r retired, old []byte) error {
-		k.add(newDEKSeeds(u.doc.ClusterID, r.KeyID, old))
-		return nil
-	})
+	k.current = newSeedCipher(u.doc.ClusterID, id, kek)
+	k.add(id, k.current)
+	return u.doc.eachRetired(kek, func(retired, []byte) error { return nil })
 }
 
 func (u *Untrusted) checkAnchor(anchor Anchor) error {
@@ -171,20 +188,31 @@ func retiredAAD(cluster seal.ClusterID, id, current seal.KeyID) []byte {
 // eachRetired decrypts every retired KEK under the current one, kek, and calls f
 // with it; f must not keep it.
 func (b *body1) eachRetired(kek []byte, f func(r retired, old []byte) error) error {
-	if len(b.Retired) == 0 {
+	return b.openRetired(b.Retired, kek, f)
+}
+
+// openRetired decrypts some of the retired KEKs under the current one, kek, proves
+// each by its key ID, and calls f with it; f must not keep it.
+func (b *body1) openRetired(some []retired, kek []byte, f func(r retired, old []byte) error) error {
+	if len(some) == 0 {
 		return nil
 	}
 	c := aead(kek, labelRetired)
 	old := make([]byte, 0, seal.KEKSize+gcmOverhead)
 	defer func() { clear(old[:cap(old)]) }()
-	for _, r := range b.Retired {
-		plain, err := c.Open(old[:0], nil, r.Sealed, retiredAAD(b.ClusterID, r.KeyID, b.Current.KeyID))
-		if err != nil || keyID(b.ClusterID, plain) != r.KeyID {
-			return seal.Errorf(seal.CauseKeyringCorrupt, hintRestore, "the retired KEK of key ID %s does not open", r.KeyID)
+	return withKeyIDMatcher(b.ClusterID, func(matches func(id seal.KeyID, kek []byte) bool) error {
+		aad := make([]byte, 0, len(retiredAAD(b.ClusterID, b.Current.KeyID, b.Current.KeyID)))
+		cluster, current := string(b.ClusterID[:]), string(b.Current.KeyID)
+		for _, r := range some {
+			aad = appendFrame(aad[:0], cluster, string(r.KeyID), current)
+			plain, err := c.Open(old[:0], nil, r.Sealed, aad)
+			if err != nil || !matches(r.KeyID, plain) {
+				return seal.Errorf(seal.CauseKeyringCorrupt, hintRestore, "the retired KEK of key ID %s does not open", r.KeyID)
+			}
+			if err := f(r, plain); err != nil {
+				return err
+			}
 		}
-		if err := f(r, plain); err != nil {
-			return err
-		}
-	}
-	return nil
+		return nil
+	})
 }

@@ -337,3 +337,37 @@ func TestSavedAndNotAnnounced(t *testing.T) {
 	}
 	n.decrypts(former)
 }
+
+// TestReloadOvertakesADecrypt: the cipher of a retired KEK is made when the first
+// call asks for it. A reload may close the keyring before it is made.
+func TestReloadOvertakesADecrypt(t *testing.T) {
+	n := opened(t)
+	seeds := []encrypted{n.encrypt()}
+	for range 25 {
+		if err := n.rotate(); err != nil {
+			t.Fatal(err)
+		}
+		seeds = append(seeds, n.encrypt())
+	}
+	stop := make(chan struct{})
+	var calls sync.WaitGroup
+	for range 4 {
+		calls.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+					n.decrypts(seeds[i%len(seeds)])
+				}
+			}
+		})
+	}
+	for range 25 {
+		if err := n.Unlock(ctx); err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	calls.Wait()
+}

@@ -143,11 +143,17 @@ func (u *Unlocker) Encrypt(plaintext []byte) ([]byte, seal.KeyID, error) {
 
 // Decrypt decrypts a DEK seed under the named KEK.
 func (u *Unlocker) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
-	k, err := u.Keyring()
-	if err != nil {
-		return nil, err
+	for {
+		k, err := u.Keyring()
+		if err != nil {
+			return nil, err
+		}
+		plaintext, err := k.Decrypt(id, ciphertext)
+		if errors.Is(err, keyring.ErrClosed) && u.open.Load() != k {
+			continue // a reload overtook this call
+		}
+		return plaintext, err
 	}
-	return k.Decrypt(id, ciphertext)
 }
 
 // Unlock makes one attempt: load, gate, slots in order, anchor, settle, announce. It
