@@ -2,7 +2,8 @@ package seal
 
 import "runtime"
 
-// Collect runs the garbage collector. What [Erase] left on the heap is erased
-// only when it is collected, which an idle process does every two minutes. It
-// takes about a millisecond, so it is for the end of a rare operation on a KEK.
+// Collect runs the garbage collector. [Erase] erases heap memory only when that
+// memory is collected, which in an idle process happens every two minutes.
+// Collect takes about a millisecond: call it at the end of a rare operation on a
+// KEK.
 func Collect() { runtime.GC() }

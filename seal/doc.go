@@ -1,14 +1,14 @@
-// Package seal holds the vocabulary that every other package of kleidi speaks:
-// [Secret] (locked memory), [ClusterID], [KeyID], [Slot], [Wrapper] and the
-// typed causes for which a slot does not open.
+// Package seal defines the vocabulary of all other packages of kleidi: [Secret]
+// (locked memory), [ClusterID], [KeyID], [Slot], [Wrapper], and the typed causes
+// that explain why a slot does not open.
 //
-// The key-encryption key, the KEK, is 32 random bytes. A wrapper (a TPM, a
-// PKCS#11 token, Vault's Transit engine, an age recovery recipient) turns it
-// into a slot, and a slot back into the KEK. A slot holds ciphertext and
-// identifiers only: it is read before anything can vouch for it, so nothing in
+// The key-encryption key (KEK) is 32 random bytes. A wrapper turns the KEK into a
+// slot, and a slot back into the KEK. Wrappers are a TPM, a PKCS#11 token, Vault's
+// Transit engine, and an age recovery recipient. A slot holds ciphertext and
+// identifiers only. It is read before anything can authenticate it, so nothing in
 // it may be loaded, dialled or run.
 //
-// A wrapper gives confidentiality and no more. That a KEK is the right one is
-// proved by its key ID, which commits to it, and by the keyring's MAC; both are
-// the business of package keyring.
+// A wrapper gives confidentiality and nothing else. The key ID, which commits to
+// one KEK, and the keyring's MAC prove that a KEK is the right one. Package
+// keyring checks both.
 package seal

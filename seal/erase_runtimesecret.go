@@ -4,5 +4,5 @@ package seal
 
 import "runtime/secret"
 
-// Erase runs f and erases what it leaves in registers, on the stack and in the heap.
+// Erase runs f, then erases what f leaves in registers, on the stack and on the heap.
 func Erase(f func()) { secret.Do(f) }

@@ -7,12 +7,12 @@ import (
 	"unicode"
 )
 
-// ErrNotMine says that a slot belongs to another wrapper, node or identity. It
-// is no fault: the next slot is tried.
+// ErrNotMine says that a slot belongs to another wrapper, node or identity. It is
+// not a failure: the caller tries the next slot.
 var ErrNotMine = errors.New("not this wrapper's slot")
 
-// Cause is why a KEK is not open. Causes are told apart because their remedies
-// differ. The text of a Cause is its name in logs, metrics and JSON.
+// Cause says why a KEK is not open. Two causes differ if their remedies differ. The
+// text of a Cause is its name in logs, metrics and JSON.
 type Cause string
 
 // The causes.
@@ -20,9 +20,9 @@ const (
 	// CauseBootState: the machine did not boot as the slot's authorization
 	// policy demands.
 	CauseBootState Cause = "boot-state-not-authorized"
-	// CauseEpoch: the slot is of an epoch that has passed; it was revoked.
+	// CauseEpoch: the slot was sealed for an epoch that has passed, so it is revoked.
 	CauseEpoch Cause = "epoch-passed"
-	// CauseAttestation: evidence could not be gathered, or it did not verify.
+	// CauseAttestation: the evidence could not be gathered, or did not verify.
 	CauseAttestation Cause = "attestation-failed"
 	// CauseBootPolicy: the evidence verified, and the boot policy refuses the boot.
 	CauseBootPolicy Cause = "boot-policy-refused"
@@ -36,8 +36,8 @@ const (
 	// CauseUnavailable: the backend (TPM, token, server) cannot be reached, or
 	// did not answer in time or sensibly.
 	CauseUnavailable Cause = "backend-unavailable"
-	// CauseKeyMissing: the backend answers, and does not have the key that wraps. To
-	// wait for it is of no use.
+	// CauseKeyMissing: the backend answers and does not have the wrapping key. Waiting
+	// does not help.
 	CauseKeyMissing Cause = "key-missing"
 	// CauseCredentials: the backend refused our credentials.
 	CauseCredentials Cause = "credentials-refused"
@@ -51,7 +51,7 @@ const (
 	CauseAnchor Cause = "anchor-mismatch"
 	// CauseNoSlot: the keyring holds no slot that a configured wrapper can open.
 	CauseNoSlot Cause = "no-slot"
-	// CauseMemory: no memory could be locked for the KEK.
+	// CauseMemory: the kernel locked no memory for the KEK.
 	CauseMemory Cause = "memory-not-lockable"
 	// CauseStore: the keyring or the anchor could not be read or saved.
 	CauseStore Cause = "store-failed"
@@ -67,12 +67,12 @@ func Causes() []Cause {
 	}
 }
 
-// Error is a failure with its cause and what to do next.
+// Error is a failure with its cause and its remedy.
 type Error struct {
 	Cause Cause
-	// Err says what happened: lower case, no full stop.
+	// Err says what happened, in lower case and without a full stop.
 	Err error
-	// Hint is what the operator does next.
+	// Hint tells the operator what to do next.
 	Hint string
 }
 
@@ -87,13 +87,13 @@ func (e *Error) Error() string {
 // Unwrap returns Err.
 func (e *Error) Unwrap() error { return e.Err }
 
-// Errorf makes an [*Error] whose Err is formatted as fmt.Errorf does.
+// Errorf returns an [*Error] whose Err is formatted as by fmt.Errorf.
 func Errorf(cause Cause, hint, format string, args ...any) *Error {
 	return &Error{Cause: cause, Hint: hint, Err: fmt.Errorf(format, args...)}
 }
 
-// CauseOf returns the cause of the outermost [*Error] in err's chain, or "" if
-// there is none.
+// CauseOf returns the cause of the outermost [*Error] in err's chain, or "" if the
+// chain has none.
 func CauseOf(err error) Cause {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e.Cause
@@ -101,8 +101,9 @@ func CauseOf(err error) Cause {
 	return ""
 }
 
-// SplitHint returns err's text without the hint of the outermost [*Error] in its
-// chain, and that hint; without one, or without an [*Error], the hint is "".
+// SplitHint splits err's text into the message and the hint of the outermost
+// [*Error] in err's chain. The hint is "" if the chain has no [*Error], or if that
+// [*Error] has no hint.
 func SplitHint(err error) (message, hint string) {
 	message = err.Error()
 	e, ok := errors.AsType[*Error](err)
@@ -136,21 +137,22 @@ type reworded struct {
 func (r *reworded) Error() string { return r.text }
 func (r *reworded) Unwrap() error { return r.err }
 
-// Errors of the DEK seed operations. They carry no key material and no input.
+// Errors of the DEK seed operations. They hold neither key material nor input.
 var (
 	// ErrUnknownKey: no KEK with that key ID is in the keyring.
 	ErrUnknownKey = errors.New("unknown key ID")
-	// ErrMalformed: the input is not of the form that kleidi writes or accepts.
+	// ErrMalformed: the input does not have the form that kleidi writes or accepts.
 	ErrMalformed = errors.New("malformed input")
 	// ErrAuthentication: the ciphertext does not authenticate under the named KEK.
 	ErrAuthentication = errors.New("ciphertext does not authenticate")
 )
 
-// OneLine returns s in at most limit runes, with what can't be shown in a line
-// replaced: reasons may quote event logs, and names come from peers.
+// OneLine returns s as at most limit printable runes. It cuts a longer s and
+// replaces runes that can't be printed, because messages quote event logs and
+// names that come from peers.
 func OneLine(s string, limit int) string {
 	n := 0
-	for i := range s { // i is at a rune's first byte
+	for i := range s { // i is the index of a rune's first byte
 		if n == limit {
 			s = s[:i] + "…"
 			break

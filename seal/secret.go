@@ -13,18 +13,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Memory hands out locked memory. The zero Memory refuses where memory cannot
-// be locked; that is what production wants.
+// Memory allocates locked memory. The zero Memory fails where the kernel locks no
+// memory; production uses the zero Memory.
 type Memory struct {
-	// BestEffort accepts ordinary memory where none can be locked
+	// BestEffort allocates ordinary memory where the kernel locks none
 	// (memory.lock: best-effort).
 	BestEffort bool
 }
 
-// Secret is a key in locked memory: memfd_secret(2) where the kernel has it,
-// which not even the kernel maps elsewhere, else anonymous memory that is
-// locked, left out of core files and wiped on fork. It refuses to be printed,
-// logged or marshalled, and is zeroed on Close, or when nothing refers to it.
+// Secret is a key in locked memory. The memory comes from memfd_secret(2) if the
+// kernel has it: such memory is mapped nowhere else, not even by the kernel. It is
+// anonymous memory otherwise: locked, left out of core files and wiped on fork. A
+// Secret can't be printed, logged or marshalled. It is zeroed by Close, or once it
+// is unreachable.
 type Secret struct {
 	mu      sync.Mutex
 	buf     []byte // the whole mapping
@@ -33,7 +34,7 @@ type Secret struct {
 	cleanup runtime.Cleanup
 }
 
-// errSecret is what every marshaller of a Secret returns.
+// errSecret is the error of every method that would marshal a Secret.
 var errSecret = errors.New("a secret can't be serialised")
 
 const redacted = "[secret]"
@@ -58,7 +59,7 @@ func secretIn(buf []byte, n int, kind string) *Secret {
 	return s
 }
 
-// Take moves b into a new Secret: b is zeroed in any case.
+// Take moves b into a new Secret. It zeroes b even if it fails.
 func (m Memory) Take(b []byte) (*Secret, error) {
 	defer clear(b)
 	s, err := m.New(len(b))
@@ -69,13 +70,13 @@ func (m Memory) Take(b []byte) (*Secret, error) {
 	return s, nil
 }
 
-// NewKEK returns KEKSize bytes from crypto/rand.
+// NewKEK returns a Secret of KEKSize bytes from crypto/rand.
 func (m Memory) NewKEK() (*Secret, error) {
 	s, err := m.New(KEKSize)
 	if err != nil {
 		return nil, err
 	}
-	s.With(func(b []byte) { rand.Read(b) }) // never fails, see crypto/rand
+	s.With(func(b []byte) { rand.Read(b) }) // crypto/rand.Read never fails
 	return s, nil
 }
 
@@ -143,15 +144,16 @@ func lock(b []byte) error {
 	return nil
 }
 
-// release is also what the garbage collector runs for a Secret that nobody closed.
+// release zeroes and unmaps buf. The garbage collector calls it for a Secret that
+// was not closed.
 func release(buf []byte) {
 	clear(buf)
 	_ = unix.Munmap(buf)
 }
 
-// With calls f with the secret itself, not a copy, which f must not keep. On a
-// closed Secret f gets nil. Where the toolchain can (see [Erase]), what f leaves
-// behind in registers, on its stack and in the heap is erased as well.
+// With calls f with the secret itself, not with a copy; f must not keep it. If the
+// Secret is closed, f gets nil. What f leaves in registers, on the stack and on the
+// heap is erased, if the toolchain supports it; see [Erase].
 func (s *Secret) With(f func(b []byte)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -162,8 +164,8 @@ func (s *Secret) With(f func(b []byte)) {
 	Erase(func() { f(b) })
 }
 
-// Equal reports whether both secrets hold the same bytes, in constant time. Nil and closed
-// secrets equal nothing.
+// Equal reports, in constant time, whether s and o hold the same bytes. A nil or
+// closed Secret equals no other Secret.
 func (s *Secret) Equal(o *Secret) bool {
 	if s == nil || o == nil {
 		return false
@@ -171,13 +173,13 @@ func (s *Secret) Equal(o *Secret) bool {
 	if s == o {
 		return true
 	}
-	// Digests, and not one With inside the other: two Equals the other way round
-	// would wait for each other.
+	// Comparing digests avoids a With inside a With, which could deadlock: a.Equal(b)
+	// and b.Equal(a) lock the two secrets in opposite order.
 	a, b := s.digest(), o.digest()
 	return a != nil && b != nil && subtle.ConstantTimeCompare(a, b) == 1
 }
 
-// digest is nil for a closed secret.
+// digest returns the SHA-256 digest of the secret, or nil if s is closed.
 func (s *Secret) digest() (d []byte) {
 	d = make([]byte, 0, sha256.Size)
 	s.With(func(b []byte) {
@@ -191,10 +193,10 @@ func (s *Secret) digest() (d []byte) {
 	return d
 }
 
-// Kind says which memory holds the secret: "memfd_secret", "mlock" or "unlocked".
+// Kind names the memory that holds the secret: "memfd_secret", "mlock" or "unlocked".
 func (s *Secret) Kind() string { return s.kind }
 
-// Close zeroes the secret and gives its memory back. Closing twice is harmless.
+// Close zeroes the secret and unmaps its memory. A second Close does nothing.
 func (s *Secret) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -207,7 +209,7 @@ func (s *Secret) Close() error {
 	return nil
 }
 
-// Format implements fmt.Formatter for every verb.
+// Format implements fmt.Formatter; no verb prints the secret.
 func (s *Secret) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(redacted)) }
 
 // String implements fmt.Stringer.
@@ -222,5 +224,5 @@ func (s *Secret) MarshalJSON() ([]byte, error) { return nil, errSecret }
 // MarshalText always fails.
 func (s *Secret) MarshalText() ([]byte, error) { return nil, errSecret }
 
-// MarshalBinary always fails; with it gob refuses as well.
+// MarshalBinary always fails, and so does gob, which calls it.
 func (s *Secret) MarshalBinary() ([]byte, error) { return nil, errSecret }

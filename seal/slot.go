@@ -10,14 +10,14 @@ import (
 // KEKSize is the size of a KEK in bytes.
 const KEKSize = 32
 
-// ClusterID is 16 random bytes made once by init. Everything that a keyring
-// holds is bound to it.
+// ClusterID identifies a cluster: 16 random bytes, generated once by init.
+// Everything in a keyring is bound to its cluster ID.
 type ClusterID [16]byte
 
 // String returns the cluster ID as 32 lower-case hexadecimal digits.
 func (c ClusterID) String() string { return hex.EncodeToString(c[:]) }
 
-// ParseClusterID reads what String writes, and nothing else.
+// ParseClusterID parses the result of String. It accepts no other form.
 func ParseClusterID(s string) (ClusterID, error) {
 	var c ClusterID
 	if len(s) != 2*len(c) {
@@ -41,8 +41,8 @@ func (c *ClusterID) UnmarshalText(b []byte) (err error) {
 	return err
 }
 
-// KeyID is the KMS v2 key_id: a commitment to one KEK of one cluster, so that
-// it can never name another. It is no secret.
+// KeyID is the key_id of KMS v2. It commits to one KEK of one cluster, so it can
+// never name another KEK. It is not secret.
 type KeyID string
 
 // Wrapper types, as they stand in Slot.Type and in configuration.
@@ -61,31 +61,31 @@ const (
 	TypeSkipped = "skipped"
 )
 
-// Slot is one KEK, wrapped once by one wrapper. It is untrusted until the KEK
-// that comes out of it has matched its key ID and the keyring's MAC.
+// Slot is one KEK, wrapped once by one wrapper. It is untrusted until the unwrapped
+// KEK has matched its key ID and verified the keyring's MAC.
 type Slot struct {
 	// Type is the type of the wrapper that made the slot.
 	Type string `json:"type"`
-	// Node names the control-plane machine that the slot is for; it is empty
-	// where any holder of the wrapper may open the slot.
+	// Node names the control-plane machine that may open the slot. It is empty if
+	// every machine with the wrapper may open it.
 	Node string `json:"node,omitempty"`
-	// Data is the wrapper's own document: ciphertext and identifiers, a JSON
-	// object of at most MaxSlotData bytes.
+	// Data is a JSON object of at most MaxSlotData bytes, in a format of the wrapper.
+	// It holds ciphertext and identifiers.
 	Data json.RawMessage `json:"data"`
 }
 
-// MaxSlotData bounds Slot.Data, in bytes.
+// MaxSlotData is the maximum size of Slot.Data in bytes.
 const MaxSlotData = 64 << 10
 
-// Wrapper wraps and unwraps KEKs. Implementations are safe for concurrent use
-// and hold no session, handle or connection between calls.
+// Wrapper wraps and unwraps KEKs. Implementations are safe for concurrent use and
+// keep no session, handle or connection open between calls.
 type Wrapper interface {
 	// Type is one of the Type constants.
 	Type() string
-	// Wrap seals kek, which it neither keeps nor closes.
+	// Wrap wraps kek. It neither keeps nor closes it.
 	Wrap(ctx context.Context, kek *Secret) (Slot, error)
-	// Unwrap opens a slot; the caller closes the Secret. A slot that this
-	// wrapper did not make is [ErrNotMine], and the next slot may be tried;
-	// every other failure is a [*Error] with its cause.
+	// Unwrap unwraps the KEK of a slot; the caller closes it. The error is
+	// [ErrNotMine] if another wrapper made the slot, and a [*Error] with its cause
+	// otherwise.
 	Unwrap(ctx context.Context, slot Slot) (*Secret, error)
 }

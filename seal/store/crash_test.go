@@ -15,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// childEnv makes the test binary save in a loop, to be killed.
+// childEnv has the test binary save in a loop until it is killed.
 const childEnv = "KLEIDI_STORE_TEST_SAVE"
 
 func TestMain(m *testing.M) {
@@ -25,10 +25,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// content is generation n of a file: long enough for several writes to show.
+// content returns generation n of a file. It is long, so that half a write shows.
 func content(n int) []byte { return bytes.Repeat([]byte(strconv.Itoa(n)+"\n"), 4000) }
 
-// saveForEver announces each generation on standard output once it is saved.
+// saveForEver saves one generation after the other, and writes the number of each
+// to standard output once it is saved.
 func saveForEver(path string) {
 	f := store.NewFile(path)
 	b, v, err := f.Load(context.Background())
@@ -43,7 +44,7 @@ func saveForEver(path string) {
 	}
 }
 
-// generation returns n if b is content(n), whole, else -1.
+// generation returns n if b is content(n), and -1 if b is no whole content.
 func generation(b []byte) int {
 	first, _, _ := strings.Cut(string(b), "\n")
 	n, err := strconv.Atoi(first)
@@ -53,9 +54,9 @@ func generation(b []byte) int {
 	return n
 }
 
-// TestKilledWhileSaving kills a process that saves, again and again, and wants
-// the last announced generation or the one after it, whole, and the one before
-// it as the previous content.
+// TestKilledWhileSaving kills a saving process at many moments. The file then holds
+// the last announced generation or the next one, and the previous file the one
+// before that.
 func TestKilledWhileSaving(t *testing.T) {
 	dir := stateDir(t)
 	path := filepath.Join(dir, "keyring.json")
@@ -77,7 +78,8 @@ func TestKilledWhileSaving(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// Killed between the two renames, both names are of the same file.
+		// Both names are of the same file if the process was killed between its two
+		// renames.
 		if p := generation(previous); p != n-1 && p != n {
 			t.Fatalf("previous is generation %d, the file is %d", p, n)
 		}
@@ -88,8 +90,8 @@ func TestKilledWhileSaving(t *testing.T) {
 	}
 }
 
-// runAndKill kills a saving process after it has announced count generations,
-// at whatever it does then, and returns the last one that it announced.
+// runAndKill kills a saving process once it has announced count generations, and
+// returns the last generation that it announced.
 func runAndKill(t *testing.T, path string, count int) (announced int) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
@@ -143,8 +145,8 @@ func onlyFiles(t testing.TB, dir string, want ...string) {
 	}
 }
 
-// TestCrashPoints lays out the folder as a crash after each step of a save
-// leaves it: what is there loads, and the next save works and cleans up.
+// TestCrashPoints lays out the folder as a crash after each step of a save leaves
+// it. The file loads, and the next save succeeds and removes the leftovers.
 func TestCrashPoints(t *testing.T) {
 	const tmp, link = ".keyring.json.tmp-AAAA", ".keyring.json.tmp-BBBB"
 	write := func(name, s string) func(dir string) error {
@@ -189,7 +191,7 @@ func TestCrashPoints(t *testing.T) {
 	}
 }
 
-// TestCrashOfTheFirstSave: there was no file before.
+// TestCrashOfTheFirstSave: a crash during the first save leaves no file.
 func TestCrashOfTheFirstSave(t *testing.T) {
 	dir := stateDir(t)
 	f := store.NewFile(filepath.Join(dir, "keyring.json"))
@@ -206,7 +208,8 @@ func TestCrashOfTheFirstSave(t *testing.T) {
 	onlyFiles(t, dir, "keyring.json")
 }
 
-// TestOtherFilesStay: the anchor lives in the same folder, and so do its leftovers.
+// TestOtherFilesStay: a save removes no other file of the folder. The anchor lives
+// there, with its own leftovers.
 func TestOtherFilesStay(t *testing.T) {
 	dir := stateDir(t)
 	names := []string{".anchor.json.tmp-AAAA", ".keyring.json", "anchor.json", "keyring.json", "keyring.json.tmp-x"}

@@ -9,10 +9,10 @@ import (
 	"syscall"
 )
 
-// PrepareDir makes dir, 0700, if it is missing; its parent must exist, and is
-// flushed. An existing dir is refused if it is a symbolic link or no folder, if
-// its group or others may write to it, or if it belongs to neither this user nor
-// root.
+// PrepareDir creates dir with mode 0700 if it is missing, and flushes its parent,
+// which must exist. PrepareDir fails if dir exists and is a symbolic link or not a
+// folder, is writable by its group or by others, or belongs to neither this user
+// nor root.
 func PrepareDir(dir string) error {
 	dir = filepath.Clean(dir)
 	err := os.Mkdir(dir, 0o700)
@@ -34,22 +34,22 @@ func checkDir(dir string) error {
 	case info.Mode()&fs.ModeSymlink != 0:
 		return fmt.Errorf("folder %s is a symbolic link; name the folder that it points to", dir)
 	case !info.IsDir():
-		return fmt.Errorf("%s is no folder; name another", dir)
+		return fmt.Errorf("%s is not a folder; name another", dir)
 	}
 	return checkAccess(dir, info)
 }
 
-// checkAccess refuses what somebody else could have written.
+// checkAccess fails if another user could have written to the file or folder.
 func checkAccess(path string, info fs.FileInfo) error {
 	if perm := info.Mode().Perm(); perm&0o022 != 0 {
-		return fmt.Errorf("%s may be written by others (mode %04o); see who did, then run chmod go-w %s", path, perm, path)
+		return fmt.Errorf("%s may be written by others (mode %04o); find out who wrote to it, then run chmod go-w %s", path, perm, path)
 	}
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	if !ok {
-		return fmt.Errorf("%s: no owner known", path)
+		return fmt.Errorf("%s: its owner is unknown", path)
 	}
 	if stat.Uid != 0 && int(stat.Uid) != os.Geteuid() {
-		return fmt.Errorf("%s belongs to UID %d; see who made it, then run chown %d %s", path, stat.Uid, os.Geteuid(), path)
+		return fmt.Errorf("%s belongs to UID %d; find out who made it, then run chown %d %s", path, stat.Uid, os.Geteuid(), path)
 	}
 	return nil
 }

@@ -18,14 +18,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxSize bounds a file, in bytes.
+// MaxSize is the maximum size of a file in bytes.
 const MaxSize = 1 << 20
 
-// ErrConflict says that the file is not the one that the change was made from.
+// ErrConflict says that the file changed after the caller had loaded it.
 var ErrConflict = errors.New("changed meanwhile; run the command again")
 
-// Version names the content of a file. It is opaque; the empty Version is that
-// of a file that does not exist.
+// Version identifies the content of a file. It is opaque. A file that does not
+// exist has the empty Version.
 type Version string
 
 func versionOf(b []byte) Version {
@@ -33,38 +33,39 @@ func versionOf(b []byte) Version {
 	return Version(hex.EncodeToString(sum[:]))
 }
 
-// File is one durable file. Its folder must be as [PrepareDir] leaves it.
+// File is a durable file. [PrepareDir] must accept its folder.
 type File struct {
 	path   string
-	former string            // empty: it never had another name
-	worth  func([]byte) bool // nil: everything is
+	former string            // former name, or empty
+	keep   func([]byte) bool // see Keep; nil keeps every content
 	mu     sync.Mutex
 }
 
-// NewFile returns the file at path, which need not exist.
+// NewFile returns the File at path. The file need not exist.
 func NewFile(path string) *File { return &File{path: filepath.Clean(path)} }
 
-// Keep says which contents are worth being kept as the previous one; without it
-// all are. What is damaged must not take the place of what is whole.
-func (f *File) Keep(worth func(b []byte) bool) *File {
-	f.worth = worth
+// Keep has Save keep the content that it replaces as the previous content only if
+// keep returns true for it. A damaged file then does not replace an undamaged
+// previous one. Keep returns f.
+func (f *File) Keep(keep func(content []byte) bool) *File {
+	f.keep = keep
 	return f
 }
 
-// Formerly gives the file's earlier name in the same folder. Where no file has the
-// present name, Load renames the one with the earlier name, once, and its previous
-// content with it.
+// Formerly sets the name that the file had in an earlier version of kleidi, in the
+// same folder. If no file has the present name, Load renames the file with the
+// former name, and its previous file too. Formerly returns f.
 func (f *File) Formerly(name string) *File {
 	f.former = filepath.Join(filepath.Dir(f.path), name)
 	return f
 }
 
-// Path returns where the file is.
+// Path returns the path of the file.
 func (f *File) Path() string { return f.path }
 
-// Load returns the content and its version. The error is fs.ErrNotExist if there
-// is no file. A symbolic link, a file that others may write, and one of more
-// than MaxSize bytes are refused.
+// Load returns the content of the file and its version. The error is
+// fs.ErrNotExist if there is no file. Load refuses a symbolic link, a file that
+// others may write, and a file of more than MaxSize bytes.
 func (f *File) Load(ctx context.Context) ([]byte, Version, error) {
 	b, version, err := f.load(ctx, f.path)
 	if f.former == "" || !errors.Is(err, fs.ErrNotExist) {
@@ -79,8 +80,8 @@ func (f *File) Load(ctx context.Context) ([]byte, Version, error) {
 	return f.load(ctx, f.path)
 }
 
-// rename gives the file with the earlier name its present one. A file that got the
-// present name in the meantime stays.
+// rename renames the file and its previous file from the former name to the present
+// one. It replaces no file that already has the present name.
 func (f *File) rename() error {
 	for _, suffix := range []string{previousSuffix, ""} {
 		err := unix.Renameat2(unix.AT_FDCWD, f.former+suffix, unix.AT_FDCWD, f.path+suffix, unix.RENAME_NOREPLACE)
@@ -91,7 +92,7 @@ func (f *File) rename() error {
 	return syncDir(filepath.Dir(f.path))
 }
 
-// Previous returns the content that the last Save replaced; the error is
+// Previous returns the content that the last Save replaced. The error is
 // fs.ErrNotExist if there was none.
 func (f *File) Previous(ctx context.Context) ([]byte, error) {
 	b, _, err := f.load(ctx, f.previous())
@@ -109,10 +110,10 @@ func (f *File) load(ctx context.Context, path string) ([]byte, Version, error) {
 	if err := checkDir(filepath.Dir(path)); err != nil {
 		return nil, "", err
 	}
-	// O_NONBLOCK: opening a FIFO that somebody put there must not wait.
+	// O_NONBLOCK: if somebody put a FIFO there, opening it must not block.
 	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ELOOP) {
-		return nil, "", fmt.Errorf("%s is a symbolic link; put the file itself there", path)
+		return nil, "", fmt.Errorf("%s is a symbolic link; put the file itself in its place", path)
 	}
 	if err != nil {
 		return nil, "", err
@@ -123,7 +124,7 @@ func (f *File) load(ctx context.Context, path string) ([]byte, Version, error) {
 		return nil, "", err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, "", fmt.Errorf("%s is no regular file; remove it", path)
+		return nil, "", fmt.Errorf("%s is not a regular file; remove it", path)
 	}
 	if err := checkAccess(path, info); err != nil {
 		return nil, "", err
@@ -138,16 +139,17 @@ func (f *File) load(ctx context.Context, path string) ([]byte, Version, error) {
 	return b, versionOf(b), nil
 }
 
-// Save replaces the content that has version old (empty: there is no file) by b
-// and returns b's version. When it returns without error, b is on the disk; what
-// it replaced is kept as the previous content. On an error the old content is
-// still there, except that a failure to flush the folder, after the new file has
-// taken its place, leaves open which one a crash would bring back.
+// Save replaces the content with b if its version is old, and returns the version
+// of b. The empty version demands that there is no file. If Save returns no error,
+// b is on the disk, and the replaced content is the previous content. If Save
+// fails, the file still has its old content, with one exception: if the last step,
+// the flush of the folder, fails, the file has the new content, and a crash may
+// bring back the old one.
 //
-// The steps, each of which leaves a whole file behind: write a temporary file in
-// the same folder (0600), flush it, link the old file as the previous one, rename
-// the temporary file to its place, flush the folder. What a crash leaves behind
-// is removed by the next Save.
+// Save takes five steps: write a temporary file in the same folder, with mode 0600;
+// flush it; link the old file as the previous one; rename the temporary file to
+// its final name; flush the folder. The file is whole after each step. The next
+// Save removes what a crash left behind.
 func (f *File) Save(ctx context.Context, b []byte, old Version) (Version, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -165,7 +167,7 @@ func (f *File) Save(ctx context.Context, b []byte, old Version) (Version, error)
 	if exists && bytes.Equal(current, b) {
 		return version, syncDir(filepath.Dir(f.path)) // an earlier flush may have failed
 	}
-	if err := f.replace(b, exists && (f.worth == nil || f.worth(current))); err != nil {
+	if err := f.replace(b, exists && (f.keep == nil || f.keep(current))); err != nil {
 		return "", fmt.Errorf("save %s: %w", f.path, err)
 	}
 	return versionOf(b), nil
@@ -192,16 +194,16 @@ func (f *File) replace(b []byte, keep bool) error {
 	return syncDir(filepath.Dir(f.path))
 }
 
-// keepPrevious gives the current file a second name, which takes the place of
-// the previous one in one step.
+// keepPrevious makes the current file the previous one too. It replaces the former
+// previous file in one step, by renaming a second link to the current file.
 func (f *File) keepPrevious() error {
 	tmp := f.temporary()
 	if err := os.Link(f.path, tmp); err != nil {
 		return err
 	}
 	err := os.Rename(tmp, f.previous())
-	// After a crash the previous file may be the current one already, and a
-	// rename between two names of one file does nothing: it leaves both.
+	// After a crash the previous file may already be the current one. To rename one
+	// link of a file to another does nothing, and leaves both links.
 	if rmErr := os.Remove(tmp); err == nil && rmErr != nil && !errors.Is(rmErr, fs.ErrNotExist) {
 		err = rmErr
 	}
@@ -214,7 +216,7 @@ func (f *File) temporary() string {
 	return filepath.Join(filepath.Dir(f.path), f.temporaryPrefix()+rand.Text())
 }
 
-// sweep removes what crashes left behind.
+// sweep removes the temporary files that crashes left behind.
 func (f *File) sweep() error {
 	dir := filepath.Dir(f.path)
 	entries, err := os.ReadDir(dir)
@@ -232,7 +234,8 @@ func (f *File) sweep() error {
 	return nil
 }
 
-// writeNew writes a file that did not exist and flushes it; it leaves none on error.
+// writeNew creates a file with content b and flushes it. The file must not exist.
+// If writeNew fails, it leaves no file.
 func writeNew(path string, b []byte) error {
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if err != nil {

@@ -59,8 +59,8 @@ func TestSaveLoad(t *testing.T) {
 	expect(t, f, "two")
 }
 
-// TestDamageDoesNotReplaceThePrevious: what Keep finds not worth keeping leaves
-// the previous content as it is.
+// TestDamageDoesNotReplaceThePrevious: content that the function given to Keep
+// rejects does not replace the previous content.
 func TestDamageDoesNotReplaceThePrevious(t *testing.T) {
 	path := filepath.Join(stateDir(t), "f")
 	f := store.NewFile(path).Keep(func(b []byte) bool { return string(b) != "damaged" })
@@ -75,7 +75,7 @@ func TestDamageDoesNotReplaceThePrevious(t *testing.T) {
 	}
 	v = save(t, f, "three", v)
 	if b, err := f.Previous(t.Context()); err != nil || string(b) != "one" {
-		t.Errorf("previous is %q, %v; want what was whole", b, err)
+		t.Errorf("previous is %q, %v; want the content before the damage", b, err)
 	}
 	save(t, f, "four", v)
 	if b, err := f.Previous(t.Context()); err != nil || string(b) != "three" {

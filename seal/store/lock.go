@@ -12,15 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrLocked says that another process holds the folder.
+// ErrLocked says that another process holds the lock on the folder.
 var ErrLocked = errors.New("in use")
 
-// Lock is the right to change what a folder holds. The kernel takes it back when
-// the process ends, however it ends.
+// Lock is the exclusive right to change the files of a folder. The kernel releases
+// it when the process ends, however it ends.
 type Lock struct{ file *os.File }
 
-// LockDir takes the lock on dir, without waiting. The error is [ErrLocked], with
-// the holder's process ID, if another process holds it.
+// LockDir acquires the lock on dir. It does not wait: if another process holds the
+// lock, the error is [ErrLocked] with that process's ID.
 func LockDir(dir string) (*Lock, error) {
 	dir = filepath.Clean(dir)
 	if err := checkDir(dir); err != nil {
@@ -53,8 +53,8 @@ func lock(file *os.File, dir string) error {
 	return err
 }
 
-// holder names the process that wrote the lock file. It has just taken the lock
-// or is about to write; then it isn't known yet.
+// holder names the process whose ID is in the lock file. A process that has just
+// acquired the lock may not have written its ID yet.
 func holder(file *os.File) string {
 	b, _ := io.ReadAll(io.NewSectionReader(file, 0, 32))
 	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
@@ -64,6 +64,6 @@ func holder(file *os.File) string {
 	return fmt.Sprintf("process %d", pid)
 }
 
-// Close gives the lock back. The file stays: to remove it would let two
-// processes lock two files of one name.
+// Close releases the lock. It does not remove the lock file: if it did, two
+// processes could hold locks on two files of the same name.
 func (l *Lock) Close() error { return l.file.Close() }

@@ -10,9 +10,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// TestPowerLossAfterSave cuts the power right after each save: the saved content
-// and the previous one are on the disk, whole, and so is the folder that
-// PrepareDir made.
+// TestPowerLossAfterSave cuts the power right after each save. The saved content
+// and the previous one are then on the disk, and so is the folder that PrepareDir
+// created.
 func TestPowerLossAfterSave(t *testing.T) {
 	mount := t.TempDir()
 	disk := powerloss.New(t, mount)
@@ -43,15 +43,15 @@ func TestPowerLossAfterSave(t *testing.T) {
 	}
 }
 
-// TestPowerLossWithoutNews: Save flushes the folder also where it has nothing to
-// write, since an earlier flush may have failed.
+// TestPowerLossWithoutNews: Save flushes the folder even if it has nothing to write,
+// because an earlier flush may have failed.
 func TestPowerLossWithoutNews(t *testing.T) {
 	dir := t.TempDir()
 	disk := powerloss.New(t, dir)
 	path := filepath.Join(dir, "keyring.json")
 	f := store.NewFile(path)
 	version := save(t, f, "one", "")
-	// What a save leaves that could not flush the folder
+	// A save that failed to flush the folder leaves this
 	file, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE, 0o600)
 	if err != nil {
 		t.Fatal(err)

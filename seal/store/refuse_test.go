@@ -30,7 +30,7 @@ func TestFileMode(t *testing.T) {
 	}
 }
 
-// TestFolders is about folders in which neither a file nor a lock is safe.
+// TestFolders: in such folders neither a file nor a lock is safe.
 func TestFolders(t *testing.T) {
 	for _, test := range []struct {
 		name, says string
@@ -41,7 +41,7 @@ func TestFolders(t *testing.T) {
 		{"sticky", "chmod go-w", func(d string) error { return mkdir(d, 0o777|fs.ModeSticky) }},
 		{"group-writable", "chmod go-w", func(d string) error { return mkdir(d, 0o770) }},
 		{"symbolic link", "symbolic link", func(d string) error { return os.Symlink(filepath.Dir(d), d) }},
-		{"file", "no folder", func(d string) error { return os.WriteFile(d, nil, 0o600) }},
+		{"file", "not a folder", func(d string) error { return os.WriteFile(d, nil, 0o600) }},
 		{"foreign", "chown", func(d string) error { return errors.Join(mkdir(d, 0o700), os.Chown(d, 12345, 12345)) }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -61,9 +61,9 @@ func TestFolders(t *testing.T) {
 				errs["PrepareDir"] = store.PrepareDir(dir)
 			}
 			_, errs["Save"] = f.Save(t.Context(), []byte("x"), "")
-			for what, err := range errs {
+			for operation, err := range errs {
 				if err == nil || !strings.Contains(err.Error(), test.says) || !strings.Contains(err.Error(), dir) {
-					t.Errorf("%s: %v", what, err)
+					t.Errorf("%s: %v", operation, err)
 				}
 			}
 		})
@@ -83,8 +83,8 @@ func TestFiles(t *testing.T) {
 			return errors.Join(os.WriteFile(p+".target", []byte("x"), 0o600), os.Symlink(p+".target", p))
 		}},
 		{"dangling link", "symbolic link", func(p string) error { return os.Symlink(p+".target", p) }},
-		{"folder", "no regular file", func(p string) error { return os.Mkdir(p, 0o700) }},
-		{"FIFO", "no regular file", func(p string) error { return unix.Mkfifo(p, 0o600) }},
+		{"folder", "not a regular file", func(p string) error { return os.Mkdir(p, 0o700) }},
+		{"FIFO", "not a regular file", func(p string) error { return unix.Mkfifo(p, 0o600) }},
 		{"world-writable", "chmod go-w", func(p string) error {
 			return errors.Join(os.WriteFile(p, []byte("x"), 0o600), os.Chmod(p, 0o666))
 		}},
@@ -106,9 +106,9 @@ func TestFiles(t *testing.T) {
 			f := store.NewFile(path)
 			_, _, loadErr := f.Load(t.Context())
 			_, saveErr := f.Save(t.Context(), []byte("y"), "")
-			for what, err := range map[string]error{"Load": loadErr, "Save": saveErr} {
+			for operation, err := range map[string]error{"Load": loadErr, "Save": saveErr} {
 				if err == nil || !strings.Contains(err.Error(), test.says) || !strings.Contains(err.Error(), path) {
-					t.Errorf("%s: %v", what, err)
+					t.Errorf("%s: %v", operation, err)
 				}
 			}
 			after, err := os.Lstat(path)
@@ -133,7 +133,7 @@ func TestSaveRefusesOversizeAndCancelled(t *testing.T) {
 	expect(t, f, "one")
 }
 
-// TestFullDisk fills a small file system of its own: it needs the right to mount.
+// TestFullDisk fills a small file system of its own, which needs the right to mount.
 func TestFullDisk(t *testing.T) {
 	mount := t.TempDir()
 	if err := unix.Mount("tmpfs", mount, "tmpfs", 0, "size=256k,mode=0700"); err != nil {
@@ -167,7 +167,7 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestReadOnlyDisk: root may write anywhere but there.
+// TestReadOnlyDisk: root may write everywhere except on a read-only disk.
 func TestReadOnlyDisk(t *testing.T) {
 	mount := t.TempDir()
 	if err := unix.Mount("tmpfs", mount, "tmpfs", 0, "size=256k,mode=0700"); err != nil {
@@ -191,8 +191,9 @@ func TestReadOnlyDisk(t *testing.T) {
 	expect(t, f, "one")
 }
 
-// TestFailedSaveLeavesEverything lets each step after the flush fail: what
-// stands in its way is a folder that is not empty.
+// TestFailedSaveLeavesEverything: a save that can't keep the previous content leaves
+// all files as they were. A folder that is not empty has the name of the previous
+// file here.
 func TestFailedSaveLeavesEverything(t *testing.T) {
 	dir := stateDir(t)
 	f := store.NewFile(filepath.Join(dir, "keyring.json"))
@@ -207,7 +208,7 @@ func TestFailedSaveLeavesEverything(t *testing.T) {
 	onlyFiles(t, dir, "keyring.json", "keyring.json.previous")
 }
 
-// TestOneOfManyWins: of several changes made from one version one is saved.
+// TestOneOfManyWins: of several changes made from one version, exactly one is saved.
 func TestOneOfManyWins(t *testing.T) {
 	f := store.NewFile(filepath.Join(stateDir(t), "keyring.json"))
 	v := save(t, f, "start", "")
@@ -240,7 +241,7 @@ func TestLock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A second open file conflicts even in one process.
+	// A second open file conflicts with the first, even in one process.
 	_, err = store.LockDir(dir)
 	if !errors.Is(err, store.ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("process %d", os.Getpid())) {
 		t.Errorf("second lock: %v", err)
