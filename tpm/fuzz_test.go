@@ -3,6 +3,8 @@ package tpm_test
 import (
 	"bytes"
 	"crypto"
+	"crypto/ecdh"
+	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
 	"testing"
@@ -25,6 +27,17 @@ func FuzzDemandOf(f *testing.F) {
 	for _, bank := range []crypto.Hash{crypto.SHA256, crypto.SHA384} {
 		f.Add(seed(f, counter, bank))
 	}
+	kek, err := seal.Memory{}.NewKEK()
+	if err != nil {
+		f.Fatal(err)
+	}
+	defer kek.Close()
+	state := tpm.BootState{PCR: authpolicy.PCR{Bank: crypto.SHA256, Values: map[int][]byte{4: bytes.Repeat([]byte{4}, 32), 7: bytes.Repeat([]byte{7}, 32)}}}
+	imported, err := tpm.WrapFor(tpm.Peer{Node: "beta", EK: "sha256:00", SRK: someSRK(f), Epoch: counter}, kek, state, 3)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add([]byte(imported.Data))
 	f.Add([]byte(`{"form":"sealed-v1","srk":"zz"}`))
 	f.Add([]byte(`null`))
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -45,6 +58,52 @@ func FuzzDemandOf(f *testing.F) {
 		digest, err := authpolicy.Terms{d.State.PCR, authpolicy.Epoch{Index: counter.Index(), Name: counter.Name(), AtMost: d.AtMost}}.Digest()
 		if err != nil || !bytes.Contains(slot.Public, digest) {
 			t.Errorf("the object's authorization policy is another: %v", err)
+		}
+	})
+}
+
+// someSRK is the public area of a storage root key, of no TPM.
+func someSRK(tb testing.TB) []byte {
+	tb.Helper()
+	key, err := ecdh.P256().GenerateKey(rand.Reader)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	point := key.PublicKey().Bytes()[1:]
+	srk := tpm2.ECCSRKTemplate
+	setPoint(&srk, point[:32], point[32:])
+	return tpm2.Marshal(srk)
+}
+
+// FuzzParseSRK: the key comes from anybody. What is accepted is of the template, in its
+// one encoding, and can be wrapped for or is refused with an error.
+func FuzzParseSRK(f *testing.F) {
+	f.Add(someSRK(f))
+	f.Add(tpm2.Marshal(tpm2.RSASRKTemplate))
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	if err != nil {
+		f.Fatal(err)
+	}
+	kek, err := seal.Memory{}.NewKEK()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { kek.Close() })
+	state := tpm.BootState{PCR: authpolicy.PCR{Bank: crypto.SHA256, Values: map[int][]byte{4: bytes.Repeat([]byte{4}, 32)}}}
+	f.Fuzz(func(t *testing.T, public []byte) {
+		srk, err := tpm.ParseSRK(public)
+		slot, wrapErr := tpm.WrapFor(tpm.Peer{Node: "beta", SRK: public, Epoch: counter}, kek, state, 1)
+		if err != nil {
+			if wrapErr == nil {
+				t.Error("a KEK is wrapped for what is no storage root key")
+			}
+			return
+		}
+		if !bytes.Equal(tpm2.Marshal(srk), public) || !srk.ObjectAttributes.Restricted || !srk.ObjectAttributes.Decrypt || !srk.ObjectAttributes.FixedTPM {
+			t.Errorf("%x is taken for a storage root key", public)
+		}
+		if wrapErr == nil && slot.Node != "beta" {
+			t.Errorf("%+v", slot)
 		}
 	})
 }

@@ -79,11 +79,12 @@ type BootState struct {
 // authorization policy must hash to the one that the TPM enforces.
 type slotData struct {
 	Form     string           `json:"form"`
-	Made     time.Time        `json:"made"`    // for people: how old the slot is
-	SRK      hexBytes         `json:"srk"`     // Name of the storage root key
-	EK       string           `json:"ek"`      // digest of the endorsement key, see EKDigest
-	Public   []byte           `json:"public"`  // TPMT_PUBLIC
-	Private  []byte           `json:"private"` // TPM2B_PRIVATE's buffer
+	Made     time.Time        `json:"made"`              // for people: how old the slot is
+	SRK      hexBytes         `json:"srk"`               // Name of the storage root key
+	EK       string           `json:"ek"`                // digest of the endorsement key, see EKDigest
+	Public   []byte           `json:"public"`            // TPMT_PUBLIC
+	Private  []byte           `json:"private"`           // TPM2B_PRIVATE's buffer
+	EncSeed  []byte           `json:"encSeed,omitempty"` // with formImport: TPM2B_ENCRYPTED_SECRET's buffer, to the storage root key
 	Bank     string           `json:"bank"`
 	PCRs     map[int]hexBytes `json:"pcrs"`
 	Epoch    slotEpoch        `json:"epoch"`
@@ -209,6 +210,10 @@ func (d *slotData) form() string {
 	switch {
 	case signed != (d.Use == UseSigned) || suspended != (d.Use == UseSuspend):
 		return ""
+	case d.EncSeed != nil && (d.Use == UsePresent || d.Use == UseNext || signed || suspended):
+		return formImport
+	case d.EncSeed != nil:
+		return ""
 	case d.Use == UsePresent && d.Verifier == nil:
 		return formSealed
 	case d.Use == UsePresent, d.Use == UseNext, signed, suspended:
@@ -269,15 +274,19 @@ func (d *slotData) parse(counter Counter) error {
 	if err != nil {
 		return fmt.Errorf("public area: %w", err)
 	}
-	return checkPublic(d.public, digest)
+	attributes := sealedAttributes
+	if d.EncSeed != nil {
+		attributes = importAttributes
+	}
+	return checkPublic(d.public, attributes, digest)
 }
 
 // checkPublic refuses a sealed object of another kind than kleidi makes.
-func checkPublic(p *tpm2.TPMTPublic, digest []byte) error {
+func checkPublic(p *tpm2.TPMTPublic, attributes tpm2.TPMAObject, digest []byte) error {
 	switch {
 	case p.Type != tpm2.TPMAlgKeyedHash || p.NameAlg != tpm2.TPMAlgSHA256:
 		return fmt.Errorf("it is no sealed object")
-	case p.ObjectAttributes != sealedAttributes:
+	case p.ObjectAttributes != attributes:
 		return fmt.Errorf("its object attributes are not those of a sealed KEK")
 	case !bytes.Equal(p.AuthPolicy.Buffer, digest):
 		return fmt.Errorf("its authorization policy is not the one of its PCR values and epoch")
@@ -288,7 +297,7 @@ func checkPublic(p *tpm2.TPMTPublic, digest []byte) error {
 // terms is the authorization policy of a sealed slot: PolicyAuthorize where
 // others may sign, PolicyPCR, PolicyCounterTimer where boots are counted, PolicyNV,
 // PolicySigned where a verifier has to agree: it is asked last.
-func terms(s *BootState, counter Counter, atMost uint64) authpolicy.Terms {
+func terms(s *BootState, counter EpochIndex, atMost uint64) authpolicy.Terms {
 	var ts authpolicy.Terms
 	if s.Signer != nil {
 		ts = append(ts, authpolicy.Authorized{Key: s.Signer.Key, Ref: s.Signer.Ref})

@@ -60,11 +60,15 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	return kek, nil
 }
 
-// damaged are the response codes of TPM2_Load that blame what is loaded (TPM 2.0
+// damaged are the response codes of TPM2_Load and TPM2_Import that blame what is loaded (TPM 2.0
 // Library, Part 3, 12.2); all others are the TPM's own trouble.
 var damaged = []tpm2.TPMRC{
 	tpm2.TPMRCIntegrity, tpm2.TPMRCSize, tpm2.TPMRCValue, tpm2.TPMRCAttributes, tpm2.TPMRCHash, tpm2.TPMRCType, tpm2.TPMRCKeySize,
 	tpm2.TPMRCScheme, tpm2.TPMRCSymmetric, tpm2.TPMRCBinding, tpm2.TPMRCInsufficient, tpm2.TPMRCSelector, tpm2.TPMRCKDF, tpm2.TPMRCSensitive,
+}
+
+func isDamage(err error) bool {
+	return slices.ContainsFunc(damaged, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) })
 }
 
 func (w *Wrapper) unseal(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, error) {
@@ -90,7 +94,11 @@ func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *SRK, d *
 	if err := w.terms(ctx, t, srk, d).Satisfy(t, session); err != nil {
 		return nil, err
 	}
-	object, err := load(t, srk, tpm2.New2B(*d.public), d.Private, corrupt)
+	private, err := d.imported(t, srk)
+	if err != nil {
+		return nil, err
+	}
+	object, err := load(t, srk, tpm2.New2B(*d.public), private, corrupt)
 	if err != nil {
 		return nil, err
 	}
@@ -154,7 +162,7 @@ func (w *Wrapper) terms(ctx context.Context, t transport.TPM, srk *SRK, d *slotD
 func load(t transport.TPM, srk *SRK, public tpm2.TPM2BPublic, private []byte, broken func(format string, args ...any) error) (object tpm2.NamedHandle, err error) {
 	r, err := tpm2.Load{ParentHandle: srk.auth(srk.Session()), InPrivate: tpm2.TPM2BPrivate{Buffer: private}, InPublic: public}.Execute(t)
 	if err != nil {
-		if slices.ContainsFunc(damaged, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) }) {
+		if isDamage(err) {
 			return object, broken("TPM2_Load: %w", err)
 		}
 		return object, fmt.Errorf("TPM2_Load: %w", err)

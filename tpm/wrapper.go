@@ -239,7 +239,7 @@ func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData)
 	if err != nil {
 		return fmt.Errorf("TPM2_Create: %w", err)
 	}
-	if err := checkPublic(public, digest); err != nil {
+	if err := checkPublic(public, sealedAttributes, digest); err != nil {
 		return fmt.Errorf("TPM2_Create: %w", err)
 	}
 	d.Public, d.Private = tpm2.Marshal(public), r.OutPrivate.Buffer
