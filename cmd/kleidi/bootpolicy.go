@@ -156,7 +156,7 @@ word, which is good for trying out a boot policy and proves nothing.`,
 				if err != nil {
 					return err
 				}
-				shown, v, show = judged, judged.Verdict, judged.print
+				shown, v, show = judged, judged.Verdict, func(w io.Writer) { printEvidence(w, judged) }
 			} else {
 				var err error
 				if v, err = judge(policy, logs, values); err != nil {

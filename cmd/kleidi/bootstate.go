@@ -64,7 +64,7 @@ file for kleidi bootstate add, in systemd's format.`,
       --next-uki linux-6.12.58.efi --out linux-6.12.58.json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s.files.given(cmd)
+			nextFilesGiven(cmd, &s.files)
 			state, b, err := s.sign()
 			if err != nil {
 				return fmt.Errorf("sign: %w", err)
@@ -93,7 +93,7 @@ file for kleidi bootstate add, in systemd's format.`,
 	f.IntSliceVar(&s.pcrs, "pcrs", nil, "the PCRs to sign (default: by how the machine boots, without 7 and 14)")
 	f.StringVar(&s.what, "what", "", "a note for people")
 	f.StringVar(&s.out, "out", "", "new file to write to; standard output if empty")
-	s.files.register(cmd)
+	registerNextFiles(cmd, &s.files)
 	for _, name := range []string{"key", "event-log"} {
 		_ = cmd.MarkFlagRequired(name)
 		_ = cmd.MarkFlagFilename(name)

@@ -143,15 +143,21 @@ func (n *node) sealTo(ctx context.Context, w *tpm.Wrapper, kek *seal.Secret, sta
 	return slots, opened, nil
 }
 
-// reseal seals the KEK to the present boot state, and revokes the slot of the
-// earlier one; or to the next one, besides.
-func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.KeyringState, error) {
-	if req.Next != nil {
+// anyReseal is the reseal that a request asks for.
+func (n *node) anyReseal(ctx context.Context, req admin.ResealRequest) (admin.KeyringState, error) {
+	switch {
+	case req.Next != nil:
 		return n.resealNext(ctx, *req.Next, req.BreakTwoOfTwo)
-	}
-	if req.NewTPM {
+	case req.NewTPM:
 		return n.resealToNewTPM(ctx, req)
+	default:
+		return n.reseal(ctx, req)
 	}
+}
+
+// reseal seals the KEK to the present boot state, and revokes the slot of the
+// earlier one.
+func (n *node) reseal(ctx context.Context, req admin.ResealRequest) (admin.KeyringState, error) {
 	var bound []string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		if !n.opensWithTPM() {

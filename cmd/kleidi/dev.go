@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -29,6 +30,9 @@ type dev struct {
 	dir  string
 	once bool
 	boot simboot.Boot
+	load func(path string) (*config.Config, error)
+	log  func(*config.Config) *slog.Logger
+	say  func(format string, args ...any)
 }
 
 func (a *app) newDev() *cobra.Command {
@@ -48,10 +52,17 @@ kleidi refuse. NOT for real Secrets: the recovery identity lies in the folder.`,
   kleidi --config ~/.local/state/kleidi/dev/config.yaml status`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := d.resolve(cmd, simboot.Loader(loader)); err != nil {
+			if err := d.resolve(simboot.Loader(loader), cmd.Flags().Changed("secure-boot")); err != nil {
 				return err
 			}
-			return d.run(cmd, a)
+			d.log = logger
+			d.load = func(path string) (*config.Config, error) {
+				own := *a
+				own.configPath = path
+				return own.config()
+			}
+			d.say = func(format string, args ...any) { fmt.Fprintf(cmd.OutOrStdout(), format+"\n", args...) }
+			return d.run(cmd.Context())
 		},
 	}
 	base := simboot.Baseline(simboot.UKI)
@@ -67,11 +78,11 @@ kleidi refuse. NOT for real Secrets: the recovery identity lies in the folder.`,
 }
 
 // resolve lays what the flags say over the loader's ordinary boot.
-func (d *dev) resolve(cmd *cobra.Command, loader simboot.Loader) error {
+func (d *dev) resolve(loader simboot.Loader, secureBootGiven bool) error {
 	given := d.boot
 	d.boot = simboot.Baseline(loader)
 	d.boot.Kernel, d.boot.CommandLine, d.boot.Initrd = given.Kernel, given.CommandLine, given.Initrd
-	if cmd.Flags().Changed("secure-boot") {
+	if secureBootGiven {
 		d.boot.SecureBoot = given.SecureBoot
 	}
 	if err := d.boot.Validate(); err != nil {
@@ -95,8 +106,8 @@ func (d *dev) resolve(cmd *cobra.Command, loader simboot.Loader) error {
 
 func (d *dev) path(name string) string { return filepath.Join(d.dir, name) }
 
-func (d *dev) run(cmd *cobra.Command, a *app) error {
-	say := func(format string, args ...any) { fmt.Fprintf(cmd.OutOrStdout(), format+"\n", args...) }
+// run boots the machine, makes a keyring where there is none, and serves.
+func (d *dev) run(ctx context.Context) error {
 	if err := os.MkdirAll(d.dir, 0o700); err != nil {
 		return err
 	}
@@ -105,20 +116,20 @@ func (d *dev) run(cmd *cobra.Command, a *app) error {
 		return err
 	}
 	start := time.Now()
-	if err := machine.Boot(cmd.Context(), d.boot); err != nil {
+	if err := machine.Boot(ctx, d.boot); err != nil {
 		return err
 	}
 	defer func() { _ = machine.PowerOff() }()
-	say("[dev] machine booted in %v: %s, kernel %s, Secure Boot %s", time.Since(start).Round(time.Millisecond), d.boot.Loader, d.boot.Kernel, onOff(d.boot.SecureBoot))
-	say("[dev] the files that it booted lie in %s, for kleidi reseal --next-…", machine.Files())
-	cfg, err := d.config(machine, a)
+	d.say("[dev] machine booted in %v: %s, kernel %s, Secure Boot %s", time.Since(start).Round(time.Millisecond), d.boot.Loader, d.boot.Kernel, onOff(d.boot.SecureBoot))
+	d.say("[dev] the files that it booted lie in %s, for kleidi reseal --next-…", machine.Files())
+	cfg, err := d.config(machine)
 	if err != nil {
 		return err
 	}
-	if err := d.initialize(cmd, cfg, say); err != nil {
+	if err := d.initialize(ctx, cfg); err != nil {
 		return err
 	}
-	return d.serve(cmd.Context(), cfg, say)
+	return d.serve(ctx, cfg)
 }
 
 func onOff(b bool) string {
@@ -130,7 +141,7 @@ func onOff(b bool) string {
 
 // config writes a configuration file for this machine, so that every other
 // command works on it with --config.
-func (d *dev) config(m *simboot.Machine, a *app) (*config.Config, error) {
+func (d *dev) config(m *simboot.Machine) (*config.Config, error) {
 	file := map[string]any{
 		"apiVersion": config.APIVersion, "kind": config.Kind, "node": "dev",
 		"state": map[string]any{"dir": d.path("state")},
@@ -147,32 +158,30 @@ func (d *dev) config(m *simboot.Machine, a *app) (*config.Config, error) {
 	if err := os.WriteFile(d.path("config.yaml"), b, 0o600); err != nil {
 		return nil, err
 	}
-	own := *a
-	own.configPath = d.path("config.yaml")
-	return own.config()
+	return d.load(d.path("config.yaml"))
 }
 
 // initialize makes a keyring where the machine has none.
-func (d *dev) initialize(cmd *cobra.Command, cfg *config.Config, say func(string, ...any)) error {
+func (d *dev) initialize(ctx context.Context, cfg *config.Config) error {
 	if _, err := os.Stat(cfg.Keyring()); !errors.Is(err, fs.ErrNotExist) {
-		say("[dev] the keyring of an earlier run is kept")
+		d.say("[dev] the keyring of an earlier run is kept")
 		return err
 	}
-	n, err := newNode(cfg, logger(cfg), nil)
+	n, err := newNode(cfg, d.log(cfg), nil)
 	if err != nil {
 		return err
 	}
 	defer n.close()
-	recipient, err := d.makeIdentity(cmd.Context(), n.mem)
+	recipient, err := d.makeIdentity(ctx, n.mem)
 	if err != nil {
 		return err
 	}
-	r, err := n.initialize(cmd, &recoveryChoice{recipients: []string{recipient}})
+	r, err := n.initialize(ctx, initOptions{Recipients: []string{recipient}, Progress: func(step string) { fmt.Fprintln(os.Stderr, "[init]", step) }})
 	if err != nil {
 		return err
 	}
-	say("[dev] KEK %s sealed: %s", r.KeyID, r.Slots[0])
-	say("[dev] its recovery identity lies in %s: good enough to play, not for real Secrets", d.path("recovery.txt"))
+	d.say("[dev] KEK %s sealed: %s", r.KeyID, r.Slots[0])
+	d.say("[dev] its recovery identity lies in %s: good enough to play, not for real Secrets", d.path("recovery.txt"))
 	return nil
 }
 
@@ -194,10 +203,10 @@ func (d *dev) makeIdentity(ctx context.Context, mem seal.Memory) (string, error)
 }
 
 // serve serves until it is interrupted, or until the self-check has ended.
-func (d *dev) serve(ctx context.Context, cfg *config.Config, say func(string, ...any)) error {
+func (d *dev) serve(ctx context.Context, cfg *config.Config) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	s, err := newServer(cfg, logger(cfg))
+	s, err := newServer(cfg, d.log(cfg))
 	if err != nil {
 		return err
 	}
@@ -205,16 +214,16 @@ func (d *dev) serve(ctx context.Context, cfg *config.Config, say func(string, ..
 	go func() { defer close(ended); s.run(ctx) }()
 	<-s.unlocker.Tried()
 	if _, err = s.unlocker.Keyring(); err == nil {
-		err = selfCheck(ctx, cfg.KMS.Socket, say)
+		err = selfCheck(ctx, cfg.KMS.Socket, d.say)
 	} else {
-		say("[dev] locked: %v", err)
-		say("[dev] to open it again: boot as before, or\n      kleidi --config %s recover --identity-file %s", d.path("config.yaml"), d.path("recovery.txt"))
+		d.say("[dev] locked: %v", err)
+		d.say("[dev] to open it again: boot as before, or\n      kleidi --config %s recover --identity-file %s", d.path("config.yaml"), d.path("recovery.txt"))
 	}
 	if d.once {
 		cancel()
 	} else {
-		say("[dev] serving on unix://%s; end it with Ctrl-C", cfg.KMS.Socket)
-		say("[dev] in another terminal: kleidi --config %s status", d.path("config.yaml"))
+		d.say("[dev] serving on unix://%s; end it with Ctrl-C", cfg.KMS.Socket)
+		d.say("[dev] in another terminal: kleidi --config %s status", d.path("config.yaml"))
 		err = nil
 	}
 	<-ended

@@ -131,7 +131,7 @@ func judgeEvidence(policy, file, nonce string) (*evidenceVerdict, error) {
 	return &evidenceVerdict{bootpolicy.Judge(p, r.Log, r.PCRs), keyDigest(e), nonce != ""}, nil
 }
 
-func (v *evidenceVerdict) print(w io.Writer) {
+func printEvidence(w io.Writer, v *evidenceVerdict) {
 	if v.Accepted {
 		fmt.Fprintln(w, "accepted, as quoted by attestation key "+v.AttestationKey)
 		fmt.Fprintln(w, "the file does not prove in which TPM that key is")

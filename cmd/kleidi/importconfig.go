@@ -99,9 +99,12 @@ func (n *node) takeOver(i *imported) error {
 	if err != nil {
 		return fmt.Errorf("--import-config %s: %w", i.from, err)
 	}
-	n.hsm, n.imported = token, i
+	n.hsm = token
 	return nil
 }
+
+// close forgets the PIN.
+func (i *imported) close() { _ = i.pin.Close() }
 
 // opens reports whether the token may open the keyring at start.
 func (i *imported) opens(order []string) bool {
@@ -143,14 +146,4 @@ func (i *imported) keepPIN() (err error) {
 		return nil // it holds the same PIN, see samePIN
 	}
 	return err
-}
-
-// print shows what the configuration needs from now on.
-func (i *imported) print(w io.Writer, order []string) {
-	fmt.Fprintf(w, "\nadd to the configuration, so that kleidi serve can use the token:\n\n  pkcs11:\n    module: %s\n    uri: %s\n    pinFile: %s\n",
-		i.token.Module, i.token.URI, i.token.PINFile)
-	if !i.opens(order) {
-		fmt.Fprintf(w, "\nthe token opens nothing at start until unlock.order names pkcs11, as in [tpm, pkcs11]\n")
-	}
-	fmt.Fprintf(w, "\n%s holds the PIN as well, for kleidi 1.x: when that is gone, remove the file and change the PIN\n", i.from)
 }

@@ -56,12 +56,12 @@ func (a *app) newKeyringShow() *cobra.Command {
 				keyring.Info
 				Slots []seal.Slot `json:"slots"`
 			}{u.Info(), u.Slots()}
-			return a.show(cmd.OutOrStdout(), shown, func(w io.Writer) { n.printKeyring(w, u) })
+			return a.show(cmd.OutOrStdout(), shown, func(w io.Writer) { printKeyring(w, u, n) })
 		},
 	}
 }
 
-func (n *node) printKeyring(w io.Writer, u *keyring.Untrusted) {
+func printKeyring(w io.Writer, u *keyring.Untrusted, n *node) {
 	i := u.Info()
 	row(w, "cluster ID", i.ClusterID.String())
 	row(w, "revision", fmt.Sprint(i.Revision))

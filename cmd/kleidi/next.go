@@ -32,7 +32,7 @@ type nextFiles struct {
 
 type bootFiles struct{ uki, kernel, initrd, grubConfig string }
 
-func (f *nextFiles) register(cmd *cobra.Command) {
+func registerNextFiles(cmd *cobra.Command, f *nextFiles) {
 	flags := cmd.Flags()
 	for prefix, files := range map[string]*bootFiles{"next": &f.next, "running": &f.running} {
 		of := "of the " + prefix + " boot"
@@ -46,8 +46,8 @@ func (f *nextFiles) register(cmd *cobra.Command) {
 	flags.StringVar(&f.dbx, "next-dbx", "", "next content or update of Secure Boot's dbx (dbxupdate_x64.bin)")
 }
 
-// given reports whether a flag of the next boot was given.
-func (f *nextFiles) given(cmd *cobra.Command) bool {
+// nextFilesGiven reports whether a flag of the next boot was given.
+func nextFilesGiven(cmd *cobra.Command, f *nextFiles) bool {
 	f.hasLine, f.hasRunningLine = cmd.Flags().Changed("next-cmdline"), cmd.Flags().Changed("running-cmdline")
 	return f.next != bootFiles{} || f.dbx != "" || f.hasLine
 }
@@ -206,7 +206,7 @@ func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, req admin.ResealReque
 		return nil, err
 	}
 	req.Next = &admin.BootState{Bank: n.cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record}
-	s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).reseal))
+	s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).anyReseal))
 	if err != nil {
 		return nil, errors.Join(err, undo())
 	}

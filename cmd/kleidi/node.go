@@ -39,7 +39,6 @@ type node struct {
 	vault    *vault.Wrapper // nil where no server is configured
 	unlocker *unlock.Unlocker
 
-	imported  *imported  // by init, if at all
 	replacing sync.Mutex // see replace
 	tests     selfTests
 }

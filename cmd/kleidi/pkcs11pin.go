@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 )
@@ -25,9 +23,6 @@ type pkcs11PIN struct {
 	// SecureBoot says whether evidence shows that it is on.
 	SecureBoot bool `json:"secureBoot"`
 }
-
-// fromStdin names standard input where a file could be named.
-const fromStdin = "-"
 
 func (a *app) newPKCS11PIN() *cobra.Command {
 	var pinFile, out string
@@ -49,14 +44,15 @@ where you keep the recovery identity.`,
 			if err != nil {
 				return err
 			}
-			p := pkcs11PIN{File: out, Bank: n.cfg.TPM.Bank, PCRs: []int{7}}
-			if pinFile != fromStdin {
-				p.PINFile = pinFile
+			if pinFile == fromStdin {
+				pinFile = ""
 			}
-			if err := n.makeSealedPIN(cmd, &p); err != nil {
+			p, err := n.makeSealedPIN(cmd.Context(), out, func() (*seal.Secret, error) { return readPIN(cmd, n.mem, pinFile) })
+			if err != nil {
 				return requireRoot(fmt.Errorf("pkcs11-pin: %w", err))
 			}
-			return a.show(cmd.OutOrStdout(), p, p.print)
+			p.PINFile = pinFile
+			return a.show(cmd.OutOrStdout(), p, func(w io.Writer) { printSealedPIN(w, p) })
 		},
 	}
 	flags := cmd.Flags()
@@ -69,7 +65,7 @@ where you keep the recovery identity.`,
 	return cmd
 }
 
-func (p pkcs11PIN) print(w io.Writer) {
+func printSealedPIN(w io.Writer, p *pkcs11PIN) {
 	fmt.Fprintf(w, "PIN sealed to this machine's TPM, of use to this machine alone, written to %s\n", p.File)
 	fmt.Fprintf(w, "it unseals while PCR 7 (%s) is what it is now: seal it anew when Secure Boot's state or keys change\n", p.Bank)
 	if !p.SecureBoot {
@@ -82,32 +78,35 @@ func (p pkcs11PIN) print(w io.Writer) {
 	}
 }
 
-// makeSealedPIN writes the file once it is proven that the PIN comes out of it.
-func (n *node) makeSealedPIN(cmd *cobra.Command, p *pkcs11PIN) (err error) {
-	if p.File, err = filepath.Abs(p.File); err != nil {
-		return err
-	}
-	if _, err := os.Lstat(p.File); err == nil {
-		return fmt.Errorf("%s exists; name another file", p.File)
-	}
-	if err := lockProcess(n.mem, n.log); err != nil {
-		return err
-	}
-	pin, err := n.readPIN(cmd, p.PINFile)
+// makeSealedPIN writes the file once it is proven that the PIN comes out of it. It
+// asks for the PIN only where it would not be in vain.
+func (n *node) makeSealedPIN(ctx context.Context, file string, readPIN func() (*seal.Secret, error)) (*pkcs11PIN, error) {
+	file, err := filepath.Abs(file)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	if _, err := os.Lstat(file); err == nil {
+		return nil, fmt.Errorf("%s exists; name another file", file)
+	}
+	if err := n.ready(); err != nil {
+		return nil, err
+	}
+	pin, err := readPIN()
+	if err != nil {
+		return nil, err
 	}
 	defer pin.Close()
-	ctx := cmd.Context()
 	blob, err := n.gate.Device.SealCredential(ctx, n.gate.Owner, n.gate.Bank, pin)
 	if err != nil {
-		return needsTPM(err)
+		return nil, needsTPM(err)
 	}
 	if err := n.provePIN(ctx, blob, pin); err != nil {
-		return err
+		return nil, err
 	}
-	p.SecureBoot = n.secureBoot(ctx)
-	return writeNew(p.File, blob)
+	if err := writeNew(file, blob); err != nil {
+		return nil, err
+	}
+	return &pkcs11PIN{File: file, Bank: n.cfg.TPM.Bank, PCRs: []int{7}, SecureBoot: n.secureBoot(ctx)}, nil
 }
 
 func (n *node) provePIN(ctx context.Context, blob []byte, pin *seal.Secret) error {
@@ -120,53 +119,6 @@ func (n *node) provePIN(ctx context.Context, blob []byte, pin *seal.Secret) erro
 		return errors.New("the TPM unseals something else than what was sealed, nothing was written; see whether the TPM is faulty")
 	}
 	return nil
-}
-
-// readPIN reads a PIN from a file, or else a line of standard input. At a terminal
-// it is asked for twice: a wrong one would cost a try on the token.
-func (n *node) readPIN(cmd *cobra.Command, file string) (*seal.Secret, error) {
-	if file != "" {
-		return hsm.ReadPIN(n.mem, file)
-	}
-	read := lines(cmd)
-	b, err := read("user PIN of the token (not shown): ")
-	b = bytes.TrimSuffix(b, []byte("\r"))
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("read the PIN: %w", err)
-	}
-	if len(b) == 0 {
-		return nil, errors.New("no PIN was given; type it, pipe it in, or name --pin-file")
-	}
-	pin, err := n.mem.Take(b)
-	if err != nil {
-		return nil, err
-	}
-	if in, ok := cmd.InOrStdin().(*os.File); !ok || !isTerminal(in) {
-		return pin, nil
-	}
-	if err := sameAgain(n.mem, read, pin); err != nil {
-		_ = pin.Close()
-		return nil, err
-	}
-	return pin, nil
-}
-
-func sameAgain(mem seal.Memory, read func(prompt string) ([]byte, error), pin *seal.Secret) error {
-	b, err := read("the same PIN again: ")
-	if err != nil {
-		return err
-	}
-	if len(b) > 0 {
-		again, err := mem.Take(b)
-		if err != nil {
-			return err
-		}
-		defer again.Close()
-		if again.Equal(pin) {
-			return nil
-		}
-	}
-	return errors.New("the two PINs differ, nothing was written; run the command again")
 }
 
 // sealedPIN is the user PIN where it is sealed to the TPM. The file is read anew each

@@ -42,7 +42,7 @@ be predicted is refused, and the message says what to do.`,
   kleidi reseal --next-dbx dbxupdate_x64.bin`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if files.given(cmd) {
+			if nextFilesGiven(cmd, &files) {
 				if req.DropNext || req.NewTPM {
 					return errors.New("--next-… excludes --drop-next and --new-tpm; give one of them")
 				}
@@ -50,19 +50,19 @@ be predicted is refused, and the message says what to do.`,
 				if err != nil {
 					return fmt.Errorf("reseal: %w", err)
 				}
-				return a.show(cmd.OutOrStdout(), r, r.print)
+				return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printNext(w, r) })
 			}
 			if dryRun {
 				return errors.New("--dry-run shows what a next boot would be; name its files with --next-…")
 			}
-			s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).reseal))
+			s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).anyReseal))
 			if err != nil {
 				return err
 			}
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
-	files.register(cmd)
+	registerNextFiles(cmd, &files)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show the next boot state, and change nothing")
 	cmd.Flags().BoolVar(&req.WithoutVerifier, "without-verifier", false, "demand no verifier, before tpm.verifier is taken out of the configuration")
 	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "seal to the TPM alone although the KEK needs it together with another wrapper")
@@ -71,7 +71,7 @@ be predicted is refused, and the message says what to do.`,
 	return cmd
 }
 
-func (r *nextResult) print(w io.Writer) {
+func printNext(w io.Writer, r *nextResult) {
 	fmt.Fprintf(w, "next boot       %s, %s\n", r.BootType, r.Bank)
 	for _, i := range slices.Sorted(maps.Keys(r.PCRs)) {
 		note := ""

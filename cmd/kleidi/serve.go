@@ -132,7 +132,7 @@ func newServer(cfg *config.Config, log *slog.Logger) (*server, error) {
 	s.admin = admin.NewServer(admin.Options{Log: log})
 	admin.Handle(s.admin, admin.Status, tried(n, n.status))
 	admin.Handle(s.admin, admin.Rotate, tried(n, n.rotate))
-	admin.Handle(s.admin, admin.Reseal, tried(n, n.reseal))
+	admin.Handle(s.admin, admin.Reseal, tried(n, n.anyReseal))
 	admin.Handle(s.admin, admin.Suspend, tried(n, n.suspend))
 	admin.Handle(s.admin, admin.AddBootStates, tried(n, n.addBootStates))
 	admin.Handle(s.admin, admin.RevokeBootStates, tried(n, n.revokeBootStates))

@@ -8,8 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/spf13/cobra"
-
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
@@ -75,9 +73,7 @@ func sealToNext(t *testing.T, cfg *config.Config, next simboot.Boot) {
 		t.Fatal(err)
 	}
 	identity.Close()
-	cmd := &cobra.Command{}
-	cmd.SetContext(t.Context())
-	if _, err := n.initialize(cmd, &recoveryChoice{recipients: []string{recipient}}); err != nil {
+	if _, err := n.initialize(t.Context(), initOptions{Recipients: []string{recipient}}); err != nil {
 		t.Fatal(err)
 	}
 	files, err := next.Files()

@@ -52,14 +52,14 @@ now. After a change of these, or when the TPM was cleared, make a new one.`,
 			if err != nil {
 				return err
 			}
-			k := vaultKey{Key: out, Request: csr, Name: name, Bank: n.cfg.TPM.Bank}
+			k := &vaultKey{Key: out, Request: csr, Name: name, Bank: n.cfg.TPM.Bank}
 			if k.Name == "" {
 				k.Name = n.cfg.Node
 			}
-			if err := n.makeVaultKey(cmd.Context(), &k); err != nil {
+			if err := n.makeVaultKey(cmd.Context(), k); err != nil {
 				return requireRoot(fmt.Errorf("vault-key: %w", err))
 			}
-			return a.show(cmd.OutOrStdout(), k, k.print)
+			return a.show(cmd.OutOrStdout(), k, func(w io.Writer) { printVaultKey(w, k) })
 		},
 	}
 	flags := cmd.Flags()
@@ -73,7 +73,7 @@ now. After a change of these, or when the TPM was cleared, make a new one.`,
 	return cmd
 }
 
-func (k vaultKey) print(w io.Writer) {
+func printVaultKey(w io.Writer, k *vaultKey) {
 	fmt.Fprintf(w, "client key made in the TPM, of use to this machine alone, written to %s\n", k.Key)
 	fmt.Fprintf(w, "certificate request for %q written to %s: have your CA sign it, then set\nvault.auth.tpmKeyFile and vault.auth.certFile\n", k.Name, k.Request)
 	fmt.Fprintf(w, "it signs while PCR 7 (%s) is what it is now: make a new one when Secure Boot's state or keys change\n", k.Bank)

@@ -38,7 +38,7 @@ Its configuration is of a kind of its own, see kleidi verifier init
 			if err != nil {
 				return err
 			}
-			s, err := newVerifierService(c)
+			s, err := newVerifierService(c, logger(&config.Config{Log: c.Log}))
 			if err != nil {
 				return requireRoot(err)
 			}
@@ -56,8 +56,8 @@ type verifierService struct {
 	server *verifier.Server
 }
 
-func newVerifierService(c *verifierConfig) (*verifierService, error) {
-	s := &verifierService{config: c, log: logger(&config.Config{Log: c.Log})}
+func newVerifierService(c *verifierConfig, log *slog.Logger) (*verifierService, error) {
+	s := &verifierService{config: c, log: log}
 	certificate, err := c.tls()
 	if err != nil {
 		return nil, err
@@ -151,7 +151,7 @@ func (a *app) newVerifierShow() *cobra.Command {
 			if err != nil {
 				return requireRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { r.print(w) })
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printVerifier(w, r) })
 		},
 	}
 }
@@ -212,7 +212,7 @@ func addressOf(c *tls.Certificate, listen string) string {
 	return net.JoinHostPort(host, port)
 }
 
-func (r *verifierReport) print(w io.Writer) {
+func printVerifier(w io.Writer, r *verifierReport) {
 	row(w, "configuration", r.Config)
 	row(w, "cluster ID", r.ClusterID)
 	row(w, "listens on", r.Listen)

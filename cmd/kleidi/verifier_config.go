@@ -50,7 +50,7 @@ type verifierConfig struct {
 	Certificate string `yaml:"certificate"`
 	Key         string `yaml:"key"`
 	SigningKey  string `yaml:"signingKey"`
-	// FormerSigningKeys are those that some nodes\' slots still demand.
+	// FormerSigningKeys are those that some nodes' slots still demand.
 	FormerSigningKeys []string      `yaml:"formerSigningKeys"`
 	Audit             verifierAudit `yaml:"audit"`
 	// EKCertificates demands of every TPM a certificate that one of these CAs
@@ -82,6 +82,14 @@ func (a *app) verifierConfig() (*verifierConfig, error) {
 	if path == "" {
 		path = verifierPath
 	}
+	c, err := loadVerifierConfig(path)
+	if err == nil && a.logLevel != "" {
+		err = c.Log.Level.UnmarshalText([]byte(a.logLevel))
+	}
+	return c, err
+}
+
+func loadVerifierConfig(path string) (*verifierConfig, error) {
 	b, err := readFile(path, maxVerifierConfig)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("verifier configuration: %w; make one with kleidi verifier init, or name it with --config", err)
@@ -94,10 +102,7 @@ func (a *app) verifierConfig() (*verifierConfig, error) {
 		return nil, fmt.Errorf("verifier configuration %s:\n%w", path, err)
 	}
 	c.path = path
-	if a.logLevel != "" {
-		err = c.Log.Level.UnmarshalText([]byte(a.logLevel))
-	}
-	return c, err
+	return c, nil
 }
 
 // parseVerifierConfig reports every problem at once, one a line.

@@ -54,7 +54,7 @@ no slot that demands its signature opens.`,
 				return err
 			}
 			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) {
-				r.print(w)
+				printVerifier(w, r)
 				fmt.Fprintf(w, "\nthen register every node:\n\n  kleidi verifier register NAME --ek sha256:… --boot-policy FILE\n")
 			})
 		},
