@@ -72,8 +72,10 @@ func (n *node) reshape(ctx context.Context, k *keyring.Keyring, states []tpm.Boo
 // reshapeUnder does so under this verifier, or none; breaks allows the TPM alone in
 // the place of a two-of-two.
 func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState, breaks bool) (*keyring.Keyring, []seal.Slot, error) {
-	if err := n.sealsAlone(k.Slots(), breaks); err != nil {
-		return nil, nil, err
+	if !breaks {
+		if err := n.sealsAlone(k.Slots()); err != nil {
+			return nil, nil, err
+		}
 	}
 	if err := n.sameKey(ctx, k); err != nil {
 		return nil, nil, err
@@ -100,8 +102,10 @@ func (n *node) reshapeUnder(ctx context.Context, k *keyring.Keyring, v *tpm.Veri
 // Nothing is revoked; drop, if there is one, leaves the keyring all the same; breaks
 // allows the TPM alone beside a two-of-two.
 func (n *node) extend(ctx context.Context, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot, breaks bool) (*keyring.Keyring, seal.Slot, error) {
-	if err := n.sealsAlone(k.Slots(), breaks); err != nil {
-		return nil, seal.Slot{}, err
+	if !breaks {
+		if err := n.sealsAlone(k.Slots()); err != nil {
+			return nil, seal.Slot{}, err
+		}
 	}
 	v, err := n.remote.demand(k.ClusterID(), false)
 	if err != nil {

@@ -212,8 +212,8 @@ func (d *dev) serve(ctx context.Context, cfg *config.Config) error {
 	}
 	ended := make(chan struct{})
 	go func() { defer close(ended); s.run(ctx) }()
-	<-s.unlocker.Tried()
-	if _, err = s.unlocker.Keyring(); err == nil {
+	<-s.node.unlocker.Tried()
+	if _, err = s.node.unlocker.Keyring(); err == nil {
 		err = selfCheck(ctx, cfg.KMS.Socket, d.say)
 	} else {
 		d.say("[dev] locked: %v", err)

@@ -82,8 +82,8 @@ func (n *node) initialize(ctx context.Context, opts initOptions) (*initResult, e
 	if n.remote != nil {
 		return nil, errors.New("tpm.verifier is set, and no verifier knows this cluster yet; leave it out, and set it once the verifier has registered this node, see docs/remote-attestation.md")
 	}
-	if !opts.NoRecovery {
-		if err := n.breaks(seal.TypeRecovery, nil, opts.BreakTwoOfTwo); err != nil {
+	if !opts.NoRecovery && !opts.BreakTwoOfTwo {
+		if err := n.breaks(seal.TypeRecovery, nil); err != nil {
 			return nil, err
 		}
 	}

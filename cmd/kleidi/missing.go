@@ -98,7 +98,7 @@ func (n *node) complete(ctx context.Context, k *keyring.Keyring, without []strin
 		switch {
 		case slices.Contains(without, names[i]):
 			s, err = skip(seal.Slot{Type: kind, Node: s.Node})
-		case s.Node != "" || n.breaks(kind, k.Slots(), false) != nil:
+		case s.Node != "" || n.breaks(kind, k.Slots()) != nil:
 			continue
 		default:
 			s, err = n.renewSecondary(ctx, kind, k.KEK())
@@ -131,8 +131,8 @@ func (n *node) completed(before, after []seal.Slot) (changes []string) {
 
 // stillNamed says that a slot was taken away which unlock.order counts on: rotation
 // would undo that.
-func (n *node) stillNamed(kind string) []string {
-	if !slices.ContainsFunc(n.places(n.openSlots()), func(s seal.Slot) bool {
+func (n *node) stillNamed(slots []seal.Slot, kind string) []string {
+	if !slices.ContainsFunc(n.places(slots), func(s seal.Slot) bool {
 		d, ok := skippedBy(s)
 		return ok && d.Since.IsZero() && d.Type == kind
 	}) {

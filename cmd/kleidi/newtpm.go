@@ -21,8 +21,10 @@ func (n *node) resealToNewTPM(ctx context.Context, req admin.ResealRequest) (adm
 		if err := n.isNew(ctx, k.Slots()); err != nil {
 			return nil, err
 		}
-		if err := n.keepsBoth(k.Slots(), req.BreakTwoOfTwo); err != nil {
-			return nil, err
+		if !req.BreakTwoOfTwo {
+			if err := n.keepsBoth(k.Slots()); err != nil {
+				return nil, err
+			}
 		}
 		if err := n.sameKey(ctx, k); err != nil {
 			return nil, err

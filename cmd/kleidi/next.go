@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 
@@ -176,17 +175,10 @@ func (n *node) allowNext(ctx context.Context, next *eventlog.Log) (did string, u
 	return "the boot policy " + path + " allows it as well", undo, nil
 }
 
-func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, req admin.ResealRequest, dryRun bool) (*nextResult, error) {
-	n, err := a.node()
-	if err != nil {
-		return nil, err
-	}
-	defer n.close()
-	change, err := f.change()
-	if err != nil {
-		return nil, err
-	}
-	p, err := n.predict(cmd.Context(), change)
+// sealToNext predicts the next boot and, unless reseal is nil, has the boot policy allow
+// it and reseal seal the KEK to it.
+func (n *node) sealToNext(ctx context.Context, change predict.Change, reseal func(*admin.BootState) (admin.KeyringState, error)) (*nextResult, error) {
+	p, err := n.predict(ctx, change)
 	if err != nil {
 		if _, ok := errors.AsType[*predict.Refusal](err); ok {
 			return nil, err
@@ -194,19 +186,18 @@ func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, req admin.ResealReque
 		return nil, requireRoot(err)
 	}
 	r := &nextResult{Bank: n.cfg.TPM.Bank, PCRs: map[int]string{}, Moved: p.moved, BootType: string(p.log.BootType())}
-	for _, i := range slices.Sorted(maps.Keys(p.state.Values)) {
-		r.PCRs[i] = fmt.Sprintf("%x", p.state.Values[i])
+	for i, v := range p.state.Values {
+		r.PCRs[i] = fmt.Sprintf("%x", v)
 	}
-	if dryRun {
+	if reseal == nil {
 		return r, nil
 	}
 	// First the boot policy: a slot for a boot that it refuses would be of no use.
-	allowed, undo, err := n.allowNext(cmd.Context(), p.log)
+	allowed, undo, err := n.allowNext(ctx, p.log)
 	if err != nil {
 		return nil, err
 	}
-	req.Next = &admin.BootState{Bank: n.cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record}
-	s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).anyReseal))
+	s, err := reseal(&admin.BootState{Bank: n.cfg.TPM.Bank, PCRs: p.state.Values, Record: p.state.Record})
 	if err != nil {
 		return nil, errors.Join(err, undo())
 	}
@@ -224,4 +215,23 @@ type nextResult struct {
 	PCRs     map[int]string      `json:"pcrs"`
 	Moved    []int               `json:"moved"`
 	Keyring  *admin.KeyringState `json:"keyring,omitempty"`
+}
+
+func (a *app) resealNext(cmd *cobra.Command, f *nextFiles, req admin.ResealRequest, dryRun bool) (*nextResult, error) {
+	n, err := a.node()
+	if err != nil {
+		return nil, err
+	}
+	defer n.close()
+	change, err := f.change()
+	if err != nil {
+		return nil, err
+	}
+	if dryRun {
+		return n.sealToNext(cmd.Context(), change, nil)
+	}
+	return n.sealToNext(cmd.Context(), change, func(next *admin.BootState) (admin.KeyringState, error) {
+		req.Next = next
+		return operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).anyReseal))
+	})
 }

@@ -106,9 +106,11 @@ func (n *node) recoverFrom(ctx context.Context, untrusted *keyring.Untrusted, ve
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	if err := n.keepsBoth(old.Slots(), req.BreakTwoOfTwo); err != nil {
-		old.Close()
-		return admin.KeyringState{}, err
+	if !req.BreakTwoOfTwo {
+		if err := n.keepsBoth(old.Slots()); err != nil {
+			old.Close()
+			return admin.KeyringState{}, err
+		}
 	}
 	changes := n.renewed(old)
 	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {

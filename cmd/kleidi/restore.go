@@ -117,8 +117,10 @@ func (n *node) restoreFrom(ctx context.Context, req admin.RestoreRequest) (admin
 // the recovery identity or by what opens it here.
 func (n *node) restoreWith(ctx context.Context, untrusted *keyring.Untrusted, version store.Version, req admin.RestoreRequest) (admin.KeyringState, error) {
 	if len(req.Identity) > 0 {
-		if err := n.breaks(seal.TypeRecovery, nil, req.BreakTwoOfTwo); err != nil { // its slot comes back
-			return admin.KeyringState{}, err
+		if !req.BreakTwoOfTwo {
+			if err := n.breaks(seal.TypeRecovery, nil); err != nil { // its slot comes back
+				return admin.KeyringState{}, err
+			}
 		}
 		return n.recoverFrom(ctx, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID, BreakTwoOfTwo: req.BreakTwoOfTwo})
 	}
@@ -150,8 +152,10 @@ func (n *node) turnIfRoom(ctx context.Context, k *keyring.Keyring, req admin.Res
 	if full(k) && len(req.SkipSlots) > 0 {
 		return nil, errors.New("--skip-slot: the keyring holds no more retired KEKs, so it comes back under the KEK and in the slots that it has; leave --skip-slot out")
 	}
-	if err := n.staysBoth(k, req); err != nil {
-		return nil, err
+	if !req.BreakTwoOfTwo {
+		if err := n.staysBoth(k, req.SkipSlots); err != nil {
+			return nil, err
+		}
 	}
 	if !full(k) {
 		revisions, err := n.turn(ctx, k, req.BreakTwoOfTwo, req.SkipSlots...)
@@ -163,11 +167,11 @@ func (n *node) turnIfRoom(ctx context.Context, k *keyring.Keyring, req admin.Res
 
 // staysBoth refuses to bring back beside a two-of-two what opens the KEK alone, and
 // may have been removed since.
-func (n *node) staysBoth(k *keyring.Keyring, req admin.RestoreRequest) error {
-	if req.BreakTwoOfTwo || n.needsBoth() == "" && !hasBoth(k.Slots()) {
+func (n *node) staysBoth(k *keyring.Keyring, without []string) error {
+	if n.needsBoth() == "" && !hasBoth(k.Slots()) {
 		return nil
 	}
-	names := slices.DeleteFunc(singles(k.Slots()), func(name string) bool { return slices.Contains(req.SkipSlots, name) })
+	names := slices.DeleteFunc(singles(k.Slots()), func(name string) bool { return slices.Contains(without, name) })
 	if len(names) == 0 {
 		return nil
 	}

@@ -93,8 +93,8 @@ func (n *node) secondary(s seal.Slot) bool {
 // selfTest tests now and then until ctx ends: first a while after the start, then
 // as often as configured, give or take a tenth, so that nodes don't all ask at once.
 func (s *server) selfTest(ctx context.Context) {
-	every := s.cfg.Unlock.SelfTest
-	if every == 0 || s.hsm == nil && s.vault == nil {
+	every := s.node.cfg.Unlock.SelfTest
+	if every == 0 || s.node.hsm == nil && s.node.vault == nil {
 		return
 	}
 	wait := every / 10
@@ -121,11 +121,11 @@ func pause(ctx context.Context, d time.Duration) bool {
 // that is due while kleidi is locked is not put off until the next one.
 func (s *server) awaitOpen(ctx context.Context, within time.Duration) bool {
 	for said := false; ; said = true {
-		if _, err := s.unlocker.Keyring(); err == nil {
+		if _, err := s.node.unlocker.Keyring(); err == nil {
 			return ctx.Err() == nil
 		}
 		if !said {
-			s.log.Info("self-test: due, and waits until the keyring is open")
+			s.node.log.Info("self-test: due, and waits until the keyring is open")
 		}
 		if !pause(ctx, within/2+rand.N(within/2+1)) {
 			return false
@@ -136,28 +136,28 @@ func (s *server) awaitOpen(ctx context.Context, within time.Duration) bool {
 // testSecondary opens the slots of the wrappers beside the TPM's, and says what is
 // wrong with them.
 func (s *server) testSecondary(ctx context.Context) {
-	k, err := s.unlocker.Keyring()
+	k, err := s.node.unlocker.Keyring()
 	if err != nil {
 		return
 	}
 	slots := k.Slots()
 	at, tested := time.Now(), 0
 	for i, name := range slotNames(slots) {
-		if !s.secondary(slots[i]) {
+		if !s.node.secondary(slots[i]) {
 			continue
 		}
 		tested++
-		for _, w := range s.testSlot(ctx, k, name, slots[i]).Warnings {
-			s.log.Warn("self-test", "slot", name, "warning", w)
+		for _, w := range s.node.testSlot(ctx, k, name, slots[i]).Warnings {
+			s.node.log.Warn("self-test", "slot", name, "warning", w)
 		}
 	}
 	if tested > 0 {
-		s.tests.ended(at)
+		s.node.tests.ended(at)
 	}
-	if k, err = s.unlocker.Keyring(); err != nil {
+	if k, err = s.node.unlocker.Keyring(); err != nil {
 		return
 	}
-	for _, t := range s.unusable(k) {
-		s.log.Warn("self-test: a slot does not open", "slot", t.Name, "cause", t.Problem.Cause, "error", t.Problem.Err())
+	for _, t := range s.node.unusable(k) {
+		s.node.log.Warn("self-test: a slot does not open", "slot", t.Name, "cause", t.Problem.Cause, "error", t.Problem.Err())
 	}
 }

@@ -54,7 +54,7 @@ answered.`,
 
 // server is a running serve.
 type server struct {
-	*node
+	node   *node
 	health *health
 	opened chan struct{} // an attempt has opened the keyring
 	kms    *grpcserver.Server
@@ -64,25 +64,25 @@ type server struct {
 
 // run returns when ctx has ended and everything has stopped.
 func (s *server) run(ctx context.Context) {
-	s.log.Info("starting", "version", version(), "node", s.cfg.Node, "tpm", s.cfg.TPM.Device, "state", s.cfg.State.Dir)
-	if err := store.PrepareDir(s.cfg.State.Dir); err != nil {
-		s.log.Warn("state folder", "error", err)
+	s.node.log.Info("starting", "version", version(), "node", s.node.cfg.Node, "tpm", s.node.cfg.TPM.Device, "state", s.node.cfg.State.Dir)
+	if err := store.PrepareDir(s.node.cfg.State.Dir); err != nil {
+		s.node.log.Warn("state folder", "error", err)
 	}
 	var running sync.WaitGroup
 	running.Go(func() { s.keep(ctx, "KMS socket", s.serveKMS) })
 	running.Go(func() { s.keep(ctx, "admin socket", s.serveAdmin) })
-	if s.cfg.HTTP.Address != "" {
+	if s.node.cfg.HTTP.Address != "" {
 		running.Go(func() { s.keep(ctx, "health and metrics", s.serveHTTP) })
 	}
-	running.Go(func() { s.unlocker.Run(ctx) })
+	running.Go(func() { s.node.unlocker.Run(ctx) })
 	running.Go(func() { s.tidyUp(ctx) })
 	running.Go(func() { s.selfTest(ctx) })
 	running.Go(func() { s.watch(ctx) })
 	<-ctx.Done()
-	s.log.Info("stopping")
+	s.node.log.Info("stopping")
 	s.stop()
 	running.Wait()
-	s.close()
+	s.node.close()
 }
 
 // tidyUp tidies whenever an attempt has opened the keyring, and tries again where
@@ -97,13 +97,13 @@ func (s *server) tidyUp(ctx context.Context) {
 		_, _ = backoff.Retry(ctx, func() (struct{}, error) {
 			// The attempt is told of before its outcome is there for all to see. tidy
 			// waits for it, so only then is it clear whether anything is open.
-			err := s.tidy(ctx)
-			if !s.unlocker.State().Open {
+			err := s.node.tidy(ctx)
+			if !s.node.unlocker.State().Open {
 				err = nil
 			}
 			return struct{}{}, err
 		}, backoff.WithMaxElapsedTime(0), backoff.WithNotify(func(err error, d time.Duration) {
-			s.log.Error("slots of earlier boot states still open, as they could not be revoked", "cause", seal.CauseOf(err), "error", err, "retry", d.Round(time.Millisecond))
+			s.node.log.Error("slots of earlier boot states still open, as they could not be revoked", "cause", seal.CauseOf(err), "error", err, "retry", d.Round(time.Millisecond))
 		}))
 	}
 }
@@ -173,7 +173,7 @@ func (s *server) keep(ctx context.Context, what string, f func() error) {
 			return
 		}
 		d := wait.NextBackOff()
-		s.log.Error(what+" failed", "error", err, "retry", d.Round(time.Millisecond))
+		s.node.log.Error(what+" failed", "error", err, "retry", d.Round(time.Millisecond))
 		select {
 		case <-ctx.Done():
 		case <-time.After(d):
@@ -182,24 +182,24 @@ func (s *server) keep(ctx context.Context, what string, f func() error) {
 }
 
 func (s *server) serveKMS() error {
-	c := s.cfg.KMS
+	c := s.node.cfg.KMS
 	var owner *grpcserver.Owner
 	if c.SocketUID >= 0 || c.SocketGID >= 0 {
 		owner = &grpcserver.Owner{UID: orOwn(c.SocketUID, os.Geteuid()), GID: orOwn(c.SocketGID, os.Getegid())}
 	}
 	l, err := grpcserver.Listen(grpcserver.ListenConfig{
-		Path: c.Socket, Mode: fs.FileMode(c.SocketMode), Owner: owner, AllowedUIDs: c.AllowedUIDs, Log: s.log,
+		Path: c.Socket, Mode: fs.FileMode(c.SocketMode), Owner: owner, AllowedUIDs: c.AllowedUIDs, Log: s.node.log,
 	})
 	s.health.setKMS(err)
 	if err != nil {
 		return err
 	}
-	s.log.Info("listening", "socket", c.Socket)
+	s.node.log.Info("listening", "socket", c.Socket)
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 	// A call that comes now waits in the socket's queue: an error would make
 	// kube-apiserver wait 10 s before it asks again.
 	select {
-	case <-s.unlocker.Tried():
+	case <-s.node.unlocker.Tried():
 	case <-time.After(startGrace):
 	}
 	err = s.kms.Serve(l)
@@ -219,7 +219,7 @@ func orOwn(id, own int) int {
 }
 
 func (s *server) serveAdmin() error {
-	l, err := admin.Listen(s.cfg.Admin.Socket, s.log)
+	l, err := admin.Listen(s.node.cfg.Admin.Socket, s.node.log)
 	if err != nil {
 		return err
 	}
@@ -227,7 +227,7 @@ func (s *server) serveAdmin() error {
 }
 
 func (s *server) serveHTTP() error {
-	l, err := net.Listen("tcp", s.cfg.HTTP.Address)
+	l, err := net.Listen("tcp", s.node.cfg.HTTP.Address)
 	if err != nil {
 		return err
 	}
@@ -261,15 +261,15 @@ func (s *server) watch(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-hup:
-			s.log.Info("SIGHUP: reading the keyring anew")
-			s.unlocker.Nudge()
+			s.node.log.Info("SIGHUP: reading the keyring anew")
+			s.node.unlocker.Nudge()
 		case err := <-failed: // events may be lost; left unread, it would end the watch
-			s.log.Warn("watching the state folder: reading the keyring anew, in case that it has changed", "error", err)
-			s.unlocker.Nudge()
+			s.node.log.Warn("watching the state folder: reading the keyring anew, in case that it has changed", "error", err)
+			s.node.unlocker.Nudge()
 		case e := <-events:
-			if filepath.Base(e.Name) == filepath.Base(s.cfg.Keyring()) && s.unlocker.Changed(ctx) {
-				s.log.Info("the stored keyring has changed: reading it anew")
-				s.unlocker.Nudge()
+			if filepath.Base(e.Name) == filepath.Base(s.node.cfg.Keyring()) && s.node.unlocker.Changed(ctx) {
+				s.node.log.Info("the stored keyring has changed: reading it anew")
+				s.node.unlocker.Nudge()
 			}
 		}
 	}
@@ -280,10 +280,10 @@ func (s *server) watch(ctx context.Context) {
 func (s *server) watchFolder() (<-chan fsnotify.Event, <-chan error, func()) {
 	w, err := fsnotify.NewWatcher()
 	if err == nil {
-		err = w.Add(s.cfg.State.Dir)
+		err = w.Add(s.node.cfg.State.Dir)
 	}
 	if err != nil {
-		s.log.Warn("the state folder can't be watched; send SIGHUP after a change of the keyring", "error", err)
+		s.node.log.Warn("the state folder can't be watched; send SIGHUP after a change of the keyring", "error", err)
 		return nil, nil, func() {}
 	}
 	return w.Events, w.Errors, func() { _ = w.Close() }

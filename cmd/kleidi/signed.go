@@ -14,7 +14,6 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
-	"github.com/beezy-dev/kleidi/seal/store"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
@@ -195,7 +194,7 @@ func oneGeneration(cluster seal.ClusterID, states []bootstate.State, pub crypto.
 
 // keepStates stores signed boot states with those there that stay.
 func (n *node) keepStates(ctx context.Context, states []bootstate.State, stays func(bootstate.State) bool) error {
-	file := lockedFile{store.NewFile(n.cfg.BootStates()), n.state}
+	file := n.state.file(n.cfg.BootStates())
 	kept := &bootstate.File{}
 	b, version, err := file.Load(ctx)
 	switch {

@@ -74,8 +74,10 @@ func (n *node) wrapAll(ctx context.Context, k *keyring.Keyring, without []string
 	}
 	// All slots of this TPM are revoked, as in an old keyring: the running boot takes
 	// their place.
-	if err := n.sealsAlone(k.Slots(), breaks); err != nil {
-		return nil, err
+	if !breaks {
+		if err := n.sealsAlone(k.Slots()); err != nil {
+			return nil, err
+		}
 	}
 	if err := n.sameKey(ctx, k); err != nil {
 		return nil, err
@@ -124,8 +126,10 @@ func (n *node) addSlot(ctx context.Context, req admin.AddSlotRequest) (admin.Key
 	var bound string
 	var made bool
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		if err := n.breaks(req.Type, k.Slots(), req.BreakTwoOfTwo); err != nil {
-			return nil, err
+		if !req.BreakTwoOfTwo {
+			if err := n.breaks(req.Type, k.Slots()); err != nil {
+				return nil, err
+			}
 		}
 		w, err := n.adder(req)
 		if err != nil {
@@ -232,7 +236,7 @@ func (n *node) removeSlot(ctx context.Context, req admin.RemoveSlotRequest) (adm
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("slot remove %s: %w", req.Name, err)
 	}
-	return n.unchanged(append(changes, n.stillNamed(req.Name)...)...)
+	return n.unchanged(append(changes, n.stillNamed(n.openSlots(), req.Name)...)...)
 }
 
 const revokedByTPM = "the TPM no longer opens it, kept copies included"

@@ -53,8 +53,11 @@ type lockedFile struct {
 	state *state
 }
 
-// Load reads the file; once there is one, this process takes the lock. That a
-// disk is read-only is no reason not to serve from it, another process is.
+// file is a file in the state folder.
+func (s *state) file(path string) lockedFile { return lockedFile{store.NewFile(path), s} }
+
+// Load reads the file; once there is one, this process takes the lock. A read-only
+// disk does not stop us from serving; another process holding the lock does.
 func (f lockedFile) Load(ctx context.Context) ([]byte, store.Version, error) {
 	b, version, err := f.File.Load(ctx)
 	if err != nil {

@@ -40,17 +40,17 @@ func TestTidyWaitsForTheOpening(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.close()
-	if err := s.own(); err != nil {
+	defer s.node.close()
+	if err := s.node.own(); err != nil {
 		t.Fatal(err)
 	}
 	go s.tidyUp(t.Context())
-	if err := s.unlocker.Unlock(t.Context()); err != nil {
+	if err := s.node.unlocker.Unlock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	err = eventually(func() error {
-		k, err := s.unlocker.Keyring()
-		if err == nil && len(s.states(k.Slots(), tpm.UseNext)) > 0 {
+		k, err := s.node.unlocker.Keyring()
+		if err == nil && len(s.node.states(k.Slots(), tpm.UseNext)) > 0 {
 			err = os.ErrDeadlineExceeded
 		}
 		return err

@@ -115,9 +115,9 @@ func hasBoth(slots []seal.Slot) bool {
 }
 
 // breaks refuses a slot that one wrapper opens alone beside a two-of-two.
-func (n *node) breaks(kind string, slots []seal.Slot, allowed bool) error {
+func (n *node) breaks(kind string, slots []seal.Slot) error {
 	has := n.needsBoth() != "" || hasBoth(slots)
-	if !has || allowed || twoOfTwo(kind) != "" {
+	if !has || twoOfTwo(kind) != "" {
 		return nil
 	}
 	return errors.New("a slot of " + kind + " would open the KEK alone, and break two of two; if that is what you want, add --break-two-of-two")
@@ -125,13 +125,13 @@ func (n *node) breaks(kind string, slots []seal.Slot, allowed bool) error {
 
 // keepsBoth refuses a recovery that leaves one way in beside a two-of-two that was
 // not there before, or that makes one enough where two were needed.
-func (n *node) keepsBoth(old []seal.Slot, allowed bool) error {
+func (n *node) keepsBoth(old []seal.Slot) error {
 	had := hasBoth(old)
 	switch wants := n.needsBoth() != ""; {
-	case allowed || had == wants:
+	case had == wants:
 		return nil
 	case wants:
-		return n.breaks(seal.TypeRecovery, old, false)
+		return n.breaks(seal.TypeRecovery, old)
 	default:
 		return errors.New("the keyring needs two wrappers together, and unlock.order has one open it; set unlock.order to that two-of-two, or add --break-two-of-two")
 	}
@@ -139,8 +139,8 @@ func (n *node) keepsBoth(old []seal.Slot, allowed bool) error {
 
 // sealsAlone refuses to seal to the TPM alone beside a two-of-two, or in its place:
 // unlock.order may have lost it since.
-func (n *node) sealsAlone(slots []seal.Slot, allowed bool) error {
-	if allowed || n.needsBoth() != "" || !hasBoth(slots) {
+func (n *node) sealsAlone(slots []seal.Slot) error {
+	if n.needsBoth() != "" || !hasBoth(slots) {
 		return nil
 	}
 	return errors.New("the keyring needs two wrappers together, and unlock.order names no two-of-two; set unlock.order to that two-of-two, or, if one is to be enough, run kleidi reseal with --break-two-of-two")

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -48,6 +49,9 @@ Its configuration is of a kind of its own, see kleidi verifier init
 	cmd.AddCommand(a.newVerifierInit(), a.newVerifierRegister(), a.newVerifierShow())
 	return cmd
 }
+
+// verifierStopTimeout bounds how long exchanges in progress may take.
+const verifierStopTimeout = 5 * time.Second
 
 // verifierService is a running verifier.
 type verifierService struct {
@@ -89,7 +93,7 @@ func (s *verifierService) run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
 		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
-		grace, cancel := context.WithTimeout(context.Background(), stopTimeout)
+		grace, cancel := context.WithTimeout(context.Background(), verifierStopTimeout)
 		defer cancel()
 		s.server.GracefulStop(grace)
 	})

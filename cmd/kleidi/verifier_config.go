@@ -105,6 +105,9 @@ func loadVerifierConfig(path string) (*verifierConfig, error) {
 	return c, nil
 }
 
+// file is where the configuration lies.
+func (c *verifierConfig) file() string { return c.path }
+
 // parseVerifierConfig reports every problem at once, one a line.
 func parseVerifierConfig(b []byte) (*verifierConfig, error) {
 	if len(b) > maxVerifierConfig {

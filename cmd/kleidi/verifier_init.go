@@ -176,7 +176,7 @@ and how it may boot. Restart kleidi verifier afterwards.`,
 				return requireRoot(fmt.Errorf("register: %w", err))
 			}
 			return a.show(cmd.OutOrStdout(), n, func(w io.Writer) {
-				fmt.Fprintf(w, "node %s with EK %.23s… registered in %s; restart kleidi verifier\n", n.Name, n.EK, c.path)
+				fmt.Fprintf(w, "node %s with EK %.23s… registered in %s; restart kleidi verifier\n", n.Name, n.EK, c.file())
 			})
 		},
 	}
