@@ -32,7 +32,7 @@ func (n *node) status(ctx context.Context, req admin.StatusRequest) (admin.Statu
 	var slots []seal.Slot
 	if k, err := n.unlocker.Keyring(); err == nil {
 		r.State, r.Memory = admin.Open, k.KEK().Kind()
-		r.Wrapper, r.Fallback = state.Wrapper, admin.ProblemOf(state.Fallback)
+		r.Wrapper, r.Fallback, r.Staged = state.Wrapper, admin.ProblemOf(state.Fallback), admin.ProblemOf(state.Staged)
 		describe(&r, k.Info())
 		slots = k.Slots()
 	} else if u, _, err := n.stored(ctx); err == nil {

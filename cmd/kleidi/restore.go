@@ -143,7 +143,7 @@ func (n *node) restoreWith(ctx context.Context, untrusted *keyring.Untrusted, ve
 }
 
 // full reports whether a keyring has no room to retire its current KEK.
-func full(k *keyring.Keyring) bool { return len(k.Info().Retired) >= keyring.MaxRetired }
+func full(k *keyring.Keyring) bool { return !k.HasRoom() }
 
 // turnIfRoom rotates a restored keyring in the slots that it has, but for those to
 // skip; one without room is only raised by a revision, for it has to be stored first

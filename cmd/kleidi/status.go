@@ -69,6 +69,9 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	for _, k := range r.Keys {
 		row(w, k.Role+" KEK", fmt.Sprintf("%s  made %s", k.KeyID, k.Created.Local().Format(time.DateTime)))
 	}
+	if r.Staged != nil {
+		printProblem(w, r.Staged)
+	}
 	if at := r.Attestation; at != nil {
 		verdict := "passed"
 		if !at.Passed {

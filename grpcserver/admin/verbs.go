@@ -82,6 +82,8 @@ type StatusReport struct {
 	// in unlock.order did not.
 	Wrapper  string   `json:"wrapper,omitempty"`
 	Fallback *Problem `json:"fallback,omitempty"`
+	// Staged is why the staged KEK is not open, where one is staged and serve runs.
+	Staged *Problem `json:"staged,omitempty"`
 	// Suspension says what a suspended node opens under; empty where it isn't.
 	Suspension string `json:"suspension,omitempty"`
 	// Attestation is the result of the last one.

@@ -24,10 +24,14 @@ func New(cluster seal.ClusterID, kek *seal.Secret, slots []seal.Slot, nodes []No
 	return k, nil
 }
 
-// Stage adds kek as the staged KEK, held in slots; a KEK that was staged before
-// and never activated is forgotten, since nothing was encrypted under it. On
-// success the new keyring owns kek.
+// Stage adds kek as the staged KEK, held in slots. One KEK is staged at a time: where
+// one is, the error is an [*AlreadyStaged]. Other nodes may have acknowledged it, so
+// nothing takes its place until it is activated or aborted. On success the new
+// keyring owns kek.
 func (k *Keyring) Stage(kek *seal.Secret, slots []seal.Slot, now time.Time) (*Keyring, error) {
+	if s := k.doc.Staged; s != nil {
+		return nil, &AlreadyStaged{KeyID: s.KeyID, Since: s.Created.Time}
+	}
 	doc := *k.doc
 	doc.Staged = &slotted{KeyID: NewKeyID(doc.ClusterID, kek), Created: newStamp(now), Slots: cloneSlots(slots)}
 	next, err := build(doc, k.kek, share(kek))
@@ -35,6 +39,17 @@ func (k *Keyring) Stage(kek *seal.Secret, slots []seal.Slot, now time.Time) (*Ke
 		return nil, fmt.Errorf("stage KEK: %w", err)
 	}
 	return next, nil
+}
+
+// AlreadyStaged says that a KEK can't be staged because one is.
+type AlreadyStaged struct {
+	KeyID seal.KeyID
+	Since time.Time
+}
+
+// Error names what is staged, and since when.
+func (e *AlreadyStaged) Error() string {
+	return fmt.Sprintf("key ID %s has been staged since %s; activate or abort it first", e.KeyID, e.Since.Format(stampLayout))
 }
 
 // OpenStaged returns k with its staged KEK, which came out of a staged slot, so
@@ -54,6 +69,72 @@ func (k *Keyring) OpenStaged(kek *seal.Secret) (*Keyring, error) {
 }
 
 var errNothingStaged = errors.New("no KEK is staged; run kleidi rotate")
+
+// StagedID returns the key ID of the staged KEK, or "" if none is staged. Holds
+// reports whether that KEK is open.
+func (k *Keyring) StagedID() seal.KeyID {
+	if k.doc.Staged == nil {
+		return ""
+	}
+	return k.doc.Staged.KeyID
+}
+
+// Abort ends a rotation before it is activated: it retires the staged KEK, which
+// must be open. The KEK stays readable because a node that is ahead of this keyring,
+// after the store was restored from an older snapshot, may have activated it already.
+func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
+	switch {
+	case k.doc.Staged == nil:
+		return nil, errNothingStaged
+	case k.staged == nil:
+		return nil, fmt.Errorf("abort: the staged KEK %s is not open here; abort on a node where it is", k.doc.Staged.KeyID)
+	}
+	doc := *k.doc
+	doc.Staged, doc.Retired = nil, slices.Clone(doc.Retired)
+	r := retired{KeyID: k.doc.Staged.KeyID, Created: k.doc.Staged.Created, Retired: newStamp(now)}
+	withKEK(k.kek.secret, func(current []byte) {
+		withKEK(k.staged.secret, func(staged []byte) {
+			r.Sealed = aead(current, labelRetired).Seal(nil, nil, staged, retiredAAD(doc.ClusterID, r.KeyID, doc.Current.KeyID))
+		})
+	})
+	doc.Retired = append(doc.Retired, r)
+	next, err := build(doc, k.kek, nil)
+	if err != nil {
+		return nil, fmt.Errorf("abort: %w", err)
+	}
+	return next, nil
+}
+
+// HasRoom reports whether a rotation fits: the current KEK retires, and so does a KEK
+// that an interrupted rotation left staged.
+func (k *Keyring) HasRoom() bool {
+	n := len(k.doc.Retired) + 1
+	if k.staged != nil {
+		n++
+	}
+	return n <= MaxRetired
+}
+
+// GiveUpStaged drops a staged KEK that does not open, which Abort can't retire. It is
+// for one node alone, on which the anchor shows that the KEK was never announced, so
+// that nothing is encrypted under it; another node may have activated it.
+func (k *Keyring) GiveUpStaged() (*Keyring, error) {
+	switch {
+	case k.doc.Staged == nil:
+		return nil, errNothingStaged
+	case k.staged != nil:
+		return nil, errors.New("give up the staged KEK: it is open; abort retires it")
+	case len(k.doc.Nodes) > 1:
+		return nil, fmt.Errorf("give up the staged KEK %s: another node may use it; abort on a node where it is open", k.doc.Staged.KeyID)
+	}
+	doc := *k.doc
+	doc.Staged = nil
+	next, err := build(doc, k.kek, nil)
+	if err != nil {
+		return nil, fmt.Errorf("give up the staged KEK: %w", err)
+	}
+	return next, nil
+}
 
 // Activate makes the staged KEK the current one and retires the current one.
 // All retired KEKs are encrypted anew under the new current KEK.

@@ -65,27 +65,55 @@ func wrapLike(ctx context.Context, wrappers []Rewrapper, kek *seal.Secret, like 
 	return seal.Slot{}, seal.Errorf(seal.CauseNoSlot, "configure the wrapper of that slot", "no configured wrapper made it")
 }
 
-// Rotate returns the two revisions of a rotation, which are to be saved in this
+// Rotate returns the revisions of a rotation on one node, which are to be saved in this
 // order: a fresh KEK is staged, then it is the current one, and the former one
-// retired and still readable. With the first revision kept as the previous one,
+// retired and still readable. With the first of these two kept as the previous revision,
 // no single file is the only place of the fresh KEK. Each slot that can be opened
-// here was opened.
-func Rotate(ctx context.Context, mem seal.Memory, k *keyring.Keyring, wrap Wrap, opener []seal.Wrapper, now time.Time) ([]*keyring.Keyring, error) {
+// here was opened. Where an earlier rotation was interrupted and left a KEK staged, a
+// revision that retires it comes first.
+func Rotate(ctx context.Context, mem seal.Memory, k *keyring.Keyring, wrap Wrap, opener []seal.Wrapper, now time.Time) (revisions []*keyring.Keyring, err error) {
+	defer func() {
+		if err != nil {
+			closeAll(revisions)
+			revisions = nil
+		}
+	}()
+	if k.StagedID() != "" {
+		if k, err = unstage(k, now); err != nil {
+			return nil, err
+		}
+		revisions = append(revisions, k)
+	}
 	kek, err := mem.NewKEK()
 	if err != nil {
-		return nil, err
+		return revisions, err
 	}
 	staged, err := stage(ctx, k, kek, wrap, opener, now)
 	if err != nil {
 		kek.Close()
-		return nil, err
+		return revisions, err
 	}
+	revisions = append(revisions, staged)
 	active, err := staged.Activate(now)
 	if err != nil {
-		staged.Close()
-		return nil, err
+		return revisions, err
 	}
-	return []*keyring.Keyring{staged, active}, nil
+	return append(revisions, active), nil
+}
+
+func closeAll(revisions []*keyring.Keyring) {
+	for _, k := range revisions {
+		k.Close()
+	}
+}
+
+// unstage ends a rotation that was interrupted. A staged KEK that does not open was
+// sealed to a boot state that is gone, and no node has announced it.
+func unstage(k *keyring.Keyring, now time.Time) (*keyring.Keyring, error) {
+	if k.Holds(k.StagedID()) {
+		return k.Abort(now)
+	}
+	return k.GiveUpStaged()
 }
 
 func stage(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
@@ -104,6 +132,9 @@ func stage(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap,
 // lost. It returns k itself where nothing is staged, and an error where what is
 // staged does not open.
 func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
+	if id := k.StagedID(); id != "" && k.Holds(id) {
+		return k.Activate(now)
+	}
 	var refusal error
 	for _, s := range k.StagedSlots() {
 		for _, w := range opener {

@@ -51,7 +51,31 @@ func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, a
 		kek.Close()
 		return nil, by, err
 	}
+	k, by.Staged = u.openStaged(ctx, k, gate)
+	timing.Slots = time.Since(start)
 	return k, by, nil
+}
+
+// openStaged opens the KEK that k stages, if any, so that this node decrypts what
+// another node encrypts once it has activated that KEK. The node serves without it:
+// openStaged then returns k as it was, and why.
+func (u *Unlocker) openStaged(ctx context.Context, k *keyring.Keyring, gate error) (*keyring.Keyring, error) {
+	id := k.StagedID()
+	if id == "" {
+		return k, nil
+	}
+	kek, _, err := u.unwrap(ctx, k.StagedSlots(), gate)
+	if err == nil {
+		var opened *keyring.Keyring
+		if opened, err = k.OpenStaged(kek); err == nil {
+			k.Close()
+			return opened, nil
+		}
+		kek.Close()
+	}
+	cause := cmp.Or(seal.CauseOf(err), seal.CauseUnavailable)
+	message, _ := seal.SplitHint(err)
+	return k, seal.Errorf(cause, "this node goes on serving; send it a SIGHUP once that is mended, or kleidi rotate, which stages a fresh KEK", "the staged KEK %s does not open: %s", id, message)
 }
 
 // Opener is which wrapper opened a slot, and why those before it did not.
@@ -60,6 +84,8 @@ type Opener struct {
 	Wrapper string
 	// Fallback is nil where it is the first one.
 	Fallback error
+	// Staged is why the staged KEK is not open; nil where it is, or none is staged.
+	Staged error
 }
 
 func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Anchor, store.Version, error) {
@@ -159,7 +185,7 @@ func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) Opener {
 		u.cfg.Log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", gate)
 		return Opener{Wrapper: w.Type()}
 	}
-	return Opener{w.Type(), earlier}
+	return Opener{Wrapper: w.Type(), Fallback: earlier}
 }
 
 // joinFailures keeps the first failure's cause and appends the fallback's message:

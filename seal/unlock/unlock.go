@@ -94,6 +94,9 @@ type State struct {
 	// Fallback is why the wrappers before it in the order did not; nil where it is
 	// the first.
 	Fallback error `json:"-"`
+	// Staged is why the staged KEK is not open, where one is staged and only that failed.
+	// Other nodes must not activate it then.
+	Staged error `json:"-"`
 	// Problem is why it is locked, or, where it is open, what failed last.
 	Problem error `json:"-"`
 	// Attempts counts attempts since it was last open.
@@ -289,12 +292,21 @@ func (u *Unlocker) settle(ctx context.Context, k *keyring.Keyring) error {
 // announce makes k the open keyring.
 func (u *Unlocker) announce(k *keyring.Keyring, by Opener, timing Timing) {
 	old := u.open.Swap(k)
-	s := State{Open: true, Since: time.Now(), Wrapper: by.Wrapper, Fallback: by.Fallback, Timing: timing}
+	s := State{Open: true, Since: time.Now(), Wrapper: by.Wrapper, Fallback: by.Fallback, Staged: by.Staged, Timing: timing}
 	if before := u.State(); before.Open {
 		s.Since = before.Since
 		if by.Wrapper == "" {
 			s.Wrapper, s.Fallback, s.Timing = before.Wrapper, before.Fallback, before.Timing
+			if old.StagedID() == k.StagedID() {
+				s.Staged = before.Staged
+			}
 		}
+	}
+	if id := k.StagedID(); id == "" || k.Holds(id) {
+		s.Staged = nil
+	}
+	if by.Staged != nil {
+		u.cfg.Log.Warn("the staged KEK is not open", "cause", seal.CauseOf(by.Staged), "error", by.Staged)
 	}
 	if by.Fallback != nil {
 		u.cfg.Log.Warn("opened by a fallback", "wrapper", by.Wrapper, "cause", seal.CauseOf(by.Fallback), "error", by.Fallback)
