@@ -55,6 +55,7 @@ var borders = map[string][]string{
 var doors = map[string][]string{
 	"github.com/google/go-tpm/":         {"tpm"},
 	"github.com/google/go-attestation/": {"tpm/attest"},
+	"github.com/google/go-tpm-tools/":   {"tpm/attest"},
 	"filippo.io/age":                    {"seal/recovery"},
 	"github.com/miekg/pkcs11":           {"hsm"},
 	"github.com/hashicorp/vault/":       {"vault"},

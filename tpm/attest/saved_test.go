@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"crypto"
 	"maps"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -94,26 +96,42 @@ func TestSavedEvidenceIsReadStrictly(t *testing.T) {
 	value := append(protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), 4), field(2, make([]byte, 32))...)
 	beyond := append(protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), 24), field(2, make([]byte, 32))...)
 	empty := protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), 3)
-	withValues := func(more []byte) []byte {
-		return slices.Concat(noQuote, field(2, slices.Concat(noValues, field(3, slices.Concat(values, field(2, more))))))
+	withQuote := func(more []byte) []byte { return slices.Concat(noQuote, field(2, slices.Concat(noValues, more))) }
+	withValues := func(more []byte) []byte { return withQuote(field(3, slices.Concat(values, field(2, more)))) }
+	number := func(field protowire.Number, n uint64) []byte {
+		return protowire.AppendVarint(protowire.AppendTag(nil, field, protowire.VarintType), n)
 	}
+	long := append([]byte{0x9a, 0}, protowire.AppendBytes(nil, nil)...) // the tag of field 3, longer than it need be
 	for name, c := range map[string]struct {
 		b      []byte
 		reason string
 	}{
-		"empty":             {nil, "0 quotes over sha256"},
-		"no quote":          {noQuote, "0 quotes over sha256"},
-		"two quotes":        {slices.Concat(good, field(2, quote)), "2 quotes over sha256"},
-		"two keys":          {slices.Concat(good, field(1, []byte("key"))), "stands twice"},
-		"two logs":          {slices.Concat(good, field(3, nil)), "stands twice"},
-		"two statements":    {slices.Concat(noQuote, field(2, slices.Concat(quote, field(1, nil)))), "stands twice"},
-		"two signatures":    {slices.Concat(noQuote, field(2, slices.Concat(quote, field(2, nil)))), "stands twice"},
-		"a PCR twice":       {withValues(value), "PCR 4"},
-		"PCR 24":            {withValues(beyond), "PCR 24 does not exist"},
-		"a PCR of no value": {withValues(empty), "PCR 3"},
-		"truncated":         {good[:len(good)-1], "saved evidence: "},
-		"garbage":           {bytes.Repeat([]byte{0xff}, 40), "saved evidence: "},
-		"too large":         {make([]byte, attest.MaxEvidence+1), "more than"},
+		"empty":                       {nil, "0 quotes over sha256"},
+		"no quote":                    {noQuote, "0 quotes over sha256"},
+		"two quotes":                  {slices.Concat(good, field(2, quote)), "2 quotes over sha256"},
+		"two keys":                    {slices.Concat(good, field(1, []byte("key"))), "stands twice"},
+		"two logs":                    {slices.Concat(good, field(3, nil)), "stands twice"},
+		"two statements":              {slices.Concat(noQuote, field(2, slices.Concat(quote, field(1, nil)))), "stands twice"},
+		"two signatures":              {slices.Concat(noQuote, field(2, slices.Concat(quote, field(2, nil)))), "stands twice"},
+		"two logs, one of an odd tag": {slices.Concat(good, long), "event_log stands twice"},
+		"two statements, in a quote of an odd tag": {slices.Concat(noQuote, []byte{0x92, 0}, protowire.AppendBytes(nil, slices.Concat(quote, field(1, nil)))), "tpm.Quote.quote stands twice"},
+		"values in two parts":                      {withQuote(slices.Concat(field(3, values), field(3, nil))), "tpm.Quote.pcrs stands twice"},
+		"two banks of values":                      {withQuote(field(3, slices.Concat(values, number(1, 0xc)))), "tpm.PCRs.hash stands twice"},
+		"a PCR twice":                              {withValues(value), "tpm.PCRs.pcrs[4] stands twice"},
+		"a PCR twice, of 33 bits":                  {withValues(slices.Concat(number(1, 1<<32+4), field(2, make([]byte, 32)))), "tpm.PCRs.pcrs[4] stands twice"},
+		"a key twice":                              {withValues(slices.Concat(number(1, 3), value)), "key stands twice"},
+		"a digest twice":                           {withValues(slices.Concat(number(1, 3), field(2, nil), field(2, make([]byte, 32)))), "value stands twice"},
+		"PCR 24":                                   {withValues(beyond), "PCR 24 does not exist"},
+		"a PCR of no value":                        {withValues(empty), "PCR 3"},
+		"two TEEs":                                 {slices.Concat(good, field(8, nil), field(9, nil)), "attest.Attestation.tee_attestation stands twice"},
+		"a TEE's report twice":                     {slices.Concat(good, field(8, slices.Concat(field(1, nil), field(1, nil)))), "sevsnp.Attestation.report stands twice"},
+		"an unknown field":                         {slices.Concat(good, number(99, 7)), "attest.Attestation has an unknown field, number 99"},
+		"an unknown field, inside":                 {withQuote(slices.Concat(field(3, values), field(9, nil))), "tpm.Quote has an unknown field, number 9"},
+		"a log as a number":                        {slices.Concat(good, number(3, 7)), "attest.Attestation has an unknown field, number 3 of wire type 0"},
+		"a group":                                  {slices.Concat(good, protowire.AppendTag(protowire.AppendTag(nil, 3, protowire.StartGroupType), 3, protowire.EndGroupType)), "unknown field, number 3"},
+		"truncated":                                {good[:len(good)-1], "saved evidence: "},
+		"garbage":                                  {bytes.Repeat([]byte{0xff}, 40), "saved evidence: "},
+		"too large":                                {make([]byte, attest.MaxEvidence+1), "more than"},
 	} {
 		if _, err := attest.ParseEvidence(c.b, crypto.SHA256); err == nil || !strings.Contains(err.Error(), c.reason) {
 			t.Errorf("%s: %v, want %q", name, err, c.reason)
@@ -122,10 +140,34 @@ func TestSavedEvidenceIsReadStrictly(t *testing.T) {
 	if _, err := attest.ParseEvidence(good, crypto.SHA384); err == nil || !strings.Contains(err.Error(), "0 quotes over sha384") {
 		t.Errorf("another bank: %v", err)
 	}
-	// Others' fields, and their quotes over other banks, are passed over.
-	more := slices.Concat(field(6, []byte("a certificate")), protowire.AppendVarint(protowire.AppendTag(nil, 99, protowire.VarintType), 7), field(2, noValues), good)
+	// Fields that Evidence has no place for, and quotes over other banks, are passed over.
+	more := slices.Concat(field(6, []byte("a certificate")), field(7, nil), field(7, nil), field(4, field(1, []byte("a zone"))), field(2, noValues), good)
 	if read, err := attest.ParseEvidence(more, crypto.SHA256); err != nil || ordinary.verify(read) != nil {
 		t.Errorf("with others' fields: %v", err)
+	}
+}
+
+// TestGoldenEvidence: what earlier versions saved is read as it was, verifies, and is
+// saved again as the same bytes.
+func TestGoldenEvidence(t *testing.T) {
+	for name, d := range map[string]demand{
+		"grub-sha256.pb":       {nonce, crypto.SHA256, []int{0, 4, 7, 8, 9, 14}},
+		"uki-phases-sha384.pb": {nonce, crypto.SHA384, []int{0, 4, 7, 11}},
+	} {
+		b, err := os.ReadFile(filepath.Join("testdata/saved", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := attest.ParseEvidence(b, d.bank)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if err := d.verify(e); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if !bytes.Equal(marshal(t, e), b) {
+			t.Errorf("%s: saved again it is another file", name)
+		}
 	}
 }
 
