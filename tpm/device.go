@@ -145,9 +145,13 @@ func (c *conn) Send(command []byte) ([]byte, error) {
 	if c.broken != nil {
 		return nil, c.broken
 	}
+	var busy error // what the TPM answered so far
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
 		response, rc, err := roundTrip(c.ctx, c.stream, command)
 		if err != nil {
+			if busy != nil && errors.Is(err, context.DeadlineExceeded) {
+				err = untilTheDeadline(busy)
+			}
 			c.broken = err
 			return nil, err
 		}
@@ -155,13 +159,18 @@ func (c *conn) Send(command []byte) ([]byte, error) {
 			c.last = response
 			return response, nil
 		}
+		busy = rc
 		select {
 		case <-time.After(wait):
 		case <-c.ctx.Done():
-			c.broken = fmt.Errorf("the TPM answered %w until the deadline", rc)
+			c.broken = untilTheDeadline(busy)
 			return nil, c.broken
 		}
 	}
+}
+
+func untilTheDeadline(rc error) error {
+	return fmt.Errorf("the TPM answered %w until the deadline", rc)
 }
 
 // flushStale flushes the transient objects and sessions that a killed client

@@ -68,7 +68,7 @@ func TestDoRetries(t *testing.T) {
 func TestDoRetriesUntilTheDeadline(t *testing.T) {
 	_, p := newProxy(t)
 	p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Do: tpmtest.Code(tpm2.TPMRCRetry)})
-	err := p.TPM(100*time.Millisecond).Do(t.Context(), getRandom)
+	err := p.TPM(500*time.Millisecond).Do(t.Context(), getRandom)
 	wantUnavailable(t, err, "deadline")
 	if !errors.Is(err, tpm2.TPMRCRetry) {
 		t.Errorf("%v hides the response code", err)

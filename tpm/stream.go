@@ -68,6 +68,14 @@ func (s *socket) Read(b []byte) (int, error) {
 	return n, err
 }
 
+func (s *socket) Write(b []byte) (int, error) {
+	n, err := s.Conn.Write(b)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("not taken: %w", cause(s.ctx))
+	}
+	return n, err
+}
+
 func (s *socket) Close() error {
 	s.stop()
 	return s.Conn.Close()
