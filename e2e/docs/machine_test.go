@@ -55,7 +55,9 @@ func newMachine(t *testing.T) *machine {
 	m.write("bin/sudo", "#!/bin/sh\nexec \"$@\"\n", 0o755)
 	m.writeKleidi()
 	m.writeSystemctl()
-	m.build("bin/age-keygen", "filippo.io/age/cmd/age-keygen")
+	if err := os.Symlink(build(t, "filippo.io/age/cmd/age-keygen", "0"), m.root("bin/age-keygen")); err != nil {
+		t.Fatal(err)
+	}
 	return m
 }
 
@@ -108,11 +110,36 @@ func (m *machine) write(path, content string, mode os.FileMode) {
 	}
 }
 
-func (m *machine) build(path, pkg string) {
-	m.t.Helper()
-	if out, err := exec.Command("go", "build", "-o", m.root(path), pkg).CombinedOutput(); err != nil {
-		m.t.Fatalf("go build %s: %v\n%s", pkg, err, out)
+// built are the programs that the machines share, in scratch: paths by package.
+var (
+	built   = map[string]string{}
+	scratch string
+)
+
+func TestMain(m *testing.M) {
+	var err error
+	if scratch, err = os.MkdirTemp("", "kleidi-docs"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
+	code := m.Run()
+	_ = os.RemoveAll(scratch)
+	os.Exit(code)
+}
+
+// build builds a program once.
+func build(t *testing.T, pkg, cgo string) string {
+	t.Helper()
+	if built[pkg] == "" {
+		path := filepath.Join(scratch, filepath.Base(pkg))
+		cmd := exec.Command("go", "build", "-o", path, pkg)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("go build %s: %v\n%s", pkg, err, out)
+		}
+		built[pkg] = path
+	}
+	return built[pkg]
 }
 
 // shell runs a document's commands, all of which have to succeed.

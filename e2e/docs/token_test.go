@@ -94,16 +94,10 @@ func (m *machine) sources() {
 // the one that the variable KLEIDI_PKCS11 names, or a new build.
 func (m *machine) buildPKCS11() {
 	m.t.Helper()
-	defer m.writeKleidi()
-	if m.binary = os.Getenv("KLEIDI_PKCS11"); m.binary != "" {
-		return
+	if m.binary = os.Getenv("KLEIDI_PKCS11"); m.binary == "" {
+		m.binary = build(m.t, "github.com/beezy-dev/kleidi/cmd/kleidi", "1")
 	}
-	m.binary = m.root("bin/kleidi-pkcs11")
-	build := exec.Command("go", "build", "-o", m.binary, "github.com/beezy-dev/kleidi/cmd/kleidi")
-	build.Env = append(os.Environ(), "CGO_ENABLED=1")
-	if out, err := build.CombinedOutput(); err != nil {
-		m.t.Fatalf("go build: %v\n%s", err, out)
-	}
+	m.writeKleidi()
 }
 
 // useInstalled has the machine run the kleidi that a document's commands installed.
