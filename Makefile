@@ -15,7 +15,7 @@ GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.buildVers
 RACE     = $(if $(and $(shell command -v gcc),$(filter 1,$(shell $(GO) env CGO_ENABLED))),-race)
 PACKAGES = $(shell $(GO) list ./... | grep -v /e2e/)
 
-.PHONY: build build-pkcs11 demo run test e2e measuredboot lint fuzz bench image clean
+.PHONY: build build-pkcs11 fetch-demo fetch-test demo run test e2e measuredboot lint fuzz bench image clean
 
 build:
 	$(GOBUILD) -o bin/kleidi ./cmd/kleidi
@@ -25,8 +25,17 @@ build-pkcs11:
 	.ci/deps gcc
 	CGO_ENABLED=1 $(GO) build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)" -o bin/kleidi-pkcs11 ./cmd/kleidi
 
-demo: build
+# What README's two commands fetch is fetched here, before anything is built or run.
+# After it, they want no network: .ci/fresh cuts it off.
+fetch-demo:
 	.ci/deps swtpm
+	$(GO) mod download
+
+fetch-test:
+	.ci/deps gcc swtpm openssl softhsm2-util pkcs11-tool nss $(if $(NOT_ROOT),,mkfs.ext4)
+	$(GO) mod download
+
+demo: fetch-demo build
 	e2e/demo/demo.sh
 
 run: build
@@ -38,17 +47,25 @@ ROOT_TESTS = TestStrangersDontCrowdOut|TestSocketModeAndOwner|TestBadFolders|Tes
 	TestOtherUsersAreRefused|TestFolders/foreign|TestFiles/foreign|TestFullDisk|TestReadOnlyDisk|TestPowerLoss|TestCut|TestScript/unit
 NOT_ROOT   = $(filter-out 0,$(shell id -u))
 
-test:
-	.ci/deps gcc swtpm openssl softhsm2-util pkcs11-tool nss $(if $(NOT_ROOT),,mkfs.ext4)
+test: fetch-test
 	$(GO) test $(RACE) $(if $(NOT_ROOT),-skip '$(ROOT_TESTS)') $(TESTFLAGS) $(PACKAGES)
 	@test "$$(id -u)" = 0 || echo 'not run, since they need root (sudo make test): $(ROOT_TESTS)'
 
 # What e2e/measuredboot needs beside what its script `parts` fetches.
 BOOT_TOOLS = qemu-system-x86_64 ovmf swtpm_setup sbsign mcopy sfdisk objcopy openssl
 
+E2E_TOOLS = gcc swtpm tpm2 softhsm2-util pkcs11-tool nss certutil $(BOOT_TOOLS)
+
 e2e: build
-	.ci/deps gcc swtpm tpm2 softhsm2-util pkcs11-tool nss certutil $(BOOT_TOOLS)
-	.ci/e2e $(TESTFLAGS)
+	.ci/deps $(E2E_TOOLS)
+	TESTFLAGS='$(TESTFLAGS)' .ci/e2e
+
+# One suite: make e2e/kill
+SUITES = $(sort $(patsubst %/,%,$(dir $(wildcard e2e/*/*_test.go))))
+.PHONY: $(SUITES)
+$(SUITES): e2e/%: build
+	.ci/deps $(E2E_TOOLS)
+	TESTFLAGS='$(TESTFLAGS)' .ci/e2e $*
 
 # Boots all machines, and writes what came of it into docs/measured-boot.md.
 measuredboot: build
