@@ -9,19 +9,20 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// Anchor keeps what this node last trusted.
+// Anchor keeps the anchor of this node.
 type Anchor interface {
-	// Load returns the anchor, or nil where there is none.
+	// Load returns the anchor, or nil if there is none.
 	Load(context.Context) (*keyring.Anchor, error)
 	// Save replaces the anchor durably.
 	Save(context.Context, keyring.Anchor) error
-	// Replace does so whatever is in the anchor's place: an operator has vouched for
-	// the keyring.
+	// Replace replaces the anchor even if the present one is damaged, because an
+	// operator has vouched for the keyring.
 	Replace(context.Context, keyring.Anchor) error
 }
 
-// FileAnchor keeps the anchor in a file beside the keyring. It stops who can write the
-// keyring, through etcd for instance, and not who can write the whole disk.
+// FileAnchor keeps the anchor in a file beside the keyring. It stops an attacker who can
+// write the keyring, through etcd for instance, but not one who can write the whole
+// disk.
 type FileAnchor struct{ Store Store }
 
 // Load implements [Anchor].

@@ -11,10 +11,10 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// Change saves what f makes of the open keyring, one revision after the other,
-// and announces the last. If it fails before the first is saved, nothing has
-// changed. After that a new revision is on disk, and Run, which is nudged, opens
-// it. f closes what it made when it fails.
+// Change calls f with the open keyring, saves the revisions that f returns, one after
+// the other, and announces the last one. If Change fails before it has saved the first
+// revision, nothing has changed. If it fails later, a new revision is on disk, and
+// Change nudges Run to open it. If f fails, it closes the keyrings that it made.
 func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyring.Keyring, error)) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -29,9 +29,9 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 	return u.commit(ctx, revisions, Opener{}, u.anchor)
 }
 
-// Adopt does the same with revisions of a keyring that was opened in another way,
-// by the recovery identity for instance; by says how. version is that of the stored keyring
-// that they replace.
+// Adopt saves and announces revisions as Change does. They are of a keyring that the
+// caller opened: with the recovery identity, for instance, as by says. version is the
+// version of the stored keyring that they replace.
 func (u *Unlocker) Adopt(ctx context.Context, version store.Version, by Opener, revisions []*keyring.Keyring) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -40,7 +40,7 @@ func (u *Unlocker) Adopt(ctx context.Context, version store.Version, by Opener, 
 }
 
 func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by Opener, anchor func(context.Context, *keyring.Keyring) error) error {
-	ctx = context.WithoutCancel(ctx) // from here on it is carried to its end
+	ctx = context.WithoutCancel(ctx) // a change that has begun is not interrupted
 	last := revisions[len(revisions)-1]
 	for _, k := range revisions {
 		if k != last {
@@ -54,7 +54,7 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by 
 	unsettled := u.settle(ctx, last)
 	u.announce(last, by, Timing{})
 	if unsettled != nil {
-		return fmt.Errorf("the new keyring is saved and in use; %w", u.again(unsettled))
+		return fmt.Errorf("the new keyring is saved and in use; %w", u.nudged(unsettled))
 	}
 	return nil
 }
@@ -63,27 +63,28 @@ func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, ancho
 	for _, k := range revisions {
 		version, err := u.cfg.Store.Save(ctx, k.Marshal(), u.version)
 		if errors.Is(err, store.ErrConflict) {
-			return seal.Errorf(seal.CauseStore, "run kleidi status, then try again", "the stored keyring was changed by someone else; it is read anew: %w", u.again(err))
+			return seal.Errorf(seal.CauseStore, "run kleidi status, then try again", "the stored keyring was changed by someone else; kleidi reads it again: %w", u.nudged(err))
 		}
 		if err != nil {
-			return storeError("keyring", u.again(err))
+			return storeError("keyring", u.nudged(err))
 		}
 		u.version = version
 	}
 	if err := anchor(ctx, revisions[len(revisions)-1]); err != nil {
-		return fmt.Errorf("the new keyring is saved and not yet announced: %w", u.again(err))
+		return fmt.Errorf("the new keyring is saved but not yet announced: %w", u.nudged(err))
 	}
 	return nil
 }
 
-// again nudges Run, for what is on disk may differ from what is open.
-func (u *Unlocker) again(err error) error {
+// nudged nudges Run, because the stored keyring may differ from the open one. It
+// returns err.
+func (u *Unlocker) nudged(err error) error {
 	u.Nudge()
 	return err
 }
 
-// whileOpen puts the best remedy first where what is stored is gone, damaged or
-// another keyring, and what is open is whole.
+// whileOpen adds a better remedy to err if a keyring is open and the stored one is
+// missing, damaged or another one: to store the open one again.
 func (u *Unlocker) whileOpen(ctx context.Context, err error) error {
 	e, ok := errors.AsType[*seal.Error](err)
 	if u.open.Load() == nil || !ok {
@@ -91,14 +92,14 @@ func (u *Unlocker) whileOpen(ctx context.Context, err error) error {
 	}
 	_, version, loadErr := u.cfg.Store.Load(ctx)
 	if loadErr == nil && version == u.version && e.Cause != seal.CauseAnchor {
-		return err // the stored keyring is the open one: something else is wrong
+		return err // the stored keyring is the open one, so something else is wrong
 	}
 	return &seal.Error{Cause: e.Cause, Err: e.Err, Hint: hintSave + "; or, if the change was yours: " + e.Hint}
 }
 
-const hintSave = "store the open one again with kleidi keyring save, and don't restart kleidi serve before"
+const hintSave = "store the open one again with kleidi keyring save, and don't restart kleidi serve before that"
 
-// Save stores the open keyring in the place of whatever is stored.
+// Save replaces the stored keyring, whatever it is, with the open one.
 func (u *Unlocker) Save(ctx context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -114,7 +115,7 @@ func (u *Unlocker) Save(ctx context.Context) error {
 	if u.version, err = u.cfg.Store.Save(ctx, k.Marshal(), version); err != nil {
 		return storeError("keyring", err)
 	}
-	if err := u.cfg.Anchor.Replace(ctx, k.Anchor()); err != nil { // what is open vouches for it
+	if err := u.cfg.Anchor.Replace(ctx, k.Anchor()); err != nil { // the open keyring vouches for it
 		return err
 	}
 	s := u.State()

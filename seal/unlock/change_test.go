@@ -17,8 +17,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/unlock"
 )
 
-// TestOrderOfAChange: saved, anchored, the earlier epoch ended, and only then
-// announced.
+// TestOrderOfAChange: a new keyring is saved and anchored, then the earlier epoch ends,
+// and only then is the new key ID announced.
 func TestOrderOfAChange(t *testing.T) {
 	n := opened(t)
 	former := n.encrypt()
@@ -37,7 +37,8 @@ func TestOrderOfAChange(t *testing.T) {
 	n.decrypts(former)
 }
 
-// TestRotationThatFailsEarly changes nothing.
+// TestRotationThatFailsEarly: a rotation that fails before its first save changes
+// nothing.
 func TestRotationThatFailsEarly(t *testing.T) {
 	for name, damage := range map[string]func(*node){
 		"wrap":       func(n *node) { n.wrapper.set(seal.Errorf(seal.CauseUnavailable, "x", "no TPM")) },
@@ -67,8 +68,8 @@ func TestRotationThatFailsEarly(t *testing.T) {
 	}
 }
 
-// TestCrashes: after each step of a rotation the process ends. The keyring opens,
-// and what was announced still decrypts.
+// TestCrashes: the process ends after each step of a rotation. The keyring opens, and
+// every announced KEK still decrypts.
 func TestCrashes(t *testing.T) {
 	for _, test := range []struct {
 		name     string
@@ -113,7 +114,7 @@ func TestCrashes(t *testing.T) {
 	}
 }
 
-// TestPreviousOfARotation: either file of a rotation opens alone, and leads to
+// TestPreviousOfARotation: each of the two files of a rotation opens alone and leads to
 // the fresh KEK.
 func TestPreviousOfARotation(t *testing.T) {
 	n := opened(t)
@@ -148,8 +149,8 @@ func TestPreviousOfARotation(t *testing.T) {
 	}
 }
 
-// TestConflict: a keyring that somebody else saved meanwhile is not overwritten,
-// and the next reload takes it.
+// TestConflict: a change does not overwrite a keyring that somebody else saved in the
+// meantime. The next reload opens that keyring.
 func TestConflict(t *testing.T) {
 	n := opened(t)
 	k, _ := n.Keyring()
@@ -186,8 +187,8 @@ func TestChangeNeedsAnOpenKeyring(t *testing.T) {
 	}
 }
 
-// TestAdopt: a keyring that was opened in another way takes the place of the
-// stored one, of the version that was looked at.
+// TestAdopt: a keyring that was opened in another way replaces the stored one, if that
+// still has the version that the caller loaded.
 func TestAdopt(t *testing.T) {
 	n := newNode(t)
 	n.make()
@@ -220,7 +221,7 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
-// records is a log that tells of each record.
+// records is a log handler that sends to told for each record.
 type records struct {
 	slog.Handler
 	told chan struct{}
@@ -233,7 +234,7 @@ func (r records) Handle(context.Context, slog.Record) error {
 	return nil
 }
 
-// until waits for what is logged once it is reached.
+// until waits until reached returns true. It calls reached after each log record.
 func (n *node) until(what string, log records, reached func() bool) {
 	n.t.Helper()
 	timeout := time.After(30 * time.Second)
@@ -246,8 +247,8 @@ func (n *node) until(what string, log records, reached func() bool) {
 	}
 }
 
-// TestRun: it tries again by itself, at once when nudged, and reloads when nudged
-// while open.
+// TestRun: Run tries again by itself, and at once when nudged. While the keyring is
+// open, a nudge reloads it.
 func TestRun(t *testing.T) {
 	n := newNode(t)
 	k := n.make()
@@ -262,7 +263,7 @@ func TestRun(t *testing.T) {
 	n.until("two attempts by itself", log, func() bool { return n.State().Attempts >= 2 && !n.State().Next.IsZero() })
 	n.gate.set(nil)
 	n.Nudge()
-	n.Nudge() // one may be waiting already
+	n.Nudge() // a second nudge does not block
 	n.until("open", log, func() bool { return n.State().Open })
 	next, err := k.AtLeast(9)
 	if err != nil {
@@ -276,8 +277,8 @@ func TestRun(t *testing.T) {
 	running.Wait()
 }
 
-// TestConcurrentUse: calls during rotations and reloads all succeed, and each
-// ciphertext bears the ID of the KEK that made it.
+// TestConcurrentUse: all calls during rotations and reloads succeed, and each
+// ciphertext comes with the ID of the KEK that encrypted it.
 func TestConcurrentUse(t *testing.T) {
 	n := opened(t)
 	stop := make(chan struct{})
@@ -320,26 +321,27 @@ func TestConcurrentUse(t *testing.T) {
 	}
 }
 
-// TestSavedAndNotAnnounced: when the anchor can't be written, the answer says so.
+// TestSavedAndNotAnnounced: if the anchor can't be saved, the error says that the new
+// keyring is saved but not announced.
 func TestSavedAndNotAnnounced(t *testing.T) {
 	n := opened(t)
 	n.anchor.saves.set(seal.Errorf(seal.CauseStore, "free some space", "no space left on device"))
 	err := n.rotate()
-	wantRefusal(t, err, seal.CauseStore, "saved and not yet announced")
+	wantRefusal(t, err, seal.CauseStore, "saved but not yet announced")
 	if !strings.Contains(err.Error(), "free some space") {
 		t.Errorf("no hint in %v", err)
 	}
 	n.anchor.saves.set(nil)
 	former := n.encrypt()
-	n.mustOpen() // what Run does, which was nudged
+	n.mustOpen() // as Run does, which was nudged
 	if id, _ := n.CurrentID(); id == former.id {
 		t.Error("the saved KEK is not announced")
 	}
 	n.decrypts(former)
 }
 
-// TestReloadOvertakesADecrypt: the cipher of a retired KEK is made when the first
-// call asks for it. A reload may close the keyring before it is made.
+// TestReloadOvertakesADecrypt: the first call that needs the cipher of a retired KEK
+// makes it. A reload may close the keyring before that.
 func TestReloadOvertakesADecrypt(t *testing.T) {
 	n := opened(t)
 	seeds := []encrypted{n.encrypt()}

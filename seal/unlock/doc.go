@@ -1,12 +1,13 @@
-// Package unlock is the state machine that turns a stored keyring into an open
-// one: locked, through the gate, by the slots in the configured order, to open.
+// Package unlock implements the state machine that opens a stored keyring. It starts
+// locked. An attempt to unlock passes the gate, then tries the slots in the
+// configured order. If a slot opens, the state is open.
 //
-// Locked is a state and no failure of the process: the reason is known and
-// shown, and another attempt follows. Open is left only with the process: a
-// keyring that was changed on disk and does not verify is reported, and the one
-// that is open goes on serving, for the cluster comes first.
+// Locked is a state, not a failure of the process: the reason is known and shown,
+// and another attempt follows. Open lasts until the process ends. If the stored
+// keyring changes and does not verify, the problem is reported, and the open keyring
+// still serves, because the cluster must go on.
 //
-// One Unlocker is the one writer of a node's keyring. Every change goes the same
+// An Unlocker is the only writer of a node's keyring. Every change goes the same
 // way: save, anchor, end the epochs that are over, and only then announce, so that
 // a crash between any two steps leaves a keyring that opens and no key ID that
 // is forgotten.

@@ -27,7 +27,8 @@ func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyrin
 	return k, version, by, err
 }
 
-// openWith is the gate, then the slots, then the keyring's own checks.
+// openWith opens untrusted: first the gate, then a slot, then the checks of the keyring
+// itself.
 func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, anchor *keyring.Anchor, timing *Timing) (*keyring.Keyring, Opener, error) {
 	start := time.Now()
 	if u.cfg.Ready != nil {
@@ -56,9 +57,9 @@ func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, a
 	return k, by, nil
 }
 
-// openStaged opens the KEK that k stages, if any, so that this node decrypts what
-// another node encrypts once it has activated that KEK. The node serves without it:
-// openStaged then returns k as it was, and why.
+// openStaged opens the staged KEK of k, if there is one, so that this node can decrypt
+// what another node encrypts after activating that KEK. If the KEK does not open, the
+// node serves without it: openStaged returns k and the reason.
 func (u *Unlocker) openStaged(ctx context.Context, k *keyring.Keyring, gate error) (*keyring.Keyring, error) {
 	id := k.StagedID()
 	if id == "" {
@@ -75,16 +76,18 @@ func (u *Unlocker) openStaged(ctx context.Context, k *keyring.Keyring, gate erro
 	}
 	cause := cmp.Or(seal.CauseOf(err), seal.CauseUnavailable)
 	message, _ := seal.SplitHint(err)
-	return k, seal.Errorf(cause, "this node goes on serving; send it a SIGHUP once that is mended, or kleidi rotate, which stages a fresh KEK", "the staged KEK %s does not open: %s", id, message)
+	return k, seal.Errorf(cause, "this node goes on serving; when the cause is mended, send it a SIGHUP, or run kleidi rotate, which stages a fresh KEK", "the staged KEK %s does not open: %s", id, message)
 }
 
-// Opener is which wrapper opened a slot, and why those before it did not.
+// Opener says how a keyring was opened.
 type Opener struct {
-	// Wrapper is its type.
+	// Wrapper is the type of the wrapper that opened a slot.
 	Wrapper string
-	// Fallback is nil where it is the first one.
+	// Fallback says why the wrappers before it in the order did not. It is nil if
+	// Wrapper is the first one.
 	Fallback error
-	// Staged is why the staged KEK is not open; nil where it is, or none is staged.
+	// Staged says why the staged KEK is not open. It is nil if that KEK is open, or if
+	// no KEK is staged.
 	Staged error
 }
 
@@ -106,29 +109,29 @@ func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Ancho
 	}
 	if anchor == nil {
 		return nil, nil, "", seal.Errorf(seal.CauseAnchor, "put the anchor file back, or run kleidi recover with the recovery identity",
-			"there is a keyring but no anchor, so nothing says that it is this node's keyring")
+			"there is a keyring but no anchor, so nothing proves that it is this node's keyring")
 	}
 	return untrusted, anchor, version, nil
 }
 
-// unwrap tries the slots, wrapper by wrapper in the configured order. A slot that
-// is not a wrapper's own is passed over. Only configured wrappers are tried, so
-// that a failing TPM gives way to another wrapper only where the operator said so.
+// unwrap tries the slots with one wrapper after the other, in the configured order. It
+// passes over slots that the wrapper did not make. It tries only configured wrappers:
+// another wrapper replaces a failing TPM only if the operator configured it.
 func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*seal.Secret, Opener, error) {
 	failure := gate
 	var missing error // the first wrapper without a slot
 	for i, w := range u.cfg.Wrappers {
 		var refusal error
-		own := false
+		hasSlot := false
 		for _, s := range slots {
 			if !u.passes(gate, w, s) {
-				own = true // or so it may be
+				hasSlot = true // or so we assume: the gate keeps us from trying
 				continue
 			}
 			kek, err := w.Unwrap(ctx, s)
 			if err == nil {
 				by := u.openedBy(w, gate, cmp.Or(failure, missing))
-				if i == 0 { // whatever a gate said that it does not need
+				if i == 0 { // an ungated first wrapper is no fallback, whatever the gate says
 					by.Fallback = nil
 				}
 				return kek, by, nil
@@ -136,12 +139,12 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 			if errors.Is(err, seal.ErrNotMine) {
 				continue
 			}
-			own = true
+			hasSlot = true
 			if refusal == nil || moreSpecific(err, refusal) {
 				refusal = err
 			}
 		}
-		if !own && missing == nil {
+		if !hasSlot && missing == nil {
 			missing = noSlot(w.Type())
 		}
 		if refusal != nil && u.cfg.Gate != nil {
@@ -151,12 +154,12 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 	}
 	if failure == nil {
 		failure = seal.Errorf(seal.CauseNoSlot, u.hintNoSlot(slots),
-			"the keyring holds no slot for this node and its configured wrappers, but for %s", owners(slots))
+			"the keyring holds no slot for this node and its configured wrappers, only for %s", owners(slots))
 	}
 	return nil, Opener{}, failure
 }
 
-// noSlot is why a wrapper that may open the keyring can't, where another one does.
+// noSlot says that a configured wrapper can't open the keyring for want of a slot.
 func noSlot(kind string) error {
 	hint := "run kleidi slot add " + kind
 	if kind == seal.TypeTPM {
@@ -165,7 +168,7 @@ func noSlot(kind string) error {
 	return seal.Errorf(seal.CauseNoSlot, hint, "the keyring holds no %s slot for this node", kind)
 }
 
-// passes reports whether a wrapper may be tried on a slot after what the gate said.
+// passes reports whether wrapper w may try slot s after the gate has answered gate.
 func (u *Unlocker) passes(gate error, w seal.Wrapper, s seal.Slot) bool {
 	if gate == nil || u.ungated(w) {
 		return true
@@ -178,8 +181,8 @@ func (u *Unlocker) ungated(w seal.Wrapper) bool {
 	return u.cfg.Ungated != nil && u.cfg.Ungated(w.Type())
 }
 
-// openedBy tells a fallback from the first wrapper, and says so where a suspension
-// has overruled the gate.
+// openedBy returns the Opener of a keyring that w opened after the failures in earlier.
+// It logs if a suspension has overruled the gate.
 func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) Opener {
 	if _, ok := errors.AsType[Overruled](gate); ok && !u.ungated(w) {
 		u.cfg.Log.Warn("the boot policy refuses this boot; the suspension overrules it", "error", gate)
@@ -198,7 +201,7 @@ func joinFailures(failure error, kind string, next error) error {
 	return &seal.Error{Cause: seal.CauseOf(failure), Hint: hint, Err: &failures{failure, fmt.Sprintf("%s; %s does not open either: %s", text, kind, next)}}
 }
 
-// failures is one failure in whose text others stand too.
+// failures is the first of several failures. Its text names all of them.
 type failures struct {
 	first error
 	text  string
@@ -207,7 +210,8 @@ type failures struct {
 func (f *failures) Error() string { return f.text }
 func (f *failures) Unwrap() error { return f.first }
 
-// hintNoSlot tells slots that unlock.order does not name from those of another node.
+// hintNoSlot returns the remedy for a keyring without a usable slot: either
+// unlock.order does not name the type of a slot, or the slots are for other nodes.
 func (u *Unlocker) hintNoSlot(slots []seal.Slot) string {
 	const recover = "run kleidi recover with the recovery identity"
 	for _, s := range slots {
@@ -219,7 +223,7 @@ func (u *Unlocker) hintNoSlot(slots []seal.Slot) string {
 	return "if this machine was renamed, set node to its former name; else " + recover
 }
 
-// owners lists whose slots there are.
+// owners lists the types and nodes of the slots.
 func owners(slots []seal.Slot) string {
 	var all []string
 	for _, s := range slots {

@@ -12,8 +12,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// TestFallbackWithoutASlot: where the first wrapper has no slot for this node, as
-// after a renaming, the second one is a fallback as much as where that does not open.
+// TestFallbackWithoutASlot: the second wrapper is a fallback even if the first one has
+// no slot for this node, as after a renaming.
 func TestFallbackWithoutASlot(t *testing.T) {
 	n := newNode(t)
 	second := n.fallback()
@@ -26,7 +26,7 @@ func TestFallbackWithoutASlot(t *testing.T) {
 	wantRefusal(t, s.Fallback, seal.CauseNoSlot, "the keyring holds no tpm slot for this node", "set node to its former name")
 	second.set(seal.Errorf(seal.CauseUnavailable, "wait", "away"))
 	n.restart()
-	wantRefusal(t, n.Unlock(ctx), seal.CauseUnavailable, "away") // what has a slot is what to mend
+	wantRefusal(t, n.Unlock(ctx), seal.CauseUnavailable, "away") // the wrapper that has a slot is the one to mend
 	second.set(nil)
 	n.cfg.Wrappers = []seal.Wrapper{second, n.wrapper}
 	n.restart()
@@ -36,7 +36,7 @@ func TestFallbackWithoutASlot(t *testing.T) {
 	}
 }
 
-// TestFirstIsNoFallback: whatever the gate says that the first wrapper does not need.
+// TestFirstIsNoFallback: an ungated first wrapper is no fallback, whatever the gate says.
 func TestFirstIsNoFallback(t *testing.T) {
 	n := newNode(t)
 	n.makeWith(n.wrapper, n.fallback())
@@ -49,8 +49,8 @@ func TestFirstIsNoFallback(t *testing.T) {
 	}
 }
 
-// TestReadyIsNeverOverruled: memory that can be swapped out takes no KEK, of a wrapper
-// that needs no attestation neither.
+// TestReadyIsNeverOverruled: while Ready fails, no KEK is opened, not even by an ungated
+// wrapper: the process's memory could be swapped out.
 func TestReadyIsNeverOverruled(t *testing.T) {
 	n := newNode(t)
 	n.make()
@@ -64,8 +64,8 @@ func TestReadyIsNeverOverruled(t *testing.T) {
 	n.mustOpen()
 }
 
-// TestOnlyTheEpochIsTriedAgain: where nothing but an epoch could not be ended, no slot
-// is opened again and again: it may be a token's.
+// TestOnlyTheEpochIsTriedAgain: if only Settle has failed, the retries open no slot: it
+// may be a token's.
 func TestOnlyTheEpochIsTriedAgain(t *testing.T) {
 	n := newNode(t)
 	n.make()
@@ -86,7 +86,7 @@ func TestOnlyTheEpochIsTriedAgain(t *testing.T) {
 	}
 }
 
-// suspended is a refusal of the gate that leaves the slots with this text to be tried.
+// suspended is a refusal of the gate that lets slots with this text be tried.
 type suspended struct {
 	error
 	text string

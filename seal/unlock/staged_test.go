@@ -7,8 +7,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// stagedNode is a node whose stored keyring has a staged KEK in a slot with the text
-// "staged". It returns what another node encrypted once it had activated that KEK.
+// stagedNode returns a node whose stored keyring has a staged KEK in a slot with the
+// text "staged", and a DEK seed that another node encrypted after activating that KEK.
 func stagedNode(t *testing.T) (*node, encrypted) {
 	t.Helper()
 	n := newNode(t)
@@ -35,8 +35,8 @@ func stagedNode(t *testing.T) (*node, encrypted) {
 	return n, encrypted{id, c}
 }
 
-// TestStagedKEKDecryptsAfterARestart: a node that was down when another one activated
-// the KEK reads at once what was encrypted meanwhile.
+// TestStagedKEKDecryptsAfterARestart: a node was down while another node activated the
+// staged KEK. After its restart it decrypts at once what that node encrypted.
 func TestStagedKEKDecryptsAfterARestart(t *testing.T) {
 	n, e := stagedNode(t)
 	n.mustOpen()
@@ -52,8 +52,8 @@ func TestStagedKEKDecryptsAfterARestart(t *testing.T) {
 	n.decrypts(e)
 }
 
-// TestOnlyTheStagedKEKFails: the node serves, says why, and finds out when that is
-// mended.
+// TestOnlyTheStagedKEKFails: a node on which only the staged KEK does not open serves,
+// and says why that KEK does not open until it does.
 func TestOnlyTheStagedKEKFails(t *testing.T) {
 	n, e := stagedNode(t)
 	n.wrapper.verdicts["staged"] = seal.Errorf(seal.CauseEpoch, "run kleidi recover", "revoked")
@@ -67,7 +67,7 @@ func TestOnlyTheStagedKEKFails(t *testing.T) {
 	if _, err := n.Decrypt(e.id, e.ciphertext); err != seal.ErrUnknownKey {
 		t.Errorf("it decrypts under a KEK that is not open: %v", err)
 	}
-	// What changes nothing of it keeps the reason.
+	// A change that does not concern the staged KEK keeps the reason.
 	if err := n.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		next, err := k.AtLeast(9)
 		return []*keyring.Keyring{next}, err
@@ -83,7 +83,7 @@ func TestOnlyTheStagedKEKFails(t *testing.T) {
 	}
 }
 
-// TestStagedSlotsPassTheGate: where the gate refuses, no staged slot is opened either.
+// TestStagedSlotsPassTheGate: no staged slot is opened if the gate refuses.
 func TestStagedSlotsPassTheGate(t *testing.T) {
 	n, _ := stagedNode(t)
 	n.gate.set(seal.Errorf(seal.CauseBootPolicy, "x", "another boot"))
@@ -118,8 +118,8 @@ func TestStagedSlotsPassTheGate(t *testing.T) {
 	wantRefusal(t, n.State().Staged, seal.CauseBootPolicy, "another boot")
 }
 
-// TestRotationAfterOneThatWasInterrupted retires the KEK that was left staged; one
-// that does not open it gives up.
+// TestRotationAfterOneThatWasInterrupted: a rotation retires the KEK that an
+// interrupted one left staged, and drops it if it does not open.
 func TestRotationAfterOneThatWasInterrupted(t *testing.T) {
 	for _, opens := range []bool{true, false} {
 		n, e := stagedNode(t)

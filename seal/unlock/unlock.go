@@ -17,45 +17,47 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// Store keeps bytes by compare-and-swap, see package store.
+// Store keeps bytes, and replaces them by compare-and-swap; see package store.
 type Store interface {
 	Load(context.Context) ([]byte, store.Version, error)
 	Save(ctx context.Context, b []byte, old store.Version) (store.Version, error)
 }
 
-// Gate is what has to pass before a slot is opened.
+// Gate decides whether slots may be opened.
 type Gate interface {
-	// Attest verifies fresh evidence of how this machine booted.
+	// Attest verifies fresh evidence of how this machine booted. An error shuts the gate.
 	Attest(ctx context.Context, slots []seal.Slot) error
-	// Explain adds what changed to a refusal.
+	// Explain adds to a refusal what has changed in the boot.
 	Explain(error) error
 }
 
-// Overruled is a refusal of the gate that leaves some slots to be tried: those of
-// a suspension, which the TPM limits.
+// Overruled is a refusal of the gate that still lets some slots be tried: the slots of
+// a suspension, which the TPM itself limits.
 type Overruled interface {
 	error
+	// Overrules reports whether the slot may be tried.
 	Overrules(seal.Slot) bool
 }
 
-// Config is what an Unlocker works with.
+// Config configures an Unlocker.
 type Config struct {
 	Store  Store
 	Anchor Anchor
-	// Ready, if set, has to pass before a KEK is opened, whatever the gate says.
+	// Ready, if set, must succeed before a KEK is opened, whatever the gate says.
 	Ready func() error
-	// Gate may be nil where there is no TPM.
+	// Gate may be nil on a machine without a TPM.
 	Gate Gate
-	// Ungated reports whether a wrapper of that type may open slots although the gate
-	// refuses; nil is none.
+	// Ungated reports whether a wrapper of this type may open slots although the gate
+	// refuses. If Ungated is nil, none may.
 	Ungated func(kind string) bool
 	// Wrappers may open slots, in this order.
 	Wrappers []seal.Wrapper
-	// Settle, if set, ends the epochs before that of these slots. It is called
-	// after every save and every opening.
+	// Settle, if set, ends the epochs before the epoch of these slots. It is called
+	// after every save and after every opening.
 	Settle func(context.Context, []seal.Slot) error
 	Log    *slog.Logger
-	// Attempted, if set, is told of each attempt: the cause of its failure, or "".
+	// Attempted, if set, is called after each attempt with the cause of its failure, or
+	// with "".
 	Attempted func(seal.Cause, Timing)
 }
 
@@ -64,42 +66,41 @@ type Timing struct {
 	Load, Gate, Slots, Total time.Duration
 }
 
-// HintMissing is what to do where there is no keyring; init refuses where there was
-// one.
+// HintMissing says what to do if there is no keyring. On a machine that had one before,
+// init refuses to make another.
 const HintMissing = "run kleidi init if there never was one, else kleidi keyring restore with --previous or a backup"
 
-// Unlocker is one node's keyring. Its methods may be called concurrently.
+// Unlocker holds the keyring of one node. Its methods may be called concurrently.
 type Unlocker struct {
 	cfg   Config
 	open  atomic.Pointer[keyring.Keyring]
 	state atomic.Pointer[State]
 
-	mu      sync.Mutex // one attempt or change at a time
+	mu      sync.Mutex // held during an attempt or a change
 	version store.Version
-	// unsettled says that the keyring is open, and nothing is to be done but to end
-	// the epochs that are over.
+	// unsettled says that the keyring is open, and that only Settle has failed.
 	unsettled bool
 	nudge     chan struct{}
 	tried     chan struct{} // closed after the first attempt
-	once      sync.Once
+	once      sync.Once     // closes tried
 }
 
-// State is where the state machine is, for people.
+// State describes the state of an Unlocker, for display.
 type State struct {
 	Open bool `json:"open"`
-	// Since is when it last went from locked to open, or the process started.
+	// Since is the time when the keyring was last opened, or when the process started.
 	Since time.Time `json:"since"`
-	// Wrapper opened the keyring.
+	// Wrapper is the type of the wrapper that opened the keyring.
 	Wrapper string `json:"wrapper,omitempty"`
-	// Fallback is why the wrappers before it in the order did not; nil where it is
-	// the first.
+	// Fallback says why the wrappers before it in the order did not open the keyring.
+	// It is nil if Wrapper is the first one.
 	Fallback error `json:"-"`
-	// Staged is why the staged KEK is not open, where one is staged and only that failed.
-	// Other nodes must not activate it then.
+	// Staged says why the staged KEK is not open although the keyring is. Other nodes
+	// must not activate that KEK. Staged is nil if no KEK is staged.
 	Staged error `json:"-"`
-	// Problem is why it is locked, or, where it is open, what failed last.
+	// Problem says why the keyring is locked, or what failed last while it is open.
 	Problem error `json:"-"`
-	// Attempts counts attempts since it was last open.
+	// Attempts counts the failed attempts since the last success.
 	Attempts int       `json:"attempts"`
 	Next     time.Time `json:"next,omitzero"`
 	Timing   Timing    `json:"timing"`
@@ -112,13 +113,14 @@ func New(cfg Config) *Unlocker {
 	return u
 }
 
-// Tried is closed when the first attempt has ended, in whichever way.
+// Tried returns a channel that is closed when the first attempt ends, successful or
+// not.
 func (u *Unlocker) Tried() <-chan struct{} { return u.tried }
 
-// State returns the present state.
+// State returns the current state.
 func (u *Unlocker) State() State { return *u.state.Load() }
 
-// Keyring returns the open keyring, or why it is locked.
+// Keyring returns the open keyring. If it is locked, the error says why.
 func (u *Unlocker) Keyring() (*keyring.Keyring, error) {
 	if k := u.open.Load(); k != nil {
 		return k, nil
@@ -159,8 +161,8 @@ func (u *Unlocker) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 	}
 }
 
-// Unlock makes one attempt: load, gate, slots in order, anchor, settle, announce. It
-// does the same when open, so it is a reload too.
+// Unlock makes one attempt: load, gate, slots in order, anchor, settle, announce. On an
+// open keyring this is a reload.
 func (u *Unlocker) Unlock(ctx context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -170,7 +172,7 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	start := time.Now()
 	k, version, by, err := u.attempt(ctx, &timing)
 	if err != nil && ctx.Err() != nil {
-		return err // it was told to stop, which is nothing to report
+		return err // a cancelled attempt is not a failure
 	}
 	if err != nil {
 		err = u.whileOpen(ctx, err)
@@ -200,8 +202,8 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 	return unsettled
 }
 
-// retry makes another attempt at what has failed. Where only an epoch could not be
-// ended, no slot is opened once more for that: it may be a token's.
+// retry repeats the step that failed. If only Settle failed, retry opens no slot: the
+// slot may be a token's.
 func (u *Unlocker) retry(ctx context.Context) error {
 	u.mu.Lock()
 	k := u.open.Load()
@@ -218,12 +220,12 @@ func (u *Unlocker) retry(ctx context.Context) error {
 	u.unsettled = false
 	s.Problem, s.Attempts, s.Next = nil, 0, time.Time{}
 	u.state.Store(&s)
-	u.cfg.Log.Info("the earlier epoch is ended: revoked slots no longer open")
+	u.cfg.Log.Info("the earlier epoch has ended: revoked slots no longer open")
 	return nil
 }
 
-// Open opens the stored keyring as Unlock does, for the caller alone, who closes
-// it. Nothing is saved, anchored or announced.
+// Open opens the stored keyring as Unlock does, and returns it. The caller closes it.
+// Open saves, anchors and announces nothing.
 func (u *Unlocker) Open(ctx context.Context) (*keyring.Keyring, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -231,18 +233,17 @@ func (u *Unlocker) Open(ctx context.Context) (*keyring.Keyring, error) {
 	return k, err
 }
 
-// OpenUnanchored opens another keyring than the stored one through the gate and with
-// a slot, for the caller alone, who closes it. The anchor is not asked: the caller
-// finds out whether the keyring is to be trusted.
+// OpenUnanchored opens a keyring that is not the stored one, through the gate and with
+// one of its slots, and returns it. The caller closes it. OpenUnanchored does not check
+// the anchor: the caller decides whether to trust the keyring.
 func (u *Unlocker) OpenUnanchored(ctx context.Context, untrusted *keyring.Untrusted) (*keyring.Keyring, Opener, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.openWith(ctx, untrusted, nil, &Timing{})
 }
 
-// Changed reports whether a reload would bring news: the stored keyring is
-// another than the one last read or saved here, it can't be read, or the last
-// attempt has failed.
+// Changed reports whether a reload is useful: because the stored keyring is not the one
+// that was last loaded or saved here, can't be read, or failed to open.
 func (u *Unlocker) Changed(ctx context.Context) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -250,21 +251,21 @@ func (u *Unlocker) Changed(ctx context.Context) bool {
 	return err != nil || version != u.version || u.State().Problem != nil
 }
 
-// follows refuses to go back, while a keyring is open, to one without its current
-// KEK or of an older revision: whoever could put both an older keyring and an older
-// anchor in place can't make this process forget what it announced.
+// follows fails if k does not hold the current KEK of the open keyring, or has an older
+// revision. So nobody who puts back both an older keyring and an older anchor can make
+// this process forget a key ID that it announced.
 func (u *Unlocker) follows(k *keyring.Keyring) error {
 	open := u.open.Load()
 	if open == nil || k.ClusterID() == open.ClusterID() && k.Holds(open.CurrentID()) && k.Revision() >= open.Revision() {
 		return nil
 	}
 	return seal.Errorf(seal.CauseAnchor, "if the open one is the right one, "+hintSave,
-		"the stored keyring is of revision %d and does not follow the open one of revision %d with key ID %s", k.Revision(), open.Revision(), open.CurrentID())
+		"the stored keyring has revision %d and does not follow the open one, which has revision %d and key ID %s", k.Revision(), open.Revision(), open.CurrentID())
 }
 
-// anchor anchors k, also where the anchor is there already: the flush of the folder, which
-// holds the keyring too, may have failed after either was saved. Where the anchor
-// can't be saved, k is not announced: what was announced must not be rolled back.
+// anchor saves the anchor of k, even if it is stored already: an earlier flush of the
+// folder, which also holds the keyring, may have failed. If anchor fails, k is not
+// announced, because an announced keyring must not be rolled back.
 func (u *Unlocker) anchor(ctx context.Context, k *keyring.Keyring) error {
 	anchor, err := u.cfg.Anchor.Load(ctx)
 	if err != nil {
@@ -272,19 +273,19 @@ func (u *Unlocker) anchor(ctx context.Context, k *keyring.Keyring) error {
 	}
 	err = u.cfg.Anchor.Save(ctx, k.Anchor())
 	if anchor != nil && *anchor == k.Anchor() && errors.Is(err, syscall.EROFS) {
-		return nil // nothing is left to be flushed to a disk that is read-only
+		return nil // a read-only disk has nothing to flush
 	}
 	return err
 }
 
-// settle ends the epochs that are over. That it fails leaves revoked slots open
-// for longer, which is loud and tried again, and no reason to stop the cluster.
+// settle ends the epochs before that of k. If settle fails, revoked slots can still be
+// opened. That is logged and tried again, but it must not stop the cluster.
 func (u *Unlocker) settle(ctx context.Context, k *keyring.Keyring) error {
 	if u.cfg.Settle == nil {
 		return nil
 	}
 	if err := u.cfg.Settle(ctx, k.Slots()); err != nil {
-		return fmt.Errorf("slots of the earlier epoch still open, as it could not be ended: %w", err)
+		return fmt.Errorf("slots of the earlier epoch still open, because the epoch could not be ended: %w", err)
 	}
 	return nil
 }
@@ -325,29 +326,29 @@ func (u *Unlocker) failed(err error, timing Timing) {
 	s.Attempts++
 	u.state.Store(&s)
 	if s.Open {
-		u.cfg.Log.Error("not all is well; the open keyring goes on serving", "cause", seal.CauseOf(err), "error", err)
+		u.cfg.Log.Error("attempt failed; the open keyring goes on serving", "cause", seal.CauseOf(err), "error", err)
 	} else {
 		u.cfg.Log.Error("locked", "cause", seal.CauseOf(err), "error", err, "attempt", s.Attempts)
 	}
 }
 
-// Nudge has Run make an attempt now: a reload when open.
+// Nudge has Run make an attempt now. On an open keyring the attempt is a reload.
 func (u *Unlocker) Nudge() {
 	select {
 	case u.nudge <- struct{}{}:
-	default: // one is waiting already
+	default: // an earlier nudge is still waiting
 	}
 }
 
-// How long Run waits after a failed attempt. A TPM that is busy with quotes for
-// nothing wears nothing out, but a slow one is in others' way.
+// Bounds of the time that Run waits after a failed attempt. More attempts would not
+// wear out a TPM, but would keep a slow one busy while others wait for it.
 const (
 	retryFirst = time.Second
 	retryMost  = time.Minute
 )
 
-// Run unlocks, again and again until it is open, and reloads when nudged, until
-// ctx ends.
+// Run makes attempts until the keyring is open. From then on it reloads the keyring
+// when it is nudged. Run returns when ctx ends.
 func (u *Unlocker) Run(ctx context.Context) {
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = retryFirst, retryMost
@@ -380,7 +381,7 @@ func (u *Unlocker) retryAt(t time.Time) {
 	u.state.Store(&s)
 }
 
-// Close forgets the KEKs.
+// Close closes the open keyring, and thereby its KEKs.
 func (u *Unlocker) Close() {
 	u.mu.Lock()
 	defer u.mu.Unlock()

@@ -40,8 +40,8 @@ func TestLockedUntilUnlocked(t *testing.T) {
 	wantRefusal(t, err, seal.CauseStarting)
 }
 
-// TestRefusals: each way to be locked has its own cause, loses nothing and ends
-// when its reason does.
+// TestRefusals: each reason to stay locked has its own cause. The keyring opens, with
+// nothing lost, once the reason is gone.
 func TestRefusals(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -75,8 +75,8 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestEpochThatCannotBeEnded: revoked slots still open, which is shown and tried
-// again; the cluster comes first.
+// TestEpochThatCannotBeEnded: an epoch that can't be ended, so that revoked slots still
+// open, is shown and tried again. The keyring opens, because the cluster must go on.
 func TestEpochThatCannotBeEnded(t *testing.T) {
 	n := newNode(t)
 	n.make()
@@ -106,7 +106,7 @@ func (n *node) move(from, to string) {
 	}
 }
 
-// damage keeps the file as "away" and cuts it short.
+// damage truncates the file, and keeps it whole as "away".
 func (n *node) damage(name string) {
 	n.t.Helper()
 	b := n.read(name)
@@ -116,8 +116,8 @@ func (n *node) damage(name string) {
 	}
 }
 
-// TestReloadKeepsTheOpenKeyring: whatever happens to the stored keyring, the one
-// that is open goes on serving, and the problem is shown.
+// TestReloadKeepsTheOpenKeyring: whatever happens to the stored keyring, the open one
+// serves, and the problem is shown.
 func TestReloadKeepsTheOpenKeyring(t *testing.T) {
 	n := opened(t)
 	e := n.encrypt()
@@ -169,17 +169,17 @@ func TestChanged(t *testing.T) {
 	}
 	n.store.loads.set(errors.New("input/output error"))
 	if !n.Changed(ctx) {
-		t.Error("that it can't be read is not noticed")
+		t.Error("an unreadable keyring is not noticed")
 	}
 	n.store.loads.set(nil)
 	n.move("keyring.json", "away")
 	if !n.Changed(ctx) {
-		t.Error("that it is gone is not noticed")
+		t.Error("a missing keyring is not noticed")
 	}
 }
 
-// TestWhatIsOpenIsStoredAgain: whatever becomes of the stored keyring, the open
-// one serves on, says so, and can be stored again.
+// TestWhatIsOpenIsStoredAgain: whatever happens to the stored keyring, the open one
+// serves, the problem is shown, and Save stores the open keyring again.
 func TestWhatIsOpenIsStoredAgain(t *testing.T) {
 	for name, damage := range map[string]func(*node){
 		"gone":      func(n *node) { n.move("keyring.json", "away") },
@@ -213,8 +213,8 @@ func TestWhatIsOpenIsStoredAgain(t *testing.T) {
 	}
 }
 
-// TestOpenNeverGoesBack: an older keyring together with its anchor, put back under a
-// running serve, does not make it forget what it announced.
+// TestOpenNeverGoesBack: serve keeps its open keyring, with every announced KEK, if an
+// older keyring and the older anchor are put back.
 func TestOpenNeverGoesBack(t *testing.T) {
 	n := opened(t)
 	keyring, anchor := n.read("keyring.json"), n.read("anchor.json")
@@ -240,8 +240,8 @@ func TestOpenNeverGoesBack(t *testing.T) {
 	n.decrypts(e)
 }
 
-// TestOpenNeverGoesBackARevision: the same of an older revision with the same KEK,
-// in which a removed slot would be back.
+// TestOpenNeverGoesBackARevision: the same for an older revision with the same KEK. A
+// removed slot would be in it.
 func TestOpenNeverGoesBackARevision(t *testing.T) {
 	n := opened(t)
 	older, olderAnchor := n.read("keyring.json"), n.read("anchor.json")
@@ -257,13 +257,13 @@ func TestOpenNeverGoesBackARevision(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor, "is of revision 1 and does not follow the open one of revision 2")
+	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor, "has revision 1 and does not follow the open one, which has revision 2")
 	if k, err := n.Keyring(); err != nil || k.Revision() != 2 {
 		t.Errorf("the open keyring is of revision %d, %v", k.Revision(), err)
 	}
 }
 
-// TestAnchor: what the anchor refuses and what it lets pass.
+// TestAnchor: the anchor refuses an older keyring, and follows a newer one.
 func TestAnchor(t *testing.T) {
 	n := opened(t)
 	first := n.read("keyring.json")
@@ -280,7 +280,7 @@ func TestAnchor(t *testing.T) {
 	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor, "does not hold the anchored key ID")
 	n.put(second)
 
-	// A crash between saving and anchoring leaves the anchor behind; it is moved up.
+	// A crash between saving and anchoring leaves an older anchor, which is then replaced.
 	if err := os.WriteFile(filepath.Join(n.dir, "anchor.json"), firstAnchor, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -291,14 +291,15 @@ func TestAnchor(t *testing.T) {
 	wantSteps(t, n.steps.take(), "gate", "slot tpm", "anchor 3", "settle while nothing is announced")
 	n.decrypts(e)
 
-	// Put back while it is open, it is not taken either.
+	// The older keyring is refused while a newer one is open, too.
 	n.put(first)
 	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor)
 	n.decrypts(e)
 	n.decrypts(n.encrypt())
 }
 
-// TestOlderRevisionOfTheSameKEK: the key ID alone would let it pass.
+// TestOlderRevisionOfTheSameKEK: an older revision is refused although its KEK is the
+// anchored one.
 func TestOlderRevisionOfTheSameKEK(t *testing.T) {
 	n := opened(t)
 	first := n.read("keyring.json")
@@ -314,8 +315,8 @@ func TestOlderRevisionOfTheSameKEK(t *testing.T) {
 	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor, "revision 1", "revision 2 or later")
 }
 
-// TestAttackersKEK: a keyring that is consistent with itself, whose slot opens
-// through the gate, of the same cluster, at a later revision, is still not ours.
+// TestAttackersKEK: a keyring with an attacker's KEK is refused, although it is
+// consistent, of the same cluster and of a later revision, and its slot opens.
 func TestAttackersKEK(t *testing.T) {
 	n := opened(t)
 	k := n.newKeyring(n.wrapper)
@@ -349,8 +350,8 @@ func TestEditedBody(t *testing.T) {
 	wantRefusal(t, n.Unlock(ctx), seal.CauseKeyringCorrupt, "MAC")
 }
 
-// TestSlotsInOrder: wrappers are tried in the configured order, a wrapper's slots
-// in the keyring's; what is not configured is never tried.
+// TestSlotsInOrder: wrappers are tried in the configured order, and the slots of each in
+// the order of the keyring. A wrapper that is not configured is never tried.
 func TestSlotsInOrder(t *testing.T) {
 	n := newNode(t)
 	vault := &openWrapper{name: "vault", steps: &n.steps}
@@ -384,7 +385,7 @@ func TestSlotsInOrder(t *testing.T) {
 	}
 	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken", "slot vault", "anchor 1", "settle while nothing is announced")
 
-	// where the fallback fails as well, both are told, with the first one's remedy
+	// if the fallback fails as well, the error tells both failures, and the remedy of the first
 	vault.set(seal.Errorf(seal.CauseUnavailable, "start the server", "connection refused"))
 	n.restart()
 	err = n.Unlock(ctx)
@@ -398,7 +399,7 @@ func TestSlotsInOrder(t *testing.T) {
 	wantRefusal(t, n.Unlock(ctx), seal.CauseNoSlot, "kleidi recover")
 }
 
-// TestOpenChangesNothing: Open and OpenUnanchored are for looking.
+// TestOpenChangesNothing: Open and OpenUnanchored change neither disk nor state.
 func TestOpenChangesNothing(t *testing.T) {
 	n := newNode(t)
 	own := n.make()
@@ -442,8 +443,7 @@ func TestAttemptedHearsOfEachAttempt(t *testing.T) {
 	}
 }
 
-// TestFileAnchor: an anchor that can't be read is never taken for one that is not there.
-// TestStoppedAttempt: what ends because kleidi does is no failure.
+// TestStoppedAttempt: an attempt that is cancelled is not a failure.
 func TestStoppedAttempt(t *testing.T) {
 	n := newNode(t)
 	n.make()
@@ -459,6 +459,7 @@ func TestStoppedAttempt(t *testing.T) {
 	}
 }
 
+// TestFileAnchor: an unreadable anchor is not taken for a missing one.
 func TestFileAnchor(t *testing.T) {
 	n := newNode(t)
 	if anchor, err := n.anchor.Load(ctx); anchor != nil || err != nil {

@@ -28,7 +28,7 @@ var (
 	now = time.Unix(1_790_000_000, 0)
 )
 
-// steps records what happened, in order.
+// steps records the steps of an attempt or a change, in order.
 type steps struct {
 	mu   sync.Mutex
 	list []string
@@ -40,7 +40,7 @@ func (s *steps) add(format string, args ...any) {
 	s.list = append(s.list, fmt.Sprintf(format, args...))
 }
 
-// take returns what happened since it was last called.
+// take returns the steps since the last call of take.
 func (s *steps) take() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -48,7 +48,7 @@ func (s *steps) take() []string {
 	return s.list
 }
 
-// fault is a store, anchor, gate or wrapper that fails while err is set.
+// fault makes a store, anchor, gate or wrapper fail while err is set.
 type fault struct {
 	mu  sync.Mutex
 	err error
@@ -70,7 +70,7 @@ func (f *fault) get() error {
 type faultyStore struct {
 	*store.File
 	loads, saves fault
-	// after is how many saves go well before saves counts.
+	// after is how many saves succeed before saves takes effect.
 	after int
 	steps *steps
 }
@@ -112,7 +112,7 @@ func (p *faultyAnchor) Replace(ctx context.Context, anchor keyring.Anchor) error
 	return p.Save(ctx, anchor)
 }
 
-// gate is a gate that can be shut.
+// gate is a Gate that can be shut.
 type gate struct {
 	fault
 	steps *steps
@@ -125,12 +125,13 @@ func (g *gate) Attest(context.Context, []seal.Slot) error {
 
 func (g *gate) Explain(err error) error { return fmt.Errorf("explained: %w", err) }
 
-// openWrapper hides nothing, so that its slots are easily made and damaged.
+// openWrapper is a wrapper whose slots hold the KEK in plain, so that tests can make and
+// damage them.
 type openWrapper struct {
 	fault
 	name  string
 	steps *steps
-	// verdicts are what slots with such a text end in.
+	// verdicts holds the error of Unwrap by the text of the slot.
 	verdicts map[string]error
 }
 
@@ -178,7 +179,7 @@ func (w *openWrapper) Unwrap(_ context.Context, s seal.Slot) (*seal.Secret, erro
 	return seal.Memory{}.Take(d.KEK)
 }
 
-// node is a node with one wrapper, on a real store.
+// node is a node with one wrapper and a real store.
 type node struct {
 	t       testing.TB
 	dir     string
@@ -192,7 +193,7 @@ type node struct {
 	*unlock.Unlocker
 }
 
-// newNode returns a locked node without keyring.
+// newNode returns a locked node without a keyring.
 func newNode(t testing.TB) *node {
 	t.Helper()
 	n := &node{t: t, dir: filepath.Join(t.TempDir(), "state")}
@@ -208,7 +209,7 @@ func newNode(t testing.TB) *node {
 	return n
 }
 
-// settled records what is announced when the epoch ends.
+// settled records the key ID that is announced when Settle is called.
 func (n *node) settled(context.Context, []seal.Slot) error {
 	id, err := n.CurrentID()
 	if err != nil {
@@ -218,7 +219,7 @@ func (n *node) settled(context.Context, []seal.Slot) error {
 	return n.settle.get()
 }
 
-// restart forgets the KEKs, as another process would.
+// restart replaces the Unlocker, as a new process would.
 func (n *node) restart() {
 	if n.Unlocker != nil {
 		n.Unlocker.Close()
@@ -227,13 +228,13 @@ func (n *node) restart() {
 	n.t.Cleanup(n.Unlocker.Close)
 }
 
-// make makes a keyring as init does.
+// make stores a new keyring, as init does.
 func (n *node) make() *keyring.Keyring {
 	n.t.Helper()
 	return n.makeWith(n.wrapper)
 }
 
-// makeWith makes one with a slot of each of these wrappers.
+// makeWith stores a new keyring with a slot of each of these wrappers.
 func (n *node) makeWith(wrappers ...*openWrapper) *keyring.Keyring {
 	n.t.Helper()
 	k := n.newKeyring(wrappers...)
@@ -245,7 +246,7 @@ func (n *node) makeWith(wrappers ...*openWrapper) *keyring.Keyring {
 	return k
 }
 
-// newKeyring makes one that is stored nowhere.
+// newKeyring returns a new keyring without storing it.
 func (n *node) newKeyring(wrappers ...*openWrapper) *keyring.Keyring {
 	n.t.Helper()
 	kek, err := seal.Memory{}.NewKEK()
@@ -264,7 +265,7 @@ func (n *node) newKeyring(wrappers ...*openWrapper) *keyring.Keyring {
 	return k
 }
 
-// fallback is a second wrapper that may open the keyring.
+// fallback configures a second wrapper and returns it.
 func (n *node) fallback() *openWrapper {
 	w := &openWrapper{name: "vault", steps: &n.steps}
 	n.cfg.Wrappers = []seal.Wrapper{n.wrapper, w}
@@ -272,7 +273,7 @@ func (n *node) fallback() *openWrapper {
 	return w
 }
 
-// opened is a node whose keyring is open.
+// opened returns a node whose keyring is open.
 func opened(t testing.TB) *node {
 	t.Helper()
 	n := newNode(t)
@@ -289,7 +290,7 @@ func (n *node) mustOpen() {
 	n.steps.take()
 }
 
-// put writes the keyring as somebody else would.
+// put overwrites the stored keyring, as somebody else would.
 func (n *node) put(b []byte) {
 	n.t.Helper()
 	if err := os.WriteFile(n.store.Path(), b, 0o600); err != nil {
@@ -306,14 +307,14 @@ func (n *node) read(name string) []byte {
 	return b
 }
 
-// rotate rotates as the command does.
+// rotate rotates the KEK, as kleidi rotate does.
 func (n *node) rotate() error {
 	return n.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		return rotation.Rotate(ctx, seal.Memory{}, k, rotation.Like([]rotation.Rewrapper{n.wrapper}, k.Slots()), []seal.Wrapper{n.wrapper}, now)
 	})
 }
 
-// encrypted is a DEK seed that was encrypted.
+// encrypted is an encrypted DEK seed.
 type encrypted struct {
 	id         seal.KeyID
 	ciphertext []byte
@@ -335,7 +336,7 @@ func (n *node) decrypts(e encrypted) {
 	}
 }
 
-// wantRefusal wants cause, a next step and says in err.
+// wantRefusal wants err to have the cause and a hint, and to contain each text of says.
 func wantRefusal(t testing.TB, err error, cause seal.Cause, says ...string) {
 	t.Helper()
 	e, ok := errors.AsType[*seal.Error](err)
@@ -357,7 +358,7 @@ func wantSteps(t testing.TB, got []string, want ...string) {
 	}
 }
 
-// edited replaces old in the keyring's document, under the MAC that it had.
+// edited replaces old in the body of a keyring, and keeps its MAC.
 func edited(t testing.TB, file []byte, old, with string) []byte {
 	t.Helper()
 	var e struct {
