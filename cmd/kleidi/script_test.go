@@ -75,6 +75,7 @@ func TestScript(t *testing.T) {
 			"again":     command((*host).again),
 			"trust":     command((*host).trust),
 			"impostor":  command((*host).impostor),
+			"hog":       command((*host).hog),
 			"ask":       command((*host).ask),
 			"listening": command(func(h *host, _ *testscript.TestScript, args []string) error { return h.listening(args[0]) }),
 			"pkfp":      command((*host).pkfp),
@@ -118,6 +119,8 @@ type host struct {
 	first  *process // where server is the second serve
 	sealed map[string]sealedSeed
 	table  []tableRow
+
+	stopHog func()
 }
 
 var hosts atomic.Uint32

@@ -10,7 +10,9 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/signal"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -32,7 +34,8 @@ verifier's signature, and the verifier signs only after it has verified fresh
 evidence of that TPM and its boot. docs/remote-attestation.md describes it.
 
 Its configuration is of a kind of its own, see kleidi verifier init
-(default ` + verifierPath + `). SIGTERM ends it.`,
+(default ` + verifierPath + `). SIGHUP has it read the configuration, the keys and the
+boot policies anew; SIGTERM ends it.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.verifierConfig()
@@ -62,11 +65,7 @@ type verifierService struct {
 
 func newVerifierService(c *verifierConfig, log *slog.Logger) (*verifierService, error) {
 	s := &verifierService{config: c, log: log}
-	certificate, err := c.tls()
-	if err != nil {
-		return nil, err
-	}
-	v, err := c.verifier()
+	certificate, v, err := c.identity()
 	if err != nil {
 		return nil, err
 	}
@@ -74,8 +73,46 @@ func newVerifierService(c *verifierConfig, log *slog.Logger) (*verifierService, 
 	if err := audit.append(nil); err != nil {
 		return nil, fmt.Errorf("audit.file: %w; without it every answer is no", err)
 	}
-	s.server = verifier.NewServer(verifier.Options{Verifier: v, Certificate: *certificate, Record: audit.record, Log: s.log})
-	return s, nil
+	s.server, err = verifier.NewServer(verifier.Options{Verifier: v, Certificate: *certificate, Record: audit.record, Log: s.log})
+	return s, err
+}
+
+// reload reads the configuration and all that it names anew. Where something is wrong
+// with it, what was read before goes on to count.
+func (s *verifierService) reload() {
+	c, err := loadVerifierConfig(s.config.path)
+	if err == nil {
+		err = s.replace(c)
+	}
+	if err != nil {
+		s.log.Error("reload failed: the former configuration goes on to count", "error", err)
+		return
+	}
+	s.log.Info("SIGHUP: the configuration was read anew", "nodes", len(c.Nodes))
+}
+
+func (s *verifierService) replace(c *verifierConfig) error {
+	certificate, v, err := c.identity()
+	if err != nil {
+		return err
+	}
+	if c.Listen != s.config.Listen || c.Audit != s.config.Audit {
+		return errors.New("listen and audit are read at start only; restart kleidi verifier")
+	}
+	s.server.Replace(v, *certificate)
+	return nil
+}
+
+// watch reloads on each signal until ctx ends.
+func (s *verifierService) watch(ctx context.Context, hup <-chan os.Signal) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hup:
+			s.reload()
+		}
+	}
 }
 
 // run returns when ctx has ended and every exchange has.
@@ -88,6 +125,10 @@ func (s *verifierService) run(ctx context.Context) error {
 	if len(s.config.Nodes) == 0 {
 		s.log.Warn("no node is registered, so every answer is no; see kleidi verifier register")
 	}
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	go s.watch(ctx, hup)
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
@@ -111,16 +152,20 @@ type auditFile struct {
 	mu   sync.Mutex
 }
 
-func (f *auditFile) record(v *verifier.Verdict) error {
-	line, err := json.Marshal(v)
-	if err != nil {
-		return err
+func (f *auditFile) record(verdicts ...*verifier.Verdict) error {
+	var lines []byte
+	for _, v := range verdicts {
+		line, err := json.Marshal(v)
+		if err != nil {
+			return err
+		}
+		lines = append(append(lines, line...), '\n')
 	}
-	return f.append(append(line, '\n'))
+	return f.append(lines)
 }
 
-// append returns once the line is on the disk. One that does not fit is taken back.
-func (f *auditFile) append(line []byte) error {
+// append returns once the lines are on the disk. Where they do not fit they are taken back.
+func (f *auditFile) append(lines []byte) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	file, err := os.OpenFile(f.path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
@@ -132,7 +177,7 @@ func (f *auditFile) append(line []byte) error {
 	if err != nil {
 		return err
 	}
-	if _, err := file.Write(line); err != nil {
+	if _, err := file.Write(lines); err != nil {
 		return errors.Join(err, file.Truncate(info.Size()))
 	}
 	return errors.Join(file.Sync(), syncFolder(f.path))
@@ -225,6 +270,16 @@ func printVerifier(w io.Writer, r *verifierReport) {
 		row(w, "node", fmt.Sprintf("%s  EK %s  %s", n.Name, n.EK, n.BootPolicy))
 	}
 	fmt.Fprintf(w, "\non every node, write this to %s:\n\n%s\nand into its configuration:\n\n%s", publicKeyPath, r.PublicKey, r.NodeConfiguration)
+}
+
+// identity reads what a running verifier can replace.
+func (c *verifierConfig) identity() (*tls.Certificate, *remote.Verifier, error) {
+	certificate, err := c.tls()
+	if err != nil {
+		return nil, nil, err
+	}
+	v, err := c.verifier()
+	return certificate, v, err
 }
 
 // verifier puts together who decides.

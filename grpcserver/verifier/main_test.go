@@ -23,6 +23,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+	"google.golang.org/grpc"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
@@ -42,6 +43,7 @@ type rig struct {
 	*testing.T
 	machine *tpmtest.Machine
 	options Options
+	server  *Server
 	address string
 	log     *buffer
 	key     []byte // Name of the verifier's
@@ -49,6 +51,8 @@ type rig struct {
 	mu       sync.Mutex
 	verdicts []*Verdict
 	noRecord error
+
+	conns map[grpc.BidiStreamingClient[FromAttester, FromVerifier]]*grpc.ClientConn // of raw
 }
 
 // buffer is a log that several goroutines write.
@@ -72,7 +76,7 @@ func (b *buffer) String() string {
 func newRig(t *testing.T, change ...func(*Options)) *rig {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
-	r := &rig{T: t, machine: m, log: &buffer{}}
+	r := &rig{T: t, machine: m, log: &buffer{}, conns: map[grpc.BidiStreamingClient[FromAttester, FromVerifier]]*grpc.ClientConn{}}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -97,7 +101,10 @@ func newRig(t *testing.T, change ...func(*Options)) *rig {
 	for _, f := range change {
 		f(&r.options)
 	}
-	r.address = serve(t, NewServer(r.options))
+	if r.server, err = NewServer(r.options); err != nil {
+		t.Fatal(err)
+	}
+	r.address = serve(t, r.server)
 	return r
 }
 
@@ -123,15 +130,16 @@ func serve(t *testing.T, s interface {
 	return l.Addr().String()
 }
 
-func (r *rig) record(v *Verdict) error {
+func (r *rig) record(v ...*Verdict) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.verdicts = append(r.verdicts, v)
+	r.verdicts = append(r.verdicts, v...)
 	return r.noRecord
 }
 
 func (r *rig) lastVerdict() Verdict {
 	r.Helper()
+	r.server.tally.flush()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.verdicts) == 0 {

@@ -1,15 +1,19 @@
 package verifier
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -23,35 +27,39 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
 
-// DefaultTimeout bounds an exchange. A discrete TPM takes seconds for its part,
-// most of all where it has to make the endorsement key anew.
+// DefaultTimeout bounds an exchange, the logs included.
 const DefaultTimeout = time.Minute
 
 // Bounds of a connection.
 const (
-	connectTimeout = 5 * time.Second // until a connection speaks HTTP/2
-	maxHeaders     = 16 << 10        // bytes
-	maxIdle        = 30 * time.Second
-	maxAge         = 5 * time.Minute
-	pingAfter      = 20 * time.Second
-	pingWait       = 10 * time.Second
+	maxHeaders = 16 << 10 // bytes
+	pingAfter  = 20 * time.Second
+	pingWait   = 10 * time.Second
 )
 
-// Options are what a Server needs; Log and Timeout may be left out.
+// Options are what a Server needs; Log, Registerer and Timeout may be left out.
 type Options struct {
 	Verifier *remote.Verifier
 	// Certificate is the server's own. Nodes know it by its digest, or by its CA.
 	Certificate tls.Certificate
-	// Record puts a verdict on record before the node learns of it. If it fails
-	// the answer is no.
-	Record  func(*Verdict) error
-	Log     *slog.Logger
-	Timeout time.Duration // of one exchange; 0 is DefaultTimeout
+	// Record puts verdicts on record, before the node learns of one. If it fails the
+	// answer is no. Refusals before a proof are summed up, and recorded later.
+	Record func(...*Verdict) error
+	// Registerer takes the metrics kleidi_verifier_….
+	Registerer prometheus.Registerer
+	Log        *slog.Logger
+	Timeout    time.Duration // of one exchange; 0 is DefaultTimeout
+
+	hello, proof time.Duration // helloTimeout and proofTimeout, if 0
 }
 
-// Verdict is what came of one exchange.
+// Verdict is what came of one exchange, or of several that were refused for the same
+// reason before the peer had proven anything.
 type Verdict struct {
-	Time     time.Time `json:"time"`
+	Time time.Time `json:"time"`
+	// Since is the time of the first of Count refusals, and Time that of the last.
+	Since    time.Time `json:"since,omitzero"`
+	Count    int       `json:"count,omitempty"`
 	Peer     string    `json:"peer"`
 	Node     string    `json:"node"` // as claimed, until Accepted
 	EK       string    `json:"ek"`   // as claimed, until Accepted
@@ -69,35 +77,54 @@ type Verdict struct {
 
 // Server answers nodes.
 type Server struct {
-	Options
-	grpc  *grpc.Server
-	peers *peers
+	record  func(...*Verdict) error
+	log     *slog.Logger
+	timeout time.Duration
+	current atomic.Pointer[identity]
+	grpc    *grpc.Server
+	metrics *metrics
+	crowd   *crowd
+	places  places
+	tally   tally
+	proof   time.Duration
 }
 
-// NewServer makes a Server.
-func NewServer(o Options) *Server {
+// identity is what Replace replaces.
+type identity struct {
+	verifier    *remote.Verifier
+	certificate tls.Certificate
+}
+
+// NewServer makes a Server. It fails only where the metrics can't be registered.
+func NewServer(o Options) (*Server, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	if o.Timeout == 0 {
-		o.Timeout = DefaultTimeout
+	s := &Server{record: o.Record, log: o.Log, metrics: newMetrics(),
+		timeout: cmp.Or(o.Timeout, DefaultTimeout), proof: cmp.Or(o.proof, proofTimeout)}
+	s.crowd = newCrowd(s.metrics, cmp.Or(o.hello, helloTimeout))
+	s.tally.write = func(sums []*Verdict) error { return s.audit(sums...) }
+	s.Replace(o.Verifier, o.Certificate)
+	if err := s.register(o.Registerer); err != nil {
+		return nil, fmt.Errorf("register the verifier's metrics: %w", err)
 	}
-	s := &Server{Options: o, peers: newPeers()}
+	tls := credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &s.current.Load().certificate, nil }})
 	s.grpc = grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{o.Certificate}, MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true})),
+		grpc.Creds(known{tls}),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxSendMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
-		grpc.MaxConcurrentStreams(maxStreams),
-		grpc.ConnectionTimeout(connectTimeout),
+		grpc.MaxConcurrentStreams(1),
+		grpc.ConnectionTimeout(helloTimeout),
 		grpc.InTapHandle(s.limitTime),
-		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, MaxConnectionAge: maxAge, MaxConnectionAgeGrace: o.Timeout, Time: pingAfter, Timeout: pingWait}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingWait}),
 	)
 	s.grpc.RegisterService(&grpc.ServiceDesc{
 		ServiceName: serviceName, Metadata: "verifier.proto",
 		Streams: []grpc.StreamDesc{{StreamName: methodName, Handler: s.handle, ServerStreams: true, ClientStreams: true}},
 	}, nil)
-	return s
+	return s, nil
 }
 
 const (
@@ -105,110 +132,147 @@ const (
 	methodName  = "Attest"
 )
 
+// Replace makes a verifier and a certificate count from now on. An exchange that began
+// under the former verifier is not signed any more: the node may have been taken out.
+func (s *Server) Replace(v *remote.Verifier, certificate tls.Certificate) {
+	s.current.Store(&identity{v, certificate})
+}
+
 // Serve answers on l until it is stopped. Stopping is no error.
-func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(listener{l, s.peers}) }
+func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(listener{l, s.crowd}) }
 
 // GracefulStop closes the listener, lets exchanges in progress end, and cuts them
-// off when ctx is done.
+// off when ctx is done. What was summed up is recorded.
 func (s *Server) GracefulStop(ctx context.Context) {
 	stop := context.AfterFunc(ctx, s.grpc.Stop)
 	defer stop()
 	s.grpc.GracefulStop()
+	s.tally.flush()
 }
 
 // limitTime bounds an exchange, whatever deadline its client named. It runs before
 // anything of it is read.
 func (s *Server) limitTime(ctx context.Context, _ *tap.Info) (context.Context, error) {
-	limited, cancel := context.WithTimeout(ctx, s.Timeout)
+	limited, cancel := context.WithTimeout(ctx, s.timeout)
 	context.AfterFunc(ctx, cancel) // gRPC cancels ctx when the call ends
 	return limited, nil
 }
 
 // Errors of the exchange itself. What the evidence lacks is a Refusal.
 var (
-	errPanic  = status.Error(codes.Internal, "internal error in kleidi verifier; see its log for the place, and report it")
-	errBusy   = status.Error(codes.ResourceExhausted, "too many exchanges at a time; ask again later")
-	errTLS    = status.Error(codes.Unauthenticated, "the connection is not TLS 1.3")
-	errOrder  = status.Error(codes.InvalidArgument, "a message came out of its order; is the caller a kleidi of this version?")
-	errRecord = status.Error(codes.Unavailable, "the verifier can't write its audit log, so the answer is no; see the log of kleidi verifier")
+	errPanic   = status.Error(codes.Internal, "internal error in kleidi verifier; see its log for the place, and report it")
+	errBusy    = status.Error(codes.ResourceExhausted, "too many exchanges of this node at a time; ask again later")
+	errTLS     = status.Error(codes.Unauthenticated, "the connection is not TLS 1.3")
+	errSecond  = status.Error(codes.ResourceExhausted, "a connection carries one exchange; connect again")
+	errOrder   = status.Error(codes.InvalidArgument, "a message came out of its order; is the caller a kleidi of this version?")
+	errChanged = status.Error(codes.Unavailable, "the verifier's configuration was read anew meanwhile; ask again")
+	errRecord  = status.Error(codes.Unavailable, "the verifier can't write its audit log, so the answer is no; see the log of kleidi verifier")
+	errSign    = status.Error(codes.Internal, "the verifier's key does not sign; see the log of kleidi verifier")
 )
 
-// handle is what every exchange passes through: its peer's share, the exchange
-// itself; a panic becomes an error.
+// known are TLS credentials that let a handler see its connection.
+type known struct {
+	credentials.TransportCredentials
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (k known) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	secured, info, err := k.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	c, ok := raw.(*conn)
+	t, isTLS := info.(credentials.TLSInfo)
+	if !ok || !isTLS {
+		return nil, nil, errTLS
+	}
+	return secured, seen{t, c}, nil
+}
+
+// seen is the AuthInfo of known.
+type seen struct {
+	credentials.TLSInfo
+	conn *conn
+}
+
+// handle is what every exchange passes through: it is the only one of its connection; a
+// panic becomes an error; how it ends is counted.
 func (s *Server) handle(_ any, stream grpc.ServerStream) (err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			panics.Log(s.Log, methodName, v)
-			err = errPanic
-		}
-	}()
 	p, ok := peer.FromContext(stream.Context())
 	if !ok {
 		return errTLS
 	}
-	leave, ok := s.peers.begin(p.Addr)
+	info, ok := p.AuthInfo.(seen)
 	if !ok {
-		return errBusy
+		return errTLS
 	}
-	defer leave()
-	exporter, err := exporterOf(p)
-	if err != nil {
-		return err
+	if info.conn.begun.Swap(true) {
+		return errSecond
 	}
-	x := &exchange{Server: s, stream: &grpc.GenericServerStream[FromAttester, FromVerifier]{ServerStream: stream}, peer: p.Addr.String()}
-	err = x.run(exporter)
-	var refusal *remote.Refusal
-	if errors.As(err, &refusal) {
-		return x.refuse(refusal)
-	}
-	if err != nil {
-		s.Log.Debug("an exchange ended early", "peer", x.peer, "error", seal.OneLine(err.Error(), maxReason))
-	}
-	return err
-}
-
-func exporterOf(p *peer.Peer) ([]byte, error) {
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || info.State.Version != tls.VersionTLS13 {
-		return nil, errTLS
-	}
-	return info.State.ExportKeyingMaterial(remote.ExporterLabel, nil, remote.ExporterSize)
+	x := &exchange{Server: s, stream: &grpc.GenericServerStream[FromAttester, FromVerifier]{ServerStream: stream},
+		conn: info.conn, verifier: s.current.Load().verifier, peer: p.Addr.String(), outcome: outcomeEnded}
+	defer func() {
+		if v := recover(); v != nil {
+			panics.Log(s.log, methodName, v)
+			x.outcome, err = outcomeFailed, errPanic
+		}
+		s.metrics.ended(x.outcome)
+		info.conn.within(lingerTimeout)
+	}()
+	return x.answer(info.TLSInfo)
 }
 
 // exchange is one stream.
 type exchange struct {
 	*Server
-	stream grpc.BidiStreamingServer[FromAttester, FromVerifier]
-	peer   string
-	hello  *remote.Hello
+	stream   grpc.BidiStreamingServer[FromAttester, FromVerifier]
+	conn     *conn
+	verifier *remote.Verifier
+	peer     string
+	hello    *remote.Hello
+	proven   bool
+	outcome  outcome
 }
 
+func (x *exchange) answer(info credentials.TLSInfo) error {
+	exporter, err := exporterOf(info)
+	if err != nil {
+		return err
+	}
+	err = x.run(exporter)
+	if refusal, ok := errors.AsType[*remote.Refusal](err); ok {
+		return x.refuse(refusal)
+	}
+	if err != nil {
+		x.log.Debug("an exchange ended early", "peer", x.peer, "error", seal.OneLine(err.Error(), maxReason))
+	}
+	return err
+}
+
+func exporterOf(info credentials.TLSInfo) ([]byte, error) {
+	if info.State.Version != tls.VersionTLS13 {
+		return nil, errTLS
+	}
+	return info.State.ExportKeyingMaterial(remote.ExporterLabel, nil, remote.ExporterSize)
+}
+
+// run takes the node through the exchange. Up to the proof it costs the verifier two
+// short messages and a place in the crowd; from there on the node has a place of its own.
 func (x *exchange) run(exporter []byte) error {
-	m, err := x.stream.Recv()
+	pending, err := x.challenge(exporter)
 	if err != nil {
 		return err
 	}
-	if m.GetHello() == nil {
-		return errOrder
-	}
-	x.hello = toHello(m.GetHello())
-	pending, challenge, err := x.Verifier.Challenge(x.hello, exporter)
+	evidence, err := x.prove(pending)
 	if err != nil {
 		return err
 	}
-	if err := x.stream.Send(fromChallenge(challenge)); err != nil {
-		return err
+	leave, ok := x.places.take(pending.EK())
+	if !ok {
+		x.outcome = outcomeBusy
+		return errBusy
 	}
-	if m, err = x.stream.Recv(); err != nil {
-		return err
-	}
-	if m.GetStatement() == nil {
-		return errOrder
-	}
-	evidence := toEvidence(m.GetStatement())
-	if err := pending.Prove(evidence.Proof); err != nil {
-		return err
-	}
+	defer leave()
 	if err := x.readLogs(evidence); err != nil {
 		return err
 	}
@@ -219,7 +283,63 @@ func (x *exchange) run(exporter []byte) error {
 	return x.accept(passed)
 }
 
-// readLogs reads until the stream ends. Who sends them has proven which TPM it is.
+func (x *exchange) challenge(exporter []byte) (*remote.Pending, error) {
+	m, err := x.receive(x.crowd.hello, "first message")
+	if err != nil {
+		return nil, err
+	}
+	if m.GetHello() == nil {
+		return nil, errOrder
+	}
+	x.hello = toHello(m.GetHello())
+	pending, challenge, err := x.verifier.Challenge(x.hello, exporter)
+	if err != nil {
+		return nil, err
+	}
+	x.conn.within(x.proof + lingerTimeout) // receive comes first, and says why
+	return pending, x.stream.Send(fromChallenge(challenge))
+}
+
+func (x *exchange) prove(pending *remote.Pending) (*remote.Evidence, error) {
+	m, err := x.receive(x.proof, "proof")
+	if err != nil {
+		return nil, err
+	}
+	if m.GetStatement() == nil {
+		return nil, errOrder
+	}
+	evidence := toEvidence(m.GetStatement())
+	if err := pending.Prove(evidence.Proof); err != nil {
+		return nil, err
+	}
+	x.proven = true
+	x.crowd.proved(x.conn)
+	x.conn.within(x.timeout + lingerTimeout)
+	return evidence, nil
+}
+
+// receive waits for a message, and no longer than d.
+func (x *exchange) receive(d time.Duration, what string) (*FromAttester, error) {
+	type received struct {
+		m   *FromAttester
+		err error
+	}
+	c := make(chan received, 1)
+	go func() {
+		m, err := x.stream.Recv() // ends with the exchange at the latest
+		c <- received{m, err}
+	}()
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case r := <-c:
+		return r.m, r.err
+	case <-timer.C:
+		return nil, status.Errorf(codes.DeadlineExceeded, "no %s within %v", what, d)
+	}
+}
+
+// readLogs reads until the stream ends. The sender has proven which TPM it is.
 func (x *exchange) readLogs(e *remote.Evidence) error {
 	for {
 		m, err := x.stream.Recv()
@@ -246,42 +366,66 @@ func (x *exchange) verdict() *Verdict {
 }
 
 func (x *exchange) accept(passed *remote.Passed) error {
+	if x.current.Load().verifier != x.verifier {
+		return errChanged
+	}
 	v := x.verdict()
 	v.Accepted, v.Bank, v.PCRs = true, bankNames[passed.Result.Bank], map[int]string{}
 	for i, value := range passed.Result.PCRs {
 		v.PCRs[i] = hex.EncodeToString(value)
 	}
 	v.Session = hex.EncodeToString(x.hello.NonceTPM)
-	if err := x.record(v); err != nil {
-		return err
+	x.outcome = outcomeFailed
+	if x.audit(v) != nil {
+		return errRecord
 	}
 	signature, err := passed.Sign()
 	if err != nil {
-		x.Log.Error("the verifier's key does not sign", "error", err)
-		return status.Error(codes.Internal, "the verifier's key does not sign; see the log of kleidi verifier")
+		x.log.Error("the verifier's key does not sign", "error", err)
+		return errSign
 	}
+	x.log.Info("evidence accepted", "node", v.Node, "ek", v.EK, "peer", v.Peer)
+	x.metrics.accepted.WithLabelValues(v.Node).Set(float64(v.Time.Unix()))
+	x.outcome = outcomeAccepted
 	return x.stream.Send(&FromVerifier{Message: &FromVerifier_Signature{&Signature{Signature: signature}}})
 }
 
 func (x *exchange) refuse(r *remote.Refusal) error {
 	v := x.verdict()
 	v.Check, v.Reason, v.Hint = string(r.Check), seal.OneLine(r.Err.Error(), maxReason), seal.OneLine(r.Hint, maxHint)
-	if err := x.record(v); err != nil {
-		return err
+	x.metrics.refusals.WithLabelValues(v.Check).Inc()
+	sent := &Refusal{Check: v.Check, Reason: v.Reason, Hint: v.Hint}
+	first := true
+	if x.proven {
+		x.outcome = outcomeFailed
+		if x.audit(v) != nil {
+			return errRecord
+		}
+		x.outcome = outcomeRefused
+	} else {
+		x.outcome = outcomeUnproven
+		first = x.tally.add(x.kind(v), v)
 	}
-	return x.stream.Send(&FromVerifier{Message: &FromVerifier_Refusal{&Refusal{Check: v.Check, Reason: v.Reason, Hint: v.Hint}}})
+	if first {
+		x.log.Warn("evidence refused", "node", v.Node, "ek", v.EK, "peer", x.peer, "check", sent.Check, "reason", sent.Reason, "hint", sent.Hint)
+	}
+	return x.stream.Send(&FromVerifier{Message: &FromVerifier_Refusal{sent}})
 }
 
-// record writes a verdict to the audit log, then to the log.
-func (x *exchange) record(v *Verdict) error {
-	if err := x.Record(v); err != nil {
-		x.Log.Error("the audit log can't be written, so the answer is no", "node", v.Node, "peer", v.Peer, "error", err)
-		return errRecord
+func (x *exchange) kind(v *Verdict) kind {
+	k := kind{check: v.Check, from: x.conn.from}
+	if _, ok := x.verifier.Nodes[x.hello.Node]; ok {
+		k.node = x.hello.Node
 	}
-	if v.Accepted {
-		x.Log.Info("evidence accepted", "node", v.Node, "ek", v.EK, "peer", v.Peer)
-		return nil
+	return k
+}
+
+// audit writes verdicts to the audit log.
+func (s *Server) audit(verdicts ...*Verdict) error {
+	err := s.record(verdicts...)
+	if err != nil {
+		s.metrics.audit.Inc()
+		s.log.Error("the audit log can't be written, so the answer is no", "node", verdicts[0].Node, "peer", verdicts[0].Peer, "error", err)
 	}
-	x.Log.Warn("evidence refused", "node", v.Node, "ek", v.EK, "peer", v.Peer, "check", v.Check, "reason", v.Reason, "hint", v.Hint)
-	return nil
+	return err
 }

@@ -50,16 +50,16 @@ func TestRefusals(t *testing.T) {
 	r := newRig(t)
 	hello := r.hello()
 	name := func(n string) func(*remote.Hello) { return func(h *remote.Hello) { h.Node = n } }
-	r.refused("unknown node", r.ask(altered{Channel: r.client(), hello: name("x\x1b[2J" + strings.Repeat("é", 90))}), seal.CauseAttestation, "node: node", "is not registered", "compare it with nodes")
+	r.refused("unknown node", r.ask(altered{Channel: r.client(), hello: name("x\x1b[2J" + strings.Repeat("é", 90))}), seal.CauseAttestation, `it refuses: node: "node 'x\x1b[2J`, "is not registered", "kleidi verifier register adds a node there")
 	if v := r.lastVerdict(); v.Accepted || v.Check != string(remote.CheckNode) || strings.ContainsAny(v.Node+v.Reason, "\x1b\n") || len(v.Node) > 2*maxName+4 || v.Hint == "" || v.PCRs != nil {
 		t.Errorf("%+v", v)
 	}
-	r.refused("cut log", r.ask(altered{Channel: r.client(), evidence: func(e *remote.Evidence) { e.FirmwareLog = e.FirmwareLog[:len(e.FirmwareLog)-1] }}), seal.CauseAttestation, "evidence: firmware event log")
+	r.refused("cut log", r.ask(altered{Channel: r.client(), evidence: func(e *remote.Evidence) { e.FirmwareLog = e.FirmwareLog[:len(e.FirmwareLog)-1] }}), seal.CauseAttestation, `evidence: "firmware event log`)
 	if v := r.lastVerdict(); v.Accepted || v.Node != "alpha" || v.Check != string(remote.CheckEvidence) {
 		t.Errorf("%+v", v)
 	}
 	r.options.Verifier.EKCertificate = func([]byte, []byte) error { return errors.New("\x1b[2J\n" + strings.Repeat("x", 5000)) }
-	r.refused("a reason that quotes anything", r.ask(r.client()), seal.CauseAttestation, "endorsement key certificate: ?[2J?xxx")
+	r.refused("a reason that quotes anything", r.ask(r.client()), seal.CauseAttestation, `endorsement key certificate: "?[2J?xxx`)
 	if v := r.lastVerdict(); strings.ContainsAny(v.Reason, "\x1b\n") || len(v.Reason) > maxReason+8 {
 		t.Errorf("%d bytes: %q", len(v.Reason), v.Reason)
 	}
@@ -85,7 +85,7 @@ func TestNoRecordNoSignature(t *testing.T) {
 	if v := r.lastVerdict(); !v.Accepted {
 		t.Errorf("it was another reason: %+v", v)
 	}
-	r.refused("refused evidence", r.ask(altered{Channel: r.client(), hello: func(h *remote.Hello) { h.Node = "x" }}), seal.CauseUnavailable, "can't write its audit log")
+	r.refused("refused evidence", r.ask(altered{Channel: r.client(), evidence: func(e *remote.Evidence) { e.FirmwareLog = nil }}), seal.CauseUnavailable, "can't write its audit log")
 	if !strings.Contains(r.log.String(), "no space left") {
 		t.Errorf("log: %s", r.log)
 	}
@@ -163,5 +163,17 @@ func TestClientConfig(t *testing.T) {
 		if _, err := NewClient(c); err == nil {
 			t.Errorf("%s: accepted", what)
 		}
+	}
+}
+
+// TestEveryCheckHasAHint of kleidi's own.
+func TestEveryCheckHasAHint(t *testing.T) {
+	for _, c := range remote.Checks() {
+		if hintOf(string(c)) == hintAsk {
+			t.Errorf("no hint for a refusal by the check of the %s", c)
+		}
+	}
+	if len(hints) != len(remote.Checks()) {
+		t.Errorf("%d hints for %d checks", len(hints), len(remote.Checks()))
 	}
 }

@@ -12,16 +12,16 @@ import (
 	kjson "sigs.k8s.io/json"
 )
 
-// Limits of format 1, for reading and for writing.
+// Limits of format 1. They hold for what is read and for what is written.
 const (
-	// MaxSize is the maximum size of a keyring in bytes; etcd takes 1.5 MiB.
+	// MaxSize bounds a whole keyring, in bytes; etcd takes 1.5 MiB.
 	MaxSize = 1 << 20
-	// MaxSlots is the maximum number of slots of one KEK for one node, and for no
-	// particular node.
+	// MaxSlots bounds the slots of one KEK for one node, and those for no node
+	// in particular.
 	MaxSlots = 16
-	// MaxRetired is the maximum number of retired KEKs.
+	// MaxRetired bounds the retired KEKs.
 	MaxRetired = 256
-	// MaxNodes is the maximum number of nodes.
+	// MaxNodes bounds the nodes.
 	MaxNodes = 64
 	// MaxRevision is the largest integer that every JSON reader represents exactly.
 	MaxRevision = 1<<53 - 1
@@ -29,13 +29,13 @@ const (
 
 const format1 = 1
 
-// envelope is the stored document. It is the same for every format.
+// envelope is the stored document, the same for every format.
 type envelope struct {
 	Body []byte `json:"body"`
 	MAC  []byte `json:"mac"`
 }
 
-// body1 is the body of format 1. The order of the members is part of the format.
+// body1 is the body of format 1. Members stand in this order.
 type body1 struct {
 	Format    int            `json:"format"`
 	ClusterID seal.ClusterID `json:"clusterID"`
@@ -46,15 +46,15 @@ type body1 struct {
 	Nodes     []Node         `json:"nodes,omitempty"`
 }
 
-// slotted is a KEK in slots.
+// slotted is a KEK that is held in slots.
 type slotted struct {
 	KeyID   seal.KeyID  `json:"keyID"`
 	Created stamp       `json:"created"`
 	Slots   []seal.Slot `json:"slots"`
 }
 
-// retired is a retired KEK, encrypted under the current one. The body lists them in
-// the order in which they retired.
+// retired is a KEK that is encrypted under the current one, in the order in
+// which they retired.
 type retired struct {
 	KeyID   seal.KeyID `json:"keyID"`
 	Created stamp      `json:"created"`
@@ -67,7 +67,7 @@ type Node struct {
 	// Name is its Kubernetes node name.
 	Name string `json:"name"`
 	// EK is "sha256:" and the hexadecimal digest of the endorsement key's SPKI
-	// DER. It is empty for a node without a TPM.
+	// DER. It is empty for a node that has no TPM.
 	EK string `json:"ek,omitempty"`
 }
 
@@ -85,8 +85,8 @@ func (s *stamp) UnmarshalJSON(b []byte) (err error) {
 	return err
 }
 
-// encode returns the canonical encoding of v: no white space, members in the order of
-// the struct, and no escape that JSON does not require.
+// encode is the one encoding of v: no white space, members in the order of the
+// struct, nothing escaped that JSON lets stand.
 func encode(v any) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -97,9 +97,9 @@ func encode(v any) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
 }
 
-// decode parses the result of encode. It accepts no other form: no unknown, duplicate
-// or differently spelled member, no white space, no other base64 of the same bytes,
-// no trailing bytes.
+// decode reads what encode wrote, and nothing else: no unknown, duplicate or
+// differently spelled member, no white space, no other base64 of the same
+// bytes, nothing after the end.
 func decode(b []byte, v any) error {
 	if !utf8.Valid(b) {
 		return fmt.Errorf("not UTF-8")
@@ -121,10 +121,11 @@ func decode(b []byte, v any) error {
 	return nil
 }
 
-// clip shortens the error of a decoder, which quotes its input.
+// clip keeps a decoder's error, which quotes its input, from filling the log.
 func clip(err error) error { return fmt.Errorf("%.160q", err.Error()) }
 
-// parseBody1 parses a body of format 1 and makes every check that needs no KEK.
+// parseBody1 reads a body of format 1 and checks everything that can be checked
+// without a KEK.
 func parseBody1(b []byte) (*body1, error) {
 	body := new(body1)
 	if err := decode(b, body); err != nil {

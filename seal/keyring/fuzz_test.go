@@ -7,7 +7,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// FuzzParse: a keyring that parses encodes to the same bytes, and refusals are typed.
+// FuzzParse: what parses is written back byte by byte, and refusals are typed.
 func FuzzParse(f *testing.F) {
 	file := golden(f, "keyring.json")
 	f.Add(file)
@@ -34,7 +34,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// FuzzBody is FuzzParse for the body, which base64 hides from the fuzzer there.
+// FuzzBody is FuzzParse without the base64, which hides the body from the fuzzer.
 func FuzzBody(f *testing.F) {
 	u := must[*Untrusted](f)(Parse(golden(f, "keyring.json")))
 	f.Add(u.body)
@@ -50,7 +50,7 @@ func FuzzBody(f *testing.F) {
 	})
 }
 
-// FuzzOpen: without the KEK nobody can change a keyring.
+// FuzzOpen: whoever doesn't know the KEK can't change a keyring.
 func FuzzOpen(f *testing.F) {
 	file := golden(f, "keyring.json")
 	want := must[*Untrusted](f)(Parse(file))
@@ -72,7 +72,7 @@ func FuzzOpen(f *testing.F) {
 	})
 }
 
-// FuzzDecrypt: only encrypted seeds decrypt, and refusals are one of three errors.
+// FuzzDecrypt: only what was encrypted decrypts, and refusals are one of three.
 func FuzzDecrypt(f *testing.F) {
 	v := goldenVectors(f)
 	u := must[*Untrusted](f)(Parse(golden(f, "keyring.json")))
@@ -103,7 +103,7 @@ func FuzzDecrypt(f *testing.F) {
 	})
 }
 
-// FuzzParseAnchor: an anchor that parses encodes to the same bytes.
+// FuzzParseAnchor: what parses is written back byte by byte.
 func FuzzParseAnchor(f *testing.F) {
 	file := golden(f, "anchor.json")
 	f.Add(file)

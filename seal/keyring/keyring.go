@@ -9,31 +9,30 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Keyring is an open keyring. It is immutable, so its methods may be called
-// concurrently; a change returns a new Keyring. A Keyring and its successors share
-// their KEKs. Each must be closed.
+// Keyring is an open keyring. It never changes, so any number of goroutines may
+// use it; a change makes a new one. Keyrings made of one another share their
+// KEKs, and each is closed on its own.
 type Keyring struct {
 	raw     []byte
 	doc     *body1
 	kek     *shared
-	staged  *shared // nil if no KEK is staged, or the staged one is not open
+	staged  *shared // nil if none is staged or it was not opened
 	seeds   map[seal.KeyID]*dekSeeds
 	current *seedCipher
 	closed  atomic.Bool
 }
 
-// ErrClosed says that the keyring was closed before the cipher of a retired KEK was
-// made.
+// ErrClosed: the keyring was closed before it had made the cipher of a retired KEK.
 var ErrClosed = errors.New("the keyring is closed")
 
-// add adds the cipher of a KEK.
+// add adds a KEK by its cipher.
 func (k *Keyring) add(id seal.KeyID, c *seedCipher) {
 	d := new(dekSeeds)
 	d.cipher.Store(c)
 	k.seeds[id] = d
 }
 
-// addRetired adds the retired KEKs. Decrypt makes their ciphers.
+// addRetired adds the retired KEKs, whose ciphers are made later.
 func (k *Keyring) addRetired() {
 	all := make([]dekSeeds, len(k.doc.Retired))
 	for i, r := range k.doc.Retired {
@@ -42,11 +41,11 @@ func (k *Keyring) addRetired() {
 	}
 }
 
-// Marshal returns the keyring in its stored form.
+// Marshal returns the keyring as it is stored.
 func (k *Keyring) Marshal() []byte { return bytes.Clone(k.raw) }
 
-// KEK returns the current KEK. The keyring owns it: the caller must neither close it
-// nor use it after Close.
+// KEK returns the current KEK, which stays the keyring's: it is good until
+// Close, and the caller doesn't close it.
 func (k *Keyring) KEK() *seal.Secret { return k.kek.secret }
 
 // CurrentID returns the key ID of the current KEK.
@@ -61,13 +60,13 @@ func (k *Keyring) ClusterID() seal.ClusterID { return k.doc.ClusterID }
 // Slots returns the slots of the current KEK.
 func (k *Keyring) Slots() []seal.Slot { return cloneSlots(k.doc.Current.Slots) }
 
-// StagedSlots returns the slots of the staged KEK, or nil if no KEK is staged.
+// StagedSlots returns the slots of the staged KEK; there are none if none is staged.
 func (k *Keyring) StagedSlots() []seal.Slot { return stagedSlots(k.doc) }
 
 // Nodes returns the nodes.
 func (k *Keyring) Nodes() []Node { return slices.Clone(k.doc.Nodes) }
 
-// Anchor returns the anchor of a node that trusts this keyring.
+// Anchor returns what a node that trusts this keyring anchors.
 func (k *Keyring) Anchor() Anchor {
 	return Anchor{ClusterID: k.doc.ClusterID, KeyID: k.doc.Current.KeyID, Revision: k.doc.Revision}
 }
@@ -75,12 +74,11 @@ func (k *Keyring) Anchor() Anchor {
 // Info describes the keyring.
 func (k *Keyring) Info() Info { return k.doc.info() }
 
-// Holds reports whether the keyring holds the KEK with this ID, open.
+// Holds reports whether Decrypt knows the key ID.
 func (k *Keyring) Holds(id seal.KeyID) bool { return k.seeds[id] != nil }
 
-// Encrypt encrypts a DEK seed of 1 to [MaxPlaintext] bytes under the current KEK, and
-// returns the ciphertext and that KEK's ID. The error is seal.ErrMalformed for other
-// sizes.
+// Encrypt encrypts a DEK seed of 1 to [MaxPlaintext] bytes under the current KEK
+// and returns that KEK's ID with it. Other sizes are seal.ErrMalformed.
 func (k *Keyring) Encrypt(plaintext []byte) (ciphertext []byte, id seal.KeyID, err error) {
 	ciphertext, err = k.current.encrypt(plaintext)
 	if err != nil {
@@ -89,9 +87,9 @@ func (k *Keyring) Encrypt(plaintext []byte) (ciphertext []byte, id seal.KeyID, e
 	return ciphertext, k.CurrentID(), nil
 }
 
-// Decrypt decrypts a ciphertext that Encrypt returned with id. The error is
-// seal.ErrUnknownKey, seal.ErrMalformed or seal.ErrAuthentication, and may be
-// [ErrClosed] on a closed keyring; see Close.
+// Decrypt decrypts what Encrypt returned for id. The error is
+// seal.ErrUnknownKey, seal.ErrMalformed or seal.ErrAuthentication; on a closed
+// keyring it may be [ErrClosed], see Close.
 func (k *Keyring) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 	d := k.seeds[id]
 	if d == nil {
@@ -107,11 +105,10 @@ func (k *Keyring) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 	return c.decrypt(ciphertext)
 }
 
-// Close closes the KEKs that no other keyring shares. A second Close does nothing.
-// Encrypt works on a closed keyring, and so does Decrypt under a KEK that was used
-// before, because their ciphers live until the keyring is unreachable. If a reload
-// closes the keyring during a Decrypt, which then fails with [ErrClosed], the caller
-// repeats it on the new keyring.
+// Close gives the KEKs back, unless another keyring shares them. Closing twice
+// is harmless. Encrypt goes on working, and so does Decrypt under a KEK that was
+// used before: their ciphers live until the keyring is unreachable. A call that a
+// reload overtakes and that gets [ErrClosed] is for the newer keyring.
 func (k *Keyring) Close() {
 	if k.closed.Swap(true) {
 		return
@@ -120,13 +117,13 @@ func (k *Keyring) Close() {
 	k.staged.release()
 }
 
-// shared is a Secret that several keyrings share. The last one closes it.
+// shared is a Secret that is closed with the last keyring that holds it.
 type shared struct {
 	secret *seal.Secret
 	refs   atomic.Int32
 }
 
-// share returns s as a shared Secret of no keyring yet.
+// share returns a Secret that no keyring holds yet.
 func share(s *seal.Secret) *shared { return &shared{secret: s} }
 
 func (h *shared) retain() *shared {

@@ -17,18 +17,18 @@ const (
 	hintRecover = "if this change was not yours, run kleidi keyring restore; if it was, run kleidi recover"
 )
 
-// Untrusted is a keyring that parses. Nothing in it is authenticated: whoever can
-// write the file chose all of its content.
+// Untrusted is a keyring that parses, and no more: whoever can write the file
+// chose everything in it.
 type Untrusted struct {
 	raw  []byte
-	body []byte // as stored; the MAC covers it
+	body []byte // as stored, what the MAC covers
 	mac  []byte
 	doc  *body1
 }
 
-// Parse parses a keyring. It accepts only the canonical encoding, which
-// [Keyring.Marshal] returns, within the limits of the format. An error is a
-// [*seal.Error] with cause seal.CauseKeyringCorrupt.
+// Parse reads a keyring. It accepts only the one encoding that [Keyring.Marshal]
+// writes, within the limits of the format. An error is a [*seal.Error] with
+// cause seal.CauseKeyringCorrupt.
 func Parse(b []byte) (*Untrusted, error) {
 	u, err := parse(b)
 	if err != nil {
@@ -68,9 +68,8 @@ func parse(b []byte) (*Untrusted, error) {
 	return &Untrusted{raw: bytes.Clone(b), body: e.Body, mac: e.MAC, doc: doc}, nil
 }
 
-// checkFormat parses the format alone, because it decides how to parse the rest. The
-// canonical encoding starts with it. A second "format" member is refused with the
-// rest.
+// checkFormat reads the format alone: it decides how the rest reads. The form that
+// is written starts with it, and a second one is refused with the rest.
 func checkFormat(body []byte) error {
 	if bytes.HasPrefix(body, fmt.Appendf(nil, `{"format":%d,`, format1)) {
 		return nil
@@ -99,13 +98,13 @@ func (u *Untrusted) CurrentID() seal.KeyID { return u.doc.Current.KeyID }
 // Slots returns the slots of the current KEK.
 func (u *Untrusted) Slots() []seal.Slot { return cloneSlots(u.doc.Current.Slots) }
 
-// StagedSlots returns the slots of the staged KEK, or nil if no KEK is staged.
+// StagedSlots returns the slots of the staged KEK; there are none if none is staged.
 func (u *Untrusted) StagedSlots() []seal.Slot { return stagedSlots(u.doc) }
 
-// Info describes the keyring. Nothing in it is authenticated.
+// Info describes the keyring. Nothing in it is vouched for.
 func (u *Untrusted) Info() Info { return u.doc.info() }
 
-// Open returns u as a [Keyring]. kek was unwrapped from a slot. Open accepts it only
+// Open makes a [Keyring] of u. It accepts kek, which came out of a slot, only
 // if, in this order:
 //
 //  1. kek matches the key ID of the current KEK in this cluster;
@@ -115,8 +114,8 @@ func (u *Untrusted) Info() Info { return u.doc.info() }
 //     among the retired ones;
 //  5. the revision is not below the anchored one.
 //
-// A nil anchor skips 4 and 5: in recover and verify the operator vouches for the
-// keyring. On success the Keyring owns kek; on error the caller does. An error is a
+// A nil anchor skips 4 and 5: the operator vouches, as in recover and verify. On
+// success the Keyring owns kek; on error the caller still does. An error is a
 // [*seal.Error] with cause seal.CauseSlotCorrupt (1), seal.CauseKeyringCorrupt
 // (2, 3) or seal.CauseAnchor (4, 5).
 func (u *Untrusted) Open(kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
@@ -133,8 +132,8 @@ func (u *Untrusted) Open(kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
 	return k, nil
 }
 
-// newOpen returns the keyring of u, not yet open. It allocates outside [seal.Erase]
-// as much as it can, because each allocation inside is slow.
+// newOpen returns the keyring of u before it is opened. It allocates what it can
+// before a KEK is at hand: inside [seal.Erase] each allocation is slow.
 func newOpen(u *Untrusted) *Keyring {
 	k := &Keyring{raw: u.raw, doc: u.doc, seeds: make(map[seal.KeyID]*dekSeeds, len(u.doc.Retired)+2)}
 	k.addRetired()
@@ -145,7 +144,7 @@ func (u *Untrusted) open(k *Keyring, kek []byte) error {
 	id := u.doc.Current.KeyID
 	if got := keyID(u.doc.ClusterID, kek); got != id {
 		return seal.Errorf(seal.CauseSlotCorrupt, hintRestore,
-			"the slot holds the KEK of key ID %s, but the current KEK of cluster %s has key ID %s", got, u.doc.ClusterID, id)
+			"the slot holds the KEK of key ID %s, the keyring of cluster %s says %s", got, u.doc.ClusterID, id)
 	}
 	if !hmac.Equal(bodyMAC(kek, u.body), u.mac) {
 		return seal.Errorf(seal.CauseKeyringCorrupt, hintRestore, "the keyring's MAC does not verify under key ID %s", id)
@@ -187,13 +186,13 @@ func retiredAAD(cluster seal.ClusterID, id, current seal.KeyID) []byte {
 }
 
 // eachRetired decrypts every retired KEK under the current one, kek, and calls f
-// with the retired KEK, which f must not keep.
+// with it; f must not keep it.
 func (b *body1) eachRetired(kek []byte, f func(r retired, old []byte) error) error {
 	return b.openRetired(b.Retired, kek, f)
 }
 
-// openRetired decrypts the retired KEKs in some under the current one, kek. It checks
-// that each matches its key ID, and calls f with it. f must not keep it.
+// openRetired decrypts some of the retired KEKs under the current one, kek, proves
+// each by its key ID, and calls f with it; f must not keep it.
 func (b *body1) openRetired(some []retired, kek []byte, f func(r retired, old []byte) error) error {
 	if len(some) == 0 {
 		return nil

@@ -56,6 +56,11 @@ const (
 	CheckBootPolicy    Check = "boot policy"
 )
 
+// Checks returns all of them, in their order.
+func Checks() []Check {
+	return []Check{CheckMessage, CheckCluster, CheckNode, CheckKey, CheckEK, CheckEKCertificate, CheckAK, CheckProof, CheckEvidence, CheckSRK, CheckBootPolicy}
+}
+
 // Refusal is why a verifier does not sign.
 type Refusal struct {
 	Check Check
@@ -182,6 +187,9 @@ func (p *Pending) Prove(answer []byte) error {
 	p.proven = true
 	return nil
 }
+
+// EK returns the digest of the endorsement key that is registered for the node.
+func (p *Pending) EK() string { return p.node.EK }
 
 // Passed is an exchange in which everything verified.
 type Passed struct {

@@ -1,0 +1,235 @@
+package verifier
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Anybody may connect, and nobody has proven anything by it. So a connection without a
+// proof is worth little: it has seconds to say something, and where there are too many
+// it is closed to make room for the next. A node proves which TPM it is within a second
+// or a few, and then has a place that nobody else can take.
+
+// Limits on connections without a proof.
+const (
+	maxUnproven     = 256 // of all peers
+	maxPeerUnproven = 16  // of one peer: an IPv4 address, or the /64 of an IPv6 one
+	// keptUnproven is how many connections of a peer that gave a proof before are not
+	// closed for another peer's sake.
+	keptUnproven = 2
+	maxKnown     = 1024 // peers that gave a proof and are remembered
+)
+
+// Limits in time.
+const (
+	// helloTimeout bounds the time from a connection's begin to its first message.
+	helloTimeout = 3 * time.Second
+	// proofTimeout bounds the time from the challenge to the proof. A discrete TPM
+	// takes seconds for it; the keys have been made before the node connects.
+	proofTimeout = 15 * time.Second
+	// lingerTimeout is what the last message has to leave in, once an exchange has ended.
+	lingerTimeout = 2 * time.Second
+)
+
+// crowd holds the connections whose peers have proven nothing.
+type crowd struct {
+	metrics *metrics
+	hello   time.Duration // bounds the time until the first message
+
+	mu       sync.Mutex
+	unproven map[netip.Prefix][]*conn // the oldest first
+	size     int
+	known    []netip.Prefix // peers that gave a proof, the last one first
+}
+
+func newCrowd(m *metrics, hello time.Duration) *crowd {
+	return &crowd{metrics: m, hello: hello, unproven: map[netip.Prefix][]*conn{}}
+}
+
+// conn is a connection. It carries one exchange.
+type conn struct {
+	net.Conn
+	crowd *crowd
+	from  netip.Prefix
+	timer *time.Timer // closes the connection
+	begun atomic.Bool // its exchange has
+	gone  atomic.Bool
+	since time.Time
+}
+
+// Close implements net.Conn.
+func (c *conn) Close() error {
+	c.gone.Store(true)
+	c.crowd.leave(c) // before the timer, which enter sets under the same lock
+	c.timer.Stop()
+	return c.Conn.Close()
+}
+
+// within gives the peer so much time for what it does next.
+func (c *conn) within(d time.Duration) {
+	if !c.gone.Load() {
+		c.timer.Reset(d)
+	}
+}
+
+// expire closes a connection whose peer's time is over.
+func (c *conn) expire() {
+	if !c.gone.Load() && !c.begun.Load() {
+		c.crowd.metrics.dropped("silent") // it began no exchange
+	}
+	_ = c.Close()
+}
+
+// enter takes a connection in. Where there are too many it closes another one: the
+// peer's own oldest, or else the oldest of the peer that has the most.
+func (w *crowd) enter(raw net.Conn) *conn {
+	c := &conn{Conn: raw, crowd: w, from: prefixOf(raw.RemoteAddr()), since: time.Now()}
+	w.mu.Lock()
+	c.timer = time.AfterFunc(w.hello, c.expire)
+	victim := w.victim(c.from)
+	if victim != nil {
+		w.remove(victim)
+	}
+	w.unproven[c.from] = append(w.unproven[c.from], c)
+	w.size++
+	w.mu.Unlock()
+	if victim != nil {
+		w.metrics.dropped("crowded")
+		_ = victim.Close()
+	}
+	return c
+}
+
+// victim returns the connection to close before a peer gets one more; nil is none.
+func (w *crowd) victim(from netip.Prefix) *conn {
+	if own := w.unproven[from]; len(own) >= maxPeerUnproven {
+		return own[0]
+	}
+	if w.size < maxUnproven {
+		return nil
+	}
+	var victim *conn
+	most := 0
+	for peer, all := range w.unproven {
+		if slices.Contains(w.known, peer) {
+			all = all[:max(0, len(all)-keptUnproven)]
+		}
+		if len(all) > most || len(all) == most && most > 0 && all[0].since.Before(victim.since) {
+			victim, most = all[0], len(all)
+		}
+	}
+	return victim
+}
+
+// remove takes a connection out, if it is in.
+func (w *crowd) remove(c *conn) {
+	all := w.unproven[c.from]
+	i := slices.Index(all, c)
+	if i < 0 {
+		return
+	}
+	w.size--
+	if all = slices.Delete(all, i, i+1); len(all) == 0 {
+		delete(w.unproven, c.from)
+		return
+	}
+	w.unproven[c.from] = all
+}
+
+func (w *crowd) leave(c *conn) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.remove(c)
+}
+
+// proved takes a connection out of the crowd, since its peer has proven which TPM it
+// is, and remembers the peer.
+func (w *crowd) proved(c *conn) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.remove(c)
+	w.known = slices.DeleteFunc(w.known, func(p netip.Prefix) bool { return p == c.from })
+	w.known = slices.Insert(w.known, 0, c.from)
+	w.known = w.known[:min(len(w.known), maxKnown)]
+}
+
+func (w *crowd) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.size
+}
+
+// prefixOf returns the peer that an address belongs to.
+func prefixOf(a net.Addr) netip.Prefix {
+	t, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.Prefix{}
+	}
+	ip := t.AddrPort().Addr().Unmap()
+	bits := 32
+	if ip.Is6() {
+		bits = 64
+	}
+	prefix, _ := ip.WithZone("").Prefix(bits)
+	return prefix
+}
+
+// listener takes connections into the crowd.
+type listener struct {
+	net.Listener
+	crowd *crowd
+}
+
+// Accept implements net.Listener.
+func (l listener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return l.crowd.enter(c), nil
+}
+
+// maxNodePlaces is how many exchanges a node may have at a time, once it has proven
+// which TPM it is. Each may hold two logs. Two, because a node that gave up on an
+// exchange may ask again before the verifier notices.
+const maxNodePlaces = 2
+
+// places are reserved for each registered endorsement key: nobody without that TPM can
+// take one.
+type places struct {
+	mu   sync.Mutex
+	held map[string]int // by endorsement key
+}
+
+// take takes a place, or reports that there is none.
+func (p *places) take(ek string) (leave func(), ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.held[ek] == maxNodePlaces {
+		return nil, false
+	}
+	if p.held == nil {
+		p.held = map[string]int{}
+	}
+	p.held[ek]++
+	return sync.OnceFunc(func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.held[ek]--; p.held[ek] == 0 {
+			delete(p.held, ek)
+		}
+	}), true
+}
+
+func (p *places) count() (n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, held := range p.held {
+		n += held
+	}
+	return n
+}

@@ -1,0 +1,292 @@
+package verifier
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+)
+
+// hurried is a rig whose server gives peers little time.
+func hurried(t *testing.T, hello, proof time.Duration) *rig {
+	t.Helper()
+	return newRig(t, func(o *Options) { o.hello, o.proof = hello, proof })
+}
+
+// TestSilentPeers: silence before the first message, before the proof and after it is
+// cut off, each in its time, and leaves no place taken.
+func TestSilentPeers(t *testing.T) {
+	const hello, proof, long = 200 * time.Millisecond, 400 * time.Millisecond, time.Minute
+	r := hurried(t, hello, long)
+	s := r.raw()
+	if err := lastOf(s); status.Code(err) != codes.Unavailable && !strings.Contains(err.Error(), "no first message within 200ms") {
+		t.Errorf("no first message: %v", err)
+	}
+	c, err := net.Dial("tcp", r.address) // no stream at all, nor TLS
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := io.ReadAll(c); err != nil && !errors.Is(err, net.ErrClosed) && !strings.Contains(err.Error(), "reset") {
+		t.Errorf("no TLS: %v", err)
+	}
+	r = hurried(t, long, proof)
+	first := fromHello(r.hello())
+	s = r.raw()
+	if err := s.Send(first); err != nil {
+		t.Fatal(err)
+	}
+	if err := lastOf(s); status.Code(err) != codes.DeadlineExceeded || !strings.Contains(err.Error(), "no proof within 400ms") {
+		t.Errorf("no proof: %v", err)
+	}
+	r = newRig(t, func(o *Options) { o.Timeout = 2 * time.Second })
+	err = r.ask(odd{r, nil})
+	if !strings.Contains(fmt.Sprint(err), "DeadlineExceeded") {
+		t.Errorf("no logs: %v", err)
+	}
+	r.works("after silent ones")
+	r.eventually("no place is taken", func() bool { return r.server.crowd.count() == 0 && r.server.places.count() == 0 })
+}
+
+// silentFrom opens a connection from an address of loopback and says hello, or nothing.
+func (r *rig) silentFrom(ip net.IP, hello bool) {
+	r.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: ip}}
+	c, err := d.DialContext(r.Context(), "tcp", r.address)
+	if err != nil {
+		r.Fatal(err)
+	}
+	r.Cleanup(func() { c.Close() })
+	if hello {
+		_ = tls.Client(c, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}).HandshakeContext(r.Context())
+	}
+}
+
+// TestSilentPeersKeepNobodyOut: peers that fill every place, each from an address of
+// its own, are sent away for a node that comes last.
+func TestSilentPeersKeepNobodyOut(t *testing.T) {
+	r := hurried(t, time.Minute, time.Minute)
+	for i := range maxUnproven + 40 {
+		r.silentFrom(net.IPv4(127, 9, byte(i>>8), byte(i&0xff|1)), i%16 == 0)
+	}
+	r.eventually("all have been taken in", func() bool { return r.server.crowd.count() >= maxUnproven-1 })
+	r.works("beside silent peers")
+	for range 3 * maxPeerUnproven { // from the node's own address
+		r.silentFrom(net.IPv4(127, 0, 0, 1), false)
+	}
+	r.works("beside silent peers of the same address")
+	if n := r.server.crowd.count(); n > maxUnproven {
+		t.Errorf("%d connections without a proof, at most %d wanted", n, maxUnproven)
+	}
+}
+
+// TestGarbage: bytes that are no TLS do no harm.
+func TestGarbage(t *testing.T) {
+	r := newRig(t)
+	c, err := net.Dial("tcp", r.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	r.works("beside garbage")
+}
+
+// fake is a connection from an address.
+type fake struct {
+	net.Conn
+	from   string
+	closed bool
+}
+
+// RemoteAddr implements net.Conn.
+func (f *fake) RemoteAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(f.from), 1))
+}
+
+// Close implements net.Conn.
+func (f *fake) Close() error { f.closed = true; return nil }
+
+// TestCrowd: who has to go for a newcomer.
+func TestCrowd(t *testing.T) {
+	w := newCrowd(newMetrics(), time.Minute)
+	enter := func(format string, args ...any) *fake {
+		f := &fake{from: fmt.Sprintf(format, args...)}
+		w.enter(f)
+		return f
+	}
+	var own []*fake
+	for range maxPeerUnproven {
+		own = append(own, enter("192.0.2.1"))
+	}
+	enter("::ffff:192.0.2.1") // the same peer
+	if !own[0].closed || own[1].closed {
+		t.Error("a peer that has all it may have does not lose its own oldest connection")
+	}
+	for i := range maxUnproven - maxPeerUnproven {
+		enter("10.0.%d.%d", i/256, i%256)
+	}
+	if w.size != maxUnproven || own[1].closed {
+		t.Errorf("%d connections; the oldest is closed: %v", w.size, own[1].closed)
+	}
+	enter("10.9.9.9")
+	if !own[1].closed || w.size != maxUnproven {
+		t.Error("the peer with the most connections does not lose its oldest")
+	}
+	// Of many with one each, the oldest has to go; but not a peer that gave a proof.
+	w = newCrowd(newMetrics(), time.Minute)
+	proven := w.enter(&fake{from: "192.0.2.7"})
+	w.proved(proven)
+	again, third := enter("192.0.2.7"), (*fake)(nil)
+	first := enter("2001:db8:0:1::1")
+	for i := range maxUnproven - 2 {
+		enter("2001:db8:1:%x::1", i)
+	}
+	enter("2001:db8:2::1")
+	if again.closed || !first.closed {
+		t.Errorf("a peer that gave a proof before is sent away: %v, the oldest stranger: %v", again.closed, first.closed)
+	}
+	second := enter("192.0.2.7")
+	third = enter("192.0.2.7")
+	if enter("2001:db8:2:1::1"); !again.closed || second.closed || third.closed {
+		t.Error("a peer that gave a proof keeps more than its share")
+	}
+	for i := range 3 * maxKnown {
+		w.proved(w.enter(&fake{from: fmt.Sprintf("10.%d.%d.1", i/256, i%256)}))
+	}
+	if len(w.known) != maxKnown {
+		t.Errorf("%d peers are remembered", len(w.known))
+	}
+}
+
+// held is a channel that stops after the proof until it is told to go on.
+type held struct {
+	*rig
+	there chan<- struct{}
+	goOn  <-chan struct{}
+}
+
+// Attest implements remote.Channel.
+func (h held) Attest(ctx context.Context, hello *remote.Hello, answer func(*remote.Challenge, []byte) (*remote.Evidence, error)) ([]byte, error) {
+	d := &dialogue{h.raw()}
+	return d.run(hello, func(c *remote.Challenge, exporter []byte) (*remote.Evidence, error) {
+		e, err := answer(c, exporter)
+		if err != nil {
+			return nil, err
+		}
+		first := *e
+		first.FirmwareLog, first.UserspaceLog = nil, nil
+		if err := d.send(fromEvidence(&first)); err != nil {
+			return nil, err
+		}
+		h.there <- struct{}{}
+		<-h.goOn
+		if err := d.send(part(&LogPart{Firmware: e.FirmwareLog})); err != nil {
+			return nil, err
+		}
+		if err := d.stream.CloseSend(); err != nil {
+			return nil, err
+		}
+		m, err := d.receive()
+		if err == nil && len(m.GetSignature().GetSignature()) == 0 {
+			err = errors.New("no signature")
+		}
+		if err == nil {
+			err = errors.New("signed")
+		}
+		return nil, err
+	})
+}
+
+// TestPlacesOfANode: a place is reserved for each endorsement key, and no key takes
+// another's.
+func TestPlacesOfANode(t *testing.T) {
+	r := newRig(t)
+	ek := r.options.Verifier.Nodes["alpha"].EK
+	var leave []func()
+	for range maxNodePlaces {
+		l, ok := r.server.places.take(ek)
+		if !ok {
+			t.Fatal("no place")
+		}
+		leave = append(leave, l)
+	}
+	r.refused("one too many", r.ask(r.client()), seal.CauseUnavailable, "too many exchanges of this node")
+	if l, ok := r.server.places.take("sha256:another"); !ok {
+		t.Error("another node has no place")
+	} else {
+		l()
+	}
+	leave[0]()
+	leave[0]() // once is enough
+	r.works("as soon as one has ended")
+	if _, ok := r.server.places.take(ek); !ok {
+		t.Error("the exchange left no place")
+	}
+	if _, ok := r.server.places.take(ek); ok {
+		t.Error("a place was given twice")
+	}
+}
+
+// TestOneExchangePerConnection: a second stream is refused, so that a connection's time
+// is that of one exchange.
+func TestOneExchangePerConnection(t *testing.T) {
+	r := newRig(t)
+	first := r.raw()
+	if err := first.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	_ = lastOf(first)
+	second, err := r.again(first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lastOf(second); status.Code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), "one exchange") {
+		t.Error(err)
+	}
+}
+
+// TestReplace: what is registered anew counts at once, also for an exchange that has
+// begun, and so does the certificate.
+func TestReplace(t *testing.T) {
+	r := newRig(t)
+	there, goOn, done := make(chan struct{}), make(chan struct{}), make(chan error)
+	begin := func() {
+		go func() { done <- r.ask(held{r, there, goOn}) }()
+		<-there
+	}
+	begin()
+	close(goOn)
+	if err := <-done; !strings.HasSuffix(fmt.Sprint(err), "signed") {
+		t.Fatalf("nothing was replaced: %v", err)
+	}
+	goOn = make(chan struct{})
+	begin()
+	without := *r.options.Verifier
+	without.Nodes = map[string]remote.Registration{}
+	r.server.Replace(&without, r.options.Certificate)
+	close(goOn)
+	if err := <-done; !strings.Contains(fmt.Sprint(err), errChanged.Error()) {
+		t.Errorf("an exchange that had begun: %v", err)
+	}
+	r.refused("a node that was taken out", r.ask(r.client()), seal.CauseAttestation, "is not registered")
+	other := certificate(t, "verifier.example", nil)
+	r.server.Replace(r.options.Verifier, other)
+	r.refused("the former certificate", r.ask(r.client()), seal.CauseUnavailable, "not the one that is configured")
+	r.options.Certificate = other
+	r.works("the new certificate")
+}

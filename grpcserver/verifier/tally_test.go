@@ -1,0 +1,131 @@
+package verifier
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+)
+
+// TestRefusalsBeforeTheProofAreSummedUp: one line in the audit log and one in the log
+// for any number of them, and each is answered.
+func TestRefusalsBeforeTheProofAreSummedUp(t *testing.T) {
+	r := newRig(t)
+	const times = 7
+	for range times {
+		r.refused("a stranger", r.ask(altered{Channel: r.client(), hello: func(h *remote.Hello) { h.Node = "stranger" }}), seal.CauseAttestation, "is not registered")
+	}
+	if len(r.verdicts) != 0 {
+		t.Errorf("%d lines were written at once", len(r.verdicts))
+	}
+	if n := strings.Count(r.log.String(), `msg="evidence refused"`); n != 1 {
+		t.Errorf("%d lines in the log", n)
+	}
+	v := r.lastVerdict()
+	if v.Count != times || v.Accepted || v.Node != "stranger" || v.Check != string(remote.CheckNode) || v.Peer != "127.0.0.1" || v.Since.After(v.Time) || len(r.verdicts) != 1 {
+		t.Errorf("%d lines, the last one: %+v", len(r.verdicts), v)
+	}
+	r.refused("the next interval", r.ask(altered{Channel: r.client(), hello: func(h *remote.Hello) { h.Node = "stranger" }}), seal.CauseAttestation)
+	if n := strings.Count(r.log.String(), `msg="evidence refused"`); n != 2 {
+		t.Errorf("%d lines in the log", n)
+	}
+	if v := r.lastVerdict(); v.Count != 1 || !strings.HasPrefix(v.Peer, "127.0.0.1:") {
+		t.Errorf("%+v", v)
+	}
+}
+
+// TestTallyIsBounded: a stranger who varies all that can be varied adds a line per
+// check at most, and hides no other stranger's kind.
+func TestTallyIsBounded(t *testing.T) {
+	var written []*Verdict
+	tally := &tally{write: func(v []*Verdict) error { written = append(written, v...); return nil }}
+	checks := []string{"node", "cluster", "proof"}
+	const peers = 4 * maxTallied
+	for i := range peers {
+		for _, check := range checks {
+			from := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 32)
+			tally.add(kind{check: check, from: from}, &Verdict{Check: check, Time: time.Now()})
+		}
+	}
+	tally.flush()
+	total := 0
+	for _, v := range written {
+		total += v.Count
+	}
+	if len(written) > maxTallied+len(checks) || total != peers*len(checks) {
+		t.Errorf("%d lines for %d refusals", len(written), total)
+	}
+	if tally.flush(); tally.timer != nil || len(tally.kinds) != 0 {
+		t.Error("something is left")
+	}
+}
+
+// TestTallyKeepsWhatCantBeWritten until it can.
+func TestTallyKeepsWhatCantBeWritten(t *testing.T) {
+	full := errors.New("no space left on device")
+	var written []*Verdict
+	tally := &tally{write: func(v []*Verdict) error {
+		if full == nil {
+			written = append(written, v...)
+		}
+		return full
+	}}
+	k := kind{check: "node"}
+	tally.add(k, &Verdict{})
+	tally.flush()
+	if tally.timer == nil {
+		t.Error("it is not tried again")
+	}
+	tally.add(k, &Verdict{})
+	full = nil
+	if tally.flush(); len(written) != 1 || written[0].Count != 2 {
+		t.Errorf("%v", written)
+	}
+}
+
+// TestMetrics: each outcome is counted, from zero on.
+func TestMetrics(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	r := newRig(t, func(o *Options) { o.Registerer = registry })
+	exchanges := func(o outcome) float64 {
+		return testutil.ToFloat64(r.server.metrics.exchanges.WithLabelValues(string(o)))
+	}
+	if n, err := testutil.GatherAndCount(registry, "kleidi_verifier_exchanges_total", "kleidi_verifier_refusals_total", "kleidi_verifier_connections_dropped_total",
+		"kleidi_verifier_connections", "kleidi_verifier_nodes", "kleidi_verifier_audit_failures_total"); err != nil || n != 6+len(remote.Checks())+2+2+1+1 {
+		t.Errorf("%d series at the start, %v", n, err)
+	}
+	r.works("an ordinary exchange")
+	_ = r.ask(altered{Channel: r.client(), hello: func(h *remote.Hello) { h.Node = "x" }})
+	_ = r.ask(altered{Channel: r.client(), evidence: func(e *remote.Evidence) { e.FirmwareLog = nil }})
+	_ = r.ask(odd{r, statement(&Statement{})})
+	leave, _ := r.server.places.take(r.options.Verifier.Nodes["alpha"].EK)
+	leave2, _ := r.server.places.take(r.options.Verifier.Nodes["alpha"].EK)
+	_ = r.ask(r.client())
+	leave()
+	leave2()
+	r.noRecord = errors.New("no space left on device")
+	_ = r.ask(r.client())
+	for _, o := range []outcome{outcomeAccepted, outcomeUnproven, outcomeRefused, outcomeEnded, outcomeBusy, outcomeFailed} {
+		r.eventually(fmt.Sprintf("%s is counted once", o), func() bool { return exchanges(o) == 1 })
+	}
+	if n := testutil.ToFloat64(r.server.metrics.refusals.WithLabelValues(string(remote.CheckNode))); n != 1 {
+		t.Errorf("%v refusals of unknown nodes", n)
+	}
+	if at := testutil.ToFloat64(r.server.metrics.accepted.WithLabelValues("alpha")); at == 0 {
+		t.Error("when alpha was accepted is not shown")
+	}
+	if n := testutil.ToFloat64(r.server.metrics.audit); n != 1 {
+		t.Errorf("%v audit failures", n)
+	}
+	if _, err := NewServer(Options{Verifier: r.options.Verifier, Registerer: registry}); err == nil {
+		t.Error("the metrics are registered twice")
+	}
+}
