@@ -55,6 +55,11 @@ const (
 	CauseMemory Cause = "memory-not-lockable"
 	// CauseStore: the keyring or the anchor could not be read or saved.
 	CauseStore Cause = "store-failed"
+	// CauseNodeRemoved: the shared keyring does not list this node any more.
+	CauseNodeRemoved Cause = "node-removed"
+	// CauseForked: two shared keyrings of one cluster exist of which neither follows the
+	// other.
+	CauseForked Cause = "forked"
 	// CauseStarting: the first attempt to unlock has not ended yet.
 	CauseStarting Cause = "starting"
 )
@@ -63,7 +68,7 @@ const (
 func Causes() []Cause {
 	return []Cause{
 		CauseBootState, CauseEpoch, CauseAttestation, CauseBootPolicy, CauseLockout, CauseOtherTPM, CauseTPMCleared, CauseUnavailable, CauseKeyMissing, CauseCredentials,
-		CauseSlotCorrupt, CauseKeyringMissing, CauseKeyringCorrupt, CauseAnchor, CauseNoSlot, CauseMemory, CauseStore, CauseStarting,
+		CauseSlotCorrupt, CauseKeyringMissing, CauseKeyringCorrupt, CauseAnchor, CauseNoSlot, CauseMemory, CauseStore, CauseNodeRemoved, CauseForked, CauseStarting,
 	}
 }
 

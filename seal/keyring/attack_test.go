@@ -22,11 +22,11 @@ func forge(t testing.TB, body []byte, kek *seal.Secret) []byte {
 }
 
 // edited returns the golden keyring's body after edit, encoded anew.
-func edited(t testing.TB, edit func(b *body1)) []byte {
+func edited(t testing.TB, edit func(b *document)) []byte {
 	t.Helper()
 	u := must[*Untrusted](t)(Parse(golden(t, "keyring.json")))
 	edit(u.doc)
-	return must[[]byte](t)(encode(u.doc))
+	return must[[]byte](t)(encodeBody(u.doc))
 }
 
 func open(file []byte, kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
@@ -128,14 +128,14 @@ func TestEnvelope(t *testing.T) {
 // TestBody is about bodies whose MAC verifies: the parser doesn't rely on it.
 func TestBody(t *testing.T) {
 	kek := newKEK(t, 0x81)
-	body := string(edited(t, func(*body1) {}))
+	body := string(edited(t, func(*document) {}))
 	many := func(n int, s seal.Slot) (out []seal.Slot) {
 		for range n {
 			out = append(out, s)
 		}
 		return out
 	}
-	edit := func(f func(b *body1)) string { return string(edited(t, f)) }
+	edit := func(f func(b *document)) string { return string(edited(t, f)) }
 	slot := seal.Slot{Type: "tpm", Node: "cp-1", Data: []byte("{}")}
 	for name, b := range map[string]string{
 		"empty":              "",
@@ -151,35 +151,35 @@ func TestBody(t *testing.T) {
 		"other case":         strings.Replace(body, `"revision"`, `"Revision"`, 1),
 		"trailing bytes":     body + "{}",
 		"white space":        body + " ",
-		"revision 0":         edit(func(b *body1) { b.Revision = 0 }),
-		"revision 2^53":      edit(func(b *body1) { b.Revision = 1 << 53 }),
+		"revision 0":         edit(func(b *document) { b.Revision = 0 }),
+		"revision 2^53":      edit(func(b *document) { b.Revision = 1 << 53 }),
 		"negative revision":  strings.Replace(body, `"revision":6`, `"revision":-6`, 1),
 		"upper-case cluster": strings.Replace(body, `0c0d0e0f`, `0C0D0E0F`, 1),
 		"time zone":          strings.Replace(body, `12:00:00Z`, `12:00:00+00:00`, 1),
 		"fraction":           strings.Replace(body, `12:00:00Z`, `12:00:00.0Z`, 1),
-		"no slots":           edit(func(b *body1) { b.Current.Slots = nil }),
-		"17 slots":           edit(func(b *body1) { b.Current.Slots = many(MaxSlots+1, slot) }),
-		"17 staged slots":    edit(func(b *body1) { b.Staged.Slots = many(MaxSlots+1, slot) }),
-		"unknown node":       edit(func(b *body1) { b.Current.Slots[0].Node = "cp-3" }),
-		"big slot": edit(func(b *body1) {
+		"no slots":           edit(func(b *document) { b.Current.Slots = nil }),
+		"17 slots":           edit(func(b *document) { b.Current.Slots = many(MaxSlots+1, slot) }),
+		"17 staged slots":    edit(func(b *document) { b.Staged.Slots = many(MaxSlots+1, slot) }),
+		"unknown node":       edit(func(b *document) { b.Current.Slots[0].Node = "cp-3" }),
+		"big slot": edit(func(b *document) {
 			b.Current.Slots[0].Data = []byte(`{"a":"` + strings.Repeat("a", seal.MaxSlotData) + `"}`)
 		}),
-		"slot no object":      edit(func(b *body1) { b.Current.Slots[0].Data = []byte(`"x"`) }),
-		"slot type":           edit(func(b *body1) { b.Current.Slots[0].Type = "../x" }),
-		"key ID":              edit(func(b *body1) { b.Current.KeyID = b.Current.KeyID[:54] }),
-		"key ID prefix":       edit(func(b *body1) { b.Current.KeyID = "k2-" + b.Current.KeyID[3:] }),
-		"key ID loose base32": edit(func(b *body1) { b.Current.KeyID = b.Current.KeyID[:54] + "r" }),
-		"staged is current":   edit(func(b *body1) { b.Staged.KeyID = b.Current.KeyID }),
-		"retired is current":  edit(func(b *body1) { b.Retired[0].KeyID = b.Current.KeyID }),
-		"retired is staged":   edit(func(b *body1) { b.Retired[0].KeyID = b.Staged.KeyID }),
-		"retired twice":       edit(func(b *body1) { b.Retired[1].KeyID = b.Retired[0].KeyID }),
-		"257 retired":         edit(func(b *body1) { b.Retired = manyRetired(MaxRetired + 1) }),
-		"retired short":       edit(func(b *body1) { b.Retired[0].Sealed = b.Retired[0].Sealed[1:] }),
-		"65 nodes":            edit(func(b *body1) { b.Nodes = manyNodes(MaxNodes + 1) }),
-		"node name":           edit(func(b *body1) { b.Nodes[1].Name = "a/b" }),
-		"node twice":          edit(func(b *body1) { b.Nodes[1].Name = "cp-1" }),
-		"EK twice":            edit(func(b *body1) { b.Nodes[1].EK = b.Nodes[0].EK }),
-		"EK":                  edit(func(b *body1) { b.Nodes[1].EK = "sha1:00" }),
+		"slot no object":      edit(func(b *document) { b.Current.Slots[0].Data = []byte(`"x"`) }),
+		"slot type":           edit(func(b *document) { b.Current.Slots[0].Type = "../x" }),
+		"key ID":              edit(func(b *document) { b.Current.KeyID = b.Current.KeyID[:54] }),
+		"key ID prefix":       edit(func(b *document) { b.Current.KeyID = "k2-" + b.Current.KeyID[3:] }),
+		"key ID loose base32": edit(func(b *document) { b.Current.KeyID = b.Current.KeyID[:54] + "r" }),
+		"staged is current":   edit(func(b *document) { b.Staged.KeyID = b.Current.KeyID }),
+		"retired is current":  edit(func(b *document) { b.Retired[0].KeyID = b.Current.KeyID }),
+		"retired is staged":   edit(func(b *document) { b.Retired[0].KeyID = b.Staged.KeyID }),
+		"retired twice":       edit(func(b *document) { b.Retired[1].KeyID = b.Retired[0].KeyID }),
+		"257 retired":         edit(func(b *document) { b.Retired = manyRetired(MaxRetired + 1) }),
+		"retired short":       edit(func(b *document) { b.Retired[0].Sealed = b.Retired[0].Sealed[1:] }),
+		"65 nodes":            edit(func(b *document) { b.Nodes = manyNodes(MaxNodes + 1) }),
+		"node name":           edit(func(b *document) { b.Nodes[1].Name = "a/b" }),
+		"node twice":          edit(func(b *document) { b.Nodes[1].Name = "cp-1" }),
+		"EK twice":            edit(func(b *document) { b.Nodes[1].EK = b.Nodes[0].EK }),
+		"EK":                  edit(func(b *document) { b.Nodes[1].EK = "sha1:00" }),
 		"not UTF-8":           strings.Replace(body, "third", "\xff", 1),
 	} {
 		if b == body {
@@ -214,7 +214,7 @@ func manyRetired(n int) (out []retired) {
 
 // TestLimitsAreInclusive: what stands at a limit parses.
 func TestLimitsAreInclusive(t *testing.T) {
-	body := edited(t, func(b *body1) {
+	body := edited(t, func(b *document) {
 		b.Nodes, b.Retired, b.Revision = manyNodes(MaxNodes), manyRetired(MaxRetired), MaxRevision
 		for len(b.Current.Slots) <= MaxSlots { // one of the first is for no node
 			b.Current.Slots = append(b.Current.Slots, b.Current.Slots[0])
@@ -239,11 +239,11 @@ func TestSwaps(t *testing.T) {
 	seal1 := func(body []byte) []byte { // the MAC stays that of the golden keyring
 		return append(must[[]byte](t)(encode(envelope{Body: body, MAC: u.mac})), '\n')
 	}
-	_, err := open(seal1(edited(t, func(b *body1) { b.Current.Slots = b.Staged.Slots })), kek, nil)
+	_, err := open(seal1(edited(t, func(b *document) { b.Current.Slots = b.Staged.Slots })), kek, nil)
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "MAC")
-	_, err = open(seal1(edited(t, func(b *body1) { b.Current.Slots[0].Node = "cp-2" })), kek, nil)
+	_, err = open(seal1(edited(t, func(b *document) { b.Current.Slots[0].Node = "cp-2" })), kek, nil)
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "MAC")
-	_, err = open(seal1(edited(t, func(b *body1) { b.ClusterID[0] ^= 1 })), kek, nil)
+	_, err = open(seal1(edited(t, func(b *document) { b.ClusterID[0] ^= 1 })), kek, nil)
 	wantRefusal(t, err, seal.CauseSlotCorrupt, "cluster 01010203")
 	// The slot opened, but to the KEK of another keyring, or to a staged or retired one.
 	for _, first := range []byte{0x01, 0x41, 0xc1, 0x05} {
@@ -251,7 +251,7 @@ func TestSwaps(t *testing.T) {
 		wantRefusal(t, err, seal.CauseSlotCorrupt, string(u.CurrentID()))
 	}
 	// With a MAC that verifies: retired KEKs in each other's place, or of another cluster.
-	_, err = open(forge(t, edited(t, func(b *body1) {
+	_, err = open(forge(t, edited(t, func(b *document) {
 		b.Retired[0].Sealed, b.Retired[1].Sealed = b.Retired[1].Sealed, b.Retired[0].Sealed
 	}), kek), kek, nil)
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired")
@@ -277,12 +277,12 @@ func TestAttackersKEK(t *testing.T) {
 	// It may list the anchored key ID, but it can't hold the KEK.
 	doc := *theirs.doc
 	doc.Retired = []retired{{KeyID: anchor.KeyID, Created: newStamp(now), Retired: newStamp(now), Sealed: make([]byte, 60)}}
-	_, err = open(forge(t, must[[]byte](t)(encode(doc)), kek), kek, &anchor)
+	_, err = open(forge(t, must[[]byte](t)(encodeBody(&doc)), kek), kek, &anchor)
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired", string(anchor.KeyID))
 	kek.With(func(b []byte) { // the attacker's own KEK under the anchored key ID
 		doc.Retired[0].Sealed = aead(b, labelRetired).Seal(nil, nil, bytes.Repeat([]byte{7}, 32), retiredAAD(cluster, anchor.KeyID, theirs.CurrentID()))
 	})
-	_, err = open(forge(t, must[[]byte](t)(encode(doc)), kek), kek, &anchor)
+	_, err = open(forge(t, must[[]byte](t)(encodeBody(&doc)), kek), kek, &anchor)
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "retired", string(anchor.KeyID))
 }
 

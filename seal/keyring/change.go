@@ -13,11 +13,11 @@ import (
 // New makes the first revision of a cluster's keyring. On success the Keyring
 // owns kek.
 func New(cluster seal.ClusterID, kek *seal.Secret, slots []seal.Slot, nodes []Node, now time.Time) (*Keyring, error) {
-	doc := body1{
+	doc := document{
 		Format: format1, ClusterID: cluster, Nodes: slices.Clone(nodes),
 		Current: slotted{KeyID: NewKeyID(cluster, kek), Created: newStamp(now), Slots: cloneSlots(slots)},
 	}
-	k, err := build(doc, share(kek), nil)
+	k, err := build(doc, nil, share(kek), nil)
 	if err != nil {
 		return nil, fmt.Errorf("make keyring: %w", err)
 	}
@@ -34,7 +34,7 @@ func (k *Keyring) Stage(kek *seal.Secret, slots []seal.Slot, now time.Time) (*Ke
 	}
 	doc := *k.doc
 	doc.Staged = &slotted{KeyID: NewKeyID(doc.ClusterID, kek), Created: newStamp(now), Slots: cloneSlots(slots)}
-	next, err := build(doc, k.kek, share(kek))
+	next, err := build(doc, k.own, k.kek, share(kek))
 	if err != nil {
 		return nil, fmt.Errorf("stage KEK: %w", err)
 	}
@@ -63,7 +63,7 @@ func (k *Keyring) OpenStaged(kek *seal.Secret) (*Keyring, error) {
 		return nil, seal.Errorf(seal.CauseSlotCorrupt, hintRestore,
 			"the slot holds the KEK of key ID %s, the keyring says that %s is staged", got, k.doc.Staged.KeyID)
 	}
-	next := &Keyring{raw: k.raw, doc: k.doc, kek: k.kek.retain(), current: k.current, seeds: maps.Clone(k.seeds)}
+	next := &Keyring{raw: k.raw, body: k.body, mac: k.mac, doc: k.doc, own: k.own, kek: k.kek.retain(), current: k.current, seeds: maps.Clone(k.seeds)}
 	next.addStaged(share(kek))
 	return next, nil
 }
@@ -80,7 +80,7 @@ func (k *Keyring) StagedID() seal.KeyID {
 }
 
 // Abort ends a rotation before it is activated: it retires the staged KEK, which
-// must be open. The KEK stays readable because a node that is ahead of this keyring,
+// must be open. Format 2 notes that it was never current. The KEK stays readable because a node that is ahead of this keyring,
 // after the store was restored from an older snapshot, may have activated it already.
 func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
 	switch {
@@ -91,14 +91,14 @@ func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
 	}
 	doc := *k.doc
 	doc.Staged, doc.Retired = nil, slices.Clone(doc.Retired)
-	r := retired{KeyID: k.doc.Staged.KeyID, Created: k.doc.Staged.Created, Retired: newStamp(now)}
+	r := retired{KeyID: k.doc.Staged.KeyID, Created: k.doc.Staged.Created, Retired: newStamp(now), Unused: doc.Format >= format2}
 	withKEK(k.kek.secret, func(current []byte) {
 		withKEK(k.staged.secret, func(staged []byte) {
 			r.Sealed = aead(current, labelRetired).Seal(nil, nil, staged, retiredAAD(doc.ClusterID, r.KeyID, doc.Current.KeyID))
 		})
 	})
 	doc.Retired = append(doc.Retired, r)
-	next, err := build(doc, k.kek, nil)
+	next, err := build(doc, k.own, k.kek, nil)
 	if err != nil {
 		return nil, fmt.Errorf("abort: %w", err)
 	}
@@ -129,7 +129,7 @@ func (k *Keyring) GiveUpStaged() (*Keyring, error) {
 	}
 	doc := *k.doc
 	doc.Staged = nil
-	next, err := build(doc, k.kek, nil)
+	next, err := build(doc, k.own, k.kek, nil)
 	if err != nil {
 		return nil, fmt.Errorf("give up the staged KEK: %w", err)
 	}
@@ -142,13 +142,17 @@ func (k *Keyring) Activate(now time.Time) (*Keyring, error) {
 	if k.doc.Staged == nil || k.staged == nil {
 		return nil, errNothingStaged
 	}
+	if !k.Acknowledged() {
+		return nil, fmt.Errorf("activate KEK: this node has no slot of its own for %s yet", k.doc.Staged.KeyID)
+	}
 	doc := *k.doc
 	doc.Current, doc.Staged = *k.doc.Staged, nil
+	doc.Current.Slots = doc.Current.withoutImports(doc.Format)
 	doc.Retired = nil
 	if err := k.retireInto(&doc, newStamp(now)); err != nil {
 		return nil, fmt.Errorf("activate KEK: %w", err)
 	}
-	next, err := build(doc, k.staged, nil)
+	next, err := build(doc, k.own, k.staged, nil)
 	if err != nil {
 		return nil, fmt.Errorf("activate KEK: %w", err)
 	}
@@ -156,7 +160,7 @@ func (k *Keyring) Activate(now time.Time) (*Keyring, error) {
 }
 
 // retireInto fills doc.Retired with all KEKs of k but the staged one.
-func (k *Keyring) retireInto(doc *body1, now stamp) (err error) {
+func (k *Keyring) retireInto(doc *document, now stamp) (err error) {
 	withKEK(k.staged.secret, func(current []byte) {
 		c := aead(current, labelRetired)
 		reseal := func(r retired, old []byte) error {
@@ -178,11 +182,26 @@ func (k *Keyring) WithSlots(slots []seal.Slot) (*Keyring, error) {
 	return k.WithNodes(k.doc.Nodes, slots)
 }
 
-// WithNodes replaces the nodes and the slots of the current KEK.
+// WithNodes replaces the nodes and the slots of the current KEK. In format 2 the slots
+// of this node are the own section's, and a change of these alone keeps the revision;
+// which nodes there are is for WithNode and WithoutNode.
 func (k *Keyring) WithNodes(nodes []Node, slots []seal.Slot) (*Keyring, error) {
-	doc := *k.doc
+	doc, own := *k.doc, k.own
 	doc.Nodes, doc.Current.Slots = slices.Clone(nodes), cloneSlots(slots)
-	next, err := build(doc, k.kek, k.staged)
+	if k.doc.Format == format2 {
+		if !slices.EqualFunc(nodes, k.doc.Nodes, Node.sameTPM) {
+			return nil, errors.New("replace slots: other nodes than those of the keyring")
+		}
+		doc.Nodes = k.doc.Nodes
+		var err error
+		if own, err = k.own.splitFrom(&doc); err != nil {
+			return nil, fmt.Errorf("replace slots: %w", err)
+		}
+		if same, err := k.sameBody(&doc); same || err != nil {
+			return k.withSection(own, err)
+		}
+	}
+	next, err := build(doc, own, k.kek, k.staged)
 	if err != nil {
 		return nil, fmt.Errorf("replace slots: %w", err)
 	}
@@ -196,25 +215,38 @@ func (k *Keyring) AtLeast(revision uint64) (*Keyring, error) {
 	if revision > 0 {
 		doc.Revision = max(doc.Revision, revision-1)
 	}
-	next, err := build(doc, k.kek, k.staged)
+	next, err := build(doc, k.own, k.kek, k.staged)
 	if err != nil {
 		return nil, fmt.Errorf("raise revision: %w", err)
 	}
 	return next, nil
 }
 
-// build makes the keyring of doc's next revision. It reads back what it is about
-// to write, so that nothing is written that Parse or Open would refuse. The
-// keyring holds kek and staged, which may be nil, from then on.
-func build(doc body1, kek, staged *shared) (*Keyring, error) {
+// build makes the keyring of doc's next revision, with what remains of an own section
+// beside it. The keyring holds kek and staged, which may be nil, from then on.
+func build(doc document, own *section2, kek, staged *shared) (*Keyring, error) {
 	doc.Revision++
-	body, err := encode(&doc)
+	body, err := encodeBody(&doc)
 	if err != nil {
 		return nil, err
 	}
+	return assemble(body, own.beside(&doc), kek, staged)
+}
+
+// assemble makes the keyring of a body and an own section, which may be nil. It reads
+// back what it is about to write, so that nothing is written that Parse or Open would
+// refuse.
+func assemble(body []byte, own *section2, kek, staged *shared) (*Keyring, error) {
+	e := envelope{Body: body}
+	if own != nil {
+		var err error
+		if e.Section, err = encode(own); err != nil {
+			return nil, err
+		}
+	}
 	var k *Keyring
-	err = fmt.Errorf("the KEK is closed or not of %d bytes", seal.KEKSize)
-	withKEK(kek.secret, func(b []byte) { k, err = write(body, b) })
+	err := fmt.Errorf("the KEK is closed or not of %d bytes", seal.KEKSize)
+	withKEK(kek.secret, func(b []byte) { k, err = write(e, b) })
 	if err != nil {
 		return nil, err
 	}
@@ -223,8 +255,12 @@ func build(doc body1, kek, staged *shared) (*Keyring, error) {
 	return k, nil
 }
 
-func write(body, kek []byte) (*Keyring, error) {
-	file, err := encode(envelope{Body: body, MAC: bodyMAC(kek, body)})
+func write(e envelope, kek []byte) (*Keyring, error) {
+	e.MAC = bodyMAC(kek, e.Body)
+	if e.Section != nil {
+		e.SectionMAC = sectionMAC(kek, e.Section)
+	}
+	file, err := encode(e)
 	if err != nil {
 		return nil, err
 	}

@@ -15,7 +15,12 @@
 // last trusted names a KEK of this keyring. Hence whoever knows the anchored KEK
 // can write that node's keyring, and nobody else can.
 //
-// The format is frozen; docs/keyring-format.md describes it so that others can
-// read it, and testdata holds vectors. A change of format is a new version in a
-// new file beside format1.go.
+// In format 2 all nodes share one keyring. Each node keeps the slots that only its own
+// TPM opens in an own section, which never leaves it, and tells the others in a
+// [Record] what it trusts. [Follows] and [Precedes] are the rules by which it takes a
+// keyring that another node has changed.
+//
+// The formats are frozen; docs/keyring-format.md describes them so that others can
+// read them, and testdata holds vectors. A change of format is a new version in a
+// new file beside format1.go and format2.go.
 package keyring

@@ -29,10 +29,13 @@ const (
 
 const format1 = 1
 
-// envelope is the stored document, the same for every format.
+// envelope is the stored document. The own section is format 2's, and stands in a
+// node's file alone.
 type envelope struct {
-	Body []byte `json:"body"`
-	MAC  []byte `json:"mac"`
+	Body       []byte `json:"body"`
+	MAC        []byte `json:"mac"`
+	Section    []byte `json:"section,omitempty"`
+	SectionMAC []byte `json:"sectionMAC,omitempty"`
 }
 
 // body1 is the body of format 1. Members stand in this order.
@@ -42,33 +45,23 @@ type body1 struct {
 	Revision  uint64         `json:"revision"`
 	Current   slotted        `json:"current"`
 	Staged    *slotted       `json:"staged,omitempty"`
-	Retired   []retired      `json:"retired,omitempty"`
-	Nodes     []Node         `json:"nodes,omitempty"`
+	Retired   []retired1     `json:"retired,omitempty"`
+	Nodes     []node1        `json:"nodes,omitempty"`
 }
 
-// slotted is a KEK that is held in slots.
-type slotted struct {
-	KeyID   seal.KeyID  `json:"keyID"`
-	Created stamp       `json:"created"`
-	Slots   []seal.Slot `json:"slots"`
-}
-
-// retired is a KEK that is encrypted under the current one, in the order in
-// which they retired.
-type retired struct {
+// retired1 is a KEK that is encrypted under the current one, in the order in which
+// they retired.
+type retired1 struct {
 	KeyID   seal.KeyID `json:"keyID"`
 	Created stamp      `json:"created"`
 	Retired stamp      `json:"retired"`
 	Sealed  []byte     `json:"sealed"`
 }
 
-// Node is a control-plane machine.
-type Node struct {
-	// Name is its Kubernetes node name.
+// node1 is a control-plane machine. Its ek is empty if it has no TPM.
+type node1 struct {
 	Name string `json:"name"`
-	// EK is "sha256:" and the hexadecimal digest of the endorsement key's SPKI
-	// DER. It is empty for a node that has no TPM.
-	EK string `json:"ek,omitempty"`
+	EK   string `json:"ek,omitempty"`
 }
 
 // stamp is a time in whole seconds, RFC 3339, UTC.
@@ -221,7 +214,7 @@ func checkSlot(s seal.Slot, nodes map[string]bool) error {
 	return nil
 }
 
-func checkNodes(nodes []Node) (map[string]bool, error) {
+func checkNodes(nodes []node1) (map[string]bool, error) {
 	if len(nodes) > MaxNodes {
 		return nil, fmt.Errorf("%d nodes, at most %d", len(nodes), MaxNodes)
 	}

@@ -13,7 +13,7 @@ import (
 func history(t testing.TB, n int) []byte {
 	t.Helper()
 	kek := newKEK(t, 1)
-	doc := body1{Format: format1, ClusterID: cluster, Revision: uint64(n + 1), Nodes: nodes,
+	doc := document{Format: format1, ClusterID: cluster, Revision: uint64(n + 1), Nodes: nodes,
 		Current: slotted{KeyID: NewKeyID(cluster, kek), Created: newStamp(now), Slots: slots("one")}}
 	var file []byte
 	withKEK(kek, func(b []byte) {
@@ -25,7 +25,7 @@ func history(t testing.TB, n int) []byte {
 				doc.Retired = append(doc.Retired, r)
 			})
 		}
-		body := must[[]byte](t)(encode(&doc))
+		body := must[[]byte](t)(encodeBody(&doc))
 		file = must[[]byte](t)(encode(envelope{Body: body, MAC: bodyMAC(b, body)}))
 	})
 	return append(file, '\n')
@@ -51,7 +51,7 @@ func TestEachRetiredKEKIsChecked(t *testing.T) {
 			r := &doc.Retired[i]
 			r.Sealed = aead(b, labelRetired).Seal(nil, nil, other, retiredAAD(cluster, r.KeyID, doc.Current.KeyID))
 		})
-		_, err := open(forge(t, must[[]byte](t)(encode(&doc)), kek), kek, nil)
+		_, err := open(forge(t, must[[]byte](t)(encodeBody(&doc)), kek), kek, nil)
 		wantRefusal(t, err, seal.CauseKeyringCorrupt, string(doc.Retired[i].KeyID))
 	}
 }

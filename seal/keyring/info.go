@@ -10,6 +10,8 @@ import (
 type Info struct {
 	ClusterID seal.ClusterID `json:"clusterID"`
 	Revision  uint64         `json:"revision"`
+	Commit    Commit         `json:"commit,omitempty"` // of format 2
+	Seat      string         `json:"seat,omitempty"`
 	Current   KEKInfo        `json:"current"`
 	Staged    *KEKInfo       `json:"staged,omitempty"`
 	Retired   []RetiredInfo  `json:"retired"`
@@ -34,26 +36,28 @@ type RetiredInfo struct {
 	KeyID   seal.KeyID `json:"keyID"`
 	Created time.Time  `json:"created"`
 	Retired time.Time  `json:"retired"`
+	// Unused says that it was staged and never current. Format 1 does not say so.
+	Unused bool `json:"unused,omitempty"`
 }
 
-func (b *body1) info() Info {
+func (b *document) info(own *section2) Info {
 	i := Info{
-		ClusterID: b.ClusterID, Revision: b.Revision, Current: b.Current.info(),
+		ClusterID: b.ClusterID, Revision: b.Revision, Commit: b.Commit, Seat: b.Seat, Current: b.Current.info(own),
 		Retired: []RetiredInfo{}, Nodes: append([]Node{}, b.Nodes...),
 	}
 	if b.Staged != nil {
-		staged := b.Staged.info()
+		staged := b.Staged.info(own)
 		i.Staged = &staged
 	}
 	for _, r := range b.Retired {
-		i.Retired = append(i.Retired, RetiredInfo{KeyID: r.KeyID, Created: r.Created.Time, Retired: r.Retired.Time})
+		i.Retired = append(i.Retired, RetiredInfo{KeyID: r.KeyID, Created: r.Created.Time, Retired: r.Retired.Time, Unused: r.Unused})
 	}
 	return i
 }
 
-func (s *slotted) info() KEKInfo {
-	i := KEKInfo{KeyID: s.KeyID, Created: s.Created.Time}
-	for _, slot := range s.Slots {
+func (s *slotted) info(own *section2) KEKInfo {
+	i := KEKInfo{KeyID: s.KeyID, Created: s.Created.Time, Slots: []SlotInfo{}}
+	for _, slot := range viewOf(s, own) {
 		i.Slots = append(i.Slots, SlotInfo{Type: slot.Type, Node: slot.Node})
 	}
 	return i

@@ -13,8 +13,11 @@ import (
 // use it; a change makes a new one. Keyrings made of one another share their
 // KEKs, and each is closed on its own.
 type Keyring struct {
-	raw     []byte
-	doc     *body1
+	raw     []byte // body, MAC and, if there is one, own section, as stored
+	body    []byte
+	mac     []byte
+	doc     *document
+	own     *section2 // nil in format 1, and in what the cluster store holds
 	kek     *shared
 	staged  *shared // nil if none is staged or it was not opened
 	seeds   map[seal.KeyID]*dekSeeds
@@ -58,10 +61,10 @@ func (k *Keyring) Revision() uint64 { return k.doc.Revision }
 func (k *Keyring) ClusterID() seal.ClusterID { return k.doc.ClusterID }
 
 // Slots returns the slots of the current KEK.
-func (k *Keyring) Slots() []seal.Slot { return cloneSlots(k.doc.Current.Slots) }
+func (k *Keyring) Slots() []seal.Slot { return viewOf(&k.doc.Current, k.own) }
 
 // StagedSlots returns the slots of the staged KEK; there are none if none is staged.
-func (k *Keyring) StagedSlots() []seal.Slot { return stagedSlots(k.doc) }
+func (k *Keyring) StagedSlots() []seal.Slot { return viewOf(k.doc.Staged, k.own) }
 
 // Nodes returns the nodes.
 func (k *Keyring) Nodes() []Node { return slices.Clone(k.doc.Nodes) }
@@ -72,7 +75,7 @@ func (k *Keyring) Anchor() Anchor {
 }
 
 // Info describes the keyring.
-func (k *Keyring) Info() Info { return k.doc.info() }
+func (k *Keyring) Info() Info { return k.doc.info(k.own) }
 
 // Holds reports whether Decrypt knows the key ID.
 func (k *Keyring) Holds(id seal.KeyID) bool { return k.seeds[id] != nil }
@@ -135,13 +138,6 @@ func (h *shared) release() {
 	if h != nil && h.refs.Add(-1) == 0 {
 		h.secret.Close()
 	}
-}
-
-func stagedSlots(b *body1) []seal.Slot {
-	if b.Staged == nil {
-		return nil
-	}
-	return cloneSlots(b.Staged.Slots)
 }
 
 func cloneSlots(slots []seal.Slot) []seal.Slot {

@@ -7,4 +7,9 @@ const (
 	labelDEKSeed = "kleidi dek seed v1"
 	labelRetired = "kleidi retired kek v1"
 	labelMAC     = "kleidi keyring mac v1"
+
+	// Of format 2 and of records.
+	labelSection      = "kleidi own section mac v1"
+	labelRecord       = "kleidi node record mac v1"
+	labelAcknowledged = "kleidi acknowledgement v1"
 )

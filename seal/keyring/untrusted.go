@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -23,7 +22,11 @@ type Untrusted struct {
 	raw  []byte
 	body []byte // as stored, what the MAC covers
 	mac  []byte
-	doc  *body1
+	doc  *document
+
+	section    []byte // as stored, what the section's MAC covers; nil where there is none
+	sectionMAC []byte
+	own        *section2
 }
 
 // Parse reads a keyring. It accepts only the one encoding that [Keyring.Marshal]
@@ -58,32 +61,33 @@ func parse(b []byte) (*Untrusted, error) {
 	if len(e.MAC) != sha256.Size {
 		return nil, fmt.Errorf("mac has %d bytes, want %d", len(e.MAC), sha256.Size)
 	}
-	if err := checkFormat(e.Body); err != nil {
+	u := &Untrusted{raw: bytes.Clone(b), body: e.Body, mac: e.MAC, section: e.Section, sectionMAC: e.SectionMAC}
+	var err error
+	if u.doc, err = parseBody(e.Body); err != nil {
 		return nil, err
 	}
-	doc, err := parseBody1(e.Body)
-	if err != nil {
-		return nil, fmt.Errorf("body: %w", err)
+	if e.Section == nil && e.SectionMAC == nil {
+		return u, nil
 	}
-	return &Untrusted{raw: bytes.Clone(b), body: e.Body, mac: e.MAC, doc: doc}, nil
+	if u.own, err = parseBeside(&e, u.doc); err != nil {
+		return nil, fmt.Errorf("own section: %w", err)
+	}
+	return u, nil
 }
 
-// checkFormat reads the format alone: it decides how the rest reads. The form that
-// is written starts with it, and a second one is refused with the rest.
-func checkFormat(body []byte) error {
-	if bytes.HasPrefix(body, fmt.Appendf(nil, `{"format":%d,`, format1)) {
-		return nil
+// parseBeside reads the own section beside a shared keyring.
+func parseBeside(e *envelope, doc *document) (*section2, error) {
+	switch {
+	case doc.Format != format2:
+		return nil, fmt.Errorf("format %d has none", doc.Format)
+	case len(e.SectionMAC) != sha256.Size:
+		return nil, fmt.Errorf("sectionMAC has %d bytes, want %d", len(e.SectionMAC), sha256.Size)
 	}
-	var peek struct {
-		Format int `json:"format"`
+	s, err := parseSection2(e.Section)
+	if err != nil {
+		return nil, err
 	}
-	if err := json.Unmarshal(body, &peek); err != nil {
-		return fmt.Errorf("body: %w", clip(err))
-	}
-	if peek.Format != format1 {
-		return fmt.Errorf("%w %d, this version reads %d", errNewerFormat, peek.Format, format1)
-	}
-	return nil
+	return s, s.checkBeside(doc)
 }
 
 // ClusterID returns the cluster that the keyring claims.
@@ -96,20 +100,24 @@ func (u *Untrusted) Revision() uint64 { return u.doc.Revision }
 func (u *Untrusted) CurrentID() seal.KeyID { return u.doc.Current.KeyID }
 
 // Slots returns the slots of the current KEK.
-func (u *Untrusted) Slots() []seal.Slot { return cloneSlots(u.doc.Current.Slots) }
+func (u *Untrusted) Slots() []seal.Slot { return viewOf(&u.doc.Current, u.own) }
 
 // StagedSlots returns the slots of the staged KEK; there are none if none is staged.
-func (u *Untrusted) StagedSlots() []seal.Slot { return stagedSlots(u.doc) }
+func (u *Untrusted) StagedSlots() []seal.Slot { return viewOf(u.doc.Staged, u.own) }
 
 // Info describes the keyring. Nothing in it is vouched for.
-func (u *Untrusted) Info() Info { return u.doc.info() }
+func (u *Untrusted) Info() Info { return u.doc.info(u.own) }
+
+// Format returns the format.
+func (u *Untrusted) Format() int { return u.doc.Format }
 
 // Open makes a [Keyring] of u. It accepts kek, which came out of a slot, only
 // if, in this order:
 //
 //  1. kek matches the key ID of the current KEK in this cluster;
 //  2. the MAC over the body as stored verifies under kek;
-//  3. every retired KEK decrypts under kek and matches its own key ID;
+//  3. every retired KEK decrypts under kek and matches its own key ID, and the MAC
+//     over the own section, if there is one, verifies under kek;
 //  4. the anchored cluster is this one, and the anchored KEK is the current one or
 //     among the retired ones;
 //  5. the revision is not below the anchored one.
@@ -135,7 +143,7 @@ func (u *Untrusted) Open(kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
 // newOpen returns the keyring of u before it is opened. It allocates what it can
 // before a KEK is at hand: inside [seal.Erase] each allocation is slow.
 func newOpen(u *Untrusted) *Keyring {
-	k := &Keyring{raw: u.raw, doc: u.doc, seeds: make(map[seal.KeyID]*dekSeeds, len(u.doc.Retired)+2)}
+	k := &Keyring{raw: u.raw, body: u.body, mac: u.mac, doc: u.doc, own: u.own, seeds: make(map[seal.KeyID]*dekSeeds, len(u.doc.Retired)+2)}
 	k.addRetired()
 	return k
 }
@@ -151,7 +159,13 @@ func (u *Untrusted) open(k *Keyring, kek []byte) error {
 	}
 	k.current = newSeedCipher(u.doc.ClusterID, id, kek)
 	k.add(id, k.current)
-	return u.doc.eachRetired(kek, func(retired, []byte) error { return nil })
+	if err := u.doc.eachRetired(kek, func(retired, []byte) error { return nil }); err != nil {
+		return err
+	}
+	if u.own != nil && !hmac.Equal(sectionMAC(kek, u.section), u.sectionMAC) {
+		return seal.Errorf(seal.CauseKeyringCorrupt, hintRestore, "the MAC of node %s's own section does not verify under key ID %s", u.own.Node, id)
+	}
+	return nil
 }
 
 func (u *Untrusted) checkAnchor(anchor Anchor) error {
@@ -187,13 +201,13 @@ func retiredAAD(cluster seal.ClusterID, id, current seal.KeyID) []byte {
 
 // eachRetired decrypts every retired KEK under the current one, kek, and calls f
 // with it; f must not keep it.
-func (b *body1) eachRetired(kek []byte, f func(r retired, old []byte) error) error {
+func (b *document) eachRetired(kek []byte, f func(r retired, old []byte) error) error {
 	return b.openRetired(b.Retired, kek, f)
 }
 
 // openRetired decrypts some of the retired KEKs under the current one, kek, proves
 // each by its key ID, and calls f with it; f must not keep it.
-func (b *body1) openRetired(some []retired, kek []byte, f func(r retired, old []byte) error) error {
+func (b *document) openRetired(some []retired, kek []byte, f func(r retired, old []byte) error) error {
 	if len(some) == 0 {
 		return nil
 	}

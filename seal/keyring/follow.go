@@ -1,0 +1,172 @@
+package keyring
+
+import (
+	"bytes"
+	"crypto/hmac"
+	"errors"
+	"fmt"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// The rules by which a node takes another shared keyring in the place of its own, or
+// puts its own in the place of another. They read nothing but the two keyrings.
+
+// Why a keyring is not followed, although nothing is wrong with it.
+var (
+	// ErrInStep: it is the very keyring that the node has.
+	ErrInStep = errors.New("the keyring is the one that this node has")
+	// ErrOlder: its revision is lower. [Precedes] says whether the node's own is to take
+	// its place.
+	ErrOlder = errors.New("the keyring is of a lower revision than this node's")
+	// ErrStagedClosed: it is under the KEK that the node has staged, which is not open
+	// now. It can't be judged before it is.
+	ErrStagedClosed = errors.New("the keyring is under the staged KEK, which is not open on this node")
+)
+
+const (
+	hintForged = "find out who else writes the cluster store"
+	hintFork   = "compare the two on the nodes that hold them, and decide which one to keep"
+	hintRejoin = "join this node again, with a new approval"
+)
+
+// Follows returns nil if the node that has local takes remote in its place. It
+// demands, in this order:
+//
+//  1. both are of format 2, and of the same cluster;
+//  2. remote's current KEK is local's current one, or the staged one that this node
+//     has acknowledged. An honest rotation can't do otherwise, since it waits for this
+//     node. So a keyring with a KEK of an intruder's own is refused, although the
+//     intruder knows the anchored KEK;
+//  3. that KEK opens remote: key ID, MAC and retired KEKs, as in [Untrusted.Open];
+//  4. remote's revision is higher;
+//  5. local's current KEK is among remote's;
+//  6. remote lists this node, with the same endorsement key, storage root key and epoch
+//     index;
+//  7. remote does not go back from a commit in the cluster store to one in a file.
+//
+// The KEK is in memory, so that no gate and no slot is needed. An error is
+// [ErrStagedClosed] (2), [ErrInStep] or [ErrOlder] (4), or a [*seal.Error] with cause
+// seal.CauseAnchor (1, 2, 5, 7), one of Open's (3), seal.CauseForked (4) or
+// seal.CauseNodeRemoved (6).
+func Follows(local *Keyring, remote *Untrusted) error {
+	next, err := local.Follow(remote)
+	if err == nil {
+		next.Close()
+	}
+	return err
+}
+
+// Follow returns the keyring that the node has once it has taken remote in the place
+// of k: remote with k's own section, and with the KEKs that k holds open. It is an
+// error where [Follows] is one.
+func (k *Keyring) Follow(remote *Untrusted) (*Keyring, error) {
+	kek, err := k.followedKEK(remote)
+	if err != nil {
+		return nil, err
+	}
+	if err := k.checkFollowed(remote, kek); err != nil {
+		return nil, err
+	}
+	var staged *shared
+	if s := remote.doc.Staged; s != nil && s.KeyID == k.StagedID() {
+		staged = k.staged
+	}
+	next, err := assemble(remote.body, k.own.beside(remote.doc), kek, staged)
+	if err != nil {
+		return nil, fmt.Errorf("follow keyring: %w", err)
+	}
+	return next, nil
+}
+
+// followedKEK holds conditions 1 and 2.
+func (k *Keyring) followedKEK(remote *Untrusted) (*shared, error) {
+	if err := k.comparable(remote); err != nil {
+		return nil, err
+	}
+	switch id := remote.CurrentID(); {
+	case id == k.CurrentID():
+		return k.kek, nil
+	case id != k.StagedID():
+		return nil, seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d has the current key ID %s, which this node (revision %d, key ID %s) has never acknowledged",
+			remote.Revision(), id, k.Revision(), k.CurrentID())
+	case !k.Acknowledged():
+		return nil, seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d makes key ID %s current, which this node has not acknowledged yet", remote.Revision(), id)
+	case k.staged == nil:
+		return nil, ErrStagedClosed
+	}
+	return k.staged, nil
+}
+
+func (k *Keyring) comparable(remote *Untrusted) error {
+	if k.doc.Format != format2 || remote.doc.Format != format2 {
+		return seal.Errorf(seal.CauseAnchor, hintForged, "keyrings of format %d and %d can't follow each other", k.doc.Format, remote.doc.Format)
+	}
+	if k.ClusterID() != remote.ClusterID() {
+		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring is of cluster %s, this node is of cluster %s", remote.ClusterID(), k.ClusterID())
+	}
+	return nil
+}
+
+// checkFollowed holds conditions 3 to 7.
+func (k *Keyring) checkFollowed(remote *Untrusted, kek *shared) error {
+	err := remote.verify(kek.secret)
+	if err != nil {
+		return err
+	}
+	switch theirs, mine := remote.Revision(), k.Revision(); {
+	case theirs < mine:
+		return ErrOlder
+	case theirs == mine && bytes.Equal(remote.body, k.body):
+		return ErrInStep
+	case theirs == mine:
+		return seal.Errorf(seal.CauseForked, hintFork, "two keyrings of revision %d differ: neither follows the other", mine)
+	}
+	if err := remote.checkAnchor(k.Anchor()); err != nil {
+		return err
+	}
+	if self, ok := k.Self(); !ok {
+		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "the keyring of this node says not which node it is")
+	} else if now := remote.doc.node(self.Name); now == nil || !now.sameTPM(self) {
+		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "revision %d of the keyring does not hold this node, %s, with its TPM", remote.Revision(), self.Name)
+	}
+	if k.doc.Commit == CommitCluster && remote.doc.Commit != CommitCluster {
+		return seal.Errorf(seal.CauseAnchor, hintForged, "revision %d of the keyring goes back to a commit on one node", remote.Revision())
+	}
+	return nil
+}
+
+// verify makes the checks of Open that need no anchor, and keeps nothing.
+func (u *Untrusted) verify(kek *seal.Secret) error {
+	err := ErrClosed
+	withKEK(kek, func(b []byte) { err = u.open(newOpen(u), b) })
+	return err
+}
+
+// Precedes returns nil if local is published in the place of remote, which the cluster
+// store holds. It demands that both are of format 2 and of one cluster, that remote's
+// MAC verifies under the KEK that it names and that local holds, and that remote's
+// revision is lower: the cluster store was restored from an older snapshot. An error is
+// a [*seal.Error] with cause seal.CauseAnchor, or [ErrInStep] or seal.CauseForked as in
+// Follows.
+func Precedes(remote *Untrusted, local *Keyring) error {
+	if err := local.comparable(remote); err != nil {
+		return err
+	}
+	verified := false
+	if id := remote.CurrentID(); id != local.StagedID() {
+		local.withHeld(id, func(kek []byte) { verified = hmac.Equal(bodyMAC(kek, remote.body), remote.mac) })
+	}
+	theirs, mine := remote.Revision(), local.Revision()
+	switch {
+	case !verified:
+		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d under key ID %s is not from a KEK that this node holds", theirs, remote.CurrentID())
+	case theirs == mine && bytes.Equal(remote.body, local.body):
+		return ErrInStep
+	case theirs == mine:
+		return seal.Errorf(seal.CauseForked, hintFork, "two keyrings of revision %d differ: neither follows the other", mine)
+	case theirs > mine:
+		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d is of a higher revision than this node's, %d", theirs, mine)
+	}
+	return nil
+}

@@ -1,0 +1,266 @@
+package keyring
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// What format 2 adds: a keyring is shared by all nodes, but for each node's own
+// section.
+
+// Formats are the formats that this version reads.
+func Formats() []int { return []int{format1, format2} }
+
+// Format returns the format.
+func (k *Keyring) Format() int { return k.doc.Format }
+
+// Shared returns what the cluster store holds of a keyring of format 2: body and MAC,
+// and no own section. It is nil in format 1, whose slots are one node's.
+func (k *Keyring) Shared() []byte {
+	if k.doc.Format != format2 {
+		return nil
+	}
+	b, err := encode(envelope{Body: k.body, MAC: k.mac})
+	if err != nil {
+		panic(fmt.Sprintf("encode keyring: %v", err)) // bytes always encode
+	}
+	return append(b, '\n')
+}
+
+// Commit says where a change counts as made; it is "" in format 1.
+func (k *Keyring) Commit() Commit { return k.doc.Commit }
+
+// Seat returns the node that may change the shared keyring while Commit is
+// CommitLocal; "" is none.
+func (k *Keyring) Seat() string { return k.doc.Seat }
+
+// Self returns this node's entry: the one that the own section names or, in format 1,
+// the only one.
+func (k *Keyring) Self() (Node, bool) {
+	if k.own != nil {
+		return *k.doc.node(k.own.Node), true
+	}
+	if k.doc.Format == format1 && len(k.doc.Nodes) == 1 {
+		return k.doc.Nodes[0], true
+	}
+	return Node{}, false
+}
+
+// OwnSlots returns the own section's slots of the current KEK.
+func (k *Keyring) OwnSlots() []seal.Slot { return k.own.of(k.doc.Current.KeyID) }
+
+// OwnStagedSlots returns the own section's slots of the staged KEK.
+func (k *Keyring) OwnStagedSlots() []seal.Slot { return k.own.of(k.StagedID()) }
+
+// Acknowledged reports whether this node could start once the staged KEK is current.
+// In format 2 that takes slots of its own for it, where it has some for the current
+// one; in format 1 all slots are staged with the KEK.
+func (k *Keyring) Acknowledged() bool {
+	return k.doc.Staged != nil && (len(k.OwnSlots()) == 0 || len(k.OwnStagedSlots()) > 0)
+}
+
+// Upgrade returns the next revision in format 2, committed in the file of self, which
+// has to be the only node. Slots of that node become its own section. A rotation must
+// be over.
+func (k *Keyring) Upgrade(self Node) (*Keyring, error) {
+	switch only, ok := k.Self(); {
+	case k.doc.Format != format1:
+		return nil, fmt.Errorf("upgrade keyring: it is of format %d", k.doc.Format)
+	case k.doc.Staged != nil:
+		return nil, fmt.Errorf("upgrade keyring: key ID %s is staged; activate or abort it first", k.doc.Staged.KeyID)
+	case !ok || only.Name != self.Name || only.EK != self.EK:
+		return nil, fmt.Errorf("upgrade keyring: node %s is not its only node", self.Name)
+	}
+	doc := *k.doc
+	doc.Format, doc.Commit, doc.Seat, doc.Nodes = format2, CommitLocal, self.Name, []Node{self}
+	own := &section2{Format: format2, ClusterID: doc.ClusterID, Node: self.Name}
+	own, err := own.splitFrom(&doc)
+	if err != nil {
+		return nil, fmt.Errorf("upgrade keyring: %w", err)
+	}
+	next, err := build(doc, own, k.kek, nil)
+	if err != nil {
+		return nil, fmt.Errorf("upgrade keyring: %w", err)
+	}
+	return next, nil
+}
+
+// OnNode returns the shared keyring with an own section for a node: what that node
+// keeps in its file after it has joined. The slots are those of the current and of the
+// staged KEK. The revision stays.
+func (k *Keyring) OnNode(name string, current, staged []seal.Slot) (*Keyring, error) {
+	if k.doc.Format != format2 || k.doc.node(name) == nil {
+		return nil, fmt.Errorf("own section: node %s is not in a keyring of format %d", name, format2)
+	}
+	own := &section2{Format: format2, ClusterID: k.doc.ClusterID, Node: name}
+	return k.withOwnSlots(own, current, staged)
+}
+
+// WithOwnSlots replaces the slots of the own section. The revision stays.
+func (k *Keyring) WithOwnSlots(current, staged []seal.Slot) (*Keyring, error) {
+	if k.own == nil {
+		return nil, errors.New("own section: the keyring has none")
+	}
+	return k.withOwnSlots(k.own, current, staged)
+}
+
+func (k *Keyring) withOwnSlots(own *section2, current, staged []seal.Slot) (*Keyring, error) {
+	own = own.with(k.doc.Current.KeyID, current)
+	if k.doc.Staged != nil {
+		own = own.with(k.doc.Staged.KeyID, staged)
+	} else if len(staged) > 0 {
+		return nil, fmt.Errorf("own section: %w", errNothingStaged)
+	}
+	return k.withSection(own, nil)
+}
+
+// withSection returns the same shared keyring with another own section; err passes
+// through.
+func (k *Keyring) withSection(own *section2, err error) (*Keyring, error) {
+	if err != nil {
+		return nil, err
+	}
+	next, err := assemble(k.body, own.beside(k.doc), k.kek, k.staged)
+	if err != nil {
+		return nil, fmt.Errorf("own section: %w", err)
+	}
+	return next, nil
+}
+
+// splitFrom takes the slots of the section's node out of doc's current KEK, and returns
+// the section with them.
+func (s *section2) splitFrom(doc *document) (*section2, error) {
+	var own, common []seal.Slot
+	for _, slot := range doc.Current.Slots {
+		switch {
+		case slot.Node == "":
+			common = append(common, slot)
+		case s != nil && slot.Node == s.Node:
+			own = append(own, slot)
+		default:
+			return nil, fmt.Errorf("a %s slot of node %.64q, which only that node can keep", slot.Type, slot.Node)
+		}
+	}
+	doc.Current.Slots = common
+	if s == nil {
+		return nil, nil
+	}
+	return s.with(doc.Current.KeyID, own), nil
+}
+
+// sameBody reports whether doc is what the keyring's body says.
+func (k *Keyring) sameBody(doc *document) (bool, error) {
+	b, err := encodeBody(doc)
+	return bytes.Equal(b, k.body), err
+}
+
+// withoutImports returns the slots that remain when a staged KEK becomes current. In
+// format 1 a node's slot is no import slot.
+func (s *slotted) withoutImports(format int) []seal.Slot {
+	if format == format1 {
+		return s.Slots
+	}
+	return slices.DeleteFunc(slices.Clone(s.Slots), func(slot seal.Slot) bool { return slot.Node != "" })
+}
+
+// WithNode adds a node, or replaces the entry of that name.
+func (k *Keyring) WithNode(n Node, now time.Time) (*Keyring, error) {
+	n.Added = now
+	doc, err := k.changeNodes("add node "+n.Name, func(nodes []Node) []Node { return append(nodes, n) }, n.Name)
+	if err != nil {
+		return nil, err
+	}
+	return k.revise("add node "+n.Name, doc)
+}
+
+// WithoutNode removes another node, with its import slots.
+func (k *Keyring) WithoutNode(name string) (*Keyring, error) {
+	what := "remove node " + name
+	switch self, _ := k.Self(); {
+	case k.doc.node(name) == nil:
+		return nil, fmt.Errorf("%s: there is no such node", what)
+	case self.Name == name:
+		return nil, fmt.Errorf("%s: this is that node; run it on another one", what)
+	}
+	doc, err := k.changeNodes(what, func(nodes []Node) []Node { return nodes }, name)
+	if err != nil {
+		return nil, err
+	}
+	return k.revise(what, doc)
+}
+
+// changeNodes returns the document without a node, and with what add makes of the
+// others.
+func (k *Keyring) changeNodes(what string, add func([]Node) []Node, without string) (*document, error) {
+	if k.doc.Format != format2 {
+		return nil, fmt.Errorf("%s: a keyring of format %d is of one node", what, k.doc.Format)
+	}
+	doc := *k.doc
+	doc.Nodes = add(slices.DeleteFunc(slices.Clone(doc.Nodes), func(n Node) bool { return n.Name == without }))
+	if doc.Staged != nil {
+		staged := *doc.Staged
+		staged.Slots = slices.DeleteFunc(slices.Clone(staged.Slots), func(s seal.Slot) bool { return s.Node == without })
+		doc.Staged = &staged
+	}
+	return &doc, nil
+}
+
+// InCluster returns the revision from which on a change counts as made once it is in
+// the cluster store. There is no way back.
+func (k *Keyring) InCluster() (*Keyring, error) {
+	if k.doc.Format != format2 || k.doc.Commit != CommitLocal {
+		return nil, errors.New("hand over to the cluster store: the keyring is not committed by a node with the seat")
+	}
+	doc := *k.doc
+	doc.Commit, doc.Seat = CommitCluster, ""
+	return k.revise("hand over to the cluster store", &doc)
+}
+
+// Prune lets a retired KEK go. What is stored under it can't be read any more: the
+// caller has the proof that nothing is, and has archived the KEK.
+func (k *Keyring) Prune(id seal.KeyID) (*Keyring, error) {
+	doc := *k.doc
+	doc.Retired = slices.DeleteFunc(slices.Clone(doc.Retired), func(r retired) bool { return r.KeyID == id })
+	if len(doc.Retired) == len(k.doc.Retired) {
+		return nil, fmt.Errorf("prune: key ID %s is not that of a retired KEK", id)
+	}
+	return k.revise("prune", &doc)
+}
+
+func (k *Keyring) revise(what string, doc *document) (*Keyring, error) {
+	next, err := build(*doc, k.own, k.kek, k.staged)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what, err)
+	}
+	return next, nil
+}
+
+// withHeld calls f with the KEK of a key ID: the current one, the staged one if it is
+// open, or a retired one. It reports whether it called f.
+func (k *Keyring) withHeld(id seal.KeyID, f func(kek []byte)) (called bool) {
+	switch {
+	case id == "":
+		return false
+	case id == k.CurrentID():
+		return withKEK(k.kek.secret, f)
+	case id == k.StagedID():
+		return k.staged != nil && withKEK(k.staged.secret, f)
+	}
+	i := slices.IndexFunc(k.doc.Retired, func(r retired) bool { return r.KeyID == id })
+	if i < 0 {
+		return false
+	}
+	withKEK(k.kek.secret, func(kek []byte) {
+		err := k.doc.openRetired(k.doc.Retired[i:i+1], kek, func(_ retired, old []byte) error {
+			f(old)
+			return nil
+		})
+		called = err == nil
+	})
+	return called
+}
