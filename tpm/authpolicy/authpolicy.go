@@ -71,10 +71,32 @@ func (ts Terms) Digest() ([]byte, error) {
 // of [NonceSize] bytes. The first that the TPM refuses ends it, with one of this
 // package's errors where that is the reason. Next to the session, Authorized and
 // Signed need one free slot for a transient object; they free it again.
+//
+// A signer is asked once the other terms are known to hold, and before the terms that
+// count: an answer takes time, and a PCR that is extended after TPM2_PolicyPCR, by IMA
+// for instance, ends the session for good. Nothing is lost by the order: the signature
+// is for the session's nonce, and the TPM checks every term after it.
 func (ts Terms) Satisfy(t transport.TPM, session tpm2.Session) error {
 	if err := ts.check(); err != nil {
 		return err
 	}
+	if slices.ContainsFunc(ts, isSigned) {
+		if err := slices.DeleteFunc(slices.Clone(ts), isSigned).run(t, session); err != nil {
+			return err
+		}
+		agreed, err := ts.ask(session)
+		if err != nil {
+			return err
+		}
+		if err := policyRestart(t, session.Handle()); err != nil {
+			return fmt.Errorf("TPM2_PolicyRestart: %w", err)
+		}
+		ts = agreed
+	}
+	return ts.run(t, session)
+}
+
+func (ts Terms) run(t transport.TPM, session tpm2.Session) error {
 	for _, term := range ts {
 		if err := term.satisfy(t, session); err != nil {
 			return err

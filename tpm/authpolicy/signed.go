@@ -2,6 +2,7 @@ package authpolicy
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -21,6 +22,8 @@ type Signed struct {
 	// Sign asks the signer for the signature of [SignedHash] of nonceTPM and Ref.
 	// nil is a signer that cannot be asked. The TPM is open while it runs.
 	Sign func(nonceTPM []byte) (tpm2.TPMTSignature, error)
+
+	signature tpm2.TPMTSignature // what Sign returned, see Terms.ask
 }
 
 // SignedHash returns the SHA-256 hash that a [Signed] signer signs (aHash of
@@ -54,25 +57,40 @@ func (s Signed) extend(calc *tpm2.PolicyCalculator) error {
 	}.Update(calc)
 }
 
+func isSigned(t Term) bool { _, ok := t.(Signed); return ok }
+
+// ask has every signer agree to the session, and returns the terms with what they said.
+func (ts Terms) ask(session tpm2.Session) (Terms, error) {
+	agreed := slices.Clone(ts)
+	for i, term := range ts {
+		s, ok := term.(Signed)
+		if !ok {
+			continue
+		}
+		if err := checkRef(s.Ref); err != nil {
+			return nil, err
+		}
+		if s.Sign == nil {
+			return nil, fmt.Errorf("%w: there is no signer to ask", ErrSignature)
+		}
+		signature, err := s.Sign(session.NonceTPM().Buffer)
+		if err != nil {
+			return nil, err
+		}
+		if err := checkSignature(signature); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrSignature, err)
+		}
+		s.signature = signature
+		agreed[i] = s
+	}
+	return agreed, nil
+}
+
 func (s Signed) satisfy(t transport.TPM, session tpm2.Session) error {
-	if err := checkRef(s.Ref); err != nil {
-		return err
-	}
-	if s.Sign == nil {
-		return fmt.Errorf("%w: there is no signer to ask", ErrSignature)
-	}
-	nonce := session.NonceTPM()
-	signature, err := s.Sign(nonce.Buffer)
-	if err != nil {
-		return err
-	}
-	if err := checkSignature(signature); err != nil {
-		return fmt.Errorf("%w: %w", ErrSignature, err)
-	}
 	return withKey(t, s.Key, func(key tpm2.NamedHandle) error {
 		_, err := tpm2.PolicySigned{
-			AuthObject: key, PolicySession: session.Handle(), NonceTPM: nonce,
-			PolicyRef: tpm2.TPM2BNonce{Buffer: s.Ref}, Auth: signature,
+			AuthObject: key, PolicySession: session.Handle(), NonceTPM: session.NonceTPM(),
+			PolicyRef: tpm2.TPM2BNonce{Buffer: s.Ref}, Auth: s.signature,
 		}.Execute(t)
 		if err != nil {
 			return signatureError("TPM2_PolicySigned", err)
