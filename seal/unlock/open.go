@@ -31,16 +31,11 @@ func (u *Unlocker) attempt(ctx context.Context, timing *Timing) (*keyring.Keyrin
 // itself.
 func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, anchor *keyring.Anchor, timing *Timing) (*keyring.Keyring, Opener, error) {
 	start := time.Now()
-	if u.cfg.Ready != nil {
-		if err := u.cfg.Ready(); err != nil {
-			return nil, Opener{}, err
-		}
-	}
-	var gate error
-	if u.cfg.Gate != nil {
-		gate = u.cfg.Gate.Attest(ctx, untrusted.Slots())
-	}
+	gate, err := u.attest(ctx, untrusted.Slots())
 	timing.Gate = time.Since(start)
+	if err != nil {
+		return nil, Opener{}, err
+	}
 	start = time.Now()
 	kek, by, err := u.unwrap(ctx, untrusted.Slots(), gate)
 	timing.Slots = time.Since(start)
@@ -55,6 +50,20 @@ func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, a
 	k, by.Staged = u.openStaged(ctx, k, gate)
 	timing.Slots = time.Since(start)
 	return k, by, nil
+}
+
+// attest returns what the gate says of this boot; err is what keeps any KEK from being
+// opened, whatever the gate says.
+func (u *Unlocker) attest(ctx context.Context, slots []seal.Slot) (gate, err error) {
+	if u.cfg.Ready != nil {
+		if err := u.cfg.Ready(); err != nil {
+			return nil, err
+		}
+	}
+	if u.cfg.Gate != nil {
+		gate = u.cfg.Gate.Attest(ctx, slots)
+	}
+	return gate, nil
 }
 
 // openStaged opens the staged KEK of k, if there is one, so that this node can decrypt
