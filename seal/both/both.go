@@ -1,8 +1,9 @@
-// Package both needs two wrappers to open a KEK: two of two.
+// Package both implements two-of-two: a slot that opens only with two wrappers
+// together.
 //
-// The KEK is split into two shares, each of which alone says nothing: a random
-// one, and the KEK exclusive-or that one. Each is wrapped by a wrapper of its own,
-// and the slot holds both.
+// The KEK is split into two shares: a random one, and the exclusive-or of the KEK
+// and the random one. A single share reveals nothing about the KEK. Each wrapper
+// wraps one share, and the slot holds both wrapped shares.
 package both
 
 import (
@@ -18,11 +19,11 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// form is the version of slotData.
+// form names the version of slotData.
 const form = "both-v1"
 
-// slotData is the JSON in Slot.Data. All of it is untrusted: each part is read by
-// its own wrapper.
+// slotData is the JSON in Slot.Data. It is untrusted. The wrapper of each part parses
+// that part.
 type slotData struct {
 	Form  string  `json:"form"`
 	Parts [2]part `json:"parts"`
@@ -34,17 +35,18 @@ type part struct {
 	Data json.RawMessage `json:"data"`
 }
 
-// Part is a wrapper that can also wrap as an authenticated slot is wrapped.
+// Part is a wrapper that can also wrap a KEK in the same way as an authenticated slot.
 type Part interface {
 	seal.Wrapper
 	WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error)
 }
 
-// Wrapper wraps by both of two wrappers. It implements [seal.Wrapper].
+// Wrapper wraps a KEK so that two wrappers are needed to unwrap it. It implements
+// [seal.Wrapper].
 type Wrapper struct {
-	// Kind is the type of its slots.
+	// Kind is the type of the slots.
 	Kind string
-	// Node is the node of its slots, where one of the wrappers is bound to one.
+	// Node is the node of the slots. It is empty if neither wrapper is bound to a node.
 	Node          string
 	First, Second Part
 	Memory        seal.Memory
@@ -58,7 +60,7 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 	return w.WrapWith(ctx, kek, w.First.Wrap, w.Second.Wrap)
 }
 
-// WrapLike wraps kek as both parts of an authenticated slot are wrapped.
+// WrapLike wraps kek in the same way as the two parts of an authenticated slot.
 func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
 	if like.Type != w.Kind || like.Node != w.Node {
 		return seal.Slot{}, seal.ErrNotMine
@@ -70,11 +72,11 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 	return w.WrapWith(ctx, kek,
 		func(ctx context.Context, s *seal.Secret) (seal.Slot, error) {
 			slot, err := w.First.WrapLike(ctx, s, first)
-			return slot, w.half(w.First, err)
+			return slot, w.partError(w.First, err)
 		},
 		func(ctx context.Context, s *seal.Secret) (seal.Slot, error) {
 			slot, err := w.Second.WrapLike(ctx, s, second)
-			return slot, w.half(w.Second, err)
+			return slot, w.partError(w.Second, err)
 		})
 }
 
@@ -128,8 +130,8 @@ func (w *Wrapper) xor(a, b *seal.Secret) (*seal.Secret, error) {
 	return w.Memory.Take(out)
 }
 
-// Unwrap implements [seal.Wrapper]. Both wrappers are needed; the first to refuse
-// says why.
+// Unwrap implements [seal.Wrapper]. It needs both wrappers, and returns the error of
+// the first one that fails.
 func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
 	if slot.Type != w.Kind || slot.Node != w.Node {
 		return nil, seal.ErrNotMine
@@ -140,21 +142,21 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	}
 	a, err := w.First.Unwrap(ctx, first)
 	if err != nil {
-		return nil, w.half(w.First, err)
+		return nil, w.partError(w.First, err)
 	}
 	defer a.Close()
 	b, err := w.Second.Unwrap(ctx, second)
 	if err != nil {
-		return nil, w.half(w.Second, err)
+		return nil, w.partError(w.Second, err)
 	}
 	defer b.Close()
 	return w.xor(a, b)
 }
 
-// Holds has the second wrapper open its half of an authenticated slot that holds kek:
-// what answers to its name may be another one, with another key. Where the first one
-// opens its half too, which it does not for another boot state, both together have to
-// be kek.
+// Holds checks that the wrappers still open an authenticated slot that holds kek. The
+// second wrapper must open its part: a token or a server with another key may have
+// taken its name. The first wrapper does not open its part in another boot state. If
+// it does open it, the two shares must give kek.
 func (w *Wrapper) Holds(ctx context.Context, kek *seal.Secret, slot seal.Slot) error {
 	if slot.Type != w.Kind || slot.Node != w.Node {
 		return seal.ErrNotMine
@@ -165,7 +167,7 @@ func (w *Wrapper) Holds(ctx context.Context, kek *seal.Secret, slot seal.Slot) e
 	}
 	b, err := w.Second.Unwrap(ctx, second)
 	if err != nil {
-		return w.half(w.Second, err)
+		return w.partError(w.Second, err)
 	}
 	defer b.Close()
 	a, err := w.First.Unwrap(ctx, first)
@@ -179,22 +181,22 @@ func (w *Wrapper) Holds(ctx context.Context, kek *seal.Secret, slot seal.Slot) e
 	}
 	defer whole.Close()
 	if !whole.Equal(kek) {
-		return corrupt("both parts open, and are another KEK")
+		return corrupt("both parts open, but give another KEK")
 	}
 	return nil
 }
 
-// half says which half a wrapper does not know: the whole is this wrapper's, and no
-// other one opens it.
-func (w *Wrapper) half(part Part, err error) error {
+// partError replaces seal.ErrNotMine, the error of a part, by an error that names the
+// part. The slot as a whole is this wrapper's, so no other wrapper can open it.
+func (w *Wrapper) partError(part Part, err error) error {
 	if !errors.Is(err, seal.ErrNotMine) {
 		return err
 	}
 	return seal.Errorf(seal.CauseNoSlot, "see node and the settings of "+part.Type()+" in the configuration",
-		"%s: its half of %s is for another node, token or key than the configured one", w.Kind, part.Type())
+		"%s: the %s part is for another node, token or key than the configured one", w.Kind, part.Type())
 }
 
-// Parts returns the two slots within one, as untrusted as it is.
+// Parts returns the two slots inside a slot. They are as untrusted as that slot.
 func Parts(slot seal.Slot) (first, second seal.Slot, err error) {
 	var d slotData
 	if len(slot.Data) > seal.MaxSlotData {

@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/both"
 )
 
-// box keeps what it wraps in memory, by a number that the slot holds.
+// box is a wrapper that keeps shares in memory. Its slots hold the number of a share.
 type box struct {
 	kind string
 	mem  seal.Memory
@@ -75,7 +75,7 @@ func mustOpen(t *testing.T, w seal.Wrapper, s seal.Slot, kek *seal.Secret) {
 	}
 }
 
-// TestTwoOfTwo: both open together, each alone says nothing about the KEK.
+// TestTwoOfTwo: the two wrappers open a slot together, and a share alone is not the KEK.
 func TestTwoOfTwo(t *testing.T) {
 	w, first, second, kek := newBoth(t)
 	slot, err := w.Wrap(t.Context(), kek)
@@ -118,7 +118,7 @@ func TestTwoOfTwo(t *testing.T) {
 	mustOpen(t, w, slot, kek)
 }
 
-// TestForeignHalf: where one half is not for what is configured here, it is said which.
+// TestForeignHalf: the error names the part that the configured wrapper does not know.
 func TestForeignHalf(t *testing.T) {
 	w, first, second, kek := newBoth(t)
 	slot, err := w.Wrap(t.Context(), kek)
@@ -128,13 +128,13 @@ func TestForeignHalf(t *testing.T) {
 	for _, b := range []*box{first, second} {
 		kind := b.kind
 		b.kind = "other"
-		for what, try := range map[string]func() error{
+		for operation, try := range map[string]func() error{
 			"Unwrap":   func() error { _, err := w.Unwrap(t.Context(), slot); return err },
 			"WrapLike": func() error { _, err := w.WrapLike(t.Context(), kek, slot); return err },
 		} {
 			err := try()
-			if errors.Is(err, seal.ErrNotMine) || seal.CauseOf(err) != seal.CauseNoSlot || !strings.Contains(err.Error(), "one-two: its half of other is for another") {
-				t.Errorf("%s without %s: %v", what, kind, err)
+			if errors.Is(err, seal.ErrNotMine) || seal.CauseOf(err) != seal.CauseNoSlot || !strings.Contains(err.Error(), "one-two: the other part is for another") {
+				t.Errorf("%s without %s: %v", operation, kind, err)
 			}
 		}
 		b.kind = kind
@@ -142,7 +142,7 @@ func TestForeignHalf(t *testing.T) {
 	mustOpen(t, w, slot, kek)
 }
 
-// TestSwappedParts: shares of two KEKs do not make either.
+// TestSwappedParts: a share of one KEK and a share of another give neither KEK.
 func TestSwappedParts(t *testing.T) {
 	w, _, _, kek := newBoth(t)
 	_, _, _, other := newBoth(t)
@@ -178,7 +178,8 @@ func TestSwappedParts(t *testing.T) {
 	}
 }
 
-// TestHostileSlots are refused as damaged, those of others as not ours.
+// TestHostileSlots: malformed slots are refused as damaged, and slots of another type
+// or node as not ours.
 func TestHostileSlots(t *testing.T) {
 	w, _, _, kek := newBoth(t)
 	good, err := w.Wrap(t.Context(), kek)
@@ -209,8 +210,8 @@ func TestHostileSlots(t *testing.T) {
 	}
 }
 
-// TestHolds: the second wrapper has to open its half, and what it says has to be the
-// other half where the first one can tell.
+// TestHolds: the second wrapper must open its part. The two shares must give the KEK if
+// the first wrapper opens its part too.
 func TestHolds(t *testing.T) {
 	w, first, second, kek := newBoth(t)
 	slot, err := w.Wrap(t.Context(), kek)

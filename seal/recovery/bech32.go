@@ -2,9 +2,9 @@ package recovery
 
 const bech32Charset = "QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L"
 
-// encodeIdentity writes the text of the X25519 identity key, 32 bytes, to dst:
-// Bech32 (BIP 173) in upper case. age's own encoder returns a string, which
-// nobody could erase.
+// encodeIdentity writes the text of an X25519 identity to dst: the 32 bytes of key in
+// upper-case Bech32 (BIP 173). age's own encoder returns a string, which can't be
+// erased.
 func encodeIdentity(dst, key []byte) {
 	rest := dst[copy(dst, prefixX25519):]
 	sum := bech32Prefix(prefixX25519[:len(prefixX25519)-1])
@@ -32,8 +32,8 @@ func encodeIdentity(dst, key []byte) {
 	}
 }
 
-// bech32Prefix is the checksum's state after the human-readable part, which
-// counts as lower case.
+// bech32Prefix returns the state of the checksum after the human-readable part, which
+// is counted in lower case.
 func bech32Prefix(hrp string) uint32 {
 	lower := make([]byte, len(hrp))
 	for i := range hrp {

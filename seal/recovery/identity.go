@@ -9,20 +9,20 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Identities, as age writes them.
+// Prefixes of age identities.
 const (
 	prefixX25519      = "AGE-SECRET-KEY-1"
 	prefixPostQuantum = "AGE-SECRET-KEY-PQ-1"
 )
 
-// errIdentity quotes nothing of the identity, and neither does it wrap age's
-// error, which would.
+// errIdentity does not quote the identity. It does not wrap the error of age, which
+// quotes it.
 var errIdentity = seal.Errorf(seal.CauseCredentials,
 	"check it against the copy that you kept; it begins with "+prefixX25519+" or "+prefixPostQuantum,
 	"the recovery identity does not parse")
 
-// GenerateIdentity makes an X25519 identity and returns its text, 74
-// characters, which is to be shown once and closed, and its recipient.
+// GenerateIdentity returns the text of a new X25519 identity, 74 characters, and its
+// recipient. The caller shows the identity once and closes it.
 func GenerateIdentity(mem seal.Memory) (identity *seal.Secret, recipient string, err error) {
 	key, err := mem.New(32)
 	if err != nil {
@@ -34,7 +34,7 @@ func GenerateIdentity(mem seal.Memory) (identity *seal.Secret, recipient string,
 		return nil, "", err
 	}
 	key.With(func(k []byte) {
-		rand.Read(k) // never fails, see crypto/rand
+		rand.Read(k) // crypto/rand.Read never fails
 		identity.With(func(text []byte) { encodeIdentity(text, k) })
 	})
 	recipient, err = Recipient(identity)
@@ -45,8 +45,8 @@ func GenerateIdentity(mem seal.Memory) (identity *seal.Secret, recipient string,
 	return identity, recipient, nil
 }
 
-// Recipient returns the public key of identity, the text of an age identity or
-// of a file that holds one. Its error is of cause seal.CauseCredentials.
+// Recipient returns the public key of identity: the text of an age identity, or of a
+// file that holds one. An error has the cause seal.CauseCredentials.
 func Recipient(identity *seal.Secret) (recipient string, err error) {
 	err = withIdentity(identity, func(_ age.Identity, public string) error {
 		recipient = public
@@ -55,9 +55,9 @@ func Recipient(identity *seal.Secret) (recipient string, err error) {
 	return recipient, err
 }
 
-// withIdentity calls f with the parsed identity and its recipient. What age
-// makes of the identity stays on the heap until it is overwritten: age has no
-// way to erase it. That is the scalar, not the text.
+// withIdentity calls f with the parsed identity and its recipient. The scalar, which
+// age parses from the text, stays on the heap until it is overwritten: age can't
+// erase it.
 func withIdentity(identity *seal.Secret, f func(id age.Identity, recipient string) error) (err error) {
 	err = errIdentity
 	if identity == nil {
@@ -68,7 +68,8 @@ func withIdentity(identity *seal.Secret, f func(id age.Identity, recipient strin
 		if !ok {
 			return
 		}
-		// age wants a string; a conversion would leave a copy. age doesn't keep it.
+		// age parses a string and does not keep it. A conversion would leave a copy of
+		// the text behind.
 		text := unsafe.String(&line[0], len(line))
 		if bytes.HasPrefix(line, []byte(prefixPostQuantum)) {
 			if id, parseErr := age.ParseHybridIdentity(text); parseErr == nil {
@@ -83,7 +84,8 @@ func withIdentity(identity *seal.Secret, f func(id age.Identity, recipient strin
 	return err
 }
 
-// identityLine finds the one line of an identity file that is no comment.
+// identityLine returns the line of an identity file that is neither empty nor a
+// comment. There must be exactly one.
 func identityLine(b []byte) (line []byte, ok bool) {
 	for l := range bytes.Lines(b) {
 		l = bytes.TrimSpace(l)

@@ -1,10 +1,8 @@
-// Package recovery wraps KEKs for people: to age recipients
-// (age-encryption.org), whose identities the operator keeps away from the
-// machine. Wrapping needs the recipients only, which are public; unwrapping
-// needs one of the identities.
+// Package recovery wraps KEKs to age recipients (age-encryption.org). The operator
+// keeps their identities away from the machine. Wrapping takes the recipients, which
+// are public. Unwrapping takes one of the identities.
 //
-// A slot holds an ordinary age file of 32 bytes, so that the age command opens
-// it too.
+// A slot holds an ordinary age file of 32 bytes, so the age command opens it too.
 package recovery
 
 import (
@@ -25,16 +23,17 @@ import (
 
 // Limits.
 const (
-	// MaxRecipients bounds the recipients of a slot; so many post-quantum ones
-	// fit into seal.MaxSlotData.
+	// MaxRecipients is the maximum number of recipients of a slot: so many
+	// post-quantum ones fit into seal.MaxSlotData.
 	MaxRecipients = 6
-	// maxRecipient bounds a recipient, in characters; a post-quantum one has 1959.
+	// maxRecipient is the maximum size of a recipient in characters; a post-quantum
+	// one has 1959.
 	maxRecipient = 2048
 )
 
 const hintRestore = "run kleidi keyring restore with the previous revision or a backup"
 
-// Wrapper wraps to recipients. It unwraps if it was given an identity.
+// Wrapper wraps KEKs to recipients. With an identity it also unwraps them.
 type Wrapper struct {
 	mem        seal.Memory
 	names      []string
@@ -44,15 +43,15 @@ type Wrapper struct {
 
 // slotData is Slot.Data of a recovery slot.
 type slotData struct {
-	// Recipients are the public keys, for people to see; opening doesn't use them.
+	// Recipients are the public keys, for display; unwrapping doesn't use them.
 	Recipients []string `json:"recipients"`
 	// Age is the age file.
 	Age []byte `json:"age"`
 }
 
-// NewWrapper returns a wrapper to recipients, age1… or age1pq… each, 1 to
-// MaxRecipients of them; the two kinds don't mix. It can't unwrap, see
-// [Wrapper.WithIdentity].
+// NewWrapper returns a Wrapper for 1 to MaxRecipients recipients. All of them are
+// age1… keys or all of them are age1pq… keys: the two kinds don't mix. The Wrapper
+// can't unwrap; see [Wrapper.WithIdentity].
 func NewWrapper(mem seal.Memory, recipients []string) (*Wrapper, error) {
 	if len(recipients) == 0 || len(recipients) > MaxRecipients {
 		return nil, fmt.Errorf("%d recovery recipients; name 1 to %d", len(recipients), MaxRecipients)
@@ -76,8 +75,8 @@ func NewWrapper(mem seal.Memory, recipients []string) (*Wrapper, error) {
 
 func isPostQuantum(recipient string) bool { return strings.HasPrefix(recipient, "age1pq1") }
 
-// parseRecipient doesn't quote s in an error: it may be an identity, mistaken
-// for a recipient.
+// parseRecipient parses a recipient. Its errors do not quote s, because the operator
+// may have mistaken an identity for a recipient.
 func parseRecipient(s string) (age.Recipient, error) {
 	if len(s) > maxRecipient {
 		return nil, fmt.Errorf("more than %d characters", maxRecipient)
@@ -98,9 +97,9 @@ func parseRecipient(s string) (age.Recipient, error) {
 	return r, nil
 }
 
-// WithIdentity returns a wrapper that also unwraps what is wrapped to identity,
-// which is the text of an age identity or of a file that holds one. The caller
-// keeps identity and closes it after the wrapper's last use.
+// WithIdentity returns a copy of w that also unwraps the slots wrapped to identity:
+// the text of an age identity, or of a file that holds one. The caller owns identity
+// and closes it after the last use of the Wrapper.
 func (w *Wrapper) WithIdentity(identity *seal.Secret) (*Wrapper, error) {
 	if _, err := Recipient(identity); err != nil {
 		return nil, err
@@ -110,8 +109,8 @@ func (w *Wrapper) WithIdentity(identity *seal.Secret) (*Wrapper, error) {
 	return &with, nil
 }
 
-// NewOpener returns a wrapper that unwraps what is wrapped to identity, and
-// wraps to it alone.
+// NewOpener returns a Wrapper that unwraps the slots wrapped to identity, and wraps to
+// identity's recipient alone.
 func NewOpener(mem seal.Memory, identity *seal.Secret) (*Wrapper, error) {
 	recipient, err := Recipient(identity)
 	if err != nil {
@@ -124,9 +123,8 @@ func NewOpener(mem seal.Memory, identity *seal.Secret) (*Wrapper, error) {
 	return w.WithIdentity(identity)
 }
 
-// Recipients returns the recipients that a recovery slot names, so that the
-// next KEK can be wrapped to them. Nothing vouches for them unless the slot
-// comes from an open keyring.
+// Recipients returns the recipients that a recovery slot names, so that the next KEK
+// can be wrapped to them. They are untrusted, unless the slot is from an open keyring.
 func Recipients(slot seal.Slot) ([]string, error) {
 	if slot.Type != seal.TypeRecovery {
 		return nil, seal.ErrNotMine
@@ -141,7 +139,7 @@ func Recipients(slot seal.Slot) ([]string, error) {
 // Type returns seal.TypeRecovery.
 func (w *Wrapper) Type() string { return seal.TypeRecovery }
 
-// Wrap encrypts kek to all recipients; each of them alone can open the slot.
+// Wrap encrypts kek to all recipients. The identity of any one of them opens the slot.
 func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error) {
 	if err := ctx.Err(); err != nil {
 		return seal.Slot{}, unavailable(err)
@@ -174,12 +172,12 @@ func encrypt(dst io.Writer, kek []byte, recipients []age.Recipient) error {
 	if _, err := w.Write(kek); err != nil {
 		return err
 	}
-	return w.Close() // encrypts in place: no plaintext stays in its buffer
+	return w.Close() // Close encrypts in place, so no plaintext stays in the buffer
 }
 
-// Unwrap opens a slot with the identity. Without one, or with one that the slot
-// is not wrapped to, the error is seal.ErrNotMine; a slot that doesn't parse or
-// authenticate is seal.CauseSlotCorrupt.
+// Unwrap opens a slot with the identity. The error is seal.ErrNotMine if w has no
+// identity, or if the slot is not wrapped to it. It has the cause
+// seal.CauseSlotCorrupt if the slot doesn't parse or doesn't authenticate.
 func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
 	if slot.Type != seal.TypeRecovery || w.identity == nil {
 		return nil, seal.ErrNotMine
@@ -199,8 +197,8 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	if err != nil {
 		return nil, err
 	}
-	// age decrypts into buffers of 64 KiB, out of reach; the kernel takes them
-	// back, with the KEK in them, once they are collected.
+	// age decrypts into buffers of 64 KiB, which can't be erased from here. Collecting
+	// them gives them, with the KEK in them, back to the kernel.
 	debug.FreeOSMemory()
 	return kek, nil
 }
@@ -228,12 +226,12 @@ func parseSlot(slot seal.Slot) (data slotData, err error) {
 	}
 	strict, err := kjson.UnmarshalStrict(slot.Data, &data)
 	if err != nil || len(strict) > 0 || len(data.Recipients) > MaxRecipients {
-		return slotData{}, corrupt(errors.New("it is not of the form that kleidi writes"))
+		return slotData{}, corrupt(errors.New("it does not have the form that kleidi writes"))
 	}
 	return data, nil
 }
 
-// errAgeFile stands for errors of age, some of which quote the file at length.
+// errAgeFile replaces the errors of age, some of which quote the file at length.
 var errAgeFile = fmt.Errorf("the age file is damaged or holds no KEK of %d bytes", seal.KEKSize)
 
 func corrupt(err error) error {

@@ -36,7 +36,7 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-// identityOf puts text into a Secret, as reading a file or a terminal does.
+// identityOf returns text as a Secret.
 func identityOf(t testing.TB, text string) *seal.Secret {
 	t.Helper()
 	s, err := seal.Memory{}.Take([]byte(text))
@@ -62,7 +62,7 @@ func text(s *seal.Secret) (text string) {
 	return text
 }
 
-// TestGeneratedIdentityIsAges: the text is what age itself would write.
+// TestGeneratedIdentityIsAges: age encodes a generated identity to the same text.
 func TestGeneratedIdentityIsAges(t *testing.T) {
 	for range 20 {
 		identity, recipient, err := recovery.GenerateIdentity(seal.Memory{})
@@ -80,8 +80,9 @@ func TestGeneratedIdentityIsAges(t *testing.T) {
 	}
 }
 
-// TestAnyRecipientOpens, of either kind, with the identity given as text or as a
-// file of age-keygen; and plain age opens the slot, too.
+// TestAnyRecipientOpens: the identity of each recipient opens a slot. It may be of
+// either kind, and be given as text or as a file of age-keygen. Plain age opens the
+// slot too.
 func TestAnyRecipientOpens(t *testing.T) {
 	classic := func() (string, age.Identity, string) {
 		id, err := age.GenerateX25519Identity()
@@ -247,7 +248,7 @@ func TestIdentitiesRefused(t *testing.T) {
 	}
 }
 
-// TestOtherPayloads: an age file for the right identity that holds no KEK.
+// TestOtherPayloads: an age file for the right identity is refused if it holds no KEK.
 func TestOtherPayloads(t *testing.T) {
 	identity, recipient, err := recovery.GenerateIdentity(seal.Memory{})
 	if err != nil {
@@ -318,8 +319,8 @@ func TestSlotForm(t *testing.T) {
 	}
 }
 
-// TestNothingOutsideLockedMemory: neither the KEK nor the identity's text stays
-// behind in memory that a core file would show.
+// TestNothingOutsideLockedMemory: neither the KEK nor the text of the identity stays
+// in memory that a core file would show.
 func TestNothingOutsideLockedMemory(t *testing.T) {
 	watch := sealtest.NewWatch()
 	identity, _, err := recovery.GenerateIdentity(seal.Memory{})

@@ -6,11 +6,11 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Rewrapper wraps further KEKs to the recipients of slots that it is shown.
+// Rewrapper wraps a KEK to the recipients of another slot.
 type Rewrapper struct{ Memory seal.Memory }
 
-// WrapLike wraps kek to the recipients that a slot of an open keyring names. A
-// slot of another type is [seal.ErrNotMine].
+// WrapLike wraps kek to the recipients that like names, which is a slot of an open
+// keyring. The error is [seal.ErrNotMine] if like has another type.
 func (r Rewrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
 	recipients, err := Recipients(like)
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/recovery"
 )
 
-// TestWrapLike: the next KEK goes to the same recipients, and to no slot of
-// another type.
+// TestWrapLike: the next KEK is wrapped to the recipients of a recovery slot. Slots of
+// other types are refused.
 func TestWrapLike(t *testing.T) {
 	opener, next := newOpener(t), newKEK(t)
 	like, err := opener.Wrap(t.Context(), newKEK(t))

@@ -1,7 +1,7 @@
-// Package rotation changes the KEK of a keyring, and the slots that hold it.
+// Package rotation changes the KEK of a keyring and the slots that hold it.
 //
-// It makes keyrings and saves none: a change that fails half-way has changed
-// nothing.
+// Its functions return new keyrings and save none, so a change that fails half-way
+// has no effect.
 package rotation
 
 import (
@@ -15,18 +15,20 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// Rewrapper can wrap a KEK as an authenticated slot is
-// wrapped: for the same boot state, key or recipients.
+// Rewrapper can wrap a KEK in the same way as an authenticated slot: for the same boot
+// state, key or recipients.
 type Rewrapper interface {
-	// WrapLike returns seal.ErrNotMine for a slot that another wrapper made.
+	// WrapLike wraps kek in the same way as the slot like. The error is
+	// seal.ErrNotMine if another wrapper made that slot.
 	WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error)
 }
 
-// Wrap makes the slots of a KEK.
+// Wrap returns the slots of a KEK.
 type Wrap func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error)
 
-// Like wraps a KEK once for each of slots, as that slot is wrapped. A slot that
-// no wrapper can follow is an error: the new KEK must not have fewer ways in.
+// Like returns a Wrap that wraps a KEK once for each of slots, in the same way as that
+// slot. The Wrap fails if no wrapper can do so for one of them: the new KEK must not
+// have fewer slots than the old one.
 func Like(wrappers []Rewrapper, slots []seal.Slot) Wrap {
 	return func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
 		out := make([]seal.Slot, 0, len(slots))
@@ -41,7 +43,7 @@ func Like(wrappers []Rewrapper, slots []seal.Slot) Wrap {
 	}
 }
 
-// SlotError says which slot could not be followed.
+// SlotError names a slot like which the new KEK could not be wrapped.
 type SlotError struct {
 	Slot seal.Slot
 	Err  error
@@ -52,7 +54,7 @@ func (e *SlotError) Error() string {
 	return fmt.Sprintf("wrap the new KEK as the %s slot is: %v", e.Slot.Type, e.Err)
 }
 
-// Unwrap returns why.
+// Unwrap returns the reason.
 func (e *SlotError) Unwrap() error { return e.Err }
 
 func wrapLike(ctx context.Context, wrappers []Rewrapper, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
@@ -65,12 +67,12 @@ func wrapLike(ctx context.Context, wrappers []Rewrapper, kek *seal.Secret, like 
 	return seal.Slot{}, seal.Errorf(seal.CauseNoSlot, "configure the wrapper of that slot", "no configured wrapper made it")
 }
 
-// Rotate returns the revisions of a rotation on one node, which are to be saved in this
-// order: a fresh KEK is staged, then it is the current one, and the former one
-// retired and still readable. With the first of these two kept as the previous revision,
-// no single file is the only place of the fresh KEK. Each slot that can be opened
-// here was opened. Where an earlier rotation was interrupted and left a KEK staged, a
-// revision that retires it comes first.
+// Rotate returns the revisions of a rotation on one node. The caller saves them in this
+// order: in the first one a fresh KEK is staged; in the second one it is the current
+// KEK, and the former current KEK is retired. The first revision stays on disk as the
+// previous one, so that the fresh KEK is never in a single file only. If an
+// interrupted rotation left a KEK staged, a revision that retires that KEK comes
+// before these two. Rotate opens every new slot that can be opened here now.
 func Rotate(ctx context.Context, mem seal.Memory, k *keyring.Keyring, wrap Wrap, opener []seal.Wrapper, now time.Time) (revisions []*keyring.Keyring, err error) {
 	defer func() {
 		if err != nil {
@@ -107,8 +109,8 @@ func closeAll(revisions []*keyring.Keyring) {
 	}
 }
 
-// unstage ends a rotation that was interrupted. A staged KEK that does not open was
-// sealed to a boot state that is gone, and no node has announced it.
+// unstage ends an interrupted rotation. A staged KEK that does not open was sealed to a
+// boot state that has passed, and no node has announced it.
 func unstage(k *keyring.Keyring, now time.Time) (*keyring.Keyring, error) {
 	if k.Holds(k.StagedID()) {
 		return k.Abort(now)
@@ -121,16 +123,16 @@ func stage(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap,
 	if err != nil {
 		return nil, err
 	}
-	if err := prove(ctx, kek, slots, opener, true); err != nil {
+	if err := prove(ctx, kek, slots, opener, untryable); err != nil {
 		return nil, err
 	}
 	return k.Stage(kek, slots, now)
 }
 
-// Complete activates a staged KEK that a rotation left behind, where a wrapper
-// opens it: something may have been encrypted under it, if a later revision is
-// lost. It returns k itself where nothing is staged, and an error where what is
-// staged does not open.
+// Complete activates the staged KEK that an interrupted rotation left behind, if a
+// wrapper opens it. If a later revision was lost, seeds may have been encrypted under
+// that KEK. Complete returns k itself if no KEK is staged or no opener made a staged
+// slot, and an error if the staged KEK does not open.
 func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
 	if id := k.StagedID(); id != "" && k.Holds(id) {
 		return k.Activate(now)
@@ -161,35 +163,36 @@ func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, no
 	return k, nil
 }
 
-// ProveTryable is Prove for slots of which some may be for another boot state than
-// the present one, or no opener's own: those are passed over.
+// ProveTryable is Prove for the slots that can be tried. It passes over a slot for
+// another boot state than the present one, and over a slot that no opener made, such
+// as a recovery slot.
 func ProveTryable(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper) error {
-	return prove(ctx, kek, slots, opener, true)
+	return prove(ctx, kek, slots, opener, untryable)
 }
 
-// Prove opens each slot and compares what comes out: a slot that does not open
-// must be found before it is relied on. A slot that is no opener's own has not
-// been opened, and fails too.
+// untryable reports whether err says that a slot can't be tried here and now.
+func untryable(err error) bool {
+	return errors.Is(err, seal.ErrNotMine) || seal.CauseOf(err) == seal.CauseBootState
+}
+
+// Prove opens each slot and compares its KEK with kek, so that a slot that does not
+// open is found before anyone relies on it. It fails for a slot that no opener made.
 func Prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper) error {
-	return prove(ctx, kek, slots, opener, false)
+	return prove(ctx, kek, slots, opener, func(error) bool { return false })
 }
 
-// prove can pass over what can't be tried: slots that are no opener's own, such as
-// those for recovery, and slots for another boot state than the present one.
-func prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper, tryable bool) error {
+// prove proves the slots, except those whose error passOver accepts.
+func prove(ctx context.Context, kek *seal.Secret, slots []seal.Slot, opener []seal.Wrapper, passOver func(error) bool) error {
 	for _, s := range slots {
-		err := proveAny(ctx, kek, s, opener)
-		if tryable && (errors.Is(err, seal.ErrNotMine) || seal.CauseOf(err) == seal.CauseBootState) {
-			continue
-		}
-		if err != nil {
+		if err := proveAny(ctx, kek, s, opener); err != nil && !passOver(err) {
 			return fmt.Errorf("the new %s slot does not open, nothing was changed: %w", s.Type, err)
 		}
 	}
 	return nil
 }
 
-// proveAny has the first opener whose own slot it is open it.
+// proveAny proves s with the opener that made it. The error is seal.ErrNotMine if none
+// did.
 func proveAny(ctx context.Context, kek *seal.Secret, s seal.Slot, opener []seal.Wrapper) error {
 	err := seal.ErrNotMine
 	for _, w := range opener {

@@ -21,12 +21,12 @@ var (
 	mem = seal.Memory{}
 )
 
-// wrapper hides nothing, and fails as it is told to.
+// wrapper is a wrapper whose slots hold the KEK in plain, and that fails on demand.
 type wrapper struct {
 	name               string
 	wrapErr, unwrapErr error
-	swapped            *seal.Secret // what Unwrap returns a copy of instead
-	wraps              []string     // the slots that WrapLike followed
+	swapped            *seal.Secret // if set, Unwrap returns a copy of it
+	wraps              []string     // the texts of the slots given to WrapLike
 }
 
 type slotData struct {
@@ -117,8 +117,8 @@ func rewrappers(ws ...*wrapper) (out []rotation.Rewrapper) {
 	return out
 }
 
-// TestRotate: two revisions, each of which opens by the same wrappers, and a
-// fresh KEK in as many slots as the former one.
+// TestRotate: a rotation gives two revisions, which open with the same wrappers. The
+// fresh KEK has as many slots as the former one.
 func TestRotate(t *testing.T) {
 	a, b := &wrapper{name: "tpm"}, &wrapper{name: "recovery"}
 	kek := newKEK(t)
@@ -156,7 +156,7 @@ func TestRotate(t *testing.T) {
 	}
 }
 
-// reopen opens what would be stored, with the first slot that w made.
+// reopen opens the stored form of k with its first slot, which w made.
 func reopen(t testing.TB, k *keyring.Keyring, w *wrapper) *keyring.Keyring {
 	t.Helper()
 	u, err := keyring.Parse(k.Marshal())
@@ -175,7 +175,7 @@ func reopen(t testing.TB, k *keyring.Keyring, w *wrapper) *keyring.Keyring {
 	return opened
 }
 
-// TestRotateRefuses what would leave fewer ways in, or a slot that does not open.
+// TestRotateRefuses: a rotation fails if a slot can't be made or does not open.
 func TestRotateRefuses(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -205,8 +205,8 @@ func TestRotateRefuses(t *testing.T) {
 	}
 }
 
-// TestRotateWhileBootedOtherwise: a slot for the boot state of the next start
-// can't be tried now, and a rotation needs not.
+// TestRotateWhileBootedOtherwise: a slot for another boot state can't be tried now. A
+// rotation succeeds without trying it.
 func TestRotateWhileBootedOtherwise(t *testing.T) {
 	a := &wrapper{name: "tpm", unwrapErr: seal.Errorf(seal.CauseBootState, "x", "other PCRs")}
 	kek := newKEK(t)
@@ -218,7 +218,7 @@ func TestRotateWhileBootedOtherwise(t *testing.T) {
 	for _, r := range revisions {
 		r.Close()
 	}
-	// A slot for the present boot state has to open, though.
+	// A slot for the present boot state must open.
 	err = rotation.Prove(ctx, kek, k.Slots(), openers(a))
 	if seal.CauseOf(err) != seal.CauseBootState {
 		t.Errorf("Prove: %v", err)
@@ -231,7 +231,7 @@ func TestProve(t *testing.T) {
 	if err := rotation.Prove(ctx, kek, []seal.Slot{a.slot(kek, ""), b.slot(kek, "")}, openers(a, b)); err != nil {
 		t.Error(err)
 	}
-	// A slot that is no opener's own was not opened, so it is not proven.
+	// A slot that no opener made was not opened, so it is not proven.
 	if err := rotation.Prove(ctx, kek, []seal.Slot{a.slot(kek, ""), b.slot(kek, "")}, openers(a)); !errors.Is(err, seal.ErrNotMine) {
 		t.Errorf("a slot that nobody opened: %v", err)
 	}
@@ -251,7 +251,8 @@ func TestProve(t *testing.T) {
 	}
 }
 
-// stagedKeyring is what a rotation leaves that ended after its first revision.
+// stagedKeyring returns the keyring that a rotation leaves if it ends after its first
+// revision.
 func stagedKeyring(t *testing.T, a *wrapper) (k *keyring.Keyring, fresh seal.KeyID) {
 	t.Helper()
 	kek := newKEK(t)
