@@ -29,7 +29,8 @@ var borders = map[string][]string{
 	"tpm/nv":                         {"seal", "tpm", "tpm/authpolicy"},
 	"tpm/eventlog":                   {},
 	"tpm/bootpolicy":                 {"internal/strictyaml", "tpm/eventlog"},
-	"tpm/attest":                     {"seal", "tpm", "tpm/authpolicy", "tpm/bootpolicy", "tpm/eventlog"},
+	"tpm/bootrule":                   {"tpm/eventlog"},
+	"tpm/attest":                     {"seal", "tpm", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootrule", "tpm/eventlog"},
 	"tpm/predict":                    {"tpm/eventlog"},
 	"tpm/simboot/peimage":            {"tpm/eventlog", "tpm/predict"},
 	"tpm/bootstate":                  {"tpm/authpolicy"},
@@ -48,7 +49,7 @@ var borders = map[string][]string{
 	"internal/ownership":             {},
 	"internal/strictyaml":            {},
 	"internal/powerloss":             {},
-	"internal/config":                {"grpcserver/verifier", "hsm", "internal/strictyaml", "seal", "tpm", "tpm/attest", "tpm/nv", "vault"},
+	"internal/config":                {"grpcserver/verifier", "hsm", "internal/strictyaml", "seal", "tpm", "tpm/attest", "tpm/bootrule", "tpm/nv", "vault"},
 }
 
 // doors says through which folders a library enters.

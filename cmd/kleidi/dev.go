@@ -69,7 +69,7 @@ kleidi refuse. NOT for real Secrets: the recovery identity lies in the folder.`,
 	flags := cmd.Flags()
 	flags.StringVar(&d.dir, "dir", "", "the machine's folder (default $XDG_STATE_HOME/kleidi/dev, or ~/.local/state/kleidi/dev)")
 	flags.BoolVar(&d.once, "once", false, "stop after the self-check")
-	flags.StringVar(&loader, "loader", string(simboot.UKI), "how the machine boots: uki, grub or efi-stub")
+	flags.StringVar(&loader, "loader", string(simboot.UKI), "how the machine boots: uki, grub or efi-stub; direct, which measures nothing, is refused by kleidi init")
 	flags.StringVar(&d.boot.Kernel, "kernel", base.Kernel, "the kernel's version")
 	flags.StringVar(&d.boot.CommandLine, "command-line", base.CommandLine, "the kernel's command line")
 	flags.StringVar(&d.boot.Initrd, "initrd", base.Initrd, "the initrd's content")

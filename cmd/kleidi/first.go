@@ -187,7 +187,7 @@ func (n *node) firstTPM(ctx context.Context, kek *seal.Secret, opts initOptions)
 	if slot, err = n.wrapState(ctx, n.tpm, kek, state); err != nil {
 		return "", slot, err
 	}
-	return ek, slot, n.anchorable()
+	return ek, slot, n.anchorable(ctx)
 }
 
 // firstPolicy records the running boot as the boot policy, where the configuration
@@ -208,16 +208,12 @@ func (n *node) firstPolicy(ctx context.Context, opts initOptions) error {
 	return writeNew(path, p.Marshal())
 }
 
-// anchorable refuses an anchor that any boot could write: without Secure Boot, PCR 7 is
-// the same whatever is started.
-func (n *node) anchorable() error {
-	if n.cfg.Anchor.Store != config.AnchorTPM || !slices.Equal(n.cfg.Anchor.PCRs, []int{7}) {
+// anchorable refuses an anchor in the TPM that another boot could write.
+func (n *node) anchorable(ctx context.Context) error {
+	if n.cfg.Anchor.Store != config.AnchorTPM {
 		return nil
 	}
-	if on, known := n.gate.Last().Log.SecureBoot(); on && known {
-		return nil
-	}
-	return errors.New("anchor.store tpm: Secure Boot is off, and without it any boot could write the anchor; switch Secure Boot on, or bind the anchor to more with anchor.pcrs")
+	return n.gate.Holds(ctx, "write the anchor in the TPM", n.cfg.Anchor.PCRs, "bind the anchor to more with anchor.pcrs")
 }
 
 // vacant refuses to make a keyring where there is one, or was one: the previous

@@ -14,7 +14,6 @@ import (
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal/store"
 	"github.com/beezy-dev/kleidi/tpm"
-	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 	"github.com/beezy-dev/kleidi/tpm/predict"
@@ -108,7 +107,7 @@ func (n *node) predict(ctx context.Context, change predict.Change) (*prediction,
 	if len(n.cfg.TPM.PCRs) == 0 {
 		pcrs = p.log.BootType().PCRs(p.log)
 	}
-	if p.state, err = attest.Predicted(p.log, n.cfg.Bank(), pcrs); err != nil {
+	if p.state, err = n.gate.Next(p.log, pcrs); err != nil {
 		return nil, err
 	}
 	now, err := running.Log.Replay(n.cfg.Bank())

@@ -19,6 +19,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/bootrule"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/vault"
 )
@@ -62,12 +63,17 @@ func newNode(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, un
 		if err != nil {
 			return nil, fmt.Errorf("anchor.index: %w", err)
 		}
-		n.anchor = tpmAnchor{&nv.AnchorStore{Anchor: index, Device: device, Owner: owner, Bank: cfg.Bank(), PCRs: cfg.Anchor.PCRs}}
+		n.anchor = tpmAnchor{&nv.AnchorStore{Anchor: index, Device: device, Owner: owner, Bank: cfg.Bank(), PCRs: cfg.Anchor.PCRs, Holds: n.anchorable}}
 	}
 	n.gate = &attest.Gate{
 		Attester: attest.Attester{Device: device, Owner: owner,
 			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},
 		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs, Phase: cfg.TPM.Phase, Always: cfg.Unlock.RequireAttestation,
+	}
+	if cfg.TPM.AnySignedBoot {
+		n.gate.AnySigned = func(b bootrule.Binding) {
+			log.Warn("sealing to less than the whole boot, as tpm.anySignedBoot allows", "open", b.Describe(), "pcrs", b.PCRs)
+		}
 	}
 	if cfg.TPM.BootPolicy != "" {
 		n.gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return readPolicy(cfg.TPM.BootPolicy) }

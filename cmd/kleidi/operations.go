@@ -165,6 +165,9 @@ func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recover
 func (n *node) adopt(ctx context.Context, opened *keyring.Keyring, by unlock.Opener, openers []seal.Wrapper, version store.Version, trusted seal.KeyID,
 	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
 	defer opened.Close()
+	if err := n.anchorable(ctx); err != nil {
+		return admin.KeyringState{}, err
+	}
 	old, err := rotation.Complete(ctx, opened, openers, time.Now())
 	if err != nil && trusted == opened.CurrentID() && seal.CauseOf(err) != seal.CauseUnavailable { // the operator does without
 		old, err = opened, nil

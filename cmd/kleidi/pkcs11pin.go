@@ -20,8 +20,6 @@ type pkcs11PIN struct {
 	PINFile string `json:"pinFile,omitempty"`
 	Bank    string `json:"bank"`
 	PCRs    []int  `json:"pcrs"`
-	// SecureBoot says whether evidence shows that it is on.
-	SecureBoot bool `json:"secureBoot"`
 }
 
 func (a *app) newPKCS11PIN() *cobra.Command {
@@ -34,8 +32,8 @@ readable on the disk. What is written is of no use to another machine. Nothing a
 the token for the PIN here: kleidi slot test does. docs/pkcs11.md goes on from there.
 
 The PIN unseals only while PCR 7, the state and the keys of Secure Boot, is what it is
-now. After a change of these, or when the TPM was cleared, seal it anew: keep the PIN
-where you keep the recovery identity.`,
+now, and Secure Boot must be on. After a change of these, or when the TPM was cleared,
+seal it anew: keep the PIN where you keep the recovery identity.`,
 		Example: `  kleidi pkcs11-pin --pin-file /etc/kleidi/pkcs11.pin --out /etc/kleidi/pkcs11.pin.sealed
   kleidi pkcs11-pin --pin-file - --out /etc/kleidi/pkcs11.pin.sealed`,
 		Args: cobra.NoArgs,
@@ -68,9 +66,6 @@ where you keep the recovery identity.`,
 func printSealedPIN(w io.Writer, p *pkcs11PIN) {
 	fmt.Fprintf(w, "PIN sealed to this machine's TPM, of use to this machine alone, written to %s\n", p.File)
 	fmt.Fprintf(w, "it unseals while PCR 7 (%s) is what it is now: seal it anew when Secure Boot's state or keys change\n", p.Bank)
-	if !p.SecureBoot {
-		fmt.Fprintf(w, "warning: nothing shows that Secure Boot is on: any operating system that is started on this machine can unseal it\n")
-	}
 	fmt.Fprintf(w, "next: set pkcs11.sealedPINFile: %s in place of pkcs11.pinFile, restart kleidi serve,\nand see with kleidi slot test that the token takes the PIN\n", p.File)
 	if p.PINFile != "" {
 		fmt.Fprintf(w, "then keep the PIN off this machine, and remove it here: shred -u %s\n", p.PINFile)
@@ -91,6 +86,10 @@ func (n *node) makeSealedPIN(ctx context.Context, file string, readPIN func() (*
 	if err := n.ready(); err != nil {
 		return nil, err
 	}
+	pcrs := []int{7}
+	if err := n.gate.Holds(ctx, "unseal the PIN", pcrs, "keep the PIN in a file, with pkcs11.pinFile"); err != nil {
+		return nil, needsTPM(err)
+	}
 	pin, err := readPIN()
 	if err != nil {
 		return nil, err
@@ -106,7 +105,7 @@ func (n *node) makeSealedPIN(ctx context.Context, file string, readPIN func() (*
 	if err := writeNew(file, blob); err != nil {
 		return nil, err
 	}
-	return &pkcs11PIN{File: file, Bank: n.cfg.TPM.Bank, PCRs: []int{7}, SecureBoot: n.secureBoot(ctx)}, nil
+	return &pkcs11PIN{File: file, Bank: n.cfg.TPM.Bank, PCRs: pcrs}, nil
 }
 
 func (n *node) provePIN(ctx context.Context, blob []byte, pin *seal.Secret) error {

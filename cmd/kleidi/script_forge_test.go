@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -14,7 +15,9 @@ import (
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
+	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
 // forge writes what an attacker, or a bad disk, makes of a keyring:
@@ -24,10 +27,14 @@ import (
 //	forge slots IN FROM OUT         put the slots of FROM into IN, under its MAC
 //	forge attacker OUT              a KEK of somebody else, sealed to this TPM as
 //	                                kleidi would, in a keyring that is consistent
+//	forge anchor KEYRING PCRS       write the anchor of a keyring to the TPM, as any
+//	                                system can that has these PCRs
 func (h *host) forge(ts *testscript.TestScript, args []string) error {
 	var out []byte
 	var err error
 	switch args[0] {
+	case "anchor":
+		return h.forgeAnchor(ts, args[1], args[2])
 	case "attacker":
 		out, err = h.forgeAttacker()
 	case "slots":
@@ -42,6 +49,27 @@ func (h *host) forge(ts *testscript.TestScript, args []string) error {
 		return broken("forge: %w", err)
 	}
 	return os.WriteFile(h.abs(args[len(args)-1]), out, 0o600)
+}
+
+// forgeAnchor needs no KEK: what the anchor holds stands in the keyring.
+func (h *host) forgeAnchor(ts *testscript.TestScript, file, list string) error {
+	k, err := keyring.Parse([]byte(ts.ReadFile(file)))
+	if err != nil {
+		return err
+	}
+	b, err := keyring.Anchor{ClusterID: k.ClusterID(), KeyID: k.CurrentID(), Revision: k.Revision()}.Bytes()
+	if err != nil {
+		return err
+	}
+	index, err := nv.NewAnchor(nv.DefaultAnchorIndex, tpm.Owner{})
+	if err != nil {
+		return err
+	}
+	var pcrs []int
+	if err := json.Unmarshal([]byte("["+list+"]"), &pcrs); err != nil {
+		return broken("forge anchor: %w", err)
+	}
+	return (&nv.AnchorStore{Anchor: index, Device: h.machine.TPM(), Bank: crypto.SHA256, PCRs: pcrs}).Save(h.t.Context(), b)
 }
 
 type envelope struct {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"slices"
 	"strings"
 
@@ -17,7 +16,6 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
-	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
 // Signed boot states: what an operator's key signed opens one slot.
@@ -229,7 +227,7 @@ func (n *node) enrol(ctx context.Context, signer tpm.Signer, g uint64) ([]string
 		if there {
 			return nil, errNothing
 		}
-		state, err := n.signable(ctx)
+		state, err := n.gate.Signable(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -274,26 +272,6 @@ func (n *node) enrolled(ctx context.Context, k *keyring.Keyring, signer tpm.Sign
 		}
 	}
 	return stay, older, there, err
-}
-
-// signable is the part of the present boot state that a slot for signed boot
-// states keeps: that Secure Boot is on, and whose keys are in force.
-func (n *node) signable(ctx context.Context) (tpm.BootState, error) {
-	s, err := n.gate.State(ctx)
-	if err != nil {
-		return s, err
-	}
-	last := n.gate.Last()
-	if on, known := last.Log.SecureBoot(); !on || !known || s.Values[7] == nil {
-		return s, errors.New("signed boot states need Secure Boot, and PCR 7 among tpm.pcrs: without it any system could extend PCR 11 to a signed value")
-	}
-	keep := []int{7}
-	if last.Log.BootType() == eventlog.BootGRUB {
-		keep = append(keep, 14)
-	}
-	values := maps.Clone(s.Values)
-	maps.DeleteFunc(values, func(i int, _ []byte) bool { return !slices.Contains(keep, i) })
-	return tpm.BootState{PCR: authpolicy.PCR{Bank: s.Bank, Values: values}, Use: tpm.UseSigned}, nil
 }
 
 // revokeBootStates takes the slots of a key away, and with the next epoch what

@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"maps"
 	"slices"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
@@ -12,7 +10,6 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
-	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
 // A suspension: other boots may open the keyring for a while, before work that can't be
@@ -29,11 +26,8 @@ func (n *node) suspend(ctx context.Context, req admin.SuspendRequest) (admin.Key
 	}
 	var bound string
 	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		state, err := n.gate.State(ctx)
+		state, err := n.gate.Suspended(ctx, req.Weaken)
 		if err != nil {
-			return nil, err
-		}
-		if state, err = weaken(state, req.Weaken); err != nil {
 			return nil, err
 		}
 		resets, err := n.gate.Device.ResetCount(ctx, n.gate.Owner)
@@ -90,24 +84,4 @@ func (n *node) anchorHolds(s tpm.BootState) error {
 // suspends reports whether a slot is this node's for a suspension.
 func (n *node) suspends(s seal.Slot) bool {
 	return len(n.states([]seal.Slot{s}, tpm.UseSuspend)) > 0
-}
-
-// weaken lets PCRs go; none named means all but PCR 7.
-func weaken(s tpm.BootState, pcrs []int) (tpm.BootState, error) {
-	const secureBoot = 7
-	values := map[int][]byte{}
-	for i, v := range s.Values {
-		if len(pcrs) == 0 && i == secureBoot || len(pcrs) > 0 && !slices.Contains(pcrs, i) {
-			values[i] = v
-		}
-	}
-	for _, i := range pcrs {
-		if s.Values[i] == nil {
-			return s, fmt.Errorf("--weaken %d: the KEK is sealed to PCR %s; name some of these", i, join(slices.Sorted(maps.Keys(s.Values))))
-		}
-	}
-	if len(values) == 0 {
-		return s, errors.New("nothing would be left to seal to; let fewer PCRs go with --weaken, or rely on the recovery identity")
-	}
-	return tpm.BootState{PCR: authpolicy.PCR{Bank: s.Bank, Values: values}, Use: tpm.UseSuspend}, nil
 }

@@ -17,7 +17,6 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
-	"github.com/beezy-dev/kleidi/tpm/attest"
 )
 
 // maxChain bounds the file of a client certificate and its chain, in bytes.
@@ -29,8 +28,6 @@ type vaultKey struct {
 	Request string `json:"certificateRequest"`
 	Name    string `json:"name"`
 	Bank    string `json:"bank"`
-	// SecureBoot says whether evidence shows that it is on.
-	SecureBoot bool `json:"secureBoot"`
 }
 
 func (a *app) newVaultKey() *cobra.Command {
@@ -44,7 +41,8 @@ The key never leaves the TPM. What is written is of no use to another machine, s
 no credential lies on the disk. docs/vault.md goes on from there.
 
 The key signs only while PCR 7, the state and the keys of Secure Boot, is what it is
-now. After a change of these, or when the TPM was cleared, make a new one.`,
+now, and Secure Boot must be on. After a change of these, or when the TPM was cleared,
+make a new one.`,
 		Example: `  kleidi vault-key --out /etc/kleidi/vault/node.tpmkey --csr node.csr`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -77,9 +75,6 @@ func printVaultKey(w io.Writer, k *vaultKey) {
 	fmt.Fprintf(w, "client key made in the TPM, of use to this machine alone, written to %s\n", k.Key)
 	fmt.Fprintf(w, "certificate request for %q written to %s: have your CA sign it, then set\nvault.auth.tpmKeyFile and vault.auth.certFile\n", k.Name, k.Request)
 	fmt.Fprintf(w, "it signs while PCR 7 (%s) is what it is now: make a new one when Secure Boot's state or keys change\n", k.Bank)
-	if !k.SecureBoot {
-		fmt.Fprintf(w, "warning: nothing shows that Secure Boot is on: any operating system that is started on this machine can use the key\n")
-	}
 }
 
 // makeVaultKey makes both files, or none.
@@ -88,6 +83,9 @@ func (n *node) makeVaultKey(ctx context.Context, k *vaultKey) error {
 		if _, err := os.Lstat(path); err == nil {
 			return fmt.Errorf("%s exists; name another file", path)
 		}
+	}
+	if err := n.gate.Holds(ctx, "use the key", []int{7}, "keep the client key in a file, with vault.auth.keyFile"); err != nil {
+		return err
 	}
 	blob, _, err := n.gate.Device.NewClientKey(ctx, n.gate.Owner, n.gate.Bank)
 	if err != nil {
@@ -101,7 +99,6 @@ func (n *node) makeVaultKey(ctx context.Context, k *vaultKey) error {
 	if err != nil {
 		return fmt.Errorf("certificate request: %w", err)
 	}
-	k.SecureBoot = n.secureBoot(ctx)
 	if err := writeNew(k.Key, blob); err != nil {
 		return err
 	}
@@ -116,17 +113,6 @@ func (n *node) makeVaultKey(ctx context.Context, k *vaultKey) error {
 func certificateRequest(signer crypto.Signer, name string) ([]byte, error) {
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: name}, SignatureAlgorithm: x509.ECDSAWithSHA256}, signer)
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), err
-}
-
-// secureBoot reports whether fresh evidence shows that Secure Boot is on.
-func (n *node) secureBoot(ctx context.Context) bool {
-	unjudged := attest.Gate{Attester: n.gate.Attester, Bank: n.gate.Bank}
-	r, err := unjudged.AttestPCRs(ctx, []int{7})
-	if err != nil {
-		return false
-	}
-	on, known := r.Log.SecureBoot()
-	return on && known
 }
 
 // clientCertificate is what vault logs in with where its key is in the TPM. Both

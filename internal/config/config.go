@@ -69,6 +69,7 @@ type TPM struct {
 	OwnerAuthFile     string        `yaml:"ownerAuthFile"`
 	Bank              string        `yaml:"bank"`
 	PCRs              []int         `yaml:"pcrs"`
+	AnySignedBoot     bool          `yaml:"anySignedBoot"`
 	EpochIndex        uint32        `yaml:"epochIndex"`
 	EventLog          string        `yaml:"eventLog"`
 	UserspaceEventLog string        `yaml:"userspaceEventLog"`

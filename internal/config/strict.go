@@ -17,6 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/bootrule"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/vault"
 )
@@ -162,6 +163,8 @@ func (p *problems) validateAnchor(c *Config) {
 	p.validatePCRs("anchor.pcrs", c.Anchor.PCRs)
 	if len(c.Anchor.PCRs) == 0 {
 		p.Add("anchor.pcrs", "the list is empty, so that any boot could write the anchor; leave the key out for PCR 7")
+	} else if err := bootrule.Possible(c.Anchor.PCRs, bootrule.SignedBoot); err != nil {
+		p.Add("anchor.pcrs", "%v; leave the key out for PCR 7", err)
 	}
 	if _, err := nv.NewAnchor(c.Anchor.Index, tpm.Owner{}); err != nil {
 		p.Add("anchor.index", "%v", err)
@@ -179,8 +182,25 @@ func (p *problems) validateTPM(c *TPM) {
 		p.Add("tpm.timeout", "want more than 0")
 	}
 	p.validatePCRs("tpm.pcrs", c.PCRs)
+	p.validateBinding(c)
 	if _, err := nv.NewCounter(c.EpochIndex, tpm.Owner{}); err != nil {
 		p.Add("tpm.epochIndex", "%v", err)
+	}
+}
+
+// validateBinding refuses PCRs that hold no boot, whatever the machine measures.
+func (p *problems) validateBinding(c *TPM) {
+	demand, hint := bootrule.WholeBoot, "leave the key out"
+	switch {
+	case len(c.PCRs) == 0:
+		return
+	case c.AnySignedBoot:
+		demand = bootrule.SignedBoot
+	case slices.Contains(c.PCRs, 7):
+		hint += ", add PCR 4, or accept that with tpm.anySignedBoot: true"
+	}
+	if err := bootrule.Possible(c.PCRs, demand); err != nil {
+		p.Add("tpm.pcrs", "%v; %s", err, hint)
 	}
 }
 

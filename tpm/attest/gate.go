@@ -13,8 +13,8 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
-	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/bootrule"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
@@ -28,6 +28,9 @@ type Gate struct {
 	// Bank and PCRs are what to seal to; no PCRs means by how the machine boots.
 	Bank crypto.Hash
 	PCRs []int
+	// AnySigned is told what a boot state leaves open, where Secure Boot's keys alone
+	// decide it. nil refuses such boot states.
+	AnySigned func(bootrule.Binding)
 	// BootPolicy reads what is demanded of the event log; nil demands nothing.
 	BootPolicy func() (*bootpolicy.BootPolicy, error)
 	// Always attests the machine before other slots than the TPM's, too.
@@ -185,27 +188,6 @@ func (o *overruled) Overrules(s seal.Slot) bool {
 	return s.Type == seal.TypeTPM && s.Node == o.gate.Node && err == nil && d.State.Use == tpm.UseSuspend
 }
 
-// State returns the attested boot state to seal to: quoted values of the PCRs
-// that hold how this machine boots, and the events that led to them.
-func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
-	pcrs, err := g.ChoosePCRs()
-	if err != nil {
-		return tpm.BootState{}, err
-	}
-	r, err := g.AttestPCRs(ctx, pcrs)
-	if err != nil {
-		return tpm.BootState{}, err
-	}
-	if err := g.CheckPhase(r.Log); err != nil {
-		return tpm.BootState{}, err
-	}
-	record, err := record(r.Log.Summarize(g.Bank, pcrs))
-	if err != nil {
-		return tpm.BootState{}, err
-	}
-	return tpm.BootState{PCR: authpolicy.PCR{Bank: g.Bank, Values: r.only(pcrs)}, Record: record}, nil
-}
-
 // CheckPhase refuses to seal in another phase of the boot than that in which kleidi
 // serve starts: what is sealed now would not open then.
 func (g *Gate) CheckPhase(log *eventlog.Log) error {
@@ -225,20 +207,6 @@ func (r *Result) only(pcrs []int) eventlog.PCRs {
 		values[i] = r.PCRs[i]
 	}
 	return values
-}
-
-// Predicted returns the boot state that a predicted log leads to.
-func Predicted(log *eventlog.Log, bank crypto.Hash, pcrs []int) (tpm.BootState, error) {
-	values, err := log.Replay(bank)
-	if err != nil {
-		return tpm.BootState{}, err
-	}
-	record, err := record(log.Summarize(bank, pcrs))
-	if err != nil {
-		return tpm.BootState{}, err
-	}
-	r := Result{PCRs: values}
-	return tpm.BootState{PCR: authpolicy.PCR{Bank: bank, Values: r.only(pcrs)}, Use: tpm.UseNext, Record: record}, nil
 }
 
 // maxRecord bounds what a slot records of its boot, in bytes: a slot has to fit
@@ -284,12 +252,11 @@ func (g *Gate) ChoosePCRs() ([]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	pcrs := log.BootType().PCRs(log)
-	if len(pcrs) == 0 {
-		return nil, seal.Errorf(seal.CauseAttestation, "name the PCRs to seal to in tpm.pcrs, see docs/boot-states.md",
-			"the event log shows neither a unified kernel image nor GRUB nor the kernel's EFI stub")
+	if pcrs := log.BootType().PCRs(log); len(pcrs) > 0 {
+		return pcrs, nil
 	}
-	return pcrs, nil
+	b := bootrule.Of(log, bootrule.Decisive())
+	return nil, seal.Errorf(seal.CauseBootState, g.remedy(b), "%w", b.Check(bootrule.WholeBoot))
 }
 
 // Last returns the newest result, or nil.

@@ -204,7 +204,7 @@ func TestStateChoosesPCRs(t *testing.T) {
 		"UKI, phases":          {phased(), nil, []int{4, 7, 11}},
 		"GRUB":                 {simboot.Baseline(simboot.GRUB), nil, []int{4, 7, 8, 9, 14}},
 		"EFI stub":             {simboot.Baseline(simboot.EFIStub), nil, []int{4, 7, 9}},
-		"configured":           {simboot.Baseline(simboot.UKI), []int{0, 7}, []int{0, 7}},
+		"configured":           {simboot.Baseline(simboot.UKI), []int{4, 7, 9, 11}, []int{4, 7, 9, 11}},
 	} {
 		for bank := range authpolicy.Banks {
 			n := newNode(t, c.boot)
@@ -332,7 +332,7 @@ func TestUnloggedPhases(t *testing.T) {
 func TestAttestDemandsWhatTheSlotsDo(t *testing.T) {
 	n := newNode(t, simboot.Baseline(simboot.UKI))
 	first := n.seal()
-	n.gate.PCRs = []int{0, 2, 7}
+	n.gate.PCRs = []int{0, 2, 4, 7, 9, 11}
 	second := n.seal()
 	damaged, elsewhere, recovery := first, first, first
 	damaged.Data, elsewhere.Node, recovery.Type = first.Data[1:], "beta", seal.TypeRecovery
@@ -340,8 +340,8 @@ func TestAttestDemandsWhatTheSlotsDo(t *testing.T) {
 		slots []seal.Slot
 		want  []int
 	}{
-		"one": {[]seal.Slot{first}, []int{4, 7, 11}}, "two": {[]seal.Slot{second, first}, []int{0, 2, 4, 7, 11}},
-		"and others'": {[]seal.Slot{damaged, elsewhere, recovery, second}, []int{0, 2, 7}},
+		"one": {[]seal.Slot{first}, []int{4, 7, 11}}, "two": {[]seal.Slot{second, first}, []int{0, 2, 4, 7, 9, 11}},
+		"and others'": {[]seal.Slot{damaged, elsewhere, recovery, second}, []int{0, 2, 4, 7, 9, 11}},
 	} {
 		if err := n.gate.Attest(t.Context(), c.slots); err != nil {
 			t.Errorf("%s: %v", name, err)

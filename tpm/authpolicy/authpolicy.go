@@ -124,25 +124,30 @@ type PCR struct {
 // Profile, table 7).
 func resettable(pcr int) bool { return pcr >= 16 && pcr <= 23 }
 
-// lastOfFirmware is the last PCR that the firmware extends before anything else
-// runs (PC Client Platform Firmware Profile, table 1).
-const lastOfFirmware = 7
+// What the firmware measures of what it starts, and of the keys by which it does (PC
+// Client Platform Firmware Profile, table 1).
+const (
+	bootProgram    = 4
+	secureBootKeys = 7
+)
 
 // Check refuses a selection that protects nothing: an empty one, resettable
 // PCRs, all-zero PCRs (nothing was measured into them, so that any OS may yet
-// extend them as it likes), and PCRs 8 to 15 alone, such as 11: under a loader
-// that leaves them at zero, any OS can extend them to the same values.
+// extend them as it likes), and one with neither the boot program nor the Secure
+// Boot keys: any OS starts with the same firmware, and can extend PCRs 8 to 15 to
+// the same values where its own loader leaves them at zero. Package bootrule says
+// what else has to be in it, by what a machine measured.
 func (p PCR) Check() error {
 	if err := p.check(); err != nil {
 		return err
 	}
-	if p.indices()[0] > lastOfFirmware {
-		return fmt.Errorf("PCR %s alone protects nothing: any OS can extend it to the same value; add PCR 4 or 7", p.list())
+	if p.Values[bootProgram] == nil && p.Values[secureBootKeys] == nil {
+		return fmt.Errorf("PCR %s alone protects nothing: any OS can have the same values; add PCR 4 or 7", p.list())
 	}
 	return nil
 }
 
-// check is Check without the rule about PCRs 8 to 15 alone.
+// check is Check without the rule about PCR 4 and 7.
 func (p PCR) check() error {
 	if _, ok := Banks[p.Bank]; !ok {
 		return fmt.Errorf("PCR bank %v; want SHA-256 or SHA-384", p.Bank)

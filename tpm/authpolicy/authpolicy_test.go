@@ -75,7 +75,7 @@ func digestOnTPM(t transport.TPM, terms authpolicy.Terms, opts ...tpm2.AuthOptio
 }
 
 // sets are PCRs that are sealed to.
-var sets = [][]int{{4}, {7}, {4, 7, 11}, {4, 7, 9, 11}, {4, 7, 8, 9, 14}, {0, 1, 2, 3, 4, 5, 6, 7}, {0, 10, 12, 13, 15}}
+var sets = [][]int{{4}, {7}, {4, 7, 11}, {4, 7, 9, 11}, {4, 7, 8, 9, 14}, {0, 1, 2, 3, 4, 5, 6, 7}, {0, 4, 10, 12, 13, 15}}
 
 // TestDigestIsTheTPMs: what is computed here without a TPM is what a trial session
 // comes to, for values that the TPM need not have.
@@ -227,6 +227,8 @@ func TestCheck(t *testing.T) {
 		"PCR 11 alone":        {authpolicy.PCR{Bank: sha256, Values: values(sha256, 11)}, "PCR 11 alone"},
 		"PCR 11 alone, 384":   {authpolicy.PCR{Bank: sha384, Values: values(sha384, 11)}, "PCR 11 alone"},
 		"8, 9 and 14 alone":   {authpolicy.PCR{Bank: sha256, Values: values(sha256, 14, 8, 9)}, "PCR 8, 9, 14 alone"},
+		"PCR 0 and 11":        {authpolicy.PCR{Bank: sha256, Values: values(sha256, 0, 11)}, "PCR 0, 11 alone"},
+		"firmware's, no 4, 7": {authpolicy.PCR{Bank: sha256, Values: values(sha256, 0, 1, 2, 3, 5, 6, 9)}, "PCR 0, 1, 2, 3, 5, 6, 9 alone"},
 		"PCR 11 and another":  {authpolicy.PCR{Bank: sha256, Values: values(sha256, 4, 11)}, ""},
 		"PCR 7 alone":         {authpolicy.PCR{Bank: sha384, Values: values(sha384, 7)}, ""},
 	} {

@@ -20,6 +20,8 @@ type AnchorStore struct {
 	Owner  tpm.Owner
 	Bank   crypto.Hash
 	PCRs   []int
+	// Holds refuses to make the index for a boot that its PCRs do not hold.
+	Holds func(context.Context) error
 }
 
 // do runs f with what the running boot demands of the index.
@@ -58,6 +60,9 @@ func (p *AnchorStore) Save(ctx context.Context, value [AnchorSize]byte) error {
 // Replace does so, and makes the index anew where there is none or another one
 // stands in its place.
 func (p *AnchorStore) Replace(ctx context.Context, value [AnchorSize]byte) error {
+	if err := p.Holds(ctx); err != nil {
+		return err
+	}
 	return p.save(ctx, value, func(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, err error) error {
 		if errors.Is(err, ErrAnchorMissing) || errors.Is(err, ErrAnchorReplaced) {
 			return p.Anchor.Replace(t, srk, terms)

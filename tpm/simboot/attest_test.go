@@ -53,6 +53,18 @@ func TestOthersAcceptTheLog(t *testing.T) {
 	}
 }
 
+// TestNothingIsVerified: Secure Boot is on in the log of a kernel that was handed to the
+// firmware, and the log shows no key that verified anything.
+func TestNothingIsVerified(t *testing.T) {
+	log := readLog(t, tpmtest.New(t, simboot.Baseline(simboot.Direct)))
+	if s := log.SecureBootState(); s != eventlog.SecureBootIdle {
+		t.Errorf("Secure Boot is %s, want %s", s, eventlog.SecureBootIdle)
+	}
+	if m, want := log.Measured(), (eventlog.Measured{Initrd: true}); m != want {
+		t.Errorf("measured: %+v, want %+v", m, want)
+	}
+}
+
 func secureBootState(t *testing.T, m *tpmtest.Machine) *attest.SecurebootState {
 	t.Helper()
 	raw, err := os.ReadFile(m.EventLog())

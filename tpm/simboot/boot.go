@@ -10,7 +10,8 @@ import (
 // Loader is the way in which a machine gets from its firmware to the kernel.
 type Loader string
 
-// The loaders. Their names are those of eventlog.BootType.
+// The loaders. Their names are those of eventlog.BootType, but for the last: it leaves
+// nothing behind to tell it by.
 const (
 	// UKI is a unified kernel image with systemd-stub: PCR 4 and 11.
 	UKI Loader = "uki"
@@ -18,6 +19,9 @@ const (
 	GRUB Loader = "grub"
 	// EFIStub is a kernel that the firmware starts itself: PCR 4 and 9.
 	EFIStub Loader = "efi-stub"
+	// Direct is a kernel that the hypervisor hands to the firmware, which starts it and
+	// neither verifies nor measures it, whatever Secure Boot says: PCR 9 has the initrd.
+	Direct Loader = "direct"
 )
 
 // Boot is what a machine boots. Each string stands for the content of what it
@@ -26,12 +30,12 @@ const (
 type Boot struct {
 	Loader Loader `json:"loader"`
 	// Kernel is the kernel's version. UKI 4, 11; GRUB 4, 8, 9 (its files are
-	// named after it); EFIStub 4.
+	// named after it); EFIStub 4; Direct none.
 	Kernel string `json:"kernel"`
 	// Initrd is the initial RAM disk. UKI 4, 9, 11; else 9.
 	Initrd string `json:"initrd"`
-	// CommandLine is the kernel's. UKI 4, 9, 11; GRUB 8, 9; EFIStub 9. An empty
-	// one leaves a UKI without a .cmdline section.
+	// CommandLine is the kernel's. UKI 4, 9, 11; GRUB 8, 9; EFIStub 9; Direct none.
+	// An empty one leaves a UKI without a .cmdline section.
 	CommandLine string `json:"commandLine"`
 	// LoaderVersion is the version of systemd-stub, or of GRUB: 4. systemd-stub 252
 	// measures fewer sections than those after it. The EFI stub is a part of its
@@ -42,7 +46,7 @@ type Boot struct {
 	// SecureBoot says whether the firmware verifies what it starts: 0 (the
 	// recorded firmware measures another volume then), 4 (what is verified by
 	// the loader, rather than started, is measured differently) and 7. EFIStub
-	// 0 and 7.
+	// and Direct 0 and 7.
 	SecureBoot bool `json:"secureBoot"`
 	// Keys names the owner of PK, KEK and db: 7. Empty means that no keys are
 	// enrolled, as in setup mode; Secure Boot is off then.
@@ -90,8 +94,8 @@ const maxField = 2048
 
 // Validate reports what no machine can boot.
 func (b Boot) Validate() error {
-	if !slices.Contains([]Loader{UKI, GRUB, EFIStub}, b.Loader) {
-		return fmt.Errorf("loader %q is unknown; want %s, %s or %s", b.Loader, UKI, GRUB, EFIStub)
+	if !slices.Contains([]Loader{UKI, GRUB, EFIStub, Direct}, b.Loader) {
+		return fmt.Errorf("loader %q is unknown; want %s, %s, %s or %s", b.Loader, UKI, GRUB, EFIStub, Direct)
 	}
 	for name, s := range map[string]string{"kernel": b.Kernel, "initrd": b.Initrd, "command line": b.CommandLine,
 		"loader version": b.LoaderVersion, "firmware": b.Firmware, "keys": b.Keys, "dbx": b.Dbx, "phases": b.Phases} {

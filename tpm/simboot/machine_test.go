@@ -79,7 +79,7 @@ func readLog(t *testing.T, m *tpmtest.Machine) *eventlog.Log {
 
 // TestLogReplays: the logs of a boot replay to the TPM's PCRs in every bank.
 func TestLogReplays(t *testing.T) {
-	for _, l := range []simboot.Loader{simboot.UKI, simboot.GRUB, simboot.EFIStub} {
+	for _, l := range []simboot.Loader{simboot.UKI, simboot.GRUB, simboot.EFIStub, simboot.Direct} {
 		for _, phases := range []string{"", simboot.AllPhases} {
 			t.Run(fmt.Sprintf("%s,phases=%t", l, phases != ""), func(t *testing.T) {
 				b := simboot.Baseline(l)
@@ -138,21 +138,21 @@ func TestWhatMoves(t *testing.T) {
 		edit func(*simboot.Boot)
 		pcrs map[simboot.Loader][]int
 	}
-	const uki, grub, stub = simboot.UKI, simboot.GRUB, simboot.EFIStub
+	const uki, grub, stub, direct = simboot.UKI, simboot.GRUB, simboot.EFIStub, simboot.Direct
 	type by = map[simboot.Loader][]int
 	changes := []change{
-		{"nothing", func(*simboot.Boot) {}, by{uki: nil, grub: nil, stub: nil}},
-		{"kernel", func(b *simboot.Boot) { b.Kernel += "x" }, by{uki: {4, 11}, grub: {4, 8, 9}, stub: {4}}},
-		{"initrd", func(b *simboot.Boot) { b.Initrd += "x" }, by{uki: {4, 9, 11}, grub: {9}, stub: {9}}},
-		{"command line", func(b *simboot.Boot) { b.CommandLine += " x" }, by{uki: {4, 9, 11}, grub: {8, 9}, stub: {9}}},
-		{"loader", func(b *simboot.Boot) { b.LoaderVersion += "x" }, by{uki: {4}, grub: {4}, stub: nil}},
-		{"firmware", func(b *simboot.Boot) { b.Firmware += "x" }, by{uki: {0}, grub: {0}, stub: {0}}},
-		{"secure boot", func(b *simboot.Boot) { b.SecureBoot = !b.SecureBoot }, by{uki: {0, 4, 7}, grub: {0, 4, 7}, stub: {0, 7}}},
-		{"keys", func(b *simboot.Boot) { b.Keys += "x" }, by{uki: {7}, grub: {7}, stub: {7}}},
-		{"dbx", func(b *simboot.Boot) { b.Dbx += "x" }, by{uki: {7}, grub: {7}, stub: {7}}},
-		{"phases", func(b *simboot.Boot) { b.Phases = "enter-initrd" }, by{uki: {11}, grub: {11}, stub: {11}}},
+		{"nothing", func(*simboot.Boot) {}, by{uki: nil, grub: nil, stub: nil, direct: nil}},
+		{"kernel", func(b *simboot.Boot) { b.Kernel += "x" }, by{uki: {4, 11}, grub: {4, 8, 9}, stub: {4}, direct: nil}},
+		{"initrd", func(b *simboot.Boot) { b.Initrd += "x" }, by{uki: {4, 9, 11}, grub: {9}, stub: {9}, direct: {9}}},
+		{"command line", func(b *simboot.Boot) { b.CommandLine += " x" }, by{uki: {4, 9, 11}, grub: {8, 9}, stub: {9}, direct: nil}},
+		{"loader", func(b *simboot.Boot) { b.LoaderVersion += "x" }, by{uki: {4}, grub: {4}, stub: nil, direct: nil}},
+		{"firmware", func(b *simboot.Boot) { b.Firmware += "x" }, by{uki: {0}, grub: {0}, stub: {0}, direct: {0}}},
+		{"secure boot", func(b *simboot.Boot) { b.SecureBoot = !b.SecureBoot }, by{uki: {0, 4, 7}, grub: {0, 4, 7}, stub: {0, 7}, direct: {0, 7}}},
+		{"keys", func(b *simboot.Boot) { b.Keys += "x" }, by{uki: {7}, grub: {7}, stub: {7}, direct: {7}}},
+		{"dbx", func(b *simboot.Boot) { b.Dbx += "x" }, by{uki: {7}, grub: {7}, stub: {7}, direct: {7}}},
+		{"phases", func(b *simboot.Boot) { b.Phases = "enter-initrd" }, by{uki: {11}, grub: {11}, stub: {11}, direct: {11}}},
 	}
-	for _, l := range []simboot.Loader{uki, grub, stub} {
+	for _, l := range []simboot.Loader{uki, grub, stub, direct} {
 		base := simboot.Baseline(l)
 		base.Keys = "Example Computers" // so that Secure Boot can be switched on
 		m := tpmtest.New(t, base)
@@ -172,6 +172,7 @@ func TestWhatMoves(t *testing.T) {
 func TestUnusedPCRsAreZero(t *testing.T) {
 	unused := map[simboot.Loader][]int{
 		simboot.UKI: {8, 10, 12, 13, 14, 15}, simboot.GRUB: {10, 11, 12, 13, 15}, simboot.EFIStub: {8, 10, 11, 12, 13, 14, 15},
+		simboot.Direct: {8, 10, 11, 12, 13, 14, 15},
 	}
 	for l, want := range unused {
 		m := tpmtest.New(t, simboot.Baseline(l))

@@ -45,6 +45,8 @@ func measure(b Boot, f *Files, banks []crypto.Hash) ([]eventlog.Event, error) {
 		s.grub()
 	case EFIStub:
 		s.efiStub()
+	case Direct:
+		s.initrd(s.files.Initrd)
 	}
 	s.add(5, eventlog.EFIAction, []byte("Exit Boot Services Invocation"))
 	s.add(5, eventlog.EFIAction, []byte("Exit Boot Services Returned with Success"))
@@ -168,7 +170,11 @@ func program(name, version string) []byte {
 // initrd, whoever loaded them.
 func (s *sequence) handOver(initrd []byte) {
 	s.addContent(9, eventlog.EventTag, utf16z(s.boot.CommandLine), taggedEvent(0x8f3b22ed, "LOADED_IMAGE::LoadOptions"))
-	s.addContent(9, eventlog.EventTag, initrd, taggedEvent(0x8f3b22ec, "Linux initrd"))
+	s.initrd(initrd)
+}
+
+func (s *sequence) initrd(content []byte) {
+	s.addContent(9, eventlog.EventTag, content, taggedEvent(0x8f3b22ec, "Linux initrd"))
 }
 
 // stub is what a version of systemd-stub does (its stub.c).
