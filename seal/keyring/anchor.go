@@ -12,19 +12,19 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// MaxAnchorSize bounds a stored anchor, in bytes.
+// MaxAnchorSize is the maximum size of a stored anchor in bytes.
 const MaxAnchorSize = 512
 
-// Anchor is what a node last trusted. A keyring opens on that node only if it
-// holds the anchored KEK, as the current one or among the retired ones, and its
-// revision is not below the anchored one.
+// Anchor names the KEK and the revision that a node last trusted. The node opens a
+// keyring only if the anchored KEK is its current KEK or one of its retired KEKs,
+// and if its revision is not below the anchored one.
 type Anchor struct {
 	ClusterID seal.ClusterID
 	KeyID     seal.KeyID
 	Revision  uint64
 }
 
-// pin1 is a stored anchor of format 1. Members stand in this order.
+// pin1 is a stored anchor of format 1. The order of the members is part of the format.
 type pin1 struct {
 	Format    int            `json:"format"`
 	ClusterID seal.ClusterID `json:"clusterID"`
@@ -32,7 +32,7 @@ type pin1 struct {
 	Revision  uint64         `json:"revision"`
 }
 
-// Marshal returns the anchor as it is stored.
+// Marshal returns the anchor in its stored form.
 func (p Anchor) Marshal() []byte {
 	b, err := encode(pin1{Format: format1, ClusterID: p.ClusterID, KeyID: p.KeyID, Revision: p.Revision})
 	if err != nil {
@@ -46,7 +46,7 @@ func (p Anchor) MarshalJSON() ([]byte, error) {
 	return bytes.TrimSuffix(p.Marshal(), []byte("\n")), nil
 }
 
-// ParseAnchor reads what Marshal wrote, and nothing else. An error is a
+// ParseAnchor parses the result of Marshal. It accepts no other form. An error is a
 // [*seal.Error] with cause seal.CauseAnchor.
 func ParseAnchor(b []byte) (Anchor, error) {
 	p, err := parseAnchor(b)
@@ -81,8 +81,8 @@ func parseAnchor(b []byte) (p pin1, err error) {
 // AnchorBytes is the size of an anchor in its binary form.
 const AnchorBytes = 16 + 8 + sha256.Size
 
-// Bytes returns the anchor in its binary form, for where space is short: the cluster
-// ID, the revision (big-endian) and the HMAC that the key ID spells out.
+// Bytes returns the anchor in its binary form, which is shorter than the stored one:
+// the cluster ID, the revision (big-endian) and the HMAC that the key ID encodes.
 func (p Anchor) Bytes() (b [AnchorBytes]byte, err error) {
 	sum, err := keyIDEncoding.DecodeString(strings.TrimPrefix(string(p.KeyID), keyIDPrefix))
 	if err != nil || !validKeyID(p.KeyID) {
@@ -92,7 +92,7 @@ func (p Anchor) Bytes() (b [AnchorBytes]byte, err error) {
 	return b, nil
 }
 
-// AnchorOf reads what Bytes returned. An error is a [*seal.Error] with cause
+// AnchorOf parses the result of Bytes. An error is a [*seal.Error] with cause
 // seal.CauseAnchor.
 func AnchorOf(b [AnchorBytes]byte) (Anchor, error) {
 	p := Anchor{ClusterID: seal.ClusterID(b[:16]), Revision: binary.BigEndian.Uint64(b[16:24]), KeyID: seal.KeyID(keyIDPrefix + keyIDEncoding.EncodeToString(b[24:]))}

@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// TestAnchorBytes: the binary form is frozen, as NV indexes hold it.
+// TestAnchorBytes: the binary form is frozen, because NV indexes hold it.
 func TestAnchorBytes(t *testing.T) {
 	p := keyring.Anchor{ClusterID: seal.ClusterID(bytes.Repeat([]byte{7}, 16)), Revision: 258, KeyID: "k1-ceirceirceirceirceirceirceirceirceirceirceirceirceiq"}
 	b, err := p.Bytes()

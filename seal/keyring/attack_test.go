@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// forge writes a keyring as somebody would who knows kek and this package: body
-// as given, with a MAC that verifies under kek.
+// forge returns a keyring of this body with a MAC that verifies under kek, as an
+// attacker who knows kek would write it.
 func forge(t testing.TB, body []byte, kek *seal.Secret) []byte {
 	t.Helper()
 	var sum []byte
@@ -21,7 +21,7 @@ func forge(t testing.TB, body []byte, kek *seal.Secret) []byte {
 	return append(file, '\n')
 }
 
-// edited returns the golden keyring's body after edit, encoded anew.
+// edited returns the encoded body of the golden keyring after edit.
 func edited(t testing.TB, edit func(b *document)) []byte {
 	t.Helper()
 	u := must[*Untrusted](t)(Parse(golden(t, "keyring.json")))
@@ -75,7 +75,7 @@ func TestEveryFlippedBitIsRefused(t *testing.T) {
 	}
 }
 
-// TestEnvelope is about what can be wrong around the body.
+// TestEnvelope: an envelope with an error around the body is refused.
 func TestEnvelope(t *testing.T) {
 	file := string(golden(t, "keyring.json"))
 	var e envelope
@@ -125,7 +125,7 @@ func TestEnvelope(t *testing.T) {
 	}
 }
 
-// TestBody is about bodies whose MAC verifies: the parser doesn't rely on it.
+// TestBody: a body with an error is refused although its MAC verifies.
 func TestBody(t *testing.T) {
 	kek := newKEK(t, 0x81)
 	body := string(edited(t, func(*document) {}))
@@ -212,11 +212,11 @@ func manyRetired(n int) (out []retired) {
 	return out
 }
 
-// TestLimitsAreInclusive: what stands at a limit parses.
+// TestLimitsAreInclusive: a keyring at its limits parses.
 func TestLimitsAreInclusive(t *testing.T) {
 	body := edited(t, func(b *document) {
 		b.Nodes, b.Retired, b.Revision = manyNodes(MaxNodes), manyRetired(MaxRetired), MaxRevision
-		for len(b.Current.Slots) <= MaxSlots { // one of the first is for no node
+		for len(b.Current.Slots) <= MaxSlots { // one of the first slots is for no particular node
 			b.Current.Slots = append(b.Current.Slots, b.Current.Slots[0])
 		}
 	})
@@ -225,32 +225,32 @@ func TestLimitsAreInclusive(t *testing.T) {
 	}
 }
 
-// TestRefusalNamesTheField: an operator who edited the file sees what is wrong.
+// TestRefusalNamesTheField: an operator who edited the file learns which field is wrong.
 func TestRefusalNamesTheField(t *testing.T) {
 	file := strings.Replace(string(golden(t, "keyring.json")), `,"mac":`, `,"extra":1,"mac":`, 1)
 	_, err := Parse([]byte(file))
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "unknown field", "extra")
 }
 
-// TestSwaps moves what belongs to one keyring into another.
+// TestSwaps: parts of one keyring are refused in another.
 func TestSwaps(t *testing.T) {
 	kek := newKEK(t, 0x81)
 	u := must[*Untrusted](t)(Parse(golden(t, "keyring.json")))
-	seal1 := func(body []byte) []byte { // the MAC stays that of the golden keyring
+	withOldMAC := func(body []byte) []byte { // the MAC of the golden keyring
 		return append(must[[]byte](t)(encode(envelope{Body: body, MAC: u.mac})), '\n')
 	}
-	_, err := open(seal1(edited(t, func(b *document) { b.Current.Slots = b.Staged.Slots })), kek, nil)
+	_, err := open(withOldMAC(edited(t, func(b *document) { b.Current.Slots = b.Staged.Slots })), kek, nil)
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "MAC")
-	_, err = open(seal1(edited(t, func(b *document) { b.Current.Slots[0].Node = "cp-2" })), kek, nil)
+	_, err = open(withOldMAC(edited(t, func(b *document) { b.Current.Slots[0].Node = "cp-2" })), kek, nil)
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "MAC")
-	_, err = open(seal1(edited(t, func(b *document) { b.ClusterID[0] ^= 1 })), kek, nil)
+	_, err = open(withOldMAC(edited(t, func(b *document) { b.ClusterID[0] ^= 1 })), kek, nil)
 	wantRefusal(t, err, seal.CauseSlotCorrupt, "cluster 01010203")
-	// The slot opened, but to the KEK of another keyring, or to a staged or retired one.
+	// The slot opens, and holds the KEK of another keyring, or the staged or a retired one.
 	for _, first := range []byte{0x01, 0x41, 0xc1, 0x05} {
 		_, err = open(golden(t, "keyring.json"), newKEK(t, first), nil)
 		wantRefusal(t, err, seal.CauseSlotCorrupt, string(u.CurrentID()))
 	}
-	// With a MAC that verifies: retired KEKs in each other's place, or of another cluster.
+	// The MAC verifies, and two retired KEKs have changed places.
 	_, err = open(forge(t, edited(t, func(b *document) {
 		b.Retired[0].Sealed, b.Retired[1].Sealed = b.Retired[1].Sealed, b.Retired[0].Sealed
 	}), kek), kek, nil)
@@ -258,7 +258,7 @@ func TestSwaps(t *testing.T) {
 }
 
 // TestAttackersKEK: anyone can seal a KEK of their own to this TPM and write a
-// keyring around it that is right in itself. The anchor tells.
+// consistent keyring around it. The anchor refuses that keyring.
 func TestAttackersKEK(t *testing.T) {
 	mine := rotate(t, newKeyring(t, 1), 50)
 	anchor := mine.Anchor()
@@ -271,10 +271,10 @@ func TestAttackersKEK(t *testing.T) {
 	wantRefusal(t, err, seal.CauseAnchor, string(anchor.KeyID), string(theirs.CurrentID()),
 		fmt.Sprintf("revision %d", anchor.Revision), "revision 104", "kleidi recover", "kleidi keyring restore")
 	if _, err := open(theirs.Marshal(), newKEK(t, 200), nil); err != nil {
-		t.Errorf("without an anchor the same keyring is right in itself: %v", err)
+		t.Errorf("without an anchor the same keyring does not open: %v", err)
 	}
 
-	// It may list the anchored key ID, but it can't hold the KEK.
+	// The attacker can list the anchored key ID, but does not know its KEK.
 	doc := *theirs.doc
 	doc.Retired = []retired{{KeyID: anchor.KeyID, Created: newStamp(now), Retired: newStamp(now), Sealed: make([]byte, 60)}}
 	_, err = open(forge(t, must[[]byte](t)(encodeBody(&doc)), kek), kek, &anchor)
@@ -337,7 +337,7 @@ func TestParseAnchor(t *testing.T) {
 	}
 }
 
-// TestLimitsHoldForWriting: what would be refused is not written.
+// TestLimitsHoldForWriting: kleidi writes no keyring that it would refuse to read.
 func TestLimitsHoldForWriting(t *testing.T) {
 	k := newKeyring(t, 1)
 	big := []byte(`{"a":"` + strings.Repeat("a", 30<<10) + `"}`)

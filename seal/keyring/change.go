@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// New makes the first revision of a cluster's keyring. On success the Keyring
+// New returns the first revision of a cluster's keyring. On success the Keyring
 // owns kek.
 func New(cluster seal.ClusterID, kek *seal.Secret, slots []seal.Slot, nodes []Node, now time.Time) (*Keyring, error) {
 	doc := document{
@@ -24,10 +24,10 @@ func New(cluster seal.ClusterID, kek *seal.Secret, slots []seal.Slot, nodes []No
 	return k, nil
 }
 
-// Stage adds kek as the staged KEK, held in slots. One KEK is staged at a time: where
-// one is, the error is an [*AlreadyStaged]. Other nodes may have acknowledged it, so
-// nothing takes its place until it is activated or aborted. On success the new
-// keyring owns kek.
+// Stage adds kek, wrapped in slots, as the staged KEK. Only one KEK is staged at a
+// time: the error is an [*AlreadyStaged] if there is one. Other nodes may have
+// acknowledged that KEK, so no other replaces it until it is activated or aborted. On
+// success the new keyring owns kek.
 func (k *Keyring) Stage(kek *seal.Secret, slots []seal.Slot, now time.Time) (*Keyring, error) {
 	if s := k.doc.Staged; s != nil {
 		return nil, &AlreadyStaged{KeyID: s.KeyID, Since: s.Created.Time}
@@ -41,27 +41,27 @@ func (k *Keyring) Stage(kek *seal.Secret, slots []seal.Slot, now time.Time) (*Ke
 	return next, nil
 }
 
-// AlreadyStaged says that a KEK can't be staged because one is.
+// AlreadyStaged says that no KEK can be staged because another one is staged.
 type AlreadyStaged struct {
 	KeyID seal.KeyID
 	Since time.Time
 }
 
-// Error names what is staged, and since when.
+// Error names the staged KEK and the time since when it is staged.
 func (e *AlreadyStaged) Error() string {
 	return fmt.Sprintf("key ID %s has been staged since %s; activate or abort it first", e.KeyID, e.Since.Format(stampLayout))
 }
 
-// OpenStaged returns k with its staged KEK, which came out of a staged slot, so
-// that k decrypts under it and can activate it. The revision stays. On success
-// the new keyring owns kek.
+// OpenStaged returns a keyring that is k with its staged KEK open, so that it can
+// decrypt under that KEK and activate it. kek was unwrapped from a staged slot. The
+// revision stays the same. On success the new keyring owns kek.
 func (k *Keyring) OpenStaged(kek *seal.Secret) (*Keyring, error) {
 	if k.doc.Staged == nil {
 		return nil, errNothingStaged
 	}
 	if got := NewKeyID(k.doc.ClusterID, kek); got != k.doc.Staged.KeyID {
 		return nil, seal.Errorf(seal.CauseSlotCorrupt, hintRestore,
-			"the slot holds the KEK of key ID %s, the keyring says that %s is staged", got, k.doc.Staged.KeyID)
+			"the slot holds the KEK of key ID %s, but the staged KEK has key ID %s", got, k.doc.Staged.KeyID)
 	}
 	next := &Keyring{raw: k.raw, body: k.body, mac: k.mac, doc: k.doc, own: k.own, kek: k.kek.retain(), current: k.current, seeds: maps.Clone(k.seeds)}
 	next.addStaged(share(kek))
@@ -105,8 +105,8 @@ func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
 	return next, nil
 }
 
-// HasRoom reports whether a rotation fits: the current KEK retires, and so does a KEK
-// that an interrupted rotation left staged.
+// HasRoom reports whether the keyring has room for a rotation. A rotation retires the
+// current KEK, and the KEK that an interrupted rotation left staged, if any.
 func (k *Keyring) HasRoom() bool {
 	n := len(k.doc.Retired) + 1
 	if k.staged != nil {
@@ -115,9 +115,10 @@ func (k *Keyring) HasRoom() bool {
 	return n <= MaxRetired
 }
 
-// GiveUpStaged drops a staged KEK that does not open, which Abort can't retire. It is
-// for one node alone, on which the anchor shows that the KEK was never announced, so
-// that nothing is encrypted under it; another node may have activated it.
+// GiveUpStaged drops a staged KEK that does not open, and that Abort therefore can't
+// retire. It is for a cluster of one node, whose anchor shows that the KEK was never
+// announced, so that nothing is encrypted under it. With more nodes it fails, because
+// another node may have activated the KEK.
 func (k *Keyring) GiveUpStaged() (*Keyring, error) {
 	switch {
 	case k.doc.Staged == nil:
@@ -136,8 +137,8 @@ func (k *Keyring) GiveUpStaged() (*Keyring, error) {
 	return next, nil
 }
 
-// Activate makes the staged KEK the current one and retires the current one.
-// All retired KEKs are encrypted anew under the new current KEK.
+// Activate retires the current KEK and makes the staged KEK the current one. It
+// encrypts all retired KEKs under the new current KEK.
 func (k *Keyring) Activate(now time.Time) (*Keyring, error) {
 	if k.doc.Staged == nil || k.staged == nil {
 		return nil, errNothingStaged
@@ -159,7 +160,7 @@ func (k *Keyring) Activate(now time.Time) (*Keyring, error) {
 	return next, nil
 }
 
-// retireInto fills doc.Retired with all KEKs of k but the staged one.
+// retireInto fills doc.Retired with all KEKs of k except the staged one.
 func (k *Keyring) retireInto(doc *document, now stamp) (err error) {
 	withKEK(k.staged.secret, func(current []byte) {
 		c := aead(current, labelRetired)
@@ -208,8 +209,8 @@ func (k *Keyring) WithNodes(nodes []Node, slots []seal.Slot) (*Keyring, error) {
 	return next, nil
 }
 
-// AtLeast raises the revision by one, or to revision if that is more. A keyring
-// that was put back is raised so above what the nodes have anchored.
+// AtLeast raises the revision by one, or to revision if that is higher. It serves to
+// raise the revision of a restored keyring above the one that the nodes anchored.
 func (k *Keyring) AtLeast(revision uint64) (*Keyring, error) {
 	doc := *k.doc
 	if revision > 0 {
@@ -222,8 +223,8 @@ func (k *Keyring) AtLeast(revision uint64) (*Keyring, error) {
 	return next, nil
 }
 
-// build makes the keyring of doc's next revision, with what remains of an own section
-// beside it. The keyring holds kek and staged, which may be nil, from then on.
+// build returns the keyring of doc's next revision, with what remains of an own section
+// beside it. The keyring shares kek, and staged unless it is nil.
 func build(doc document, own *section2, kek, staged *shared) (*Keyring, error) {
 	doc.Revision++
 	body, err := encodeBody(&doc)

@@ -8,8 +8,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// gcmOverhead is what AES-GCM adds: a nonce of 12 bytes before and a tag of 16
-// bytes behind the ciphertext.
+// gcmOverhead is the number of bytes that AES-GCM adds: a nonce of 12 bytes before
+// the ciphertext, and a tag of 16 bytes after it.
 const gcmOverhead = 28
 
 // dekSeedFormat is the first byte of every DEK seed's ciphertext.
@@ -17,23 +17,23 @@ const dekSeedFormat = 1
 
 // Sizes in bytes. KMS v2 allows a ciphertext of 1024.
 const (
-	// MaxPlaintext is the longest DEK seed that Encrypt takes.
+	// MaxPlaintext is the maximum size of a DEK seed.
 	MaxPlaintext = MaxCiphertext - 1 - gcmOverhead
-	// MaxCiphertext is the longest ciphertext that Decrypt takes.
+	// MaxCiphertext is the maximum size of an encrypted DEK seed.
 	MaxCiphertext = 1024
 )
 
-// dekSeeds is one KEK's cipher for DEK seeds. That of a retired KEK is made for the
-// first DEK seed that was encrypted under it: most retired KEKs are never asked for,
-// so opening a keyring stays fast and no key schedule of theirs lies on the heap.
+// dekSeeds holds one KEK's cipher for DEK seeds. The cipher of a retired KEK is made
+// when the first DEK seed is decrypted under it. Most retired KEKs are never used,
+// so opening a keyring stays fast, and their key schedules are not on the heap.
 type dekSeeds struct {
 	cipher  atomic.Pointer[seedCipher]
 	mu      sync.Mutex // held while the cipher is made
 	retired []retired  // the one KEK to make the cipher of; nil if the cipher was made at once
 }
 
-// seedCipher encrypts and decrypts DEK seeds under one KEK. All that it needs is
-// derived once, so that an operation allocates its result and nothing else.
+// seedCipher encrypts and decrypts DEK seeds under one KEK. Everything is derived
+// once, so that an operation allocates only its result.
 type seedCipher struct {
 	aead cipher.AEAD
 	aad  []byte
@@ -52,7 +52,8 @@ func (d *seedCipher) encrypt(plaintext []byte) ([]byte, error) {
 	return d.aead.Seal(out, nil, plaintext, d.aad), nil
 }
 
-// wellFormed reports whether decrypt can make something of a ciphertext.
+// wellFormed reports whether ciphertext has the size and the first byte of an
+// encrypted DEK seed.
 func wellFormed(ciphertext []byte) bool {
 	return len(ciphertext) > 1+gcmOverhead && len(ciphertext) <= MaxCiphertext && ciphertext[0] == dekSeedFormat
 }
@@ -65,8 +66,8 @@ func (d *seedCipher) decrypt(ciphertext []byte) ([]byte, error) {
 	return plaintext, nil
 }
 
-// cipherOf returns the cipher of one of the keyring's KEKs, and makes it if this is
-// the first call that needs it.
+// cipherOf returns the cipher of d, which is one of k's. It makes the cipher on the
+// first call.
 func (k *Keyring) cipherOf(d *dekSeeds) (*seedCipher, error) {
 	if c := d.cipher.Load(); c != nil {
 		return c, nil

@@ -14,13 +14,13 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// keyIDPrefix tells key IDs of this form from any later one.
+// keyIDPrefix distinguishes key IDs of this form from later forms.
 const keyIDPrefix = "k1-"
 
 var keyIDEncoding = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPadding(base32.NoPadding)
 
-// frame joins fields so that no two lists of fields give the same bytes: each
-// field follows its length, 8 bytes, big-endian.
+// frame joins fields so that two different lists of fields never give the same
+// bytes: it writes the length of each field, 8 bytes big-endian, before the field.
 func frame(fields ...string) []byte { return appendFrame(nil, fields...) }
 
 func appendFrame(b []byte, fields ...string) []byte {
@@ -45,8 +45,8 @@ func keyID(cluster seal.ClusterID, kek []byte) seal.KeyID {
 }
 
 // withKeyIDMatcher calls f with a function that reports whether a KEK has a key ID. It
-// is for many KEKs: allocations inside [seal.Erase] are slow, so the KEKs share all
-// memory but that of HMAC itself.
+// serves to check many KEKs. Allocations inside [seal.Erase] are slow, so the checks
+// share all memory except that of HMAC itself.
 func withKeyIDMatcher(cluster seal.ClusterID, f func(matches func(id seal.KeyID, kek []byte) bool) error) (err error) {
 	msg, got, want := frame(labelKeyID, string(cluster[:])), make([]byte, 0, sha256.Size), make([]byte, sha256.Size)
 	scrubbed(func(h func() hash.Hash) {
@@ -67,7 +67,7 @@ func withKeyIDMatcher(cluster seal.ClusterID, f func(matches func(id seal.KeyID,
 	return err
 }
 
-// validKeyID reports whether id is of the form that NewKeyID returns.
+// validKeyID reports whether id has the form that NewKeyID returns.
 func validKeyID(id seal.KeyID) bool {
 	if len(id) != len(keyIDPrefix)+keyIDEncoding.EncodedLen(sha256.Size) || id[:len(keyIDPrefix)] != keyIDPrefix {
 		return false
@@ -76,8 +76,8 @@ func validKeyID(id seal.KeyID) bool {
 	return err == nil && keyIDEncoding.EncodeToString(sum) == string(id[len(keyIDPrefix):])
 }
 
-// withKEK calls f with kek's bytes, unless it is closed or no KEK; it reports
-// whether it called f.
+// withKEK calls f with the bytes of kek, and reports whether it did. It does not
+// call f if kek is nil, closed or not of seal.KEKSize bytes.
 func withKEK(kek *seal.Secret, f func(b []byte)) (called bool) {
 	if kek == nil {
 		return false
@@ -90,14 +90,14 @@ func withKEK(kek *seal.Secret, f func(b []byte)) (called bool) {
 	return called
 }
 
-// derive calls f with HKDF-SHA256(kek, no salt, label), 32 bytes, and erases
-// them afterwards.
+// derive calls f with the 32 bytes HKDF-SHA256(kek, no salt, label), and erases them
+// when f returns.
 func derive(kek []byte, label string, f func(key []byte)) {
 	var key []byte
 	scrubbed(func(h func() hash.Hash) {
 		var err error
 		if key, err = hkdf.Key(h, kek, nil, label, 32); err != nil {
-			panic(fmt.Sprintf("hkdf: %v", err)) // only for sizes that are constant here
+			panic(fmt.Sprintf("hkdf: %v", err)) // it fails for other sizes only
 		}
 	})
 	defer clear(key)
@@ -114,8 +114,9 @@ func mac(key, msg []byte) (sum []byte) {
 	return sum
 }
 
-// aead returns AES-256-GCM with random nonces under HKDF(kek, label). The key
-// schedule lives on the heap for as long as the cipher: Go's AES has no other place.
+// aead returns AES-256-GCM with random nonces under the key HKDF(kek, label). The key
+// schedule stays on the heap as long as the cipher, because Go's AES allocates it
+// there.
 func aead(kek []byte, label string) (c cipher.AEAD) {
 	derive(kek, label, func(key []byte) {
 		block, err := aes.NewCipher(key)
@@ -123,18 +124,18 @@ func aead(kek []byte, label string) (c cipher.AEAD) {
 			c, err = cipher.NewGCMWithRandomNonce(block)
 		}
 		if err != nil {
-			panic(fmt.Sprintf("aes-gcm: %v", err)) // only for sizes that are constant here
+			panic(fmt.Sprintf("aes-gcm: %v", err)) // it fails for other sizes only
 		}
 	})
 	return c
 }
 
-// scrubbed calls f with a maker of SHA-256 states. A state keeps the last block
-// that was written to it; HKDF's extract step writes the KEK itself, so every
-// state is overwritten afterwards, and so is the stack that f used.
+// scrubbed calls f with a function that returns SHA-256 states. Then it overwrites
+// each state, and the stack that f used. A state keeps the last block that was
+// written to it, and the extract step of HKDF writes the KEK itself.
 func scrubbed(f func(h func() hash.Hash)) {
 	var states []hash.Hash
-	wipeStack() // grows the stack first: a stack that grows later leaves a copy behind
+	wipeStack() // to grow the stack now: a stack that grows later leaves a copy behind
 	f(func() hash.Hash {
 		s := sha256.New()
 		states = append(states, s)

@@ -1,26 +1,25 @@
-// Package keyring is the document that holds a cluster's KEKs in their slots,
-// and the cryptography that makes it trustworthy. It takes and returns bytes:
-// where they are kept is the business of package store.
+// Package keyring implements the keyring: the document that holds the KEKs of a
+// cluster in their slots, and the cryptography that authenticates it. The package
+// takes and returns bytes; package store keeps them.
 //
-// A keyring is a body and a MAC. The body names the cluster, a revision that
-// every change raises, the current KEK, perhaps a staged one, the retired ones
-// and the nodes. A KEK itself stands in it only as slots, each of which some
-// wrapper can open, or, once retired, encrypted under the current KEK. So one
-// unseal opens the whole history.
+// A keyring consists of a body and a MAC. The body names the cluster, the revision,
+// which every change raises, the current KEK, the staged KEK if there is one, the
+// retired KEKs, and the nodes. The body holds the current and the staged KEK in
+// slots, which their wrappers can open. It holds each retired KEK encrypted under
+// the current one, so that one unsealed KEK opens the whole history.
 //
-// Anyone can write a keyring: sealing to a TPM needs nothing but its public
-// key. So what [Parse] returns is [Untrusted], and [Untrusted.Open] makes a
-// [Keyring] of it only if the KEK that came out of a slot matches its key ID,
-// which commits to it, the MAC verifies under it, and the [Anchor] that this node
-// last trusted names a KEK of this keyring. Hence whoever knows the anchored KEK
-// can write that node's keyring, and nobody else can.
+// Anyone can write a keyring, because sealing to a TPM takes only its public key.
+// [Parse] therefore returns an [Untrusted]. [Untrusted.Open] turns it into a [Keyring]
+// only if the KEK from a slot matches its key ID, which commits to the KEK; if the MAC
+// verifies under that KEK; and if the node's [Anchor] names a KEK of this keyring.
+// Hence only someone who knows the anchored KEK can write that node's keyring.
 //
 // In format 2 all nodes share one keyring. Each node keeps the slots that only its own
-// TPM opens in an own section, which never leaves it, and tells the others in a
-// [Record] what it trusts. [Follows] and [Precedes] are the rules by which it takes a
-// keyring that another node has changed.
+// TPM opens in an own section, which never leaves the node. In a [Record] it tells the
+// other nodes what it trusts. [Follows] and [Precedes] are the rules by which it accepts
+// a keyring that another node has changed.
 //
-// The formats are frozen; docs/keyring-format.md describes them so that others can
-// read them, and testdata holds vectors. A change of format is a new version in a
-// new file beside format1.go and format2.go.
+// The formats are frozen. docs/keyring-format.md describes them for other readers, and
+// testdata holds test vectors. A new format is a new version in a new file beside
+// format1.go and format2.go.
 package keyring

@@ -12,16 +12,16 @@ import (
 	kjson "sigs.k8s.io/json"
 )
 
-// Limits of format 1. They hold for what is read and for what is written.
+// Limits of format 1, for reading and for writing.
 const (
-	// MaxSize bounds a whole keyring, in bytes; etcd takes 1.5 MiB.
+	// MaxSize is the maximum size of a keyring in bytes; etcd takes 1.5 MiB.
 	MaxSize = 1 << 20
-	// MaxSlots bounds the slots of one KEK for one node, and those for no node
-	// in particular.
+	// MaxSlots is the maximum number of slots of one KEK for one node, and for no
+	// particular node.
 	MaxSlots = 16
-	// MaxRetired bounds the retired KEKs.
+	// MaxRetired is the maximum number of retired KEKs.
 	MaxRetired = 256
-	// MaxNodes bounds the nodes.
+	// MaxNodes is the maximum number of nodes.
 	MaxNodes = 64
 	// MaxRevision is the largest integer that every JSON reader represents exactly.
 	MaxRevision = 1<<53 - 1
@@ -29,8 +29,8 @@ const (
 
 const format1 = 1
 
-// envelope is the stored document. The own section is format 2's, and stands in a
-// node's file alone.
+// envelope is the stored document. Only format 2 has an own section, and only in the
+// file of a node.
 type envelope struct {
 	Body       []byte `json:"body"`
 	MAC        []byte `json:"mac"`
@@ -38,7 +38,7 @@ type envelope struct {
 	SectionMAC []byte `json:"sectionMAC,omitempty"`
 }
 
-// body1 is the body of format 1. Members stand in this order.
+// body1 is the body of format 1. The order of the members is part of the format.
 type body1 struct {
 	Format    int            `json:"format"`
 	ClusterID seal.ClusterID `json:"clusterID"`
@@ -49,8 +49,8 @@ type body1 struct {
 	Nodes     []node1        `json:"nodes,omitempty"`
 }
 
-// retired1 is a KEK that is encrypted under the current one, in the order in which
-// they retired.
+// retired1 is a retired KEK, encrypted under the current one. The body lists them in the
+// order in which they retired.
 type retired1 struct {
 	KeyID   seal.KeyID `json:"keyID"`
 	Created stamp      `json:"created"`
@@ -58,7 +58,7 @@ type retired1 struct {
 	Sealed  []byte     `json:"sealed"`
 }
 
-// node1 is a control-plane machine. Its ek is empty if it has no TPM.
+// node1 is a control-plane machine. EK is empty for a machine without a TPM.
 type node1 struct {
 	Name string `json:"name"`
 	EK   string `json:"ek,omitempty"`
@@ -78,8 +78,8 @@ func (s *stamp) UnmarshalJSON(b []byte) (err error) {
 	return err
 }
 
-// encode is the one encoding of v: no white space, members in the order of the
-// struct, nothing escaped that JSON lets stand.
+// encode returns the canonical encoding of v: no white space, members in the order of
+// the struct, and no escape that JSON does not require.
 func encode(v any) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -90,9 +90,9 @@ func encode(v any) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
 }
 
-// decode reads what encode wrote, and nothing else: no unknown, duplicate or
-// differently spelled member, no white space, no other base64 of the same
-// bytes, nothing after the end.
+// decode parses the result of encode. It accepts no other form: no unknown, duplicate
+// or differently spelled member, no white space, no other base64 of the same bytes,
+// no trailing bytes.
 func decode(b []byte, v any) error {
 	if !utf8.Valid(b) {
 		return fmt.Errorf("not UTF-8")
@@ -114,11 +114,10 @@ func decode(b []byte, v any) error {
 	return nil
 }
 
-// clip keeps a decoder's error, which quotes its input, from filling the log.
+// clip shortens the error of a decoder, which quotes its input.
 func clip(err error) error { return fmt.Errorf("%.160q", err.Error()) }
 
-// parseBody1 reads a body of format 1 and checks everything that can be checked
-// without a KEK.
+// parseBody1 parses a body of format 1 and makes every check that needs no KEK.
 func parseBody1(b []byte) (*body1, error) {
 	body := new(body1)
 	if err := decode(b, body); err != nil {

@@ -7,7 +7,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// FuzzParse: what parses is written back byte by byte, and refusals are typed.
+// FuzzParse: a keyring that parses encodes to the same bytes, and refusals are typed.
 func FuzzParse(f *testing.F) {
 	file := golden(f, "keyring.json")
 	f.Add(file)
@@ -36,7 +36,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// FuzzBody is FuzzParse without the base64, which hides the body from the fuzzer.
+// FuzzBody is FuzzParse for the body, which base64 hides from the fuzzer there.
 func FuzzBody(f *testing.F) {
 	u := must[*Untrusted](f)(Parse(golden(f, "keyring.json")))
 	f.Add(u.body)
@@ -52,7 +52,7 @@ func FuzzBody(f *testing.F) {
 	})
 }
 
-// FuzzOpen: whoever doesn't know the KEK can't change a keyring.
+// FuzzOpen: without the KEK nobody can change a keyring.
 func FuzzOpen(f *testing.F) {
 	file := golden(f, "keyring.json")
 	want := must[*Untrusted](f)(Parse(file))
@@ -77,7 +77,7 @@ func FuzzOpen(f *testing.F) {
 	})
 }
 
-// FuzzDecrypt: only what was encrypted decrypts, and refusals are one of three.
+// FuzzDecrypt: only encrypted seeds decrypt, and refusals are one of three errors.
 func FuzzDecrypt(f *testing.F) {
 	v := goldenVectors(f)
 	u := must[*Untrusted](f)(Parse(golden(f, "keyring.json")))
@@ -108,7 +108,7 @@ func FuzzDecrypt(f *testing.F) {
 	})
 }
 
-// FuzzParseAnchor: what parses is written back byte by byte.
+// FuzzParseAnchor: an anchor that parses encodes to the same bytes.
 func FuzzParseAnchor(f *testing.F) {
 	file := golden(f, "anchor.json")
 	f.Add(file)

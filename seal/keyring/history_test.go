@@ -8,8 +8,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// history stores a keyring whose current KEK starts with byte 1 and that has n
-// retired ones; the i-th of them starts with byte 2+i, and its last byte is i>>7.
+// history returns a stored keyring with n retired KEKs. The first byte of the current
+// KEK is 1. The retired KEK i is oldKEK(i).
 func history(t testing.TB, n int) []byte {
 	t.Helper()
 	kek := newKEK(t, 1)
@@ -31,14 +31,15 @@ func history(t testing.TB, n int) []byte {
 	return append(file, '\n')
 }
 
+// oldKEK returns the retired KEK i of history: its first byte is 2+i, its last i>>7.
 func oldKEK(t testing.TB, i int) *seal.Secret {
 	kek := newKEK(t, byte(2+i))
 	kek.With(func(b []byte) { b[seal.KEKSize-1] = byte(i >> 7) })
 	return kek
 }
 
-// TestEachRetiredKEKIsChecked: each of many matches its own key ID before the keyring
-// opens, although its cipher is made later.
+// TestEachRetiredKEKIsChecked: the keyring opens only if each of many retired KEKs
+// matches its key ID, although their ciphers are made later.
 func TestEachRetiredKEKIsChecked(t *testing.T) {
 	const n = 40
 	u := must[*Untrusted](t)(Parse(history(t, n)))
@@ -47,7 +48,7 @@ func TestEachRetiredKEKIsChecked(t *testing.T) {
 	for i := range n {
 		doc := *u.doc
 		doc.Retired = append([]retired{}, u.doc.Retired...)
-		withKEK(kek, func(b []byte) { // by who knows the KEK, and has another one in the place
+		withKEK(kek, func(b []byte) { // someone who knows the current KEK replaces a retired one
 			r := &doc.Retired[i]
 			r.Sealed = aead(b, labelRetired).Seal(nil, nil, other, retiredAAD(cluster, r.KeyID, doc.Current.KeyID))
 		})
@@ -56,8 +57,8 @@ func TestEachRetiredKEKIsChecked(t *testing.T) {
 	}
 }
 
-// TestRetiredKEKsDecrypt: those that are asked for first after the opening, and those
-// that are asked for first when the keyring is closed.
+// TestRetiredKEKsDecrypt: a retired KEK decrypts after the keyring is opened. On a
+// closed keyring it decrypts if it was used before.
 func TestRetiredKEKsDecrypt(t *testing.T) {
 	const n = 5
 	u := must[*Untrusted](t)(Parse(history(t, n)))
@@ -93,8 +94,8 @@ func TestRetiredKEKsDecrypt(t *testing.T) {
 	}
 }
 
-// TestOpeningAllocatesLittle: what is allocated while a KEK is at hand is erased, one
-// by one, which is most of what opening takes. Three are HMAC's own.
+// TestOpeningAllocatesLittle: allocations inside seal.Erase are erased one by one,
+// which takes most of the time of opening a keyring. HMAC makes three of them.
 func TestOpeningAllocatesLittle(t *testing.T) {
 	count := func(n int) float64 {
 		u, kek := must[*Untrusted](t)(Parse(history(t, n))), newKEK(t, 1)

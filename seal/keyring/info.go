@@ -6,7 +6,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Info describes a keyring to people. It holds nothing secret.
+// Info describes a keyring for display. It holds no secret.
 type Info struct {
 	ClusterID seal.ClusterID `json:"clusterID"`
 	Revision  uint64         `json:"revision"`
@@ -18,7 +18,7 @@ type Info struct {
 	Nodes     []Node         `json:"nodes"`
 }
 
-// KEKInfo describes a KEK that is held in slots.
+// KEKInfo describes a KEK in slots.
 type KEKInfo struct {
 	KeyID   seal.KeyID `json:"keyID"`
 	Created time.Time  `json:"created"`

@@ -9,9 +9,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Keyring is an open keyring. It never changes, so any number of goroutines may
-// use it; a change makes a new one. Keyrings made of one another share their
-// KEKs, and each is closed on its own.
+// Keyring is an open keyring. It is immutable, so its methods may be called
+// concurrently; a change returns a new Keyring. A Keyring and its successors share
+// their KEKs. Each must be closed.
 type Keyring struct {
 	raw     []byte // body, MAC and, if there is one, own section, as stored
 	body    []byte
@@ -19,23 +19,24 @@ type Keyring struct {
 	doc     *document
 	own     *section2 // nil in format 1, and in what the cluster store holds
 	kek     *shared
-	staged  *shared // nil if none is staged or it was not opened
+	staged  *shared // nil if no KEK is staged, or the staged one is not open
 	seeds   map[seal.KeyID]*dekSeeds
 	current *seedCipher
 	closed  atomic.Bool
 }
 
-// ErrClosed: the keyring was closed before it had made the cipher of a retired KEK.
+// ErrClosed says that the keyring was closed before the cipher of a retired KEK was
+// made.
 var ErrClosed = errors.New("the keyring is closed")
 
-// add adds a KEK by its cipher.
+// add adds the cipher of a KEK.
 func (k *Keyring) add(id seal.KeyID, c *seedCipher) {
 	d := new(dekSeeds)
 	d.cipher.Store(c)
 	k.seeds[id] = d
 }
 
-// addRetired adds the retired KEKs, whose ciphers are made later.
+// addRetired adds the retired KEKs. Decrypt makes their ciphers.
 func (k *Keyring) addRetired() {
 	all := make([]dekSeeds, len(k.doc.Retired))
 	for i, r := range k.doc.Retired {
@@ -44,11 +45,11 @@ func (k *Keyring) addRetired() {
 	}
 }
 
-// Marshal returns the keyring as it is stored.
+// Marshal returns the keyring in its stored form.
 func (k *Keyring) Marshal() []byte { return bytes.Clone(k.raw) }
 
-// KEK returns the current KEK, which stays the keyring's: it is good until
-// Close, and the caller doesn't close it.
+// KEK returns the current KEK. The keyring owns it: the caller must neither close it
+// nor use it after Close.
 func (k *Keyring) KEK() *seal.Secret { return k.kek.secret }
 
 // CurrentID returns the key ID of the current KEK.
@@ -63,13 +64,13 @@ func (k *Keyring) ClusterID() seal.ClusterID { return k.doc.ClusterID }
 // Slots returns the slots of the current KEK.
 func (k *Keyring) Slots() []seal.Slot { return viewOf(&k.doc.Current, k.own) }
 
-// StagedSlots returns the slots of the staged KEK; there are none if none is staged.
+// StagedSlots returns the slots of the staged KEK, or nil if no KEK is staged.
 func (k *Keyring) StagedSlots() []seal.Slot { return viewOf(k.doc.Staged, k.own) }
 
 // Nodes returns the nodes.
 func (k *Keyring) Nodes() []Node { return slices.Clone(k.doc.Nodes) }
 
-// Anchor returns what a node that trusts this keyring anchors.
+// Anchor returns the anchor of a node that trusts this keyring.
 func (k *Keyring) Anchor() Anchor {
 	return Anchor{ClusterID: k.doc.ClusterID, KeyID: k.doc.Current.KeyID, Revision: k.doc.Revision}
 }
@@ -77,11 +78,12 @@ func (k *Keyring) Anchor() Anchor {
 // Info describes the keyring.
 func (k *Keyring) Info() Info { return k.doc.info(k.own) }
 
-// Holds reports whether Decrypt knows the key ID.
+// Holds reports whether the keyring holds the KEK with this ID, open.
 func (k *Keyring) Holds(id seal.KeyID) bool { return k.seeds[id] != nil }
 
-// Encrypt encrypts a DEK seed of 1 to [MaxPlaintext] bytes under the current KEK
-// and returns that KEK's ID with it. Other sizes are seal.ErrMalformed.
+// Encrypt encrypts a DEK seed of 1 to [MaxPlaintext] bytes under the current KEK, and
+// returns the ciphertext and that KEK's ID. The error is seal.ErrMalformed for other
+// sizes.
 func (k *Keyring) Encrypt(plaintext []byte) (ciphertext []byte, id seal.KeyID, err error) {
 	ciphertext, err = k.current.encrypt(plaintext)
 	if err != nil {
@@ -90,9 +92,9 @@ func (k *Keyring) Encrypt(plaintext []byte) (ciphertext []byte, id seal.KeyID, e
 	return ciphertext, k.CurrentID(), nil
 }
 
-// Decrypt decrypts what Encrypt returned for id. The error is
-// seal.ErrUnknownKey, seal.ErrMalformed or seal.ErrAuthentication; on a closed
-// keyring it may be [ErrClosed], see Close.
+// Decrypt decrypts a ciphertext that Encrypt returned with id. The error is
+// seal.ErrUnknownKey, seal.ErrMalformed or seal.ErrAuthentication, and may be
+// [ErrClosed] on a closed keyring; see Close.
 func (k *Keyring) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 	d := k.seeds[id]
 	if d == nil {
@@ -108,10 +110,11 @@ func (k *Keyring) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 	return c.decrypt(ciphertext)
 }
 
-// Close gives the KEKs back, unless another keyring shares them. Closing twice
-// is harmless. Encrypt goes on working, and so does Decrypt under a KEK that was
-// used before: their ciphers live until the keyring is unreachable. A call that a
-// reload overtakes and that gets [ErrClosed] is for the newer keyring.
+// Close closes the KEKs that no other keyring shares. A second Close does nothing.
+// Encrypt works on a closed keyring, and so does Decrypt under a KEK that was used
+// before, because their ciphers live until the keyring is unreachable. If a reload
+// closes the keyring during a Decrypt, which then fails with [ErrClosed], the caller
+// repeats it on the new keyring.
 func (k *Keyring) Close() {
 	if k.closed.Swap(true) {
 		return
@@ -120,13 +123,13 @@ func (k *Keyring) Close() {
 	k.staged.release()
 }
 
-// shared is a Secret that is closed with the last keyring that holds it.
+// shared is a Secret that several keyrings share. The last one closes it.
 type shared struct {
 	secret *seal.Secret
 	refs   atomic.Int32
 }
 
-// share returns a Secret that no keyring holds yet.
+// share returns s as a shared Secret of no keyring yet.
 func share(s *seal.Secret) *shared { return &shared{secret: s} }
 
 func (h *shared) retain() *shared {

@@ -55,7 +55,7 @@ func newKeyring(t testing.TB, first byte) *Keyring {
 	return must[*Keyring](t)(New(cluster, newKEK(t, first), slots("one"), nodes, now))
 }
 
-// rotate stages and activates the KEK that starts with first.
+// rotate stages and activates the KEK whose first byte is first.
 func rotate(t testing.TB, k *Keyring, first byte) *Keyring {
 	t.Helper()
 	ok := must[*Keyring](t)
@@ -64,7 +64,7 @@ func rotate(t testing.TB, k *Keyring, first byte) *Keyring {
 	return ok(staged.Activate(now.Add(2 * time.Hour)))
 }
 
-// reopen stores, parses and opens k as a node would that holds anchor.
+// reopen parses and opens the stored form of k, as a node with this anchor would.
 func reopen(t testing.TB, k *Keyring, kek *seal.Secret, anchor *Anchor) *Keyring {
 	t.Helper()
 	u := must[*Untrusted](t)(Parse(k.Marshal()))
@@ -175,8 +175,8 @@ func TestDecryptRefusals(t *testing.T) {
 	}
 }
 
-// TestSameKEKOfAnotherCluster: the cluster is part of the key ID and of what
-// GCM authenticates.
+// TestSameKEKOfAnotherCluster: the key ID and the data that GCM authenticates depend
+// on the cluster.
 func TestSameKEKOfAnotherCluster(t *testing.T) {
 	k := newKeyring(t, 1)
 	other := must[*Keyring](t)(New(seal.ClusterID{9}, newKEK(t, 1), slots("one"), nodes, now))
@@ -271,7 +271,8 @@ func TestKeyringsShareKEKsUntilTheLastIsClosed(t *testing.T) {
 	}
 }
 
-// TestFailedCallsLeaveTheKEKToTheCaller: the caller may try the next slot.
+// TestFailedCallsLeaveTheKEKToTheCaller: a call that fails does not close the KEK, so
+// the caller can use it again.
 func TestFailedCallsLeaveTheKEKToTheCaller(t *testing.T) {
 	kek := newKEK(t, 1)
 	if _, err := New(cluster, kek, nil, nodes, now); err == nil {
@@ -326,7 +327,8 @@ func TestConcurrentReadsAndChanges(t *testing.T) {
 	wg.Wait()
 }
 
-// TestOperationsAllocateTheirResultOnly guards the hot path.
+// TestOperationsAllocateTheirResultOnly: Encrypt and Decrypt, which serve every call of
+// kube-apiserver, allocate only their results.
 func TestOperationsAllocateTheirResultOnly(t *testing.T) {
 	k := newKeyring(t, 1)
 	seed := make([]byte, 32)

@@ -8,8 +8,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
-// TestNoKEKOutsideLockedMemory runs every derivation and then looks for the KEKs
-// in the rest of the process's memory.
+// TestNoKEKOutsideLockedMemory: after every derivation no KEK is in the process's
+// memory outside its Secret.
 func TestNoKEKOutsideLockedMemory(t *testing.T) {
 	watch := sealtest.NewWatch()
 	random := func(name string) *seal.Secret {
@@ -40,7 +40,7 @@ func TestNoKEKOutsideLockedMemory(t *testing.T) {
 	if found := watch.Find(t); len(found) > 0 {
 		t.Errorf("found:\n%s", strings.Join(found, "\n"))
 	}
-	leak := make([]byte, seal.KEKSize) // the watch must be able to find something
+	leak := make([]byte, seal.KEKSize) // proves that the watch finds copies
 	k.KEK().With(func(b []byte) { copy(leak, b) })
 	if found := watch.Find(t); len(found) == 0 {
 		t.Error("a leaked KEK is not found")

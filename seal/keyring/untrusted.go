@@ -16,22 +16,22 @@ const (
 	hintRecover = "if this change was not yours, run kleidi keyring restore; if it was, run kleidi recover"
 )
 
-// Untrusted is a keyring that parses, and no more: whoever can write the file
-// chose everything in it.
+// Untrusted is a keyring that parses. Nothing in it is authenticated: whoever can
+// write the file chose all of its content.
 type Untrusted struct {
 	raw  []byte
-	body []byte // as stored, what the MAC covers
+	body []byte // as stored; the MAC covers it
 	mac  []byte
 	doc  *document
 
-	section    []byte // as stored, what the section's MAC covers; nil where there is none
+	section    []byte // as stored; the section's MAC covers it; nil if there is no section
 	sectionMAC []byte
 	own        *section2
 }
 
-// Parse reads a keyring. It accepts only the one encoding that [Keyring.Marshal]
-// writes, within the limits of the format. An error is a [*seal.Error] with
-// cause seal.CauseKeyringCorrupt.
+// Parse parses a keyring. It accepts only the canonical encoding, which
+// [Keyring.Marshal] returns, within the limits of the format. An error is a
+// [*seal.Error] with cause seal.CauseKeyringCorrupt.
 func Parse(b []byte) (*Untrusted, error) {
 	u, err := parse(b)
 	if err != nil {
@@ -75,7 +75,7 @@ func parse(b []byte) (*Untrusted, error) {
 	return u, nil
 }
 
-// parseBeside reads the own section beside a shared keyring.
+// parseBeside parses the own section beside a shared keyring.
 func parseBeside(e *envelope, doc *document) (*section2, error) {
 	switch {
 	case doc.Format != format2:
@@ -102,16 +102,16 @@ func (u *Untrusted) CurrentID() seal.KeyID { return u.doc.Current.KeyID }
 // Slots returns the slots of the current KEK.
 func (u *Untrusted) Slots() []seal.Slot { return viewOf(&u.doc.Current, u.own) }
 
-// StagedSlots returns the slots of the staged KEK; there are none if none is staged.
+// StagedSlots returns the slots of the staged KEK, or nil if no KEK is staged.
 func (u *Untrusted) StagedSlots() []seal.Slot { return viewOf(u.doc.Staged, u.own) }
 
-// Info describes the keyring. Nothing in it is vouched for.
+// Info describes the keyring. Nothing in it is authenticated.
 func (u *Untrusted) Info() Info { return u.doc.info(u.own) }
 
 // Format returns the format.
 func (u *Untrusted) Format() int { return u.doc.Format }
 
-// Open makes a [Keyring] of u. It accepts kek, which came out of a slot, only
+// Open returns u as a [Keyring]. kek was unwrapped from a slot. Open accepts it only
 // if, in this order:
 //
 //  1. kek matches the key ID of the current KEK in this cluster;
@@ -122,8 +122,8 @@ func (u *Untrusted) Format() int { return u.doc.Format }
 //     among the retired ones;
 //  5. the revision is not below the anchored one.
 //
-// A nil anchor skips 4 and 5: the operator vouches, as in recover and verify. On
-// success the Keyring owns kek; on error the caller still does. An error is a
+// A nil anchor skips 4 and 5: in recover and verify the operator vouches for the
+// keyring. On success the Keyring owns kek; on error the caller does. An error is a
 // [*seal.Error] with cause seal.CauseSlotCorrupt (1), seal.CauseKeyringCorrupt
 // (2, 3) or seal.CauseAnchor (4, 5).
 func (u *Untrusted) Open(kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
@@ -140,8 +140,8 @@ func (u *Untrusted) Open(kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
 	return k, nil
 }
 
-// newOpen returns the keyring of u before it is opened. It allocates what it can
-// before a KEK is at hand: inside [seal.Erase] each allocation is slow.
+// newOpen returns the keyring of u, not yet open. It allocates outside [seal.Erase]
+// as much as it can, because each allocation inside is slow.
 func newOpen(u *Untrusted) *Keyring {
 	k := &Keyring{raw: u.raw, body: u.body, mac: u.mac, doc: u.doc, own: u.own, seeds: make(map[seal.KeyID]*dekSeeds, len(u.doc.Retired)+2)}
 	k.addRetired()
@@ -152,7 +152,7 @@ func (u *Untrusted) open(k *Keyring, kek []byte) error {
 	id := u.doc.Current.KeyID
 	if got := keyID(u.doc.ClusterID, kek); got != id {
 		return seal.Errorf(seal.CauseSlotCorrupt, hintRestore,
-			"the slot holds the KEK of key ID %s, the keyring of cluster %s says %s", got, u.doc.ClusterID, id)
+			"the slot holds the KEK of key ID %s, but the current KEK of cluster %s has key ID %s", got, u.doc.ClusterID, id)
 	}
 	if !hmac.Equal(bodyMAC(kek, u.body), u.mac) {
 		return seal.Errorf(seal.CauseKeyringCorrupt, hintRestore, "the keyring's MAC does not verify under key ID %s", id)
@@ -200,13 +200,13 @@ func retiredAAD(cluster seal.ClusterID, id, current seal.KeyID) []byte {
 }
 
 // eachRetired decrypts every retired KEK under the current one, kek, and calls f
-// with it; f must not keep it.
+// with the retired KEK, which f must not keep.
 func (b *document) eachRetired(kek []byte, f func(r retired, old []byte) error) error {
 	return b.openRetired(b.Retired, kek, f)
 }
 
-// openRetired decrypts some of the retired KEKs under the current one, kek, proves
-// each by its key ID, and calls f with it; f must not keep it.
+// openRetired decrypts the retired KEKs in some under the current one, kek. It checks
+// that each matches its key ID, and calls f with it. f must not keep it.
 func (b *document) openRetired(some []retired, kek []byte, f func(r retired, old []byte) error) error {
 	if len(some) == 0 {
 		return nil
