@@ -35,6 +35,7 @@ type machine struct {
 	variables string      // the firmware's, below dir
 	settings  string      // added to kleidi's configuration
 	files     []disk.File // what is on it besides
+	handed    []string    // QEMU's arguments for a kernel that it hands to the firmware
 	state     []disk.File
 	// Of the first boot: what it found, and a DEK seed, as it was and encrypted.
 	first *wire.Facts

@@ -104,7 +104,12 @@ func (m *machine) arguments(disk, tpm, console string) []string {
 		"-serial", "file:" + console,
 		"-chardev", "socket,id=tpm,path=" + tpm, "-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm0",
 		"-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0",
-		"-drive", "if=none,id=boot,format=raw,readonly=on,file=" + disk, "-device", "virtio-blk-pci,drive=boot,bootindex=0"}
+		"-drive", "if=none,id=boot,format=raw,readonly=on,file=" + disk}
+	if len(m.handed) > 0 {
+		args = append(args, m.handed...)
+	} else {
+		args = append(args, "-device", "virtio-blk-pci,drive=boot,bootindex=0")
+	}
 	for _, name := range []string{wire.Tools, wire.Request, wire.State} {
 		args = append(args, "-drive", "if=none,id="+name+",format=raw,file="+m.path(name), "-device", "virtio-blk-pci,drive="+name+",serial="+name)
 	}

@@ -91,7 +91,7 @@ func TestGRUB(t *testing.T) {
 func TestSealedToPCR7(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)
-	m.settings = "tpm:\n  pcrs: [7]\n"
+	m.settings = "tpm:\n  pcrs: [7]\n  anySignedBoot: true\n"
 	m.series("UKI, sealed to PCR 7 alone, which nobody should do", []boot{
 		{what: "tpm.pcrs: [7]; kleidi init", image: uki, first: []wire.Step{initialize}, want: opens},
 		{what: "other command line", image: with(uki, func(i *image) { i.commandLine = "init=/bin/sh" }), want: opens, moved: []int{4, 9, 11}},
