@@ -174,3 +174,35 @@ func TestForgottenSecretsAreZeroed(t *testing.T) {
 	}
 	t.Error("a secret that nothing refers to is not zeroed")
 }
+
+// TestNoSecretOfNoSize: a secret has at least one byte.
+func TestNoSecretOfNoSize(t *testing.T) {
+	for _, n := range []int{0, -1} {
+		if s, err := (Memory{}).New(n); err == nil {
+			t.Errorf("a secret of %d bytes: %v", n, s)
+		}
+	}
+}
+
+// TestSecretsKeepNoFileOpen: memfd_secret gives a file, which is closed once it is
+// mapped.
+func TestSecretsKeepNoFileOpen(t *testing.T) {
+	count := func() int {
+		files, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(files)
+	}
+	before := count()
+	for range 3 {
+		s, err := Memory{}.New(KEKSize)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+	}
+	if after := count(); after > before {
+		t.Errorf("%d open files before, %d after", before, after)
+	}
+}

@@ -5,14 +5,17 @@ import (
 	"encoding/json"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/both"
+	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
 // box is a wrapper that keeps shares in memory. Its slots hold the number of a share.
 type box struct {
+	mu   sync.Mutex
 	kind string
 	mem  seal.Memory
 	kept map[string][]byte
@@ -23,9 +26,19 @@ func newBox(kind string) *box { return &box{kind: kind, kept: map[string][]byte{
 
 func (b *box) Type() string { return b.kind }
 
-func (b *box) Wrap(_ context.Context, kek *seal.Secret) (seal.Slot, error) {
-	if b.down != nil {
-		return seal.Slot{}, b.down
+// fails is the error of a box that is down, or whose caller has cancelled.
+func (b *box) fails(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return seal.Errorf(seal.CauseUnavailable, "hint", "box: %w", err)
+	}
+	return b.down
+}
+
+func (b *box) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err := b.fails(ctx); err != nil {
+		return seal.Slot{}, err
 	}
 	data, _ := json.Marshal(map[string]int{"number": len(b.kept)})
 	kek.With(func(k []byte) { b.kept[string(data)] = append([]byte(nil), k...) })
@@ -39,12 +52,14 @@ func (b *box) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (s
 	return b.Wrap(ctx, kek)
 }
 
-func (b *box) Unwrap(_ context.Context, s seal.Slot) (*seal.Secret, error) {
+func (b *box) Unwrap(ctx context.Context, s seal.Slot) (*seal.Secret, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	switch k := b.kept[string(s.Data)]; {
 	case s.Type != b.kind:
 		return nil, seal.ErrNotMine
-	case b.down != nil:
-		return nil, b.down
+	case b.fails(ctx) != nil:
+		return nil, b.fails(ctx)
 	case k == nil:
 		return nil, seal.Errorf(seal.CauseSlotCorrupt, "hint", "no such number")
 	default:
@@ -72,6 +87,60 @@ func mustOpen(t *testing.T, w seal.Wrapper, s seal.Slot, kek *seal.Secret) {
 	defer got.Close()
 	if !got.Equal(kek) {
 		t.Error("it opens to another KEK")
+	}
+}
+
+func TestConformance(t *testing.T) {
+	sealtest.Run(t, func(t *testing.T) sealtest.Harness {
+		w, _, _, _ := newBoth(t)
+		other, _, _, _ := newBoth(t)
+		other.Node = "beta"
+		return sealtest.Harness{Wrapper: w, Other: other}
+	})
+}
+
+// TestNoShareIsLeft: every share is closed, whether a call succeeds or fails.
+func TestNoShareIsLeft(t *testing.T) {
+	w, first, second, kek := newBoth(t)
+	slot, err := w.Wrap(t.Context(), kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	down := seal.Errorf(seal.CauseUnavailable, "hint", "down")
+	for name, spoil := range map[string]func(){
+		"nothing fails":      func() {},
+		"the first is down":  func() { first.down = down },
+		"the second is down": func() { second.down = down },
+	} {
+		sealtest.NoSecretLeft(t, func() {
+			spoil()
+			_, _ = w.Wrap(t.Context(), kek)
+			_, _ = w.WrapLike(t.Context(), kek, slot)
+			if got, err := w.Unwrap(t.Context(), slot); err == nil {
+				got.Close()
+			}
+			_ = w.Holds(t.Context(), kek, slot)
+		})
+		first.down, second.down = nil, nil
+		if t.Failed() {
+			t.Fatal(name)
+		}
+	}
+}
+
+// TestSizeOfASlot: two parts that are too large for one slot are neither wrapped nor
+// unwrapped.
+func TestSizeOfASlot(t *testing.T) {
+	w, _, _, kek := newBoth(t)
+	large := seal.Slot{Type: "one", Data: []byte(`"` + strings.Repeat("x", seal.MaxSlotData/2) + `"`)}
+	part := func(context.Context, *seal.Secret) (seal.Slot, error) { return large, nil }
+	slot, err := w.WrapWith(t.Context(), kek, part, part)
+	if err == nil {
+		t.Error("it is wrapped")
+	}
+	slot.Type, slot.Node = w.Kind, w.Node
+	if _, err := w.Unwrap(t.Context(), slot); seal.CauseOf(err) != seal.CauseSlotCorrupt || !strings.Contains(err.Error(), "at most") {
+		t.Errorf("unwrapped: %v", err)
 	}
 }
 
@@ -233,8 +302,8 @@ func TestHolds(t *testing.T) {
 		{"the half is another's", func() { second.kind = "three" }, seal.CauseNoSlot},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			was, kept := *second, *first
-			defer func() { *second, *first = was, kept }()
+			kind, kept, down := second.kind, second.kept, [2]error{first.down, second.down}
+			defer func() { second.kind, second.kept, first.down, second.down = kind, kept, down[0], down[1] }()
 			test.spoil()
 			if err := w.Holds(t.Context(), kek, slot); seal.CauseOf(err) != test.cause || (err == nil) != (test.cause == "") {
 				t.Errorf("%v; want cause %q", err, test.cause)

@@ -26,6 +26,13 @@ func TestAnchorBytes(t *testing.T) {
 	if _, err := keyring.AnchorOf([keyring.AnchorBytes]byte{}); seal.CauseOf(err) != seal.CauseAnchor {
 		t.Errorf("revision 0: %v", err)
 	}
+	p.Revision = keyring.MaxRevision + 1
+	if b, err = p.Bytes(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keyring.AnchorOf(b); seal.CauseOf(err) != seal.CauseAnchor {
+		t.Errorf("a revision over the limit: %v", err)
+	}
 	p.KeyID = "k1-short"
 	if _, err := p.Bytes(); err == nil {
 		t.Error("a malformed key ID has a binary form")

@@ -232,6 +232,16 @@ func TestRefusalNamesTheField(t *testing.T) {
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "unknown field", "extra")
 }
 
+// TestRefusalsOfParseNameTheRemedy: a damaged keyring is restored, and a keyring of a
+// later format takes a later kleidi.
+func TestRefusalsOfParseNameTheRemedy(t *testing.T) {
+	newer := bytes.Replace(edited(t, func(*document) {}), []byte(`{"format":1,`), []byte(`{"format":9,`), 1)
+	_, err := Parse(forge(t, newer, newKEK(t, 0x81)))
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, "unknown format 9", "install the version of kleidi that wrote it")
+	_, err = Parse([]byte("{}\n"))
+	wantRefusal(t, err, seal.CauseKeyringCorrupt, hintRestore)
+}
+
 // TestSwaps: parts of one keyring are refused in another.
 func TestSwaps(t *testing.T) {
 	kek := newKEK(t, 0x81)

@@ -189,6 +189,11 @@ func TestRecipientsRefused(t *testing.T) {
 		if strings.Contains(strings.ToUpper(err.Error()), secret[16:30]) {
 			t.Errorf("%s: the error quotes the identity: %v", name, err)
 		}
+		for mistake, says := range map[string]string{"identity": "a secret identity", "small identity": "a secret identity", "long": "more than 2048 characters"} {
+			if name == mistake && !strings.Contains(err.Error(), says) {
+				t.Errorf("%s: %v does not say %q", name, err, says)
+			}
+		}
 	}
 }
 

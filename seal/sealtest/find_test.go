@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestFindSecret: wherever in an encoded text the secret starts, it is found.
+// TestFindSecret: FindSecret finds a secret at every position of an encoded text.
 func TestFindSecret(t *testing.T) {
 	secret := []byte("a secret of many bytes\xff\xfe")
 	for before := range 4 {

@@ -6,17 +6,21 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"os"
 	"runtime"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 )
 
-// settle bounds how long the suite waits for what a wrapper left to go away.
+// settle is how long the suite waits for goroutines, files and Secrets of a wrapper to
+// go away.
 const settle = 10 * time.Second
 
-// left is what a wrapper could leave behind in the process.
+// left counts what a wrapper can leave behind in the process.
 type left struct{ goroutines, files, secrets int }
 
 func count(t *testing.T) left {
@@ -25,18 +29,51 @@ func count(t *testing.T) left {
 	if err != nil {
 		t.Fatal(err)
 	}
-	maps, err := os.ReadFile("/proc/self/maps")
+	return left{runtime.NumGoroutine(), len(files), secrets(t)}
+}
+
+// secrets returns the size of the memory of all Secrets that are not closed, in KiB.
+// The flags of a mapping tell which memory that is: Secrets are left out of core files
+// and of child processes, and nothing else is.
+func secrets(t testing.TB) (size int) {
+	t.Helper()
+	smaps, err := os.ReadFile("/proc/self/smaps")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return left{runtime.NumGoroutine(), len(files), strings.Count(string(maps), "secretmem")}
+	var mapping int
+	for line := range strings.Lines(string(smaps)) {
+		if n, _ := fmt.Sscanf(line, "Size: %d kB", &mapping); n == 1 {
+			continue
+		}
+		flags, ok := strings.CutPrefix(line, "VmFlags:")
+		has := func(f string) bool { return slices.Contains(strings.Fields(flags), f) }
+		if ok && has("dd") && (has("dc") || has("wf")) {
+			size += mapping
+		}
+	}
+	return size
 }
 
-// testNothingLeft: once the caller has closed what it got, nothing is left of
-// calls that succeed or fail: no goroutine, no open file, no Secret.
+// NoSecretLeft runs f and fails if it leaves a Secret open that the garbage collector
+// would have to close.
+func NoSecretLeft(t testing.TB, f func()) {
+	t.Helper()
+	runtime.GC() // Secrets of earlier tests
+	runtime.GC() // and those that only their cleanups referred to
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	before := secrets(t)
+	f()
+	if after := secrets(t); after > before {
+		t.Errorf("%d KiB of Secrets before, %d KiB after", before, after)
+	}
+}
+
+// testNothingLeft: once the caller has closed the KEKs that it got, successful and failed
+// calls leave nothing behind: no goroutine, no open file, no Secret.
 func testNothingLeft(t *testing.T, h Harness) {
 	kek := h.newKEK(t)
-	slot := h.wrap(t, kek) // what a backend keeps for good is there after the first call
+	slot := h.wrap(t, kek) // after the first call the backend has everything that it keeps
 	h.unwrap(t, slot).Close()
 	damaged := slot
 	damaged.Data = bytes.Replace(slot.Data, []byte("A"), []byte("B"), 1)
@@ -65,7 +102,8 @@ func testNothingLeft(t *testing.T, h Harness) {
 	}
 }
 
-// FindSecret names the encoding in which text holds secret, or returns "".
+// FindSecret returns the name of the encoding in which text holds secret, or "" if text
+// does not hold it.
 func FindSecret(text string, secret []byte) string {
 	lower := strings.ToLower(text)
 	switch {
@@ -75,8 +113,8 @@ func FindSecret(text string, secret []byte) string {
 		return "hexadecimal"
 	}
 	for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
-		// Inside other bytes the secret starts at any of three positions of a
-		// base64 group; the characters that it shares with its neighbours don't count.
+		// The secret may start at any of three positions of a base64 group. Characters
+		// that encode bytes of its neighbours too are left out.
 		for shift := range 3 {
 			padded := enc.EncodeToString(append(make([]byte, shift), secret...))
 			inner := padded[[]int{0, 2, 3}[shift] : len(padded)-1]

@@ -12,26 +12,26 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// mask keeps a Watch from holding the bytes that it looks for.
+// mask is exclusive-ored to the secrets, so that a Watch does not hold a copy of them.
 const mask = 0xa5
 
-// windowSize is how much memory is searched at a time, in bytes.
+// windowSize is the number of bytes that are searched at a time.
 const windowSize = 1 << 20
 
-// masks is mask, repeated.
+// masks repeats mask.
 var masks = bytes.Repeat([]byte{mask}, windowSize)
 
-// Watch looks for copies of secrets in this process's memory, as a core file
-// would show them.
+// Watch finds copies of secrets in the memory of this process, as a core file would
+// show them.
 type Watch struct {
 	masked map[string][]byte
-	own    map[uintptr]int // where secrets lie that may be found, and their sizes
+	places map[uintptr]int // addresses and sizes of the secrets themselves
 }
 
-// NewWatch returns a Watch over no secret.
-func NewWatch() *Watch { return &Watch{masked: map[string][]byte{}, own: map[uintptr]int{}} }
+// NewWatch returns a Watch without secrets.
+func NewWatch() *Watch { return &Watch{masked: map[string][]byte{}, places: map[uintptr]int{}} }
 
-// Add watches for copies of s, which itself may lie where it is.
+// Add has Find find copies of s. It does not find s itself.
 func (w *Watch) Add(name string, s *seal.Secret) {
 	s.With(func(b []byte) {
 		m := bytes.Clone(b)
@@ -39,11 +39,12 @@ func (w *Watch) Add(name string, s *seal.Secret) {
 			m[i] ^= mask
 		}
 		w.masked[name] = m
-		w.own[uintptr(unsafe.Pointer(&b[0]))] = len(b)
+		w.places[uintptr(unsafe.Pointer(&b[0]))] = len(b)
 	})
 }
 
-// Find returns, for each copy, the name of the secret and the mapping that holds it.
+// Find returns, for each copy, the name of the secret and the mapping that holds the
+// copy.
 func (w *Watch) Find(t testing.TB) (found []string) {
 	t.Helper()
 	maps, err := os.ReadFile("/proc/self/maps")
@@ -72,7 +73,7 @@ func (w *Watch) Find(t testing.TB) (found []string) {
 		}
 		for ; from < to; from += uintptr(len(buf) / 2) { // windows overlap
 			if !touched(pagemap, from, len(buf)) {
-				continue // the race detector maps gigabytes that it never touches
+				continue // the race detector maps gigabytes that it does not use
 			}
 			n, _ := mem.ReadAt(buf[:min(uintptr(len(buf)), to-from)], int64(from)) // memfd_secret can't be read
 			for _, name := range w.look(buf[:n], from) {
@@ -83,8 +84,9 @@ func (w *Watch) Find(t testing.TB) (found []string) {
 	return found
 }
 
-// touched reports whether any page of the n bytes at address from is in memory
-// or swapped out; see proc_pid_pagemap(5). What it can't read counts as touched.
+// touched reports whether any page of the n bytes at address from is in memory or
+// swapped out; see proc_pid_pagemap(5). If the page map can't be read, touched returns
+// true.
 func touched(pagemap *os.File, from uintptr, n int) bool {
 	entries := make([]byte, n/os.Getpagesize()*8)
 	read, err := pagemap.ReadAt(entries, int64(from)/int64(os.Getpagesize())*8)
@@ -99,11 +101,11 @@ func touched(pagemap *os.File, from uintptr, n int) bool {
 	return false
 }
 
-// look searches window, which was read at address from, and erases it.
+// look searches the bytes of window, which were read at address from, and erases them.
 func (w *Watch) look(window []byte, from uintptr) (names []string) {
 	defer clear(window)
 	subtle.XORBytes(window, window, masks[:len(window)])
-	for at, n := range w.own {
+	for at, n := range w.places {
 		if at >= from && at < from+uintptr(len(window)) {
 			clear(window[at-from:][:min(n, len(window)-int(at-from))])
 		}

@@ -1,5 +1,5 @@
-// Package sealtest is the conformance suite for wrappers: what every
-// [seal.Wrapper] promises, tried on its real backend.
+// Package sealtest is the conformance suite for wrappers. It tests on the real backend
+// what every [seal.Wrapper] promises.
 package sealtest
 
 import (
@@ -13,26 +13,26 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Harness is what the suite runs over.
+// Harness is what the suite tests.
 type Harness struct {
-	// Wrapper is under test.
+	// Wrapper is the wrapper under test.
 	Wrapper seal.Wrapper
 	// Other is another wrapper of the same type: another identity, TPM or token.
 	Other seal.Wrapper
-	// OtherCause is the cause with which Other refuses a slot of Wrapper; empty
-	// means seal.ErrNotMine.
+	// OtherCause is the cause of Other's error for a slot of Wrapper. If it is empty,
+	// that error is seal.ErrNotMine.
 	OtherCause seal.Cause
-	// Memory is where the suite takes KEKs from.
+	// Memory allocates the KEKs of the suite.
 	Memory seal.Memory
-	// Stride is how many bytes lie between two bytes of a slot that the suite
-	// damages; 0 or 1 damages each. A slow backend wants more.
+	// Stride is the distance between two bytes of a slot that the suite damages. 0 and
+	// 1 damage every byte; a slow backend needs more.
 	Stride int
 }
 
-// callers is how many goroutines use a wrapper at once.
+// callers is the number of goroutines that use a wrapper at the same time.
 const callers = 8
 
-// Run runs the suite. Each subtest gets a harness of its own from newHarness.
+// Run runs the suite. It calls newHarness for each subtest.
 func Run(t *testing.T, newHarness func(t *testing.T) Harness) {
 	for _, test := range []struct {
 		name string
@@ -73,8 +73,8 @@ func (h Harness) wrap(t *testing.T, kek *seal.Secret) seal.Slot {
 	return slot
 }
 
-// testRoundTrip: a slot opens to the KEK, more than once, also after it was
-// stored; Wrap leaves its KEK as it was, and each Unwrap returns a Secret of its own.
+// testRoundTrip: a slot opens to its KEK several times, also after it was stored. Wrap
+// does not change its KEK, and each Unwrap returns a Secret of its own.
 func testRoundTrip(t *testing.T, h Harness) {
 	kek, copied := h.newKEK(t), h.copied(t)
 	kek.With(func(b []byte) { copied.With(func(c []byte) { copy(c, b) }) })
@@ -127,8 +127,8 @@ func (h Harness) unwrap(t *testing.T, slot seal.Slot) *seal.Secret {
 	return kek
 }
 
-// testSlotHoldsNoKEK: slot data is a JSON object within seal.MaxSlotData that
-// holds the KEK in no common encoding.
+// testSlotHoldsNoKEK: the data of a slot is a JSON object of at most seal.MaxSlotData
+// bytes, and does not hold the KEK in a common encoding.
 func testSlotHoldsNoKEK(t *testing.T, h Harness) {
 	kek := h.newKEK(t)
 	slot := h.wrap(t, kek)
@@ -147,8 +147,7 @@ func testSlotHoldsNoKEK(t *testing.T, h Harness) {
 	})
 }
 
-// testWrapRefusesWhatIsNoKEK: neither a closed Secret nor one of another size
-// is wrapped.
+// testWrapRefusesWhatIsNoKEK: Wrap refuses a closed Secret and a Secret of another size.
 func testWrapRefusesWhatIsNoKEK(t *testing.T, h Harness) {
 	closed := h.newKEK(t)
 	closed.Close()
@@ -167,7 +166,7 @@ func testWrapRefusesWhatIsNoKEK(t *testing.T, h Harness) {
 	}
 }
 
-// testOtherTypes: a slot of any other type is not this wrapper's, whatever its data.
+// testOtherTypes: a slot of another type is not this wrapper's, whatever its data.
 func testOtherTypes(t *testing.T, h Harness) {
 	slot := h.wrap(t, h.newKEK(t))
 	for _, typ := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery, "later", ""} {
@@ -181,8 +180,8 @@ func testOtherTypes(t *testing.T, h Harness) {
 	}
 }
 
-// testOtherWrapper: another identity, TPM or token doesn't open the slot, and
-// says so in a way that tells it from damage.
+// testOtherWrapper: another identity, TPM or token does not open the slot, and its error
+// differs from that for a damaged slot.
 func testOtherWrapper(t *testing.T, h Harness) {
 	slot := h.wrap(t, h.newKEK(t))
 	kek, err := h.Other.Unwrap(t.Context(), slot)
@@ -202,9 +201,9 @@ func testOtherWrapper(t *testing.T, h Harness) {
 	}
 }
 
-// testDamaged: what comes out of a slot with a flipped bit is a typed error, or
-// the very same KEK if the bit was in something that only informs; never another
-// KEK. (A malicious slot may well hold another KEK. Only the key ID tells.)
+// testDamaged: a slot with a flipped bit gives a typed error, or the same KEK if the bit
+// belongs to a member for display. It never gives another KEK. (A malicious slot can
+// hold another KEK. Only the key ID reveals that.)
 func testDamaged(t *testing.T, h Harness) {
 	kek := h.newKEK(t)
 	slot := h.wrap(t, kek)
@@ -216,7 +215,7 @@ func testDamaged(t *testing.T, h Harness) {
 	}
 }
 
-// testTruncated: the same for a slot that ends early.
+// testTruncated: a truncated slot gives a typed error.
 func testTruncated(t *testing.T, h Harness) {
 	kek := h.newKEK(t)
 	slot := h.wrap(t, kek)
@@ -227,7 +226,7 @@ func testTruncated(t *testing.T, h Harness) {
 	}
 }
 
-// testNoSlotData: JSON that is no slot of this type.
+// testNoSlotData: data that is not of the wrapper's format gives a typed error.
 func testNoSlotData(t *testing.T, h Harness) {
 	slot := h.wrap(t, h.newKEK(t))
 	for _, data := range []string{"", "null", "{}", "[]", "1", `""`, `{"` + strings.Repeat("a", seal.MaxSlotData) + `":1}`,
@@ -238,7 +237,7 @@ func testNoSlotData(t *testing.T, h Harness) {
 	}
 }
 
-// checkDamaged allows a typed error, or same, if that isn't nil.
+// checkDamaged wants a typed error, or the KEK same if that isn't nil.
 func (h Harness) checkDamaged(t *testing.T, slot seal.Slot, same *seal.Secret) {
 	t.Helper()
 	kek, err := h.Wrapper.Unwrap(t.Context(), slot)
@@ -270,7 +269,7 @@ func checkTyped(t *testing.T, err error, what string) {
 	}
 }
 
-// testCancelled: a cancelled context is honoured before the backend is asked.
+// testCancelled: a wrapper called with a cancelled context does not ask its backend.
 func testCancelled(t *testing.T, h Harness) {
 	kek := h.newKEK(t)
 	slot := h.wrap(t, kek)
@@ -288,7 +287,7 @@ func testCancelled(t *testing.T, h Harness) {
 	}
 }
 
-// testConcurrent: a wrapper may be used by several goroutines at once.
+// testConcurrent: several goroutines may use a wrapper at the same time.
 func testConcurrent(t *testing.T, h Harness) {
 	var wg sync.WaitGroup
 	for range callers {

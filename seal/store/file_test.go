@@ -83,8 +83,8 @@ func TestDamageDoesNotReplaceThePrevious(t *testing.T) {
 	}
 }
 
-// TestFormerly: a file with the earlier name is given its present one, with what it
-// replaced, and never takes the place of a file that has the present name.
+// TestFormerly: a file with the former name is renamed, and its previous file too. It
+// never replaces a file that has the present name.
 func TestFormerly(t *testing.T) {
 	dir := stateDir(t)
 	former := store.NewFile(filepath.Join(dir, "pin.json"))
@@ -100,4 +100,36 @@ func TestFormerly(t *testing.T) {
 	save(t, former, "planted", "")
 	expect(t, f, "three")
 	onlyFiles(t, dir, "anchor.json", "anchor.json.previous", "pin.json")
+}
+
+// TestFormerlyWithoutPrevious: the file with the former name need not have a previous
+// file. If the present file is refused, the former one does not replace it.
+func TestFormerlyWithoutPrevious(t *testing.T) {
+	dir := stateDir(t)
+	former := store.NewFile(filepath.Join(dir, "pin.json"))
+	save(t, former, "one", "")
+	f := store.NewFile(filepath.Join(dir, "anchor.json")).Formerly("pin.json")
+	expect(t, f, "one")
+	onlyFiles(t, dir, "anchor.json")
+
+	save(t, former, "planted", "")
+	if err := os.Chmod(f.Path(), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := f.Load(t.Context()); err == nil {
+		t.Error("a file that others may write is loaded")
+	}
+	onlyFiles(t, dir, "anchor.json", "pin.json")
+}
+
+// TestSaveWithoutChange: to save the same content again keeps the previous content.
+func TestSaveWithoutChange(t *testing.T) {
+	f := store.NewFile(filepath.Join(stateDir(t), "f"))
+	v := save(t, f, "two", save(t, f, "one", ""))
+	if again := save(t, f, "two", v); again != v {
+		t.Errorf("version %q, want %q", again, v)
+	}
+	if b, err := f.Previous(t.Context()); err != nil || string(b) != "one" {
+		t.Errorf("previous is %q, %v", b, err)
+	}
 }

@@ -237,13 +237,17 @@ func TestOneOfManyWins(t *testing.T) {
 
 func TestLock(t *testing.T) {
 	dir := stateDir(t)
+	// A process with a longer ID held the lock before.
+	if err := os.WriteFile(filepath.Join(dir, "lock"), []byte("1234567890123\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	l, err := store.LockDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// A second open file conflicts with the first, even in one process.
 	_, err = store.LockDir(dir)
-	if !errors.Is(err, store.ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("process %d", os.Getpid())) {
+	if !errors.Is(err, store.ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("by process %d;", os.Getpid())) {
 		t.Errorf("second lock: %v", err)
 	}
 	if err := l.Close(); err != nil {
