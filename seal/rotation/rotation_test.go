@@ -13,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
 var (
@@ -282,5 +283,91 @@ func TestComplete(t *testing.T) {
 	}
 }
 
-// TestCompleteOfWhatDoesNotOpen: a fault is no reason to forget a staged KEK, and
-// one that is not the staged KEK is refused. A staged slot that is no opener's own
+// TestCompleteOfWhatDoesNotOpen: if the staged KEK does not open, it is an error and not
+// forgotten, and another KEK does not replace it. A keyring whose staged slots no
+// opener made stays as it is.
+func TestCompleteOfWhatDoesNotOpen(t *testing.T) {
+	a, other := &wrapper{name: "tpm"}, &wrapper{name: "vault"}
+	k, fresh := stagedKeyring(t, a)
+	if same, err := rotation.Complete(ctx, k, openers(other), now); err != nil || same != k {
+		t.Errorf("no opener made the staged slot: %v", err)
+	}
+	stranger := newKEK(t)
+	for name, test := range map[string]struct {
+		damage func()
+		cause  seal.Cause
+		says   string
+	}{
+		"the TPM is away":                  {func() { a.unwrapErr = seal.Errorf(seal.CauseUnavailable, "x", "no answer") }, seal.CauseUnavailable, "the staged KEK does not open: no answer"},
+		"the staged slot holds a stranger": {func() { a.swapped = stranger }, seal.CauseSlotCorrupt, "but the staged KEK has key ID " + string(fresh)},
+	} {
+		a.unwrapErr, a.swapped = nil, nil
+		test.damage()
+		sealtest.NoSecretLeft(t, func() {
+			done, err := rotation.Complete(ctx, k, openers(other, a), now)
+			if done != nil || seal.CauseOf(err) != test.cause || !strings.Contains(err.Error(), test.says) {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+	}
+	a.unwrapErr, a.swapped = nil, nil
+	sealtest.NoSecretLeft(t, func() {
+		done, err := rotation.Complete(ctx, k, openers(other, a), now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if done.CurrentID() != fresh {
+			t.Errorf("current %s, want %s", done.CurrentID(), fresh)
+		}
+		done.Close()
+	})
+}
+
+// TestNoKEKIsLeft: the caller closes the keyrings that it gets, and nothing else stays
+// open, whether a rotation succeeds or fails.
+func TestNoKEKIsLeft(t *testing.T) {
+	a := &wrapper{name: "tpm"}
+	kek := newKEK(t)
+	k := newKeyring(t, kek, a.slot(kek, ""))
+	full := func() *keyring.Keyring { // has no room for another retired KEK
+		k := k
+		for range keyring.MaxRetired {
+			next := newKEK(t)
+			staged, err := k.Stage(next, []seal.Slot{a.slot(next, "")}, now)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(staged.Close)
+			if k, err = staged.Activate(now); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(k.Close)
+		}
+		return k
+	}()
+	for name, test := range map[string]struct {
+		k      *keyring.Keyring
+		damage func()
+	}{
+		"it succeeds":            {k, func() {}},
+		"a slot does not open":   {k, func() { a.unwrapErr = errors.New("no answer") }},
+		"a slot can't be made":   {k, func() { a.wrapErr = errors.New("no answer") }},
+		"the keyring is full":    {full, func() {}},
+		"a slot opens otherwise": {k, func() { a.swapped = kek }},
+	} {
+		a.unwrapErr, a.wrapErr, a.swapped = nil, nil, nil
+		test.damage()
+		sealtest.NoSecretLeft(t, func() {
+			revisions, err := rotation.Rotate(ctx, mem, test.k, rotation.Like(rewrappers(a), test.k.Slots()), openers(a), now)
+			if (err == nil) != (name == "it succeeds") {
+				t.Errorf("%s: %v", name, err)
+			}
+			for _, r := range revisions {
+				r.Close()
+			}
+		})
+		if t.Failed() {
+			t.Fatal(name)
+		}
+	}
+}

@@ -6,9 +6,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// Follow takes a shared keyring, which another node has changed, in the place of the
-// open one where [keyring.Follows] allows it, and saves and announces it as Change
-// does. The KEK is in memory: no gate is asked and no slot is opened.
+// Follow replaces the open keyring with a shared keyring that another node has changed,
+// if [keyring.Follows] allows it. It saves and announces that keyring as Change does.
+// The KEK is in memory, so Follow neither passes the gate nor opens a slot.
 func (u *Unlocker) Follow(ctx context.Context, remote *keyring.Untrusted) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -23,9 +23,9 @@ func (u *Unlocker) Follow(ctx context.Context, remote *keyring.Untrusted) error 
 	return u.commit(ctx, []*keyring.Keyring{next}, Opener{}, u.anchor)
 }
 
-// OpenStaged opens the staged KEK of the open keyring, through the gate and with a
-// slot. Nothing is done where it is open or none is staged. A failure is in State too,
-// and the node goes on serving.
+// OpenStaged opens the staged KEK of the open keyring, through the gate and with a slot.
+// It does nothing if that KEK is open or if no KEK is staged. If it fails, State shows
+// the error too, and the node serves as before.
 func (u *Unlocker) OpenStaged(ctx context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()

@@ -9,10 +9,10 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// entryOf is the entry of a node without a TPM.
+// entryOf returns the entry of a node without a TPM.
 func entryOf(name string) keyring.Node { return keyring.Node{Name: name} }
 
-// ok returns a keyring, which is closed with the test.
+// ok returns k, and closes it at the end of the test.
 func (n *node) ok(k *keyring.Keyring, err error) *keyring.Keyring {
 	n.t.Helper()
 	if err != nil {
@@ -40,7 +40,7 @@ func (n *node) published(k *keyring.Keyring) *keyring.Untrusted {
 	return u
 }
 
-// pair returns an open node of two, and the keyring of the other one.
+// pair returns one of two nodes, open, and the keyring of the other one.
 func pair(t *testing.T) (*node, *keyring.Keyring) {
 	t.Helper()
 	n := newNode(t)
@@ -59,9 +59,8 @@ func pair(t *testing.T) (*node, *keyring.Keyring) {
 	return n, a
 }
 
-// TestFollow: a rotation that another node drives reaches this one without its gate
-// and, but for the staged KEK, without a slot; it is saved and anchored before it is
-// announced.
+// TestFollow: this node follows a rotation that another node drives. Only the staged KEK
+// takes the gate and a slot. Each step is saved and anchored before it is announced.
 func TestFollow(t *testing.T) {
 	n, a := pair(t)
 	former := n.encrypt()
@@ -118,7 +117,8 @@ func TestFollow(t *testing.T) {
 	}
 }
 
-// TestFollowThatFails leaves what is open, stored and announced.
+// TestFollowThatFails: a Follow that fails changes neither the open nor the stored
+// keyring.
 func TestFollowThatFails(t *testing.T) {
 	n, a := pair(t)
 	e, before := n.encrypt(), n.read("keyring.json")

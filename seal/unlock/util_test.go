@@ -72,6 +72,7 @@ type faultyStore struct {
 	loads, saves fault
 	// after is how many saves succeed before saves takes effect.
 	after int
+	saved func() // if set, called after each save
 	steps *steps
 }
 
@@ -90,6 +91,9 @@ func (s *faultyStore) Save(ctx context.Context, b []byte, old store.Version) (st
 		s.after--
 	}
 	s.steps.add("save")
+	if s.saved != nil {
+		defer s.saved()
+	}
 	return s.File.Save(ctx, b, old)
 }
 
