@@ -16,7 +16,7 @@ ARG BASE_IMAGE=debian:trixie-slim
 FROM ${GO_IMAGE} AS source
 ARG VERSION=unknown
 ENV GOTOOLCHAIN=local GOMODCACHE=/go/pkg/mod GOCACHE=/go/cache GOEXPERIMENT=runtimesecret \
-    GOFLAGS="-trimpath -buildvcs=false '-ldflags=-s -w -X main.buildVersion=${VERSION}'"
+    GOFLAGS="-trimpath -buildvcs=false '-ldflags=-s -w -X github.com/beezy-dev/kleidi/internal/version.build=${VERSION}'"
 # WORKDIR makes the folder; the compiler needs /tmp
 WORKDIR /tmp
 WORKDIR /src

@@ -9,7 +9,7 @@ MUTATIONS ?= 1000000
 # runtime/secret erases what a computation on a key leaves behind; package seal
 # uses it where the toolchain has it.
 export GOEXPERIMENT ?= runtimesecret
-GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)"
+GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X github.com/beezy-dev/kleidi/internal/version.build=$(VERSION)"
 
 # The race detector needs a C compiler.
 RACE     = $(if $(and $(shell command -v gcc),$(filter 1,$(shell $(GO) env CGO_ENABLED))),-race)
@@ -23,7 +23,7 @@ build:
 # With PKCS#11, which needs a C compiler, and the C library of the machine that it runs on.
 build-pkcs11:
 	.ci/deps gcc
-	CGO_ENABLED=1 $(GO) build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)" -o bin/kleidi-pkcs11 ./cmd/kleidi
+	CGO_ENABLED=1 $(GO) build -trimpath -ldflags "-s -w -X github.com/beezy-dev/kleidi/internal/version.build=$(VERSION)" -o bin/kleidi-pkcs11 ./cmd/kleidi
 
 # What README's two commands fetch is fetched here, before anything is built or run.
 # After it, they want no network: .ci/fresh cuts it off.

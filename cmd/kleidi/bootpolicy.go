@@ -1,17 +1,16 @@
 package main
 
 import (
-	"context"
-	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"io"
-	"os"
-	"slices"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/inspect"
+	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
@@ -31,29 +30,6 @@ and edit; docs/boot-policy.md describes it.`,
 	return cmd
 }
 
-func readPolicy(path string) (*bootpolicy.BootPolicy, error) {
-	b, err := readFile(path, bootpolicy.MaxSize)
-	if err != nil {
-		return nil, err
-	}
-	p, err := bootpolicy.Parse(b)
-	if err != nil {
-		return nil, fmt.Errorf("boot policy %s:\n%w", path, err)
-	}
-	return p, nil
-}
-
-// readFile reads at most limit bytes, and one more where there are more, which the
-// parser then refuses.
-func readFile(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, limit+1))
-}
-
 func (a *app) newPolicyRecord() *cobra.Command {
 	var file string
 	var pcrs []int
@@ -66,20 +42,20 @@ func (a *app) newPolicyRecord() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			p, err := n.recordPolicy(cmd.Context(), pcrs)
+			p, err := reseal.RecordPolicy(cmd.Context(), n, pcrs)
 			if err != nil {
-				return requireRoot(fmt.Errorf("record: %w", err))
+				return files.HintRoot(fmt.Errorf("record: %w", err))
 			}
 			if file == "" {
 				_, err = cmd.OutOrStdout().Write(p.Marshal())
 				return err
 			}
-			if err := writeNew(file, p.Marshal()); err != nil {
+			if err := files.WriteNew(file, p.Marshal()); err != nil {
 				return fmt.Errorf("record: %w", err)
 			}
 			result := map[string]any{"file": file, "bank": p.Bank, "pcrs": p.Demanded()}
 			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
-				fmt.Fprintf(w, "this boot, of PCR %s (%s), written to %s\n", join(p.Demanded()), p.Bank, file)
+				fmt.Fprintf(w, "this boot, of PCR %s (%s), written to %s\n", slotview.JoinPCRs(p.Demanded()), p.Bank, file)
 			})
 		},
 	}
@@ -88,41 +64,13 @@ func (a *app) newPolicyRecord() *cobra.Command {
 	return cmd
 }
 
-// recordPolicy records from a log that a fresh quote has verified. What is to be
-// recorded isn't judged: the present boot policy may be of another boot.
-func (n *node) recordPolicy(ctx context.Context, pcrs []int) (*bootpolicy.BootPolicy, error) {
-	pcrs, err := n.recordedPCRs(pcrs)
-	if err != nil {
-		return nil, err
-	}
-	unjudged := attest.Gate{Attester: n.gate.Attester, Bank: n.gate.Bank}
-	r, err := unjudged.AttestPCRs(ctx, pcrs)
-	if err != nil {
-		return nil, err
-	}
-	return bootpolicy.Record(r.Log, r.Bank, pcrs)
-}
-
-// recordedPCRs returns pcrs, or what is recorded where none are named.
-func (n *node) recordedPCRs(pcrs []int) ([]int, error) {
-	if len(pcrs) == 0 {
-		sealed, err := n.gate.ChoosePCRs()
-		if err != nil {
-			return nil, err
-		}
-		pcrs = append([]int{0}, sealed...)
-	}
-	slices.Sort(pcrs)
-	return slices.Compact(pcrs), nil
-}
-
 func (a *app) newPolicyShow() *cobra.Command {
 	return &cobra.Command{
 		Use:   "show FILE",
 		Short: "Check a boot policy, and show it",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, err := readPolicy(args[0])
+			p, err := files.ReadBootPolicy(args[0])
 			if err != nil {
 				return err
 			}
@@ -152,21 +100,21 @@ word, which is good for trying out a boot policy and proves nothing.`,
 			var v *bootpolicy.Verdict
 			var show func(io.Writer)
 			if evidence != "" {
-				judged, err := judgeEvidence(policy, evidence, nonce)
+				judged, err := inspect.JudgeEvidence(policy, evidence, nonce)
 				if err != nil {
 					return err
 				}
 				shown, v, show = judged, judged.Verdict, func(w io.Writer) { printEvidence(w, judged) }
 			} else {
 				var err error
-				if v, err = judge(policy, logs, values); err != nil {
+				if v, err = inspect.JudgeLog(policy, logs, values); err != nil {
 					return err
 				}
 				shown, show = v, func(w io.Writer) { printVerdict(w, v, values == "") }
 			}
 			err := a.show(cmd.OutOrStdout(), shown, show)
 			if err == nil && !v.Accepted {
-				err = errRefusedBoot
+				err = inspect.ErrRefused
 			}
 			return err
 		},
@@ -184,54 +132,6 @@ word, which is good for trying out a boot policy and proves nothing.`,
 	}
 	cmd.MarkFlagsMutuallyExclusive("nonce", "event-log")
 	return cmd
-}
-
-func judge(policy string, logs attest.Logs, values string) (*bootpolicy.Verdict, error) {
-	p, err := readPolicy(policy)
-	if err != nil {
-		return nil, err
-	}
-	l, err := logs.Read()
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", logs.Firmware, err)
-	}
-	pcrs, err := p.Claimed(l)
-	if values != "" {
-		pcrs, err = readPCRs(values, p)
-	}
-	if err != nil {
-		return nil, err
-	}
-	v := bootpolicy.Judge(p, l, pcrs)
-	if v.Accepted && values != "" { // the second replay, as the gate has it
-		firmware, userspace, err := logs.Bytes()
-		if err == nil {
-			_, err = attest.VerifyLogs(firmware, userspace, p.Hash(), pcrs)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w; save the log anew, and if it stays it was tampered with", logs.Firmware, err)
-		}
-	}
-	return v, nil
-}
-
-// readPCRs reads the values of the boot policy's bank.
-func readPCRs(path string, p *bootpolicy.BootPolicy) (eventlog.PCRs, error) {
-	b, err := readFile(path, 64<<10)
-	if err != nil {
-		return nil, err
-	}
-	var banks map[string]map[int]string
-	if err := json.Unmarshal(b, &banks); err != nil {
-		return nil, fmt.Errorf(`%s: %w; want {"sha256": {"4": "…"}}`, path, err)
-	}
-	pcrs := eventlog.PCRs{}
-	for i, s := range banks[p.Bank] {
-		if pcrs[i], err = hex.DecodeString(s); err != nil {
-			return nil, fmt.Errorf("%s: PCR %d: %w", path, i, err)
-		}
-	}
-	return pcrs, nil
 }
 
 func printVerdict(w io.Writer, v *bootpolicy.Verdict, claimed bool) {
@@ -259,11 +159,11 @@ func (a *app) newPolicyDiff() *cobra.Command {
 		Short: "Show what boot policy B demands otherwise than A",
 		Args:  cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			first, err := readPolicy(args[0])
+			first, err := files.ReadBootPolicy(args[0])
 			if err != nil {
 				return err
 			}
-			second, err := readPolicy(args[1])
+			second, err := files.ReadBootPolicy(args[1])
 			if err != nil {
 				return err
 			}
@@ -298,7 +198,7 @@ says, "claimed" that the log only says so.`,
 			}
 			log, err := logs.Read()
 			if err != nil {
-				return requireRoot(err)
+				return files.HintRoot(err)
 			}
 			rows := bootpolicy.Explain(log, cfg.Bank())
 			return a.show(cmd.OutOrStdout(), map[string]any{"bank": cfg.TPM.Bank, "events": rows}, func(w io.Writer) { printEvents(w, rows) })

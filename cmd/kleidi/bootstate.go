@@ -12,12 +12,13 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
-	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
-	"github.com/beezy-dev/kleidi/tpm/predict"
 )
 
 // Where systemd puts what a UKI brings with it.
@@ -40,18 +41,8 @@ Boot as it is. systemd's signed PCR 11 values (.pcrsig) are such boot states.`,
 	return cmd
 }
 
-// signing is what kleidi bootstate sign was told.
-type signing struct {
-	key, cluster, out, what, bank string
-	generation                    uint64
-	systemd                       bool
-	pcrs                          []int
-	logs                          attest.Logs
-	files                         nextFiles
-}
-
 func (a *app) newStateSign() *cobra.Command {
-	var s signing
+	var s reseal.Signing
 	cmd := &cobra.Command{
 		Use:   "sign --key FILE --cluster-id ID --event-log FILE",
 		Short: "Sign a boot state with the operator's key, on any machine",
@@ -64,123 +55,42 @@ file for kleidi bootstate add, in systemd's format.`,
       --next-uki linux-6.12.58.efi --out linux-6.12.58.json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			nextFilesGiven(cmd, &s.files)
-			state, b, err := s.sign()
+			nextFilesGiven(cmd, &s.Files)
+			state, b, err := s.Sign()
 			if err != nil {
 				return fmt.Errorf("sign: %w", err)
 			}
-			if s.out == "" {
+			if s.Out == "" {
 				_, err := cmd.OutOrStdout().Write(b)
 				return err
 			}
-			if err := writeNew(s.out, b); err != nil {
+			if err := files.WriteNew(s.Out, b); err != nil {
 				return fmt.Errorf("sign: %w", err)
 			}
-			result := map[string]any{"file": s.out, "bank": s.bank, "pcrs": state.PCRs, "key": hex.EncodeToString(state.KeyFingerprint[:])}
+			result := map[string]any{"file": s.Out, "bank": s.Bank, "pcrs": state.PCRs, "key": hex.EncodeToString(state.KeyFingerprint[:])}
 			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
-				fmt.Fprintf(w, "boot state of PCR %s (%s) signed by key %x, written to %s\n", join(state.PCRs), s.bank, state.KeyFingerprint[:8], s.out)
+				fmt.Fprintf(w, "boot state of PCR %s (%s) signed by key %x, written to %s\n", slotview.JoinPCRs(state.PCRs), s.Bank, state.KeyFingerprint[:8], s.Out)
 			})
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&s.key, "key", "", "the operator's private key, in PEM: RSA or ECDSA")
-	f.StringVar(&s.cluster, "cluster-id", "", "the cluster that it is signed for, as kleidi status shows it")
-	f.Uint64Var(&s.generation, "generation", 1, "a later one revokes what was signed for the earlier ones, once it is added")
-	f.BoolVar(&s.systemd, "systemd", false, "sign PCR 11 alone as systemd does: for any cluster, and without generations")
-	f.StringVar(&s.logs.Firmware, "event-log", "", "saved event log of the firmware")
-	f.StringVar(&s.logs.Userspace, "userspace-event-log", "", "saved event log of systemd")
-	f.StringVar(&s.bank, "bank", "sha256", "PCR bank: sha256 or sha384")
-	f.IntSliceVar(&s.pcrs, "pcrs", nil, "the PCRs to sign (default: by how the machine boots, without 7 and 14)")
-	f.StringVar(&s.what, "what", "", "a note for people")
-	f.StringVar(&s.out, "out", "", "new file to write to; standard output if empty")
-	registerNextFiles(cmd, &s.files)
+	f.StringVar(&s.Key, "key", "", "the operator's private key, in PEM: RSA or ECDSA")
+	f.StringVar(&s.Cluster, "cluster-id", "", "the cluster that it is signed for, as kleidi status shows it")
+	f.Uint64Var(&s.Generation, "generation", 1, "a later one revokes what was signed for the earlier ones, once it is added")
+	f.BoolVar(&s.Systemd, "systemd", false, "sign PCR 11 alone as systemd does: for any cluster, and without generations")
+	f.StringVar(&s.Logs.Firmware, "event-log", "", "saved event log of the firmware")
+	f.StringVar(&s.Logs.Userspace, "userspace-event-log", "", "saved event log of systemd")
+	f.StringVar(&s.Bank, "bank", "sha256", "PCR bank: sha256 or sha384")
+	f.IntSliceVar(&s.Pcrs, "pcrs", nil, "the PCRs to sign (default: by how the machine boots, without 7 and 14)")
+	f.StringVar(&s.What, "what", "", "a note for people")
+	f.StringVar(&s.Out, "out", "", "new file to write to; standard output if empty")
+	registerNextFiles(cmd, &s.Files)
 	for _, name := range []string{"key", "event-log"} {
 		_ = cmd.MarkFlagRequired(name)
 		_ = cmd.MarkFlagFilename(name)
 	}
 	return cmd
 }
-
-func (s *signing) sign() (state bootstate.State, file []byte, err error) {
-	ref, err := s.ref()
-	if err != nil {
-		return state, nil, err
-	}
-	pem, err := readKeyFile(s.key)
-	if err != nil {
-		return state, nil, err
-	}
-	defer clear(pem)
-	signer, err := bootstate.ParsePrivateKey(pem)
-	if err != nil {
-		return state, nil, fmt.Errorf("%s: %w", s.key, err)
-	}
-	boot, err := s.boot()
-	if err != nil {
-		return state, nil, err
-	}
-	if state, err = bootstate.Sign(signer, boot.PCR, ref, s.what); err != nil {
-		return state, nil, err
-	}
-	f, err := bootstate.New(state)
-	if err != nil {
-		return state, nil, err
-	}
-	b, err := f.Marshal()
-	return state, append(b, '\n'), err
-}
-
-func (s *signing) ref() ([]byte, error) {
-	if s.systemd {
-		if s.cluster != "" {
-			return nil, errors.New("--systemd and --cluster-id exclude each other; give one of them")
-		}
-		return nil, nil
-	}
-	cluster, err := seal.ParseClusterID(s.cluster)
-	if err != nil {
-		return nil, fmt.Errorf("--cluster-id: %w; kleidi status shows it", err)
-	}
-	if s.generation < 1 || s.generation > maxGeneration {
-		return nil, fmt.Errorf("--generation %d; want 1 to %d", s.generation, maxGeneration)
-	}
-	return bootstate.Ref(cluster, s.generation), nil
-}
-
-// boot is the boot state to sign.
-func (s *signing) boot() (tpm.BootState, error) {
-	bank, err := tpm.ParseBank(s.bank)
-	if err != nil {
-		return tpm.BootState{}, fmt.Errorf("--bank: %w", err)
-	}
-	log, err := s.logs.Read()
-	if err != nil {
-		return tpm.BootState{}, err
-	}
-	change, err := s.files.change()
-	if err != nil {
-		return tpm.BootState{}, err
-	}
-	if n := change.Next; n.UKI != nil || n.Kernel != nil || n.Initrd != nil || n.GRUBConfig != nil || n.CommandLine != nil || change.Dbx != nil {
-		if log, err = predict.Predict(log, change); err != nil {
-			return tpm.BootState{}, err
-		}
-	}
-	pcrs := s.pcrs
-	switch {
-	case len(pcrs) == 0 && s.systemd:
-		pcrs = []int{11}
-	case len(pcrs) == 0:
-		pcrs = slices.DeleteFunc(log.BootType().PCRs(log), func(i int) bool { return i == 7 || i == 14 })
-	}
-	if len(pcrs) == 0 {
-		return tpm.BootState{}, errors.New("the event log shows neither a unified kernel image nor GRUB nor the kernel's EFI stub; name the PCRs with --pcrs")
-	}
-	return attest.Predicted(log, bank, pcrs)
-}
-
-// maxKeyFile bounds a file with a public key, in bytes.
-const maxKeyFile = 64 << 10
 
 func (a *app) newStateAdd() *cobra.Command {
 	var key string
@@ -206,13 +116,13 @@ earlier one. With --systemd, take those that the running UKI brought with it.`,
 			}
 			req := admin.AddBootStatesRequest{}
 			var err error
-			if req.States, err = readFile(file, bootstate.MaxSize); err != nil {
+			if req.States, err = files.Read(file, bootstate.MaxSize); err != nil {
 				return fmt.Errorf("add: %w", err)
 			}
-			if req.PublicKey, err = readFile(key, maxKeyFile); err != nil {
+			if req.PublicKey, err = files.Read(key, files.MaxPublicKey); err != nil {
 				return fmt.Errorf("add: %w", err)
 			}
-			s, err := operate(cmd.Context(), a, admin.AddBootStates, req, unlocked((*node).addBootStates))
+			s, err := operate(cmd.Context(), a, operation.AddBootStates, req)
 			if err != nil {
 				return err
 			}
@@ -246,13 +156,13 @@ func (a *app) newStateList() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			r, err := operate(cmd.Context(), a, admin.Status, admin.StatusRequest{}, (*node).offlineStatus)
+			r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
 			if err != nil {
 				return err
 			}
 			states, err := listStates(append([]string{cfg.BootStates()}, cfg.TPM.BootStates...), r)
 			if err != nil {
-				return requireRoot(fmt.Errorf("list: %w", err))
+				return files.HintRoot(fmt.Errorf("list: %w", err))
 			}
 			return a.show(cmd.OutOrStdout(), states, func(w io.Writer) { printStates(w, states) })
 		},
@@ -266,7 +176,7 @@ func listStates(paths []string, r admin.StatusReport) ([]stateReport, error) {
 	}
 	states := []stateReport{}
 	for _, path := range paths {
-		f, err := readBootStates(path)
+		f, err := files.ReadBootStates(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -274,7 +184,7 @@ func listStates(paths []string, r admin.StatusReport) ([]stateReport, error) {
 			return nil, fmt.Errorf("%s: %w", path, err)
 		}
 		for _, s := range f.States() {
-			g, known := generation(cluster, s.Ref)
+			g, known := slotview.Generation(cluster, s.Ref)
 			e := stateReport{File: path, Key: hex.EncodeToString(s.KeyFingerprint[:]), Generation: g, Bank: eventlog.BankName(s.Bank), PCRs: s.PCRs, What: s.What}
 			e.Counts = known && slices.ContainsFunc(r.Slots, func(slot admin.SlotReport) bool { return slot.Signer == e.Key && slot.Generation == g })
 			states = append(states, e)
@@ -298,7 +208,7 @@ func printStates(w io.Writer, states []stateReport) {
 		if !s.Counts {
 			slot = "no"
 		}
-		fmt.Fprintf(t, "%.16s\t%s\t%s (%s)\t%s\t%s\t%s\n", s.Key, g, join(s.PCRs), s.Bank, slot, s.File, s.What)
+		fmt.Fprintf(t, "%.16s\t%s\t%s (%s)\t%s\t%s\t%s\n", s.Key, g, slotview.JoinPCRs(s.PCRs), s.Bank, slot, s.File, s.What)
 	}
 	_ = t.Flush()
 }
@@ -312,7 +222,7 @@ copies included. To revoke some of the boot states that a key signed, sign those
 stay for a later generation, and add them.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s, err := operate(cmd.Context(), a, admin.RevokeBootStates, admin.RevokeBootStatesRequest{Key: args[0]}, unlocked((*node).revokeBootStates))
+			s, err := operate(cmd.Context(), a, operation.RevokeBootStates, admin.RevokeBootStatesRequest{Key: args[0]})
 			if err != nil {
 				return err
 			}

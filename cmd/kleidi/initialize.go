@@ -9,11 +9,13 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/lifecycle"
+	"github.com/beezy-dev/kleidi/internal/node"
 )
 
 // initFlags is what kleidi init was told.
 type initFlags struct {
-	initOptions
+	lifecycle.InitOptions
 	acceptDataLoss bool
 	importFrom     string // config.json of kleidi 1.x
 	anchor         string // what anchor.store has to say
@@ -66,18 +68,18 @@ func (f *initFlags) check(a *app) error {
 
 // configOf returns the configuration, and the token of kleidi 1.x that it names by
 // way of --import-config.
-func (a *app) configOf(importFrom string) (*config.Config, *imported, error) {
+func (a *app) configOf(importFrom string) (*config.Config, *lifecycle.Import, error) {
 	if importFrom == "" {
 		cfg, err := a.config()
 		return cfg, nil, err
 	}
-	var i *imported
+	var i *lifecycle.Import
 	cfg, err := a.config(func(c *config.Config) (err error) {
-		i, err = importConfig(importFrom, c)
+		i, err = lifecycle.ReadImport(importFrom, c)
 		return err
 	})
 	if err != nil && i != nil {
-		i.close()
+		i.Close()
 	}
 	return cfg, i, err
 }
@@ -88,14 +90,14 @@ func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 		return err
 	}
 	if token != nil {
-		defer token.close()
+		defer token.Close()
 	}
 	if f.anchor != "" && f.anchor != cfg.Anchor.Store {
 		return fmt.Errorf("--anchor %s: anchor.store is %s; set anchor.store in the configuration, so that kleidi serve demands the same", f.anchor, cfg.Anchor.Store)
 	}
 	f.Import, f.Prompter = token, newTerminal(cmd)
 	f.Progress = func(step string) { fmt.Fprintln(cmd.ErrOrStderr(), "[init]", step) }
-	result, err := a.makeKeyring(cmd, cfg, f.initOptions)
+	result, err := a.makeKeyring(cmd, cfg, f.InitOptions)
 	if err != nil {
 		return err
 	}
@@ -108,21 +110,21 @@ func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 }
 
 // makeKeyring leaves the state folder to the running serve again.
-func (a *app) makeKeyring(cmd *cobra.Command, cfg *config.Config, opts initOptions) (*initResult, error) {
-	n, err := newNode(cfg, logger(cfg), nil)
+func (a *app) makeKeyring(cmd *cobra.Command, cfg *config.Config, opts lifecycle.InitOptions) (*lifecycle.InitResult, error) {
+	n, err := node.New(cfg, logger(cfg), nil)
 	if err != nil {
 		return nil, err
 	}
-	defer n.close()
-	result, err := n.initialize(cmd.Context(), opts)
-	n.saySpent(cmd.ErrOrStderr())
+	defer n.Close()
+	result, err := lifecycle.Init(cmd.Context(), n, opts)
+	n.NoteSpent(cmd.ErrOrStderr())
 	if err != nil {
 		return nil, fmt.Errorf("init: %w", err)
 	}
 	return result, nil
 }
 
-func printInit(w io.Writer, r *initResult, token *imported, order []string) {
+func printInit(w io.Writer, r *lifecycle.InitResult, token *lifecycle.Import, order []string) {
 	node := r.Node
 	if r.EK != "" {
 		node += fmt.Sprintf(" (EK %.23s…)", r.EK)
@@ -138,11 +140,11 @@ func printInit(w io.Writer, r *initResult, token *imported, order []string) {
 }
 
 // printImported shows what the configuration needs from now on.
-func printImported(w io.Writer, i *imported, order []string) {
+func printImported(w io.Writer, i *lifecycle.Import, order []string) {
 	fmt.Fprintf(w, "\nadd to the configuration, so that kleidi serve can use the token:\n\n  pkcs11:\n    module: %s\n    uri: %s\n    pinFile: %s\n",
-		i.token.Module, i.token.URI, i.token.PINFile)
-	if !i.opens(order) {
+		i.Token.Module, i.Token.URI, i.Token.PINFile)
+	if !i.Opens(order) {
 		fmt.Fprintf(w, "\nthe token opens nothing at start until unlock.order names pkcs11, as in [tpm, pkcs11]\n")
 	}
-	fmt.Fprintf(w, "\n%s holds the PIN as well, for kleidi 1.x: when that is gone, remove the file and change the PIN\n", i.from)
+	fmt.Fprintf(w, "\n%s holds the PIN as well, for kleidi 1.x: when that is gone, remove the file and change the PIN\n", i.From)
 }

@@ -1,22 +1,19 @@
 package main
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
-	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/lifecycle"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
-	"github.com/beezy-dev/kleidi/seal/store"
 )
 
 func (a *app) newKeyring() *cobra.Command {
@@ -26,16 +23,6 @@ func (a *app) newKeyring() *cobra.Command {
 	}
 	cmd.AddCommand(a.newKeyringShow(), a.newKeyringVerify(), a.newKeyringBackup(), a.newKeyringRestore(), a.newKeyringSave())
 	return cmd
-}
-
-// readStored reads a keyring file for people; nothing has vouched for it.
-func readStored(ctx context.Context, cfg *config.Config) (*keyring.Untrusted, []byte, error) {
-	b, _, err := store.NewFile(cfg.Keyring()).Load(ctx)
-	if err != nil {
-		return nil, nil, requireRoot(keyringMissing(err))
-	}
-	u, err := keyring.Parse(b)
-	return u, b, err
 }
 
 func (a *app) newKeyringShow() *cobra.Command {
@@ -48,7 +35,7 @@ func (a *app) newKeyringShow() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			u, _, err := readStored(cmd.Context(), n.cfg)
+			u, _, err := lifecycle.ReadStored(cmd.Context(), n.Config)
 			if err != nil {
 				return err
 			}
@@ -61,13 +48,13 @@ func (a *app) newKeyringShow() *cobra.Command {
 	}
 }
 
-func printKeyring(w io.Writer, u *keyring.Untrusted, n *node) {
+func printKeyring(w io.Writer, u *keyring.Untrusted, n *node.Node) {
 	i := u.Info()
 	row(w, "cluster ID", i.ClusterID.String())
 	row(w, "revision", fmt.Sprint(i.Revision))
 	row(w, "current KEK", fmt.Sprintf("%s  made %s", i.Current.KeyID, i.Current.Created.Local().Format(time.DateTime)))
 	for _, s := range u.Slots() {
-		row(w, "  slot", s.Type+"  "+s.Node+"  "+n.binding(s))
+		row(w, "  slot", s.Type+"  "+s.Node+"  "+n.View.Binding(s))
 	}
 	for _, r := range i.Retired {
 		row(w, "retired KEK", fmt.Sprintf("%s  made %s, retired %s", r.KeyID, r.Created.Local().Format(time.DateTime), r.Retired.Local().Format(time.DateTime)))
@@ -84,7 +71,7 @@ func (a *app) newKeyringVerify() *cobra.Command {
 		Short: "Open the stored keyring with the TPM and check it against MAC and anchor",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, admin.Verify, admin.VerifyRequest{}, (*node).verify)
+			s, err := operate(cmd.Context(), a, operation.Verify, admin.VerifyRequest{})
 			if err != nil {
 				return err
 			}
@@ -106,11 +93,11 @@ after every rotation: etcd backups need the KEKs that they were written under.`,
 			if err != nil {
 				return err
 			}
-			u, b, err := readStored(cmd.Context(), cfg)
+			u, b, err := lifecycle.ReadStored(cmd.Context(), cfg)
 			if err != nil {
 				return err
 			}
-			if err := writeNew(args[0], b); err != nil {
+			if err := files.WriteNew(args[0], b); err != nil {
 				return fmt.Errorf("backup: %w", err)
 			}
 			result := map[string]any{"file": args[0], "keyID": u.CurrentID(), "revision": u.Revision()}
@@ -119,32 +106,6 @@ after every rotation: etcd backups need the KEKs that they were written under.`,
 			})
 		},
 	}
-}
-
-// writeNew writes a file that did not exist, durably.
-func writeNew(path string, b []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%w; name another file", err)
-	}
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	err = errors.Join(err, f.Sync(), f.Close(), syncFolder(path))
-	if err != nil {
-		return errors.Join(err, os.Remove(path))
-	}
-	return nil
-}
-
-// syncFolder makes a new file's name durable.
-func syncFolder(path string) error {
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 func (a *app) newKeyringSave() *cobra.Command {
@@ -156,28 +117,11 @@ one, which was lost, damaged or replaced by an older one meanwhile. Until that i
 done, don't restart kleidi serve: its memory is the only place of the newest KEKs.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, admin.Save, admin.SaveRequest{}, func(*node, context.Context, admin.SaveRequest) (admin.KeyringState, error) {
-				return admin.KeyringState{}, errors.New("kleidi serve does not run, so nothing holds a keyring open; see kleidi keyring restore")
-			})
+			s, err := operate(cmd.Context(), a, operation.Save, admin.SaveRequest{})
 			if err != nil {
 				return err
 			}
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
-}
-
-// save writes the open keyring back.
-func (n *node) save(ctx context.Context, _ admin.SaveRequest) (admin.KeyringState, error) {
-	if err := store.PrepareDir(n.cfg.State.Dir); err != nil { // it may be gone with the keyring
-		return admin.KeyringState{}, fmt.Errorf("save: %w", err)
-	}
-	if err := n.unlocker.Save(ctx); err != nil {
-		return admin.KeyringState{}, fmt.Errorf("save: %w", err)
-	}
-	id, err := n.unlocker.CurrentID()
-	if err != nil {
-		return admin.KeyringState{}, err
-	}
-	return n.result(id, "the open keyring is stored again; what it replaced, if it could be read, is the previous revision")
 }

@@ -6,6 +6,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -30,7 +31,7 @@ The identity is asked for, or read from standard input or from --identity-file.`
 			}
 			defer clear(identity)
 			req := admin.RecoverRequest{Identity: identity, TrustKeyID: seal.KeyID(trust), WithoutVerifier: withoutVerifier, BreakTwoOfTwo: breaks}
-			s, err := operate(cmd.Context(), a, admin.Recover, req, (*node).recover)
+			s, err := operate(cmd.Context(), a, operation.Recover, req)
 			if err != nil {
 				return err
 			}

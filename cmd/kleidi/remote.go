@@ -9,11 +9,13 @@ import (
 	"os"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/operation"
 )
 
-// operate runs a verb where the keyring's one writer is: in the running serve,
+// operate runs an operation where the keyring's one writer is: in the running serve,
 // or, where none runs, here, under the lock on the state folder.
-func operate[Req, Resp any](ctx context.Context, a *app, verb admin.Verb[Req, Resp], req Req, here func(*node, context.Context, Req) (Resp, error)) (Resp, error) {
+func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[Req, Resp], req Req) (Resp, error) {
 	var none Resp
 	cfg, err := a.config()
 	if err != nil {
@@ -21,7 +23,7 @@ func operate[Req, Resp any](ctx context.Context, a *app, verb admin.Verb[Req, Re
 	}
 	client, err := admin.Dial(ctx, cfg.Admin.Socket)
 	if err == nil {
-		return admin.Call(ctx, client, verb, req)
+		return admin.Call(ctx, client, o.Verb, req)
 	}
 	if !errors.Is(err, admin.ErrNotRunning) {
 		return none, err
@@ -30,35 +32,13 @@ func operate[Req, Resp any](ctx context.Context, a *app, verb admin.Verb[Req, Re
 	if a.logLevel != "" {
 		log = logger(cfg)
 	}
-	n, err := newNode(cfg, log, nil)
+	n, err := node.New(cfg, log, nil)
 	if err != nil {
 		return none, err
 	}
-	defer n.close()
-	defer n.saySpent(os.Stderr)
-	return here(n, ctx, req)
-}
-
-// saySpent says what a command without serve has used up: what was unwrapped is in its
-// memory alone, and ends with it.
-func (n *node) saySpent(w io.Writer) {
-	if n.vault != nil && n.vault.Unwrapped() {
-		fmt.Fprintf(w, "note: the wrapping token in vault.auth.secretIDFile is spent, and the secret ID that it held ends with this command; put a new wrapping token into %s before kleidi serve starts, or the next command without it\n", n.cfg.Vault.Auth.SecretIDFile)
-	}
-}
-
-// unlocked is an operation that needs the keyring open first.
-func unlocked[Req, Resp any](f func(*node, context.Context, Req) (Resp, error)) func(*node, context.Context, Req) (Resp, error) {
-	return func(n *node, ctx context.Context, req Req) (Resp, error) {
-		var none Resp
-		if err := n.own(); err != nil {
-			return none, err
-		}
-		if err := n.unlocker.Unlock(ctx); err != nil {
-			return none, err
-		}
-		return f(n, ctx, req)
-	}
+	defer n.Close()
+	defer n.NoteSpent(os.Stderr)
+	return o.Alone(ctx, n, req)
 }
 
 func printState(w io.Writer, s admin.KeyringState) {

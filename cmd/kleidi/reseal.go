@@ -10,11 +10,13 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/reseal"
 )
 
 func (a *app) newReseal() *cobra.Command {
 	var req admin.ResealRequest
-	var files nextFiles
+	var files reseal.NextFiles
 	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "reseal",
@@ -55,7 +57,7 @@ be predicted is refused, and the message says what to do.`,
 			if dryRun {
 				return errors.New("--dry-run shows what a next boot would be; name its files with --next-…")
 			}
-			s, err := operate(cmd.Context(), a, admin.Reseal, req, unlocked((*node).anyReseal))
+			s, err := operate(cmd.Context(), a, operation.Reseal, req)
 			if err != nil {
 				return err
 			}
@@ -71,7 +73,7 @@ be predicted is refused, and the message says what to do.`,
 	return cmd
 }
 
-func printNext(w io.Writer, r *nextResult) {
+func printNext(w io.Writer, r *reseal.NextResult) {
 	fmt.Fprintf(w, "next boot       %s, %s\n", r.BootType, r.Bank)
 	for _, i := range slices.Sorted(maps.Keys(r.PCRs)) {
 		note := ""
@@ -103,7 +105,7 @@ slot of the suspension.`,
   kleidi suspend --boots 3 --weaken 7`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, admin.Suspend, req, unlocked((*node).suspend))
+			s, err := operate(cmd.Context(), a, operation.Suspend, req)
 			if err != nil {
 				return err
 			}

@@ -10,7 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/internal/node"
 )
 
 // app is what all verbs share: the global flags.
@@ -44,7 +44,7 @@ after the boot was attested.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(*cobra.Command, []string) error {
-			hardenProcess()
+			node.HardenProcess()
 			return a.check()
 		},
 	}
@@ -83,12 +83,12 @@ func (a *app) config(amend ...func(*config.Config) error) (*config.Config, error
 }
 
 // node puts this machine together from the configuration that the flags name.
-func (a *app) node() (*node, error) {
+func (a *app) node() (*node.Node, error) {
 	cfg, err := a.config()
 	if err != nil {
 		return nil, err
 	}
-	return newNode(cfg, logger(cfg), nil)
+	return node.New(cfg, logger(cfg), nil)
 }
 
 // logger writes to stderr, so that stdout holds results alone.
@@ -109,9 +109,4 @@ func (a *app) show(w io.Writer, result any, text func(io.Writer)) error {
 	}
 	text(w)
 	return nil
-}
-
-// memory hands out locked memory as configured.
-func memory(c *config.Config) seal.Memory {
-	return seal.Memory{BestEffort: c.Memory.Lock == config.LockBestEffort}
 }

@@ -1,16 +1,12 @@
 package main
 
 import (
-	"context"
-	"fmt"
 	"io"
-	"slices"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
-	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/internal/operation"
 )
 
 func (a *app) newRotate() *cobra.Command {
@@ -27,7 +23,7 @@ reached nothing is changed, unless --skip-slot names it: status shows the missin
 then until kleidi slot add has made it.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, admin.Rotate, req, unlocked((*node).rotate))
+			s, err := operate(cmd.Context(), a, operation.Rotate, req)
 			if err != nil {
 				return err
 			}
@@ -37,34 +33,4 @@ then until kleidi slot add has made it.`,
 	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "do without this slot for now, as kleidi slot list names it; may be repeated")
 	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.slotNamesOf)
 	return cmd
-}
-
-// rotate makes a fresh KEK the current one, in the same slots.
-func (n *node) rotate(ctx context.Context, req admin.RotateRequest) (admin.KeyringState, error) {
-	var former seal.KeyID
-	var before []seal.Slot
-	err := n.unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		former, before = k.CurrentID(), k.Slots()
-		all, err := n.complete(ctx, k, req.SkipSlots)
-		if err != nil {
-			return nil, err
-		}
-		if all != k {
-			defer all.Close()
-		}
-		revisions, err := n.turn(ctx, all, false, req.SkipSlots...)
-		if err != nil {
-			err = n.withSkipHint(all, err, "run kleidi rotate")
-		}
-		return revisions, err
-	})
-	if err != nil {
-		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
-	}
-	k, err := n.unlocker.Keyring()
-	if err != nil {
-		return admin.KeyringState{}, err
-	}
-	changes := slices.Concat([]string{"a fresh KEK is current; the former one is retired and still decrypts"}, n.completed(before, k.Slots()), n.leftOut(k.Slots()))
-	return n.result(former, append(changes, "kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")...)
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
@@ -97,7 +98,7 @@ func forgeFile(how, in string) ([]byte, error) {
 	case "unknown":
 		return forgeBody(in, `"revision":`, `"colour":"red","revision":`)
 	case "version":
-		return forgeBody(in, `"format":1`, `"format":2`)
+		return forgeBody(in, `"format":1`, `"format":3`)
 	}
 	return nil, fmt.Errorf("%s: no such forgery", how)
 }
@@ -142,11 +143,11 @@ func (h *host) forgeAttacker() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	n, err := newNode(cfg, logger(cfg), nil)
+	n, err := node.New(cfg, logger(cfg), nil)
 	if err != nil {
 		return nil, err
 	}
-	defer n.close()
+	defer n.Close()
 	stored, err := os.ReadFile(cfg.Keyring())
 	if err != nil {
 		return nil, err
@@ -155,11 +156,11 @@ func (h *host) forgeAttacker() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	kek, err := n.mem.NewKEK()
+	kek, err := n.Memory.NewKEK()
 	if err != nil {
 		return nil, err
 	}
-	slot, err := n.tpm.Wrap(h.t.Context(), kek)
+	slot, err := n.TPM.Wrap(h.t.Context(), kek)
 	if err != nil {
 		return nil, err
 	}

@@ -25,7 +25,7 @@ import (
 var binary string
 
 // buildFlags are what it is built with: under the race detector, so is it.
-var buildFlags = []string{"build", "-ldflags", "-X main.buildVersion=v0-test"}
+var buildFlags = []string{"build", "-ldflags", "-X github.com/beezy-dev/kleidi/internal/version.build=v0-test"}
 
 func TestMain(m *testing.M) {
 	code, err := build(m)

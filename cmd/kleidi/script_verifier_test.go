@@ -12,6 +12,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/beezy-dev/kleidi/grpcserver/verifier"
+	"github.com/beezy-dev/kleidi/internal/verifierd"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
@@ -31,7 +32,7 @@ func (h *host) ask(ts *testscript.TestScript, args []string) error {
 	if err != nil {
 		return broken("%w", err)
 	}
-	var report verifierReport
+	var report verifierd.Report
 	if err := json.Unmarshal(b, &report); err != nil {
 		return broken("%w", err)
 	}

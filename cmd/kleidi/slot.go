@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -33,7 +34,7 @@ func (a *app) newSlotList() *cobra.Command {
 		Short: "Show the slots",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			r, err := operate(cmd.Context(), a, admin.Status, admin.StatusRequest{}, (*node).offlineStatus)
+			r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
 			if err != nil {
 				return err
 			}
@@ -62,7 +63,7 @@ func orDash(s string) string {
 
 // slotNamesOf completes the names of slots.
 func (a *app) slotNamesOf(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
-	r, err := operate(cmd.Context(), a, admin.Status, admin.StatusRequest{}, (*node).offlineStatus)
+	r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
@@ -88,7 +89,7 @@ func (a *app) newSlotAdd() *cobra.Command {
 			if (req.Type == seal.TypeRecovery) != (len(req.Recipients) > 0) {
 				return fmt.Errorf("slot add %s: --recipient goes with recovery, and recovery with --recipient age1…", req.Type)
 			}
-			s, err := operate(cmd.Context(), a, admin.AddSlot, req, unlocked((*node).addSlot))
+			s, err := operate(cmd.Context(), a, operation.AddSlot, req)
 			if err != nil {
 				return err
 			}
@@ -114,7 +115,7 @@ it costs one of those that the token grants before it locks the PIN, and a wrapp
 in vault.auth.secretIDFile is spent.`,
 		ValidArgsFunction: a.slotNamesOf,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, err := operate(cmd.Context(), a, admin.TestSlots, admin.TestSlotsRequest{Names: args}, unlocked((*node).testSlots))
+			r, err := operate(cmd.Context(), a, operation.TestSlots, admin.TestSlotsRequest{Names: args})
 			if err != nil {
 				return err
 			}
@@ -160,7 +161,7 @@ as it is.`,
 		Args: cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
-			s, err := operate(cmd.Context(), a, admin.RewrapSlot, req, unlocked((*node).rewrapSlot))
+			s, err := operate(cmd.Context(), a, operation.RewrapSlot, req)
 			if err != nil {
 				return err
 			}
@@ -179,7 +180,7 @@ func (a *app) newSlotRemove() *cobra.Command {
 Kept copies of others still open the KEK, until kleidi rotate has made a fresh one.`,
 		Args: cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s, err := operate(cmd.Context(), a, admin.RemoveSlot, admin.RemoveSlotRequest{Name: args[0]}, unlocked((*node).removeSlot))
+			s, err := operate(cmd.Context(), a, operation.RemoveSlot, admin.RemoveSlotRequest{Name: args[0]})
 			if err != nil {
 				return err
 			}

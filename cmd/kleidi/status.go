@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"strings"
@@ -10,6 +9,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 )
@@ -24,7 +25,11 @@ it now, and why not. It asks the running kleidi serve; without one it looks itse
 tries no slot of pkcs11 or vault: kleidi slot test does.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			r, err := operate(cmd.Context(), a, admin.Status, admin.StatusRequest{Try: !quick}, (*node).statusAlone)
+			req := admin.StatusRequest{Try: admin.TryAll}
+			if quick {
+				req.Try = admin.TryNone
+			}
+			r, err := operate(cmd.Context(), a, operation.Status, req)
 			if err != nil {
 				return err
 			}
@@ -33,17 +38,6 @@ tries no slot of pkcs11 or vault: kleidi slot test does.`,
 	}
 	cmd.Flags().BoolVar(&quick, "quick", false, "do not have the TPM try the slots")
 	return cmd
-}
-
-// statusAlone is status without a running serve. It looks at tokens and servers
-// without a try, which costs something, and which the next call would repeat.
-func (n *node) statusAlone(ctx context.Context, req admin.StatusRequest) (admin.StatusReport, error) {
-	n.hsm, n.vault = nil, nil
-	r, err := n.offlineStatus(ctx, req)
-	for i := range r.Slots {
-		r.Slots[i].NotTried = req.Try && backed(r.Slots[i].Type)
-	}
-	return r, err
 }
 
 func printStatus(w io.Writer, r admin.StatusReport) {
@@ -78,7 +72,7 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 			verdict = "failed"
 		}
 		if len(at.PCRs) > 0 {
-			verdict += fmt.Sprintf(": %s boot, PCR %s (%s)", at.Boot, join(at.PCRs), at.Bank)
+			verdict += fmt.Sprintf(": %s boot, PCR %s (%s)", at.Boot, slotview.JoinPCRs(at.PCRs), at.Bank)
 		}
 		row(w, "attestation", verdict)
 		printProblem(w, at.Problem)
@@ -88,7 +82,7 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 		if kind == seal.TypeSkipped {
 			kind = s.Name // of what stood there
 		}
-		if s.Use != "" && s.Use != uses[tpm.UsePresent] {
+		if s.Use != "" && s.Use != slotview.UseNames[tpm.UsePresent] {
 			kind += " (" + s.Use + ")"
 		}
 		row(w, "slot", kind+"  "+s.Binding+"  "+opens(s))
@@ -110,7 +104,7 @@ func opens(s admin.SlotReport) string {
 		return ""
 	case *s.Opens:
 		return "(opens now)"
-	case s.Use == uses[tpm.UseNext] && s.Problem == nil:
+	case s.Use == slotview.UseNames[tpm.UseNext] && s.Problem == nil:
 		return "(for the next boot)"
 	default:
 		return "(DOES NOT OPEN)"

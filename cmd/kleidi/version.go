@@ -4,32 +4,12 @@ import (
 	"fmt"
 	"io"
 	"runtime"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/internal/version"
 )
-
-// buildVersion is set by the linker to the release's version.
-var buildVersion string
-
-// version is the release, or the revision that this was built from.
-func version() string {
-	if buildVersion != "" {
-		return buildVersion
-	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return "devel-" + s.Value[:min(12, len(s.Value))]
-		}
-	}
-	return "devel"
-}
 
 func (a *app) newVersion() *cobra.Command {
 	return &cobra.Command{
@@ -43,7 +23,7 @@ func (a *app) newVersion() *cobra.Command {
 				OS      string `json:"os"`
 				Arch    string `json:"arch"`
 				PKCS11  bool   `json:"pkcs11"`
-			}{version(), runtime.Version(), runtime.GOOS, runtime.GOARCH, hsm.Available}
+			}{version.String(), runtime.Version(), runtime.GOOS, runtime.GOARCH, hsm.Available}
 			with := "without"
 			if v.PKCS11 {
 				with = "with"

@@ -15,7 +15,7 @@ import (
 // code, each with its level, both ways.
 func TestLogLinesAreReal(t *testing.T) {
 	logged := map[string]bool{}
-	for _, folder := range []string{"cmd", "grpcserver", "seal", "tpm"} {
+	for _, folder := range []string{"cmd", "grpcserver", "internal", "seal", "tpm"} {
 		err := filepath.WalkDir(top+folder, func(path string, _ fs.DirEntry, err error) error {
 			if err == nil && strings.HasSuffix(path, ".go") && !strings.HasSuffix(path, "_test.go") {
 				collectLogLines(t, path, logged)

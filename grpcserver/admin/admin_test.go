@@ -105,12 +105,12 @@ func TestStatusCrossesWhole(t *testing.T) {
 		Memory:      "memfd_secret",
 	}
 	admin.Handle(f.Server, admin.Status, func(_ context.Context, r admin.StatusRequest) (admin.StatusReport, error) {
-		if !r.Try {
+		if r.Try != admin.TryAll {
 			return admin.StatusReport{}, errors.New("try is lost")
 		}
 		return want, nil
 	})
-	got, err := admin.Call(t.Context(), f.dial(t), admin.Status, admin.StatusRequest{Try: true})
+	got, err := admin.Call(t.Context(), f.dial(t), admin.Status, admin.StatusRequest{Try: admin.TryAll})
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%v\ngot  %+v\nwant %+v", err, got, want)
 	}

@@ -48,9 +48,24 @@ const (
 
 // StatusRequest asks for a [StatusReport].
 type StatusRequest struct {
-	// Try asks whether each slot would open now, which takes the TPM some time.
-	Try bool `json:"try,omitempty"`
+	// Try says which slots are opened to see whether they would, which takes the TPM
+	// some time.
+	Try Try `json:"try,omitempty"`
 }
+
+// Try is which slots a status report opens.
+type Try string
+
+// The choices.
+const (
+	// TryNone looks at memory and the stored keyring alone.
+	TryNone Try = ""
+	// TryTPM opens the slots of the TPM alone: a token counts wrong PINs, and a server
+	// wants credentials that may be of one use.
+	TryTPM Try = "tpm"
+	// TryAll opens those of tokens and servers as well.
+	TryAll Try = "all"
+)
 
 // State says whether a KEK is open.
 type State string

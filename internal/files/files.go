@@ -1,0 +1,113 @@
+package files
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// Read reads at most limit bytes, and one more where there are more, which the
+// parser then refuses.
+func Read(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, limit+1))
+}
+
+// MaxPublicKey bounds a file with a public key, in bytes.
+const MaxPublicKey = 64 << 10
+
+// HintRoot names the usual reason before a permission error does.
+func HintRoot(err error) error {
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		return fmt.Errorf("%w; run the command as root", err)
+	}
+	return err
+}
+
+// ReadSecret reads a file of at most limit bytes. The caller clears it.
+func ReadSecret(path string, limit int) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return readInOne(f, limit)
+}
+
+// readInOne reads into one buffer of full size, so that no copy stays behind.
+func readInOne(f *os.File, limit int) ([]byte, error) {
+	b := make([]byte, limit+1)
+	n, err := io.ReadFull(f, b)
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
+		return b[:n], nil
+	}
+	clear(b)
+	if err == nil {
+		err = fmt.Errorf("%s: it has more than %d bytes", f.Name(), limit)
+	}
+	return nil, err
+}
+
+// WriteNew writes a file that did not exist, durably.
+func WriteNew(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w; name another file", err)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Sync(), f.Close(), SyncFolder(path))
+	if err != nil {
+		return errors.Join(err, os.Remove(path))
+	}
+	return nil
+}
+
+// SyncFolder makes a new file's name durable.
+func SyncFolder(path string) error {
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// ReadPrivateKey reads a file that nobody else may read. The caller clears it.
+func ReadPrivateKey(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("%s: mode %04o lets others at a private key; run chmod 0600 on it", path, info.Mode().Perm())
+	}
+	return readInOne(f, MaxPrivateKey)
+}
+
+const MaxPrivateKey = 64 << 10
+
+// Replace replaces a file in one step.
+func Replace(path string, b []byte) error {
+	next := path + ".new"
+	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := WriteNew(next, b); err != nil {
+		return err
+	}
+	return errors.Join(os.Rename(next, path), SyncFolder(path))
+}

@@ -1,0 +1,81 @@
+package inspect
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+)
+
+// ParseNonce returns a random nonce for an empty text.
+func ParseNonce(s string) ([]byte, error) {
+	if s == "" {
+		b := make([]byte, 32)
+		rand.Read(b)
+		return b, nil
+	}
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) < minNonce || len(b) > maxNonce {
+		return nil, fmt.Errorf("--nonce: want %d to %d bytes in hexadecimal, such as openssl rand -hex 32 prints", minNonce, maxNonce)
+	}
+	return b, nil
+}
+
+// Sizes of a nonce, in bytes: the smallest that can't be guessed, and what a TPM takes.
+const (
+	minNonce = 16
+	maxNonce = 64
+)
+
+// KeyDigest names an attestation key.
+func KeyDigest(e *attest.Evidence) string {
+	return fmt.Sprintf("sha256:%x", sha256.Sum256(e.Quote.AKPublic))
+}
+
+// EvidenceVerdict is a verdict on saved evidence, and what the evidence can't prove.
+type EvidenceVerdict struct {
+	*bootpolicy.Verdict
+	// AttestationKey is the SHA-256 digest of the key's public area.
+	AttestationKey string `json:"attestationKey"`
+	// Fresh says that the quote is over the nonce that was given.
+	Fresh bool `json:"fresh"`
+}
+
+func JudgeEvidence(policy, file, nonce string) (*EvidenceVerdict, error) {
+	p, err := files.ReadBootPolicy(policy)
+	if err != nil {
+		return nil, err
+	}
+	b, err := files.Read(file, attest.MaxEvidence)
+	if err != nil {
+		return nil, err
+	}
+	e, err := attest.ParseEvidence(b, p.Hash())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w; want what kleidi bootpolicy evidence writes", file, err)
+	}
+	said, err := e.Nonce()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	if nonce != "" {
+		want, err := ParseNonce(nonce)
+		if err != nil {
+			return nil, err
+		}
+		if !bytes.Equal(want, said) {
+			return nil, fmt.Errorf("%s: the quote was not made for this nonce; ask for evidence with --nonce %s", file, nonce)
+		}
+	}
+	r, err := attest.Verify(e, said, p.Hash(), p.Demanded())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w; ask for fresh evidence over PCR %s (%s), and if it stays the machine or the file was tampered with", file, err, slotview.JoinPCRs(p.Demanded()), p.Bank)
+	}
+	return &EvidenceVerdict{bootpolicy.Judge(p, r.Log, r.PCRs), KeyDigest(e), nonce != ""}, nil
+}

@@ -1,0 +1,70 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+// Save writes the open keyring back.
+func Save(ctx context.Context, n *node.Node, _ admin.SaveRequest) (admin.KeyringState, error) {
+	if err := store.PrepareDir(n.Config.State.Dir); err != nil { // it may be gone with the keyring
+		return admin.KeyringState{}, fmt.Errorf("save: %w", err)
+	}
+	if err := n.Unlocker.Save(ctx); err != nil {
+		return admin.KeyringState{}, fmt.Errorf("save: %w", err)
+	}
+	id, err := n.Unlocker.CurrentID()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	return n.Result(id, "the open keyring is stored again; what it replaced, if it could be read, is the previous revision")
+}
+
+// ReadStored reads a keyring file for people; nothing has vouched for it.
+func ReadStored(ctx context.Context, cfg *config.Config) (*keyring.Untrusted, []byte, error) {
+	b, _, err := store.NewFile(cfg.Keyring()).Load(ctx)
+	if err != nil {
+		return nil, nil, files.HintRoot(node.KeyringMissing(err))
+	}
+	u, err := keyring.Parse(b)
+	return u, b, err
+}
+
+// Verify proves the stored keyring: it opens with a slot, its MAC verifies and
+// the anchor agrees. Nothing is changed.
+func Verify(ctx context.Context, n *node.Node, _ admin.VerifyRequest) (admin.KeyringState, error) {
+	k, err := n.Unlocker.Open(ctx)
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("verify: %w", err)
+	}
+	defer k.Close()
+	return admin.KeyringState{CurrentKeyID: k.CurrentID(), Revision: k.Revision(), Changes: []string{
+		"the stored keyring opens, its MAC verifies and the anchor agrees",
+		fmt.Sprintf("%d retired KEKs open", len(k.Info().Retired)),
+	}}, nil
+}
+
+// Reload has serve read the keyring anew.
+func Reload(ctx context.Context, n *node.Node, _ admin.ReloadRequest) (admin.KeyringState, error) {
+	if err := n.Unlocker.Unlock(ctx); err != nil {
+		return admin.KeyringState{}, err
+	}
+	k, err := n.Unlocker.CurrentID()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	return n.Result(k, "the keyring was read anew")
+}
+
+// NothingToSave is what save is without a running serve: nothing holds a keyring open.
+func NothingToSave(context.Context, *node.Node, admin.SaveRequest) (admin.KeyringState, error) {
+	return admin.KeyringState{}, errors.New("kleidi serve does not run, so nothing holds a keyring open; see kleidi keyring restore")
+}

@@ -1,0 +1,193 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+)
+
+// Recover opens the stored keyring with the recovery identity, seals a fresh KEK
+// to the present boot state and makes it current.
+func Recover(ctx context.Context, n *node.Node, req admin.RecoverRequest) (admin.KeyringState, error) {
+	state, err := replaceKeyring(ctx, n, func() (admin.KeyringState, error) { return recoverStored(ctx, n, req) })
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("recover: %w", err)
+	}
+	return state, nil
+}
+
+// replaceKeyring runs f, which puts another keyring in the place of the stored one, as
+// the only one to do so. Where there is none afterwards, and this process had
+// left the state folder to init before, it does so again.
+func replaceKeyring(ctx context.Context, n *node.Node, f func() (admin.KeyringState, error)) (admin.KeyringState, error) {
+	n.Replacing.Lock()
+	defer n.Replacing.Unlock()
+	if !n.State.Held() {
+		defer func() {
+			if _, _, err := n.Keyring.File.Load(context.WithoutCancel(ctx)); errors.Is(err, fs.ErrNotExist) {
+				n.State.Release()
+			}
+		}()
+	}
+	if err := n.AcquireState(); err != nil {
+		return admin.KeyringState{}, err
+	}
+	return f()
+}
+
+func recoverStored(ctx context.Context, n *node.Node, req admin.RecoverRequest) (admin.KeyringState, error) {
+	untrusted, version, err := n.Stored(ctx)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	return recoverFrom(ctx, n, untrusted, version, req)
+}
+
+// recoverFrom replaces the stored keyring of that version by what untrusted holds.
+func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted, version store.Version, req admin.RecoverRequest) (admin.KeyringState, error) {
+	identity, err := n.Memory.Take(req.Identity)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	defer identity.Close()
+	opener, err := recovery.NewOpener(n.Memory, identity)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	old, err := openWith(ctx, untrusted, opener)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	if !req.BreakTwoOfTwo {
+		if err := n.View.CheckRecovery(old.Slots()); err != nil {
+			old.Close()
+			return admin.KeyringState{}, err
+		}
+	}
+	changes := reportRenewed(n, old)
+	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		return renew(ctx, n, k, req.WithoutVerifier, nil)
+	}
+	before := old.Slots()
+	state, err := adopt(ctx, n, old, unlock.Opener{Wrapper: opener.Type()}, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)
+	if err != nil {
+		return state, err
+	}
+	k, err := n.Unlocker.Keyring()
+	if err == nil {
+		state.Changes = slices.Concat(state.Changes, n.View.ReportMissing(k.Slots()), slotview.ReportDropped(before, k.Slots()))
+	}
+	return state, err
+}
+
+func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recovery.Wrapper) (*keyring.Keyring, error) {
+	for _, slot := range untrusted.Slots() {
+		kek, err := opener.Unwrap(ctx, slot)
+		if errors.Is(err, seal.ErrNotMine) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		k, err := untrusted.Open(kek, nil) // vouch follows
+		if err != nil {
+			kek.Close()
+		}
+		return k, err
+	}
+	return nil, seal.Errorf(seal.CauseNoSlot, "use the recovery identity that was made, or whose recipient was given, at kleidi init",
+		"no recovery slot of the keyring opens with this identity")
+}
+
+// adopt makes a keyring that was opened without the anchor this node's keyring, once
+// it is vouched for, and has turn rotate it: so no key ID flips back.
+func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock.Opener, openers []seal.Wrapper, version store.Version, trusted seal.KeyID,
+	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
+	defer opened.Close()
+	if err := n.CheckAnchorable(ctx); err != nil {
+		return admin.KeyringState{}, err
+	}
+	old, err := rotation.Complete(ctx, opened, openers, time.Now())
+	if err != nil && trusted == opened.CurrentID() && seal.CauseOf(err) != seal.CauseUnavailable { // the operator does without
+		old, err = opened, nil
+	}
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	defer old.Close()
+	revision, err := vouch(ctx, n, old, opened.CurrentID(), trusted)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	raised, err := old.AtLeast(revision)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	defer raised.Close()
+	revisions, err := turn(ctx, raised)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	if revisions[len(revisions)-1].CurrentID() == old.CurrentID() {
+		changes = []string{"the keyring opens again, under the KEK that it had: it has no room for another retired one"}
+	}
+	if err := n.Unlocker.Adopt(ctx, version, by, revisions); err != nil {
+		return admin.KeyringState{}, err
+	}
+	return n.Result(old.CurrentID(), changes...)
+}
+
+// vouch says by what the recovered keyring is trusted: the anchor and, where one is
+// open, the open keyring, whose KEK it has to hold; else the operator, who names
+// id, the current key ID of the keyring as it was given. It returns the revision
+// that the next one must not be below.
+func vouch(ctx context.Context, n *node.Node, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
+	revision, err := vouchByAnchor(ctx, n, k, id, trusted)
+	if err != nil {
+		return 0, err
+	}
+	open, openErr := n.Unlocker.Keyring()
+	if openErr != nil {
+		return revision, nil
+	}
+	if trusted == "" && (open.ClusterID() != k.ClusterID() || !k.Holds(open.CurrentID())) {
+		return 0, seal.Errorf(seal.CauseAnchor, "store the open one again with kleidi keyring save; or, to give it up with what was encrypted under it, name the key ID of the keyring to trust in --trust-key-id",
+			"kleidi serve holds key ID %s open, which this keyring does not hold", open.CurrentID())
+	}
+	return max(revision, open.Revision()), nil
+}
+
+func vouchByAnchor(ctx context.Context, n *node.Node, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
+	anchor, err := n.Anchor.Load(ctx)
+	switch {
+	case trusted != "" && trusted != id && trusted != k.CurrentID():
+		return 0, seal.Errorf(seal.CauseAnchor, "compare it with what this cluster used last", "the keyring's current key ID is %s, and --trust-key-id names %s", id, trusted)
+	case trusted != "" && (err != nil || anchor == nil):
+		return 0, nil
+	case err != nil:
+		if e, ok := errors.AsType[*seal.Error](err); ok && e.Cause == seal.CauseAnchor {
+			err = &seal.Error{Cause: e.Cause, Err: e.Err, Hint: "run it again with --trust-key-id KEY_ID, the key ID that this cluster used last (docs/recovery.md says where to look, and not in this keyring)"}
+		}
+		return 0, err
+	case anchor == nil:
+		return 0, seal.Errorf(seal.CauseAnchor, "if that is the key ID that this cluster used last (docs/recovery.md says where to look, and not in this keyring), run it again with --trust-key-id KEY_ID",
+			"there is no anchor to tell whether the keyring of key ID %s is this node's", id)
+	case trusted == "" && (anchor.ClusterID != k.ClusterID() || !k.Holds(anchor.KeyID)):
+		return 0, seal.Errorf(seal.CauseAnchor, "restore a newer keyring; or, if what was encrypted under the anchored key ID since may be lost, run it again with --trust-key-id and the key ID of the keyring to trust",
+			"this node last trusted key ID %s, which the keyring does not hold", anchor.KeyID)
+	}
+	return anchor.Revision, nil
+}

@@ -1,0 +1,192 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// SealToNewTPM does what recover does, without the recovery identity, while the
+// keyring is open by other means than the TPM: by a fallback, or since the TPM was
+// cleared under a running serve. That TPM is trusted as it is, as at init.
+func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
+	var former seal.KeyID
+	var changes []string
+	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		if err := checkNewTPM(ctx, n, k.Slots()); err != nil {
+			return nil, err
+		}
+		if !req.BreakTwoOfTwo {
+			if err := n.View.CheckRecovery(k.Slots()); err != nil {
+				return nil, err
+			}
+		}
+		if err := n.CheckSecondKey(ctx, k); err != nil {
+			return nil, err
+		}
+		former, changes = k.CurrentID(), append(reportRenewed(n, k), n.View.ReportBroken(k.Slots())...)
+		revisions, err := renew(ctx, n, k, req.WithoutVerifier, n.UntrustedKeys(ctx, k))
+		if err != nil {
+			return nil, err
+		}
+		last := revisions[len(revisions)-1]
+		if last.CurrentID() == former {
+			changes[0] = "the KEK that it had is sealed to this machine's present boot state: the keyring has no room for another retired one"
+		}
+		changes = slices.Concat(changes, n.View.ReportMissing(last.Slots()), slotview.ReportDropped(k.Slots(), last.Slots()))
+		return revisions, nil
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("reseal --new-tpm: %w", err)
+	}
+	if n.Unlocker.State().Fallback != nil {
+		n.Unlocker.Nudge() // the TPM opens, which a reload finds out
+	}
+	return n.Result(former, changes...)
+}
+
+// checkNewTPM reports whether no slot of this node is sealed to this machine's TPM.
+func checkNewTPM(ctx context.Context, n *node.Node, slots []seal.Slot) error {
+	if !n.View.OpensWithTPM() {
+		return reseal.ErrNoTPM
+	}
+	w, err := n.TPM.OnTPMOf(slotview.TPMParts(slots))
+	if err != nil {
+		return err
+	}
+	if len(n.View.Demands(slots)) == 0 {
+		return nil
+	}
+	_, err = w.Epoch(ctx)
+	switch seal.CauseOf(err) {
+	case seal.CauseOtherTPM, seal.CauseTPMCleared:
+		return nil
+	case "":
+		return errors.New("the slots are sealed to this TPM; run kleidi reseal without --new-tpm")
+	}
+	return err
+}
+
+// renew rotates to a fresh KEK that is sealed to the present boot state; the
+// recovery slots stay. A keyring that holds no more retired KEKs is sealed anew and
+// not rotated: it has to open again first of all. Strangers get no KEK, by the reason of
+// each.
+func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, withoutVerifier bool, strangers map[string]error) ([]*keyring.Keyring, error) {
+	if err := n.View.CheckFreshKEK(old); err != nil {
+		return nil, err
+	}
+	v, err := n.Remote.Demand(old.ClusterID(), withoutVerifier)
+	if err != nil {
+		return nil, err
+	}
+	self := keyring.Node{Name: n.Config.Node}
+	if n.View.OpensWithTPM() {
+		if self.EK, err = n.TPM.Provision(ctx); err != nil {
+			return nil, err
+		}
+	}
+	// The present KEK is wrapped anew as well: the first revision of the rotation
+	// has to open too.
+	next := n.TPM.ForNextEpoch(slotview.TPMParts(append(old.Slots(), old.StagedSlots()...))).Demanding(v)
+	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
+		return renewSlots(ctx, n, next, kek, old.Slots(), strangers)
+	}
+	slots, err := wrap(ctx, old.KEK())
+	if err != nil {
+		return nil, err
+	}
+	here, err := old.WithNodes([]keyring.Node{self}, slots)
+	if err != nil {
+		return nil, err
+	}
+	if slotview.Full(here) {
+		return []*keyring.Keyring{here}, nil
+	}
+	defer here.Close()
+	return rotation.Rotate(ctx, n.Memory, here, wrap, nil, time.Now())
+}
+
+// renewSlots wraps a KEK by every wrapper of this node, and for the recipients of
+// the old recovery slots. A token or a server that can't be reached, or is not
+// configured here, is skipped as long as another slot opens: status shows the place
+// until it is mended.
+func renewSlots(ctx context.Context, n *node.Node, tpmNow *tpm.Wrapper, kek *seal.Secret, old []seal.Slot, strangers map[string]error) ([]seal.Slot, error) {
+	var slots, kept []seal.Slot
+	var failure error
+	if n.View.OpensWithTPM() {
+		slot, err := reseal.SealPresent(ctx, n, tpmNow, kek)
+		if err != nil {
+			return nil, err
+		}
+		slots = append(slots, slot)
+	}
+	for _, kind := range []string{seal.TypePKCS11, seal.TypeVault} {
+		at := slices.IndexFunc(old, func(s seal.Slot) bool { return slotview.TypeOf(s) == kind })
+		if n.View.TwoOfTwo() != "" || at < 0 && !slices.Contains(n.Config.Unlock.Order, kind) {
+			continue
+		}
+		var slot seal.Slot
+		err := strangers[kind]
+		if err == nil {
+			slot, err = wrapSecondary(ctx, n, kind, kek)
+		}
+		if err != nil {
+			failure = errors.Join(failure, err)
+			n.Log.Warn("a slot is left out", "slot", kind, "cause", seal.CauseOf(err), "error", err)
+			if slot = (seal.Slot{Type: kind}); at >= 0 {
+				slot = old[at]
+			}
+			if slot, err = slotview.Skip(slot); err != nil {
+				return nil, err
+			}
+		}
+		slots = append(slots, slot)
+	}
+	if !n.CanOpen(slots) {
+		return nil, failure
+	}
+	for _, s := range old {
+		if s.Type == seal.TypeRecovery {
+			kept = append(kept, s)
+		}
+	}
+	rewrapped, err := rotation.Like(n.Rewrappers(), kept)(ctx, kek)
+	return append(slots, rewrapped...), err
+}
+
+// wrapSecondary wraps a KEK by the token or the server.
+func wrapSecondary(ctx context.Context, n *node.Node, kind string, kek *seal.Secret) (seal.Slot, error) {
+	w := n.Wrapper(kind)
+	if w == nil {
+		return seal.Slot{}, seal.Errorf(seal.CauseNoSlot, "configure "+kind+", and run kleidi slot add "+kind, "%s is not configured on this node", kind)
+	}
+	slot, err := w.Wrap(ctx, kek)
+	if err == nil {
+		err = rotation.Prove(ctx, kek, []seal.Slot{slot}, []seal.Wrapper{w})
+	}
+	return slot, err
+}
+
+// reportRenewed says what renew makes of a keyring.
+func reportRenewed(n *node.Node, old *keyring.Keyring) []string {
+	changes := []string{"a fresh KEK is wrapped by " + slotview.JoinWords(n.Config.Unlock.Order) + "; all earlier ones are retired and still decrypt"}
+	if n.View.OpensWithTPM() {
+		changes = []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
+			"slots of the earlier epoch no longer open, kept copies included"}
+	}
+	for _, s := range n.View.BootStates(old.Slots(), tpm.UseSigned) {
+		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add again, with those of the latest generation", slotview.Fingerprint(*s.Signer)))
+	}
+	return changes
+}

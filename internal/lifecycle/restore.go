@@ -1,0 +1,117 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+// Restore adopts another keyring in the place of the stored one.
+func Restore(ctx context.Context, n *node.Node, req admin.RestoreRequest) (admin.KeyringState, error) {
+	state, err := replaceKeyring(ctx, n, func() (admin.KeyringState, error) { return restoreFrom(ctx, n, req) })
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("restore: %w", err)
+	}
+	return state, nil
+}
+
+func restoreFrom(ctx context.Context, n *node.Node, req admin.RestoreRequest) (admin.KeyringState, error) {
+	untrusted, err := keyring.Parse(req.Keyring)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	_, version, err := n.Keyring.File.Load(ctx)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return admin.KeyringState{}, seal.Errorf(seal.CauseStore, "move that file away, then run the command again", "the stored keyring: %w", err)
+	}
+	replaced := replacedSlots(ctx, n)
+	state, err := restoreWith(ctx, n, untrusted, version, req)
+	if err != nil {
+		return state, err
+	}
+	k, err := n.Unlocker.Keyring()
+	if err == nil {
+		state.Changes = slices.Concat(state.Changes, n.View.ReportReturned(untrusted.Slots(), replaced, k.Slots()), n.View.ReportSingles(untrusted.Slots(), k.Slots()))
+	}
+	return state, err
+}
+
+// restoreWith puts the keyring in the place of the stored one of that version, with
+// the recovery identity or by what opens it here.
+func restoreWith(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted, version store.Version, req admin.RestoreRequest) (admin.KeyringState, error) {
+	if len(req.Identity) > 0 {
+		if !req.BreakTwoOfTwo {
+			if err := n.View.CheckAdd(seal.TypeRecovery, nil); err != nil { // its slot comes back
+				return admin.KeyringState{}, err
+			}
+		}
+		return recoverFrom(ctx, n, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID, BreakTwoOfTwo: req.BreakTwoOfTwo})
+	}
+	old, by, err := n.Unlocker.OpenUnanchored(ctx, untrusted)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	turn := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		return rotateIfRoom(ctx, n, k, req)
+	}
+	state, err := adopt(ctx, n, old, by, n.Openers(), version, req.TrustKeyID, turn, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
+	if err != nil {
+		return state, err
+	}
+	k, err := n.Unlocker.Keyring()
+	if err == nil {
+		state.Changes = append(state.Changes, n.View.ReportMissing(k.Slots())...)
+	}
+	return state, err
+}
+
+// rotateIfRoom rotates a restored keyring in the slots that it has, but for those to
+// skip; one without room is only raised by a revision, for it has to be stored first
+// of all.
+func rotateIfRoom(ctx context.Context, n *node.Node, k *keyring.Keyring, req admin.RestoreRequest) ([]*keyring.Keyring, error) {
+	if slotview.Full(k) && len(req.SkipSlots) > 0 {
+		return nil, errors.New("--skip-slot: the keyring holds no more retired KEKs, so it comes back under the KEK and in the slots that it has; leave --skip-slot out")
+	}
+	if !req.BreakTwoOfTwo {
+		if err := n.View.CheckRestore(k, req.SkipSlots); err != nil {
+			return nil, err
+		}
+	}
+	if !slotview.Full(k) {
+		revisions, err := rotateKeyring(ctx, n, k, req.BreakTwoOfTwo, req.SkipSlots...)
+		return revisions, hintIdentity(hintSkip(n, k, err, "run it again with"))
+	}
+	next, err := k.AtLeast(0)
+	return []*keyring.Keyring{next}, err
+}
+
+// replacedSlots returns the slots of the keyring that another one is put in the place
+// of: the open one, or else what is stored, which nothing vouches for. They are only
+// compared. None are known where that is lost.
+func replacedSlots(ctx context.Context, n *node.Node) []seal.Slot {
+	if k, err := n.Unlocker.Keyring(); err == nil {
+		return k.Slots()
+	}
+	u, _, err := n.Stored(ctx)
+	if err != nil {
+		return nil
+	}
+	return u.Slots()
+}
+
+// hintIdentity is for a keyring that is to come back, and is not open yet.
+func hintIdentity(err error) error {
+	if _, ok := errors.AsType[*node.OtherKeyError](err); !ok {
+		return err
+	}
+	return seal.WithHint(err, node.HintSameKey+"; or restore with --identity-file, which trusts the one that is there")
+}

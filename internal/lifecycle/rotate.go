@@ -1,0 +1,161 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+)
+
+// Rotate makes a fresh KEK the current one, in the same slots.
+func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.KeyringState, error) {
+	var former seal.KeyID
+	var before []seal.Slot
+	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		former, before = k.CurrentID(), k.Slots()
+		all, err := addMissing(ctx, n, k, req.SkipSlots)
+		if err != nil {
+			return nil, err
+		}
+		if all != k {
+			defer all.Close()
+		}
+		revisions, err := rotateKeyring(ctx, n, all, false, req.SkipSlots...)
+		if err != nil {
+			err = hintSkip(n, all, err, "run kleidi rotate")
+		}
+		return revisions, err
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
+	}
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	changes := slices.Concat([]string{"a fresh KEK is current; the former one is retired and still decrypts"}, n.View.ReportCompleted(before, k.Slots()), n.View.ReportMissing(k.Slots()))
+	return n.Result(former, append(changes, "kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")...)
+}
+
+// rotateKeyring rotates a keyring in the slots that it has, but for those to skip; breaks is as
+// in CheckSeal.
+func rotateKeyring(ctx context.Context, n *node.Node, k *keyring.Keyring, breaks bool, skip ...string) ([]*keyring.Keyring, error) {
+	if slotview.Full(k) {
+		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
+			"the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
+	}
+	wrap, err := wrapLike(ctx, n, k, skip, breaks)
+	if err != nil {
+		return nil, err
+	}
+	return rotation.Rotate(ctx, n.Memory, k, wrap, n.Wrappers(), time.Now())
+}
+
+// addMissing returns a keyring with a slot, or the place of one that is skipped, for
+// each wrapper of unlock.order that has none: rotation follows slots. The TPM is left
+// to reseal, which takes it as it is only when told so, and nothing is put beside a
+// two-of-two that opens alone. Where nothing is missing that is k itself.
+func addMissing(ctx context.Context, n *node.Node, k *keyring.Keyring, without []string) (*keyring.Keyring, error) {
+	slots := k.Slots()
+	all := n.View.WithMissing(slots)
+	names := slotview.Names(all)
+	for i := len(slots); i < len(all); i++ {
+		s, kind := all[i], slotview.TypeOf(all[i])
+		var err error
+		switch {
+		case slices.Contains(without, names[i]):
+			s, err = slotview.Skip(seal.Slot{Type: kind, Node: s.Node})
+		case s.Node != "" || n.View.CheckAdd(kind, k.Slots()) != nil:
+			continue
+		default:
+			s, err = wrapSecondary(ctx, n, kind, k.KEK())
+		}
+		if err != nil {
+			return nil, noSlotYet(kind, err)
+		}
+		slots = append(slots, s)
+	}
+	if len(slots) == len(k.Slots()) {
+		return k, nil
+	}
+	return k.WithSlots(slots)
+}
+
+// wrapLike is how rotation makes the slots of a new KEK: like those of the present
+// one, but for some that are skipped, which is recorded in their place. breaks is as in
+// CheckSeal.
+func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, without []string, breaks bool) (rotation.Wrap, error) {
+	slots := k.Slots()
+	names := slotview.Names(slots)
+	for _, name := range without {
+		i := slices.Index(names, name)
+		if i < 0 {
+			return nil, fmt.Errorf("--skip-slot: there is no slot %q, but %s; see kleidi slot list", name, slotview.JoinWords(names))
+		}
+		var err error
+		if slots[i], err = slotview.Skip(slots[i]); err != nil {
+			return nil, err
+		}
+	}
+	if len(without) > 0 && !n.CanOpen(slots) {
+		return nil, errors.New("--skip-slot: no slot would be left that can open the keyring on this node; skip fewer, or add another one first")
+	}
+	live, err := n.Unrevoked(ctx, slots)
+	if err != nil {
+		return nil, err
+	}
+	like := rotation.Like(n.ProvenRewrappers(k), live)
+	if len(live) == len(slots) || len(n.View.Demands(live)) > 0 || !n.View.OpensWithTPM() {
+		return like, nil
+	}
+	// All slots of this TPM are revoked, as in an old keyring: the running boot takes
+	// their place.
+	if !breaks {
+		if err := n.View.CheckSeal(k.Slots()); err != nil {
+			return nil, err
+		}
+	}
+	if err := n.CheckSecondKey(ctx, k); err != nil {
+		return nil, err
+	}
+	v, err := n.Remote.Demand(k.ClusterID(), false)
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
+		slot, err := reseal.SealPresent(ctx, n, n.TPM.Demanding(v), kek)
+		if err != nil {
+			return nil, err
+		}
+		others, err := like(ctx, kek)
+		return append([]seal.Slot{slot}, others...), err
+	}, nil
+}
+
+// hintSkip adds to a refusal of a rotation that it can do without the slot, and how
+// the command is told so.
+func hintSkip(n *node.Node, k *keyring.Keyring, err error, how string) error {
+	e, ok := errors.AsType[*rotation.SlotError](err)
+	if !ok {
+		return err
+	}
+	rest := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return slotview.Identity(s) == slotview.Identity(e.Slot) })
+	if !n.CanOpen(rest) {
+		return err
+	}
+	return seal.AddHint(err, "to go on without the slot for now, "+how+" --skip-slot "+slotview.NameOf(k, e.Slot))
+}
+
+// noSlotYet is why a wrapper that has no slot yet can't make one.
+func noSlotYet(kind string, err error) error {
+	return fmt.Errorf("unlock.order names %s, which has no slot yet: %w", kind, seal.AddHint(err, "to go on without the slot for now, run kleidi rotate --skip-slot "+kind))
+}

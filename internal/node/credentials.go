@@ -1,0 +1,115 @@
+package node
+
+import (
+	"context"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+)
+
+// sealedPIN is the user PIN where it is sealed to the TPM. The file is read anew each
+// time, so replacing it is enough.
+func (n *Node) sealedPIN(ctx context.Context) (*seal.Secret, error) {
+	path := n.Config.PKCS11.SealedPINFile
+	blob, err := files.Read(path, tpm.MaxSealedCredential)
+	if err != nil {
+		return nil, seal.Errorf(seal.CauseCredentials, "make it with kleidi pkcs11-pin, or correct pkcs11.sealedPINFile", "pkcs11.sealedPINFile: %w", err)
+	}
+	pin, err := n.Gate.Device.UnsealCredential(ctx, n.Gate.Owner, n.Memory, blob)
+	if e, ok := errors.AsType[*seal.Error](HintNeedsTPM(err)); ok {
+		return nil, seal.Errorf(e.Cause, e.Hint, "pkcs11.sealedPINFile: %s: %w", path, e.Err)
+	}
+	return pin, err
+}
+
+// HintNeedsTPM says what a machine without a TPM can do.
+func HintNeedsTPM(err error) error {
+	e, ok := errors.AsType[*seal.Error](err)
+	if !ok || e.Cause != seal.CauseUnavailable {
+		return err
+	}
+	return seal.Errorf(e.Cause, e.Hint+"; where there is no TPM, set pkcs11.pinFile instead", "a sealed PIN needs this machine's TPM: %w", e.Err)
+}
+
+// signed returns the boot states that this signer signed, from all files. What is
+// wrong with a file is said, and hides no other's.
+func (n *Node) signed(signer tpm.Signer) []authpolicy.SignedState {
+	var all []authpolicy.SignedState
+	for _, path := range append([]string{n.Config.BootStates()}, n.Config.TPM.BootStates...) {
+		f, err := files.ReadBootStates(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			n.Log.Warn("signed boot states", "file", path, "error", err)
+			continue
+		}
+		states, refused := f.Signed(signer.Key, signer.Ref)
+		for _, err := range refused {
+			n.Log.Warn("signed boot states", "file", path, "error", err)
+		}
+		all = append(all, states...)
+	}
+	return all
+}
+
+// clientCertificate is what vault logs in with where its key is in the TPM. Both
+// files are read anew each time, so replacing them is enough.
+func (n *Node) clientCertificate(ctx context.Context) (*tls.Certificate, error) {
+	auth := n.Config.Vault.Auth
+	blob, err := files.Read(auth.TPMKeyFile, tpm.MaxClientKey)
+	if err != nil {
+		return nil, seal.Errorf(seal.CauseCredentials, "make the key with kleidi vault-key, or correct vault.auth.tpmKeyFile", "vault.auth.tpmKeyFile: %w", err)
+	}
+	signer, err := n.Gate.Device.ClientSigner(ctx, n.Gate.Owner, blob)
+	if err != nil {
+		return nil, fmt.Errorf("vault.auth.tpmKeyFile: %s: %w", auth.TPMKeyFile, err)
+	}
+	b, err := files.Read(auth.CertFile, maxChain)
+	if err != nil {
+		return nil, seal.Errorf(seal.CauseCredentials, "put the certificate there that was issued for the key, or correct vault.auth.certFile", "vault.auth.certFile: %w", err)
+	}
+	certificate, err := certificateFor(signer, b)
+	if err != nil {
+		return nil, seal.Errorf(seal.CauseCredentials, "put the certificate there that was issued for the key in vault.auth.tpmKeyFile", "vault.auth.certFile: %s: %w", auth.CertFile, err)
+	}
+	return certificate, nil
+}
+
+// certificateFor pairs a key with the PEM certificates that begin with its own.
+func certificateFor(signer crypto.Signer, b []byte) (*tls.Certificate, error) {
+	if len(b) > maxChain {
+		return nil, fmt.Errorf("more than %d bytes", maxChain)
+	}
+	c := &tls.Certificate{PrivateKey: signer, SupportedSignatureAlgorithms: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256}}
+	for block, rest := pem.Decode(b); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type == "CERTIFICATE" {
+			c.Certificate = append(c.Certificate, block.Bytes)
+		}
+	}
+	if len(c.Certificate) == 0 {
+		return nil, errors.New("no PEM certificate in it")
+	}
+	leaf, err := x509.ParseCertificate(c.Certificate[0])
+	if err != nil {
+		return nil, err
+	}
+	key, ok := leaf.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
+	if !ok || !key.Equal(signer.Public()) {
+		return nil, errors.New("its first certificate is of another key")
+	}
+	c.Leaf = leaf
+	return c, nil
+}
+
+// maxChain bounds the file of a client certificate and its chain, in bytes.
+const maxChain = 1 << 20

@@ -1,0 +1,290 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"sync"
+
+	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/both"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/bootrule"
+	"github.com/beezy-dev/kleidi/tpm/nv"
+	"github.com/beezy-dev/kleidi/vault"
+)
+
+// Node is this machine, put together from its configuration. Making one touches
+// neither disk nor TPM.
+type Node struct {
+	Config   *config.Config
+	Log      *slog.Logger
+	Memory   seal.Memory
+	State    *StateFolder
+	Keyring  LockedFile
+	Anchor   unlock.Anchor
+	Gate     *attest.Gate
+	TPM      *tpm.Wrapper
+	Remote   *RemoteGate
+	HSM      *hsm.Wrapper   // nil where no token is configured
+	Vault    *vault.Wrapper // nil where no server is configured
+	Unlocker *unlock.Unlocker
+
+	Replacing sync.Mutex      // see replace
+	View      slotview.Reader // reads slots as this node does
+	SelfTests SelfTests
+}
+
+func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock.Timing)) (*Node, error) {
+	addr, err := tpm.ParseAddress(cfg.TPM.Device)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.device: %w", err)
+	}
+	owner := tpm.Owner{File: cfg.TPM.OwnerAuthFile}
+	counter, err := nv.NewCounter(cfg.TPM.EpochIndex, owner)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.epochIndex: %w", err)
+	}
+	device := tpm.NewDevice(addr, cfg.TPM.Timeout)
+	n := &Node{View: slotview.Reader{Node: cfg.Node, Order: cfg.Unlock.Order, Counter: counter}, Config: cfg, Log: log, Memory: MemoryOf(cfg), State: &StateFolder{dir: cfg.State.Dir}}
+	n.Keyring = LockedFile{store.NewFile(cfg.Keyring()).Keep(parses), n.State}
+	n.Anchor = unlock.FileAnchor{Store: LockedFile{store.NewFile(cfg.AnchorPath()).Formerly("pin.json"), n.State}}
+	if cfg.Anchor.Store == config.AnchorTPM {
+		index, err := nv.NewAnchor(cfg.Anchor.Index, owner)
+		if err != nil {
+			return nil, fmt.Errorf("anchor.index: %w", err)
+		}
+		n.Anchor = tpmAnchor{&nv.AnchorStore{Anchor: index, Device: device, Owner: owner, Bank: cfg.Bank(), PCRs: cfg.Anchor.PCRs, Holds: n.CheckAnchorable}}
+	}
+	n.Gate = &attest.Gate{
+		Attester: attest.Attester{Device: device, Owner: owner,
+			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},
+		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs, Phase: cfg.TPM.Phase, Always: cfg.Unlock.RequireAttestation,
+	}
+	if cfg.TPM.AnySignedBoot {
+		n.Gate.AnySigned = func(b bootrule.Binding) {
+			log.Warn("sealing to less than the whole boot, as tpm.anySignedBoot allows", "open", b.Describe(), "pcrs", b.PCRs)
+		}
+	}
+	if cfg.TPM.BootPolicy != "" {
+		n.Gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return files.ReadBootPolicy(cfg.TPM.BootPolicy) }
+	}
+	n.Remote, err = newRemoteGate(cfg, n.Gate.Logs.Explaining)
+	if err != nil {
+		return nil, err
+	}
+	n.TPM = tpm.NewWrapper(tpm.Config{
+		Device: device, Owner: owner, Counter: counter, Memory: n.Memory, Node: cfg.Node, State: n.Gate.State, Signed: n.signed,
+	})
+	if n.Remote != nil {
+		n.TPM.Ask = n.Remote.Ask
+	}
+	if err := n.addSecondary(); err != nil {
+		return nil, err
+	}
+	n.Unlocker = unlock.New(unlock.Config{
+		Store: n.Keyring, Anchor: n.Anchor, Ready: n.LockMemory, Gate: preflight{n.Gate, n.Attests()}, Ungated: n.ungated, Wrappers: n.Openers(),
+		Settle: n.settle, Log: log, Attempted: attempted,
+	})
+	return n, nil
+}
+
+func parses(b []byte) bool {
+	_, err := keyring.Parse(b)
+	return err == nil
+}
+
+// Attest has the gate judge this boot for these slots.
+func (n *Node) Attest(ctx context.Context, slots []seal.Slot) error {
+	return preflight{n.Gate, n.Attests()}.Attest(ctx, slots)
+}
+
+// preflight is the gate, which takes two of two apart.
+type preflight struct {
+	*attest.Gate
+	attests bool // there is a TPM to attest with
+}
+
+// Attest implements unlock.Gate.
+func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
+	if !p.attests {
+		return nil
+	}
+	err := p.Gate.Attest(ctx, slotview.TPMParts(slots))
+	if o, ok := errors.AsType[unlock.Overruled](err); ok {
+		return overruledPart{o}
+	}
+	return err
+}
+
+func KeyringMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return seal.Errorf(seal.CauseKeyringMissing, unlock.HintMissing, "there is no keyring: %w", err)
+	}
+	return err
+}
+
+// NoteSpent says what a command without serve has used up: what was unwrapped is in its
+// memory alone, and ends with it.
+func (n *Node) NoteSpent(w io.Writer) {
+	if n.Vault != nil && n.Vault.Unwrapped() {
+		fmt.Fprintf(w, "note: the wrapping token in vault.auth.secretIDFile is spent, and the secret ID that it held ends with this command; put a new wrapping token into %s before kleidi serve starts, or the next command without it\n", n.Config.Vault.Auth.SecretIDFile)
+	}
+}
+
+// MemoryOf hands out locked memory as configured.
+func MemoryOf(c *config.Config) seal.Memory {
+	return seal.Memory{BestEffort: c.Memory.Lock == config.LockBestEffort}
+}
+
+// TwoOfTwoWrapper returns the wrapper of a two-of-two over first, which is the TPM's.
+func (n *Node) TwoOfTwoWrapper(kind string, first both.Part) *both.Wrapper {
+	second, _ := n.Wrapper(slotview.Second(kind)).(both.Part)
+	if second == nil {
+		return nil
+	}
+	return &both.Wrapper{Kind: kind, Node: n.Config.Node, First: first, Second: second, Memory: n.Memory}
+}
+
+// overruledPart is a refusal that some slots overrule, asked about the TPM's half of each.
+type overruledPart struct{ unlock.Overruled }
+
+// Overrules implements unlock.Overruled.
+func (h overruledPart) Overrules(s seal.Slot) bool { return h.Overruled.Overrules(slotview.TPMPart(s)) }
+
+// Unwrap returns the refusal.
+func (h overruledPart) Unwrap() error { return h.Overruled }
+
+// AcquireState takes the state folder for this process, before it changes anything, and
+// keeps the process out of swap, before it holds anything secret.
+func (n *Node) AcquireState() error {
+	if err := n.LockMemory(); err != nil {
+		return err
+	}
+	err := n.State.acquire()
+	if errors.Is(err, store.ErrLocked) {
+		return fmt.Errorf("%w; nothing answers on %s: see that both use the same configuration", err, n.Config.Admin.Socket)
+	}
+	if err != nil {
+		return seal.Errorf(seal.CauseStore, "see state.dir and its disk", "the state folder can't be changed: %w", err)
+	}
+	return nil
+}
+
+func (n *Node) Close() {
+	n.Unlocker.Close()
+	if n.Vault != nil {
+		_ = n.Vault.Close()
+	}
+	n.State.Release()
+}
+
+// Stored returns the stored keyring, of which nothing is proven.
+func (n *Node) Stored(ctx context.Context) (*keyring.Untrusted, store.Version, error) {
+	b, version, err := n.Keyring.File.Load(ctx)
+	if err != nil {
+		return nil, "", KeyringMissing(err)
+	}
+	u, err := keyring.Parse(b)
+	return u, version, err
+}
+
+// LockMemory is the check that nothing secret can reach the swap.
+func (n *Node) LockMemory() error { return lockProcess(n.Memory, n.Log) }
+
+// Openers are the wrappers that may open the keyring at start, in their order.
+func (n *Node) Openers() []seal.Wrapper {
+	var all []seal.Wrapper
+	for _, kind := range n.Config.Unlock.Order {
+		if w := n.Wrapper(kind); w != nil {
+			all = append(all, w)
+		}
+	}
+	return all
+}
+
+// Wrappers returns all that are configured, whether they may open at start or not.
+func (n *Node) Wrappers() []seal.Wrapper {
+	var all []seal.Wrapper
+	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault} {
+		if w := n.Wrapper(kind); w != nil && (kind != seal.TypeTPM || n.View.OpensWithTPM()) {
+			all = append(all, w)
+		}
+	}
+	return all
+}
+
+// Wrapper returns the configured wrapper of a type, or nil.
+func (n *Node) Wrapper(kind string) seal.Wrapper {
+	switch {
+	case kind == seal.TypeTPM:
+		return n.TPM
+	case kind == seal.TypePKCS11 && n.HSM != nil:
+		return n.HSM
+	case kind == seal.TypeVault && n.Vault != nil:
+		return n.Vault
+	case slotview.Second(kind) != "":
+		if w := n.TwoOfTwoWrapper(kind, n.TPM); w != nil {
+			return w
+		}
+	}
+	return nil
+}
+
+// Rewrappers are the wrappers that rotation follows slots with.
+func (n *Node) Rewrappers() []rotation.Rewrapper {
+	all := []rotation.Rewrapper{n.TPM, recovery.Rewrapper{Memory: n.Memory}, slotview.KeepMissing{}}
+	if n.HSM != nil {
+		all = append(all, n.HSM)
+	}
+	if n.Vault != nil {
+		all = append(all, n.Vault)
+	}
+	if kind := n.View.TwoOfTwo(); kind != "" {
+		all = append(all, n.TwoOfTwoWrapper(kind, n.TPM))
+	}
+	return all
+}
+
+// Attests reports whether this machine has a TPM to attest it.
+func (n *Node) Attests() bool { return n.View.OpensWithTPM() || n.Config.Unlock.RequireAttestation }
+
+// settle ends the epochs before that of these slots.
+func (n *Node) settle(ctx context.Context, slots []seal.Slot) error {
+	return n.TPM.Settle(ctx, slotview.TPMParts(slots))
+}
+
+// ungated reports whether a wrapper needs no attestation: one without the TPM, where
+// the configuration says so.
+func (n *Node) ungated(kind string) bool {
+	return !n.Config.Unlock.RequireAttestation && kind != seal.TypeTPM && slotview.Second(kind) == ""
+}
+
+// addSecondary makes the wrappers beside the TPM's that are configured.
+func (n *Node) addSecondary() (err error) {
+	if n.Config.PKCS11.Configured() {
+		if n.HSM, err = hsm.New(n.Config.PKCS11.Wrapper(n.Memory, n.sealedPIN)); err != nil {
+			return fmt.Errorf("pkcs11: %w", err)
+		}
+	}
+	if n.Config.Vault.Address != "" {
+		if n.Vault, err = vault.New(n.Config.Vault.Wrapper(n.Memory, n.clientCertificate)); err != nil {
+			return err
+		}
+	}
+	return nil
+}

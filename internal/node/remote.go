@@ -1,0 +1,56 @@
+package node
+
+import (
+	"fmt"
+
+	"github.com/beezy-dev/kleidi/grpcserver/verifier"
+	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/bootstate"
+)
+
+// RemoteGate is the configured verifier, seen from the node; nil where there is
+// none.
+type RemoteGate struct {
+	*remote.Gate
+	publicKey string
+}
+
+// Demand is what new slots of a cluster demand of the verifier; nil is nothing,
+// where there is none or the operator does without.
+func (g *RemoteGate) Demand(cluster seal.ClusterID, without bool) (*tpm.Verifier, error) {
+	if g == nil || without {
+		return nil, nil
+	}
+	b, err := files.Read(g.publicKey, files.MaxPublicKey)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.verifier.publicKey: %w", err)
+	}
+	public, err := bootstate.ParsePublicKey(b)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.verifier.publicKey: %s: %w", g.publicKey, err)
+	}
+	key, err := authpolicy.PublicKey(public)
+	if err != nil {
+		return nil, fmt.Errorf("tpm.verifier.publicKey: %s: %w", g.publicKey, err)
+	}
+	return &tpm.Verifier{Signer: tpm.Signer{Key: key, Ref: remote.PolicyRef(cluster, g.Node)}, Cluster: cluster}, nil
+}
+
+func newRemoteGate(cfg *config.Config, logs remote.Logs) (*RemoteGate, error) {
+	v := cfg.TPM.Verifier
+	if v.Address == "" {
+		return nil, nil
+	}
+	channel, err := verifier.NewClient(verifier.ClientConfig{
+		Address: v.Address, Certificate: v.Certificate, CAFile: v.CAFile, ServerName: v.ServerName, Timeout: v.Timeout,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("tpm.verifier: %w", err)
+	}
+	return &RemoteGate{&remote.Gate{Node: cfg.Node, Logs: logs, Channel: channel}, v.PublicKey}, nil
+}

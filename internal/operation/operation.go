@@ -1,0 +1,116 @@
+package operation
+
+import (
+	"context"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/lifecycle"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/slots"
+	"github.com/beezy-dev/kleidi/internal/status"
+)
+
+// Operation is a verb with its work.
+type Operation[Req, Resp any] struct {
+	Verb admin.Verb[Req, Resp]
+	// work does it in the running serve.
+	work func(context.Context, *node.Node, Req) (Resp, error)
+	// alone does it in a command of its own, where no serve runs; nil means work.
+	alone func(context.Context, *node.Node, Req) (Resp, error)
+	// keyring says what the work expects of the keyring.
+	keyring expectation
+}
+
+// expectation is what an operation expects of the keyring.
+type expectation int
+
+const (
+	// asItIs: the operation opens what it needs itself, or works on a locked one.
+	asItIs expectation = iota
+	// seen: serve lets its first attempt to unlock end first, since the operation
+	// shows what came of it.
+	seen
+	// open: as seen, and a command without serve opens the keyring first.
+	open
+)
+
+// The operations.
+var (
+	Status = Operation[admin.StatusRequest, admin.StatusReport]{Verb: admin.Status, work: status.Report, alone: status.Alone, keyring: seen}
+
+	Rotate  = Operation[admin.RotateRequest, admin.KeyringState]{Verb: admin.Rotate, work: lifecycle.Rotate, keyring: open}
+	Recover = Operation[admin.RecoverRequest, admin.KeyringState]{Verb: admin.Recover, work: lifecycle.Recover}
+	Restore = Operation[admin.RestoreRequest, admin.KeyringState]{Verb: admin.Restore, work: lifecycle.Restore}
+	Save    = Operation[admin.SaveRequest, admin.KeyringState]{Verb: admin.Save, work: lifecycle.Save, alone: lifecycle.NothingToSave}
+	Verify  = Operation[admin.VerifyRequest, admin.KeyringState]{Verb: admin.Verify, work: lifecycle.Verify}
+	Reload  = Operation[admin.ReloadRequest, admin.KeyringState]{Verb: admin.Reload, work: lifecycle.Reload}
+
+	Reseal           = Operation[admin.ResealRequest, admin.KeyringState]{Verb: admin.Reseal, work: resealAny, keyring: open}
+	Suspend          = Operation[admin.SuspendRequest, admin.KeyringState]{Verb: admin.Suspend, work: reseal.Suspend, keyring: open}
+	AddBootStates    = Operation[admin.AddBootStatesRequest, admin.KeyringState]{Verb: admin.AddBootStates, work: reseal.AddBootStates, keyring: open}
+	RevokeBootStates = Operation[admin.RevokeBootStatesRequest, admin.KeyringState]{Verb: admin.RevokeBootStates, work: reseal.RevokeBootStates, keyring: open}
+
+	AddSlot    = Operation[admin.AddSlotRequest, admin.KeyringState]{Verb: admin.AddSlot, work: slots.Add, keyring: open}
+	RemoveSlot = Operation[admin.RemoveSlotRequest, admin.KeyringState]{Verb: admin.RemoveSlot, work: slots.Remove, keyring: open}
+	TestSlots  = Operation[admin.TestSlotsRequest, admin.SlotTests]{Verb: admin.TestSlots, work: slots.Test, keyring: open}
+	RewrapSlot = Operation[admin.RewrapSlotRequest, admin.KeyringState]{Verb: admin.RewrapSlot, work: slots.Rewrap, keyring: open}
+)
+
+// table lists every operation, for serve.
+var table = []interface {
+	handle(*admin.Server, *node.Node)
+}{
+	Status,
+	Rotate, Recover, Restore, Save, Verify, Reload,
+	Reseal, Suspend, AddBootStates, RevokeBootStates,
+	AddSlot, RemoveSlot, TestSlots, RewrapSlot,
+}
+
+// Handle has the admin socket of a running serve answer every operation.
+func Handle(s *admin.Server, n *node.Node) {
+	for _, o := range table {
+		o.handle(s, n)
+	}
+}
+
+func (o Operation[Req, Resp]) handle(s *admin.Server, n *node.Node) {
+	admin.Handle(s, o.Verb, func(ctx context.Context, req Req) (Resp, error) {
+		if o.keyring != asItIs {
+			awaitFirstAttempt(ctx, n)
+		}
+		return o.work(ctx, n, req)
+	})
+}
+
+// firstAttempt bounds how long an operation waits for the first attempt to unlock.
+const firstAttempt = 2 * time.Second
+
+// awaitFirstAttempt waits a moment for the first attempt to unlock: to systemd the unit
+// is ready before that, and a command may follow at once.
+func awaitFirstAttempt(ctx context.Context, n *node.Node) {
+	select {
+	case <-n.Unlocker.Tried():
+	case <-time.After(firstAttempt):
+	case <-ctx.Done():
+	}
+}
+
+// Alone runs the operation in this process, where no serve runs.
+func (o Operation[Req, Resp]) Alone(ctx context.Context, n *node.Node, req Req) (Resp, error) {
+	work := o.alone
+	if work == nil {
+		work = o.work
+	}
+	if o.keyring == open {
+		var none Resp
+		if err := n.AcquireState(); err != nil {
+			return none, err
+		}
+		if err := n.Unlocker.Unlock(ctx); err != nil {
+			return none, err
+		}
+	}
+	return work(ctx, n, req)
+}

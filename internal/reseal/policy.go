@@ -1,0 +1,38 @@
+package reseal
+
+import (
+	"context"
+	"slices"
+
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+)
+
+// RecordPolicy records from a log that a fresh quote has verified. What is to be
+// recorded isn't judged: the present boot policy may be of another boot.
+func RecordPolicy(ctx context.Context, n *node.Node, pcrs []int) (*bootpolicy.BootPolicy, error) {
+	pcrs, err := RecordedPCRs(n, pcrs)
+	if err != nil {
+		return nil, err
+	}
+	unjudged := attest.Gate{Attester: n.Gate.Attester, Bank: n.Gate.Bank}
+	r, err := unjudged.AttestPCRs(ctx, pcrs)
+	if err != nil {
+		return nil, err
+	}
+	return bootpolicy.Record(r.Log, r.Bank, pcrs)
+}
+
+// RecordedPCRs returns pcrs, or what is recorded where none are named.
+func RecordedPCRs(n *node.Node, pcrs []int) ([]int, error) {
+	if len(pcrs) == 0 {
+		sealed, err := n.Gate.ChoosePCRs()
+		if err != nil {
+			return nil, err
+		}
+		pcrs = append([]int{0}, sealed...)
+	}
+	slices.Sort(pcrs)
+	return slices.Compact(pcrs), nil
+}

@@ -1,0 +1,149 @@
+package reseal
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"maps"
+	"slices"
+
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// sealStates seals kek to each of the boot states, and opens what it made before
+// anything relies on it. Slots for other boots than the running one can't be
+// tried; opened says whether any could.
+func sealStates(ctx context.Context, n *node.Node, w *tpm.Wrapper, kek *seal.Secret, states []tpm.BootState) (slots []seal.Slot, opened bool, err error) {
+	for _, s := range states {
+		slot, err := SealState(ctx, n, w, kek, s)
+		if err != nil {
+			return nil, false, err
+		}
+		err = rotation.Prove(ctx, kek, []seal.Slot{slot}, n.Openers())
+		opened = opened || err == nil
+		literal := s.Use == tpm.UsePresent || s.Use == tpm.UseNext
+		if err != nil && (seal.CauseOf(err) != seal.CauseBootState || literal && n.IsPresent(s)) {
+			return nil, false, err
+		}
+		slots = append(slots, slot)
+	}
+	return slots, opened, nil
+}
+
+// ReplaceBootStates returns the revision in which the KEK is sealed to these boot states,
+// for the next epoch: once that has begun, no other slot of this node opens.
+func ReplaceBootStates(ctx context.Context, n *node.Node, k *keyring.Keyring, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
+	v, err := n.Remote.Demand(k.ClusterID(), false)
+	if err != nil {
+		return nil, nil, err
+	}
+	return replaceUnder(ctx, n, k, v, states, false)
+}
+
+// replaceUnder does so under this verifier, or none; breaks allows the TPM alone in
+// the place of a two-of-two.
+func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState, breaks bool) (*keyring.Keyring, []seal.Slot, error) {
+	if !breaks {
+		if err := n.View.CheckSeal(k.Slots()); err != nil {
+			return nil, nil, err
+		}
+	}
+	if err := n.CheckSecondKey(ctx, k); err != nil {
+		return nil, nil, err
+	}
+	w, err := n.TPM.ForNextEpoch(slotview.TPMParts(k.Slots())).Demanding(v).OnTPMOf(slotview.TPMParts(k.Slots()))
+	if err != nil {
+		return nil, nil, err
+	}
+	slots, opened, err := sealStates(ctx, n, w, k.KEK(), states)
+	if err != nil {
+		return nil, nil, err
+	}
+	if !opened {
+		return nil, nil, seal.Errorf(seal.CauseBootState, "run kleidi reseal first, which seals to the running boot", "no slot would be left that opens in the running boot, nothing was changed")
+	}
+	others := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool {
+		return n.View.OfThisTPM(s) || (slotview.TypeOf(s) == seal.TypeTPM || slotview.Second(slotview.TypeOf(s)) != "") && s.Node == n.Config.Node
+	})
+	next, err := k.WithSlots(append(slots, others...))
+	return next, slots, err
+}
+
+// addBootState returns the revision in which the KEK is sealed to one boot state more.
+// Nothing is revoked; drop, if there is one, leaves the keyring all the same; breaks
+// allows the TPM alone beside a two-of-two.
+func addBootState(ctx context.Context, n *node.Node, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot, breaks bool) (*keyring.Keyring, seal.Slot, error) {
+	if !breaks {
+		if err := n.View.CheckSeal(k.Slots()); err != nil {
+			return nil, seal.Slot{}, err
+		}
+	}
+	v, err := n.Remote.Demand(k.ClusterID(), false)
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	if err := n.CheckSecondKey(ctx, k); err != nil {
+		return nil, seal.Slot{}, err
+	}
+	w, err := n.TPM.Demanding(v).OnTPMOf(slotview.TPMParts(k.Slots()))
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	slots, _, err := sealStates(ctx, n, w, k.KEK(), []tpm.BootState{state})
+	if err != nil {
+		return nil, seal.Slot{}, err
+	}
+	kept := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return drop != nil && bytes.Equal(s.Data, drop.Data) })
+	next, err := k.WithSlots(append(kept, slots...))
+	return next, slots[0], err
+}
+
+// refreshed is a signed boot state with the PCR values of the present one.
+func refreshed(s, present tpm.BootState) tpm.BootState {
+	if s.Use != tpm.UseSigned || s.Bank != present.Bank {
+		return s
+	}
+	s.Values = maps.Clone(s.Values)
+	for i := range s.Values {
+		if v := present.Values[i]; v != nil {
+			s.Values[i] = v
+		}
+	}
+	return s
+}
+
+var errNothing = errors.New("nothing to do")
+
+var ErrNoTPM = errors.New("unlock.order names no TPM; add tpm to it, and restart kleidi serve")
+
+// SealPresent seals kek to the present boot state, and opens what it made before
+// anything relies on it.
+func SealPresent(ctx context.Context, n *node.Node, w *tpm.Wrapper, kek *seal.Secret) (seal.Slot, error) {
+	state, err := n.Gate.State(ctx)
+	if err != nil {
+		return seal.Slot{}, err
+	}
+	slot, err := SealState(ctx, n, w, kek, state)
+	if err != nil {
+		return slot, err
+	}
+	return slot, rotation.Prove(ctx, kek, []seal.Slot{slot}, n.Openers())
+}
+
+// SealState seals a KEK to a boot state, alone or together with the second wrapper.
+func SealState(ctx context.Context, n *node.Node, w *tpm.Wrapper, kek *seal.Secret, state tpm.BootState) (seal.Slot, error) {
+	kind := n.View.TwoOfTwo()
+	if kind == "" {
+		return w.WrapState(ctx, kek, state)
+	}
+	pair := n.TwoOfTwoWrapper(kind, w)
+	return pair.WrapWith(ctx, kek,
+		func(ctx context.Context, share *seal.Secret) (seal.Slot, error) {
+			return w.WrapState(ctx, share, state)
+		}, pair.Second.Wrap)
+}

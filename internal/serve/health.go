@@ -1,0 +1,209 @@
+package serve
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/slots"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/internal/status"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// health is what serve tells of itself: /livez, /readyz and /metrics.
+type health struct {
+	registry *prometheus.Registry
+	attempts *prometheus.CounterVec
+
+	mu       sync.Mutex
+	node     *node.Node
+	kmsError error // why the KMS socket does not listen
+}
+
+func (h *health) bind(n *node.Node) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.node = n
+}
+
+func (h *health) setKMS(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.kmsError = err
+}
+
+func (h *health) attempted(cause seal.Cause, _ unlock.Timing) {
+	label, status := "none", "STATUS=open"
+	if cause != "" {
+		label, status = string(cause), "STATUS=last attempt to unlock failed: "+string(cause)
+	}
+	h.attempts.WithLabelValues(label).Inc()
+	_, _ = daemon.SdNotify(false, status)
+}
+
+func (h *health) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if err := h.ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+		for _, remark := range h.remarks() {
+			fmt.Fprintln(w, remark)
+		}
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(h.registry, promhttp.HandlerOpts{}))
+	return mux
+}
+
+// ready is nil when kube-apiserver's calls succeed.
+func (h *health) ready() error {
+	h.mu.Lock()
+	kmsError, n := h.kmsError, h.node
+	h.mu.Unlock()
+	if kmsError != nil {
+		return fmt.Errorf("KMS socket: %w", kmsError)
+	}
+	if _, err := n.Unlocker.Keyring(); err != nil {
+		return fmt.Errorf("locked: %s: %w", seal.CauseOf(err), err)
+	}
+	return nil
+}
+
+// remarks say what is to be mended although all calls succeed.
+func (h *health) remarks() []string {
+	h.mu.Lock()
+	n := h.node
+	h.mu.Unlock()
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		return nil
+	}
+	var remarks []string
+	if s := status.Suspension(n, k.Slots()); s != "" {
+		remarks = append(remarks, s)
+	}
+	if state := n.Unlocker.State(); state.Fallback != nil {
+		remarks = append(remarks, fmt.Sprintf("fallback: opened by %s, since: %s", state.Wrapper, state.Fallback))
+	}
+	for _, t := range slots.Unusable(n, k) {
+		remarks = append(remarks, fmt.Sprintf("self-test: slot %s does not open: %s", t.Name, t.Problem.Err()))
+	}
+	return remarks
+}
+
+// Describe implements prometheus.Collector.
+func (h *health) Describe(c chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{descSuspended, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
+		c <- d
+	}
+}
+
+// Collect implements prometheus.Collector: it reads memory alone.
+func (h *health) Collect(c chan<- prometheus.Metric) {
+	h.mu.Lock()
+	n := h.node
+	h.mu.Unlock()
+	if n == nil {
+		return
+	}
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	timing := n.Unlocker.State().Timing
+	for step, d := range map[string]time.Duration{"load": timing.Load, "gate": timing.Gate, "slots": timing.Slots, "total": timing.Total} {
+		gauge(descStep, d.Seconds(), step)
+	}
+	if last := n.Gate.Last(); last != nil {
+		gauge(descAttested, node.Seconds(last.Time))
+	}
+	problem := 0.0
+	if n.Unlocker.State().Problem != nil {
+		problem = 1
+	}
+	gauge(descProblem, problem)
+	passed := 0.0
+	if n.Gate.Passed() {
+		passed = 1
+	}
+	gauge(descPassed, passed)
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		gauge(descOpen, 0)
+		return
+	}
+	info := k.Info()
+	gauge(descOpen, 1)
+	suspended := 0.0
+	if status.Suspension(n, k.Slots()) != "" {
+		suspended = 1
+	}
+	gauge(descSuspended, suspended)
+	fallback := 0.0
+	if n.Unlocker.State().Fallback != nil {
+		fallback = 1
+	}
+	gauge(descFallback, fallback)
+	gauge(descTested, n.SelfTests.Seconds())
+	gauge(descUnusable, float64(len(slots.Unusable(n, k))))
+	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
+	gauge(descRevision, float64(info.Revision))
+	gauge(descKEKs, 1, "current")
+	gauge(descKEKs, float64(len(info.Retired)), "retired")
+	gauge(descKEKMade, node.Seconds(info.Current.Created))
+	seen := map[[2]string]bool{} // the same series twice would fail the whole scrape
+	for _, s := range k.Slots() {
+		if seen[[2]string{s.Type, s.Node}] {
+			continue
+		}
+		seen[[2]string{s.Type, s.Node}] = true
+		if half := slotview.TPMPart(s); half.Type == seal.TypeTPM { // others don't record when they were made
+			if d, err := tpm.DemandOf(half, n.Gate.Counter); err == nil {
+				gauge(descSlotMade, node.Seconds(d.Made), s.Type, s.Node)
+			}
+		}
+	}
+}
+
+func newHealth(registry *prometheus.Registry) *health {
+	h := &health{registry: registry, attempts: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "kleidi_unlock_attempts_total", Help: "Attempts to unlock or reload the keyring, by the cause of their failure; none for success.",
+	}, []string{"cause"})}
+	h.kmsError = seal.Errorf(seal.CauseStarting, "wait a moment", "the KMS socket does not listen yet")
+	h.attempts.WithLabelValues("none")
+	for _, c := range seal.Causes() { // so that a rate sees the first failure of each
+		h.attempts.WithLabelValues(string(c))
+	}
+	registry.MustRegister(h.attempts, h, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return h
+}
+
+var (
+	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
+	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if another wrapper than the first of unlock.order opened the keyring, 0 else.", nil, nil)
+	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open when they were last tested, those that a rotation left out, and wrappers of unlock.order without a slot.", nil, nil)
+	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would; 0 if never.", nil, nil)
+	descOpen      = prometheus.NewDesc("kleidi_open", "1 if the KEK is open, 0 if kleidi is locked.", nil, nil)
+	descKeyID     = prometheus.NewDesc("kleidi_current_key_id_info", "The current key ID's hash, in the form of kube-apiserver's key_id_hash.", []string{"key_id_hash"}, nil)
+	descRevision  = prometheus.NewDesc("kleidi_keyring_revision", "Revision of the open keyring.", nil, nil)
+	descKEKs      = prometheus.NewDesc("kleidi_keks", "KEKs in the open keyring, by role.", []string{"role"}, nil)
+	descKEKMade   = prometheus.NewDesc("kleidi_kek_created_timestamp_seconds", "When the current KEK was made.", nil, nil)
+	descSlotMade  = prometheus.NewDesc("kleidi_slot_created_timestamp_seconds", "When a slot of the TPM, alone or with another wrapper, was made; the others don't record it.", []string{"type", "node"}, nil)
+	descAttested  = prometheus.NewDesc("kleidi_attestation_timestamp_seconds", "When evidence of this boot last verified.", nil, nil)
+	descPassed    = prometheus.NewDesc("kleidi_attestation_passed", "1 if the last attestation of this boot verified, 0 if it failed or there was none.", nil, nil)
+	descProblem   = prometheus.NewDesc("kleidi_problem", "1 if the last attempt to unlock or reload, or to end an epoch, failed; kleidi status says why.", nil, nil)
+	descStep      = prometheus.NewDesc("kleidi_unlock_duration_seconds", "How long the steps of the last attempt to unlock took.", []string{"step"}, nil)
+)

@@ -1,0 +1,82 @@
+package serve
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+
+	"github.com/beezy-dev/kleidi/internal/slots"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+)
+
+// selfTest tests now and then until ctx ends: first a while after the start, then
+// as often as configured, give or take a tenth, so that nodes don't all ask at once.
+func (s *Server) selfTest(ctx context.Context) {
+	every := s.Node.Config.Unlock.SelfTest
+	if every == 0 || s.Node.HSM == nil && s.Node.Vault == nil {
+		return
+	}
+	wait := every / 10
+	for {
+		if !pause(ctx, wait+rand.N(every/10+1)) || !s.awaitOpen(ctx, min(every/60, time.Minute)) {
+			return
+		}
+		wait = every * 9 / 10
+		s.testSecondary(ctx)
+	}
+}
+
+// pause waits, and reports whether ctx goes on.
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}
+
+// awaitOpen waits until the keyring is open, which it sees within that time: a test
+// that is due while kleidi is locked is not put off until the next one.
+func (s *Server) awaitOpen(ctx context.Context, within time.Duration) bool {
+	for said := false; ; said = true {
+		if _, err := s.Node.Unlocker.Keyring(); err == nil {
+			return ctx.Err() == nil
+		}
+		if !said {
+			s.Node.Log.Info("self-test: due, and waits until the keyring is open")
+		}
+		if !pause(ctx, within/2+rand.N(within/2+1)) {
+			return false
+		}
+	}
+}
+
+// testSecondary opens the slots of the wrappers beside the TPM's, and says what is
+// wrong with them.
+func (s *Server) testSecondary(ctx context.Context) {
+	k, err := s.Node.Unlocker.Keyring()
+	if err != nil {
+		return
+	}
+	present := k.Slots()
+	at, tested := time.Now(), 0
+	for i, name := range slotview.Names(present) {
+		if !slots.SelfTested(s.Node, present[i]) {
+			continue
+		}
+		tested++
+		for _, w := range slots.TestOne(ctx, s.Node, k, name, present[i]).Warnings {
+			s.Node.Log.Warn("self-test", "slot", name, "warning", w)
+		}
+	}
+	if tested > 0 {
+		s.Node.SelfTests.Ended(at)
+	}
+	if k, err = s.Node.Unlocker.Keyring(); err != nil {
+		return
+	}
+	for _, t := range slots.Unusable(s.Node, k) {
+		s.Node.Log.Warn("self-test: a slot does not open", "slot", t.Name, "cause", t.Problem.Cause, "error", t.Problem.Err())
+	}
+}

@@ -1,0 +1,197 @@
+package serve
+
+import (
+	"context"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/beezy-dev/kleidi/grpcserver"
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/version"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+)
+
+// Server is a running serve.
+type Server struct {
+	Node   *node.Node
+	health *health
+	opened chan struct{} // an attempt has opened the keyring
+	kms    *grpcserver.Server
+	admin  *admin.Server
+	http   *http.Server
+}
+
+// Run returns when ctx has ended and everything has stopped.
+func (s *Server) Run(ctx context.Context) {
+	s.Node.Log.Info("starting", "version", version.String(), "node", s.Node.Config.Node, "tpm", s.Node.Config.TPM.Device, "state", s.Node.Config.State.Dir)
+	if err := store.PrepareDir(s.Node.Config.State.Dir); err != nil {
+		s.Node.Log.Warn("state folder", "error", err)
+	}
+	var running sync.WaitGroup
+	running.Go(func() { s.keep(ctx, "KMS socket", s.serveKMS) })
+	running.Go(func() { s.keep(ctx, "admin socket", s.serveAdmin) })
+	if s.Node.Config.HTTP.Address != "" {
+		running.Go(func() { s.keep(ctx, "health and metrics", s.serveHTTP) })
+	}
+	running.Go(func() { s.Node.Unlocker.Run(ctx) })
+	running.Go(func() { s.tidyUp(ctx) })
+	running.Go(func() { s.selfTest(ctx) })
+	running.Go(func() { s.watch(ctx) })
+	<-ctx.Done()
+	s.Node.Log.Info("stopping")
+	s.stop()
+	running.Wait()
+	s.Node.Close()
+}
+
+// tidyUp tidies whenever an attempt has opened the keyring, and tries again where
+// that fails.
+func (s *Server) tidyUp(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.opened:
+		}
+		_, _ = backoff.Retry(ctx, func() (struct{}, error) {
+			// The attempt is told of before its outcome is there for all to see. tidy
+			// waits for it, so only then is it clear whether anything is open.
+			err := reseal.Tidy(ctx, s.Node)
+			if !s.Node.Unlocker.State().Open {
+				err = nil
+			}
+			return struct{}{}, err
+		}, backoff.WithMaxElapsedTime(0), backoff.WithNotify(func(err error, d time.Duration) {
+			s.Node.Log.Error("slots of earlier boot states still open, as they could not be revoked", "cause", seal.CauseOf(err), "error", err, "retry", d.Round(time.Millisecond))
+		}))
+	}
+}
+
+// keep runs f until ctx ends, and again after a while where it fails: a folder
+// that is missing or a port that is taken can be mended without a restart.
+func (s *Server) keep(ctx context.Context, what string, f func() error) {
+	wait := backoff.NewExponentialBackOff()
+	wait.InitialInterval, wait.MaxInterval = 200*time.Millisecond, 15*time.Second
+	for ctx.Err() == nil {
+		err := f()
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		d := wait.NextBackOff()
+		s.Node.Log.Error(what+" failed", "error", err, "retry", d.Round(time.Millisecond))
+		select {
+		case <-ctx.Done():
+		case <-time.After(d):
+		}
+	}
+}
+
+func (s *Server) serveKMS() error {
+	c := s.Node.Config.KMS
+	var owner *grpcserver.Owner
+	if c.SocketUID >= 0 || c.SocketGID >= 0 {
+		owner = &grpcserver.Owner{UID: orDefault(c.SocketUID, os.Geteuid()), GID: orDefault(c.SocketGID, os.Getegid())}
+	}
+	l, err := grpcserver.Listen(grpcserver.ListenConfig{
+		Path: c.Socket, Mode: fs.FileMode(c.SocketMode), Owner: owner, AllowedUIDs: c.AllowedUIDs, Log: s.Node.Log,
+	})
+	s.health.setKMS(err)
+	if err != nil {
+		return err
+	}
+	s.Node.Log.Info("listening", "socket", c.Socket)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	// A call that comes now waits in the socket's queue: an error would make
+	// kube-apiserver wait 10 s before it asks again.
+	select {
+	case <-s.Node.Unlocker.Tried():
+	case <-time.After(startGrace):
+	}
+	err = s.kms.Serve(l)
+	s.health.setKMS(err)
+	return err
+}
+
+func (s *Server) serveAdmin() error {
+	l, err := admin.Listen(s.Node.Config.Admin.Socket, s.Node.Log)
+	if err != nil {
+		return err
+	}
+	return s.admin.Serve(l)
+}
+
+func (s *Server) serveHTTP() error {
+	l, err := net.Listen("tcp", s.Node.Config.HTTP.Address)
+	if err != nil {
+		return err
+	}
+	if err := s.http.Serve(l); err != http.ErrServerClosed {
+		return err
+	}
+	return nil
+}
+
+func (s *Server) stop() {
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+	s.kms.GracefulStop(ctx)
+	_ = s.admin.Shutdown(ctx)
+	_ = s.http.Shutdown(ctx)
+}
+
+func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
+	registry := prometheus.NewRegistry()
+	h := newHealth(registry)
+	opened := make(chan struct{}, 1)
+	n, err := node.New(cfg, log, func(cause seal.Cause, timing unlock.Timing) {
+		h.attempted(cause, timing)
+		if cause == "" {
+			select {
+			case opened <- struct{}{}:
+			default: // one is waiting already
+			}
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{Node: n, health: h, opened: opened}
+	h.bind(n)
+	if s.kms, err = grpcserver.New(n.Unlocker, grpcserver.Options{Registerer: registry, Log: log}); err != nil {
+		return nil, err
+	}
+	s.admin = admin.NewServer(admin.Options{Log: log})
+	operation.Handle(s.admin, n)
+	s.http = &http.Server{Handler: h.handler(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
+	return s, nil
+}
+
+// startGrace is how long the first calls wait for the first attempt to unlock; it
+// is less than the 3 s that kube-apiserver gives a call.
+const startGrace = 2 * time.Second
+
+func orDefault(id, own int) int {
+	if id >= 0 {
+		return id
+	}
+	return own
+}
+
+// stopTimeout bounds how long calls in progress may take.
+const stopTimeout = 5 * time.Second

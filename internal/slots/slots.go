@@ -1,0 +1,216 @@
+package slots
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/both"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// Add wraps the KEK by one wrapper more. A slot of a token or a server takes the
+// place of the one that is there, one for recovery that of one that was left out.
+func Add(ctx context.Context, n *node.Node, req admin.AddSlotRequest) (admin.KeyringState, error) {
+	var bound string
+	var made bool
+	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		if !req.BreakTwoOfTwo {
+			if err := n.View.CheckAdd(req.Type, k.Slots()); err != nil {
+				return nil, err
+			}
+		}
+		w, err := wrapperFor(n, req)
+		if err != nil {
+			return nil, err
+		}
+		if req.GenerateKey {
+			if _, err := n.HSM.GenerateKey(ctx); err != nil {
+				return nil, err
+			}
+			made = true
+		} else if err := n.CheckKeyOf(ctx, k, w); err != nil {
+			return nil, err
+		}
+		slot, err := w.Wrap(ctx, k.KEK())
+		if err != nil {
+			return nil, err
+		}
+		if err := rotation.Prove(ctx, k.KEK(), []seal.Slot{slot}, []seal.Wrapper{w}); err != nil && req.Type != seal.TypeRecovery {
+			return nil, err
+		}
+		bound = n.View.Binding(slot)
+		next, err := k.WithSlots(append(slotview.StayBeside(k.Slots(), req.Type), slot))
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil && made {
+		err = node.HintKeyMade(err)
+	}
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("slot add %s: %w", req.Type, err)
+	}
+	changes := []string{"the KEK is wrapped by " + req.Type + " as well: " + bound}
+	if req.Type != seal.TypeRecovery && !slices.Contains(n.Config.Unlock.Order, req.Type) {
+		changes = append(changes, "it opens nothing at start until unlock.order names "+req.Type)
+	}
+	return n.Unchanged(changes...)
+}
+
+func wrapperFor(n *node.Node, req admin.AddSlotRequest) (seal.Wrapper, error) {
+	switch {
+	case req.Type == seal.TypeRecovery:
+		return recovery.NewWrapper(n.Memory, req.Recipients)
+	case req.Type == seal.TypeTPM, slotview.Second(req.Type) != "":
+		return nil, errors.New("run kleidi reseal, which seals to the running boot")
+	case req.Type == seal.TypePKCS11 && n.HSM == nil:
+		return nil, errors.New("no token is configured; set pkcs11.module and pkcs11.uri, and restart kleidi serve")
+	case req.Type == seal.TypeVault && n.Vault == nil:
+		return nil, errors.New("no server is configured; set vault.address and vault.key, and restart kleidi serve")
+	}
+	w := n.Wrapper(req.Type)
+	if w == nil {
+		return nil, errors.New("there is no such wrapper; want pkcs11, vault or recovery")
+	}
+	if req.GenerateKey && req.Type != seal.TypePKCS11 {
+		return nil, errors.New("--generate-key is for pkcs11 alone")
+	}
+	return w, nil
+}
+
+// Remove takes a slot away. One of this TPM is revoked with its epoch; what is
+// kept of others opens the KEK until it is rotated.
+func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (admin.KeyringState, error) {
+	var changes []string
+	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		slots := k.Slots()
+		i, err := slotview.Find(slots, req.Name)
+		if err != nil {
+			return nil, err
+		}
+		gone := slots[i]
+		rest := slices.Delete(slices.Clone(slots), i, i+1)
+		if err := n.RequireOpener(ctx, k, rest); err != nil {
+			return nil, err
+		}
+		if n.View.OfThisTPM(gone) && len(n.View.Demands(rest)) > 0 {
+			live, err := n.LiveStates(ctx, rest, tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)
+			if err != nil {
+				return nil, err
+			}
+			next, _, err := reseal.ReplaceBootStates(ctx, n, k, live)
+			changes = []string{revokedByTPM}
+			return []*keyring.Keyring{next}, err
+		}
+		changes = revokeSlot(ctx, n, gone, rest)
+		next, err := k.WithSlots(rest)
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("slot remove %s: %w", req.Name, err)
+	}
+	return n.Unchanged(append(changes, n.View.ReportStillNamed(n.OpenSlots(), req.Name)...)...)
+}
+
+// revokeSlot says what it means that a slot goes. If it is the last one of this TPM,
+// which no slot of the next epoch follows, the TPM is told to refuse it first.
+func revokeSlot(ctx context.Context, n *node.Node, gone seal.Slot, rest []seal.Slot) []string {
+	if n.View.OfThisTPM(gone) {
+		if err := n.TPM.Revoke(ctx, slotview.TPMParts([]seal.Slot{gone})); err != nil {
+			return []string{"the slot is gone from the keyring; KEPT COPIES OF IT STILL OPEN WITH ITS TPM, which could not be told to refuse them: run kleidi reseal once it answers, and remove the slot again (" + err.Error() + ")"}
+		}
+		return []string{revokedByTPM}
+	}
+	if gone.Type == seal.TypeSkipped {
+		return []string{"the place is gone from the keyring; there was no slot in it"}
+	}
+	changes := []string{"the slot is gone from the keyring; kept copies of it still open the KEK: run kleidi rotate"}
+	if gone.Type == seal.TypeRecovery && !slices.ContainsFunc(rest, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery }) {
+		changes = append(changes, "NO RECOVERY SLOT IS LEFT: if the TPM or the machine fails, all Secrets are lost; run kleidi slot add recovery")
+	}
+	return changes
+}
+
+const revokedByTPM = "the TPM no longer opens it, kept copies included"
+
+// Rewrap wraps the KEK anew where the slot is: by the newest version of its
+// key, for the same boot state or recipients.
+func Rewrap(ctx context.Context, n *node.Node, req admin.RewrapSlotRequest) (admin.KeyringState, error) {
+	var bound string
+	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		slots := k.Slots()
+		i, err := slotview.Find(slots, req.Name)
+		if err != nil {
+			return nil, err
+		}
+		if d, ok := slotview.MissingOf(slots[i]); ok {
+			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; " + n.View.Remedy(d, slots))
+		}
+		rewrapped, err := wrapAgain(ctx, n, k, slots[i], req.NewKey)
+		if err != nil {
+			return nil, err
+		}
+		if err := rotation.ProveTryable(ctx, k.KEK(), []seal.Slot{rewrapped}, n.Wrappers()); err != nil {
+			return nil, err
+		}
+		slots[i] = rewrapped
+		bound = n.View.Binding(slots[i])
+		next, err := k.WithSlots(slots)
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("slot rewrap %s: %w", req.Name, err)
+	}
+	changes := []string{"the slot is wrapped anew: " + bound}
+	if req.NewKey {
+		changes = append(changes, "kept copies of the former one still open with the key that made it: run kleidi rotate")
+	}
+	return n.Unchanged(changes...)
+}
+
+// wrapAgain has Vault rewrap its own ciphertext, so that the KEK doesn't travel; where
+// it can't, and for all others, the open KEK is wrapped anew.
+func wrapAgain(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slot, newKey bool) (seal.Slot, error) {
+	if newKey {
+		return rewrapByNewKey(ctx, n, k, s)
+	}
+	if s.Type == seal.TypeVault && n.Vault != nil {
+		if rewrapped, err := n.Vault.Rewrap(ctx, s); err == nil {
+			return rewrapped, nil
+		}
+	}
+	slots, err := rotation.Like(n.ProvenRewrappers(k), []seal.Slot{s})(ctx, k.KEK())
+	if err != nil {
+		return seal.Slot{}, err
+	}
+	return slots[0], nil
+}
+
+// rewrapByNewKey wraps the KEK by the key that is configured now, in the place of a
+// slot that another one may have made.
+func rewrapByNewKey(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slot) (seal.Slot, error) {
+	w := n.Wrapper(s.Type)
+	if !slotview.HasBackend(s.Type) || w == nil {
+		return seal.Slot{}, errors.New("--new-key is for slots of a token or a server that is configured")
+	}
+	pair, ok := w.(*both.Wrapper)
+	if !ok {
+		return w.Wrap(ctx, k.KEK())
+	}
+	first, _, err := both.Parts(s)
+	if err != nil {
+		return seal.Slot{}, err
+	}
+	return pair.WrapWith(ctx, k.KEK(),
+		func(ctx context.Context, share *seal.Secret) (seal.Slot, error) {
+			return pair.First.WrapLike(ctx, share, first)
+		}, pair.Second.Wrap)
+}

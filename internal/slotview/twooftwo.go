@@ -1,0 +1,169 @@
+package slotview
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/both"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// Second is what the second wrapper of a two-of-two is, by its name in
+// unlock.order; "" for others.
+func Second(kind string) string {
+	switch kind {
+	case seal.TypeTPMAndPKCS11:
+		return seal.TypePKCS11
+	case seal.TypeTPMAndVault:
+		return seal.TypeVault
+	}
+	return ""
+}
+
+// TwoOfTwo returns which two have to open together on this node; "" where one is
+// enough.
+func (r Reader) TwoOfTwo() string {
+	for _, kind := range r.Order {
+		if Second(kind) != "" {
+			return kind
+		}
+	}
+	return ""
+}
+
+// TPMPart returns the slot of the TPM in a slot: the slot itself, or its half of a
+// two-of-two.
+func TPMPart(s seal.Slot) seal.Slot {
+	if Second(s.Type) == "" {
+		return s
+	}
+	first, _, err := both.Parts(s)
+	if err != nil {
+		return seal.Slot{}
+	}
+	return first
+}
+
+// VaultPart returns the slot of Vault in a slot: the slot itself, or its half of a
+// two-of-two.
+func VaultPart(s seal.Slot) seal.Slot {
+	if Second(s.Type) != seal.TypeVault {
+		return s
+	}
+	_, second, err := both.Parts(s)
+	if err != nil {
+		return seal.Slot{}
+	}
+	return second
+}
+
+// TPMParts returns slots with the TPM's half in the place of each two-of-two: for
+// the gate, the epoch and all that asks what the TPM demands.
+func TPMParts(slots []seal.Slot) []seal.Slot {
+	out := slices.Clone(slots)
+	for i, s := range out {
+		out[i] = TPMPart(s)
+	}
+	return out
+}
+
+// HasTwoOfTwo reports whether one of the slots is a two-of-two, or the place of one.
+func HasTwoOfTwo(slots []seal.Slot) bool {
+	return slices.ContainsFunc(slots, func(s seal.Slot) bool { return Second(TypeOf(s)) != "" })
+}
+
+// OfThisTPM reports whether a slot is one of this node's TPM, alone or with another.
+func (r Reader) OfThisTPM(s seal.Slot) bool {
+	return (s.Type == seal.TypeTPM || Second(s.Type) != "") && s.Node == r.Node
+}
+
+// singles returns the names of the slots that one wrapper opens alone.
+func singles(slots []seal.Slot) (names []string) {
+	for i, name := range Names(slots) {
+		if s := slots[i]; s.Type != seal.TypeSkipped && Second(s.Type) == "" {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// ReportSingles says which slots one wrapper opens where two are needed, or were in the backup.
+func (r Reader) ReportSingles(backup, slots []seal.Slot) (changes []string) {
+	if names := singles(slots); len(names) > 0 && (r.TwoOfTwo() != "" || HasTwoOfTwo(backup)) {
+		changes = []string{"TWO OF TWO IS BROKEN: each of these slots opens the KEK alone: " + JoinWords(names)}
+	}
+	return changes
+}
+
+// CheckRestore refuses to bring back beside a two-of-two what opens the KEK alone, and
+// may have been removed since.
+func (r Reader) CheckRestore(k *keyring.Keyring, without []string) error {
+	if r.TwoOfTwo() == "" && !HasTwoOfTwo(k.Slots()) {
+		return nil
+	}
+	names := slices.DeleteFunc(singles(k.Slots()), func(name string) bool { return slices.Contains(without, name) })
+	if len(names) == 0 {
+		return nil
+	}
+	hint := "if that is what you want, add --break-two-of-two"
+	if !Full(k) { // else no fresh KEK is made that could do without them
+		hint += ", else --skip-slot " + strings.Join(names, " --skip-slot ")
+	}
+	return fmt.Errorf("slots that may have been removed would come back, open the KEK alone, and break two of two: %s; %s", JoinWords(names), hint)
+}
+
+// Full reports whether a keyring has no room to retire its current KEK.
+func Full(k *keyring.Keyring) bool { return !k.HasRoom() }
+
+// CheckAdd refuses a slot that one wrapper opens alone beside a two-of-two.
+func (r Reader) CheckAdd(kind string, slots []seal.Slot) error {
+	has := r.TwoOfTwo() != "" || HasTwoOfTwo(slots)
+	if !has || Second(kind) != "" {
+		return nil
+	}
+	return errors.New("a slot of " + kind + " would open the KEK alone, and break two of two; if that is what you want, add --break-two-of-two")
+}
+
+// CheckRecovery refuses a recovery that leaves one way in beside a two-of-two that was
+// not there before, or that makes one enough where two were needed.
+func (r Reader) CheckRecovery(old []seal.Slot) error {
+	had := HasTwoOfTwo(old)
+	switch wants := r.TwoOfTwo() != ""; {
+	case had == wants:
+		return nil
+	case wants:
+		return r.CheckAdd(seal.TypeRecovery, old)
+	default:
+		return errors.New("the keyring needs two wrappers together, and unlock.order has one open it; set unlock.order to that two-of-two, or add --break-two-of-two")
+	}
+}
+
+// CheckSeal refuses to seal to the TPM alone beside a two-of-two, or in its place:
+// unlock.order may have lost it since.
+func (r Reader) CheckSeal(slots []seal.Slot) error {
+	if r.TwoOfTwo() != "" || !HasTwoOfTwo(slots) {
+		return nil
+	}
+	return errors.New("the keyring needs two wrappers together, and unlock.order names no two-of-two; set unlock.order to that two-of-two, or, if one is to be enough, run kleidi reseal with --break-two-of-two")
+}
+
+// ReportBroken says that the TPM alone opens what needed two together in slots.
+func (r Reader) ReportBroken(slots []seal.Slot) (changes []string) {
+	if r.TwoOfTwo() == "" && HasTwoOfTwo(slots) {
+		changes = []string{"TWO OF TWO IS BROKEN: the TPM opens the KEK alone"}
+	}
+	return changes
+}
+
+// CheckFreshKEK refuses a two-of-two of a KEK that one wrapper may have held alone,
+// which is what is left where there is no room to retire it.
+func (r Reader) CheckFreshKEK(k *keyring.Keyring) error {
+	if r.TwoOfTwo() == "" || HasTwoOfTwo(k.Slots()) || !Full(k) {
+		return nil
+	}
+	return seal.Errorf(seal.CauseStore, "set unlock.order to tpm, or to what else opened this keyring, and run the command again; it can't become two of two (see docs/operations.md)",
+		"two of two wants a fresh KEK, and the keyring holds %d retired ones: no more fit", keyring.MaxRetired)
+}

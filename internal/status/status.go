@@ -1,0 +1,168 @@
+package status
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/internal/version"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+// Report reports what is sealed to what. Unless the request says which slots to try,
+// nothing but memory and the stored keyring is looked at.
+func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.StatusReport, error) {
+	state := n.Unlocker.State()
+	r := admin.StatusReport{
+		Version: version.String(), Node: n.Config.Node, State: admin.Locked, Since: state.Since, NextAttempt: state.Next,
+		Problem: admin.ProblemOf(state.Problem),
+	}
+	var slots []seal.Slot
+	if k, err := n.Unlocker.Keyring(); err == nil {
+		r.State, r.Memory = admin.Open, k.KEK().Kind()
+		r.Wrapper, r.Fallback, r.Staged = state.Wrapper, admin.ProblemOf(state.Fallback), admin.ProblemOf(state.Staged)
+		describe(&r, k.Info())
+		slots = k.Slots()
+	} else if u, _, err := n.Stored(ctx); err == nil {
+		describe(&r, u.Info()) // nothing has vouched for it
+		slots = u.Slots()
+	} else {
+		r.Problem = admin.ProblemOf(err)
+	}
+	if r.Suspension = Suspension(n, slots); r.Suspension != "" && req.Try != admin.TryNone {
+		r.Suspension += bootsLeft(ctx, n, slots)
+	}
+	var attestation, unready error
+	if req.Try != admin.TryNone && len(slots) > 0 {
+		if unready = n.LockMemory(); unready == nil {
+			attestation = n.Attest(ctx, slots)
+		}
+	}
+	if len(slots) > 0 {
+		slots = n.View.WithMissing(slots)
+	}
+	names := slotview.Names(slots)
+	for i, s := range slots {
+		try := req.Try
+		if unready != nil {
+			try = admin.TryNone
+		}
+		report := reportSlot(ctx, n, slots, s, r.CurrentKeyID, r.ClusterID, try, attestation)
+		report.NotTried = req.Try == admin.TryTPM && slotview.HasBackend(s.Type)
+		if unready != nil && s.Type != seal.TypeSkipped {
+			report.Problem = admin.ProblemOf(unready)
+		}
+		report.Name = names[i]
+		r.Slots = append(r.Slots, report)
+	}
+	r.Attestation = reportAttestation(n, errors.Join(attestation, onlyAttestation(state.Problem)))
+	return r, nil
+}
+
+// bootsLeft says how many boots more a suspension lasts, as far as the TPM tells.
+func bootsLeft(ctx context.Context, n *node.Node, slots []seal.Slot) string {
+	count, err := n.Gate.Device.ResetCount(ctx, n.Gate.Owner)
+	for _, s := range n.View.BootStates(slots, tpm.UseSuspend) {
+		if err == nil {
+			return fmt.Sprintf(" (boots left: %d)", max(int64(s.Resets)-int64(count), 0))
+		}
+	}
+	return ""
+}
+
+func onlyAttestation(err error) error {
+	if cause := seal.CauseOf(err); cause == seal.CauseAttestation || cause == seal.CauseBootPolicy {
+		return err
+	}
+	return nil
+}
+
+func describe(r *admin.StatusReport, i keyring.Info) {
+	r.ClusterID, r.CurrentKeyID, r.Revision = i.ClusterID.String(), i.Current.KeyID, i.Revision
+	r.Keys = append(r.Keys, admin.KeyReport{KeyID: i.Current.KeyID, Role: "current", Created: i.Current.Created})
+	if i.Staged != nil {
+		r.Keys = append(r.Keys, admin.KeyReport{KeyID: i.Staged.KeyID, Role: "staged", Created: i.Staged.Created})
+	}
+	for _, k := range slices.Backward(i.Retired) {
+		r.Keys = append(r.Keys, admin.KeyReport{KeyID: k.KeyID, Role: "retired", Created: k.Created, Retired: k.Retired})
+	}
+}
+
+func reportSlot(ctx context.Context, n *node.Node, slots []seal.Slot, s seal.Slot, id seal.KeyID, cluster string, try admin.Try, attestation error) admin.SlotReport {
+	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.View.Binding(s), Use: n.View.Use(s)}
+	r.Signer, r.Generation = n.View.Signer(s, cluster)
+	if d, ok := slotview.MissingOf(s); ok {
+		r.Opens, r.Problem = new(bool), admin.ProblemOf(n.View.WhyMissing(d, slots))
+		return r
+	}
+	if try == admin.TryNone || try == admin.TryTPM && slotview.HasBackend(s.Type) || n.Wrapper(s.Type) == nil || s.Node != "" && s.Node != n.Config.Node {
+		return r
+	}
+	var err error
+	if n.View.OfThisTPM(s) || n.Config.Unlock.RequireAttestation {
+		err = attestation
+	}
+	if o, ok := errors.AsType[unlock.Overruled](attestation); ok && o.Overrules(s) {
+		err = nil
+	}
+	if c, parseErr := seal.ParseClusterID(cluster); err == nil {
+		if err = parseErr; err == nil {
+			err = n.TryOpen(ctx, s, id, c)
+		}
+	}
+	opens := err == nil
+	if r.Use == slotview.UseNames[tpm.UseNext] && seal.CauseOf(err) == seal.CauseBootState {
+		err = nil // it is for another boot
+	}
+	r.Opens, r.Problem = &opens, admin.ProblemOf(n.Gate.Explain(err))
+	return r
+}
+
+func reportAttestation(n *node.Node, problem error) *admin.AttestationReport {
+	last := n.Gate.Last()
+	if last == nil && problem == nil {
+		return nil
+	}
+	r := &admin.AttestationReport{Passed: problem == nil, Problem: admin.ProblemOf(problem)}
+	if last != nil {
+		r.Time, r.Boot, r.Bank = last.Time, string(last.Log.BootType()), eventlog.BankName(last.Bank)
+		r.PCRs = slices.Sorted(maps.Keys(last.PCRs))
+	}
+	return r
+}
+
+// Suspension says what this node opens under while it is suspended; "" where it
+// isn't.
+func Suspension(n *node.Node, slots []seal.Slot) string {
+	for _, s := range slots {
+		if n.View.Suspends(s) {
+			return "suspended: anyone who boots this machine with the same " + n.View.Binding(s) + " gets the KEK; run kleidi reseal to end this"
+		}
+	}
+	return ""
+}
+
+// Alone is status without a running serve: nothing is open, and that is not the problem
+// to show. It tries no token and no server: a try costs something, and the next call
+// would repeat it.
+func Alone(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.StatusReport, error) {
+	if req.Try == admin.TryAll {
+		req.Try = admin.TryTPM
+	}
+	r, err := Report(ctx, n, req)
+	if seal.CauseOf(r.Problem.Err()) == seal.CauseStarting {
+		r.Problem = &admin.Problem{Message: "kleidi serve does not run", Hint: "start it: systemctl start kleidi"}
+	}
+	r.Since = time.Time{}
+	return r, err
+}

@@ -1,0 +1,148 @@
+// Package verifierd is the running verifier of the remote gate: its configuration
+// file, its audit log, and the service that answers nodes until it is told to stop.
+//
+// SIGHUP makes it read the configuration, the keys and the boot policies again. A
+// reload that fails changes nothing: the verifier keeps the configuration that it has.
+package verifierd
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/beezy-dev/kleidi/grpcserver/verifier"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/version"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+)
+
+// stopTimeout bounds how long exchanges in progress may take.
+const stopTimeout = 5 * time.Second
+
+// Service is a running verifier.
+type Service struct {
+	config *Config
+	log    *slog.Logger
+	server *verifier.Server
+}
+
+// New reads the keys and boot policies that c names, and opens the audit log.
+func New(c *Config, log *slog.Logger) (*Service, error) {
+	s := &Service{config: c, log: log}
+	certificate, v, err := c.identity()
+	if err != nil {
+		return nil, err
+	}
+	audit := &auditFile{path: c.Audit.File}
+	if err := audit.append(nil); err != nil {
+		return nil, fmt.Errorf("audit.file: %w; without it every answer is no", err)
+	}
+	s.server, err = verifier.NewServer(verifier.Options{Verifier: v, Certificate: *certificate, Record: audit.record, Log: s.log})
+	return s, err
+}
+
+// Run returns when ctx has ended and every exchange has.
+func (s *Service) Run(ctx context.Context) error {
+	l, err := net.Listen("tcp", s.config.Listen)
+	if err != nil {
+		return fmt.Errorf("listen: %w; see that nothing else listens there", err)
+	}
+	s.log.Info("verifier listening", "version", version.String(), "address", l.Addr().String(), "cluster", s.config.ClusterID, "nodes", len(s.config.Nodes))
+	if len(s.config.Nodes) == 0 {
+		s.log.Warn("no node is registered, so every answer is no; see kleidi verifier register")
+	}
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	go s.watch(ctx, hup)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+		grace, cancel := context.WithTimeout(context.Background(), stopTimeout)
+		defer cancel()
+		s.server.GracefulStop(grace)
+	})
+	err = s.server.Serve(l)
+	if !stop() {
+		<-stopped
+	}
+	return err
+}
+
+// watch reloads on each signal until ctx ends.
+func (s *Service) watch(ctx context.Context, hup <-chan os.Signal) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hup:
+			s.reload()
+		}
+	}
+}
+
+// reload reads the configuration and everything that it names again.
+func (s *Service) reload() {
+	c, err := Load(s.config.path)
+	if err == nil {
+		err = s.replace(c)
+	}
+	if err != nil {
+		s.log.Error("reload failed: the former configuration goes on to count", "error", err)
+		return
+	}
+	s.log.Info("SIGHUP: the configuration was read again", "nodes", len(c.Nodes))
+}
+
+func (s *Service) replace(c *Config) error {
+	certificate, v, err := c.identity()
+	if err != nil {
+		return err
+	}
+	if c.Listen != s.config.Listen || c.Audit != s.config.Audit {
+		return errors.New("listen and audit are read at start only; restart kleidi verifier")
+	}
+	s.server.Replace(v, *certificate)
+	return nil
+}
+
+// identity reads what a running verifier can replace.
+func (c *Config) identity() (*tls.Certificate, *remote.Verifier, error) {
+	certificate, err := c.tls()
+	if err != nil {
+		return nil, nil, err
+	}
+	v, err := c.Verifier()
+	return certificate, v, err
+}
+
+// Verifier puts the signing keys, the CAs and the registered nodes together.
+func (c *Config) Verifier() (*remote.Verifier, error) {
+	keys, err := c.keys()
+	if err != nil {
+		return nil, err
+	}
+	v := &remote.Verifier{Cluster: c.ClusterID, Keys: keys, Nodes: map[string]remote.Registration{}}
+	if v.EKCertificate, err = c.endorsements(); err != nil {
+		return nil, err
+	}
+	for i, n := range c.Nodes {
+		p, err := files.ReadBootPolicy(n.BootPolicy)
+		if err != nil {
+			return nil, fmt.Errorf("nodes[%d].bootPolicy: %w", i, err)
+		}
+		v.Nodes[n.Name] = remote.Registration{EK: n.EK, BootPolicy: p}
+	}
+	return v, nil
+}

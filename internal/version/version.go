@@ -1,0 +1,25 @@
+package version
+
+import (
+	"runtime/debug"
+)
+
+// String is the release, or the revision that this was built from.
+func String() string {
+	if build != "" {
+		return build
+	}
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			return "devel-" + s.Value[:min(12, len(s.Value))]
+		}
+	}
+	return "devel"
+}
+
+// build is set by the linker to the release's version.
+var build string
