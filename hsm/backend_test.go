@@ -15,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// backend is a PKCS#11 module with tokens that a test may do anything with.
+// backend is a PKCS#11 module with tokens of the test's own.
 type backend struct {
 	name     string
 	module   string
@@ -31,7 +31,7 @@ const (
 	testSOPIN = "kleidi-so-5678"
 )
 
-// firstFile returns the first of these files that there is.
+// firstFile returns the first of these files that exists.
 func firstFile(t *testing.T, paths ...string) string {
 	t.Helper()
 	for _, p := range paths {
@@ -43,10 +43,10 @@ func firstFile(t *testing.T, paths ...string) string {
 	return ""
 }
 
-// admin runs f with an initialised module, in a turn of its own.
+// admin runs f with the initialised module, as a call of its own.
 func admin(t *testing.T, module, initArgs string, f func(cryptoki)) {
 	t.Helper()
-	_, err := do(t.Context(), moduleAt(module), initArgs, func() (int, error) { f(moduleAt(module).p); return 0, nil }, func(int) {}, func() {})
+	_, err := do(t.Context(), moduleAt(module), initArgs, call[int]{run: func() (int, error) { f(moduleAt(module).p); return 0, nil }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +69,7 @@ func ok(t *testing.T, err error) {
 	}
 }
 
-// softHSM makes two tokens in a folder of the test's own.
+// softHSM returns SoftHSM with two tokens in a folder of the test's own.
 func softHSM(t *testing.T) *backend {
 	t.Helper()
 	dir := t.TempDir()
@@ -85,7 +85,7 @@ func softHSM(t *testing.T) *backend {
 	return b
 }
 
-// initToken makes a token in SoftHSM's free slot.
+// initToken initialises a token in the free slot of SoftHSM.
 func (b *backend) initToken(t *testing.T, label string) {
 	t.Helper()
 	var slot uint
@@ -121,7 +121,7 @@ func newWrapper(t *testing.T, c Config, only ...string) *Wrapper {
 	return w
 }
 
-// generated returns a wrapper over a fresh key.
+// generated returns a wrapper with a fresh key.
 func (b *backend) generated(t *testing.T, token int, key string, only ...string) *Wrapper {
 	t.Helper()
 	w := newWrapper(t, b.config(t, token, key), only...)
@@ -132,12 +132,11 @@ func (b *backend) generated(t *testing.T, token int, key string, only ...string)
 // inSession runs f in a logged-in read-write session with w's token.
 func inSession(t *testing.T, w *Wrapper, f func(*session)) {
 	t.Helper()
-	_, err := run(t.Context(), w, pkcs11.CKF_RW_SESSION, func(s *session) (int, error) { f(s); return 0, nil }, func(int) {}, func() {})
+	_, err := operation[int]{flags: pkcs11.CKF_RW_SESSION, run: func(s *session) (int, error) { f(s); return 0, nil }}.do(t.Context(), w)
 	ok(t, err)
 }
 
-// aesKey makes a key with both pairs of permissions, as one that an
-// administrator made might have.
+// aesKey makes a key that may encrypt and wrap, as an administrator might make it.
 func (b *backend) aesKey(t *testing.T, w *Wrapper, label string, more ...*pkcs11.Attribute) {
 	t.Helper()
 	inSession(t, w, func(s *session) {
@@ -170,8 +169,8 @@ func (b *backend) rsaKey(t *testing.T, w *Wrapper, label string) {
 	})
 }
 
-// nss makes two of NSS softokn's databases. The module opens one at a time: which
-// is said at C_Initialize.
+// nss returns NSS softokn with two databases. The module opens one at a time, which an
+// argument of C_Initialize names.
 func nss(t *testing.T) *backend {
 	t.Helper()
 	t.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1") // a login costs as little as elsewhere
@@ -181,7 +180,7 @@ func nss(t *testing.T) *backend {
 	return b
 }
 
-// database makes an empty database with a user PIN.
+// database makes an empty database of NSS with a user PIN.
 func (b *backend) database(t *testing.T) (initArgs string) {
 	t.Helper()
 	b.dir = t.TempDir()
@@ -205,7 +204,7 @@ func newKEK(t *testing.T) *seal.Secret {
 	return kek
 }
 
-// opens demands that slot opens to kek.
+// opens wants slot to open to kek.
 func opens(t *testing.T, w seal.Wrapper, slot seal.Slot, kek *seal.Secret) {
 	t.Helper()
 	got := must[*seal.Secret](t)(w.Unwrap(t.Context(), slot))
@@ -215,7 +214,7 @@ func opens(t *testing.T, w seal.Wrapper, slot seal.Slot, kek *seal.Secret) {
 	}
 }
 
-// keyFor returns a wrapper over a fresh key that allows a mechanism.
+// keyFor returns a wrapper with a fresh key that allows the mechanism.
 func (b *backend) keyFor(t *testing.T, token int, label, mechanism string) *Wrapper {
 	t.Helper()
 	w := newWrapper(t, b.config(t, token, label), mechanism)

@@ -22,9 +22,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// Two of two over real backends: a TPM and a token.
+// Two-of-two with real backends: a TPM and a token.
 
-// newTPM returns the TPM's wrapper on a machine of its own, as kleidi puts it together.
+// newTPM returns the wrapper of the TPM of a machine of its own.
 func newTPM(t *testing.T) (*tpm.Wrapper, *tpmtest.Machine) {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
@@ -38,13 +38,13 @@ func newTPM(t *testing.T) (*tpm.Wrapper, *tpmtest.Machine) {
 	return w, m
 }
 
-// pair needs a TPM and a token.
+// pair returns a wrapper that needs a TPM and a token.
 func pair(first *tpm.Wrapper, second *Wrapper) *both.Wrapper {
 	return &both.Wrapper{Kind: "tpm-and-pkcs11", Node: "alpha", First: first, Second: second}
 }
 
-// TestTwoOfTwoConformance runs the suite over a TPM and each module, with another
-// token beside the same TPM, and with another TPM beside the same token.
+// TestTwoOfTwoConformance runs the suite with a TPM and each module. The other wrapper has
+// another token with the same TPM, or another TPM with the same token.
 func TestTwoOfTwoConformance(t *testing.T) {
 	soft := softHSM(t)
 	softA, softB := *soft, *soft
@@ -65,8 +65,8 @@ func TestTwoOfTwoConformance(t *testing.T) {
 	}
 }
 
-// TestTwoOfTwoRefuses: without either it neither wraps nor opens, says which of them
-// refuses, repeats no secret, and works again.
+// TestTwoOfTwoRefuses: without either backend the pair neither wraps nor opens. The error
+// names the backend that fails, and holds no secret. The pair works again afterwards.
 func TestTwoOfTwoRefuses(t *testing.T) {
 	for _, b := range []*backend{softHSM(t), nss(t)} {
 		t.Run(b.name, func(t *testing.T) {
@@ -107,7 +107,7 @@ func TestTwoOfTwoRefuses(t *testing.T) {
 	}
 }
 
-// secretsIn lists what no message may hold.
+// secretsIn returns the secrets that no message may hold.
 func secretsIn(t *testing.T, w *both.Wrapper, slot seal.Slot, kek *seal.Secret) map[string][]byte {
 	t.Helper()
 	first, second, err := both.Parts(slot)
@@ -126,7 +126,7 @@ func secretsIn(t *testing.T, w *both.Wrapper, slot seal.Slot, kek *seal.Secret) 
 	return secrets
 }
 
-// holdsNone searches text for secrets, raw and in the encodings that programs print.
+// holdsNone wants text to hold none of the secrets, in no common encoding.
 func holdsNone(t *testing.T, text string, secrets map[string][]byte) {
 	t.Helper()
 	for name, secret := range secrets {

@@ -11,10 +11,11 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// DefaultTimeout bounds an operation on the token where Config.Timeout is zero.
+// DefaultTimeout is the timeout of an operation if Config.Timeout is zero.
 const DefaultTimeout = 20 * time.Second
 
-// Limits of what names a token or a key, in bytes (PKCS#11 v2.40, 3.2 for tokens).
+// Maximum sizes of the names of tokens and keys in bytes. Those of tokens are PKCS#11's
+// (v2.40, 3.2).
 const (
 	maxTokenLabel  = 32
 	maxTokenSerial = 16
@@ -22,65 +23,68 @@ const (
 	maxKeyID       = 255
 )
 
-// Config says which key of which token wraps KEKs.
+// Config names the key and the token that wrap KEKs.
 type Config struct {
 	// Module is the absolute path of the PKCS#11 module, a shared library.
 	Module string
-	// InitArgs is handed to the module's C_Initialize (CK_C_INITIALIZE_ARGS.pReserved).
-	// NSS softokn wants configdir='sql:/path'; nearly all others want none.
+	// InitArgs is an argument of the module's C_Initialize
+	// (CK_C_INITIALIZE_ARGS.pReserved). NSS softokn needs configdir='sql:/path'; nearly
+	// all other modules need none.
 	InitArgs string
-	// URI names token and key (RFC 7512). It may hold module-path and
-	// pin-source=file:/path, never pin-value.
+	// URI names token and key (RFC 7512). It may have module-path and
+	// pin-source=file:/path, but not pin-value.
 	URI string
-	// TokenLabel, TokenSerial and SlotID name the token where URI doesn't. SlotID
-	// is what some modules renumber at each start.
+	// TokenLabel, TokenSerial and SlotID name the token if URI doesn't. SlotID is the
+	// number of PKCS#11's slot, which some modules change at each start.
 	TokenLabel  string
 	TokenSerial string
 	SlotID      *uint
-	// KeyLabel (CKA_LABEL) and KeyID (CKA_ID) name the key where URI doesn't; at
-	// least one of them must.
+	// KeyLabel (CKA_LABEL) and KeyID (CKA_ID) name the key if URI doesn't. At least one
+	// of them, or URI, must.
 	KeyLabel string
 	KeyID    []byte
-	// PIN returns the user PIN; the wrapper closes it. It is called for each
-	// operation. An error of it that is a [seal.Error] stays one. Where it is set,
-	// neither PINFile nor the URI's pin-source may be.
+	// PIN returns the user PIN, which the wrapper closes. It is called for each
+	// operation. If it returns a [*seal.Error], so does the operation. If PIN is set,
+	// neither PINFile nor the URI's pin-source may be set.
 	PIN func(context.Context) (*seal.Secret, error)
-	// PINFile is the absolute path of a file with the PIN, which nobody but its
-	// owner may read.
+	// PINFile is the absolute path of a file with the PIN. Nobody but the owner of the
+	// file may read it.
 	PINFile string
-	// PublicKey wraps for an RSA key without asking the token. Nil reads it from there.
+	// PublicKey is the public part of an RSA key. With it, wrapping does not use the
+	// token. If it is nil, it is read from the token.
 	PublicKey *rsa.PublicKey
-	// Timeout bounds an operation; zero is DefaultTimeout.
+	// Timeout is the timeout of an operation. Zero means DefaultTimeout.
 	Timeout time.Duration
-	// Memory is where KEKs and PINs lie.
+	// Memory allocates the memory of KEKs and PINs.
 	Memory seal.Memory
-	// Name is what messages call this wrapper; "" is pkcs11.
+	// Name is the name of the wrapper in messages. If it is empty, the name is pkcs11.
 	Name string
 }
 
-// target is a Config, resolved: its URI read, its parts checked against each other.
+// target is a resolved Config: its URI is parsed, and its parts are checked against each
+// other.
 type target struct {
 	module, initArgs string
 	token            tokenMatch
 	key              keyMatch
-	pin              func(context.Context) (*seal.Secret, error) // nil: none configured
+	pin              func(context.Context) (*seal.Secret, error) // nil if no PIN is configured
 	timeout          time.Duration
 }
 
-// tokenMatch says which token is meant. Empty fields match all.
+// tokenMatch selects the token. Empty fields match every token.
 type tokenMatch struct {
 	label, serial, manufacturer, model string
 	slotID                             *uint
 }
 
-// keyMatch says which key is meant. Empty fields match all.
+// keyMatch selects the key. Empty fields match every key.
 type keyMatch struct {
 	label string
 	id    []byte
 	class string // "secret-key", "private" or ""
 }
 
-// merge adds what more says; what both say must be the same.
+// merge sets *into to more if it is empty. If both are set, they must be the same.
 func merge(into *string, more, setting, attribute string) error {
 	if *into != "" && more != "" && *into != more {
 		return fmt.Errorf("%s and the URI's %s differ; set one of them", setting, attribute)
@@ -91,7 +95,7 @@ func merge(into *string, more, setting, attribute string) error {
 	return nil
 }
 
-// resolve reads all that can be wrong without asking the module.
+// resolve makes every check that does not need the module.
 func (c Config) resolve() (*target, error) {
 	u := &uri{}
 	if c.URI != "" {
@@ -128,20 +132,21 @@ func (c Config) resolve() (*target, error) {
 			return nil, fmt.Errorf("publicKey: %w", err)
 		}
 	}
-	return t, t.check(pinFile, c.PIN != nil)
+	if pinFile != "" && c.PIN != nil {
+		return nil, errors.New("pinFile, or the URI's pin-source, names a PIN beside sealedPINFile; remove one of them")
+	}
+	return t, t.check(pinFile)
 }
 
-// check refuses what can't work. elsewhere says that the PIN comes from the program.
-func (t *target) check(pinFile string, elsewhere bool) error {
+// check refuses settings that can't work.
+func (t *target) check(pinFile string) error {
 	switch {
 	case t.module == "":
 		return errors.New("no PKCS#11 module is named; set module to its absolute path, /usr/lib/softhsm/libsofthsm2.so for instance")
 	case !filepath.IsAbs(t.module):
-		return fmt.Errorf("module %q is no absolute path; write it from the root on", t.module)
-	case pinFile != "" && elsewhere:
-		return errors.New("pinFile, or the URI's pin-source, names a PIN beside sealedPINFile; remove one of them")
+		return fmt.Errorf("module %q is not an absolute path; write the whole path, beginning with /", t.module)
 	case pinFile != "" && !filepath.IsAbs(pinFile):
-		return fmt.Errorf("pinFile %q is no absolute path; write it from the root on", pinFile)
+		return fmt.Errorf("pinFile %q is not an absolute path; write the whole path, beginning with /", pinFile)
 	case t.key.label == "" && len(t.key.id) == 0:
 		return errors.New("no key is named; set keyLabel, or add object=LABEL or id=%01 to uri")
 	case len(t.token.label) > maxTokenLabel || len(t.token.serial) > maxTokenSerial:
@@ -154,7 +159,7 @@ func (t *target) check(pinFile string, elsewhere bool) error {
 	return nil
 }
 
-// pinSource returns nil where no PIN is configured.
+// pinSource returns a function that reads the PIN, or nil if none is configured.
 func (c Config) pinSource(file string) func(context.Context) (*seal.Secret, error) {
 	switch {
 	case c.PIN != nil:

@@ -9,8 +9,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
-// TestConformance runs the suite over each mechanism of each module. The other
-// wrapper has another token, with a key of the same label.
+// TestConformance runs the suite with each mechanism of each module. The other wrapper has
+// another token, with a key of the same label.
 func TestConformance(t *testing.T) {
 	soft := softHSM(t)
 	softA, softB := *soft, *soft

@@ -28,8 +28,8 @@ typedef struct {
 } mechanism_t;
 typedef ulong_t (*wrap)(ulong_t session, mechanism_t *, ulong_t wrapping, ulong_t key, void *out, ulong_t *out_size);
 
-// kleidi_load loads a module for good. It returns what is wrong with it, which the
-// caller frees, or NULL.
+// kleidi_load loads a module and never unloads it. It returns NULL, or an error text,
+// which the caller frees.
 static char *kleidi_load(const char *path, functions **list) {
 	void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
 	if (module == NULL) {
@@ -39,7 +39,7 @@ static char *kleidi_load(const char *path, functions **list) {
 	get_function_list get = (get_function_list)dlsym(module, "C_GetFunctionList");
 	if (get == NULL) {
 		dlclose(module);
-		return strdup("it is a shared library, but no PKCS#11 module: it has no C_GetFunctionList");
+		return strdup("it is a shared library, but not a PKCS#11 module: it has no C_GetFunctionList");
 	}
 	if (get(list) != 0 || *list == NULL)
 		return strdup("C_GetFunctionList fails");
@@ -55,9 +55,10 @@ static ulong_t kleidi_wrap_key(functions *list, ulong_t session, ulong_t type, u
 	return ((wrap)list->function[wrap_key])(session, &m, wrapping, key, out, out_size);
 }
 
-// kleidi_scrub overwrites what was just freed on this thread: malloc hands out
-// first what was freed last. glibc keeps at most seven blocks of a size per thread.
-// Then it copies zeros as keys are copied, for the sake of the registers.
+// kleidi_scrub overwrites the blocks that this thread has just freed: malloc returns the
+// block that was freed last first, and glibc keeps at most seven blocks of a size per
+// thread. Then it copies zeros in the way in which keys are copied, to overwrite the
+// registers.
 static void kleidi_scrub(void) {
 	enum { sizes = 64, each = 8 };
 	static __thread void *block[sizes][each];
@@ -74,8 +75,8 @@ static void kleidi_scrub(void) {
 		memcpy(sink, zeros, n);
 }
 
-// kleidi_preemption blocks or unblocks the signal by which Go preempts a thread:
-// it would save the registers, and what of a key is in them, to ordinary memory.
+// kleidi_preemption blocks or unblocks the signal by which Go preempts a thread. The
+// signal would save the registers, with parts of a key in them, to ordinary memory.
 static void kleidi_preemption(int how) {
 	sigset_t set;
 	sigemptyset(&set);
@@ -93,7 +94,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// cryptoki is what kleidi calls of a module; *pkcs11.Ctx is one. Names are PKCS#11's.
+// cryptoki holds the functions of a module that kleidi calls, under PKCS#11's names.
+// *pkcs11.Ctx implements it.
 type cryptoki interface {
 	Initialize(...pkcs11.InitializeOption) error
 	Finalize() error
@@ -119,16 +121,16 @@ type cryptoki interface {
 	UnwrapKey(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, unwrapping pkcs11.ObjectHandle, wrapped []byte, a []*pkcs11.Attribute) (pkcs11.ObjectHandle, error)
 }
 
-// ctx is miekg's binding, but for three calls. That one asks a module for the size
-// of the output first, which NSS softokn gets wrong for key wrapping, and leaves
-// a copy of the output in freed memory.
+// ctx is miekg's binding with other implementations of three calls. miekg's ask the module
+// for the size of the output first, which NSS softokn gets wrong for key wrapping, and
+// leave a copy of the output in freed memory.
 type ctx struct {
 	*pkcs11.Ctx
 	list *C.functions
 }
 
-// load loads a module. miekg's binding drops dlerror's text and what
-// C_GetFunctionList returns, so both are looked at before.
+// load loads a module. miekg's binding drops the text of dlerror and the result of
+// C_GetFunctionList, so load checks both first.
 func load(path string) (*ctx, error) {
 	name := C.CString(path)
 	defer C.free(unsafe.Pointer(name))
@@ -143,21 +145,21 @@ func load(path string) (*ctx, error) {
 	return c, nil
 }
 
-// output is a buffer for whatever wraps or is wrapped, in bytes.
-const output = 2 * maxCiphertext
+// outputSize is the size of a buffer for a ciphertext or a plaintext in bytes.
+const outputSize = 2 * maxCiphertext
 
 // Encrypt is C_Encrypt.
 func (c *ctx) Encrypt(sh pkcs11.SessionHandle, message []byte) ([]byte, error) {
 	return c.singlePart(C.encrypt, sh, message)
 }
 
-// Decrypt is C_Decrypt. The caller clears the whole capacity of what it returns.
+// Decrypt is C_Decrypt. The caller clears the whole capacity of the result.
 func (c *ctx) Decrypt(sh pkcs11.SessionHandle, ciphertext []byte) ([]byte, error) {
 	return c.singlePart(C.decrypt, sh, ciphertext)
 }
 
 func (c *ctx) singlePart(which C.int, sh pkcs11.SessionHandle, in []byte) ([]byte, error) {
-	out := make([]byte, output)
+	out := make([]byte, outputSize)
 	n := C.ulong_t(len(out))
 	rv := C.kleidi_single_part(c.list, which, C.ulong_t(sh), unsafe.Pointer(&in[0]), C.ulong_t(len(in)), unsafe.Pointer(&out[0]), &n)
 	return returned(out, n, rv)
@@ -165,7 +167,7 @@ func (c *ctx) singlePart(which C.int, sh pkcs11.SessionHandle, in []byte) ([]byt
 
 // WrapKey is C_WrapKey with a mechanism that has no parameter.
 func (c *ctx) WrapKey(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, wrapping, key pkcs11.ObjectHandle) ([]byte, error) {
-	out := make([]byte, output)
+	out := make([]byte, outputSize)
 	n := C.ulong_t(len(out))
 	rv := C.kleidi_wrap_key(c.list, C.ulong_t(sh), C.ulong_t(m[0].Mechanism), C.ulong_t(wrapping), C.ulong_t(key), unsafe.Pointer(&out[0]), &n)
 	return returned(out, n, rv)
@@ -183,11 +185,11 @@ func returned(out []byte, n, rv C.ulong_t) ([]byte, error) {
 	return out[:n], nil
 }
 
-// discreet runs f, which calls a module, so that nothing of a key stays behind on
-// this thread. miekg's binding copies PINs and the KEK of C_CreateObject and
-// C_GetAttributeValue through small blocks from malloc and frees them as they
-// are, and so may modules; malloc's free lists are the thread's.
-func discreet(f func()) {
+// scrubbed runs f, which calls a module, and erases what f leaves of keys on this thread.
+// miekg's binding copies PINs, and the KEK of C_CreateObject and C_GetAttributeValue,
+// through small blocks from malloc, and frees them without erasing them. Modules may do
+// the same. The free lists of malloc belong to the thread.
+func scrubbed(f func()) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	C.kleidi_preemption(C.SIG_BLOCK)
@@ -196,7 +198,7 @@ func discreet(f func()) {
 	f()
 }
 
-// cString returns s as C memory, or nil for "", and what frees it.
+// cString returns s in C memory, or nil for "", and a function that frees it.
 func cString(s string) (p unsafe.Pointer, free func()) {
 	if s == "" {
 		return nil, func() {}

@@ -6,8 +6,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Describe says in one line which key of which token a slot names, and by which
-// mechanism it wraps. Nothing vouches for it.
+// Describe returns the key, the token and the mechanism that a keyslot names, in one line.
+// They are untrusted.
 func Describe(slot seal.Slot) string {
 	d, err := parseSlot(slot)
 	if err != nil {

@@ -23,15 +23,15 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// faulty is a module whose calls a test can come between.
+// faulty is a module whose calls a test can change.
 type faulty struct {
 	cryptoki
 	slots       func([]uint) []uint
 	login       func() error
-	flags       uint // that the token reports besides
+	flags       uint // added to the flags of the token
 	encryptInit func(pkcs11.SessionHandle)
 	decrypt     func(pkcs11.SessionHandle)
-	fails       bool // C_Decrypt and C_UnwrapKey fail, and don't say why
+	fails       bool // C_Decrypt and C_UnwrapKey fail without a reason
 }
 
 func (f *faulty) GetSlotList(present bool) ([]uint, error) {
@@ -72,15 +72,16 @@ func (f *faulty) UnwrapKey(h pkcs11.SessionHandle, m []*pkcs11.Mechanism, k pkcs
 	return f.cryptoki.UnwrapKey(h, m, k, wrapped, a)
 }
 
-// fault puts a faulty module under w.
+// fault has w use a faulty module, and returns it.
 func fault(w *Wrapper) *faulty {
 	f := &faulty{cryptoki: moduleAt(w.target.module).p}
 	m := newModule(w.target.module, f)
-	w.find = func(string) *module { return m }
+	w.moduleAt = func(string) *module { return m }
 	return f
 }
 
-// owned has the module be an empty file of that mode, owner and group.
+// owned replaces w's module by an empty file with this mode, owner and group. It returns a
+// function that brings the module back.
 func owned(t *testing.T, b *backend, w *Wrapper, mode os.FileMode, uid, gid int) func() {
 	t.Helper()
 	point := linked(t, w)
@@ -92,7 +93,8 @@ func owned(t *testing.T, b *backend, w *Wrapper, mode os.FileMode, uid, gid int)
 	return func() { point(b.module) }
 }
 
-// linked puts a link in front of w's module, which the test may point elsewhere.
+// linked has w use its module through a symbolic link, and returns a function that
+// changes the target of the link.
 func linked(t *testing.T, w *Wrapper) (point func(to string)) {
 	t.Helper()
 	link := filepath.Join(t.TempDir(), "module.so")
@@ -123,7 +125,7 @@ type faultRow struct {
 	name  string
 	cause seal.Cause
 	text  string // in the message
-	// fault brings it about; what it returns undoes it.
+	// fault causes the fault, and returns a function that ends it.
 	fault func(t *testing.T, b *backend, w *Wrapper, k Key) (mend func())
 }
 
@@ -148,7 +150,7 @@ func faultRows() []faultRow {
 		{"module writable by all", seal.CauseUnavailable, "its mode is 0666: anyone may write it", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
 			return owned(t, b, w, 0o666, 0, 0)
 		}},
-		{"module of another user", seal.CauseUnavailable, "it belongs to another user than root and the one that runs kleidi", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
+		{"module of another user", seal.CauseUnavailable, "it belongs neither to root nor to the user that runs kleidi", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
 			return owned(t, b, w, 0o644, 65534, 0)
 		}},
 		{"module writable by a group", seal.CauseUnavailable, "its mode is 0664: its group 65534 may write it", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
@@ -159,9 +161,9 @@ func faultRows() []faultRow {
 		}},
 		{"module busy", seal.CauseUnavailable, "is busy with a call made", func(_ *testing.T, _ *backend, w *Wrapper, _ Key) func() {
 			m := moduleAt(w.target.module)
-			m.turn <- struct{}{}
+			m.lock <- struct{}{}
 			w.target.timeout = 20 * time.Millisecond
-			return func() { <-m.turn; w.target.timeout = DefaultTimeout }
+			return func() { <-m.lock; w.target.timeout = DefaultTimeout }
 		}},
 		{"no token", seal.CauseUnavailable, "the module shows: none", func(_ *testing.T, _ *backend, w *Wrapper, _ Key) func() {
 			f := fault(w)
@@ -207,8 +209,8 @@ func faultRows() []faultRow {
 	}
 }
 
-// TestFaults: each fault has its cause, is explained, and is over without a restart
-// as soon as its reason is.
+// TestFaults: each fault has its own cause and explanation, and is over as soon as its
+// reason is, without a restart.
 func TestFaults(t *testing.T) {
 	for _, b := range []*backend{softHSM(t), nss(t)} {
 		for i, row := range faultRows() {
@@ -227,7 +229,7 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestSessionKilledOnce: a session that dies in the middle is made anew.
+// TestSessionKilledOnce: an operation whose session is lost is repeated in a new one.
 func TestSessionKilledOnce(t *testing.T) {
 	for _, b := range []*backend{softHSM(t), nss(t)} {
 		w := b.generated(t, 0, "kek")
@@ -241,8 +243,8 @@ func TestSessionKilledOnce(t *testing.T) {
 	}
 }
 
-// TestTokenPutBack: a token that is taken out and put back, by moving the folder
-// that holds SoftHSM's tokens.
+// TestTokenPutBack: a token may be taken out and put back. The test moves the folder that
+// holds the tokens of SoftHSM.
 func TestTokenPutBack(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
@@ -256,7 +258,8 @@ func TestTokenPutBack(t *testing.T) {
 	opens(t, w, slot, kek)
 }
 
-// TestKeyDeleted: it is known for what it is, and comes back with the token's backup.
+// TestKeyDeleted: a deleted key is reported as missing, and works again once the token is
+// restored from its backup.
 func TestKeyDeleted(t *testing.T) {
 	for _, b := range []*backend{softHSM(t), nss(t)} {
 		w := b.generated(t, 0, "kek")
@@ -279,7 +282,7 @@ func TestKeyDeleted(t *testing.T) {
 	}
 }
 
-// TestKeyWithoutPermission: no mechanism that the key doesn't allow is tried.
+// TestKeyWithoutPermission: a mechanism that the key doesn't allow is not tried.
 func TestKeyWithoutPermission(t *testing.T) {
 	for _, b := range []*backend{softHSM(t), nss(t)} {
 		for i, c := range []struct {
@@ -299,7 +302,7 @@ func TestKeyWithoutPermission(t *testing.T) {
 	}
 }
 
-// TestAllowedMechanisms: CKA_ALLOWED_MECHANISMS counts too.
+// TestAllowedMechanisms: CKA_ALLOWED_MECHANISMS limits the mechanisms too.
 func TestAllowedMechanisms(t *testing.T) {
 	b := softHSM(t)
 	w := newWrapper(t, b.config(t, 0, "kek"))
@@ -310,8 +313,8 @@ func TestAllowedMechanisms(t *testing.T) {
 	}
 }
 
-// TestSlotOrToken: a damaged slot is told from a token that doesn't work, whatever
-// the module says of a ciphertext that does not authenticate.
+// TestSlotOrToken: the error for a damaged keyslot differs from that for a token that does
+// not work, whatever the module answers to a ciphertext that does not authenticate.
 func TestSlotOrToken(t *testing.T) {
 	for _, b := range []*backend{softHSM(t), nss(t)} {
 		for _, name := range b.only {
@@ -322,7 +325,7 @@ func TestSlotOrToken(t *testing.T) {
 				d := must[*slotData](t)(parseSlot(slot))
 				d.Ciphertext[len(d.Ciphertext)-1] ^= 1
 				_, err := w.Unwrap(t.Context(), must[seal.Slot](t)(d.slot()))
-				checkFault(t, err, seal.CauseSlotCorrupt, "it does not open, and what the same key has just wrapped does")
+				checkFault(t, err, seal.CauseSlotCorrupt, "it does not open, but a KEK that the same key has just wrapped does")
 				f := fault(w)
 				f.fails = true
 				_, err = w.Unwrap(t.Context(), slot)
@@ -334,8 +337,9 @@ func TestSlotOrToken(t *testing.T) {
 	}
 }
 
-// TestHang: a module that does not return holds up its caller until the deadline and
-// nobody longer; nothing piles up; and when it returns all is well.
+// TestHang: a call that does not return keeps its caller, and others, waiting until their
+// deadlines. Nothing accumulates meanwhile, and after the call has returned the wrapper
+// works again.
 func TestHang(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
@@ -368,7 +372,8 @@ func TestHang(t *testing.T) {
 	})
 }
 
-// TestInitialisedByOthers: another user of the module in this process keeps it.
+// TestInitialisedByOthers: if another user of this process has initialised the module,
+// kleidi does not finalise it.
 func TestInitialisedByOthers(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
@@ -381,7 +386,7 @@ func TestInitialisedByOthers(t *testing.T) {
 	opens(t, w, must[seal.Slot](t)(w.Wrap(t.Context(), kek)), kek)
 }
 
-// TestHostileSlots: what a slot says loads, opens and finds nothing.
+// TestHostileSlots: nothing is loaded, opened or looked up by the content of a keyslot.
 func TestHostileSlots(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")

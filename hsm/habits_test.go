@@ -13,8 +13,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// habits returns SoftHSM behind the module in testdata/module, and the file that
-// counts its wrong PINs.
+// habits returns SoftHSM behind the module in testdata/module, and the file in which that
+// module counts wrong PINs.
 func habits(t *testing.T) (b *backend, triesFile string) {
 	t.Helper()
 	b = softHSM(t)
@@ -30,8 +30,8 @@ func habits(t *testing.T) (b *backend, triesFile string) {
 	return b, triesFile
 }
 
-// refuses demands that w neither wraps nor opens, with a cause and a text, and that no
-// message shows a PIN.
+// refuses wants w to neither wrap nor open. Its errors have the cause, contain text and
+// show no PIN.
 func refuses(t *testing.T, w *Wrapper, slot seal.Slot, cause seal.Cause, text string) {
 	t.Helper()
 	_, wrapErr := w.Wrap(t.Context(), newKEK(t))
@@ -50,7 +50,7 @@ func setPIN(t *testing.T, w *Wrapper, pin string) {
 	ok(t, os.WriteFile(w.config.PINFile, []byte(pin+"\n"), 0o600))
 }
 
-// wrongPINs returns a check of how many wrong PINs the token has counted.
+// wrongPINs returns a function that checks the number of wrong PINs that the token counted.
 func wrongPINs(t *testing.T, triesFile string) func(want string) {
 	return func(want string) {
 		t.Helper()
@@ -60,9 +60,9 @@ func wrongPINs(t *testing.T, triesFile string) func(want string) {
 	}
 }
 
-// TestWrongPIN: a wrong PIN costs one try, however often unlocking is repeated and
-// by however many wrappers; the last try is never taken; a locked token is left
-// alone; and each state is over as soon as its reason is.
+// TestWrongPIN: a wrong PIN costs one try, however often and with however many wrappers
+// kleidi tries to unlock. kleidi never uses the last try, and does not log in to a locked
+// token. Each state is over as soon as its reason is.
 func TestWrongPIN(t *testing.T) {
 	b, triesFile := habits(t)
 	w := b.generated(t, 0, "kek")
@@ -88,7 +88,7 @@ func TestWrongPIN(t *testing.T) {
 	counted("2")
 	refuses(t, w, slot, seal.CauseCredentials, "one more wrong PIN locks it")
 	setPIN(t, w, testPIN) // not even the right one: nobody can know
-	refuses(t, w, slot, seal.CauseCredentials, "that try is left to you")
+	refuses(t, w, slot, seal.CauseCredentials, "kleidi leaves that try to you")
 	counted("2")
 
 	ok(t, os.WriteFile(triesFile, []byte("3\n"), 0o600))
@@ -97,7 +97,7 @@ func TestWrongPIN(t *testing.T) {
 	opens(t, w, slot, kek)
 }
 
-// TestOwnIV: a token that makes its own IV.
+// TestOwnIV: a token may replace the IV by one of its own.
 func TestOwnIV(t *testing.T) {
 	b, _ := habits(t)
 	t.Setenv("KLEIDI_TEST_OWN_IV", "1")

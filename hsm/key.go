@@ -3,11 +3,8 @@
 package hsm
 
 import (
-	"bytes"
-	"crypto/rand"
 	"crypto/rsa"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"math/big"
 	"slices"
@@ -18,17 +15,15 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// key is a key of the token.
+// key is a key on the token.
 type key struct {
 	handle pkcs11.ObjectHandle
 	class  string
 	name   keyName
-	public *rsa.PublicKey // RSA
+	public *rsa.PublicKey // of an RSA key
 }
 
-func attribute(typ uint, value any) *pkcs11.Attribute { return pkcs11.NewAttribute(typ, value) }
-
-// classes are the kinds of keys that wrap, in the order in which they are looked for.
+// classes are the classes of keys that can wrap, in the order of the search.
 var classes = []struct {
 	name        string
 	class, typ  uint
@@ -38,7 +33,8 @@ var classes = []struct {
 	{classPrivate, pkcs11.CKO_PRIVATE_KEY, pkcs11.CKK_RSA, "RSA"},
 }
 
-// findKey finds the one key that is meant, of a class if one is given.
+// findKey returns the one key that matches. If class is not empty, the key must be of
+// that class.
 func (s *session) findKey(want *keyMatch, class string) (*key, error) {
 	for _, c := range classes {
 		if want.class != "" && want.class != c.name || class != "" && class != c.name {
@@ -58,7 +54,7 @@ func (s *session) findKey(want *keyMatch, class string) (*key, error) {
 			"token %v has several %s keys that match %v", nameOf(s.token), c.description, want)
 	}
 	return nil, &seal.Error{Cause: seal.CauseKeyMissing, Err: fmt.Errorf("token %v: %w: %v", nameOf(s.token), ErrNoKey, want),
-		Hint: "if it was deleted, restore it from the token's backup, or unlock with another slot and kleidi slot remove this one; a new key is made by kleidi slot add pkcs11 --generate-key, or by kleidi init --generate-key where there is no keyring yet"}
+		Hint: "if it was deleted, restore it from the token's backup, or unlock with another keyslot and run kleidi slot remove for this one; kleidi slot add pkcs11 --generate-key makes a new key, or kleidi init --generate-key if there is no keyring yet"}
 }
 
 func (k keyMatch) String() string {
@@ -73,37 +69,6 @@ func (k keyMatch) String() string {
 		parts = append(parts, fmt.Sprintf("id %x", k.id))
 	}
 	return strings.Join(parts, ", ")
-}
-
-// findObjects returns the token objects that match, at most a few.
-func (s *session) findObjects(want *keyMatch, template ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
-	template = append(template, attribute(pkcs11.CKA_TOKEN, true))
-	if want.label != "" {
-		template = append(template, attribute(pkcs11.CKA_LABEL, want.label))
-	}
-	if len(want.id) > 0 {
-		template = append(template, attribute(pkcs11.CKA_ID, want.id))
-	}
-	if err := s.FindObjectsInit(s.h, template); err != nil {
-		return nil, fmt.Errorf("C_FindObjectsInit: %w", err)
-	}
-	handles, _, err := s.FindObjects(s.h, 4)
-	if err != nil {
-		err = fmt.Errorf("C_FindObjects: %w", err)
-	}
-	if final := s.FindObjectsFinal(s.h); final != nil && err == nil {
-		err = fmt.Errorf("C_FindObjectsFinal: %w", final)
-	}
-	return handles, err
-}
-
-// read returns an attribute, or nil where the token doesn't have or show it.
-func (s *session) read(o pkcs11.ObjectHandle, typ uint) []byte {
-	a, err := s.GetAttributeValue(s.h, o, []*pkcs11.Attribute{attribute(typ, nil)})
-	if err != nil || len(a) != 1 {
-		return nil
-	}
-	return a[0].Value
 }
 
 func (s *session) readKey(h pkcs11.ObjectHandle, class string) (*key, error) {
@@ -121,16 +86,16 @@ func (s *session) readKey(h pkcs11.ObjectHandle, class string) (*key, error) {
 	return k, k.setPublic(public)
 }
 
-// setPublic names an RSA key by its public part.
+// setPublic sets the public part of an RSA key, by which the key is named.
 func (k *key) setPublic(public *rsa.PublicKey) error {
 	digest, err := publicDigest(public)
 	k.public, k.name.Public = public, digest
 	return err
 }
 
-// readPublic reads the public part of an RSA key: from the key itself, or from
-// the public key object beside it, which is what tokens have who don't keep
-// the exponent with the private key.
+// readPublic reads the public part of an RSA key: from the key itself, or from the
+// public key object beside it. Some tokens don't keep the exponent with the private
+// key.
 func (s *session) readPublic(k *key) (*rsa.PublicKey, error) {
 	n, e := s.read(k.handle, pkcs11.CKA_MODULUS), s.read(k.handle, pkcs11.CKA_PUBLIC_EXPONENT)
 	if len(n) == 0 || len(e) == 0 {
@@ -149,9 +114,9 @@ func (s *session) readPublic(k *key) (*rsa.PublicKey, error) {
 	return &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(exponent.Int64())}, nil
 }
 
-// may reports whether the key allows a mechanism. What a token doesn't say is
-// left to the operation itself.
-func (s *session) may(k *key, m *mechanism) bool {
+// allows reports whether the key allows the mechanism. If the token doesn't say so, the
+// operation itself shows it.
+func (s *session) allows(k *key, m *mechanism) bool {
 	for _, permission := range m.needs {
 		if v := s.read(k.handle, permission); len(v) == 1 && v[0] == 0 {
 			return false
@@ -171,71 +136,3 @@ func (s *session) may(k *key, m *mechanism) bool {
 
 // ulong is the size of a CK_ULONG on the 64-bit platforms that kleidi runs on, in bytes.
 const ulong = 8
-
-// Templates of keys.
-const keySize = 32 // bytes, AES-256
-
-// generateKey makes a key that never leaves the token, and refuses where one that matches is there.
-func (s *session) generateKey(want *keyMatch) (*key, error) {
-	if want.class == classPrivate {
-		return nil, errors.New("generate a key: only AES keys are generated; leave type=private out of pkcs11.uri")
-	}
-	if want.label == "" {
-		return nil, errors.New("generate a key: it needs a label; add object=LABEL to pkcs11.uri")
-	}
-	old, err := s.findObjects(want, attribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY))
-	if err != nil {
-		return nil, err
-	}
-	if len(old) > 0 {
-		return nil, seal.Errorf(seal.CauseUnavailable, "leave --generate-key out to use that key, or choose another label",
-			"token %v has a key with %v already, and no key is overwritten", nameOf(s.token), want)
-	}
-	id := want.id
-	if len(id) == 0 {
-		id = make([]byte, 16)
-		rand.Read(id)
-	}
-	h, err := s.GenerateKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, s.template(want.label, id))
-	if err != nil {
-		return nil, fmt.Errorf("C_GenerateKey: %w", err)
-	}
-	k, err := s.checkGenerated(h, want)
-	if err != nil {
-		_ = s.DestroyObject(s.h, h) // it has wrapped nothing yet
-		return nil, err
-	}
-	return k, nil
-}
-
-// template is what a generated key is: for encrypting alone where the token can do that.
-func (s *session) template(label string, id []byte) []*pkcs11.Attribute {
-	wraps := true
-	for i := range mechanisms {
-		if m := &mechanisms[i]; m.class == classSecret && slices.Contains(m.needs, pkcs11.CKA_ENCRYPT) && s.offers(m) {
-			wraps = false
-		}
-	}
-	return []*pkcs11.Attribute{
-		attribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attribute(pkcs11.CKA_VALUE_LEN, keySize),
-		attribute(pkcs11.CKA_LABEL, label), attribute(pkcs11.CKA_ID, id),
-		attribute(pkcs11.CKA_TOKEN, true), attribute(pkcs11.CKA_PRIVATE, true), attribute(pkcs11.CKA_SENSITIVE, true), attribute(pkcs11.CKA_EXTRACTABLE, false),
-		attribute(pkcs11.CKA_ENCRYPT, !wraps), attribute(pkcs11.CKA_DECRYPT, !wraps), attribute(pkcs11.CKA_WRAP, wraps), attribute(pkcs11.CKA_UNWRAP, wraps),
-	}
-}
-
-// checkGenerated sees that the token did as it was told, and that nobody else
-// made a key of the same name meanwhile.
-func (s *session) checkGenerated(h pkcs11.ObjectHandle, want *keyMatch) (*key, error) {
-	if !bytes.Equal(s.read(h, pkcs11.CKA_SENSITIVE), []byte{1}) || !bytes.Equal(s.read(h, pkcs11.CKA_EXTRACTABLE), []byte{0}) {
-		return nil, seal.Errorf(seal.CauseUnavailable, "have the token's administrator allow sensitive keys that can't be extracted", "token %v made a key that could leave it", nameOf(s.token))
-	}
-	same, err := s.findObjects(want, attribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY))
-	if err != nil {
-		return nil, err
-	}
-	if len(same) != 1 {
-		return nil, seal.Errorf(seal.CauseUnavailable, "see what made it; then leave --generate-key out to use that key", "token %v got another key with %v at the same time", nameOf(s.token), want)
-	}
-	return s.readKey(h, classSecret)
-}

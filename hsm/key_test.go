@@ -28,7 +28,7 @@ func TestGenerateKey(t *testing.T) {
 			t.Errorf("%s: %+v", b.name, k)
 		}
 		_, err := w.GenerateKey(t.Context())
-		checkFault(t, err, seal.CauseUnavailable, "has a key with label \"kek\" already")
+		checkFault(t, err, seal.CauseUnavailable, "already has a key with label \"kek\"")
 		inSession(t, w, func(s *session) {
 			h := must[*key](t)(s.findKey(&w.target.key, "")).handle
 			for attr, want := range map[uint]byte{pkcs11.CKA_SENSITIVE: 1, pkcs11.CKA_EXTRACTABLE: 0, pkcs11.CKA_PRIVATE: 1, pkcs11.CKA_TOKEN: 1,
@@ -54,8 +54,8 @@ func TestGenerateKey(t *testing.T) {
 	}
 }
 
-// TestWrapLike: only slots of its own key are followed, known by the key or, on
-// another token, by opening them.
+// TestWrapLike: a wrapper wraps only like keyslots of its own key. It compares the names
+// of the keys, or opens the keyslot if that names another token.
 func TestWrapLike(t *testing.T) {
 	b := softHSM(t)
 	var w [3]*Wrapper
@@ -76,14 +76,14 @@ func TestWrapLike(t *testing.T) {
 			t.Errorf("%v, want ErrNotMine", err)
 		}
 	}
-	// The same key on a token of another name
+	// The same key on a token with another name
 	moved := must[*slotData](t)(parseSlot(like))
 	moved.Token.Label, moved.Token.Serial = "was", "elsewhere"
 	opens(t, w[0], must[seal.Slot](t)(moved.slot()), first)
 	opens(t, w[0], must[seal.Slot](t)(w[0].WrapLike(t.Context(), kek, must[seal.Slot](t)(moved.slot()))), kek)
 }
 
-// TestPublicKey: with the public key in the configuration, wrapping needs no token.
+// TestPublicKey: with a configured public key, wrapping does not use the token.
 func TestPublicKey(t *testing.T) {
 	b := nss(t)
 	w := b.keyFor(t, 0, "rsa", mechOAEP)
@@ -106,10 +106,10 @@ func TestPublicKey(t *testing.T) {
 	}
 }
 
-// TestLegacy: the token and key of kleidi 1.x.
+// TestLegacy: a wrapper finds the token and the key of kleidi 1.x.
 func TestLegacy(t *testing.T) {
 	b := softHSM(t)
-	// What the init container ran was pkcs11-tool --keygen --key-type aes:32 --label kleidi-kms-plugin
+	// The init container ran pkcs11-tool --keygen --key-type aes:32 --label kleidi-kms-plugin
 	inSession(t, newWrapper(t, b.config(t, 0, "none yet")), func(s *session) {
 		must[pkcs11.ObjectHandle](t)(s.GenerateKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
 			attribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attribute(pkcs11.CKA_VALUE_LEN, keySize),

@@ -21,19 +21,20 @@ import (
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
-// manyWraps is how many wraps must leave nothing behind.
+// manyWraps is the number of wraps that must leave nothing behind.
 const manyWraps = 10_000
 
-// heapNoise is what the C heap may grow by, in bytes: a thread that is new keeps up to
-// 250 kB for itself, see kleidi_scrub. 110 bytes a wrap of SoftHSM are more than that, and
-// the parameters of one AES-GCM are.
+// heapNoise is how much the C heap may grow, in bytes: a new thread keeps up to 250 kB for
+// itself, see kleidi_scrub. A leak of 110 bytes for each wrap with SoftHSM is more than
+// that, and so is a leak of the parameters of AES-GCM.
 const heapNoise = 1 << 20
 
-// left is what wraps could leave behind in the process.
+// left counts what wraps can leave behind in the process.
 type left struct{ goroutines, files, secrets, pages, heap int }
 
-// count counts; pages is resident memory in steps of 16 MiB, and heap what C holds, in
-// bytes: a session, a handle or a parameter that stayed would take some bytes each time.
+// count returns the current numbers. pages is the resident memory in steps of 16 MiB. heap
+// is the size of the C heap in bytes: a session, a handle or a parameter that is left
+// behind takes some bytes each time.
 func count(t *testing.T) left {
 	t.Helper()
 	files := must[[]os.DirEntry](t)(os.ReadDir("/proc/self/fd"))
@@ -76,8 +77,8 @@ func TestNothingLeftOfManyWraps(t *testing.T) {
 	}
 }
 
-// TestSecretsAreClosed: the garbage collector would close a Secret that was
-// forgotten, so it is off here.
+// TestSecretsAreClosed: every Secret is closed. The garbage collector, which would close a
+// forgotten one, is off here.
 func TestSecretsAreClosed(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
@@ -103,7 +104,7 @@ func TestSecretsAreClosed(t *testing.T) {
 	settles(t, func() bool { return count(t).secrets <= before })
 }
 
-// settles waits for what goroutines do after they have answered.
+// settles waits until goroutines have ended that run on after their result is delivered.
 func settles(t *testing.T, done func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !done(); runtime.Gosched() {
@@ -113,8 +114,7 @@ func settles(t *testing.T, done func() bool) {
 	}
 }
 
-// TestMemory: neither KEK nor PIN lies anywhere but in its locked memory, once an
-// operation is over.
+// TestMemory: after an operation, KEK and PIN are nowhere but in their Secrets.
 func TestMemory(t *testing.T) {
 	for _, b := range []*backend{softHSM(t), nss(t)} {
 		for _, name := range b.only {
@@ -136,7 +136,8 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-// TestPINInMemory sets a PIN that only other processes see in the clear.
+// TestPINInMemory: a login leaves no copy of the PIN. Only other processes have the PIN of
+// this test in plain.
 func TestPINInMemory(t *testing.T) {
 	b := softHSM(t)
 	secret := must[*seal.Secret](t)(seal.Memory{}.New(24))

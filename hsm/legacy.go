@@ -8,18 +8,18 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// LegacyKeyLabel is the label of the AES key that the init container of kleidi 1.x
-// made. Its CKA_ID is empty.
+// LegacyKeyLabel is the label of the AES key that the init container of kleidi 1.x made.
+// That key has no CKA_ID.
 const LegacyKeyLabel = "kleidi-kms-plugin"
 
-// MaxLegacy bounds a config.json of kleidi 1.x, in bytes.
+// MaxLegacy is the maximum size of a config.json of kleidi 1.x in bytes.
 const MaxLegacy = 64 << 10
 
-// ParseLegacy reads the config.json of kleidi 1.x: path, tokenLabel, tokenSerial
-// or slotNumber, and pin. It returns a configuration for that token and key,
-// without a PIN, and the PIN, which the caller closes: it belongs into a file of
-// its own. Letter case of the names is ignored, and what else the file says too,
-// as kleidi 1.x did. The caller clears b.
+// ParseLegacy parses a config.json of kleidi 1.x: path, tokenLabel, tokenSerial or
+// slotNumber, and pin. It returns a Config for that token and key, without the PIN, and
+// the PIN, which belongs in a file of its own. The caller closes the PIN and clears b.
+// As in kleidi 1.x, the case of the names does not matter, and other members are
+// ignored.
 func ParseLegacy(mem seal.Memory, b []byte) (Config, *seal.Secret, error) {
 	if len(b) > MaxLegacy {
 		return Config{}, nil, fmt.Errorf("config.json of kleidi 1.x: %d bytes, at most %d are read", len(b), MaxLegacy)
@@ -34,8 +34,8 @@ func ParseLegacy(mem seal.Memory, b []byte) (Config, *seal.Secret, error) {
 	err := json.Unmarshal(b, &old)
 	defer clear(old.Pin)
 	if err != nil {
-		// The error of package json could quote what stands where a PIN belongs
-		return Config{}, nil, errors.New("config.json of kleidi 1.x: it is no JSON object with path, tokenLabel and pin; see docs/pkcs11.md")
+		// The error of package json may quote the PIN
+		return Config{}, nil, errors.New("config.json of kleidi 1.x: it is not a JSON object with path, tokenLabel and pin; see docs/pkcs11.md")
 	}
 	pin, err := legacyPIN(mem, old.Pin)
 	if err != nil {
@@ -53,10 +53,11 @@ func ParseLegacy(mem seal.Memory, b []byte) (Config, *seal.Secret, error) {
 	return c, pin, nil
 }
 
-// legacyPIN unquotes a JSON string without a copy on the heap, unless it is escaped.
+// legacyPIN unquotes a JSON string without copying it to the heap. It refuses a string
+// with escapes.
 func legacyPIN(mem seal.Memory, quoted []byte) (*seal.Secret, error) {
 	if len(quoted) < 2 || quoted[0] != '"' {
-		return nil, errors.New("it has no pin, or one that is no string; write pin in quotes")
+		return nil, errors.New("it has no pin, or its pin is not a string; write pin in quotes")
 	}
 	pin := quoted[1 : len(quoted)-1]
 	for _, b := range pin {
@@ -65,7 +66,7 @@ func legacyPIN(mem seal.Memory, quoted []byte) (*seal.Secret, error) {
 		}
 	}
 	if len(pin) == 0 || len(pin) > maxPIN {
-		return nil, fmt.Errorf("its pin has not 1 to %d bytes; correct it", maxPIN)
+		return nil, fmt.Errorf("its pin does not have 1 to %d bytes; correct it", maxPIN)
 	}
 	return mem.Take(pin)
 }

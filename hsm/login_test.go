@@ -12,8 +12,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestSameWrongPINAgain: a wrong PIN costs one try however often its file is written
-// anew, and wherever it comes from. Another one is another try; a right one ends it.
+// TestSameWrongPINAgain: a wrong PIN costs one try, however often its file is written, and
+// whether it comes from the file or from the program. Another wrong PIN costs another try.
+// The right PIN logs in.
 func TestSameWrongPINAgain(t *testing.T) {
 	b, triesFile := habits(t)
 	w := b.generated(t, 0, "kek")
@@ -41,7 +42,7 @@ func TestSameWrongPINAgain(t *testing.T) {
 	counted("2")
 }
 
-// Login has a test come between.
+// Login calls f.login, if it is set.
 func (f *faulty) Login(h pkcs11.SessionHandle, user uint, pin string) error {
 	if f.login != nil {
 		if err := f.login(); err != nil {
@@ -51,10 +52,9 @@ func (f *faulty) Login(h pkcs11.SessionHandle, user uint, pin string) error {
 	return f.cryptoki.Login(h, user, pin)
 }
 
-// TestUnknownAnswerToLogin: an answer to C_Login that is neither yes nor no may have
-// counted as a wrong PIN, so that a PIN that never logged in is given once: no
-// repetition after a lost session, no later try, until there is another PIN or the
-// process starts anew.
+// TestUnknownAnswerToLogin: the token may have counted an ambiguous answer to C_Login as a
+// wrong PIN. So a PIN that has never logged in is given only once, until another PIN is
+// configured or the process starts again.
 func TestUnknownAnswerToLogin(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
@@ -68,7 +68,7 @@ func TestUnknownAnswerToLogin(t *testing.T) {
 		f.login = func() error { given++; return answer }
 		for range 5 {
 			refuses(t, w, slot, seal.CauseUnavailable, shown)
-			refuses(t, w, slot, seal.CauseUnavailable, "which may have counted as a wrong PIN, so this PIN is not given again")
+			refuses(t, w, slot, seal.CauseUnavailable, "may have counted that as a wrong PIN, so kleidi does not give this PIN again")
 		}
 		if given != 1 {
 			t.Errorf("%v: the PIN was given %d times", answer, given)
@@ -88,16 +88,16 @@ func TestUnknownAnswerToLogin(t *testing.T) {
 	}
 }
 
-// TestTroubleAtLogin: a device in trouble has refused no PIN, and kleidi tries again,
-// as it does with a PIN that has logged in, whatever the answer; but not with another
-// one where the token reports that a wrong PIN was entered.
+// TestTroubleAtLogin: kleidi tries a PIN again if the device was in trouble, unless the
+// token reports a wrong PIN. It tries a PIN that has logged in before again after every
+// ambiguous answer.
 func TestTroubleAtLogin(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
 	kek := newKEK(t)
 	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
 	f := fault(w)
-	for _, answer := range append(trouble, 0x80000105) {
+	for _, answer := range append(deviceTrouble, 0x80000105) {
 		f.login = func() error { return answer }
 		for range 3 {
 			refuses(t, w, slot, seal.CauseUnavailable, "kleidi tries again by itself")
@@ -114,21 +114,21 @@ func TestTroubleAtLogin(t *testing.T) {
 	given := 0
 	f.login = func() error { given++; return pkcs11.Error(pkcs11.CKR_DEVICE_ERROR) }
 	f.flags = pkcs11.CKF_USER_PIN_COUNT_LOW
-	refuses(t, w, slot, seal.CauseUnavailable, "so this PIN is not given again")
-	refuses(t, w, slot, seal.CauseUnavailable, "so this PIN is not given again")
+	refuses(t, w, slot, seal.CauseUnavailable, "so kleidi does not give this PIN again")
+	refuses(t, w, slot, seal.CauseUnavailable, "so kleidi does not give this PIN again")
 	if given != 1 {
 		t.Errorf("the PIN was given %d times to a token that counts a wrong one", given)
 	}
 }
 
-// TestTokenGoneAtLogin: a token that is taken out just then has looked at no PIN. It
-// is asked again, once at a time.
+// TestTokenGoneAtLogin: a token that was taken out during C_Login has not seen the PIN. So
+// kleidi gives it the PIN again, once for each operation.
 func TestTokenGoneAtLogin(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
 	kek := newKEK(t)
 	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
-	for _, answer := range gone {
+	for _, answer := range pinUnseen {
 		given := 0
 		f := fault(w)
 		f.login = func() error { given++; return answer }

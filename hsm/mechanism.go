@@ -18,25 +18,27 @@ import (
 // ckmKWP is CKM_AES_KEY_WRAP_KWP (PKCS#11 v3.0; RFC 5649).
 const ckmKWP = 0x210b
 
-// gcmContext is the additional data of aes-gcm slots: what the same key encrypted
-// for another purpose is no slot.
+// gcmContext is the additional data of aes-gcm keyslots. A ciphertext that the same key
+// made for another purpose does not open as a keyslot.
 var gcmContext = []byte("kleidi pkcs11 slot v1")
 
 const gcmTag = 16 // bytes
 
-// mechanism is one way to wrap with a key of a token.
+// mechanism is a way to wrap with a key on a token.
 type mechanism struct {
 	name  string
 	ckm   uint
 	class string
-	offer uint   // the CKF_ flags that C_GetMechanismInfo must show
-	needs []uint // the CKA_ permissions that the key must have
-	seal  func(s *session, k *key, m *mechanism, kek []byte, d *slotData) error
-	open  func(s *session, k *key, m *mechanism, d *slotData) ([]byte, error)
+	offer uint   // CKF_ flags that C_GetMechanismInfo must show
+	needs []uint // CKA_ permissions that the key must have
+	// seal wraps kek and puts the result into d.
+	seal func(s *session, k *key, m *mechanism, kek []byte, d *slotData) error
+	// open returns the KEK. The caller clears the whole capacity of the result.
+	open func(s *session, k *key, m *mechanism, d *slotData) ([]byte, error)
 }
 
-// mechanisms are in order of preference: first what authenticates with a context,
-// then what keeps the KEK out of the token's object store.
+// mechanisms are in the order of preference: first the mechanism that authenticates a
+// context, then those that do not make the KEK an object on the token.
 var mechanisms = []mechanism{
 	{mechGCM, pkcs11.CKM_AES_GCM, classSecret, pkcs11.CKF_ENCRYPT | pkcs11.CKF_DECRYPT, []uint{pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT}, sealGCM, openGCM},
 	{mechKWP, ckmKWP, classSecret, pkcs11.CKF_ENCRYPT | pkcs11.CKF_DECRYPT, []uint{pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT}, sealEncrypt, openDecrypt},
@@ -47,7 +49,7 @@ var mechanisms = []mechanism{
 
 func mechanismNamed(name string) *mechanism {
 	i := slices.IndexFunc(mechanisms, func(m mechanism) bool { return m.name == name })
-	return &mechanisms[i] // slotData.check knows the same names
+	return &mechanisms[i] // i >= 0, because slotData.check accepts these names only
 }
 
 func (m *mechanism) parameter() []*pkcs11.Mechanism {
@@ -57,18 +59,12 @@ func (m *mechanism) parameter() []*pkcs11.Mechanism {
 	return []*pkcs11.Mechanism{pkcs11.NewMechanism(m.ckm, nil)}
 }
 
-// offers reports whether the token can do a mechanism at all.
-func (s *session) offers(m *mechanism) bool {
-	info, err := s.GetMechanismInfo(s.slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(m.ckm, nil)})
-	return err == nil && info.Flags&m.offer == m.offer
-}
-
-// choose returns the first mechanism that the token offers and the key allows. A
-// non-empty only names those to choose from.
+// choose returns the first mechanism that the token offers and the key allows. If only
+// is not empty, it names the mechanisms to choose from.
 func (s *session) choose(k *key, only []string) (*mechanism, error) {
 	for i := range mechanisms {
 		m := &mechanisms[i]
-		if m.class == k.class && (len(only) == 0 || slices.Contains(only, m.name)) && s.offers(m) && s.may(k, m) {
+		if m.class == k.class && (len(only) == 0 || slices.Contains(only, m.name)) && s.offers(m) && s.allows(k, m) {
 			return m, nil
 		}
 	}
@@ -76,8 +72,8 @@ func (s *session) choose(k *key, only []string) (*mechanism, error) {
 		Hint: "use a key with CKA_ENCRYPT and CKA_DECRYPT (or CKA_WRAP and CKA_UNWRAP) and a token with AES-GCM, AES key wrap with padding, or RSA-OAEP with SHA-256"}
 }
 
-// sealGCM offers the token an IV. Some take it, some write their own in its place
-// and refuse one that is not zero.
+// sealGCM gives the token a random IV. Some tokens use it. Others use an IV of their own,
+// and some of these refuse an IV that is not zero.
 func sealGCM(s *session, k *key, m *mechanism, kek []byte, d *slotData) error {
 	random := make([]byte, minIV)
 	rand.Read(random)
@@ -101,7 +97,7 @@ func sealGCMWith(s *session, k *key, m *mechanism, kek []byte, d *slotData, iv [
 	used := params.IV()
 	if len(ciphertext) != len(kek)+gcmTag || !slices.ContainsFunc(used, func(b byte) bool { return b != 0 }) {
 		return seal.Errorf(seal.CauseUnavailable, "turn off the token's own form of AES-GCM, or give the key CKA_WRAP and CKA_UNWRAP only",
-			"token %v: its AES-GCM returned %d bytes with an IV of %d: that is not the standard's form", nameOf(s.token), len(ciphertext), len(used))
+			"token %v: its AES-GCM returned %d bytes with an IV of %d, which is not the form of the standard", nameOf(s.token), len(ciphertext), len(used))
 	}
 	d.IV, d.Ciphertext = used, ciphertext
 	return nil
@@ -140,8 +136,8 @@ func openDecrypt(s *session, k *key, m *mechanism, d *slotData) ([]byte, error) 
 	return s.decrypt(k, m.parameter(), d)
 }
 
-// carrier is the KEK as an object of the session, which ends with it. Nobody but
-// this session can see it.
+// carrier returns the attributes of an object that holds the KEK. It is an object of the
+// session: it ends with the session, and no other session sees it.
 func carrier(more ...*pkcs11.Attribute) []*pkcs11.Attribute {
 	return append([]*pkcs11.Attribute{
 		attribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET), attribute(pkcs11.CKA_TOKEN, false),
@@ -154,7 +150,7 @@ func sealWrapKey(s *session, k *key, m *mechanism, kek []byte, d *slotData) erro
 	if err != nil {
 		return fmt.Errorf("C_CreateObject: %w", err)
 	}
-	defer func() { _ = s.DestroyObject(s.h, h) }() // the session's end destroys it too
+	defer func() { _ = s.DestroyObject(s.h, h) }() // the end of the session destroys it too
 	ciphertext, err := s.WrapKey(s.h, m.parameter(), k.handle, h)
 	if err != nil {
 		return fmt.Errorf("C_WrapKey: %w", err)
@@ -176,7 +172,7 @@ func openUnwrapKey(s *session, k *key, m *mechanism, d *slotData) ([]byte, error
 	return a[0].Value, nil
 }
 
-// sealOAEP needs the public key only.
+// sealOAEP takes the public key only, and no session.
 func sealOAEP(_ *session, k *key, _ *mechanism, kek []byte, d *slotData) (err error) {
 	d.Ciphertext, err = rsa.EncryptOAEP(sha256.New(), rand.Reader, k.public, kek, nil)
 	return err

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -21,26 +22,28 @@ import (
 
 // module is a PKCS#11 module of this process.
 type module struct {
-	path  string
-	turn  chan struct{}             // whoever has put something in may call it
-	since atomic.Pointer[time.Time] // since when the present turn lasts
-	p     cryptoki                  // nil until it is loaded
-	tried tried                     // PINs that are not given again
+	path string
+	// lock holds an element while a call runs. It is a channel because a caller gives
+	// up waiting when its context ends.
+	lock    chan struct{}
+	started atomic.Pointer[time.Time] // when the running call, or else the last one, started
+	p       cryptoki                  // nil until the module is loaded
+	pins    pinRecord
 }
 
 func newModule(path string, p cryptoki) *module {
-	return &module{path: path, turn: make(chan struct{}, 1), p: p, tried: tried{by: map[tokenName]map[pinMark]pkcs11.Error{}, right: map[tokenName]pinMark{}}}
+	return &module{path: path, lock: make(chan struct{}, 1), p: p, pins: newPINRecord()}
 }
 
-// loaded holds the modules of the process. This is a global because what it
-// describes is one: dlopen returns the same library to whoever asks, and
-// C_Initialize, C_Login and C_Finalize act on the whole process.
+// loaded holds the modules of the process. It is a global because a module is one:
+// dlopen returns the same library to every caller, and C_Initialize, C_Login and
+// C_Finalize act on the whole process.
 var loaded = struct {
 	sync.Mutex
 	modules map[string]*module
 }{modules: map[string]*module{}}
 
-// moduleAt returns the module at a path, which need not be loaded or exist yet.
+// moduleAt returns the module at a path. It need not be loaded, and need not exist.
 func moduleAt(path string) *module {
 	if real, err := filepath.EvalSymlinks(path); err == nil {
 		path = real
@@ -55,16 +58,35 @@ func moduleAt(path string) *module {
 	return m
 }
 
-// do calls f while the module is initialised, as the only caller, and returns what
-// it returns. Where the session was lost, it does so once more from the start. When ctx ends first, do returns, but a call into a module can't be
-// cancelled: it goes on, and until it returns nobody else gets a turn. Then drop
-// is called with what f returned. end is called once in any case, when f no longer runs.
-func do[T any](ctx context.Context, m *module, initArgs string, f func() (T, error), drop func(T), end func()) (T, error) {
+// call is one operation on a module.
+type call[T any] struct {
+	run     func() (T, error)
+	discard func(T) // gets the result of run if nobody waits for it any more; may be nil
+	cleanup func()  // called exactly once, when run has ended or will not start; may be nil
+}
+
+func (c *call[T]) drop(result T) {
+	if c.discard != nil {
+		c.discard(result)
+	}
+}
+
+func (c *call[T]) end() {
+	if c.cleanup != nil {
+		c.cleanup()
+	}
+}
+
+// do initialises the module and runs c, while no other call runs. If the session is
+// lost, do runs c once more, from the start. If ctx ends before c does, do returns. The
+// call goes on, because a call into a module can't be cancelled, and other calls wait
+// for it.
+func do[T any](ctx context.Context, m *module, initArgs string, c call[T]) (T, error) {
 	var none T
 	select {
-	case m.turn <- struct{}{}:
+	case m.lock <- struct{}{}:
 	case <-ctx.Done():
-		end()
+		c.end()
 		return none, m.busy(ctx)
 	}
 	type result struct {
@@ -72,31 +94,31 @@ func do[T any](ctx context.Context, m *module, initArgs string, f func() (T, err
 		err   error
 	}
 	done := make(chan result, 1)
-	var delivered atomic.Bool // set by the first of the two who no longer wait for the other
+	var settled atomic.Bool // whether the result is delivered, or the caller has given up
 	start := time.Now()
-	m.since.Store(&start)
+	m.started.Store(&start)
 	go func() {
-		defer func() { <-m.turn }()
-		defer end()
+		defer func() { <-m.lock }()
+		defer c.end()
 		var value T
 		var err error
-		discreet(func() {
-			value, err = initialised(m, initArgs, f)
+		scrubbed(func() {
+			value, err = initialised(m, initArgs, c.run)
 			if isLost(err) && ctx.Err() == nil {
-				value, err = initialised(m, initArgs, f)
+				value, err = initialised(m, initArgs, c.run)
 			}
 		})
-		if delivered.CompareAndSwap(false, true) {
+		if settled.CompareAndSwap(false, true) {
 			done <- result{value, err}
 		} else if err == nil {
-			drop(value)
+			c.drop(value)
 		}
 	}()
 	select {
 	case r := <-done:
 		return r.value, r.err
 	case <-ctx.Done():
-		if !delivered.CompareAndSwap(false, true) {
+		if !settled.CompareAndSwap(false, true) {
 			r := <-done
 			return r.value, r.err
 		}
@@ -118,14 +140,13 @@ func initialised[T any](m *module, initArgs string, f func() (T, error)) (T, err
 	return f()
 }
 
-// load loads the module unless it is loaded.
+// load loads the module if it is not loaded yet.
 func (m *module) load() error {
 	if m.p != nil {
 		return nil
 	}
 	info, err := os.Stat(m.path)
-	switch {
-	case err != nil:
+	if err != nil {
 		return m.bad(err)
 	}
 	if err := checkModuleFile(info); err != nil {
@@ -139,20 +160,20 @@ func (m *module) load() error {
 	return nil
 }
 
-// checkModuleFile demands a regular file that nobody but root and this user may
-// change: what it holds is run as this user.
+// checkModuleFile demands a regular file that only root and this user may change. The
+// code in it runs as this user.
 func checkModuleFile(info fs.FileInfo) error {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	mode := info.Mode().Perm()
 	switch {
 	case !info.Mode().IsRegular():
-		return errors.New("it is no regular file")
+		return errors.New("it is not a regular file")
 	case mode&0o002 != 0:
-		return fmt.Errorf("its mode is %04o: anyone may write it, and it would run as this user; have root own it with mode 0644", mode)
+		return fmt.Errorf("its mode is %04o: anyone may write it, and its code would run as this user; have root own it with mode 0644", mode)
 	case !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid():
-		return errors.New("it belongs to another user than root and the one that runs kleidi, as which it would run; have root own it with mode 0644")
+		return errors.New("it belongs neither to root nor to the user that runs kleidi, and its code would run as that user; have root own it with mode 0644")
 	case mode&0o020 != 0 && st.Gid != 0:
-		return fmt.Errorf("its mode is %04o: its group %d may write it, and it would run as this user; have root own it with mode 0644", mode, st.Gid)
+		return fmt.Errorf("its mode is %04o: its group %d may write it, and its code would run as this user; have root own it with mode 0644", mode, st.Gid)
 	}
 	return nil
 }
@@ -162,14 +183,14 @@ func (m *module) bad(err error) error {
 		"load the PKCS#11 module %s: %.300w", m.path, err)
 }
 
-// initialize calls C_Initialize; what it returns undoes that. Where somebody else
-// in this process has initialised the module, it is theirs to finalise.
+// initialize calls C_Initialize, and returns a function that undoes it. If somebody else
+// in this process has initialised the module, that function does not finalise it.
 func (m *module) initialize(initArgs string) (finalize func(), err error) {
 	args, free := cString(initArgs)
 	for _, flags := range []uint{pkcs11.CKF_OS_LOCKING_OK, 0} {
 		err = m.p.Initialize(pkcs11.InitializeWithFlags(flags), pkcs11.InitializeWithReserved(args))
 		if !errors.Is(err, pkcs11.Error(pkcs11.CKR_CANT_LOCK)) {
-			break // all calls take turns: a module without locks will do
+			break // only one call runs at a time, so a module without locks will do
 		}
 	}
 	switch {
@@ -177,31 +198,46 @@ func (m *module) initialize(initArgs string) (finalize func(), err error) {
 		return free, nil
 	case err != nil:
 		free()
-		return nil, seal.Errorf(seal.CauseUnavailable, "see whether the module's own configuration is there and readable (SOFTHSM2_CONF for SoftHSM, initArgs for NSS)",
+		return nil, seal.Errorf(seal.CauseUnavailable, "see whether the module's own configuration exists and is readable (SOFTHSM2_CONF for SoftHSM, initArgs for NSS)",
 			"C_Initialize of %s: %w", m.path, err)
 	}
 	return func() {
-		_ = m.p.Finalize() // the work is done; the next turn tells whether the module is well
+		_ = m.p.Finalize() // the work is done; the next call shows whether the module is well
 		free()
 	}, nil
 }
 
-// busy and hangs say why ctx ended before the module answered.
+// busy is the error of a call that did not start before ctx ended.
 func (m *module) busy(ctx context.Context) error {
-	since := "just now"
-	if t := m.since.Load(); t != nil {
-		since = t.Format(time.TimeOnly)
+	started := "just now"
+	if t := m.started.Load(); t != nil {
+		started = t.Format(time.TimeOnly)
 	}
-	return seal.Errorf(seal.CauseUnavailable, "see whether the token's device or service hangs; if it does not come back by itself, mend it and restart kleidi",
-		"the PKCS#11 module %s is busy with a call made at %s: %w", m.path, since, context.Cause(ctx))
+	return seal.Errorf(seal.CauseUnavailable, "see whether the token's device or service hangs; if it does not recover by itself, repair it and restart kleidi",
+		"the PKCS#11 module %s is busy with a call made at %s: %w", m.path, started, context.Cause(ctx))
 }
 
+// hangs is the error of a call that did not end before ctx did.
 func (m *module) hangs(ctx context.Context) error {
 	return seal.Errorf(seal.CauseUnavailable, "see whether the token's device or service hangs; raise pkcs11.timeout if it is only slow",
 		"the PKCS#11 module %s did not answer: %w", m.path, context.Cause(ctx))
 }
 
-// errTimeout is why a context of [Wrapper] ended where its caller's did not.
+// errTimeout is the cause of a context that ended because of Config.Timeout.
 func errTimeout(d time.Duration) error {
 	return fmt.Errorf("%w: no answer within %s", context.DeadlineExceeded, d)
+}
+
+// sessionLost are the answers if a session, token or key went away during a call.
+var sessionLost = []pkcs11.Error{
+	pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED, pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_TOKEN_NOT_PRESENT,
+	pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_SLOT_ID_INVALID, pkcs11.CKR_DEVICE_ERROR,
+	pkcs11.CKR_OBJECT_HANDLE_INVALID, pkcs11.CKR_KEY_HANDLE_INVALID, pkcs11.CKR_OPERATION_NOT_INITIALIZED, pkcs11.CKR_OPERATION_ACTIVE,
+}
+
+// isLost reports whether err says that a session was lost, so that the call is repeated
+// in a new one.
+func isLost(err error) bool {
+	code, ok := errors.AsType[pkcs11.Error](err)
+	return ok && slices.Contains(sessionLost, code)
 }

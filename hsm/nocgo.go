@@ -8,7 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Without cgo no module can be loaded; New refuses, so that none of this is reached.
+// Without cgo no module can be loaded. New fails, so these methods are never called.
 
 const haveCgo = false
 
@@ -23,4 +23,4 @@ func (w *Wrapper) seal(_ context.Context, kek *seal.Secret, _ *slotData) (*slotD
 
 func (w *Wrapper) open(context.Context, *slotData) (*seal.Secret, error) { return nil, ErrNoCgo }
 func (w *Wrapper) generate(context.Context) (Key, error)                 { return Key{}, ErrNoCgo }
-func (w *Wrapper) look(context.Context) (Key, error)                     { return Key{}, ErrNoCgo }
+func (w *Wrapper) findKey(context.Context) (Key, error)                  { return Key{}, ErrNoCgo }

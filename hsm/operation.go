@@ -5,9 +5,7 @@ package hsm
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/miekg/pkcs11"
 
@@ -16,61 +14,85 @@ import (
 
 const haveCgo = true
 
-// lost are the codes of a session, token or key that went away during the operation.
-var lost = []pkcs11.Error{
-	pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED, pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_TOKEN_NOT_PRESENT,
-	pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_SLOT_ID_INVALID, pkcs11.CKR_DEVICE_ERROR,
-	pkcs11.CKR_OBJECT_HANDLE_INVALID, pkcs11.CKR_KEY_HANDLE_INVALID, pkcs11.CKR_OPERATION_NOT_INITIALIZED, pkcs11.CKR_OPERATION_ACTIVE,
+// operation is an operation in a session.
+type operation[T any] struct {
+	flags   uint // of C_OpenSession, beside CKF_SERIAL_SESSION
+	run     func(*session) (T, error)
+	discard func(T) // see call
+	cleanup func()  // see call
 }
 
-func isLost(err error) bool {
-	code, ok := errors.AsType[pkcs11.Error](err)
-	return ok && slices.Contains(lost, code)
-}
-
-// run runs f in a session. end is called once, when f no longer runs.
-func run[T any](ctx context.Context, w *Wrapper, flags uint, f func(*session) (T, error), drop func(T), end func()) (T, error) {
+// do runs an operation in a session of its own.
+func (o operation[T]) do(ctx context.Context, w *Wrapper) (T, error) {
+	var p *seal.Secret
+	c := call[T]{discard: o.discard, cleanup: func() {
+		closePIN(p)
+		if o.cleanup != nil {
+			o.cleanup()
+		}
+	}}
 	var none T
 	if err := ctx.Err(); err != nil {
-		end()
+		c.end()
 		return none, err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, w.target.timeout, errTimeout(w.target.timeout))
 	defer cancel()
-	var p *seal.Secret
 	if w.target.pin != nil {
 		var err error
 		if p, err = w.target.pin(ctx); err != nil {
-			end()
+			c.end()
 			return none, err
 		}
 	}
-	m := w.find(w.target.module)
-	return do(ctx, m, w.target.initArgs, func() (T, error) { return withSession(m, w, p, flags, f) }, drop, func() { closePIN(p); end() })
+	m := w.moduleAt(w.target.module)
+	c.run = func() (T, error) { return withSession(m, w, p, o.flags, o.run) }
+	return do(ctx, m, w.target.initArgs, c)
 }
 
-// seal wraps kek, which it closes.
+// withSession finds the token, opens a session, logs in and calls f. Then it logs out and
+// closes the session.
+func withSession[T any](m *module, w *Wrapper, p *seal.Secret, flags uint, f func(*session) (T, error)) (result T, err error) {
+	s := &session{cryptoki: m.p}
+	if s.slot, s.token, err = findToken(m.p, &w.target.token); err != nil {
+		return result, err
+	}
+	if s.h, err = s.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|flags); err != nil {
+		return result, fmt.Errorf("C_OpenSession: %w", err)
+	}
+	defer func() { _ = s.CloseSession(s.h) }() // it fails for a lost session, which is closed
+	logout, err := s.login(&m.pins, p, w.config.Memory)
+	if err != nil {
+		return result, err
+	}
+	defer logout()
+	return f(s)
+}
+
+// seal wraps kek and closes it. If like is not nil, seal fails unless the same key made
+// that slot.
 func (w *Wrapper) seal(ctx context.Context, kek *seal.Secret, like *slotData) (*slotData, error) {
-	end := func() { _ = kek.Close() }
+	closeKEK := func() { _ = kek.Close() }
 	if w.config.PublicKey != nil {
-		defer end()
+		defer closeKEK()
 		return w.sealPublic(ctx, kek, like)
 	}
-	return run(ctx, w, 0, func(s *session) (*slotData, error) {
+	return operation[*slotData]{cleanup: closeKEK, run: func(s *session) (*slotData, error) {
 		k, err := s.findKey(&w.target.key, "")
 		if err != nil {
 			return nil, err
 		}
 		if like != nil {
-			if err := s.owns(k, like, w); err != nil {
+			if err := s.checkMadeBy(k, like, w); err != nil {
 				return nil, err
 			}
 		}
 		return s.seal(k, kek, w, w.only)
-	}, func(*slotData) {}, end)
+	}}.do(ctx, w)
 }
 
-// sealPublic wraps for an RSA key whose public part is configured: without the token.
+// sealPublic wraps with an RSA key whose public part is configured. It does not use the
+// token.
 func (w *Wrapper) sealPublic(ctx context.Context, kek *seal.Secret, like *slotData) (*slotData, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -94,12 +116,12 @@ func (s *session) seal(k *key, kek *seal.Secret, w *Wrapper, only []string) (*sl
 		return nil, err
 	}
 	d := &slotData{Form: form1, Mechanism: m.name, Token: nameOf(s.token), Key: k.name}
-	return d, lend(w.config.Memory, kek, func(b []byte) error { return m.seal(s, k, m, b, d) })
+	return d, withCopy(w.config.Memory, kek, func(b []byte) error { return m.seal(s, k, m, b, d) })
 }
 
-// owns says whether k made the slot like: by names, and if the token's differs by
-// opening it, since a token may be another one's copy.
-func (s *session) owns(k *key, like *slotData, w *Wrapper) error {
+// checkMadeBy checks that k made the slot like. It compares their names. If the slot
+// names another token, it opens the slot, because a token may be a copy of another one.
+func (s *session) checkMadeBy(k *key, like *slotData, w *Wrapper) error {
 	if mechanismNamed(like.Mechanism).class == k.class && like.Key.same(k.name) && (k.class == classPrivate || like.Token == nameOf(s.token)) {
 		return nil
 	}
@@ -111,12 +133,15 @@ func (s *session) owns(k *key, like *slotData, w *Wrapper) error {
 }
 
 func (w *Wrapper) open(ctx context.Context, d *slotData) (*seal.Secret, error) {
-	return run(ctx, w, 0, func(s *session) (*seal.Secret, error) { return s.open(d, w) }, func(kek *seal.Secret) { _ = kek.Close() }, func() {})
+	return operation[*seal.Secret]{
+		run:     func(s *session) (*seal.Secret, error) { return s.open(d, w) },
+		discard: func(kek *seal.Secret) { _ = kek.Close() },
+	}.do(ctx, w)
 }
 
-// open opens a slot. Tokens say all manner of things of a ciphertext that does not
-// authenticate; so when one fails, the key shows with a fresh one whether it is
-// the token or the slot.
+// open opens a slot. Tokens have many answers to a ciphertext that does not authenticate.
+// So if a slot does not open, open wraps and opens a fresh KEK, which shows whether the
+// token or the slot is to blame.
 func (s *session) open(d *slotData, w *Wrapper) (*seal.Secret, error) {
 	m := mechanismNamed(d.Mechanism)
 	k, err := s.findKey(&w.target.key, m.class)
@@ -140,10 +165,10 @@ func (s *session) open(d *slotData, w *Wrapper) (*seal.Secret, error) {
 	case m.class == classSecret && d.Token != nameOf(s.token):
 		return nil, seal.ErrNotMine
 	}
-	return nil, otherKey("it does not open, and what the same key has just wrapped does: %w", err)
+	return nil, otherKey("it does not open, but a KEK that the same key has just wrapped does: %w", err)
 }
 
-// probe wraps a random KEK and opens it.
+// probe checks that the key works: it wraps a random KEK and opens it.
 func (s *session) probe(k *key, m *mechanism, w *Wrapper) error {
 	kek, err := w.config.Memory.NewKEK()
 	if err != nil {
@@ -159,36 +184,24 @@ func (s *session) probe(k *key, m *mechanism, w *Wrapper) error {
 	return err
 }
 
-// same reports whether both name one key. A label can be changed, so the IDs
-// decide where both have one.
-func (k keyName) same(o keyName) bool {
-	if string(k.Public) != string(o.Public) {
-		return false
-	}
-	if len(k.ID) > 0 && len(o.ID) > 0 {
-		return string(k.ID) == string(o.ID)
-	}
-	return k.Label == o.Label
-}
-
 func (w *Wrapper) generate(ctx context.Context) (Key, error) {
-	return run(ctx, w, pkcs11.CKF_RW_SESSION, func(s *session) (Key, error) {
+	return operation[Key]{flags: pkcs11.CKF_RW_SESSION, run: func(s *session) (Key, error) {
 		k, err := s.generateKey(&w.target.key)
 		if err != nil {
 			return Key{}, err
 		}
 		return s.describe(k, w.only)
-	}, func(Key) {}, func() {})
+	}}.do(ctx, w)
 }
 
-func (w *Wrapper) look(ctx context.Context) (Key, error) {
-	return run(ctx, w, 0, func(s *session) (Key, error) {
+func (w *Wrapper) findKey(ctx context.Context) (Key, error) {
+	return operation[Key]{run: func(s *session) (Key, error) {
 		k, err := s.findKey(&w.target.key, "")
 		if err != nil {
 			return Key{}, err
 		}
 		return s.describe(k, w.only)
-	}, func(Key) {}, func() {})
+	}}.do(ctx, w)
 }
 
 func (s *session) describe(k *key, only []string) (Key, error) {

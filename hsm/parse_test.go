@@ -32,11 +32,11 @@ func TestParseURI(t *testing.T) {
 	const secret = "hunter2"
 	for s, want := range map[string]string{
 		"http:" + secret:                              "begin with pkcs11:",
-		"pkcs11:object=k?pin-value=" + secret:         "does not belong into a configuration",
+		"pkcs11:object=k?pin-value=" + secret:         "does not belong in a configuration",
 		"pkcs11:object=k?pin-value=" + secret + "%zz": "malformed %-escape",
-		"pkcs11:object=k?pin-source=|" + secret:       "nothing else is read or run",
+		"pkcs11:object=k?pin-source=|" + secret:       "kleidi reads and runs nothing else",
 		"pkcs11:object=k?pin-source=file:" + secret:   "file:/absolute/path",
-		"pkcs11:object=k?module-name=softhsm":         "not searched for by name",
+		"pkcs11:object=k?module-name=softhsm":         "does not search for modules by name",
 		"pkcs11:object=k?module-path=m.so":            "absolute path",
 		"pkcs11:object=k;object=l":                    "twice",
 		"pkcs11:object=":                              "empty",
@@ -82,10 +82,10 @@ func TestConfig(t *testing.T) {
 		{"", func(c *Config) { c.TokenLabel, c.KeyLabel = "t", "k" }},
 		{"", func(c *Config) { c.Module, c.URI = "", c.URI+"?module-path=/m.so" }},
 		{"no PKCS#11 module is named", func(c *Config) { c.Module = "" }},
-		{"no absolute path", func(c *Config) { c.Module = "m.so" }},
+		{"not an absolute path", func(c *Config) { c.Module = "m.so" }},
 		{"module and the URI's module-path differ", func(c *Config) { c.URI += "?module-path=/n.so" }},
 		{"tokenLabel and the URI's token differ", func(c *Config) { c.TokenLabel = "u" }},
-		{"pinFile \"p\" is no absolute path", func(c *Config) { c.PINFile = "p" }},
+		{"pinFile \"p\" is not an absolute path", func(c *Config) { c.PINFile = "p" }},
 		{"no key is named", func(c *Config) { c.URI = "pkcs11:token=t" }},
 		{"a token's label has at most", func(c *Config) { c.URI, c.KeyLabel, c.TokenLabel = "", "k", strings.Repeat("t", 33) }},
 		{"a key's label has at most", func(c *Config) { c.KeyID = make([]byte, maxKeyID+1) }},
@@ -107,7 +107,7 @@ func TestConfig(t *testing.T) {
 	}
 }
 
-// TestPINSource: a PIN comes from wherever the program says.
+// TestPINSource: the PIN comes from the file or from the program, as configured.
 func TestPINSource(t *testing.T) {
 	c := Config{Module: "/m.so", KeyLabel: "k", PIN: func(context.Context) (*seal.Secret, error) { return seal.Memory{}.Take([]byte("1234")) }}
 	target, err := c.resolve()
@@ -145,7 +145,7 @@ func TestPINSource(t *testing.T) {
 	}
 }
 
-// size is that of a PIN, 0 for none.
+// size returns the size of a PIN, or 0 for none.
 func size(p *seal.Secret) (n int) {
 	if p != nil {
 		p.With(func(b []byte) { n = len(b) })
@@ -216,7 +216,7 @@ func TestParseLegacy(t *testing.T) {
 const goldenSlot = `{"form":"pkcs11-v1","mechanism":"aes-gcm","token":{"label":"kleidi-a","serial":"ce3c1e1af5af1d86"},"key":{"label":"kek","id":"0102"},` +
 	`"iv":"AAECAwQFBgcICQoL","ciphertext":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"}`
 
-// TestGoldenSlot: this form is read for good.
+// TestGoldenSlot: kleidi reads this form of a keyslot for ever.
 func TestGoldenSlot(t *testing.T) {
 	d, err := parseSlot(seal.Slot{Type: seal.TypePKCS11, Data: []byte(goldenSlot)})
 	if err != nil {
@@ -228,7 +228,7 @@ func TestGoldenSlot(t *testing.T) {
 	}
 }
 
-// TestWhoseSlot: a key is known by its ID, and by its label where one has no ID.
+// TestWhoseSlot: keys are compared by their IDs, or by their labels if one has no ID.
 func TestWhoseSlot(t *testing.T) {
 	for _, row := range []struct {
 		config keyMatch
@@ -242,7 +242,7 @@ func TestWhoseSlot(t *testing.T) {
 		{keyMatch{label: "b", id: []byte{2}}, keyName{Label: "b", ID: hexID{1}}, false},
 		{keyMatch{id: []byte{2}}, keyName{Label: "b"}, true},
 	} {
-		if got := row.config.mayBe(row.slot); got != row.want {
+		if got := row.config.mayMatch(row.slot); got != row.want {
 			t.Errorf("%v, slot of %+v: %v", row.config, row.slot, got)
 		}
 	}

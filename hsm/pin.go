@@ -13,20 +13,20 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// maxPIN bounds a PIN, in bytes.
+// maxPIN is the maximum size of a PIN in bytes.
 const maxPIN = 255
 
-// closePIN closes a PIN, if there is one.
+// closePIN closes p unless it is nil.
 func closePIN(p *seal.Secret) {
 	if p != nil {
 		_ = p.Close()
 	}
 }
 
-// ReadPIN reads the first line of a file that only its owner may read: a PIN of 1
-// to 255 bytes. Its errors are of [seal.CauseCredentials] and quote nothing.
+// ReadPIN reads a PIN of 1 to 255 bytes from the first line of a file that only its owner
+// may read. Its errors have the cause [seal.CauseCredentials] and do not quote the file.
 func ReadPIN(mem seal.Memory, path string) (*seal.Secret, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO must not make us wait
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // opening a FIFO must not block
 	if err != nil {
 		return nil, badPIN(path, err)
 	}
@@ -59,13 +59,13 @@ func badPIN(path string, err error) error {
 		"read the PIN file %s: %w", path, err)
 }
 
-// checkPINFile demands a regular file that belongs to root or to this user and
-// that nobody else may read or write.
+// checkPINFile demands a regular file that belongs to root or to this user, and that
+// nobody else may read or write.
 func checkPINFile(info fs.FileInfo) error {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	switch {
 	case !info.Mode().IsRegular():
-		return errors.New("it is no regular file")
+		return errors.New("it is not a regular file")
 	case info.Mode().Perm()&0o077 != 0:
 		return fmt.Errorf("its mode is %04o: others than its owner may use it", info.Mode().Perm())
 	case !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid():
@@ -74,7 +74,7 @@ func checkPINFile(info fs.FileInfo) error {
 	return nil
 }
 
-// trimLine cuts b before its first line end.
+// trimLine returns the first line of b, without its end.
 func trimLine(b []byte) []byte {
 	if i := bytes.IndexAny(b, "\r\n"); i >= 0 {
 		return b[:i]

@@ -13,7 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// form1 is the first form of a slot's data.
+// form1 names the first version of slotData.
 const form1 = "pkcs11-v1"
 
 // Classes of keys, as the type attribute of a PKCS#11 URI names them.
@@ -31,15 +31,16 @@ const (
 	mechOAEP    = "rsa-oaep-sha256"      // CKM_RSA_PKCS_OAEP, SHA-256, MGF1 with SHA-256, no label
 )
 
-// maxCiphertext bounds what wraps 32 bytes: an RSA key of 16384 bits. maxIV is the
-// longest IV that a token made by itself.
+// Sizes in bytes.
 const (
+	// maxCiphertext is the size of a ciphertext of an RSA key of 16384 bits.
 	maxCiphertext = 2048
-	minIV, maxIV  = 12, 16
+	// A token may use an IV of its own, of up to maxIV.
+	minIV, maxIV = 12, 16
 )
 
-// slotData is the JSON in Slot.Data. All of it is untrusted. What names token and
-// key is compared with what the configuration found, and shown; nothing is looked up by it.
+// slotData is the JSON in Slot.Data. It is untrusted. The names of token and key are
+// shown, and compared with the configured ones; nothing is looked up by them.
 type slotData struct {
 	Form       string    `json:"form"`
 	Mechanism  string    `json:"mechanism"`
@@ -49,14 +50,14 @@ type slotData struct {
 	Ciphertext []byte    `json:"ciphertext"`
 }
 
-// tokenName says on which token a slot was made. It may open on another one: a
+// tokenName names the token that made a keyslot. The keyslot may open on another token: a
 // backup, or another member of a cluster of HSMs.
 type tokenName struct {
 	Label  string `json:"label,omitempty"`
 	Serial string `json:"serial,omitempty"`
 }
 
-// keyName says which key made a slot.
+// keyName names the key that made a keyslot.
 type keyName struct {
 	Label string `json:"label,omitempty"`
 	ID    hexID  `json:"id,omitempty"`
@@ -64,7 +65,7 @@ type keyName struct {
 	Public hexID `json:"public,omitempty"`
 }
 
-// hexID is bytes that JSON and messages show in hexadecimal.
+// hexID is a byte string that JSON and messages show in hexadecimal.
 type hexID []byte
 
 // MarshalText implements encoding.TextMarshaler.
@@ -77,19 +78,20 @@ func (h *hexID) UnmarshalText(b []byte) error {
 	return err
 }
 
-// otherKey is for a slot that a key of the right name does not open: the key may be a new
-// one of that name.
+// otherKey is the error for a keyslot that a key of the right name does not open. The key
+// may be a new one of the same name.
 func otherKey(format string, args ...any) error {
-	return seal.Errorf(seal.CauseSlotCorrupt, "if the key was made anew, or the token replaced, run kleidi slot rewrap with --new-key, or kleidi slot remove and kleidi slot add pkcs11; else bring back an undamaged keyring with kleidi keyring restore",
-		"the pkcs11 slot is damaged, or of another key: "+format, args...)
+	return seal.Errorf(seal.CauseSlotCorrupt, "if the key was made again, or the token replaced, run kleidi slot rewrap with --new-key, or kleidi slot remove and kleidi slot add pkcs11; else bring back an undamaged keyring with kleidi keyring restore",
+		"the pkcs11 keyslot is damaged, or of another key: "+format, args...)
 }
 
 func corrupt(format string, args ...any) error {
-	return seal.Errorf(seal.CauseSlotCorrupt, "bring back an undamaged keyring with kleidi keyring restore, or make the slot anew with kleidi slot add pkcs11",
-		"the pkcs11 slot is damaged: "+format, args...)
+	return seal.Errorf(seal.CauseSlotCorrupt, "bring back an undamaged keyring with kleidi keyring restore, or replace the keyslot with kleidi slot add pkcs11",
+		"the pkcs11 keyslot is damaged: "+format, args...)
 }
 
-// parseSlot reads a slot's data strictly and within bounds.
+// parseSlot parses the data of a keyslot. It refuses unknown and duplicate members, and
+// values over the limits.
 func parseSlot(slot seal.Slot) (*slotData, error) {
 	if slot.Type != seal.TypePKCS11 || slot.Node != "" {
 		return nil, seal.ErrNotMine
@@ -111,7 +113,7 @@ func parseSlot(slot seal.Slot) (*slotData, error) {
 	return &d, nil
 }
 
-// check holds for what is written as for what is read.
+// check checks data that is read, and data before it is written.
 func (d *slotData) check() error {
 	if d.Form != form1 {
 		return fmt.Errorf("form %.40q is not known to this version", d.Form)
@@ -146,7 +148,7 @@ func (d *slotData) check() error {
 
 func (d *slotData) slot() (seal.Slot, error) {
 	if err := d.check(); err != nil {
-		return seal.Slot{}, fmt.Errorf("what the token made is no slot: %w", err)
+		return seal.Slot{}, fmt.Errorf("the token's result makes no keyslot: %w", err)
 	}
 	data, err := json.Marshal(d)
 	if err != nil {
@@ -155,19 +157,31 @@ func (d *slotData) slot() (seal.Slot, error) {
 	return seal.Slot{Type: seal.TypePKCS11, Data: data}, nil
 }
 
-// mayBe reports whether the key that a slot names may be the configured one.
-func (k keyMatch) mayBe(name keyName) bool {
+// same reports whether k and o name the same key. If both have an ID, the IDs decide,
+// because a label can be changed.
+func (k keyName) same(o keyName) bool {
+	if string(k.Public) != string(o.Public) {
+		return false
+	}
+	if len(k.ID) > 0 && len(o.ID) > 0 {
+		return string(k.ID) == string(o.ID)
+	}
+	return k.Label == o.Label
+}
+
+// mayMatch reports whether the key that a keyslot names may be the configured one.
+func (k keyMatch) mayMatch(name keyName) bool {
 	if len(k.id) > 0 && len(name.ID) > 0 {
 		return string(k.id) == string(name.ID)
 	}
 	return k.label == "" || name.Label == "" || len(name.ID) > 0 || k.label == name.Label
 }
 
-// Sizes of RSA keys, in bits.
+// Sizes of RSA keys in bits.
 const minRSA, maxRSA = 2048, 16384
 
-// publicDigest is the SHA-256 digest of an RSA key's SubjectPublicKeyInfo. It refuses
-// keys that are no use.
+// publicDigest returns the SHA-256 digest of an RSA key's SubjectPublicKeyInfo. It fails
+// for a key that is too small, too large or has an unusual exponent.
 func publicDigest(public *rsa.PublicKey) (hexID, error) {
 	if n := public.N.BitLen(); n < minRSA || n > maxRSA || public.E < 3 || public.E%2 == 0 {
 		return nil, fmt.Errorf("the RSA key has %d bits and exponent %d; use one of %d to %d bits with exponent 65537", n, public.E, minRSA, maxRSA)

@@ -11,80 +11,55 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// session is an open session with the token that is meant.
-type session struct {
-	cryptoki
-	h     pkcs11.SessionHandle
-	slot  uint
-	token pkcs11.TokenInfo
-}
-
-// withSession finds the token, opens a session, logs in, calls f, and undoes all that.
-func withSession[T any](m *module, w *Wrapper, p *seal.Secret, flags uint, f func(*session) (T, error)) (result T, err error) {
-	s := &session{cryptoki: m.p}
-	if err := s.find(&w.target.token); err != nil {
-		return result, err
-	}
-	if s.h, err = s.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|flags); err != nil {
-		return result, fmt.Errorf("C_OpenSession: %w", err)
-	}
-	defer func() { _ = s.CloseSession(s.h) }() // a session that is gone is closed
-	logout, err := s.login(&m.tried, p, w.config.Memory)
-	if err != nil {
-		return result, err
-	}
-	defer logout()
-	return f(s)
-}
-
-// trim removes the padding of PKCS#11's fixed fields, and what is no text.
+// trim removes the padding of PKCS#11's fixed fields, and replaces bytes that are not
+// UTF-8.
 func trim(s string) string { return strings.ToValidUTF8(strings.TrimRight(s, " \x00"), "?") }
 
 func nameOf(t pkcs11.TokenInfo) tokenName { return tokenName{trim(t.Label), trim(t.SerialNumber)} }
 
 func (n tokenName) String() string { return fmt.Sprintf("%q (serial %q)", n.Label, n.Serial) }
 
-// matches reports whether the token in a slot is meant.
+// matches reports whether the token in this slot of the module is the configured one.
 func (t *tokenMatch) matches(slot uint, info pkcs11.TokenInfo) bool {
-	is := func(want, have string) bool { return want == "" || trim(want) == trim(have) }
-	return is(t.label, info.Label) && is(t.serial, info.SerialNumber) && is(t.manufacturer, info.ManufacturerID) && is(t.model, info.Model) &&
+	equal := func(want, have string) bool { return want == "" || trim(want) == trim(have) }
+	return equal(t.label, info.Label) && equal(t.serial, info.SerialNumber) && equal(t.manufacturer, info.ManufacturerID) && equal(t.model, info.Model) &&
 		(t.slotID == nil || *t.slotID == slot)
 }
 
-// shownTokens bounds how many tokens an error lists.
+// shownTokens is the maximum number of tokens that an error lists.
 const shownTokens = 6
 
-// find finds the one token that is meant.
-func (s *session) find(want *tokenMatch) error {
-	slots, err := s.GetSlotList(true)
+// findToken returns the one token that matches, and the slot of the module that it is in.
+func findToken(p cryptoki, want *tokenMatch) (slot uint, token pkcs11.TokenInfo, err error) {
+	slots, err := p.GetSlotList(true)
 	if err != nil {
-		return fmt.Errorf("C_GetSlotList: %w", err)
+		return 0, token, fmt.Errorf("C_GetSlotList: %w", err)
 	}
-	var there []string
+	var present []string
 	found := 0
-	for _, slot := range slots {
-		info, err := s.GetTokenInfo(slot)
+	for _, candidate := range slots {
+		info, err := p.GetTokenInfo(candidate)
 		if err != nil {
-			continue // it was taken out, or is not one
+			continue // the token was taken out in the meantime
 		}
-		if there = append(there, nameOf(info).String()); len(there) > shownTokens {
-			there = append(there[:shownTokens], "…")
+		if present = append(present, nameOf(info).String()); len(present) > shownTokens {
+			present = append(present[:shownTokens], "…")
 		}
-		if want.matches(slot, info) {
-			s.slot, s.token = slot, info
+		if want.matches(candidate, info) {
+			slot, token = candidate, info
 			found++
 		}
 	}
 	if found == 1 {
-		return nil
+		return slot, token, nil
 	}
-	list := strings.Join(there, ", ")
+	list := strings.Join(present, ", ")
 	if list == "" {
 		list = "none"
 	}
 	if found > 1 {
-		return seal.Errorf(seal.CauseUnavailable, "add serial=… to pkcs11.uri", "%d tokens match the configuration; the module shows: %s", found, list)
+		return 0, token, seal.Errorf(seal.CauseUnavailable, "add serial=… to pkcs11.uri", "%d tokens match the configuration; the module shows: %s", found, list)
 	}
-	return seal.Errorf(seal.CauseUnavailable, "connect the token, or name one of those with token=… in pkcs11.uri; kleidi tries again by itself",
+	return 0, token, seal.Errorf(seal.CauseUnavailable, "connect the token, or name one of those with token=… in pkcs11.uri; kleidi tries again by itself",
 		"the token is not there; the module shows: %s", list)
 }

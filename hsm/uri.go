@@ -10,10 +10,10 @@ import (
 	"unicode/utf8"
 )
 
-// maxURI bounds a PKCS#11 URI, in bytes.
+// maxURI is the maximum size of a PKCS#11 URI in bytes.
 const maxURI = 4096
 
-// uri is what kleidi takes from a PKCS#11 URI (RFC 7512).
+// uri holds the attributes of a PKCS#11 URI (RFC 7512) that kleidi uses.
 type uri struct {
 	token, serial, manufacturer, model string
 	slotID                             *uint
@@ -24,7 +24,7 @@ type uri struct {
 	pinFile                            string
 }
 
-// pathAttributes are the attributes of the URI's path and what each sets.
+// pathAttributes are the attributes of the path of a URI, and what each sets.
 var pathAttributes = map[string]func(u *uri, v string) error{
 	"token":        func(u *uri, v string) error { u.token = v; return nil },
 	"serial":       func(u *uri, v string) error { u.serial = v; return nil },
@@ -36,21 +36,21 @@ var pathAttributes = map[string]func(u *uri, v string) error{
 	"slot-id":      (*uri).setSlotID,
 }
 
-// queryAttributes are those of its query.
+// queryAttributes are the attributes of the query of a URI.
 var queryAttributes = map[string]func(u *uri, v string) error{
 	"module-path": (*uri).setModulePath,
 	"pin-source":  (*uri).setPINSource,
 	"pin-value": func(*uri, string) error {
-		return errors.New("a PIN does not belong into a configuration; put it into a file of mode 0600 and name that with pinFile")
+		return errors.New("a PIN does not belong in a configuration; put it into a file of mode 0600 and name that file with pinFile")
 	},
 	"module-name": func(*uri, string) error {
-		return errors.New("modules are not searched for by name; write module-path=/absolute/path")
+		return errors.New("kleidi does not search for modules by name; write module-path=/absolute/path")
 	},
 }
 
-// parseURI reads a PKCS#11 URI strictly: an attribute that kleidi doesn't know
-// would silently widen what matches, so it is an error. No error quotes a value:
-// someone may have put a PIN there.
+// parseURI parses a PKCS#11 URI. An unknown attribute is an error, because to ignore it
+// could make more tokens and keys match. Errors do not quote values, because someone may
+// have put a PIN there.
 func parseURI(s string) (*uri, error) {
 	rest, ok := strings.CutPrefix(s, "pkcs11:")
 	if !ok || len(s) > maxURI {
@@ -87,7 +87,7 @@ func (u *uri) parse(part, separator string, known map[string]func(*uri, string) 
 			return fmt.Errorf("the PKCS#11 URI's %s= has a malformed %%-escape; write two hexadecimal digits after each %%", name)
 		}
 		if name != "id" && (!utf8.ValidString(value) || strings.ContainsRune(value, 0)) {
-			return fmt.Errorf("the PKCS#11 URI's %s= is no UTF-8 text; correct it", name)
+			return fmt.Errorf("the PKCS#11 URI's %s= is not UTF-8 text; correct it", name)
 		}
 		if value == "" {
 			return fmt.Errorf("the PKCS#11 URI's %s= is empty; leave it out", name)
@@ -125,15 +125,15 @@ func (u *uri) setModulePath(v string) error {
 	return nil
 }
 
-// setPINSource takes file:/path, file:///path and /path; RFC 7512 allows a program
-// behind a pipe sign too, which is not run.
+// setPINSource accepts file:/path, file:///path and /path. RFC 7512 also allows a program
+// after a pipe sign, which kleidi does not run.
 func (u *uri) setPINSource(v string) error {
 	path := v
 	if rest, ok := strings.CutPrefix(v, "file:"); ok {
 		path = strings.TrimPrefix(rest, "//")
 	}
 	if !filepath.IsAbs(path) {
-		return errors.New("want file:/absolute/path; nothing else is read or run")
+		return errors.New("want file:/absolute/path; kleidi reads and runs nothing else")
 	}
 	u.pinFile = path
 	return nil

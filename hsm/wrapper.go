@@ -8,43 +8,44 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// What calls for other remedies than most of [seal.CauseUnavailable].
+// Errors whose remedy differs from that of their cause.
 var (
-	// ErrNoKey: the token is there and the key is not. It was deleted, or never made.
-	// The cause is [seal.CauseKeyMissing].
+	// ErrNoKey says that the token has no such key: it was deleted, or never made. The
+	// cause is [seal.CauseKeyMissing].
 	ErrNoKey = errors.New("it has no key that matches")
-	// ErrNotPermitted: no mechanism of kleidi's is both offered by the token and
-	// allowed by the key.
+	// ErrNotPermitted says that no mechanism of kleidi is both offered by the token and
+	// allowed by the key. The cause is [seal.CauseUnavailable].
 	ErrNotPermitted = errors.New("no mechanism is both offered by the token and allowed by the key")
 )
 
-// Wrapper wraps KEKs with a key in a PKCS#11 token. It implements [seal.Wrapper].
+// Wrapper wraps KEKs with a key on a PKCS#11 token. It implements [seal.Wrapper].
 type Wrapper struct {
-	config Config
-	target *target
-	only   []string // mechanisms to choose from; empty means all
-	find   func(path string) *module
+	config   Config
+	target   *target
+	only     []string // mechanisms to choose from; empty means all
+	moduleAt func(path string) *module
 }
 
-// Key names a key of a token.
+// Key describes a key on a token.
 type Key struct {
 	// TokenLabel and TokenSerial name the token.
 	TokenLabel, TokenSerial string
 	// Label is CKA_LABEL, ID is CKA_ID.
 	Label string
 	ID    []byte
-	// Mechanism is how it wraps, as slots name it.
+	// Mechanism names the mechanism by which the key wraps, as keyslots do.
 	Mechanism string
-	// Extractable says that the token would hand the key out, in the clear or wrapped.
+	// Extractable says that the token can give the key away, in plain or wrapped.
 	Extractable bool
 }
 
-// Available says whether this build can load modules. Without, [New] is [ErrNoCgo].
+// Available says whether this build can load modules. If it can't, [New] fails with
+// [ErrNoCgo].
 const Available = haveCgo
 
-// New returns a wrapper. It reads neither the module nor the token nor the PIN, so
-// that a token that is away is an error of the operation that wants it. Where kleidi
-// was built without cgo, the error is [ErrNoCgo].
+// New returns a Wrapper. It uses neither the module nor the token nor the PIN: if the
+// token is away, the operation that needs it fails. The error is [ErrNoCgo] if kleidi was
+// built without cgo.
 func New(c Config) (*Wrapper, error) {
 	if !haveCgo {
 		return nil, ErrNoCgo
@@ -53,11 +54,11 @@ func New(c Config) (*Wrapper, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Wrapper{config: c, target: t, find: moduleAt}, nil
+	return &Wrapper{config: c, target: t, moduleAt: moduleAt}, nil
 }
 
-// ErrNoCgo says how to get a kleidi with PKCS#11.
-var ErrNoCgo = errors.New("this kleidi was built without PKCS#11; install the one of make build-pkcs11, or use the image with PKCS#11; see docs/pkcs11.md")
+// ErrNoCgo says that kleidi was built without PKCS#11, and how to get a build with it.
+var ErrNoCgo = errors.New("this kleidi was built without PKCS#11; install the build of make build-pkcs11, or use the image with PKCS#11; see docs/pkcs11.md")
 
 // Type implements [seal.Wrapper].
 func (w *Wrapper) Type() string { return seal.TypePKCS11 }
@@ -67,8 +68,8 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 	return w.wrap(ctx, kek, nil)
 }
 
-// WrapLike wraps kek as Wrap does, if like is a slot of this wrapper's key. It is
-// [seal.ErrNotMine] for all others.
+// WrapLike wraps kek as Wrap does. The error is [seal.ErrNotMine] unless this wrapper's
+// key made the slot like.
 func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
 	d, err := w.parse(like)
 	if err != nil {
@@ -78,36 +79,36 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 }
 
 func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, like *slotData) (seal.Slot, error) {
-	own, err := w.copyOf(kek)
+	copied, err := w.copyOf(kek)
 	if err != nil {
 		return seal.Slot{}, err
 	}
-	d, err := w.seal(ctx, own, like)
+	d, err := w.seal(ctx, copied, like)
 	if err != nil {
-		return seal.Slot{}, w.named("wrap", err)
+		return seal.Slot{}, w.withName("wrap", err)
 	}
 	return d.slot()
 }
 
-// copyOf returns a KEK of our own: a call into a module can outlast ctx, and who
-// closes the caller's Secret would wait for it.
+// copyOf returns a copy of kek. A call into a module can outlast ctx; without a copy, the
+// caller could not close its Secret before the call ends.
 func (w *Wrapper) copyOf(kek *seal.Secret) (*seal.Secret, error) {
-	own, err := w.config.Memory.New(seal.KEKSize)
+	copied, err := w.config.Memory.New(seal.KEKSize)
 	if err != nil {
 		return nil, err
 	}
 	err = errors.New("wrap with PKCS#11: no KEK to wrap: it is closed or of another size")
 	kek.With(func(b []byte) {
 		if len(b) == seal.KEKSize {
-			own.With(func(c []byte) { copy(c, b) })
+			copied.With(func(c []byte) { copy(c, b) })
 			err = nil
 		}
 	})
 	if err != nil {
-		_ = own.Close()
+		_ = copied.Close()
 		return nil, err
 	}
-	return own, nil
+	return copied, nil
 }
 
 // Unwrap implements [seal.Wrapper].
@@ -118,23 +119,23 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	}
 	kek, err := w.open(ctx, d)
 	if err != nil {
-		return nil, w.named("unwrap", err)
+		return nil, w.withName("unwrap", err)
 	}
 	return kek, nil
 }
 
-// parse reads a slot that may be this wrapper's.
+// parse parses a slot that may be this wrapper's.
 func (w *Wrapper) parse(slot seal.Slot) (*slotData, error) {
 	d, err := parseSlot(slot)
-	if err == nil && !w.target.key.mayBe(d.Key) {
+	if err == nil && !w.target.key.mayMatch(d.Key) {
 		return nil, seal.ErrNotMine
 	}
 	return d, err
 }
 
-// named prefixes an error with the wrapper's name; a *seal.Error keeps its place as
-// the outermost one.
-func (w *Wrapper) named(what string, err error) error {
+// withName prefixes an error with the wrapper's name. If err has a [*seal.Error], so has
+// the result, as its outermost error.
+func (w *Wrapper) withName(operation string, err error) error {
 	if errors.Is(err, seal.ErrNotMine) {
 		return seal.ErrNotMine
 	}
@@ -145,26 +146,26 @@ func (w *Wrapper) named(what string, err error) error {
 	if e, ok := errors.AsType[*seal.Error](err); ok {
 		return &seal.Error{Cause: e.Cause, Hint: e.Hint, Err: fmt.Errorf("%s: %w", name, e.Err)}
 	}
-	return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("%s: %s: %w", name, what, err),
+	return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("%s: %s: %w", name, operation, err),
 		Hint: "see whether the token is well (pkcs11-tool --module … --test), and docs/pkcs11.md; kleidi tries again by itself"}
 }
 
-// GenerateKey makes the key that the configuration names: AES-256, sensitive, not
-// extractable, private. It refuses where there is such a key already. The key's ID
-// is random where none is configured.
+// GenerateKey makes the configured key: an AES-256 key that is private, sensitive and not
+// extractable. It fails if such a key exists already. The ID of the key is random if
+// none is configured.
 func (w *Wrapper) GenerateKey(ctx context.Context) (Key, error) {
 	k, err := w.generate(ctx)
 	if err != nil {
-		return Key{}, w.named("generate a key", err)
+		return Key{}, w.withName("generate a key", err)
 	}
 	return k, nil
 }
 
-// Find logs in and returns the key that wraps, and how it would.
+// Find logs in and returns the configured key.
 func (w *Wrapper) Find(ctx context.Context) (Key, error) {
-	k, err := w.look(ctx)
+	k, err := w.findKey(ctx)
 	if err != nil {
-		return Key{}, w.named("find the key", err)
+		return Key{}, w.withName("find the key", err)
 	}
 	return k, nil
 }

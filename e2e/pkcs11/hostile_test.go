@@ -23,8 +23,8 @@ func TestHostileSlots(t *testing.T) {
 		return site.Forgery{Name: name, Cause: seal.CauseSlotCorrupt, Says: []string{says, "kleidi keyring restore"}, Make: make_}
 	}
 	s.Hostile(seal.TypePKCS11, []site.Forgery{
-		damaged("flipped bit", "it does not open, and what the same key has just wrapped does", ciphertext(func(b []byte) []byte { b[7] ^= 1; return b })),
-		damaged("truncated ciphertext", "it does not open, and what the same key has just wrapped does", ciphertext(func(b []byte) []byte { return b[:len(b)-1] })),
+		damaged("flipped bit", "it does not open, but a KEK that the same key has just wrapped does", ciphertext(func(b []byte) []byte { b[7] ^= 1; return b })),
+		damaged("truncated ciphertext", "it does not open, but a KEK that the same key has just wrapped does", ciphertext(func(b []byte) []byte { return b[:len(b)-1] })),
 		damaged("oversized ciphertext", "a ciphertext of 4144 bytes", ciphertext(func(b []byte) []byte { return append(b, make([]byte, 4096)...) })),
 		damaged("a module to load", `unknown field "module"`, site.Edit(func(d map[string]any) { d["module"] = k.path("softhsm2.conf") })),
 		damaged("another mechanism", "mechanism", site.Edit(func(d map[string]any) { d["mechanism"] = "aes-ecb" })),

@@ -10,10 +10,10 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// lend calls f with a copy of s in locked memory of its own. Modules are not called
-// inside [seal.Secret.With]: the erasure of package runtime/secret, which With may
-// use, does not survive a call into C.
-func lend(mem seal.Memory, s *seal.Secret, f func(b []byte) error) error {
+// withCopy calls f with a copy of s in locked memory. Modules are not called inside
+// [seal.Secret.With], because package runtime/secret, which With may use, can't erase
+// after a call into C.
+func withCopy(mem seal.Memory, s *seal.Secret, f func(b []byte) error) error {
 	page, err := unix.Mmap(-1, 0, unix.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return fmt.Errorf("mmap: %w", err)
