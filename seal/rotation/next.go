@@ -1,0 +1,133 @@
+package rotation
+
+import (
+	"slices"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// Action is what the driver of a rotation over several nodes does next.
+type Action string
+
+// The actions.
+const (
+	// Stage: nothing is staged, and every node has followed the present revision, so that
+	// its record names the boot states to wrap a fresh KEK for.
+	Stage Action = "stage"
+	// Wait: for the nodes that Step names.
+	Wait Action = "wait"
+	// Activate: every node has acknowledged the staged KEK.
+	Activate Action = "activate"
+	// Settled: every node trusts and announces the current KEK, and nothing is staged.
+	Settled Action = "settled"
+)
+
+// Step is what a rotation needs next.
+type Step struct {
+	Do Action
+	// Missing are the nodes to wait for, in the keyring's order.
+	Missing []Missing
+}
+
+// Missing is a node that a rotation waits for.
+type Missing struct {
+	Node string
+	Why  Why
+}
+
+// Why says what a rotation waits for on a node.
+type Why string
+
+// The reasons.
+const (
+	WhyNoRecord        Why = "no record in the cluster store"
+	WhyOldBinary       Why = "its binary does not read this format of the keyring"
+	WhyNotAcknowledged Why = "it has not acknowledged the staged KEK"
+	WhyNotFollowed     Why = "it has not followed the present keyring"
+	WhyNotAnchored     Why = "its anchor is not on the current KEK"
+	WhyNotAnnounced    Why = "it announces another KEK"
+	WhyNotEncrypted    Why = "its kube-apiserver has not encrypted under the current KEK yet"
+)
+
+// Next returns what a rotation needs next, by the keyring of a node that is in step
+// with the cluster store and the records there. replace is the key ID of the KEK that
+// the rotation is to replace: as long as that one is current a fresh one is staged. It
+// is "" for who only watches.
+//
+// A staged KEK is activated only when every node of the keyring has acknowledged this
+// very KEK. No operator overrules that: a node that can't acknowledge is removed. One
+// KEK is staged at a time, so whatever replace is, what is staged comes first.
+func Next(k *keyring.Keyring, replace seal.KeyID, records []*keyring.VerifiedRecord) Step {
+	if staged := k.StagedID(); staged != "" {
+		return stepOrWait(k, records, Activate, func(r *keyring.VerifiedRecord) Why {
+			if r.Acknowledged != staged || !r.Proven {
+				return WhyNotAcknowledged
+			}
+			return ""
+		})
+	}
+	if replace == k.CurrentID() {
+		return stepOrWait(k, records, Stage, func(r *keyring.VerifiedRecord) Why {
+			if r.Revision != k.Revision() {
+				return WhyNotFollowed
+			}
+			return unsettled(k, r)
+		})
+	}
+	return stepOrWait(k, records, Settled, func(r *keyring.VerifiedRecord) Why { return unsettled(k, r) })
+}
+
+// Encrypting returns the nodes whose kube-apiserver may still write under another KEK
+// than the current one. A retired KEK is pruned only where there are none: a
+// kube-apiserver goes on with its former seed for minutes after it was told of a new
+// KEK.
+func Encrypting(k *keyring.Keyring, records []*keyring.VerifiedRecord) []Missing {
+	return missing(k, records, func(r *keyring.VerifiedRecord) Why {
+		if why := unsettled(k, r); why != "" {
+			return why
+		}
+		if r.Encrypted != k.CurrentID() {
+			return WhyNotEncrypted
+		}
+		return ""
+	})
+}
+
+// unsettled says why a node does not trust and announce the current KEK yet. Its
+// record has to be under that KEK: whoever knows a former one can write any other.
+func unsettled(k *keyring.Keyring, r *keyring.VerifiedRecord) Why {
+	switch current := k.CurrentID(); {
+	case r.KeyID != current:
+		return WhyNotFollowed
+	case r.Anchored != current:
+		return WhyNotAnchored
+	case r.Announced != current:
+		return WhyNotAnnounced
+	}
+	return ""
+}
+
+// stepOrWait is the step in which no node is missing, or the wait for those that are.
+func stepOrWait(k *keyring.Keyring, records []*keyring.VerifiedRecord, done Action, check func(*keyring.VerifiedRecord) Why) Step {
+	if m := missing(k, records, check); len(m) > 0 {
+		return Step{Do: Wait, Missing: m}
+	}
+	return Step{Do: done}
+}
+
+// missing returns the nodes of k for whose record check gives a reason.
+func missing(k *keyring.Keyring, records []*keyring.VerifiedRecord, check func(*keyring.VerifiedRecord) Why) (out []Missing) {
+	for _, n := range k.Nodes() {
+		why := WhyNoRecord
+		if i := slices.IndexFunc(records, func(r *keyring.VerifiedRecord) bool { return r.Node == n.Name }); i >= 0 {
+			if why = check(records[i]); why == "" && !slices.Contains(records[i].Formats, k.Format()) {
+				why = WhyOldBinary
+			}
+		}
+		if why != "" {
+			out = append(out, Missing{n.Name, why})
+		}
+	}
+	return out
+}
