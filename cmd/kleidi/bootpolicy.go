@@ -25,7 +25,7 @@ and edit; docs/boot-policy.md describes it.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.newPolicyRecord(), a.newPolicyShow(), a.newPolicyCheck(), a.newPolicyDiff(), a.newPolicyExplain(),
+	cmd.AddCommand(a.newPolicyRecord(), a.newPolicyShow(), a.newPolicyCheck(), a.newPolicyDiff(), a.newPolicyNarrow(), a.newPolicyExplain(),
 		a.newPolicyEvidence())
 	return cmd
 }

@@ -17,6 +17,7 @@ import (
 // suspension that is used up.
 func Tidy(ctx context.Context, n *node.Node) error {
 	var bound string
+	var sealed []seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		states, err := tidied(ctx, n, k.Slots())
 		if err != nil {
@@ -26,7 +27,7 @@ func Tidy(ctx context.Context, n *node.Node) error {
 		if err != nil {
 			return nil, err
 		}
-		bound = n.View.OpensIn(slots[0])
+		bound, sealed = n.View.OpensIn(slots[0]), slots
 		return []*keyring.Keyring{next}, nil
 	})
 	if errors.Is(err, errNothing) {
@@ -34,6 +35,9 @@ func Tidy(ctx context.Context, n *node.Node) error {
 	}
 	if err == nil {
 		n.Log.Info("this boot has opened the keyring: earlier boot states and suspensions are revoked", "slot", bound)
+		if allowsTooMuch(ctx, n, sealed) {
+			n.Log.Warn("the boot policy still allows boots that are revoked on the TPM; run kleidi bootpolicy narrow")
+		}
 	}
 	return err
 }

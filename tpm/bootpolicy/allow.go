@@ -34,7 +34,7 @@ func (p *BootPolicy) AlsoAllow(log *eventlog.Log) (*BootPolicy, error) {
 		return nil, v.Err()
 	}
 	if n := len(wider.Marshal()); n > MaxSize {
-		return nil, fmt.Errorf("boot policy: it would have %d bytes, more than %d; take lists of earlier boots out", n, MaxSize)
+		return nil, fmt.Errorf("boot policy: it would have %d bytes, more than %d; run kleidi bootpolicy narrow, which takes those of earlier boots out", n, MaxSize)
 	}
 	return &wider, nil
 }
