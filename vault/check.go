@@ -9,7 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// keySettings is what the server says of a Transit key.
+// keySettings are the settings of a Transit key.
 type keySettings struct {
 	Type                 string `json:"type"`
 	LatestVersion        int    `json:"latest_version"`
@@ -20,10 +20,10 @@ type keySettings struct {
 	Derived              bool   `json:"derived"`
 }
 
-// Check looks for what would keep a slot from opening one day, or let others open
-// it, and returns a warning for each: a sentence with what to do about it. It
-// does not open the slot. It needs the capability read on the key, which wrapping
-// and opening don't; without it that is the only warning.
+// Check finds settings of the Transit key that can keep the slot from opening some day, or
+// that let others open it. It returns a warning for each: a sentence that ends in a
+// remedy. Check does not open the slot. It needs the capability read on the key, which
+// wrapping and unwrapping don't need. Without it, that is the only warning.
 func (w *Wrapper) Check(ctx context.Context, slot seal.Slot) (warnings []string, err error) {
 	if _, err := w.config.ciphertext(slot); err != nil {
 		return nil, err
@@ -32,14 +32,14 @@ func (w *Wrapper) Check(ctx context.Context, slot seal.Slot) (warnings []string,
 	if err != nil {
 		return nil, err
 	}
-	err = w.in(ctx, func(ctx context.Context, s *session) error {
+	err = w.withSession(ctx, func(ctx context.Context, s *session) error {
 		warnings, err = s.check(ctx, w.path("keys"), v)
 		if err != nil {
 			return err
 		}
 		capabilities, err := s.capabilities(ctx, w.path("encrypt"))
 		if err == nil && (slices.Contains(capabilities, "create") || slices.Contains(capabilities, "root")) {
-			warnings = append(warnings, fmt.Sprintf("the token could make a new Transit key where %s is missing; "+
+			warnings = append(warnings, fmt.Sprintf("the token can create a Transit key if %s is missing; "+
 				"take the capability create on %s away from it", w.config.Key, w.path("encrypt")))
 		}
 		return nil
@@ -54,7 +54,7 @@ func (s *session) check(ctx context.Context, path string, version int) ([]string
 		if _, err := s.capabilities(ctx, path); err != nil {
 			return nil, s.explain(ctx, r, err)
 		}
-		return []string{fmt.Sprintf("the settings of the Transit key can't be read; grant the capability read on %s", path)}, nil
+		return []string{fmt.Sprintf("kleidi may not read the settings of the Transit key; grant the capability read on %s", path)}, nil
 	}
 	if err != nil {
 		return nil, s.explain(ctx, r, err)
@@ -72,20 +72,20 @@ func (k keySettings) warnings(path string, version int) (all []string) {
 	add := func(format string, args ...any) { all = append(all, fmt.Sprintf(format, args...)) }
 	switch {
 	case version > k.LatestVersion:
-		add("the slot is of version %d of the Transit key, and its newest is %d: it is another key of the same name; "+
+		add("the slot has version %d of the Transit key, but the newest version is %d, so this is another key of the same name; "+
 			"restore the key from a backup of the server", version, k.LatestVersion)
 	case version < k.MinDecryptionVersion:
-		add("the slot is of version %d of the Transit key, and min_decryption_version is %d: it doesn't open; "+
+		add("the slot has version %d of the Transit key, but min_decryption_version is %d, so the slot doesn't open; "+
 			"run vault write %s/config min_decryption_version=%d, then kleidi slot rewrap", version, k.MinDecryptionVersion, path, version)
 	case version < k.LatestVersion:
-		add("the slot is of version %d of the Transit key, and its newest is %d; "+
+		add("the slot has version %d of the Transit key, and the newest version is %d; "+
 			"run kleidi slot rewrap before you raise min_decryption_version", version, k.LatestVersion)
 	}
 	if k.DeletionAllowed {
-		add("the Transit key may be deleted; run vault write %s/config deletion_allowed=false", path)
+		add("the Transit key can be deleted; run vault write %s/config deletion_allowed=false", path)
 	}
 	if k.Exportable || k.PlaintextBackup {
-		add("the Transit key may leave the server (exportable or allow_plaintext_backup), which can't be undone; " +
+		add("the Transit key can leave the server (exportable or allow_plaintext_backup), which can't be undone; " +
 			"make another key, and wrap with that one")
 	}
 	if k.Derived {
@@ -94,7 +94,7 @@ func (k keySettings) warnings(path string, version int) (all []string) {
 	return all
 }
 
-// capabilities asks what the session's token may do on a path.
+// capabilities returns the capabilities of the session's token on a path.
 func (s *session) capabilities(ctx context.Context, path string) ([]string, error) {
 	body, err := json.Marshal(map[string][]string{"paths": {path}})
 	if err != nil {

@@ -20,38 +20,37 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Retries within one operation. What lasts longer is for the caller to try again.
+// Retries within one operation. After them the caller tries again.
 const (
-	maxTries     = 4
-	firstWait    = 200 * time.Millisecond
-	longestWait  = 3 * time.Second
-	revokeWithin = 2 * time.Second
+	maxTries      = 4
+	firstWait     = 200 * time.Millisecond
+	longestWait   = 3 * time.Second
+	revokeTimeout = 2 * time.Second
 )
 
-// session is one operation: a connection, and a token that is given back at its end.
-// It is used by one goroutine.
+// session is the connection of one operation, and the token that is revoked at its end.
+// One goroutine uses it.
 type session struct {
-	config Config
-	wire   *wire
-	client *api.Client
-	// secrets are what was sent; no message may quote them.
-	secrets [][]byte
-	revoke  bool // the token is ours to revoke
-	// keyFailed is why the client certificate's key failed, if it did.
+	config  Config
+	wire    *wire
+	client  *api.Client
+	secrets [][]byte // the secrets that were sent; no message may quote them
+	revoke  bool     // whether the session revokes its token at the end
+	// keyFailed is the failure of the client certificate's key, or nil.
 	keyFailed error
 }
 
-// request is one call of the API.
+// request is a request to the API.
 type request struct {
 	path string
-	// body is JSON that the caller clears; nil is a GET.
+	// body is JSON, which the caller clears. If it is nil, the request is a GET.
 	body []byte
-	// capability is what a token needs on path.
+	// capability is the capability that a token needs on path.
 	capability string
 }
 
-// in runs f with a session that has logged in.
-func (w *Wrapper) in(ctx context.Context, f func(ctx context.Context, s *session) error) error {
+// withSession calls f with a session that is logged in.
+func (w *Wrapper) withSession(ctx context.Context, f func(ctx context.Context, s *session) error) error {
 	ctx, cancel := context.WithTimeout(ctx, w.config.Timeout)
 	defer cancel()
 	if err := ctx.Err(); err != nil {
@@ -65,7 +64,7 @@ func (w *Wrapper) in(ctx context.Context, f func(ctx context.Context, s *session
 	if err := w.login(ctx, s); err != nil {
 		return err
 	}
-	defer s.giveBack(ctx)
+	defer s.revokeToken(ctx)
 	return f(ctx, s)
 }
 
@@ -88,9 +87,9 @@ func (w *Wrapper) newSession(ctx context.Context) (*session, error) {
 	return s, err
 }
 
-// newClient makes a client that has nothing from the environment. The library reads
-// VAULT_TOKEN, VAULT_NAMESPACE and VAULT_HEADERS into every client, VAULT_WRAP_TTL
-// into every request, and the rest into a configuration that is not used here.
+// newClient returns a client that takes nothing from the environment. The library reads
+// VAULT_TOKEN, VAULT_NAMESPACE and VAULT_HEADERS for every client, VAULT_WRAP_TTL for
+// every request, and the other variables into a configuration that is not used here.
 func newClient(address, namespace string, transport http.RoundTripper) (*api.Client, error) {
 	client, err := api.NewClient(&api.Config{
 		Address: address,
@@ -98,14 +97,14 @@ func newClient(address, namespace string, transport http.RoundTripper) (*api.Cli
 			Transport:     transport,
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
-		DisableRedirects: true, // the library would send another body; see session.send
+		DisableRedirects: true, // the library would send the request without its body; see session.send
 		CheckRetry:       func(context.Context, *http.Response, error) (bool, error) { return false, nil },
 	})
 	if err != nil {
-		// The address was checked before: it is a variable of the environment that
-		// doesn't parse. The error may quote it.
+		// The address is valid, so a variable of the environment is not. The error may
+		// quote its value.
 		return nil, seal.Errorf(seal.CauseUnavailable, "unset them; kleidi reads its configuration file only",
-			"vault: the client library refuses the environment, where these are set: %s", strings.Join(libraryVariables(), ", "))
+			"vault: the client library refuses one of these variables of the environment: %s", strings.Join(libraryVariables(), ", "))
 	}
 	client.SetHeaders(http.Header{api.RequestHeaderName: {"true"}})
 	client.ClearToken()
@@ -116,7 +115,7 @@ func newClient(address, namespace string, transport http.RoundTripper) (*api.Cli
 	return client, nil
 }
 
-// libraryVariables names the variables that the client library looks at.
+// libraryVariables returns the names of the variables that the client library reads.
 func libraryVariables() (names []string) {
 	for _, variable := range os.Environ() {
 		if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, "VAULT_") {
@@ -127,7 +126,7 @@ func libraryVariables() (names []string) {
 	return names
 }
 
-// close ends the connection and forgets the token.
+// close closes the connection and clears the secrets.
 func (s *session) close() {
 	s.client.ClearToken()
 	for _, b := range s.secrets {
@@ -137,25 +136,25 @@ func (s *session) close() {
 	s.wire.close()
 }
 
-// giveBack revokes the token, also when the operation was cancelled. Without an
-// answer the token ends by its TTL.
-func (s *session) giveBack(ctx context.Context) {
+// revokeToken revokes the token, even if the operation was cancelled. If the server does
+// not answer, the token expires by its TTL.
+func (s *session) revokeToken(ctx context.Context) {
 	if !s.revoke {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), revokeWithin)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), revokeTimeout)
 	defer cancel()
 	_, _ = s.send(ctx, request{path: "auth/token/revoke-self", body: []byte("{}")})
 }
 
-// useToken makes a token the session's.
+// useToken sets the token of the session.
 func (s *session) useToken(token string) {
 	s.secrets = append(s.secrets, []byte(token))
 	s.client.SetToken(token)
 }
 
-// call sends a request until it is answered, refused for good, or time is up. The
-// answer is valid until the next call; the error is not explained yet.
+// call sends a request, again and again, until it is answered or refused for good, or
+// until ctx ends. The answer is valid until the next call. The error is not explained yet.
 func (s *session) call(ctx context.Context, r request) ([]byte, error) {
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = firstWait, longestWait
@@ -176,7 +175,8 @@ func (s *session) call(ctx context.Context, r request) ([]byte, error) {
 	return body, nil
 }
 
-// retryable says whether, and when, a request may be sent again.
+// retryable returns err in the form that tells backoff.Retry whether, and when, to send
+// the request again.
 func retryable(ctx context.Context, err error) error {
 	r, refused := errors.AsType[*refusal](err)
 	switch {
@@ -192,17 +192,17 @@ func retryable(ctx context.Context, err error) error {
 	default:
 		return backoff.Permanent(err)
 	}
-	if r.after == 0 {
+	if r.retryAfter == 0 {
 		return err
 	}
-	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < r.after {
-		return backoff.Permanent(err) // it would only be told to wait again
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < r.retryAfter {
+		return backoff.Permanent(err) // the server would refuse an earlier request too
 	}
-	return &backoff.RetryAfterError{Duration: r.after + jitter(r.after/4+firstWait)}
+	return &backoff.RetryAfterError{Duration: r.retryAfter + jitter(r.retryAfter/4+firstWait)}
 }
 
-// jitter is a random time below limit, so that nodes that were told the same don't
-// come back together.
+// jitter returns a random time below limit, so that nodes with the same Retry-After don't
+// send their requests at the same time.
 func jitter(limit time.Duration) time.Duration {
 	n, err := rand.Int(rand.Reader, big.NewInt(int64(limit)))
 	if err != nil {
@@ -211,12 +211,13 @@ func jitter(limit time.Duration) time.Duration {
 	return time.Duration(n.Int64())
 }
 
-// send sends a request once, and once more to where a standby server sends it.
+// send sends a request. If a standby server redirects it, send sends it once more, to the
+// other server.
 func (s *session) send(ctx context.Context, r request) ([]byte, error) {
-	res, err := s.once(ctx, r)
+	res, err := s.sendOnce(ctx, r)
 	if err == nil && res.StatusCode/100 == 3 {
 		if err = s.follow(res); err == nil {
-			if res, err = s.once(ctx, r); err == nil && res.StatusCode/100 == 3 {
+			if res, err = s.sendOnce(ctx, r); err == nil && res.StatusCode/100 == 3 {
 				err = errRedirects
 			}
 		}
@@ -229,11 +230,11 @@ func (s *session) send(ctx context.Context, r request) ([]byte, error) {
 
 var (
 	errRedirects = errors.New("it redirects to a server that redirects again")
-	errRedirect  = errors.New("it redirects to what is not https://HOST:PORT and the same path")
+	errRedirect  = errors.New("it redirects to something other than https://HOST:PORT and the same path")
 )
 
-// follow goes to the server that a standby names, which must have a certificate of
-// the same CA. Only the host and port are taken.
+// follow sets the address to the server that a standby names. Only its host and port are
+// used. That server needs a certificate of the same CA.
 func (s *session) follow(res *api.Response) error {
 	location, err := res.Location()
 	if err != nil || location.Scheme != "https" || location.User != nil || location.Path != res.Request.URL.Path {
@@ -242,7 +243,7 @@ func (s *session) follow(res *api.Response) error {
 	return s.client.SetAddress("https://" + location.Host)
 }
 
-func (s *session) once(ctx context.Context, r request) (*api.Response, error) {
+func (s *session) sendOnce(ctx context.Context, r request) (*api.Response, error) {
 	var res *api.Response
 	var err error
 	if r.body == nil {
@@ -254,7 +255,7 @@ func (s *session) once(ctx context.Context, r request) (*api.Response, error) {
 		return nil, s.keyFailed
 	}
 	if e, ok := errors.AsType[*api.ResponseError](err); ok {
-		return nil, &refusal{status: e.StatusCode, texts: e.Errors, after: retryAfter(res)}
+		return nil, &refusal{status: e.StatusCode, texts: e.Errors, retryAfter: retryAfter(res)}
 	}
 	if err == nil && (res == nil || res.Response == nil) {
 		err = fmt.Errorf("no answer")
@@ -262,7 +263,7 @@ func (s *session) once(ctx context.Context, r request) (*api.Response, error) {
 	return res, err
 }
 
-// retryAfter reads the header in its form of seconds, which is what Vault sends.
+// retryAfter parses the header Retry-After in seconds, as Vault sends it.
 func retryAfter(res *api.Response) time.Duration {
 	if res == nil || res.Response == nil {
 		return 0

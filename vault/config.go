@@ -14,67 +14,72 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Config says where the Transit key is and how to log in. Names in brackets are
-// those of the configuration file.
+// Config names the Transit key and says how to log in. The names in parentheses are those
+// of the configuration file.
 type Config struct {
-	// Address is https://HOST[:PORT] of the server (vault.address).
+	// Address is the address of the server, https://HOST[:PORT] (vault.address).
 	Address string
-	// Namespace of Vault Enterprise or OpenBao; empty is the root (vault.namespace).
+	// Namespace is a namespace of Vault Enterprise or OpenBao. If it is empty, the
+	// namespace is the root (vault.namespace).
 	Namespace string
-	// Mount is where the Transit engine is mounted; empty is "transit" (vault.mount).
+	// Mount is the path of the Transit engine. If it is empty, the path is "transit"
+	// (vault.mount).
 	Mount string
 	// Key is the name of the Transit key (vault.key).
 	Key string
-	// CAFile holds the certificates that may have issued the server's, PEM; empty
-	// means the system's (vault.caFile).
+	// CAFile is a PEM file with the CA certificates for the server's certificate. If it
+	// is empty, those of the system are used (vault.caFile).
 	CAFile string
-	// ServerName must be in the server's certificate; empty means the address's
-	// host (vault.serverName).
+	// ServerName is the name that the server's certificate must have. If it is empty,
+	// the name is the host of the address (vault.serverName).
 	ServerName string
-	// Timeout bounds one operation with its login and its retries, 1 s to 5 min;
-	// 0 means 15 s (vault.timeout).
+	// Timeout is the timeout of an operation with its login and its retries, from 1 s to
+	// 5 min. 0 means 15 s (vault.timeout).
 	Timeout time.Duration
 	// Auth says how to log in (vault.auth).
 	Auth Auth
-	// Memory is where opened KEKs lie.
+	// Memory allocates the memory of unwrapped KEKs.
 	Memory seal.Memory
 }
 
-// Auth is how to log in.
+// Auth says how to log in.
 type Auth struct {
 	// Method is one of the Method constants (vault.auth.method).
 	Method Method
-	// Mount is where the auth method is mounted; empty means the method's name (vault.auth.mount).
+	// Mount is the path of the auth method. If it is empty, the path is the name of the
+	// method (vault.auth.mount).
 	Mount string
-	// Role is the role to log in to: kubernetes and jwt need it, cert may name one
-	// (vault.auth.role).
+	// Role is the role of the login. The methods kubernetes and jwt need it; for cert it
+	// is optional (vault.auth.role).
 	Role string
-	// TokenFile holds a token (vault.auth.tokenFile).
+	// TokenFile is a file with a token (vault.auth.tokenFile).
 	TokenFile string
-	// RoleID is AppRole's role ID, which is no secret (vault.auth.roleID).
+	// RoleID is AppRole's role ID, which is not secret (vault.auth.roleID).
 	RoleID string
-	// SecretIDFile holds AppRole's secret ID, or a token that wraps it (vault.auth.secretIDFile).
+	// SecretIDFile is a file with AppRole's secret ID, or with a token that wraps it
+	// (vault.auth.secretIDFile).
 	SecretIDFile string
-	// SecretIDWrapped says that SecretIDFile holds a response-wrapping token. It is
-	// unwrapped once; the secret ID is kept in locked memory until Close
+	// SecretIDWrapped says that SecretIDFile has a response-wrapping token. The token is
+	// unwrapped once, and the secret ID stays in locked memory until Close
 	// (vault.auth.secretIDWrapped).
 	SecretIDWrapped bool
-	// JWTFile holds a JSON web token: for kubernetes the projected service-account
-	// token, whose default is ServiceAccountToken (vault.auth.jwtFile).
+	// JWTFile is a file with a JSON web token. For the method kubernetes it is the
+	// projected service-account token, with the default ServiceAccountToken
+	// (vault.auth.jwtFile).
 	JWTFile string
-	// CertFile and KeyFile hold the client certificate and its key, PEM
+	// CertFile and KeyFile are PEM files with the client certificate and its key
 	// (vault.auth.certFile, vault.auth.keyFile).
 	CertFile, KeyFile string
-	// ClientCertificate returns the client certificate instead, with a key that may
-	// lie elsewhere, such as in this node's TPM: its PrivateKey is any crypto.Signer.
-	// It is called once per operation.
+	// ClientCertificate, if set, returns the client certificate. Its PrivateKey is any
+	// crypto.Signer, so the key may be in this node's TPM. ClientCertificate is called
+	// once for each operation.
 	ClientCertificate func(ctx context.Context) (*tls.Certificate, error)
 }
 
 // Method is a way to log in.
 type Method string
 
-// The methods, as they stand in the configuration.
+// The methods, under their names in the configuration.
 const (
 	MethodToken      Method = "token"
 	MethodAppRole    Method = "approle"
@@ -83,7 +88,7 @@ const (
 	MethodJWT        Method = "jwt"
 )
 
-// ServiceAccountToken is where Kubernetes puts a pod's token.
+// ServiceAccountToken is the file in which Kubernetes puts the token of a pod.
 const ServiceAccountToken = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 // Limits of Config.Timeout.
@@ -93,17 +98,17 @@ const (
 	maxTimeout     = 5 * time.Minute
 )
 
-// Names that can be part of a URL's path as they are, and of no other path.
+// Names that need no escaping in the path of a URL, and that can't lead to another path.
 var (
 	keyName   = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 	mountPath = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$`)
 )
 
-// maxPath bounds a mount path and a namespace, in characters.
+// maxPath is the maximum size of a mount path and of a namespace in characters.
 const maxPath = 256
 
-// complete fills in the defaults, drops slashes around paths, and reports all that
-// is wrong at once.
+// complete fills in the defaults and removes slashes around paths. Its error names every
+// setting that is wrong.
 func (c Config) complete() (Config, error) {
 	c.Namespace = strings.Trim(c.Namespace, "/")
 	c.Mount = orDefault(strings.Trim(c.Mount, "/"), "transit")
@@ -132,14 +137,14 @@ func (c Config) problems() (all []error) {
 	}
 	for setting, path := range map[string]string{"vault.namespace": c.Namespace, "vault.mount": c.Mount, "vault.auth.mount": c.Auth.Mount} {
 		if path != "" && (len(path) > maxPath || !mountPath.MatchString(path)) {
-			add("%s: %.100q is no path of letters, digits, dots, dashes and underscores; set the one that the server lists", setting, path)
+			add("%s: %.100q is not a path of letters, digits, dots, dashes and underscores; set the path that the server lists", setting, path)
 		}
 	}
 	if !keyName.MatchString(c.Key) {
-		add("vault.key: %.100q is no name of a Transit key; set the name that was given to vault write -f transit/keys/NAME", c.Key)
+		add("vault.key: %.100q is not the name of a Transit key; set NAME of vault write -f transit/keys/NAME", c.Key)
 	}
 	if c.CAFile != "" && !filepath.IsAbs(c.CAFile) {
-		add("vault.caFile: %.100q is no absolute path; write the whole path", c.CAFile)
+		add("vault.caFile: %.100q is not an absolute path; write the whole path", c.CAFile)
 	}
 	if c.Timeout < minTimeout || c.Timeout > maxTimeout {
 		add("vault.timeout: %s; set %s to %s", c.Timeout, minTimeout, maxTimeout)
@@ -147,15 +152,15 @@ func (c Config) problems() (all []error) {
 	return all
 }
 
-// checkAddress allows https alone: what would go over anything else is the KEK. No
-// credential, path or query may hide in it.
+// checkAddress allows https only, because the KEK is sent to that address. It refuses
+// credentials, paths and queries in the address.
 func checkAddress(address string) error {
 	u, err := url.Parse(address)
 	switch {
 	case address == "":
 		return errors.New("it is missing")
 	case err != nil:
-		return errors.New("it is no URL") // err quotes it
+		return errors.New("it is not a URL") // err would quote it
 	case u.Scheme != "https":
 		return fmt.Errorf("its scheme is %.20q, only https is allowed", u.Scheme)
 	case u.User != nil:
@@ -163,12 +168,12 @@ func checkAddress(address string) error {
 	case u.Hostname() == "" || u.Opaque != "":
 		return errors.New("it names no host")
 	case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
-		return errors.New("there is more behind its host and port")
+		return errors.New("it has more than a host and a port")
 	}
 	return nil
 }
 
-// needs lists what a method needs, by setting, and what it may have.
+// needs returns the settings that the method needs, and further settings that it allows.
 func (a Auth) needs() (needed, allowed map[string]string, ok bool) {
 	switch a.Method {
 	case MethodToken:
@@ -207,7 +212,7 @@ func (a Auth) problems() (all []error) {
 		case !need && !may && value != "":
 			all = append(all, fmt.Errorf("vault.auth.%s: the method %s doesn't use it; remove it", setting, a.Method))
 		case strings.HasSuffix(setting, "File") && value != "" && !filepath.IsAbs(value):
-			all = append(all, fmt.Errorf("vault.auth.%s: %.100q is no absolute path; write the whole path", setting, value))
+			all = append(all, fmt.Errorf("vault.auth.%s: %.100q is not an absolute path; write the whole path", setting, value))
 		}
 	}
 	if a.SecretIDWrapped && a.Method != MethodAppRole {

@@ -22,7 +22,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// newFakeOfAnotherCA returns a file with a CA certificate that issued no server's.
+// newFakeOfAnotherCA returns a file with the certificate of a CA that has issued no
+// server's certificate.
 func newFakeOfAnotherCA(t *testing.T) string {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -66,9 +67,9 @@ func TestConfig(t *testing.T) {
 		"no scheme":             {func(c *Config) { c.Address = "vault.example:8200" }, "only https is allowed"},
 		"no host":               {func(c *Config) { c.Address = "https://:8200" }, "names no host"},
 		"a password":            {func(c *Config) { c.Address = "https://u:hunter2@vault.example" }, "holds a user or a password"},
-		"a path":                {func(c *Config) { c.Address = "https://vault.example/v1" }, "more behind its host"},
-		"a query":               {func(c *Config) { c.Address = "https://vault.example/?a" }, "more behind its host"},
-		"no URL":                {func(c *Config) { c.Address = "https://vault.example:x" }, "no URL"},
+		"a path":                {func(c *Config) { c.Address = "https://vault.example/v1" }, "more than a host and a port"},
+		"a query":               {func(c *Config) { c.Address = "https://vault.example/?a" }, "more than a host and a port"},
+		"no URL":                {func(c *Config) { c.Address = "https://vault.example:x" }, "not a URL"},
 		"no key":                {func(c *Config) { c.Key = "" }, "vault.key"},
 		"a key with a path":     {func(c *Config) { c.Key = "../sys/seal" }, "vault.key"},
 		"a mount that climbs":   {func(c *Config) { c.Mount = "transit/../sys" }, "vault.mount"},
@@ -104,7 +105,7 @@ func TestConfig(t *testing.T) {
 
 func noCertificate(context.Context) (*tls.Certificate, error) { return nil, nil }
 
-// TestAllProblemsAtOnce: whoever writes a configuration sees everything that is wrong.
+// TestAllProblemsAtOnce: the error names every setting that is wrong.
 func TestAllProblemsAtOnce(t *testing.T) {
 	_, err := New(Config{Address: "http://a", Key: "/", Timeout: 1, Auth: Auth{Method: MethodAppRole}})
 	for _, setting := range []string{"vault.address", "vault.key", "vault.timeout", "vault.auth.roleID", "vault.auth.secretIDFile"} {
@@ -120,12 +121,12 @@ func TestCredentialFiles(t *testing.T) {
 	for name, row := range map[string]struct {
 		content string
 		mode    os.FileMode
-		may     who
+		allowed readers
 		says    string
 	}{
 		"sound":                {"abc\n", 0o600, ownerOnly, ""},
 		"read-only":            {"abc", 0o400, ownerOnly, ""},
-		"projected":            {"abc", 0o644, anybody, ""},
+		"projected":            {"abc", 0o644, anyone, ""},
 		"readable to a group":  {"abc", 0o640, ownerOnly, "mode 0640 lets others read it"},
 		"writable to others":   {"abc", 0o602, ownerOnly, "mode 0602"},
 		"empty":                {"", 0o600, ownerOnly, "it is empty"},
@@ -145,7 +146,7 @@ func TestCredentialFiles(t *testing.T) {
 			if err := os.Chmod(file, row.mode); err != nil {
 				t.Fatal(err)
 			}
-			err := withCredential("auth.tokenFile", file, row.may, func(b []byte) error {
+			err := withCredential("auth.tokenFile", file, row.allowed, func(b []byte) error {
 				if string(b) != strings.TrimSpace(row.content) {
 					t.Errorf("read %q", b)
 				}
@@ -185,7 +186,7 @@ func TestCAFile(t *testing.T) {
 	checkError(t, err, seal.CauseCredentials, errNoCertificate, "vault.caFile", file)
 }
 
-// TestObject: bodies that are encoded here are what encoding/json would read.
+// TestObject: encoding/json decodes the bodies that object encodes.
 func TestObject(t *testing.T) {
 	value := `a"b\c/d{}<>&'` + "`~"
 	var got map[string]string

@@ -6,7 +6,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Describe says in one line which Transit key a slot names. Nothing vouches for it.
+// Describe returns the Transit key that a slot names, in one line. It is untrusted.
 func Describe(slot seal.Slot) string {
 	d, err := parseSlot(slot)
 	if err != nil {
@@ -16,9 +16,9 @@ func Describe(slot seal.Slot) string {
 	if err != nil {
 		return "unreadable"
 	}
-	where := d.Mount
+	mount := d.Mount
 	if d.Namespace != "" {
-		where = d.Namespace + "/" + where
+		mount = d.Namespace + "/" + mount
 	}
-	return fmt.Sprintf("key %s of %s, version %d", d.Key, where, v)
+	return fmt.Sprintf("key %s of %s, version %d", d.Key, mount, v)
 }

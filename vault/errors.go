@@ -22,41 +22,41 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// What the server says, for errors.Is. Each comes in a [*seal.Error] with its cause
-// and a hint.
+// Refusals of the server, for errors.Is. Each comes in a [*seal.Error] with its cause and a
+// hint.
 var (
-	// ErrSealed: the server is sealed and knows none of its keys.
+	// ErrSealed says that the server is sealed, so that it has none of its keys.
 	ErrSealed = errors.New("it is sealed")
-	// ErrStandby: the server is a standby that can't serve this.
+	// ErrStandby says that the server is a standby server and can't serve the request.
 	ErrStandby = errors.New("it is a standby server")
-	// ErrRateLimited: a quota of the server is used up.
+	// ErrRateLimited says that a quota of the server is used up.
 	ErrRateLimited = errors.New("it limits the rate of requests")
-	// ErrLogin: the auth method refuses the credentials.
+	// ErrLogin says that the auth method refuses the credentials.
 	ErrLogin = errors.New("it refuses the login")
-	// ErrToken: the token is expired, revoked or malformed.
+	// ErrToken says that the token is expired, revoked or malformed.
 	ErrToken = errors.New("the token is expired, revoked or of another server")
-	// ErrDenied: the token is valid, and lacks a capability.
+	// ErrDenied says that the token is valid but lacks a capability.
 	ErrDenied = errors.New("permission denied")
-	// ErrKeyMissing: there is no Transit key of that name.
+	// ErrKeyMissing says that there is no Transit key of this name.
 	ErrKeyMissing = errors.New("there is no such Transit key")
-	// ErrMountMissing: nothing is mounted at that path, in that namespace.
+	// ErrMountMissing says that nothing is mounted at this path of the namespace.
 	ErrMountMissing = errors.New("nothing is mounted there")
-	// ErrTooOld: the key's min_decryption_version is above the slot's version.
+	// ErrTooOld says that the key's min_decryption_version is above the slot's version.
 	ErrTooOld = errors.New("the key's min_decryption_version is above the slot's version")
-	// ErrNotVault: the answer is not Vault's.
+	// ErrNotVault says that another program than Vault has answered.
 	ErrNotVault = errors.New("the answer is not Vault's")
 )
 
 const (
-	hintOtherKey   = "if the Transit key was deleted and made anew, run kleidi slot rewrap with --new-key, or kleidi slot remove and kleidi slot add vault; else " + hintRestore
+	hintOtherKey   = "if the Transit key was deleted and made again, run kleidi slot rewrap with --new-key, or kleidi slot remove and kleidi slot add vault; else " + hintRestore
 	hintRestore    = "run kleidi keyring restore with the previous revision or a backup"
 	hintNotVault   = "set vault.address to Vault or OpenBao itself, not to a proxy or another service"
 	hintKeyMissing = "correct vault.key, or restore the key from a backup of the server"
 	hintPaths      = "correct vault.mount or vault.namespace, or enable the engine there"
 )
 
-// Texts of Vault and OpenBao that tell answers of one status apart. They are
-// compared whole, since parts of them may be quoted in others.
+// Texts of Vault and OpenBao by which answers with the same status differ. Whole texts are
+// compared, because other texts may quote parts of them.
 const (
 	textSealed       = "Vault is sealed"
 	textSealedBao    = "OpenBao is sealed"
@@ -66,22 +66,22 @@ const (
 	textTooOld       = "ciphertext or signature version is disallowed by policy (too old)"
 )
 
-// Statuses of sys/health and of performance standbys that net/http has no name for.
+// Statuses of sys/health and of performance standbys for which net/http has no name.
 const (
 	statusRecoverySecondary  = 472
 	statusPerformanceStandby = 473
 )
 
-// refusal is an answer that says no.
+// refusal is an answer of the server with an error status.
 type refusal struct {
-	status int
-	texts  []string
-	after  time.Duration
+	status     int
+	texts      []string
+	retryAfter time.Duration
 }
 
 func (r *refusal) Error() string { return fmt.Sprintf("status %d", r.status) }
 
-// lines takes lists apart that go-multierror made:
+// lines returns the single errors of a refusal. It splits the lists of go-multierror:
 // "2 errors occurred:\n\t* permission denied\n\t* invalid token\n\n".
 func (r *refusal) lines() (all []string) {
 	for _, text := range r.texts {
@@ -97,11 +97,11 @@ func (r *refusal) lines() (all []string) {
 	return all
 }
 
-func (r *refusal) says(text string) bool { return slices.Contains(r.lines(), text) }
+func (r *refusal) hasLine(text string) bool { return slices.Contains(r.lines(), text) }
 
-func (r *refusal) sealed() bool { return r.says(textSealed) || r.says(textSealedBao) }
+func (r *refusal) sealed() bool { return r.hasLine(textSealed) || r.hasLine(textSealedBao) }
 
-// explain turns what call returned into a *seal.Error.
+// explain turns an error of call into a [*seal.Error].
 func (s *session) explain(ctx context.Context, r request, err error) error {
 	refused, ok := errors.AsType[*refusal](err)
 	if !ok {
@@ -113,7 +113,7 @@ func (s *session) explain(ctx context.Context, r request, err error) error {
 	switch {
 	case refused.status == http.StatusForbidden:
 		return s.explainForbidden(ctx, r, refused)
-	case refused.says(textKeyMissing):
+	case refused.hasLine(textKeyMissing):
 		return s.config.errorf(seal.CauseKeyMissing, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
 	case refused.status == http.StatusNotFound:
 		return s.config.errorf(seal.CauseUnavailable, hintPaths, "%s: %w", r.path, ErrMountMissing)
@@ -122,7 +122,7 @@ func (s *session) explain(ctx context.Context, r request, err error) error {
 		"%s: %s", r.path, s.quote(refused))
 }
 
-// explainServer is for what any request may be told, or nil.
+// explainServer explains a refusal that any request may get. It returns nil for others.
 func (s *session) explainServer(r *refusal) error {
 	switch {
 	case r.sealed():
@@ -131,20 +131,20 @@ func (s *session) explainServer(r *refusal) error {
 		return s.config.errorf(seal.CauseUnavailable, "wait, or raise the quota of this path (sys/quotas/rate-limit)",
 			"%w: %s", ErrRateLimited, s.quote(r))
 	case r.status == statusRecoverySecondary, r.status == statusPerformanceStandby:
-		return s.config.errorf(seal.CauseUnavailable, "set vault.address to the active server or to a load balancer that knows it",
+		return s.config.errorf(seal.CauseUnavailable, "set vault.address to the active server, or to a load balancer that knows it",
 			"%w (status %d)", ErrStandby, r.status)
 	case r.status == http.StatusRequestEntityTooLarge:
-		return s.config.errorf(seal.CauseUnavailable, "raise max_request_size of the server's listener", "it finds the request too large")
+		return s.config.errorf(seal.CauseUnavailable, "raise max_request_size of the server's listener", "it refuses the request as too large")
 	case r.status >= http.StatusInternalServerError:
 		return s.config.errorf(seal.CauseUnavailable, "see the server's log, or run the command again", "it failed: %s", s.quote(r))
 	}
 	return nil
 }
 
-// explainForbidden asks the server what is missing: a valid token is told its own
-// capabilities.
+// explainForbidden asks the server which capability is missing. A valid token may ask for
+// its own capabilities.
 func (s *session) explainForbidden(ctx context.Context, r request, refused *refusal) error {
-	if refused.says(textInvalidToken) {
+	if refused.hasLine(textInvalidToken) {
 		return s.config.errorf(seal.CauseCredentials, s.config.Auth.renewHint(), "%s: %w", r.path, ErrToken)
 	}
 	grant := fmt.Sprintf("grant it the capability %q on the path %q", r.capability, r.path)
@@ -156,10 +156,10 @@ func (s *session) explainForbidden(ctx context.Context, r request, refused *refu
 	case err != nil, !slices.Contains(capabilities, r.capability):
 		return s.config.errorf(seal.CauseCredentials, grant, "%s: %w", r.path, ErrDenied)
 	case r.path == s.config.Mount+"/encrypt/"+s.config.Key:
-		// Vault asks for the capability create, not update, where the key doesn't exist
+		// if the key doesn't exist, Vault demands the capability create, not update
 		return s.config.errorf(seal.CauseKeyMissing, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
 	}
-	return s.config.errorf(seal.CauseCredentials, "see the server's audit log; the capability is there, so that another rule (MFA, control group) forbids it",
+	return s.config.errorf(seal.CauseCredentials, "see the server's audit log; the token has the capability, so another rule (MFA, control group) forbids it",
 		"%s: %w", r.path, ErrDenied)
 }
 
@@ -168,7 +168,7 @@ func forbidden(err error) bool {
 	return ok && r.status == http.StatusForbidden
 }
 
-// explainLogin is explain for a login.
+// explainLogin turns an error of a login into a [*seal.Error].
 func (s *session) explainLogin(r request, err error) error {
 	refused, ok := errors.AsType[*refusal](err)
 	if !ok {
@@ -182,13 +182,13 @@ func (s *session) explainLogin(r request, err error) error {
 			"%s: %w", r.path, ErrMountMissing)
 	}
 	hint := s.config.Auth.renewHint()
-	if refused.says(textDenied) {
-		hint += ", and that vault.auth.mount is right" // a missing mount is denied as well
+	if refused.hasLine(textDenied) {
+		hint += ", and that vault.auth.mount is right" // Vault answers the same for a missing mount
 	}
 	return s.config.errorf(seal.CauseCredentials, hint, "%s: %w: %s", r.path, ErrLogin, s.quote(refused))
 }
 
-// renewHint says what to do about refused credentials.
+// renewHint returns the remedy for refused credentials.
 func (a Auth) renewHint() string {
 	switch a.Method {
 	case MethodToken:
@@ -206,15 +206,16 @@ func (a Auth) renewHint() string {
 	return "check that vault.auth.role admits this token's issuer, audience and subject, and that it has not expired"
 }
 
-// maxQuoted bounds what a message quotes of an answer, in bytes.
+// maxQuoted is the maximum size of a quotation of an answer in bytes.
 const maxQuoted = 200
 
-// quote shows what the server said, unless that repeats a secret.
+// quote returns the status and the text of a refusal. It leaves out a text that repeats a
+// secret.
 func (s *session) quote(r *refusal) string {
 	text := strings.Join(r.lines(), "; ")
 	for _, secret := range s.secrets {
 		if repeats(text, secret) {
-			return fmt.Sprintf("status %d (its text is withheld, since it repeats a secret)", r.status)
+			return fmt.Sprintf("status %d (its text is withheld, because it repeats a secret)", r.status)
 		}
 	}
 	if text == "" {
@@ -226,7 +227,8 @@ func (s *session) quote(r *refusal) string {
 	return fmt.Sprintf("status %d, %q", r.status, text)
 }
 
-// repeats finds a secret in the forms that servers and loggers give it.
+// repeats reports whether text holds secret, in plain, quoted, or in the encodings that
+// servers and loggers use.
 func repeats(text string, secret []byte) (found bool) {
 	if len(secret) == 0 {
 		return false
@@ -241,7 +243,7 @@ func repeats(text string, secret []byte) (found bool) {
 	return found
 }
 
-// unquoted drops what quoting adds, however often it was done.
+// unquoted removes the characters that quoting adds, however often b was quoted.
 func unquoted(b []byte) []byte {
 	return bytes.Map(func(r rune) rune {
 		if r == '\\' || r == '"' {
@@ -251,13 +253,13 @@ func unquoted(b []byte) []byte {
 	}, b)
 }
 
-// errorf makes an error that begins with the server's address.
+// errorf returns an error whose text begins with the address of the server.
 func (c Config) errorf(cause seal.Cause, hint, format string, args ...any) error {
 	return seal.Errorf(cause, hint, "vault: "+c.Address+": "+format, args...)
 }
 
-// temporary says whether a failure on the way may be over the next time. A refused
-// connection isn't: whoever waits for a server to come up waits longer than this.
+// temporary reports whether a failure of the transport may be over at the next try. A
+// refused connection is not temporary: a server takes longer to start than the retries.
 func temporary(err error) bool {
 	if e, ok := errors.AsType[*notVault](err); ok {
 		return e.status >= http.StatusInternalServerError || e.status == http.StatusTooManyRequests
@@ -269,13 +271,13 @@ func brokeOff(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// explainTransport is for failures on the way to the server.
+// explainTransport turns a failure of the transport into a [*seal.Error].
 func (c Config) explainTransport(err error) error {
 	if e, ok := errors.AsType[*seal.Error](err); ok {
-		return e // what the client's key said
+		return e // a failure of the client certificate's key
 	}
 	if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err // it names the URL again
+		err = e.Err // e would name the URL again
 	}
 	switch {
 	case errors.Is(err, context.Canceled):
@@ -297,18 +299,18 @@ func (c Config) explainTransport(err error) error {
 	return c.explainNetwork(err)
 }
 
-// explainTLS is for what TLS found, or nil.
+// explainTLS explains an error of TLS. It returns nil for others.
 func (c Config) explainTLS(err error) error {
 	const cause = seal.CauseUnavailable
 	if e, ok := errors.AsType[x509.HostnameError](err); ok {
 		return c.errorf(cause, "set vault.serverName, or vault.address, to a name that is in the certificate",
-			"its certificate is not for %.100q: %w", e.Host, short{e})
+			"its certificate is not for %.100q: %w", e.Host, shortened{e})
 	}
 	if e, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
-		return c.errorf(cause, "set vault.caFile to the certificate of the CA that issued the server's", "%w", short{e})
+		return c.errorf(cause, "set vault.caFile to the certificate of the CA that issued the server's", "%w", shortened{e})
 	}
 	if e, ok := errors.AsType[x509.CertificateInvalidError](err); ok {
-		return c.errorf(cause, "renew the server's certificate, and check this machine's clock", "%w", short{e})
+		return c.errorf(cause, "renew the server's certificate, and check this machine's clock", "%w", shortened{e})
 	}
 	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
 		return c.errorf(cause, "give the server's listener a certificate, or correct the port in vault.address", "it does not speak TLS")
@@ -320,7 +322,7 @@ func (c Config) explainTLS(err error) error {
 		return c.errorf(cause, "check the TLS settings of the server's listener", "it refuses the TLS connection: %w", e.Err)
 	}
 	if e, ok := errors.AsType[*handshakeError](err); ok && !brokeOff(err) {
-		return c.errorf(cause, "check the TLS settings of the server's listener", "TLS: %w", short{e.err})
+		return c.errorf(cause, "check the TLS settings of the server's listener", "TLS: %w", shortened{e.err})
 	}
 	return nil
 }
@@ -330,22 +332,22 @@ func (c Config) explainNetwork(err error) error {
 	var dns *net.DNSError
 	switch {
 	case errors.As(err, &dns):
-		return c.errorf(cause, "correct the host in vault.address, or this machine's name service", "%w", short{err})
+		return c.errorf(cause, "correct the host in vault.address, or this machine's name service", "%w", shortened{err})
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return c.errorf(cause, "start the server, or correct vault.address", "%w", syscall.ECONNREFUSED)
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
-		return c.errorf(cause, "check the network and the firewalls between here and there", "%w", short{err})
+		return c.errorf(cause, "check the network and the firewalls between this machine and the server", "%w", shortened{err})
 	}
 	if brokeOff(err) {
-		return c.errorf(cause, "check that it is up, and that nothing in between ends connections", "the connection breaks off: %w", short{err})
+		return c.errorf(cause, "check that it is up, and that nothing in between ends connections", "the connection breaks off: %w", shortened{err})
 	}
-	return c.errorf(cause, "check that it is up, and run the command again", "%w", short{err})
+	return c.errorf(cause, "check that it is up, and run the command again", "%w", shortened{err})
 }
 
-// short is an error whose text doesn't fill a log.
-type short struct{ err error }
+// shortened is an error with a shortened text.
+type shortened struct{ err error }
 
-func (s short) Error() string {
+func (s shortened) Error() string {
 	text := s.err.Error()
 	if len(text) > maxQuoted {
 		text = text[:maxQuoted] + "…"
@@ -353,4 +355,4 @@ func (s short) Error() string {
 	return text
 }
 
-func (s short) Unwrap() error { return s.err }
+func (s shortened) Unwrap() error { return s.err }

@@ -19,16 +19,16 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// fake answers as Vault does, for what a real one can't be made to show: e2e/vault
-// has the real one. Its Transit "encrypts" with base64.
+// fake is a server that answers like Vault. It serves for faults that a real Vault can't be
+// made to show; e2e/vault has a real one. Its Transit "encrypts" with base64.
 type fake struct {
 	*httptest.Server
 	t *testing.T
 
 	mu       sync.Mutex
 	requests []*http.Request
-	// before answers a request instead, and says whether it did. n counts the
-	// requests of that path, from 1.
+	// before may answer a request in the place of the fake, and reports whether it did.
+	// n counts the requests for that path, from 1.
 	before func(w http.ResponseWriter, r *http.Request, n int) bool
 	counts map[string]int
 }
@@ -85,7 +85,7 @@ func answer(w http.ResponseWriter, status int, body string) {
 	_, _ = io.WriteString(w, body)
 }
 
-// config logs in by AppRole.
+// config returns a configuration that logs in by AppRole.
 func (f *fake) config() Config {
 	f.t.Helper()
 	dir := f.t.TempDir()
@@ -119,7 +119,7 @@ func newKEK(t *testing.T) *seal.Secret {
 	return kek
 }
 
-// sent returns what was sent to a path.
+// sent returns the bodies that were sent to a path.
 func (f *fake) sent(path string) (all []*http.Request) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -18,8 +18,8 @@ import (
 
 func isError(err, target error) bool { return errors.Is(err, target) }
 
-// TestConformance: the suite runs on the real server in e2e/vault; here it sees to it
-// that the fake is good enough for what else is tested with it.
+// TestConformance shows that the fake is good enough for the other tests. e2e/vault runs the
+// suite with the real server.
 func TestConformance(t *testing.T) {
 	c := newFake(t, nil).config()
 	other := c
@@ -29,7 +29,7 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-// at answers requests of a path.
+// at returns a before that answers the requests for a path.
 func at(path string, status int, body string) func(http.ResponseWriter, *http.Request, int) bool {
 	return func(w http.ResponseWriter, r *http.Request, _ int) bool {
 		if r.URL.Path != "/v1/"+path {
@@ -42,7 +42,7 @@ func at(path string, status int, body string) func(http.ResponseWriter, *http.Re
 
 const encrypt = "transit/encrypt/kleidi"
 
-// TestAnswers: what a server, or something before it, may answer.
+// TestAnswers: each answer of a server, or of a proxy before it, has its explanation.
 func TestAnswers(t *testing.T) {
 	html := func(status int) func(http.ResponseWriter, *http.Request, int) bool {
 		return func(w http.ResponseWriter, _ *http.Request, _ int) bool {
@@ -99,7 +99,8 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// TestRetries: what passes is waited for, and a server that says how long is obeyed.
+// TestRetries: a request is repeated after a temporary failure, and not before the time
+// that the server names.
 func TestRetries(t *testing.T) {
 	for name, row := range map[string]struct {
 		status int
@@ -137,7 +138,7 @@ func TestRetries(t *testing.T) {
 	}
 }
 
-// TestNoRetries: what doesn't pass is told at once, and once.
+// TestNoRetries: a request is not repeated after a lasting failure.
 func TestNoRetries(t *testing.T) {
 	for name, before := range map[string]func(http.ResponseWriter, *http.Request, int) bool{
 		"sealed":      at(encrypt, 503, `{"errors":["Vault is sealed"]}`),
@@ -159,8 +160,8 @@ func TestNoRetries(t *testing.T) {
 	}
 }
 
-// TestRedirects: only to https, only to the same path, only once, and only to a server
-// of the same CA.
+// TestRedirects: a redirect is followed once, and only to https, to the same path and to a
+// server of the same CA.
 func TestRedirects(t *testing.T) {
 	active := newFake(t, nil)
 	strange := httptest.NewServer(http.NotFoundHandler())
@@ -177,11 +178,11 @@ func TestRedirects(t *testing.T) {
 		says     string // empty: it works
 	}{
 		"to the active server": {func(r *http.Request) string { return active.URL + r.URL.Path }, ""},
-		"to http":              {func(r *http.Request) string { return strange.URL + r.URL.Path }, "not https://HOST:PORT and the same path"},
-		"to another path":      {func(*http.Request) string { return active.URL + "/v1/sys/raw" }, "not https://HOST:PORT and the same path"},
-		"with a password":      {func(r *http.Request) string { return "https://a:b@" + r.Host + r.URL.Path }, "not https://HOST:PORT and the same path"},
+		"to http":              {func(r *http.Request) string { return strange.URL + r.URL.Path }, "something other than https://HOST:PORT and the same path"},
+		"to another path":      {func(*http.Request) string { return active.URL + "/v1/sys/raw" }, "something other than https://HOST:PORT and the same path"},
+		"with a password":      {func(r *http.Request) string { return "https://a:b@" + r.Host + r.URL.Path }, "something other than https://HOST:PORT and the same path"},
 		"to itself":            {func(r *http.Request) string { return "https://" + r.Host + r.URL.Path }, "redirects again"},
-		"nowhere":              {func(*http.Request) string { return "" }, "not https://HOST:PORT and the same path"},
+		"nowhere":              {func(*http.Request) string { return "" }, "something other than https://HOST:PORT and the same path"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			kek := newKEK(t)
@@ -206,7 +207,7 @@ func TestRedirects(t *testing.T) {
 	}
 }
 
-// TestEcho: a server that repeats what it was sent doesn't get it into a log.
+// TestEcho: if a server repeats a secret in its answer, no message quotes it.
 func TestEcho(t *testing.T) {
 	for _, path := range []string{"auth/approle/login", encrypt} {
 		f := newFake(t, func(w http.ResponseWriter, r *http.Request, _ int) bool {
@@ -231,7 +232,7 @@ func TestEcho(t *testing.T) {
 	}
 }
 
-// TestEnvironment: the library's variables and the proxies' change nothing.
+// TestEnvironment: the variables of the client library and those of proxies have no effect.
 func TestEnvironment(t *testing.T) {
 	proxy := newFake(t, nil)
 	for name, value := range map[string]string{
@@ -272,7 +273,7 @@ func TestEnvironment(t *testing.T) {
 	checkError(t, err, seal.CauseUnavailable, nil, "set vault.caFile")
 }
 
-// TestEnvironmentThatTheLibraryRefuses: the error names the variables, without values.
+// TestEnvironmentThatTheLibraryRefuses: the error names the variables, but not their values.
 func TestEnvironmentThatTheLibraryRefuses(t *testing.T) {
 	for name, value := range map[string]string{"VAULT_HEADERS": "{secret-of-a-header", "VAULT_CACERT": "/nowhere", "VAULT_CLIENT_TIMEOUT": "soon"} {
 		t.Run(name, func(t *testing.T) {
@@ -286,8 +287,8 @@ func TestEnvironmentThatTheLibraryRefuses(t *testing.T) {
 	}
 }
 
-// TestConnectionPerRequest: a server that ends the connection after each answer is
-// served as well.
+// TestConnectionPerRequest: an operation succeeds with a server that closes the connection
+// after each answer.
 func TestConnectionPerRequest(t *testing.T) {
 	f := newFake(t, nil)
 	f.Config.SetKeepAlivesEnabled(false)
@@ -306,8 +307,7 @@ func TestConnectionPerRequest(t *testing.T) {
 	}
 }
 
-// TestLateCancel: an operation that is cancelled after its answer still gives the
-// token back.
+// TestLateCancel: an operation that is cancelled after its answer still revokes its token.
 func TestLateCancel(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	f := newFake(t, func(_ http.ResponseWriter, r *http.Request, _ int) bool {
@@ -322,7 +322,7 @@ func TestLateCancel(t *testing.T) {
 	}
 }
 
-// TestLostAnswerToRevoke: that the token could not be given back is no failure.
+// TestLostAnswerToRevoke: an operation succeeds even if its token can't be revoked.
 func TestLostAnswerToRevoke(t *testing.T) {
 	f := newFake(t, at("auth/token/revoke-self", http.StatusForbidden, `{"errors":["permission denied"]}`))
 	if _, err := newWrapper(t, f.config()).Wrap(t.Context(), newKEK(t)); err != nil {

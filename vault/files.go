@@ -12,53 +12,54 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Limits of files, in bytes.
+// Maximum sizes of files in bytes.
 const (
 	maxCredential = 16 << 10
 	maxPEM        = 1 << 20
 )
 
-// who may read a file.
-type who int
+// readers says who may read a file.
+type readers int
 
 const (
-	ownerOnly who = iota // a credential: nobody else
-	anybody              // public, or a projected token: its folder is what protects it
+	ownerOnly readers = iota // of a credential
+	anyone                   // of public data, or of a projected token, which its folder protects
 )
 
-// errNoCertificate says that a CA file is of no use.
+// errNoCertificate says that a CA file holds no certificate.
 var errNoCertificate = errors.New("no PEM certificate in it")
 
-// readFile reads a regular file of at most limit bytes into memory that the caller
-// clears. setting is the name of the key in the configuration.
-func readFile(setting, path string, limit int, may who) ([]byte, error) {
-	b, err := readRegular(path, limit, may)
+// readFile returns the content of a regular file of at most limit bytes, which the caller
+// clears. setting is the name of the setting in the configuration.
+func readFile(setting, path string, limit int, allowed readers) ([]byte, error) {
+	b, err := readRegular(path, limit, allowed)
 	if err != nil {
 		return nil, seal.Errorf(seal.CauseCredentials, "put the right file there, or correct vault."+setting, "vault.%s: %s: %w", setting, path, err)
 	}
 	return b, nil
 }
 
-func readRegular(path string, limit int, may who) ([]byte, error) {
-	// A FIFO would wait for its writer
+func readRegular(path string, limit int, allowed readers) ([]byte, error) {
+	// O_NONBLOCK: opening a FIFO must not block
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, bare(err)
+		return nil, withoutPath(err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return nil, bare(err)
+		return nil, withoutPath(err)
 	}
 	switch {
 	case !info.Mode().IsRegular():
 		return nil, errors.New("not a regular file")
-	case may == ownerOnly && info.Mode().Perm()&0o077 != 0:
+	case allowed == ownerOnly && info.Mode().Perm()&0o077 != 0:
 		return nil, fmt.Errorf("mode %04o lets others read it (run chmod 600)", info.Mode().Perm())
 	case info.Size() > int64(limit):
 		return nil, fmt.Errorf("%d bytes, at most %d", info.Size(), limit)
 	}
-	// One more, to see that it has not grown; never a second buffer, which nobody would clear
+	// One byte more than the limit shows whether the file has grown. A second buffer
+	// would stay uncleared.
 	b := make([]byte, limit+1)
 	n, err := io.ReadFull(f, b)
 	if !errors.Is(err, io.ErrUnexpectedEOF) {
@@ -71,18 +72,18 @@ func readRegular(path string, limit int, may who) ([]byte, error) {
 	return b[:n:n], nil
 }
 
-// bare drops the path, which the caller names.
-func bare(err error) error {
+// withoutPath removes the path from an error, because the caller names it.
+func withoutPath(err error) error {
 	if e, ok := errors.AsType[*os.PathError](err); ok {
 		return e.Err
 	}
 	return err
 }
 
-// withCredential calls use with the credential that a file holds: one line of
-// printable characters. It is read anew at every login, and cleared.
-func withCredential(setting, path string, may who, use func(credential []byte) error) error {
-	b, err := readFile(setting, path, maxCredential, may)
+// withCredential calls use with the credential in a file: one line of printable characters.
+// It reads the file each time, and clears the credential afterwards.
+func withCredential(setting, path string, allowed readers, use func(credential []byte) error) error {
+	b, err := readFile(setting, path, maxCredential, allowed)
 	if err != nil {
 		return err
 	}
@@ -95,12 +96,13 @@ func withCredential(setting, path string, may who, use func(credential []byte) e
 	return use(line)
 }
 
-// roots returns the certificates of a CA file, or nil, which means the system's.
+// roots returns the certificates in a CA file. For an empty path it returns nil, which
+// stands for the certificates of the system.
 func roots(path string) (*x509.CertPool, error) {
 	if path == "" {
 		return nil, nil
 	}
-	b, err := readFile("caFile", path, maxPEM, anybody)
+	b, err := readFile("caFile", path, maxPEM, anyone)
 	if err != nil {
 		return nil, err
 	}

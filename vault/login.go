@@ -15,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// login gives the session a token.
+// login logs in, so that the session has a token.
 func (w *Wrapper) login(ctx context.Context, s *session) error {
 	a := w.config.Auth
 	switch a.Method {
@@ -29,7 +29,7 @@ func (w *Wrapper) login(ctx context.Context, s *session) error {
 			return s.loginWith(ctx, field{"role_id", []byte(a.RoleID), false}, field{"secret_id", id, true})
 		})
 	case MethodKubernetes:
-		return s.loginWithJWT(ctx, anybody)
+		return s.loginWithJWT(ctx, anyone)
 	case MethodJWT:
 		return s.loginWithJWT(ctx, ownerOnly)
 	}
@@ -39,20 +39,21 @@ func (w *Wrapper) login(ctx context.Context, s *session) error {
 	return s.loginWith(ctx, field{"name", []byte(a.Role), false})
 }
 
-func (s *session) loginWithJWT(ctx context.Context, may who) error {
-	return withCredential("auth.jwtFile", s.config.Auth.JWTFile, may, func(jwt []byte) error {
+func (s *session) loginWithJWT(ctx context.Context, allowed readers) error {
+	return withCredential("auth.jwtFile", s.config.Auth.JWTFile, allowed, func(jwt []byte) error {
 		return s.loginWith(ctx, field{"role", []byte(s.config.Auth.Role), false}, field{"jwt", jwt, true})
 	})
 }
 
-// field is a member of a JSON object whose value is a string.
+// field is a member of a JSON object. Its value is a string.
 type field struct {
 	name   string
 	value  []byte // printable
 	secret bool
 }
 
-// object encodes fields into one buffer, which the caller clears.
+// object returns the JSON object with these fields, in one buffer, which the caller
+// clears.
 func object(fields ...field) []byte {
 	size := 2
 	for _, f := range fields {
@@ -114,10 +115,10 @@ func (w *Wrapper) withSecretID(ctx context.Context, s *session, use func(id []by
 	})
 }
 
-// unwrapped is a secret ID that came out of a response-wrapping token, which opens
+// unwrapped is a secret ID from a response-wrapping token. Such a token can be unwrapped
 // only once.
 type unwrapped struct {
-	token [sha256.Size]byte // digest of the token
+	token [sha256.Size]byte // digest of the wrapping token
 	id    *seal.Secret
 }
 
@@ -131,12 +132,12 @@ func (w *Wrapper) withUnwrapped(ctx context.Context, s *session, token []byte, u
 	return use(id)
 }
 
-// unwrapOnce unwraps a token that was not unwrapped before, and returns the secret
-// ID, which the caller clears. Callers come one by one, since the second unwrapping
-// of a token fails; who waits for another one waits no longer than ctx.
+// unwrapOnce returns the secret ID that a token wraps, which the caller clears. It unwraps
+// the token if that was not done before. Only one goroutine unwraps at a time, because a
+// token can't be unwrapped twice. The others wait until ctx ends at most.
 func (w *Wrapper) unwrapOnce(ctx context.Context, s *session, token []byte) ([]byte, error) {
 	digest := sha256.Sum256(token)
-	if id := w.kept(digest); id != nil {
+	if id := w.cachedSecretID(digest); id != nil {
 		return id, nil
 	}
 	select {
@@ -145,36 +146,37 @@ func (w *Wrapper) unwrapOnce(ctx context.Context, s *session, token []byte) ([]b
 	case <-ctx.Done():
 		return nil, w.config.explainTransport(ctx.Err())
 	}
-	if id := w.kept(digest); id != nil {
+	if id := w.cachedSecretID(digest); id != nil {
 		return id, nil
 	}
-	// Who asked may have gone: what the server gives out once must be kept all the same.
-	deadline, _ := ctx.Deadline() // see in
+	// If the caller goes away now, the secret ID must be cached all the same, because the
+	// server gives it out only once.
+	deadline, _ := ctx.Deadline() // withSession sets one
 	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
 	secret, err := s.unwrap(ctx, token)
 	if err != nil {
 		return nil, err
 	}
-	return w.keep(&unwrapped{digest, secret}), nil
+	return w.cacheSecretID(&unwrapped{digest, secret}), nil
 }
 
-// kept returns a copy of the secret ID that came out of a token, or nil.
-func (w *Wrapper) kept(token [sha256.Size]byte) []byte {
+// cachedSecretID returns a copy of the cached secret ID if it is from this token, or nil.
+func (w *Wrapper) cachedSecretID(token [sha256.Size]byte) []byte {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.secretID == nil || w.secretID.token != token {
 		return nil
 	}
-	return w.secretID.copied()
+	return w.secretID.copyID()
 }
 
-// keep keeps a secret ID until Close, and returns a copy.
-func (w *Wrapper) keep(u *unwrapped) []byte {
+// cacheSecretID caches a secret ID until Close, and returns a copy.
+func (w *Wrapper) cacheSecretID(u *unwrapped) []byte {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	id := u.copied()
-	w.forget()
+	id := u.copyID()
+	w.dropSecretID()
 	if w.closed {
 		_ = u.id.Close()
 		return id
@@ -183,23 +185,24 @@ func (w *Wrapper) keep(u *unwrapped) []byte {
 	return id
 }
 
-func (u *unwrapped) copied() (id []byte) {
+// copyID returns a copy of the secret ID, which the caller clears.
+func (u *unwrapped) copyID() (id []byte) {
 	u.id.With(func(b []byte) { id = append(make([]byte, 0, len(b)), b...) })
 	return id
 }
 
-// forget closes the unwrapped secret ID; w.mu is held.
-func (w *Wrapper) forget() {
+// dropSecretID closes the cached secret ID. The caller holds w.mu.
+func (w *Wrapper) dropSecretID() {
 	if w.secretID != nil {
 		w.secretID.id.Close()
 		w.secretID = nil
 	}
 }
 
-const hintWrapped = "put a new wrapping token there: each start of kleidi serve takes one, and so does each command that runs without it; if nobody of yours used the last one, somebody else has the secret ID: destroy it first"
+const hintWrapped = "put a new wrapping token there: each start of kleidi serve takes one, and so does each command that runs without kleidi serve; if none of your people used the last token, somebody else has the secret ID, so destroy that first"
 
-// unwrap asks first what the token wraps: one that was replaced on its way wraps
-// something that was made elsewhere.
+// unwrap unwraps a wrapping token. First it checks where the wrapped value was created: if
+// somebody replaced the token on its way, that is another path.
 func (s *session) unwrap(ctx context.Context, token []byte) (*seal.Secret, error) {
 	s.secrets = append(s.secrets, bytes.Clone(token))
 	refuse := func(format string, args ...any) error {
@@ -217,14 +220,14 @@ func (s *session) unwrap(ctx context.Context, token []byte) (*seal.Secret, error
 	}
 	path := lookup.Data.Path
 	if prefix := "auth/" + s.config.Auth.Mount + "/role/"; !strings.HasPrefix(path, prefix) || !strings.HasSuffix(path, "/secret-id") {
-		return nil, refuse("the token wraps what was made at %.100q, not a secret ID of %s", path, prefix)
+		return nil, refuse("the token wraps a value from %.100q, not a secret ID of %s", path, prefix)
 	}
 	var answer struct {
 		Data struct {
 			SecretID string `json:"secret_id"`
 		} `json:"data"`
 	}
-	// Without a token of our own the wrapping token is the one that asks
+	// The session has no token yet, so the wrapping token authenticates the request
 	s.useToken(string(token))
 	defer s.client.ClearToken()
 	if err := s.unwrapStep(ctx, "sys/wrapping/unwrap", []byte("{}"), &answer, refuse); err != nil {
@@ -254,8 +257,8 @@ func (s *session) unwrapStep(ctx context.Context, path string, body []byte, into
 	return nil
 }
 
-// clientCertificate returns the certificate to log in with. Where its key fails,
-// failed is told: crypto/tls keeps only the text of that.
+// clientCertificate returns the certificate for the login. If its key fails, *failed is
+// the error, because crypto/tls keeps only the text of it.
 func (a Auth) clientCertificate(ctx context.Context, failed *error) (*tls.Certificate, error) {
 	if a.ClientCertificate == nil {
 		return a.readCertificate()
@@ -281,7 +284,7 @@ func keyFailure(err error) error {
 }
 
 func (a Auth) readCertificate() (*tls.Certificate, error) {
-	chain, err := readFile("auth.certFile", a.CertFile, maxPEM, anybody)
+	chain, err := readFile("auth.certFile", a.CertFile, maxPEM, anyone)
 	if err != nil {
 		return nil, err
 	}
@@ -293,12 +296,12 @@ func (a Auth) readCertificate() (*tls.Certificate, error) {
 	certificate, err := tls.X509KeyPair(chain, key)
 	if err != nil {
 		return nil, seal.Errorf(seal.CauseCredentials, "put a certificate and its own key there, PEM",
-			"vault.auth.certFile %s, vault.auth.keyFile %s: they are no pair", a.CertFile, a.KeyFile)
+			"vault.auth.certFile %s, vault.auth.keyFile %s: they are not a pair", a.CertFile, a.KeyFile)
 	}
 	return &certificate, nil
 }
 
-// keySigner keeps why its key failed.
+// keySigner is a signer that records the failure of its key.
 type keySigner struct {
 	crypto.Signer
 	failed *error

@@ -11,15 +11,15 @@ import (
 	kjson "sigs.k8s.io/json"
 )
 
-// slotFormat is the version of slotData that is written, and the only one that is read.
+// slotFormat is the version of slotData. No other version is read.
 const slotFormat = 1
 
-// maxCiphertext bounds Transit's ciphertext of a KEK, in characters. With AES-GCM
-// it has 90, with RSA 4096 about 700.
+// maxCiphertext is the maximum size of Transit's ciphertext of a KEK in characters. With
+// AES-GCM it has 90, with RSA 4096 about 700.
 const maxCiphertext = 4096
 
-// slotData is Slot.Data of a vault slot. All of it is untrusted. The names are
-// compared with the configuration, and used for nothing else.
+// slotData is the JSON in Slot.Data. It is untrusted. The names are compared with the
+// configuration, and used for nothing else.
 type slotData struct {
 	Format     int    `json:"format"`
 	Namespace  string `json:"namespace,omitempty"`
@@ -39,8 +39,8 @@ func (c Config) slot(ciphertext string) (seal.Slot, error) {
 	return seal.Slot{Type: seal.TypeVault, Data: data}, nil
 }
 
-// ciphertext returns what a slot holds if it is a slot of this configuration's key;
-// that of another key, mount or namespace is seal.ErrNotMine.
+// ciphertext returns the ciphertext in a slot. The error is seal.ErrNotMine if the slot
+// names another key, mount or namespace than the configuration.
 func (c Config) ciphertext(slot seal.Slot) (string, error) {
 	data, err := parseSlot(slot)
 	if err != nil {
@@ -52,8 +52,8 @@ func (c Config) ciphertext(slot seal.Slot) (string, error) {
 	return data.Ciphertext, nil
 }
 
-// Version returns the version of the Transit key that a slot is encrypted under,
-// 1 or more, from the slot alone. A slot of another type is seal.ErrNotMine.
+// Version returns the version of the Transit key that encrypted a slot, 1 or more. It
+// does not ask the server. The error is seal.ErrNotMine if the slot has another type.
 func Version(slot seal.Slot) (int, error) {
 	data, err := parseSlot(slot)
 	if err != nil {
@@ -71,7 +71,7 @@ func parseSlot(slot seal.Slot) (data slotData, err error) {
 	}
 	strict, err := kjson.UnmarshalStrict(slot.Data, &data)
 	if err != nil || len(strict) > 0 {
-		return slotData{}, corrupt(errors.New("it is not of the form that kleidi writes"))
+		return slotData{}, corrupt(errors.New("it does not have the form that kleidi writes"))
 	}
 	if data.Format != slotFormat {
 		return slotData{}, corrupt(fmt.Errorf("format %d, this kleidi reads %d", data.Format, slotFormat))
@@ -82,7 +82,7 @@ func parseSlot(slot seal.Slot) (data slotData, err error) {
 	return data, nil
 }
 
-// version reads N of "vault:vN:…", the form that both Vault and OpenBao write.
+// version returns N of "vault:vN:…", which is the form of Vault and of OpenBao.
 func version(ciphertext string) (int, error) {
 	if len(ciphertext) > maxCiphertext {
 		return 0, fmt.Errorf("a ciphertext of %d characters, at most %d", len(ciphertext), maxCiphertext)
@@ -91,7 +91,7 @@ func version(ciphertext string) (int, error) {
 	number, encoded, colon := strings.Cut(rest, ":")
 	n, err := strconv.ParseUint(number, 10, 31)
 	if !ok || !colon || err != nil || n == 0 || number != strconv.FormatUint(n, 10) || !isBase64(encoded) {
-		return 0, errors.New("the ciphertext is not of the form vault:vN:base64")
+		return 0, errors.New("the ciphertext does not have the form vault:vN:base64")
 	}
 	return int(n), nil
 }

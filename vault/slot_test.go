@@ -8,7 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// golden is a slot as the first version of the format writes it. It has to be read for good.
+// golden is a slot of the first version of the format, which must be read for ever.
 const golden = `{"format":1,"namespace":"team/a","mount":"transit","key":"kleidi",` +
 	`"ciphertext":"vault:v3:8SDd3WHDOjf7mq69CyCqYjBXAiQQAVZRkFM13ok481zoCmHnSeDX9vyf7w=="}`
 
@@ -35,8 +35,8 @@ func TestGoldenSlot(t *testing.T) {
 	}
 }
 
-// TestSlotsThatAreNotOpened: those of others are told from those that are damaged,
-// and neither is sent anywhere.
+// TestSlotsThatAreNotOpened: slots of others are ErrNotMine, damaged ones are corrupt, and
+// neither is sent to the server.
 func TestSlotsThatAreNotOpened(t *testing.T) {
 	f := newFake(t, nil)
 	w := newWrapper(t, f.config())
@@ -59,7 +59,8 @@ func TestSlotsThatAreNotOpened(t *testing.T) {
 	}
 }
 
-// TestWhatIsNoKEK: a ciphertext of something else, made by whoever may encrypt.
+// TestWhatIsNoKEK: a ciphertext of another size than a KEK's is refused. Anyone who may
+// encrypt with the key can make one.
 func TestWhatIsNoKEK(t *testing.T) {
 	w := newWrapper(t, newFake(t, at("transit/decrypt/kleidi", 200, `{"data":{"plaintext":"c2hvcnQ="}}`)).config())
 	_, err := w.Unwrap(t.Context(), seal.Slot{Type: seal.TypeVault, Data: json.RawMessage(
@@ -78,8 +79,7 @@ func TestVersionOfCiphertext(t *testing.T) {
 	}
 }
 
-// FuzzSlot: whatever a slot holds, the answer is a ciphertext of the form that Vault
-// writes, seal.ErrNotMine, or a typed error.
+// FuzzSlot: any slot gives a ciphertext of Vault's form, seal.ErrNotMine, or a typed error.
 func FuzzSlot(f *testing.F) {
 	f.Add([]byte(golden))
 	f.Add([]byte(`{"format":1,"mount":"transit","key":"kleidi","ciphertext":"vault:v1:AAAA"}`))

@@ -17,15 +17,16 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Limits of what is read.
+// Limits of requests and answers.
 const (
-	// maxAnswer bounds the body of an answer, in bytes. That of a decrypt has about 500.
+	// maxAnswer is the maximum size of the body of an answer in bytes. The answer to
+	// decrypt has about 500.
 	maxAnswer = 64 << 10
-	// maxRequest is the size of a request that never makes a buffer grow, which
-	// would leave a copy behind.
+	// maxRequest is the size of a request in bytes up to which no buffer grows. A
+	// buffer that grows leaves a copy behind.
 	maxRequest = 32 << 10
 	readBuffer = 4 << 10
-	// maxHeaders bounds the header lines of an answer, in bytes.
+	// maxHeaders is the maximum size of the header lines of an answer in bytes.
 	maxHeaders = 32 << 10
 )
 
@@ -34,7 +35,7 @@ var (
 	errHeaders   = errors.New("the answer's headers are too large")
 )
 
-// notVault is an answer that is no JSON: a proxy's or another service's.
+// notVault is an answer that is not JSON: from a proxy or another service.
 type notVault struct {
 	status      int
 	contentType string
@@ -44,22 +45,21 @@ func (e *notVault) Error() string {
 	return fmt.Sprintf("the answer (status %d) is %.60q and not application/json", e.status, e.contentType)
 }
 
-// wire is the http.RoundTripper of one operation: HTTP/1.1 over one TLS connection
-// that is closed with it. net/http's own Transport would do, but for the buffers:
-// it keeps requests and answers, and so the KEK, in memory that nobody can clear.
-// It is used by one goroutine.
+// wire is the http.RoundTripper of one operation: HTTP/1.1 over one TLS connection, which
+// ends with the operation. net/http's Transport is not used, because it keeps requests and
+// answers, and so the KEK, in buffers that can't be cleared. One goroutine uses a wire.
 type wire struct {
 	tls  *tls.Config
-	host string // that conn leads to
-	raw  *wiped
+	host string // conn's server
+	raw  *wipedConn
 	conn *tls.Conn
 	in   *bufio.Reader
 	body []byte // of the last answer
-	// stale says that conn can't be used for another request.
+	// stale says that conn can't serve another request.
 	stale bool
 }
 
-// RoundTrip implements http.RoundTripper. The answer's body is read whole, and is
+// RoundTrip implements http.RoundTripper. It reads the whole body of the answer, which is
 // valid until the next request.
 func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.Body != nil {
@@ -72,14 +72,14 @@ func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
 	conn := w.raw.Conn
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	res, err := w.exchange(req)
-	w.stale = !stop() // the deadline in the past is there, or comes
+	w.stale = !stop() // ctx has ended, so the deadline in the past is or will be set
 	if err != nil {
 		w.close()
 	} else if res.Close {
 		w.stale = true
 	}
 	if err != nil && ctx.Err() != nil {
-		return nil, ctx.Err() // rather than the deadline that it caused
+		return nil, ctx.Err() // not the error of the deadline
 	}
 	return res, err
 }
@@ -102,7 +102,7 @@ func (w *wire) dial(ctx context.Context, u *url.URL) error {
 	if config.ServerName == "" {
 		config.ServerName = u.Hostname()
 	}
-	w.raw = &wiped{Conn: raw, left: unlimited}
+	w.raw = &wipedConn{Conn: raw, budget: unlimited}
 	w.conn = tls.Client(w.raw, config)
 	w.host = u.Host
 	if err := w.conn.HandshakeContext(ctx); err != nil {
@@ -116,7 +116,8 @@ func (w *wire) dial(ctx context.Context, u *url.URL) error {
 	return nil
 }
 
-// handshakeError tells a failed handshake from a connection that broke later.
+// handshakeError is the error of a failed handshake. An error after the handshake is
+// none.
 type handshakeError struct{ err error }
 
 func (e *handshakeError) Error() string { return e.err.Error() }
@@ -130,7 +131,7 @@ func (w *wire) exchange(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	var err error
-	// crypto/tls builds records in buffers that may grow, and leave a copy, on the way
+	// crypto/tls builds records in buffers that grow, and so leave copies behind
 	seal.Erase(func() { _, err = w.conn.Write(out.Bytes()) })
 	if err != nil {
 		return nil, err
@@ -150,10 +151,11 @@ func (w *wire) exchange(req *http.Request) (*http.Response, error) {
 	return res, nil
 }
 
-// readHeaders bounds what an answer's head may hold, which http.ReadResponse doesn't.
+// readHeaders reads the status and the headers of an answer. Unlike http.ReadResponse it
+// limits their size.
 func (w *wire) readHeaders(req *http.Request) (*http.Response, error) {
-	w.raw.left = maxHeaders + readBuffer
-	defer func() { w.raw.left = unlimited }()
+	w.raw.budget = maxHeaders + readBuffer
+	defer func() { w.raw.budget = unlimited }()
 	for {
 		res, err := http.ReadResponse(w.in, req)
 		if err != nil {
@@ -165,8 +167,8 @@ func (w *wire) readHeaders(req *http.Request) (*http.Response, error) {
 	}
 }
 
-// readBody reads into a buffer of this package's own; io.ReadAll would leave a copy
-// at each growth.
+// readBody reads the body into w.body. io.ReadAll would leave copies behind in the buffers
+// that it outgrows.
 func (w *wire) readBody(r io.Reader) error {
 	clear(w.body)
 	w.body = make([]byte, maxAnswer+1)
@@ -184,7 +186,7 @@ func (w *wire) readBody(r io.Reader) error {
 	return fmt.Errorf("%w: more than %d bytes", errOversized, maxAnswer)
 }
 
-// checkType wants JSON, as Vault answers, but where there is nothing to read.
+// checkType checks that an answer with a body is JSON.
 func checkType(res *http.Response) error {
 	if res.StatusCode == http.StatusNoContent || res.StatusCode/100 == 3 {
 		return nil
@@ -196,12 +198,12 @@ func checkType(res *http.Response) error {
 	return nil
 }
 
-// close ends the connection and clears what it held.
+// close closes the connection and clears its buffers.
 func (w *wire) close() {
 	if w.conn == nil {
 		return
 	}
-	// A server that reads no more must not hold up a close_notify.
+	// The deadline keeps close_notify from waiting for a server that reads no more
 	_ = w.raw.SetDeadline(time.Unix(1, 0))
 	_ = w.conn.Close()
 	_ = w.raw.Close()
@@ -214,41 +216,41 @@ func (w *wire) close() {
 	w.conn, w.raw, w.in, w.body, w.stale = nil, nil, nil, nil, false
 }
 
-// zeros reads as zeros without end.
+// zeros is an endless reader of zeros.
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
-// unlimited is a limit that no operation reaches.
+// unlimited is a budget that no operation uses up.
 const unlimited = 1 << 40
 
-// wiped is a connection that remembers into which buffers it read, although a
-// Reader should not. crypto/tls decrypts in place and never clears, so that what
-// it received in clear lies there. They are cleared when tls.Conn is done with them.
+// wipedConn is a connection that keeps the buffers into which it read, although an
+// io.Reader should not, and clears them at the end. crypto/tls decrypts in these buffers and
+// does not clear them, so they hold the received plaintext.
 //
-// A Read ends where a TLS record's header or payload does. crypto/tls makes its
-// buffer large enough before it asks for a payload, so that none moves to another.
-type wiped struct {
+// A Read ends at the end of a TLS record's header or payload. crypto/tls makes its buffer
+// large enough before it reads a payload, so no payload moves to another buffer.
+type wipedConn struct {
 	net.Conn
 	buffers [][]byte
-	left    int // bytes that may still be read
+	budget  int // bytes that may still be read
 	header  []byte
-	payload int // bytes of the record that are to come
+	payload int // bytes of the current record that are still to be read
 }
 
-// recordHeader is the size of a TLS record's header, whose last two bytes are the
-// size of the payload.
+// recordHeader is the size of the header of a TLS record in bytes. The last two bytes of the
+// header are the size of the payload.
 const recordHeader = 5
 
 // Read implements net.Conn.
-func (c *wiped) Read(p []byte) (int, error) {
+func (c *wipedConn) Read(p []byte) (int, error) {
 	want := c.payload
 	if want == 0 {
 		want = recordHeader - len(c.header)
 	}
 	n, err := c.Conn.Read(p[:min(len(p), want)])
 	c.buffers = append(c.buffers, p[:n])
-	if c.left -= n; c.left < 0 {
+	if c.budget -= n; c.budget < 0 {
 		return 0, errHeaders
 	}
 	if c.payload > 0 {
@@ -262,7 +264,7 @@ func (c *wiped) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (c *wiped) wipe() {
+func (c *wipedConn) wipe() {
 	for _, b := range c.buffers {
 		clear(b)
 	}

@@ -13,8 +13,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// unwraps answers for wrapping tokens, each of which opens once; hold, if set, is
-// called before the first one is opened.
+// unwraps returns a before that answers for wrapping tokens, each of which can be unwrapped
+// once. hold, if set, is called before the first one is unwrapped.
 func unwraps(hold func()) func(w http.ResponseWriter, r *http.Request, n int) bool {
 	return func(w http.ResponseWriter, r *http.Request, n int) bool {
 		switch r.URL.Path {
@@ -54,8 +54,8 @@ func wrappedConfig(t *testing.T, f *fake) Config {
 	return c
 }
 
-// TestUnwrappedOnce: one wrapping token serves all operations of a wrapper, and none of
-// another one.
+// TestUnwrappedOnce: a wrapping token serves all operations of one wrapper, and no operation
+// of another.
 func TestUnwrappedOnce(t *testing.T) {
 	f := newFake(t, unwraps(nil))
 	c := wrappedConfig(t, f)
@@ -79,8 +79,8 @@ func TestUnwrappedOnce(t *testing.T) {
 	}
 }
 
-// TestUnwrappingHoldsNobodyUp: while a server does not answer the one who unwraps, the
-// others wait no longer than they may, and Close not at all.
+// TestUnwrappingHoldsNobodyUp: while one goroutine waits for the server to unwrap a token,
+// the others wait until their deadlines at most, and Close does not wait.
 func TestUnwrappingHoldsNobodyUp(t *testing.T) {
 	asked, goOn := make(chan struct{}), make(chan struct{})
 	f := newFake(t, unwraps(func() { close(asked); <-goOn }))
@@ -124,8 +124,8 @@ func TestUnwrappingHoldsNobodyUp(t *testing.T) {
 	}
 }
 
-// TestUnwrappedForTheNext: a secret ID whose asker has gone meanwhile is there for the
-// next one, since nobody gets it again.
+// TestUnwrappedForTheNext: if a caller goes away while its token is unwrapped, the next
+// caller gets the secret ID, because the server does not give it out again.
 func TestUnwrappedForTheNext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	f := newFake(t, unwraps(cancel))

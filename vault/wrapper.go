@@ -11,19 +11,21 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Wrapper wraps KEKs with one Transit key.
+// Wrapper wraps KEKs with a Transit key. It implements [seal.Wrapper].
 type Wrapper struct {
 	config Config
 
-	unwrapping chan struct{} // holds one who unwraps a secret ID: the second unwrapping of a token fails
+	// unwrapping holds an element while a goroutine unwraps a secret ID. It is a channel
+	// because the others give up waiting when their contexts end.
+	unwrapping chan struct{}
 
-	mu       sync.Mutex // never held while a server is asked
-	secretID *unwrapped // once a wrapped secret ID was unwrapped
+	mu       sync.Mutex // not held during a request
+	secretID *unwrapped // nil until a wrapped secret ID is unwrapped
 	closed   bool
 }
 
-// New returns a wrapper, without asking the server. The error names every setting
-// that is wrong.
+// New returns a Wrapper. It does not ask the server. The error names every setting that is
+// wrong.
 func New(config Config) (*Wrapper, error) {
 	config, err := config.complete()
 	if err != nil {
@@ -32,17 +34,17 @@ func New(config Config) (*Wrapper, error) {
 	return &Wrapper{config: config, unwrapping: make(chan struct{}, 1)}, nil
 }
 
-// Close forgets the secret ID that was unwrapped, if there is one.
+// Close drops the unwrapped secret ID, if there is one.
 func (w *Wrapper) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.closed = true
-	w.forget()
+	w.dropSecretID()
 	return nil
 }
 
-// Unwrapped reports whether this wrapper holds a secret ID that it has unwrapped: its
-// wrapping token is spent then, and Close forgets what it held.
+// Unwrapped reports whether w holds an unwrapped secret ID. Its wrapping token is then used
+// up, and after Close the secret ID is lost.
 func (w *Wrapper) Unwrapped() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -71,8 +73,8 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (slot seal.Slot, e
 	if len(body) == 0 {
 		return slot, errors.New("vault: no KEK to wrap: it is closed or of another size")
 	}
-	defer seal.Collect() // what crypto/tls left of the KEK, see wire.exchange
-	err = w.in(ctx, func(ctx context.Context, s *session) error {
+	defer seal.Collect() // the copies of the KEK that crypto/tls leaves, see wire.exchange
+	err = w.withSession(ctx, func(ctx context.Context, s *session) error {
 		s.secrets = append(s.secrets, body[len(`{"plaintext":"`):len(body)-len(`"}`)])
 		slot, err = s.transit(ctx, request{w.path("encrypt"), body, "update"})
 		return err
@@ -80,8 +82,8 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (slot seal.Slot, e
 	return slot, err
 }
 
-// WrapLike wraps kek as Wrap does, if like is a slot of this wrapper's key; else it
-// is seal.ErrNotMine.
+// WrapLike wraps kek as Wrap does. The error is seal.ErrNotMine unless like is a slot of
+// this wrapper's key.
 func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
 	if _, err := w.config.ciphertext(like); err != nil {
 		return seal.Slot{}, err
@@ -89,21 +91,21 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 	return w.Wrap(ctx, kek)
 }
 
-// Rewrap returns the slot's KEK under the newest version of the Transit key. The
-// server does it: no KEK leaves it.
+// Rewrap returns the slot with its KEK under the newest version of the Transit key. The
+// server rewraps it, so the KEK does not leave the server.
 func (w *Wrapper) Rewrap(ctx context.Context, slot seal.Slot) (rewrapped seal.Slot, err error) {
 	ciphertext, err := w.config.ciphertext(slot)
 	if err != nil {
 		return seal.Slot{}, err
 	}
-	err = w.in(ctx, func(ctx context.Context, s *session) error {
+	err = w.withSession(ctx, func(ctx context.Context, s *session) error {
 		rewrapped, err = s.transit(ctx, request{w.path("rewrap"), object(field{"ciphertext", []byte(ciphertext), false}), "update"})
 		return err
 	})
 	return rewrapped, err
 }
 
-// transit makes a request that is answered by a ciphertext.
+// transit sends a request whose answer is a ciphertext, and returns its slot.
 func (s *session) transit(ctx context.Context, r request) (seal.Slot, error) {
 	answer, err := s.call(ctx, r)
 	if err != nil {
@@ -120,13 +122,13 @@ func (s *session) transit(ctx context.Context, r request) (seal.Slot, error) {
 	return s.config.slot(parsed.Data.Ciphertext)
 }
 
-// Unwrap decrypts a slot.
+// Unwrap implements [seal.Wrapper].
 func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (kek *seal.Secret, err error) {
 	ciphertext, err := w.config.ciphertext(slot)
 	if err != nil {
 		return nil, err
 	}
-	err = w.in(ctx, func(ctx context.Context, s *session) error {
+	err = w.withSession(ctx, func(ctx context.Context, s *session) error {
 		kek, err = s.decrypt(ctx, request{w.path("decrypt"), object(field{"ciphertext", []byte(ciphertext), false}), "update"})
 		return err
 	})
@@ -156,14 +158,14 @@ func (s *session) decrypt(ctx context.Context, r request) (kek *seal.Secret, err
 	return s.config.Memory.Take(plain)
 }
 
-// explainCiphertext is explain for requests that hold a slot's ciphertext, which
-// the server may refuse as such.
+// explainCiphertext turns an error of call into a [*seal.Error], for a request with the
+// ciphertext of a slot. The server may refuse that ciphertext.
 func (s *session) explainCiphertext(ctx context.Context, r request, err error) error {
 	refused, ok := errors.AsType[*refusal](err)
-	if !ok || refused.status != http.StatusBadRequest || refused.says(textKeyMissing) || r.path == s.config.Mount+"/encrypt/"+s.config.Key {
+	if !ok || refused.status != http.StatusBadRequest || refused.hasLine(textKeyMissing) || r.path == s.config.Mount+"/encrypt/"+s.config.Key {
 		return s.explain(ctx, r, err)
 	}
-	if refused.says(textTooOld) {
+	if refused.hasLine(textTooOld) {
 		return s.config.errorf(seal.CauseUnavailable, "lower min_decryption_version of the Transit key, then run kleidi slot rewrap",
 			"%s: %w", r.path, ErrTooOld)
 	}

@@ -36,7 +36,7 @@ func TestServeHostileSlots(t *testing.T) {
 		damaged("truncated ciphertext", "vault", ciphertext(func(text string) string { return text[:len(text)-8] })),
 		damaged("no ciphertext", "vault", ciphertext(func(string) string { return "vault:v1" })),
 		damaged("oversized ciphertext", "at most 4096", ciphertext(func(text string) string { return text + strings.Repeat("A", 4096) })),
-		damaged("a server to ask", "it is not of the form that kleidi writes", site.Edit(func(d map[string]any) { d["address"] = "https://127.0.0.1:1" })),
+		damaged("a server to ask", "it does not have the form that kleidi writes", site.Edit(func(d map[string]any) { d["address"] = "https://127.0.0.1:1" })),
 		{Name: "another key's", Cause: seal.CauseNoSlot, Says: []string{"vault"}, Make: site.Edit(func(d map[string]any) { d["key"] = "../../sys/seal" })},
 		{Name: "another KEK, by the same key", Cause: seal.CauseSlotCorrupt, Says: []string{"the slot holds the KEK of key ID"},
 			Make: func(seal.Slot) []byte { return wrap(t, s.scene.w, newKEK(t)).Data }},

@@ -52,7 +52,7 @@ func TestRefusedLogins(t *testing.T) {
 				s.copy("other.key", "client.key")
 			},
 			func(s *server) { s.ca.issue(s.t, s.path("client"), "node-1") },
-			[]string{"vault.auth.certFile", "they are no pair"}},
+			[]string{"vault.auth.certFile", "they are not a pair"}},
 		{"jwt, another key", jwtAuth,
 			func(s *server) { s.write("jwt", []byte(newJWT(s.t, newKey(s.t), "node-1"))) },
 			func(s *server) { s.write("jwt", []byte(newJWT(s.t, s.jwtKey, "node-1"))) },

@@ -61,7 +61,7 @@ func TestVersions(t *testing.T) {
 		t.Errorf("version %d of a new slot, want 2", v)
 	}
 	f.must("transit/keys/kleidi/config", map[string]any{"min_decryption_version": 2})
-	if said := check(t, f.w, f.slot); !strings.Contains(said, "it doesn't open") || !strings.Contains(said, "min_decryption_version=1") {
+	if said := check(t, f.w, f.slot); !strings.Contains(said, "the slot doesn't open") || !strings.Contains(said, "min_decryption_version=1") {
 		t.Errorf("a version that is locked out: %q", said)
 	}
 	_, err = f.w.Rewrap(t.Context(), f.slot)
@@ -78,14 +78,14 @@ func TestWarnings(t *testing.T) {
 	f.must("transit/keys/kleidi/config", map[string]any{"deletion_allowed": true})
 	f.rules(strings.ReplaceAll(documentedRules(t), `["update"]`, `["create", "update"]`))
 	said := check(t, f.w, f.slot)
-	for _, want := range []string{"may be deleted; run vault write transit/keys/kleidi/config deletion_allowed=false",
-		"could make a new Transit key where kleidi is missing"} {
+	for _, want := range []string{"can be deleted; run vault write transit/keys/kleidi/config deletion_allowed=false",
+		"can create a Transit key if kleidi is missing"} {
 		if !strings.Contains(said, want) {
 			t.Errorf("no warning %q in %q", want, said)
 		}
 	}
 	f.must("transit/keys/kleidi/config", map[string]any{"exportable": true})
-	if said := check(t, f.w, f.slot); !strings.Contains(said, "may leave the server") {
+	if said := check(t, f.w, f.slot); !strings.Contains(said, "can leave the server") {
 		t.Errorf("an exportable key: %q", said)
 	}
 	f.rules(strings.Replace(documentedRules(t), "transit/keys/", "transit/nothing/", 1))
