@@ -16,7 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-func (a *app) newBootPolicy() *cobra.Command {
+func newBootPolicy(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "bootpolicy",
 		Short: "Record, show, compare and try out boot policies, and explain event logs",
@@ -25,12 +25,12 @@ and edit; docs/boot-policy.md describes it.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.newPolicyRecord(), a.newPolicyShow(), a.newPolicyCheck(), a.newPolicyDiff(), a.newPolicyNarrow(), a.newPolicyExplain(),
-		a.newPolicyEvidence())
+	cmd.AddCommand(newPolicyRecord(a), newPolicyShow(a), newPolicyCheck(a), newPolicyDiff(a), newPolicyNarrow(a), newPolicyExplain(a),
+		newPolicyEvidence(a))
 	return cmd
 }
 
-func (a *app) newPolicyRecord() *cobra.Command {
+func newPolicyRecord(a *app) *cobra.Command {
 	var file string
 	var pcrs []int
 	cmd := &cobra.Command{
@@ -64,7 +64,7 @@ func (a *app) newPolicyRecord() *cobra.Command {
 	return cmd
 }
 
-func (a *app) newPolicyShow() *cobra.Command {
+func newPolicyShow(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show FILE",
 		Short: "Check a boot policy, and show it",
@@ -80,7 +80,7 @@ func (a *app) newPolicyShow() *cobra.Command {
 	}
 }
 
-func (a *app) newPolicyCheck() *cobra.Command {
+func newPolicyCheck(a *app) *cobra.Command {
 	var policy, values, evidence, nonce string
 	var logs attest.Logs
 	cmd := &cobra.Command{
@@ -153,7 +153,7 @@ func printFindings(w io.Writer, v *bootpolicy.Verdict) {
 	}
 }
 
-func (a *app) newPolicyDiff() *cobra.Command {
+func newPolicyDiff(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "diff A B",
 		Short: "Show what boot policy B demands otherwise than A",
@@ -180,7 +180,7 @@ func (a *app) newPolicyDiff() *cobra.Command {
 	}
 }
 
-func (a *app) newPolicyExplain() *cobra.Command {
+func newPolicyExplain(a *app) *cobra.Command {
 	var logs attest.Logs
 	cmd := &cobra.Command{
 		Use:   "explain",

@@ -27,7 +27,7 @@ const (
 	systemdKey    = "/run/systemd/tpm2-pcr-public-key.pem"
 )
 
-func (a *app) newBootState() *cobra.Command {
+func newBootState(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "bootstate",
 		Short: "Sign, add, list and revoke boot states that an operator's key vouches for",
@@ -37,11 +37,11 @@ Boot as it is. systemd's signed PCR 11 values (.pcrsig) are such boot states.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.newStateSign(), a.newStateAdd(), a.newStateList(), a.newStateRevoke())
+	cmd.AddCommand(newStateSign(a), newStateAdd(a), newStateList(a), newStateRevoke(a))
 	return cmd
 }
 
-func (a *app) newStateSign() *cobra.Command {
+func newStateSign(a *app) *cobra.Command {
 	var s reseal.Signing
 	cmd := &cobra.Command{
 		Use:   "sign --key FILE --cluster-id ID --event-log FILE",
@@ -92,7 +92,7 @@ file for kleidi bootstate add, in systemd's format.`,
 	return cmd
 }
 
-func (a *app) newStateAdd() *cobra.Command {
+func newStateAdd(a *app) *cobra.Command {
 	var key string
 	var systemd bool
 	cmd := &cobra.Command{
@@ -146,7 +146,7 @@ type stateReport struct {
 	Counts bool `json:"counts"`
 }
 
-func (a *app) newStateList() *cobra.Command {
+func newStateList(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "list",
 		Short: "Show the signed boot states, and which of them a slot is for",
@@ -213,7 +213,7 @@ func printStates(w io.Writer, states []stateReport) {
 	_ = t.Flush()
 }
 
-func (a *app) newStateRevoke() *cobra.Command {
+func newStateRevoke(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "revoke KEY",
 		Short: "Take away what a key signed, by the beginning of its fingerprint",

@@ -3,8 +3,13 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"io"
+	"io/fs"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -137,4 +142,75 @@ func packages(t *testing.T) map[string][]string {
 		t.Fatalf("go list knows %d packages, at least %d were expected", len(all), len(borders))
 	}
 	return all
+}
+
+// What a package and a type may grow to: beyond that, a reader loses the thread.
+const (
+	maxLines   = 1300 // of a package, tests left aside
+	maxMethods = 40   // of a type
+)
+
+// large are the packages that parse or predict foreign formats and do nothing else, and
+// the two that speak to one kind of device.
+var large = map[string]bool{"tpm": true, "tpm/eventlog": true, "tpm/predict": true, "tpm/bootpolicy": true, "hsm": true, "cmd/kleidi": true, "tpm/attest": true}
+
+func TestPackagesAndTypesStaySmall(t *testing.T) {
+	lines, methods := map[string]int{}, map[string]int{}
+	root := filepath.Join("..", "..")
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		name := d.Name()
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && (name == "e2e" || name == "testdata" || path != root && strings.HasPrefix(name, ".") && name != "..") {
+			return fs.SkipDir
+		}
+		if !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, "_test.go") {
+			return nil
+		}
+		files := token.NewFileSet()
+		file, err := parser.ParseFile(files, path, nil, 0)
+		if err != nil {
+			return err
+		}
+		folder, err := filepath.Rel(root, filepath.Dir(path))
+		lines[folder] += files.Position(file.FileEnd).Line
+		for _, decl := range file.Decls {
+			if f, ok := decl.(*ast.FuncDecl); ok && f.Recv != nil {
+				methods[folder+"."+receiver(f.Recv.List[0].Type)]++
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(lines) < len(borders) {
+		t.Errorf("%d packages were read, at least %d were expected", len(lines), len(borders))
+	}
+	for folder, n := range lines {
+		if n > maxLines && !large[folder] {
+			t.Errorf("%s has %d lines, at most %d are wanted", folder, n, maxLines)
+		}
+	}
+	for name, n := range methods {
+		if n > maxMethods {
+			t.Errorf("%s has %d methods, at most %d are wanted", name, n, maxMethods)
+		}
+	}
+}
+
+// receiver returns the name of a method's type.
+func receiver(e ast.Expr) string {
+	switch e := e.(type) {
+	case *ast.StarExpr:
+		return receiver(e.X)
+	case *ast.IndexExpr:
+		return receiver(e.X)
+	case *ast.IndexListExpr:
+		return receiver(e.X)
+	case *ast.Ident:
+		return e.Name
+	}
+	return "?"
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-func (a *app) newDev() *cobra.Command {
+func newDev(a *app) *cobra.Command {
 	var d dev.Dev
 	var loader string
 	cmd := &cobra.Command{

@@ -27,7 +27,7 @@ resources:
       - identity: {}
 `
 
-func (a *app) newEncryptionConfig() *cobra.Command {
+func newEncryptionConfig(a *app) *cobra.Command {
 	var resources []string
 	cmd := &cobra.Command{
 		Use:   "encryption-config",

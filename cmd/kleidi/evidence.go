@@ -14,7 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest"
 )
 
-func (a *app) newPolicyEvidence() *cobra.Command {
+func newPolicyEvidence(a *app) *cobra.Command {
 	var file, nonce string
 	var pcrs []int
 	cmd := &cobra.Command{

@@ -21,7 +21,7 @@ type initFlags struct {
 	anchor         string // what anchor.store has to say
 }
 
-func (a *app) newInit() *cobra.Command {
+func newInit(a *app) *cobra.Command {
 	var f initFlags
 	cmd := &cobra.Command{
 		Use:   "init",

@@ -16,16 +16,16 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-func (a *app) newKeyring() *cobra.Command {
+func newKeyring(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "keyring", Short: "Show, verify, back up and restore the keyring",
 		Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.newKeyringShow(), a.newKeyringVerify(), a.newKeyringBackup(), a.newKeyringRestore(), a.newKeyringSave())
+	cmd.AddCommand(newKeyringShow(a), newKeyringVerify(a), newKeyringBackup(a), newKeyringRestore(a), newKeyringSave(a))
 	return cmd
 }
 
-func (a *app) newKeyringShow() *cobra.Command {
+func newKeyringShow(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show",
 		Short: "Show the stored keyring, without verifying it",
@@ -65,7 +65,7 @@ func printKeyring(w io.Writer, u *keyring.Untrusted, n *node.Node) {
 	fmt.Fprintln(w, "\nnot verified; kleidi keyring verify does that")
 }
 
-func (a *app) newKeyringVerify() *cobra.Command {
+func newKeyringVerify(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "verify",
 		Short: "Open the stored keyring with the TPM and check it against MAC and anchor",
@@ -80,7 +80,7 @@ func (a *app) newKeyringVerify() *cobra.Command {
 	}
 }
 
-func (a *app) newKeyringBackup() *cobra.Command {
+func newKeyringBackup(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "backup FILE",
 		Short: "Copy the stored keyring to a new file",
@@ -108,7 +108,7 @@ after every rotation: etcd backups need the KEKs that they were written under.`,
 	}
 }
 
-func (a *app) newKeyringSave() *cobra.Command {
+func newKeyringSave(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "save",
 		Short: "Write the keyring that kleidi serve holds open in the place of the stored one",

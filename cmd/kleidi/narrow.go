@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/reseal"
 )
 
-func (a *app) newPolicyNarrow() *cobra.Command {
+func newPolicyNarrow(a *app) *cobra.Command {
 	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "narrow",

@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-func (a *app) newPKCS11PIN() *cobra.Command {
+func newPKCS11PIN(a *app) *cobra.Command {
 	var pinFile, out string
 	cmd := &cobra.Command{
 		Use:   "pkcs11-pin --pin-file FILE --out FILE",

@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-func (a *app) newRecover() *cobra.Command {
+func newRecover(a *app) *cobra.Command {
 	var file, trust string
 	var withoutVerifier, breaks bool
 	cmd := &cobra.Command{

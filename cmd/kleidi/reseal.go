@@ -14,7 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/reseal"
 )
 
-func (a *app) newReseal() *cobra.Command {
+func newReseal(a *app) *cobra.Command {
 	var req admin.ResealRequest
 	var files reseal.NextFiles
 	var dryRun bool
@@ -90,7 +90,7 @@ func printNext(w io.Writer, r *reseal.NextResult) {
 // defaultBoots is what a firmware update by capsule takes.
 const defaultBoots = 2
 
-func (a *app) newSuspend() *cobra.Command {
+func newSuspend(a *app) *cobra.Command {
 	var req admin.SuspendRequest
 	cmd := &cobra.Command{
 		Use:   "suspend",

@@ -16,7 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-func (a *app) newKeyringRestore() *cobra.Command {
+func newKeyringRestore(a *app) *cobra.Command {
 	var previous bool
 	var identityFile, trust string
 	var req admin.RestoreRequest

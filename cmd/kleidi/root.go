@@ -56,8 +56,8 @@ after the boot was attested.`,
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = root.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(
-		a.newInit(), a.newServe(), a.newStatus(), a.newRotate(), a.newReseal(), a.newSuspend(), a.newBootState(), a.newSlot(), a.newVaultKey(), a.newPKCS11PIN(), a.newRecover(),
-		a.newKeyring(), a.newBootPolicy(), a.newVerifier(), a.newEncryptionConfig(), a.newDev(), a.newVersion(),
+		newInit(a), newServe(a), newStatus(a), newRotate(a), newReseal(a), newSuspend(a), newBootState(a), newSlot(a), newVaultKey(a), newPKCS11PIN(a), newRecover(a),
+		newKeyring(a), newBootPolicy(a), newVerifier(a), newEncryptionConfig(a), newDev(a), newVersion(a),
 	)
 	return root
 }

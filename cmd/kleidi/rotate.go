@@ -9,7 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/operation"
 )
 
-func (a *app) newRotate() *cobra.Command {
+func newRotate(a *app) *cobra.Command {
 	var req admin.RotateRequest
 	cmd := &cobra.Command{
 		Use:   "rotate",

@@ -6,7 +6,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/serve"
 )
 
-func (a *app) newServe() *cobra.Command {
+func newServe(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "serve",
 		Short: "Serve KMS v2 to kube-apiserver",

@@ -14,7 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-func (a *app) newSlot() *cobra.Command {
+func newSlot(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "slot",
 		Short: "List, add, test, rewrap and remove the ways in which the KEK is wrapped",
@@ -24,11 +24,11 @@ OpenBao, and for recovery identities.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.newSlotList(), a.newSlotAdd(), a.newSlotTest(), a.newSlotRewrap(), a.newSlotRemove())
+	cmd.AddCommand(newSlotList(a), newSlotAdd(a), newSlotTest(a), newSlotRewrap(a), newSlotRemove(a))
 	return cmd
 }
 
-func (a *app) newSlotList() *cobra.Command {
+func newSlotList(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "list",
 		Short: "Show the slots",
@@ -74,7 +74,7 @@ func (a *app) slotNamesOf(cmd *cobra.Command, _ []string, _ string) ([]string, c
 	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
-func (a *app) newSlotAdd() *cobra.Command {
+func newSlotAdd(a *app) *cobra.Command {
 	var req admin.AddSlotRequest
 	cmd := &cobra.Command{
 		Use:   "add pkcs11|vault|recovery",
@@ -102,7 +102,7 @@ func (a *app) newSlotAdd() *cobra.Command {
 	return cmd
 }
 
-func (a *app) newSlotTest() *cobra.Command {
+func newSlotTest(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "test [NAME]...",
 		Short: "Open slots for real, and compare what comes out with the key ID",
@@ -149,7 +149,7 @@ func printTests(w io.Writer, r admin.SlotTests) {
 	}
 }
 
-func (a *app) newSlotRewrap() *cobra.Command {
+func newSlotRewrap(a *app) *cobra.Command {
 	var req admin.RewrapSlotRequest
 	cmd := &cobra.Command{
 		Use:   "rewrap NAME",
@@ -172,7 +172,7 @@ as it is.`,
 	return cmd
 }
 
-func (a *app) newSlotRemove() *cobra.Command {
+func newSlotRemove(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "remove NAME",
 		Short: "Take a slot away; the last one that can open stays",

@@ -15,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-func (a *app) newStatus() *cobra.Command {
+func newStatus(a *app) *cobra.Command {
 	var quick bool
 	cmd := &cobra.Command{
 		Use:   "status",

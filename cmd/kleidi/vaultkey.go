@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/slots"
 )
 
-func (a *app) newVaultKey() *cobra.Command {
+func newVaultKey(a *app) *cobra.Command {
 	var out, csr, name string
 	cmd := &cobra.Command{
 		Use:   "vault-key --out FILE --csr FILE",

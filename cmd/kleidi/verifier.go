@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/verifierd"
 )
 
-func (a *app) newVerifier() *cobra.Command {
+func newVerifier(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verifier",
 		Short: "Verify nodes from another machine, and sign what their TPMs demand",
@@ -36,11 +36,11 @@ boot policies again; SIGTERM ends it.`,
 			return s.Run(cmd.Context())
 		},
 	}
-	cmd.AddCommand(a.newVerifierInit(), a.newVerifierRegister(), a.newVerifierShow())
+	cmd.AddCommand(newVerifierInit(a), newVerifierRegister(a), newVerifierShow(a))
 	return cmd
 }
 
-func (a *app) newVerifierShow() *cobra.Command {
+func newVerifierShow(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show",
 		Short: "Check the verifier's configuration, and show what nodes have to know of it",

@@ -12,7 +12,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/verifierd"
 )
 
-func (a *app) newVerifierInit() *cobra.Command {
+func newVerifierInit(a *app) *cobra.Command {
 	var s verifierd.Setup
 	cmd := &cobra.Command{
 		Use:   "init --cluster-id ID --name HOST",
@@ -49,7 +49,7 @@ no slot that demands its signature opens.`,
 	return cmd
 }
 
-func (a *app) newVerifierRegister() *cobra.Command {
+func newVerifierRegister(a *app) *cobra.Command {
 	var n verifierd.Node
 	var replace bool
 	cmd := &cobra.Command{

@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/version"
 )
 
-func (a *app) newVersion() *cobra.Command {
+func newVersion(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Show the version, and whether it was built with PKCS#11",
