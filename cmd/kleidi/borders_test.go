@@ -150,9 +150,12 @@ const (
 	maxMethods = 40   // of a type
 )
 
-// large are the packages that parse or predict foreign formats and do nothing else, and
-// the two that speak to one kind of device.
-var large = map[string]bool{"tpm": true, "tpm/eventlog": true, "tpm/predict": true, "tpm/bootpolicy": true, "hsm": true, "cmd/kleidi": true, "tpm/attest": true}
+// larger are the packages beyond it, with their bounds. The parsers and the document are
+// pure; each of the others speaks to one backend, or is one file a verb.
+var larger = map[string]int{
+	"seal/keyring": 2700, "tpm/eventlog": 2300, "tpm/bootpolicy": 1800, "tpm/predict": 2500, "tpm/simboot": 1500, "tpm/attest": 2000,
+	"tpm": 3300, "hsm": 2500, "vault": 2100, "grpcserver/verifier": 2100, "cmd/kleidi": 2700,
+}
 
 func TestPackagesAndTypesStaySmall(t *testing.T) {
 	lines, methods := map[string]int{}, map[string]int{}
@@ -185,12 +188,14 @@ func TestPackagesAndTypesStaySmall(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(lines) < len(borders) {
-		t.Errorf("%d packages were read, at least %d were expected", len(lines), len(borders))
+	for folder := range borders {
+		if folder != "deploy/hooks" && lines[folder] == 0 { // deploy/hooks holds a test alone
+			t.Errorf("no line of %s was read", folder)
+		}
 	}
 	for folder, n := range lines {
-		if n > maxLines && !large[folder] {
-			t.Errorf("%s has %d lines, at most %d are wanted", folder, n, maxLines)
+		if most := max(maxLines, larger[folder]); n > most {
+			t.Errorf("%s has %d lines, at most %d are wanted", folder, n, most)
 		}
 	}
 	for name, n := range methods {

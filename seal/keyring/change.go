@@ -64,7 +64,7 @@ func (k *Keyring) OpenStaged(kek *seal.Secret) (*Keyring, error) {
 			"the slot holds the KEK of key ID %s, but the staged KEK has key ID %s", got, k.doc.Staged.KeyID)
 	}
 	next := &Keyring{raw: k.raw, body: k.body, mac: k.mac, doc: k.doc, own: k.own, kek: k.kek.retain(), current: k.current, seeds: maps.Clone(k.seeds)}
-	next.addStaged(share(kek))
+	addStaged(next, share(kek))
 	return next, nil
 }
 
@@ -150,7 +150,7 @@ func (k *Keyring) Activate(now time.Time) (*Keyring, error) {
 	doc.Current, doc.Staged = *k.doc.Staged, nil
 	doc.Current.Slots = doc.Current.withoutImports(doc.Format)
 	doc.Retired = nil
-	if err := k.retireInto(&doc, newStamp(now)); err != nil {
+	if err := retireInto(k, &doc, newStamp(now)); err != nil {
 		return nil, fmt.Errorf("activate KEK: %w", err)
 	}
 	next, err := build(doc, k.own, k.staged, nil)
@@ -161,7 +161,7 @@ func (k *Keyring) Activate(now time.Time) (*Keyring, error) {
 }
 
 // retireInto fills doc.Retired with all KEKs of k except the staged one.
-func (k *Keyring) retireInto(doc *document, now stamp) (err error) {
+func retireInto(k *Keyring, doc *document, now stamp) (err error) {
 	withKEK(k.staged.secret, func(current []byte) {
 		c := aead(current, labelRetired)
 		reseal := func(r retired, old []byte) error {
@@ -198,8 +198,8 @@ func (k *Keyring) WithNodes(nodes []Node, slots []seal.Slot) (*Keyring, error) {
 		if own, err = k.own.splitFrom(&doc); err != nil {
 			return nil, fmt.Errorf("replace slots: %w", err)
 		}
-		if same, err := k.sameBody(&doc); same || err != nil {
-			return k.withSection(own, err)
+		if same, err := sameBody(k, &doc); same || err != nil {
+			return withSection(k, own, err)
 		}
 	}
 	next, err := build(doc, own, k.kek, k.staged)
@@ -252,7 +252,7 @@ func assemble(body []byte, own *section2, kek, staged *shared) (*Keyring, error)
 		return nil, err
 	}
 	k.kek = kek.retain()
-	k.addStaged(staged)
+	addStaged(k, staged)
 	return k, nil
 }
 
@@ -273,10 +273,10 @@ func write(e envelope, kek []byte) (*Keyring, error) {
 	return k, u.open(k, kek)
 }
 
-func (k *Keyring) addStaged(staged *shared) {
+func addStaged(k *Keyring, staged *shared) {
 	if staged == nil {
 		return
 	}
 	k.staged = staged.retain()
-	withKEK(staged.secret, func(b []byte) { k.add(k.doc.Staged.KeyID, newSeedCipher(k.doc.ClusterID, k.doc.Staged.KeyID, b)) })
+	withKEK(staged.secret, func(b []byte) { addSeeds(k, k.doc.Staged.KeyID, newSeedCipher(k.doc.ClusterID, k.doc.Staged.KeyID, b)) })
 }

@@ -68,7 +68,7 @@ func (d *seedCipher) decrypt(ciphertext []byte) ([]byte, error) {
 
 // cipherOf returns the cipher of d, which is one of k's. It makes the cipher on the
 // first call.
-func (k *Keyring) cipherOf(d *dekSeeds) (*seedCipher, error) {
+func cipherOf(k *Keyring, d *dekSeeds) (*seedCipher, error) {
 	if c := d.cipher.Load(); c != nil {
 		return c, nil
 	}

@@ -61,11 +61,11 @@ func Follows(local *Keyring, remote *Untrusted) error {
 // of k: remote with k's own section, and with the KEKs that k holds open. It is an
 // error where [Follows] is one.
 func (k *Keyring) Follow(remote *Untrusted) (*Keyring, error) {
-	kek, err := k.followedKEK(remote)
+	kek, err := followedKEK(k, remote)
 	if err != nil {
 		return nil, err
 	}
-	if err := k.checkFollowed(remote, kek); err != nil {
+	if err := checkFollowed(k, remote, kek); err != nil {
 		return nil, err
 	}
 	var staged *shared
@@ -80,8 +80,8 @@ func (k *Keyring) Follow(remote *Untrusted) (*Keyring, error) {
 }
 
 // followedKEK holds conditions 1 and 2.
-func (k *Keyring) followedKEK(remote *Untrusted) (*shared, error) {
-	if err := k.comparable(remote); err != nil {
+func followedKEK(k *Keyring, remote *Untrusted) (*shared, error) {
+	if err := checkComparable(k, remote); err != nil {
 		return nil, err
 	}
 	switch id := remote.CurrentID(); {
@@ -98,7 +98,7 @@ func (k *Keyring) followedKEK(remote *Untrusted) (*shared, error) {
 	return k.staged, nil
 }
 
-func (k *Keyring) comparable(remote *Untrusted) error {
+func checkComparable(k *Keyring, remote *Untrusted) error {
 	if k.doc.Format != format2 || remote.doc.Format != format2 {
 		return seal.Errorf(seal.CauseAnchor, hintForged, "keyrings of format %d and %d can't follow each other", k.doc.Format, remote.doc.Format)
 	}
@@ -109,7 +109,7 @@ func (k *Keyring) comparable(remote *Untrusted) error {
 }
 
 // checkFollowed holds conditions 3 to 7.
-func (k *Keyring) checkFollowed(remote *Untrusted, kek *shared) error {
+func checkFollowed(k *Keyring, remote *Untrusted, kek *shared) error {
 	err := remote.verify(kek.secret)
 	if err != nil {
 		return err
@@ -150,12 +150,12 @@ func (u *Untrusted) verify(kek *seal.Secret) error {
 // a [*seal.Error] with cause seal.CauseAnchor, or [ErrInStep] or seal.CauseForked as in
 // Follows.
 func Precedes(remote *Untrusted, local *Keyring) error {
-	if err := local.comparable(remote); err != nil {
+	if err := checkComparable(local, remote); err != nil {
 		return err
 	}
 	verified := false
 	if id := remote.CurrentID(); id != local.StagedID() {
-		local.withHeld(id, func(kek []byte) { verified = hmac.Equal(bodyMAC(kek, remote.body), remote.mac) })
+		withHeld(local, id, func(kek []byte) { verified = hmac.Equal(bodyMAC(kek, remote.body), remote.mac) })
 	}
 	theirs, mine := remote.Revision(), local.Revision()
 	switch {

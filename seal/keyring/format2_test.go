@@ -249,7 +249,7 @@ func TestUpgrade(t *testing.T) {
 	if p, err := two.Decrypt(id, c); err != nil || string(p) != "seed" {
 		t.Errorf("%q, %v", p, err)
 	}
-	if two.Format() != 2 || two.Revision() != one.Revision()+1 || two.Commit() != CommitLocal || two.Seat() != "cp-1" || names(two.Slots()) != names(one.Slots()) {
+	if two.Format() != 2 || two.Revision() != one.Revision()+1 || two.Info().Commit != CommitLocal || two.Info().Seat != "cp-1" || names(two.Slots()) != names(one.Slots()) {
 		t.Errorf("%+v", two.Info())
 	}
 	if names(two.OwnSlots()) != "here|there" || strings.Contains(string(must[*Untrusted](t)(Parse(two.Shared())).body), "here") {
@@ -356,7 +356,7 @@ func TestNodes(t *testing.T) {
 			t.Errorf("%s: it is written", what)
 		}
 	}
-	if handed := ok(seat.InCluster()); handed.Commit() != CommitCluster || handed.Seat() != "" || seat.Seat() != "cp-1" {
+	if handed := ok(seat.InCluster()); handed.Info().Commit != CommitCluster || handed.Info().Seat != "" || seat.Info().Seat != "cp-1" {
 		t.Errorf("%+v", handed.Info())
 	}
 }

@@ -30,14 +30,14 @@ type Keyring struct {
 var ErrClosed = errors.New("the keyring is closed")
 
 // add adds the cipher of a KEK.
-func (k *Keyring) add(id seal.KeyID, c *seedCipher) {
+func addSeeds(k *Keyring, id seal.KeyID, c *seedCipher) {
 	d := new(dekSeeds)
 	d.cipher.Store(c)
 	k.seeds[id] = d
 }
 
 // addRetired adds the retired KEKs. Decrypt makes their ciphers.
-func (k *Keyring) addRetired() {
+func addRetired(k *Keyring) {
 	all := make([]dekSeeds, len(k.doc.Retired))
 	for i, r := range k.doc.Retired {
 		all[i].retired = k.doc.Retired[i : i+1]
@@ -103,7 +103,7 @@ func (k *Keyring) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 	if !wellFormed(ciphertext) {
 		return nil, seal.ErrMalformed
 	}
-	c, err := k.cipherOf(d)
+	c, err := cipherOf(k, d)
 	if err != nil {
 		return nil, err
 	}

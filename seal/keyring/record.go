@@ -235,7 +235,7 @@ func (u *UntrustedRecord) Node() string { return u.doc.Node }
 func (k *Keyring) SignRecord(r Record) ([]byte, error) {
 	doc := record1{Format: recordFormat1, ClusterID: k.ClusterID(), Node: r.Node, KeyID: k.CurrentID(), Formats: r.Formats, Version: r.Version, Revision: r.Revision,
 		Anchored: r.Anchored, Announced: r.Announced, Encrypted: r.Encrypted, Acknowledged: r.Acknowledged, BootStates: r.BootStates, Problem: r.Problem, Started: newStamp(r.Started)}
-	if r.Acknowledged != "" && !k.withHeld(r.Acknowledged, func(kek []byte) { doc.Proof = acknowledgement(kek, doc.ClusterID, doc.Node, doc.Acknowledged) }) {
+	if r.Acknowledged != "" && !withHeld(k, r.Acknowledged, func(kek []byte) { doc.Proof = acknowledgement(kek, doc.ClusterID, doc.Node, doc.Acknowledged) }) {
 		return nil, fmt.Errorf("sign record: the acknowledged KEK %s is not open", r.Acknowledged)
 	}
 	b, err := encode(&doc)
@@ -274,13 +274,13 @@ func (u *UntrustedRecord) Verify(k *Keyring) (*VerifiedRecord, error) {
 		return nil, fmt.Errorf("there is a record of node %q, which is not in the keyring", d.Node)
 	}
 	verified := false
-	held := k.withHeld(d.KeyID, func(kek []byte) { verified = hmac.Equal(recordMAC(kek, u.raw), u.mac) })
+	held := withHeld(k, d.KeyID, func(kek []byte) { verified = hmac.Equal(recordMAC(kek, u.raw), u.mac) })
 	if !held || !verified {
 		return nil, fmt.Errorf("the MAC of node %q's record does not verify under key ID %s", d.Node, d.KeyID)
 	}
 	v := &VerifiedRecord{KeyID: d.KeyID, Record: Record{Node: d.Node, Formats: d.Formats, Version: d.Version, Revision: d.Revision, Anchored: d.Anchored, Announced: d.Announced,
 		Encrypted: d.Encrypted, Acknowledged: d.Acknowledged, BootStates: d.BootStates, Problem: d.Problem, Started: d.Started.Time}}
-	held = k.withHeld(d.Acknowledged, func(kek []byte) {
+	held = withHeld(k, d.Acknowledged, func(kek []byte) {
 		v.Proven = hmac.Equal(acknowledgement(kek, d.ClusterID, d.Node, d.Acknowledged), d.Proof)
 	})
 	if held && !v.Proven {

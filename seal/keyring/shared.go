@@ -32,13 +32,6 @@ func (k *Keyring) Shared() []byte {
 	return append(b, '\n')
 }
 
-// Commit says where a change counts as made; it is "" in format 1.
-func (k *Keyring) Commit() Commit { return k.doc.Commit }
-
-// Seat returns the node that may change the shared keyring while Commit is
-// CommitLocal; "" is none.
-func (k *Keyring) Seat() string { return k.doc.Seat }
-
 // Self returns this node's entry: the one that the own section names or, in format 1,
 // the only one.
 func (k *Keyring) Self() (Node, bool) {
@@ -98,7 +91,7 @@ func (k *Keyring) OnNode(name string, current, staged []seal.Slot) (*Keyring, er
 		return nil, fmt.Errorf("own section: node %s is not in a keyring of format %d", name, format2)
 	}
 	own := &section2{Format: format2, ClusterID: k.doc.ClusterID, Node: name}
-	return k.withOwnSlots(own, current, staged)
+	return withOwnSlots(k, own, current, staged)
 }
 
 // WithOwnSlots replaces the slots of the own section. The revision stays.
@@ -106,22 +99,22 @@ func (k *Keyring) WithOwnSlots(current, staged []seal.Slot) (*Keyring, error) {
 	if k.own == nil {
 		return nil, errors.New("own section: the keyring has none")
 	}
-	return k.withOwnSlots(k.own, current, staged)
+	return withOwnSlots(k, k.own, current, staged)
 }
 
-func (k *Keyring) withOwnSlots(own *section2, current, staged []seal.Slot) (*Keyring, error) {
+func withOwnSlots(k *Keyring, own *section2, current, staged []seal.Slot) (*Keyring, error) {
 	own = own.with(k.doc.Current.KeyID, current)
 	if k.doc.Staged != nil {
 		own = own.with(k.doc.Staged.KeyID, staged)
 	} else if len(staged) > 0 {
 		return nil, fmt.Errorf("own section: %w", errNothingStaged)
 	}
-	return k.withSection(own, nil)
+	return withSection(k, own, nil)
 }
 
 // withSection returns the same shared keyring with another own section; err passes
 // through.
-func (k *Keyring) withSection(own *section2, err error) (*Keyring, error) {
+func withSection(k *Keyring, own *section2, err error) (*Keyring, error) {
 	if err != nil {
 		return nil, err
 	}
@@ -154,7 +147,7 @@ func (s *section2) splitFrom(doc *document) (*section2, error) {
 }
 
 // sameBody reports whether doc is what the keyring's body says.
-func (k *Keyring) sameBody(doc *document) (bool, error) {
+func sameBody(k *Keyring, doc *document) (bool, error) {
 	b, err := encodeBody(doc)
 	return bytes.Equal(b, k.body), err
 }
@@ -171,11 +164,11 @@ func (s *slotted) withoutImports(format int) []seal.Slot {
 // WithNode adds a node, or replaces the entry of that name.
 func (k *Keyring) WithNode(n Node, now time.Time) (*Keyring, error) {
 	n.Added = now
-	doc, err := k.changeNodes("add node "+n.Name, func(nodes []Node) []Node { return append(nodes, n) }, n.Name)
+	doc, err := changeNodes(k, "add node "+n.Name, func(nodes []Node) []Node { return append(nodes, n) }, n.Name)
 	if err != nil {
 		return nil, err
 	}
-	return k.revise("add node "+n.Name, doc)
+	return revise(k, "add node "+n.Name, doc)
 }
 
 // WithoutNode removes another node, with its import slots.
@@ -187,16 +180,16 @@ func (k *Keyring) WithoutNode(name string) (*Keyring, error) {
 	case self.Name == name:
 		return nil, fmt.Errorf("%s: this is that node; run it on another one", what)
 	}
-	doc, err := k.changeNodes(what, func(nodes []Node) []Node { return nodes }, name)
+	doc, err := changeNodes(k, what, func(nodes []Node) []Node { return nodes }, name)
 	if err != nil {
 		return nil, err
 	}
-	return k.revise(what, doc)
+	return revise(k, what, doc)
 }
 
 // changeNodes returns the document without a node, and with what add makes of the
 // others.
-func (k *Keyring) changeNodes(what string, add func([]Node) []Node, without string) (*document, error) {
+func changeNodes(k *Keyring, what string, add func([]Node) []Node, without string) (*document, error) {
 	if k.doc.Format != format2 {
 		return nil, fmt.Errorf("%s: a keyring of format %d is of one node", what, k.doc.Format)
 	}
@@ -218,7 +211,7 @@ func (k *Keyring) InCluster() (*Keyring, error) {
 	}
 	doc := *k.doc
 	doc.Commit, doc.Seat = CommitCluster, ""
-	return k.revise("hand over to the cluster store", &doc)
+	return revise(k, "hand over to the cluster store", &doc)
 }
 
 // Prune lets a retired KEK go. What is stored under it can't be read any more: the
@@ -229,10 +222,10 @@ func (k *Keyring) Prune(id seal.KeyID) (*Keyring, error) {
 	if len(doc.Retired) == len(k.doc.Retired) {
 		return nil, fmt.Errorf("prune: key ID %s is not that of a retired KEK", id)
 	}
-	return k.revise("prune", &doc)
+	return revise(k, "prune", &doc)
 }
 
-func (k *Keyring) revise(what string, doc *document) (*Keyring, error) {
+func revise(k *Keyring, what string, doc *document) (*Keyring, error) {
 	next, err := build(*doc, k.own, k.kek, k.staged)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
@@ -242,7 +235,7 @@ func (k *Keyring) revise(what string, doc *document) (*Keyring, error) {
 
 // withHeld calls f with the KEK of a key ID: the current one, the staged one if it is
 // open, or a retired one. It reports whether it called f.
-func (k *Keyring) withHeld(id seal.KeyID, f func(kek []byte)) (called bool) {
+func withHeld(k *Keyring, id seal.KeyID, f func(kek []byte)) (called bool) {
 	switch {
 	case id == "":
 		return false

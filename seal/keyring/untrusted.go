@@ -144,7 +144,7 @@ func (u *Untrusted) Open(kek *seal.Secret, anchor *Anchor) (*Keyring, error) {
 // as much as it can, because each allocation inside is slow.
 func newOpen(u *Untrusted) *Keyring {
 	k := &Keyring{raw: u.raw, body: u.body, mac: u.mac, doc: u.doc, own: u.own, seeds: make(map[seal.KeyID]*dekSeeds, len(u.doc.Retired)+2)}
-	k.addRetired()
+	addRetired(k)
 	return k
 }
 
@@ -158,7 +158,7 @@ func (u *Untrusted) open(k *Keyring, kek []byte) error {
 		return seal.Errorf(seal.CauseKeyringCorrupt, hintRestore, "the keyring's MAC does not verify under key ID %s", id)
 	}
 	k.current = newSeedCipher(u.doc.ClusterID, id, kek)
-	k.add(id, k.current)
+	addSeeds(k, id, k.current)
 	if err := u.doc.eachRetired(kek, func(retired, []byte) error { return nil }); err != nil {
 		return err
 	}
