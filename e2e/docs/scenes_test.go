@@ -95,6 +95,11 @@ var scenes = map[string]func(*machine){
 		serving(m)
 	},
 	"a serving node with a token as its fallback": withToken("[tpm, pkcs11]", true),
+	"a serving node with an empty token": func(m *machine) {
+		m.buildPKCS11()
+		m.newToken()
+		serving(m)
+	},
 	"a machine without a TPM, with a token": func(m *machine) {
 		m.noTPM = true
 		m.buildPKCS11()
