@@ -18,11 +18,13 @@ func TestParseURI(t *testing.T) {
 	three := uint(3)
 	for s, want := range map[string]uri{
 		"pkcs11:": {},
-		"pkcs11:token=My%20token;object=kek;id=%01%ff;type=secret-key":                      {token: "My token", object: "kek", id: []byte{1, 0xff}, class: classSecret},
-		"pkcs11:serial=1;manufacturer=m;model=o;slot-id=3;type=private":                     {serial: "1", manufacturer: "m", model: "o", slotID: &three, class: classPrivate},
-		"pkcs11:object=a&b?module-path=/usr/lib/m.so&pin-source=file:/etc/pin":              {object: "a&b", modulePath: "/usr/lib/m.so", pinFile: "/etc/pin"},
-		"pkcs11:object=k?pin-source=file:///etc/pin":                                        {object: "k", pinFile: "/etc/pin"},
-		"pkcs11:object=k?pin-source=/etc/pin":                                               {object: "k", pinFile: "/etc/pin"},
+		"pkcs11:token=My%20token;object=kek;id=%01%ff;type=secret-key":         {token: "My token", object: "kek", id: []byte{1, 0xff}, class: classSecret},
+		"pkcs11:serial=1;manufacturer=m;model=o;slot-id=3;type=private":        {serial: "1", manufacturer: "m", model: "o", slotID: &three, class: classPrivate},
+		"pkcs11:object=a&b?module-path=/usr/lib/m.so&pin-source=file:/etc/pin": {object: "a&b", modulePath: "/usr/lib/m.so", pinFile: "/etc/pin"},
+		"pkcs11:object=k?pin-source=file:///etc/pin":                           {object: "k", pinFile: "/etc/pin"},
+		"PKCS11:object=k":                          {object: "k"},
+		"Pkcs11:object=k?pin-source=FILE:/etc/pin": {object: "k", pinFile: "/etc/pin"},
+		"pkcs11:object=k?pin-source=/etc/pin":      {object: "k", pinFile: "/etc/pin"},
 		"pkcs11:model=SoftHSM%20v2;manufacturer=SoftHSM%20project;serial=ab;token=t;id=%61": {model: "SoftHSM v2", manufacturer: "SoftHSM project", serial: "ab", token: "t", id: []byte("a")},
 	} {
 		if got, err := parseURI(s); err != nil || !reflect.DeepEqual(*got, want) {
@@ -31,6 +33,9 @@ func TestParseURI(t *testing.T) {
 	}
 	const secret = "hunter2"
 	for s, want := range map[string]string{
+		"pkcs11":                                      "begin with pkcs11:",
+		"pkcs12:object=" + secret:                     "begin with pkcs11:",
+		"pkcs11:OBJECT=k":                             "doesn't use",
 		"http:" + secret:                              "begin with pkcs11:",
 		"pkcs11:object=k?pin-value=" + secret:         "does not belong in a configuration",
 		"pkcs11:object=k?pin-value=" + secret + "%zz": "malformed %-escape",

@@ -52,8 +52,8 @@ var queryAttributes = map[string]func(u *uri, v string) error{
 // could make more tokens and keys match. Errors do not quote values, because someone may
 // have put a PIN there.
 func parseURI(s string) (*uri, error) {
-	rest, ok := strings.CutPrefix(s, "pkcs11:")
-	if !ok || len(s) > maxURI {
+	scheme, rest, ok := strings.Cut(s, ":")
+	if !ok || !strings.EqualFold(scheme, "pkcs11") || len(s) > maxURI { // a scheme has no case (RFC 3986, 3.1)
 		return nil, fmt.Errorf("the PKCS#11 URI does not begin with pkcs11:, or has more than %d bytes; see RFC 7512", maxURI)
 	}
 	path, query, _ := strings.Cut(rest, "?")
@@ -129,7 +129,7 @@ func (u *uri) setModulePath(v string) error {
 // after a pipe sign, which kleidi does not run.
 func (u *uri) setPINSource(v string) error {
 	path := v
-	if rest, ok := strings.CutPrefix(v, "file:"); ok {
+	if scheme, rest, ok := strings.Cut(v, ":"); ok && strings.EqualFold(scheme, "file") {
 		path = strings.TrimPrefix(rest, "//")
 	}
 	if !filepath.IsAbs(path) {

@@ -36,6 +36,9 @@ const (
 	// CauseUnavailable: the backend (TPM, token, server) cannot be reached, or
 	// did not answer in time or sensibly.
 	CauseUnavailable Cause = "backend-unavailable"
+	// CauseConfiguration: the configuration asks for something that the machine does
+	// not have. Waiting does not help.
+	CauseConfiguration Cause = "configuration-wrong"
 	// CauseKeyMissing: the backend answers and does not have the wrapping key. Waiting
 	// does not help.
 	CauseKeyMissing Cause = "key-missing"
@@ -67,7 +70,7 @@ const (
 // Causes lists all causes.
 func Causes() []Cause {
 	return []Cause{
-		CauseBootState, CauseEpoch, CauseAttestation, CauseBootPolicy, CauseLockout, CauseOtherTPM, CauseTPMCleared, CauseUnavailable, CauseKeyMissing, CauseCredentials,
+		CauseBootState, CauseEpoch, CauseAttestation, CauseBootPolicy, CauseLockout, CauseOtherTPM, CauseTPMCleared, CauseUnavailable, CauseConfiguration, CauseKeyMissing, CauseCredentials,
 		CauseSlotCorrupt, CauseKeyringMissing, CauseKeyringCorrupt, CauseAnchor, CauseNoSlot, CauseMemory, CauseStore, CauseNodeRemoved, CauseForked, CauseStarting,
 	}
 }
@@ -79,6 +82,9 @@ type Error struct {
 	Err error
 	// Hint tells the operator what to do next.
 	Hint string
+	// Permanent says that a further attempt fails too, until somebody changes the
+	// configuration or restarts the machine.
+	Permanent bool
 }
 
 // Error returns what happened, followed by the hint.
@@ -104,6 +110,16 @@ func CauseOf(err error) Cause {
 		return e.Cause
 	}
 	return ""
+}
+
+// IsPermanent reports whether any [*Error] in err's chain is permanent.
+func IsPermanent(err error) bool {
+	for e, ok := errors.AsType[*Error](err); ok; e, ok = errors.AsType[*Error](e.Err) {
+		if e.Permanent {
+			return true
+		}
+	}
+	return false
 }
 
 // SplitHint splits err's text into the message and the hint of the outermost

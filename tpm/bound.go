@@ -52,7 +52,7 @@ func newBound(t transport.TPM, srk *SRK, bank crypto.Hash, kind *boundKind) (b b
 		return b, nil, fmt.Errorf("TPM2_PCR_Read: %w", err)
 	}
 	if len(r.PCRValues.Digests) != 1 {
-		return b, nil, fmt.Errorf("TPM2_PCR_Read: the TPM has no %s bank; set tpm.bank", bankName(bank))
+		return b, nil, missingPCRs(t, bank, []int{boundPCR})
 	}
 	b = bound{Form: kind.form, SRK: srk.Name.Buffer, Bank: bankName(bank), PCR7: r.PCRValues.Digests[0].Buffer}
 	digest, err = b.authorization()

@@ -151,7 +151,7 @@ func ReadPCRs(t transport.TPM, bank crypto.Hash, pcrs []int) (map[int][]byte, er
 			return nil, fmt.Errorf("TPM2_PCR_Read: %w", err)
 		}
 		if len(r.PCRValues.Digests) != n {
-			return nil, fmt.Errorf("TPM2_PCR_Read: the TPM has no %s bank with PCRs %v; set tpm.bank", bankName(bank), rest[:n])
+			return nil, missingPCRs(t, bank, rest[:n])
 		}
 		for k, i := range rest[:n] {
 			values[i] = r.PCRValues.Digests[k].Buffer

@@ -40,7 +40,8 @@ func TestQuoteWhilePCRsMove(t *testing.T) {
 	}
 }
 
-// TestReadPCRs: more than one TPM2_PCR_Read returns, and a bank that is not there.
+// TestReadPCRs: more than one TPM2_PCR_Read returns, a PCR and a bank that the TPM does
+// not have, and a TPM that contradicts itself.
 func TestReadPCRs(t *testing.T) {
 	n := newNode(t)
 	n.must(func(tp transport.TPM) error {
@@ -58,10 +59,20 @@ func TestReadPCRs(t *testing.T) {
 		return nil
 	})
 	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCPCRRead, Do: tpmtest.Change(func(r []byte) []byte {
-		return append(r[:14:14], 0, 0, 0, 0, 0, 0, 0, 0) // no selection, no values: there is no such bank
+		return append(r[:14:14], 0, 0, 0, 0, 0, 0, 0, 0) // no selection, no values
 	})})
-	_, err := n.Device.Quote(t.Context(), n.Owner, nil, []byte("nonce"), crypto.SHA384, []int{7})
-	n.want(err, seal.CauseUnavailable, "no sha384 bank", "tpm.bank")
+	quote := func(pcrs ...int) error {
+		_, err := n.Device.Quote(t.Context(), n.Owner, nil, []byte("nonce"), crypto.SHA384, pcrs)
+		return err
+	}
+	n.want(quote(7), seal.CauseUnavailable, "values of PCR [7] are missing, which the TPM has", "makes no sense")
+	n.proxy.Heal()
+	n.machine.AllocatePart(tpm2.TPMAlgSHA384)
+	n.machine.Reboot(n.machine.Current())
+	n.want(quote(4, 7, 11), seal.CauseConfiguration, "the TPM's sha384 bank has no PCR [7 11]", "tpm.pcrs")
+	n.machine.Allocate(tpm2.TPMAlgSHA256)
+	n.machine.Reboot(n.machine.Current())
+	n.want(quote(7), seal.CauseConfiguration, "the TPM has no sha384 bank; it has sha256 alone", "set tpm.bank: sha256")
 }
 
 // TestEKDigest: the same whether the key is persistent or made for the moment,

@@ -30,6 +30,7 @@ type hardware struct {
 //	machine clear                            clear its TPM
 //	machine other                            boot another machine in its place
 //	machine proxy                            put a proxy before its TPM
+//	machine banks BANK...                    give its TPM PCRs in these banks alone, and boot
 //	machine undefine INDEX                   remove an NV index, as any boot can
 //	machine files DIR [LOADER] [FIELD=VALUE...]  write the files of such a boot
 func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
@@ -56,6 +57,8 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 		return h.machine.Clear(h.t.Context())
 	case "other":
 		return h.install(tpmtest.New(h.t, simboot.Baseline(simboot.UKI)))
+	case "banks":
+		return h.allocate(args[1:])
 	case "undefine":
 		return h.undefine(args[1])
 	case "files":
@@ -73,6 +76,21 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 		return h.lead(h.proxy.Address())
 	}
 	return broken("machine %s: no such command", args[0])
+}
+
+func (h *host) allocate(names []string) error {
+	known := map[string]tpm2.TPMAlgID{"sha1": tpm2.TPMAlgSHA1, "sha256": tpm2.TPMAlgSHA256, "sha384": tpm2.TPMAlgSHA384}
+	var banks []tpm2.TPMAlgID
+	for _, name := range names {
+		id, ok := known[name]
+		if !ok {
+			return broken("machine banks: no bank %q", name)
+		}
+		banks = append(banks, id)
+	}
+	h.machine.Allocate(banks...)
+	h.machine.Reboot(h.machine.Current())
+	return h.lead(h.device())
 }
 
 func (h *host) undefine(index string) error {

@@ -72,8 +72,9 @@ func (c chain) run(a *attempt) stage {
 
 func refusedBy(err error) stage {
 	var mismatch *eventlog.MismatchError
+	var bank *eventlog.BankError
 	switch text := err.Error(); {
-	case errors.As(err, &mismatch) || strings.HasPrefix(text, "event log: "):
+	case errors.As(err, &mismatch) || errors.As(err, &bank) || strings.HasPrefix(text, "event log: "):
 		return byReplay
 	case strings.HasPrefix(text, "firmware event log: ") || strings.HasPrefix(text, "userspace event log: "):
 		return byParser

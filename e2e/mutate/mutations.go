@@ -45,7 +45,7 @@ func pick[T any](d *dice, list []T) T { return list[d.IntN(len(list))] }
 func (d *dice) another() eventlog.Event { return pick(d, pick(d, d.all).log.Events) }
 
 func (d *dice) text() []byte {
-	return pick(d, [][]byte{nil, {0, 0, 0, 0}, {1, 0, 0, 0}, {0xff, 0xff, 0xff, 0xff}, []byte("StartupLocality\x00\x03"), []byte("StartupLocality\x00\x00"),
+	return pick(d, [][]byte{nil, {0, 0, 0, 0}, {1, 0, 0, 0}, {0xff, 0xff, 0xff, 0xff}, []byte("StartupLocality\x00\x03"), []byte("StartupLocality\x00\x00"), []byte("StartupLocality\x00\x03\x00\x00"),
 		[]byte("StartupLocality"), []byte("StartupLocality!\x03"), []byte("Spec ID Event03\x00"), []byte("grub_cmd: linux /vmlinuz init=/bin/sh"), bytes.Repeat([]byte{0xff}, d.IntN(80)), d.another().UntrustedData})
 }
 
@@ -140,7 +140,7 @@ var ofEvents = []mutation{
 		}
 	}),
 	event("other PCR", func(d *dice, _ *boot, e *eventlog.Event) { e.PCR = d.IntN(eventlog.NumPCRs) }),
-	event("no such PCR", func(d *dice, _ *boot, e *eventlog.Event) { e.PCR = pick(d, []int{-1, 24, 1 << 20}) }),
+	event("no such PCR", func(d *dice, _ *boot, e *eventlog.Event) { e.PCR = pick(d, []int{-1, 24, 255, 1 << 20}) }),
 }
 
 var ofLogs = []mutation{
@@ -150,6 +150,18 @@ var ofLogs = []mutation{
 	inserted("StartupLocality inserted", func(d *dice, b *boot) eventlog.Event {
 		return eventlog.Informational(b.log.Banks, 0, append([]byte("StartupLocality\x00"), byte(d.IntN(6))))
 	}),
+	inserted("event on no such PCR inserted", func(d *dice, b *boot) eventlog.Event {
+		e := eventlog.Measure(b.log.Banks, 0, d.typ(), d.text(), d.text())
+		if e.UntrustedType == eventlog.NoAction {
+			e = eventlog.Informational(b.log.Banks, 0, e.UntrustedData)
+		}
+		e.PCR = pick(d, []int{24, 30, 255, 1 << 20})
+		return e
+	}),
+	{"padded StartupLocality first", func(d *dice, b *boot) { // go-attestation overlooks it
+		e := eventlog.Informational(b.log.Banks, 0, append([]byte("StartupLocality\x00"), append([]byte{byte(d.IntN(5))}, make([]byte, 1+d.IntN(40))...)...))
+		b.log.Events = slices.Insert(b.log.Events, 0, e)
+	}},
 	{"StartupLocality first", func(d *dice, b *boot) { // go-attestation takes the second for one
 		name := pick(d, []string{"StartupLocality\x00", "StartupLocality!"})
 		e := eventlog.Informational(b.log.Banks, 0, append([]byte(name), byte(d.IntN(5))))
@@ -265,6 +277,15 @@ var ofBanks = []mutation{
 			e.Digests = slices.Delete(slices.Clone(e.Digests), 0, 1)
 		}
 	}),
+	{"other banks missing", func(d *dice, b *boot) { // in some events, or in all
+		bank, all := pick(d, b.log.Banks), d.IntN(2) == 0
+		for i := range b.log.Events {
+			if all || d.IntN(4) == 0 {
+				e := &b.log.Events[i]
+				e.Digests = slices.DeleteFunc(slices.Clone(e.Digests), func(x eventlog.Digest) bool { return x.Hash != bank })
+			}
+		}
+	}},
 	event("digest twice", func(d *dice, b *boot, e *eventlog.Event) {
 		e.Digests = append(slices.Clone(e.Digests), d.digests(b.log.Banks)...)
 	}),
@@ -339,6 +360,9 @@ var ofRecords = []mutation{
 	}),
 	record("record's bank", func(d *dice, r string) string {
 		return strings.Replace(r, `"sha256"`, pick(d, []string{`"sha384"`, `"sha257"`, `"SHA256"`}), 1)
+	}),
+	record("record separators in a row", func(d *dice, r string) string {
+		return pick(d, []string{"\x1e", "\x1e\x1e \n", "\x1e\n"}) + r
 	}),
 	record("record cut", func(d *dice, r string) string { return r[:d.IntN(len(r)+1)] }),
 }

@@ -83,7 +83,7 @@ func (m *measured) firmware(hash crypto.Hash, raw []byte) {
 		case c.over:
 		case typ != int(eventlog.NoAction):
 			m.digests[pcr] = append(m.digests[pcr], digest)
-		case pcr == 0 && len(data) == 17 && bytes.HasPrefix(data, []byte("StartupLocality\x00")):
+		case pcr == 0 && len(data) >= 17 && bytes.HasPrefix(data, []byte("StartupLocality\x00")):
 			m.locality = data[16]
 		}
 	}

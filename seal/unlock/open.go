@@ -207,17 +207,25 @@ func joinFailures(failure error, kind string, next error) error {
 		return cmp.Or(failure, next)
 	}
 	text, hint := seal.SplitHint(failure)
-	return &seal.Error{Cause: seal.CauseOf(failure), Hint: hint, Err: &failures{failure, fmt.Sprintf("%s; %s does not open either: %s", text, kind, next)}}
+	return &seal.Error{Cause: seal.CauseOf(failure), Hint: hint, Err: &failures{failure, next, fmt.Sprintf("%s; %s does not open either: %s", text, kind, next)}}
 }
 
 // failures is the first of several failures. Its text names all of them.
 type failures struct {
-	first error
-	text  string
+	first, next error
+	text        string
 }
 
 func (f *failures) Error() string { return f.text }
 func (f *failures) Unwrap() error { return f.first }
+
+// permanent reports whether no wrapper would open at a further attempt either.
+func permanent(err error) bool {
+	if f, ok := errors.AsType[*failures](err); ok {
+		return permanent(f.first) && permanent(f.next)
+	}
+	return seal.IsPermanent(err)
+}
 
 // hintNoSlot returns the remedy for a keyring without a usable slot: either
 // unlock.order does not name the type of a slot, or the slots are for other nodes.

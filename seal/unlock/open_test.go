@@ -3,10 +3,13 @@ package unlock_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"log/slog"
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -128,4 +131,56 @@ func TestOverruledGate(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantSteps(t, n.steps.take(), "gate", "slot tpm suspension", "anchor 1", "settle while nothing is announced")
+}
+
+// TestPermanentFailuresAreNotTriedAgain: what only a restart or another configuration
+// mends is no outage. A fallback that is away is one.
+func TestPermanentFailuresAreNotTriedAgain(t *testing.T) {
+	lasting := &seal.Error{Cause: seal.CauseConfiguration, Hint: "set tpm.bank", Permanent: true, Err: errors.New("no such bank")}
+	away := seal.Errorf(seal.CauseUnavailable, "wait", "away")
+	for name, c := range map[string]struct {
+		gate, fallback error
+		again          bool
+	}{
+		"permanent":                       {lasting, nil, false},
+		"permanent, reworded":             {seal.AddHint(lasting, "or so"), nil, false},
+		"an outage":                       {away, nil, true},
+		"permanent, and a fallback away":  {lasting, away, true},
+		"permanent, and so is a fallback": {lasting, lasting, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newNode(t)
+				second := n.fallback()
+				n.makeWith(n.wrapper, second)
+				n.cfg.Ungated = func(kind string) bool { return kind == second.Type() }
+				second.set(c.fallback)
+				if c.fallback == nil {
+					n.cfg.Wrappers = []seal.Wrapper{n.wrapper}
+				}
+				n.gate.set(c.gate)
+				n.restart()
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				go n.Run(ctx)
+				time.Sleep(time.Hour)
+				s := n.State()
+				if s.Attempts > 1 != c.again || s.Next.IsZero() == c.again || s.Problem == nil {
+					t.Errorf("%d attempts in an hour, the next at %v: %v", s.Attempts, s.Next, s.Problem)
+				}
+				n.Nudge()
+				synctest.Wait()
+				if now := n.State().Attempts; now != s.Attempts+1 {
+					t.Errorf("%d attempts after a nudge, %d before", now, s.Attempts)
+				}
+				n.gate.set(nil)
+				second.set(nil)
+				n.Nudge()
+				synctest.Wait()
+				if !n.State().Open {
+					t.Errorf("%+v", n.State())
+				}
+			})
+		})
+	}
 }

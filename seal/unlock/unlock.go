@@ -348,16 +348,22 @@ const (
 )
 
 // Run makes attempts until the keyring is open. From then on it reloads the keyring
-// when it is nudged. Run returns when ctx ends.
+// when it is nudged. A permanent failure has Run wait for a nudge. Run returns when ctx
+// ends.
 func (u *Unlocker) Run(ctx context.Context) {
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = retryFirst, retryMost
 	attempt := u.Unlock
 	for {
 		var retry <-chan time.Time
-		if attempt(ctx) == nil {
+		switch err := attempt(ctx); {
+		case err == nil:
 			wait.Reset()
-		} else {
+		case permanent(err):
+			wait.Reset()
+			u.retryAt(time.Time{})
+			u.cfg.Log.Info("this is not tried again before a SIGHUP, a change of the keyring or a restart", "cause", seal.CauseOf(err))
+		default:
 			d := wait.NextBackOff()
 			u.retryAt(time.Now().Add(d))
 			retry = time.After(d)

@@ -136,11 +136,17 @@ func parseLogs(firmware, userspace []byte) (*eventlog.Log, error) {
 	}
 	events, err := eventlog.ParseUserspace(userspace)
 	if err != nil {
-		return nil, fmt.Errorf("userspace event log: %w", err)
+		return nil, &userspaceError{err}
 	}
 	log.Append(events)
 	return log, nil
 }
+
+// userspaceError is what is wrong with systemd's log.
+type userspaceError struct{ err error }
+
+func (u *userspaceError) Error() string { return "userspace event log: " + u.err.Error() }
+func (u *userspaceError) Unwrap() error { return u.err }
 
 // Evidence is a machine's claim of how it booted. Nothing in it is to be
 // believed before Verify.

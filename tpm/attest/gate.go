@@ -105,7 +105,11 @@ func allowed(p *bootpolicy.BootPolicy, r *Result) error {
 	if v.Accepted {
 		return nil
 	}
-	return &seal.Error{Cause: seal.CauseBootPolicy, Err: v.Err(), Hint: "kleidi bootpolicy check lists every finding, see docs/boot-policy.md"}
+	hint := "kleidi bootpolicy check lists every finding, see docs/boot-policy.md"
+	if restart := r.Log.Restarted(); restart != eventlog.NoRestart {
+		hint = restart.String() + ": " + hintReboot + "; if it stays locked, " + hint
+	}
+	return &seal.Error{Cause: seal.CauseBootPolicy, Err: v.Err(), Hint: hint}
 }
 
 func (g *Gate) verified(ctx context.Context, srk []byte, bank crypto.Hash, pcrs []int) (*Result, error) {
@@ -120,11 +124,6 @@ func (g *Gate) verified(ctx context.Context, srk []byte, bank crypto.Hash, pcrs 
 		return nil, refuse(err)
 	}
 	return result, nil
-}
-
-func refuse(err error) error {
-	return seal.Errorf(seal.CauseAttestation,
-		"if a component extended a PCR without logging it, leave that PCR out with tpm.pcrs; else the log was tampered with", "attestation: %w", err)
 }
 
 // Attest gathers and verifies fresh evidence over the PCRs that the TPM slots
@@ -192,6 +191,9 @@ func (o *overruled) Overrules(s seal.Slot) bool {
 // serve starts: what is sealed now would not open then.
 func (g *Gate) CheckPhase(log *eventlog.Log) error {
 	phases := log.Phases()
+	if restart := log.Restarted(); restart != eventlog.NoRestart {
+		return seal.Errorf(seal.CauseAttestation, hintReboot, "what is sealed now would not open after the next boot: %v", restart)
+	}
 	if g.Phase == "" || len(phases) == 0 || phases[len(phases)-1] == g.Phase {
 		return nil
 	}
@@ -279,7 +281,13 @@ func (g *Gate) Explain(err error) error {
 	if len(differences) == 0 {
 		return err
 	}
-	return &seal.Error{Cause: refusal.Cause, Hint: refusal.Hint, Err: &Explained{Differences: differences, err: refusal.Err}}
+	hint := refusal.Hint
+	if slices.ContainsFunc(differences, eventlog.Difference.IsRestart) {
+		if hint = hintReboot; len(differences) > 1 {
+			hint += "; if it stays locked, " + refusal.Hint
+		}
+	}
+	return &seal.Error{Cause: refusal.Cause, Hint: hint, Err: &Explained{Differences: differences, err: refusal.Err}}
 }
 
 // Explained is a refusal with what changed.

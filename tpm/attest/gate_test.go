@@ -268,12 +268,12 @@ func TestGateRefuses(t *testing.T) {
 	}{
 		"no firmware log":      {attest.Logs{Firmware: missing, Userspace: userspace}, nil, []string{"firmware event log", "securityfs", "tpm.eventLog", missing}, "seal open"},
 		"a folder":             {attest.Logs{Firmware: t.TempDir(), Userspace: userspace}, nil, []string{"firmware event log", "tpm.eventLog"}, "seal open"},
-		"an empty log":         {attest.Logs{Firmware: file(nil), Userspace: userspace}, nil, []string{"firmware event log", "tpm.pcrs"}, "seal open"},
+		"an empty log":         {attest.Logs{Firmware: file(nil), Userspace: userspace}, nil, []string{"firmware event log", "the log is empty"}, "seal open"},
 		"a truncated log":      {attest.Logs{Firmware: file(good[:len(good)-1]), Userspace: userspace}, nil, []string{"firmware event log", "truncated"}, "seal open"},
 		"a huge log":           {attest.Logs{Firmware: file(make([]byte, eventlog.MaxSize+1)), Userspace: userspace}, nil, []string{"larger than 16 MiB"}, "seal open"},
 		"half a userspace log": {attest.Logs{Firmware: firmware, Userspace: file(half)}, nil, []string{"PCR 11", "without logging it", "tpm.pcrs"}, "seal open"},
 		"userspace, a folder":  {attest.Logs{Firmware: firmware, Userspace: t.TempDir()}, nil, []string{"tpm.userspaceEventLog"}, "seal open"},
-		"userspace, garbage":   {attest.Logs{Firmware: firmware, Userspace: file([]byte("x"))}, nil, []string{"userspace event log"}, "seal open"},
+		"userspace, garbage":   {attest.Logs{Firmware: firmware, Userspace: file([]byte("x"))}, nil, []string{"userspace event log", "tpm.userspaceEventLog"}, "seal open"},
 		"a tampered log":       {attest.Logs{Firmware: file(sectionless), Userspace: userspace}, nil, []string{"PCR 11"}, "open"},
 		"another PCR tampered": {attest.Logs{Firmware: file(firmwareless), Userspace: userspace}, []int{0, 7}, []string{"PCR 0"}, "seal"},
 	} {

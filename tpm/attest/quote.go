@@ -75,10 +75,25 @@ func toPCRs(bank crypto.Hash, values map[int][]byte) []goattest.PCR {
 	return out
 }
 
-// crossCheck replays with go-attestation. It reads the firmware's bytes itself,
-// but for banks that it does not know, at which it refuses a whole log; those are
-// left out first. Userspace events may lack some banks, so they are handed over
-// in the quoted one.
+// quirks are forms of a log that our parser reads and go-attestation does not, or reads
+// otherwise. Each has what go-attestation is given instead.
+var quirks = []struct {
+	has     func(*eventlog.Log) bool
+	instead func(*eventlog.Log, crypto.Hash) *eventlog.Log
+}{
+	{ // it refuses the whole log
+		func(l *eventlog.Log) bool { return slices.ContainsFunc(l.Banks, unknownToGoAttestation) },
+		(*eventlog.Log).Only,
+	},
+	{ // it overlooks a startup locality in an entry larger than the structure
+		(*eventlog.Log).HasPaddedLocality,
+		func(l *eventlog.Log, _ crypto.Hash) *eventlog.Log { return l.WithoutPadding() },
+	},
+}
+
+// crossCheck replays with go-attestation. It reads the firmware's bytes itself, unless
+// the log has one of the quirks. Userspace events may lack some banks, so they are
+// handed over in the quoted one.
 func crossCheck(firmware []byte, merged *eventlog.Log, bank crypto.Hash, quoted eventlog.PCRs) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -90,8 +105,11 @@ func crossCheck(firmware []byte, merged *eventlog.Log, bank crypto.Hash, quoted 
 		return err
 	}
 	raw := firmware
-	if slices.ContainsFunc(own.Banks, unknownToGoAttestation) {
-		raw = own.Only(bank).Encode()
+	for _, q := range quirks {
+		if q.has(own) {
+			own = q.instead(own, bank)
+			raw = own.Encode()
+		}
 	}
 	if userspace := merged.Events[len(own.Events):]; len(userspace) > 0 {
 		later := &eventlog.Log{Banks: []crypto.Hash{bank}, Events: userspace}
@@ -109,7 +127,7 @@ func crossCheck(firmware []byte, merged *eventlog.Log, bank crypto.Hash, quoted 
 	return nil
 }
 
-// unknownToGoAttestation are SM3 and, in AppendEvents, SHA-3.
+// unknownToGoAttestation are the banks SM3 and, in AppendEvents, SHA-3.
 func unknownToGoAttestation(bank crypto.Hash) bool {
 	return !slices.Contains([]crypto.Hash{crypto.SHA1, crypto.SHA256, crypto.SHA384, crypto.SHA512}, bank)
 }

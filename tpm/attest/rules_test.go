@@ -206,9 +206,30 @@ var gateRules = []rule{
 			}
 		})},
 	{rule: "Secure Boot off", policy: anything(7), says: "secureBoot: Secure Boot is in another state", forge: otherwise(secureBootOff)},
-	{rule: "our own parser decides: go-attestation accepts an event in a PCR that no TPM has", says: "firmware event log: ", forge: theyAccept(func(raw []byte) []byte {
-		return append(raw, eventOf(30)...)
+	{rule: "our own parser decides: go-attestation accepts EV_NO_ACTION with a digest", says: "firmware event log: ", forge: theyAccept(func(raw []byte) []byte {
+		return append(raw, eventOf(7, eventlog.NoAction)...)
 	})},
+	{rule: "an event in a PCR that no TPM has extends nothing", forge: theyAccept(func(raw []byte) []byte {
+		return append(raw, eventOf(30, eventlog.IPL)...)
+	})},
+	{rule: "an event that claims another PCR than it was extended into", says: "does not lead to the quoted value of PCR 4",
+		forge: lying(func(l *eventlog.Log) { l.Events[last(l, 4)].PCR = 24 })},
+	{rule: "an event may lack a bank that was not quoted",
+		forge: lying(func(l *eventlog.Log) { l.Events[last(l, 4)] = only(l.Events[last(l, 4)], crypto.SHA256) })},
+	{rule: "no event may lack the quoted bank", says: "has no sha256 digest",
+		forge: lying(func(l *eventlog.Log) { l.Events[last(l, 4)] = only(l.Events[last(l, 4)], crypto.SHA384) })},
+	{rule: "no event may lack the quoted bank, of a PCR that was not quoted either", says: "has no sha256 digest",
+		forge: lying(func(l *eventlog.Log) { l.Events[last(l, 5)] = only(l.Events[last(l, 5)], crypto.SHA384) })},
+	{rule: "a startup locality may be in an entry larger than its structure", policy: locality3,
+		forge: otherwise(func(_ *testing.T, l *eventlog.Log) { l.Events = slices.Insert(l.Events, 0, padded(l, 3)) })},
+	{rule: "a startup locality in such an entry is proven by PCR 0", policy: locality3, says: "does not lead to the quoted value of PCR 0",
+		forge: lying(func(l *eventlog.Log) { l.Events = slices.Insert(l.Events, 0, padded(l, 3)) })},
+	{rule: "record separators in a row stand for nothing",
+		forge: func(_ *testing.T, s saidBefore) *attest.Evidence {
+			e := *s.honest
+			e.UserspaceLog = bytes.ReplaceAll(e.UserspaceLog, []byte{0x1e}, []byte("\x1e\x1e\n\x1e"))
+			return &e
+		}},
 	{rule: "go-attestation has to agree", says: "go-attestation's replay disagrees",
 		forge: lying(func(l *eventlog.Log) {
 			l.Events = slices.Insert(l.Events, 0, eventlog.Informational(l.Banks, 0, []byte("StartupLocality!\x03")))
@@ -247,11 +268,30 @@ var gateRules = []rule{
 		})},
 }
 
+// only returns an event with the digest of one bank.
+func only(e eventlog.Event, bank crypto.Hash) eventlog.Event {
+	e.Digests = slices.DeleteFunc(slices.Clone(e.Digests), func(d eventlog.Digest) bool { return d.Hash != bank })
+	return e
+}
+
+// padded is a startup locality in an entry of 50 bytes, as coreboot logs it.
+func padded(l *eventlog.Log, n byte) eventlog.Event {
+	e := locality(l, n)
+	e.UntrustedData = append(e.UntrustedData, make([]byte, 33)...)
+	return e
+}
+
+// locality3 accepts a machine whose TPM was started from locality 3.
+func locality3(p *bootpolicy.BootPolicy) {
+	three := 3
+	p.Firmware.StartupLocality = &three
+}
+
 // eventOf is an event on a PCR, as a log has it, of one SHA-256 digest.
-func eventOf(pcr byte) []byte {
+func eventOf(pcr byte, typ eventlog.EventType) []byte {
 	l := &eventlog.Log{Banks: []crypto.Hash{crypto.SHA256}}
 	bare := len(l.Encode())
-	l.Events = []eventlog.Event{eventlog.Measure(l.Banks, 15, eventlog.IPL, []byte("x"), nil)}
+	l.Events = []eventlog.Event{eventlog.Measure(l.Banks, 15, typ, []byte("x"), nil)}
 	b := l.Encode()[bare:]
 	b[0] = pcr
 	return b

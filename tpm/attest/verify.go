@@ -34,7 +34,7 @@ func Verify(e *Evidence, nonce []byte, bank crypto.Hash, pcrs []int) (*Result, e
 		return nil, fmt.Errorf("attestation key: %w", err)
 	}
 	if err := checkQuote(&e.Quote, nonce, bank, pcrs); err != nil {
-		return nil, fmt.Errorf("quote: %w", err)
+		return nil, &quoteError{err}
 	}
 	quoted := eventlog.PCRs(e.Quote.PCRs)
 	log, err := VerifyLogs(e.FirmwareLog, e.UserspaceLog, bank, quoted)
@@ -56,10 +56,21 @@ func VerifyLogs(firmware, userspace []byte, bank crypto.Hash, quoted eventlog.PC
 		return nil, err
 	}
 	if err := crossCheck(firmware, log, bank, quoted); err != nil {
-		return nil, err
+		return nil, &disagreement{err}
 	}
 	return log, nil
 }
+
+// quoteError is what is wrong with a quote.
+type quoteError struct{ err error }
+
+func (q *quoteError) Error() string { return "quote: " + q.err.Error() }
+func (q *quoteError) Unwrap() error { return q.err }
+
+// disagreement is go-attestation's objection to logs that our own parser accepts.
+type disagreement struct{ error }
+
+func (d *disagreement) Unwrap() error { return d.error }
 
 func checkAK(public []byte) error {
 	p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)

@@ -56,8 +56,8 @@ func Explain(log *eventlog.Log, bank crypto.Hash) []Row {
 		switch {
 		case e.UntrustedType == eventlog.NoAction:
 			r.What = informational(e.UntrustedData)
-		case e.PCR < 0 || e.PCR >= eventlog.NumPCRs: // no log that was parsed has it
-			r.Backed = BackedByNothing
+		case e.PCR < 0 || e.PCR >= eventlog.NumPCRs:
+			r.What = "no TPM has this PCR, so nothing was extended"
 		default:
 			r.What, what = what[0].What, what[1:]
 			r.Digest, r.Backed = fmt.Sprintf("%x", e.Digest(bank)), backing(e)
@@ -71,7 +71,7 @@ func Explain(log *eventlog.Log, bank crypto.Hash) []Row {
 func informational(data []byte) string {
 	name, rest, ok := bytes.Cut(data[:min(len(data), 64)], []byte{0})
 	switch s := string(name); {
-	case s == "StartupLocality" && ok && len(rest) == 1:
+	case s == "StartupLocality" && ok && len(rest) > 0:
 		return fmt.Sprintf("the TPM was started from locality %d", rest[0])
 	case s != "" && strings.ToValidUTF8(s, "") == s && printable(s, maxNote) == s:
 		return s

@@ -410,6 +410,27 @@ func TestFirmwareLogWithUserspaceLogReplays(t *testing.T) {
 	}
 }
 
+// TestRecordSeparatorsInARow stand for nothing (RFC 7464, 2.1), and a measurement into
+// a PCR that does not exist neither.
+func TestRecordSeparatorsInARow(t *testing.T) {
+	one, two := record(11, "enter-initrd"), record(11, "ready")
+	want, err := ParseUserspace([]byte(one + two))
+	if err != nil || len(want) != 2 {
+		t.Fatalf("%v, %v", want, err)
+	}
+	for name, raw := range map[string]string{
+		"at first":       "\x1e" + one + two,
+		"between":        one + "\x1e\x1e\x1e" + two,
+		"with a newline": "\x1e\n" + one + "\x1e \r\n\t\x1e" + two,
+		"PCR 24":         one + record(24, "nowhere") + two,
+		"PCR 1<<60":      one + record(1<<60, "nowhere") + two,
+	} {
+		if got, err := ParseUserspace([]byte(raw)); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}
+
 func TestParseUserspaceRefuses(t *testing.T) {
 	good := record(11, "sysinit")
 	for name, c := range map[string]struct{ raw, want string }{
@@ -417,14 +438,15 @@ func TestParseUserspaceRefuses(t *testing.T) {
 		"too many":         {strings.Repeat("\x1e", MaxEvents+1), "more than 65536"},
 		"no separator":     {good[1:], "record separator"},
 		"truncated":        {good + good[:len(good)-1], "record 1: truncated"},
-		"empty record":     {"\x1e", "truncated"},
+		"nothing at all":   {"\x1e", "record 0: truncated"},
+		"nothing at last":  {good + "\x1e", "record 1: truncated"},
+		"spaces at last":   {good + "\x1e \x1e ", "record 1: truncated"},
 		"not JSON":         {"\x1e{\n", "record 0"},
 		"two values":       {"\x1e{}{}\n", "record 0"},
 		"no PCR":           {strings.Replace(good, `"pcr":11,`, "", 1), "either pcr or nv_index"},
 		"PCR and NV":       {strings.Replace(good, `"pcr":11,`, `"pcr":11,"nv_index":1,`, 1), "either pcr or nv_index"},
 		"other case":       {strings.Replace(good, `"pcr"`, `"PCR"`, 1), "either pcr or nv_index"},
 		"PCR twice":        {strings.Replace(good, `"pcr":11,`, `"pcr":11,"pcr":4,`, 1), "duplicate"},
-		"PCR 24":           {strings.Replace(good, `"pcr":11,`, `"pcr":24,`, 1), "PCR 24"},
 		"negative PCR":     {strings.Replace(good, `"pcr":11,`, `"pcr":-1,`, 1), "record 0"},
 		"fractional PCR":   {strings.Replace(good, `"pcr":11,`, `"pcr":1.5,`, 1), "record 0"},
 		"short digest":     {strings.Replace(good, `"digest":"`, `"digest":"00`, 1), "malformed sha1 digest"},

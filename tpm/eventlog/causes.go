@@ -31,6 +31,7 @@ const (
 	sbat          = "list of revoked boot loaders (SBAT)"
 	kernelImage   = "kernel"
 	bootProgram   = "boot program"
+	bootPhase     = "boot phase"
 )
 
 // causes are looked up from the top; the first that applies decides.
@@ -83,7 +84,7 @@ var causes = []cause{
 	{11, regexp.MustCompile(`^section \.cmdline`), kernelCmdline, "a unified kernel image built with another command line"},
 	{11, regexp.MustCompile(`^section \.osrel`), "operating system's release", "an update of the operating system"},
 	{11, regexp.MustCompile(`^section \.`), "section of the unified kernel image", "a new unified kernel image"},
-	{11, regexp.MustCompile(`^systemd: `), "boot phase", "kleidi ran earlier or later in the boot: order its unit After=systemd-pcrphase.service"},
+	{11, regexp.MustCompile(`^systemd: `), bootPhase, "kleidi ran earlier or later in the boot: order its unit After=systemd-pcrphase.service"},
 	{12, regexp.MustCompile(``), "command line, credentials or add-ons of the boot loader", "a changed boot entry, credential or add-on"},
 	{13, regexp.MustCompile(``), "system extension", "a system extension added, removed or updated"},
 	{14, regexp.MustCompile(`^shim`), "shim's key list", "a key enrolled or removed with mokutil, or a shim update"},
@@ -106,6 +107,9 @@ func explain(c change, ctx circumstances) Difference {
 		d.Cause = "Secure Boot switched on or off: the kernel is then started in another way"
 	case ctx.uki && d.Event == bootProgram:
 		d.Event, d.Cause = "unified kernel image", "its kernel, initrd, command line or stub was updated"
+	}
+	if d.Event == bootPhase && c.now == nil {
+		d.Cause += "; or the machine resumed from hibernation: reboot fully"
 	}
 	if c.was != nil && c.now != nil && d.Was == d.Now { // the text says nothing of the change
 		d.Was, d.Now = short(c.was.Digest), short(c.now.Digest)

@@ -58,6 +58,7 @@ func Compare(was, now []Summary, wasPCR, nowPCR PCRs) []Difference {
 	ctx := circumstances{
 		uki:        isUKI(was) || isUKI(now),
 		secureBoot: secureBootWhat(was) != secureBootWhat(now),
+		restart:    restartIn(phasesOf(now)),
 	}
 	for pcr := range NumPCRs {
 		before, after := ofPCR(was, pcr), ofPCR(now, pcr)
@@ -120,6 +121,18 @@ func sameDigest(a, b Summary) bool { return a.Digest == b.Digest }
 type circumstances struct {
 	uki        bool // a unified kernel image is or was booted
 	secureBoot bool // Secure Boot was switched
+	restart    Restart
+}
+
+// phasesOf returns the phases of a boot, as [Log.Phases] does.
+func phasesOf(summaries []Summary) []string {
+	var found []string
+	for _, s := range summaries {
+		if kind, word := s.value(); s.PCR == 11 && kind == subjectSystemd && slices.Contains(phases, word) {
+			found = append(found, word)
+		}
+	}
+	return found
 }
 
 // change is an event that was replaced, removed (now is nil) or added (was is nil).
@@ -145,6 +158,10 @@ func compareEvents(pcr int, was, now []Summary, ctx circumstances) []Difference 
 		}
 	}
 	var differences []Difference
+	if pcr == 11 && ctx.restart != NoRestart && slices.ContainsFunc(found, isPhase) {
+		found = slices.DeleteFunc(found, isPhase)
+		differences = append(differences, Difference{PCR: pcr, Event: ctx.restart.String()})
+	}
 	for _, d := range found {
 		if !isEcho(d, found) {
 			differences = append(differences, d)
@@ -159,6 +176,13 @@ func compareEvents(pcr int, was, now []Summary, ctx circumstances) []Difference 
 	}
 	return differences
 }
+
+// IsRestart reports whether the difference is that systemd started again.
+func (d Difference) IsRestart() bool {
+	return slices.ContainsFunc([]Restart{SoftReboot, Kexec}, func(r Restart) bool { return d.Event == r.String() })
+}
+
+func isPhase(d Difference) bool { return d.Event == bootPhase }
 
 // diff returns what was removed and what was added, by a longest common
 // subsequence of what remains after a common head and tail.

@@ -21,8 +21,9 @@ const (
 // NumPCRs is how many PCRs a PC Client TPM has.
 const NumPCRs = 24
 
-// NoPCR is the PCR of an informational event that names none (0xffffffff in
-// the log; TCG PFP 1.06, SP 800-155 events).
+// NoPCR is the PCR of an event that names none (0xffffffff in the log). The
+// specification has such events for information only (TCG PFP 1.06, SP 800-155
+// events).
 const NoPCR = -1
 
 // SM3 stands for TPM_ALG_SM3_256, which Go does not implement: its digests are
@@ -42,9 +43,10 @@ type Log struct {
 
 // Event is one measurement. Only a digest of a verified bank can be trusted.
 type Event struct {
+	// PCR may be one that no TPM has: see extends.
 	PCR           int
 	UntrustedType EventType
-	// Digests holds one digest per bank, in the log's order.
+	// Digests holds at most one digest per bank, in the log's order.
 	Digests       []Digest
 	UntrustedData []byte
 }
@@ -109,8 +111,11 @@ func (e Event) mayBe(measured []byte) bool {
 	})
 }
 
-// extends reports whether the event was extended into its PCR.
-func (e Event) extends() bool { return e.UntrustedType != NoAction }
+// extends reports whether the event was extended into its PCR. No TPM can have
+// extended a PCR that it does not have.
+func (e Event) extends() bool {
+	return e.UntrustedType != NoAction && e.PCR >= 0 && e.PCR < NumPCRs
+}
 
 // Only returns the log with the digests of one bank alone, as if the TPM had no
 // other: a log with an SM3 bank or with userspace events that leave some banks

@@ -29,17 +29,27 @@ func (s specID) orDefault() specID {
 	return s
 }
 
-// ErrSHA1Log says that a log is in the SHA-1-only format of TPM 1.2.
-var ErrSHA1Log = errors.New("the log is in the SHA-1 format of TPM 1.2; set the firmware's TPM to 2.0 with a SHA-256 bank")
+// Logs that are in order and of no use.
+var (
+	// ErrEmptyLog: the firmware, or the hypervisor, handed Linux no events.
+	ErrEmptyLog = errors.New("the log is empty")
+	// ErrSHA1Log: the log is in the SHA-1-only format of TPM 1.2.
+	ErrSHA1Log = errors.New("the log is in the SHA-1 format of TPM 1.2")
+)
 
 // Parse reads a crypto-agile firmware log of at most [MaxSize] bytes and
-// [MaxEvents] events. It is strict: the header names each bank once, with its
-// right size; each event has exactly one digest for each bank and a PCR below
-// [NumPCRs] (or none, if it extends nothing); EV_NO_ACTION has digests of zeros;
-// nothing is left over. What Parse
-// accepts, Encode turns back into the same bytes. The Log does not refer to raw.
+// [MaxEvents] events. It is strict where a log could be read in two ways: the
+// header names each bank once, with its right size; an event has at most one
+// digest for each of these banks, and none for another; EV_NO_ACTION has digests
+// of zeros; nothing is left over. It is lenient where firmware is known to err
+// and the replay decides: an event may lack the digests of some banks, and an
+// event on a PCR that does not exist extends nothing. What Parse accepts, Encode
+// turns back into the same bytes. The Log does not refer to raw.
 func Parse(raw []byte) (*Log, error) {
-	if len(raw) > MaxSize {
+	switch {
+	case len(raw) == 0:
+		return nil, fmt.Errorf("event log: %w", ErrEmptyLog)
+	case len(raw) > MaxSize:
 		return nil, fmt.Errorf("event log: %d bytes, more than %d", len(raw), MaxSize)
 	}
 	r := &reader{rest: bytes.Clone(raw)}
@@ -161,15 +171,13 @@ func parseSpecID(data []byte) (*Log, error) {
 func (r *reader) event(banks []crypto.Hash) (Event, error) {
 	pcr, typ, n := r.u32(), EventType(r.u32()), r.u32()
 	e := Event{PCR: int(pcr), UntrustedType: typ}
+	if pcr == noPCR {
+		e.PCR = NoPCR
+	}
 	switch {
 	case r.err != nil:
 		return e, r.err
-	case pcr == noPCR && typ == NoAction:
-		e.PCR = NoPCR
-	case pcr >= NumPCRs:
-		return e, fmt.Errorf("PCR %d does not exist", pcr)
-	}
-	if n != uint32(len(banks)) {
+	case n > uint32(len(banks)):
 		return e, fmt.Errorf("%d digests for %d banks", n, len(banks))
 	}
 	e.Digests = make([]Digest, 0, n)
@@ -187,7 +195,7 @@ func (r *reader) event(banks []crypto.Hash) (Event, error) {
 		e.Digests = append(e.Digests, Digest{bank, r.bytes(uint64(size(bank)))})
 	}
 	e.UntrustedData = r.bytes(uint64(r.u32()))
-	if r.err == nil && !e.extends() && slices.ContainsFunc(e.Digests, func(d Digest) bool { return !zero(d.Value) }) {
+	if r.err == nil && typ == NoAction && slices.ContainsFunc(e.Digests, func(d Digest) bool { return !zero(d.Value) }) {
 		return e, errors.New("EV_NO_ACTION with a digest that is not zeros")
 	}
 	return e, r.err

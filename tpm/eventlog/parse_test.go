@@ -39,7 +39,7 @@ func TestParseRefuses(t *testing.T) {
 		edit func(b []byte) []byte
 		want string
 	}{
-		"empty":               {func(b []byte) []byte { return nil }, "header: truncated"},
+		"empty":               {func(b []byte) []byte { return nil }, "the log is empty"},
 		"too big":             {func(b []byte) []byte { return make([]byte, MaxSize+1) }, "more than 16777216"},
 		"zeros":               {func(b []byte) []byte { return make([]byte, 4096) }, "SHA-1 format"},
 		"header type":         {func(b []byte) []byte { b[atHeaderType] = 1; return b }, "EV_NO_ACTION on PCR 0"},
@@ -58,9 +58,10 @@ func TestParseRefuses(t *testing.T) {
 		"bank twice":          {func(b []byte) []byte { copy(b[atBank0:], b[atBank0+4:atBank0+8]); return b }, "sha256 named twice"},
 		"bank size":           {func(b []byte) []byte { u16(b[atBank0+2:], 32); return b }, "sha1 digests of 32 bytes"},
 		"vendor info":         {func(b []byte) []byte { b[atVendorSize] = 1; return b }, "header: truncated"},
-		"PCR 24":              {func(b []byte) []byte { b[atEvent] = 24; return b }, "PCR 24 does not exist"},
-		"PCR huge":            {func(b []byte) []byte { u32(b[atEvent:], math.MaxUint32); return b }, "does not exist"},
-		"no digests":          {func(b []byte) []byte { u32(b[atCount:], 0); return b }, "0 digests for 2 banks"},
+		"PCR 24, no action":   {func(b []byte) []byte { b[atEvent], b[atEvent+4] = 24, byte(NoAction); return b }, "digest that is not zeros"},
+		"no digests":          {func(b []byte) []byte { u32(b[atCount:], 0); return b }, "event 0 at byte"},
+		"one digest too few":  {func(b []byte) []byte { u32(b[atCount:], 1); return b }, "event 0 at byte"},
+		"one digest too many": {func(b []byte) []byte { u32(b[atCount:], 3); return b }, "3 digests for 2 banks"},
 		"too many digests":    {func(b []byte) []byte { u32(b[atCount:], math.MaxUint32); return b }, "4294967295 digests"},
 		"digest twice":        {func(b []byte) []byte { u16(b[atDigest1:], 4); return b }, "two sha1 digests"},
 		"digest unknown":      {func(b []byte) []byte { u16(b[atDigest0:], 0xc); return b }, "header does not name"},

@@ -1,6 +1,7 @@
 package eventlog
 
 import (
+	"bytes"
 	"crypto"
 	"errors"
 	"fmt"
@@ -25,31 +26,79 @@ func (l *Log) Phases() []string {
 	return found
 }
 
+// Restart is a way in which systemd starts again without a reset of the machine. The
+// TPM keeps its PCRs, so that they hold both starts.
+type Restart string
+
+// The ways.
+const (
+	NoRestart  Restart = ""
+	SoftReboot Restart = "soft-reboot"
+	Kexec      Restart = "kexec"
+)
+
+// String returns a clause for messages.
+func (r Restart) String() string {
+	return "systemd shut down and started again without a reset of the machine (" + string(r) + ")"
+}
+
+// Restarted tells the first such restart from the phases of the boot.
+func (l *Log) Restarted() Restart { return restartIn(l.Phases()) }
+
+// restartIn finds a phase that follows a shutdown. A kernel that kexec started begins
+// with an initrd, which a soft-reboot does without.
+func restartIn(phases []string) Restart {
+	down := false
+	for _, phase := range phases {
+		switch {
+		case phase == "shutdown" || phase == "final":
+			down = true
+		case down && phase == "enter-initrd":
+			return Kexec
+		case down:
+			return SoftReboot
+		}
+	}
+	return NoRestart
+}
+
+// maxRestarts bounds how many soft-reboots UnloggedPhases looks for.
+const maxRestarts = 8
+
 // UnloggedPhases returns systemd's log of the phases of a boot, where an older
 // systemd (such as 252) extended PCR 11 with them and logged nothing: of all the
-// ways in which a boot goes through the phases, the one that leads from the
-// firmware's log to the quoted value. nil where none does, or none is needed. It
-// is a guess that the digests prove, as they prove every log.
+// ways in which a boot goes through the phases, soft-reboots included, the one that
+// leads from the firmware's log to the quoted value. nil where none does, or none is
+// needed. It is a guess that the digests prove, as they prove every log.
 func (l *Log) UnloggedPhases(bank crypto.Hash, quoted PCRs) []byte {
 	var mismatch *MismatchError
 	if err := l.Verify(bank, quoted); !errors.As(err, &mismatch) || !slices.Equal(mismatch.PCRs, []int{11}) {
 		return nil
 	}
 	for _, first := range []string{"enter-initrd", "sysinit"} { // an initrd without systemd measures none
-		begin := slices.Index(phases, first)
-		for end := begin + 1; end <= len(phases); end++ {
-			raw := formatPhases(phases[begin:end], l.Banks)
-			events, err := ParseUserspace(raw)
-			if err != nil {
-				return nil
-			}
-			guess := &Log{Banks: l.Banks, Events: append(slices.Clone(l.Events), events...)}
-			if guess.Verify(bank, quoted) == nil {
-				return raw
-			}
+		again := phases[slices.Index(phases, "sysinit"):]
+		words := slices.Concat(phases[slices.Index(phases, first):], slices.Repeat(again, maxRestarts))
+		if n := l.measuredPhases(bank, quoted[11], words); n > 0 {
+			return formatPhases(words[:n], l.Banks)
 		}
 	}
 	return nil
+}
+
+// measuredPhases returns how many of the words lead from the log to the value of PCR
+// 11; 0 if none do.
+func (l *Log) measuredPhases(bank crypto.Hash, want []byte, words []string) int {
+	pcrs, err := l.Replay(bank)
+	if err != nil {
+		return 0
+	}
+	for i, word := range words {
+		pcrs.extend(bank, 11, sum(bank, []byte(word)))
+		if bytes.Equal(pcrs[11], want) {
+			return i + 1
+		}
+	}
+	return 0
 }
 
 // formatPhases returns the phases in the form of systemd's log, see [ParseUserspace].

@@ -13,9 +13,20 @@ import (
 // PCRs are PCR values of one bank, by PCR.
 type PCRs map[int][]byte
 
-// startupLocality opens the data of the event that tells PCR 0's first value;
-// one byte follows (TCG PFP, 10.4.5.3).
+// startupLocality opens the data of the event that tells PCR 0's first value; one
+// byte follows (TCG PFP, 10.4.5.3).
 const startupLocality = "StartupLocality\x00"
+
+// locality returns the startup locality that an event tells; ok is false for any
+// other event. The entry may be larger than the structure: coreboot logs entries of
+// a fixed size.
+func (e Event) locality() (locality byte, ok bool) {
+	rest, ok := bytes.CutPrefix(e.UntrustedData, []byte(startupLocality))
+	if !ok || e.PCR != 0 || e.UntrustedType != NoAction || len(rest) == 0 {
+		return 0, false
+	}
+	return rest[0], true
+}
 
 // StartupLocality returns the locality that the TPM was started from, which is
 // the last byte of PCR 0's reset value: 0, 3, or 4 after an H-CRTM. It fails on
@@ -23,31 +34,88 @@ const startupLocality = "StartupLocality\x00"
 // then disagree on what it means.
 func (l *Log) StartupLocality() (byte, error) {
 	var locality byte
-	var said, extended bool
+	var found, extended bool
 	for i, e := range l.Events {
+		value, ok := e.locality()
 		switch {
 		case e.PCR == 0 && e.extends():
 			extended = true
-		case e.PCR != 0 || len(e.UntrustedData) != len(startupLocality)+1 || !bytes.HasPrefix(e.UntrustedData, []byte(startupLocality)):
-		case said || extended:
+		case !ok:
+		case found || extended:
 			return 0, fmt.Errorf("event log: event %d: startup locality given twice or after PCR 0 was extended", i)
+		case value > 4:
+			return 0, fmt.Errorf("event log: event %d: startup locality %d does not exist", i, value)
 		default:
-			said, locality = true, e.UntrustedData[len(startupLocality)]
-			if locality > 4 {
-				return 0, fmt.Errorf("event log: event %d: startup locality %d does not exist", i, locality)
-			}
+			found, locality = true, value
 		}
 	}
 	return locality, nil
 }
 
+// HasPaddedLocality reports whether the startup locality is in an entry larger than
+// its structure.
+func (l *Log) HasPaddedLocality() bool { return slices.ContainsFunc(l.Events, Event.padded) }
+
+func (e Event) padded() bool {
+	_, ok := e.locality()
+	return ok && len(e.UntrustedData) > len(startupLocality)+1
+}
+
+// WithoutPadding returns the log with the startup locality in an entry of its
+// structure's size, as other parsers demand it.
+func (l *Log) WithoutPadding() *Log {
+	trimmed := &Log{Banks: l.Banks, spec: l.spec, Events: slices.Clone(l.Events)}
+	for i, e := range trimmed.Events {
+		if e.padded() {
+			trimmed.Events[i].UntrustedData = e.UntrustedData[:len(startupLocality)+1]
+		}
+	}
+	return trimmed
+}
+
+// BankError says that a log has no digests of a bank at all.
+type BankError struct {
+	Bank crypto.Hash
+	// Has are the banks that the log's header names.
+	Has []crypto.Hash
+}
+
+func (e *BankError) Error() string {
+	names := make([]string, len(e.Has))
+	for i, bank := range e.Has {
+		names[i] = BankName(bank)
+	}
+	return fmt.Sprintf("the event log has no %s digests; it has %s", BankName(e.Bank), strings.Join(names, ", "))
+}
+
+// IncompleteError says that an event which extended a PCR has no digest of a bank
+// that other events have.
+type IncompleteError struct {
+	Bank       crypto.Hash
+	Event, PCR int
+}
+
+func (e *IncompleteError) Error() string {
+	return fmt.Sprintf("event log: event %d on PCR %d has no %s digest", e.Event, e.PCR, BankName(e.Bank))
+}
+
 // Replay extends the events of one bank and returns the values of all PCRs that
-// have any. EV_NO_ACTION events are not extended; PCR 0 starts from the startup
-// locality. PCRs without events are left out, but for a PCR 0 whose reset value
-// is not zero.
+// have any. Events that extended nothing are left out: EV_NO_ACTION, and events on
+// PCRs that do not exist. PCR 0 starts from the startup locality. PCRs without
+// events have no value, but for a PCR 0 whose reset value is not zero. Every event
+// that extended a PCR needs a digest of the bank: else the error is a [*BankError]
+// or an [*IncompleteError].
 func (l *Log) Replay(bank crypto.Hash) (PCRs, error) {
-	if !bank.Available() {
+	return l.replay(bank, func(int, []byte) {})
+}
+
+// replay calls step with each value that a PCR passes through, its first included.
+func (l *Log) replay(bank crypto.Hash, step func(pcr int, value []byte)) (PCRs, error) {
+	switch {
+	case !bank.Available():
 		return nil, fmt.Errorf("event log: cannot compute %s; choose sha256 or sha384", BankName(bank))
+	case !slices.Contains(l.Banks, bank):
+		return nil, &BankError{bank, l.Banks}
 	}
 	locality, err := l.StartupLocality()
 	if err != nil {
@@ -62,9 +130,13 @@ func (l *Log) Replay(bank crypto.Hash) (PCRs, error) {
 			continue
 		}
 		digest := e.Digest(bank)
-		if e.PCR < 0 || e.PCR >= NumPCRs || len(digest) != size(bank) {
-			return nil, fmt.Errorf("event log: event %d on PCR %d has no %s digest", i, e.PCR, BankName(bank))
+		if len(digest) != size(bank) {
+			return nil, &IncompleteError{bank, i, e.PCR}
 		}
+		if pcrs[e.PCR] == nil {
+			pcrs[e.PCR] = resetValue(bank, 0)
+		}
+		step(e.PCR, pcrs[e.PCR])
 		pcrs.extend(bank, e.PCR, digest)
 	}
 	return pcrs, nil
@@ -91,12 +163,23 @@ type MismatchError struct {
 	PCRs []int
 	// Silent are those of PCRs that the log has no event for, though they were extended.
 	Silent []int
+	// Behind are those of PCRs whose quoted value the log passes through before its
+	// end: the TPM has measured less than the log lists.
+	Behind []int
 }
+
+// TPMIsBehind reports whether the TPM holds an earlier state of the very boot that the
+// log lists. A machine that resumed from hibernation is in it: its memory is that of the
+// earlier boot, and its TPM has been reset since.
+func (e *MismatchError) TPMIsBehind() bool { return len(e.PCRs) > 0 && slices.Equal(e.Behind, e.PCRs) }
 
 func (e *MismatchError) Error() string {
 	s := fmt.Sprintf("the event log does not lead to the quoted value of PCR %s (%s)", join(e.PCRs), BankName(e.Bank))
 	if len(e.Silent) > 0 {
 		s += fmt.Sprintf("; it has no event at all for PCR %s", join(e.Silent))
+	}
+	if e.TPMIsBehind() {
+		s += "; it goes further: the TPM has measured less than the log lists"
 	}
 	return s
 }
@@ -119,7 +202,10 @@ func (l *Log) Verify(bank crypto.Hash, quoted PCRs) error {
 	if len(quoted) == 0 {
 		return errors.New("event log: no PCR was quoted")
 	}
-	replayed, err := l.Replay(bank)
+	passed := map[int]bool{}
+	replayed, err := l.replay(bank, func(pcr int, value []byte) {
+		passed[pcr] = passed[pcr] || bytes.Equal(value, quoted[pcr])
+	})
 	if err != nil {
 		return err
 	}
@@ -133,8 +219,11 @@ func (l *Log) Verify(bank crypto.Hash, quoted PCRs) error {
 			continue
 		}
 		mismatch.PCRs = append(mismatch.PCRs, pcr)
-		if !ok {
+		switch {
+		case !ok:
 			mismatch.Silent = append(mismatch.Silent, pcr)
+		case passed[pcr]:
+			mismatch.Behind = append(mismatch.Behind, pcr)
 		}
 	}
 	if len(mismatch.PCRs) > 0 {

@@ -30,9 +30,10 @@ type userspaceRecord struct {
 // ParseUserspace reads systemd's log (tpm2-measure.log, a JSON text sequence,
 // RFC 7464) of at most [MaxSize] bytes and [MaxEvents] records, and returns its
 // PCR measurements as EV_EVENT_TAG events whose data is the text that systemd
-// logged. Measurements into NV indexes are left out, digests of unknown banks
-// too. A record without its end is refused: systemd holds a lock on the file
-// while it writes one, so read the file under a shared lock.
+// logged. Measurements into NV indexes and into PCRs that do not exist are left
+// out, digests of unknown banks too, and so is what stands between two record
+// separators in a row. A record without its end is refused: systemd holds a lock
+// on the file while it writes one, so read the file under a shared lock.
 func ParseUserspace(raw []byte) ([]Event, error) {
 	if len(raw) > MaxSize {
 		return nil, fmt.Errorf("userspace log: %d bytes, more than %d", len(raw), MaxSize)
@@ -48,7 +49,11 @@ func ParseUserspace(raw []byte) ([]Event, error) {
 	}
 	var events []Event
 	n := 0
-	for record := range bytes.SplitSeq(raw[1:], []byte{recordSeparator}) {
+	records := bytes.Split(raw[1:], []byte{recordSeparator})
+	for i, record := range records {
+		if i < len(records)-1 && len(bytes.Trim(record, " \t\r\n")) == 0 {
+			continue // separators in a row (RFC 7464, 2.1)
+		}
 		e, ok, err := parseUserspaceRecord(record)
 		if err != nil {
 			return nil, fmt.Errorf("userspace log: record %d: %w", n, err)
@@ -76,10 +81,8 @@ func parseUserspaceRecord(record []byte) (Event, bool, error) {
 	switch {
 	case (r.PCR == nil) == (r.NVIndex == nil):
 		return Event{}, false, errors.New("want either pcr or nv_index")
-	case r.PCR == nil:
+	case r.PCR == nil, *r.PCR >= NumPCRs:
 		return Event{}, false, nil
-	case *r.PCR >= NumPCRs:
-		return Event{}, false, fmt.Errorf("PCR %d does not exist", *r.PCR)
 	}
 	e := Event{PCR: int(*r.PCR), UntrustedType: EventTag, UntrustedData: []byte(r.Content.String)}
 	for _, d := range r.Digests {

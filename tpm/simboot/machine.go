@@ -323,24 +323,17 @@ var hashes = map[tpm2.TPMAlgID]crypto.Hash{
 
 // activeBanks returns the banks that have PCRs.
 func activeBanks(t transport.TPM) ([]crypto.Hash, error) {
-	r, err := tpm2.GetCapability{Capability: tpm2.TPMCapPCRs, PropertyCount: 1}.Execute(t)
+	active, err := tpm.ActiveBanks(t)
 	if err != nil {
-		return nil, fmt.Errorf("TPM2_GetCapability: %w", err)
+		return nil, err
 	}
-	assigned, err := r.CapabilityData.Data.AssignedPCR()
-	if err != nil {
-		return nil, fmt.Errorf("TPM2_GetCapability: %w", err)
-	}
-	var banks []crypto.Hash
-	for _, s := range assigned.PCRSelections {
-		hash, ok := hashes[s.Hash]
-		if len(s.PCRSelect) == 0 || s.PCRSelect[0] == 0 {
-			continue
-		}
+	banks := make([]crypto.Hash, len(active))
+	for i, id := range active {
+		hash, ok := hashes[id]
 		if !ok {
-			return nil, fmt.Errorf("the TPM has a bank of algorithm 0x%x, for which there is no hash", uint16(s.Hash))
+			return nil, fmt.Errorf("the TPM has a bank of algorithm 0x%x, for which there is no hash", uint16(id))
 		}
-		banks = append(banks, hash)
+		banks[i] = hash
 	}
 	return banks, nil
 }

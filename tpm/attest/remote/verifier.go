@@ -216,7 +216,7 @@ func (p *Pending) Judge(e *Evidence) (*Passed, error) {
 		Quote: tpm.Quote{AKPublic: p.hello.AK, Attest: e.Attest, Signature: e.Signature, Bank: policy.Hash(), PCRs: e.PCRs}}
 	result, err := attest.Verify(evidence, p.digest, policy.Hash(), policy.Demanded())
 	if err != nil {
-		return nil, refuse(CheckEvidence, "if a component extends a PCR without logging it, leave that PCR out of the node's boot policy; else the node's log was tampered with", "%w", err)
+		return nil, refuse(CheckEvidence, attest.RemedyOf(err).Hint("the node's boot policy"), "%w", err)
 	}
 	if err := p.checkSRK(e.Attest); err != nil {
 		return nil, refuse(CheckSRK, hintForged, "%w", err)
