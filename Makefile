@@ -48,7 +48,7 @@ ROOT_TESTS = TestStrangersDontCrowdOut|TestSocketModeAndOwner|TestBadFolders|Tes
 NOT_ROOT   = $(filter-out 0,$(shell id -u))
 
 test: fetch-test
-	$(GO) test $(RACE) $(if $(NOT_ROOT),-skip '$(ROOT_TESTS)') $(TESTFLAGS) $(PACKAGES)
+	$(GO) test -timeout 30m $(RACE) $(if $(NOT_ROOT),-skip '$(ROOT_TESTS)') $(TESTFLAGS) $(PACKAGES)
 	@test "$$(id -u)" = 0 || echo 'not run, since they need root (sudo make test): $(ROOT_TESTS)'
 
 # What e2e/measuredboot needs beside what its script `parts` fetches.

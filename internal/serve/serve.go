@@ -34,6 +34,11 @@ type Server struct {
 	kms    *grpcserver.Server
 	admin  *admin.Server
 	http   *http.Server
+	// adminTried is closed when the admin socket is listened on, or can't be. Only then
+	// does serve tell systemd and HTTP clients that it is up, so that a command that
+	// follows finds it.
+	adminTried chan struct{}
+	triedOnce  sync.Once
 }
 
 // Run returns when ctx has ended and everything has stopped.
@@ -115,6 +120,7 @@ func (s *Server) serveKMS() error {
 		return err
 	}
 	s.Node.Log.Info("listening", "socket", c.Socket)
+	<-s.adminTried
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 	// A call that comes now waits in the socket's queue: an error would make
 	// kube-apiserver wait 10 s before it asks again.
@@ -129,6 +135,7 @@ func (s *Server) serveKMS() error {
 
 func (s *Server) serveAdmin() error {
 	l, err := admin.Listen(s.Node.Config.Admin.Socket, s.Node.Log)
+	s.triedOnce.Do(func() { close(s.adminTried) })
 	if err != nil {
 		return err
 	}
@@ -136,6 +143,7 @@ func (s *Server) serveAdmin() error {
 }
 
 func (s *Server) serveHTTP() error {
+	<-s.adminTried
 	l, err := net.Listen("tcp", s.Node.Config.HTTP.Address)
 	if err != nil {
 		return err
@@ -171,7 +179,7 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{Node: n, health: h, opened: opened}
+	s := &Server{Node: n, health: h, opened: opened, adminTried: make(chan struct{})}
 	h.bind(n)
 	if s.kms, err = grpcserver.New(n.Unlocker, grpcserver.Options{Registerer: registry, Log: log}); err != nil {
 		return nil, err
