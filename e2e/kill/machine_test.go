@@ -339,7 +339,7 @@ func (c *client) decrypts(ctx context.Context) error {
 // serving runs serve, then f, to which everything must decrypt.
 func (m *machine) serving(h *history, f func()) {
 	m.t.Helper()
-	p := trace(m.t, m.stateDir(), m.path("serve.log"), victim{}, m.command("serve"))
+	p := release(m.t, m.path("serve.log"), m.command("serve"))
 	c := m.client(h)
 	defer c.conn.Close()
 	m.waitOpen(c, p)

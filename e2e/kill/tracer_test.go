@@ -26,6 +26,7 @@ type traced struct {
 	dir    string // steps in this folder count
 	output string // file that holds stdout and stderr
 	pid    int
+	free   bool // to run at its own pace: no step is counted
 	done   chan struct{}
 
 	mu     sync.Mutex
@@ -96,21 +97,35 @@ func (s step) String() string { return s.series + " " + s.what }
 func trace(t testing.TB, dir, output string, victim victim, cmd *exec.Cmd) *traced {
 	t.Helper()
 	p := &traced{t: t, dir: dir, output: output, victim: victim, done: make(chan struct{})}
-	f, err := os.OpenFile(output, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	p.start(cmd)
+	return p
+}
+
+// release starts a process whose steps need no count; each would cost it two stops.
+func release(t testing.TB, output string, cmd *exec.Cmd) *traced {
+	t.Helper()
+	p := &traced{t: t, output: output, free: true, done: make(chan struct{})}
+	p.start(cmd)
+	return p
+}
+
+func (p *traced) start(cmd *exec.Cmd) {
+	t := p.t
+	t.Helper()
+	f, err := os.OpenFile(p.output, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
 	cmd.Stdout, cmd.Stderr = f, f
 	// A group of its own, so that waiting for it reaps no other child.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true, Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: !p.free, Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)
 	go p.run(cmd, started)
 	if err := <-started; err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.kill)
-	return p
 }
 
 // arm counts anew.
@@ -178,14 +193,9 @@ func (p *traced) run(cmd *exec.Cmd, started chan<- error) {
 		return
 	}
 	p.pid = cmd.Process.Pid
-	var status unix.WaitStatus
-	_, err := unix.Wait4(p.pid, &status, 0, nil) // it stops before its first instruction
-	if err == nil {
-		err = unix.PtraceSetOptions(p.pid, unix.PTRACE_O_TRACESYSGOOD|unix.PTRACE_O_TRACECLONE|unix.PTRACE_O_TRACEFORK|
-			unix.PTRACE_O_TRACEVFORK|unix.PTRACE_O_EXITKILL)
-	}
-	if err == nil {
-		err = unix.PtraceSyscall(p.pid, 0)
+	var err error
+	if !p.free {
+		err = p.attach()
 	}
 	started <- err
 	for err == nil {
@@ -199,6 +209,19 @@ func (p *traced) run(cmd *exec.Cmd, started chan<- error) {
 	defer p.mu.Unlock()
 	close(p.done)
 	_ = cmd.Process.Release()
+}
+
+// attach has the process, which stops before its first instruction, stop at each system call.
+func (p *traced) attach() error {
+	var status unix.WaitStatus
+	if _, err := unix.Wait4(p.pid, &status, 0, nil); err != nil {
+		return err
+	}
+	if err := unix.PtraceSetOptions(p.pid, unix.PTRACE_O_TRACESYSGOOD|unix.PTRACE_O_TRACECLONE|unix.PTRACE_O_TRACEFORK|
+		unix.PTRACE_O_TRACEVFORK|unix.PTRACE_O_EXITKILL); err != nil {
+		return err
+	}
+	return unix.PtraceSyscall(p.pid, 0)
 }
 
 var errEnded = errors.New("the process has ended")
