@@ -30,12 +30,17 @@ func ParseLegacy(mem seal.Memory, b []byte) (Config, *seal.Secret, error) {
 		TokenSerial string
 		SlotNumber  *uint
 		Pin         json.RawMessage
+		// Those of its configuration of Vault
+		TransitKey, VaultRole, TransitPath, AuthMethod string
 	}
 	err := json.Unmarshal(b, &old)
 	defer clear(old.Pin)
 	if err != nil {
 		// The error of package json may quote the PIN
 		return Config{}, nil, errors.New("config.json of kleidi 1.x: it is not a JSON object with path, tokenLabel and pin; see docs/pkcs11.md")
+	}
+	if old.Path == "" && old.TransitKey+old.VaultRole+old.TransitPath+old.AuthMethod != "" {
+		return Config{}, nil, errors.New("this is kleidi 1.x's configuration of Vault; only that of a PKCS#11 token is taken over: see docs/vault.md")
 	}
 	pin, err := legacyPIN(mem, old.Pin)
 	if err != nil {

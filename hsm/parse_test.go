@@ -218,6 +218,21 @@ func TestParseLegacy(t *testing.T) {
 	}
 }
 
+// TestLegacyVaultConfiguration: kleidi 1.x had another config.json for Vault
+// (configuration/kleidi/cert-auth; the values are replaced).
+func TestLegacyVaultConfiguration(t *testing.T) {
+	vault, err := os.ReadFile("testdata/kleidi1/vault-config.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = "this is kleidi 1.x's configuration of Vault; only that of a PKCS#11 token is taken over: see docs/vault.md"
+	for _, s := range []string{string(vault), `{"TransitKey": "k"}`, `{"address": "https://v", "transitpath": "transit", "pin": ""}`} {
+		if _, _, err := ParseLegacy(seal.Memory{}, []byte(s)); err == nil || err.Error() != want {
+			t.Errorf("%s: %v, want %q", s, err, want)
+		}
+	}
+}
+
 const goldenSlot = `{"form":"pkcs11-v1","mechanism":"aes-gcm","token":{"label":"kleidi-a","serial":"ce3c1e1af5af1d86"},"key":{"label":"kek","id":"0102"},` +
 	`"iv":"AAECAwQFBgcICQoL","ciphertext":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"}`
 

@@ -75,7 +75,17 @@ func JudgeEvidence(policy, file, nonce string) (*EvidenceVerdict, error) {
 	}
 	r, err := attest.Verify(e, said, p.Hash(), p.Demanded())
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w; ask for fresh evidence over PCR %s (%s), and if it stays the machine or the file was tampered with", file, err, slotview.JoinPCRs(p.Demanded()), p.Bank)
+		fresh := fmt.Sprintf("ask for fresh evidence over PCR %s (%s), and if it stays the machine or the file was tampered with", slotview.JoinPCRs(p.Demanded()), p.Bank)
+		return nil, fmt.Errorf("%s: %w; %s", file, err, hintOf(err, fresh))
 	}
 	return &EvidenceVerdict{bootpolicy.Judge(p, r.Log, r.PCRs), KeyDigest(e), nonce != ""}, nil
+}
+
+// hintOf returns what helps against evidence that proves nothing, however often it is
+// saved, and otherwise again: to save it once more.
+func hintOf(err error, again string) string {
+	if r := attest.RemedyOf(err); r.Permanent {
+		return r.Hint("the boot policy")
+	}
+	return again
 }
