@@ -46,6 +46,12 @@ func TestNarrow(t *testing.T) {
 	lists[0] = append([]bootpolicy.Entry{{Form: bootpolicy.FormText, Value: ".linux"}}, lists[0][1:]...)
 	written.PCRs[11] = bootpolicy.Rule{Sequences: lists}
 
+	certificate := *wide // its list of PCR 7 for the old boot has a certificate
+	certificate.PCRs = maps.Clone(wide.PCRs)
+	signed := append([][]bootpolicy.Entry(nil), wide.PCRs[7].Sequences...)
+	signed[0] = append([]bootpolicy.Entry{{Form: bootpolicy.FormCertificate, Value: signed[0][0].Value}}, signed[0][1:]...)
+	certificate.PCRs[7] = bootpolicy.Rule{Sequences: signed}
+
 	for name, c := range map[string]struct {
 		policy *bootpolicy.BootPolicy
 		others []eventlog.PCRs
@@ -56,6 +62,7 @@ func TestNarrow(t *testing.T) {
 		"the running boot alone": {wide, nil, map[int]int{0: 1, 4: 1, 7: 1, 11: 1}, []*eventlog.Log{now}, []*eventlog.Log{old, next, firmware}},
 		"and a next one":         {wide, []eventlog.PCRs{values(next, 4, 7, 11)}, map[int]int{0: 2, 4: 2, 7: 1, 11: 2}, []*eventlog.Log{now, next}, []*eventlog.Log{old, firmware}},
 		"and one of all PCRs":    {wide, []eventlog.PCRs{values(next, pcrs...)}, map[int]int{0: 1, 4: 2, 7: 1, 11: 2}, []*eventlog.Log{now, next}, []*eventlog.Log{old, firmware}},
+		"a certificate":          {&certificate, nil, map[int]int{0: 1, 4: 1, 7: 2, 11: 1}, []*eventlog.Log{now}, []*eventlog.Log{old, next}},
 		"a list of a person":     {&written, nil, map[int]int{0: 1, 4: 1, 7: 1, 11: 2}, []*eventlog.Log{now}, []*eventlog.Log{old, next}},
 	} {
 		before := string(c.policy.Marshal())

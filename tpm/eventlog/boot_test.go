@@ -134,6 +134,9 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 	list = binary.LittleEndian.AppendUint32(list, 0)
 	list = binary.LittleEndian.AppendUint32(list, 16+32)
 	list = append(list, make([]byte, 16+32)...)
+	// As long as an authority by a SHA-384 hash.
+	short := binary.LittleEndian.AppendUint32(make([]byte, 16), 28+16+20)
+	short = append(binary.LittleEndian.AppendUint32(append(short, 0, 0, 0, 0), 16+20), make([]byte, 16+20)...)
 	setting := authorityOf(sha256Only, securityDatabase, "db", list)
 	asSetting, unproven := vouched, vouched
 	asSetting.UntrustedType = EFIVariableDriverConfig
@@ -158,6 +161,8 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 		"key of shim":               {bootWith(on, separator, authorityOf(sha256Only, guid{1}, "MokListRT", make([]byte, 64))), false, false},
 		"another vendor's db":       {bootWith(on, separator, authorityOf(sha256Only, guid{1}, "db", make([]byte, 64))), false, false},
 		"no certificate":            {bootWith(on, separator, authorityOf(sha256Only, securityDatabase, "db", make([]byte, 16+31))), false, false},
+		"dbx":                       {bootWith(on, separator, authorityOf(sha256Only, securityDatabase, "dbx", make([]byte, 16+32))), false, false},
+		"db of one SHA-1 hash":      {bootWith(on, separator, authorityOf(sha256Only, securityDatabase, "db", short)), false, false},
 		"empty db":                  {bootWith(on, separator, authorityOf(sha256Only, securityDatabase, "db", nil)), false, false},
 		"authority, as a setting":   {bootWith(on, separator, asSetting), false, false},
 		"unproven authority":        {bootWith(on, separator, unproven), false, false},
