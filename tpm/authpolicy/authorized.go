@@ -22,37 +22,36 @@ var ErrSignature = errors.New("the signature does not verify")
 // at least that much for a policyRef.
 const MaxRef = sha256.Size
 
-// Authorized is the condition that the PCRs are in a state which the holder of
-// a key has signed: TPM2_PolicyAuthorize. What is sealed depends on Key and Ref
-// alone, so that states can be signed later, and one that was signed stays so:
-// only an [Epoch] takes it away.
+// Authorized is the condition that the PCRs are in a state that the holder of a key has
+// signed: TPM2_PolicyAuthorize. The authorization policy depends on Key and Ref alone, so
+// states can be signed later. A signed state cannot be unsigned: only an [Epoch] revokes it.
 //
-// A signed state of PCR 11 alone, as systemd's are, protects nothing by itself,
-// see [PCR.Check]: a PCR term has to follow.
+// A signed state of PCR 11 alone, as systemd signs them, protects nothing by itself (see
+// [PCR.Check]), so a PCR term must follow.
 type Authorized struct {
 	// Key is the signer's public key, made by [PublicKey].
 	Key tpm2.TPMTPublic
-	// Ref is signed with each state and tells apart what states are signed for:
-	// 0 to 32 bytes. systemd's are signed with none.
+	// Ref is signed with each state and separates the purposes of one key: 0 to 32
+	// bytes. systemd signs its states without a reference.
 	Ref []byte
-	// States are the signed states to choose from. They are as untrusted as the
-	// file that they come from: the TPM verifies.
+	// States are the signed states to choose from. They are untrusted: the TPM verifies
+	// them.
 	States []SignedState
 }
 
-// SignedState says that the holder of a key has approved of PCR values.
+// SignedState is a statement by the holder of a key that approves PCR values.
 type SignedState struct {
 	// Bank is crypto.SHA256 or crypto.SHA384.
 	Bank crypto.Hash
 	// PCRs are the PCRs' indices, in rising order.
 	PCRs []int
-	// Digest stands for their values: it is what [ApprovedDigest] returns, 32 bytes.
+	// Digest represents their values: the 32 bytes that [ApprovedDigest] returns.
 	Digest []byte
 	// Signature is over [AuthorizedHash] of Digest.
 	Signature tpm2.TPMTSignature
 }
 
-// Check refuses what no TPM could satisfy, and resettable PCRs.
+// Check refuses a state that no TPM could satisfy, and resettable PCRs.
 func (s SignedState) Check() error {
 	if _, ok := Banks[s.Bank]; !ok {
 		return fmt.Errorf("PCR bank %v; want SHA-256 or SHA-384", s.Bank)
@@ -76,8 +75,8 @@ func (s SignedState) Check() error {
 	return checkSignature(s.Signature)
 }
 
-// ApprovedDigest returns what stands for PCR values in a signed boot state: the
-// digest of TPM2_PolicyPCR alone, 32 bytes. PCR 11 alone is accepted, see
+// ApprovedDigest returns the digest that represents PCR values in a signed boot state: the
+// policy digest of TPM2_PolicyPCR alone, 32 bytes. PCR 11 alone is accepted, see
 // [Authorized].
 func ApprovedDigest(p PCR) ([]byte, error) {
 	if err := p.check(); err != nil {
@@ -93,8 +92,8 @@ func ApprovedDigest(p PCR) ([]byte, error) {
 	return calc.Hash().Digest, nil
 }
 
-// AuthorizedHash returns the SHA-256 hash that the signer of a boot state signs:
-// of approved, from [ApprovedDigest], and of ref (aHash of TPM2_PolicyAuthorize).
+// AuthorizedHash returns the SHA-256 hash that the signer of a boot state signs: the aHash
+// of TPM2_PolicyAuthorize, over approved from [ApprovedDigest] and over ref.
 func AuthorizedHash(approved, ref []byte) ([]byte, error) {
 	if len(approved) != sha256.Size {
 		return nil, fmt.Errorf("a digest of %d bytes, want %d", len(approved), sha256.Size)
@@ -152,9 +151,9 @@ func (a Authorized) satisfy(t transport.TPM, session tpm2.Session) error {
 	return nil
 }
 
-// approved leaves the session with the digest of the present values of some
-// PCRs, and returns that digest and the TPM's ticket that it is signed. A
-// signature that does not verify hides no other.
+// approved leaves the session with the digest of the present values of some state's PCRs.
+// It returns that digest, and the TPM's ticket that a signature over it verified. It goes
+// on to the next state after a signature that does not verify.
 func (a Authorized) approved(t transport.TPM, session tpm2.TPMISHPolicy) (digest []byte, ticket tpm2.TPMTTKVerified, err error) {
 	for i, s := range a.States {
 		if err := s.Check(); err != nil {
@@ -194,13 +193,13 @@ func split(states []SignedState, by func(SignedState) bool) (in, out []SignedSta
 	return in, out
 }
 
-// presentDigest starts the session over and returns the digest that it comes to
-// with the present values of a state's PCRs.
+// presentDigest restarts the session and returns its digest after TPM2_PolicyPCR with the
+// present values of a state's PCRs.
 func presentDigest(t transport.TPM, session tpm2.TPMISHPolicy, s SignedState) ([]byte, error) {
 	if err := policyRestart(t, session); err != nil {
 		return nil, fmt.Errorf("TPM2_PolicyRestart: %w", err)
 	}
-	// Without a demanded digest the TPM takes the PCRs as they are.
+	// Without an expected digest the TPM uses the PCRs' present values.
 	if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: Selection(s.Bank, s.PCRs)}).Execute(t); err != nil {
 		return nil, fmt.Errorf("TPM2_PolicyPCR: %w", err)
 	}
@@ -211,8 +210,8 @@ func presentDigest(t transport.TPM, session tpm2.TPMISHPolicy, s SignedState) ([
 	return r.PolicyDigest.Buffer, nil
 }
 
-// ticket returns the TPM's own statement that one of the states, which all have
-// one digest, is signed.
+// ticket returns the TPM's own statement that one of the states is signed. All of them
+// have the same digest.
 func (a Authorized) ticket(t transport.TPM, states []SignedState) (ticket tpm2.TPMTTKVerified, err error) {
 	signed, err := AuthorizedHash(states[0].Digest, a.Ref)
 	if err != nil {

@@ -1,10 +1,10 @@
 // Package authpolicy computes the authorization policies under which a TPM
 // unseals a KEK, and satisfies them.
 //
-// An authorization policy is a conjunction of terms, in order. Each term is
-// written once as a TPM command (TPM 2.0 Library, Part 3, section 23), from
-// which come both the digest that is sealed to, computed here without a TPM,
-// and the command that a TPM is asked to check before it unseals.
+// An authorization policy is a conjunction of terms, in order. Each term is written once,
+// as a TPM command (TPM 2.0 Library, Part 3, section 23). Both the digest of the sealed
+// object, which is computed here without a TPM, and the command that a TPM checks before it
+// unseals are derived from it.
 package authpolicy
 
 import (
@@ -20,13 +20,13 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// ErrBootState says that PCR values are not those of the authorization policy.
+// ErrBootState says that PCR values differ from those in the authorization policy.
 var ErrBootState = errors.New("PCR values are not the authorised ones")
 
 // ErrEpoch says that the epoch counter has passed the authorization policy's epoch.
 var ErrEpoch = errors.New("the epoch has passed")
 
-// ErrCounter says that the epoch counter is missing or another index has its place.
+// ErrCounter says that the epoch counter is missing, or that another index has its number.
 var ErrCounter = errors.New("the epoch counter is not the expected one")
 
 // Term is one condition.
@@ -38,7 +38,7 @@ type Term interface {
 }
 
 // Terms is an authorization policy: all terms must hold, in this order.
-// [Authorized] can only be the first: it forgets the terms before it.
+// [Authorized] can only be the first, because it discards the terms before it.
 type Terms []Term
 
 func (ts Terms) check() error {
@@ -67,10 +67,10 @@ func (ts Terms) Digest() ([]byte, error) {
 	return calc.Hash().Digest, nil
 }
 
-// Satisfy runs all terms in a policy session that was just opened, with a nonce
-// of [NonceSize] bytes. The first that the TPM refuses ends it, with one of this
-// package's errors where that is the reason. Next to the session, Authorized and
-// Signed need one free slot for a transient object; they free it again.
+// Satisfy runs all terms in a policy session that was just opened, with a nonce of
+// [NonceSize] bytes. It stops at the first term that the TPM refuses, and wraps one of this
+// package's errors if the cause is known. Authorized and Signed need one free slot for a
+// transient object beside the session, and free it again.
 //
 // A signer is asked once the other terms are known to hold, and before the terms that
 // count: an answer takes time, and a PCR that is extended after TPM2_PolicyPCR, by IMA
@@ -124,19 +124,18 @@ type PCR struct {
 // Profile, table 7).
 func resettable(pcr int) bool { return pcr >= 16 && pcr <= 23 }
 
-// What the firmware measures of what it starts, and of the keys by which it does (PC
-// Client Platform Firmware Profile, table 1).
+// The PCRs into which the firmware measures the programs that it starts, and the keys that
+// it verifies them by (PC Client Platform Firmware Profile, table 1).
 const (
 	bootProgram    = 4
 	secureBootKeys = 7
 )
 
-// Check refuses a selection that protects nothing: an empty one, resettable
-// PCRs, all-zero PCRs (nothing was measured into them, so that any OS may yet
-// extend them as it likes), and one with neither the boot program nor the Secure
-// Boot keys: any OS starts with the same firmware, and can extend PCRs 8 to 15 to
-// the same values where its own loader leaves them at zero. Package bootrule says
-// what else has to be in it, by what a machine measured.
+// Check refuses a selection that protects nothing: an empty one; resettable PCRs; all-zero
+// PCRs, which any OS may still extend as it likes; and a selection without the boot program
+// and the Secure Boot keys, because every OS on the machine shares the firmware's other
+// PCRs and can extend PCRs 8 to 15 itself. Package bootrule knows more: which PCRs a set
+// must hold, given what the machine measured.
 func (p PCR) Check() error {
 	if err := p.check(); err != nil {
 		return err
@@ -195,9 +194,8 @@ func Selection(bank crypto.Hash, indices []int) tpm2.TPMLPCRSelection {
 		Hash: Banks[bank], PCRSelect: tpm2.PCClientCompatible.PCRs(u...)}}}
 }
 
-// command is TPM2_PolicyPCR with the demanded digest: the TPM answers
-// TPM_RC_VALUE at once where its PCRs differ, which tells a wrong boot state
-// from every other refusal.
+// command is TPM2_PolicyPCR with the expected digest. The TPM answers TPM_RC_VALUE at once
+// if its PCRs differ, which distinguishes a wrong boot state from every other refusal.
 func (p PCR) command() (tpm2.PolicyPCR, error) {
 	if err := p.Check(); err != nil {
 		return tpm2.PolicyPCR{}, err
@@ -240,14 +238,13 @@ func (p PCR) satisfy(t transport.TPM, session tpm2.Session) error {
 }
 
 // Epoch is the condition that the node's epoch counter is not above AtMost:
-// TPM2_PolicyNV with an unsigned <=. It holds just before and just after the
-// counter reaches AtMost, so that a slot for the next epoch can be saved first
-// and the counter incremented then.
+// TPM2_PolicyNV with an unsigned <=. A slot for the next epoch already satisfies it before
+// the counter is incremented, so the slot can be saved first.
 type Epoch struct {
 	// Index is the counter's NV index.
 	Index uint32
-	// Name is the counter's Name as computed from code, never as read from a
-	// TPM or a file: another index in its place then fails.
+	// Name is the counter's Name as computed from code, never as read from a TPM or a
+	// file. Another index with the counter's number then fails the condition.
 	Name []byte
 	// AtMost is the last counter value that satisfies the condition.
 	AtMost uint64
@@ -265,8 +262,8 @@ func (e Epoch) command() tpm2.PolicyNV {
 
 func (e Epoch) extend(calc *tpm2.PolicyCalculator) error { return e.command().Update(calc) }
 
-// notTheCounter are the response codes that PolicyNV gives only where the index
-// is missing, was never written, or is not one that anybody may read 8 bytes of.
+// notTheCounter are the response codes that PolicyNV returns only if the index is missing,
+// was never written, or does not let everybody read 8 bytes of it.
 var notTheCounter = []tpm2.TPMRC{
 	tpm2.TPMRCHandle, tpm2.TPMRCNVUninitialized, tpm2.TPMRCNVAuthorization, tpm2.TPMRCNVLocked, tpm2.TPMRCNVRange,
 	tpm2.TPMRCSize, tpm2.TPMRCAuthUnavailable, tpm2.TPMRCAuthType, tpm2.TPMRCBadAuth, tpm2.TPMRCAuthFail,

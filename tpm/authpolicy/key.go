@@ -15,20 +15,20 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// ErrKey says that the TPM does not take a public key, which it may not
-// implement: many have no RSA keys of 4096 bits and no P-384.
+// ErrKey says that the TPM does not accept a public key. Many TPMs implement neither RSA
+// keys of 4096 bits nor P-384.
 var ErrKey = errors.New("the TPM does not take the public key")
 
-// keyAttributes are those of every signer's key. It can be loaded anywhere and
-// signs what it is given.
+// keyAttributes are the attributes of every signer's key: a key that can be loaded into
+// any TPM and that signs any digest.
 var keyAttributes = tpm2.TPMAObject{UserWithAuth: true, SignEncrypt: true}
 
 // PublicKey returns a signer's key as a TPM knows it: RSA of 2048, 3072 or 4096
 // bits and exponent 65537, which signs by RSASSA-PKCS1-v1_5 with SHA-256, or
 // ECDSA P-256 or P-384, with SHA-256 too.
 //
-// Its Name goes into what is sealed. So the public area is frozen: with any
-// other attribute or scheme for the same key, nothing sealed under it opens.
+// The key's Name is part of the sealed object's authorization policy, so the public area is
+// frozen: with another attribute or scheme for the same key, existing slots would not open.
 func PublicKey(key crypto.PublicKey) (tpm2.TPMTPublic, error) {
 	switch key := key.(type) {
 	case *rsa.PublicKey:
@@ -80,8 +80,8 @@ func ecdsaPublic(key *ecdsa.PublicKey) (tpm2.TPMTPublic, error) {
 	}, nil
 }
 
-// Name returns a public area's Name, 34 bytes: what a TPM knows a key by. A Name
-// of another algorithm than SHA-256 is refused.
+// Name returns a public area's Name, by which a TPM identifies a key: 34 bytes. It refuses a
+// public area whose Name algorithm is not SHA-256.
 func Name(public tpm2.TPMTPublic) ([]byte, error) {
 	if public.NameAlg != tpm2.TPMAlgSHA256 {
 		return nil, errors.New("a public key whose Name is not by SHA-256")
@@ -93,9 +93,9 @@ func Name(public tpm2.TPMTPublic) ([]byte, error) {
 	return name.Buffer, nil
 }
 
-// Signature returns a signature by a key that [PublicKey] takes, as a TPM reads
-// it: raw is what crypto.Signer returns for a SHA-256 hash, that is the RSASSA-PKCS1-v1_5
-// signature or the ASN.1 of an ECDSA signature. It is not verified here.
+// Signature converts a signature by a key that [PublicKey] accepts into the TPM's form. raw
+// is the output of crypto.Signer for a SHA-256 hash: an RSASSA-PKCS1-v1_5 signature, or the
+// ASN.1 of an ECDSA signature. Signature does not verify it.
 func Signature(key crypto.PublicKey, raw []byte) (tpm2.TPMTSignature, error) {
 	switch key := key.(type) {
 	case *rsa.PublicKey:
@@ -130,8 +130,8 @@ func ecdsaSignature(key *ecdsa.PublicKey, raw []byte) (tpm2.TPMTSignature, error
 	})}, nil
 }
 
-// checkSignature refuses what [Signature] does not make. That there is none at
-// all would otherwise be found out when it is marshalled.
+// checkSignature refuses a signature that [Signature] did not make. A missing one
+// would otherwise be noticed only when it is marshalled.
 func checkSignature(s tpm2.TPMTSignature) (err error) {
 	switch s.SigAlg {
 	case tpm2.TPMAlgRSASSA:
@@ -147,8 +147,8 @@ func checkSignature(s tpm2.TPMTSignature) (err error) {
 	return nil
 }
 
-// withKey runs f with a public key loaded, and flushes it: that it can be had in
-// a TPM's last slot for transient objects matters where there are three.
+// withKey runs f with a public key loaded, and flushes the key afterwards. It needs no more
+// than one slot for a transient object, because many TPMs have three.
 func withKey(t transport.TPM, public tpm2.TPMTPublic, f func(tpm2.NamedHandle) error) error {
 	name, err := Name(public)
 	if err != nil {
@@ -162,7 +162,7 @@ func withKey(t transport.TPM, public tpm2.TPMTPublic, f func(tpm2.NamedHandle) e
 	if err != nil {
 		return fmt.Errorf("TPM2_LoadExternal: %w", err)
 	}
-	// A handle that is not freed is freed by the next operation.
+	// If this fails, the next operation frees the handle.
 	defer func() { _, _ = tpm2.FlushContext{FlushHandle: r.ObjectHandle}.Execute(t) }()
 	return f(tpm2.NamedHandle{Handle: r.ObjectHandle, Name: tpm2.TPM2BName{Buffer: name}})
 }

@@ -9,17 +9,17 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// ErrResets says that the machine was reset too often since.
+// ErrResets says that the machine was reset more often than the condition allows.
 var ErrResets = errors.New("the machine was reset more often than allowed")
 
 // Resets is the condition that the TPM was not reset too often: two
 // TPM2_PolicyCounterTimer with an unsigned <=, on resetCount and on restartCount.
 //
-// A boot resets the TPM, which counts resetCount up and sets restartCount to zero,
-// unless TPM2_Shutdown(STATE) came before: then it is a TPM Restart, which counts
-// restartCount up alone. Any system can send that, so after one, and after a
-// resume from sleep, the condition does not hold until the next true reset.
-// TPM2_Clear sets resetCount to zero, and ends all that was sealed before.
+// A boot resets the TPM, which increments resetCount and sets restartCount to zero. After
+// TPM2_Shutdown(STATE), which any system can send, a boot is a TPM Restart instead, which
+// increments restartCount alone. So the condition does not hold after a TPM Restart or a
+// resume from sleep, until the next true reset. TPM2_Clear sets resetCount to zero, and
+// destroys every object that was sealed before.
 type Resets struct {
 	// AtMost is the last resetCount that satisfies the condition, see [ResetCount].
 	AtMost uint32
@@ -73,7 +73,7 @@ func (r Resets) satisfy(t transport.TPM, session tpm2.Session) error {
 }
 
 // ResetCount returns how often the TPM was reset since it was made or cleared.
-// With an audit session the answer is authenticated; without, it is anybody's.
+// With an audit session the answer is authenticated; without one, anybody may forge it.
 func ResetCount(t transport.TPM, audit ...tpm2.Session) (uint32, error) {
 	r, err := tpm2.ReadClock{}.Execute(t, audit...)
 	if err != nil {
@@ -86,8 +86,8 @@ func policyRestart(t transport.TPM, session tpm2.TPMISHPolicy) error {
 	return policyCommand(t, tpm2.TPMCCPolicyRestart, session, nil)
 }
 
-// policyCommand sends a command that go-tpm has only the code of: one handle, no
-// authorization, no answer but the response code.
+// policyCommand sends a command for which go-tpm has no structure: one handle, no
+// authorization area, and a response that is a response code alone.
 func policyCommand(t transport.TPM, code tpm2.TPMCC, session tpm2.TPMISHPolicy, parameters []byte) error {
 	const header = 10 // of a command and of a response: tag, size, code
 	b := binary.BigEndian.AppendUint16(nil, uint16(tpm2.TPMSTNoSessions))

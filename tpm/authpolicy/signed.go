@@ -12,27 +12,26 @@ import (
 // terms: its nonceTPM has the size of the caller's.
 const NonceSize = 16
 
-// Signed is the condition that the holder of a key agrees now, to this very
-// session: TPM2_PolicySigned without expiration, and for any command.
+// Signed is the condition that the holder of a key agrees to this very session:
+// TPM2_PolicySigned without expiration, for any command.
 type Signed struct {
 	// Key is the signer's public key, made by [PublicKey].
 	Key tpm2.TPMTPublic
-	// Ref is signed too and tells apart what the signer agrees to: 0 to 32 bytes.
+	// Ref is signed too and separates the purposes of one key: 0 to 32 bytes.
 	Ref []byte
-	// Sign asks the signer for the signature of [SignedHash] of nonceTPM and Ref.
-	// nil is a signer that cannot be asked. The TPM is open while it runs.
+	// Sign asks the signer to sign the [SignedHash] of nonceTPM and Ref; nil means that
+	// no signer can be asked. The TPM stays open while Sign runs.
 	Sign func(nonceTPM []byte) (tpm2.TPMTSignature, error)
 
 	signature tpm2.TPMTSignature // what Sign returned, see Terms.ask
 }
 
-// SignedHash returns the SHA-256 hash that a [Signed] signer signs (aHash of
-// TPM2_PolicySigned): of the session's nonceTPM, of no expiration, no command
-// and ref.
+// SignedHash returns the SHA-256 hash that a [Signed] signer signs: the aHash of
+// TPM2_PolicySigned, over the session's nonceTPM, no expiration, no command, and ref.
 //
-// A nonce of another size than [NonceSize] is refused. A TPM accepts a signature
-// over an empty one in every session and for ever; one over 32 bytes could be
-// read as a signed boot state.
+// It refuses a nonce that does not have [NonceSize] bytes. A TPM accepts a signature over an
+// empty nonce in every session, forever; a signature over 32 bytes could be taken for a
+// signed boot state.
 func SignedHash(nonceTPM, ref []byte) ([]byte, error) {
 	if len(nonceTPM) != NonceSize {
 		return nil, fmt.Errorf("a session nonce of %d bytes, want %d", len(nonceTPM), NonceSize)
@@ -59,7 +58,8 @@ func (s Signed) extend(calc *tpm2.PolicyCalculator) error {
 
 func isSigned(t Term) bool { _, ok := t.(Signed); return ok }
 
-// ask has every signer agree to the session, and returns the terms with what they said.
+// ask obtains every signer's agreement to the session, and returns the terms with their
+// signatures.
 func (ts Terms) ask(session tpm2.Session) (Terms, error) {
 	agreed := slices.Clone(ts)
 	for i, term := range ts {

@@ -1,18 +1,17 @@
 package bootpolicy
 
-// Limits on what is compared and returned: nobody reads so many differences.
+// Limits on the elements compared and the differences returned; nobody reads more.
 const (
-	maxAligned     = 256 // elements of either side; beyond them they are paired as they come
+	maxAligned     = 256 // elements of either side; further ones are paired in their order
 	maxDifferences = 1024
 )
 
-// pair is an element of a that b has another for; -1 stands for none.
+// pair is an element of a and the element of b that replaces it; -1 stands for none.
 type pair struct{ a, b int }
 
-// differences returns what has to be replaced, removed and added to make the n
-// elements of a the m elements of b, in their order; nothing if all are the same
-// and in the same order. It finds a longest common subsequence of what remains
-// after a common head and tail.
+// differences returns the replacements, removals and additions that turn the n elements of
+// a into the m elements of b, in their order, or nothing if the two are equal. It strips
+// the common head and tail, and finds a longest common subsequence of the rest.
 func differences(n, m int, same func(a, b int) bool) []pair {
 	head := 0
 	for head < n && head < m && same(head, head) {

@@ -7,11 +7,10 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// AlsoAllow returns a boot policy that allows what p allows, and the boot of this
-// log: the lists of the PCRs that p does not know are added to its own. It is for
-// a log that somebody vouches for, such as the predicted one of a next boot. What
-// no list can allow, another state of Secure Boot for instance, is an error. p
-// stays as it is.
+// AlsoAllow returns a boot policy that allows every boot that p allows, and the boot of this
+// log: for each PCR that p refuses, it adds the log's list to the rule. The caller vouches for
+// the log, such as the predicted log of a next boot. A difference that no list can
+// allow, such as another state of Secure Boot, is an error. p stays as it is.
 func (p *BootPolicy) AlsoAllow(log *eventlog.Log) (*BootPolicy, error) {
 	claimed, err := p.Claimed(log)
 	if err != nil {
@@ -34,12 +33,12 @@ func (p *BootPolicy) AlsoAllow(log *eventlog.Log) (*BootPolicy, error) {
 		return nil, v.Err()
 	}
 	if n := len(wider.Marshal()); n > MaxSize {
-		return nil, fmt.Errorf("boot policy: it would have %d bytes, more than %d; run kleidi bootpolicy narrow, which takes those of earlier boots out", n, MaxSize)
+		return nil, fmt.Errorf("boot policy: it would have %d bytes, more than %d; run kleidi bootpolicy narrow, which removes the lists of earlier boots", n, MaxSize)
 	}
 	return &wider, nil
 }
 
-// plus returns r with what a recorded rule lists.
+// plus returns r with the entries of a recorded rule added.
 func (r Rule) plus(recorded Rule) Rule {
 	if r.Sequences != nil {
 		r.Sequences = append(slices.Clone(r.Sequences), recorded.Sequences...)

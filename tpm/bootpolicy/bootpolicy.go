@@ -20,10 +20,10 @@ const (
 	MaxSize    = 1 << 20 // bytes of a file
 	MaxEntries = 4096    // entries of all its lists together
 	maxText    = 4096    // bytes of one text; the kernel takes a shorter command line
-	maxPCR     = 15      // what lies above can be reset without a reboot
+	maxPCR     = 15      // some PCRs above it can be reset without a reboot
 )
 
-// BootPolicy is what is demanded of a boot. Make one with [Parse] or [Record].
+// BootPolicy holds the demands on a boot. Make one with [Parse] or [Record].
 type BootPolicy struct {
 	APIVersion string `yaml:"apiVersion"`
 	Kind       string `yaml:"kind"`
@@ -32,7 +32,7 @@ type BootPolicy struct {
 	// SecureBoot is the state that PCR 7 has to prove; empty demands none.
 	SecureBoot SecureBoot `yaml:"secureBoot"`
 	Firmware   Firmware   `yaml:"firmware"`
-	// PCRs holds the rule of every PCR that a quote has to cover, and of no other.
+	// PCRs holds the rule of every PCR that a quote must cover, and of no other.
 	PCRs map[int]Rule `yaml:"pcrs"`
 }
 
@@ -45,45 +45,45 @@ const (
 	SecureBootDisabled SecureBoot = "disabled"
 )
 
-// Firmware is what is demanded of PCR 0 beyond its list.
+// Firmware holds the demands on PCR 0 beyond its list.
 type Firmware struct {
-	// StartupLocality is the locality that the TPM was started from, which PCR 0
-	// begins with: 0, 3 or 4. Absent means any. A TPM that was reset and extended
-	// anew behind the firmware's back shows 0 where the firmware's own start shows 3.
+	// StartupLocality is the locality from which the TPM was started: 0, 3 or 4. PCR 0
+	// begins with it. Absent means any. A TPM that was reset and extended again behind
+	// the firmware's back shows 0 although the firmware starts it from 3.
 	StartupLocality *int `yaml:"startupLocality"`
 	// Versions are the S-CRTM versions that are allowed; none demands none.
 	Versions []string `yaml:"versions" want:"a version in quotes"`
 }
 
-// Rule is what is demanded of one PCR: exactly one of Any, Allowed and Sequences.
+// Rule holds the demands on one PCR: exactly one of Any, Allowed and Sequences.
 type Rule struct {
 	// Separator demands exactly one separator, which ends the firmware's
 	// measurements; absent means true for PCR 0 to 7, which have one.
 	Separator *bool `yaml:"separator"`
-	// Any lets everything pass that leads to the quoted value.
+	// Any accepts every list of events that leads to the quoted value.
 	Any bool `yaml:"any"`
-	// Allowed is what each event has to match, in any order and number.
+	// Allowed lists entries; each event must match one of them, in any order and number.
 	Allowed []Entry `yaml:"allowed"`
-	// Sequences are lists of which one has to match all events, in their order.
-	// An empty list is that of a PCR that nothing was measured into.
+	// Sequences are lists of entries; one list must match all events, in their order.
+	// An empty list stands for a PCR without events.
 	Sequences [][]Entry `yaml:"sequences"`
 }
 
 // Form says how an Entry names what was measured.
 type Form string
 
-// The forms of entries; but for FormDigest they are keys in the file.
+// The forms of entries. All but FormDigest are keys in the file.
 const (
 	// FormDigest is the event's digest, in lower-case hexadecimal.
 	FormDigest Form = "digest"
 	// FormText is text that was measured, as UTF-8 or UTF-16, with a final zero or
 	// without.
 	FormText Form = "text"
-	// FormCommandLine is, in PCR 8 alone, GRUB's command to load a kernel, or the
-	// kernel's command line, with these arguments, whatever the kernel's file.
+	// FormCommandLine, for PCR 8 alone, is GRUB's command that loads a kernel, or the
+	// kernel's command line, with these arguments and any kernel file.
 	FormCommandLine Form = "commandLine"
-	// FormCertificate is, in PCR 7 alone, an authority: the SHA-256 digest of the
-	// certificate (DER) that let a program run.
+	// FormCertificate, for PCR 7 alone, is an authority: the SHA-256 digest of the
+	// certificate (DER) by which the firmware let a program run.
 	FormCertificate Form = "certificate"
 )
 
@@ -106,11 +106,11 @@ func (p *BootPolicy) Hash() crypto.Hash {
 	return 0
 }
 
-// Demanded returns the PCRs that a quote has to cover, ascending.
+// Demanded returns the PCRs that a quote must cover, ascending.
 func (p *BootPolicy) Demanded() []int { return slices.Sorted(maps.Keys(p.PCRs)) }
 
-// Claimed returns the values of the demanded PCRs that the log alone leads to. A
-// verdict on them says what the log claims of a boot, and proves nothing.
+// Claimed returns the values of the demanded PCRs to which the log leads. A verdict on them
+// judges the log's claims, and proves nothing.
 func (p *BootPolicy) Claimed(log *eventlog.Log) (eventlog.PCRs, error) {
 	bank := p.Hash()
 	replayed, err := log.Replay(bank)
@@ -131,11 +131,11 @@ func (r Rule) wantsSeparator(pcr int) bool {
 	return pcr <= lastSeparated && (r.Separator == nil || *r.Separator)
 }
 
-// lastSeparated is the last of the PCRs that the firmware ends with a separator
-// (TCG PFP 1.06, 3.3.4).
+// lastSeparated is the last PCR into which the firmware measures a separator (TCG PFP 1.06,
+// 3.3.4).
 const lastSeparated = 7
 
-// String returns an entry as it is shown to people.
+// String returns the entry in the form that people read.
 func (e Entry) String() string {
 	s := fmt.Sprintf("%s %q", e.Form, e.Value)
 	if e.Form == FormDigest {

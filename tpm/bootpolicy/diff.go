@@ -8,10 +8,10 @@ import (
 
 // Change is one way in which two boot policies differ.
 type Change struct {
-	// Path is that of the rule: pcrs.4.sequences[0][2], counted in the first boot
-	// policy, or in the second where the first has nothing there.
+	// Path is the path of the rule: pcrs.4.sequences[0][2], counted in the first boot
+	// policy, or in the second if the first has no such element.
 	Path string `json:"path"`
-	// Was and Now are what the first and the second say; "" for nothing.
+	// Was and Now are the values in the first and the second boot policy; "" for none.
 	Was string `json:"was,omitempty"`
 	Now string `json:"now,omitempty"`
 }
@@ -29,8 +29,8 @@ func (c Change) String() string {
 	return c.Path + ": was " + c.Was + ", now " + c.Now
 }
 
-// Diff returns what b demands otherwise than a; nothing if they demand the same.
-// Notes are shown and not compared.
+// Diff returns the demands of b that differ from those of a, or nothing if the two are
+// equal. It shows notes and does not compare them.
 func Diff(a, b *BootPolicy) []Change {
 	d := &changes{}
 	d.value("bank", a.Bank, b.Bank)
@@ -66,7 +66,7 @@ func number(n *int) string {
 	return fmt.Sprint(*n)
 }
 
-// kind returns which of its three forms a rule has.
+// kind names the form of a rule: any, allowed or sequences.
 func (r Rule) kind() string {
 	switch {
 	case r.Any:
@@ -112,7 +112,7 @@ func (d *changes) rule(path string, pcr int, was, now Rule) {
 	d.sequences(path+".sequences", was.Sequences, now.Sequences)
 }
 
-// set compares lists whose order does not matter.
+// set compares two lists regardless of their order.
 func (d *changes) set(path string, was, now []Entry) {
 	only := func(in, out []Entry, add func(path, entry string)) {
 		known := map[string]bool{}
@@ -129,11 +129,10 @@ func (d *changes) set(path string, was, now []Entry) {
 	only(now, was, func(path, entry string) { d.value(path, "", entry) })
 }
 
-// identity is what an entry demands.
+// identity identifies an entry by its demand, without its note.
 func (e Entry) identity() string { return string(e.Form) + " " + e.Value }
 
-// sequences leaves out lists that stand in both, and compares the others in their
-// order.
+// sequences leaves out the lists that both have, and compares the others in their order.
 func (d *changes) sequences(path string, was, now [][]Entry) {
 	a, b := unmatched(was, now), unmatched(now, was)
 	for i := range max(len(a), len(b)) {
@@ -148,7 +147,7 @@ func (d *changes) sequences(path string, was, now [][]Entry) {
 	}
 }
 
-// unmatched returns the indices of the lists that do not stand in others.
+// unmatched returns the indices of the lists that others does not have.
 func unmatched(lists, others [][]Entry) []int {
 	known := map[string]bool{}
 	for _, list := range others {

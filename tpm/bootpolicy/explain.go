@@ -9,15 +9,15 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Backing says how much of what a log says of an event its digest backs.
+// Backing says how far the digest of an event backs the log's description of it.
 type Backing string
 
-// The backings. None of them says that the digest was quoted: Judge does.
+// The backings. None of them says that the digest was quoted; only Judge checks that.
 const (
-	// BackedByDigest: measuring what the log says gives the digest.
+	// BackedByDigest: measuring the logged data gives the digest.
 	BackedByDigest Backing = "digest"
-	// BackedByNothing: the digest is that of something the log only names, such as
-	// a file. The name is a claim; the digest may be compared.
+	// BackedByNothing: the log only names the measured content, such as a file. The
+	// name is a claim; the digest can be compared.
 	BackedByNothing Backing = "claimed"
 	// NotMeasured: the event was not extended at all.
 	NotMeasured Backing = "not measured"
@@ -41,8 +41,7 @@ type Row struct {
 // Short returns the beginning of the digest.
 func (r Row) Short() string { return short(r.Digest) }
 
-// Explain returns a log event by event, with the digests of a bank. It judges
-// nothing.
+// Explain returns a log event by event, with the digests of a bank. It does not judge.
 func Explain(log *eventlog.Log, bank crypto.Hash) []Row {
 	pcrs := make([]int, eventlog.NumPCRs)
 	for i := range pcrs {
@@ -67,7 +66,7 @@ func Explain(log *eventlog.Log, bank crypto.Hash) []Row {
 	return rows
 }
 
-// informational says what an event tells that is not measured.
+// informational describes an event that is not measured.
 func informational(data []byte) string {
 	name, rest, ok := bytes.Cut(data[:min(len(data), 64)], []byte{0})
 	switch s := string(name); {
@@ -79,8 +78,7 @@ func informational(data []byte) string {
 	return fmt.Sprintf("%d bytes", len(data))
 }
 
-// backing tries what firmware and boot loaders are known to measure of the data
-// that they log.
+// backing tries the parts of the data that firmware and boot loaders are known to measure.
 func backing(e eventlog.Event) Backing {
 	d := e.UntrustedData
 	tries := [][]byte{d, bytes.TrimRight(d, "\x00")}

@@ -18,13 +18,13 @@ type judgement struct {
 	unit   []eventlog.Summary // see change
 }
 
-// Judge compares a boot with a boot policy, in this order:
+// Judge compares a boot with a boot policy. It checks, in this order:
 //
-//  1. The boot policy can hold, and the log has its bank.
+//  1. The boot policy is valid, and the log has its bank.
 //  2. quoted has exactly the demanded PCRs.
 //  3. The log replays to every quoted value; a PCR that was extended has events.
-//     What follows looks at digests of the demanded PCRs and of that bank only,
-//     which are now proven, and at their order.
+//     The later steps look only at the digests of the demanded PCRs in that bank, and
+//     at their order: these are proven now.
 //  4. PCR 0 starts from the demanded locality, and before its separator comes an
 //     allowed version.
 //  5. PCR 7 shows the demanded state of Secure Boot; it is on only where a key of db
@@ -32,9 +32,9 @@ type judgement struct {
 //  6. By PCR: exactly one separator, where one is demanded, and none that reports
 //     an error; every event matches its entry.
 //
-// It stops after step 1, 2 or 3 if that fails. Whether quoted came from the right
-// TPM, and is fresh, is the caller's to know. It takes time in proportion to the
-// size of the log and of the boot policy.
+// It stops after step 1, 2 or 3 if that step fails. The caller must know that quoted is
+// fresh and came from the right TPM. The time is proportional to the size of the log and
+// of the boot policy.
 func Judge(p *BootPolicy, log *eventlog.Log, quoted eventlog.PCRs) *Verdict {
 	j := &judgement{Verdict: &Verdict{}, policy: p, events: map[int][]event{}}
 	if !j.sound(log) || !j.exact(quoted) || !j.replays(log, quoted) {
@@ -107,8 +107,8 @@ func (j *judgement) replays(log *eventlog.Log, quoted eventlog.PCRs) bool {
 	return false
 }
 
-// collect takes the events that extended the demanded PCRs out of the log, in one
-// bank: digests of others were not quoted.
+// collect takes the events that extended the demanded PCRs out of the log, in one bank,
+// because digests of other banks were not quoted.
 func (j *judgement) collect(log *eventlog.Log) {
 	bank, demanded := j.policy.Hash(), j.policy.Demanded()
 	j.log = log.Only(bank)
@@ -126,11 +126,11 @@ func (j *judgement) collect(log *eventlog.Log) {
 func (j *judgement) judgeFirmware() {
 	f := j.policy.Firmware
 	if f.StartupLocality != nil {
-		// Replay found the log's claim of it to be what PCR 0 began with.
+		// The replay has shown that PCR 0 began with the locality that the log claims.
 		if locality, err := j.log.StartupLocality(); err != nil || int(locality) != *f.StartupLocality {
 			j.add(Finding{Rule: "firmware.startupLocality", PCR: 0, Event: NoEvent, Problem: "the TPM was started from another locality",
 				Want: fmt.Sprint(*f.StartupLocality), Got: fmt.Sprint(locality), Cause: "a firmware update, or a TPM that was reset after the start",
-				Next: "start the machine anew from its power switch; if it stays and you updated the firmware, edit firmware.startupLocality"})
+				Next: "switch the machine off and on again; if the locality stays and you updated the firmware, edit firmware.startupLocality"})
 		}
 	}
 	if len(f.Versions) == 0 {
@@ -185,7 +185,7 @@ func (j *judgement) judgeSecureBoot() {
 	j.add(f)
 }
 
-// recordedAs is how a boot policy writes a state; "" is how it writes one that proves
+// recordedAs returns the value of secureBoot for a state; "" for a state that proves
 // nothing.
 func recordedAs(state eventlog.SecureBootState) SecureBoot {
 	switch state {

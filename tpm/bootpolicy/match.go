@@ -13,15 +13,15 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// key is something that an event was proven to be. An entry and an event match if
-// they have a key in common. Keys of different kinds begin differently.
+// key is a proven property of an event, such as its digest. An entry and an event match if
+// they have a key in common. Keys of different kinds begin with different words.
 type key string
 
 func digestKey(digest []byte) key      { return key("digest " + string(digest)) }
 func commandLineKey(args string) key   { return key("commandLine " + args) }
 func certificateKey(digest []byte) key { return key("certificate " + string(digest)) }
 
-// keys returns what an event has to be to match the entry.
+// keys returns the keys of which an event must have one to match the entry.
 func (e Entry) keys(bank crypto.Hash) []key {
 	switch e.Form {
 	case FormText:
@@ -60,7 +60,7 @@ func sum(bank crypto.Hash, b []byte) []byte {
 	return h.Sum(nil)
 }
 
-// event is one that extended a judged PCR, with what is proven of it.
+// event is an event that extended a judged PCR, with its keys.
 type event struct {
 	eventlog.Event
 	index  int // in the log
@@ -68,14 +68,14 @@ type event struct {
 	keys   []key
 }
 
-// what says what was measured, for people: its source is untrusted.
+// what describes the measured content to people. Its source is untrusted.
 func (e event) what() string {
 	log := &eventlog.Log{Events: []eventlog.Event{e.Event}}
 	return log.Summarize(e.Digests[0].Hash, []int{e.PCR})[0].What
 }
 
-// proven returns the keys of an event. It reads data only where its hash is the
-// digest; the log has the judged bank alone.
+// proven returns the keys of an event, whose log has the judged bank alone. It reads data
+// only if the hash of the data is the digest.
 func proven(e eventlog.Event, digest []byte) []key {
 	keys := []key{digestKey(digest)}
 	switch e.PCR {
@@ -96,9 +96,9 @@ func proven(e eventlog.Event, digest []byte) []key {
 //
 //	grub_cmd: linux /vmlinuz root=/dev/sda1    or    kernel_cmdline: /vmlinuz root=/dev/sda1
 //
-// The digest covers what follows the prefix, so either prefix could stand before
-// either text. That does no harm: a path is no command, and other commands that
-// load something, such as chainloader or linux16, are not taken for it.
+// The digest does not cover the prefix, so an attacker could exchange the two prefixes. That
+// does no harm: a path is not a command, and other commands that load something, such as
+// chainloader or linux16, are not recognised.
 func kernelArguments(e eventlog.Event) (string, bool) {
 	text, ok := grubText(e)
 	if !ok {
@@ -108,7 +108,7 @@ func kernelArguments(e eventlog.Event) (string, bool) {
 	return args, strings.HasPrefix(file, "/") || strings.HasPrefix(file, "(")
 }
 
-// grubText returns a proven text of GRUB's.
+// grubText returns the text of an event of GRUB, and whether the digest proves it.
 func grubText(e eventlog.Event) (string, bool) {
 	for _, prefix := range []string{"grub_cmd: ", "kernel_cmdline: "} {
 		if text, ok := bytes.CutPrefix(e.UntrustedData, []byte(prefix)); ok {
@@ -119,11 +119,11 @@ func grubText(e eventlog.Event) (string, bool) {
 	return "", false
 }
 
-// authority returns the certificate in an event that says which key let a program
-// run, or nil: a variable (UEFI_VARIABLE_DATA, TCG PFP 1.06, 10.2.6) that holds an
-// EFI_SIGNATURE_DATA, which is an owner's GUID and a certificate, or, from older
-// versions of shim, the certificate alone. The event must claim to be an authority,
-// so that nothing else has to be told from one.
+// authority returns the certificate by which the firmware or shim let a program run, or nil
+// if the event holds none. Such an event holds a variable (UEFI_VARIABLE_DATA, TCG PFP 1.06,
+// 10.2.6) with an EFI_SIGNATURE_DATA, which is an owner's GUID and a certificate. Older
+// versions of shim leave out the GUID. The event must claim to be an authority, because
+// other events can hold certificates too.
 func authority(e eventlog.Event) []byte {
 	const owner = 16 // bytes of a GUID
 	if e.UntrustedType != eventlog.EFIVariableAuthority || !e.Proves(e.UntrustedData) {
@@ -138,11 +138,11 @@ func authority(e eventlog.Event) []byte {
 	case isSequence(value):
 		return value
 	}
-	return nil // a hash, or what is no authority, such as shim's SbatLevel
+	return nil // a hash, or another variable, such as shim's SbatLevel
 }
 
-// isSequence reports whether b is one whole ASN.1 SEQUENCE, as a certificate is. Go
-// refuses to parse some that firmware takes.
+// isSequence reports whether b is one whole ASN.1 SEQUENCE, as a certificate is. It does not
+// parse the certificate, because Go refuses some that firmware accepts.
 func isSequence(b []byte) bool {
 	var v asn1.RawValue
 	rest, err := asn1.Unmarshal(b, &v)

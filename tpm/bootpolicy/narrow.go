@@ -8,17 +8,15 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Narrow returns a boot policy without the sequences of boots that are over. It is the
-// reverse of [BootPolicy.AlsoAllow], for the time after an update. running is the log
-// of the running boot, others are the PCR values of further boots that have to pass,
-// such as a next one. p stays as it is.
+// Narrow returns a boot policy without the sequences of past boots. It reverses
+// [BootPolicy.AlsoAllow] after an update. running is the log of the running boot; others are
+// PCR values of further boots that must pass, such as a next boot. p stays as it is.
 //
-// A sequence stays if the running boot matches it, if it leads to the value that one
-// of the others has in its PCR, or if that can't be told: where an entry is no digest,
-// a person wrote it, and where others do not name the PCR, they may need it. Rules that
-// are no sequences stay as they are.
+// A sequence stays if the running boot matches it, or if it leads to the PCR value of one of
+// the others. It also stays in doubt: if an entry is not a digest, because a person wrote
+// it, and if one of the others does not name the PCR. Other rules stay as they are.
 //
-// It fails if the running boot does not pass.
+// Narrow fails if the running boot does not pass.
 func (p *BootPolicy) Narrow(running *eventlog.Log, others []eventlog.PCRs) (*BootPolicy, error) {
 	claimed, err := p.Claimed(running)
 	if err != nil {
@@ -47,7 +45,7 @@ func (p *BootPolicy) Narrow(running *eventlog.Log, others []eventlog.PCRs) (*Boo
 	return &narrower, Judge(&narrower, running, claimed).Err()
 }
 
-// over reports whether a sequence is certainly that of none of the boots.
+// over reports whether a sequence certainly belongs to none of the boots.
 func over(list []Entry, pcr int, bank crypto.Hash, locality byte, boots []eventlog.PCRs) bool {
 	var digests []eventlog.Summary
 	for _, e := range list {

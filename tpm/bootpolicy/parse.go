@@ -12,9 +12,9 @@ import (
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 )
 
-// Parse reads a boot policy of at most [MaxSize] bytes, strictly: unknown and
-// duplicate keys, wrong types, more than one document and rules that can't hold
-// are refused. The error lists every problem with the path of its key, one a line.
+// Parse reads a boot policy of at most [MaxSize] bytes. It is strict: it refuses unknown and
+// duplicate keys, wrong types, more than one document, and rules that can't hold. The error
+// lists every problem with the path of its key, one per line.
 func Parse(b []byte) (*BootPolicy, error) {
 	if len(b) > MaxSize {
 		return nil, fmt.Errorf("boot policy: %d bytes, more than %d", len(b), MaxSize)
@@ -30,8 +30,8 @@ func Parse(b []byte) (*BootPolicy, error) {
 	return p, nil
 }
 
-// UnmarshalNode implements strictyaml.Unmarshaler. An entry is a digest, or one key
-// with its text; the comment behind it is its note.
+// UnmarshalNode implements strictyaml.Unmarshaler. An entry is a digest, or a mapping of one
+// key to its text. The comment on its line is its note.
 func (e *Entry) UnmarshalNode(n *yaml.Node, path string, problems *strictyaml.Problems) {
 	if n.Kind == yaml.ScalarNode {
 		*e = Entry{FormDigest, n.Value, note(n.LineComment)}
@@ -54,7 +54,7 @@ func (e *Entry) UnmarshalNode(n *yaml.Node, path string, problems *strictyaml.Pr
 	})
 }
 
-// Validate reports every rule that can't hold; Parse and Record return none such.
+// Validate reports every rule that can't hold. The results of Parse and Record have none.
 func (p *BootPolicy) Validate() error {
 	problems := &strictyaml.Problems{}
 	p.validate(problems)
@@ -179,7 +179,7 @@ func (p *BootPolicy) validEntry(e Entry, pcr int) error {
 		return fmt.Errorf("no digest of PCR %d backs a command line without its kernel's file; write it as %s", pcr, FormText)
 	case e.Form == FormText || e.Form == FormCommandLine:
 		return validText(e.Value)
-	default: // a node that could not be read, and was reported
+	default: // UnmarshalNode could not read it, and has reported that
 		return errors.New("it is no entry")
 	}
 	return nil

@@ -14,12 +14,12 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Record returns the boot policy that demands exactly this boot of the given PCRs:
-// their digests in their order, and what the log proves of Secure Boot and of the
-// firmware's version. Record from a log that was verified against a quote, since
-// a log alone may claim anything.
+// Record returns the boot policy that demands exactly this boot: the digests of the given
+// PCRs in their order, the state of Secure Boot, and the firmware's version, as far as the
+// log proves them. Record from a log that was verified against a quote, because a log alone
+// may claim anything.
 //
-// It refuses a boot that Judge could not accept, such as one in which the firmware
+// Record refuses a boot that Judge would not accept, such as a boot in which the firmware
 // reports an error.
 func Record(log *eventlog.Log, bank crypto.Hash, pcrs []int) (*BootPolicy, error) {
 	p := &BootPolicy{APIVersion: APIVersion, Kind: Kind, Bank: eventlog.BankName(bank), PCRs: map[int]Rule{}}
@@ -53,10 +53,10 @@ func Record(log *eventlog.Log, bank crypto.Hash, pcrs []int) (*BootPolicy, error
 	return p, nil
 }
 
-// recordRule lists the events of a PCR. It demands no separator where the firmware
-// measured none, nor where it can't be told from something else: firmware measures
-// BootOrder (0001, 0000) in the bytes of a separator that reports an error, and some
-// measures four zeros in PCR 0. The list holds these events all the same.
+// recordRule lists the events of a PCR. It demands no separator if the firmware measured
+// none, or if another event has the bytes of one: the boot order 0001, 0000 has the bytes of
+// a separator that reports an error, and some firmware measures four zeros into PCR 0. The
+// list holds these events all the same.
 func recordRule(pcr int, events []event) Rule {
 	list := make([]Entry, 0, len(events))
 	separated, alike := false, false
@@ -75,8 +75,8 @@ func recordRule(pcr int, events []event) Rule {
 	return r
 }
 
-// describe returns an event's note. Of an authority it has the digest of the
-// certificate, by which a person can write the entry instead.
+// describe returns an event's note. The note of an authority contains the digest of its
+// certificate, so that a person can replace the entry by a certificate entry.
 func describe(e event) string {
 	suffix := ""
 	if c := authority(e.Event); c != nil {
@@ -98,7 +98,7 @@ func (p *BootPolicy) recordFirmware(j *judgement) {
 			continue
 		}
 		v, ok := provenText(e)
-		if !ok { // a version that is no text, a GUID for instance, can't be demanded by it
+		if !ok { // a version that is not text, such as a GUID, can't be written in the file
 			p.Firmware.Versions = nil
 			return
 		}
@@ -108,7 +108,7 @@ func (p *BootPolicy) recordFirmware(j *judgement) {
 	}
 }
 
-// provenText returns the text of an event if measuring it gives the digest.
+// provenText returns the text of an event if measuring this text gives the digest.
 func provenText(e event) (string, bool) {
 	data := e.UntrustedData
 	if len(data) > 2*maxText {

@@ -16,8 +16,7 @@ func (j *judgement) judgeEvents(pcr int) {
 	}
 }
 
-// judgeAllowed demands that each event match an entry. A separator that is demanded
-// is one of them.
+// judgeAllowed demands that each event match an entry. A demanded separator needs no entry.
 func (j *judgement) judgeAllowed(pcr int, r Rule) {
 	allowed := map[key]bool{}
 	for _, e := range r.Allowed {
@@ -36,8 +35,8 @@ func (j *judgement) judgeAllowed(pcr int, r Rule) {
 	}
 }
 
-// judgeSequences demands that one list match all events. If none does, the one with
-// the fewest differences is explained.
+// judgeSequences demands that one list match all events. If none does, it explains the
+// differences of the list with the fewest.
 func (j *judgement) judgeSequences(pcr int, sequences [][]Entry) {
 	var best []pair
 	which := -1
@@ -70,7 +69,7 @@ func (j *judgement) judgeSequences(pcr int, sequences [][]Entry) {
 	}
 }
 
-// align returns what is to be changed to make a list match the events.
+// align returns the changes that make a list match the events.
 func (j *judgement) align(list []Entry, events []event) []pair {
 	keys := make([][]key, len(list))
 	for i, e := range list {
@@ -81,8 +80,8 @@ func (j *judgement) align(list []Entry, events []event) []pair {
 	})
 }
 
-// change words an event that is not as an entry says. One of both may be nil: the
-// event is new, or is gone.
+// change describes an event that differs from its entry. Either may be nil: the event is new
+// then, or gone.
 func (j *judgement) change(pcr int, want *Entry, got *event) Finding {
 	f := Finding{PCR: pcr, Event: NoEvent, Next: nextChange}
 	var was, now []eventlog.Summary

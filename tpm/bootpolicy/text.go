@@ -9,8 +9,8 @@ import (
 // maxNote bounds a note, in runes.
 const maxNote = 160
 
-// printable makes a line of untrusted text fit for a terminal, a log and a
-// comment: no control or formatting characters, single spaces, at most n runes.
+// printable makes untrusted text safe to show in a terminal, a log or a comment: one line, no
+// control or formatting characters, single spaces, at most n runes.
 func printable(s string, n int) string {
 	s = strings.Join(strings.Fields(strings.Map(func(r rune) rune {
 		switch {
@@ -27,7 +27,7 @@ func printable(s string, n int) string {
 	return strings.TrimRight(string([]rune(s)[:n-1]), " ") + "…"
 }
 
-// note is printable for a comment, without the marks that open one.
+// note makes text printable for a comment, and strips leading comment marks.
 func note(s string) string {
 	return printable(strings.TrimLeft(printable(s, len(s)+1), "# "), maxNote)
 }

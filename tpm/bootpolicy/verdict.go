@@ -6,19 +6,19 @@ import (
 	"strings"
 )
 
-// maxFindings bounds a verdict. Nobody reads on, and a log may have 65,536 events.
+// maxFindings bounds a verdict. Nobody reads more, and a log may have 65,536 events.
 const maxFindings = 48
 
-// NoEvent is the index of a finding that is about no event in particular.
+// NoEvent is the index of a finding that is not about one event.
 const NoEvent = -1
 
-// Verdict is what came of judging a log.
+// Verdict is the result of judging a log.
 type Verdict struct {
 	// Accepted is true only if every rule held.
 	Accepted bool `json:"accepted"`
-	// Findings say which rules did not hold, in the order of Judge's steps, then by PCR.
+	// Findings are the rules that did not hold, in the order of Judge's steps, then by PCR.
 	Findings []Finding `json:"findings,omitempty"`
-	// More counts the findings that were left out.
+	// More counts further findings, which are left out.
 	More int `json:"more,omitempty"`
 }
 
@@ -26,16 +26,16 @@ type Verdict struct {
 type Finding struct {
 	// Rule is the path of the rule in the boot policy: pcrs.4.sequences[0][2].
 	Rule string `json:"rule"`
-	// PCR is NoEvent (-1) if the rule is about none.
+	// PCR is NoEvent (-1) if the rule is not about one PCR.
 	PCR int `json:"pcr"`
 	// Event is the event's index in the log, from 0, or NoEvent.
 	Event int `json:"event"`
 	// Problem says what is wrong: "kernel command line changed".
 	Problem string `json:"problem"`
-	// Want and Got are what was expected and what came; "" for nothing.
+	// Want and Got are the expected and the actual value; "" for none.
 	Want string `json:"want,omitempty"`
 	Got  string `json:"got,omitempty"`
-	// Cause is what usually leads to this, or "".
+	// Cause is the usual cause, or "".
 	Cause string `json:"cause,omitempty"`
 	// Next says what to do.
 	Next string `json:"next"`
@@ -60,8 +60,7 @@ func (f Finding) String() string {
 	return b.String() + "; " + f.Next
 }
 
-// Err returns nil for an accepted boot, else what was found, and what to do about
-// the first finding.
+// Err returns nil for an accepted boot, and a [*RefusedError] otherwise.
 func (v *Verdict) Err() error {
 	if v.Accepted {
 		return nil
@@ -69,7 +68,8 @@ func (v *Verdict) Err() error {
 	return &RefusedError{v}
 }
 
-// RefusedError is a boot that the boot policy refuses.
+// RefusedError says that the boot policy refuses a boot. Its text is the first finding, and
+// the number of the others.
 type RefusedError struct{ Verdict *Verdict }
 
 func (e *RefusedError) Error() string {
@@ -83,7 +83,7 @@ func (e *RefusedError) Error() string {
 	return s
 }
 
-// full counts a finding that there is no room for, before it is worded.
+// full reports whether the verdict has no room for another finding, and counts it then.
 func (v *Verdict) full() bool {
 	if len(v.Findings) < maxFindings {
 		return false
@@ -99,13 +99,13 @@ func (v *Verdict) add(f Finding) {
 	}
 }
 
-// What to do next, by what is wrong.
+// Hints for the operator, by the kind of problem.
 const (
-	nextForged = "the log was tampered with, or something extended a PCR without logging it: judge fresh evidence, and if it stays find out what runs before kleidi"
+	nextForged = "the log was tampered with, or something extended a PCR without logging it: judge fresh evidence, and if the problem stays find out what runs before kleidi"
 	nextQuote  = "quote exactly the PCRs of the boot policy, in its bank"
 	nextEdit   = "run kleidi bootpolicy show to see every problem, and edit the boot policy"
-	nextChange = "if you made this change, run kleidi bootpolicy record --file NEW on this boot, look at kleidi bootpolicy diff OLD NEW, and put NEW in its place; if you did not, boot what you know and find out who did"
+	nextChange = "if you made this change, run kleidi bootpolicy record --file NEW on this boot, look at kleidi bootpolicy diff OLD NEW, and put NEW in its place; if you did not, boot a kernel that you know and find out who made the change"
 	nextBoot   = "start the machine by its firmware's boot manager, from a disk, so that the firmware verifies what it starts"
 	nextSetup  = "set Secure Boot as the boot policy says in the firmware's setup, or edit secureBoot"
-	nextUpdate = "if this firmware is meant to run, add its version to firmware.versions; else put the earlier one back"
+	nextUpdate = "if this firmware is meant to run, add its version to firmware.versions; else put the earlier firmware back"
 )

@@ -20,40 +20,39 @@ const DefaultAnchorIndex = DefaultEpochIndex + 1
 // AnchorSize is the size of what the anchor index holds, in bytes.
 const AnchorSize = 56
 
-// What is wrong with the index where an anchor should be. The errors of [Anchor] wrap
-// one of these in a [*seal.Error] with [seal.CauseAnchor].
+// The ways in which the anchor's index can be wrong. The errors of [Anchor] wrap one of
+// these in a [*seal.Error] with [seal.CauseAnchor].
 var (
 	// ErrAnchorMissing: there is no index.
 	ErrAnchorMissing = errors.New("it is gone from the TPM")
-	// ErrAnchorUnwritten: the index was made and never written: either a crash came
-	// between the two, or someone removed the anchor and made its index anew.
+	// ErrAnchorUnwritten: the index was defined and never written. Either a crash came
+	// between the two steps, or someone removed the anchor and defined its index again.
 	ErrAnchorUnwritten = errors.New("it was never written")
-	// ErrAnchorReplaced: another index has its place, or one for another
-	// authorization policy.
+	// ErrAnchorReplaced: another index has its number, or its authorization policy is
+	// another.
 	ErrAnchorReplaced = errors.New("another NV index has its place")
 )
 
-// Anchor is the place in the TPM for what the node last trusted. Only a machine in
-// the boot state of its terms can write it; anyone can read it.
+// Anchor is an NV index that holds the key ID and revision that the node last trusted.
+// Only a machine in the boot state of its terms can write the index; anyone can read it.
 //
-// Whoever has the owner authorization, which is empty on nearly every machine,
-// can remove the index from any boot state and make one of his own, also one
-// that he can fill. But an index's Name is a hash of its attributes and its
-// authorization policy, and the Name that is demanded is computed here, from code and
-// from the caller's terms. So he can only make the anchor go missing, and a missing
-// anchor means locked.
+// An attacker with the owner authorization, which is empty on nearly every machine, can
+// remove the index from any boot state, and define and fill one of their own. But an
+// index's Name is a hash of its attributes and its authorization policy, and this package
+// computes the expected Name from code and from the caller's terms. So the attacker can
+// only make the anchor go missing, and a missing anchor means locked.
 //
-// That holds only for terms that come from the running boot and from the
-// configuration. The keyring and its slots must have no say in them: whoever
-// writes those would name terms that his own OS satisfies. The storage root key
-// must be the node's, by its Name, or its session proves nothing.
+// This holds only if the terms come from the running boot and from the configuration.
+// They must never come from the keyring or its slots: an attacker who writes those would
+// name terms that their own system satisfies. The storage root key must be the node's,
+// identified by its Name, or a session salted to it proves nothing.
 type Anchor struct {
 	index uint32
 	owner tpm.Owner
 }
 
 // NewAnchor returns the anchor at an NV index of the owner's range. owner is needed to
-// make and to remove the index, not to read and to write it.
+// define and to remove the index, not to read and to write it.
 func NewAnchor(index uint32, owner tpm.Owner) (*Anchor, error) {
 	if err := inOwnersRange(index); err != nil {
 		return nil, err
@@ -65,7 +64,7 @@ func NewAnchor(index uint32, owner tpm.Owner) (*Anchor, error) {
 func (p *Anchor) Index() uint32 { return p.index }
 
 // Name returns the Name that the index has under these terms once it is written.
-// Of signed boot states, only the key and the reference count.
+// Of signed boot states, only the key and the reference enter it.
 func (p *Anchor) Name(terms authpolicy.Terms) ([]byte, error) {
 	public, err := p.public(terms)
 	if err != nil {
@@ -79,8 +78,8 @@ func (p *Anchor) Name(terms authpolicy.Terms) ([]byte, error) {
 	return name.Buffer, nil
 }
 
-// public is the index before it is first written. It never changes for the same
-// terms: with any other attribute, no anchor that was written is found again.
+// public returns the public area of the index before its first write. For the same terms
+// it must never change: with any other attribute, existing anchors would not be found.
 func (p *Anchor) public(terms authpolicy.Terms) (tpm2.TPMSNVPublic, error) {
 	if !bindsBootState(terms) {
 		return tpm2.TPMSNVPublic{}, errors.New("an anchor that any boot state could write")
@@ -105,8 +104,8 @@ func bindsBootState(terms authpolicy.Terms) bool {
 	return false
 }
 
-// Define makes the index where there is none. One that is there already for
-// these terms stays as it is, written or not; another one is [ErrAnchorReplaced].
+// Define defines the index if it does not exist. An index that exists for these terms
+// stays as it is, written or not. Any other index is [ErrAnchorReplaced].
 func (p *Anchor) Define(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
 	public, err := p.public(terms)
 	if err != nil {
@@ -118,8 +117,8 @@ func (p *Anchor) Define(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) e
 	return defineSpace(t, srk, p.owner, public)
 }
 
-// Remove removes whatever is at the index: it is for callers who know that it
-// is theirs, or that its place is to be taken. That there is nothing is no error.
+// Remove undefines whatever index has the anchor's number. The caller must know that the
+// index is theirs, or intend to replace it. A missing index is not an error.
 func (p *Anchor) Remove(t transport.TPM, srk *tpm.SRK) error {
 	public, err := readPublic(t, p.index)
 	if public == nil || err != nil {
@@ -139,8 +138,8 @@ func (p *Anchor) Remove(t transport.TPM, srk *tpm.SRK) error {
 	return nil
 }
 
-// Replace removes whatever is at the index and makes it anew for these terms. It
-// holds nothing until it is written: a crash in between means locked.
+// Replace removes whatever index has the anchor's number and defines it for these terms.
+// The new index holds nothing until it is written, so a crash in between means locked.
 func (p *Anchor) Replace(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
 	if _, err := p.public(terms); err != nil {
 		return err // before anything is lost
@@ -179,8 +178,8 @@ func (p *Anchor) Read(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) (va
 // for instance, was extended while the terms were being checked.
 const writeTries = 8
 
-// Write replaces what the index holds, in one step. In another boot state than
-// that of the terms it is refused with [seal.CauseBootState].
+// Write replaces the content of the index in one step. In a boot state that does not
+// satisfy the terms, the TPM refuses it with [seal.CauseBootState].
 func (p *Anchor) Write(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, value [AnchorSize]byte) error {
 	found, err := p.look(t, terms)
 	if err != nil {
@@ -196,7 +195,7 @@ func (p *Anchor) Write(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, va
 }
 
 func (p *Anchor) writeOnce(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, name tpm2.TPM2BName, value [AnchorSize]byte) error {
-	// Salted: that it was written is the TPM's word.
+	// Salted, so that the confirmation of the write is the TPM's.
 	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, authpolicy.NonceSize, tpm2.Salted(srk.Handle, srk.Public))
 	if err != nil {
 		return fmt.Errorf("TPM2_StartAuthSession: %w", err)
@@ -220,15 +219,15 @@ func (p *Anchor) handle(name tpm2.TPM2BName) tpm2.NamedHandle {
 	return tpm2.NamedHandle{Handle: tpm2.TPMHandle(p.index), Name: name}
 }
 
-// found is the index that has one of the two Names of these terms, the one
-// before it is first written or the one after.
+// found is an index with one of the two Names that these terms have: before the first
+// write, or after it.
 type found struct {
 	name    tpm2.TPM2BName
 	written bool
 }
 
-// look finds the index. Its answer is a claim: the session of the command that
-// follows proves the Name, or the TPM refuses.
+// look finds the index. The answer is a claim until the next command: its session proves
+// the Name, or the TPM refuses.
 func (p *Anchor) look(t transport.TPM, terms authpolicy.Terms) (found, error) {
 	want, err := p.public(terms)
 	if err != nil {
@@ -258,7 +257,7 @@ func (p *Anchor) wrong(err error) error {
 	return seal.Errorf(seal.CauseAnchor, anchorHint, "the anchor at NV index %#08x: %w", p.index, err)
 }
 
-// unsatisfied gives it its cause that the terms do not hold.
+// unsatisfied adds a cause to an error of terms that the TPM found not to hold.
 func (p *Anchor) unsatisfied(err error) error {
 	switch {
 	case isAny(err, authpolicy.ErrBootState, authpolicy.ErrNoSignedState, authpolicy.ErrSignature, authpolicy.ErrResets):
@@ -270,8 +269,8 @@ func (p *Anchor) unsatisfied(err error) error {
 	return err
 }
 
-// refused tells what is wrong with the index from what the TPM answers to a
-// command on it (TPM 2.0 Library, Part 3, 31.7 and 31.13).
+// refused derives what is wrong with the index from the TPM's response to a command on
+// it (TPM 2.0 Library, Part 3, 31.7 and 31.13).
 func (p *Anchor) refused(command string, err error) error {
 	var what error
 	switch {

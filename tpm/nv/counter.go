@@ -1,5 +1,5 @@
-// Package nv keeps what must outlive a disk in the TPM's NV memory: the node's
-// epoch counter, and its anchor.
+// Package nv keeps the node's epoch counter and its anchor in the TPM's NV memory, where
+// restoring an old disk does not bring an old value back.
 package nv
 
 import (
@@ -19,9 +19,9 @@ import (
 // to the owner (TCG Registry of Reserved TPM 2.0 Handles, 2.2).
 const DefaultEpochIndex = 0x0180_4B01
 
-// Counter is a node's epoch counter: an NV counter, which only rises. One that
-// was undefined and made anew starts above every value that the TPM has ever
-// counted to, so removing it brings no revoked slot back; it only locks.
+// Counter is a node's epoch counter: an NV counter, which only rises. A counter that was
+// undefined and defined again starts above every value that any counter of the TPM has
+// reached, so removing it brings no revoked slot back; it only locks the node.
 type Counter struct {
 	index uint32
 	owner tpm.Owner
@@ -49,9 +49,9 @@ func inOwnersRange(index uint32) error {
 	return nil
 }
 
-// template is the counter before it is first written. Anyone may read it, with
-// an empty authorization value, since it is no secret and TPM2_PolicyNV has to;
-// the owner may increment it.
+// template is the counter's public area before its first write. Anyone may read the
+// counter, with an empty authorization value: it is no secret, and TPM2_PolicyNV must read
+// it. The owner may increment it.
 func template(index uint32) tpm2.TPMSNVPublic {
 	return tpm2.TPMSNVPublic{
 		NVIndex:  tpm2.TPMHandle(index),
@@ -99,8 +99,8 @@ func (c *Counter) Read(t transport.TPM, srk *tpm.SRK) (uint64, error) {
 	return binary.BigEndian.Uint64(r.Data.Buffer), nil
 }
 
-// Ensure makes the counter where the TPM has none, and returns its value.
-// Calling it again, or after a crash between its steps, is harmless.
+// Ensure defines the counter if the TPM has none, and returns its value. Calling it again,
+// even after a crash between its steps, is harmless.
 func (c *Counter) Ensure(t transport.TPM, srk *tpm.SRK) (uint64, error) {
 	exists, written, err := c.look(t)
 	if err != nil {
@@ -119,8 +119,8 @@ func (c *Counter) Ensure(t transport.TPM, srk *tpm.SRK) (uint64, error) {
 	return c.Read(t, srk)
 }
 
-// RaiseTo increments the counter until it is at least value: that is how epochs
-// end. It refuses to raise it by more than tpm.MaxRaise.
+// RaiseTo increments the counter until it is at least value, which ends the epochs below
+// value. It refuses to raise the counter by more than tpm.MaxRaise.
 func (c *Counter) RaiseTo(t transport.TPM, srk *tpm.SRK, value uint64) error {
 	now, err := c.Read(t, srk)
 	if err != nil || now >= value {
@@ -138,8 +138,8 @@ func (c *Counter) RaiseTo(t transport.TPM, srk *tpm.SRK, value uint64) error {
 	return nil
 }
 
-// look reports whether the counter is there and was written; another index in
-// its place is an error.
+// look reports whether the counter exists and was written. Another index with the
+// counter's number is an error.
 func (c *Counter) look(t transport.TPM) (exists, written bool, err error) {
 	public, err := readPublic(t, c.index)
 	if public == nil || err != nil {
@@ -159,8 +159,8 @@ func (c *Counter) look(t transport.TPM) (exists, written bool, err error) {
 	return true, written, nil
 }
 
-// readPublic returns an index's public area, as the TPM or anybody in between
-// says it is, or nil where there is no such index.
+// readPublic returns an index's public area, or nil if there is no such index. The answer
+// is not authenticated: anybody on the bus may have forged it.
 func readPublic(t transport.TPM, index uint32) (*tpm2.TPMSNVPublic, error) {
 	r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(index)}.Execute(t)
 	if errors.Is(err, tpm2.TPMRCHandle) {

@@ -12,19 +12,19 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// AnchorStore is the anchor of the running boot: what it demands of the index are the
-// values that some PCRs have now. So nobody can write it who boots with others.
+// AnchorStore is the anchor of the running boot. Its index demands the present values of
+// some PCRs, so a boot with other values cannot write it.
 type AnchorStore struct {
 	Anchor *Anchor
 	Device *tpm.Device
 	Owner  tpm.Owner
 	Bank   crypto.Hash
 	PCRs   []int
-	// Holds refuses to make the index for a boot that its PCRs do not hold.
+	// Holds refuses to define the index if its PCRs do not hold the running boot.
 	Holds func(context.Context) error
 }
 
-// do runs f with what the running boot demands of the index.
+// do runs f with the terms of the running boot.
 func (p *AnchorStore) do(ctx context.Context, f func(transport.TPM, *tpm.SRK, authpolicy.Terms) error) error {
 	err := p.Device.Do(ctx, func(t transport.TPM) error {
 		values, err := tpm.ReadPCRs(t, p.Bank, p.PCRs)
@@ -41,7 +41,7 @@ func (p *AnchorStore) do(ctx context.Context, f func(transport.TPM, *tpm.SRK, au
 	return err
 }
 
-// Load returns what the index holds. That there is none is an error: someone may
+// Load returns the content of the index. A missing index is an error, because someone may
 // have removed it.
 func (p *AnchorStore) Load(ctx context.Context) (value [AnchorSize]byte, err error) {
 	err = p.do(ctx, func(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
@@ -51,14 +51,14 @@ func (p *AnchorStore) Load(ctx context.Context) (value [AnchorSize]byte, err err
 	return value, err
 }
 
-// Save replaces what the index holds. What is there already is not written again:
-// NV memory wears out.
+// Save replaces the content of the index. It does not write a value that the index holds
+// already, because NV memory wears out.
 func (p *AnchorStore) Save(ctx context.Context, value [AnchorSize]byte) error {
 	return p.save(ctx, value, func(transport.TPM, *tpm.SRK, authpolicy.Terms, error) error { return nil })
 }
 
-// Replace does so, and makes the index anew where there is none or another one
-// stands in its place.
+// Replace is Save that first defines the index if it is missing, or if another index has
+// its number.
 func (p *AnchorStore) Replace(ctx context.Context, value [AnchorSize]byte) error {
 	if err := p.Holds(ctx); err != nil {
 		return err

@@ -10,14 +10,14 @@ import (
 	"math/big"
 )
 
-// signer is who signed an image: the certificate of the key, and those that came
-// with the signature.
+// signer identifies the signer of an image: the certificate of its key, and the other
+// certificates in the signature.
 type signer struct {
 	leaf  *x509.Certificate
 	certs []*x509.Certificate
 }
 
-// maxCertificates bounds what is read of one signature.
+// maxCertificates bounds the certificates that are read of one signature.
 const maxCertificates = 16
 
 // PKCS#7 (RFC 2315) as Authenticode uses it.
@@ -69,7 +69,7 @@ var (
 	oidMessageDigest = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 9, 4}
 )
 
-// signatureHashes are the algorithms that are accepted.
+// signatureHashes are the accepted hash algorithms.
 var signatureHashes = []struct {
 	id   asn1.ObjectIdentifier
 	hash crypto.Hash
@@ -88,14 +88,13 @@ func hashOf(a algorithm) crypto.Hash {
 	return 0
 }
 
-// errSignature says that a signature does not verify, or is not of a form that is known.
+// errSignature says that a signature does not verify, or has an unknown form.
 var errSignature = errors.New("the signature does not verify")
 
-// verify checks one signature of the image, in this order: it is Authenticode
-// with one signer; the digest that was signed is the image's; the attributes hold
-// the digest of that statement; the signer's RSA key signed the attributes. Who
-// the signer is, is left to the caller; dates are not looked at, as firmware
-// doesn't.
+// verify checks one signature of the image, in this order: it is Authenticode with one
+// signer; the signed digest is the image's; the attributes hold the digest of that
+// statement; the signer's RSA key signed the attributes. The caller decides whether to trust
+// the signer. verify ignores dates, as firmware does.
 func (img *image) verify(signature []byte) (*signer, error) {
 	var outer contentInfo
 	var data signedData
@@ -144,7 +143,7 @@ func findSigner(data signedData) (*signer, error) {
 		}
 		c, err := x509.ParseCertificate(raw.FullBytes)
 		if err != nil {
-			continue // somebody else's chain
+			continue // it belongs to another chain
 		}
 		s.certs = append(s.certs, c)
 		id := data.Signers[0].Cert
@@ -158,7 +157,7 @@ func findSigner(data signedData) (*signer, error) {
 	return s, nil
 }
 
-// check verifies the signature over the attributes, and theirs over the statement.
+// check verifies the signature over the attributes, and the digest of the statement in them.
 func (s *signer) check(info signerInfo, statement []byte) error {
 	h := hashOf(info.Digest)
 	key, ok := s.leaf.PublicKey.(*rsa.PublicKey)
@@ -187,7 +186,7 @@ func (s *signer) check(info signerInfo, statement []byte) error {
 		return errSignature
 	}
 	attributes := bytes.Clone(info.Attributes.FullBytes)
-	attributes[0] = asn1.TagSet | 0x20 // what was signed has the tag of a SET
+	attributes[0] = asn1.TagSet | 0x20 // they were signed with the tag of a SET
 	signed := h.New()
 	signed.Write(attributes)
 	if rsa.VerifyPKCS1v15(key, h, signed.Sum(nil), info.Signature) != nil {
@@ -196,8 +195,8 @@ func (s *signer) check(info signerInfo, statement []byte) error {
 	return nil
 }
 
-// leadsTo reports whether the signer's certificate is the given one, or was issued
-// by it, directly or over certificates that came with the signature.
+// leadsTo reports whether the signer's certificate is the given one, or was issued by it,
+// directly or through certificates in the signature.
 func (s *signer) leadsTo(anchor *x509.Certificate) bool {
 	seen := map[string]bool{}
 	next := []*x509.Certificate{s.leaf}

@@ -16,8 +16,8 @@ type authority struct {
 	cert *x509.Certificate
 }
 
-// authorities returns those of the log, after the separator. An event of another
-// form than is known, or whose data its digests do not prove, is refused.
+// authorities returns the authorities that the log has after the separator. It refuses an
+// event of an unknown form, and an event whose digests do not prove its data.
 func (d *draft) authorities() ([]authority, error) {
 	var all []authority
 	late, after := userspace(d.old), false
@@ -41,14 +41,14 @@ func (d *draft) authorities() ([]authority, error) {
 	return all, nil
 }
 
-// authorised refuses an image that PCR 7 would have another authority for, or none.
-// loader and at are the events of the image that loaded it, or -1, and its own.
+// authorised refuses an image for which PCR 7 would have another authority, or none. loader
+// is the event of the image that loaded it, or -1; at is its own event.
 //
-// Firmware tries an image's signatures in their order, each with the certificates
-// of db in theirs, and measures the first that fits, once; shim does the same with
-// db and then with its own lists. So the authority of the new image must be the
-// one that was measured for the present one, or, if none was because it had been
-// measured for an earlier image, one of those.
+// Firmware tries an image's signatures in their order, each with the certificates of db in
+// their order, and measures the first certificate that fits, once per boot. shim does the
+// same with db, and then with its own lists. So the authority of the new image must be the
+// one that was measured for the present image. If none was measured for the present image,
+// because an earlier image had the same one, it must be an authority of an earlier image.
 func (d *draft) authorised(img *image, loader, at int) error {
 	measured, err := d.authorities()
 	if err != nil {
@@ -81,7 +81,7 @@ func (d *draft) authorised(img *image, loader, at int) error {
 	return refuse(7, "the new image is signed by another authority than the present one (%s)", subject(next.cert))
 }
 
-// authorityOf tells which authority lets an image run.
+// authorityOf returns the authority that lets an image run.
 func (d *draft) authorityOf(img *image, measured []authority, shim bool) (authority, error) {
 	none := authority{}
 	if len(img.signatures) == 0 {
@@ -133,8 +133,8 @@ func fromDatabase(lists []signatureList) []authority {
 	return trusted
 }
 
-// revoked refuses an image that dbx, the next one if it changes, names by its
-// SHA-256 digest. What dbx says in other ways is left to the firmware.
+// revoked refuses an image whose SHA-256 digest is in dbx, or in the next dbx if that
+// changes. It does not evaluate other kinds of entries; the firmware does.
 func (d *draft) revoked(img *image) error {
 	_, dbx, err := d.driverConfig(securityDatabase, "dbx")
 	if err != nil {

@@ -2,8 +2,7 @@ package predict
 
 import "fmt"
 
-// cpioTrailer ends an archive; the length of its name is written in capitals, and
-// nothing else is.
+// cpioTrailer ends an archive. systemd writes only the length of its name in capitals.
 const cpioTrailer = "070701" + "00000000" + "00000000" + "00000000" + "00000000" + "00000001" + "00000000" + "00000000" +
 	"00000000" + "00000000" + "00000000" + "00000000" + "0000000B" + "00000000" + "TRAILER!!!\x00\x00\x00\x00"
 

@@ -4,8 +4,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// driverConfig finds a variable that the firmware measures before PCR 7's
-// separator: exactly one event, whose data its digests prove.
+// driverConfig finds a variable that the firmware measured before PCR 7's separator. It wants
+// exactly one event, whose digests prove its data.
 func (d *draft) driverConfig(vendor guid, name string) (at int, v variable, err error) {
 	at = -1
 	for _, i := range d.indexes(7, anyEvent) {
@@ -28,7 +28,7 @@ func (d *draft) driverConfig(vendor guid, name string) (at int, v variable, err 
 	return at, v, nil
 }
 
-// dbx replaces the list of revoked programs.
+// dbx replaces dbx, the list of revoked programs.
 func (d *draft) dbx(file []byte) error {
 	at, v, err := d.driverConfig(securityDatabase, "dbx")
 	if err != nil {
@@ -54,7 +54,7 @@ func nextDbx(present, file []byte) ([]byte, error) {
 	payload, signed := signedUpdate(file)
 	lists, err := parseDatabase(payload)
 	if err != nil || len(lists) == 0 {
-		return nil, badFile("the dbx file is %v, nor a signed update with such; a copy from efivarfs begins with 4 bytes too many", errDatabase)
+		return nil, badFile("the dbx file is %v, nor a signed update with one; a copy from efivarfs begins with 4 bytes too many", errDatabase)
 	}
 	if signed {
 		return appendDatabase(present, old, lists), nil
@@ -72,9 +72,8 @@ func nextDbx(present, file []byte) ([]byte, error) {
 }
 
 // appendDatabase does what firmware does with EFI_VARIABLE_APPEND_WRITE (EDK II,
-// FilterSignatureList in SecurityPkg's AuthService.c): of each new list the
-// entries that no present list of that type has are kept, in their order, and
-// what is left of it follows the present content.
+// FilterSignatureList in SecurityPkg's AuthService.c): it drops the entries of each new list
+// that a present list of the same type has, and appends the rest in its order.
 func appendDatabase(present []byte, old, update []signatureList) []byte {
 	have := entrySet{}
 	have.add(old)
@@ -93,9 +92,9 @@ func appendDatabase(present []byte, old, update []signatureList) []byte {
 }
 
 // signedUpdate takes the header off an EFI_VARIABLE_AUTHENTICATION_2 (UEFI 2.10,
-// 8.2.2): a time, and a WIN_CERTIFICATE_UEFI_GUID with a PKCS#7 signature. The
-// firmware verifies it; if it refuses the update, the running boot's slot still
-// opens.
+// 8.2.2): a time, and a WIN_CERTIFICATE_UEFI_GUID with a PKCS#7 signature. Only the firmware
+// verifies the signature. If it refuses the update, the next boot equals the running one,
+// whose slot still opens.
 func signedUpdate(file []byte) (payload []byte, signed bool) {
 	const time, certificate = 16, 24
 	r := &reader{rest: file}

@@ -11,13 +11,13 @@ import (
 
 type bank = crypto.Hash
 
-// draft is the next boot's log while it is made. The events of the running boot
-// keep their places; what comes instead of one is in its slot.
+// draft is the next boot's log under construction. The events of the running boot keep their
+// places; a replacement takes the place of its event.
 type draft struct {
 	old   *eventlog.Log
 	banks []bank
 	slots [][]eventlog.Event
-	// unknown are the PCRs that cannot be told, and why.
+	// unknown holds the PCRs that cannot be predicted, each with the reason.
 	unknown map[int]error
 	// forbidden is the next content of dbx, nil if it stays.
 	forbidden []byte
@@ -36,7 +36,7 @@ func newDraft(log *eventlog.Log) *draft {
 	return d
 }
 
-// known returns the event with the digests of the banks that can be computed.
+// known returns the event with the digests of the computable banks alone.
 func (d *draft) known(e eventlog.Event) eventlog.Event {
 	e.Digests = slices.DeleteFunc(slices.Clone(e.Digests), func(g eventlog.Digest) bool { return !slices.Contains(d.banks, g.Hash) })
 	return e
@@ -44,13 +44,13 @@ func (d *draft) known(e eventlog.Event) eventlog.Event {
 
 func (d *draft) events() []eventlog.Event { return slices.Concat(d.slots...) }
 
-// measure replaces what event i measures by the given parts, one after the other.
-// Its data stays: it names what is measured.
+// measure replaces the content that event i measures by the concatenated parts. The event's
+// data stays, because it names the content.
 func (d *draft) measure(i int, parts ...[]byte) {
 	d.slots[i][0].Digests = d.digests(parts...)
 }
 
-// measureText replaces what event i measures, and its data with it.
+// measureText replaces the content that event i measures, and its data too.
 func (d *draft) measureText(i int, measured, data []byte) {
 	d.measure(i, measured)
 	d.slots[i][0].UntrustedData = data
@@ -69,14 +69,14 @@ func (d *draft) digests(parts ...[]byte) []eventlog.Digest {
 	return digests
 }
 
-// lose notes that a PCR cannot be told. The first reason stays.
+// lose notes that a PCR cannot be predicted. It keeps the first reason.
 func (d *draft) lose(pcr int, format string, args ...any) {
 	if d.unknown[pcr] == nil {
 		d.unknown[pcr] = refuse(pcr, format, args...)
 	}
 }
 
-// finish returns the log without the PCRs that are not known.
+// finish returns the log without the PCRs that cannot be predicted.
 func (d *draft) finish(pcrs []int) (*eventlog.Log, error) {
 	if len(d.banks) == 0 {
 		return nil, refuse(-1, "the log has no bank that can be computed")
@@ -92,7 +92,7 @@ func (d *draft) finish(pcrs []int) (*eventlog.Log, error) {
 	return &next, nil
 }
 
-// indexes returns the places of a PCR's events that extend it and are as is says.
+// indexes returns the places of the events that extend a PCR and satisfy is.
 func (d *draft) indexes(pcr int, is func(eventlog.Event) bool) []int {
 	var at []int
 	for i, e := range d.old.Events {
@@ -105,7 +105,7 @@ func (d *draft) indexes(pcr int, is func(eventlog.Event) bool) []int {
 
 func anyEvent(eventlog.Event) bool { return true }
 
-// sameDigests compares events in all banks that can be computed.
+// sameDigests compares two events in all computable banks.
 func (d *draft) sameDigests(a, b eventlog.Event) bool {
 	n := 0
 	for _, h := range d.banks {
@@ -120,9 +120,8 @@ func (d *draft) sameDigests(a, b eventlog.Event) bool {
 	return n > 0
 }
 
-// userspace returns the place of the first event that was measured after the
-// firmware's and the boot loader's work, by the firmware's own word for that:
-// systemd's events, if any, are appended behind it. Without that word it is the
+// userspace returns the place of the first event after the firmware's "Exit Boot Services"
+// action: systemd's events, if any, are appended behind it. Without that action it is the
 // end of the log.
 func userspace(log *eventlog.Log) int {
 	for i := len(log.Events) - 1; i >= 0; i-- {

@@ -107,7 +107,7 @@ const (
 	tagLoadOptions = 0x8f3b22ed
 )
 
-// tagged returns the tag of an event that Linux's EFI stub made, or 0.
+// tagged returns the tag of an event of Linux's EFI stub, or 0.
 func tagged(e eventlog.Event) uint64 {
 	r := &reader{rest: e.UntrustedData}
 	id := r.uint(4)
@@ -118,7 +118,7 @@ func tagged(e eventlog.Event) uint64 {
 	return id
 }
 
-// isApplication recognises the event of an image that was loaded to be started.
+// isApplication recognises the event of an image that was loaded in order to be started.
 func isApplication(e eventlog.Event) bool {
 	r := &reader{rest: e.UntrustedData}
 	r.bytes(24) // where it was in memory, its size, where it was linked to
@@ -126,14 +126,14 @@ func isApplication(e eventlog.Event) bool {
 	return e.UntrustedType == eventlog.EFIBootServicesApp && r.err == nil && len(r.rest) == 0
 }
 
-// resized returns the data of an image's event with another size of the image.
+// resized returns the data of an image's event with the image's size replaced.
 func resized(data []byte, size int) []byte {
 	data = bytes.Clone(data)
 	binary.LittleEndian.PutUint64(data[8:], uint64(size))
 	return data
 }
 
-// provesItself reports whether an event's data is what was measured.
+// provesItself reports whether the event measured its own data.
 func provesItself(e eventlog.Event) bool {
 	return len(e.UntrustedData) > 0 && e.Proves(e.UntrustedData)
 }

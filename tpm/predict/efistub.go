@@ -15,9 +15,9 @@ import (
 //   - PCR 9 has the kernel's load options and at most an initrd, and nothing else
 //     of the firmware's time.
 //
-// A command line can be replaced if the running one is given, since only that
-// shows how it was encoded. An initrd can be if the running one is given, or if
-// the command line names exactly one: else others may have been appended to it.
+// It can replace the command line only if the running command line is given, which shows the
+// encoding. It can replace the initrd if the running initrd is given, or if the command line
+// names exactly one; else the kernel may have appended others to it.
 func (d *draft) efiStub(next, running Files) error {
 	on, err := d.secureBoot()
 	if err != nil {
@@ -49,7 +49,7 @@ func (d *draft) efiStub(next, running Files) error {
 	return nil
 }
 
-// startedWith replaces what the kernel measures of its command line and its initrd.
+// startedWith replaces the kernel's measurements of its command line and its initrd.
 func (d *draft) startedWith(options, disk int, next, running Files) {
 	encode := d.encoding(options, running.CommandLine)
 	if next.CommandLine != nil {
@@ -74,8 +74,8 @@ func (d *draft) startedWith(options, disk int, next, running Files) {
 	}
 }
 
-// kernelsOwn finds what the kernel measured of its load options and its initrd,
-// -1 for what it did not. Other events of PCR 9 lose it.
+// kernelsOwn finds the events by which the kernel measured its load options and its initrd;
+// -1 stands for none. Any other event of PCR 9 loses that PCR.
 func (d *draft) kernelsOwn() (options, disk int) {
 	options, disk = -1, -1
 	late := userspace(d.old)
@@ -93,8 +93,8 @@ func (d *draft) kernelsOwn() (options, disk int) {
 	return options, disk
 }
 
-// applications returns the images of PCR 4 that were loaded to be started. Any
-// other event there must prove what it says, as separators and actions do.
+// applications returns the images of PCR 4 that were loaded in order to be started. Any other
+// event there must have measured its own data, as separators and actions do.
 func (d *draft) applications() ([]int, error) {
 	var apps []int
 	late := userspace(d.old)
@@ -150,8 +150,8 @@ func (d *draft) encoding(options int, running *string) func(string) []byte {
 	return nil
 }
 
-// bootEntry loses the PCRs that hold the command line in another form: the
-// firmware's boot entry, and what a boot loader measured of its own.
+// bootEntry loses the PCRs that hold the command line in another form: PCR 1 with the
+// firmware's boot entry, and PCR 12 with a boot loader's own measurement.
 func (d *draft) bootEntry(running *string) {
 	late := userspace(d.old)
 	if len(d.indexes(12, anyEvent)) > 0 && d.indexes(12, anyEvent)[0] < late {

@@ -7,7 +7,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// grubBoot is where the events of a boot with GRUB are. Indexes are those of the log.
+// grubBoot holds the places of the events of a boot with GRUB, as indexes in the log.
 type grubBoot struct {
 	commands []grubCommand // of PCR 8, in order, the kernel's command line not among them
 	linux    int           // in commands
@@ -76,7 +76,7 @@ func (d *draft) grub(next, running Files) error {
 	return nil
 }
 
-// say puts the commands that will be run in the place of those that were.
+// say replaces the commands that GRUB ran by those that it will run.
 func (d *draft) say(boot *grubBoot, commands []string) {
 	for i, c := range boot.commands {
 		if commands[i] != c.text {
@@ -96,7 +96,7 @@ func (d *draft) say(boot *grubBoot, commands []string) {
 	}
 }
 
-// checkFiles refuses a change that names another file without giving it.
+// checkFiles refuses a new configuration that names a file that is not given.
 func (b *grubBoot) checkFiles(commands []string, next Files) error {
 	was, is := b.commands[b.linux].words(), strings.Fields(commands[b.linux])
 	if len(is) < 2 {
@@ -120,17 +120,17 @@ func (b *grubBoot) checkFiles(commands []string, next Files) error {
 	return nil
 }
 
-// recogniseGRUB tells the role of each event that a new file may replace:
+// recogniseGRUB finds the role of each event that a new file may replace. It demands:
 //
-//   - Every event of PCR 8 is a command or the kernel's command line, and its
-//     digest proves which. Exactly one command loads a kernel and at most one
-//     initrds; the command line is that command's.
-//   - Between the command and the next one, PCR 9 has one file of the name that the
-//     command gave.
-//   - The images of PCR 4 that follow the command are the kernel: all have one
-//     digest. No image but these was loaded after GRUB.
-//   - If the kernel's EFI stub measured its load options into PCR 9, their digest
-//     proves to be the command line's; if it measured its initrd, that is the file's.
+//   - Every event of PCR 8 is a command or the kernel's command line, proven by its
+//     digest. Exactly one command loads a kernel, and at most one loads initrds. The
+//     kernel's command line is the one in the command that loads it.
+//   - Between such a command and the next one, PCR 9 has one file, of the name in the
+//     command.
+//   - The images of PCR 4 after the command are the kernel: all have the same digest. No
+//     other image was loaded after GRUB.
+//   - If the kernel's EFI stub measured its load options into PCR 9, their digest is
+//     the command line's. If it measured its initrd, the digest is the file's.
 func (d *draft) recogniseGRUB() (*grubBoot, error) {
 	b := &grubBoot{linux: -1, initrd: -1, cmdline: -1, kernel: -1, disk: -1, loader: -1, options: -1, stubDisk: -1}
 	if len(d.indexes(11, func(e eventlog.Event) bool { return e.Proves([]byte(".linux\x00")) })) > 0 {

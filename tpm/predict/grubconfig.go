@@ -8,12 +8,11 @@ import (
 // configured returns the commands that GRUB will run, and replaces its
 // configuration file.
 //
-// It does not interpret GRUB's language. It demands that the new configuration is
-// the running one but for lines that load (linux, initrd), say (echo) or name
-// (menuentry, submenu) something, line by line, and finds each command that was
-// run in the running configuration: a single line by its words, a menu by the
-// lines that follow it, which GRUB measures as they stand. What was run of lines
-// that changed, will be run of the lines in their places.
+// It does not interpret GRUB's language. It demands that the two configurations are equal
+// line by line, except for lines that load (linux, initrd), print (echo) or name (menuentry,
+// submenu) something. It finds each command that GRUB ran in the running configuration: a
+// single line by its words, a menu by its lines, which GRUB measures verbatim. GRUB will run
+// a changed line in the place where it ran the former one.
 func (d *draft) configured(boot *grubBoot, next, running Files) ([]string, error) {
 	commands := make([]string, len(boot.commands))
 	for i, c := range boot.commands {
@@ -53,16 +52,16 @@ func (d *draft) configured(boot *grubBoot, next, running Files) ([]string, error
 	return commands, nil
 }
 
-// configChange is a configuration and what takes its place, line by line.
+// configChange is a configuration and its replacement, line by line.
 type configChange struct {
 	was, now []string
-	// becomes are the simple commands that lines of the first are, each with what
-	// the lines in their places are.
+	// becomes maps each simple command in the configuration to the commands in the same
+	// lines of the replacement.
 	becomes map[string][]string
 }
 
-// Limits on what is compared. Real configurations have 5 to 50 KB, and some
-// hundred commands are run.
+// Limits on configurations and commands. Real configurations have 5 to 50 KB, and GRUB runs
+// some hundred commands.
 const (
 	maxConfig   = 256 << 10 // bytes
 	maxCommands = 4096
@@ -104,7 +103,7 @@ func firstWord(line string) string {
 	return ""
 }
 
-// rerun returns what will be run instead of a command.
+// rerun returns the command that GRUB will run in the place of a former one.
 func (c *configChange) rerun(text string) (string, error) {
 	head, body, menu := strings.Cut(text, "\n")
 	if menu {
@@ -117,7 +116,7 @@ func (c *configChange) rerun(text string) (string, error) {
 	}
 	becomes := c.becomes[head]
 	switch len(becomes) {
-	case 0: // made of variables, or run from elsewhere: no line that changed
+	case 0: // it contains variables, or comes from another file: not a changed line
 		return text, nil
 	case 1:
 		return becomes[0], nil
@@ -126,8 +125,8 @@ func (c *configChange) rerun(text string) (string, error) {
 	}
 }
 
-// retitled returns the place of a changed line whose entry may have had that
-// title, or -1.
+// retitled returns the place of a changed line that may have given an entry that title, or
+// -1.
 func (c *configChange) retitled(title string) int {
 	for i := range c.was {
 		if w := firstWord(c.was[i]); c.was[i] == c.now[i] || w != "menuentry" && w != "submenu" {
@@ -146,7 +145,7 @@ func (c *configChange) retitled(title string) int {
 	return -1
 }
 
-// rerunMenu is for a command with a block: menuentry, submenu, function.
+// rerunMenu is rerun for a command with a block: menuentry, submenu, function.
 func (c *configChange) rerunMenu(text string, body []string) (string, error) {
 	inner := body[:len(body)-1] // the last line is the closing brace
 	becomes := ""
@@ -170,8 +169,8 @@ func (c *configChange) rerunMenu(text string, body []string) (string, error) {
 	return becomes, nil
 }
 
-// words splits a line of GRUB's language into words, as far as it is simple: bare
-// words and single quotes. Nil stands for a line that is not, or that is empty.
+// words splits a simple line of GRUB's language, of bare words and single quotes, into words.
+// It returns nil for any other line, and for an empty one.
 func words(line string) []string {
 	var all []string
 	for line = strings.Trim(line, " \t"); line != ""; line = strings.TrimLeft(line, " \t") {

@@ -9,7 +9,7 @@ import (
 	"slices"
 )
 
-// Limits on what is read of a PE file. Real files have up to 20 sections.
+// Limits on the tables of a PE file. Real files have up to 20 sections.
 const (
 	maxSections   = 96
 	maxSignatures = 16
@@ -47,10 +47,9 @@ const (
 	securityEntry = 4 // of the data directories
 )
 
-// parsePE reads an image of at most [MaxFile] bytes. It is stricter than
-// firmware: what different readers would hash differently is refused (sections
-// that overlap, that are out of order in the file, that reach beyond its end, a
-// certificate table that is not last).
+// parsePE reads an image of at most [MaxFile] bytes. It is stricter than firmware: it refuses
+// images that different readers would hash differently (sections that overlap, are out of
+// order in the file, or reach beyond its end; a certificate table that is not last).
 func parsePE(file []byte) (*image, error) {
 	h, err := parseHeaders(file)
 	if err != nil {
@@ -148,8 +147,8 @@ func (img *image) readSections(h headers) (covered uint64, err error) {
 	return covered, nil
 }
 
-// readSignatures reads the certificate table. Whatever lies between the sections
-// and the table belongs to the digest too.
+// readSignatures reads the certificate table. The digest also covers the bytes between the
+// sections and the table.
 func (img *image) readSignatures(h headers, covered uint64) error {
 	f := img.file
 	end := uint64(len(f))
@@ -192,8 +191,7 @@ func (img *image) section(name string) *section {
 	return nil
 }
 
-// overlap reports whether two sections share memory: the image would corrupt
-// itself when it is loaded.
+// overlap reports whether two sections share memory. Loading such an image would corrupt it.
 func (img *image) overlap() bool {
 	s := slices.SortedFunc(slices.Values(img.sections), func(a, b section) int { return cmp.Compare(a.start, b.start) })
 	for i := 1; i < len(s); i++ {

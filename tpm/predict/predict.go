@@ -12,10 +12,10 @@ import (
 // the file into memory instead of reading it.
 const MaxFile = 1 << 30
 
-// Files are files of a boot; nil stands for one that is not given.
+// Files are the files of a boot; nil stands for a file that is not given.
 type Files struct {
-	// UKI is a unified kernel image as it lies on the EFI system partition: signed,
-	// if it is.
+	// UKI is a unified kernel image as it lies on the EFI system partition, with its
+	// signature if it has one.
 	UKI []byte
 	// Kernel and Initrd are what GRUB or the firmware loads, for machines without a UKI.
 	Kernel, Initrd []byte
@@ -27,29 +27,29 @@ type Files struct {
 
 // Change says what is different in the next boot.
 type Change struct {
-	// Next are the files that replace the present ones. What is nil stays as it is.
+	// Next are the files that replace the present ones. A file that is nil stays.
 	Next Files
 	// Dbx is either the next content of the dbx variable (EFI_SIGNATURE_LISTs) or a
 	// signed update of it (EFI_VARIABLE_AUTHENTICATION_2), which the firmware
-	// appends, leaving out what is there already.
+	// appends, leaving out the entries that are in dbx already.
 	Dbx []byte
-	// Running are files of the running boot, as far as the caller has them. They
-	// prove that the log is understood; a changed GRUB configuration and a changed
-	// command line of an EFI stub kernel cannot be predicted without them.
+	// Running are files of the running boot, as far as the caller has them. They prove
+	// that the log is understood. Without them, neither a changed GRUB configuration
+	// nor a changed command line of an EFI stub kernel can be predicted.
 	Running Files
-	// PCRs are those that must be predicted. Other PCRs that cannot be are left
-	// out of the result, events and all. Nil stands for those that decide a boot
-	// of the log's type, [eventlog.BootType.PCRs].
+	// PCRs are the PCRs that must be predicted. The result leaves out the events of
+	// other PCRs that cannot be predicted. Nil stands for the PCRs that decide a boot of
+	// the log's type, [eventlog.BootType.PCRs].
 	PCRs []int
 }
 
 // Refusal says why a boot cannot be predicted.
 type Refusal struct {
-	// PCR is the one that cannot be predicted; -1 if it is not about one.
+	// PCR is the PCR that cannot be predicted; -1 if the refusal is not about one.
 	PCR int
-	// Reason says what was not understood: lower case, no full stop.
+	// Reason says what Predict did not understand: lower case, no full stop.
 	Reason string
-	// Hint is what to do instead.
+	// Hint says what to do instead.
 	Hint string
 }
 
@@ -80,22 +80,21 @@ func badChange(format string, args ...any) error {
 	return &Refusal{PCR: -1, Reason: fmt.Sprintf(format, args...), Hint: hintChange}
 }
 
-// Predict returns the log that the next boot will have if only what change names
-// is different. log must be that of the running boot and have been verified
-// ([eventlog.Log.Verify]). The result has the banks that can be computed and
-// shares memory with log and change, so leave them as they are. An error wraps a
-// [*Refusal].
+// Predict returns the log of the next boot, provided that nothing changes but what change
+// names. log must be the log of the running boot, verified by [eventlog.Log.Verify]. The
+// result has the computable banks. It shares memory with log and change, so the caller must
+// not modify these. An error wraps a [*Refusal].
 //
-// It does, in this order:
+// Predict works in this order:
 //
-//  1. It tells the kind of boot from the log, and refuses files that such a boot
-//     does not have.
-//  2. If running files are given, it predicts the running boot from them; each
-//     digest must come out as the log has it.
-//  3. It replaces the digests that the next dbx and files lead to, each in an event
+//  1. It finds the boot type in the log, and refuses files that such a boot does not
+//     have.
+//  2. If running files are given, it predicts the running boot from them. Each digest
+//     must equal the one in the log.
+//  3. It replaces the digests that depend on the next dbx and files, each in an event
 //     whose role it recognised.
-//  4. It refuses if one of the demanded PCRs could not be told, and drops the
-//     events of the others.
+//  4. It refuses if a demanded PCR could not be predicted, and drops the events of other
+//     PCRs that could not.
 func Predict(log *eventlog.Log, change Change) (*eventlog.Log, error) {
 	if err := change.check(log); err != nil {
 		return nil, err
@@ -126,8 +125,7 @@ func (f Files) any() bool {
 	return f.UKI != nil || f.Kernel != nil || f.Initrd != nil || f.GRUBConfig != nil || f.CommandLine != nil
 }
 
-// check refuses files that are too large, and those that a boot of this type does
-// not have.
+// check refuses files that are too large, and files that a boot of this type does not have.
 func (c Change) check(log *eventlog.Log) error {
 	for _, f := range []Files{c.Next, c.Running} {
 		for _, b := range [][]byte{f.UKI, f.Kernel, f.Initrd, f.GRUBConfig} {
@@ -167,8 +165,8 @@ func (d *draft) secureBoot() (on bool, err error) {
 	}
 }
 
-// prove predicts the running boot from its own files. PCRs that do not come out as
-// the log has them are lost.
+// prove predicts the running boot from its own files. It loses the PCRs whose prediction
+// differs from the log.
 func (d *draft) prove(running Files) error {
 	same := newDraft(d.old)
 	if err := same.apply(running, running); err != nil {
@@ -182,13 +180,13 @@ func (d *draft) prove(running Files) error {
 	return nil
 }
 
-// apply replaces what the next files lead to.
+// apply replaces the events that depend on the next files.
 func (d *draft) apply(next, running Files) error {
 	switch t := d.old.BootType(); {
 	case !next.any():
 		return nil
 	case t == eventlog.BootUKI:
-		if next.UKI == nil { // what else of it is given is in the image
+		if next.UKI == nil { // the image holds every other file of such a boot
 			return nil
 		}
 		return d.uki(next, running)

@@ -58,7 +58,7 @@ func (l signatureList) encode() []byte {
 	return append(append(b, l.header...), bytes.Join(l.entries, nil)...)
 }
 
-// entrySet holds entries with the type of their list: what firmware compares.
+// entrySet holds entries with the type of their list, which firmware compares as well.
 type entrySet map[string]bool
 
 func (s entrySet) add(lists []signatureList) {

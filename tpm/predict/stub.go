@@ -7,34 +7,33 @@ import (
 	"strconv"
 )
 
-// stub is what is known of one version of systemd-stub.
+// stub describes the measurements of one version of systemd-stub.
 type stub struct {
 	version string
 	// sections are measured into PCR 11, each by its name and its content, in this
-	// order, where the image has them.
+	// order, if the image has them.
 	sections []string
-	// initrds are what the stub concatenates for the kernel; nil if that is not known.
+	// initrds are the parts that the stub concatenates for the kernel; nil if unknown.
 	initrds []initrdPart
 }
 
-// initrdPart is a section that reaches the kernel in its initrd, as a file or as it is.
+// initrdPart is a section that reaches the kernel in its initrd, verbatim or as a file.
 type initrdPart struct {
 	section string
 	file    string // in /.extra; "" for an initrd
 }
 
 // canonical is the order in which every version measures sections (systemd,
-// src/fundamental/uki.h: "do not reorder"). A version leaves out those that it
-// does not know.
+// src/fundamental/uki.h: "do not reorder"). A version leaves out the sections that it does
+// not know.
 var canonical = []string{".linux", ".osrel", ".cmdline", ".initrd", ".ucode", ".splash", ".dtb", ".uname", ".sbat", ".pcrpkey", ".hwids"}
 
-// undecided are sections that the stub chooses among by the machine it runs on or
-// by its arguments.
+// undecided are sections among which the stub chooses by the machine or by its arguments.
 var undecided = []string{".profile", ".dtbauto", ".efifw"}
 
 // stubs are the versions whose source was read: src/boot/efi/stub.c and
 // src/fundamental/tpm-pcr.c of 252.39, src/boot/stub.c and src/fundamental/uki.c
-// of 257.13. Of other versions only what a running boot shows is known.
+// of 257.13. The behaviour of other versions must be learned from a running boot.
 var stubs = map[int]stub{
 	252: {
 		sections: []string{".linux", ".osrel", ".cmdline", ".initrd", ".splash", ".dtb", ".pcrpkey"},
@@ -53,7 +52,7 @@ var stubs = map[int]stub{
 
 var stubMagic = regexp.MustCompile(`^#### LoaderInfo: systemd-stub (v?([0-9]{3})[^ #]{0,64}) ####`)
 
-// stubVersion returns the version of the image's systemd-stub, and its first number.
+// stubVersion returns the version of the image's systemd-stub, and the version's first number.
 func stubVersion(img *image) (version string, major int) {
 	magic := img.section(".sdmagic")
 	if magic == nil {
@@ -67,9 +66,9 @@ func stubVersion(img *image) (version string, major int) {
 	return string(m[1]), major
 }
 
-// stubOf returns what is known of the image's stub. One of an unknown version may
-// be learned from the running boot, if that has the very same and its image is
-// given: what it measured there it measures again.
+// stubOf returns the description of the image's stub. It learns an unknown version from the
+// running boot, if that boot has the very same version and its image is given: the stub will
+// measure the same sections again.
 func stubOf(img, running *image, measured []string) (stub, error) {
 	version, major := stubVersion(img)
 	if version == "" {
@@ -89,7 +88,7 @@ func stubOf(img, running *image, measured []string) (stub, error) {
 	return stub{}, refuse(11, "it is not known what systemd-stub %s measures", version)
 }
 
-// learn refuses an image with sections of which the running image tells nothing.
+// learn refuses an image with sections that the running image does not have.
 func (s stub) learn(img, running *image) error {
 	for _, name := range canonical {
 		if img.section(name) != nil && running.section(name) == nil {
@@ -99,7 +98,7 @@ func (s stub) learn(img, running *image) error {
 	return nil
 }
 
-// payload checks that the stub will find its sections as this package does.
+// payload checks that the stub will find the same sections as this package.
 func payload(img *image) error {
 	names := slices.Concat(canonical, []string{".pcrsig"}, undecided)
 	seen := map[string]bool{}
@@ -127,7 +126,7 @@ func payload(img *image) error {
 	return nil
 }
 
-// initrd returns what the kernel gets, in parts; none if there is no initrd.
+// initrd returns the parts of the initrd that the kernel gets; none if it gets no initrd.
 func (s stub) initrd(img *image) [][]byte {
 	var parts [][]byte
 	for _, p := range s.initrds {
@@ -140,7 +139,7 @@ func (s stub) initrd(img *image) [][]byte {
 			parts = append(parts, cpio(p.file, sec.content))
 		}
 	}
-	if len(parts) < 2 { // handed over as it is
+	if len(parts) < 2 { // the stub hands it over verbatim
 		return parts
 	}
 	var padded [][]byte
@@ -157,10 +156,10 @@ func (img *image) content(name string) []byte {
 	return nil
 }
 
-// commandLine returns the command line that the stub hands to the kernel from its
-// image; ok is false if that is not certain. Both known versions turn control
-// characters into spaces and drop trailing ones; they differ in what comes first
-// and beyond ASCII.
+// commandLine returns the command line that the stub takes from its image and hands to the
+// kernel; ok is false if that is not certain. Both known versions turn control characters
+// into spaces and drop trailing spaces. They treat leading spaces and non-ASCII characters
+// differently.
 func commandLine(section []byte) (line string, ok bool) {
 	if i := bytes.IndexByte(section, 0); i >= 0 {
 		section = section[:i]

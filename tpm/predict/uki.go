@@ -6,18 +6,19 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// ukiBoot is where the events of a boot with a UKI are. Indexes are those of the log.
+// ukiBoot holds the places of the events of a boot with a UKI, as indexes in the log.
 type ukiBoot struct {
 	secureBoot bool
 	loader     int // the image that was loaded before the UKI, or -1
 	image      int
 	inner      int // the kernel inside it, if the firmware loaded that, or -1
-	// measured are the sections of PCR 11, each with the events of its name and of
-	// its content.
+	// measured are the names of the sections in PCR 11; names and data are the events of
+	// their names and contents.
 	measured      []string
 	names, data   []int
 	options, disk int // load options and initrd in PCR 9, or -1
-	// extras: the boot loader or its folders added to the command line or the initrd.
+	// extras says that the boot loader, or files beside the image, added to the command
+	// line or the initrd.
 	extras bool
 }
 
@@ -59,17 +60,17 @@ func (d *draft) uki(next Files, running Files) error {
 	return nil
 }
 
-// recogniseUKI tells the role of each event that a new UKI replaces:
+// recogniseUKI finds the role of each event that a new UKI replaces. It demands:
 //
-//   - PCR 11 begins with the sections, each a name that the digest proves and its
-//     content, in the canonical order; what follows are words that the digest
-//     proves, as systemd-pcrphase measures them.
-//   - The last image of PCR 4 before them is the UKI. After them comes the kernel
-//     inside it, if and only if Secure Boot is off: systemd-stub lifts the
-//     firmware's verification otherwise, and with it its measurement.
+//   - PCR 11 begins with the sections in the canonical order, each a name that its digest
+//     proves, and a content. The other events are words that their digests prove, as
+//     systemd-pcrphase measures them.
+//   - The last image of PCR 4 before the sections is the UKI. The kernel inside the UKI
+//     follows them if and only if Secure Boot is off: otherwise systemd-stub suspends the
+//     firmware's verification, and thereby its measurement.
 //   - PCR 9 has at most the kernel's load options and initrd.
-//   - Whatever else reaches the command line or the initrd is measured into PCR 12
-//     or 13 before user space starts.
+//   - Additions to the command line or the initrd are measured into PCR 12 or 13 before
+//     user space starts.
 func (d *draft) recogniseUKI() (*ukiBoot, error) {
 	on, err := d.secureBoot()
 	if err != nil {
@@ -155,7 +156,7 @@ func (b *ukiBoot) recogniseHandover(d *draft) {
 	}
 }
 
-// innerKernel replaces the kernel that the firmware loads out of the UKI.
+// innerKernel replaces the kernel that the firmware loads from inside the UKI.
 func (d *draft) innerKernel(img *image, boot *ukiBoot) error {
 	if boot.inner < 0 {
 		return nil
@@ -168,7 +169,7 @@ func (d *draft) innerKernel(img *image, boot *ukiBoot) error {
 	return nil
 }
 
-// sections puts the new image's sections in the place of the present ones.
+// sections replaces the present sections by those of the new image.
 func (d *draft) sections(img *image, s stub, boot *ukiBoot) {
 	var events []eventlog.Event
 	for _, name := range s.sections {
@@ -188,10 +189,9 @@ func (d *draft) sections(img *image, s stub, boot *ukiBoot) {
 	d.slots[boot.names[0]] = events
 }
 
-// ownCommandLine loses PCR 12 where a new command line in the image may show in
-// it: boot loaders of some versions hand on the image's own and measure it, and
-// with Secure Boot on, a stub ignores and does not measure the boot entry's where
-// the image has its own.
+// ownCommandLine loses PCR 12 if it may depend on the image's command line. Some boot loaders
+// pass the image's own command line on and measure it. And with Secure Boot on, a stub
+// neither uses nor measures the boot entry's command line if the image has its own.
 func (d *draft) ownCommandLine(img *image, boot *ukiBoot) {
 	line := img.content(".cmdline")
 	at := slices.Index(boot.measured, ".cmdline")
@@ -206,7 +206,7 @@ func (d *draft) ownCommandLine(img *image, boot *ukiBoot) {
 	}
 }
 
-// handedOver replaces what the kernel measures of its command line and its initrd.
+// handedOver replaces the kernel's measurements of its command line and its initrd.
 func (d *draft) handedOver(img *image, s stub, boot *ukiBoot, proven bool) {
 	if boot.options < 0 && boot.disk < 0 {
 		return
@@ -234,7 +234,7 @@ func (d *draft) handedOver(img *image, s stub, boot *ukiBoot, proven bool) {
 	}
 }
 
-// sameAsSection reports whether an event measured what a section holds.
+// sameAsSection reports whether an event measured the content of a section.
 func (d *draft) sameAsSection(boot *ukiBoot, name string, i int) bool {
 	at := slices.Index(boot.measured, name)
 	return at >= 0 && d.sameDigests(d.old.Events[boot.data[at]], d.old.Events[i])
