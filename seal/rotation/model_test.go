@@ -340,6 +340,9 @@ func (m *model) changes(s *state, i uint8, add func(label, state)) {
 		commit("activate", func(d *doc) { d.retired |= bit(d.cur); d.cur, d.staged = d.staged, 0 }, func(t *state) {
 			for j := range uint8(modelNodes) {
 				l := s.n[j].local
+				if s.known.has(l.cur) { // the intruder may have taken the KEK away from it again
+					continue
+				}
 				if now.members.has(j) && s.n[j].member && !l.holds(now.staged) && !(l.staged == now.staged && l.sealed) {
 					t.broken = brokenAcknowledgement
 				}
@@ -627,7 +630,7 @@ func TestModelHolds(t *testing.T) {
 	large := map[string]bounds{
 		"two rotations with a join": {keks: 3, rev: 6, joins: 1, removes: 1},
 		"join and restore":          {keks: 2, rev: 3, joins: 1, restores: 1},
-		"two rotations, a restore":  {keks: 3, rev: 5, restores: 1},
+		"two rotations, a restore":  {keks: 3, rev: 4, restores: 1},
 		"an intruder":               {keks: 3, rev: 5, joins: 1, removes: 1, attacks: 2},
 	}
 	all := small

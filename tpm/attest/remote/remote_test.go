@@ -12,6 +12,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
@@ -157,18 +158,18 @@ func persistEK(t *testing.T, r *rig) {
 
 // TestTranscript: each field counts, and no two lists of fields are the same.
 func TestTranscript(t *testing.T) {
-	base := Transcript{Cluster: cluster, Node: "ab", Nonce: []byte("cd"), Exporter: []byte("ef"), NonceTPM: []byte("gh"), EK: []byte("ij"), AK: []byte("kl"), SRK: []byte("mn")}
+	base := exchange.Transcript{Cluster: cluster, Node: "ab", Nonce: []byte("cd"), Exporter: []byte("ef"), Context: []byte("gh"), EK: []byte("ij"), AK: []byte("kl"), SRK: []byte("mn")}
 	seen := map[string]string{}
-	for name, change := range map[string]func(*Transcript){
-		"none": func(*Transcript) {}, "cluster": func(x *Transcript) { x.Cluster[0]++ }, "node": func(x *Transcript) { x.Node = "b" },
-		"nonce": func(x *Transcript) { x.Nonce = nil }, "exporter": func(x *Transcript) { x.Exporter = nil }, "nonceTPM": func(x *Transcript) { x.NonceTPM = nil },
-		"EK": func(x *Transcript) { x.EK = nil }, "AK": func(x *Transcript) { x.AK = nil }, "SRK": func(x *Transcript) { x.SRK = nil },
-		"moved":   func(x *Transcript) { x.Node, x.Nonce = "abc", []byte("d") },
-		"swapped": func(x *Transcript) { x.AK, x.SRK = x.SRK, x.AK },
+	for name, change := range map[string]func(*exchange.Transcript){
+		"none": func(*exchange.Transcript) {}, "cluster": func(x *exchange.Transcript) { x.Cluster[0]++ }, "node": func(x *exchange.Transcript) { x.Node = "b" },
+		"nonce": func(x *exchange.Transcript) { x.Nonce = nil }, "exporter": func(x *exchange.Transcript) { x.Exporter = nil }, "nonceTPM": func(x *exchange.Transcript) { x.Context = nil },
+		"EK": func(x *exchange.Transcript) { x.EK = nil }, "AK": func(x *exchange.Transcript) { x.AK = nil }, "SRK": func(x *exchange.Transcript) { x.SRK = nil },
+		"moved":   func(x *exchange.Transcript) { x.Node, x.Nonce = "abc", []byte("d") },
+		"swapped": func(x *exchange.Transcript) { x.AK, x.SRK = x.SRK, x.AK },
 	} {
 		c := base
 		change(&c)
-		d := string(c.Digest())
+		d := string(purpose.Digest(&c))
 		if other, ok := seen[d]; ok || len(d) != 32 {
 			t.Errorf("%s and %s have the same digest", name, other)
 		}
@@ -191,14 +192,14 @@ func TestVectors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tr := Transcript{Cluster: cluster, Node: "alpha", Nonce: []byte{1}, Exporter: []byte{2}, NonceTPM: []byte{3}, EK: []byte{4}, AK: []byte{5}, SRK: []byte{6}}
+	tr := exchange.Transcript{Cluster: cluster, Node: "alpha", Nonce: []byte{1}, Exporter: []byte{2}, Context: []byte{3}, EK: []byte{4}, AK: []byte{5}, SRK: []byte{6}}
 	for name, c := range map[string]struct {
 		got  []byte
 		want string
 	}{
 		"policyRef":     {ref, vectorPolicyRef},
-		"transcript":    {tr.Digest(), vectorTranscript},
-		"proof":         {proof([]byte{7}, tr.Digest()), vectorProof},
+		"transcript":    {purpose.Digest(&tr), vectorTranscript},
+		"proof":         {purpose.Answer([]byte{7}, purpose.Digest(&tr)), vectorProof},
 		"authorization": {hash, vectorAuthorization},
 	} {
 		if got := hex.EncodeToString(c.got); got != c.want {

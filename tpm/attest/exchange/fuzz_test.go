@@ -1,4 +1,4 @@
-package remote
+package exchange
 
 import (
 	"bytes"
@@ -27,10 +27,7 @@ func FuzzKeys(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	ak := tpm2.ECCSRKTemplate
-	ak.ObjectAttributes = tpm2.TPMAObject{FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, NoDA: true, Restricted: true, SignEncrypt: true}
-	ak.Parameters = tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{CurveID: tpm2.TPMECCNistP256, Scheme: tpm2.TPMTECCScheme{Scheme: tpm2.TPMAlgECDSA,
-		Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256})}})
+	ak := someAK()
 	if !tpm.IsAK(&ak) {
 		f.Fatal("the seed is no attestation key")
 	}
@@ -44,7 +41,7 @@ func FuzzKeys(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, spki, public []byte) {
 		if key, err := encapsulationKey(spki); err == nil {
-			if _, _, err := makeCredential(key, make([]byte, nameSize), make([]byte, secretSize)); err != nil {
+			if _, _, err := makeCredential(key, make([]byte, NameSize), make([]byte, secretSize)); err != nil {
 				t.Errorf("no credential can be made for it: %v", err)
 			}
 		}
@@ -53,7 +50,7 @@ func FuzzKeys(f *testing.F) {
 			return
 		}
 		p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
-		if err != nil || !bytes.Equal(tpm2.Marshal(p), public) || !tpm.IsAK(p) || len(name) != nameSize {
+		if err != nil || !bytes.Equal(tpm2.Marshal(p), public) || !tpm.IsAK(p) || len(name) != NameSize {
 			t.Errorf("it is taken for an attestation key: %v", err)
 		}
 	})

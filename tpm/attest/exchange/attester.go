@@ -1,0 +1,57 @@
+package exchange
+
+import (
+	"crypto"
+
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/eventlog"
+)
+
+// Logs is [attest.Logs.Explaining], or a test's.
+type Logs func(bank crypto.Hash, quoted eventlog.PCRs) (firmware, userspace []byte, err error)
+
+// Machine is what is open and loaded on the attester's side.
+type Machine struct {
+	TPM transport.TPM
+	SRK *tpm.SRK
+	AK  *tpm.AK
+	EK  *tpm.EK
+}
+
+// WithMachine loads an attestation key and the endorsement key beside srk for f.
+func WithMachine(t transport.TPM, srk *tpm.SRK, f func(*Machine) error) error {
+	return tpm.WithAK(t, srk, func(ak *tpm.AK) error {
+		return tpm.WithEK(t, func(ek *tpm.EK) error { return f(&Machine{t, srk, ak, ek}) })
+	})
+}
+
+// Claims are what the machine claims of itself. The purpose adds its context.
+func (m *Machine) Claims(cluster seal.ClusterID, node string) Claims {
+	return Claims{Cluster: cluster[:], Node: node, EK: m.EK.SPKI, EKCertificate: tpm.EKCertificate(m.TPM, m.EK), AK: m.AK.Public, SRK: m.SRK.Name.Buffer}
+}
+
+// Respond answers a challenge, which has passed Check, on the TLS connection with that
+// exporter value. It returns the digest of the transcript too.
+func (p Purpose) Respond(m *Machine, c *Claims, challenge *Challenge, exporter []byte, logs Logs) (e *Evidence, digest []byte, err error) {
+	digest = p.Digest(&Transcript{Cluster: seal.ClusterID(c.Cluster), Node: c.Node, Nonce: challenge.Nonce, Exporter: exporter, Context: c.Context,
+		EK: c.EK, AK: m.AK.Name.Buffer, SRK: c.SRK})
+	secret, err := m.EK.Activate(m.TPM, m.SRK, m.AK, challenge.Credential, challenge.Secret)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer clear(secret)
+	q, err := m.AK.Quote(m.TPM, digest, challenge.Bank, challenge.PCRs)
+	if err != nil {
+		return nil, nil, err
+	}
+	// After the quote: an event that came in between then shows as a replay that
+	// does not fit, never as one that fits by leaving it out.
+	firmware, userspace, err := logs(challenge.Bank, q.PCRs)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &Evidence{Proof: p.Answer(secret, digest), Attest: q.Attest, Signature: q.Signature, PCRs: q.PCRs, FirmwareLog: firmware, UserspaceLog: userspace}, digest, nil
+}
