@@ -78,8 +78,9 @@ func (s *server) start() {
 			return err
 		}
 		if s.root == nil {
-			s.root = s.client(string(token))
+			s.root = s.client("")
 		}
+		s.root.SetToken(string(token)) // it may not have been written whole a moment ago
 		_, err = s.root.Logical().ReadWithContext(s.t.Context(), "sys/mounts")
 		return err
 	})
