@@ -73,9 +73,9 @@ var aDistributionHas = strings.Fields("install reboot systemctl systemd-tmpfiles
 // the page says what is needed.
 func TestNeedsNameTheTools(t *testing.T) {
 	command := regexp.MustCompile(`(?m)(?:^|\||\$\() *(?:sudo +)?([a-z][a-z0-9-]*)`)
-	needs := regexp.MustCompile(`(?s)\nNeeded: .*?\n\n`)
+	needs := regexp.MustCompile(`(?s)\n(?:Needed:|You need) .*?\n\n`)
 	for _, file := range []string{top + "README.md", operations} {
-		needed := needs.FindString(read(t, file))
+		needed := strings.Join(needs.FindAllString(read(t, file), -1), "")
 		for _, b := range blocks(t, file) {
 			if !b.commands {
 				continue
