@@ -131,3 +131,13 @@ func (n *node) must(f func(transport.TPM) error) {
 func ownerHandle() tpm2.AuthHandle {
 	return tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: tpm2.PasswordAuth(nil)}
 }
+
+// ForNextEpoch returns a wrapper that seals for the next epoch, after those of revoke.
+func (n *node) ForNextEpoch(revoke []seal.Slot) *tpm.Wrapper {
+	n.Helper()
+	w, err := n.With(tpm.SealOptions{NextEpoch: true, Revoke: revoke})
+	if err != nil {
+		n.Fatal(err)
+	}
+	return w
+}

@@ -21,7 +21,7 @@ func TestCounterWentBack(t *testing.T) {
 		}
 		ahead = next
 	}
-	strict, err := n.ForNextEpoch([]seal.Slot{ahead}).OnTPMOf([]seal.Slot{ahead})
+	strict, err := n.With(tpm.SealOptions{NextEpoch: true, Revoke: []seal.Slot{ahead}, SameTPMAs: []seal.Slot{ahead}})
 	if err != nil {
 		t.Fatal(err)
 	}

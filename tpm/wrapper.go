@@ -56,29 +56,30 @@ type Wrapper struct {
 // NewWrapper returns the TPM wrapper; it touches no TPM.
 func NewWrapper(c Config) *Wrapper { return &Wrapper{Config: c, ek: new(atomic.Pointer[string])} }
 
-// ForNextEpoch returns a wrapper whose slots open in a later epoch too than the
-// present one and that of the slots in revoke: those no longer open once Settle
-// has ended it.
-func (w *Wrapper) ForNextEpoch(revoke []seal.Slot) *Wrapper {
+// SealOptions say how a [Wrapper] seals where that is not to the present epoch of
+// whichever TPM answers.
+type SealOptions struct {
+	// NextEpoch seals for the epoch after the present one, and after those of the slots
+	// in Revoke: these no longer open once Settle has ended it.
+	NextEpoch bool
+	Revoke    []seal.Slot
+	// Verifier has to agree before a slot opens; nil is none.
+	Verifier *Verifier
+	// SameTPMAs are authenticated slots. Sealing goes under the storage root key of this
+	// node's TPM slot among them and under no other, so that an impostor in the TPM's
+	// place learns nothing. Without one, the TPM that answers is trusted.
+	SameTPMAs []seal.Slot
+}
+
+// With returns a wrapper that seals as o says. An error is that of a slot that can't
+// be read.
+func (w *Wrapper) With(o SealOptions) (*Wrapper, error) {
 	next := *w
-	next.ahead, next.revoke = 1, revoke
-	return &next
-}
-
-// Demanding returns a wrapper whose slots demand that a verifier agrees; nil is
-// none.
-func (w *Wrapper) Demanding(v *Verifier) *Wrapper {
-	asking := *w
-	asking.asks = v
-	return &asking
-}
-
-// OnTPMOf returns a wrapper that seals under the storage root key of an
-// authenticated slot of this node and no other: who answers in the TPM's place
-// learns nothing then.
-func (w *Wrapper) OnTPMOf(slots []seal.Slot) (*Wrapper, error) {
-	own := *w
-	for _, s := range slots {
+	next.asks, next.revoke = o.Verifier, o.Revoke
+	if o.NextEpoch {
+		next.ahead = 1
+	}
+	for _, s := range o.SameTPMAs {
 		if s.Type != seal.TypeTPM || s.Node != w.Node {
 			continue
 		}
@@ -86,9 +87,9 @@ func (w *Wrapper) OnTPMOf(slots []seal.Slot) (*Wrapper, error) {
 		if err != nil {
 			return nil, err
 		}
-		own.like = d
+		next.like = d
 	}
-	return &own, nil
+	return &next, nil
 }
 
 // Type implements [seal.Wrapper].
@@ -323,7 +324,7 @@ func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
 // called before the keyring without them is saved: after a crash in between they
 // are there and refused, and can be taken away again.
 func (w *Wrapper) Revoke(ctx context.Context, slots []seal.Slot) error {
-	own, err := w.ForNextEpoch(slots).OnTPMOf(slots)
+	own, err := w.With(SealOptions{NextEpoch: true, Revoke: slots, SameTPMAs: slots})
 	if err != nil {
 		return err
 	}

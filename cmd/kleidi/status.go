@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"reflect"
 	"strings"
 	"time"
 
@@ -50,7 +51,9 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	if !r.NextAttempt.IsZero() && r.State == admin.Locked {
 		row(w, "next attempt", r.NextAttempt.Local().Format(time.DateTime))
 	}
-	row(w, "SUSPENDED", strings.TrimPrefix(r.Suspension, "suspended: "))
+	if r.Suspension != nil {
+		row(w, "SUSPENDED", r.Suspension.String())
+	}
 	if r.Fallback != nil {
 		row(w, "FALLBACK", "opened by "+r.Wrapper+", since what comes before it in unlock.order did not:")
 		printProblem(w, r.Fallback)
@@ -86,7 +89,7 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 			kind += " (" + s.Use + ")"
 		}
 		row(w, "slot", kind+"  "+s.Binding+"  "+opens(s))
-		if s.Problem != nil && (r.Problem == nil || *s.Problem != *r.Problem) { // said above already
+		if s.Problem != nil && (r.Problem == nil || !reflect.DeepEqual(s.Problem, r.Problem)) { // said above already
 			printProblem(w, s.Problem)
 		}
 	}
@@ -117,12 +120,16 @@ func row(w io.Writer, name, value string) {
 	}
 }
 
-// printProblem breaks what a refusal lists into lines of their own.
+// printProblem gives each detail of a refusal a line of its own.
 func printProblem(w io.Writer, p *admin.Problem) {
 	if p == nil {
 		return
 	}
-	for _, line := range strings.Split(strings.Replace(p.Message, ": PCR ", ":; PCR ", 1), "; ") {
+	message := p.Message
+	if len(p.Details) > 0 {
+		message += ":"
+	}
+	for _, line := range append([]string{message}, p.Details...) {
 		fmt.Fprintf(w, "%-14s   %s\n", "", line)
 	}
 	if p.Hint != "" {

@@ -231,11 +231,11 @@ func TestSuspendedIsNotLoud(t *testing.T) {
 	h := grub(t)
 	h.update()
 	h.write("refuse", "")
-	h.write("status", `{"suspension": "suspended: …"}`)
+	h.write("status", `{"suspension": {"binding": "…", "bootsLeft": 2}}`)
 	if out := h.run(nil, "kleidi-next-boot", "grub"); strings.Contains(out, loud) || !strings.Contains(out, "This node is suspended") {
 		t.Error(out)
 	}
-	h.write("status", `{"suspension": "suspended: … (boots left: 0)"}`)
+	h.write("status", `{"suspension": {"binding": "…", "bootsLeft": 0}}`)
 	if out := h.run(nil, "kleidi-next-boot", "grub"); !strings.Contains(out, loud) {
 		t.Error(out)
 	}

@@ -3,7 +3,9 @@ package admin
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/beezy-dev/kleidi/seal"
@@ -99,8 +101,8 @@ type StatusReport struct {
 	Fallback *Problem `json:"fallback,omitempty"`
 	// Staged is why the staged KEK is not open, where one is staged and serve runs.
 	Staged *Problem `json:"staged,omitempty"`
-	// Suspension says what a suspended node opens under; empty where it isn't.
-	Suspension string `json:"suspension,omitempty"`
+	// Suspension is nil unless the node is suspended.
+	Suspension *Suspension `json:"suspension,omitempty"`
 	// Attestation is the result of the last one.
 	Attestation *AttestationReport `json:"attestation,omitempty"`
 	// Memory is the kind of memory that holds the KEK, as seal.Secret.Kind says.
@@ -111,7 +113,9 @@ type StatusReport struct {
 type Problem struct {
 	Cause   seal.Cause `json:"cause,omitempty"`
 	Message string     `json:"message"`
-	Hint    string     `json:"hint,omitempty"`
+	// Details are what the message announces, such as each PCR that differs.
+	Details []string `json:"details,omitempty"`
+	Hint    string   `json:"hint,omitempty"`
 }
 
 // KeyReport is one KEK of the keyring.
@@ -329,7 +333,30 @@ func ProblemOf(err error) *Problem {
 		return nil
 	}
 	message, hint := seal.SplitHint(err)
-	return &Problem{Cause: seal.CauseOf(err), Message: message, Hint: hint}
+	p := &Problem{Cause: seal.CauseOf(err), Message: message, Hint: hint}
+	var d detailed
+	if errors.As(err, &d) {
+		if before, ok := strings.CutSuffix(message, d.Error()); ok {
+			p.Message, p.Details = before+d.Headline(), d.Details()
+		}
+	}
+	return p
+}
+
+// detailed is an error that consists of one sentence and what it lists. Its text is both,
+// as Err puts them together.
+type detailed interface {
+	error
+	Headline() string
+	Details() []string
+}
+
+// text returns message and details in one line.
+func (p *Problem) text() string {
+	if len(p.Details) == 0 {
+		return p.Message
+	}
+	return p.Message + ": " + strings.Join(p.Details, "; ")
 }
 
 // Err puts the parts together: a [*seal.Error] where there was one.
@@ -338,7 +365,25 @@ func (p *Problem) Err() error {
 		return nil
 	}
 	if p.Cause == "" && p.Hint == "" {
-		return errors.New(p.Message)
+		return errors.New(p.text())
 	}
-	return &seal.Error{Cause: p.Cause, Err: errors.New(p.Message), Hint: p.Hint}
+	return &seal.Error{Cause: p.Cause, Err: errors.New(p.text()), Hint: p.Hint}
+}
+
+// Suspension is what opens a suspended node's keyring.
+type Suspension struct {
+	// Binding is what a boot must share, for people.
+	Binding string `json:"binding"`
+	// BootsLeft is how many boots more the TPM lets it open; nil if it was not asked, or
+	// did not say.
+	BootsLeft *int64 `json:"bootsLeft,omitempty"`
+}
+
+// String is the suspension in one sentence, with what ends it.
+func (s *Suspension) String() string {
+	text := "anyone who boots this machine with the same " + s.Binding + " gets the KEK; run kleidi reseal to end this"
+	if s.BootsLeft != nil {
+		text += fmt.Sprintf(" (boots left: %d)", *s.BootsLeft)
+	}
+	return text
 }

@@ -61,7 +61,7 @@ func checkNewTPM(ctx context.Context, n *node.Node, slots []seal.Slot) error {
 	if !n.View.OpensWithTPM() {
 		return reseal.ErrNoTPM
 	}
-	w, err := n.TPM.OnTPMOf(slotview.TPMParts(slots))
+	w, err := n.TPM.With(tpm.SealOptions{SameTPMAs: slotview.TPMParts(slots)})
 	if err != nil {
 		return err
 	}
@@ -98,7 +98,10 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, withoutVerif
 	}
 	// The present KEK is wrapped anew as well: the first revision of the rotation
 	// has to open too.
-	next := n.TPM.ForNextEpoch(slotview.TPMParts(append(old.Slots(), old.StagedSlots()...))).Demanding(v)
+	next, err := n.TPM.With(tpm.SealOptions{NextEpoch: true, Revoke: slotview.TPMParts(append(old.Slots(), old.StagedSlots()...)), Verifier: v})
+	if err != nil {
+		return nil, err
+	}
 	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
 		return renewSlots(ctx, n, next, kek, old.Slots(), strangers)
 	}

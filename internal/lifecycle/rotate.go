@@ -14,6 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/tpm"
 )
 
 // Rotate makes a fresh KEK the current one, in the same slots.
@@ -131,8 +132,12 @@ func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, without []s
 	if err != nil {
 		return nil, err
 	}
+	w, err := n.TPM.With(tpm.SealOptions{Verifier: v})
+	if err != nil {
+		return nil, err
+	}
 	return func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
-		slot, err := reseal.SealPresent(ctx, n, n.TPM.Demanding(v), kek)
+		slot, err := reseal.SealPresent(ctx, n, w, kek)
 		if err != nil {
 			return nil, err
 		}

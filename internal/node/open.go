@@ -100,7 +100,7 @@ func (n *Node) Unrevoked(ctx context.Context, slots []seal.Slot) ([]seal.Slot, e
 	if len(n.View.Demands(slots)) == 0 {
 		return slots, nil
 	}
-	w, err := n.TPM.OnTPMOf(slotview.TPMParts(slots))
+	w, err := n.TPM.With(tpm.SealOptions{SameTPMAs: slotview.TPMParts(slots)})
 	if err != nil {
 		return nil, err
 	}

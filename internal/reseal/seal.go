@@ -56,7 +56,8 @@ func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.
 	if err := n.CheckSecondKey(ctx, k); err != nil {
 		return nil, nil, err
 	}
-	w, err := n.TPM.ForNextEpoch(slotview.TPMParts(k.Slots())).Demanding(v).OnTPMOf(slotview.TPMParts(k.Slots()))
+	parts := slotview.TPMParts(k.Slots())
+	w, err := n.TPM.With(tpm.SealOptions{NextEpoch: true, Revoke: parts, Verifier: v, SameTPMAs: parts})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -90,7 +91,7 @@ func addBootState(ctx context.Context, n *node.Node, k *keyring.Keyring, state t
 	if err := n.CheckSecondKey(ctx, k); err != nil {
 		return nil, seal.Slot{}, err
 	}
-	w, err := n.TPM.Demanding(v).OnTPMOf(slotview.TPMParts(k.Slots()))
+	w, err := n.TPM.With(tpm.SealOptions{Verifier: v, SameTPMAs: slotview.TPMParts(k.Slots())})
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}

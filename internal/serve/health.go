@@ -93,8 +93,8 @@ func (h *health) remarks() []string {
 		return nil
 	}
 	var remarks []string
-	if s := status.Suspension(n, k.Slots()); s != "" {
-		remarks = append(remarks, s)
+	if s := status.Suspension(n, k.Slots()); s != nil {
+		remarks = append(remarks, "suspended: "+s.String())
 	}
 	if state := n.Unlocker.State(); state.Fallback != nil {
 		remarks = append(remarks, fmt.Sprintf("fallback: opened by %s, since: %s", state.Wrapper, state.Fallback))
@@ -148,7 +148,7 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	info := k.Info()
 	gauge(descOpen, 1)
 	suspended := 0.0
-	if status.Suspension(n, k.Slots()) != "" {
+	if status.Suspension(n, k.Slots()) != nil {
 		suspended = 1
 	}
 	gauge(descSuspended, suspended)

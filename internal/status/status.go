@@ -3,7 +3,6 @@ package status
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"time"
@@ -39,8 +38,8 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 	} else {
 		r.Problem = admin.ProblemOf(err)
 	}
-	if r.Suspension = Suspension(n, slots); r.Suspension != "" && req.Try != admin.TryNone {
-		r.Suspension += bootsLeft(ctx, n, slots)
+	if r.Suspension = Suspension(n, slots); r.Suspension != nil && req.Try != admin.TryNone {
+		r.Suspension.BootsLeft = bootsLeft(ctx, n, slots)
 	}
 	var attestation, unready error
 	if req.Try != admin.TryNone && len(slots) > 0 {
@@ -69,15 +68,15 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 	return r, nil
 }
 
-// bootsLeft says how many boots more a suspension lasts, as far as the TPM tells.
-func bootsLeft(ctx context.Context, n *node.Node, slots []seal.Slot) string {
+// bootsLeft returns how many boots more a suspension lasts, nil if the TPM does not tell.
+func bootsLeft(ctx context.Context, n *node.Node, slots []seal.Slot) *int64 {
+	states := n.View.BootStates(slots, tpm.UseSuspend)
 	count, err := n.Gate.Device.ResetCount(ctx, n.Gate.Owner)
-	for _, s := range n.View.BootStates(slots, tpm.UseSuspend) {
-		if err == nil {
-			return fmt.Sprintf(" (boots left: %d)", max(int64(s.Resets)-int64(count), 0))
-		}
+	if err != nil || len(states) == 0 {
+		return nil
 	}
-	return ""
+	left := max(int64(states[0].Resets)-int64(count), 0)
+	return &left
 }
 
 func onlyAttestation(err error) error {
@@ -141,15 +140,15 @@ func reportAttestation(n *node.Node, problem error) *admin.AttestationReport {
 	return r
 }
 
-// Suspension says what this node opens under while it is suspended; "" where it
-// isn't.
-func Suspension(n *node.Node, slots []seal.Slot) string {
+// Suspension returns what opens this node's keyring while it is suspended, else nil.
+// It asks no TPM.
+func Suspension(n *node.Node, slots []seal.Slot) *admin.Suspension {
 	for _, s := range slots {
 		if n.View.Suspends(s) {
-			return "suspended: anyone who boots this machine with the same " + n.View.Binding(s) + " gets the KEK; run kleidi reseal to end this"
+			return &admin.Suspension{Binding: n.View.Binding(s)}
 		}
 	}
-	return ""
+	return nil
 }
 
 // Alone is status without a running serve: nothing is open, and that is not the problem

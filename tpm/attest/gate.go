@@ -9,6 +9,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"strings"
 	"sync/atomic"
 
 	"github.com/beezy-dev/kleidi/seal"
@@ -296,17 +297,21 @@ type Explained struct {
 	err         error
 }
 
-// Error names each PCR that differs, with its event.
-func (e *Explained) Error() string {
-	s := "the machine did not boot as it did when the slot was sealed"
-	for i, d := range e.Differences {
-		sep := "; "
-		if i == 0 {
-			sep = ": "
-		}
-		s += sep + d.String()
+// Error returns the headline and the details in one line.
+func (e *Explained) Error() string { return e.Headline() + ": " + strings.Join(e.Details(), "; ") }
+
+// Headline says what happened in one sentence.
+func (e *Explained) Headline() string {
+	return "the machine did not boot as it did when the slot was sealed"
+}
+
+// Details names each PCR that differs, with its event.
+func (e *Explained) Details() []string {
+	var details []string
+	for _, d := range e.Differences {
+		details = append(details, d.String())
 	}
-	return s
+	return details
 }
 
 // Unwrap returns what the TPM answered.

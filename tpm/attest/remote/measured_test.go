@@ -61,7 +61,10 @@ func TestMeasuredMeanwhile(t *testing.T) {
 		}
 		return authpolicy.Signature(key.Public(), raw)
 	}
-	w := tpm.NewWrapper(tpm.Config{Device: m.TPM(), Counter: counter, Node: "n", Ask: ask}).Demanding(v)
+	w, err := tpm.NewWrapper(tpm.Config{Device: m.TPM(), Counter: counter, Node: "n", Ask: ask}).With(tpm.SealOptions{Verifier: v})
+	if err != nil {
+		t.Fatal(err)
+	}
 	if _, err := w.Provision(t.Context()); err != nil {
 		t.Fatal(err)
 	}
