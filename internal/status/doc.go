@@ -1,0 +1,7 @@
+// Package status answers kleidi status: whether the keyring is open and why not, every slot
+// with its binding and whether it opens now, what attestation says, and what an operator
+// should do.
+//
+// A report changes nothing. How much it tries is the caller's choice, because asking a token
+// or a server takes time: nothing, the TPM, or every wrapper.
+package status
