@@ -41,6 +41,7 @@ var borders = map[string][]string{
 	"tpm/bootstate":                  {"tpm/authpolicy"},
 	"tpm/ekcert":                     {},
 	"tpm/attest/exchange":            {"seal", "tpm", "tpm/attest", "tpm/authpolicy", "tpm/bootpolicy", "tpm/eventlog"},
+	"tpm/attest/joinproof":           {"seal", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootrule", "tpm/eventlog", "tpm/nv"},
 	"tpm/attest/remote":              {"seal", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/authpolicy", "tpm/bootpolicy", "tpm/eventlog"},
 	"tpm/simboot":                    {"tpm", "tpm/eventlog", "tpm/simboot/peimage"},
 	"tpm/tpmtest":                    {"tpm", "tpm/simboot"},

@@ -3,6 +3,7 @@ package keyring
 import (
 	"bytes"
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"strings"
@@ -422,5 +423,22 @@ func TestFullSection(t *testing.T) {
 	}
 	if _, err := a.WithOwnSlots(slots[:8], nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestJoinDone: both sides compute it, and nobody without the current KEK does.
+func TestJoinDone(t *testing.T) {
+	a, b := cluster2(t)
+	sum := a.JoinDone([]byte("transcript"))
+	if len(sum) != 32 || !bytes.Equal(sum, b.JoinDone([]byte("transcript"))) {
+		t.Errorf("%x", sum)
+	}
+	for what, other := range map[string][]byte{"another transcript": b.JoinDone([]byte("other")), "another KEK": newKeyring(t, 2).JoinDone([]byte("transcript"))} {
+		if bytes.Equal(sum, other) {
+			t.Errorf("the same with %s", what)
+		}
+	}
+	if want := "d0569cd87d85f436d47ccd9ae83ba8e41101599817138131a28a706f13a0124c"; hex.EncodeToString(sum) != want {
+		t.Errorf("%x, want %s", sum, want)
 	}
 }

@@ -12,4 +12,5 @@ const (
 	labelSection      = "kleidi own section mac v1"
 	labelRecord       = "kleidi node record mac v1"
 	labelAcknowledged = "kleidi acknowledgement v1"
+	labelJoinDone     = "kleidi join done v1"
 )

@@ -233,6 +233,16 @@ func revise(k *Keyring, what string, doc *document) (*Keyring, error) {
 	return next, nil
 }
 
+// JoinDone returns what ends a join, 32 bytes: an HMAC of the join's transcript under the
+// current KEK. It proves to the node that gave the KEK that the new one has opened it.
+// It is nil on a closed keyring.
+func (k *Keyring) JoinDone(transcript []byte) (sum []byte) {
+	withKEK(k.kek.secret, func(kek []byte) {
+		derive(kek, labelJoinDone, func(key []byte) { sum = mac(key, transcript) })
+	})
+	return sum
+}
+
 // withHeld calls f with the KEK of a key ID: the current one, the staged one if it is
 // open, or a retired one. It reports whether it called f.
 func withHeld(k *Keyring, id seal.KeyID, f func(kek []byte)) (called bool) {
