@@ -79,7 +79,7 @@ func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 	}
 	changes := reportRenewed(n, old)
 	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		return renew(ctx, n, k, req.WithoutVerifier, nil)
+		return renew(ctx, n, k, renewOptions{WithoutVerifier: req.WithoutVerifier})
 	}
 	before := old.Slots()
 	state, err := adopt(ctx, n, old, unlock.Opener{Wrapper: opener.Type()}, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)

@@ -36,7 +36,7 @@ func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (a
 			return nil, err
 		}
 		former, changes = k.CurrentID(), append(reportRenewed(n, k), n.View.ReportBroken(k.Slots())...)
-		revisions, err := renew(ctx, n, k, req.WithoutVerifier, n.UntrustedKeys(ctx, k))
+		revisions, err := renew(ctx, n, k, renewOptions{WithoutVerifier: req.WithoutVerifier, UntrustedKeys: n.UntrustedKeys(ctx, k)})
 		if err != nil {
 			return nil, err
 		}
@@ -78,15 +78,22 @@ func checkNewTPM(ctx context.Context, n *node.Node, slots []seal.Slot) error {
 	return err
 }
 
+// renewOptions say whom the fresh slots trust.
+type renewOptions struct {
+	// WithoutVerifier makes slots that no remote verifier has to agree to.
+	WithoutVerifier bool
+	// UntrustedKeys are the wrappers that get no KEK, by type, each with its reason.
+	UntrustedKeys map[string]error
+}
+
 // renew rotates to a fresh KEK that is sealed to the present boot state; the
-// recovery slots stay. A keyring that holds no more retired KEKs is sealed anew and
-// not rotated: it has to open again first of all. Strangers get no KEK, by the reason of
-// each.
-func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, withoutVerifier bool, strangers map[string]error) ([]*keyring.Keyring, error) {
+// recovery slots stay. A keyring that has no room for another retired KEK is sealed again
+// and not rotated, since opening again comes first.
+func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptions) ([]*keyring.Keyring, error) {
 	if err := n.View.CheckFreshKEK(old); err != nil {
 		return nil, err
 	}
-	v, err := n.Remote.Demand(old.ClusterID(), withoutVerifier)
+	v, err := n.Remote.Demand(old.ClusterID(), o.WithoutVerifier)
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +110,7 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, withoutVerif
 		return nil, err
 	}
 	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
-		return renewSlots(ctx, n, next, kek, old.Slots(), strangers)
+		return renewSlots(ctx, n, next, kek, old.Slots(), o.UntrustedKeys)
 	}
 	slots, err := wrap(ctx, old.KEK())
 	if err != nil {
@@ -124,7 +131,7 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, withoutVerif
 // the old recovery slots. A token or a server that can't be reached, or is not
 // configured here, is skipped as long as another slot opens: status shows the place
 // until it is mended.
-func renewSlots(ctx context.Context, n *node.Node, tpmNow *tpm.Wrapper, kek *seal.Secret, old []seal.Slot, strangers map[string]error) ([]seal.Slot, error) {
+func renewSlots(ctx context.Context, n *node.Node, tpmNow *tpm.Wrapper, kek *seal.Secret, old []seal.Slot, untrusted map[string]error) ([]seal.Slot, error) {
 	var slots, kept []seal.Slot
 	var failure error
 	if n.View.OpensWithTPM() {
@@ -140,7 +147,7 @@ func renewSlots(ctx context.Context, n *node.Node, tpmNow *tpm.Wrapper, kek *sea
 			continue
 		}
 		var slot seal.Slot
-		err := strangers[kind]
+		err := untrusted[kind]
 		if err == nil {
 			slot, err = wrapSecondary(ctx, n, kind, kek)
 		}

@@ -87,7 +87,7 @@ func rotateIfRoom(ctx context.Context, n *node.Node, k *keyring.Keyring, req adm
 		}
 	}
 	if !slotview.Full(k) {
-		revisions, err := rotateKeyring(ctx, n, k, req.BreakTwoOfTwo, req.SkipSlots...)
+		revisions, err := rotateKeyring(ctx, n, k, rotateOptions{Skip: req.SkipSlots, BreakTwoOfTwo: req.BreakTwoOfTwo})
 		return revisions, hintIdentity(hintSkip(n, k, err, "run it again with"))
 	}
 	next, err := k.AtLeast(0)

@@ -30,7 +30,7 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 		if all != k {
 			defer all.Close()
 		}
-		revisions, err := rotateKeyring(ctx, n, all, false, req.SkipSlots...)
+		revisions, err := rotateKeyring(ctx, n, all, rotateOptions{Skip: req.SkipSlots})
 		if err != nil {
 			err = hintSkip(n, all, err, "run kleidi rotate")
 		}
@@ -47,14 +47,19 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 	return n.Result(former, append(changes, "kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")...)
 }
 
-// rotateKeyring rotates a keyring in the slots that it has, but for those to skip; breaks is as
-// in CheckSeal.
-func rotateKeyring(ctx context.Context, n *node.Node, k *keyring.Keyring, breaks bool, skip ...string) ([]*keyring.Keyring, error) {
+// rotateOptions say what a rotation may leave out, and what it may break.
+type rotateOptions struct {
+	Skip          []string // names of slots that the fresh KEK does without
+	BreakTwoOfTwo bool     // the TPM may open alone what needed two
+}
+
+// rotateKeyring replaces the KEK in every slot of k except those to skip.
+func rotateKeyring(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOptions) ([]*keyring.Keyring, error) {
 	if slotview.Full(k) {
 		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
 			"the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
 	}
-	wrap, err := wrapLike(ctx, n, k, skip, breaks)
+	wrap, err := wrapLike(ctx, n, k, o)
 	if err != nil {
 		return nil, err
 	}
@@ -92,12 +97,11 @@ func addMissing(ctx context.Context, n *node.Node, k *keyring.Keyring, without [
 }
 
 // wrapLike is how rotation makes the slots of a new KEK: like those of the present
-// one, but for some that are skipped, which is recorded in their place. breaks is as in
-// CheckSeal.
-func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, without []string, breaks bool) (rotation.Wrap, error) {
+// one, except those that are skipped: that they were left out is recorded in their place.
+func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOptions) (rotation.Wrap, error) {
 	slots := k.Slots()
 	names := slotview.Names(slots)
-	for _, name := range without {
+	for _, name := range o.Skip {
 		i := slices.Index(names, name)
 		if i < 0 {
 			return nil, fmt.Errorf("--skip-slot: there is no slot %q, but %s; see kleidi slot list", name, slotview.JoinWords(names))
@@ -107,7 +111,7 @@ func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, without []s
 			return nil, err
 		}
 	}
-	if len(without) > 0 && !n.CanOpen(slots) {
+	if len(o.Skip) > 0 && !n.CanOpen(slots) {
 		return nil, errors.New("--skip-slot: no slot would be left that can open the keyring on this node; skip fewer, or add another one first")
 	}
 	live, err := n.Unrevoked(ctx, slots)
@@ -120,7 +124,7 @@ func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, without []s
 	}
 	// All slots of this TPM are revoked, as in an old keyring: the running boot takes
 	// their place.
-	if !breaks {
+	if !o.BreakTwoOfTwo {
 		if err := n.View.CheckSeal(k.Slots()); err != nil {
 			return nil, err
 		}

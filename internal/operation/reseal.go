@@ -13,7 +13,7 @@ import (
 func resealAny(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
 	switch {
 	case req.Next != nil:
-		return reseal.Next(ctx, n, *req.Next, req.BreakTwoOfTwo)
+		return reseal.Next(ctx, n, req)
 	case req.NewTPM:
 		return lifecycle.SealToNewTPM(ctx, n, req)
 	default:

@@ -47,7 +47,12 @@ func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.
 		if err != nil {
 			return nil, err
 		}
-		next, slots, err := replaceUnder(ctx, n, k, v, states, req.BreakTwoOfTwo)
+		if !req.BreakTwoOfTwo {
+			if err := n.View.CheckSeal(k.Slots()); err != nil {
+				return nil, err
+			}
+		}
+		next, slots, err := replaceUnder(ctx, n, k, v, states)
 		for _, s := range slots {
 			bound = append(bound, "the KEK is sealed to "+n.View.OpensIn(s))
 		}
@@ -68,7 +73,10 @@ func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.
 	return n.Unchanged(bound...)
 }
 
-func Next(ctx context.Context, n *node.Node, b admin.BootState, breaks bool) (admin.KeyringState, error) {
+// Next seals the KEK to the next boot state that the request names, beside the present
+// one. Where there are as many as there may be, the oldest of them goes.
+func Next(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
+	b := *req.Next
 	bank, err := tpm.ParseBank(b.Bank)
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
@@ -88,7 +96,12 @@ func Next(ctx context.Context, n *node.Node, b admin.BootState, breaks bool) (ad
 			}
 		}
 		oldest := n.View.OldestNext(slots)
-		next, slot, err := addBootState(ctx, n, k, state, oldest, breaks)
+		if !req.BreakTwoOfTwo {
+			if err := n.View.CheckSeal(k.Slots()); err != nil {
+				return nil, err
+			}
+		}
+		next, slot, err := addBootState(ctx, n, k, state, oldest)
 		if err != nil {
 			return nil, err
 		}

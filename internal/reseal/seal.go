@@ -38,21 +38,19 @@ func sealStates(ctx context.Context, n *node.Node, w *tpm.Wrapper, kek *seal.Sec
 // ReplaceBootStates returns the revision in which the KEK is sealed to these boot states,
 // for the next epoch: once that has begun, no other slot of this node opens.
 func ReplaceBootStates(ctx context.Context, n *node.Node, k *keyring.Keyring, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
+	if err := n.View.CheckSeal(k.Slots()); err != nil {
+		return nil, nil, err
+	}
 	v, err := n.Remote.Demand(k.ClusterID(), false)
 	if err != nil {
 		return nil, nil, err
 	}
-	return replaceUnder(ctx, n, k, v, states, false)
+	return replaceUnder(ctx, n, k, v, states)
 }
 
-// replaceUnder does so under this verifier, or none; breaks allows the TPM alone in
-// the place of a two-of-two.
-func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState, breaks bool) (*keyring.Keyring, []seal.Slot, error) {
-	if !breaks {
-		if err := n.View.CheckSeal(k.Slots()); err != nil {
-			return nil, nil, err
-		}
-	}
+// replaceUnder returns that revision with slots that this verifier has to agree to, nil
+// for none. The caller has checked that sealing to the TPM breaks no two-of-two.
+func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
 	if err := n.CheckSecondKey(ctx, k); err != nil {
 		return nil, nil, err
 	}
@@ -76,14 +74,9 @@ func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.
 }
 
 // addBootState returns the revision in which the KEK is sealed to one boot state more.
-// Nothing is revoked; drop, if there is one, leaves the keyring all the same; breaks
-// allows the TPM alone beside a two-of-two.
-func addBootState(ctx context.Context, n *node.Node, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot, breaks bool) (*keyring.Keyring, seal.Slot, error) {
-	if !breaks {
-		if err := n.View.CheckSeal(k.Slots()); err != nil {
-			return nil, seal.Slot{}, err
-		}
-	}
+// Nothing is revoked; the slot in drop, unless it is nil, leaves the keyring all the same.
+// The caller has checked that sealing to the TPM breaks no two-of-two.
+func addBootState(ctx context.Context, n *node.Node, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot) (*keyring.Keyring, seal.Slot, error) {
 	v, err := n.Remote.Demand(k.ClusterID(), false)
 	if err != nil {
 		return nil, seal.Slot{}, err

@@ -165,7 +165,10 @@ func enrol(ctx context.Context, n *node.Node, signer tpm.Signer, g uint64) ([]st
 		}
 		state.Signer = &signer
 		if !older {
-			next, slot, err := addBootState(ctx, n, k, state, nil, false)
+			if err := n.View.CheckSeal(k.Slots()); err != nil {
+				return nil, err
+			}
+			next, slot, err := addBootState(ctx, n, k, state, nil)
 			changes = append(changes, "the KEK is sealed to "+n.View.OpensIn(slot))
 			return []*keyring.Keyring{next}, err
 		}

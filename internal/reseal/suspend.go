@@ -46,11 +46,14 @@ func Suspend(ctx context.Context, n *node.Node, req admin.SuspendRequest) (admin
 	return n.Unchanged("SUSPENDED: the KEK is sealed to "+bound, "anyone who boots this machine so gets it; when the work is done, run kleidi reseal, which ends this")
 }
 
-// addSuspension seals to a suspension besides. One that is there already is revoked:
-// it may be the weaker one.
+// addSuspension also seals to a suspension. An earlier suspension is revoked, since it may
+// be the weaker one.
 func addSuspension(ctx context.Context, n *node.Node, k *keyring.Keyring, state tpm.BootState) (*keyring.Keyring, seal.Slot, error) {
 	if !slices.ContainsFunc(k.Slots(), n.View.Suspends) {
-		return addBootState(ctx, n, k, state, nil, false)
+		if err := n.View.CheckSeal(k.Slots()); err != nil {
+			return nil, seal.Slot{}, err
+		}
+		return addBootState(ctx, n, k, state, nil)
 	}
 	states, err := n.LiveStates(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSigned)
 	if err != nil {

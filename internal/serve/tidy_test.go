@@ -93,7 +93,7 @@ func sealToNext(t *testing.T, cfg *config.Config, next simboot.Boot) {
 	if err := n.Unlocker.Unlock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := reseal.Next(t.Context(), n, admin.BootState{Bank: cfg.TPM.Bank, PCRs: p.State.Values, Record: p.State.Record}, false); err != nil {
+	if _, err := reseal.Next(t.Context(), n, admin.ResealRequest{Next: &admin.BootState{Bank: cfg.TPM.Bank, PCRs: p.State.Values, Record: p.State.Record}}); err != nil {
 		t.Fatal(err)
 	}
 }

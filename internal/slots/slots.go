@@ -154,7 +154,11 @@ func Rewrap(ctx context.Context, n *node.Node, req admin.RewrapSlotRequest) (adm
 		if d, ok := slotview.MissingOf(slots[i]); ok {
 			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; " + n.View.Remedy(d, slots))
 		}
-		rewrapped, err := wrapAgain(ctx, n, k, slots[i], req.NewKey)
+		wrap := wrapAgain
+		if req.NewKey {
+			wrap = rewrapByNewKey
+		}
+		rewrapped, err := wrap(ctx, n, k, slots[i])
 		if err != nil {
 			return nil, err
 		}
@@ -178,10 +182,7 @@ func Rewrap(ctx context.Context, n *node.Node, req admin.RewrapSlotRequest) (adm
 
 // wrapAgain has Vault rewrap its own ciphertext, so that the KEK doesn't travel; where
 // it can't, and for all others, the open KEK is wrapped anew.
-func wrapAgain(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slot, newKey bool) (seal.Slot, error) {
-	if newKey {
-		return rewrapByNewKey(ctx, n, k, s)
-	}
+func wrapAgain(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slot) (seal.Slot, error) {
 	if s.Type == seal.TypeVault && n.Vault != nil {
 		if rewrapped, err := n.Vault.Rewrap(ctx, s); err == nil {
 			return rewrapped, nil
