@@ -8,6 +8,7 @@ import (
 	"go/token"
 	"io"
 	"io/fs"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -114,6 +115,19 @@ func TestLibrariesEnterThroughTheirDoor(t *testing.T) {
 			if enters && !inside && !strings.HasPrefix(path, "e2e/") {
 				t.Errorf("%s imports %s", path, library)
 			}
+		}
+	}
+}
+
+// TestEveryPackageIsOnTheMap: docs/architecture.md has a row for each package.
+func TestEveryPackageIsOnTheMap(t *testing.T) {
+	page, err := os.ReadFile(filepath.Join("..", "..", "docs", "architecture.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path := range borders {
+		if !strings.Contains(string(page), "\n| `"+path+"` | ") {
+			t.Errorf("docs/architecture.md has no row for %s", path)
 		}
 	}
 }

@@ -2,7 +2,7 @@
 // demands of this machine, which slots are missing, and which changes would break two of two.
 //
 // It is pure. A Reader knows three facts of a node's configuration and neither its TPM nor its
-// disk, so every rule here is tested with tables. A check returns an error that tells the
+// disk, so every rule here can be tested with a table. A check returns an error that tells the
 // operator what to do instead; a report returns the sentences that a command prints.
 //
 // The slots may come from a keyring that nothing vouches for. Nothing in them is dialled,
