@@ -121,7 +121,7 @@ func TestWrappedSecretID(t *testing.T) {
 	}
 	s.write("secret-id", []byte(secret.WrapInfo.Token))
 	_, err = w.Unwrap(t.Context(), slot)
-	checkError(t, "a token that wraps something else", err, seal.CauseCredentials, nil, `made at "sys/wrapping/wrap", not a secret ID`)
+	checkError(t, "a token that wraps something else", err, seal.CauseCredentials, nil, `wraps a value from "sys/wrapping/wrap", not a secret ID`)
 }
 
 // failing is a key whose device is gone.
