@@ -3,12 +3,19 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
+	"io"
 	"net"
+	"os"
+	"regexp"
+	"strconv"
 	"sync"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 )
+
+// Peers that take up what others need.
 
 // hogs is how many peers hog plays: more than a verifier takes in without a proof.
 const hogs = 400
@@ -60,4 +67,84 @@ func hold(ctx context.Context, address string, from net.IP, speaksTLS bool, held
 	}
 	held()
 	_, _ = c.Read(make([]byte, 1))
+}
+
+// flood has many local clients hold connections to health and metrics, each with a
+// request from time to time, and connect again whenever they are cut off: flood NETWORK
+// ADDRESS, until flood -stop.
+func (h *host) flood(_ *testscript.TestScript, args []string) error {
+	if args[0] == "-stop" {
+		h.stopHog()
+		return nil
+	}
+	const clients = 600
+	ctx, cancel := context.WithCancel(h.t.Context())
+	var running, held sync.WaitGroup
+	h.stopHog = sync.OnceFunc(func() { cancel(); running.Wait() })
+	h.t.Cleanup(h.stopHog)
+	held.Add(clients)
+	for range clients {
+		running.Go(func() {
+			first := sync.OnceFunc(held.Done)
+			for ctx.Err() == nil {
+				keepAlive(ctx, args[0], args[1])
+				first()
+				select {
+				case <-ctx.Done():
+				case <-time.After(20 * time.Millisecond):
+				}
+			}
+			first()
+		})
+	}
+	held.Wait()
+	return nil
+}
+
+// keepAlive holds one connection, and asks for more on it for as long as it can.
+func keepAlive(ctx context.Context, network, address string) {
+	d := net.Dialer{Timeout: waitTimeout}
+	c, err := d.DialContext(ctx, network, address)
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	for err == nil {
+		if _, err = io.WriteString(c, "GET /metrics HTTP/1.1\r\nHost: kleidi\r\n"); err == nil {
+			_, err = c.Read(make([]byte, 1))
+		}
+	}
+}
+
+// footprint notes the memory and the files of serve, or wants them to have grown by no
+// more than so much since: footprint, then footprint KIB FILES.
+func (h *host) footprint(ts *testscript.TestScript, args []string) error {
+	proc := fmt.Sprintf("/proc/%d/", h.server.cmd.Process.Pid)
+	status, err := os.ReadFile(proc + "status")
+	if err != nil {
+		return broken("%w", err)
+	}
+	m := regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindSubmatch(status)
+	files, err := os.ReadDir(proc + "fd")
+	if err != nil || m == nil {
+		return broken("%w", err)
+	}
+	rss, _ := strconv.Atoi(string(m[1]))
+	fmt.Fprintf(ts.Stdout(), "%d KiB, %d files\n", rss, len(files))
+	if len(args) == 0 {
+		h.before = [2]int{rss, len(files)}
+		return nil
+	}
+	for i, now := range []int{rss, len(files)} {
+		limit, err := strconv.Atoi(args[i])
+		if err != nil {
+			return broken("%w", err)
+		}
+		if grown := now - h.before[i]; grown > limit {
+			return fmt.Errorf("grown by %d, %d at most", grown, limit)
+		}
+	}
+	return nil
 }

@@ -13,10 +13,13 @@ import (
 // nobody is another user than the one that runs kleidi.
 const nobody = 65534
 
-// impostor listens on a socket as another user would: impostor SOCKET FILE. What it is
-// sent ends up in the file. It needs root.
+// impostor listens on a socket, or on an address, as another user would: impostor SOCKET
+// FILE. What it is sent ends up in the file. It needs root.
 func (h *host) impostor(_ *testscript.TestScript, args []string) error {
-	l, err := listenAs(nobody, h.abs(args[0]))
+	l, err := net.Listen("tcp", args[0])
+	if _, _, bad := net.SplitHostPort(args[0]); bad != nil {
+		l, err = listenAs(nobody, h.abs(args[0]))
+	}
 	if err != nil {
 		return broken("listen as UID %d: %w", nobody, err)
 	}

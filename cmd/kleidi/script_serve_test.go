@@ -2,10 +2,12 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -172,8 +174,14 @@ func (h *host) waitFor(ts *testscript.TestScript, args []string) error {
 }
 
 func (h *host) fetch(path string) (int, string, error) {
-	client := http.Client{Timeout: waitTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
-	r, err := client.Get("http://" + h.address + path)
+	transport := &http.Transport{DisableKeepAlives: true}
+	if h.address == "" { // the configuration names no port
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", h.path("run/http.sock"))
+		}
+	}
+	client := http.Client{Timeout: waitTimeout, Transport: transport}
+	r, err := client.Get("http://" + cmp.Or(h.address, "kleidi") + path)
 	if err != nil {
 		return 0, "", err
 	}

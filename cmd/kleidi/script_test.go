@@ -76,6 +76,8 @@ func TestScript(t *testing.T) {
 			"trust":     command((*host).trust),
 			"impostor":  command((*host).impostor),
 			"hog":       command((*host).hog),
+			"flood":     command((*host).flood),
+			"footprint": command((*host).footprint),
 			"ask":       command((*host).ask),
 			"listening": command(func(h *host, _ *testscript.TestScript, args []string) error { return h.listening(args[0]) }),
 			"pkfp":      command((*host).pkfp),
@@ -121,6 +123,7 @@ type host struct {
 	table  []tableRow
 
 	stopHog func()
+	before  [2]int // the footprint of serve: KiB and files
 }
 
 var hosts atomic.Uint32
@@ -130,6 +133,7 @@ func setup(env *testscript.Env) error {
 	h := &host{t: env.T().(testing.TB), work: env.WorkDir, sealed: map[string]sealedSeed{}}
 	// Each script has a loopback address of its own, so that none needs a free port.
 	h.address = fmt.Sprintf("127.%d.%d.%d:9779", 64+os.Getpid()%64, os.Getpid()/64%256, n%254+1)
+	env.Setenv("HTTP", h.address)
 	env.Setenv("SECOND", strings.Replace(h.address, ":9779", ":9780", 1))
 	env.Values["host"] = h
 	for _, dir := range []string{"run", "hw"} {
@@ -185,7 +189,7 @@ func (h *host) config(_ *testscript.TestScript, args []string) error {
 			"eventLog": h.path("hw/log"), "userspaceEventLog": h.path("hw/userspace")},
 		"kms":   map[string]any{"socket": h.path("run/kms.sock")},
 		"admin": map[string]any{"socket": h.path("run/admin.sock")},
-		"http":  map[string]any{"address": h.address},
+		"http":  map[string]any{"socket": h.path("run/http.sock"), "address": h.address},
 	}
 	for _, arg := range args {
 		path, text, ok := strings.Cut(arg, "=")
@@ -210,6 +214,7 @@ func (h *host) config(_ *testscript.TestScript, args []string) error {
 	if err != nil {
 		return err
 	}
+	h.address, _ = doc["http"].(map[string]any)["address"].(string)
 	return os.WriteFile(h.path("config.yaml"), b, 0o600)
 }
 

@@ -90,7 +90,7 @@ state: {dir: %q}
 tpm: {device: %q, eventLog: %q, userspaceEventLog: %q}
 kms: {socket: %q}
 admin: {socket: %q}
-http: {address: ""}
+http: {socket: ""}
 log: {format: json}
 `, filepath.Join(dir, "state"), m.Device(), m.EventLog(), m.UserspaceLog(), k.socket, filepath.Join(dir, "admin.sock"))
 	if err := os.WriteFile(k.config, []byte(config), 0o600); err != nil {

@@ -105,7 +105,7 @@ state: {dir: %[1]s/state}
 tpm: {device: "%[2]s", eventLog: %[3]s, userspaceEventLog: %[4]s}
 kms: {socket: %[1]s/kms.sock}
 admin: {socket: %[1]s/admin.sock}
-http: {address: ""}
+http: {socket: ""}
 `, d.dir, d.machine.Device(), d.machine.EventLog(), d.machine.UserspaceLog())), 0o600)
 }
 

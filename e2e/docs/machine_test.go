@@ -29,8 +29,7 @@ type machine struct {
 	t        *testing.T
 	base     string // the root folder
 	boot     simboot.Boot
-	next     simboot.Boot // what an update leads to
-	http     string
+	next     simboot.Boot   // what an update leads to
 	binary   string         // of kleidi
 	settings map[string]any // more of its configuration, by top-level key
 	noTPM    bool
@@ -44,7 +43,7 @@ var seed = bytes.Repeat([]byte("documents"), 4)[:32]
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	boot := simboot.Baseline(simboot.UKI)
-	m := &machine{Machine: tpmtest.New(t, boot), t: t, boot: boot, http: "127.0.0.1:" + node.FreePort(t), binary: node.Binary(t), settings: map[string]any{}}
+	m := &machine{Machine: tpmtest.New(t, boot), t: t, boot: boot, binary: node.Binary(t), settings: map[string]any{}}
 	m.base = filepath.Join(m.Dir(), "r")
 	for _, dir := range []string{"bin", "root", "etc/kleidi", "etc/kubernetes", "media/usb", "opt/kleidi", "run/kleidi", "usr/local/bin", "var/lib"} {
 		if err := os.MkdirAll(m.root(dir), 0o755); err != nil {
@@ -99,8 +98,8 @@ tpm: {device: "%s", eventLog: %s, userspaceEventLog: %s}
 state: {dir: %s}
 kms: {socket: %s}
 admin: {socket: %s}
-http: {address: "%s"}
-%s`, device, m.EventLog(), m.UserspaceLog(), m.root("var/lib/kleidi"), m.root("run/kleidi/kms.sock"), m.root("run/kleidi/admin.sock"), m.http, settings.String()), 0o600)
+http: {socket: %s}
+%s`, device, m.EventLog(), m.UserspaceLog(), m.root("var/lib/kleidi"), m.root("run/kleidi/kms.sock"), m.root("run/kleidi/admin.sock"), m.root("run/kleidi/http.sock"), settings.String()), 0o600)
 }
 
 func (m *machine) write(path, content string, mode os.FileMode) {
@@ -167,13 +166,12 @@ func (m *machine) shell(commands string) (string, error) {
 	}
 }
 
-// relocate moves the documents' absolute paths, and kleidi's HTTP address, to this machine's.
+// relocate moves the documents' absolute paths to this machine's.
 func (m *machine) relocate(commands string) string {
 	for _, dir := range []string{"/etc/", "/media/", "/opt/", "/var/lib/", "/run/", "/boot/", "/efi/", "/usr/local/"} {
 		commands = strings.ReplaceAll(commands, " "+dir, " "+m.root(dir)+"/")
 	}
-	commands = strings.ReplaceAll(commands, " /sys/kernel/security/tpm0/binary_bios_measurements", " "+m.EventLog())
-	return strings.ReplaceAll(commands, "127.0.0.1:9779", m.http)
+	return strings.ReplaceAll(commands, " /sys/kernel/security/tpm0/binary_bios_measurements", " "+m.EventLog())
 }
 
 // must runs commands that set a scene.
@@ -192,14 +190,7 @@ func (m *machine) exists(path string) bool {
 }
 
 func (m *machine) get(path string) (code int, body string, err error) {
-	res, err := http.Get("http://" + m.http + path)
-	if err != nil {
-		return 0, "", err
-	}
-	defer res.Body.Close()
-	var b bytes.Buffer
-	_, err = b.ReadFrom(res.Body)
-	return res.StatusCode, b.String(), err
+	return node.Get(m.root("run/kleidi/http.sock"), path)
 }
 
 func (m *machine) client() kmsapi.KeyManagementServiceClient {

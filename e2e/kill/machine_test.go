@@ -75,7 +75,7 @@ tpm: {device: %q, eventLog: %q}
 state: {dir: %q}
 kms: {socket: %q}
 admin: {socket: %q}
-http: {address: ""}
+http: {socket: ""}
 %s`, m.Device(), m.EventLog(), m.stateDir(), m.path("kms.sock"), m.path("admin.sock"), more))
 }
 

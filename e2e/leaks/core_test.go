@@ -115,7 +115,7 @@ func TestUndumpable(t *testing.T) {
 		t.Fatal(err)
 	}
 	config := "apiVersion: kleidi.beezy.dev/v1alpha1\nkind: KleidiConfiguration\n" +
-		"state: {dir: DIR/state}\nkms: {socket: DIR/kms.sock}\nadmin: {socket: DIR/admin.sock}\nhttp: {address: \"\"}\n"
+		"state: {dir: DIR/state}\nkms: {socket: DIR/kms.sock}\nadmin: {socket: DIR/admin.sock}\nhttp: {socket: \"\"}\n"
 	if err := os.WriteFile(filepath.Join(dir, "config.yaml"), []byte(strings.ReplaceAll(config, "DIR", dir)), 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -57,7 +57,7 @@ tpm: {device: %q, eventLog: %q, timeout: 5s}
 state: {dir: %q}
 kms: {socket: %q}
 admin: {socket: %q}
-http: {address: %q}
+http: {socket: "", address: %q}
 log: {level: debug}
 `, l.proxy.Address(), m.EventLog(), l.path("state"), l.path("kms.sock"), l.path("admin.sock"), l.http))
 	l.init()

@@ -2,10 +2,12 @@ package node
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -34,7 +36,6 @@ type Node struct {
 
 	t      testing.TB
 	binary string
-	http   string
 	noTPM  bool
 }
 
@@ -63,7 +64,7 @@ func Make(t testing.TB, s Setup) *Node {
 		s.Binary = Binary(t)
 	}
 	boot := simboot.Baseline(simboot.UKI)
-	n := &Node{Machine: tpmtest.New(t, boot), Kernel: boot, t: t, binary: s.Binary, http: "127.0.0.1:" + FreePort(t), noTPM: s.NoTPM}
+	n := &Node{Machine: tpmtest.New(t, boot), Kernel: boot, t: t, binary: s.Binary, noTPM: s.NoTPM}
 	if err := os.Mkdir(n.Path("run"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -127,9 +128,9 @@ kms:
 admin:
   socket: %s
 http:
-  address: %s
+  socket: %s
 %s
-`, device, n.EventLog(), n.Path("state"), n.Path("run/kms.sock"), n.Path("run/admin.sock"), n.http, settings))
+`, device, n.EventLog(), n.Path("state"), n.Path("run/kms.sock"), n.Path("run/admin.sock"), n.Path("run/http.sock"), settings))
 }
 
 // makeIdentity makes the recovery identity as an operator would with age-keygen,
@@ -222,9 +223,17 @@ func (n *Node) WaitLocked(pcr string) {
 	}
 }
 
-// Get asks kleidi over HTTP.
+// Get asks kleidi for health or metrics.
 func (n *Node) Get(path string) (code int, body string, err error) {
-	res, err := http.Get("http://" + n.http + path)
+	return Get(n.Path("run/http.sock"), path)
+}
+
+// Get asks whatever serves HTTP on a unix socket.
+func Get(socket, path string) (code int, body string, err error) {
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}}}
+	res, err := client.Get("http://kleidi" + path)
 	if err != nil {
 		return 0, "", err
 	}

@@ -190,7 +190,10 @@ type Admin struct {
 
 // HTTP is where /livez, /readyz and /metrics answer; "" means nowhere.
 type HTTP struct {
-	Address string `yaml:"address"`
+	Socket     string   `yaml:"socket"`
+	SocketMode FileMode `yaml:"socketMode" want:"permission bits in octal, no write for others (\"0660\")"`
+	SocketGID  int      `yaml:"socketGID"`
+	Address    string   `yaml:"address"`
 }
 
 // Log is what is logged, and how.
@@ -234,7 +237,7 @@ func Default() *Config {
 		Memory: Memory{Lock: LockRequired},
 		KMS:    KMS{Name: "kleidi", Socket: "/run/kleidi/kms.sock", SocketMode: 0o600, SocketUID: -1, SocketGID: -1},
 		Admin:  Admin{Socket: "/run/kleidi/admin.sock"},
-		HTTP:   HTTP{Address: "127.0.0.1:9779"},
+		HTTP:   HTTP{Socket: "/run/kleidi/http.sock", SocketMode: 0o600, SocketGID: -1},
 		Log:    Log{Level: slog.LevelInfo, Format: "text"},
 	}
 }

@@ -43,7 +43,7 @@ func shown(key string, v reflect.Value) string {
 		return "`" + strings.TrimSuffix(fmt.Sprint(v.Interface()), "0m0s") + "`"
 	case "tpm.epochIndex", "anchor.index":
 		return fmt.Sprintf("`0x%08X`", v.Uint())
-	case "kms.socketMode":
+	case "kms.socketMode", "http.socketMode":
 		return fmt.Sprintf("`%04o`", v.Uint())
 	}
 	switch {

@@ -59,7 +59,10 @@ func (p *problems) validate(c *Config) {
 	if c.KMS.AllowedUIDs != nil && len(c.KMS.AllowedUIDs) == 0 {
 		p.Add("kms.allowedUIDs", "the list is empty, so nobody could call; leave the key out for root and the socket's owner")
 	}
-	p.validateHTTP(c.HTTP.Address)
+	p.validateHTTP(&c.HTTP)
+	if s := c.HTTP.Socket; s != "" && (s == c.KMS.Socket || s == c.Admin.Socket) {
+		p.Add("http.socket", "%q is another socket too; name another path", s)
+	}
 }
 
 // imaPCR is Linux's own: what is sealed to it opens until the next measurement.
@@ -205,7 +208,11 @@ func (p *problems) validateBinding(c *TPM) {
 }
 
 // validateHTTP keeps health and metrics on the machine: they are not authenticated.
-func (p *problems) validateHTTP(address string) {
+func (p *problems) validateHTTP(c *HTTP) {
+	if c.Socket != "" {
+		p.absolute("http.socket", c.Socket)
+	}
+	address := c.Address
 	if address == "" {
 		return
 	}

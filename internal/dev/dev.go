@@ -101,7 +101,7 @@ func (d *Dev) config(m *simboot.Machine) (*config.Config, error) {
 		"tpm":   map[string]any{"device": m.Device(), "eventLog": m.EventLog(), "userspaceEventLog": m.UserspaceLog()},
 		"kms":   map[string]any{"socket": d.path("kms.sock")},
 		"admin": map[string]any{"socket": d.path("admin.sock")},
-		"http":  map[string]any{"address": ""},
+		"http":  map[string]any{"socket": ""},
 		"log":   map[string]any{"level": "warn"},
 	}
 	b, err := yaml.Marshal(file)

@@ -4,8 +4,6 @@ import (
 	"context"
 	"io/fs"
 	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"sync"
 	"time"
@@ -16,6 +14,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver"
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/grpcserver/monitor"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
@@ -33,7 +32,7 @@ type Server struct {
 	opened chan struct{} // an attempt has opened the keyring
 	kms    *grpcserver.Server
 	admin  *admin.Server
-	http   *http.Server
+	http   *monitor.Server
 	// adminTried is closed when the admin socket is listened on, or can't be. Only then
 	// does serve tell systemd and HTTP clients that it is up, so that a command that
 	// follows finds it.
@@ -47,11 +46,17 @@ func (s *Server) Run(ctx context.Context) {
 	if err := store.PrepareDir(s.Node.Config.State.Dir); err != nil {
 		s.Node.Log.Warn("state folder", "error", err)
 	}
+	if err := monitor.CheckFiles(); err != nil {
+		s.Node.Log.Warn("file descriptors", "error", err)
+	}
 	var running sync.WaitGroup
 	running.Go(func() { s.keep(ctx, "KMS socket", s.serveKMS) })
 	running.Go(func() { s.keep(ctx, "admin socket", s.serveAdmin) })
+	if s.Node.Config.HTTP.Socket != "" {
+		running.Go(func() { s.keep(ctx, "health and metrics socket", s.serveHTTPSocket) })
+	}
 	if s.Node.Config.HTTP.Address != "" {
-		running.Go(func() { s.keep(ctx, "health and metrics", s.serveHTTP) })
+		running.Go(func() { s.keep(ctx, "health and metrics address", s.serveHTTPAddress) })
 	}
 	running.Go(func() { s.Node.Unlocker.Run(ctx) })
 	running.Go(func() { s.tidyUp(ctx) })
@@ -142,16 +147,23 @@ func (s *Server) serveAdmin() error {
 	return s.admin.Serve(l)
 }
 
-func (s *Server) serveHTTP() error {
+func (s *Server) serveHTTPSocket() error {
 	<-s.adminTried
-	l, err := net.Listen("tcp", s.Node.Config.HTTP.Address)
+	c := s.Node.Config.HTTP
+	l, err := monitor.ListenSocket(monitor.SocketConfig{Path: c.Socket, Mode: fs.FileMode(c.SocketMode), GID: c.SocketGID, Log: s.Node.Log})
 	if err != nil {
 		return err
 	}
-	if err := s.http.Serve(l); err != http.ErrServerClosed {
+	return s.http.Serve(l)
+}
+
+func (s *Server) serveHTTPAddress() error {
+	<-s.adminTried
+	l, err := monitor.ListenTCP(s.Node.Config.HTTP.Address)
+	if err != nil {
 		return err
 	}
-	return nil
+	return s.http.Serve(l)
 }
 
 func (s *Server) stop() {
@@ -186,7 +198,7 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 	}
 	s.admin = admin.NewServer(admin.Options{Log: log})
 	operation.Handle(s.admin, n)
-	s.http = &http.Server{Handler: h.handler(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
+	s.http = monitor.New(h.handler())
 	return s, nil
 }
 

@@ -14,7 +14,7 @@ func TestUpAfterTheAdminSocket(t *testing.T) {
 		s := &Server{Node: &node.Node{Config: &config.Config{}}, adminTried: make(chan struct{})}
 		s.Node.Config.HTTP.Address = "no address"
 		ended := make(chan error, 1)
-		go func() { ended <- s.serveHTTP() }()
+		go func() { ended <- s.serveHTTPAddress() }()
 		synctest.Wait()
 		select {
 		case err := <-ended:

@@ -47,6 +47,8 @@ type Config struct {
 	Owner *Owner
 	// AllowedUIDs lists the peers that may use the socket.
 	AllowedUIDs []uint32
+	// AnyPeer admits every peer that the mode lets connect.
+	AnyPeer bool
 	// Log is told when connections are turned away.
 	Log *slog.Logger
 }
@@ -96,7 +98,7 @@ func listen(cfg Config) (*Listener, error) {
 		return nil, err
 	}
 	l := &Listener{UnixListener: ul, path: cfg.Path, ino: ino, lock: lock}
-	l.seats.init(cfg.AllowedUIDs, cfg.Log)
+	l.seats.init(cfg.AllowedUIDs, cfg.AnyPeer, cfg.Log)
 	return l, nil
 }
 

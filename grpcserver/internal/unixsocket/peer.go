@@ -76,23 +76,24 @@ func (l *Listener) Accept() (net.Conn, error) {
 // allowed ones out.
 type seats struct {
 	allowed []uint32
+	any     bool
 	log     *slog.Logger
 	mu      sync.Mutex
 	free    map[bool]int // by allowed or not
 	full    map[bool]bool
 }
 
-func (s *seats) init(allowed []uint32, log *slog.Logger) {
+func (s *seats) init(allowed []uint32, anyPeer bool, log *slog.Logger) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	s.allowed, s.log = slices.Clone(allowed), log
+	s.allowed, s.any, s.log = slices.Clone(allowed), anyPeer, log
 	s.free = map[bool]int{true: MaxConns, false: MaxStrangers}
 	s.full = map[bool]bool{}
 }
 
 func (s *seats) take(c *net.UnixConn, p Peer) *Conn {
-	ok := slices.Contains(s.allowed, p.UID)
+	ok := s.any || slices.Contains(s.allowed, p.UID)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.free[ok] == 0 {

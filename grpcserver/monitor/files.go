@@ -1,0 +1,30 @@
+package monitor
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
+)
+
+// otherFiles is room for what is no connection to this process: keyring, event logs, the
+// TPM, locked memory, a PKCS#11 module's own, connections to a server.
+const otherFiles = 128
+
+// files is how many file descriptors are in use where the KMS and admin sockets and both
+// listeners of health and metrics hold as many connections as they admit.
+const files = 2*(unixsocket.MaxConns+unixsocket.MaxStrangers) + 2*(MaxConns+1) + otherFiles
+
+// CheckFiles verifies that the process may open as many files as all of its sockets
+// admit together, so that none can take what another one needs.
+func CheckFiles() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("getrlimit: %w", err)
+	}
+	if limit.Cur < files {
+		return fmt.Errorf("the process may open %d files, and its sockets admit connections for %d; raise LimitNOFILE= of the unit", limit.Cur, files)
+	}
+	return nil
+}

@@ -1,0 +1,150 @@
+// Package monitor serves health and metrics to whatever watches this machine, and keeps
+// that from being a way in for anything else.
+//
+// Nothing authenticates there, and what is served is not secret. What has to be
+// protected is the rest of the process: connections are few, carry one request each and
+// have seconds for it, so that no number of them holds memory or file descriptors that
+// the KMS and admin sockets need. A newcomer is taken in by closing the oldest
+// connection: an honest one has its answer within milliseconds.
+//
+// The unix socket is for this machine's administrator alone, as its mode says. A port on
+// loopback is for every local user: each can take it before this process does, and then
+// answer "ok" for a kleidi that is locked, and each can crowd the others out.
+package monitor
+
+import (
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
+)
+
+// MaxConns bounds the connections of each listener.
+const MaxConns = 16
+
+// Limits of a request, which has no body.
+const (
+	headerTimeout = 2 * time.Second
+	readTimeout   = 2 * time.Second
+	writeTimeout  = 5 * time.Second
+	maxHeaders    = 8 << 10 // bytes
+)
+
+// Server serves on any number of listeners.
+type Server struct{ http *http.Server }
+
+// New makes a Server.
+func New(h http.Handler) *Server {
+	s := &Server{&http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		MaxHeaderBytes:    maxHeaders,
+		ErrorLog:          log.New(io.Discard, "", 0), // a peer can cause any number of lines
+	}}
+	s.http.SetKeepAlivesEnabled(false)
+	return s
+}
+
+// SocketConfig says where the unix socket is and who may use it.
+type SocketConfig struct {
+	Path string
+	// Mode holds the permission bits; 0 means 0600.
+	Mode fs.FileMode
+	// GID is the socket's group; -1 leaves the process's own.
+	GID int
+	Log *slog.Logger
+}
+
+// ListenSocket makes the socket. For the folder and a socket that exists, the rules of
+// grpcserver.Listen hold; the mode alone says who may connect.
+func ListenSocket(c SocketConfig) (net.Listener, error) {
+	if c.Mode == 0 {
+		c.Mode = 0o600
+	}
+	l, err := unixsocket.Listen(unixsocket.Config{
+		Path: c.Path, Setting: "http.socket", Mode: c.Mode, Owner: &unixsocket.Owner{UID: -1, GID: c.GID}, AnyPeer: true, Log: c.Log,
+	})
+	if err != nil {
+		return nil, err // not a typed nil
+	}
+	return limit(l), nil
+}
+
+// ListenTCP listens on an address, which config has found to be of loopback.
+func ListenTCP(address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	return limit(l), nil
+}
+
+// Serve answers on a listener of this package until Shutdown. Stopping is no error.
+func (s *Server) Serve(l net.Listener) error {
+	if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// Shutdown closes the listeners and waits for requests in progress, or for ctx.
+func (s *Server) Shutdown(ctx context.Context) error {
+	if err := s.http.Shutdown(ctx); err != nil {
+		return errors.Join(err, s.http.Close())
+	}
+	return nil
+}
+
+// limited holds MaxConns connections at most, and closes the oldest for a newcomer.
+type limited struct {
+	net.Listener
+	mu   sync.Mutex
+	open []*conn // the oldest first
+}
+
+func limit(l net.Listener) *limited { return &limited{Listener: l} }
+
+// Accept implements net.Listener.
+func (l *limited) Accept() (net.Conn, error) {
+	raw, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{raw, l}
+	l.mu.Lock()
+	var oldest *conn
+	if len(l.open) == MaxConns {
+		oldest = l.open[0]
+		l.open = l.open[1:]
+	}
+	l.open = append(l.open, c)
+	l.mu.Unlock()
+	if oldest != nil {
+		_ = oldest.Conn.Close()
+	}
+	return c, nil
+}
+
+type conn struct {
+	net.Conn
+	l *limited
+}
+
+// Close implements net.Conn.
+func (c *conn) Close() error {
+	c.l.mu.Lock()
+	c.l.open = slices.DeleteFunc(c.l.open, func(o *conn) bool { return o == c })
+	c.l.mu.Unlock()
+	return c.Conn.Close()
+}
