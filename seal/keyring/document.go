@@ -111,12 +111,12 @@ func encodeBody(d *document) ([]byte, error) {
 }
 
 // node returns the entry of a node, or nil.
-func (d *document) node(name string) *Node {
-	i := slices.IndexFunc(d.Nodes, func(n Node) bool { return n.Name == name })
+func (b *document) node(name string) *Node {
+	i := slices.IndexFunc(b.Nodes, func(n Node) bool { return n.Name == name })
 	if i < 0 {
 		return nil
 	}
-	return &d.Nodes[i]
+	return &b.Nodes[i]
 }
 
 func (b *body1) document() *document {

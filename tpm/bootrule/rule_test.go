@@ -105,7 +105,6 @@ var (
 
 	all    = []Part{Program, Kernel, Initrd, CommandLine}
 	behind = []Part{Kernel, Initrd, CommandLine}
-	none   []Part
 )
 
 // TestRule: by boot type, what a set of PCRs leaves open, and whether it is taken for a
