@@ -156,7 +156,7 @@ func TestHangingTPM(t *testing.T) {
 	slot := n.wrap(kek)
 	steps := n.sent(n.operations(slot, kek)["Unwrap"])
 	hasty := nodeOn(t, n.machine)
-	hasty.Device = hasty.proxy.TPM(50 * time.Millisecond)
+	hasty.Device = hasty.proxy.TPM(400 * time.Millisecond)
 	hasty.Wrapper = tpm.NewWrapper(hasty.Config)
 	for i, e := range steps {
 		hasty.proxy.Inject(tpmtest.Fault{After: i, Times: 1, Do: tpmtest.HangAfter})
