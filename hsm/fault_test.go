@@ -337,8 +337,8 @@ func TestSlotOrToken(t *testing.T) {
 	}
 }
 
-// TestHang: a call that does not return keeps its caller, and others, waiting until their
-// deadlines. Nothing accumulates meanwhile, and after the call has returned the wrapper
+// TestHang: a call that does not return makes its caller, and every later one, wait until
+// its deadline. Nothing accumulates meanwhile, and after the call has returned the wrapper
 // works again.
 func TestHang(t *testing.T) {
 	b := softHSM(t)

@@ -83,7 +83,7 @@ func TestUnknownAnswerToLogin(t *testing.T) {
 		}
 		setPIN(t, w, testPIN)
 		refuses(t, w, slot, seal.CauseUnavailable, shown)
-		fault(w) // as a process that starts anew
+		fault(w) // as a process that starts again
 		opens(t, w, slot, kek)
 	}
 }
@@ -105,7 +105,7 @@ func TestTroubleAtLogin(t *testing.T) {
 		f.login = nil
 		opens(t, w, slot, kek) // so it is known to be right when the vendor's code comes
 	}
-	f.login = func() error { return pkcs11.Error(pkcs11.CKR_PIN_INCORRECT) } // set anew on the token
+	f.login = func() error { return pkcs11.Error(pkcs11.CKR_PIN_INCORRECT) } // set again on the token
 	refuses(t, w, slot, seal.CauseCredentials, "PIN")
 	f.login = func() error { return pkcs11.Error(pkcs11.CKR_DEVICE_ERROR) }
 	refuses(t, w, slot, seal.CauseCredentials, "refused this PIN before")

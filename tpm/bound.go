@@ -16,7 +16,7 @@ import (
 )
 
 // boundPCR holds the state and the keys of Secure Boot. What is bound to it alone
-// demands nothing of the kernel: it has to outlive updates, and what a boot may open
+// demands nothing of the kernel: it must outlive updates, and what a boot may open
 // is for the slots' authorization policies to say.
 const boundPCR = 7
 
@@ -96,7 +96,7 @@ func (k *boundKind) damaged(format string, args ...any) error {
 
 // parse reads a file, of which there is only one form for each object, into whole, in
 // which b is embedded. It returns the digest that the object's authorization policy
-// has to have.
+// must have.
 func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, err error) {
 	if len(file) > kind.max {
 		return nil, kind.damaged("more than %d bytes", kind.max)

@@ -21,7 +21,7 @@ import (
 // MaxClientKey bounds the file of a client key, in bytes.
 const MaxClientKey = 4 << 10
 
-// A client key has to outlive updates of the kernel, since a certificate is issued for it.
+// A client key must outlive updates of the kernel, since a certificate is issued for it.
 var clientKeyKind = &boundKind{
 	form: "client-key-v1", max: MaxClientKey, name: "client key", command: "kleidi vault-key",
 	renew: hintClientKey, without: "keep the client key in a file, with vault.auth.keyFile",

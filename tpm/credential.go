@@ -47,7 +47,7 @@ func credentialTemplate(digest []byte) tpm2.TPMTPublic {
 
 // SealCredential seals a credential of 1 to [MaxCredential] bytes to this TPM, for as
 // long as PCR 7 of the bank is what it is now: after a change of Secure Boot's state
-// or keys, seal it anew. blob is what to keep in a file, of at most
+// or keys, seal it again. blob is what to keep in a file, of at most
 // [MaxSealedCredential] bytes; it holds nothing that another TPM could open, nor this
 // one once it was cleared.
 func (d *Device) SealCredential(ctx context.Context, owner Owner, bank crypto.Hash, credential *seal.Secret) (blob []byte, err error) {

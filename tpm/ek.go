@@ -41,7 +41,7 @@ func EKDigestOf(spki []byte) string {
 
 // WithEK runs f with the endorsement key: RSA-2048 where the TPM has it, else ECC
 // P-256. The persistent key at 0x81010001 is used where it is one; else the key is
-// made anew as a transient primary, which takes seconds, and flushed.
+// made again as a transient primary, which takes seconds, and flushed.
 func WithEK(t transport.TPM, f func(*EK) error) error {
 	if r, err := (tpm2.ReadPublic{ObjectHandle: ekHandle}).Execute(t); err == nil {
 		pub, err := r.OutPublic.Contents()

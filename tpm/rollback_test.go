@@ -8,7 +8,7 @@ import (
 )
 
 // TestCounterWentBack: slots far above the counter, as after the roll-back of a
-// virtual TPM. What would only claim to revoke them is refused; what has to open
+// virtual TPM. What would only claim to revoke them is refused; what must open
 // again, for recover, is sealed.
 func TestCounterWentBack(t *testing.T) {
 	n := newNode(t)

@@ -53,7 +53,7 @@ type Signer struct {
 // Public returns the signer's key.
 func (s Signer) Public() (crypto.PublicKey, error) { return tpm2.Pub(s.Key) }
 
-// Verifier is a remote verifier that has to agree before the TPM unseals, for
+// Verifier is a remote verifier that must agree before the TPM unseals, for
 // this node of this cluster.
 type Verifier struct {
 	Signer
@@ -68,7 +68,7 @@ type BootState struct {
 	Signer *Signer
 	// Resets is the last resetCount of the TPM, for UseSuspend alone.
 	Resets uint32
-	// Verifier has to agree each time; nil is none.
+	// Verifier must agree each time; nil is none.
 	Verifier *Verifier
 	// Record is what explains the values to a person (events and digests), a
 	// JSON document that this package keeps and does not read.
@@ -296,7 +296,7 @@ func checkPublic(p *tpm2.TPMTPublic, attributes tpm2.TPMAObject, digest []byte) 
 
 // terms is the authorization policy of a sealed slot: PolicyAuthorize where
 // others may sign, PolicyPCR, PolicyCounterTimer where boots are counted, PolicyNV,
-// PolicySigned where a verifier has to agree: it is asked last.
+// PolicySigned where a verifier must agree: it is asked last.
 func terms(s *BootState, counter EpochIndex, atMost uint64) authpolicy.Terms {
 	var ts authpolicy.Terms
 	if s.Signer != nil {

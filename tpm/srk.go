@@ -78,7 +78,7 @@ var errOtherSRK = errors.New("the TPM's storage root key is another one")
 // WithSRK runs f with the storage root key: the TCG's ECC P-256 template in the
 // owner hierarchy. want is the Name that it must have, or nil to take the TPM's.
 // The persistent key at 0x81000001 is used where it has that Name; else the key
-// is made anew as a transient primary, and flushed.
+// is made again as a transient primary, and flushed.
 func WithSRK(t transport.TPM, owner Owner, want []byte, f func(*SRK) error) error {
 	if srk := persistentSRK(t, want); srk != nil {
 		return f(srk)
@@ -106,7 +106,7 @@ func WithSRK(t transport.TPM, owner Owner, want []byte, f func(*SRK) error) erro
 }
 
 // withAnySRK runs f with the persistent key at 0x81000001 if it has the Name
-// prefer, which needs no owner authorization and no time, else with one made anew.
+// prefer, which needs no owner authorization and no time, else with one made again.
 func withAnySRK(t transport.TPM, owner Owner, prefer []byte, f func(*SRK) error) error {
 	if srk := persistentSRK(t, prefer); srk != nil {
 		return f(srk)

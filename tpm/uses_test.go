@@ -163,7 +163,7 @@ func TestSuspendSlotCountsRestarts(t *testing.T) {
 	n.refuses(slot, seal.CauseBootState, "the suspension is over")
 }
 
-// TestUsesAreOfTheirForm: what a slot is for, and what it holds, have to agree, and
+// TestUsesAreOfTheirForm: what a slot is for, and what it holds, must agree, and
 // the later form is not that of a slot which needs none of it.
 func TestUsesAreOfTheirForm(t *testing.T) {
 	n := newNode(t)

@@ -48,7 +48,7 @@ type Wrapper struct {
 	ahead   uint64                  // by how many epochs Wrap seals ahead of the counter
 	revoke  []seal.Slot             // whose epochs end before that of what Wrap makes
 	follows bool                    // a slot that is like one that is revoked is not made
-	asks    *Verifier               // who has to agree to what Wrap makes, if not nil
+	asks    *Verifier               // who must agree to what Wrap makes, if not nil
 	like    *slotData               // whose storage root key Wrap seals to, if not nil
 	ek      *atomic.Pointer[string] // the machine's EK digest once known: making the key takes seconds
 }
@@ -63,7 +63,7 @@ type SealOptions struct {
 	// in Revoke: these no longer open once Settle has ended it.
 	NextEpoch bool
 	Revoke    []seal.Slot
-	// Verifier has to agree before a slot opens; nil is none.
+	// Verifier must agree before a slot opens; nil is none.
 	Verifier *Verifier
 	// SameTPMAs are authenticated slots. Sealing goes under the storage root key of this
 	// node's TPM slot among them and under no other, so that an impostor in the TPM's
@@ -295,7 +295,7 @@ func otherTPM(t transport.TPM, ek string) error {
 // again at every start, since a crash may have come in between. On another TPM, and
 // on one that was cleared, there is nothing to end: none of them opens there.
 func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
-	var target *slotData // a slot that still has to open keeps its epoch
+	var target *slotData // a slot that must still open keeps its epoch
 	for _, s := range slots {
 		if s.Type != seal.TypeTPM || s.Node != w.Node {
 			continue

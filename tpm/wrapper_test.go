@@ -177,7 +177,7 @@ func TestClearedTPM(t *testing.T) {
 	if n.want(err, seal.CauseTPMCleared, "kleidi recover"); n.proxy.Count(tpm2.TPMCCCreate) != 0 {
 		t.Error("a KEK was sealed to a cleared TPM")
 	}
-	// Sealing anew needs the counter anew, which is what recover does.
+	// Sealing needs the counter again, which is what recover does.
 	_, err = n.Wrap(t.Context(), n.kek())
 	n.want(err, seal.CauseEpoch, "gone")
 	if _, err := n.Provision(t.Context()); err != nil {
@@ -187,7 +187,7 @@ func TestClearedTPM(t *testing.T) {
 	n.opens(n.wrap(kek), kek)
 }
 
-// TestCounterReplaced: a counter that is gone, made anew or forged opens nothing.
+// TestCounterReplaced: a counter that is gone, made again or forged opens nothing.
 func TestCounterReplaced(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()

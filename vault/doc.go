@@ -4,7 +4,7 @@
 //
 // Each operation has a TLS connection of its own: it logs in, encrypts or decrypts,
 // revokes its token, and closes the connection. Nothing outlives the operation, so no
-// token has to be renewed, and a wrapper that was made while the server was down works
+// token must be renewed, and a wrapper that was made while the server was down works
 // once the server is up.
 //
 // A slot names its Transit key, so that a wrapper recognises its own slots. The address

@@ -34,9 +34,9 @@ const (
 	RemoveSlot Verb[RemoveSlotRequest, KeyringState] = "remove-slot"
 	// TestSlots opens slots and compares what comes out.
 	TestSlots Verb[TestSlotsRequest, SlotTests] = "test-slots"
-	// RewrapSlot wraps a slot anew, by the newest version of its key.
+	// RewrapSlot wraps a slot again, by the newest version of its key.
 	RewrapSlot Verb[RewrapSlotRequest, KeyringState] = "rewrap-slot"
-	// Recover opens the keyring with a recovery identity, seals anew and rotates.
+	// Recover opens the keyring with a recovery identity, seals again and rotates.
 	Recover Verb[RecoverRequest, KeyringState] = "recover"
 	// Restore puts another keyring in the place of the stored one, and rotates.
 	Restore Verb[RestoreRequest, KeyringState] = "restore"
@@ -78,7 +78,7 @@ const (
 	Locked State = "locked"
 )
 
-// StatusReport is all that status shows. Times are zero where they do not apply.
+// StatusReport is everything that status shows. Times are zero where they do not apply.
 type StatusReport struct {
 	// Version is that of the running serve.
 	Version string `json:"version"`
@@ -170,7 +170,7 @@ type RotateRequest struct {
 // ResealRequest asks to seal to the boot state of now; slots of earlier boot
 // states are revoked.
 type ResealRequest struct {
-	// Next, if set, asks to seal to this boot state besides, and to revoke nothing.
+	// Next, if set, asks to seal to this boot state too, and to revoke nothing.
 	Next *BootState `json:"next,omitempty"`
 	// DropNext asks to revoke slots for next boots as well.
 	DropNext bool `json:"dropNext,omitempty"`
@@ -231,7 +231,7 @@ type RemoveSlotRequest struct {
 	Name string `json:"name"`
 }
 
-// TestSlotsRequest names slots; none means all that can be tried.
+// TestSlotsRequest names slots; none means every slot that can be tried.
 type TestSlotsRequest struct {
 	Names []string `json:"names,omitempty"`
 }

@@ -1,8 +1,8 @@
 // Package monitor serves health and metrics to whatever watches this machine, and keeps
 // that from being a way in for anything else.
 //
-// Nothing authenticates there, and what is served is not secret. What has to be
-// protected is the rest of the process: connections are few, carry one request each and
+// Nothing authenticates there, and what is served is not secret. What needs
+// protection is the rest of the process: connections are few, carry one request each and
 // have seconds for it, so that no number of them holds memory or file descriptors that
 // the KMS and admin sockets need. A newcomer is taken in by closing the oldest
 // connection: an honest one has its answer within milliseconds.

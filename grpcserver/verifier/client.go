@@ -39,7 +39,7 @@ type ClientConfig struct {
 }
 
 // DefaultClientTimeout bounds an exchange on the node. The TPM is open for as long,
-// so it has to be below the time that a TPM operation may take.
+// so it must be below the time that a TPM operation may take.
 const DefaultClientTimeout = 15 * time.Second
 
 // Client asks a verifier. It implements [remote.Channel].

@@ -31,7 +31,7 @@ const (
 	// proofTimeout bounds the time from the challenge to the proof. A discrete TPM
 	// takes seconds for it; the keys have been made before the node connects.
 	proofTimeout = 15 * time.Second
-	// lingerTimeout is what the last message has to leave in, once an exchange has ended.
+	// lingerTimeout is what the last message must leave in, once an exchange has ended.
 	lingerTimeout = 2 * time.Second
 )
 

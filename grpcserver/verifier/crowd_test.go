@@ -121,7 +121,7 @@ func (f *fake) RemoteAddr() net.Addr {
 // Close implements net.Conn.
 func (f *fake) Close() error { f.closed = true; return nil }
 
-// TestCrowd: who has to go for a newcomer.
+// TestCrowd: who must go for a newcomer.
 func TestCrowd(t *testing.T) {
 	w := newCrowd(newMetrics(), time.Minute)
 	enter := func(format string, args ...any) *fake {
@@ -147,7 +147,7 @@ func TestCrowd(t *testing.T) {
 	if !own[1].closed || w.size != maxUnproven {
 		t.Error("the peer with the most connections does not lose its oldest")
 	}
-	// Of many with one each, the oldest has to go; but not a peer that gave a proof.
+	// Of many with one each, the oldest must go; but not a peer that gave a proof.
 	w = newCrowd(newMetrics(), time.Minute)
 	proven := w.enter(&fake{from: "192.0.2.7"})
 	w.proved(proven)
@@ -260,7 +260,7 @@ func TestOneExchangePerConnection(t *testing.T) {
 	}
 }
 
-// TestReplace: what is registered anew counts at once, also for an exchange that has
+// TestReplace: what is registered again counts at once, also for an exchange that has
 // begun, and so does the certificate.
 func TestReplace(t *testing.T) {
 	r := newRig(t)

@@ -42,8 +42,8 @@ func TestRefusalsBeforeTheProofAreSummedUp(t *testing.T) {
 	}
 }
 
-// TestTallyIsBounded: a stranger who varies all that can be varied adds a line per
-// check at most, and hides no other stranger's kind.
+// TestTallyIsBounded: a stranger who varies everything that can be varied adds at
+// most one line per check, and hides no other stranger's kind.
 func TestTallyIsBounded(t *testing.T) {
 	var written []*Verdict
 	tally := &tally{write: func(v []*Verdict) error { written = append(written, v...); return nil }}

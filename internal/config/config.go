@@ -82,7 +82,7 @@ type TPM struct {
 	Phase string `yaml:"phase"`
 }
 
-// Verifier is a machine that has to agree each time before a slot opens; without
+// Verifier is a machine that must agree each time before a slot opens; without
 // an address there is none.
 type Verifier struct {
 	Address     string        `yaml:"address"`

@@ -99,7 +99,7 @@ func Init(ctx context.Context, n *node.Node, opts InitOptions) (*InitResult, err
 }
 
 // checkVacant refuses to make a keyring where there is one, or was one: the previous
-// revision may be all that is left of it.
+// revision may be the only trace of it.
 func checkVacant(ctx context.Context, n *node.Node) error {
 	_, _, err := n.Keyring.Load(ctx)
 	if err == nil {

@@ -52,7 +52,7 @@ func Verify(ctx context.Context, n *node.Node, _ admin.VerifyRequest) (admin.Key
 	}}, nil
 }
 
-// Reload has serve read the keyring anew.
+// Reload has serve read the keyring again.
 func Reload(ctx context.Context, n *node.Node, _ admin.ReloadRequest) (admin.KeyringState, error) {
 	if err := n.Unlocker.Unlock(ctx); err != nil {
 		return admin.KeyringState{}, err

@@ -151,7 +151,7 @@ func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock
 }
 
 // vouch says by what the recovered keyring is trusted: the anchor and, where one is
-// open, the open keyring, whose KEK it has to hold; else the operator, who names
+// open, the open keyring, whose KEK it must hold; else the operator, who names
 // id, the current key ID of the keyring as it was given. It returns the revision
 // that the next one must not be below.
 func vouch(ctx context.Context, n *node.Node, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {

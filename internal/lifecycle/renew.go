@@ -80,7 +80,7 @@ func checkNewTPM(ctx context.Context, n *node.Node, slots []seal.Slot) error {
 
 // renewOptions say whom the fresh slots trust.
 type renewOptions struct {
-	// WithoutVerifier makes slots that no remote verifier has to agree to.
+	// WithoutVerifier makes slots that no remote verifier must agree to.
 	WithoutVerifier bool
 	// UntrustedKeys are the wrappers that get no KEK, by type, each with its reason.
 	UntrustedKeys map[string]error
@@ -103,8 +103,8 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptio
 			return nil, err
 		}
 	}
-	// The present KEK is wrapped anew as well: the first revision of the rotation
-	// has to open too.
+	// The present KEK is wrapped again as well: the first revision of the rotation
+	// must open too.
 	next, err := n.TPM.With(tpm.SealOptions{NextEpoch: true, Revoke: slotview.TPMParts(append(old.Slots(), old.StagedSlots()...)), Verifier: v})
 	if err != nil {
 		return nil, err

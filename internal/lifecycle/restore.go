@@ -46,7 +46,7 @@ func restoreFrom(ctx context.Context, n *node.Node, req admin.RestoreRequest) (a
 }
 
 // restoreWith puts the keyring in the place of the stored one of that version, with
-// the recovery identity or by what opens it here.
+// the recovery identity, or with whichever wrapper opens it on this node.
 func restoreWith(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted, version store.Version, req admin.RestoreRequest) (admin.KeyringState, error) {
 	if len(req.Identity) > 0 {
 		if !req.BreakTwoOfTwo {
@@ -75,8 +75,8 @@ func restoreWith(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 }
 
 // rotateIfRoom rotates a restored keyring in the slots that it has, but for those to
-// skip; one without room is only raised by a revision, for it has to be stored first
-// of all.
+// skip. A keyring without room for another retired KEK is not rotated: it is stored under
+// its own KEK, one revision higher.
 func rotateIfRoom(ctx context.Context, n *node.Node, k *keyring.Keyring, req admin.RestoreRequest) ([]*keyring.Keyring, error) {
 	if slotview.Full(k) && len(req.SkipSlots) > 0 {
 		return nil, errors.New("--skip-slot: the keyring holds no more retired KEKs, so it comes back under the KEK and in the slots that it has; leave --skip-slot out")

@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// TestNothingBesideBoth: where two have to open together, rotation makes no slot that
+// TestNothingBesideBoth: where two must open together, rotation makes no slot that
 // opens alone; nor one of the TPM, for it would trust whatever TPM is there.
 func TestNothingBesideBoth(t *testing.T) {
 	cfg := config.Default()

@@ -16,7 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// sealedPIN is the user PIN where it is sealed to the TPM. The file is read anew each
+// sealedPIN is the user PIN where it is sealed to the TPM. The file is read again each
 // time, so replacing it is enough.
 func (n *Node) sealedPIN(ctx context.Context) (*seal.Secret, error) {
 	path := n.Config.PKCS11.SealedPINFile
@@ -63,7 +63,7 @@ func (n *Node) signed(signer tpm.Signer) []authpolicy.SignedState {
 }
 
 // clientCertificate is what vault logs in with where its key is in the TPM. Both
-// files are read anew each time, so replacing them is enough.
+// files are read again each time, so replacing them is enough.
 func (n *Node) clientCertificate(ctx context.Context) (*tls.Certificate, error) {
 	auth := n.Config.Vault.Auth
 	blob, err := files.Read(auth.TPMKeyFile, tpm.MaxClientKey)

@@ -217,7 +217,7 @@ func (n *Node) Openers() []seal.Wrapper {
 	return all
 }
 
-// Wrappers returns all that are configured, whether they may open at start or not.
+// Wrappers returns every wrapper that is configured, whether they may open at start or not.
 func (n *Node) Wrappers() []seal.Wrapper {
 	var all []seal.Wrapper
 	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault} {

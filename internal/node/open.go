@@ -109,7 +109,7 @@ func (n *Node) Unrevoked(ctx context.Context, slots []seal.Slot) ([]seal.Slot, e
 }
 
 // CanOpen reports whether one of the slots is of a wrapper that may open the
-// keyring on this node; one of the TPM has to be for the running boot, or for signed
+// keyring on this node; one of the TPM must be for the running boot, or for signed
 // ones.
 func (n *Node) CanOpen(slots []seal.Slot) bool {
 	at, _ := n.RunningSlot(slots)

@@ -91,7 +91,7 @@ func (p provenRewrapper) WrapLike(ctx context.Context, kek *seal.Secret, like se
 	return p.Rewrapper.WrapLike(ctx, kek, like)
 }
 
-// ProvenRewrappers are the wrappers that make the slots of an open keyring anew.
+// ProvenRewrappers are the wrappers that make the slots of an open keyring again.
 func (n *Node) ProvenRewrappers(k *keyring.Keyring) []rotation.Rewrapper {
 	all := n.Rewrappers()
 	for i, w := range all {
@@ -109,7 +109,7 @@ func (n *Node) otherKey(k *keyring.Keyring, s seal.Slot, err error) error {
 		seal.WithHint(err, HintSameKey+"; if its key was made anew, and you trust it, run kleidi slot rewrap "+slotview.NameOf(k, s)+" --new-key"))}
 }
 
-// CheckSecondKey refuses to make the TPM's half of a two-of-two anew while the second wrapper
+// CheckSecondKey refuses to make the TPM's half of a two-of-two again while the second wrapper
 // does not open its own half of the slot that is there.
 func (n *Node) CheckSecondKey(ctx context.Context, k *keyring.Keyring) error {
 	kind := n.View.TwoOfTwo()
@@ -126,7 +126,7 @@ func (n *Node) CheckSecondKey(ctx context.Context, k *keyring.Keyring) error {
 	return nil
 }
 
-// HintKeyMade is a failure after the token has made a key: the next try has to use that.
+// HintKeyMade is a failure after the token has made a key: the next try must use that.
 func HintKeyMade(err error) error {
 	return seal.AddHint(err, "the key is made, so leave --generate-key out when you run it again")
 }

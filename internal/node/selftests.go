@@ -10,7 +10,7 @@ import (
 )
 
 // SelfTests is what came of the last tests of slots. A result is kept with the slot
-// that it is of: one that is made anew, or taken away, leaves no result behind.
+// that it is of: one that is made again, or taken away, leaves no result behind.
 type SelfTests struct {
 	mu      sync.Mutex
 	at      time.Time // of the last one of all slots

@@ -48,7 +48,7 @@ func ReplaceBootStates(ctx context.Context, n *node.Node, k *keyring.Keyring, st
 	return replaceUnder(ctx, n, k, v, states)
 }
 
-// replaceUnder returns that revision with slots that this verifier has to agree to, nil
+// replaceUnder returns that revision with slots that this verifier must agree to, nil
 // for none. The caller has checked that sealing to the TPM breaks no two-of-two.
 func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
 	if err := n.CheckSecondKey(ctx, k); err != nil {

@@ -183,7 +183,7 @@ func enrol(ctx context.Context, n *node.Node, signer tpm.Signer, g uint64) ([]st
 }
 
 // enrolled returns the boot states that stay beside a signer, whether one of them
-// has to go because it is of the same key and an earlier generation, and whether
+// must go because it is of the same key and an earlier generation, and whether
 // the signer has a slot.
 func enrolled(ctx context.Context, n *node.Node, k *keyring.Keyring, signer tpm.Signer, g uint64) (stay []tpm.BootState, older, there bool, err error) {
 	live, err := n.LiveStates(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)

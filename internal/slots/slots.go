@@ -141,7 +141,7 @@ func revokeSlot(ctx context.Context, n *node.Node, gone seal.Slot, rest []seal.S
 
 const revokedByTPM = "the TPM no longer opens it, kept copies included"
 
-// Rewrap wraps the KEK anew where the slot is: by the newest version of its
+// Rewrap wraps the KEK again where the slot is: by the newest version of its
 // key, for the same boot state or recipients.
 func Rewrap(ctx context.Context, n *node.Node, req admin.RewrapSlotRequest) (admin.KeyringState, error) {
 	var bound string
@@ -181,7 +181,7 @@ func Rewrap(ctx context.Context, n *node.Node, req admin.RewrapSlotRequest) (adm
 }
 
 // wrapAgain has Vault rewrap its own ciphertext, so that the KEK doesn't travel; where
-// it can't, and for all others, the open KEK is wrapped anew.
+// it can't, and for all others, the open KEK is wrapped again.
 func wrapAgain(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slot) (seal.Slot, error) {
 	if s.Type == seal.TypeVault && n.Vault != nil {
 		if rewrapped, err := n.Vault.Rewrap(ctx, s); err == nil {

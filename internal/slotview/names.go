@@ -35,7 +35,7 @@ func Find(slots []seal.Slot, name string) (int, error) {
 	return 0, fmt.Errorf("there is no slot %q, but %s; see kleidi slot list", name, JoinWords(names))
 }
 
-// Identity tells slots apart by all that they are.
+// Identity tells slots apart by type, node and data.
 func Identity(s seal.Slot) string { return s.Type + "\x00" + s.Node + "\x00" + string(s.Data) }
 
 // NameOf is the name of a slot of a keyring.

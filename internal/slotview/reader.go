@@ -9,6 +9,6 @@ type Reader struct {
 	Node string
 	// Order is unlock.order: which wrappers may open the keyring, and in which order.
 	Order []string
-	// Counter is the node's epoch counter, which its TPM's slots have to name.
+	// Counter is the node's epoch counter, which its TPM's slots must name.
 	Counter tpm.Counter
 }

@@ -23,7 +23,7 @@ func Second(kind string) string {
 	return ""
 }
 
-// TwoOfTwo returns which two have to open together on this node; "" where one is
+// TwoOfTwo returns which two must open together on this node; "" where one is
 // enough.
 func (r Reader) TwoOfTwo() string {
 	for _, kind := range r.Order {
@@ -61,7 +61,7 @@ func VaultPart(s seal.Slot) seal.Slot {
 }
 
 // TPMParts returns slots with the TPM's half in the place of each two-of-two: for
-// the gate, the epoch and all that asks what the TPM demands.
+// the gate, the epoch and everything else that asks what the TPM demands.
 func TPMParts(slots []seal.Slot) []seal.Slot {
 	out := slices.Clone(slots)
 	for i, s := range out {

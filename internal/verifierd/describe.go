@@ -9,7 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/verifier"
 )
 
-// Report is what nodes have to know of a verifier, and whom it knows.
+// Report is what nodes must know about a verifier, and which nodes it knows.
 type Report struct {
 	Config      string `json:"config"`
 	ClusterID   string `json:"clusterID"`

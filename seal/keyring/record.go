@@ -31,7 +31,7 @@ const (
 const recordFormat1 = 1
 
 // Record is what a node says of itself in the cluster store: what it trusts, what it
-// announces, what it has acknowledged, and the boot states that a KEK has to be
+// announces, what it has acknowledged, and the boot states that a KEK must be
 // wrapped for.
 type Record struct {
 	Node string

@@ -58,7 +58,7 @@ func (k *Keyring) Acknowledged() bool {
 }
 
 // Upgrade returns the next revision in format 2, committed in the file of self, which
-// has to be the only node. Slots of that node become its own section. A rotation must
+// must be the only node. Slots of that node become its own section. A rotation must
 // be over.
 func (k *Keyring) Upgrade(self Node) (*Keyring, error) {
 	switch only, ok := k.Self(); {

@@ -95,7 +95,7 @@ func Encrypting(k *keyring.Keyring, records []*keyring.VerifiedRecord) []Missing
 }
 
 // unsettled says why a node does not trust and announce the current KEK yet. Its
-// record has to be under that KEK: whoever knows a former one can write any other.
+// record must be under that KEK: whoever knows a former one can write any other.
 func unsettled(k *keyring.Keyring, r *keyring.VerifiedRecord) Why {
 	switch current := k.CurrentID(); {
 	case r.KeyID != current:

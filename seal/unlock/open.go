@@ -256,7 +256,7 @@ func owners(slots []seal.Slot) string {
 // moreSpecific reports whether err explains the refusal better than an error that only
 // says that the boot state is wrong: the TPM checks the PCRs first, so a slot that got
 // further tells more. A revoked slot means an old keyring; a verifier that refuses, or
-// can't be reached, is what the operator has to mend.
+// can't be reached, is what the operator must mend.
 func moreSpecific(err, than error) bool {
 	further := []seal.Cause{seal.CauseEpoch, seal.CauseBootPolicy, seal.CauseAttestation, seal.CauseUnavailable, seal.CauseKeyMissing, seal.CauseCredentials}
 	return seal.CauseOf(than) == seal.CauseBootState && slices.Contains(further, seal.CauseOf(err))

@@ -56,7 +56,7 @@ func Predicted(log *eventlog.Log, bank crypto.Hash, pcrs []int) (tpm.BootState, 
 }
 
 // Suspended returns the part of the present boot state that is left when some PCRs
-// are let go; none named means all but PCR 7. What is left has to hold the boot, or
+// are let go; none named means all but PCR 7. What is left must hold the boot, or
 // Secure Boot does.
 func (g *Gate) Suspended(ctx context.Context, letGo []int) (tpm.BootState, error) {
 	r, pcrs, err := g.present(ctx)
@@ -113,7 +113,7 @@ func (g *Gate) Signable(ctx context.Context) (tpm.BootState, error) {
 }
 
 // Holds refuses PCRs of the running boot that hold neither the boot nor Secure Boot's
-// keys. It is for what has to outlive updates, and does not ask the boot policy. use says
+// keys. It is for what must outlive updates, and does not ask the boot policy. use says
 // what any boot could do then, and without is a hint: how to do without.
 func (g *Gate) Holds(ctx context.Context, use string, pcrs []int, without string) error {
 	unjudged := Gate{Attester: g.Attester, Bank: g.Bank}

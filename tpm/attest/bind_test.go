@@ -176,7 +176,7 @@ func TestAcceptedSignedBootIsAnnounced(t *testing.T) {
 }
 
 // TestSignedBootsAreOthers: what PCR 7 alone lets in is any other signed boot, on a real
-// TPM, which is why it has to be accepted.
+// TPM, which is why it must be accepted.
 func TestSignedBootsAreOthers(t *testing.T) {
 	n := newNode(t, signedUKI)
 	n.gate.AnySigned, n.gate.PCRs = func(bootrule.Binding) {}, []int{7}

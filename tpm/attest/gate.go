@@ -212,7 +212,7 @@ func (r *Result) only(pcrs []int) eventlog.PCRs {
 	return values
 }
 
-// maxRecord bounds what a slot records of its boot, in bytes: a slot has to fit
+// maxRecord bounds what a slot records of its boot, in bytes: a slot must fit
 // into a keyring, and a GRUB menu measures hundreds of commands.
 const maxRecord = seal.MaxSlotData / 2
 

@@ -80,7 +80,7 @@ func secureBootOff(t *testing.T, l *eventlog.Log) {
 	t.Fatal("no variable SecureBoot that is on")
 }
 
-// anything lets everything pass in these PCRs, so that another rule has to refuse.
+// anything lets everything pass in these PCRs, so that another rule must refuse.
 func anything(pcrs ...int) func(*bootpolicy.BootPolicy) {
 	return func(p *bootpolicy.BootPolicy) {
 		for _, pcr := range pcrs {

@@ -77,7 +77,7 @@ func checkAK(public []byte) error {
 	if err != nil {
 		return err
 	}
-	if !bytes.Equal(tpm2.Marshal(p), public) { // go-attestation parses it too, and has to read the same
+	if !bytes.Equal(tpm2.Marshal(p), public) { // go-attestation parses it too, and must read the same
 		return errors.New("it is not in the form that a TPM gives it")
 	}
 	a := p.ObjectAttributes

@@ -29,7 +29,7 @@ type BootPolicy struct {
 	Kind       string `yaml:"kind"`
 	// Bank is the one bank that is judged, sha256 or sha384.
 	Bank string `yaml:"bank"`
-	// SecureBoot is the state that PCR 7 has to prove; empty demands none.
+	// SecureBoot is the state that PCR 7 must prove; empty demands none.
 	SecureBoot SecureBoot `yaml:"secureBoot"`
 	Firmware   Firmware   `yaml:"firmware"`
 	// PCRs holds the rule of every PCR that a quote must cover, and of no other.

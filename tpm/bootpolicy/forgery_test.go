@@ -81,7 +81,7 @@ func (f forgery) run(t *testing.T) {
 	}
 }
 
-// any lets everything pass in some PCRs, so that another rule has to refuse.
+// any lets everything pass in some PCRs, so that another rule must refuse.
 func anyIn(pcrs ...int) func(p *BootPolicy) {
 	return func(p *BootPolicy) {
 		for _, pcr := range pcrs {

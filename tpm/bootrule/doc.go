@@ -5,7 +5,7 @@
 // # The rule
 //
 // A boot authorises only what it measured. Four parts decide what runs, and a set of
-// PCRs has to hold each of them:
+// PCRs must hold each of them:
 //
 // The boot program: PCR 4 has an image. Without it nothing else counts, since any
 // program that starts in its place can extend PCRs 8 to 15 to the same values.

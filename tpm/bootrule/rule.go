@@ -18,7 +18,7 @@ const (
 	CommandLine Part = "command line"
 )
 
-// Demand is what a set of PCRs has to hold.
+// Demand is what a set of PCRs must hold.
 type Demand int
 
 const (

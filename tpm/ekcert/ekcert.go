@@ -49,7 +49,7 @@ type Verified struct {
 //  1. nv is one X.509 certificate of version 3, at most MaxSize bytes, but for
 //     the quirks that this package lists;
 //  2. its key is ek: RSA of 2048 bits or more, or ECDSA on P-256 or P-384. Who
-//     relies on it still has to see that the other side holds ek, by
+//     relies on it must still see that the other side holds ek, by
 //     TPM2_ActivateCredential;
 //  3. it is no CA's, and its key usage is that of an EK: key encipherment for
 //     RSA, key agreement for ECC, and nothing that signs certificates;

@@ -146,7 +146,7 @@ func (l *Log) without(event int, banks ...crypto.Hash) *Log {
 }
 
 // TestEventsOnPCRsThatDoNotExist extend nothing, whatever they claim: the same values
-// come out without them. What was really extended still has to be there.
+// come out without them. What was really extended must still be there.
 func TestEventsOnPCRsThatDoNotExist(t *testing.T) {
 	whole, quoted := parseLog(t, "uki-secureboot"), readPCRs(t, "uki-secureboot", crypto.SHA256)
 	delete(quoted, 10)

@@ -67,7 +67,7 @@ func TestAnchorFilledFromAnotherOS(t *testing.T) {
 	}
 }
 
-// TestAnchorMadeAnewFromAnotherOS: the anchor's own index, made anew, is empty, and
+// TestAnchorMadeAnewFromAnotherOS: the anchor's own index, made again, is empty, and
 // whoever made it can't fill it; with an authorization value, which no Name
 // holds, nobody but he can read it.
 func TestAnchorMadeAnewFromAnotherOS(t *testing.T) {

@@ -291,7 +291,7 @@ func (b *bench) policy(atMost uint64) error {
 
 var errOtherDigest = errors.New("the session has another digest")
 
-// TestMadeAnewStartsAbove: who removes the counter and makes it anew, byte for
+// TestMadeAnewStartsAbove: who removes the counter and makes it again, byte for
 // byte, revives no earlier epoch.
 func TestMadeAnewStartsAbove(t *testing.T) {
 	b := newBench(t)

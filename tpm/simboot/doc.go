@@ -2,7 +2,7 @@
 //
 // A [Machine] runs swtpm, Debian's TPM emulator, over a folder that keeps the
 // TPM's state. [Machine.Boot] does what firmware, boot loader and kernel do on
-// a real machine: it starts the TPM anew, extends a TCG PC Client measured-boot
+// a real machine: it starts the TPM again, extends a TCG PC Client measured-boot
 // sequence into every active bank and writes the matching event log. What is
 // measured follows from the fields of a [Boot], so a machine can boot another
 // kernel, another command line, or with Secure Boot off, and exactly those PCRs

@@ -100,7 +100,7 @@ func (m *Machine) Dir() string { return m.dir }
 func (m *Machine) Device() string { return "unix:" + m.socket() }
 
 // EventLog returns the path of the firmware's event log, which each boot writes
-// anew.
+// again.
 func (m *Machine) EventLog() string { return m.path(eventLogName) }
 
 // UserspaceLog returns the path of systemd's log. There is no such file after a

@@ -207,7 +207,7 @@ func (s *sequence) uki() {
 	}
 	if !s.boot.SecureBoot {
 		// The stub starts the kernel through the firmware, which measures it; with
-		// Secure Boot on it has to start it itself.
+		// Secure Boot on it must start it itself.
 		s.image(contents[".linux"], pathEnd)
 	}
 	initrd := contents[".initrd"]

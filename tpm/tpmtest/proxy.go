@@ -78,7 +78,7 @@ func Truncate(n int) Action {
 }
 
 // Change sends the real response as edit leaves it. The header's length is set
-// anew, so that only what follows is out of order.
+// again, so that only what follows is out of order.
 func Change(edit func(response []byte) []byte) Action {
 	return func(_ []byte, send func() []byte) []byte {
 		response := send()

@@ -13,8 +13,8 @@ import (
 
 // encapsulationKey returns what an endorsement key's claimed public key is to a
 // TPM: one of the TCG's two templates (EK Credential Profile, L-1 and L-2) with
-// that key in it. Nothing but the key itself is taken from the claim, since its
-// digest is all that was registered.
+// that key in it. Nothing but the key itself is taken from the claim, since
+// only its digest was registered.
 func encapsulationKey(spki []byte) (tpm2.LabeledEncapsulationKey, error) {
 	key, err := x509.ParsePKIXPublicKey(spki)
 	if err != nil {

@@ -42,7 +42,7 @@ func Frame(fields ...[]byte) []byte {
 	return b
 }
 
-// Transcript is all that both sides have to agree on. Its digest is in the quote
+// Transcript is everything that both sides must agree on. Its digest is in the quote
 // and under the proof, so that evidence of another connection, context, node,
 // cluster or moment does not verify.
 type Transcript struct {

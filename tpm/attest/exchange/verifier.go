@@ -99,7 +99,7 @@ func (p Purpose) Begin(c *Claims, exporter []byte, bank crypto.Hash, pcrs []int)
 }
 
 // checkAK demands exactly the template, and returns the Name. With it, the Name
-// says all that creation data could: the TPM that has the private part made it.
+// says everything that creation data could: the TPM that has the private part made it.
 func checkAK(public []byte) ([]byte, error) {
 	p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
 	if err != nil {

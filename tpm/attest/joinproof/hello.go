@@ -95,7 +95,7 @@ func (t *Terms) check() error {
 	return exchange.CheckPCRs(t.PCRs)
 }
 
-// claims are those of the exchange. The storage root key has to be of the template:
+// claims are those of the exchange. The storage root key must be of the template:
 // with it, the Name says which parent what is wrapped for it has.
 func (h *Hello) claims() (*exchange.Claims, error) {
 	srk, err := tpm.ParseSRK(h.SRK)

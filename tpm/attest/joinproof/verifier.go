@@ -26,7 +26,7 @@ type Approval struct {
 	Phase string
 	// AnySigned is content with PCRs that let in whatever Secure Boot's keys let start.
 	AnySigned bool
-	// Verifier is the remote verifier that the node's slots have to demand; nil is none.
+	// Verifier is the remote verifier that the node's slots must demand; nil is none.
 	Verifier *tpm.Verifier
 	// Signers may sign boot states of the node.
 	Signers []tpm.Signer
@@ -89,7 +89,7 @@ const (
 // certificate verifies where one is demanded; the node reads the present keyring's
 // format; its slots demand the remote verifier that is demanded, and no other; who signs
 // its boot states may; its PCRs can be sealed to, in the bank that the boot policy
-// judges; the storage root key is of the template; and all that [exchange.Purpose.Begin]
+// judges; the storage root key is of the template; and everything that [exchange.Purpose.Begin]
 // demands. The challenge asks for a quote over the PCRs of the boot policy and over
 // those to seal to.
 func (v *Verifier) Challenge(h *Hello, exporter []byte) (*Pending, *exchange.Challenge, error) {
@@ -178,7 +178,7 @@ func (v *Verifier) terms(h *Hello, a *Approval) (*Proven, error) {
 	return &Proven{State: state, Epoch: h.Epoch, Peer: tpm.Peer{Node: h.Node, EK: a.EK, SRK: h.SRK, Epoch: counter}}, nil
 }
 
-// demandOf is what the PCRs to seal to have to hold. A slot for signed boot states keeps
+// demandOf is what the PCRs to seal to must hold. A slot for signed boot states keeps
 // Secure Boot's, and the signature holds the rest.
 func demandOf(use tpm.Use, a *Approval) bootrule.Demand {
 	if a.AnySigned || use == tpm.UseSigned {
@@ -187,7 +187,7 @@ func demandOf(use tpm.Use, a *Approval) bootrule.Demand {
 	return bootrule.WholeBoot
 }
 
-// Judge demands all that [exchange.Pending.Judge] does, then that the boot is in the
+// Judge demands everything that [exchange.Pending.Judge] does, then that the boot is in the
 // phase in which slots are made, and that the PCRs to seal to hold what decides this
 // boot: nothing is wrapped for a boot that did not measure what it started. What it
 // returns is what to wrap for.

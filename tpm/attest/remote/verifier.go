@@ -121,7 +121,7 @@ type Passed struct {
 	Result *attest.Result
 }
 
-// Judge demands all that [exchange.Pending.Judge] does, over exactly the PCRs of the
+// Judge demands everything that [exchange.Pending.Judge] does, over exactly the PCRs of the
 // node's boot policy.
 func (p *Pending) Judge(e *Evidence) (*Passed, error) {
 	result, err := p.Pending.Judge(e, p.node.BootPolicy)
