@@ -220,7 +220,8 @@ func judgeServe(t *testing.T, c boot, res wire.Result, r *row) {
 		if !strings.Contains(res.Error, want) {
 			t.Errorf("the gRPC error does not say %q: %s", want, res.Error)
 		}
-		if said := status.Problem.Message + "; " + status.Problem.Hint; !strings.Contains(said, want) {
+		said := strings.Join(append(slices.Clone(status.Problem.Details), status.Problem.Message, status.Problem.Hint), "; ")
+		if !strings.Contains(said, want) {
 			t.Errorf("kleidi status does not say %q: %s", want, said)
 		}
 	}
