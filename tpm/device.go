@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -16,13 +17,14 @@ import (
 // need up to some seconds for an RSA key; a hanging one must not hang kleidi.
 const DefaultTimeout = 30 * time.Second
 
-// Device is one TPM. It is opened for an operation only, never held, and one
-// operation runs at a time: a second client of a swtpm would hang, and handles
+// Device is one TPM. It is opened for an operation only, or for a few that follow
+// each other (see Hold), and one operation runs at a time: a second client of a swtpm would hang, and handles
 // are per TPM where no resource manager stands in between.
 type Device struct {
 	addr    Address
 	timeout time.Duration
 	turn    chan struct{} // holds one token; a mutex that a context can end
+	holder  atomic.Pointer[hold]
 }
 
 // NewDevice returns the TPM at addr; timeout bounds each operation, 0 means
@@ -43,24 +45,57 @@ func NewDevice(addr Address, timeout time.Duration) *Device {
 func (d *Device) Do(ctx context.Context, f func(t transport.TPM) error) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, d.timeout)
 	defer cancel()
-	select {
-	case <-d.turn:
-		defer func() { d.turn <- struct{}{} }()
-	case <-ctx.Done():
-		return d.unavailable(fmt.Errorf("wait for an earlier TPM operation: %w", context.Cause(ctx)))
-	}
-	s, err := open(ctx, d.addr)
+	c, leave, err := d.enter(ctx)
 	if err != nil {
 		return d.unavailable(err)
 	}
-	c := &conn{ctx: ctx, stream: s}
-	defer c.close()
-	if !d.addr.managed() {
-		if err := guard(func() error { return flushStale(c) }); err != nil {
-			return d.unavailable(fmt.Errorf("flush what an ended client left: %w", err))
+	defer leave()
+	return c.blame(d, guard(func() error { return f(c) }))
+}
+
+// enter opens the TPM for an operation, or takes the connection that ctx holds, see
+// [Device.Hold]. The caller leaves when the operation has ended.
+func (d *Device) enter(ctx context.Context) (c *conn, leave func(), err error) {
+	if h := d.heldBy(ctx); h != nil {
+		if c, leave, err = h.enter(ctx); c != nil || err != nil {
+			return c, leave, err
 		}
 	}
-	return c.blame(d, guard(func() error { return f(c) }))
+	if c, err = d.connect(ctx); err != nil {
+		return nil, nil, err
+	}
+	return c, func() { d.disconnect(c) }, nil
+}
+
+// connect waits for the device's turn, opens the TPM and flushes what a client that
+// was killed left in it.
+func (d *Device) connect(ctx context.Context) (*conn, error) {
+	if h := d.holder.Load(); h != nil {
+		h.giveWay(ctx)
+	}
+	select {
+	case <-d.turn:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for an earlier TPM operation: %w", context.Cause(ctx))
+	}
+	s, err := open(ctx, d.addr)
+	if err != nil {
+		d.turn <- struct{}{}
+		return nil, err
+	}
+	c := &conn{ctx: ctx, stream: s}
+	if !d.addr.managed() {
+		if err := guard(func() error { return flushStale(c) }); err != nil {
+			d.disconnect(c)
+			return nil, fmt.Errorf("flush what an ended client left: %w", err)
+		}
+	}
+	return c, nil
+}
+
+func (d *Device) disconnect(c *conn) {
+	c.close()
+	d.turn <- struct{}{}
 }
 
 // guard turns a panic into an error: go-tpm unmarshals what the TPM answered by
@@ -102,6 +137,26 @@ type conn struct {
 	stream stream
 	last   []byte // the response handed out last, cleared when it is of no more use
 	broken error  // the first fault of the stream; nothing is sent after it
+	held   bool   // for several operations, which share srks
+	srks   srks
+}
+
+// bind ties an open connection to the context of another operation.
+func (c *conn) bind(ctx context.Context) error {
+	err := c.stream.bind(ctx)
+	if err == nil {
+		c.ctx = ctx
+	}
+	return err
+}
+
+// unbind ends an operation on a connection that stays open.
+func (c *conn) unbind() {
+	clear(c.last)
+	c.last = nil
+	if err := c.bind(context.WithoutCancel(c.ctx)); err != nil && c.broken == nil {
+		c.broken = err
+	}
 }
 
 func (c *conn) close() {
@@ -115,6 +170,7 @@ func (c *conn) blame(d *Device, err error) error {
 		return nil
 	}
 	if _, ok := errors.AsType[*panicError](err); ok {
+		c.broken = err
 		return d.unavailable(err)
 	}
 	if c.broken != nil && seal.CauseOf(err) == "" {

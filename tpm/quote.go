@@ -24,34 +24,31 @@ type Quote struct {
 	PCRs      map[int][]byte // by index
 }
 
-// akTemplate is a restricted ECDSA P-256 signing key: it signs only what the
-// TPM itself states.
-var akTemplate = tpm2.TPMTPublic{
-	Type:    tpm2.TPMAlgECC,
-	NameAlg: tpm2.TPMAlgSHA256,
-	ObjectAttributes: tpm2.TPMAObject{
-		FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, NoDA: true, Restricted: true, SignEncrypt: true,
-	},
-	Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{
-		Scheme: tpm2.TPMTECCScheme{Scheme: tpm2.TPMAlgECDSA,
-			Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256})},
-		CurveID: tpm2.TPMECCNistP256,
-	}),
-}
-
 // quoteTries bounds how often a quote is repeated because a PCR was extended
 // between reading the values and quoting them.
 const quoteTries = 5
 
 // Quote makes a fresh attestation key below the storage root key and quotes the
-// PCRs with it; nonce, of at most 64 bytes, becomes the quote's extraData. srk is
-// the Name of a storage root key to use if it is at hand, or nil.
+// PCRs with it, see [Quoter.Quote].
 func (d *Device) Quote(ctx context.Context, owner Owner, srk, nonce []byte, bank crypto.Hash, pcrs []int) (*Quote, error) {
-	var q *Quote
-	err := d.Do(ctx, func(t transport.TPM) error {
-		return withAnySRK(t, owner, srk, func(srk *SRK) error {
-			return WithAK(t, srk, func(ak *AK) (err error) {
-				q, err = ak.Quote(t, nonce, bank, pcrs)
+	return Quoter{Device: d, Owner: owner}.Quote(ctx, srk, nonce, bank, pcrs)
+}
+
+// Quoter quotes PCRs with an attestation key that it may keep.
+type Quoter struct {
+	Device *Device
+	Owner  Owner
+	// AK keeps the attestation key; nil has a fresh one made for each quote.
+	AK AKStore
+}
+
+// Quote quotes the PCRs; nonce, of at most 64 bytes, becomes the quote's extraData.
+// srk is the Name of a storage root key to use if it is at hand, or nil.
+func (q Quoter) Quote(ctx context.Context, srk, nonce []byte, bank crypto.Hash, pcrs []int) (quote *Quote, err error) {
+	err = q.Device.Do(ctx, func(t transport.TPM) error {
+		return withAnySRK(t, q.Owner, srk, func(srk *SRK) error {
+			return withKeptAK(t, srk, q.AK, func(ak *AK) (err error) {
+				quote, err = ak.Quote(t, nonce, bank, pcrs)
 				return err
 			})
 		})
@@ -59,42 +56,7 @@ func (d *Device) Quote(ctx context.Context, owner Owner, srk, nonce []byte, bank
 	if err != nil {
 		return nil, classify(err)
 	}
-	return q, nil
-}
-
-// AK is an attestation key, loaded for the duration of a WithAK.
-type AK struct {
-	Handle tpm2.TPMHandle
-	Name   tpm2.TPM2BName
-	Public []byte // TPMT_PUBLIC
-}
-
-// IsAK reports whether a public area is that of a key which WithAK makes: the same
-// template, so that nothing but the TPM's own statements is signed with it, and no
-// other authorization than the TPM's check that the private part is there.
-func IsAK(public *tpm2.TPMTPublic) bool {
-	want := akTemplate
-	want.Unique = public.Unique
-	point, err := public.Unique.ECC()
-	return err == nil && point != nil && bytes.Equal(tpm2.Marshal(want), tpm2.Marshal(public))
-}
-
-// WithAK runs f with a fresh attestation key below the storage root key.
-func WithAK(t transport.TPM, srk *SRK, f func(*AK) error) error {
-	created, err := tpm2.Create{ParentHandle: srk.auth(srk.Session()), InPublic: tpm2.New2B(akTemplate)}.Execute(t)
-	if err != nil {
-		return fmt.Errorf("TPM2_Create of an attestation key: %w", err)
-	}
-	loaded, err := tpm2.Load{ParentHandle: srk.auth(srk.Session()), InPrivate: created.OutPrivate, InPublic: created.OutPublic}.Execute(t)
-	if err != nil {
-		return fmt.Errorf("TPM2_Load of an attestation key: %w", err)
-	}
-	defer flush(t, loaded.ObjectHandle)
-	return f(&AK{Handle: loaded.ObjectHandle, Name: loaded.Name, Public: created.OutPublic.Bytes()})
-}
-
-func (ak *AK) auth() tpm2.AuthHandle {
-	return tpm2.AuthHandle{Handle: ak.Handle, Name: ak.Name, Auth: tpm2.PasswordAuth(nil)}
+	return quote, nil
 }
 
 // Quote quotes the PCRs; nonce, of at most 64 bytes, becomes the quote's extraData.

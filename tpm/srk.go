@@ -57,6 +57,7 @@ type SRK struct {
 	Handle tpm2.TPMHandle
 	Name   tpm2.TPM2BName
 	Public tpm2.TPMTPublic
+	shared *sharedSession // nil where there is none to share
 }
 
 // auth is the SRK itself, authorized by its empty value.
@@ -66,10 +67,33 @@ func (s *SRK) auth(session tpm2.Session) tpm2.AuthHandle {
 
 func (s *SRK) salted() tpm2.AuthOption { return tpm2.Salted(s.Handle, s.Public) }
 
-// Session is an HMAC session salted to the SRK: a response that it
-// authenticates came from this TPM.
+// Session is an HMAC session salted to the SRK: a response that it authenticates came
+// from this TPM. Without options it is one session for all commands as long as the SRK
+// is loaded, since starting one costs the TPM an elliptic-curve multiplication; each
+// command and each response has nonces of its own.
 func (s *SRK) Session(opts ...tpm2.AuthOption) tpm2.Session {
+	if len(opts) == 0 && s.shared != nil {
+		return s.shared
+	}
 	return tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, append(opts, s.salted())...)
+}
+
+// sharedSession is an HMAC session that is started for the first command that uses it.
+type sharedSession struct {
+	tpm2.Session // nil before
+	salted       tpm2.AuthOption
+	end          func() error
+}
+
+// Init implements tpm2.Session.
+func (s *sharedSession) Init(t transport.TPM) (err error) {
+	if s.Session == nil {
+		var started tpm2.Session
+		if started, s.end, err = tpm2.HMACSession(t, tpm2.TPMAlgSHA256, nonceSize, s.salted); err == nil {
+			s.Session = started
+		}
+	}
+	return err
 }
 
 // errOtherSRK says that the TPM's SRK does not have the wanted Name.
@@ -80,22 +104,12 @@ var errOtherSRK = errors.New("the TPM's storage root key is another one")
 // The persistent key at 0x81000001 is used where it has that Name; else the key
 // is made again as a transient primary, and flushed.
 func WithSRK(t transport.TPM, owner Owner, want []byte, f func(*SRK) error) error {
-	if srk := persistentSRK(t, want); srk != nil {
+	keys, done := srksOf(t)
+	defer done()
+	if srk := keys.named(t, want); srk != nil {
 		return f(srk)
 	}
-	auth, err := owner.auth()
-	if err != nil {
-		return err
-	}
-	r, err := tpm2.CreatePrimary{
-		PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: auth},
-		InPublic:      tpm2.New2B(tpm2.ECCSRKTemplate),
-	}.Execute(t)
-	if err != nil {
-		return fmt.Errorf("TPM2_CreatePrimary: %w", OwnerError(err))
-	}
-	defer flush(t, r.ObjectHandle)
-	srk, err := newSRK(r.ObjectHandle, &r.OutPublic)
+	srk, err := keys.primary(t, owner)
 	if err != nil {
 		return err
 	}
@@ -108,10 +122,82 @@ func WithSRK(t transport.TPM, owner Owner, want []byte, f func(*SRK) error) erro
 // withAnySRK runs f with the persistent key at 0x81000001 if it has the Name
 // prefer, which needs no owner authorization and no time, else with one made again.
 func withAnySRK(t transport.TPM, owner Owner, prefer []byte, f func(*SRK) error) error {
-	if srk := persistentSRK(t, prefer); srk != nil {
-		return f(srk)
+	keys, done := srksOf(t)
+	defer done()
+	srk := keys.named(t, prefer)
+	if srk == nil {
+		var err error
+		if srk, err = keys.primary(t, owner); err != nil {
+			return err
+		}
 	}
-	return WithSRK(t, owner, nil, f)
+	return f(srk)
+}
+
+// srks are the storage root keys that are loaded: at most the persistent one and a
+// transient primary.
+type srks struct{ persistent, transient *SRK }
+
+// srksOf returns the storage root keys of a connection that is held, else none, and
+// what releases them.
+func srksOf(t transport.TPM) (keys *srks, done func()) {
+	if c, ok := t.(*conn); ok && c.held {
+		return &c.srks, func() {}
+	}
+	keys = new(srks)
+	return keys, func() { keys.release(t) }
+}
+
+// named returns the storage root key of that Name, if it is loaded or persistent.
+func (k *srks) named(t transport.TPM, want []byte) *SRK {
+	for _, srk := range []*SRK{k.transient, k.persistent} {
+		if srk != nil && bytes.Equal(srk.Name.Buffer, want) {
+			return srk
+		}
+	}
+	srk := persistentSRK(t, want)
+	if srk != nil {
+		k.persistent = srk
+	}
+	return srk
+}
+
+// primary returns the storage root key as a transient primary.
+func (k *srks) primary(t transport.TPM, owner Owner) (*SRK, error) {
+	if k.transient != nil {
+		return k.transient, nil
+	}
+	auth, err := owner.auth()
+	if err != nil {
+		return nil, err
+	}
+	r, err := tpm2.CreatePrimary{
+		PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: auth},
+		InPublic:      tpm2.New2B(tpm2.ECCSRKTemplate),
+	}.Execute(t)
+	if err != nil {
+		return nil, fmt.Errorf("TPM2_CreatePrimary: %w", OwnerError(err))
+	}
+	srk, err := newSRK(r.ObjectHandle, &r.OutPublic)
+	if err != nil {
+		flush(t, r.ObjectHandle)
+		return nil, err
+	}
+	k.transient = srk
+	return srk, nil
+}
+
+// release ends the sessions and flushes the transient key.
+func (k *srks) release(t transport.TPM) {
+	for _, srk := range []*SRK{k.transient, k.persistent} {
+		if srk != nil && srk.shared.Session != nil {
+			_ = srk.shared.end() // as with flush
+		}
+	}
+	if k.transient != nil {
+		flush(t, k.transient.Handle)
+	}
+	*k = srks{}
 }
 
 // persistentSRK returns the key at 0x81000001 if it is the wanted one. Whatever
@@ -141,7 +227,9 @@ func newSRK(h tpm2.TPMHandle, public *tpm2.TPM2BPublic) (*SRK, error) {
 	if err != nil {
 		return nil, fmt.Errorf("storage root key: %w", err)
 	}
-	return &SRK{Handle: h, Name: *name, Public: *pub}, nil
+	srk := &SRK{Handle: h, Name: *name, Public: *pub}
+	srk.shared = &sharedSession{salted: srk.salted()}
+	return srk, nil
 }
 
 // OwnerError gives a refusal of the owner authorization its cause.

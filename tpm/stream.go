@@ -19,9 +19,14 @@ const (
 	maxMessage = 4096 // what the PC Client profile's TPMs buffer, and swtpm
 )
 
-// stream carries commands and responses; its reads and writes end with the
-// context that it was opened with.
-type stream interface{ io.ReadWriteCloser }
+// stream carries commands and responses; its reads and writes end with the context
+// that it was opened with, or that bind gave it.
+type stream interface {
+	io.ReadWriteCloser
+	// bind ties the stream to the context of another operation. It fails if the
+	// earlier context has ended.
+	bind(context.Context) error
+}
 
 func open(ctx context.Context, a Address) (stream, error) {
 	if a.network == "device" {
@@ -31,12 +36,12 @@ func open(ctx context.Context, a Address) (stream, error) {
 	if err != nil {
 		return nil, err
 	}
-	deadline, _ := ctx.Deadline()
-	if err := c.SetDeadline(deadline); err != nil {
+	s := &socket{Conn: c, stop: func() bool { return true }}
+	if err := s.bind(ctx); err != nil {
+		_ = c.Close()
 		return nil, err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
-	return &socket{Conn: c, ctx: ctx, stop: stop}, nil
+	return s, nil
 }
 
 // dial waits for a place in swtpm's queue, which is short.
@@ -58,6 +63,18 @@ type socket struct {
 	net.Conn
 	ctx  context.Context
 	stop func() bool
+}
+
+func (s *socket) bind(ctx context.Context) error {
+	if !s.stop() {
+		return cause(s.ctx)
+	}
+	deadline, _ := ctx.Deadline()
+	if err := s.SetDeadline(deadline); err != nil {
+		return err
+	}
+	s.ctx, s.stop = ctx, context.AfterFunc(ctx, func() { _ = s.SetDeadline(time.Unix(1, 0)) })
+	return nil
 }
 
 func (s *socket) Read(b []byte) (int, error) {
@@ -116,6 +133,11 @@ func openFile(ctx context.Context, path string) (stream, error) {
 			return nil, fmt.Errorf("open %s: %w: %w", path, err, cause(ctx))
 		}
 	}
+}
+
+func (f *file) bind(ctx context.Context) error {
+	f.ctx = ctx
+	return nil
 }
 
 func (f *file) Write(b []byte) (int, error) { return unix.Write(f.fd, b) }

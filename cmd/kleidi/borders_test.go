@@ -45,6 +45,7 @@ var borders = map[string][]string{
 	"tpm/attest/joinproof":           {"seal", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootrule", "tpm/eventlog", "tpm/nv"},
 	"tpm/attest/remote":              {"seal", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/authpolicy", "tpm/bootpolicy", "tpm/eventlog"},
 	"tpm/simboot":                    {"tpm", "tpm/eventlog", "tpm/simboot/peimage"},
+	"tpm/slowtpm":                    {},
 	"tpm/tpmtest":                    {"tpm", "tpm/simboot"},
 	"grpcserver":                     {"seal", "grpcserver/internal/panics", "grpcserver/internal/unixsocket"},
 	"grpcserver/admin":               {"seal", "grpcserver/internal/panics", "grpcserver/internal/unixsocket"},

@@ -13,6 +13,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/beezy-dev/kleidi/tpm/simboot"
+	"github.com/beezy-dev/kleidi/tpm/slowtpm"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
@@ -31,6 +32,7 @@ type hardware struct {
 //	machine other                            boot another machine in its place
 //	machine proxy                            put a proxy before its TPM
 //	machine banks BANK...                    give its TPM PCRs in these banks alone, and boot
+//	machine slow                             make its TPM as slow as a slow discrete one
 //	machine undefine INDEX                   remove an NV index, as any boot can
 //	machine files DIR [LOADER] [FIELD=VALUE...]  write the files of such a boot
 func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
@@ -71,6 +73,8 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 			return err
 		}
 		return f.Write(h.path(args[1]))
+	case "slow":
+		return h.slowDown()
 	case "proxy":
 		h.proxy = tpmtest.NewProxy(h.t, h.machine)
 		return h.lead(h.proxy.Address())
@@ -91,6 +95,16 @@ func (h *host) allocate(names []string) error {
 	h.machine.Allocate(banks...)
 	h.machine.Reboot(h.machine.Current())
 	return h.lead(h.device())
+}
+
+func (h *host) slowDown() error {
+	path := h.path("hw/slow.sock")
+	t, err := slowtpm.Listen(path, strings.TrimPrefix(h.machine.Device(), "unix:"), slowtpm.Slow)
+	if err != nil {
+		return err
+	}
+	h.t.Cleanup(t.Close)
+	return h.lead("unix:" + path)
 }
 
 func (h *host) undefine(index string) error {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"path/filepath"
 	"sync"
 
 	"github.com/beezy-dev/kleidi/hsm"
@@ -71,7 +72,7 @@ func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock
 		n.Anchor = tpmAnchor{&nv.AnchorStore{Anchor: index, Device: device, Owner: owner, Bank: cfg.Bank(), PCRs: cfg.Anchor.PCRs, Holds: n.CheckAnchorable}}
 	}
 	n.Gate = &attest.Gate{
-		Attester: attest.Attester{Device: device, Owner: owner,
+		Attester: attest.Attester{Device: device, Owner: owner, AK: attest.AKFile(filepath.Join(cfg.State.Dir, "ak.json")),
 			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},
 		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs, Phase: cfg.TPM.Phase, Always: cfg.Unlock.RequireAttestation,
 	}
@@ -98,7 +99,7 @@ func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock
 	}
 	n.Unlocker = unlock.New(unlock.Config{
 		Store: n.Keyring, Anchor: n.Anchor, Ready: n.LockMemory, Gate: preflight{n.Gate, n.Attests()}, Ungated: n.ungated, Wrappers: n.Openers(),
-		Settle: n.settle, Log: log, Attempted: attempted,
+		Hold: device.Hold, Settle: n.settle, Log: log, Attempted: attempted,
 	})
 	return n, nil
 }

@@ -52,6 +52,9 @@ type Config struct {
 	Ungated func(kind string) bool
 	// Wrappers may open slots, in this order.
 	Wrappers []seal.Wrapper
+	// Hold, if set, has what is done within the returned context share what it opens,
+	// until release is called; it is called for each attempt.
+	Hold func(context.Context) (held context.Context, release func())
 	// Settle, if set, ends the epochs before the epoch of these slots. It is called
 	// after every save and after every opening.
 	Settle func(context.Context, []seal.Slot) error
@@ -166,6 +169,8 @@ func (u *Unlocker) Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error) {
 func (u *Unlocker) Unlock(ctx context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	ctx, release := u.hold(ctx)
+	defer release()
 	defer u.once.Do(func() { close(u.tried) })
 	u.unsettled = false
 	var timing Timing
@@ -200,6 +205,13 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 		u.failed(unsettled, timing)
 	}
 	return unsettled
+}
+
+func (u *Unlocker) hold(ctx context.Context) (context.Context, func()) {
+	if u.cfg.Hold == nil {
+		return ctx, func() {}
+	}
+	return u.cfg.Hold(ctx)
 }
 
 // retry repeats the step that failed. If only Settle failed, retry opens no slot: the

@@ -161,12 +161,14 @@ type Attester struct {
 	Device *tpm.Device
 	Owner  tpm.Owner
 	Logs   Logs
+	// AK keeps the attestation key; nil has a fresh one made for each quote.
+	AK tpm.AKStore
 }
 
 // Collect quotes exactly these PCRs with the verifier's nonce. srk is as in
-// [tpm.Device.Quote].
+// [tpm.Quoter.Quote].
 func (a *Attester) Collect(ctx context.Context, srk, nonce []byte, bank crypto.Hash, pcrs []int) (*Evidence, error) {
-	q, err := a.Device.Quote(ctx, a.Owner, srk, nonce, bank, pcrs)
+	q, err := tpm.Quoter{Device: a.Device, Owner: a.Owner, AK: a.AK}.Quote(ctx, srk, nonce, bank, pcrs)
 	if err != nil {
 		return nil, err
 	}

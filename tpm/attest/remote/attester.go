@@ -38,8 +38,9 @@ type Attester struct {
 //
 // It takes no more than a TPM must have, three objects and three sessions: srk
 // and the policy session are there already, the attestation key and the
-// endorsement key come to it, and one session at a time. So nothing else may be
-// loaded, and the object that is to be unsealed is loaded afterwards.
+// endorsement key come to it, and the session that all commands share, and one more
+// to prove the endorsement key. So nothing else may be loaded, and the object that is
+// to be unsealed is loaded afterwards.
 func (a *Attester) Sign(ctx context.Context, t transport.TPM, srk *tpm.SRK, nonceTPM []byte) (tpm2.TPMTSignature, error) {
 	var signature []byte
 	err := exchange.WithMachine(t, srk, func(m *exchange.Machine) (err error) {

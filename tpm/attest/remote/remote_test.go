@@ -114,7 +114,7 @@ func TestThreeSlots(t *testing.T) {
 					t.Error("a damaged credential is accepted")
 				}
 			}
-			for first, want := range map[uint32]int{0x80000000: 1, 0x02000000: 1} { // the storage root key, the session
+			for first, want := range map[uint32]int{0x80000000: 1, 0x02000000: 2} { // the storage root key; the policy session and the one that is shared
 				if n := handles(t, tp, first); n != want {
 					t.Errorf("persistent: %v: %d handles from %#x on, want %d", persistent, n, first, want)
 				}

@@ -1,0 +1,146 @@
+package tpm
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+)
+
+// akTemplate is a restricted ECDSA P-256 signing key: it signs only what the
+// TPM itself states.
+var akTemplate = tpm2.TPMTPublic{
+	Type:    tpm2.TPMAlgECC,
+	NameAlg: tpm2.TPMAlgSHA256,
+	ObjectAttributes: tpm2.TPMAObject{
+		FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, NoDA: true, Restricted: true, SignEncrypt: true,
+	},
+	Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{
+		Scheme: tpm2.TPMTECCScheme{Scheme: tpm2.TPMAlgECDSA,
+			Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256})},
+		CurveID: tpm2.TPMECCNistP256,
+	}),
+}
+
+// AK is an attestation key, loaded for the duration of a WithAK.
+type AK struct {
+	Handle tpm2.TPMHandle
+	Name   tpm2.TPM2BName
+	Public []byte // TPMT_PUBLIC
+}
+
+// IsAK reports whether a public area is that of a key which WithAK makes: the same
+// template, so that nothing but the TPM's own statements is signed with it, and no
+// other authorization than the TPM's check that the private part is there.
+func IsAK(public *tpm2.TPMTPublic) bool {
+	want := akTemplate
+	want.Unique = public.Unique
+	point, err := public.Unique.ECC()
+	return err == nil && point != nil && bytes.Equal(tpm2.Marshal(want), tpm2.Marshal(public))
+}
+
+// WithAK runs f with a fresh attestation key below the storage root key.
+func WithAK(t transport.TPM, srk *SRK, f func(*AK) error) error {
+	made, err := createAK(t, srk)
+	if err != nil {
+		return err
+	}
+	return made.with(t, srk, f)
+}
+
+// AKStore keeps an attestation key, of which nothing is secret: the private part is
+// encrypted by the TPM, for the TPM.
+type AKStore interface {
+	// Load returns what was saved last, or nil.
+	Load() []byte
+	// Save need not succeed: another key is made then for the next quote.
+	Save([]byte)
+}
+
+// withKeptAK runs f with the attestation key that is kept below this storage root key. It
+// makes one, and keeps it, if there is none or if the TPM does not take it.
+//
+// A kept key proves as much as a fresh one. Only the TPM has its private part, which
+// the template's fixedTPM and sensitiveDataOrigin and the TPM's integrity check of
+// what it loads ensure, whoever wrote the file. That the TPM loaded it is what the
+// session's HMAC over the answer says, as it did of a key that was made. And it signs
+// nothing but the TPM's own statements, of which the verifier's nonce tells the fresh one.
+func withKeptAK(t transport.TPM, srk *SRK, keep AKStore, f func(*AK) error) error {
+	if keep == nil {
+		return WithAK(t, srk, f)
+	}
+	if kept := parseAK(keep.Load(), srk); kept != nil {
+		if err := kept.with(t, srk, f); !isTPMError(err) {
+			return err
+		}
+	}
+	made, err := createAK(t, srk)
+	if err != nil {
+		return err
+	}
+	if err := made.with(t, srk, f); err != nil {
+		return err
+	}
+	keep.Save(made.marshal())
+	return nil
+}
+
+// formAK is the version of a kept attestation key.
+const formAK = "attestation-key-v1"
+
+// maxAK bounds a kept attestation key, in bytes; one has about 500.
+const maxAK = 4 << 10
+
+// keptAK is an attestation key that is not loaded, as the JSON in a file.
+type keptAK struct {
+	Form    string   `json:"form"`
+	SRK     hexBytes `json:"srk"`     // Name of the storage root key
+	Public  []byte   `json:"public"`  // TPMT_PUBLIC
+	Private []byte   `json:"private"` // TPM2B_PRIVATE's buffer
+}
+
+func createAK(t transport.TPM, srk *SRK) (*keptAK, error) {
+	r, err := tpm2.Create{ParentHandle: srk.auth(srk.Session()), InPublic: tpm2.New2B(akTemplate)}.Execute(t)
+	if err != nil {
+		return nil, fmt.Errorf("TPM2_Create of an attestation key: %w", err)
+	}
+	return &keptAK{Form: formAK, SRK: srk.Name.Buffer, Public: r.OutPublic.Bytes(), Private: r.OutPrivate.Buffer}, nil
+}
+
+// parseAK reads a kept attestation key of this storage root key. Anything else is nil.
+func parseAK(b []byte, srk *SRK) *keptAK {
+	var k keptAK
+	if len(b) > maxAK || json.Unmarshal(b, &k) != nil || k.Form != formAK || !bytes.Equal(k.SRK, srk.Name.Buffer) {
+		return nil
+	}
+	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](k.Public)
+	if err != nil || !IsAK(public) || !bytes.Equal(tpm2.Marshal(public), k.Public) {
+		return nil
+	}
+	return &k
+}
+
+func (k *keptAK) marshal() []byte {
+	b, err := json.Marshal(k)
+	if err != nil {
+		panic(fmt.Sprintf("encode an attestation key: %v", err)) // strings and bytes always encode
+	}
+	return append(b, '\n')
+}
+
+// with runs f with the key loaded.
+func (k *keptAK) with(t transport.TPM, srk *SRK, f func(*AK) error) error {
+	r, err := tpm2.Load{ParentHandle: srk.auth(srk.Session()), InPrivate: tpm2.TPM2BPrivate{Buffer: k.Private},
+		InPublic: tpm2.BytesAs2B[tpm2.TPMTPublic](k.Public)}.Execute(t)
+	if err != nil {
+		return fmt.Errorf("TPM2_Load of an attestation key: %w", err)
+	}
+	defer flush(t, r.ObjectHandle)
+	return f(&AK{Handle: r.ObjectHandle, Name: r.Name, Public: k.Public})
+}
+
+func (ak *AK) auth() tpm2.AuthHandle {
+	return tpm2.AuthHandle{Handle: ak.Handle, Name: ak.Name, Auth: tpm2.PasswordAuth(nil)}
+}
