@@ -1,4 +1,4 @@
-# Targets: build build-pkcs11 demo run test e2e measuredboot lint fuzz bench image. See CONTRIBUTING.md.
+# Targets: build build-pkcs11 demo run test e2e measuredboot lint fuzz bench bench/apiserver image. See CONTRIBUTING.md.
 
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -15,7 +15,7 @@ GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X github.com/bee
 RACE     = $(if $(and $(shell command -v gcc),$(filter 1,$(shell $(GO) env CGO_ENABLED))),-race)
 PACKAGES = $(shell $(GO) list ./... | grep -v /e2e/)
 
-.PHONY: build build-pkcs11 fetch-demo fetch-test demo run test e2e measuredboot lint fuzz bench image clean
+.PHONY: build build-pkcs11 fetch-demo fetch-test demo run test e2e measuredboot lint fuzz bench bench/apiserver image clean
 
 build:
 	$(GOBUILD) -o bin/kleidi ./cmd/kleidi
@@ -84,6 +84,11 @@ fuzz: build
 bench: build
 	.ci/deps gcc swtpm softhsm2-util
 	$(GO) run ./e2e/bench -kleidi bin/kleidi $(BENCHFLAGS)
+
+# Secrets through real kube-apiservers. The first time it builds them, which takes minutes.
+bench/apiserver: build
+	.ci/deps swtpm
+	$(GO) run ./e2e/bench -kleidi bin/kleidi -apiserver $(BENCHFLAGS)
 
 image:
 	.ci/deps buildah swtpm softhsm2-util pkcs11-tool

@@ -63,7 +63,7 @@ func New(keys Keys, opt Options) (*Server, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	s.grpc = grpc.NewServer(TransportOptions()...)
+	s.grpc = grpc.NewServer(append(TransportOptions(), pace()...)...)
 	s.grpc.RegisterService(&grpc.ServiceDesc{
 		ServiceName: kmsapi.KeyManagementService_ServiceDesc.ServiceName,
 		Metadata:    kmsapi.KeyManagementService_ServiceDesc.Metadata,
@@ -95,6 +95,21 @@ func TransportOptions() []grpc.ServerOption {
 			MinTime: minPing, PermitWithoutStream: true,
 		}),
 	}
+}
+
+// streamWorkers is how many goroutines wait for calls. A call finds one whose stack has
+// grown already; gRPC starts another goroutine if all are busy. 64 callers at the same
+// time are more than kube-apiserver is when it starts and decrypts the seeds that it has stored.
+const streamWorkers = 64
+
+// bufferSize is how many bytes each connection buffers for reading, and for writing. A
+// call and its answer fit; gRPC's 32 KiB would be for large messages.
+const bufferSize = 4 << 10
+
+// pace has the server answer many callers faster, and take less memory for many
+// connections, than gRPC does by default. `make bench` compares.
+func pace() []grpc.ServerOption {
+	return []grpc.ServerOption{grpc.NumStreamWorkers(streamWorkers), grpc.ReadBufferSize(bufferSize), grpc.WriteBufferSize(bufferSize)}
 }
 
 // limitTime bounds calls whose client did not, or bounded them too far off. It

@@ -33,56 +33,109 @@ func startKleidi(ctx context.Context, o options, dir string) (*plugin, error) {
 	if err := machine.Boot(ctx, simboot.Baseline(simboot.UKI)); err != nil {
 		return nil, err
 	}
-	k := &shipped{binary: o.kleidi, socket: filepath.Join(dir, "kms.sock"), config: filepath.Join(dir, "config.yaml")}
-	if err := k.prepare(ctx, machine, dir); err != nil {
-		return nil, errors.Join(err, machine.PowerOff())
-	}
-	p, err := k.startOften(ctx, max(o.starts, 1))
+	p, err := startOn(ctx, o, machine, dir)
 	if err != nil {
 		return nil, errors.Join(err, machine.PowerOff())
 	}
 	stop := p.stop
-	if err := printTPM(ctx, o, machine, dir); err != nil {
-		stop()
-		return nil, errors.Join(err, machine.PowerOff())
-	}
 	p.stop = func() { stop(); _ = machine.PowerOff() }
 	return p, nil
 }
 
-// startOften starts serve n times, one after the other, prints how long each took,
-// and leaves the last one running.
-func (k *shipped) startOften(ctx context.Context, n int) (p *plugin, err error) {
-	steps := []string{"exec to socket", "  boot attested in", "  KEK unsealed in", "exec to first good Status"}
-	took := make([][]time.Duration, len(steps))
-	for range n {
-		if p != nil {
-			p.stop()
-		}
-		var one []time.Duration
-		if p, one, err = k.serve(ctx); err != nil {
-			return nil, err
-		}
-		for i, d := range one {
-			took[i] = append(took[i], d)
-		}
+func startOn(ctx context.Context, o options, machine *simboot.Machine, dir string) (*plugin, error) {
+	k := &shipped{binary: o.kleidi, machine: machine, dir: dir, socket: filepath.Join(dir, "kms.sock")}
+	config, err := k.configure("state", machine.Device())
+	if err == nil {
+		err = k.init(ctx, config)
 	}
-	for i, name := range steps {
-		fmt.Printf("%-26s ms:", name)
-		for _, d := range took[i] {
-			fmt.Printf(" %.1f", d.Seconds()*1e3)
-		}
-		slices.Sort(took[i])
-		fmt.Printf(" (median %.1f)\n", took[i][n/2].Seconds()*1e3)
+	if err == nil {
+		err = k.printStarts(ctx, config, max(o.starts, 1))
 	}
-	return p, nil
+	if err == nil {
+		err = k.printHistory(ctx, config, max(o.starts, 1))
+	}
+	if err == nil {
+		err = k.printModels(ctx)
+	}
+	if err == nil {
+		err = printTPM(ctx, o, machine, dir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	p, _, err := k.serve(ctx, config)
+	return p, err
 }
 
-// shipped is the binary and where it works.
-type shipped struct{ binary, socket, config string }
+// started is what a start of serve took.
+type started struct {
+	socket, gate, slots, rest, status time.Duration
+	refused                           int // calls before the first good Status
+}
 
-// prepare writes the configuration and runs init.
-func (k *shipped) prepare(ctx context.Context, m *simboot.Machine, dir string) error {
+var steps = []struct {
+	name string
+	of   func(started) time.Duration
+}{
+	{"exec to socket", func(s started) time.Duration { return s.socket }},
+	{"  boot attested in", func(s started) time.Duration { return s.gate }},
+	{"  KEK unsealed in", func(s started) time.Duration { return s.slots }},
+	{"  keyring read and opened in", func(s started) time.Duration { return s.rest }},
+	{"exec to first good Status", func(s started) time.Duration { return s.status }},
+}
+
+// starts starts serve n times with each configuration, in turns.
+func (k *shipped) starts(ctx context.Context, n int, configs ...string) ([][]started, error) {
+	all := make([][]started, len(configs))
+	for range n {
+		for i, config := range configs {
+			p, s, err := k.serve(ctx, config)
+			if err != nil {
+				return nil, err
+			}
+			p.stop()
+			all[i] = append(all[i], s)
+		}
+	}
+	return all, nil
+}
+
+func medianTime(all []started, of func(started) time.Duration) time.Duration {
+	var took []time.Duration
+	for _, s := range all {
+		took = append(took, of(s))
+	}
+	slices.Sort(took)
+	return took[len(took)/2]
+}
+
+func inMS(d time.Duration) float64 { return d.Seconds() * 1e3 }
+
+func (k *shipped) printStarts(ctx context.Context, config string, n int) error {
+	all, err := k.starts(ctx, n, config)
+	if err != nil {
+		return err
+	}
+	for _, step := range steps {
+		fmt.Printf("%-29s ms:", step.name)
+		for _, s := range all[0] {
+			fmt.Printf(" %.1f", inMS(step.of(s)))
+		}
+		fmt.Printf(" (median %.1f)\n", inMS(medianTime(all[0], step.of)))
+	}
+	return nil
+}
+
+// shipped is the binary, and the machine on which it works.
+type shipped struct {
+	binary      string
+	machine     *simboot.Machine
+	dir, socket string
+}
+
+// configure writes a configuration with a state folder and a TPM of its own.
+func (k *shipped) configure(state, device string) (path string, err error) {
+	m := k.machine
 	config := fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
 node: bench
@@ -92,15 +145,21 @@ kms: {socket: %q}
 admin: {socket: %q}
 http: {socket: ""}
 log: {format: json}
-`, filepath.Join(dir, "state"), m.Device(), m.EventLog(), m.UserspaceLog(), k.socket, filepath.Join(dir, "admin.sock"))
-	if err := os.WriteFile(k.config, []byte(config), 0o600); err != nil {
-		return err
+`, filepath.Join(k.dir, state), device, m.EventLog(), m.UserspaceLog(), k.socket, filepath.Join(k.dir, "admin.sock"))
+	f, err := os.CreateTemp(k.dir, "config-*.yaml")
+	if err != nil {
+		return "", err
 	}
+	_, err = f.WriteString(config)
+	return f.Name(), errors.Join(err, f.Close())
+}
+
+func (k *shipped) init(ctx context.Context, config string) error {
 	identity, err := age.GenerateX25519Identity()
 	if err != nil {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, k.binary, "--config", k.config, "init",
+	out, err := exec.CommandContext(ctx, k.binary, "--config", config, "init",
 		"--recovery-recipient", identity.Recipient().String()).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("kleidi init: %w\n%s", err, out)
@@ -109,64 +168,66 @@ log: {format: json}
 }
 
 // serve starts kleidi serve and waits for its first good Status. It tells when the
-// socket was there, how long kleidi says that attestation and unsealing took, and
-// when that Status came.
-func (k *shipped) serve(ctx context.Context) (*plugin, []time.Duration, error) {
-	cmd := exec.Command(k.binary, "--config", k.config, "serve")
-	log, err := os.Create(k.config + ".log")
+// socket was there, how long kleidi says that its steps took, when that Status came, and
+// how many calls were refused before it.
+func (k *shipped) serve(ctx context.Context, config string) (p *plugin, s started, err error) {
+	cmd := exec.Command(k.binary, "--config", config, "serve")
+	log, err := os.Create(config + ".log")
 	if err != nil {
-		return nil, nil, err
+		return nil, s, err
 	}
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = log, log
 	begin := time.Now()
 	if err := cmd.Start(); err != nil {
-		return nil, nil, err
+		return nil, s, err
 	}
 	stop := func() { _ = cmd.Process.Signal(syscall.SIGTERM); _ = cmd.Wait() }
-	var socket, status time.Duration
 	exists := func() error { _, err := os.Stat(k.socket); return err }
-	if err = until(ctx, exists); err == nil {
-		socket = time.Since(begin)
-		if err = until(ctx, func() error { return k.status(ctx) }); err == nil {
-			status = time.Since(begin)
-		}
+	if err = until(ctx, startLimit, exists); err == nil {
+		s.socket = time.Since(begin)
+		err = until(ctx, startLimit, func() error {
+			err := k.status(ctx)
+			if err != nil {
+				s.refused++
+			}
+			return err
+		})
+		s.status = time.Since(begin)
 	}
-	var steps struct{ Gate, Slots time.Duration }
 	if err == nil {
-		steps, err = opened(log.Name())
+		err = s.readLog(log.Name())
 	}
 	if err != nil {
 		stop()
 		said, _ := os.ReadFile(log.Name())
-		return nil, nil, fmt.Errorf("kleidi serve: %w\n%s", err, said)
+		return nil, s, fmt.Errorf("kleidi serve: %w\n%s", err, said)
 	}
-	return &plugin{name: "kleidi", socket: k.socket, pid: cmd.Process.Pid, stop: stop},
-		[]time.Duration{socket, steps.Gate, steps.Slots, status}, nil
+	return &plugin{name: "kleidi", socket: k.socket, pid: cmd.Process.Pid, stop: stop}, s, nil
 }
 
-// opened reads how long the steps of unlocking took from kleidi's log.
-func opened(log string) (steps struct{ Gate, Slots time.Duration }, err error) {
+// readLog reads how long the steps of unlocking took from kleidi's log.
+func (s *started) readLog(log string) error {
 	b, err := os.ReadFile(log)
 	if err != nil {
-		return steps, err
+		return err
 	}
 	for line := range bytes.Lines(b) {
 		var record struct {
-			Msg         string
-			Gate, Slots time.Duration
+			Msg                string
+			Gate, Slots, Total time.Duration
 		}
 		if json.Unmarshal(line, &record) == nil && record.Msg == "open" {
-			steps.Gate, steps.Slots = record.Gate, record.Slots
-			return steps, nil
+			s.gate, s.slots, s.rest = record.Gate, record.Slots, record.Total-record.Gate-record.Slots
+			return nil
 		}
 	}
-	return steps, errors.New("the log does not say that it is open")
+	return errors.New("the log does not say that it is open")
 }
 
 // until repeats f, a thousand times a second, until it succeeds.
-func until(ctx context.Context, f func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, startLimit)
+func until(ctx context.Context, limit time.Duration, f func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()

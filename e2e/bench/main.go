@@ -6,6 +6,8 @@
 //	bench -kleidi bin/kleidi     starts the binary on a simulated machine with a swtpm
 //	bench -socket S [-pid N]     measures a plugin that runs already
 //	bench                        measures package grpcserver with a keyring in memory
+//	bench -kleidi bin/kleidi -apiserver
+//	                             measures Secrets through real kube-apiservers
 package main
 
 import (
@@ -14,6 +16,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,6 +33,9 @@ type options struct {
 	starts         int
 	wrappers       string
 	maxP50         float64
+	tunings        bool
+	apiserver      bool
+	maxCPU         float64
 }
 
 func main() {
@@ -47,6 +53,9 @@ func main() {
 	flag.IntVar(&o.starts, "starts", 5, "how often to start kleidi (with -kleidi), to see how soon it answers")
 	flag.StringVar(&o.wrappers, "wrappers", "recovery,pkcs11,vault", "wrappers whose time to open a slot is compared with the TPM's (with -kleidi)")
 	flag.Float64Var(&o.maxP50, "max-p50", 0, "fail if the p50 with one caller is more than this times that of doing nothing")
+	flag.BoolVar(&o.tunings, "tunings", true, "compare what the garbage collector's pace, gRPC's workers and its buffers are worth")
+	flag.BoolVar(&o.apiserver, "apiserver", false, "measure Secrets through real kube-apiservers instead (with -kleidi)")
+	flag.Float64Var(&o.maxCPU, "max-cpu", 0, "with -apiserver, fail if kube-apiserver's CPU is more than this times that with a plugin that does nothing")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer cancel()
@@ -71,6 +80,9 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
+	if o.apiserver {
+		return runAPIServer(ctx, o, dir)
+	}
 	subject, err := startSubject(ctx, o, dir)
 	if err != nil {
 		return err
@@ -93,6 +105,14 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	printMemory(subject, nothing)
+	if err := printConnections(ctx, subject, nothing); err != nil {
+		return err
+	}
+	if o.tunings {
+		if err := printTunings(ctx, o, dir, slices.Max(callers)); err != nil {
+			return err
+		}
+	}
 	if o.maxP50 > 0 && worst > o.maxP50 {
 		return fmt.Errorf("p50 with one caller is %.3f times that of doing nothing, at most %.2f is wanted", worst, o.maxP50)
 	}

@@ -65,7 +65,7 @@ func operations(ctx context.Context, conn *grpc.ClientConn) ([]operation, error)
 }
 
 // figures are those of one slice.
-type figures struct{ p50, p99, perSecond float64 } // µs, µs, calls
+type figures struct{ p50, p99, perSecond, calls float64 } // p50 and p99 in µs
 
 // slice lets callers repeat op for d.
 func slice(ctx context.Context, op operation, callers int, d time.Duration) (figures, error) {
@@ -91,7 +91,7 @@ func slice(ctx context.Context, op operation, callers int, d time.Duration) (fig
 	}
 	all := slices.Sorted(slices.Values(slices.Concat(latencies...)))
 	at := func(q float64) float64 { return float64(all[int(q*float64(len(all)-1))].Nanoseconds()) / 1e3 }
-	return figures{at(0.50), at(0.99), float64(len(all)) / took.Seconds()}, nil
+	return figures{at(0.50), at(0.99), float64(len(all)) / took.Seconds(), float64(len(all))}, nil
 }
 
 // compare prints one line for each operation and number of callers, with the raw

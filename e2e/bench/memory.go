@@ -7,6 +7,10 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+	kmsapi "k8s.io/kms/apis/v2"
 )
 
 // allocationCalls is how many calls are averaged.
@@ -18,7 +22,7 @@ func printAllocations(ctx context.Context, dir string) error {
 	var counted [2][]allocation
 	for i, name := range []string{"serve-memory", "serve-nothing"} {
 		path := filepath.Join(dir, "in-process-"+name)
-		s, l, err := newServer(name, path)
+		s, l, err := newServer(name, path, tuning{})
 		if err != nil {
 			return err
 		}
@@ -73,24 +77,71 @@ func allocations(ctx context.Context, path string) ([]allocation, error) {
 func printMemory(plugins ...*plugin) {
 	fmt.Printf("\nmemory after all of this\n")
 	for _, p := range plugins {
-		fmt.Printf("%-14s %s\n", p.name, residentSet(p.pid))
+		now, most := residentSet(p.pid)
+		fmt.Printf("%-14s %.1f MiB, at most %.1f MiB\n", p.name, now, most)
 	}
 }
 
-// residentSet is what the process occupies now, and what it did at most.
-func residentSet(pid int) string {
-	if pid == 0 {
-		return "unknown: say -pid"
+// manyConnections is how many connections kleidi takes.
+const manyConnections = 256
+
+// printConnections opens many connections to each plugin, with one call each, and prints
+// what the plugin occupies meanwhile.
+func printConnections(ctx context.Context, plugins ...*plugin) error {
+	for _, p := range plugins {
+		before, _ := residentSet(p.pid)
+		during, err := withConnections(ctx, p)
+		if err != nil {
+			return fmt.Errorf("%d connections to %s: %w", manyConnections, p.name, err)
+		}
+		fmt.Printf("%-14s %.1f MiB (%.1f MB) with %d connections, %.1f MiB before\n", p.name, during, during*(1<<20)/1e6, manyConnections, before)
 	}
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return err.Error()
-	}
-	var out []string
-	for line := range strings.Lines(string(b)) {
-		if strings.HasPrefix(line, "VmRSS:") || strings.HasPrefix(line, "VmHWM:") {
-			out = append(out, strings.Join(strings.Fields(line), " "))
+	return nil
+}
+
+func withConnections(ctx context.Context, p *plugin) (float64, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for range manyConnections {
+		conn, err := dial(p.socket)
+		if err != nil {
+			return 0, err
+		}
+		defer conn.Close()
+		if _, err := kmsapi.NewKeyManagementServiceClient(conn).Status(ctx, &kmsapi.StatusRequest{}); err != nil {
+			return 0, err
 		}
 	}
-	return strings.Join(out, ", ")
+	during, _ := residentSet(p.pid)
+	return during, nil
+}
+
+// residentSet returns how many MiB the process occupies now, and how many it did at most;
+// zeros where it isn't known.
+func residentSet(pid int) (now, most float64) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, 0
+	}
+	for line := range strings.Lines(string(b)) {
+		var kb float64
+		switch name, value, _ := strings.Cut(line, ":"); {
+		case name == "VmRSS":
+			_, _ = fmt.Sscan(value, &kb)
+			now = kb / 1024
+		case name == "VmHWM":
+			_, _ = fmt.Sscan(value, &kb)
+			most = kb / 1024
+		}
+	}
+	return now, most
+}
+
+// cpuTime returns how long a process has run on processors, by its CPU clock
+// (clock_getcpuclockid(3)).
+func cpuTime(pid int) (time.Duration, error) {
+	const scheduler = 2 // CPUCLOCK_SCHED
+	var t unix.Timespec
+	err := unix.ClockGettime(int32(^pid<<3|scheduler), &t)
+	return time.Duration(t.Nano()), err
 }

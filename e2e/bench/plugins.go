@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -66,8 +67,34 @@ func newMemoryKeys() (memoryKeys, error) {
 // server is what both kinds of server have in common.
 type server interface{ Serve(net.Listener) error }
 
+// tuning is what a server may do to answer faster, or with less memory. The zero tuning
+// leaves it all as Go and gRPC have it.
+type tuning struct {
+	gogc    int // GOGC, in percent
+	workers int // goroutines that wait for calls, and for each call beyond them a new one
+	buffers int // bytes for reading and for writing, of each connection
+}
+
+const tuningVariable = "KLEIDI_BENCH_TUNING"
+
+func (t tuning) String() string { return fmt.Sprintf("%d %d %d", t.gogc, t.workers, t.buffers) }
+
+// apply sets the garbage collector's pace and returns the options for gRPC.
+func (t tuning) apply() (options []grpc.ServerOption) {
+	if t.gogc > 0 {
+		debug.SetGCPercent(t.gogc)
+	}
+	if t.workers > 0 {
+		options = append(options, grpc.NumStreamWorkers(uint32(t.workers)))
+	}
+	if t.buffers > 0 {
+		options = append(options, grpc.ReadBufferSize(t.buffers), grpc.WriteBufferSize(t.buffers))
+	}
+	return options
+}
+
 // newServer makes the plugin that name says, and its listener at path.
-func newServer(name, path string) (server, net.Listener, error) {
+func newServer(name, path string, t tuning) (server, net.Listener, error) {
 	if name == "serve-vanilla" {
 		l, err := net.Listen("unix", path)
 		s := grpc.NewServer()
@@ -80,7 +107,7 @@ func newServer(name, path string) (server, net.Listener, error) {
 	}
 	switch name {
 	case "serve-nothing":
-		s := grpc.NewServer(grpcserver.TransportOptions()...)
+		s := grpc.NewServer(append(grpcserver.TransportOptions(), t.apply()...)...)
 		kmsapi.RegisterKeyManagementServiceServer(s, nothing{})
 		return s, l, nil
 	case "serve-memory":
@@ -96,7 +123,13 @@ func newServer(name, path string) (server, net.Listener, error) {
 
 // servePlugin is the process of a plugin: it ends with its standard input.
 func servePlugin(name, path string) error {
-	s, l, err := newServer(name, path)
+	var t tuning
+	if v := os.Getenv(tuningVariable); v != "" {
+		if _, err := fmt.Sscanf(v, "%d %d %d", &t.gogc, &t.workers, &t.buffers); err != nil {
+			return fmt.Errorf("%s: %w", tuningVariable, err)
+		}
+	}
+	s, l, err := newServer(name, path, t)
 	if err != nil {
 		return err
 	}
@@ -121,8 +154,17 @@ type plugin struct {
 
 // startSelf starts this program as a plugin.
 func startSelf(ctx context.Context, name, dir string) (*plugin, error) {
-	path := filepath.Join(dir, name+".sock")
+	return startTuned(ctx, name, dir, tuning{})
+}
+
+func startTuned(ctx context.Context, name, dir string, t tuning) (*plugin, error) {
+	dir, err := os.MkdirTemp(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	path := filepath.Join(dir, "kms.sock")
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", name, path)
+	cmd.Env = append(os.Environ(), tuningVariable+"="+t.String(), "GOGC=") // GOGC may be set for kleidi alone
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -33,10 +32,9 @@ func printTPM(ctx context.Context, o options, m *simboot.Machine, dir string) er
 	if err != nil {
 		return err
 	}
-	slots := stored.Slots()
-	i := slices.IndexFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypeTPM })
-	if i < 0 {
-		return errors.New("the keyring holds no TPM slot")
+	slot, err := tpmSlot(stored)
+	if err != nil {
+		return err
 	}
 	addr, err := tpm.ParseAddress(m.Device())
 	if err != nil {
@@ -61,9 +59,9 @@ func printTPM(ctx context.Context, o options, m *simboot.Machine, dir string) er
 			_, err := gate.Attester.Collect(ctx, nil, make([]byte, 32), crypto.SHA256, []int{4, 7, 11})
 			return err
 		}},
-		{"attested (that, and verified)", func() error { return gate.Attest(ctx, slots) }},
+		{"attested (that, and verified)", func() error { return gate.Attest(ctx, []seal.Slot{slot}) }},
 		{"unsealed", func() error {
-			kek, err := wrapper.Unwrap(ctx, slots[i])
+			kek, err := wrapper.Unwrap(ctx, slot)
 			if err != nil {
 				return err
 			}
@@ -77,7 +75,7 @@ func printTPM(ctx context.Context, o options, m *simboot.Machine, dir string) er
 		fmt.Printf(" %s %.1f ms;", step.name, d.Seconds()*1e3)
 	}
 	fmt.Print("\n\n")
-	return printOpening(ctx, o, dir, opener{"tpm, swtpm", func(ctx context.Context) (*seal.Secret, error) { return wrapper.Unwrap(ctx, slots[i]) }})
+	return printOpening(ctx, o, dir, opener{"tpm, swtpm", func(ctx context.Context) (*seal.Secret, error) { return wrapper.Unwrap(ctx, slot) }})
 }
 
 func medianOf(f func() error) (time.Duration, error) {

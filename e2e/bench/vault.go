@@ -67,7 +67,7 @@ func rootClient(ctx context.Context, url, ca, tokenFile string) (*api.Client, er
 	if err != nil {
 		return nil, err
 	}
-	return client, until(ctx, func() error {
+	return client, until(ctx, startLimit, func() error {
 		token, err := os.ReadFile(tokenFile)
 		if err != nil {
 			return err

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -40,8 +41,16 @@ type Server struct {
 	triedOnce  sync.Once
 }
 
+// gcPercent is Go's GOGC while serving, unless the environment sets GOGC. Most of what a
+// call costs is gRPC's garbage, so a pause fewer is worth a MiB more. `make bench`
+// compares values; above 125 the memory passes 28 MiB.
+const gcPercent = 125
+
 // Run returns when ctx has ended and everything has stopped.
 func (s *Server) Run(ctx context.Context) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	s.Node.Log.Info("starting", "version", version.String(), "node", s.Node.Config.Node, "tpm", s.Node.Config.TPM.Device, "state", s.Node.Config.State.Dir)
 	if err := store.PrepareDir(s.Node.Config.State.Dir); err != nil {
 		s.Node.Log.Warn("state folder", "error", err)
