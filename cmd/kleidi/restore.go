@@ -62,6 +62,7 @@ not to come back, --skip-slot names its slot in the restored keyring. With
 	cmd.Flags().BoolVar(&previous, "previous", false, "restore the previous revision, which kleidi keeps")
 	cmd.Flags().StringVar(&identityFile, "identity-file", "", "open it with this recovery identity instead of the TPM")
 	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "do without this slot of the restored keyring for now; may be repeated")
+	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
 	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, alone opens the KEK then")
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
 	return cmd

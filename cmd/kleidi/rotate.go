@@ -31,6 +31,7 @@ then until kleidi slot add has made it.`,
 		},
 	}
 	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "do without this slot for now, as kleidi slot list names it; may be repeated")
+	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
 	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.slotNamesOf)
 	return cmd
 }

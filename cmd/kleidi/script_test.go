@@ -81,6 +81,7 @@ func TestScript(t *testing.T) {
 			"ask":       command((*host).ask),
 			"listening": command(func(h *host, _ *testscript.TestScript, args []string) error { return h.listening(args[0]) }),
 			"pkfp":      command((*host).pkfp),
+			"slot":      command((*host).slotName),
 			"row":       command((*host).row),
 			"table":     command((*host).printTable),
 		},

@@ -173,18 +173,27 @@ as it is.`,
 }
 
 func newSlotRemove(a *app) *cobra.Command {
-	return &cobra.Command{
+	var req admin.RemoveSlotRequest
+	cmd := &cobra.Command{
 		Use:   "remove NAME",
 		Short: "Take a slot away; the last one that can open stays",
 		Long: `Take a slot away. One of this machine's TPM is revoked: it refuses kept copies as well.
-Kept copies of others still open the KEK, until kleidi rotate has made a fresh one.`,
+Kept copies of others still open the KEK, until kleidi rotate has made a fresh one.
+
+NAME is as kleidi slot list shows it: the type, such as recovery, where there is one slot
+of it, else the type and the first digits of the slot's ID, such as recovery-3f9a. A
+recovery slot goes by its age1… recipient as well. The ID is a digest of what the slot is
+bound to. It stays when others are removed, and when the KEK is rotated.`,
 		Args: cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s, err := operate(cmd.Context(), a, operation.RemoveSlot, admin.RemoveSlotRequest{Name: args[0]})
+			req.Name = args[0]
+			s, err := operate(cmd.Context(), a, operation.RemoveSlot, req)
 			if err != nil {
 				return err
 			}
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
+	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "remove the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
+	return cmd
 }

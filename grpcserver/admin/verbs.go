@@ -129,8 +129,11 @@ type KeyReport struct {
 
 // SlotReport is one slot of the current KEK.
 type SlotReport struct {
-	// Name is the type, and a number where there are several of it: recovery/2.
+	// Name is the type; where there are several of it, followed by the first digits of ID:
+	// recovery-3f9a.
 	Name string `json:"name"`
+	// ID is a digest of what the slot is bound to. It outlives a rotation.
+	ID   string `json:"id"`
 	Type string `json:"type"`
 	Node string `json:"node,omitempty"`
 	// Binding says in one line what the slot is sealed to.
@@ -165,6 +168,8 @@ type AttestationReport struct {
 type RotateRequest struct {
 	// SkipSlots names slots that the new KEK does without for now.
 	SkipSlots []string `json:"skipSlots,omitempty"`
+	// AcceptDataLoss says that the new KEK may do without any recovery slot.
+	AcceptDataLoss bool `json:"acceptDataLoss,omitempty"`
 }
 
 // ResealRequest asks to seal to the boot state of now; slots of earlier boot
@@ -226,12 +231,15 @@ type AddSlotRequest struct {
 	Recipients []string `json:"recipients,omitempty"`
 }
 
-// RemoveSlotRequest names a slot as [SlotReport.Name] does.
+// RemoveSlotRequest names a slot: by [SlotReport.Name], by its type and more digits of
+// [SlotReport.ID], or by an age recipient.
 type RemoveSlotRequest struct {
 	Name string `json:"name"`
+	// AcceptDataLoss says that the last recovery slot may go.
+	AcceptDataLoss bool `json:"acceptDataLoss,omitempty"`
 }
 
-// TestSlotsRequest names slots; none means every slot that can be tried.
+// TestSlotsRequest names slots as [RemoveSlotRequest] does; none means every slot that can be tried.
 type TestSlotsRequest struct {
 	Names []string `json:"names,omitempty"`
 }
@@ -255,7 +263,7 @@ type SlotTest struct {
 	Duration    time.Duration `json:"duration"`
 }
 
-// RewrapSlotRequest names a slot as [SlotReport.Name] does.
+// RewrapSlotRequest names a slot as [RemoveSlotRequest] does.
 type RewrapSlotRequest struct {
 	Name string `json:"name"`
 	// NewKey trusts the key that is configured, although it does not open the slot.
@@ -288,6 +296,8 @@ type RestoreRequest struct {
 	BreakTwoOfTwo bool `json:"breakTwoOfTwo,omitempty"`
 	// SkipSlots is as in [RotateRequest], of the given keyring.
 	SkipSlots []string `json:"skipSlots,omitempty"`
+	// AcceptDataLoss is as in [RotateRequest].
+	AcceptDataLoss bool `json:"acceptDataLoss,omitempty"`
 }
 
 // Wipe clears the identity. [Handle] calls it when the handler has returned.

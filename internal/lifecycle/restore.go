@@ -87,7 +87,10 @@ func rotateIfRoom(ctx context.Context, n *node.Node, k *keyring.Keyring, req adm
 		}
 	}
 	if !slotview.Full(k) {
-		revisions, err := rotateKeyring(ctx, n, k, rotateOptions{Skip: req.SkipSlots, BreakTwoOfTwo: req.BreakTwoOfTwo})
+		revisions, err := rotateKeyring(ctx, n, k, rotateOptions{
+			Skip: req.SkipSlots, BreakTwoOfTwo: req.BreakTwoOfTwo,
+			AcceptDataLoss: req.AcceptDataLoss || n.View.TwoOfTwo() != "", // a recovery slot would break that, and so is left out
+		})
 		return revisions, hintIdentity(hintSkip(n, k, err, "run it again with"))
 	}
 	next, err := k.AtLeast(0)

@@ -30,7 +30,7 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 		if all != k {
 			defer all.Close()
 		}
-		revisions, err := rotateKeyring(ctx, n, all, rotateOptions{Skip: req.SkipSlots})
+		revisions, err := rotateKeyring(ctx, n, all, rotateOptions{Skip: req.SkipSlots, AcceptDataLoss: req.AcceptDataLoss})
 		if err != nil {
 			err = hintSkip(n, all, err, "run kleidi rotate")
 		}
@@ -51,6 +51,8 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 type rotateOptions struct {
 	Skip          []string // names of slots that the fresh KEK does without
 	BreakTwoOfTwo bool     // the TPM may open alone what needed two
+	// AcceptDataLoss lets the fresh KEK do without any recovery slot.
+	AcceptDataLoss bool
 }
 
 // rotateKeyring replaces the KEK in every slot of k except those to skip.
@@ -100,13 +102,14 @@ func addMissing(ctx context.Context, n *node.Node, k *keyring.Keyring, without [
 // one, except those that are skipped: that they were left out is recorded in their place.
 func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOptions) (rotation.Wrap, error) {
 	slots := k.Slots()
-	names := slotview.Names(slots)
-	for _, name := range o.Skip {
-		i := slices.Index(names, name)
-		if i < 0 {
-			return nil, fmt.Errorf("--skip-slot: there is no slot %q, but %s; see kleidi slot list", name, slotview.JoinWords(names))
-		}
-		var err error
+	skipped, err := slotview.Places(slots, o.Skip)
+	if err != nil {
+		return nil, fmt.Errorf("--skip-slot: %w", err)
+	}
+	if slotview.IsLastRecovery(slots, skipped...) && !o.AcceptDataLoss {
+		return nil, fmt.Errorf("--skip-slot: %w", slotview.ErrLastRecovery)
+	}
+	for _, i := range skipped {
 		if slots[i], err = slotview.Skip(slots[i]); err != nil {
 			return nil, err
 		}

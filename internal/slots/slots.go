@@ -90,13 +90,17 @@ func wrapperFor(n *node.Node, req admin.AddSlotRequest) (seal.Wrapper, error) {
 // kept of others opens the KEK until it is rotated.
 func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (admin.KeyringState, error) {
 	var changes []string
+	var gone seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		slots := k.Slots()
 		i, err := slotview.Find(slots, req.Name)
 		if err != nil {
 			return nil, err
 		}
-		gone := slots[i]
+		if slotview.IsLastRecovery(slots, i) && !req.AcceptDataLoss {
+			return nil, slotview.ErrLastRecovery
+		}
+		gone = slots[i]
 		rest := slices.Delete(slices.Clone(slots), i, i+1)
 		if err := n.RequireOpener(ctx, k, rest); err != nil {
 			return nil, err
@@ -117,7 +121,7 @@ func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (adm
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("slot remove %s: %w", req.Name, err)
 	}
-	return n.Unchanged(append(changes, n.View.ReportStillNamed(n.OpenSlots(), req.Name)...)...)
+	return n.Unchanged(append(changes, n.View.ReportStillNamed(n.OpenSlots(), slotview.TypeOf(gone))...)...)
 }
 
 // revokeSlot says what it means that a slot goes. If it is the last one of this TPM,
@@ -134,7 +138,7 @@ func revokeSlot(ctx context.Context, n *node.Node, gone seal.Slot, rest []seal.S
 	}
 	changes := []string{"the slot is gone from the keyring; kept copies of it still open the KEK: run kleidi rotate"}
 	if gone.Type == seal.TypeRecovery && !slices.ContainsFunc(rest, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery }) {
-		changes = append(changes, "NO RECOVERY SLOT IS LEFT: if the TPM or the machine fails, all Secrets are lost; run kleidi slot add recovery")
+		changes = append(changes, "NO RECOVERY SLOT IS LEFT: if the TPM or the machine fails, all Secrets are lost; run kleidi slot add recovery --recipient age1…")
 	}
 	return changes
 }

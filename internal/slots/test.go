@@ -24,14 +24,13 @@ func Test(ctx context.Context, n *node.Node, req admin.TestSlotsRequest) (admin.
 	}
 	slots := n.View.WithMissing(k.Slots())
 	names := slotview.Names(slots)
-	for _, name := range req.Names {
-		if _, err := slotview.Find(slots, name); err != nil {
-			return admin.SlotTests{}, fmt.Errorf("slot test: %w", err)
-		}
+	wanted, err := slotview.Places(slots, req.Names)
+	if err != nil {
+		return admin.SlotTests{}, fmt.Errorf("slot test: %w", err)
 	}
 	var r admin.SlotTests
 	for i, s := range slots {
-		if len(req.Names) > 0 && !slices.Contains(req.Names, names[i]) || len(req.Names) == 0 && n.Wrapper(s.Type) == nil && s.Type != seal.TypeSkipped {
+		if len(wanted) > 0 && !slices.Contains(wanted, i) || len(wanted) == 0 && n.Wrapper(s.Type) == nil && s.Type != seal.TypeSkipped {
 			continue
 		}
 		r.Slots = append(r.Slots, TestOne(ctx, n, k, names[i], s))

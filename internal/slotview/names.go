@@ -1,38 +1,176 @@
 package slotview
 
 import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
 )
 
-// Names names slots by their type, with a number where there are several.
+// bindingMembers are the members of a slot's data that say what the slot is bound to, by its
+// type. They outlive a rotation, which wraps another KEK for the same TPM, key or recipients.
+// The slots of other types have an ID of all their data.
+var bindingMembers = map[string][]string{
+	seal.TypeTPM:      {"bank", "pcrs", "signer", "resets"},
+	seal.TypeRecovery: {"recipients"},
+	seal.TypePKCS11:   {"token", "key"},
+	seal.TypeVault:    {"namespace", "mount", "key"},
+}
+
+// idSize is the length of an ID in hexadecimal digits, and shortID how many of them a name
+// has at least.
+const idSize, shortID = 16, 4
+
+// IDs returns the ID of each slot: a digest of what the slot is bound to. Slots that are
+// bound to the same have IDs of their whole data instead, so that each has one of its own.
+func IDs(slots []seal.Slot) []string {
+	ids := make([]string, len(slots))
+	count := map[string]int{}
+	for i, s := range slots {
+		ids[i] = bindingID(s)
+		count[TypeOf(s)+ids[i]]++
+	}
+	for i, s := range slots {
+		if count[TypeOf(s)+ids[i]] > 1 {
+			ids[i] = dataID(s)
+		}
+	}
+	return ids
+}
+
+func bindingID(s seal.Slot) string {
+	binding := []string{s.Type, s.Node}
+	for _, part := range []seal.Slot{TPMPart(s), secondPart(s)} {
+		var data map[string]json.RawMessage
+		members := bindingMembers[part.Type]
+		if part.Type == "" {
+			continue
+		}
+		if members == nil || json.Unmarshal(part.Data, &data) != nil {
+			return dataID(s)
+		}
+		for _, m := range members {
+			var value bytes.Buffer
+			if data[m] != nil && json.Compact(&value, data[m]) != nil {
+				return dataID(s)
+			}
+			binding = append(binding, value.String())
+		}
+	}
+	return digest(binding...)
+}
+
+func dataID(s seal.Slot) string { return digest(s.Type, s.Node, string(s.Data)) }
+
+func digest(parts ...string) string {
+	b, _ := json.Marshal(parts) // strings can't fail
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])[:idSize]
+}
+
+// Names names slots by their type; where there are several of a type, followed by the first
+// digits of their IDs. So a name never comes to mean another slot when one is removed.
 func Names(slots []seal.Slot) []string {
-	count, seen := map[string]int{}, map[string]int{}
+	count := map[string]int{}
 	for _, s := range slots {
 		count[TypeOf(s)]++
 	}
+	ids := IDs(slots)
 	names := make([]string, len(slots))
 	for i, s := range slots {
 		t := TypeOf(s)
-		seen[t]++
 		names[i] = t
 		if count[t] > 1 {
-			names[i] = fmt.Sprintf("%s/%d", t, seen[t])
+			names[i] += "-" + ids[i][:uniqueLength(slots, ids, i)]
 		}
 	}
 	return names
 }
 
-// Find returns the place of a named slot.
-func Find(slots []seal.Slot, name string) (int, error) {
-	names := Names(slots)
-	if i := slices.Index(names, name); i >= 0 {
-		return i, nil
+// uniqueLength is how many digits tell the ID of slot i from those of its type.
+func uniqueLength(slots []seal.Slot, ids []string, i int) int {
+	n := shortID
+	for j, other := range ids {
+		if j == i || TypeOf(slots[j]) != TypeOf(slots[i]) || other == ids[i] {
+			continue
+		}
+		for strings.HasPrefix(other, ids[i][:n]) {
+			n++
+		}
 	}
-	return 0, fmt.Errorf("there is no slot %q, but %s; see kleidi slot list", name, JoinWords(names))
+	return n
+}
+
+// Find returns the place of a slot, which is named as [Names] does, with more digits of its
+// ID, or by an age recipient.
+func Find(slots []seal.Slot, name string) (int, error) {
+	var found []int
+	for i, s := range slots {
+		if named(s, name) {
+			found = append(found, i)
+		}
+	}
+	all := Names(slots)
+	switch {
+	case len(found) == 0:
+		return 0, fmt.Errorf("there is no slot %q, but %s; see kleidi slot list", name, JoinWords(all))
+	case slices.ContainsFunc(found, func(i int) bool { return Identity(slots[i]) != Identity(slots[found[0]]) }):
+		var which []string
+		for _, i := range found {
+			which = append(which, all[i])
+		}
+		return 0, fmt.Errorf("%q may be any of %s; name one of them, see kleidi slot list", name, JoinWords(which))
+	}
+	return found[0], nil
+}
+
+// Places returns the places of several named slots.
+func Places(slots []seal.Slot, names []string) (at []int, err error) {
+	for _, name := range names {
+		i, err := Find(slots, name)
+		if err != nil {
+			return nil, err
+		}
+		at = append(at, i)
+	}
+	return at, nil
+}
+
+// IsLastRecovery reports whether none but the slots at these places are for a recovery
+// identity.
+func IsLastRecovery(slots []seal.Slot, at ...int) bool {
+	gone, stays := false, false
+	for i, s := range slots {
+		if s.Type == seal.TypeRecovery {
+			gone, stays = gone || slices.Contains(at, i), stays || !slices.Contains(at, i)
+		}
+	}
+	return gone && !stays
+}
+
+// ErrLastRecovery is the refusal to take that slot away.
+var ErrLastRecovery = errors.New("it is the last recovery slot: if this TPM fails, is cleared, or the machine boots otherwise, every Secret is lost; if that is what you want, add --accept-data-loss, else run kleidi slot add recovery --recipient age1… first")
+
+// named reports whether a name may be that of a slot.
+func named(s seal.Slot, name string) bool {
+	if strings.HasPrefix(name, "age1") {
+		recipients, err := recovery.Recipients(s)
+		return err == nil && slices.Contains(recipients, name)
+	}
+	id, ok := strings.CutPrefix(name, TypeOf(s))
+	if !ok || id == "" {
+		return ok
+	}
+	id, ok = strings.CutPrefix(id, "-")
+	return ok && len(id) >= shortID && (strings.HasPrefix(bindingID(s), id) || strings.HasPrefix(dataID(s), id))
 }
 
 // Identity tells slots apart by type, node and data.

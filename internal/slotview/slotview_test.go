@@ -2,6 +2,7 @@ package slotview_test
 
 import (
 	"encoding/json"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -35,16 +36,16 @@ func reader(order ...string) slotview.Reader { return slotview.Reader{Node: "cp-
 
 func TestNames(t *testing.T) {
 	for _, tc := range []struct{ slots, want []string }{
-		{[]string{"tpm@cp-1", "recovery"}, []string{"tpm", "recovery"}},
-		{[]string{"tpm@cp-1", "recovery", "tpm@cp-1", "recovery"}, []string{"tpm/1", "recovery/1", "tpm/2", "recovery/2"}},
-		{[]string{"recovery", "-recovery", "-pkcs11"}, []string{"recovery/1", "recovery/2", "pkcs11"}}, // a slot that was left out keeps its name
+		{[]string{"tpm@cp-1", "recovery"}, []string{`tpm`, `recovery`}},
+		{[]string{"tpm@cp-1", "recovery", "tpm@cp-1", "recovery"}, []string{`tpm-[0-9a-f]{4}`, `recovery-[0-9a-f]{4}`, `tpm-[0-9a-f]{4}`, `recovery-[0-9a-f]{4}`}},
+		{[]string{"recovery", "-recovery", "-pkcs11"}, []string{`recovery-[0-9a-f]{4}`, `recovery-[0-9a-f]{4}`, `pkcs11`}}, // a slot that was left out is of its type still
 	} {
 		list := slots(t, tc.slots...)
 		names := slotview.Names(list)
-		if !slices.Equal(names, tc.want) {
-			t.Errorf("%v: %v, want %v", tc.slots, names, tc.want)
-		}
 		for i, name := range names {
+			if !regexp.MustCompile(`^` + tc.want[i] + `$`).MatchString(name) {
+				t.Errorf("%v: %v, want %v", tc.slots, names, tc.want)
+			}
 			if at, err := slotview.Find(list, name); err != nil || at != i {
 				t.Errorf("%v: %s is found at %d, %v", tc.slots, name, at, err)
 			}
@@ -53,6 +54,61 @@ func TestNames(t *testing.T) {
 	_, err := slotview.Find(slots(t, "tpm@cp-1", "recovery"), "vault")
 	if err == nil || !strings.Contains(err.Error(), `there is no slot "vault", but tpm, recovery; see kleidi slot list`) {
 		t.Error(err)
+	}
+}
+
+// TestNamesStay: whichever slot is removed, the names of before mean the slots of before,
+// also where slots are bound to the same, and whatever KEK they hold.
+func TestNamesStay(t *testing.T) {
+	data := func(kind, binding, kek string) seal.Slot {
+		return seal.Slot{Type: kind, Data: json.RawMessage(`{` + binding + `,"ciphertext":"` + kek + `"}`)}
+	}
+	var before, rotated []seal.Slot
+	for _, s := range []struct{ kind, binding string }{
+		{"recovery", `"recipients":["age1a"]`}, {"recovery", `"recipients":["age1b"]`}, {"recovery", `"recipients":["age1b"]`},
+		{"pkcs11", `"key":{"label":"a"},"token":{"label":"a"}`}, {"vault", `"key":"a","mount":"a"`}, {"vault", `"key":"b","mount":"a"`},
+		{"tpm", `"bank":"sha256","pcrs":{"7":"00"}`}, {"tpm", `"bank":"sha256","pcrs":{"7":"01"}`}, {"tpm", `"bank":"sha256","pcrs":{"7":"01"},"resets":{"atMost":1}`},
+	} {
+		before = append(before, data(s.kind, s.binding, string(rune('a'+len(before)))))
+		rotated = append(rotated, data(s.kind, s.binding, string(rune('A'+len(rotated)))))
+	}
+	names := slotview.Names(before)
+	for i, name := range names {
+		for gone := range before {
+			rest := slices.Delete(slices.Clone(before), gone, gone+1)
+			at, err := slotview.Find(rest, name)
+			switch same := err == nil && slotview.Identity(rest[at]) == slotview.Identity(before[i]); {
+			case i == gone && err == nil:
+				t.Errorf("%s is gone, and its name means %s", name, rest[at].Data)
+			case i != gone && !same:
+				t.Errorf("%s without slot %d: %v", name, gone, err)
+			}
+		}
+		if twins := i == 1 || i == 2; !twins {
+			if at, err := slotview.Find(rotated, name); err != nil || at != i {
+				t.Errorf("%s after a rotation: slot %d, %v", name, at, err)
+			}
+		}
+	}
+	for _, name := range []string{"recovery", "vault", "tpm", names[1][:len("recovery-")+3], "recovery-"} {
+		if at, err := slotview.Find(before, name); err == nil {
+			t.Errorf("%q is taken for slot %d", name, at)
+		}
+	}
+	if at, err := slotview.Find(before, names[0]+slotview.IDs(before)[0][4:]); err != nil || at != 0 {
+		t.Errorf("the whole ID: slot %d, %v", at, err)
+	}
+}
+
+func TestIsLastRecovery(t *testing.T) {
+	list := slots(t, "recovery", "tpm@cp-1", "recovery", "-recovery")
+	for _, tc := range []struct {
+		gone []int
+		want bool
+	}{{nil, false}, {[]int{0}, false}, {[]int{1, 3}, false}, {[]int{0, 2}, true}, {[]int{0, 1, 2}, true}} {
+		if got := slotview.IsLastRecovery(list, tc.gone...); got != tc.want {
+			t.Errorf("without %v: %t", tc.gone, got)
+		}
 	}
 }
 
@@ -237,7 +293,7 @@ func TestStayBeside(t *testing.T) {
 	}{
 		{[]string{"tpm@cp-1", "vault", "recovery"}, "vault", []string{"tpm", "recovery"}},
 		{[]string{"tpm@cp-1", "-vault"}, "vault", []string{"tpm"}},
-		{[]string{"recovery", "recovery"}, "recovery", []string{"recovery/1", "recovery/2"}},
+		{[]string{"recovery", "recovery"}, "recovery", slotview.Names(slots(t, "recovery", "recovery"))},
 		{[]string{"-recovery", "-recovery", "tpm@cp-1"}, "recovery", []string{"recovery", "tpm"}},
 	} {
 		if got := slotview.Names(slotview.StayBeside(slots(t, tc.slots...), tc.kind)); !slices.Equal(got, tc.want) {

@@ -53,6 +53,14 @@ func VaultPart(s seal.Slot) seal.Slot {
 	if Second(s.Type) != seal.TypeVault {
 		return s
 	}
+	return secondPart(s)
+}
+
+// secondPart returns the half of a two-of-two that is not the TPM's; none of another slot.
+func secondPart(s seal.Slot) seal.Slot {
+	if Second(s.Type) == "" {
+		return seal.Slot{}
+	}
 	_, second, err := both.Parts(s)
 	if err != nil {
 		return seal.Slot{}
@@ -80,10 +88,10 @@ func (r Reader) OfThisTPM(s seal.Slot) bool {
 	return (s.Type == seal.TypeTPM || Second(s.Type) != "") && s.Node == r.Node
 }
 
-// singles returns the names of the slots that one wrapper opens alone.
-func singles(slots []seal.Slot) (names []string) {
+// singles returns the names of the slots that one wrapper opens alone, without those to skip.
+func singles(slots []seal.Slot, skipped []int) (names []string) {
 	for i, name := range Names(slots) {
-		if s := slots[i]; s.Type != seal.TypeSkipped && Second(s.Type) == "" {
+		if s := slots[i]; !slices.Contains(skipped, i) && s.Type != seal.TypeSkipped && Second(s.Type) == "" {
 			names = append(names, name)
 		}
 	}
@@ -92,7 +100,7 @@ func singles(slots []seal.Slot) (names []string) {
 
 // ReportSingles says which slots one wrapper opens where two are needed, or were in the backup.
 func (r Reader) ReportSingles(backup, slots []seal.Slot) (changes []string) {
-	if names := singles(slots); len(names) > 0 && (r.TwoOfTwo() != "" || HasTwoOfTwo(backup)) {
+	if names := singles(slots, nil); len(names) > 0 && (r.TwoOfTwo() != "" || HasTwoOfTwo(backup)) {
 		changes = []string{"TWO OF TWO IS BROKEN: each of these slots opens the KEK alone: " + JoinWords(names)}
 	}
 	return changes
@@ -104,7 +112,11 @@ func (r Reader) CheckRestore(k *keyring.Keyring, without []string) error {
 	if r.TwoOfTwo() == "" && !HasTwoOfTwo(k.Slots()) {
 		return nil
 	}
-	names := slices.DeleteFunc(singles(k.Slots()), func(name string) bool { return slices.Contains(without, name) })
+	skipped, err := Places(k.Slots(), without)
+	if err != nil {
+		return fmt.Errorf("--skip-slot: %w", err)
+	}
+	names := singles(k.Slots(), skipped)
 	if len(names) == 0 {
 		return nil
 	}

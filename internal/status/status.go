@@ -50,7 +50,7 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 	if len(slots) > 0 {
 		slots = n.View.WithMissing(slots)
 	}
-	names := slotview.Names(slots)
+	names, ids := slotview.Names(slots), slotview.IDs(slots)
 	for i, s := range slots {
 		try := req.Try
 		if unready != nil {
@@ -61,7 +61,7 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 		if unready != nil && s.Type != seal.TypeSkipped {
 			report.Problem = admin.ProblemOf(unready)
 		}
-		report.Name = names[i]
+		report.Name, report.ID = names[i], ids[i]
 		r.Slots = append(r.Slots, report)
 	}
 	r.Attestation = reportAttestation(n, errors.Join(attestation, onlyAttestation(state.Problem)))
