@@ -31,7 +31,7 @@ func TestLimitsAreDocumented(t *testing.T) {
 	limits := map[string]string{
 		"the file":         fmt.Sprintf("%d MiB", keyring.MaxSize>>20),
 		"`data` of a slot": fmt.Sprintf("%d KiB", seal.MaxSlotData>>10),
-		"slots of one KEK for each node, and for none": fmt.Sprint(keyring.MaxSlots),
+		"slots of one KEK for each node, and without a node": fmt.Sprint(keyring.MaxSlots),
 		"retired KEKs":                     fmt.Sprint(keyring.MaxRetired),
 		"nodes":                            fmt.Sprint(keyring.MaxNodes),
 		"`revision`":                       fmt.Sprintf("%d (2⁵³−1)", uint64(keyring.MaxRevision)),
