@@ -23,7 +23,7 @@ func TestAnchorInTPM(t *testing.T) {
 		{what: "init --anchor tpm, then rotate", image: uki,
 			first: []wire.Step{kleidi("init", "--anchor", "tpm", "--recovery-recipient", identity.Recipient().String()), {Copy: &[2]string{keyringFile, savedFile}}},
 			then:  []wire.Step{kleidi("rotate")}, want: opens},
-		{what: "keyring of before the rotation put back", image: uki, first: []wire.Step{{Copy: &[2]string{savedFile, keyringFile}}},
+		{what: "keyring from before the rotation put back", image: uki, first: []wire.Step{{Copy: &[2]string{savedFile, keyringFile}}},
 			discard: true,
 			want:    locked, cause: seal.CauseAnchor, says: []string{"run kleidi keyring restore"}},
 		{what: "keyring of an attacker, sealed to this boot", image: uki, files: []disk.File{attacker}, first: replaceKeyring(t), discard: true,

@@ -32,13 +32,13 @@ func TestPCRSignature(t *testing.T) {
 	m.series("UKI with .pcrsig", []boot{
 		{what: "signed PCR 11 in the image; kleidi bootstate add --systemd", image: first, first: []wire.Step{initialize},
 			then: []wire.Step{kleidi("bootstate", "add", "--systemd")}, want: opens},
-		{what: "next image, signed by the same key; no step of ours", image: second, want: opens, moved: moved},
-		{what: "the same without the signature", image: unsigned, want: locked, cause: seal.CauseBootState, moved: moved, says: []string{"PCR 4"}},
+		{what: "next image, signed by the same key; no command run", image: second, want: opens, moved: moved},
+		{what: "the same image without the signature", image: unsigned, want: locked, cause: seal.CauseBootState, moved: moved, says: []string{"PCR 4"}},
 		{what: "next image, signed by another key", image: withSignature(t, must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048)), second),
 			want: locked, cause: seal.CauseBootState, moved: moved, says: []string{"PCR 4"}},
 		{what: "signed, Secure Boot off", image: second, before: func(m *machine) { m.setVariables(noKeys) },
 			want: locked, cause: seal.CauseBootState, moved: []int{4, 7, 9, 11}, says: []string{"PCR 7"}},
-		{what: "the first image, after all of this", image: first, before: func(m *machine) { m.setVariables(ownKeys) }, want: opens},
+		{what: "the first image, after all of the above", image: first, before: func(m *machine) { m.setVariables(ownKeys) }, want: opens},
 	})
 }
 

@@ -26,7 +26,7 @@ func TestSignedBootState(t *testing.T) {
 		{what: "an image that nobody signed for", image: other, want: locked, cause: seal.CauseBootState, moved: moved, says: []string{"PCR 4"}},
 		{what: "the first image; kleidi bootstate revoke", image: uki, before: func(m *machine) { kept = m.state },
 			last: func(m *machine) []wire.Step { return []wire.Step{kleidi("bootstate", "revoke", m.signer(t))} }, want: opens},
-		{what: "the next image, with the whole disk of before", image: next, before: func(m *machine) { m.state, kept = kept, m.state },
+		{what: "the next image, with the whole disk from before", image: next, before: func(m *machine) { m.state, kept = kept, m.state },
 			want: locked, cause: seal.CauseEpoch, moved: moved},
 		{what: "the first image, with its own disk", image: uki, before: func(m *machine) { m.state = kept }, want: opens},
 	})

@@ -23,9 +23,9 @@ func TestSuspend(t *testing.T) {
 			want: locked, cause: seal.CauseBootState, moved: []int{4, 7}, says: []string{"PCR 7"}},
 		{what: "other kernel and command line, boot 3 of 3", image: other, before: func(m *machine) { m.setVariables(ownKeys) },
 			want: opens, moved: moved, check: suspended},
-		{what: "other kernel and command line, one boot more", image: other,
+		{what: "other kernel and command line, one more boot", image: other,
 			want: locked, cause: seal.CauseBootState, moved: moved, says: []string{"PCR 4"}},
-		{what: "the first image, after all of this", image: uki, want: opens},
+		{what: "the first image, after all of the above", image: uki, want: opens},
 	})
 }
 

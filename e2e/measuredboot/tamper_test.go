@@ -39,14 +39,14 @@ func TestUKI(t *testing.T) {
 			want: locked, cause: seal.CauseBootState, moved: []int{4, 9, 11}, says: []string{"PCR 4", "PCR 11"}},
 		{what: "other kernel", image: with(uki, func(i *image) { i.kernel = "somebody@example.org" }),
 			want: locked, cause: seal.CauseBootState, moved: []int{4, 11}, says: []string{"PCR 4", "PCR 11"}},
-		{what: "other image of the same sections", image: with(uki, func(i *image) { i.uname = "other" }),
+		{what: "other image with the same sections", image: with(uki, func(i *image) { i.uname = "other" }),
 			want: locked, cause: seal.CauseBootState, moved: []int{4}, says: []string{"PCR 4"}},
 		{what: "image without a signature", image: with(uki, func(i *image) { i.unsigned = true }), want: notStarted},
 		{what: "Secure Boot off", image: uki, before: func(m *machine) { m.setVariables(noKeys) },
 			want: locked, cause: seal.CauseBootState, moved: []int{4, 7}, says: []string{"PCR 4", "PCR 7"}},
 		{what: "keyring of an attacker, sealed to this boot", image: uki, before: func(m *machine) { m.setVariables(ownKeys) },
 			files: []disk.File{attacker}, first: replaceKeyring(t), discard: true, want: locked, cause: seal.CauseAnchor, says: []string{"does not hold the anchored key ID"}},
-		{what: "the first image, after all of this", image: uki, want: opens},
+		{what: "the first image, after all of the above", image: uki, want: opens},
 		{what: "same disk and boot, other TPM", image: uki, before: (*machine).newTPM,
 			want: locked, cause: seal.CauseOtherTPM, says: []string{"sealed by another TPM"}},
 	})
@@ -82,7 +82,7 @@ func TestGRUB(t *testing.T) {
 			want: locked, cause: seal.CauseBootState, moved: []int{8, 9}, says: []string{"PCR 8", "PCR 9"}},
 		{what: "other initrd", image: with(grub, func(i *image) { i.initrd = "#!/bin/sh\n" }),
 			want: locked, cause: seal.CauseBootState, moved: []int{9}, says: []string{"PCR 9"}},
-		{what: "the first files, after all of this", image: grub, want: opens},
+		{what: "the first files, after all of the above", image: grub, want: opens},
 	})
 }
 
@@ -92,7 +92,7 @@ func TestSealedToPCR7(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)
 	m.settings = "tpm:\n  pcrs: [7]\n  anySignedBoot: true\n"
-	m.series("UKI, sealed to PCR 7 alone, which nobody should do", []boot{
+	m.series("UKI, sealed to PCR 7 alone (do not do this)", []boot{
 		{what: "tpm.pcrs: [7]; kleidi init", image: uki, first: []wire.Step{initialize}, want: opens},
 		{what: "other command line", image: with(uki, func(i *image) { i.commandLine = "init=/bin/sh" }), want: opens, moved: []int{4, 9, 11}},
 	})

@@ -31,7 +31,7 @@ func TestUpdate(t *testing.T) {
 			then: []wire.Step{kleidi("reseal", "--next-uki", "/"+updated.Name)}, want: opens},
 		{what: "the first image, once more before the update", image: uki, want: opens},
 		{what: "the next image", image: next, before: func(m *machine) { kept = m.state }, want: opens, moved: []int{4, 9, 11}},
-		{what: "the first image, with the whole disk of before the update", image: uki,
+		{what: "the first image, with the whole disk from before the update", image: uki,
 			before: func(m *machine) { m.state, kept = kept, m.state }, want: locked, cause: seal.CauseEpoch},
 		{what: "the next image, with its own disk", image: next, before: func(m *machine) { m.state = kept }, want: opens, moved: []int{4, 9, 11}},
 	})
@@ -45,7 +45,7 @@ func TestUpdateOfDbx(t *testing.T) {
 		{what: "kleidi reseal --next-dbx, then the update", image: uki, files: revocation(t), first: []wire.Step{initialize},
 			then: []wire.Step{kleidi("reseal", "--next-dbx", "/tmp/dbxupdate.bin"), {Copy: &[2]string{"/tmp/dbx.variable", dbxVariable}}}, want: opens},
 		{what: "the same image, with the new dbx", image: uki, want: opens, moved: []int{7}},
-		{what: "the same image, with the firmware's variables of before", image: uki, before: (*machine).resetVariables,
+		{what: "the same image, with the firmware's variables from before", image: uki, before: (*machine).resetVariables,
 			want: locked, cause: seal.CauseBootState, says: []string{"PCR 7"}},
 	})
 }
