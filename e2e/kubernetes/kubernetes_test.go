@@ -32,7 +32,7 @@ func onEach(t *testing.T, scenario func(t *testing.T, m *machine)) {
 func TestSecretInEtcd(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.put(t, "first")
 		m.mustHold(t, "first")
@@ -107,13 +107,13 @@ func (m *machine) searchDisk(t *testing.T, plain string) {
 func TestRestarts(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.put(t, "a")
 
 		t.Log("kube-apiserver restarts")
 		m.api.Stop()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.mustHold(t, "a")
 		m.put(t, "b")
@@ -129,7 +129,7 @@ func TestRestarts(t *testing.T) {
 		m.api.Stop()
 		m.Serving.Stop()
 		m.ServeOpen()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.mustHold(t, "a", "b", "c")
 
@@ -137,7 +137,7 @@ func TestRestarts(t *testing.T) {
 		m.api.Stop()
 		m.Serving.Stop()
 		m.Reboot(m.Kernel)
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitNotReady(t)
 		if err := m.holds("a"); err == nil {
 			t.Error("a Secret is readable without kleidi")
@@ -155,7 +155,7 @@ func TestRestarts(t *testing.T) {
 func TestKilledAndBack(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.put(t, "before")
 
@@ -164,7 +164,7 @@ func TestKilledAndBack(t *testing.T) {
 		m.mustHold(t, "before")
 		// The DEK seed that kube-apiserver has lasts for three minutes.
 		m.put(t, "meanwhile")
-		if err := m.api.put("configmaps", "meanwhile", nil); err != nil {
+		if err := m.api.Put("configmaps", "meanwhile", nil); err != nil {
 			t.Error("ConfigMaps are not served:", err)
 		}
 
@@ -172,7 +172,7 @@ func TestKilledAndBack(t *testing.T) {
 		m.waitReady(t)
 		m.put(t, "after")
 		m.api.Stop()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.mustHold(t, "before", "meanwhile", "after")
 	})
@@ -184,16 +184,16 @@ func TestKilledAndBack(t *testing.T) {
 func TestLongOutage(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.put(t, "before")
 
 		m.Serving.Kill()
 		node.Eventually(t, 5*time.Minute, "Secrets are refused", func() error {
-			if err := m.api.put("configmaps", "meanwhile", nil); err != nil {
+			if err := m.api.Put("configmaps", "meanwhile", nil); err != nil {
 				t.Fatal("ConfigMaps are not served:", err)
 			}
-			if err := m.api.put("secrets", "before", map[string]string{"password": plaintext("before")}); err == nil {
+			if err := m.api.Put("secrets", "before", map[string]string{"password": plaintext("before")}); err == nil {
 				return errors.New("a Secret is written")
 			}
 			return nil
@@ -203,7 +203,7 @@ func TestLongOutage(t *testing.T) {
 		m.ServeOpen()
 		m.waitReady(t)
 		node.Eventually(t, reconnect, "Secrets are written", func() error {
-			return m.api.put("secrets", "after", map[string]string{"password": plaintext("after")})
+			return m.api.Put("secrets", "after", map[string]string{"password": plaintext("after")})
 		})
 		m.mustHold(t, "before", "after")
 	})
@@ -215,7 +215,7 @@ func TestLongOutage(t *testing.T) {
 func TestRotation(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.put(t, "one")
 		m.put(t, "two")
@@ -227,7 +227,7 @@ func TestRotation(t *testing.T) {
 			t.Fatalf("current %q before, after rotation %+v", before, after)
 		}
 		node.Eventually(t, 90*time.Second, "a new Secret is stored under the new key", func() error {
-			if err := m.api.ready(); err != nil {
+			if err := m.api.Ready(); err != nil {
 				return err
 			}
 			m.put(t, "three")
@@ -237,7 +237,7 @@ func TestRotation(t *testing.T) {
 			return nil
 		})
 
-		metrics, err := m.api.get("/metrics")
+		metrics, err := m.api.Get("/metrics")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -249,14 +249,14 @@ func TestRotation(t *testing.T) {
 		m.Serving.Stop()
 		m.api.Stop()
 		m.ServeOpen()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.mustHold(t, "one", "two", "three")
 		if id := m.stored(t)["one"].keyID; id != before {
 			t.Errorf("an untouched Secret is stored under %q, want %q", id, before)
 		}
 
-		if err := m.api.rewrite(); err != nil {
+		if err := m.api.Rewrite(); err != nil {
 			t.Fatal("rewrite the Secrets:", err)
 		}
 		for name, s := range m.stored(t) {
@@ -274,7 +274,7 @@ func TestRotation(t *testing.T) {
 func TestOtherKernel(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.put(t, "before")
 		sealed := m.Keyring().Current.KeyID
@@ -286,12 +286,12 @@ func TestOtherKernel(t *testing.T) {
 		m.Reboot(other)
 		m.Serve()
 		m.WaitLocked("PCR 4")
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitNotReady(t)
 		if err := m.holds("before"); err == nil {
 			t.Error("a Secret is readable while kleidi is locked")
 		}
-		if err := m.api.put("secrets", "refused", map[string]string{"password": plaintext("refused")}); err == nil {
+		if err := m.api.Put("secrets", "refused", map[string]string{"password": plaintext("refused")}); err == nil {
 			t.Error("a Secret is written while kleidi is locked")
 		}
 		if err := m.Serving.Alive(); err != nil {
@@ -313,7 +313,7 @@ func TestOtherKernel(t *testing.T) {
 		m.Serving.Stop()
 		m.Reboot(other)
 		m.ServeOpen()
-		m.api.start(t)
+		m.api.Start(t)
 		m.waitReady(t)
 		m.mustHold(t, "before", "after")
 

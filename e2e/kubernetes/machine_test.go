@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/beezy-dev/kleidi/e2e/cluster"
 	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
@@ -17,8 +18,8 @@ const reconnect = 150 * time.Second
 // machine is a control-plane node: kleidi, etcd and kube-apiserver.
 type machine struct {
 	*node.Node
-	etcd *etcd
-	api  *apiserver
+	etcd *cluster.Etcd
+	api  *cluster.APIServer
 }
 
 // newMachine initialises kleidi on a machine of its own and starts etcd. Neither
@@ -31,14 +32,17 @@ func newMachine(t *testing.T, version string) *machine {
 func newMachineOf(t *testing.T, version string, s node.Setup) *machine {
 	t.Helper()
 	n := node.Make(t, s)
-	e := startEtcd(t, n)
-	return &machine{Node: n, etcd: e, api: newAPIServer(t, version, n, e)}
+	e := cluster.StartEtcd(t, binaries["etcd"], n.Dir())
+	api := cluster.NewAPIServer(t, cluster.APIServerSetup{
+		Binary: binaries[version], Host: cluster.Loopback, Dir: n.Dir(), Etcds: []string{e.URL}, EncryptionConfig: n.EncryptionConfig(),
+	})
+	return &machine{Node: n, etcd: e, api: api}
 }
 
 // put stores a Secret whose content is plaintext of its own.
 func (m *machine) put(t *testing.T, name string) {
 	t.Helper()
-	if err := m.api.put("secrets", name, map[string]string{"password": plaintext(name)}); err != nil {
+	if err := m.api.Put("secrets", name, map[string]string{"password": plaintext(name)}); err != nil {
 		t.Fatalf("write Secret %s: %v", name, err)
 	}
 }
@@ -49,7 +53,7 @@ func plaintext(name string) string { return "plaintext of " + name + ", as nobod
 // holds says whether Secrets read back as they were written.
 func (m *machine) holds(names ...string) error {
 	for _, name := range names {
-		got, err := m.api.secret(name)
+		got, err := m.api.Secret(name)
 		if err != nil {
 			return fmt.Errorf("read Secret %s: %w", name, err)
 		}
@@ -70,8 +74,8 @@ func (m *machine) mustHold(t *testing.T, names ...string) {
 // stored returns the raw Secrets in etcd by name.
 func (m *machine) stored(t *testing.T) map[string]stored {
 	t.Helper()
-	const folder = "/registry/secrets/" + namespace + "/"
-	raw, err := m.etcd.get(folder)
+	const folder = "/registry/secrets/" + cluster.Namespace + "/"
+	raw, err := m.etcd.Get(folder)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,20 +93,20 @@ func (m *machine) stored(t *testing.T) map[string]stored {
 // waitReady waits until kube-apiserver reports its plugin, and itself, as ready.
 func (m *machine) waitReady(t *testing.T) {
 	t.Helper()
-	node.Eventually(t, reconnect, "kube-apiserver is ready", m.api.ready)
+	node.Eventually(t, reconnect, "kube-apiserver is ready", m.api.Ready)
 }
 
 // waitNotReady waits until kube-apiserver blames the KMS plugin, and only it.
 func (m *machine) waitNotReady(t *testing.T) {
 	t.Helper()
 	node.Eventually(t, reconnect, "kube-apiserver's readyz names the KMS plugin", func() error {
-		err := m.api.ready()
-		var r *refusal
+		err := m.api.Ready()
+		var r *cluster.Refusal
 		if !errors.As(err, &r) {
 			return fmt.Errorf("readyz: %w", err)
 		}
-		if !bytes.Contains([]byte(r.body), []byte("[-]kms-provider")) {
-			return fmt.Errorf("readyz does not name the KMS plugin: %s", r.body)
+		if !bytes.Contains([]byte(r.Body), []byte("[-]kms-provider")) {
+			return fmt.Errorf("readyz does not name the KMS plugin: %s", r.Body)
 		}
 		return nil
 	})

@@ -1,20 +1,19 @@
 package kubernetes
 
 import (
-	"bufio"
-	"bytes"
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"testing"
+
+	"github.com/beezy-dev/kleidi/e2e/cluster"
 )
 
 // versions are the folders of e2e/servers that hold a kube-apiserver.
 var versions = []string{"kube-apiserver-1.37", "kube-apiserver-1.29"}
 
 // binaries are paths by name: "etcd", "vault" and each of versions.
-var binaries = map[string]string{}
+var binaries map[string]string
 
 // scratch is a folder for all tests.
 var scratch string
@@ -25,7 +24,8 @@ func TestMain(m *testing.M) {
 	if err := flag.Set("test.parallel", "16"); err != nil {
 		panic(err)
 	}
-	if err := find(); err != nil {
+	var err error
+	if binaries, err = cluster.Built(append([]string{"etcd", "vault"}, versions...)...); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -43,22 +43,4 @@ func runAll(m *testing.M) int {
 		return 1
 	}
 	return m.Run()
-}
-
-func find() error {
-	names := append([]string{"etcd", "vault"}, versions...)
-	build := exec.Command("../servers/build", names...)
-	build.Stderr = os.Stderr
-	out, err := build.Output()
-	if err != nil {
-		return fmt.Errorf("e2e/servers/build: %w", err)
-	}
-	lines := bufio.NewScanner(bytes.NewReader(out))
-	for _, name := range names {
-		if !lines.Scan() {
-			return fmt.Errorf("e2e/servers/build prints no path for %s", name)
-		}
-		binaries[name] = lines.Text()
-	}
-	return nil
 }

@@ -55,7 +55,7 @@ func TestFallback(t *testing.T) {
 			settings, binary := b.setup(t)
 			m := newMachineOf(t, versions[0], node.Setup{Binary: binary, Settings: order(settings, "tpm", b.name)})
 			m.ServeOpen()
-			m.api.start(t)
+			m.api.Start(t)
 			m.waitReady(t)
 			m.put(t, "sealed")
 			m.api.Stop()
@@ -96,7 +96,7 @@ func (m *machine) saysFallback(t *testing.T, by string) {
 // kube-apiserver runs when it ends.
 func (m *machine) liveThrough(t *testing.T) {
 	t.Helper()
-	m.api.start(t)
+	m.api.Start(t)
 	m.waitReady(t)
 	m.put(t, "first")
 	m.mustHold(t, "first")
@@ -109,7 +109,7 @@ func (m *machine) liveThrough(t *testing.T) {
 	m.api.Stop()
 	m.Serving.Stop()
 	m.ServeOpen()
-	m.api.start(t)
+	m.api.Start(t)
 	m.waitReady(t)
 	m.mustHold(t, "first")
 	m.put(t, "second")
@@ -121,7 +121,7 @@ func (m *machine) liveThrough(t *testing.T) {
 		t.Fatal("the key is not rotated")
 	}
 	node.Eventually(t, 90*time.Second, "a new Secret is stored under the new key", func() error {
-		if err := m.api.ready(); err != nil {
+		if err := m.api.Ready(); err != nil {
 			return err
 		}
 		m.put(t, "third")
@@ -133,7 +133,7 @@ func (m *machine) liveThrough(t *testing.T) {
 	m.api.Stop()
 	m.Serving.Stop()
 	m.ServeOpen()
-	m.api.start(t)
+	m.api.Start(t)
 	m.waitReady(t)
 	m.mustHold(t, "first", "second", "third")
 }

@@ -1,0 +1,260 @@
+package cluster
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+)
+
+// Namespace holds the tests' objects.
+const Namespace = "e2e"
+
+// APIServer is a kube-apiserver and a client of it with all rights.
+type APIServer struct {
+	*node.Process
+	URL, Token string
+
+	setup  APIServerSetup
+	args   []string
+	client *http.Client
+}
+
+// APIServerSetup is what a kube-apiserver is started with.
+type APIServerSetup struct {
+	Binary string
+	Host   Host
+	// Dir holds its log, its certificates and its keys.
+	Dir string
+	// Etcds are the URLs of the members.
+	Etcds []string
+	// EncryptionConfig is the path of an EncryptionConfiguration, which is reloaded when it
+	// changes if Reload is set.
+	EncryptionConfig string
+	Reload           bool
+	// ServiceAccounts is the PEM file of the key that signs tokens, which all servers of a
+	// cluster share. Empty makes one.
+	ServiceAccounts string
+	// Token is that of the user with all rights. Empty makes one.
+	Token string
+}
+
+// NewAPIServer prepares a kube-apiserver, which does not run yet.
+func NewAPIServer(t testing.TB, s APIServerSetup) *APIServer {
+	t.Helper()
+	port := "6443"
+	if s.Host == Loopback {
+		port = node.FreePort(t)
+	}
+	if s.Token == "" {
+		s.Token = rand.Text()
+	}
+	a := &APIServer{setup: s, URL: "https://" + net.JoinHostPort(s.Host.Address, port), Token: s.Token}
+	users := a.write(t, "users.csv", []byte(s.Token+",e2e,e2e,system:masters\n"))
+	accounts := s.ServiceAccounts
+	if accounts == "" {
+		accounts = a.write(t, "accounts.pem", ServiceAccountKey(t))
+	}
+	a.args = []string{
+		"--etcd-servers", strings.Join(s.Etcds, ","), "--bind-address", s.Host.Address, "--secure-port", port,
+		"--cert-dir", a.path("certificates"), "--token-auth-file", users,
+		"--service-account-issuer", "https://kubernetes.default.svc",
+		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts,
+		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC",
+		"--endpoint-reconciler-type", "none", "--encryption-provider-config", s.EncryptionConfig,
+	}
+	if s.Reload {
+		a.args = append(a.args, "--encryption-provider-config-automatic-reload=true")
+	}
+	return a
+}
+
+// ServiceAccountKey makes a key that signs ServiceAccounts' tokens, in PEM.
+func ServiceAccountKey(t testing.TB) []byte {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})
+}
+
+func (a *APIServer) write(t testing.TB, name string, b []byte) string {
+	t.Helper()
+	if err := os.WriteFile(a.path(name), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return a.path(name)
+}
+
+func (a *APIServer) path(name string) string { return filepath.Join(a.setup.Dir, name) }
+
+// Start runs kube-apiserver and returns once it serves objects that are not
+// encrypted, whether or not its KMS plugin is there.
+func (a *APIServer) Start(t testing.TB) {
+	t.Helper()
+	a.Launch(t)
+	a.WaitServing(t)
+}
+
+// Launch runs kube-apiserver and does not wait for it.
+func (a *APIServer) Launch(t testing.TB) {
+	t.Helper()
+	a.Process = a.setup.Host.start(t, a.path("kube-apiserver.log"), a.setup.Binary, a.args...)
+}
+
+// WaitServing returns once kube-apiserver serves objects that are not encrypted.
+func (a *APIServer) WaitServing(t testing.TB) {
+	t.Helper()
+	node.Eventually(t, 2*time.Minute, "kube-apiserver serves", func() error {
+		if err := a.Alive(); err != nil {
+			t.Fatal(err)
+		}
+		if err := a.trust(); err != nil {
+			return err
+		}
+		if err := a.makeNamespace(); err != nil {
+			return err
+		}
+		return a.Put("configmaps", "started", map[string]string{"at": time.Now().String()})
+	})
+}
+
+// trust reads the certificate that kube-apiserver made for itself.
+func (a *APIServer) trust() error {
+	certificates, err := os.ReadFile(a.path("certificates/apiserver.crt"))
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(certificates) {
+		return fmt.Errorf("no certificate in apiserver.crt")
+	}
+	a.client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
+	return nil
+}
+
+// Refusal is an answer of kube-apiserver other than 2xx.
+type Refusal struct {
+	Code int
+	Body string
+}
+
+func (r *Refusal) Error() string { return fmt.Sprintf("%d: %s", r.Code, r.Body) }
+
+// Get returns an answer that is text.
+func (a *APIServer) Get(path string) (string, error) {
+	b, err := a.call(http.MethodGet, path, nil)
+	return string(b), err
+}
+
+// Do sends an object, if there is one, and reads the answer into another.
+func (a *APIServer) Do(method, path string, in, out any) error {
+	answer, err := a.call(method, path, in)
+	if err != nil || out == nil {
+		return err
+	}
+	return json.Unmarshal(answer, out)
+}
+
+func (a *APIServer) call(method, path string, in any) ([]byte, error) {
+	body, err := json.Marshal(in)
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequest(method, a.URL+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Authorization", "Bearer "+a.Token)
+	req.Header.Set("Content-Type", "application/json")
+	res, err := a.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	answer, err := io.ReadAll(res.Body)
+	if err != nil {
+		return nil, err
+	}
+	if res.StatusCode/100 != 2 {
+		return nil, &Refusal{res.StatusCode, string(answer)}
+	}
+	return answer, nil
+}
+
+func (a *APIServer) makeNamespace() error {
+	err := a.Do(http.MethodPost, "/api/v1/namespaces", map[string]any{"metadata": map[string]string{"name": Namespace}}, nil)
+	if r, ok := err.(*Refusal); ok && r.Code == http.StatusConflict {
+		return nil
+	}
+	return err
+}
+
+// Ready asks for the health checks, among them the one of the KMS plugin,
+// which makes kube-apiserver probe it. The error names what is not ready.
+func (a *APIServer) Ready() error { return a.Do(http.MethodGet, "/readyz?verbose", nil, nil) }
+
+func objects(kind, name string) string {
+	return strings.TrimSuffix("/api/v1/namespaces/"+Namespace+"/"+kind+"/"+name, "/")
+}
+
+// Put creates or replaces an object. A ConfigMap's data is text, a Secret's too:
+// it is kept as stringData, so that a test's plaintext is what is stored.
+func (a *APIServer) Put(kind, name string, data map[string]string) error {
+	field := map[string]string{"configmaps": "data", "secrets": "stringData"}[kind]
+	object := map[string]any{"metadata": map[string]string{"name": name}, field: data}
+	err := a.Do(http.MethodPost, objects(kind, ""), object, nil)
+	if r, ok := err.(*Refusal); ok && r.Code == http.StatusConflict {
+		return a.Do(http.MethodPut, objects(kind, name), object, nil)
+	}
+	return err
+}
+
+// Secret reads a Secret back.
+func (a *APIServer) Secret(name string) (map[string]string, error) {
+	var object struct{ Data map[string][]byte }
+	if err := a.Do(http.MethodGet, objects("secrets", name), nil, &object); err != nil {
+		return nil, err
+	}
+	data := map[string]string{}
+	for k, v := range object.Data {
+		data[k] = string(v)
+	}
+	return data, nil
+}
+
+// Rewrite does what `kubectl get secrets -o json | kubectl replace -f -` does:
+// it writes every Secret back as it was read.
+func (a *APIServer) Rewrite() error {
+	var list struct {
+		Items []struct {
+			Metadata map[string]any    `json:"metadata"`
+			Data     map[string][]byte `json:"data"`
+			Type     string            `json:"type"`
+		}
+	}
+	if err := a.Do(http.MethodGet, objects("secrets", ""), nil, &list); err != nil {
+		return err
+	}
+	for _, item := range list.Items {
+		if err := a.Do(http.MethodPut, objects("secrets", fmt.Sprint(item.Metadata["name"])), item, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}

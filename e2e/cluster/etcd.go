@@ -1,0 +1,114 @@
+package cluster
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+)
+
+// Etcd is a member of a real etcd, read through its JSON gateway, which needs no client library.
+type Etcd struct {
+	*node.Process
+	URL string
+
+	host   Host
+	dir    string
+	binary string
+	args   []string
+}
+
+// StartEtcd runs an etcd of one member on the loopback, with its log and its data in a folder.
+func StartEtcd(t testing.TB, binary, dir string) *Etcd {
+	t.Helper()
+	url, peer := "http://127.0.0.1:"+node.FreePort(t), "http://127.0.0.1:"+node.FreePort(t)
+	e := newEtcd(Loopback, binary, dir, url, peer, "default", "default="+peer)
+	e.Start(t)
+	e.WaitHealthy(t)
+	return e
+}
+
+// NewMembers prepares an etcd with one member on each host. Their folders are below dir.
+func NewMembers(hosts []Host, binary, dir string) []*Etcd {
+	var members, peers []string
+	for i, h := range hosts {
+		peers = append(peers, "http://"+h.Address+":2380")
+		members = append(members, fmt.Sprintf("e%d=%s", i+1, peers[i]))
+	}
+	all := make([]*Etcd, len(hosts))
+	for i, h := range hosts {
+		name := fmt.Sprintf("e%d", i+1)
+		all[i] = newEtcd(h, binary, filepath.Join(dir, name), "http://"+h.Address+":2379", peers[i], name, strings.Join(members, ","))
+	}
+	return all
+}
+
+func newEtcd(h Host, binary, dir, url, peer, name, members string) *Etcd {
+	return &Etcd{URL: url, host: h, dir: dir, binary: binary, args: []string{
+		"--name", name, "--data-dir", filepath.Join(dir, "etcd"), "--unsafe-no-fsync", "--log-level", "warn",
+		"--listen-client-urls", url, "--advertise-client-urls", url,
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", members,
+	}}
+}
+
+// Start runs the member, with the data that it left when it ran before.
+func (e *Etcd) Start(t testing.TB) {
+	t.Helper()
+	if err := os.MkdirAll(e.dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	e.Process = e.host.start(t, filepath.Join(e.dir, "etcd.log"), e.binary, e.args...)
+}
+
+// WaitHealthy returns once the member answers reads, which takes a quorum.
+func (e *Etcd) WaitHealthy(t testing.TB) {
+	t.Helper()
+	node.Eventually(t, time.Minute, "etcd answers", func() error {
+		if err := e.Alive(); err != nil {
+			t.Fatal(err)
+		}
+		_, err := e.Get("/registry/")
+		return err
+	})
+}
+
+// Get returns the raw values below a prefix, by key.
+func (e *Etcd) Get(prefix string) (map[string][]byte, error) {
+	end := []byte(prefix)
+	end[len(end)-1]++
+	query, err := json.Marshal(map[string][]byte{"key": []byte(prefix), "range_end": end})
+	if err != nil {
+		return nil, err
+	}
+	res, err := http.Post(e.URL+"/v3/kv/range", "application/json", bytes.NewReader(query))
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		return nil, err
+	}
+	if res.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("range: %s: %s", res.Status, body)
+	}
+	var answer struct {
+		KVs []struct{ Key, Value []byte }
+	}
+	if err := json.Unmarshal(body, &answer); err != nil {
+		return nil, err
+	}
+	values := map[string][]byte{}
+	for _, kv := range answer.KVs {
+		values[string(kv.Key)] = kv.Value
+	}
+	return values, nil
+}
