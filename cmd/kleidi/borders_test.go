@@ -26,6 +26,8 @@ var borders = map[string][]string{
 	"seal/store":                     {},
 	"seal/unlock":                    {"seal", "seal/keyring", "seal/store"},
 	"seal/rotation":                  {"seal", "seal/keyring"},
+	"seal/replica":                   {"seal/store"},
+	"seal/replica/storetest":         {"seal/replica", "seal/store"},
 	"seal/both":                      {"seal"},
 	"seal/recovery":                  {"seal"},
 	"seal/sealtest":                  {"seal"},

@@ -1,0 +1,27 @@
+package replica
+
+import (
+	"context"
+
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+// Store is the cluster store: one shared keyring, and a record of each node. It is
+// trusted for nothing but the order of swaps. It can be restored from an older snapshot
+// at any time, and whoever can write it can put anything there.
+type Store interface {
+	// Load returns the shared keyring. The error is fs.ErrNotExist if there is none.
+	Load(context.Context) ([]byte, error)
+	// Swap puts next in the place of old, where nil means that there is none, if the
+	// store holds exactly these bytes. The error is [store.ErrConflict] if it holds
+	// others; then nothing has happened, and nothing will. After any other error the
+	// swap may have happened, and may still happen.
+	Swap(ctx context.Context, old, next []byte) error
+	// Records returns the records of all nodes, in no order.
+	Records(context.Context) ([]store.NodeRecord, error)
+	// PutRecord replaces the record of a node.
+	PutRecord(ctx context.Context, node string, record []byte) error
+	// Watch calls changed whenever the store may have changed, until ctx ends. It may
+	// miss changes, so the caller also reads at intervals.
+	Watch(ctx context.Context, changed func())
+}

@@ -1,0 +1,12 @@
+package store
+
+// NodeRecord is the record of one node, as a cluster store holds it. Who can write the
+// store chose all of it.
+type NodeRecord struct {
+	Node  string
+	Bytes []byte
+	// AfterKeyring says that the record was written after the keyring that the store
+	// holds now. A record from before it can have been planted by a node that this
+	// keyring removed.
+	AfterKeyring bool
+}
