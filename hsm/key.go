@@ -54,7 +54,7 @@ func (s *session) findKey(want *keyMatch, class string) (*key, error) {
 			"token %v has several %s keys that match %v", nameOf(s.token), c.description, want)
 	}
 	return nil, &seal.Error{Cause: seal.CauseKeyMissing, Err: fmt.Errorf("token %v: %w: %v", nameOf(s.token), ErrNoKey, want),
-		Hint: "if it was deleted, restore it from the token's backup, or unlock with another keyslot and run kleidi slot remove for this one; kleidi slot add pkcs11 --generate-key makes a new key, or kleidi init --generate-key if there is no keyring yet"}
+		Hint: "if it was deleted, restore it from the token's backup, or unlock with another keyslot and run kleidi slot remove NAME for this one; to make a new key, run kleidi slot add pkcs11 --generate-key, or kleidi init --generate-key if there is no keyring yet"}
 }
 
 func (k keyMatch) String() string {

@@ -108,7 +108,7 @@ var (
 )
 
 const (
-	hintPIN = "put the right PIN into the file that pkcs11.pinFile names, or seal it for pkcs11.sealedPINFile with kleidi pkcs11-pin; " +
+	hintPIN = "put the right PIN into the file that pkcs11.pinFile names, or seal it for pkcs11.sealedPINFile with kleidi pkcs11-pin --pin-file FILE --out FILE; " +
 		"kleidi tries another PIN once, and this one again only after a restart"
 	hintUnknown = "see whether the token is well, then restart kleidi, which gives the PIN once more; kleidi gives another PIN without a restart"
 	hintLocked  = "have the security officer unlock the user PIN (C_InitPIN); afterwards kleidi goes on by itself"

@@ -81,12 +81,12 @@ func (h *hexID) UnmarshalText(b []byte) error {
 // otherKey is the error for a keyslot that a key of the right name does not open. The key
 // may be a new one of the same name.
 func otherKey(format string, args ...any) error {
-	return seal.Errorf(seal.CauseSlotCorrupt, "if the key was made again, or the token replaced, run kleidi slot rewrap with --new-key, or kleidi slot remove and kleidi slot add pkcs11; else bring back an undamaged keyring with kleidi keyring restore",
+	return seal.Errorf(seal.CauseSlotCorrupt, "if the key was made again, or the token replaced, run kleidi slot rewrap NAME --new-key, or kleidi slot remove NAME and kleidi slot add pkcs11; else bring back an undamaged keyring with kleidi keyring restore --previous, or kleidi keyring restore BACKUP",
 		"the pkcs11 keyslot is damaged, or of another key: "+format, args...)
 }
 
 func corrupt(format string, args ...any) error {
-	return seal.Errorf(seal.CauseSlotCorrupt, "bring back an undamaged keyring with kleidi keyring restore, or replace the keyslot with kleidi slot add pkcs11",
+	return seal.Errorf(seal.CauseSlotCorrupt, "replace the keyslot with kleidi slot add pkcs11, or bring back an undamaged keyring with kleidi keyring restore --previous, or kleidi keyring restore BACKUP",
 		"the pkcs11 keyslot is damaged: "+format, args...)
 }
 

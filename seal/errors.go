@@ -82,6 +82,9 @@ type Error struct {
 	Err error
 	// Hint tells the operator what to do next.
 	Hint string
+	// NoRecovery is the hint for a keyring that no recovery identity opens, if Hint sends the
+	// operator to one; see [Error.OrRecover] and [WithoutRecovery].
+	NoRecovery string
 	// Permanent says that a further attempt fails too, until somebody changes the
 	// configuration or restarts the machine.
 	Permanent bool
@@ -101,6 +104,30 @@ func (e *Error) Unwrap() error { return e.Err }
 // Errorf returns an [*Error] whose Err is formatted as by fmt.Errorf.
 func Errorf(cause Cause, hint, format string, args ...any) *Error {
 	return &Error{Cause: cause, Hint: hint, Err: fmt.Errorf(format, args...)}
+}
+
+// OrRecover adds to the hint of e that the recovery identity opens the keyring as well, and
+// returns e.
+func (e *Error) OrRecover() *Error {
+	const recover = "run kleidi recover with the recovery identity"
+	if e.Hint == "" {
+		e.Hint, e.NoRecovery = recover, hintNoRecovery
+		return e
+	}
+	e.Hint, e.NoRecovery = e.Hint+", or "+recover, e.Hint
+	return e
+}
+
+const hintNoRecovery = "the keyring has no recovery slot; if a backup has one, run kleidi keyring restore BACKUP --identity-file FILE"
+
+// WithoutRecovery returns err with a hint that names no recovery identity. It is for errors
+// of a keyring that has no recovery slot.
+func WithoutRecovery(err error) error {
+	e, ok := errors.AsType[*Error](err)
+	if !ok || e.NoRecovery == "" {
+		return err
+	}
+	return WithHint(err, e.NoRecovery)
 }
 
 // CauseOf returns the cause of the outermost [*Error] in err's chain, or "" if the
@@ -136,10 +163,15 @@ func SplitHint(err error) (message, hint string) {
 
 // AddHint returns err with one more thing to do next, after the hint that it has.
 func AddHint(err error, hint string) *Error {
-	if _, former := SplitHint(err); former != "" {
-		hint = former + "; " + hint
+	_, former := SplitHint(err)
+	if former == "" {
+		return WithHint(err, hint)
 	}
-	return WithHint(err, hint)
+	added := WithHint(err, former+"; "+hint)
+	if e, ok := errors.AsType[*Error](err); ok && e.NoRecovery != "" {
+		added.NoRecovery = e.NoRecovery + "; " + hint
+	}
+	return added
 }
 
 // WithHint returns err with another hint in the place of its own. Its cause stays,

@@ -63,3 +63,35 @@ func TestHints(t *testing.T) {
 		}
 	}
 }
+
+func TestWithoutRecovery(t *testing.T) {
+	reason := errors.New("another kernel")
+	plain := seal.Errorf(seal.CauseBootState, "boot as before", "%w", reason)
+	or := func() *seal.Error {
+		return seal.Errorf(seal.CauseBootState, "boot as before", "%w", reason).OrRecover()
+	}
+	alone := seal.Errorf(seal.CauseEpoch, "", "%w", reason).OrRecover()
+	for _, tc := range []struct {
+		err           error
+		with, without string
+	}{
+		{plain, "boot as before", "boot as before"},
+		{or(), "boot as before, or run kleidi recover with the recovery identity", "boot as before"},
+		{fmt.Errorf("unlock: %w", or()), "boot as before, or run kleidi recover with the recovery identity", "boot as before"},
+		{seal.AddHint(or(), "or skip it"), "boot as before, or run kleidi recover with the recovery identity; or skip it", "boot as before; or skip it"},
+		{seal.WithHint(or(), "wait"), "wait", "wait"},
+		{alone, "run kleidi recover with the recovery identity", "the keyring has no recovery slot; if a backup has one, run kleidi keyring restore BACKUP --identity-file FILE"},
+	} {
+		message, hint := seal.SplitHint(tc.err)
+		if hint != tc.with {
+			t.Errorf("%v: %q, want %q", tc.err, hint, tc.with)
+		}
+		without := seal.WithoutRecovery(tc.err)
+		if m, hint := seal.SplitHint(without); hint != tc.without || m != message {
+			t.Errorf("%v: %q, %q, want %q", without, m, hint, tc.without)
+		}
+		if seal.CauseOf(without) != seal.CauseOf(tc.err) || !errors.Is(without, reason) {
+			t.Errorf("%v: cause or chain is lost", without)
+		}
+	}
+}

@@ -114,7 +114,7 @@ func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, e
 		return nil, kind.damaged("%w", err)
 	}
 	if same, err := marshalBound(whole); err != nil || !bytes.Equal(same, file) {
-		return nil, kind.damaged("it is not as %s writes it", kind.command)
+		return nil, kind.damaged("it is not as kleidi %s writes it", kind.command)
 	}
 	return digest, nil
 }

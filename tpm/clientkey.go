@@ -23,11 +23,11 @@ const MaxClientKey = 4 << 10
 
 // A client key must outlive updates of the kernel, since a certificate is issued for it.
 var clientKeyKind = &boundKind{
-	form: "client-key-v1", max: MaxClientKey, name: "client key", command: "kleidi vault-key",
+	form: "client-key-v1", max: MaxClientKey, name: "client key", command: "vault-key",
 	renew: hintClientKey, without: "keep the client key in a file, with vault.auth.keyFile",
 }
 
-const hintClientKey = "make a new one with kleidi vault-key, and have a certificate issued for it"
+const hintClientKey = "make a new one with kleidi vault-key --out FILE --csr FILE, and have a certificate issued for it"
 
 // clientKey is the JSON in a client key's file.
 type clientKey struct {

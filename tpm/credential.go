@@ -24,11 +24,11 @@ const MaxCredential = 128
 const MaxSealedCredential = 4 << 10
 
 var credentialKind = &boundKind{
-	form: "sealed-credential-v1", max: MaxSealedCredential, name: "sealed credential", command: "kleidi pkcs11-pin",
+	form: "sealed-credential-v1", max: MaxSealedCredential, name: "sealed credential", command: "pkcs11-pin",
 	renew: hintCredential, without: "keep the PIN in a file, with pkcs11.pinFile",
 }
 
-const hintCredential = "seal a new one with kleidi pkcs11-pin"
+const hintCredential = "seal a new one with kleidi pkcs11-pin --pin-file FILE --out FILE"
 
 // sealedCredential is the JSON in a sealed credential's file.
 type sealedCredential struct {

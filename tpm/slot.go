@@ -173,8 +173,8 @@ func bankName(h crypto.Hash) string {
 }
 
 func corrupt(format string, args ...any) error {
-	return seal.Errorf(seal.CauseSlotCorrupt, "bring back an undamaged keyring with kleidi keyring restore, or run kleidi recover",
-		"the TPM slot is damaged: "+format, args...)
+	return seal.Errorf(seal.CauseSlotCorrupt, "bring back an undamaged keyring with kleidi keyring restore --previous, or kleidi keyring restore BACKUP",
+		"the TPM slot is damaged: "+format, args...).OrRecover()
 }
 
 // parseSlot reads a slot's data and proves it consistent with itself: the

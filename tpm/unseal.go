@@ -48,8 +48,8 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 		})
 	})
 	if d.state.Verifier != nil && errors.Is(err, authpolicy.ErrSignature) && seal.CauseOf(err) == "" {
-		return nil, seal.Errorf(seal.CauseCredentials, "see tpm.verifier in the configuration; without the verifier, run kleidi recover with the recovery identity",
-			"the slot demands that a verifier agrees: %w", err)
+		return nil, seal.Errorf(seal.CauseCredentials, "see tpm.verifier in the configuration",
+			"the slot demands that a verifier agrees: %w", err).OrRecover()
 	}
 	if errors.Is(err, authpolicy.ErrBootState) || errors.Is(err, authpolicy.ErrNoSignedState) {
 		err = &StateError{Was: *d.state, err: err}

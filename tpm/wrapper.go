@@ -283,11 +283,11 @@ func otherTPM(t transport.TPM, ek string) error {
 		return err
 	}
 	if now == ek {
-		return seal.Errorf(seal.CauseTPMCleared, "run kleidi recover with the recovery identity; while the keyring is open, kleidi reseal --new-tpm does without",
-			"this TPM was cleared after the slot was sealed: its storage root key is gone")
+		return seal.Errorf(seal.CauseTPMCleared, "while the keyring is open, run kleidi reseal --new-tpm",
+			"this TPM was cleared after the slot was sealed: its storage root key is gone").OrRecover()
 	}
-	return seal.Errorf(seal.CauseOtherTPM, "put the disk back into its machine, or run kleidi recover with the recovery identity; while another wrapper holds the keyring open, kleidi reseal --new-tpm does without",
-		"the slot was sealed by another TPM: its endorsement key is %.19s…, this one's is %.19s…", ek, now)
+	return seal.Errorf(seal.CauseOtherTPM, "put the disk back into its machine; while another wrapper holds the keyring open, run kleidi reseal --new-tpm",
+		"the slot was sealed by another TPM: its endorsement key is %.19s…, this one's is %.19s…", ek, now).OrRecover()
 }
 
 // Settle ends the epochs before the one that the slots of this node were sealed
@@ -340,19 +340,16 @@ func classify(err error) error {
 	case err == nil, seal.CauseOf(err) != "":
 		return err
 	case errors.Is(err, authpolicy.ErrNoSignedState), errors.Is(err, authpolicy.ErrSignature), errors.Is(err, authpolicy.ErrKey):
-		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the way in which the machine booted is not among the signed boot states: %w", err),
-			Hint: "sign it with kleidi bootstate sign and add it with kleidi bootstate add, boot one that is signed, or run kleidi recover"}
+		return seal.Errorf(seal.CauseBootState, "boot one that is signed, sign it with kleidi bootstate sign --key FILE --cluster-id ID --event-log FILE and add it with kleidi bootstate add FILE --public-key FILE",
+			"the way in which the machine booted is not among the signed boot states: %w", err).OrRecover()
 	case errors.Is(err, authpolicy.ErrResets):
-		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the suspension is over, or the machine was restarted without a reset of its TPM: %w", err),
-			Hint: "boot what was booted before it, or run kleidi recover with the recovery identity"}
+		return seal.Errorf(seal.CauseBootState, "boot what was booted before it", "the suspension is over, or the machine was restarted without a reset of its TPM: %w", err).OrRecover()
 	case errors.As(err, &state):
-		return &seal.Error{Cause: seal.CauseBootState, Err: fmt.Errorf("the machine did not boot as it did when the slot was sealed: %w", err),
-			Hint: "boot the earlier kernel and settings, or run kleidi recover with the recovery identity"}
+		return seal.Errorf(seal.CauseBootState, "boot the earlier kernel and settings", "the machine did not boot as it did when the slot was sealed: %w", err).OrRecover()
 	case errors.Is(err, authpolicy.ErrEpoch):
-		return &seal.Error{Cause: seal.CauseEpoch, Err: fmt.Errorf("the slot was revoked by a later reseal: %w", err),
-			Hint: "use the present keyring, not an older copy; if it is lost, run kleidi recover with the recovery identity"}
+		return seal.Errorf(seal.CauseEpoch, "use the present keyring, not an older copy", "the slot was revoked by a later reseal: %w", err).OrRecover()
 	case errors.Is(err, authpolicy.ErrCounter):
-		return &seal.Error{Cause: seal.CauseEpoch, Err: err, Hint: "someone removed or replaced kleidi's epoch counter; run kleidi recover with the recovery identity"}
+		return seal.Errorf(seal.CauseEpoch, "find out who removed or replaced kleidi's epoch counter", "%w", err).OrRecover()
 	case errors.Is(err, tpm2.TPMRCLockout):
 		return &seal.Error{Cause: seal.CauseLockout, Err: fmt.Errorf("the TPM is in dictionary-attack lockout: %w", err),
 			Hint: "wait for it to end, or clear it with tpm2_dictionarylockout --clear-lockout"}

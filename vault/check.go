@@ -76,10 +76,10 @@ func (k keySettings) warnings(path string, version int) (all []string) {
 			"restore the key from a backup of the server", version, k.LatestVersion)
 	case version < k.MinDecryptionVersion:
 		add("the slot has version %d of the Transit key, but min_decryption_version is %d, so the slot doesn't open; "+
-			"run vault write %s/config min_decryption_version=%d, then kleidi slot rewrap", version, k.MinDecryptionVersion, path, version)
+			"run vault write %s/config min_decryption_version=%d, then kleidi slot rewrap NAME", version, k.MinDecryptionVersion, path, version)
 	case version < k.LatestVersion:
 		add("the slot has version %d of the Transit key, and the newest version is %d; "+
-			"run kleidi slot rewrap before you raise min_decryption_version", version, k.LatestVersion)
+			"run kleidi slot rewrap NAME before you raise min_decryption_version", version, k.LatestVersion)
 	}
 	if k.DeletionAllowed {
 		add("the Transit key can be deleted; run vault write %s/config deletion_allowed=false", path)

@@ -48,8 +48,8 @@ var (
 )
 
 const (
-	hintOtherKey   = "if the Transit key was deleted and made again, run kleidi slot rewrap with --new-key, or kleidi slot remove and kleidi slot add vault; else " + hintRestore
-	hintRestore    = "run kleidi keyring restore with the previous revision or a backup"
+	hintOtherKey   = "if the Transit key was deleted and made again, run kleidi slot rewrap NAME --new-key, or kleidi slot remove NAME and kleidi slot add vault; else " + hintRestore
+	hintRestore    = "run kleidi keyring restore --previous, or kleidi keyring restore BACKUP"
 	hintNotVault   = "set vault.address to Vault or OpenBao itself, not to a proxy or another service"
 	hintKeyMissing = "correct vault.key, or restore the key from a backup of the server"
 	hintPaths      = "correct vault.mount or vault.namespace, or enable the engine there"

@@ -166,7 +166,7 @@ func (s *session) explainCiphertext(ctx context.Context, r request, err error) e
 		return s.explain(ctx, r, err)
 	}
 	if refused.hasLine(textTooOld) {
-		return s.config.errorf(seal.CauseUnavailable, "lower min_decryption_version of the Transit key, then run kleidi slot rewrap",
+		return s.config.errorf(seal.CauseUnavailable, "lower min_decryption_version of the Transit key, then run kleidi slot rewrap NAME",
 			"%s: %w", r.path, ErrTooOld)
 	}
 	return seal.Errorf(seal.CauseSlotCorrupt, hintOtherKey, "vault slot: the server can't decrypt it: %s", s.quote(refused))

@@ -46,7 +46,7 @@ func TestVersions(t *testing.T) {
 	}
 	f.must("transit/keys/kleidi/rotate", nil)
 	checkOpens(t, f.w, f.slot, f.kek)
-	if said := check(t, f.w, f.slot); !strings.Contains(said, "run kleidi slot rewrap before you raise min_decryption_version") {
+	if said := check(t, f.w, f.slot); !strings.Contains(said, "run kleidi slot rewrap NAME before you raise min_decryption_version") {
 		t.Errorf("after a rotation: %q", said)
 	}
 	moved, err := f.w.Rewrap(t.Context(), f.slot)

@@ -81,7 +81,7 @@ func Digest(certificate []byte) string {
 }
 
 const (
-	hintReach = "see that kleidi verifier runs at tpm.verifier.address and can be reached; without it this slot opens nowhere, and kleidi recover --without-verifier with the recovery identity is the way in"
+	hintReach = "see that kleidi verifier runs at tpm.verifier.address and can be reached"
 	hintTrust = "compare tpm.verifier.certificate (or caFile and serverName) with what kleidi verifier show prints there; if they are the same, somebody stands in between"
 	hintAsk   = "see the log of kleidi verifier"
 )
@@ -156,11 +156,12 @@ func (c *Client) failed(err, certificate error) error {
 		}
 		return seal.Errorf(cause, hintOf(refusal.Check), "remote verifier %s: it refuses: %w", c.config.Address, err)
 	}
-	hint := hintAsk
+	e := &seal.Error{Hint: hintAsk}
 	if code := status.Code(err); code == codes.Unavailable || code == codes.DeadlineExceeded {
-		hint = hintReach
+		e.Hint, e.NoRecovery = hintReach+"; if it is gone for good, run kleidi recover --without-verifier with the recovery identity", hintReach
 	}
-	return seal.Errorf(seal.CauseUnavailable, hint, "remote verifier %s: %s", c.config.Address, quoted(status.Convert(err).Message(), maxReason))
+	e.Cause, e.Err = seal.CauseUnavailable, fmt.Errorf("remote verifier %s: %s", c.config.Address, quoted(status.Convert(err).Message(), maxReason))
+	return e
 }
 
 // hints say what to do next on this side. They are kleidi's own: what a verifier says
@@ -176,12 +177,12 @@ var hints = map[remote.Check]string{
 	remote.CheckProof:         "if another machine answers in this one's place, or somebody stands between it and the verifier, find out who; else see that kleidi on both sides is of the same version",
 	remote.CheckEvidence:      "if a component extends a PCR without logging it, leave that PCR out of the node's boot policy on the verifier's machine; else this machine's event log was tampered with",
 	remote.CheckSRK:           hintVersions,
-	remote.CheckBootPolicy:    "if this boot is one that you want, kleidi bootpolicy record here, and let the boot policy on the verifier's machine allow it",
+	remote.CheckBootPolicy:    "if this boot is one that you want, run kleidi bootpolicy record here, and let the boot policy on the verifier's machine allow it",
 }
 
 const (
 	hintVersions   = "see that kleidi on both sides is of the same version; if it is, find out what runs in this machine's place"
-	hintRegistered = "compare node and endorsement key that kleidi status shows here with nodes in the verifier's configuration; kleidi verifier register adds a node there"
+	hintRegistered = "compare node and endorsement key that kleidi status shows here with nodes in the verifier's configuration; run kleidi verifier register NODE --ek sha256:… --boot-policy FILE there, if the node is missing"
 )
 
 func hintOf(check string) string {

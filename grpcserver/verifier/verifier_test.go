@@ -50,7 +50,7 @@ func TestRefusals(t *testing.T) {
 	r := newRig(t)
 	hello := r.hello()
 	name := func(n string) func(*remote.Hello) { return func(h *remote.Hello) { h.Node = n } }
-	r.refused("unknown node", r.ask(altered{Channel: r.client(), hello: name("x\x1b[2J" + strings.Repeat("é", 90))}), seal.CauseAttestation, `it refuses: node: "node 'x\x1b[2J`, "is not registered", "kleidi verifier register adds a node there")
+	r.refused("unknown node", r.ask(altered{Channel: r.client(), hello: name("x\x1b[2J" + strings.Repeat("é", 90))}), seal.CauseAttestation, `it refuses: node: "node 'x\x1b[2J`, "is not registered", "run kleidi verifier register NODE --ek sha256:… --boot-policy FILE there, if the node is missing")
 	if v := r.lastVerdict(); v.Accepted || v.Check != string(remote.CheckNode) || strings.ContainsAny(v.Node+v.Reason, "\x1b\n") || len(v.Node) > 2*maxName+4 || v.Hint == "" || v.PCRs != nil {
 		t.Errorf("%+v", v)
 	}

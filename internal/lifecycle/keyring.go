@@ -66,5 +66,5 @@ func Reload(ctx context.Context, n *node.Node, _ admin.ReloadRequest) (admin.Key
 
 // NothingToSave is what save is without a running serve: nothing holds a keyring open.
 func NothingToSave(context.Context, *node.Node, admin.SaveRequest) (admin.KeyringState, error) {
-	return admin.KeyringState{}, errors.New("kleidi serve does not run, so nothing holds a keyring open; see kleidi keyring restore")
+	return admin.KeyringState{}, errors.New("kleidi serve does not run, so nothing holds a keyring open; to bring one back, run kleidi keyring restore --previous, or kleidi keyring restore BACKUP")
 }

@@ -196,7 +196,7 @@ func reportRenewed(n *node.Node, old *keyring.Keyring) []string {
 			"slots of the earlier epoch no longer open, kept copies included"}
 	}
 	for _, s := range n.View.BootStates(old.Slots(), tpm.UseSigned) {
-		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add again, with those of the latest generation", slotview.Fingerprint(*s.Signer)))
+		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add FILE --public-key FILE, or kleidi bootstate add --systemd, with those of the latest generation", slotview.Fingerprint(*s.Signer)))
 	}
 	return changes
 }

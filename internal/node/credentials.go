@@ -22,7 +22,7 @@ func (n *Node) sealedPIN(ctx context.Context) (*seal.Secret, error) {
 	path := n.Config.PKCS11.SealedPINFile
 	blob, err := files.Read(path, tpm.MaxSealedCredential)
 	if err != nil {
-		return nil, seal.Errorf(seal.CauseCredentials, "make it with kleidi pkcs11-pin, or correct pkcs11.sealedPINFile", "pkcs11.sealedPINFile: %w", err)
+		return nil, seal.Errorf(seal.CauseCredentials, "make it with kleidi pkcs11-pin --pin-file FILE --out "+seal.Quote(path)+", or correct pkcs11.sealedPINFile", "pkcs11.sealedPINFile: %w", err)
 	}
 	pin, err := n.Gate.Device.UnsealCredential(ctx, n.Gate.Owner, n.Memory, blob)
 	if e, ok := errors.AsType[*seal.Error](HintNeedsTPM(err)); ok {
@@ -68,7 +68,7 @@ func (n *Node) clientCertificate(ctx context.Context) (*tls.Certificate, error) 
 	auth := n.Config.Vault.Auth
 	blob, err := files.Read(auth.TPMKeyFile, tpm.MaxClientKey)
 	if err != nil {
-		return nil, seal.Errorf(seal.CauseCredentials, "make the key with kleidi vault-key, or correct vault.auth.tpmKeyFile", "vault.auth.tpmKeyFile: %w", err)
+		return nil, seal.Errorf(seal.CauseCredentials, "make the key with kleidi vault-key --out "+seal.Quote(auth.TPMKeyFile)+" --csr FILE, or correct vault.auth.tpmKeyFile", "vault.auth.tpmKeyFile: %w", err)
 	}
 	signer, err := n.Gate.Device.ClientSigner(ctx, n.Gate.Owner, blob)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/beezy-dev/kleidi/hsm"
@@ -82,6 +83,7 @@ func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock
 		}
 	}
 	if cfg.TPM.BootPolicy != "" {
+		n.Gate.BootPolicyFile = cfg.TPM.BootPolicy
 		n.Gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return files.ReadBootPolicy(cfg.TPM.BootPolicy) }
 	}
 	n.Remote, err = newRemoteGate(cfg, n.Gate.Logs.Explaining)
@@ -202,6 +204,26 @@ func (n *Node) Stored(ctx context.Context) (*keyring.Untrusted, store.Version, e
 	}
 	u, err := keyring.Parse(b)
 	return u, version, err
+}
+
+// Advise returns err as it is shown to the operator of the keyring that is open or stored:
+// without recovery slot, no hint speaks of a recovery identity.
+func (n *Node) Advise(ctx context.Context, err error) error {
+	if err == nil || seal.WithoutRecovery(err) == err {
+		return err
+	}
+	slots := n.OpenSlots()
+	if slots == nil {
+		u, _, storeErr := n.Stored(ctx)
+		if storeErr != nil {
+			return err
+		}
+		slots = u.Slots()
+	}
+	if slices.ContainsFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery }) {
+		return err
+	}
+	return seal.WithoutRecovery(err)
 }
 
 // LockMemory is the check that nothing secret can reach the swap.

@@ -61,7 +61,7 @@ func (n *Node) Result(former seal.KeyID, changes ...string) (admin.KeyringState,
 func (n *Node) TryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
 	w := n.Wrapper(s.Type)
 	if w == nil {
-		return seal.Errorf(seal.CauseNoSlot, "configure its wrapper; a recovery slot opens with kleidi keyring verify --identity-file", "nothing here can open it")
+		return seal.Errorf(seal.CauseNoSlot, "configure its wrapper; kleidi recover opens a recovery slot", "nothing here can open it")
 	}
 	kek, err := w.Unwrap(ctx, s)
 	if errors.Is(err, seal.ErrNotMine) {
@@ -72,7 +72,7 @@ func (n *Node) TryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster 
 	}
 	defer kek.Close()
 	if got := keyring.NewKeyID(cluster, kek); got != id {
-		return seal.Errorf(seal.CauseSlotCorrupt, "run kleidi slot rewrap, kleidi keyring restore, or kleidi recover", "it holds the KEK of key ID %s", got)
+		return seal.Errorf(seal.CauseSlotCorrupt, "run kleidi slot rewrap NAME, or kleidi keyring restore --previous", "it holds the KEK of key ID %s", got).OrRecover()
 	}
 	return nil
 }

@@ -80,7 +80,8 @@ func (o Operation[Req, Resp]) handle(s *admin.Server, n *node.Node) {
 		if o.keyring != asItIs {
 			awaitFirstAttempt(ctx, n)
 		}
-		return o.work(ctx, n, req)
+		resp, err := o.work(ctx, n, req)
+		return resp, n.Advise(ctx, err)
 	})
 }
 
@@ -112,5 +113,6 @@ func (o Operation[Req, Resp]) Alone(ctx context.Context, n *node.Node, req Req) 
 			return none, err
 		}
 	}
-	return work(ctx, n, req)
+	resp, err := work(ctx, n, req)
+	return resp, n.Advise(ctx, err)
 }

@@ -102,7 +102,7 @@ func newestGeneration(n *node.Node, k *keyring.Keyring, signer tpm.Signer) (newe
 // in systemd's form, and for one generation.
 func oneGeneration(cluster seal.ClusterID, states []bootstate.State, pub crypto.PublicKey) (ref []byte, g uint64, err error) {
 	if len(states) == 0 {
-		return nil, 0, errors.New("the file holds no signed boot state; sign one with kleidi bootstate sign")
+		return nil, 0, errors.New("the file holds no signed boot state; sign one with kleidi bootstate sign --key FILE --cluster-id ID --event-log FILE")
 	}
 	for _, s := range states {
 		if err := s.Verify(pub); err != nil {

@@ -45,7 +45,7 @@ func TestOne(ctx context.Context, n *node.Node, k *keyring.Keyring, name string,
 	err := n.TryOpenOrMissing(ctx, k.Slots(), s, k.CurrentID(), k.ClusterID())
 	t.Opens, t.Duration, t.Use = err == nil, time.Since(start), n.View.Use(s)
 	if t.ForNextBoot = t.Use == slotview.UseNames[tpm.UseNext] && seal.CauseOf(err) == seal.CauseBootState; !t.ForNextBoot {
-		t.Problem = admin.ProblemOf(n.Gate.Explain(err))
+		t.Problem = admin.ProblemOf(n.Advise(ctx, n.Gate.Explain(err)))
 	} else if err := testSecond(ctx, n, k, s); err != nil {
 		t.ForNextBoot, t.Problem = false, admin.ProblemOf(err)
 	}

@@ -103,7 +103,7 @@ func (r Reader) Remedy(d Missing, slots []seal.Slot) string {
 	}
 	switch {
 	case HasTwoOfTwo(slots) && Second(d.Type) == "":
-		return "set unlock.order to the two-of-two that the keyring holds; or, if one wrapper is to be enough, run " + command + " with --break-two-of-two"
+		return "set unlock.order to the two-of-two that the keyring holds; or, if one wrapper is to be enough, run " + command + " --break-two-of-two"
 	case command == "kleidi reseal":
 		return "run " + command + ", which seals to the running boot"
 	case command == "kleidi reseal --new-tpm":

@@ -200,8 +200,8 @@ func TestRemedy(t *testing.T) {
 		{"pkcs11", []string{"tpm@cp-1"}, "run kleidi slot add pkcs11 once its backend answers"},
 		{"tpm", []string{"vault"}, "run kleidi reseal --new-tpm"},
 		{"tpm-and-pkcs11", []string{"vault"}, "run kleidi reseal --new-tpm"},
-		{"vault", []string{"tpm-and-pkcs11@cp-1"}, "set unlock.order to the two-of-two that the keyring holds; or, if one wrapper is to be enough, run kleidi slot add vault with --break-two-of-two"},
-		{"tpm", []string{"tpm-and-vault@cp-1"}, "with --break-two-of-two"},
+		{"vault", []string{"tpm-and-pkcs11@cp-1"}, "set unlock.order to the two-of-two that the keyring holds; or, if one wrapper is to be enough, run kleidi slot add vault --break-two-of-two"},
+		{"tpm", []string{"tpm-and-vault@cp-1"}, "kleidi reseal --new-tpm --break-two-of-two"},
 	} {
 		if got := reader().Remedy(slotview.Missing{Type: tc.missing}, slots(t, tc.slots...)); !strings.Contains(got, tc.want) {
 			t.Errorf("%s beside %v: %s, want %s", tc.missing, tc.slots, got, tc.want)

@@ -159,7 +159,7 @@ func (r Reader) CheckSeal(slots []seal.Slot) error {
 	if r.TwoOfTwo() != "" || !HasTwoOfTwo(slots) {
 		return nil
 	}
-	return errors.New("the keyring needs two wrappers together, and unlock.order names no two-of-two; set unlock.order to that two-of-two, or, if one is to be enough, run kleidi reseal with --break-two-of-two")
+	return errors.New("the keyring needs two wrappers together, and unlock.order names no two-of-two; set unlock.order to that two-of-two, or, if one is to be enough, run kleidi reseal --break-two-of-two")
 }
 
 // ReportBroken says that the TPM alone opens what needed two together in slots.

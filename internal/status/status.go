@@ -123,7 +123,7 @@ func reportSlot(ctx context.Context, n *node.Node, slots []seal.Slot, s seal.Slo
 	if r.Use == slotview.UseNames[tpm.UseNext] && seal.CauseOf(err) == seal.CauseBootState {
 		err = nil // it is for another boot
 	}
-	r.Opens, r.Problem = &opens, admin.ProblemOf(n.Gate.Explain(err))
+	r.Opens, r.Problem = &opens, admin.ProblemOf(n.Advise(ctx, n.Gate.Explain(err)))
 	return r
 }
 

@@ -192,7 +192,7 @@ type Node struct {
 func Load(path string) (*Config, error) {
 	b, err := files.Read(path, maxConfig)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("verifier configuration: %w; make one with kleidi verifier init, or name it with --config", err)
+		return nil, fmt.Errorf("verifier configuration: %w; make one with kleidi verifier init --cluster-id ID --name HOST, or name it with --config", err)
 	}
 	if err != nil {
 		return nil, files.HintRoot(fmt.Errorf("verifier configuration: %w", err))

@@ -58,7 +58,7 @@ func (s *Service) Run(ctx context.Context) error {
 	}
 	s.log.Info("verifier listening", "version", version.String(), "address", l.Addr().String(), "cluster", s.config.ClusterID, "nodes", len(s.config.Nodes))
 	if len(s.config.Nodes) == 0 {
-		s.log.Warn("no node is registered, so every answer is no; see kleidi verifier register")
+		s.log.Warn("no node is registered, so every answer is no; run kleidi verifier register NODE --ek sha256:… --boot-policy FILE")
 	}
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)

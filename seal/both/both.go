@@ -218,6 +218,6 @@ func Parts(slot seal.Slot) (first, second seal.Slot, err error) {
 func (p part) slot() seal.Slot { return seal.Slot{Type: p.Type, Node: p.Node, Data: []byte(p.Data)} }
 
 func corrupt(format string, args ...any) error {
-	return seal.Errorf(seal.CauseSlotCorrupt, "bring back an undamaged keyring with kleidi keyring restore",
+	return seal.Errorf(seal.CauseSlotCorrupt, "bring back an undamaged keyring with kleidi keyring restore --previous, or kleidi keyring restore BACKUP",
 		"the slot of two wrappers is damaged: "+format, args...)
 }

@@ -51,7 +51,7 @@ func (p Anchor) MarshalJSON() ([]byte, error) {
 func ParseAnchor(b []byte) (Anchor, error) {
 	p, err := parseAnchor(b)
 	if err != nil {
-		return Anchor{}, seal.Errorf(seal.CauseAnchor, "run kleidi recover", "parse anchor: %w", err)
+		return Anchor{}, seal.Errorf(seal.CauseAnchor, "put the anchor file back", "parse anchor: %w", err).OrRecover()
 	}
 	return Anchor{ClusterID: p.ClusterID, KeyID: p.KeyID, Revision: p.Revision}, nil
 }

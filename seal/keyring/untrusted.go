@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	hintRestore = "run kleidi keyring restore with the previous revision or a backup"
-	hintRecover = "if this change was not yours, run kleidi keyring restore; if it was, run kleidi recover"
+	hintRestore = "run kleidi keyring restore --previous, or kleidi keyring restore BACKUP"
+	hintNotMine = "if this change was not yours, " + hintRestore
 )
 
 // Untrusted is a keyring that parses. Nothing in it is authenticated: whoever can
@@ -168,23 +168,30 @@ func (u *Untrusted) open(k *Keyring, kek []byte) error {
 	return nil
 }
 
+// ifMine adds to the hint of e what the operator who made the change does.
+func ifMine(e *seal.Error) error {
+	e.NoRecovery = e.Hint
+	e.Hint += "; if it was, run kleidi recover"
+	return e
+}
+
 func (u *Untrusted) checkAnchor(anchor Anchor) error {
 	doc := u.doc
 	if anchor.ClusterID != doc.ClusterID {
-		return seal.Errorf(seal.CauseAnchor, "run kleidi keyring restore with a keyring of the anchored cluster",
+		return seal.Errorf(seal.CauseAnchor, "run kleidi keyring restore FILE with a keyring of the anchored cluster",
 			"the keyring is of cluster %s, the anchor is of cluster %s", doc.ClusterID, anchor.ClusterID)
 	}
 	trusted := anchor.KeyID == doc.Current.KeyID ||
 		slices.ContainsFunc(doc.Retired, func(r retired) bool { return r.KeyID == anchor.KeyID })
 	if !trusted {
-		return seal.Errorf(seal.CauseAnchor, hintRecover,
+		return ifMine(seal.Errorf(seal.CauseAnchor, hintNotMine,
 			"the keyring (key ID %s, revision %d) does not hold the anchored key ID %s (revision %d)",
-			doc.Current.KeyID, doc.Revision, anchor.KeyID, anchor.Revision)
+			doc.Current.KeyID, doc.Revision, anchor.KeyID, anchor.Revision))
 	}
 	if doc.Revision < anchor.Revision {
-		return seal.Errorf(seal.CauseAnchor, hintRecover,
+		return ifMine(seal.Errorf(seal.CauseAnchor, hintNotMine,
 			"the keyring has revision %d, the anchor expects revision %d or later (key ID %s)",
-			doc.Revision, anchor.Revision, doc.Current.KeyID)
+			doc.Revision, anchor.Revision, doc.Current.KeyID))
 	}
 	return nil
 }

@@ -31,7 +31,7 @@ const (
 	maxRecipient = 2048
 )
 
-const hintRestore = "run kleidi keyring restore with the previous revision or a backup"
+const hintRestore = "run kleidi keyring restore --previous, or kleidi keyring restore BACKUP"
 
 // Wrapper wraps KEKs to recipients. With an identity it also unwraps them.
 type Wrapper struct {

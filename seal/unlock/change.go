@@ -94,7 +94,12 @@ func (u *Unlocker) whileOpen(ctx context.Context, err error) error {
 	if loadErr == nil && version == u.version && e.Cause != seal.CauseAnchor {
 		return err // the stored keyring is the open one, so something else is wrong
 	}
-	return &seal.Error{Cause: e.Cause, Err: e.Err, Permanent: e.Permanent, Hint: hintSave + "; or, if the change was yours: " + e.Hint}
+	better := *e
+	better.Hint = hintSave + "; or, if the change was yours: " + e.Hint
+	if e.NoRecovery != "" {
+		better.NoRecovery = hintSave + "; or, if the change was yours: " + e.NoRecovery
+	}
+	return &better
 }
 
 const hintSave = "store the open one again with kleidi keyring save, and don't restart kleidi serve before that"

@@ -45,7 +45,7 @@ func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, a
 	k, err := untrusted.Open(kek, anchor)
 	if err != nil {
 		kek.Close()
-		return nil, by, err
+		return nil, by, withoutRecovery(untrusted.Slots(), err)
 	}
 	k, by.Staged = u.openStaged(ctx, k, gate)
 	timing.Slots = time.Since(start)
@@ -114,11 +114,11 @@ func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Ancho
 	}
 	anchor, err := u.cfg.Anchor.Load(ctx)
 	if err != nil {
-		return nil, nil, "", err
+		return nil, nil, "", withoutRecovery(untrusted.Slots(), err)
 	}
 	if anchor == nil {
-		return nil, nil, "", seal.Errorf(seal.CauseAnchor, "put the anchor file back, or run kleidi recover with the recovery identity",
-			"there is a keyring but no anchor, so nothing proves that it is this node's keyring")
+		return nil, nil, "", withoutRecovery(untrusted.Slots(), seal.Errorf(seal.CauseAnchor, "put the anchor file back",
+			"there is a keyring but no anchor, so nothing proves that it is this node's keyring").OrRecover())
 	}
 	return untrusted, anchor, version, nil
 }
@@ -159,13 +159,25 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 		if refusal != nil && u.cfg.Gate != nil {
 			refusal = u.cfg.Gate.Explain(refusal)
 		}
+		if refusal != nil {
+			refusal = withoutRecovery(slots, refusal)
+		}
 		failure = joinFailures(failure, w.Type(), refusal)
 	}
 	if failure == nil {
-		failure = seal.Errorf(seal.CauseNoSlot, u.hintNoSlot(slots),
-			"the keyring holds no slot for this node and its configured wrappers, only for %s", owners(slots))
+		failure = withoutRecovery(slots, seal.Errorf(seal.CauseNoSlot, u.hintNoSlot(slots),
+			"the keyring holds no slot for this node and its configured wrappers, only for %s", owners(slots)).OrRecover())
 	}
 	return nil, Opener{}, failure
+}
+
+// withoutRecovery returns an error of a keyring with these slots: none sends the operator to a
+// recovery identity that opens nothing.
+func withoutRecovery(slots []seal.Slot, err error) error {
+	if slices.ContainsFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery }) {
+		return err
+	}
+	return seal.WithoutRecovery(err)
 }
 
 // noSlot says that a configured wrapper can't open the keyring for want of a slot.
@@ -230,14 +242,13 @@ func permanent(err error) bool {
 // hintNoSlot returns the remedy for a keyring without a usable slot: either
 // unlock.order does not name the type of a slot, or the slots are for other nodes.
 func (u *Unlocker) hintNoSlot(slots []seal.Slot) string {
-	const recover = "run kleidi recover with the recovery identity"
 	for _, s := range slots {
 		backed := slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault}, s.Type)
 		if backed && !slices.ContainsFunc(u.cfg.Wrappers, func(w seal.Wrapper) bool { return w.Type() == s.Type }) {
-			return "set unlock.order so that it names " + s.Type + ", and restart kleidi serve; else " + recover
+			return "set unlock.order so that it names " + s.Type + ", and restart kleidi serve"
 		}
 	}
-	return "if this machine was renamed, set node to its former name; else " + recover
+	return "if this machine was renamed, set node to its former name"
 }
 
 // owners lists the types and nodes of the slots.

@@ -71,7 +71,7 @@ type Timing struct {
 
 // HintMissing says what to do if there is no keyring. On a machine that had one before,
 // init refuses to make another.
-const HintMissing = "run kleidi init if there never was one, else kleidi keyring restore with --previous or a backup"
+const HintMissing = "run kleidi init if there never was one, else kleidi keyring restore --previous, or kleidi keyring restore BACKUP"
 
 // Unlocker holds the keyring of one node. Its methods may be called concurrently.
 type Unlocker struct {

@@ -30,6 +30,14 @@ type Logs struct {
 	Userspace string
 }
 
+// userspaceFlag names systemd's log as commands take it; nothing where there is none.
+func (l Logs) userspaceFlag() string {
+	if _, err := os.Stat(l.Userspace); err != nil {
+		return ""
+	}
+	return " --userspace-event-log " + seal.Quote(l.Userspace)
+}
+
 // Bytes returns both logs as they are, each of at most eventlog.MaxSize bytes.
 func (l Logs) Bytes() (firmware, userspace []byte, err error) {
 	if firmware, err = readBounded(l.Firmware); err != nil {

@@ -34,6 +34,8 @@ type Gate struct {
 	AnySigned func(bootrule.Binding)
 	// BootPolicy reads what is demanded of the event log; nil demands nothing.
 	BootPolicy func() (*bootpolicy.BootPolicy, error)
+	// BootPolicyFile is where it is read from, for hints.
+	BootPolicyFile string
 	// Always attests the machine before other slots than the TPM's, too.
 	Always bool
 	// Phase is the phase of the boot in which slots are made, where systemd
@@ -84,7 +86,7 @@ func (g *Gate) judged(ctx context.Context, srk []byte, bank crypto.Hash, d deman
 		}
 	}
 	if policy != nil {
-		refusal = allowed(policy, results[policy.Hash()])
+		refusal = g.allowed(policy, results[policy.Hash()])
 	}
 	return results[bank], refusal, nil
 }
@@ -95,18 +97,18 @@ func (g *Gate) bootPolicy() (*bootpolicy.BootPolicy, error) {
 	}
 	p, err := g.BootPolicy()
 	if err != nil {
-		return nil, seal.Errorf(seal.CauseAttestation, "mend the file that tpm.bootPolicy names, or record one from a boot that you trust with kleidi bootpolicy record", "boot policy: %w", err)
+		return nil, seal.Errorf(seal.CauseAttestation, "mend the file that tpm.bootPolicy names, or record one from a boot that you trust: run kleidi bootpolicy record --file NEW", "boot policy: %w", err)
 	}
 	return p, nil
 }
 
 // allowed judges a boot by exactly those of its PCRs that the boot policy demands.
-func allowed(p *bootpolicy.BootPolicy, r *Result) error {
+func (g *Gate) allowed(p *bootpolicy.BootPolicy, r *Result) error {
 	v := bootpolicy.Judge(p, r.Log, r.only(p.Demanded()))
 	if v.Accepted {
 		return nil
 	}
-	hint := "kleidi bootpolicy check lists every finding, see docs/boot-policy.md"
+	hint := "run kleidi bootpolicy check --boot-policy " + seal.Quote(g.BootPolicyFile) + " --event-log " + seal.Quote(g.Logs.Firmware) + g.Logs.userspaceFlag() + " to list every finding, see docs/boot-policy.md"
 	if restart := r.Log.Restarted(); restart != eventlog.NoRestart {
 		hint = restart.String() + ": " + hintReboot + "; if it stays locked, " + hint
 	}
@@ -282,13 +284,17 @@ func (g *Gate) Explain(err error) error {
 	if len(differences) == 0 {
 		return err
 	}
-	hint := refusal.Hint
+	explained := *refusal
 	if slices.ContainsFunc(differences, eventlog.Difference.IsRestart) {
-		if hint = hintReboot; len(differences) > 1 {
-			hint += "; if it stays locked, " + refusal.Hint
+		if explained.Hint, explained.NoRecovery = hintReboot, ""; len(differences) > 1 {
+			explained.Hint += "; if it stays locked, " + refusal.Hint
+			if refusal.NoRecovery != "" {
+				explained.NoRecovery = hintReboot + "; if it stays locked, " + refusal.NoRecovery
+			}
 		}
 	}
-	return &seal.Error{Cause: refusal.Cause, Hint: hint, Err: &Explained{Differences: differences, err: refusal.Err}}
+	explained.Err = &Explained{Differences: differences, err: refusal.Err}
+	return &explained
 }
 
 // Explained is a refusal with what changed.

@@ -103,7 +103,7 @@ func (v *Verdict) add(f Finding) {
 const (
 	nextForged = "the log was tampered with, or something extended a PCR without logging it: judge fresh evidence, and if the problem stays find out what runs before kleidi"
 	nextQuote  = "quote exactly the PCRs of the boot policy, in its bank"
-	nextEdit   = "run kleidi bootpolicy show to see every problem, and edit the boot policy"
+	nextEdit   = "run kleidi bootpolicy show FILE to see every problem, and edit the boot policy"
 	nextChange = "if you made this change, run kleidi bootpolicy record --file NEW on this boot, look at kleidi bootpolicy diff OLD NEW, and put NEW in its place; if you did not, boot a kernel that you know and find out who made the change"
 	nextBoot   = "start the machine by its firmware's boot manager, from a disk, so that the firmware verifies what it starts"
 	nextSetup  = "set Secure Boot as the boot policy says in the firmware's setup, or edit secureBoot"

@@ -109,7 +109,7 @@ func (s State) check() error {
 	case len(s.Digest) != sha256.Size:
 		return fmt.Errorf("pol has %d bytes, want %d", len(s.Digest), sha256.Size)
 	case len(s.Signature) == 0:
-		return fmt.Errorf("sig is missing: this boot state is not signed; sign it with kleidi bootstate sign or systemd-measure sign")
+		return fmt.Errorf("sig is missing: this boot state is not signed; sign it with kleidi bootstate sign --key FILE --cluster-id ID --event-log FILE, or with systemd-measure sign")
 	case len(s.Signature) > maxSignature:
 		return fmt.Errorf("sig has %d bytes, want at most %d", len(s.Signature), maxSignature)
 	case len(s.Ref) > MaxRef:

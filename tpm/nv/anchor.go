@@ -251,20 +251,25 @@ func (p *Anchor) look(t transport.TPM, terms authpolicy.Terms) (found, error) {
 	return found{name: *name, written: public.Attributes.Written}, nil
 }
 
-const anchorHint = "if Secure Boot, its keys or dbx changed (anchor.pcrs), that is why, else someone tampered with the TPM from another boot: run kleidi recover --trust-key-id KEY_ID with the recovery identity, see docs/recovery.md"
+const (
+	anchorHint        = anchorHintWithout + ": run kleidi recover --trust-key-id KEY_ID with the recovery identity, see docs/recovery.md"
+	anchorHintWithout = "if Secure Boot, its keys or dbx changed (anchor.pcrs), that is why, else someone tampered with the TPM from another boot"
+)
 
 func (p *Anchor) wrong(err error) error {
-	return seal.Errorf(seal.CauseAnchor, anchorHint, "the anchor at NV index %#08x: %w", p.index, err)
+	e := seal.Errorf(seal.CauseAnchor, anchorHint, "the anchor at NV index %#08x: %w", p.index, err)
+	e.NoRecovery = anchorHintWithout + ": undo that change"
+	return e
 }
 
 // unsatisfied adds a cause to an error of terms that the TPM found not to hold.
 func (p *Anchor) unsatisfied(err error) error {
 	switch {
 	case isAny(err, authpolicy.ErrBootState, authpolicy.ErrNoSignedState, authpolicy.ErrSignature, authpolicy.ErrResets):
-		return seal.Errorf(seal.CauseBootState, "boot as the node last did, or run kleidi recover with the recovery identity",
-			"the anchor at NV index %#08x can't be written in this boot state: %w", p.index, err)
+		return seal.Errorf(seal.CauseBootState, "boot as the node last did",
+			"the anchor at NV index %#08x can't be written in this boot state: %w", p.index, err).OrRecover()
 	case isAny(err, authpolicy.ErrEpoch, authpolicy.ErrCounter):
-		return seal.Errorf(seal.CauseEpoch, recoverHint, "the anchor at NV index %#08x can't be written in this epoch: %w", p.index, err)
+		return seal.Errorf(seal.CauseEpoch, counterHint, "the anchor at NV index %#08x can't be written in this epoch: %w", p.index, err).OrRecover()
 	}
 	return err
 }

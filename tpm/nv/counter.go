@@ -74,7 +74,7 @@ func (c *Counter) handle() tpm2.NamedHandle {
 	return tpm2.NamedHandle{Handle: tpm2.TPMHandle(c.index), Name: c.name}
 }
 
-const recoverHint = "slots sealed under it no longer open; run kleidi recover with the recovery identity"
+const counterHint = "slots sealed under it no longer open: bring the TPM's state back"
 
 // Read returns the counter's value, authenticated by the TPM.
 func (c *Counter) Read(t transport.TPM, srk *tpm.SRK) (uint64, error) {
@@ -83,7 +83,7 @@ func (c *Counter) Read(t transport.TPM, srk *tpm.SRK) (uint64, error) {
 		return 0, err
 	}
 	if !exists || !written {
-		return 0, seal.Errorf(seal.CauseEpoch, recoverHint, "the epoch counter at NV index %#08x is gone from the TPM", c.index)
+		return 0, seal.Errorf(seal.CauseEpoch, counterHint, "the epoch counter at NV index %#08x is gone from the TPM", c.index).OrRecover()
 	}
 	r, err := tpm2.NVRead{
 		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(c.index), Name: c.name, Auth: srk.Session()},
@@ -127,8 +127,8 @@ func (c *Counter) RaiseTo(t transport.TPM, srk *tpm.SRK, value uint64) error {
 		return err
 	}
 	if value-now > tpm.MaxRaise {
-		return seal.Errorf(seal.CauseEpoch, "if this is a virtual TPM that was rolled back, bring its state back; else run kleidi recover with the recovery identity",
-			"the epoch counter is at %d and the slots are of epoch %d", now, value)
+		return seal.Errorf(seal.CauseEpoch, "if this is a virtual TPM that was rolled back, bring its state back",
+			"the epoch counter is at %d and the slots are of epoch %d", now, value).OrRecover()
 	}
 	for ; now < value; now++ {
 		if err := c.increment(t, srk); err != nil {
@@ -153,8 +153,8 @@ func (c *Counter) look(t transport.TPM) (exists, written bool, err error) {
 	}
 	if !bytes.Equal(name.Buffer, c.name.Buffer) {
 		return false, false, seal.Errorf(seal.CauseEpoch,
-			"if another program owns that index, set tpm.epochIndex before kleidi init; if it was kleidi's, someone replaced it: "+recoverHint,
-			"NV index %#08x holds something else than the epoch counter", c.index)
+			"if another program owns that index, set tpm.epochIndex before kleidi init; if it was kleidi's, someone replaced it: "+counterHint,
+			"NV index %#08x holds something else than the epoch counter", c.index).OrRecover()
 	}
 	return true, written, nil
 }

@@ -63,13 +63,19 @@ func (r *Refusal) Error() string {
 
 // Hints of refusals.
 const (
-	hintAfter  = "use `kleidi suspend` before the reboot, or the recovery identity and `kleidi reseal` after it"
+	hintBefore = "run kleidi suspend before the reboot"
+	// A suspension goes by PCR 7.
+	hintAfter  = "boot the next boot with the recovery identity at hand: run kleidi recover after the reboot"
 	hintFile   = "check that it is the right file, whole and signed"
 	hintChange = "name the files that this machine boots with"
 )
 
 func refuse(pcr int, format string, args ...any) error {
-	return &Refusal{PCR: pcr, Reason: fmt.Sprintf(format, args...), Hint: hintAfter}
+	hint := hintBefore
+	if pcr == 7 {
+		hint = hintAfter
+	}
+	return &Refusal{PCR: pcr, Reason: fmt.Sprintf(format, args...), Hint: hint}
 }
 
 func badFile(format string, args ...any) error {

@@ -46,7 +46,7 @@ func (s silent) Unwrap() error { return s.error }
 // checkWritable verifies that this process can make a socket in dir.
 func checkWritable(dir string) error {
 	if err := unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
-		return fmt.Errorf("folder %s can't be written by UID %d: %w; chown it, or run kleidi as its owner", dir, os.Geteuid(), err)
+		return fmt.Errorf("folder %s can't be written by UID %d: %w; chown it, or have its owner run kleidi", dir, os.Geteuid(), err)
 	}
 	return nil
 }
