@@ -1,26 +1,21 @@
 package verifier
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	wire "github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
@@ -62,10 +57,9 @@ func NewClient(c ClientConfig) (*Client, error) {
 	case c.Certificate != "" && (c.CAFile != "" || c.ServerName != ""):
 		return nil, errors.New("certificate: the digest stands alone; leave out caFile and serverName, or the digest")
 	case c.Certificate != "":
-		digest, ok := strings.CutPrefix(c.Certificate, "sha256:")
-		b, err := hex.DecodeString(digest)
-		if !ok || err != nil || len(b) != sha256.Size {
-			return nil, fmt.Errorf("certificate: %.80q is no digest; want sha256: and 64 hexadecimal digits, as kleidi verifier init prints it", c.Certificate)
+		b, err := wire.ParseDigest(c.Certificate)
+		if err != nil {
+			return nil, fmt.Errorf("certificate: %w, as kleidi verifier init prints it", err)
 		}
 		client.digest = b
 	case c.CAFile == "" || c.ServerName == "":
@@ -75,10 +69,7 @@ func NewClient(c ClientConfig) (*Client, error) {
 }
 
 // Digest returns how a certificate (DER) stands in ClientConfig.Certificate.
-func Digest(certificate []byte) string {
-	sum := sha256.Sum256(certificate)
-	return "sha256:" + hex.EncodeToString(sum[:])
-}
+func Digest(certificate []byte) string { return wire.Digest(certificate) }
 
 const (
 	hintReach = "see that kleidi verifier runs at tpm.verifier.address and can be reached"
@@ -92,13 +83,7 @@ func (c *Client) tlsConfig() (*tls.Config, *error, error) {
 	refused := new(error)
 	config := &tls.Config{MinVersion: tls.VersionTLS13, ServerName: c.config.ServerName, ClientSessionCache: nil}
 	if c.digest != nil {
-		config.InsecureSkipVerify = true // VerifyConnection does it
-		config.VerifyConnection = func(s tls.ConnectionState) error {
-			if sum := sha256.Sum256(s.PeerCertificates[0].Raw); !bytes.Equal(sum[:], c.digest) {
-				*refused = fmt.Errorf("its certificate is sha256:%x, not the one that is configured", sum)
-			}
-			return *refused
-		}
+		wire.Pin(config, c.digest, refused)
 		return config, refused, nil
 	}
 	b, err := os.ReadFile(c.config.CAFile)
@@ -120,14 +105,12 @@ func (c *Client) Attest(ctx context.Context, hello *remote.Hello, answer func(*r
 	if err != nil {
 		return nil, err
 	}
-	conn, err := grpc.NewClient("passthrough:///"+c.config.Address, grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithNoProxy(), grpc.WithDisableRetry(),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)))
+	conn, err := wire.Dial(c.config.Address, config, maxMessage)
 	if err != nil {
 		return nil, c.failed(err, nil)
 	}
 	defer conn.Close()
-	desc := &grpc.StreamDesc{StreamName: methodName, ServerStreams: true, ClientStreams: true}
-	raw, err := conn.NewStream(ctx, desc, "/"+serviceName+"/"+methodName)
+	raw, err := wire.Open(ctx, conn, service)
 	if err != nil {
 		return nil, c.failed(err, *refused)
 	}
@@ -192,10 +175,7 @@ func hintOf(check string) string {
 	return hintAsk
 }
 
-// quoted marks what the other side says as its words.
-func quoted(s string, limit int) string {
-	return `"` + strings.ReplaceAll(seal.OneLine(s, limit), `"`, "'") + `"`
-}
+func quoted(s string, limit int) string { return wire.Quoted(s, limit) }
 
 // refusedError is what the verifier says of the evidence.
 type refusedError struct{ *Refusal }
@@ -233,11 +213,11 @@ func (d *dialogue) run(hello *remote.Hello, answer func(*remote.Challenge, []byt
 	if m.GetChallenge() == nil {
 		return nil, &protocolError{"it answers without a challenge"}
 	}
-	exporter, err := d.exporter()
+	exporter, err := wire.ExporterOf(d.stream, remote.ExporterLabel)
 	if err != nil {
 		return nil, err
 	}
-	evidence, err := answer(toChallenge(m.GetChallenge()), exporter)
+	evidence, err := answer(wire.ToChallenge(m.GetChallenge()), exporter)
 	if err != nil {
 		return nil, &ownError{err}
 	}
@@ -253,36 +233,13 @@ func (d *dialogue) run(hello *remote.Hello, answer func(*remote.Challenge, []byt
 	return m.GetSignature().GetSignature(), nil
 }
 
-// exporter is known once the verifier has answered.
-func (d *dialogue) exporter() ([]byte, error) {
-	p, ok := peer.FromContext(d.stream.Context())
-	if !ok {
-		return nil, errTLS
-	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok {
-		return nil, errTLS
-	}
-	return exporterOf(info)
-}
-
 func (d *dialogue) sendEvidence(e *remote.Evidence) error {
 	if err := d.send(fromEvidence(e)); err != nil {
 		return err
 	}
-	for rest := e.FirmwareLog; len(rest) > 0; {
-		n := min(len(rest), partSize)
-		if err := d.send(&FromAttester{Message: &FromAttester_Log{&LogPart{Firmware: rest[:n]}}}); err != nil {
-			return err
-		}
-		rest = rest[n:]
-	}
-	for rest := e.UserspaceLog; len(rest) > 0; {
-		n := min(len(rest), partSize)
-		if err := d.send(&FromAttester{Message: &FromAttester_Log{&LogPart{Userspace: rest[:n]}}}); err != nil {
-			return err
-		}
-		rest = rest[n:]
+	err := wire.Parts(e, func(part *LogPart) error { return d.send(&FromAttester{Message: &FromAttester_Log{part}}) })
+	if err != nil {
+		return err
 	}
 	return d.stream.CloseSend()
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	wire "github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
@@ -57,7 +57,7 @@ func TestSilentPeers(t *testing.T) {
 		t.Errorf("no logs: %v", err)
 	}
 	r.works("after silent ones")
-	r.eventually("no place is taken", func() bool { return r.server.crowd.count() == 0 && r.server.places.count() == 0 })
+	r.eventually("no place is taken", func() bool { return r.server.wire.Unproven() == 0 && r.server.wire.Proven() == 0 })
 }
 
 // silentFrom opens a connection from an address of loopback and says hello, or nothing.
@@ -78,17 +78,17 @@ func (r *rig) silentFrom(ip net.IP, hello bool) {
 // its own, are sent away for a node that comes last.
 func TestSilentPeersKeepNobodyOut(t *testing.T) {
 	r := hurried(t, time.Minute, time.Minute)
-	for i := range maxUnproven + 40 {
+	for i := range wire.MaxUnproven + 40 {
 		r.silentFrom(net.IPv4(127, 9, byte(i>>8), byte(i&0xff|1)), i%16 == 0)
 	}
-	r.eventually("all have been taken in", func() bool { return r.server.crowd.count() >= maxUnproven-1 })
+	r.eventually("all have been taken in", func() bool { return r.server.wire.Unproven() >= wire.MaxUnproven-1 })
 	r.works("beside silent peers")
-	for range 3 * maxPeerUnproven { // from the node's own address
+	for range 3 * wire.MaxPeerUnproven { // from the node's own address
 		r.silentFrom(net.IPv4(127, 0, 0, 1), false)
 	}
 	r.works("beside silent peers of the same address")
-	if n := r.server.crowd.count(); n > maxUnproven {
-		t.Errorf("%d connections without a proof, at most %d wanted", n, maxUnproven)
+	if n := r.server.wire.Unproven(); n > wire.MaxUnproven {
+		t.Errorf("%d connections without a proof, at most %d wanted", n, wire.MaxUnproven)
 	}
 }
 
@@ -104,73 +104,6 @@ func TestGarbage(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.works("beside garbage")
-}
-
-// fake is a connection from an address.
-type fake struct {
-	net.Conn
-	from   string
-	closed bool
-}
-
-// RemoteAddr implements net.Conn.
-func (f *fake) RemoteAddr() net.Addr {
-	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(f.from), 1))
-}
-
-// Close implements net.Conn.
-func (f *fake) Close() error { f.closed = true; return nil }
-
-// TestCrowd: who must go for a newcomer.
-func TestCrowd(t *testing.T) {
-	w := newCrowd(newMetrics(), time.Minute)
-	enter := func(format string, args ...any) *fake {
-		f := &fake{from: fmt.Sprintf(format, args...)}
-		w.enter(f)
-		return f
-	}
-	var own []*fake
-	for range maxPeerUnproven {
-		own = append(own, enter("192.0.2.1"))
-	}
-	enter("::ffff:192.0.2.1") // the same peer
-	if !own[0].closed || own[1].closed {
-		t.Error("a peer that has all it may have does not lose its own oldest connection")
-	}
-	for i := range maxUnproven - maxPeerUnproven {
-		enter("10.0.%d.%d", i/256, i%256)
-	}
-	if w.size != maxUnproven || own[1].closed {
-		t.Errorf("%d connections; the oldest is closed: %v", w.size, own[1].closed)
-	}
-	enter("10.9.9.9")
-	if !own[1].closed || w.size != maxUnproven {
-		t.Error("the peer with the most connections does not lose its oldest")
-	}
-	// Of many with one each, the oldest must go; but not a peer that gave a proof.
-	w = newCrowd(newMetrics(), time.Minute)
-	proven := w.enter(&fake{from: "192.0.2.7"})
-	w.proved(proven)
-	again, third := enter("192.0.2.7"), (*fake)(nil)
-	first := enter("2001:db8:0:1::1")
-	for i := range maxUnproven - 2 {
-		enter("2001:db8:1:%x::1", i)
-	}
-	enter("2001:db8:2::1")
-	if again.closed || !first.closed {
-		t.Errorf("a peer that gave a proof before is sent away: %v, the oldest stranger: %v", again.closed, first.closed)
-	}
-	second := enter("192.0.2.7")
-	third = enter("192.0.2.7")
-	if enter("2001:db8:2:1::1"); !again.closed || second.closed || third.closed {
-		t.Error("a peer that gave a proof keeps more than its share")
-	}
-	for i := range 3 * maxKnown {
-		w.proved(w.enter(&fake{from: fmt.Sprintf("10.%d.%d.1", i/256, i%256)}))
-	}
-	if len(w.known) != maxKnown {
-		t.Errorf("%d peers are remembered", len(w.known))
-	}
 }
 
 // held is a channel that stops after the proof until it is told to go on.
@@ -218,15 +151,15 @@ func TestPlacesOfANode(t *testing.T) {
 	r := newRig(t)
 	ek := r.options.Verifier.Nodes["alpha"].EK
 	var leave []func()
-	for range maxNodePlaces {
-		l, ok := r.server.places.take(ek)
+	for range wire.MaxNodePlaces {
+		l, ok := r.server.wire.Take(ek)
 		if !ok {
 			t.Fatal("no place")
 		}
 		leave = append(leave, l)
 	}
 	r.refused("one too many", r.ask(r.client()), seal.CauseUnavailable, "too many exchanges of this node")
-	if l, ok := r.server.places.take("sha256:another"); !ok {
+	if l, ok := r.server.wire.Take("sha256:another"); !ok {
 		t.Error("another node has no place")
 	} else {
 		l()
@@ -234,10 +167,10 @@ func TestPlacesOfANode(t *testing.T) {
 	leave[0]()
 	leave[0]() // once is enough
 	r.works("as soon as one has ended")
-	if _, ok := r.server.places.take(ek); !ok {
+	if _, ok := r.server.wire.Take(ek); !ok {
 		t.Error("the exchange left no place")
 	}
-	if _, ok := r.server.places.take(ek); ok {
+	if _, ok := r.server.wire.Take(ek); ok {
 		t.Error("a place was given twice")
 	}
 }

@@ -9,4 +9,4 @@
 // sides sign, so that an exchange can't be relayed over another connection.
 package verifier
 
-//go:generate ./generate.sh
+//go:generate ../internal/exchange/generate.sh

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
+	wire "github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
@@ -139,7 +140,7 @@ func (o odd) Attest(_ context.Context, h *remote.Hello, answer func(*remote.Chal
 func TestProvenAndHostile(t *testing.T) {
 	r := newRig(t)
 	for name, m := range map[string]*FromAttester{"a hello": fromHello(&remote.Hello{}), "a second statement": statement(&Statement{}), "nothing": {}} {
-		if err := r.ask(odd{r, m}); !strings.Contains(fmt.Sprint(err), errOrder.Error()) {
+		if err := r.ask(odd{r, m}); !strings.Contains(fmt.Sprint(err), wire.ErrOrder.Error()) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

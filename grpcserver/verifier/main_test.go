@@ -139,7 +139,7 @@ func (r *rig) record(v ...*Verdict) error {
 
 func (r *rig) lastVerdict() Verdict {
 	r.Helper()
-	r.server.tally.flush()
+	r.server.tally.Flush()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.verdicts) == 0 {

@@ -1,29 +1,25 @@
 package verifier
 
 import (
-	"crypto"
-
+	wire "github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
 
-const (
-	// partSize is how much of a log travels in one message, in bytes.
-	partSize = 128 << 10
-	// maxMessage bounds a message, in bytes: a part of a log, or a Hello with a
-	// certificate.
-	maxMessage = partSize + 4<<10
+// The messages that every exchange has.
+type (
+	Challenge = wire.Challenge
+	Statement = wire.Statement
+	LogPart   = wire.LogPart
+	Refusal   = wire.Refusal
 )
 
-var bankNames = map[crypto.Hash]string{crypto.SHA256: "sha256", crypto.SHA384: "sha384"}
-
-func bankOf(name string) crypto.Hash {
-	for h, s := range bankNames {
-		if s == name {
-			return h
-		}
-	}
-	return 0
-}
+const (
+	partSize   = wire.PartSize
+	maxMessage = wire.MaxMessage
+	maxReason  = wire.MaxReason
+	maxHint    = wire.MaxHint
+	maxName    = wire.MaxName
+)
 
 func toHello(h *Hello) *remote.Hello {
 	return &remote.Hello{Cluster: h.GetCluster(), Node: h.GetNode(), EK: h.GetEk(), EKCertificate: h.GetEkCertificate(),
@@ -35,42 +31,10 @@ func fromHello(h *remote.Hello) *FromAttester {
 		Ak: h.AK, Srk: h.SRK, NonceTpm: h.NonceTPM, Key: h.Key}}}
 }
 
-func toChallenge(c *Challenge) *remote.Challenge {
-	out := &remote.Challenge{Nonce: c.GetNonce(), Credential: c.GetCredential(), Secret: c.GetEncryptedSecret(), Bank: bankOf(c.GetBank())}
-	for _, i := range c.GetPcrs() {
-		out.PCRs = append(out.PCRs, int(i))
-	}
-	return out
-}
-
 func fromChallenge(c *remote.Challenge) *FromVerifier {
-	out := &Challenge{Nonce: c.Nonce, Credential: c.Credential, EncryptedSecret: c.Secret, Bank: bankNames[c.Bank]}
-	for _, i := range c.PCRs {
-		out.Pcrs = append(out.Pcrs, uint32(i))
-	}
-	return &FromVerifier{Message: &FromVerifier_Challenge{out}}
-}
-
-// toEvidence leaves out the logs, which come after it.
-func toEvidence(s *Statement) *remote.Evidence {
-	e := &remote.Evidence{Proof: s.GetProof(), Attest: s.GetAttest(), Signature: s.GetSignature(), PCRs: map[int][]byte{}}
-	for i, v := range s.GetPcrs() {
-		e.PCRs[int(i)] = v
-	}
-	return e
+	return &FromVerifier{Message: &FromVerifier_Challenge{wire.FromChallenge(c)}}
 }
 
 func fromEvidence(e *remote.Evidence) *FromAttester {
-	s := &Statement{Proof: e.Proof, Attest: e.Attest, Signature: e.Signature, Pcrs: map[uint32][]byte{}}
-	for i, v := range e.PCRs {
-		s.Pcrs[uint32(i)] = v
-	}
-	return &FromAttester{Message: &FromAttester_Statement{s}}
+	return &FromAttester{Message: &FromAttester_Statement{wire.FromEvidence(e)}}
 }
-
-// Bounds of texts that come from the other side or quote it, in runes.
-const (
-	maxReason = 600
-	maxHint   = 300
-	maxName   = 80
-)

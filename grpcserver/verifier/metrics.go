@@ -65,8 +65,8 @@ func (s *Server) register(r prometheus.Registerer) error {
 	}
 	for _, c := range []prometheus.Collector{
 		s.metrics.exchanges, s.metrics.refusals, s.metrics.drops, s.metrics.accepted, s.metrics.audit,
-		gauge("kleidi_verifier_connections", "Connections, by whether the peer has proven which TPM it is.", prometheus.Labels{"proven": "no"}, s.crowd.count),
-		gauge("kleidi_verifier_connections", "Connections, by whether the peer has proven which TPM it is.", prometheus.Labels{"proven": "yes"}, s.places.count),
+		gauge("kleidi_verifier_connections", "Connections, by whether the peer has proven which TPM it is.", prometheus.Labels{"proven": "no"}, s.wire.Unproven),
+		gauge("kleidi_verifier_connections", "Connections, by whether the peer has proven which TPM it is.", prometheus.Labels{"proven": "yes"}, s.wire.Proven),
 		gauge("kleidi_verifier_nodes", "Registered nodes.", nil, func() int { return len(s.current.Load().verifier.Nodes) }),
 	} {
 		if err := r.Register(c); err != nil {

@@ -3,10 +3,8 @@ package verifier
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -42,55 +40,6 @@ func TestRefusalsBeforeTheProofAreSummedUp(t *testing.T) {
 	}
 }
 
-// TestTallyIsBounded: a stranger who varies everything that can be varied adds at
-// most one line per check, and hides no other stranger's kind.
-func TestTallyIsBounded(t *testing.T) {
-	var written []*Verdict
-	tally := &tally{write: func(v []*Verdict) error { written = append(written, v...); return nil }}
-	checks := []string{"node", "cluster", "proof"}
-	const peers = 4 * maxTallied
-	for i := range peers {
-		for _, check := range checks {
-			from := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 32)
-			tally.add(kind{check: check, from: from}, &Verdict{Check: check, Time: time.Now()})
-		}
-	}
-	tally.flush()
-	total := 0
-	for _, v := range written {
-		total += v.Count
-	}
-	if len(written) > maxTallied+len(checks) || total != peers*len(checks) {
-		t.Errorf("%d lines for %d refusals", len(written), total)
-	}
-	if tally.flush(); tally.timer != nil || len(tally.kinds) != 0 {
-		t.Error("something is left")
-	}
-}
-
-// TestTallyKeepsWhatCantBeWritten until it can.
-func TestTallyKeepsWhatCantBeWritten(t *testing.T) {
-	full := errors.New("no space left on device")
-	var written []*Verdict
-	tally := &tally{write: func(v []*Verdict) error {
-		if full == nil {
-			written = append(written, v...)
-		}
-		return full
-	}}
-	k := kind{check: "node"}
-	tally.add(k, &Verdict{})
-	tally.flush()
-	if tally.timer == nil {
-		t.Error("it is not tried again")
-	}
-	tally.add(k, &Verdict{})
-	full = nil
-	if tally.flush(); len(written) != 1 || written[0].Count != 2 {
-		t.Errorf("%v", written)
-	}
-}
-
 // TestMetrics: each outcome is counted, from zero on.
 func TestMetrics(t *testing.T) {
 	registry := prometheus.NewRegistry()
@@ -106,8 +55,8 @@ func TestMetrics(t *testing.T) {
 	_ = r.ask(altered{Channel: r.client(), hello: func(h *remote.Hello) { h.Node = "x" }})
 	_ = r.ask(altered{Channel: r.client(), evidence: func(e *remote.Evidence) { e.FirmwareLog = nil }})
 	_ = r.ask(odd{r, statement(&Statement{})})
-	leave, _ := r.server.places.take(r.options.Verifier.Nodes["alpha"].EK)
-	leave2, _ := r.server.places.take(r.options.Verifier.Nodes["alpha"].EK)
+	leave, _ := r.server.wire.Take(r.options.Verifier.Nodes["alpha"].EK)
+	leave2, _ := r.server.wire.Take(r.options.Verifier.Nodes["alpha"].EK)
 	_ = r.ask(r.client())
 	leave()
 	leave2()

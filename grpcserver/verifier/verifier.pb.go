@@ -11,6 +11,7 @@
 package verifier
 
 import (
+	exchange "github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	reflect "reflect"
@@ -83,7 +84,7 @@ func (x *FromAttester) GetHello() *Hello {
 	return nil
 }
 
-func (x *FromAttester) GetStatement() *Statement {
+func (x *FromAttester) GetStatement() *exchange.Statement {
 	if x != nil {
 		if x, ok := x.Message.(*FromAttester_Statement); ok {
 			return x.Statement
@@ -92,7 +93,7 @@ func (x *FromAttester) GetStatement() *Statement {
 	return nil
 }
 
-func (x *FromAttester) GetLog() *LogPart {
+func (x *FromAttester) GetLog() *exchange.LogPart {
 	if x != nil {
 		if x, ok := x.Message.(*FromAttester_Log); ok {
 			return x.Log
@@ -110,11 +111,11 @@ type FromAttester_Hello struct {
 }
 
 type FromAttester_Statement struct {
-	Statement *Statement `protobuf:"bytes,3,opt,name=statement,proto3,oneof"`
+	Statement *exchange.Statement `protobuf:"bytes,3,opt,name=statement,proto3,oneof"`
 }
 
 type FromAttester_Log struct {
-	Log *LogPart `protobuf:"bytes,4,opt,name=log,proto3,oneof"` // any number, then the stream is closed
+	Log *exchange.LogPart `protobuf:"bytes,4,opt,name=log,proto3,oneof"` // any number, then the stream is closed
 }
 
 func (*FromAttester_Hello) isFromAttester_Message() {}
@@ -172,7 +173,7 @@ func (x *FromVerifier) GetMessage() isFromVerifier_Message {
 	return nil
 }
 
-func (x *FromVerifier) GetChallenge() *Challenge {
+func (x *FromVerifier) GetChallenge() *exchange.Challenge {
 	if x != nil {
 		if x, ok := x.Message.(*FromVerifier_Challenge); ok {
 			return x.Challenge
@@ -190,7 +191,7 @@ func (x *FromVerifier) GetSignature() *Signature {
 	return nil
 }
 
-func (x *FromVerifier) GetRefusal() *Refusal {
+func (x *FromVerifier) GetRefusal() *exchange.Refusal {
 	if x != nil {
 		if x, ok := x.Message.(*FromVerifier_Refusal); ok {
 			return x.Refusal
@@ -204,7 +205,7 @@ type isFromVerifier_Message interface {
 }
 
 type FromVerifier_Challenge struct {
-	Challenge *Challenge `protobuf:"bytes,2,opt,name=challenge,proto3,oneof"`
+	Challenge *exchange.Challenge `protobuf:"bytes,2,opt,name=challenge,proto3,oneof"`
 }
 
 type FromVerifier_Signature struct {
@@ -212,7 +213,7 @@ type FromVerifier_Signature struct {
 }
 
 type FromVerifier_Refusal struct {
-	Refusal *Refusal `protobuf:"bytes,6,opt,name=refusal,proto3,oneof"` // may come at any time, and ends the exchange
+	Refusal *exchange.Refusal `protobuf:"bytes,6,opt,name=refusal,proto3,oneof"` // may come at any time, and ends the exchange
 }
 
 func (*FromVerifier_Challenge) isFromVerifier_Message() {}
@@ -321,202 +322,6 @@ func (x *Hello) GetKey() []byte {
 	return nil
 }
 
-type Challenge struct {
-	state           protoimpl.MessageState `protogen:"open.v1"`
-	Nonce           []byte                 `protobuf:"bytes,1,opt,name=nonce,proto3" json:"nonce,omitempty"`
-	Credential      []byte                 `protobuf:"bytes,2,opt,name=credential,proto3" json:"credential,omitempty"`                                  // content of a TPM2B_ID_OBJECT
-	EncryptedSecret []byte                 `protobuf:"bytes,3,opt,name=encrypted_secret,json=encryptedSecret,proto3" json:"encrypted_secret,omitempty"` // content of a TPM2B_ENCRYPTED_SECRET
-	Bank            string                 `protobuf:"bytes,4,opt,name=bank,proto3" json:"bank,omitempty"`                                              // sha256 or sha384
-	Pcrs            []uint32               `protobuf:"varint,5,rep,packed,name=pcrs,proto3" json:"pcrs,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
-}
-
-func (x *Challenge) Reset() {
-	*x = Challenge{}
-	mi := &file_verifier_proto_msgTypes[3]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Challenge) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Challenge) ProtoMessage() {}
-
-func (x *Challenge) ProtoReflect() protoreflect.Message {
-	mi := &file_verifier_proto_msgTypes[3]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Challenge.ProtoReflect.Descriptor instead.
-func (*Challenge) Descriptor() ([]byte, []int) {
-	return file_verifier_proto_rawDescGZIP(), []int{3}
-}
-
-func (x *Challenge) GetNonce() []byte {
-	if x != nil {
-		return x.Nonce
-	}
-	return nil
-}
-
-func (x *Challenge) GetCredential() []byte {
-	if x != nil {
-		return x.Credential
-	}
-	return nil
-}
-
-func (x *Challenge) GetEncryptedSecret() []byte {
-	if x != nil {
-		return x.EncryptedSecret
-	}
-	return nil
-}
-
-func (x *Challenge) GetBank() string {
-	if x != nil {
-		return x.Bank
-	}
-	return ""
-}
-
-func (x *Challenge) GetPcrs() []uint32 {
-	if x != nil {
-		return x.Pcrs
-	}
-	return nil
-}
-
-type Statement struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Proof         []byte                 `protobuf:"bytes,1,opt,name=proof,proto3" json:"proof,omitempty"`
-	Attest        []byte                 `protobuf:"bytes,2,opt,name=attest,proto3" json:"attest,omitempty"`       // TPMS_ATTEST
-	Signature     []byte                 `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"` // TPMT_SIGNATURE
-	Pcrs          map[uint32][]byte      `protobuf:"bytes,4,rep,name=pcrs,proto3" json:"pcrs,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Statement) Reset() {
-	*x = Statement{}
-	mi := &file_verifier_proto_msgTypes[4]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Statement) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Statement) ProtoMessage() {}
-
-func (x *Statement) ProtoReflect() protoreflect.Message {
-	mi := &file_verifier_proto_msgTypes[4]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Statement.ProtoReflect.Descriptor instead.
-func (*Statement) Descriptor() ([]byte, []int) {
-	return file_verifier_proto_rawDescGZIP(), []int{4}
-}
-
-func (x *Statement) GetProof() []byte {
-	if x != nil {
-		return x.Proof
-	}
-	return nil
-}
-
-func (x *Statement) GetAttest() []byte {
-	if x != nil {
-		return x.Attest
-	}
-	return nil
-}
-
-func (x *Statement) GetSignature() []byte {
-	if x != nil {
-		return x.Signature
-	}
-	return nil
-}
-
-func (x *Statement) GetPcrs() map[uint32][]byte {
-	if x != nil {
-		return x.Pcrs
-	}
-	return nil
-}
-
-type LogPart struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Firmware      []byte                 `protobuf:"bytes,1,opt,name=firmware,proto3" json:"firmware,omitempty"`
-	Userspace     []byte                 `protobuf:"bytes,2,opt,name=userspace,proto3" json:"userspace,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *LogPart) Reset() {
-	*x = LogPart{}
-	mi := &file_verifier_proto_msgTypes[5]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *LogPart) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*LogPart) ProtoMessage() {}
-
-func (x *LogPart) ProtoReflect() protoreflect.Message {
-	mi := &file_verifier_proto_msgTypes[5]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use LogPart.ProtoReflect.Descriptor instead.
-func (*LogPart) Descriptor() ([]byte, []int) {
-	return file_verifier_proto_rawDescGZIP(), []int{5}
-}
-
-func (x *LogPart) GetFirmware() []byte {
-	if x != nil {
-		return x.Firmware
-	}
-	return nil
-}
-
-func (x *LogPart) GetUserspace() []byte {
-	if x != nil {
-		return x.Userspace
-	}
-	return nil
-}
-
 type Signature struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Signature     []byte                 `protobuf:"bytes,1,opt,name=signature,proto3" json:"signature,omitempty"` // TPMT_SIGNATURE
@@ -526,7 +331,7 @@ type Signature struct {
 
 func (x *Signature) Reset() {
 	*x = Signature{}
-	mi := &file_verifier_proto_msgTypes[6]
+	mi := &file_verifier_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -538,7 +343,7 @@ func (x *Signature) String() string {
 func (*Signature) ProtoMessage() {}
 
 func (x *Signature) ProtoReflect() protoreflect.Message {
-	mi := &file_verifier_proto_msgTypes[6]
+	mi := &file_verifier_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -551,7 +356,7 @@ func (x *Signature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Signature.ProtoReflect.Descriptor instead.
 func (*Signature) Descriptor() ([]byte, []int) {
-	return file_verifier_proto_rawDescGZIP(), []int{6}
+	return file_verifier_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Signature) GetSignature() []byte {
@@ -561,80 +366,20 @@ func (x *Signature) GetSignature() []byte {
 	return nil
 }
 
-type Refusal struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Check         string                 `protobuf:"bytes,1,opt,name=check,proto3" json:"check,omitempty"`
-	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
-	Hint          string                 `protobuf:"bytes,3,opt,name=hint,proto3" json:"hint,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Refusal) Reset() {
-	*x = Refusal{}
-	mi := &file_verifier_proto_msgTypes[7]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Refusal) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Refusal) ProtoMessage() {}
-
-func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_verifier_proto_msgTypes[7]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
-func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_verifier_proto_rawDescGZIP(), []int{7}
-}
-
-func (x *Refusal) GetCheck() string {
-	if x != nil {
-		return x.Check
-	}
-	return ""
-}
-
-func (x *Refusal) GetReason() string {
-	if x != nil {
-		return x.Reason
-	}
-	return ""
-}
-
-func (x *Refusal) GetHint() string {
-	if x != nil {
-		return x.Hint
-	}
-	return ""
-}
-
 var File_verifier_proto protoreflect.FileDescriptor
 
 const file_verifier_proto_rawDesc = "" +
 	"\n" +
-	"\x0everifier.proto\x12\x12kleidi.verifier.v1\"\xbc\x01\n" +
+	"\x0everifier.proto\x12\x12kleidi.verifier.v1\x1a\x0eexchange.proto\"\xbc\x01\n" +
 	"\fFromAttester\x121\n" +
 	"\x05hello\x18\x01 \x01(\v2\x19.kleidi.verifier.v1.HelloH\x00R\x05hello\x12=\n" +
-	"\tstatement\x18\x03 \x01(\v2\x1d.kleidi.verifier.v1.StatementH\x00R\tstatement\x12/\n" +
-	"\x03log\x18\x04 \x01(\v2\x1b.kleidi.verifier.v1.LogPartH\x00R\x03logB\t\n" +
+	"\tstatement\x18\x03 \x01(\v2\x1d.kleidi.exchange.v1.StatementH\x00R\tstatement\x12/\n" +
+	"\x03log\x18\x04 \x01(\v2\x1b.kleidi.exchange.v1.LogPartH\x00R\x03logB\t\n" +
 	"\amessage\"\xd0\x01\n" +
 	"\fFromVerifier\x12=\n" +
-	"\tchallenge\x18\x02 \x01(\v2\x1d.kleidi.verifier.v1.ChallengeH\x00R\tchallenge\x12=\n" +
+	"\tchallenge\x18\x02 \x01(\v2\x1d.kleidi.exchange.v1.ChallengeH\x00R\tchallenge\x12=\n" +
 	"\tsignature\x18\x05 \x01(\v2\x1d.kleidi.verifier.v1.SignatureH\x00R\tsignature\x127\n" +
-	"\arefusal\x18\x06 \x01(\v2\x1b.kleidi.verifier.v1.RefusalH\x00R\arefusalB\t\n" +
+	"\arefusal\x18\x06 \x01(\v2\x1b.kleidi.exchange.v1.RefusalH\x00R\arefusalB\t\n" +
 	"\amessage\"\xbd\x01\n" +
 	"\x05Hello\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\fR\acluster\x12\x12\n" +
@@ -644,32 +389,9 @@ const file_verifier_proto_rawDesc = "" +
 	"\x02ak\x18\x05 \x01(\fR\x02ak\x12\x10\n" +
 	"\x03srk\x18\x06 \x01(\fR\x03srk\x12\x1b\n" +
 	"\tnonce_tpm\x18\a \x01(\fR\bnonceTpm\x12\x10\n" +
-	"\x03key\x18\b \x01(\fR\x03key\"\x94\x01\n" +
-	"\tChallenge\x12\x14\n" +
-	"\x05nonce\x18\x01 \x01(\fR\x05nonce\x12\x1e\n" +
-	"\n" +
-	"credential\x18\x02 \x01(\fR\n" +
-	"credential\x12)\n" +
-	"\x10encrypted_secret\x18\x03 \x01(\fR\x0fencryptedSecret\x12\x12\n" +
-	"\x04bank\x18\x04 \x01(\tR\x04bank\x12\x12\n" +
-	"\x04pcrs\x18\x05 \x03(\rR\x04pcrs\"\xcd\x01\n" +
-	"\tStatement\x12\x14\n" +
-	"\x05proof\x18\x01 \x01(\fR\x05proof\x12\x16\n" +
-	"\x06attest\x18\x02 \x01(\fR\x06attest\x12\x1c\n" +
-	"\tsignature\x18\x03 \x01(\fR\tsignature\x12;\n" +
-	"\x04pcrs\x18\x04 \x03(\v2'.kleidi.verifier.v1.Statement.PcrsEntryR\x04pcrs\x1a7\n" +
-	"\tPcrsEntry\x12\x10\n" +
-	"\x03key\x18\x01 \x01(\rR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"C\n" +
-	"\aLogPart\x12\x1a\n" +
-	"\bfirmware\x18\x01 \x01(\fR\bfirmware\x12\x1c\n" +
-	"\tuserspace\x18\x02 \x01(\fR\tuserspace\")\n" +
+	"\x03key\x18\b \x01(\fR\x03key\")\n" +
 	"\tSignature\x12\x1c\n" +
-	"\tsignature\x18\x01 \x01(\fR\tsignature\"K\n" +
-	"\aRefusal\x12\x14\n" +
-	"\x05check\x18\x01 \x01(\tR\x05check\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
-	"\x04hint\x18\x03 \x01(\tR\x04hint2^\n" +
+	"\tsignature\x18\x01 \x01(\fR\tsignature2^\n" +
 	"\n" +
 	"RemoteGate\x12P\n" +
 	"\x06Attest\x12 .kleidi.verifier.v1.FromAttester\x1a .kleidi.verifier.v1.FromVerifier(\x010\x01B1Z/github.com/beezy-dev/kleidi/grpcserver/verifierb\x06proto3"
@@ -686,33 +408,31 @@ func file_verifier_proto_rawDescGZIP() []byte {
 	return file_verifier_proto_rawDescData
 }
 
-var file_verifier_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_verifier_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_verifier_proto_goTypes = []any{
-	(*FromAttester)(nil), // 0: kleidi.verifier.v1.FromAttester
-	(*FromVerifier)(nil), // 1: kleidi.verifier.v1.FromVerifier
-	(*Hello)(nil),        // 2: kleidi.verifier.v1.Hello
-	(*Challenge)(nil),    // 3: kleidi.verifier.v1.Challenge
-	(*Statement)(nil),    // 4: kleidi.verifier.v1.Statement
-	(*LogPart)(nil),      // 5: kleidi.verifier.v1.LogPart
-	(*Signature)(nil),    // 6: kleidi.verifier.v1.Signature
-	(*Refusal)(nil),      // 7: kleidi.verifier.v1.Refusal
-	nil,                  // 8: kleidi.verifier.v1.Statement.PcrsEntry
+	(*FromAttester)(nil),       // 0: kleidi.verifier.v1.FromAttester
+	(*FromVerifier)(nil),       // 1: kleidi.verifier.v1.FromVerifier
+	(*Hello)(nil),              // 2: kleidi.verifier.v1.Hello
+	(*Signature)(nil),          // 3: kleidi.verifier.v1.Signature
+	(*exchange.Statement)(nil), // 4: kleidi.exchange.v1.Statement
+	(*exchange.LogPart)(nil),   // 5: kleidi.exchange.v1.LogPart
+	(*exchange.Challenge)(nil), // 6: kleidi.exchange.v1.Challenge
+	(*exchange.Refusal)(nil),   // 7: kleidi.exchange.v1.Refusal
 }
 var file_verifier_proto_depIdxs = []int32{
 	2, // 0: kleidi.verifier.v1.FromAttester.hello:type_name -> kleidi.verifier.v1.Hello
-	4, // 1: kleidi.verifier.v1.FromAttester.statement:type_name -> kleidi.verifier.v1.Statement
-	5, // 2: kleidi.verifier.v1.FromAttester.log:type_name -> kleidi.verifier.v1.LogPart
-	3, // 3: kleidi.verifier.v1.FromVerifier.challenge:type_name -> kleidi.verifier.v1.Challenge
-	6, // 4: kleidi.verifier.v1.FromVerifier.signature:type_name -> kleidi.verifier.v1.Signature
-	7, // 5: kleidi.verifier.v1.FromVerifier.refusal:type_name -> kleidi.verifier.v1.Refusal
-	8, // 6: kleidi.verifier.v1.Statement.pcrs:type_name -> kleidi.verifier.v1.Statement.PcrsEntry
-	0, // 7: kleidi.verifier.v1.RemoteGate.Attest:input_type -> kleidi.verifier.v1.FromAttester
-	1, // 8: kleidi.verifier.v1.RemoteGate.Attest:output_type -> kleidi.verifier.v1.FromVerifier
-	8, // [8:9] is the sub-list for method output_type
-	7, // [7:8] is the sub-list for method input_type
-	7, // [7:7] is the sub-list for extension type_name
-	7, // [7:7] is the sub-list for extension extendee
-	0, // [0:7] is the sub-list for field type_name
+	4, // 1: kleidi.verifier.v1.FromAttester.statement:type_name -> kleidi.exchange.v1.Statement
+	5, // 2: kleidi.verifier.v1.FromAttester.log:type_name -> kleidi.exchange.v1.LogPart
+	6, // 3: kleidi.verifier.v1.FromVerifier.challenge:type_name -> kleidi.exchange.v1.Challenge
+	3, // 4: kleidi.verifier.v1.FromVerifier.signature:type_name -> kleidi.verifier.v1.Signature
+	7, // 5: kleidi.verifier.v1.FromVerifier.refusal:type_name -> kleidi.exchange.v1.Refusal
+	0, // 6: kleidi.verifier.v1.RemoteGate.Attest:input_type -> kleidi.verifier.v1.FromAttester
+	1, // 7: kleidi.verifier.v1.RemoteGate.Attest:output_type -> kleidi.verifier.v1.FromVerifier
+	7, // [7:8] is the sub-list for method output_type
+	6, // [6:7] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_verifier_proto_init() }
@@ -736,7 +456,7 @@ func file_verifier_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_verifier_proto_rawDesc), len(file_verifier_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

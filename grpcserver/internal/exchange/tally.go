@@ -1,4 +1,4 @@
-package verifier
+package exchange
 
 import (
 	"cmp"
@@ -15,36 +15,37 @@ const tallyInterval = time.Minute
 // maxTallied bounds the kinds of refusals that are told apart in one interval.
 const maxTallied = 64
 
-// tally sums up the refusals of peers that have proven nothing. Anybody can cause any
+// Tally sums up the refusals of peers that have proven nothing. Anybody can cause any
 // number of them, so they are counted by kind and written once per interval: a line and
 // a flush for each would let a stranger fill the disk, and slow down the nodes.
-type tally struct {
-	write func([]*Verdict) error
+type Tally struct {
+	// Write puts verdicts on record.
+	Write func([]*Verdict) error
 
 	mu    sync.Mutex
-	kinds map[kind]*Verdict
+	kinds map[Kind]*Verdict
 	timer *time.Timer // runs while there is something to write
 }
 
-// kind tells refusals apart.
-type kind struct {
-	check string
-	node  string // the claimed name where it is registered, else ""
-	from  netip.Prefix
+// Kind tells refusals apart.
+type Kind struct {
+	Check string
+	Node  string // the claimed name where it is known, else ""
+	From  netip.Prefix
 }
 
-// add counts a refusal, and reports whether it is the first of its kind in this interval.
-func (t *tally) add(k kind, v *Verdict) (first bool) {
+// Add counts a refusal, and reports whether it is the first of its kind in this interval.
+func (t *Tally) Add(k Kind, v *Verdict) (first bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.kinds == nil {
-		t.kinds = map[kind]*Verdict{}
+		t.kinds = map[Kind]*Verdict{}
 	}
 	if t.timer == nil {
-		t.timer = time.AfterFunc(tallyInterval, t.flush)
+		t.timer = time.AfterFunc(tallyInterval, t.Flush)
 	}
 	if _, ok := t.kinds[k]; !ok && len(t.kinds) >= maxTallied {
-		k = kind{check: k.check} // there are as many as there are checks
+		k = Kind{Check: k.Check} // there are as many as there are checks
 	}
 	sum, ok := t.kinds[k]
 	if !ok {
@@ -54,8 +55,8 @@ func (t *tally) add(k kind, v *Verdict) (first bool) {
 	}
 	sum.Count++
 	sum.Time = v.Time
-	if sum.Peer = "several"; k.from.IsValid() {
-		sum.Peer = peerName(k.from)
+	if sum.Peer = "several"; k.From.IsValid() {
+		sum.Peer = peerName(k.From)
 	}
 	return false
 }
@@ -67,9 +68,9 @@ func peerName(p netip.Prefix) string {
 	return p.String()
 }
 
-// flush writes what was counted, the oldest first. What can't be written stays for the
+// Flush writes what was counted, the oldest first. What can't be written stays for the
 // next interval.
-func (t *tally) flush() {
+func (t *Tally) Flush() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.timer != nil {
@@ -82,8 +83,8 @@ func (t *tally) flush() {
 	sums := slices.SortedFunc(maps.Values(t.kinds), func(a, b *Verdict) int {
 		return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Peer, b.Peer))
 	})
-	if t.write(sums) != nil {
-		t.timer = time.AfterFunc(tallyInterval, t.flush)
+	if t.Write(sums) != nil {
+		t.timer = time.AfterFunc(tallyInterval, t.Flush)
 		return
 	}
 	t.kinds = nil

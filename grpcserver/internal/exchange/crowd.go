@@ -1,4 +1,4 @@
-package verifier
+package exchange
 
 import (
 	"net"
@@ -16,8 +16,8 @@ import (
 
 // Limits on connections without a proof.
 const (
-	maxUnproven     = 256 // of all peers
-	maxPeerUnproven = 16  // of one peer: an IPv4 address, or the /64 of an IPv6 one
+	MaxUnproven     = 256 // of all peers
+	MaxPeerUnproven = 16  // of one peer: an IPv4 address, or the /64 of an IPv6 one
 	// keptUnproven is how many connections of a peer that gave a proof before are not
 	// closed for another peer's sake.
 	keptUnproven = 2
@@ -37,7 +37,7 @@ const (
 
 // crowd holds the connections whose peers have proven nothing.
 type crowd struct {
-	metrics *metrics
+	dropped func(reason string)
 	hello   time.Duration // bounds the time until the first message
 
 	mu       sync.Mutex
@@ -46,8 +46,8 @@ type crowd struct {
 	known    []netip.Prefix // peers that gave a proof, the last one first
 }
 
-func newCrowd(m *metrics, hello time.Duration) *crowd {
-	return &crowd{metrics: m, hello: hello, unproven: map[netip.Prefix][]*conn{}}
+func newCrowd(dropped func(reason string), hello time.Duration) *crowd {
+	return &crowd{dropped: dropped, hello: hello, unproven: map[netip.Prefix][]*conn{}}
 }
 
 // conn is a connection. It carries one exchange.
@@ -79,7 +79,7 @@ func (c *conn) within(d time.Duration) {
 // expire closes a connection whose peer's time is over.
 func (c *conn) expire() {
 	if !c.gone.Load() && !c.begun.Load() {
-		c.crowd.metrics.dropped("silent") // it began no exchange
+		c.crowd.dropped("silent") // it began no exchange
 	}
 	_ = c.Close()
 }
@@ -98,7 +98,7 @@ func (w *crowd) enter(raw net.Conn) *conn {
 	w.size++
 	w.mu.Unlock()
 	if victim != nil {
-		w.metrics.dropped("crowded")
+		w.dropped("crowded")
 		_ = victim.Close()
 	}
 	return c
@@ -106,10 +106,10 @@ func (w *crowd) enter(raw net.Conn) *conn {
 
 // victim returns the connection to close before a peer gets one more; nil is none.
 func (w *crowd) victim(from netip.Prefix) *conn {
-	if own := w.unproven[from]; len(own) >= maxPeerUnproven {
+	if own := w.unproven[from]; len(own) >= MaxPeerUnproven {
 		return own[0]
 	}
-	if w.size < maxUnproven {
+	if w.size < MaxUnproven {
 		return nil
 	}
 	var victim *conn
@@ -193,10 +193,10 @@ func (l listener) Accept() (net.Conn, error) {
 	return l.crowd.enter(c), nil
 }
 
-// maxNodePlaces is how many exchanges a node may have at a time, once it has proven
+// MaxNodePlaces is how many exchanges a node may have at a time, once it has proven
 // which TPM it is. Each may hold two logs. Two, because a node that gave up on an
 // exchange may ask again before the verifier notices.
-const maxNodePlaces = 2
+const MaxNodePlaces = 2
 
 // places are reserved for each registered endorsement key: nobody without that TPM can
 // take one.
@@ -209,7 +209,7 @@ type places struct {
 func (p *places) take(ek string) (leave func(), ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.held[ek] == maxNodePlaces {
+	if p.held[ek] == MaxNodePlaces {
 		return nil, false
 	}
 	if p.held == nil {
