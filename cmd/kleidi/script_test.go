@@ -58,34 +58,49 @@ func TestScript(t *testing.T) {
 		Dir:                filepath.Join("testdata", "script"),
 		RequireUniqueNames: true,
 		Setup:              setup,
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"config":    command((*host).config),
-			"kleidi":    command((*host).kleidi),
-			"machine":   command((*host).machineCommand),
-			"proxy":     command((*host).proxyCommand),
-			"serve":     command((*host).serve),
-			"term":      command((*host).term),
-			"hup":       command((*host).hup),
-			"crash":     command((*host).crash),
-			"waitfor":   command((*host).waitFor),
-			"get":       command((*host).get),
-			"kms":       command((*host).kms),
-			"forge":     command((*host).forge),
-			"readback":  command((*host).readBack),
-			"again":     command((*host).again),
-			"trust":     command((*host).trust),
-			"impostor":  command((*host).impostor),
-			"hog":       command((*host).hog),
-			"flood":     command((*host).flood),
-			"footprint": command((*host).footprint),
-			"ask":       command((*host).ask),
-			"listening": command(func(h *host, _ *testscript.TestScript, args []string) error { return h.listening(args[0]) }),
-			"pkfp":      command((*host).pkfp),
-			"slot":      command((*host).slotName),
-			"row":       command((*host).row),
-			"table":     command((*host).printTable),
-		},
+		Cmds:               commands(),
 	})
+}
+
+// commands are those of every host, and `on`, which runs one on another host.
+func commands() map[string]func(*testscript.TestScript, bool, []string) {
+	all := map[string]func(*testscript.TestScript, bool, []string){"on": command((*host).on)}
+	for name, f := range hostCommands {
+		all[name] = command(f)
+	}
+	return all
+}
+
+// hostCommand is a command that a script runs on a host.
+type hostCommand func(*host, *testscript.TestScript, []string) error
+
+var hostCommands = map[string]hostCommand{
+	"config":    (*host).config,
+	"kleidi":    (*host).kleidi,
+	"machine":   (*host).machineCommand,
+	"proxy":     (*host).proxyCommand,
+	"serve":     (*host).serve,
+	"term":      (*host).term,
+	"hup":       (*host).hup,
+	"crash":     (*host).crash,
+	"waitfor":   (*host).waitFor,
+	"get":       (*host).get,
+	"kms":       (*host).kms,
+	"forge":     (*host).forge,
+	"readback":  (*host).readBack,
+	"again":     (*host).again,
+	"trust":     (*host).trust,
+	"impostor":  (*host).impostor,
+	"hog":       (*host).hog,
+	"flood":     (*host).flood,
+	"footprint": (*host).footprint,
+	"ask":       (*host).ask,
+	"listening": func(h *host, _ *testscript.TestScript, args []string) error { return h.listening(args[0]) },
+	"pkfp":      (*host).pkfp,
+	"row":       (*host).row,
+	"table":     (*host).printTable,
+	"approve":   (*host).approve,
+	"join":      (*host).join,
 }
 
 // command makes a script command of a method. An error is a failure, or what "!"
@@ -122,6 +137,8 @@ type host struct {
 	first  *process // where server is the second serve
 	sealed map[string]sealedSeed
 	table  []tableRow
+	name   string           // in the keyring
+	others map[string]*host // by that name
 
 	stopHog func()
 	before  [2]int // the footprint of serve: KiB and files
@@ -129,11 +146,15 @@ type host struct {
 
 var hosts atomic.Uint32
 
+// loopback returns an address of loopback that no other host of this test has, so that
+// none needs a free port.
+func loopback() string {
+	return fmt.Sprintf("127.%d.%d.%d:9779", 64+os.Getpid()%64, os.Getpid()/64%256, hosts.Add(1)%254+1)
+}
+
 func setup(env *testscript.Env) error {
-	n := hosts.Add(1)
-	h := &host{t: env.T().(testing.TB), work: env.WorkDir, sealed: map[string]sealedSeed{}}
-	// Each script has a loopback address of its own, so that none needs a free port.
-	h.address = fmt.Sprintf("127.%d.%d.%d:9779", 64+os.Getpid()%64, os.Getpid()/64%256, n%254+1)
+	h := &host{t: env.T().(testing.TB), work: env.WorkDir, name: "cp-1", sealed: map[string]sealedSeed{}, others: map[string]*host{}}
+	h.address = loopback()
 	env.Setenv("HTTP", h.address)
 	env.Setenv("SECOND", strings.Replace(h.address, ":9779", ":9780", 1))
 	env.Values["host"] = h
@@ -170,6 +191,9 @@ func (h *host) makeIdentity(name string) (string, error) {
 // end is what every script ends with: the process did not die, and its log holds
 // no identity.
 func (h *host) end(fatal func(...any)) {
+	for _, other := range h.others {
+		other.end(fatal)
+	}
 	for _, p := range []*process{h.first, h.server} {
 		if p == nil {
 			continue
@@ -184,7 +208,7 @@ func (h *host) end(fatal func(...any)) {
 // config writes the configuration: config KEY.KEY=YAML...
 func (h *host) config(_ *testscript.TestScript, args []string) error {
 	doc := map[string]any{
-		"apiVersion": config.APIVersion, "kind": config.Kind, "node": "cp-1",
+		"apiVersion": config.APIVersion, "kind": config.Kind, "node": h.name,
 		"state": map[string]any{"dir": h.path("state")},
 		"tpm": map[string]any{"device": "unix:" + h.path("hw/tpm.sock"), "timeout": "20s",
 			"eventLog": h.path("hw/log"), "userspaceEventLog": h.path("hw/userspace")},

@@ -200,7 +200,7 @@ func (x *FromVerifier) GetChallenge() *exchange.Challenge {
 	return nil
 }
 
-func (x *FromVerifier) GetGrant() *Grant {
+func (x *FromVerifier) GetGrant() *GrantMessage {
 	if x != nil {
 		if x, ok := x.Message.(*FromVerifier_Grant); ok {
 			return x.Grant
@@ -236,7 +236,7 @@ type FromVerifier_Challenge struct {
 }
 
 type FromVerifier_Grant struct {
-	Grant *Grant `protobuf:"bytes,5,opt,name=grant,proto3,oneof"`
+	Grant *GrantMessage `protobuf:"bytes,5,opt,name=grant,proto3,oneof"`
 }
 
 type FromVerifier_Finished struct {
@@ -463,7 +463,7 @@ func (x *Slot) GetData() []byte {
 	return nil
 }
 
-type File struct {
+type BootstrapFile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Content       []byte                 `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
@@ -471,20 +471,20 @@ type File struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *File) Reset() {
-	*x = File{}
+func (x *BootstrapFile) Reset() {
+	*x = BootstrapFile{}
 	mi := &file_join_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *File) String() string {
+func (x *BootstrapFile) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*File) ProtoMessage() {}
+func (*BootstrapFile) ProtoMessage() {}
 
-func (x *File) ProtoReflect() protoreflect.Message {
+func (x *BootstrapFile) ProtoReflect() protoreflect.Message {
 	mi := &file_join_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -496,49 +496,49 @@ func (x *File) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use File.ProtoReflect.Descriptor instead.
-func (*File) Descriptor() ([]byte, []int) {
+// Deprecated: Use BootstrapFile.ProtoReflect.Descriptor instead.
+func (*BootstrapFile) Descriptor() ([]byte, []int) {
 	return file_join_proto_rawDescGZIP(), []int{4}
 }
 
-func (x *File) GetName() string {
+func (x *BootstrapFile) GetName() string {
 	if x != nil {
 		return x.Name
 	}
 	return ""
 }
 
-func (x *File) GetContent() []byte {
+func (x *BootstrapFile) GetContent() []byte {
 	if x != nil {
 		return x.Content
 	}
 	return nil
 }
 
-type Grant struct {
+type GrantMessage struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Keyring       []byte                 `protobuf:"bytes,1,opt,name=keyring,proto3" json:"keyring,omitempty"` // the shared keyring: body and MAC
 	Current       []*Slot                `protobuf:"bytes,2,rep,name=current,proto3" json:"current,omitempty"` // import slots
 	Staged        []*Slot                `protobuf:"bytes,3,rep,name=staged,proto3" json:"staged,omitempty"`   // of the staged KEK, where one is staged
-	Bootstrap     []*File                `protobuf:"bytes,4,rep,name=bootstrap,proto3" json:"bootstrap,omitempty"`
+	Bootstrap     []*BootstrapFile       `protobuf:"bytes,4,rep,name=bootstrap,proto3" json:"bootstrap,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *Grant) Reset() {
-	*x = Grant{}
+func (x *GrantMessage) Reset() {
+	*x = GrantMessage{}
 	mi := &file_join_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *Grant) String() string {
+func (x *GrantMessage) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*Grant) ProtoMessage() {}
+func (*GrantMessage) ProtoMessage() {}
 
-func (x *Grant) ProtoReflect() protoreflect.Message {
+func (x *GrantMessage) ProtoReflect() protoreflect.Message {
 	mi := &file_join_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -550,33 +550,33 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use Grant.ProtoReflect.Descriptor instead.
-func (*Grant) Descriptor() ([]byte, []int) {
+// Deprecated: Use GrantMessage.ProtoReflect.Descriptor instead.
+func (*GrantMessage) Descriptor() ([]byte, []int) {
 	return file_join_proto_rawDescGZIP(), []int{5}
 }
 
-func (x *Grant) GetKeyring() []byte {
+func (x *GrantMessage) GetKeyring() []byte {
 	if x != nil {
 		return x.Keyring
 	}
 	return nil
 }
 
-func (x *Grant) GetCurrent() []*Slot {
+func (x *GrantMessage) GetCurrent() []*Slot {
 	if x != nil {
 		return x.Current
 	}
 	return nil
 }
 
-func (x *Grant) GetStaged() []*Slot {
+func (x *GrantMessage) GetStaged() []*Slot {
 	if x != nil {
 		return x.Staged
 	}
 	return nil
 }
 
-func (x *Grant) GetBootstrap() []*File {
+func (x *GrantMessage) GetBootstrap() []*BootstrapFile {
 	if x != nil {
 		return x.Bootstrap
 	}
@@ -675,10 +675,10 @@ const file_join_proto_rawDesc = "" +
 	"\tstatement\x18\x03 \x01(\v2\x1d.kleidi.exchange.v1.StatementH\x00R\tstatement\x12/\n" +
 	"\x03log\x18\x04 \x01(\v2\x1b.kleidi.exchange.v1.LogPartH\x00R\x03log\x12*\n" +
 	"\x04done\x18\x06 \x01(\v2\x14.kleidi.join.v1.DoneH\x00R\x04doneB\t\n" +
-	"\amessage\"\xf8\x01\n" +
+	"\amessage\"\xff\x01\n" +
 	"\fFromVerifier\x12=\n" +
-	"\tchallenge\x18\x02 \x01(\v2\x1d.kleidi.exchange.v1.ChallengeH\x00R\tchallenge\x12-\n" +
-	"\x05grant\x18\x05 \x01(\v2\x15.kleidi.join.v1.GrantH\x00R\x05grant\x126\n" +
+	"\tchallenge\x18\x02 \x01(\v2\x1d.kleidi.exchange.v1.ChallengeH\x00R\tchallenge\x124\n" +
+	"\x05grant\x18\x05 \x01(\v2\x1c.kleidi.join.v1.GrantMessageH\x00R\x05grant\x126\n" +
 	"\bfinished\x18\a \x01(\v2\x18.kleidi.join.v1.FinishedH\x00R\bfinished\x127\n" +
 	"\arefusal\x18\b \x01(\v2\x1b.kleidi.exchange.v1.RefusalH\x00R\arefusalB\t\n" +
 	"\amessage\"\xcd\x02\n" +
@@ -702,15 +702,15 @@ const file_join_proto_rawDesc = "" +
 	"\x04Slot\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x12\n" +
-	"\x04data\x18\x03 \x01(\fR\x04data\"4\n" +
-	"\x04File\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"=\n" +
+	"\rBootstrapFile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
-	"\acontent\x18\x02 \x01(\fR\acontent\"\xb3\x01\n" +
-	"\x05Grant\x12\x18\n" +
+	"\acontent\x18\x02 \x01(\fR\acontent\"\xc3\x01\n" +
+	"\fGrantMessage\x12\x18\n" +
 	"\akeyring\x18\x01 \x01(\fR\akeyring\x12.\n" +
 	"\acurrent\x18\x02 \x03(\v2\x14.kleidi.join.v1.SlotR\acurrent\x12,\n" +
-	"\x06staged\x18\x03 \x03(\v2\x14.kleidi.join.v1.SlotR\x06staged\x122\n" +
-	"\tbootstrap\x18\x04 \x03(\v2\x14.kleidi.join.v1.FileR\tbootstrap\"\x18\n" +
+	"\x06staged\x18\x03 \x03(\v2\x14.kleidi.join.v1.SlotR\x06staged\x12;\n" +
+	"\tbootstrap\x18\x04 \x03(\v2\x1d.kleidi.join.v1.BootstrapFileR\tbootstrap\"\x18\n" +
 	"\x04Done\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\fR\x03mac\"\n" +
 	"\n" +
@@ -736,8 +736,8 @@ var file_join_proto_goTypes = []any{
 	(*FromVerifier)(nil),       // 1: kleidi.join.v1.FromVerifier
 	(*Hello)(nil),              // 2: kleidi.join.v1.Hello
 	(*Slot)(nil),               // 3: kleidi.join.v1.Slot
-	(*File)(nil),               // 4: kleidi.join.v1.File
-	(*Grant)(nil),              // 5: kleidi.join.v1.Grant
+	(*BootstrapFile)(nil),      // 4: kleidi.join.v1.BootstrapFile
+	(*GrantMessage)(nil),       // 5: kleidi.join.v1.GrantMessage
 	(*Done)(nil),               // 6: kleidi.join.v1.Done
 	(*Finished)(nil),           // 7: kleidi.join.v1.Finished
 	(*exchange.Statement)(nil), // 8: kleidi.exchange.v1.Statement
@@ -751,12 +751,12 @@ var file_join_proto_depIdxs = []int32{
 	9,  // 2: kleidi.join.v1.FromJoiner.log:type_name -> kleidi.exchange.v1.LogPart
 	6,  // 3: kleidi.join.v1.FromJoiner.done:type_name -> kleidi.join.v1.Done
 	10, // 4: kleidi.join.v1.FromVerifier.challenge:type_name -> kleidi.exchange.v1.Challenge
-	5,  // 5: kleidi.join.v1.FromVerifier.grant:type_name -> kleidi.join.v1.Grant
+	5,  // 5: kleidi.join.v1.FromVerifier.grant:type_name -> kleidi.join.v1.GrantMessage
 	7,  // 6: kleidi.join.v1.FromVerifier.finished:type_name -> kleidi.join.v1.Finished
 	11, // 7: kleidi.join.v1.FromVerifier.refusal:type_name -> kleidi.exchange.v1.Refusal
-	3,  // 8: kleidi.join.v1.Grant.current:type_name -> kleidi.join.v1.Slot
-	3,  // 9: kleidi.join.v1.Grant.staged:type_name -> kleidi.join.v1.Slot
-	4,  // 10: kleidi.join.v1.Grant.bootstrap:type_name -> kleidi.join.v1.File
+	3,  // 8: kleidi.join.v1.GrantMessage.current:type_name -> kleidi.join.v1.Slot
+	3,  // 9: kleidi.join.v1.GrantMessage.staged:type_name -> kleidi.join.v1.Slot
+	4,  // 10: kleidi.join.v1.GrantMessage.bootstrap:type_name -> kleidi.join.v1.BootstrapFile
 	0,  // 11: kleidi.join.v1.Join.Join:input_type -> kleidi.join.v1.FromJoiner
 	1,  // 12: kleidi.join.v1.Join.Join:output_type -> kleidi.join.v1.FromVerifier
 	12, // [12:13] is the sub-list for method output_type

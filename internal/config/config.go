@@ -54,6 +54,8 @@ type Config struct {
 	KMS    KMS    `yaml:"kms"`
 	Admin  Admin  `yaml:"admin"`
 	HTTP   HTTP   `yaml:"http"`
+	Join   Join   `yaml:"join"`
+	Audit  Audit  `yaml:"audit"`
 	Log    Log    `yaml:"log"`
 }
 
@@ -194,6 +196,18 @@ type HTTP struct {
 	SocketMode FileMode `yaml:"socketMode" want:"permission bits in octal, no write for others (\"0660\")"`
 	SocketGID  int      `yaml:"socketGID"`
 	Address    string   `yaml:"address"`
+}
+
+// Join is where other nodes join; without an address to listen on none can.
+type Join struct {
+	Listen string `yaml:"listen"`
+	// Advertise is the address that other nodes reach; Listen if empty.
+	Advertise string `yaml:"advertise"`
+}
+
+// Audit is where it is recorded who was given the KEK; see AuditPath.
+type Audit struct {
+	File string `yaml:"file"`
 }
 
 // Log is what is logged, and how.
@@ -345,6 +359,14 @@ func (c Vault) Wrapper(mem seal.Memory, certificate func(context.Context) (*tls.
 
 // Keyring is the path of the keyring.
 func (c *Config) Keyring() string { return filepath.Join(c.State.Dir, "keyring.json") }
+
+// AuditPath is the path of the audit log.
+func (c *Config) AuditPath() string {
+	if c.Audit.File != "" {
+		return c.Audit.File
+	}
+	return filepath.Join(c.State.Dir, "audit.log")
+}
 
 // BootStates is the path of the signed boot states that were added.
 func (c *Config) BootStates() string { return filepath.Join(c.State.Dir, "bootstates.json") }

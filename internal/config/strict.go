@@ -60,6 +60,7 @@ func (p *problems) validate(c *Config) {
 		p.Add("kms.allowedUIDs", "the list is empty, so nobody could call; leave the key out for root and the socket's owner")
 	}
 	p.validateHTTP(&c.HTTP)
+	p.validateJoin(c)
 	if s := c.HTTP.Socket; s != "" && (s == c.KMS.Socket || s == c.Admin.Socket) {
 		p.Add("http.socket", "%q is another socket too; name another path", s)
 	}
@@ -223,6 +224,26 @@ func (p *problems) validateHTTP(c *HTTP) {
 		p.Add("http.address", "port %q; want 1 to 65535", port)
 	} else if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
 		p.Add("http.address", "%q is not on loopback; health and metrics are not authenticated", address)
+	}
+}
+
+// validateJoin wants addresses with a port, and one that another machine can reach.
+func (p *problems) validateJoin(c *Config) {
+	if c.Audit.File != "" {
+		p.absolute("audit.file", c.Audit.File)
+	}
+	for key, address := range map[string]string{"join.listen": c.Join.Listen, "join.advertise": c.Join.Advertise} {
+		if address == "" {
+			continue
+		}
+		if _, port, err := net.SplitHostPort(address); err != nil {
+			p.Add(key, "%v; want 192.0.2.1:9780 for instance", err)
+		} else if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			p.Add(key, "port %q; want 1 to 65535", port)
+		}
+	}
+	if c.Join.Advertise != "" && c.Join.Listen == "" {
+		p.Add("join.advertise", "join.listen is empty, so nobody answers there; set it, or remove join.advertise")
 	}
 }
 

@@ -57,6 +57,9 @@ type rotateOptions struct {
 
 // rotateKeyring replaces the KEK in every slot of k except those to skip.
 func rotateKeyring(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOptions) ([]*keyring.Keyring, error) {
+	if nodes := len(k.Nodes()); nodes > 1 {
+		return nil, fmt.Errorf("the keyring has %d nodes, and no version of kleidi rotates with more than one node yet; nothing was changed", nodes)
+	}
 	if slotview.Full(k) {
 		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
 			"the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)

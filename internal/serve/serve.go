@@ -17,6 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/grpcserver/monitor"
 	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/members"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/reseal"
@@ -34,6 +35,7 @@ type Server struct {
 	kms    *grpcserver.Server
 	admin  *admin.Server
 	http   *monitor.Server
+	desk   *members.Desk
 	// adminTried is closed when the admin socket is listened on, or can't be. Only then
 	// does serve tell systemd and HTTP clients that it is up, so that a command that
 	// follows finds it.
@@ -66,6 +68,9 @@ func (s *Server) Run(ctx context.Context) {
 	}
 	if s.Node.Config.HTTP.Address != "" {
 		running.Go(func() { s.keep(ctx, "health and metrics address", s.serveHTTPAddress) })
+	}
+	if s.Node.Config.Join.Listen != "" {
+		running.Go(func() { s.keep(ctx, "join.listen", s.desk.Serve) })
 	}
 	running.Go(func() { s.Node.Unlocker.Run(ctx) })
 	running.Go(func() { s.tidyUp(ctx) })
@@ -180,6 +185,7 @@ func (s *Server) stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	s.kms.GracefulStop(ctx)
+	s.desk.Stop(ctx)
 	_ = s.admin.Shutdown(ctx)
 	_ = s.http.Shutdown(ctx)
 }
@@ -207,6 +213,10 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 	}
 	s.admin = admin.NewServer(admin.Options{Log: log})
 	operation.Handle(s.admin, n)
+	if s.desk, err = members.NewDesk(n); err != nil {
+		return nil, err
+	}
+	s.desk.Handle(s.admin)
 	s.http = monitor.New(h.handler())
 	return s, nil
 }

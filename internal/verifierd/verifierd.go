@@ -42,8 +42,8 @@ func New(c *Config, log *slog.Logger) (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
-	audit := &auditFile{path: c.Audit.File}
-	if err := audit.append(nil); err != nil {
+	audit := &auditFile{files.Log{Path: c.Audit.File}}
+	if err := audit.Append(nil); err != nil {
 		return nil, fmt.Errorf("audit.file: %w; without it every answer is no", err)
 	}
 	s.server, err = verifier.NewServer(verifier.Options{Verifier: v, Certificate: *certificate, Record: audit.record, Log: s.log})

@@ -190,7 +190,7 @@ func (k *Keyring) WithNodes(nodes []Node, slots []seal.Slot) (*Keyring, error) {
 	doc, own := *k.doc, k.own
 	doc.Nodes, doc.Current.Slots = slices.Clone(nodes), cloneSlots(slots)
 	if k.doc.Format == format2 {
-		if !slices.EqualFunc(nodes, k.doc.Nodes, Node.sameTPM) {
+		if !slices.EqualFunc(nodes, k.doc.Nodes, Node.SameTPM) {
 			return nil, errors.New("replace slots: other nodes than those of the keyring")
 		}
 		doc.Nodes = k.doc.Nodes

@@ -56,8 +56,8 @@ type Node struct {
 	Added time.Time `json:"added,omitzero"`
 }
 
-// sameTPM reports whether two entries are of one machine.
-func (n Node) sameTPM(other Node) bool {
+// SameTPM reports whether two entries are of one machine.
+func (n Node) SameTPM(other Node) bool {
 	return n.Name == other.Name && n.EK == other.EK && n.EpochIndex == other.EpochIndex && bytes.Equal(n.SRK, other.SRK)
 }
 

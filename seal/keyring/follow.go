@@ -127,7 +127,7 @@ func checkFollowed(k *Keyring, remote *Untrusted, kek *shared) error {
 	}
 	if self, ok := k.Self(); !ok {
 		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "the keyring of this node says not which node it is")
-	} else if now := remote.doc.node(self.Name); now == nil || !now.sameTPM(self) {
+	} else if now := remote.doc.node(self.Name); now == nil || !now.SameTPM(self) {
 		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "revision %d of the keyring does not hold this node, %s, with its TPM", remote.Revision(), self.Name)
 	}
 	if k.doc.Commit == CommitCluster && remote.doc.Commit != CommitCluster {

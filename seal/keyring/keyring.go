@@ -52,6 +52,15 @@ func (k *Keyring) Marshal() []byte { return bytes.Clone(k.raw) }
 // nor use it after Close.
 func (k *Keyring) KEK() *seal.Secret { return k.kek.secret }
 
+// StagedKEK returns the staged KEK, or nil if none is staged or it is not open. The
+// keyring owns it as it does the current one.
+func StagedKEK(k *Keyring) *seal.Secret {
+	if k.staged == nil {
+		return nil
+	}
+	return k.staged.secret
+}
+
 // CurrentID returns the key ID of the current KEK.
 func (k *Keyring) CurrentID() seal.KeyID { return k.doc.Current.KeyID }
 

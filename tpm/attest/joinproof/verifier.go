@@ -148,11 +148,7 @@ func (v *Verifier) terms(h *Hello, a *Approval) (*Proven, error) {
 	if !slices.Contains(h.Formats, v.Format) {
 		return nil, exchange.Refuse(CheckFormat, "install a version of kleidi on the new node that reads it", "the node reads keyrings of format %v, the present one is of format %d", h.Formats, v.Format)
 	}
-	var demanded []byte
-	if a.Verifier != nil {
-		demanded = tpm2.Marshal(a.Verifier.Key)
-	}
-	if !bytes.Equal(h.Verifier, demanded) {
+	if !bytes.Equal(h.Verifier, VerifierKey(a.Verifier)) {
 		return nil, exchange.Refuse(CheckVerifier, hintSame, "the node's slots would demand another remote verifier than this node's configuration, or none")
 	}
 	state := tpm.BootState{PCR: authpolicy.PCR{Bank: h.Bank}, Verifier: a.Verifier}

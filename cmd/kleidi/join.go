@@ -1,0 +1,93 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/members"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+func newJoin(a *app) *cobra.Command {
+	var name, verifier, trust string
+	cmd := &cobra.Command{
+		Use:   "join ADDRESS --node NAME --verifier sha256:… --trust CLUSTER/KEYID/REVISION",
+		Short: "Make this machine a node of a cluster that has kleidi",
+		Long: `Make this machine a node of a cluster that has kleidi. kleidi node approve prints the
+command, on a node that is up.
+
+The machine proves its TPM and how it booted, and is given the KEK only then. The KEK
+is sealed to its own TPM, and opened once, before anything is saved. The command can be
+run again after a break at any step; it replaces no keyring of another cluster.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			anchor, err := keyring.ParseTrust(trust)
+			if err != nil {
+				return fmt.Errorf("--trust: %w, as kleidi node approve prints it", err)
+			}
+			cfg, err := a.config(func(c *config.Config) error { return sameNode(c, name) })
+			if err != nil {
+				return err
+			}
+			n, err := node.New(cfg, logger(cfg), nil)
+			if err != nil {
+				return err
+			}
+			defer n.Close()
+			steps := 0
+			r, err := members.Join(cmd.Context(), n, members.JoinOptions{Address: args[0], Verifier: verifier, Trust: anchor, Progress: func(step string) {
+				steps++
+				fmt.Fprintf(cmd.ErrOrStderr(), "%d. %s\n", steps, step)
+			}})
+			if err != nil {
+				return files.HintRoot(err)
+			}
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printJoined(w, r) })
+		},
+	}
+	cmd.Flags().StringVar(&name, "node", "", "this machine's name in the keyring")
+	cmd.Flags().StringVar(&verifier, "verifier", "", "digest of the certificate of the node that gives the KEK")
+	cmd.Flags().StringVar(&trust, "trust", "", "which keyring to trust: cluster ID, key ID and revision")
+	for _, flag := range []string{"node", "verifier", "trust"} {
+		_ = cmd.MarkFlagRequired(flag)
+	}
+	return cmd
+}
+
+// sameNode refuses a name under which serve would find no slot afterwards: it looks for
+// those of the name that the configuration says, or of the host name.
+func sameNode(c *config.Config, name string) error {
+	if c.Node == "" {
+		if host, err := os.Hostname(); err != nil || host != name {
+			return fmt.Errorf("--node %s: the host name is %s; set node: %s in the configuration, so that kleidi serve goes by it", name, host, name)
+		}
+	}
+	if c.Node != "" && c.Node != name {
+		return fmt.Errorf("--node %s: the configuration says node: %s; let both be the same", name, c.Node)
+	}
+	return nil
+}
+
+func printJoined(w io.Writer, r *members.JoinResult) {
+	if r.Before {
+		fmt.Fprintf(w, "node %s has joined cluster %s already: the keyring of revision %d opens here\n", r.Node, r.ClusterID, r.Revision)
+		return
+	}
+	row(w, "cluster ID", r.ClusterID.String())
+	row(w, "current key ID", string(r.KeyID))
+	row(w, "revision", fmt.Sprint(r.Revision))
+	for _, path := range r.Files {
+		row(w, "bootstrap file", path)
+	}
+	for _, note := range r.Notes {
+		fmt.Fprintf(w, "note: %s\n", strings.TrimSpace(note))
+	}
+	fmt.Fprintln(w, "sealed, tested, serve can start")
+}

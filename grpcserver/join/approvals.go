@@ -1,0 +1,201 @@
+package join
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
+	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
+)
+
+// Approval is an operator's one-use permission for a named node to join.
+type Approval struct {
+	joinproof.Approval
+	Node string
+	// Expires is how long the approval counts, by the monotonic clock.
+	Expires time.Duration
+	// Files go to the node in the grant. The server closes their contents once the
+	// approval is spent, has expired or is replaced.
+	Files []SecretFile
+}
+
+// SecretFile is a file of the cluster's own bootstrap, such as a join token.
+type SecretFile struct {
+	Name    string
+	Content *seal.Secret
+}
+
+// maxApprovals bounds the approvals that are remembered, spent ones included.
+const maxApprovals = 256
+
+const hintAgain = "approve the node again with kleidi node approve"
+
+// approvals are those of one process.
+type approvals struct {
+	now func() time.Time
+
+	mu  sync.Mutex
+	all map[string]*entry // by node
+}
+
+// entry is an approval, and how far its use has come.
+type entry struct {
+	*Approval
+	until time.Time // with a monotonic reading
+	timer *time.Timer
+	busy  bool
+	spent bool
+	// bound is the machine that was listed as a node by this approval: its storage root
+	// key and epoch index. The join can be run again by this machine alone.
+	bound []byte
+}
+
+func newApprovals(now func() time.Time) *approvals {
+	return &approvals{now: now, all: map[string]*entry{}}
+}
+
+// put adds an approval, in the place of the node's former one. A join that is under way
+// with the former one is refused at its next step.
+func (b *approvals) put(a *Approval) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	former := b.all[a.Node]
+	if former == nil && len(b.all) >= maxApprovals {
+		return fmt.Errorf("%d nodes were approved since kleidi serve started, and no more are remembered; restart it", maxApprovals)
+	}
+	former.end()
+	e := &entry{Approval: a, until: b.now().Add(a.Expires)}
+	e.timer = time.AfterFunc(a.Expires, func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		e.wipe()
+	})
+	b.all[a.Node] = e
+	return nil
+}
+
+// find returns the approval of a node, also one that is spent, or nil.
+func (b *approvals) find(node string) *entry {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.all[node]
+}
+
+// check refuses an approval that does not count any more.
+func (b *approvals) check(e *entry) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.usable(e)
+}
+
+func (b *approvals) usable(e *entry) error {
+	switch {
+	case b.all[e.Node] != e:
+		return exchange.Refuse(exchange.CheckNode, hintAgain, "the approval of node %q was replaced meanwhile", e.Node)
+	case e.spent:
+		return exchange.Refuse(exchange.CheckNode, hintAgain, "the approval of node %q was used: the node has joined", e.Node)
+	case !b.now().Before(e.until):
+		return exchange.Refuse(exchange.CheckNode, hintAgain, "the approval of node %q has expired", e.Node)
+	}
+	return nil
+}
+
+// take lets one exchange have the approval, until leave is called. The peer has proven
+// which TPM it is.
+func (b *approvals) take(e *entry, h *joinproof.Hello) (leave func(), err error) {
+	machine := machineOf(h)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err := b.usable(e); err != nil {
+		return nil, err
+	}
+	if e.busy {
+		return nil, errBusy
+	}
+	if e.bound != nil && !bytes.Equal(e.bound, machine) {
+		return nil, exchange.Refuse(exchange.CheckNode, hintAgain, "the approval of node %q was used with another storage root key or epoch index", e.Node)
+	}
+	e.busy = true
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		e.busy = false
+	}, nil
+}
+
+// bind notes that the node is listed.
+func (b *approvals) bind(e *entry, h *joinproof.Hello) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e.bound = machineOf(h)
+	return b.usable(e)
+}
+
+// spend ends the approval: the node has shown that it opened the keyring.
+func (b *approvals) spend(e *entry) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e.end()
+}
+
+// pending returns the names of the nodes that were listed and have not finished.
+func (b *approvals) pending() map[string]bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	all := map[string]bool{}
+	for name, e := range b.all {
+		if e.bound != nil && !e.spent {
+			all[name] = true
+		}
+	}
+	return all
+}
+
+// files returns copies of the files' contents, which the caller clears.
+func (b *approvals) files(e *entry) []File {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var all []File
+	for _, f := range e.Files {
+		f.Content.With(func(content []byte) { all = append(all, File{Name: f.Name, Content: bytes.Clone(content)}) })
+	}
+	return all
+}
+
+func (b *approvals) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, e := range b.all {
+		e.end()
+	}
+}
+
+func (e *entry) end() {
+	if e != nil {
+		e.spent = true
+		e.timer.Stop()
+		e.wipe()
+	}
+}
+
+func (e *entry) wipe() {
+	for _, f := range e.Files {
+		f.Content.Close()
+	}
+}
+
+// machineOf is what an approval is bound to beside the endorsement key.
+func machineOf(h *joinproof.Hello) []byte {
+	return exchange.Frame(h.SRK, []byte(fmt.Sprint(h.EpochIndex)))
+}
+
+// policyDigest names a boot policy in the audit log.
+func policyDigest(a *Approval) string {
+	sum := sha256.Sum256(a.BootPolicy.Marshal())
+	return "sha256:" + hex.EncodeToString(sum[:])
+}

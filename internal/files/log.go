@@ -1,0 +1,48 @@
+package files
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"sync"
+)
+
+// Log is an audit log. It is opened for each line, so that it may be moved away at any
+// time.
+type Log struct {
+	Path string
+
+	mu sync.Mutex
+}
+
+// Append returns once the lines are on the disk. Where they do not fit they are taken back.
+func (l *Log) Append(lines []byte) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	file, err := os.OpenFile(l.Path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	if _, err := file.Write(lines); err != nil {
+		return errors.Join(err, file.Truncate(info.Size()))
+	}
+	return errors.Join(file.Sync(), SyncFolder(l.Path))
+}
+
+// AppendJSON appends each record as a line.
+func AppendJSON[T any](l *Log, records []T) error {
+	var lines []byte
+	for _, r := range records {
+		line, err := json.Marshal(r)
+		if err != nil {
+			return err
+		}
+		lines = append(append(lines, line...), '\n')
+	}
+	return l.Append(lines)
+}

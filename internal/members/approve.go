@@ -1,0 +1,236 @@
+package members
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/grpcserver/join"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
+	"github.com/beezy-dev/kleidi/tpm/attest/remote"
+	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+)
+
+// Bounds of an approval's time.
+const (
+	DefaultExpiry = time.Hour
+	MaxExpiry     = 24 * time.Hour
+)
+
+// Approve lets a node join once, and returns the command for it.
+func (d *Desk) Approve(ctx context.Context, req admin.ApproveNodeRequest) (admin.NodeApproval, error) {
+	r, err := d.approve(ctx, req)
+	if err != nil {
+		err = fmt.Errorf("approve: %w", err)
+	}
+	return r, err
+}
+
+func (d *Desk) approve(ctx context.Context, req admin.ApproveNodeRequest) (r admin.NodeApproval, err error) {
+	if req.NoTPM {
+		return r, errors.New("--no-tpm is not there yet; every node needs a TPM to join")
+	}
+	address, err := d.address()
+	if err != nil {
+		return r, err
+	}
+	k, err := d.node.Unlocker.Keyring()
+	if err != nil {
+		return r, err
+	}
+	if err := checkApproval(k, req); err != nil {
+		return r, err
+	}
+	a, err := d.approval(k, req)
+	if err != nil {
+		return r, err
+	}
+	upgraded, err := d.upgrade(ctx)
+	if err != nil {
+		return r, err
+	}
+	if upgraded {
+		r.Changes = append(r.Changes, "the keyring is written in format 2 from now on, which several nodes share; versions of kleidi before this one can't read it")
+	}
+	if a.Files, err = d.lock(req.Files); err != nil {
+		return r, err
+	}
+	if err := d.server.Approve(a); err != nil {
+		return r, err
+	}
+	if k, err = d.node.Unlocker.Keyring(); err != nil {
+		return r, err
+	}
+	r.Node, r.Address, r.Certificate, r.Trust, r.Expires = req.Node, address, d.server.Certificate(), k.Anchor().Trust(), time.Now().Add(a.Expires)
+	r.Command = fmt.Sprintf("kleidi join %s --node %s --verifier %s --trust %s", address, req.Node, r.Certificate, r.Trust)
+	d.node.Log.Info("a node is approved to join", "node", req.Node, "ek", req.EK, "expires", a.Expires)
+	return r, nil
+}
+
+// address is what a joining node calls.
+func (d *Desk) address() (string, error) {
+	c := d.node.Config.Join
+	if c.Listen == "" {
+		return "", errors.New("join.listen is empty, so no node can join here; set join.listen to an address that the new node reaches, such as 192.0.2.1:9780, and restart kleidi serve")
+	}
+	if c.Advertise != "" {
+		return c.Advertise, nil
+	}
+	host, _, _ := net.SplitHostPort(c.Listen)
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		return "", fmt.Errorf("join.listen, %s, names no address that another machine can call; set join.advertise, and restart kleidi serve", c.Listen)
+	}
+	return c.Listen, nil
+}
+
+func checkApproval(k *keyring.Keyring, req admin.ApproveNodeRequest) error {
+	wanted := keyring.Node{Name: req.Node, EK: req.EK}
+	if err := wanted.Check(); err != nil || req.EK == "" {
+		return fmt.Errorf("node %.64q with endorsement key %.80q: %w; kleidi node identity on the new node shows both", req.Node, req.EK, cmpErr(err, "want --ek"))
+	}
+	if req.Expires <= 0 || req.Expires > MaxExpiry {
+		return fmt.Errorf("--expires %v; want up to %v", req.Expires, MaxExpiry)
+	}
+	if err := keyring.CheckSeat(k); err != nil {
+		return err
+	}
+	self, _ := k.Self()
+	for _, n := range k.Nodes() {
+		switch {
+		case n.Name == req.Node && n.Name == self.Name:
+			return fmt.Errorf("node %s is this one; name the new node", n.Name)
+		case n.Name == req.Node && n.EK != req.EK && !req.Replace:
+			return fmt.Errorf("node %s is listed with the endorsement key %s; give --replace if another machine takes its place", n.Name, n.EK)
+		case n.Name != req.Node && n.EK == req.EK:
+			return fmt.Errorf("the machine with that endorsement key is node %s already", n.Name)
+		}
+	}
+	size := 0
+	var names []string
+	for _, f := range req.Files {
+		names, size = append(names, f.Name), size+len(f.Content)
+	}
+	return join.CheckFiles(names, size)
+}
+
+func cmpErr(err error, otherwise string) error {
+	if err != nil {
+		return err
+	}
+	return errors.New(otherwise)
+}
+
+// approval is what the node must prove: what this node's configuration demands of itself.
+func (d *Desk) approval(k *keyring.Keyring, req admin.ApproveNodeRequest) (*join.Approval, error) {
+	c := d.node.Config.TPM
+	a := &join.Approval{Node: req.Node, Expires: req.Expires, Approval: joinproof.Approval{EK: req.EK, Phase: c.Phase, AnySigned: c.AnySignedBoot}}
+	var err error
+	switch {
+	case len(req.BootPolicy) > 0:
+		if a.BootPolicy, err = bootpolicy.Parse(req.BootPolicy); err != nil {
+			return nil, fmt.Errorf("--boot-policy: %w", err)
+		}
+	case c.BootPolicy != "":
+		if a.BootPolicy, err = files.ReadBootPolicy(c.BootPolicy); err != nil {
+			return nil, fmt.Errorf("tpm.bootPolicy: %w", err)
+		}
+	default:
+		return nil, errors.New("nothing says how the node must have booted; give --boot-policy FILE, which kleidi bootpolicy record writes on a machine that booted as the node does")
+	}
+	if a.Verifier, err = d.verifierOf(k.ClusterID(), req.Node); err != nil {
+		return nil, err
+	}
+	for _, s := range d.node.View.BootStates(k.Slots(), tpm.UseSigned) {
+		a.Signers = append(a.Signers, *s.Signer)
+	}
+	return a, nil
+}
+
+// verifierOf is the remote verifier that a node's slots must demand, where one is
+// configured here.
+func (d *Desk) verifierOf(cluster seal.ClusterID, name string) (*tpm.Verifier, error) {
+	return demandFor(d.node, cluster, name)
+}
+
+func demandFor(n *node.Node, cluster seal.ClusterID, name string) (*tpm.Verifier, error) {
+	v, err := n.Remote.Demand(cluster, false)
+	if v != nil {
+		v.Ref = remote.PolicyRef(cluster, name)
+	}
+	return v, err
+}
+
+// upgrade writes the keyring in the format that several nodes share, if it is not.
+func (d *Desk) upgrade(ctx context.Context) (done bool, err error) {
+	err = d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		if k.Format() > 1 {
+			return nil, errListed
+		}
+		self, ok := k.Self()
+		if !ok {
+			return nil, errors.New("the keyring holds several nodes in a format of one")
+		}
+		self.Added = time.Now()
+		if self.EK != "" {
+			machine, err := d.node.TPM.Self(ctx)
+			if err != nil {
+				return nil, err
+			}
+			if machine.EK != self.EK {
+				return nil, fmt.Errorf("the keyring is of the TPM with endorsement key %s, this machine has another one; run kleidi reseal --new-tpm first", self.EK)
+			}
+			self.SRK, self.EpochIndex = machine.SRK, machine.Epoch.Index()
+		}
+		next, err := k.Upgrade(self)
+		if err != nil {
+			return nil, err
+		}
+		return []*keyring.Keyring{next}, nil
+	})
+	if errors.Is(err, errListed) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// lock takes the files into locked memory.
+func (d *Desk) lock(in []admin.BootstrapFile) (out []join.SecretFile, err error) {
+	for _, f := range in {
+		if len(f.Content) == 0 {
+			return nil, fmt.Errorf("bootstrap file %s is empty", f.Name)
+		}
+		content, err := d.node.Memory.Take(slices.Clone(f.Content))
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, join.SecretFile{Name: f.Name, Content: content})
+	}
+	return out, nil
+}
+
+// List lists the nodes of the keyring.
+func (d *Desk) List(context.Context, admin.ListNodesRequest) (admin.NodeList, error) {
+	k, err := d.node.Unlocker.Keyring()
+	if err != nil {
+		return admin.NodeList{}, err
+	}
+	self, _ := k.Self()
+	return list(k.Info(), k.Format(), self.Name, d.server.Unfinished()), nil
+}
+
+func list(i keyring.Info, format int, self string, unfinished map[string]bool) admin.NodeList {
+	l := admin.NodeList{ClusterID: i.ClusterID.String(), KeyID: i.Current.KeyID, Revision: i.Revision, Format: format, Commit: string(i.Commit), Seat: i.Seat, Nodes: []admin.NodeReport{}}
+	for _, n := range i.Nodes {
+		l.Nodes = append(l.Nodes, admin.NodeReport{Node: n.Name, EK: n.EK, Self: n.Name == self, Seat: n.Name == i.Seat, EpochIndex: n.EpochIndex, Added: n.Added, Unfinished: unfinished[n.Name]})
+	}
+	return l
+}

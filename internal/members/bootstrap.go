@@ -1,0 +1,72 @@
+package members
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/beezy-dev/kleidi/grpcserver/join"
+)
+
+// bootstrapDir is the folder of the bootstrap files, beside the sockets: /run/kleidi/bootstrap.
+func (j *joiner) bootstrapDir() string {
+	return filepath.Join(filepath.Dir(j.Config.Admin.Socket), "bootstrap")
+}
+
+// writeFiles writes the bootstrap files where no disk keeps them, for root alone. They come
+// before the keyring: a join that breaks off here can be run again.
+func (j *joiner) writeFiles(all []join.File) (paths []string, err error) {
+	if len(all) == 0 {
+		return nil, nil
+	}
+	dir := j.bootstrapDir()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("bootstrap files: %w", err)
+	}
+	if err := inMemory(dir); err != nil {
+		return nil, fmt.Errorf("bootstrap files: %w", err)
+	}
+	for _, f := range all {
+		path := filepath.Join(dir, f.Name)
+		if err := writePrivate(path, f.Content); err != nil {
+			return nil, fmt.Errorf("bootstrap files: %w", err)
+		}
+		paths = append(paths, path)
+	}
+	return paths, nil
+}
+
+// inMemory refuses a folder of a disk, and one that others can reach.
+func inMemory(dir string) error {
+	var s unix.Statfs_t
+	if err := unix.Statfs(dir, &s); err != nil {
+		return err
+	}
+	if s.Type != unix.TMPFS_MAGIC && s.Type != unix.RAMFS_MAGIC {
+		return fmt.Errorf("%s is on a disk, which would keep them; set admin.socket to a path below /run, which is a tmpfs", dir)
+	}
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() || info.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("others can reach %s; run chmod 0700 on it", dir)
+	}
+	return nil
+}
+
+// writePrivate replaces a file, which is nobody else's at any moment.
+func writePrivate(path string, b []byte) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	return errors.Join(err, f.Close())
+}

@@ -1,0 +1,166 @@
+package members
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/grpcserver/join"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/both"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
+)
+
+// Reviser makes a revision of the shared keyring: f is given the open keyring and returns
+// the revisions to commit, one after the other. Once it returns, they count as made.
+type Reviser interface {
+	Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyring.Keyring, error)) error
+}
+
+// Desk answers joining nodes in a running serve. It implements [join.Host].
+type Desk struct {
+	node    *node.Node
+	reviser Reviser
+	audit   files.Log
+	server  *join.Server
+}
+
+// NewDesk returns the desk of a serve. It opens nothing.
+func NewDesk(n *node.Node) (*Desk, error) {
+	d := &Desk{node: n, reviser: n.Unlocker, audit: files.Log{Path: n.Config.AuditPath()}}
+	var err error
+	d.server, err = join.NewServer(join.Options{Host: d, Record: d.record, Log: n.Log})
+	return d, err
+}
+
+func (d *Desk) record(verdicts ...*join.Verdict) error { return files.AppendJSON(&d.audit, verdicts) }
+
+// Handle has the admin socket answer what is for a running serve alone.
+func (d *Desk) Handle(s *admin.Server) {
+	admin.Handle(s, admin.ApproveNode, d.Approve)
+	admin.Handle(s, admin.ListNodes, d.List)
+}
+
+// Serve answers joining nodes at join.listen until it is stopped.
+func (d *Desk) Serve() error {
+	if err := d.audit.Append(nil); err != nil {
+		return fmt.Errorf("audit.file: %w; without it no node can join", err)
+	}
+	l, err := net.Listen("tcp", d.node.Config.Join.Listen)
+	if err != nil {
+		return fmt.Errorf("join.listen: %w", err)
+	}
+	d.node.Log.Info("listening for joining nodes", "address", l.Addr().String(), "certificate", d.server.Certificate())
+	return d.server.Serve(l)
+}
+
+// Stop ends it, and forgets the approvals.
+func (d *Desk) Stop(ctx context.Context) { d.server.GracefulStop(ctx) }
+
+// Verifier implements [join.Host].
+func (d *Desk) Verifier() (*joinproof.Verifier, error) {
+	k, err := d.node.Unlocker.Keyring()
+	if err != nil {
+		return nil, err
+	}
+	if k.Format() < keyring.Formats()[len(keyring.Formats())-1] {
+		return nil, errors.New("no node was approved yet, so the keyring is of one node")
+	}
+	return &joinproof.Verifier{Cluster: k.ClusterID(), Format: k.Format()}, nil
+}
+
+var errListed = errors.New("the node is listed already")
+
+// Admit implements [join.Host]. What it returns was wrapped for the node before the node is
+// listed, and leaves this process only afterwards.
+func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven) (*join.Admission, error) {
+	a := &join.Admission{}
+	err := d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, listed, err := withNode(k, p)
+		if err != nil {
+			return nil, err
+		}
+		if err := d.grant(ctx, k, p, a); err != nil {
+			if !listed {
+				next.Close()
+			}
+			return nil, err
+		}
+		a.Keyring, a.KeyID, a.Revision = next.Shared(), next.CurrentID(), next.Revision()
+		if listed {
+			return nil, errListed
+		}
+		return []*keyring.Keyring{next}, nil
+	})
+	if err != nil && !errors.Is(err, errListed) {
+		return nil, err
+	}
+	a.Done = func(transcript []byte) []byte {
+		k, err := d.node.Unlocker.Keyring()
+		if err != nil || k.CurrentID() != a.KeyID {
+			return nil
+		}
+		return k.JoinDone(transcript)
+	}
+	return a, nil
+}
+
+// withNode returns the revision that lists the node; listed says that k does.
+func withNode(k *keyring.Keyring, p *joinproof.Proven) (next *keyring.Keyring, listed bool, err error) {
+	if err := keyring.CheckSeat(k); err != nil {
+		return nil, false, err
+	}
+	n := keyring.Node{Name: p.Peer.Node, EK: p.Peer.EK, SRK: p.Peer.SRK, EpochIndex: p.Peer.Epoch.Index()}
+	if slices.ContainsFunc(k.Nodes(), n.SameTPM) {
+		return k, true, nil
+	}
+	next, err = k.WithNode(n, time.Now())
+	return next, false, err
+}
+
+// grant wraps the KEKs of an open keyring for the node.
+func (d *Desk) grant(ctx context.Context, k *keyring.Keyring, p *joinproof.Proven, a *join.Admission) error {
+	slot, err := d.wrapFor(ctx, k.KEK(), p)
+	if err != nil {
+		return err
+	}
+	a.Current = []seal.Slot{slot}
+	if k.StagedID() == "" {
+		return nil
+	}
+	staged := keyring.StagedKEK(k)
+	if staged == nil {
+		return fmt.Errorf("the staged KEK %s is not open here, and the node needs it too; run kleidi rotate, which ends that rotation", k.StagedID())
+	}
+	if slot, err = d.wrapFor(ctx, staged, p); err != nil {
+		return err
+	}
+	a.Staged = []seal.Slot{slot}
+	return nil
+}
+
+// wrapFor makes an import slot for the node's TPM or, where two of two must open together,
+// one whose other half the shared wrapper makes.
+func (d *Desk) wrapFor(ctx context.Context, kek *seal.Secret, p *joinproof.Proven) (seal.Slot, error) {
+	kind := d.node.View.TwoOfTwo()
+	if kind == "" {
+		return tpm.WrapFor(p.Peer, kek, p.State, p.Epoch)
+	}
+	second, _ := d.node.Wrapper(slotview.Second(kind)).(both.Part)
+	if second == nil {
+		return seal.Slot{}, fmt.Errorf("%s is not configured", slotview.Second(kind))
+	}
+	pair := &both.Wrapper{Kind: kind, Node: p.Peer.Node, Second: second, Memory: d.node.Memory}
+	return pair.WrapWith(ctx, kek, func(_ context.Context, share *seal.Secret) (seal.Slot, error) {
+		return tpm.WrapFor(p.Peer, share, p.State, p.Epoch)
+	}, second.Wrap)
+}

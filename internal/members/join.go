@@ -1,0 +1,366 @@
+package members
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/grpcserver/join"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
+	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
+	"github.com/beezy-dev/kleidi/tpm/nv"
+)
+
+// JoinOptions are what kleidi node approve printed.
+type JoinOptions struct {
+	Address  string
+	Verifier string         // digest of the certificate of the node that gives the KEK
+	Trust    keyring.Anchor // the node's first anchor
+	// Progress is told of each step.
+	Progress func(step string)
+}
+
+// JoinResult is what join shows.
+type JoinResult struct {
+	Node      string         `json:"node"`
+	ClusterID seal.ClusterID `json:"clusterID"`
+	KeyID     seal.KeyID     `json:"keyID"`
+	Revision  uint64         `json:"revision"`
+	Keyring   string         `json:"keyring"`
+	// Before says that the node had joined before, and nothing was done.
+	Before bool `json:"before,omitempty"`
+	// Files are the bootstrap files that came along, by path.
+	Files []string `json:"files,omitempty"`
+	Notes []string `json:"notes,omitempty"`
+}
+
+// Join makes this machine a node of the cluster. Until its last step nothing but the TPM's
+// epoch counter exists here, and the command can be run again after a break at any step:
+// the anchor comes before the keyring, and an anchor without a keyring is nothing.
+func Join(ctx context.Context, n *node.Node, o JoinOptions) (*JoinResult, error) {
+	r, err := joinCluster(ctx, n, o)
+	if err != nil {
+		return nil, fmt.Errorf("join: %w", err)
+	}
+	return r, nil
+}
+
+func joinCluster(ctx context.Context, n *node.Node, o JoinOptions) (*JoinResult, error) {
+	j := &joiner{Node: n, JoinOptions: o}
+	client, err := join.NewClient(o.Address, o.Verifier)
+	if err != nil {
+		return nil, err
+	}
+	if k, err := j.before(ctx); k != nil || err != nil {
+		return k, err
+	}
+	o.Progress("looking at this machine: its TPM, how it booted, and the event log")
+	if err := j.look(ctx); err != nil {
+		return nil, err
+	}
+	o.Progress("asking " + o.Address)
+	grant, err := j.prove(ctx, client)
+	if err != nil {
+		return nil, err
+	}
+	defer j.session.Close()
+	defer grant.Wipe()
+	o.Progress("opening what came, and checking it against --trust")
+	k, err := j.open(ctx, grant)
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	o.Progress("sealing to this boot, and opening what was sealed")
+	own, err := j.seal(ctx, k, grant)
+	if err != nil {
+		return nil, err
+	}
+	defer own.Close()
+	r := &JoinResult{Node: n.Config.Node, ClusterID: own.ClusterID(), KeyID: own.CurrentID(), Revision: own.Revision(), Keyring: n.Config.Keyring()}
+	if r.Files, err = j.writeFiles(grant.Files); err != nil {
+		return nil, err
+	}
+	o.Progress("saving the anchor, then the keyring in " + r.Keyring)
+	if err := j.save(ctx, own); err != nil {
+		return nil, err
+	}
+	o.Progress("telling " + o.Address + " that this node has opened the keyring")
+	if err := j.session.Done(own.JoinDone(j.transcript)); err != nil {
+		r.Notes = append(r.Notes, fmt.Sprintf("%s was not told that this node has opened the keyring: %v", o.Address, err))
+	}
+	return r, nil
+}
+
+// joiner is a join under way on the new node.
+type joiner struct {
+	*node.Node
+	JoinOptions
+	version    store.Version // of the keyring that is replaced
+	anchor     *keyring.Anchor
+	state      tpm.BootState
+	verifier   *tpm.Verifier
+	session    *join.Session
+	transcript []byte
+}
+
+// before returns the result where the node has joined that cluster already, and refuses to
+// join where a keyring or an anchor is of another cluster.
+func (j *joiner) before(ctx context.Context) (*JoinResult, error) {
+	stored, err := j.stored(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if stored != nil && j.served(ctx) {
+		return j.joined(stored), nil
+	}
+	if err := j.AcquireState(); err != nil {
+		return nil, err
+	}
+	if stored != nil {
+		if k, err := j.Unlocker.Open(ctx); err == nil {
+			defer k.Close()
+			return j.joined(stored), nil
+		}
+	}
+	return nil, j.loadAnchor(ctx)
+}
+
+func (j *joiner) joined(u *keyring.Untrusted) *JoinResult {
+	return &JoinResult{Node: j.Config.Node, ClusterID: u.ClusterID(), KeyID: u.CurrentID(), Revision: u.Revision(), Keyring: j.Config.Keyring(), Before: true}
+}
+
+// stored returns the stored keyring if it is of the cluster to join and lists this node.
+func (j *joiner) stored(ctx context.Context) (*keyring.Untrusted, error) {
+	b, version, err := j.Keyring.File.Load(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, files.HintRoot(err)
+	}
+	j.version = version
+	u, err := keyring.Parse(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s is there and can't be read, and join replaces no keyring that it does not know: %w", j.Config.Keyring(), err)
+	}
+	if u.ClusterID() != j.Trust.ClusterID {
+		return nil, fmt.Errorf("%s is of cluster %s, and join never replaces the keyring of another cluster; move the folder %s away if this machine is to leave that cluster", j.Config.Keyring(), u.ClusterID(), j.Config.State.Dir)
+	}
+	if !slices.ContainsFunc(u.Info().Nodes, func(n keyring.Node) bool { return n.Name == j.Config.Node }) {
+		return nil, nil
+	}
+	return u, nil
+}
+
+// served reports whether a running serve holds the cluster's keyring open.
+func (j *joiner) served(ctx context.Context) bool {
+	c, err := admin.Dial(ctx, j.Config.Admin.Socket)
+	if err != nil {
+		return false
+	}
+	s, err := admin.Call(ctx, c, admin.Status, admin.StatusRequest{})
+	return err == nil && s.State == admin.Open && s.ClusterID == j.Trust.ClusterID.String()
+}
+
+// loadAnchor refuses an anchor of another cluster. One of this cluster is what a join that
+// broke off has left, or that of a keyring that is lost: the node never goes back behind
+// it.
+func (j *joiner) loadAnchor(ctx context.Context) error {
+	anchor, err := j.Anchor.Load(ctx)
+	if errors.Is(err, nv.ErrAnchorMissing) || errors.Is(err, nv.ErrAnchorUnwritten) || err == nil && anchor == nil {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if anchor.ClusterID != j.Trust.ClusterID {
+		return fmt.Errorf("this machine's anchor is of cluster %s; move the folder %s away if this machine is to leave that cluster", anchor.ClusterID, j.Config.State.Dir)
+	}
+	j.anchor = anchor
+	return nil
+}
+
+// look is the preflight: what would keep this node from opening its keyring later is
+// found before anybody is asked.
+func (j *joiner) look(ctx context.Context) error {
+	if !j.View.OpensWithTPM() {
+		return reseal.ErrNoTPM
+	}
+	if _, err := j.TPM.Provision(ctx); err != nil {
+		return err
+	}
+	if err := j.recordPolicy(ctx); err != nil {
+		return err
+	}
+	var err error
+	if j.verifier, err = j.Remote.Demand(j.Trust.ClusterID, false); err != nil {
+		return err
+	}
+	if j.state, err = j.Gate.State(ctx); err != nil {
+		return err
+	}
+	return j.CheckAnchorable(ctx)
+}
+
+// recordPolicy records the running boot as the boot policy, as init does, where the
+// configuration names one and there is no such file yet.
+func (j *joiner) recordPolicy(ctx context.Context) error {
+	path := j.Config.TPM.BootPolicy
+	if path == "" {
+		return nil
+	}
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	p, err := reseal.RecordPolicy(ctx, j.Node, nil)
+	if err != nil {
+		return err
+	}
+	j.Progress("recording this boot as the boot policy " + path)
+	return files.WriteNew(path, p.Marshal())
+}
+
+// prove proves the TPM and the boot, and returns what the other node gives.
+func (j *joiner) prove(ctx context.Context, client *join.Client) (*join.Grant, error) {
+	epoch, err := j.TPM.Epoch(ctx)
+	if err != nil {
+		return nil, err
+	}
+	terms := joinproof.Terms{Formats: keyring.Formats(), Bank: j.Config.Bank(), PCRs: slices.Sorted(maps.Keys(j.state.Values)), EpochIndex: j.Config.TPM.EpochIndex, Epoch: epoch,
+		Verifier: joinproof.VerifierKey(j.verifier)}
+	a := joinproof.Attester{Device: j.Gate.Device, Owner: j.Gate.Owner, Logs: j.Gate.Logs.Explaining}
+	evidence, transcript, err := a.Prove(ctx, j.Trust.ClusterID, j.Config.Node, terms, func(h *joinproof.Hello) (*exchange.Challenge, []byte, error) {
+		session, challenge, err := client.Begin(ctx, h)
+		if err != nil {
+			return nil, nil, err
+		}
+		j.session = session
+		exporter, err := session.Exporter()
+		return challenge, exporter, err
+	})
+	if err == nil {
+		j.Progress("proving this machine's TPM and boot to " + j.Address)
+		j.transcript = transcript
+		var grant *join.Grant
+		if grant, err = j.session.Prove(evidence); err == nil {
+			return grant, nil
+		}
+	}
+	if j.session != nil {
+		j.session.Close()
+	}
+	return nil, err
+}
+
+// open opens the shared keyring with an import slot, and demands of it what --trust says.
+func (j *joiner) open(ctx context.Context, g *join.Grant) (*keyring.Keyring, error) {
+	u, err := keyring.Parse(g.Keyring)
+	if err != nil {
+		return nil, err
+	}
+	kek, err := j.unwrap(ctx, g.Current)
+	if err != nil {
+		return nil, err
+	}
+	k, err := u.Open(kek, &j.Trust)
+	if err != nil {
+		kek.Close()
+		return nil, j.explain(err)
+	}
+	if err := j.check(k); err != nil {
+		k.Close()
+		return nil, err
+	}
+	if k.StagedID() == "" {
+		return k, nil
+	}
+	defer k.Close()
+	if kek, err = j.unwrap(ctx, g.Staged); err != nil {
+		return nil, err
+	}
+	opened, err := k.OpenStaged(kek)
+	if err != nil {
+		kek.Close()
+	}
+	return opened, err
+}
+
+// check demands that the keyring lists this machine, and does not go back behind an anchor
+// that is here.
+func (j *joiner) check(k *keyring.Keyring) error {
+	if a := j.anchor; a != nil && (!k.Holds(a.KeyID) || k.Revision() < a.Revision) {
+		return seal.Errorf(seal.CauseAnchor, "find out which of the cluster's nodes has the newest keyring, and approve this node there",
+			"the keyring of revision %d is older than the one that this node last trusted (revision %d, key ID %s)", k.Revision(), a.Revision, a.KeyID)
+	}
+	if !slices.ContainsFunc(k.Nodes(), func(n keyring.Node) bool { return n.Name == j.Config.Node && n.EpochIndex == j.Config.TPM.EpochIndex }) {
+		return errors.New("the keyring that came does not list this node")
+	}
+	return nil
+}
+
+// explain says what a keyring means that --trust does not vouch for.
+func (j *joiner) explain(err error) error {
+	if seal.CauseOf(err) != seal.CauseAnchor {
+		return err
+	}
+	return seal.WithHint(err, "run the command that kleidi node approve printed; if you did, find out who answers at "+j.Address)
+}
+
+func (j *joiner) unwrap(ctx context.Context, slots []seal.Slot) (*seal.Secret, error) {
+	err := error(seal.Errorf(seal.CauseNoSlot, "set unlock.order on this node as it is set on the node that gives the KEK", "what came holds no slot that this node's configuration opens"))
+	for _, s := range slots {
+		w := j.Wrapper(s.Type)
+		if w == nil || !slices.Contains(j.Config.Unlock.Order, s.Type) {
+			continue
+		}
+		var kek *seal.Secret
+		if kek, err = w.Unwrap(ctx, s); err == nil {
+			return kek, nil
+		}
+	}
+	return nil, err
+}
+
+// seal returns the keyring as this node keeps it, with slots that its own TPM has made and
+// opened.
+func (j *joiner) seal(ctx context.Context, k *keyring.Keyring, g *join.Grant) (*keyring.Keyring, error) {
+	w, err := j.TPM.With(tpm.SealOptions{Verifier: j.verifier, SameTPMAs: slotview.TPMParts(g.Current)})
+	if err != nil {
+		return nil, err
+	}
+	slot, err := reseal.SealPresent(ctx, j.Node, w, k.KEK())
+	if err != nil {
+		return nil, err
+	}
+	var staged []seal.Slot
+	if kek := keyring.StagedKEK(k); kek != nil {
+		next, err := reseal.SealPresent(ctx, j.Node, w, kek)
+		if err != nil {
+			return nil, err
+		}
+		staged = append(staged, next)
+	}
+	return k.OnNode(j.Config.Node, []seal.Slot{slot}, staged)
+}
+
+func (j *joiner) save(ctx context.Context, k *keyring.Keyring) error {
+	if err := j.Anchor.Replace(ctx, k.Anchor()); err != nil {
+		return err
+	}
+	_, err := j.Keyring.Save(ctx, k.Marshal(), j.version)
+	return err
+}

@@ -1,0 +1,50 @@
+package joinproof
+
+import (
+	"context"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
+)
+
+// Attester proves for the machine that it runs on.
+type Attester struct {
+	Device *tpm.Device
+	Owner  tpm.Owner
+	Logs   exchange.Logs
+}
+
+// Prove makes a hello, has begin say it, and answers the challenge that begin returns with
+// the TLS connection's value. The TPM is open for as long. It returns the digest of the
+// transcript too, under which the join is ended.
+func (a *Attester) Prove(ctx context.Context, cluster seal.ClusterID, node string, terms Terms, begin func(*Hello) (c *exchange.Challenge, exporter []byte, err error)) (e *exchange.Evidence, transcript []byte, err error) {
+	err = a.Device.Do(ctx, func(t transport.TPM) error {
+		return tpm.WithSRK(t, a.Owner, nil, func(srk *tpm.SRK) error {
+			return exchange.WithMachine(t, srk, func(m *exchange.Machine) error {
+				hello, err := NewHello(m, cluster, node, terms)
+				if err != nil {
+					return err
+				}
+				challenge, exporter, err := begin(hello)
+				if err != nil {
+					return err
+				}
+				e, transcript, err = Respond(m, hello, challenge, exporter, a.Logs)
+				return err
+			})
+		})
+	})
+	return e, transcript, err
+}
+
+// VerifierKey is how the key of a remote verifier stands in [Terms]; nil is none.
+func VerifierKey(v *tpm.Verifier) []byte {
+	if v == nil {
+		return nil
+	}
+	return tpm2.Marshal(v.Key)
+}
