@@ -147,17 +147,20 @@ func faultRows() []faultRow {
 			point(firstFile(t, "/lib/x86_64-linux-gnu/libm.so.6", "/lib/aarch64-linux-gnu/libm.so.6", "/lib64/libm.so.6"))
 			return func() { point(b.module) }
 		}},
-		{"module writable by all", seal.CauseUnavailable, "its mode is 0666: anyone may write it", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
+		{"module writable by all", seal.CauseUnavailable, "copy has mode 0666, so others can change it; chmod go-w ", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
 			return owned(t, b, w, 0o666, 0, 0)
 		}},
-		{"module of another user", seal.CauseUnavailable, "it belongs neither to root nor to the user that runs kleidi", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
+		{"module of another user", seal.CauseUnavailable, "copy belongs to UID 65534, who can change it; chown root ", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
 			return owned(t, b, w, 0o644, 65534, 0)
 		}},
-		{"module writable by a group", seal.CauseUnavailable, "its mode is 0664: its group 65534 may write it", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
+		{"module writable by a group", seal.CauseUnavailable, "copy has mode 0664, so others can change it; chmod go-w ", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
 			return owned(t, b, w, 0o664, 0, 65534)
 		}},
-		{"module writable by root's group", seal.CauseUnavailable, "file too short", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
-			return owned(t, b, w, 0o664, 0, 0)
+		{"module in a folder that all may write", seal.CauseUnavailable, "so others can replace what is below it; chmod go-w ", func(t *testing.T, b *backend, w *Wrapper, _ Key) func() {
+			mend := owned(t, b, w, 0o644, 0, 0)
+			open := filepath.Dir(must[string](t)(os.Readlink(w.target.module)))
+			ok(t, os.Chmod(open, 0o777))
+			return func() { ok(t, os.Chmod(open, 0o700)); mend() }
 		}},
 		{"module busy", seal.CauseUnavailable, "is busy with a call made", func(_ *testing.T, _ *backend, w *Wrapper, _ Key) func() {
 			m := moduleAt(w.target.module)
@@ -182,6 +185,11 @@ func faultRows() []faultRow {
 		{"PIN file for all", seal.CauseCredentials, "its mode is 0644", func(t *testing.T, _ *backend, w *Wrapper, _ Key) func() {
 			ok(t, os.Chmod(w.config.PINFile, 0o644))
 			return func() { ok(t, os.Chmod(w.config.PINFile, 0o600)) }
+		}},
+		{"PIN file in a folder that all may write", seal.CauseCredentials, "so others can replace what is below it; chmod go-w ", func(t *testing.T, _ *backend, w *Wrapper, _ Key) func() {
+			open := filepath.Dir(w.config.PINFile)
+			ok(t, os.Chmod(open, 0o777))
+			return func() { ok(t, os.Chmod(open, 0o700)) }
 		}},
 		{"no PIN configured", seal.CauseCredentials, "none is configured", func(_ *testing.T, _ *backend, w *Wrapper, _ Key) func() {
 			was := w.target.pin

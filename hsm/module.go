@@ -6,17 +6,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -145,42 +144,33 @@ func (m *module) load() error {
 	if m.p != nil {
 		return nil
 	}
-	info, err := os.Stat(m.path)
-	if err != nil {
-		return m.bad(err)
-	}
-	if err := checkModuleFile(info); err != nil {
+	if err := checkModuleFile(m.path); err != nil {
 		return m.bad(err)
 	}
 	p, err := load(m.path)
 	if err != nil {
-		return m.bad(err)
+		return m.bad(fmt.Errorf("%.300w", err))
 	}
 	m.p = p
 	return nil
 }
 
-// checkModuleFile demands a regular file that only root and this user may change. The
-// code in it runs as this user.
-func checkModuleFile(info fs.FileInfo) error {
-	st, ok := info.Sys().(*syscall.Stat_t)
-	mode := info.Mode().Perm()
-	switch {
-	case !info.Mode().IsRegular():
-		return errors.New("it is not a regular file")
-	case mode&0o002 != 0:
-		return fmt.Errorf("its mode is %04o: anyone may write it, and its code would run as this user; have root own it with mode 0644", mode)
-	case !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid():
-		return errors.New("it belongs neither to root nor to the user that runs kleidi, and its code would run as that user; have root own it with mode 0644")
-	case mode&0o020 != 0 && st.Gid != 0:
-		return fmt.Errorf("its mode is %04o: its group %d may write it, and its code would run as this user; have root own it with mode 0644", mode, st.Gid)
+// checkModuleFile demands a regular file that only root and this user may change or
+// replace. The code in it runs as this user.
+func checkModuleFile(path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
 	}
-	return nil
+	if !info.Mode().IsRegular() {
+		return errors.New("it is not a regular file")
+	}
+	return ownership.CheckFile(path)
 }
 
 func (m *module) bad(err error) error {
-	return seal.Errorf(seal.CauseUnavailable, "name the PKCS#11 module of your token's vendor with pkcs11.module, and have its package installed",
-		"load the PKCS#11 module %s: %.300w", m.path, err)
+	return seal.Caused(seal.CauseUnavailable, "name the PKCS#11 module of your token's vendor with pkcs11.module, and have its package installed",
+		"load the PKCS#11 module "+m.path, err)
 }
 
 // initialize calls C_Initialize, and returns a function that undoes it. If somebody else

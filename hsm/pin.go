@@ -6,10 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -31,11 +31,7 @@ func ReadPIN(mem seal.Memory, path string) (*seal.Secret, error) {
 		return nil, badPIN(path, err)
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, badPIN(path, err)
-	}
-	if err := checkPINFile(info); err != nil {
+	if err := checkPINFile(f); err != nil {
 		return nil, badPIN(path, err)
 	}
 	var buf [maxPIN + 2]byte
@@ -55,23 +51,24 @@ func badPIN(path string, err error) error {
 	if p, ok := errors.AsType[*fs.PathError](err); ok {
 		err = p.Err
 	}
-	return seal.Errorf(seal.CauseCredentials, "put the PIN, and nothing else, into that file, owned by the user that runs kleidi and with mode 0600",
-		"read the PIN file %s: %w", path, err)
+	return seal.Caused(seal.CauseCredentials, "put the PIN, and nothing else, into that file, owned by the user that runs kleidi and with mode 0600",
+		"read the PIN file "+path, err)
 }
 
-// checkPINFile demands a regular file that belongs to root or to this user, and that
-// nobody else may read or write.
-func checkPINFile(info fs.FileInfo) error {
-	st, ok := info.Sys().(*syscall.Stat_t)
+// checkPINFile demands a regular file that belongs to root or to this user, that nobody
+// else may read, and that nobody else may change or replace.
+func checkPINFile(f *os.File) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
 	switch {
 	case !info.Mode().IsRegular():
 		return errors.New("it is not a regular file")
 	case info.Mode().Perm()&0o077 != 0:
 		return fmt.Errorf("its mode is %04o: others than its owner may use it", info.Mode().Perm())
-	case !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid():
-		return errors.New("it belongs to another user")
 	}
-	return nil
+	return ownership.CheckOpen(f)
 }
 
 // trimLine returns the first line of b, without its end.

@@ -161,6 +161,16 @@ func SplitHint(err error) (message, hint string) {
 	return strings.TrimSuffix(message, "; "+e.Hint), e.Hint
 }
 
+// Caused returns err with a cause, and with what before its text. A hint of err's own
+// stays; otherwise it gets this one.
+func Caused(cause Cause, hint, what string, err error) *Error {
+	message, own := SplitHint(err)
+	if own != "" {
+		hint = own
+	}
+	return &Error{Cause: cause, Hint: hint, Err: fmt.Errorf("%s: %w", what, &reworded{message, err})}
+}
+
 // AddHint returns err with one more thing to do next, after the hint that it has.
 func AddHint(err error, hint string) *Error {
 	_, former := SplitHint(err)

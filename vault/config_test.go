@@ -10,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -163,6 +164,39 @@ func TestCredentialFiles(t *testing.T) {
 				t.Errorf("the error holds the credential: %v", err)
 			}
 		})
+	}
+}
+
+// TestFilesThatOthersMayReplace: public data must be the operator's too, since a CA decides
+// whom kleidi speaks to.
+func TestFilesThatOthersMayReplace(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "open")
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, "ca.pem"), []byte("x"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		path string
+		mode os.FileMode
+		says string
+	}{
+		{filepath.Join(dir, "ca.pem"), 0o664, "has mode 0664, so others can change it; chmod go-w "},
+		{dir, 0o777, "has mode 0777, so others can replace what is below it; chmod go-w "},
+	} {
+		info, err := os.Stat(c.path)
+		if err == nil {
+			err = os.Chmod(c.path, c.mode)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = roots(filepath.Join(dir, "ca.pem"))
+		checkError(t, err, seal.CauseCredentials, nil, "vault.caFile", c.path, c.says)
+		if err := os.Chmod(c.path, info.Mode()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := roots(filepath.Join(dir, "ca.pem")); !errors.Is(err, errNoCertificate) {
+		t.Errorf("nobody else may write it: %v", err)
 	}
 }
 

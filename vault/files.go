@@ -8,8 +8,10 @@ import (
 	"io"
 	"os"
 
-	"github.com/beezy-dev/kleidi/seal"
 	"golang.org/x/sys/unix"
+
+	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Maximum sizes of files in bytes.
@@ -30,11 +32,12 @@ const (
 var errNoCertificate = errors.New("no PEM certificate in it")
 
 // readFile returns the content of a regular file of at most limit bytes, which the caller
-// clears. setting is the name of the setting in the configuration.
+// clears, if nobody but root and this user may change or replace it. setting is the name
+// of the setting in the configuration.
 func readFile(setting, path string, limit int, allowed readers) ([]byte, error) {
 	b, err := readRegular(path, limit, allowed)
 	if err != nil {
-		return nil, seal.Errorf(seal.CauseCredentials, "put the right file there, or correct vault."+setting, "vault.%s: %s: %w", setting, path, err)
+		return nil, seal.Caused(seal.CauseCredentials, "put the right file there, or correct vault."+setting, "vault."+setting+": "+path, err)
 	}
 	return b, nil
 }
@@ -57,6 +60,9 @@ func readRegular(path string, limit int, allowed readers) ([]byte, error) {
 		return nil, fmt.Errorf("mode %04o lets others read it (run chmod 600)", info.Mode().Perm())
 	case info.Size() > int64(limit):
 		return nil, fmt.Errorf("%d bytes, at most %d", info.Size(), limit)
+	}
+	if err := ownership.CheckOpen(f); err != nil {
+		return nil, err
 	}
 	// One byte more than the limit shows whether the file has grown. A second buffer
 	// would stay uncleared.

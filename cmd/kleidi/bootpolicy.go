@@ -70,7 +70,7 @@ func newPolicyShow(a *app) *cobra.Command {
 		Short: "Check a boot policy, and show it",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, err := files.ReadBootPolicy(args[0])
+			p, err := files.ReadAnyBootPolicy(args[0])
 			if err != nil {
 				return err
 			}
@@ -159,11 +159,11 @@ func newPolicyDiff(a *app) *cobra.Command {
 		Short: "Show what boot policy B demands otherwise than A",
 		Args:  cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			first, err := files.ReadBootPolicy(args[0])
+			first, err := files.ReadAnyBootPolicy(args[0])
 			if err != nil {
 				return err
 			}
-			second, err := files.ReadBootPolicy(args[1])
+			second, err := files.ReadAnyBootPolicy(args[1])
 			if err != nil {
 				return err
 			}

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	wire "github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
+	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
@@ -86,15 +87,28 @@ func (c *Client) tlsConfig() (*tls.Config, *error, error) {
 		wire.Pin(config, c.digest, refused)
 		return config, refused, nil
 	}
-	b, err := os.ReadFile(c.config.CAFile)
+	b, err := c.readCAs()
 	if err != nil {
-		return nil, nil, seal.Errorf(seal.CauseCredentials, "see tpm.verifier.caFile", "remote verifier: %w", err)
+		return nil, nil, err
 	}
 	config.RootCAs = x509.NewCertPool()
 	if !config.RootCAs.AppendCertsFromPEM(b) {
 		return nil, nil, seal.Errorf(seal.CauseCredentials, "see tpm.verifier.caFile", "remote verifier: %s holds no certificate in PEM", c.config.CAFile)
 	}
 	return config, refused, nil
+}
+
+// readCAs reads a file that nobody else may change: who does could stand in between.
+func (c *Client) readCAs() ([]byte, error) {
+	f, err := os.Open(c.config.CAFile)
+	if err == nil {
+		defer f.Close()
+		err = ownership.CheckOpen(f)
+	}
+	if err != nil {
+		return nil, seal.Caused(seal.CauseCredentials, "see tpm.verifier.caFile", "remote verifier", err)
+	}
+	return io.ReadAll(f)
 }
 
 // Attest implements [remote.Channel].

@@ -107,6 +107,11 @@ func TestTrust(t *testing.T) {
 	r.refused("another digest", r.ask(r.client(func(c *ClientConfig) { c.Certificate = Digest(other.Certificate[0]) })), seal.CauseUnavailable, "not the one that is configured", "somebody stands in between")
 	r.refused("another CA", r.ask(r.client(byCA(pemFile(t, other), "verifier.example"))), seal.CauseUnavailable, "certificate")
 	r.refused("another name", r.ask(r.client(byCA(pemFile(t, ca), "other.example"))), seal.CauseUnavailable, "other.example")
+	loose := filepath.Join(t.TempDir(), "ca.pem")
+	if err := errors.Join(os.WriteFile(loose, nil, 0o600), os.Chmod(loose, 0o666)); err != nil {
+		t.Fatal(err)
+	}
+	r.refused("a CA file that others may write", r.ask(r.client(byCA(loose, "verifier.example"))), seal.CauseCredentials, "has mode 0666, so others can change it", "chmod go-w "+loose)
 	r.refused("no CA file", r.ask(r.client(byCA(filepath.Join(t.TempDir(), "none"), "verifier.example"))), seal.CauseCredentials, "no such file", "tpm.verifier.caFile")
 	empty := filepath.Join(t.TempDir(), "empty")
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
@@ -267,7 +268,7 @@ func Load(path string, amend ...func(*Config) error) (*Config, error) {
 	switch b, err := read(name); {
 	case path == "" && errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		return nil, fmt.Errorf("configuration: %w; name another file with --config", err)
+		return nil, fmt.Errorf("configuration: %w", err)
 	default:
 		if c, err = decode(b, p); err != nil {
 			return nil, fmt.Errorf("configuration %s:\n%w", name, err)
@@ -285,12 +286,17 @@ func Load(path string, amend ...func(*Config) error) (*Config, error) {
 	return c, nil
 }
 
+// read reads the file, which nobody else may change: it says what is loaded, dialled
+// and believed.
 func read(name string) ([]byte, error) {
 	f, err := os.Open(name)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w; name another file with --config", err)
 	}
 	defer f.Close()
+	if err := ownership.CheckOpen(f); err != nil {
+		return nil, err
+	}
 	return io.ReadAll(io.LimitReader(f, maxSize+1))
 }
 

@@ -7,8 +7,18 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 )
 
+// ReadBootPolicy reads a boot policy that decides: nobody else may write it.
 func ReadBootPolicy(path string) (*bootpolicy.BootPolicy, error) {
-	b, err := Read(path, bootpolicy.MaxSize)
+	return parseBootPolicy(ReadOwned, path)
+}
+
+// ReadAnyBootPolicy reads a boot policy to look at, whoever wrote it.
+func ReadAnyBootPolicy(path string) (*bootpolicy.BootPolicy, error) {
+	return parseBootPolicy(Read, path)
+}
+
+func parseBootPolicy(read func(string, int64) ([]byte, error), path string) (*bootpolicy.BootPolicy, error) {
+	b, err := read(path, bootpolicy.MaxSize)
 	if err != nil {
 		return nil, err
 	}
@@ -19,8 +29,18 @@ func ReadBootPolicy(path string) (*bootpolicy.BootPolicy, error) {
 	return p, nil
 }
 
+// ReadBootStates reads signed boot states that decide: nobody else may write them.
 func ReadBootStates(path string) (*bootstate.File, error) {
-	b, err := Read(path, bootstate.MaxSize)
+	return parseBootStates(ReadOwned, path)
+}
+
+// ReadAnyBootStates reads signed boot states to look at, whoever wrote them.
+func ReadAnyBootStates(path string) (*bootstate.File, error) {
+	return parseBootStates(Read, path)
+}
+
+func parseBootStates(read func(string, int64) ([]byte, error), path string) (*bootstate.File, error) {
+	b, err := read(path, bootstate.MaxSize)
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/beezy-dev/kleidi/internal/ownership"
 )
 
 // Read reads at most limit bytes, and one more where there are more, which the
@@ -17,6 +19,20 @@ func Read(path string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, limit+1))
+}
+
+// ReadOwned does the same for a file that decides something, and refuses one that others
+// than root and this process's user may change or replace.
+func ReadOwned(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if err := ownership.CheckOpen(f); err != nil {
+		return nil, err
+	}
 	return io.ReadAll(io.LimitReader(f, limit+1))
 }
 
@@ -81,7 +97,7 @@ func SyncFolder(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// ReadPrivateKey reads a file that nobody else may read. The caller clears it.
+// ReadPrivateKey reads a file that nobody else may read or replace. The caller clears it.
 func ReadPrivateKey(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -94,6 +110,9 @@ func ReadPrivateKey(path string) ([]byte, error) {
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("%s: mode %04o lets others at a private key; run chmod 0600 on it", path, info.Mode().Perm())
+	}
+	if err := ownership.CheckOpen(f); err != nil {
+		return nil, err
 	}
 	return readInOne(f, MaxPrivateKey)
 }

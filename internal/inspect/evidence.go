@@ -48,7 +48,7 @@ type EvidenceVerdict struct {
 }
 
 func JudgeEvidence(policy, file, nonce string) (*EvidenceVerdict, error) {
-	p, err := files.ReadBootPolicy(policy)
+	p, err := files.ReadAnyBootPolicy(policy)
 	if err != nil {
 		return nil, err
 	}

@@ -13,7 +13,7 @@ import (
 )
 
 func JudgeLog(policy string, logs attest.Logs, values string) (*bootpolicy.Verdict, error) {
-	p, err := files.ReadBootPolicy(policy)
+	p, err := files.ReadAnyBootPolicy(policy)
 	if err != nil {
 		return nil, err
 	}

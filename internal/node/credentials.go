@@ -20,9 +20,9 @@ import (
 // time, so replacing it is enough.
 func (n *Node) sealedPIN(ctx context.Context) (*seal.Secret, error) {
 	path := n.Config.PKCS11.SealedPINFile
-	blob, err := files.Read(path, tpm.MaxSealedCredential)
+	blob, err := files.ReadOwned(path, tpm.MaxSealedCredential)
 	if err != nil {
-		return nil, seal.Errorf(seal.CauseCredentials, "make it with kleidi pkcs11-pin --pin-file FILE --out "+seal.Quote(path)+", or correct pkcs11.sealedPINFile", "pkcs11.sealedPINFile: %w", err)
+		return nil, seal.Caused(seal.CauseCredentials, "make it with kleidi pkcs11-pin --pin-file FILE --out "+seal.Quote(path)+", or correct pkcs11.sealedPINFile", "pkcs11.sealedPINFile", err)
 	}
 	pin, err := n.Gate.Device.UnsealCredential(ctx, n.Gate.Owner, n.Memory, blob)
 	if e, ok := errors.AsType[*seal.Error](HintNeedsTPM(err)); ok {
@@ -66,17 +66,17 @@ func (n *Node) signed(signer tpm.Signer) []authpolicy.SignedState {
 // files are read again each time, so replacing them is enough.
 func (n *Node) clientCertificate(ctx context.Context) (*tls.Certificate, error) {
 	auth := n.Config.Vault.Auth
-	blob, err := files.Read(auth.TPMKeyFile, tpm.MaxClientKey)
+	blob, err := files.ReadOwned(auth.TPMKeyFile, tpm.MaxClientKey)
 	if err != nil {
-		return nil, seal.Errorf(seal.CauseCredentials, "make the key with kleidi vault-key --out "+seal.Quote(auth.TPMKeyFile)+" --csr FILE, or correct vault.auth.tpmKeyFile", "vault.auth.tpmKeyFile: %w", err)
+		return nil, seal.Caused(seal.CauseCredentials, "make the key with kleidi vault-key --out "+seal.Quote(auth.TPMKeyFile)+" --csr FILE, or correct vault.auth.tpmKeyFile", "vault.auth.tpmKeyFile", err)
 	}
 	signer, err := n.Gate.Device.ClientSigner(ctx, n.Gate.Owner, blob)
 	if err != nil {
 		return nil, fmt.Errorf("vault.auth.tpmKeyFile: %s: %w", auth.TPMKeyFile, err)
 	}
-	b, err := files.Read(auth.CertFile, maxChain)
+	b, err := files.ReadOwned(auth.CertFile, maxChain)
 	if err != nil {
-		return nil, seal.Errorf(seal.CauseCredentials, "put the certificate there that was issued for the key, or correct vault.auth.certFile", "vault.auth.certFile: %w", err)
+		return nil, seal.Caused(seal.CauseCredentials, "put the certificate there that was issued for the key, or correct vault.auth.certFile", "vault.auth.certFile", err)
 	}
 	certificate, err := certificateFor(signer, b)
 	if err != nil {

@@ -183,7 +183,7 @@ func (n *Node) AcquireState() error {
 		return fmt.Errorf("%w; nothing answers on %s: see that both use the same configuration", err, n.Config.Admin.Socket)
 	}
 	if err != nil {
-		return seal.Errorf(seal.CauseStore, "see state.dir and its disk", "the state folder can't be changed: %w", err)
+		return seal.Caused(seal.CauseStore, "see state.dir and its disk", "the state folder can't be changed", err)
 	}
 	return nil
 }

@@ -26,7 +26,7 @@ func (g *RemoteGate) Demand(cluster seal.ClusterID, without bool) (*tpm.Verifier
 	if g == nil || without {
 		return nil, nil
 	}
-	b, err := files.Read(g.publicKey, files.MaxPublicKey)
+	b, err := files.ReadOwned(g.publicKey, files.MaxPublicKey)
 	if err != nil {
 		return nil, fmt.Errorf("tpm.verifier.publicKey: %w", err)
 	}

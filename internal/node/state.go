@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/store"
 )
@@ -27,6 +28,9 @@ func (s *StateFolder) acquire() error {
 		return nil
 	}
 	err := store.PrepareDir(s.dir)
+	if err == nil {
+		err = ownership.CheckFolder(s.dir) // and every folder above it
+	}
 	if err == nil {
 		s.lock, err = store.LockDir(s.dir)
 	}
@@ -63,6 +67,9 @@ func (f LockedFile) Load(ctx context.Context) ([]byte, store.Version, error) {
 	b, version, err := f.File.Load(ctx)
 	if err != nil {
 		return nil, "", err
+	}
+	if err := ownership.CheckFolder(f.state.dir); err != nil { // and every folder above it
+		return nil, "", seal.Caused(seal.CauseStore, "", "the state folder", err)
 	}
 	if err := f.state.acquire(); errors.Is(err, store.ErrLocked) {
 		return nil, "", seal.Errorf(seal.CauseStore, "kleidi tries again", "the state %w", err)

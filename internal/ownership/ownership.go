@@ -12,13 +12,14 @@
 package ownership
 
 import (
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // maxLinks bounds the symbolic links on one path, as Linux does (path_resolution(7)).
@@ -34,13 +35,27 @@ func CheckFile(path string) error {
 	if err := unix.Stat(path, &st); err != nil {
 		return &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
+	return checkFile(path, &st)
+}
+
+// CheckOpen does the same for a file that is open, under the name that it was opened by.
+// What is read from it is what was judged, also where its name leads elsewhere by now.
+func CheckOpen(f *os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return &fs.PathError{Op: "fstat", Path: f.Name(), Err: err}
+	}
+	return checkFile(f.Name(), &st)
+}
+
+func checkFile(path string, st *unix.Stat_t) error {
 	if kind := st.Mode & unix.S_IFMT; kind == unix.S_IFIFO || kind == unix.S_IFCHR {
-		return checkOwner("file", path, &st) // a shell's <(command), or /dev/stdin: no name leads to it
+		return checkOwner("file", path, st) // a shell's <(command), or /dev/stdin: no name leads to it
 	}
 	if err := walk(path); err != nil {
 		return err
 	}
-	return checkEntry("file", path, &st)
+	return checkEntry("file", path, st)
 }
 
 // CheckFolder does the same for a folder, and for what lies directly in it.
@@ -60,10 +75,10 @@ func checkEntry(kind, path string, st *unix.Stat_t) error {
 		return err
 	}
 	if kind == "folder" && sticky(st) {
-		return fmt.Errorf("folder %s has mode %04o, so other users may be first to put something there; use a folder of its own", path, st.Mode&0o7777)
+		return refusal("use a folder of its own", "folder %s has mode %04o, so other users may be first to put something there", path, st.Mode&0o7777)
 	}
 	if st.Mode&writable != 0 {
-		return fmt.Errorf("%s %s has mode %04o, so others can change it; chmod go-w %[2]s", kind, path, st.Mode&0o7777)
+		return refusal("chmod go-w "+word(path), "%s %s has mode %04o, so others can change it", kind, path, st.Mode&0o7777)
 	}
 	return nil
 }
@@ -72,7 +87,11 @@ func checkOwner(kind, path string, st *unix.Stat_t) error {
 	if st.Uid == 0 || int(st.Uid) == os.Geteuid() {
 		return nil
 	}
-	return fmt.Errorf("%s %s belongs to UID %d, who can change it; chown root %[2]s", kind, path, st.Uid)
+	chown := "chown root"
+	if st.Mode&unix.S_IFMT == unix.S_IFLNK {
+		chown = "chown -h root"
+	}
+	return refusal(chown+" "+word(path), "%s %s belongs to UID %d, who can change it", kind, path, st.Uid)
 }
 
 // StickyAbove returns a folder above path, such as /tmp, in which other users may make
@@ -154,12 +173,25 @@ func checkPassed(dir string) (*unix.Stat_t, error) {
 		return nil, &fs.PathError{Op: "follow", Path: dir, Err: unix.ENOTDIR}
 	}
 	if st.Uid != 0 && int(st.Uid) != os.Geteuid() {
-		return nil, fmt.Errorf("folder %s belongs to UID %d, who can replace what is below it; chown root %[1]s", dir, st.Uid)
+		return nil, refusal("chown root "+word(dir), "folder %s belongs to UID %d, who can replace what is below it", dir, st.Uid)
 	}
 	if st.Mode&writable != 0 && !sticky(&st) {
-		return nil, fmt.Errorf("folder %s has mode %04o, so others can replace what is below it; chmod go-w %[1]s", dir, st.Mode&0o7777)
+		return nil, refusal("chmod go-w "+word(dir), "folder %s has mode %04o, so others can replace what is below it", dir, st.Mode&0o7777)
 	}
 	return &st, nil
+}
+
+// refusal is an error with the command that helps.
+func refusal(remedy, format string, args ...any) error {
+	return seal.Errorf(seal.CauseConfiguration, remedy, format, args...)
+}
+
+// word is a path as a command takes it, and not for a flag.
+func word(path string) string {
+	if strings.HasPrefix(path, "-") {
+		path = "./" + path
+	}
+	return seal.Quote(path)
 }
 
 // checkLink returns where path leads to if it is a symbolic link, and "" if it is none.

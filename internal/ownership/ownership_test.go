@@ -4,10 +4,13 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // stranger is a user that no test runs as.
@@ -57,6 +60,23 @@ func (r *tree) file(name string, mode os.FileMode, uid int) {
 func (r *tree) link(name, target string, uid int) {
 	r.t.Helper()
 	if err := errors.Join(os.Symlink(target, r.path(name)), os.Lchown(r.path(name), uid, 0)); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *tree) open(name string) *os.File {
+	r.t.Helper()
+	f, err := os.Open(r.path(name))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func (r *tree) rename(from, to string) {
+	r.t.Helper()
+	if err := os.Rename(r.path(from), r.path(to)); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -120,6 +140,54 @@ func TestCheckFile(t *testing.T) {
 	}
 	if err := CheckFile(r.path("missing")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a missing file: %v", err)
+	}
+}
+
+// TestCheckOpen judges what is open, and not what has taken its name since.
+func TestCheckOpen(t *testing.T) {
+	r := newTree(t)
+	r.folder("good", 0o755, 0)
+	r.folder("group", 0o775, 0)
+	r.file("good/f", 0o600, 0)
+	r.file("good/all", 0o646, 0)
+	r.file("group/f", 0o600, 0)
+	for name, texts := range map[string][]string{
+		"good/f": nil, "good/all": {"good/all has mode 0646"}, "group/f": {"folder " + r.path("group") + " has mode 0775"},
+	} {
+		f := r.open(name)
+		wants(t, name, CheckOpen(f), texts...)
+		if name == "good/all" {
+			r.rename("good/f", name)
+			wants(t, "replaced since", CheckOpen(f), texts...)
+			r.file("good/f", 0o600, 0)
+		}
+	}
+}
+
+// TestRemedyIsACommand: it can be copied into a shell, whatever the path is.
+func TestRemedyIsACommand(t *testing.T) {
+	r := newTree(t)
+	for _, name := range []string{"plain.yaml", "with space", "it's", "$(reboot)", "*", "new\nline"} {
+		r.file(name, 0o666, 0)
+		err := CheckFile(r.path(name))
+		_, remedy := seal.SplitHint(err)
+		if out, shellErr := exec.Command("sh", "-c", remedy).CombinedOutput(); shellErr != nil {
+			t.Errorf("%q: %s: %v, %s", name, remedy, shellErr, out)
+		}
+		wants(t, name, CheckFile(r.path(name)))
+		if seal.CauseOf(err) != seal.CauseConfiguration {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+	t.Chdir(r.base)
+	r.file("-rf", 0o666, 0)
+	if _, remedy := seal.SplitHint(CheckFile("-rf")); remedy != "chmod go-w ./-rf" {
+		t.Errorf("a name like a flag: %s", remedy)
+	}
+	r.folder("sticky", os.ModeSticky|0o777, 0)
+	r.link("sticky/theirs", "../plain.yaml", stranger)
+	if _, remedy := seal.SplitHint(CheckFile("sticky/theirs")); remedy != "chown -h root "+r.path("sticky/theirs") {
+		t.Errorf("a symbolic link: %s", remedy)
 	}
 }
 

@@ -86,7 +86,7 @@ func newestGeneration(n *node.Node, k *keyring.Keyring, signer tpm.Signer) (newe
 			newest = max(newest, g)
 		}
 	}
-	kept, err := files.ReadBootStates(n.Config.BootStates())
+	kept, err := files.ReadAnyBootStates(n.Config.BootStates())
 	if err != nil {
 		return newest
 	}

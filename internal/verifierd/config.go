@@ -20,6 +20,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
@@ -120,7 +121,7 @@ func (c *Config) validateNodes(p *strictyaml.Problems) {
 
 // tls reads the server's certificate.
 func (c *Config) tls() (*tls.Certificate, error) {
-	chain, err := files.Read(c.Certificate, files.MaxPrivateKey)
+	chain, err := files.ReadOwned(c.Certificate, files.MaxPrivateKey)
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
@@ -158,6 +159,9 @@ func (c *Config) endorsements() (func(certificate, spki []byte) error, error) {
 	if c.EKCertificates.Folder == "" {
 		return nil, nil
 	}
+	if err := ownership.CheckFolder(c.EKCertificates.Folder); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("ekCertificates.folder: %w", err)
+	}
 	bundle, err := ekcert.LoadBundle(os.DirFS(c.EKCertificates.Folder))
 	if err != nil {
 		return nil, fmt.Errorf("ekCertificates.folder %s: %w", c.EKCertificates.Folder, err)
@@ -190,7 +194,7 @@ type Node struct {
 }
 
 func Load(path string) (*Config, error) {
-	b, err := files.Read(path, maxConfig)
+	b, err := files.ReadOwned(path, maxConfig)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("verifier configuration: %w; make one with kleidi verifier init --cluster-id ID --name HOST, or name it with --config", err)
 	}

@@ -20,7 +20,7 @@ func (c *Config) Register(n Node, replace bool) error {
 	if _, err := files.ReadBootPolicy(n.BootPolicy); err != nil {
 		return err
 	}
-	b, err := files.Read(c.path, maxConfig)
+	b, err := files.ReadOwned(c.path, maxConfig)
 	if err != nil {
 		return err
 	}
