@@ -45,7 +45,8 @@ func (a Address) String() string {
 	return a.network + ":" + a.where
 }
 
-// managed reports whether a resource manager cleans up after a client that went away.
+// managed reports whether a resource manager cleans up after a client that has gone
+// away.
 func (a Address) managed() bool {
 	return a.network == "device" && strings.HasPrefix(filepath.Base(a.where), "tpmrm")
 }

@@ -31,9 +31,9 @@ type AK struct {
 	Public []byte // TPMT_PUBLIC
 }
 
-// IsAK reports whether a public area is that of a key which WithAK makes: the same
-// template, so that nothing but the TPM's own statements is signed with it, and no
-// other authorization than the TPM's check that the private part is there.
+// IsAK reports whether a public area belongs to a key that WithAK makes. It demands the
+// same template. Such a key signs nothing but the TPM's own statements, and needs no
+// authorization other than the TPM's check of the private part.
 func IsAK(public *tpm2.TPMTPublic) bool {
 	want := akTemplate
 	want.Unique = public.Unique
@@ -50,23 +50,24 @@ func WithAK(t transport.TPM, srk *SRK, f func(*AK) error) error {
 	return made.with(t, srk, f)
 }
 
-// AKStore keeps an attestation key, of which nothing is secret: the private part is
-// encrypted by the TPM, for the TPM.
+// AKStore keeps an attestation key. Nothing in it is secret: the TPM encrypted the
+// private part for itself.
 type AKStore interface {
-	// Load returns what was saved last, or nil.
+	// Load returns the key that was saved last, or nil.
 	Load() []byte
-	// Save need not succeed: another key is made then for the next quote.
+	// Save need not succeed: the next quote then makes another key.
 	Save([]byte)
 }
 
-// withKeptAK runs f with the attestation key that is kept below this storage root key. It
-// makes one, and keeps it, if there is none or if the TPM does not take it.
+// withKeptAK runs f with the attestation key that is kept below this storage root key.
+// If there is none, or if the TPM does not load it, it makes and keeps a new one.
 //
-// A kept key proves as much as a fresh one. Only the TPM has its private part, which
-// the template's fixedTPM and sensitiveDataOrigin and the TPM's integrity check of
-// what it loads ensure, whoever wrote the file. That the TPM loaded it is what the
-// session's HMAC over the answer says, as it did of a key that was made. And it signs
-// nothing but the TPM's own statements, of which the verifier's nonce tells the fresh one.
+// A kept key proves as much as a fresh one, whoever wrote the file. Only the TPM has
+// the private part: the template's fixedTPM and sensitiveDataOrigin ensure that,
+// together with the TPM's integrity check of every object that it loads. The session's
+// HMAC over the response proves that the TPM loaded the key, as it proved before that
+// the TPM made it. The key signs only the TPM's own statements, and the verifier's
+// nonce tells a fresh statement from an old one.
 func withKeptAK(t transport.TPM, srk *SRK, keep AKStore, f func(*AK) error) error {
 	if keep == nil {
 		return WithAK(t, srk, f)
@@ -90,10 +91,10 @@ func withKeptAK(t transport.TPM, srk *SRK, keep AKStore, f func(*AK) error) erro
 // formAK is the version of a kept attestation key.
 const formAK = "attestation-key-v1"
 
-// maxAK bounds a kept attestation key, in bytes; one has about 500.
+// maxAK bounds a kept attestation key, in bytes; a real one has about 500.
 const maxAK = 4 << 10
 
-// keptAK is an attestation key that is not loaded, as the JSON in a file.
+// keptAK is an attestation key that is not loaded, as JSON in a file.
 type keptAK struct {
 	Form    string   `json:"form"`
 	SRK     hexBytes `json:"srk"`     // Name of the storage root key
@@ -109,7 +110,8 @@ func createAK(t transport.TPM, srk *SRK) (*keptAK, error) {
 	return &keptAK{Form: formAK, SRK: srk.Name.Buffer, Public: r.OutPublic.Bytes(), Private: r.OutPrivate.Buffer}, nil
 }
 
-// parseAK reads a kept attestation key of this storage root key. Anything else is nil.
+// parseAK reads a kept attestation key of this storage root key. It returns nil for
+// anything else.
 func parseAK(b []byte, srk *SRK) *keptAK {
 	var k keptAK
 	if len(b) > maxAK || json.Unmarshal(b, &k) != nil || k.Form != formAK || !bytes.Equal(k.SRK, srk.Name.Buffer) {

@@ -23,7 +23,7 @@ func ActiveBanks(t transport.TPM) ([]tpm2.TPMAlgID, error) {
 	return banks, err
 }
 
-// allocated returns the PCRs of each bank that has any.
+// allocated returns the PCRs of each bank that has PCRs.
 func allocated(t transport.TPM) ([]tpm2.TPMSPCRSelection, error) {
 	r, err := tpm2.GetCapability{Capability: tpm2.TPMCapPCRs, PropertyCount: 1}.Execute(t)
 	if err != nil {
@@ -38,7 +38,7 @@ func allocated(t transport.TPM) ([]tpm2.TPMSPCRSelection, error) {
 	}), nil
 }
 
-// algorithmNames are those of banks, as tpm2-tools write them.
+// algorithmNames are the names of banks as tpm2-tools write them.
 var algorithmNames = map[tpm2.TPMAlgID]string{
 	tpm2.TPMAlgSHA1: "sha1", tpm2.TPMAlgSHA256: "sha256", tpm2.TPMAlgSHA384: "sha384", tpm2.TPMAlgSHA512: "sha512",
 	0x12: "sm3_256", tpm2.TPMAlgSHA3256: "sha3_256", tpm2.TPMAlgSHA3384: "sha3_384", tpm2.TPMAlgSHA3512: "sha3_512",
@@ -92,8 +92,8 @@ func algorithmName(id tpm2.TPMAlgID) string {
 	return fmt.Sprintf("algorithm %#x", uint16(id))
 }
 
-// BankHint says what to do where bank is missing and has is there: of a TPM, or of an
-// event log.
+// BankHint says what to do if a TPM or an event log lacks bank and has only the banks
+// in has.
 func BankHint(bank crypto.Hash, has []crypto.Hash) string {
 	for _, other := range []crypto.Hash{crypto.SHA256, crypto.SHA384} {
 		if slices.Contains(has, other) {

@@ -15,14 +15,14 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// boundPCR holds the state and the keys of Secure Boot. What is bound to it alone
-// demands nothing of the kernel: it must outlive updates, and what a boot may open
-// is for the slots' authorization policies to say.
+// boundPCR holds the state and the keys of Secure Boot. An object bound to it alone
+// demands nothing of the kernel, because the object must outlive kernel updates. The
+// slots' authorization policies decide which boots may open the keyring.
 const boundPCR = 7
 
-// bound is an object of this TPM that is of use only while PCR 7 is what it was when
-// the object was made, as the JSON in a file. Nothing in it is secret, and it is of
-// use to this TPM alone.
+// bound is an object that this TPM can use only while PCR 7 has the value from when the
+// object was made. It is kept as JSON in a file. Nothing in the file is secret, and the
+// file is useless to any other TPM.
 type bound struct {
 	Form    string           `json:"form"`
 	SRK     hexBytes         `json:"srk"` // Name of the storage root key
@@ -33,20 +33,21 @@ type bound struct {
 	terms   authpolicy.Terms // from Bank and PCR7
 }
 
-// boundKind is what tells one kind of such files from another.
+// boundKind holds what distinguishes the kinds of such files.
 type boundKind struct {
 	form    string // the version of the file
 	max     int    // bounds the file, in bytes
 	name    string // in messages
-	command string // which makes it
-	renew   string // a hint: how to get another one
-	without string // a hint: how to do without
+	command string // the command that makes it
+	renew   string // a hint: how to replace it
+	without string // a hint: how to do without it
 }
 
-// newBound returns what is to be bound to the present value of PCR 7, and the digest of
-// its authorization policy.
+// newBound returns a new bound for the present value of PCR 7, and the digest of its
+// authorization policy.
 func newBound(t transport.TPM, srk *SRK, bank crypto.Hash, kind *boundKind) (b bound, digest []byte, err error) {
-	// In an audit session: who answers in the TPM's place must not choose the value
+	// The audit session authenticates the value: an impostor in the TPM's place must
+	// not choose it.
 	r, err := tpm2.PCRRead{PCRSelectionIn: authpolicy.Selection(bank, []int{boundPCR})}.Execute(t, srk.Session(tpm2.Audit()))
 	if err != nil {
 		return b, nil, fmt.Errorf("TPM2_PCR_Read: %w", err)
@@ -94,9 +95,8 @@ func (k *boundKind) damaged(format string, args ...any) error {
 	return seal.Errorf(seal.CauseCredentials, "bring back the file, or "+k.renew, "the file of the "+k.name+" is damaged: "+format, args...)
 }
 
-// parse reads a file, of which there is only one form for each object, into whole, in
-// which b is embedded. It returns the digest that the object's authorization policy
-// must have.
+// parse reads a file into whole, in which b is embedded. Each object has exactly one
+// form. parse returns the digest that the object's authorization policy must have.
 func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, err error) {
 	if len(file) > kind.max {
 		return nil, kind.damaged("more than %d bytes", kind.max)
@@ -107,7 +107,7 @@ func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, e
 	if b.Form != kind.form {
 		return nil, kind.damaged("form %s is not known to this version", clip(b.Form))
 	}
-	if len(b.SRK) != nameSize { // none at all would stand for any
+	if len(b.SRK) != nameSize { // an empty Name would match any key
 		return nil, kind.damaged("the Name of its storage root key has %d bytes, want %d", len(b.SRK), nameSize)
 	}
 	if digest, err = b.authorization(); err != nil {
@@ -120,8 +120,8 @@ func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, e
 }
 
 // useBound runs f with the object loaded, and with a session that satisfies its
-// authorization policy. The session, salted to the storage root key that the file
-// names, proves that the answer is that TPM's.
+// authorization policy. The session is salted to the storage root key that the file
+// names, so the response provably comes from that TPM.
 func (d *Device) useBound(ctx context.Context, owner Owner, b *bound, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts ...tpm2.AuthOption) error {
 	return d.Do(ctx, func(t transport.TPM) error {
 		return WithSRK(t, owner, b.SRK, func(srk *SRK) (err error) {
@@ -142,7 +142,7 @@ func (b *bound) use(t transport.TPM, srk *SRK, kind *boundKind, f func(transport
 	if err != nil {
 		return fmt.Errorf("TPM2_StartAuthSession: %w", err)
 	}
-	defer func() { _ = done() }() // a session that the TPM has ended already can't be ended again
+	defer func() { _ = done() }() // a session that the TPM has already ended can't be ended again
 	if err := b.terms.Satisfy(t, session); err != nil {
 		return err
 	}

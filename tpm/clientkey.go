@@ -21,7 +21,7 @@ import (
 // MaxClientKey bounds the file of a client key, in bytes.
 const MaxClientKey = 4 << 10
 
-// A client key must outlive updates of the kernel, since a certificate is issued for it.
+// A client key must outlive kernel updates, because a certificate is issued for it.
 var clientKeyKind = &boundKind{
 	form: "client-key-v1", max: MaxClientKey, name: "client key", command: "vault-key",
 	renew: hintClientKey, without: "keep the client key in a file, with vault.auth.keyFile",
@@ -35,9 +35,9 @@ type clientKey struct {
 	key *ecdsa.PublicKey // from Public
 }
 
-// clientKeyTemplate is an ECDSA P-256 key that was made in its TPM, never leaves it,
-// signs SHA-256 digests under its authorization policy alone (userWithAuth clear),
-// and plays no part in the dictionary-attack lockout.
+// clientKeyTemplate is an ECDSA P-256 key that is made in its TPM, never leaves it,
+// signs SHA-256 digests only under its authorization policy (userWithAuth clear), and
+// plays no part in the dictionary-attack lockout.
 func clientKeyTemplate(digest []byte) tpm2.TPMTPublic {
 	return tpm2.TPMTPublic{
 		Type:    tpm2.TPMAlgECC,
@@ -50,10 +50,10 @@ func clientKeyTemplate(digest []byte) tpm2.TPMTPublic {
 	}
 }
 
-// NewClientKey makes a signing key in the TPM for a client certificate. It signs
-// only while PCR 7 of the bank is what it is now: after a change of Secure Boot's
-// state or keys, make another. blob is what to keep in a file, of at most
-// [MaxClientKey] bytes; it is of no use to another TPM, or once this one was cleared.
+// NewClientKey makes a signing key in the TPM for a client certificate. The key signs
+// only while PCR 7 of the bank keeps its present value: after a change of Secure Boot's
+// state or keys, make another key. blob is the content of the file to keep, at most
+// [MaxClientKey] bytes. Another TPM can't use it, nor can this TPM after TPM2_Clear.
 func (d *Device) NewClientKey(ctx context.Context, owner Owner, bank crypto.Hash) (blob []byte, public crypto.PublicKey, err error) {
 	var b bound
 	err = d.Do(ctx, func(t transport.TPM) error {
@@ -78,8 +78,8 @@ func (d *Device) NewClientKey(ctx context.Context, owner Owner, bank crypto.Hash
 	return blob, made.key, nil
 }
 
-// parseClientKey reads a client key's file, and proves that it holds a key of the kind
-// that NewClientKey makes, bound to the PCR value that stands beside it.
+// parseClientKey reads the file of a client key. It proves that the file holds a key of
+// the kind that NewClientKey makes, bound to the PCR value in the same file.
 func parseClientKey(blob []byte) (*clientKey, error) {
 	k := &clientKey{}
 	digest, err := k.parse(clientKeyKind, blob, k)
@@ -92,7 +92,7 @@ func parseClientKey(blob []byte) (*clientKey, error) {
 	return k, nil
 }
 
-// clientPublic returns the public key of a public area, which must be that of
+// clientPublic returns the public key of a public area, which must match
 // clientKeyTemplate.
 func clientPublic(area, digest []byte) (*ecdsa.PublicKey, error) {
 	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](area)
@@ -118,9 +118,9 @@ func clientPublic(area, digest []byte) (*ecdsa.PublicKey, error) {
 	return key, nil
 }
 
-// ClientSigner is the client key that NewClientKey made blob of. It signs SHA-256
-// digests, as ASN.1 ECDSA signatures. Nothing is loaded yet: each signature opens
-// the TPM, within ctx. What the TPM refuses is a [*seal.Error].
+// ClientSigner returns the client key whose file content NewClientKey returned as blob.
+// It signs SHA-256 digests, as ASN.1 ECDSA signatures. It loads nothing yet: each
+// signature opens the TPM, within ctx. A refusal by the TPM is a [*seal.Error].
 func (d *Device) ClientSigner(ctx context.Context, owner Owner, blob []byte) (crypto.Signer, error) {
 	k, err := parseClientKey(blob)
 	if err != nil {
@@ -130,7 +130,7 @@ func (d *Device) ClientSigner(ctx context.Context, owner Owner, blob []byte) (cr
 }
 
 type clientSigner struct {
-	ctx    context.Context // crypto.Signer has no place for it
+	ctx    context.Context // crypto.Signer has no parameter for it
 	device *Device
 	owner  Owner
 	key    *clientKey

@@ -16,7 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// MaxCredential bounds a credential that is sealed, in bytes: every TPM takes as much
+// MaxCredential bounds a sealed credential, in bytes: every TPM accepts this size
 // (MAX_SYM_DATA, TCG PC Client Platform TPM Profile).
 const MaxCredential = 128
 
@@ -30,7 +30,7 @@ var credentialKind = &boundKind{
 
 const hintCredential = "seal a new one with kleidi pkcs11-pin --pin-file FILE --out FILE"
 
-// sealedCredential is the JSON in a sealed credential's file.
+// sealedCredential is the JSON in the file of a sealed credential.
 type sealedCredential struct {
 	bound
 	EK string `json:"ek"` // digest of the endorsement key, see EKDigest
@@ -45,11 +45,11 @@ func credentialTemplate(digest []byte) tpm2.TPMTPublic {
 	}
 }
 
-// SealCredential seals a credential of 1 to [MaxCredential] bytes to this TPM, for as
-// long as PCR 7 of the bank is what it is now: after a change of Secure Boot's state
-// or keys, seal it again. blob is what to keep in a file, of at most
-// [MaxSealedCredential] bytes; it holds nothing that another TPM could open, nor this
-// one once it was cleared.
+// SealCredential seals a credential of 1 to [MaxCredential] bytes to this TPM and to
+// the present value of PCR 7 of the bank: after a change of Secure Boot's state or
+// keys, seal it again. blob is the content of the file to keep, at most
+// [MaxSealedCredential] bytes. No other TPM can open it, nor can this TPM after
+// TPM2_Clear.
 func (d *Device) SealCredential(ctx context.Context, owner Owner, bank crypto.Hash, credential *seal.Secret) (blob []byte, err error) {
 	var size int
 	credential.With(func(b []byte) { size = len(b) })
@@ -92,8 +92,9 @@ func (c *sealedCredential) seal(t transport.TPM, srk *SRK, bank crypto.Hash, cre
 	return err
 }
 
-// parseCredential reads a sealed credential's file, and proves that it holds an object
-// of the kind that SealCredential makes, bound to the PCR value that stands beside it.
+// parseCredential reads the file of a sealed credential. It proves that the file holds
+// an object of the kind that SealCredential makes, bound to the PCR value in the same
+// file.
 func parseCredential(blob []byte) (*sealedCredential, error) {
 	c := &sealedCredential{}
 	digest, err := c.parse(credentialKind, blob, c)
@@ -117,10 +118,10 @@ func parseCredential(blob []byte) (*sealedCredential, error) {
 	return c, nil
 }
 
-// UnsealCredential returns what SealCredential made blob of, in locked memory. That
-// Secure Boot's state or keys have changed is [seal.CauseBootState]; another TPM is
-// [seal.CauseOtherTPM], a cleared one [seal.CauseTPMCleared], and a file that no TPM
-// can open [seal.CauseCredentials].
+// UnsealCredential returns the credential that SealCredential sealed in blob, in locked
+// memory. The error is [seal.CauseBootState] if Secure Boot's state or keys have
+// changed, [seal.CauseOtherTPM] on another TPM, [seal.CauseTPMCleared] after
+// TPM2_Clear, and [seal.CauseCredentials] for a file that no TPM can open.
 func (d *Device) UnsealCredential(ctx context.Context, owner Owner, mem seal.Memory, blob []byte) (credential *seal.Secret, err error) {
 	c, err := parseCredential(blob)
 	if err != nil {
@@ -148,7 +149,7 @@ func (d *Device) UnsealCredential(ctx context.Context, owner Owner, mem seal.Mem
 	return credential, nil
 }
 
-// otherTPM tells a TPM that was cleared from another one.
+// otherTPM distinguishes a cleared TPM from another TPM.
 func (c *sealedCredential) otherTPM(t transport.TPM) error {
 	now, err := EKDigest(t)
 	switch {

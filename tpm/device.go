@@ -13,13 +13,13 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// DefaultTimeout bounds one operation (all commands of one Do). Discrete TPMs
-// need up to some seconds for an RSA key; a hanging one must not hang kleidi.
+// DefaultTimeout bounds one operation (all commands of one Do). A discrete TPM may need
+// some seconds for an RSA key; a hanging TPM must not hang kleidi.
 const DefaultTimeout = 30 * time.Second
 
-// Device is one TPM. It is opened for an operation only, or for a few that follow
-// each other (see Hold), and one operation runs at a time: a second client of a swtpm would hang, and handles
-// are per TPM where no resource manager stands in between.
+// Device is one TPM. It is open only during an operation, or during a few operations in
+// a row (see Hold), and runs one operation at a time. A second client of a swtpm would
+// hang, and without a resource manager all clients of a TPM share its handles.
 type Device struct {
 	addr    Address
 	timeout time.Duration
@@ -38,10 +38,10 @@ func NewDevice(addr Address, timeout time.Duration) *Device {
 	return d
 }
 
-// Do opens the TPM, runs f and closes the TPM. Commands are retried on
-// TPM_RC_RETRY, YIELDED, TESTING and NV_RATE until the deadline. An error of the
-// TPM itself is returned as f returned it; that the TPM cannot be reached, hangs
-// or answers garbage is a [*seal.Error] with [seal.CauseUnavailable].
+// Do opens the TPM, runs f and closes the TPM. Commands are retried on TPM_RC_RETRY,
+// YIELDED, TESTING and NV_RATE until the deadline. An error of the TPM itself is
+// returned as f returned it. If the TPM can't be reached, hangs or answers garbage, the
+// error is a [*seal.Error] with [seal.CauseUnavailable].
 func (d *Device) Do(ctx context.Context, f func(t transport.TPM) error) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, d.timeout)
 	defer cancel()
@@ -54,7 +54,7 @@ func (d *Device) Do(ctx context.Context, f func(t transport.TPM) error) (err err
 }
 
 // enter opens the TPM for an operation, or takes the connection that ctx holds, see
-// [Device.Hold]. The caller leaves when the operation has ended.
+// [Device.Hold]. The caller calls leave when the operation has ended.
 func (d *Device) enter(ctx context.Context) (c *conn, leave func(), err error) {
 	if h := d.heldBy(ctx); h != nil {
 		if c, leave, err = h.enter(ctx); c != nil || err != nil {
@@ -67,8 +67,8 @@ func (d *Device) enter(ctx context.Context) (c *conn, leave func(), err error) {
 	return c, func() { d.disconnect(c) }, nil
 }
 
-// connect waits for the device's turn, opens the TPM and flushes what a client that
-// was killed left in it.
+// connect waits for the device's turn, opens the TPM, and flushes the objects and
+// sessions that a killed client left in it.
 func (d *Device) connect(ctx context.Context) (*conn, error) {
 	if h := d.holder.Load(); h != nil {
 		h.giveWay(ctx)
@@ -98,8 +98,8 @@ func (d *Device) disconnect(c *conn) {
 	d.turn <- struct{}{}
 }
 
-// guard turns a panic into an error: go-tpm unmarshals what the TPM answered by
-// reflection, and a TPM that answers garbage must not end the process.
+// guard turns a panic into an error. go-tpm unmarshals responses by reflection, and a
+// TPM that answers garbage must not end the process.
 func guard(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -111,7 +111,7 @@ func guard(f func() error) (err error) {
 
 type panicError struct{ value any }
 
-// Error names the type only: the value could hold what was being unmarshalled.
+// Error names only the type: the value could hold parts of the response.
 func (e *panicError) Error() string {
 	return fmt.Sprintf("the TPM's answer could not be read (%T)", e.value)
 }
@@ -135,7 +135,7 @@ func hintFor(a Address, err error) string {
 type conn struct {
 	ctx    context.Context
 	stream stream
-	last   []byte // the response handed out last, cleared when it is of no more use
+	last   []byte // the last response handed out; cleared when nobody needs it any more
 	broken error  // the first fault of the stream; nothing is sent after it
 	held   bool   // for several operations, which share srks
 	srks   srks
@@ -164,7 +164,8 @@ func (c *conn) close() {
 	_ = c.stream.Close()
 }
 
-// blame makes an error of the stream, or an unreadable answer, the device's.
+// blame turns an error of the stream, or an unreadable response, into a fault of the
+// device.
 func (c *conn) blame(d *Device, err error) error {
 	if err == nil {
 		return nil
@@ -179,8 +180,8 @@ func (c *conn) blame(d *Device, err error) error {
 	return err
 }
 
-// The response codes after which the same command is to be sent again (TPM 2.0
-// Library, Part 2, table 17, warning codes).
+// After these response codes the same command is sent again (TPM 2.0 Library, Part 2,
+// table 17, warning codes).
 var again = map[tpm2.TPMRC]bool{
 	tpm2.TPMRCRetry:   true,
 	tpm2.TPMRCYielded: true,
@@ -201,7 +202,7 @@ func (c *conn) Send(command []byte) ([]byte, error) {
 	if c.broken != nil {
 		return nil, c.broken
 	}
-	var busy error // what the TPM answered so far
+	var busy error // the TPM's last answer
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
 		response, rc, err := roundTrip(c.ctx, c.stream, command)
 		if err != nil {
@@ -231,7 +232,7 @@ func untilTheDeadline(rc error) error {
 
 // flushStale flushes the transient objects and sessions that a killed client
 // left in a TPM without resource manager: three of either exhaust a swtpm. Such
-// a TPM has one client at a time, so they are nobody's.
+// a TPM has one client at a time, so no living client owns them.
 func flushStale(t transport.TPM) error {
 	for _, first := range []uint32{uint32(tpm2.TPMHTTransient) << 24, uint32(tpm2.TPMHTLoadedSession) << 24} {
 		r, err := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: first, PropertyCount: 64}.Execute(t)

@@ -1,11 +1,11 @@
-// Package tpm speaks to one TPM 2.0: it seals KEKs to it, quotes its PCRs and
-// is kleidi's TPM wrapper.
+// Package tpm talks to one TPM 2.0: it seals KEKs to the TPM and quotes its PCRs. Its
+// [Wrapper] is kleidi's TPM wrapper.
 //
 // A [Device] is opened for an operation and closed after it. All sessions that
-// carry a key are salted to the storage root key whose Name the slot records
-// and encrypt their parameters, so that who listens on the bus, or answers in
-// the TPM's place, learns nothing.
+// carry a key are salted to the storage root key whose Name the slot records,
+// and encrypt their parameters. So neither an eavesdropper on the bus nor an
+// impostor in the TPM's place learns the key.
 //
-// What the TPM itself enforces before it unseals is an authorization policy,
-// computed by package authpolicy.
+// Before it unseals, the TPM itself enforces an authorization policy. Package
+// authpolicy computes it.
 package tpm

@@ -22,9 +22,9 @@ type EK struct {
 	SPKI   []byte // SubjectPublicKeyInfo, DER
 }
 
-// EKDigest returns what a node is known by: "sha256:" and the hexadecimal
-// SHA-256 of the SubjectPublicKeyInfo of its endorsement key, RSA-2048 where
-// the TPM has it, else ECC P-256. TPM2_Clear does not change it.
+// EKDigest returns the digest that identifies a node: "sha256:" and the hexadecimal
+// SHA-256 of the SubjectPublicKeyInfo of its endorsement key, RSA-2048 if the TPM has
+// one, else ECC P-256. TPM2_Clear does not change the digest.
 func EKDigest(t transport.TPM) (digest string, err error) {
 	err = WithEK(t, func(ek *EK) error {
 		digest = EKDigestOf(ek.SPKI)
@@ -39,9 +39,9 @@ func EKDigestOf(spki []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// WithEK runs f with the endorsement key: RSA-2048 where the TPM has it, else ECC
-// P-256. The persistent key at 0x81010001 is used where it is one; else the key is
-// made again as a transient primary, which takes seconds, and flushed.
+// WithEK runs f with the endorsement key: RSA-2048 if the TPM has one, else ECC P-256.
+// It uses the persistent key at 0x81010001 if that is an endorsement key. Otherwise it
+// makes the key again as a transient primary, which takes seconds, and flushes it.
 func WithEK(t transport.TPM, f func(*EK) error) error {
 	if r, err := (tpm2.ReadPublic{ObjectHandle: ekHandle}).Execute(t); err == nil {
 		pub, err := r.OutPublic.Contents()
@@ -82,10 +82,10 @@ func withEK(h tpm2.TPMHandle, pub *tpm2.TPMTPublic, f func(*EK) error) error {
 	return f(&EK{Handle: h, Name: *name, Public: *pub, SPKI: spki})
 }
 
-// Activate returns the secret of a credential that was made for this endorsement
-// key and the attestation key: TPM2_ActivateCredential, which answers only while
-// both are loaded, the latter with its private part. The secret crosses the bus
-// encrypted in a session that srk salts.
+// Activate returns the secret of a credential that was made for this endorsement key
+// and the attestation key. TPM2_ActivateCredential answers only while both keys are
+// loaded, the attestation key with its private part. The secret crosses the bus
+// encrypted, in a session salted to srk.
 func (ek *EK) Activate(t transport.TPM, srk *SRK, ak *AK, credential, encrypted []byte) ([]byte, error) {
 	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, srk.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
 	if err != nil {
@@ -108,8 +108,8 @@ func (ek *EK) Activate(t transport.TPM, srk *SRK, ak *AK, credential, encrypted 
 	return r.CertInfo.Buffer, nil
 }
 
-// Where a TPM's manufacturer keeps the certificate of its endorsement key (TCG EK
-// Credential Profile, 2.2.1.4 and 2.2.1.5).
+// The NV indices at which a manufacturer stores the certificate of the endorsement key
+// (TCG EK Credential Profile, 2.2.1.4 and 2.2.1.5).
 const (
 	rsaCertificate = tpm2.TPMHandle(0x01c00002)
 	eccCertificate = tpm2.TPMHandle(0x01c0000a)
@@ -119,13 +119,13 @@ const (
 	// maxCertificate bounds a certificate in the TPM, in bytes; real ones have
 	// 1,000 to 2,000.
 	maxCertificate = 8 << 10
-	// nvBlock is how much one TPM2_NV_Read asks for, in bytes; every TPM has more room.
+	// nvBlock is the size of one TPM2_NV_Read, in bytes; every TPM supports it.
 	nvBlock = 512
 )
 
-// EKCertificate returns what stands in the TPM as the certificate of the
-// endorsement key (DER, perhaps padded), or nil if nothing can be read there. It
-// is a claim: nothing vouches for it here.
+// EKCertificate returns the content of the NV index for the certificate of the
+// endorsement key (DER, perhaps padded), or nil if nothing can be read there. It is a
+// claim that nothing vouches for yet.
 func EKCertificate(t transport.TPM, ek *EK) []byte {
 	handle := rsaCertificate
 	if ek.Public.Type == tpm2.TPMAlgECC {

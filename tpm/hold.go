@@ -6,18 +6,18 @@ import (
 	"time"
 )
 
-// holdIdle is how long a held connection stays open between two operations: the TPM is
-// not kept from other processes while a token or a server is asked.
+// holdIdle is how long a held connection stays open between two operations. So a slow
+// token or server between them does not keep other processes from the TPM.
 const holdIdle = 2 * time.Second
 
-// releaseTimeout bounds the flushing at the end of a held connection, in which a TPM
-// that hangs is not to be waited for any longer.
+// releaseTimeout bounds the flushing at the end of a held connection. A hanging TPM
+// gets no more time than that.
 const releaseTimeout = 5 * time.Second
 
-// Hold has the operations of the returned context share one connection, one storage
-// root key and one session salted to it: making the key takes most of an operation's
-// time, and an unlock is three operations. Operations with another context have the
-// TPM in between. The caller ends it with release.
+// Hold lets the operations of the returned context share one connection, one storage
+// root key and one session salted to that key. Making the key takes most of an
+// operation's time, and an unlock is three operations. Operations with another context
+// may use the TPM in between. The caller calls release at the end.
 func (d *Device) Hold(ctx context.Context) (held context.Context, release func()) {
 	h := &hold{device: d, turn: make(chan struct{}, 1)}
 	h.turn <- struct{}{}
@@ -31,12 +31,12 @@ func (d *Device) heldBy(ctx context.Context) *hold {
 	return h
 }
 
-// hold is a connection that several operations share. It is opened by the first of
-// them, and by the next one after it was idle or broke.
+// hold is a connection that several operations share. The first operation opens it. The
+// next one opens it again after it was idle or broke.
 type hold struct {
 	device *Device
 	turn   chan struct{} // as Device.turn; it guards the members below
-	conn   *conn         // nil where none is open
+	conn   *conn         // nil if none is open
 	idle   *time.Timer   // closes conn
 	ended  bool
 }
@@ -83,7 +83,7 @@ func (h *hold) leave() {
 	h.turn <- struct{}{}
 }
 
-// rest closes the connection unless an operation has begun again.
+// rest closes the connection unless another operation has begun.
 func (h *hold) rest() {
 	select {
 	case <-h.turn:
@@ -93,7 +93,7 @@ func (h *hold) rest() {
 	}
 }
 
-// giveWay closes the connection when its operation, if there is one, has ended.
+// giveWay closes the connection, after its operation if one is running.
 func (h *hold) giveWay(ctx context.Context) {
 	select {
 	case <-h.turn:

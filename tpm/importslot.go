@@ -14,19 +14,21 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// formImport is the form of a slot that another node made for this one's TPM, from
-// public data alone. Its terms are those of a sealed slot. Who records such a slot and
-// breaks ECDH on P-256 later has the KEK, so a node seals what it has opened on its own
-// TPM, and keeps no import slot.
+// formImport is the form of a slot that another node made for this node's TPM, from
+// public data alone. Its terms are the same as those of a sealed slot. An attacker who
+// records such a slot and breaks ECDH on P-256 later learns the KEK. So a node seals
+// the KEK again on its own TPM once it has opened an import slot, and keeps no import
+// slot.
 const formImport = "import-v1"
 
-// importAttributes are the object attributes of an imported KEK. It can't have
-// fixedTPM, since it was made elsewhere. It can't be moved on all the same: an object
-// without TPM2_PolicyDuplicationSelect in its authorization policy is never duplicated.
+// importAttributes are the object attributes of an imported KEK. fixedTPM is clear,
+// because the object is made outside the TPM. The object still can't be moved on: TPM2
+// never duplicates an object without TPM2_PolicyDuplicationSelect in its authorization
+// policy.
 var importAttributes = tpm2.TPMAObject{NoDA: true, AdminWithPolicy: true}
 
-// EpochIndex is the NV index of a node's epoch counter. Its Name is computed by this
-// process's own code, never taken from that node.
+// EpochIndex is the NV index of a node's epoch counter. The code of this process
+// computes its Name and never takes it from that node.
 type EpochIndex interface {
 	Index() uint32
 	Name() []byte
@@ -35,14 +37,14 @@ type EpochIndex interface {
 // Peer is the TPM of another node, as the node's entry in the keyring describes it.
 type Peer struct {
 	Node  string
-	EK    string // digest, for messages alone: see [EKDigest]
+	EK    string // digest, only for messages: see [EKDigest]
 	SRK   []byte // TPMT_PUBLIC
 	Epoch EpochIndex
 }
 
-// ParseSRK reads the public area of a storage root key. It accepts exactly the
-// template that kleidi uses, so that the Name says which TPM parent it is: a
-// restricted decryption key, which gives nothing away that was wrapped for it.
+// ParseSRK reads the public area of a storage root key. It accepts only the template
+// that kleidi uses. So the Name identifies a TPM parent: a restricted decryption key,
+// which never reveals what was wrapped for it.
 func ParseSRK(public []byte) (*tpm2.TPMTPublic, error) {
 	p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
 	if err != nil {
@@ -58,8 +60,8 @@ func ParseSRK(public []byte) (*tpm2.TPMTPublic, error) {
 	return p, nil
 }
 
-// WrapFor wraps kek for a boot state of another node, up to and with the epoch
-// atMost. It needs no TPM. That node's wrapper opens the slot.
+// WrapFor wraps kek for a boot state of another node, up to and including the epoch
+// atMost. It needs no TPM. The wrapper of that node opens the slot.
 func WrapFor(p Peer, kek *seal.Secret, state BootState, atMost uint64) (seal.Slot, error) {
 	state.Record = nil // the node itself knows what led to the values
 	if err := state.Check(); err != nil {
@@ -82,8 +84,8 @@ func WrapFor(p Peer, kek *seal.Secret, state BootState, atMost uint64) (seal.Slo
 	return seal.Slot{Type: seal.TypeTPM, Node: p.Node, Data: data}, nil
 }
 
-// wrapImport fills what depends on the KEK: the object's public area and its private
-// one, encrypted to the storage root key.
+// wrapImport sets the fields that depend on the KEK: the public area of the object, and
+// its private area, encrypted to the storage root key.
 func (d *slotData) wrapImport(srkPublic []byte, kek *seal.Secret, digest []byte) error {
 	srk, err := ParseSRK(srkPublic)
 	if err != nil {
@@ -99,7 +101,7 @@ func (d *slotData) wrapImport(srkPublic []byte, kek *seal.Secret, digest []byte)
 		return fmt.Errorf("storage root key: %w", err)
 	}
 	err = errors.New("no KEK to wrap: it is closed or of another size")
-	defer seal.Collect() // what go-tpm marshalled
+	defer seal.Collect() // the buffers that go-tpm marshalled
 	kek.With(func(b []byte) {
 		if len(b) == seal.KEKSize {
 			seal.Erase(func() { err = d.encapsulate(key, b, digest) })
@@ -108,8 +110,8 @@ func (d *slotData) wrapImport(srkPublic []byte, kek *seal.Secret, digest []byte)
 	return err
 }
 
-// encapsulate makes a sealed object as the TPM would have made it (TPM 2.0 Library,
-// Part 1, 27.6.3, for the unique field), and its duplicate.
+// encapsulate makes a sealed object as the TPM would make it (TPM 2.0 Library, Part 1,
+// 27.6.3, for the unique field), and the duplicate of that object.
 func (d *slotData) encapsulate(key tpm2.LabeledEncapsulationKey, kek, digest []byte) error {
 	seed := make([]byte, sha256.Size)
 	rand.Read(seed)
@@ -133,8 +135,8 @@ func (d *slotData) encapsulate(key tpm2.LabeledEncapsulationKey, kek, digest []b
 	return err
 }
 
-// imported returns the private area of the slot's object as this TPM loads it:
-// TPM2_Import turns a duplicate into one.
+// imported returns the private area of the slot's object in the form that this TPM
+// loads: TPM2_Import converts the duplicate.
 func (d *slotData) imported(t transport.TPM, srk *SRK) ([]byte, error) {
 	if d.EncSeed == nil {
 		return d.Private, nil

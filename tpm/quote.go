@@ -14,8 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// Quote is a TPM's signed statement of PCR values, and the key that signed it.
-// Who receives one trusts nothing in it before the signature verifies.
+// Quote is a TPM's signed statement of PCR values, with the key that signed it. A
+// recipient must trust nothing in it before verifying the signature.
 type Quote struct {
 	AKPublic  []byte         // TPMT_PUBLIC of the attestation key
 	Attest    []byte         // TPMS_ATTEST
@@ -38,12 +38,12 @@ func (d *Device) Quote(ctx context.Context, owner Owner, srk, nonce []byte, bank
 type Quoter struct {
 	Device *Device
 	Owner  Owner
-	// AK keeps the attestation key; nil has a fresh one made for each quote.
+	// AK keeps the attestation key. If nil, each quote uses a fresh one.
 	AK AKStore
 }
 
-// Quote quotes the PCRs; nonce, of at most 64 bytes, becomes the quote's extraData.
-// srk is the Name of a storage root key to use if it is at hand, or nil.
+// Quote quotes the PCRs; nonce, of at most 64 bytes, becomes the quote's extraData. srk
+// is the Name of a storage root key to prefer if the TPM has it at hand, or nil.
 func (q Quoter) Quote(ctx context.Context, srk, nonce []byte, bank crypto.Hash, pcrs []int) (quote *Quote, err error) {
 	err = q.Device.Do(ctx, func(t transport.TPM) error {
 		return withAnySRK(t, q.Owner, srk, func(srk *SRK) error {
@@ -84,8 +84,8 @@ func (ak *AK) Quote(t transport.TPM, nonce []byte, bank crypto.Hash, pcrs []int)
 	return nil, errors.New("TPM2_Quote: PCRs change faster than they can be quoted")
 }
 
-// states reports whether the quote is over these values. It is no verification:
-// it finds out whether a PCR was extended in between.
+// states reports whether the quote covers these values. It verifies nothing: it only
+// detects a PCR that was extended in between.
 func states(quoted tpm2.TPM2BAttest, pcrs []int, values map[int][]byte) bool {
 	a, err := quoted.Contents()
 	if err != nil {

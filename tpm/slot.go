@@ -16,11 +16,11 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// Forms of slots that were made on the TPM that opens them (fixedTPM,
-// fixedParent). What needs none of the later form's members keeps the first one.
+// Forms of slots that were made on the TPM that opens them (fixedTPM, fixedParent). A
+// slot without the members of the later form keeps the first form.
 const (
 	formSealed   = "sealed-v1" // PolicyPCR, PolicyNV
-	formSealedV2 = "sealed-v2" // and what a Use other than present needs
+	formSealedV2 = "sealed-v2" // the same, and the policies for every other Use and for a verifier
 )
 
 // sealedAttributes are the object attributes of every sealed KEK: it never
@@ -28,23 +28,24 @@ const (
 // part in the dictionary-attack lockout.
 var sealedAttributes = tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true, AdminWithPolicy: true}
 
-// Use is what a slot is for.
+// Use is the purpose of a slot.
 type Use string
 
 // The uses of slots.
 const (
 	// UsePresent is the boot that was attested when the slot was made.
 	UsePresent Use = ""
-	// UseNext is a boot that was computed from the files of the next one.
+	// UseNext is a boot that was predicted from the files of the next boot.
 	UseNext Use = "next"
-	// UseSuspend is any boot that leaves the PCRs as they are, for a few boots.
+	// UseSuspend is any boot with the same values of the PCRs, for a few boots.
 	UseSuspend Use = "suspend"
-	// UseSigned is any boot that leaves the PCRs as they are and whose other PCRs
-	// an operator's key has signed.
+	// UseSigned is any boot with the same values of the PCRs whose other PCRs an
+	// operator's key has signed.
 	UseSigned Use = "signed"
 )
 
-// Signer is who may sign boot states, and what for.
+// Signer identifies a key that may sign boot states, and the policyRef that it signs
+// for.
 type Signer struct {
 	Key tpm2.TPMTPublic // made by authpolicy.PublicKey
 	Ref []byte          // at most 32 bytes; signed with each boot state
@@ -64,22 +65,22 @@ type Verifier struct {
 type BootState struct {
 	authpolicy.PCR
 	Use Use
-	// Signer signs the other PCRs, for UseSigned alone.
+	// Signer signs the other PCRs; only for UseSigned.
 	Signer *Signer
-	// Resets is the last resetCount of the TPM, for UseSuspend alone.
+	// Resets is the TPM's last resetCount at which the slot opens; only for UseSuspend.
 	Resets uint32
-	// Verifier must agree each time; nil is none.
+	// Verifier must agree to each opening; nil means no verifier.
 	Verifier *Verifier
-	// Record is what explains the values to a person (events and digests), a
-	// JSON document that this package keeps and does not read.
+	// Record explains the values to a person (events and digests). It is a JSON
+	// document that this package keeps and does not read.
 	Record json.RawMessage
 }
 
-// slotData is the JSON in Slot.Data. All of it is untrusted; what it says of its
-// authorization policy must hash to the one that the TPM enforces.
+// slotData is the JSON in Slot.Data. All of it is untrusted, but the terms in it must
+// hash to the authorization policy that the TPM enforces.
 type slotData struct {
 	Form     string           `json:"form"`
-	Made     time.Time        `json:"made"`              // for people: how old the slot is
+	Made     time.Time        `json:"made"`              // only for display: the age of the slot
 	SRK      hexBytes         `json:"srk"`               // Name of the storage root key
 	EK       string           `json:"ek"`                // digest of the endorsement key, see EKDigest
 	Public   []byte           `json:"public"`            // TPMT_PUBLIC
@@ -177,9 +178,9 @@ func corrupt(format string, args ...any) error {
 		"the TPM slot is damaged: "+format, args...).OrRecover()
 }
 
-// parseSlot reads a slot's data and proves it consistent with itself: the
-// authorization policy that its PCR values and epoch come to is the one in the
-// object's public area, and the object has the attributes that kleidi gives.
+// parseSlot reads a slot's data and proves that it is consistent: the authorization
+// policy computed from its PCR values and its epoch is the one in the object's public
+// area, and the object has the attributes that kleidi sets.
 func parseSlot(slot seal.Slot, counter Counter) (*slotData, error) {
 	if len(slot.Data) > seal.MaxSlotData {
 		return nil, corrupt("%d bytes, at most %d are read", len(slot.Data), seal.MaxSlotData)
@@ -204,7 +205,7 @@ func parseSlot(slot seal.Slot, counter Counter) (*slotData, error) {
 	return &d, nil
 }
 
-// form is the form that a slot has by what it holds; "" is none.
+// form returns the form that the slot's members call for, or "" if they fit no form.
 func (d *slotData) form() string {
 	signed, suspended := d.Signer != nil, d.Resets != nil
 	switch {
@@ -229,11 +230,11 @@ func clip(s string) string {
 	return strconv.QuoteToASCII(s)
 }
 
-// nameSize is the size of a Name by SHA-256: the algorithm, then the digest.
+// nameSize is the size of a Name with SHA-256: the algorithm, then the digest.
 const nameSize = 2 + 32
 
 func (d *slotData) parse(counter Counter) error {
-	if len(d.SRK) != nameSize { // none at all would stand for any
+	if len(d.SRK) != nameSize { // an empty Name would match any key
 		return fmt.Errorf("the Name of its storage root key has %d bytes, want %d", len(d.SRK), nameSize)
 	}
 	bank, err := ParseBank(d.Bank)
@@ -281,7 +282,7 @@ func (d *slotData) parse(counter Counter) error {
 	return checkPublic(d.public, attributes, digest)
 }
 
-// checkPublic refuses a sealed object of another kind than kleidi makes.
+// checkPublic refuses a sealed object of any other kind than kleidi makes.
 func checkPublic(p *tpm2.TPMTPublic, attributes tpm2.TPMAObject, digest []byte) error {
 	switch {
 	case p.Type != tpm2.TPMAlgKeyedHash || p.NameAlg != tpm2.TPMAlgSHA256:
@@ -294,9 +295,9 @@ func checkPublic(p *tpm2.TPMTPublic, attributes tpm2.TPMAObject, digest []byte) 
 	return nil
 }
 
-// terms is the authorization policy of a sealed slot: PolicyAuthorize where
-// others may sign, PolicyPCR, PolicyCounterTimer where boots are counted, PolicyNV,
-// PolicySigned where a verifier must agree: it is asked last.
+// terms returns the authorization policy of a sealed slot: PolicyAuthorize if others
+// may sign, PolicyPCR, PolicyCounterTimer if boots are counted, PolicyNV, and
+// PolicySigned if a verifier must agree. The verifier is asked last.
 func terms(s *BootState, counter EpochIndex, atMost uint64) authpolicy.Terms {
 	var ts authpolicy.Terms
 	if s.Signer != nil {
@@ -313,7 +314,7 @@ func terms(s *BootState, counter EpochIndex, atMost uint64) authpolicy.Terms {
 	return ts
 }
 
-// Demand is what a slot asks of the machine, for display and for the quote.
+// Demand is what a slot demands of the machine, for display and for the quote.
 type Demand struct {
 	State  BootState
 	AtMost uint64 // the last epoch in which the slot opens
@@ -322,8 +323,8 @@ type Demand struct {
 	Made   time.Time
 }
 
-// DemandOf reads what a TPM slot asks of the machine. It is as untrusted as the
-// slot, but consistent with what the TPM would enforce.
+// DemandOf reads the demands of a TPM slot. The result is as untrusted as the slot, but
+// consistent with what the TPM would enforce.
 func DemandOf(slot seal.Slot, counter Counter) (Demand, error) {
 	d, err := parseSlot(slot, counter)
 	if err != nil {

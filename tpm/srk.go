@@ -13,20 +13,19 @@ import (
 )
 
 // srkHandle is where a provisioned TPM keeps its storage root key (TCG TPM v2.0
-// Provisioning Guidance, 7.5.1). Others own what is there: kleidi reads it and
-// neither evicts nor replaces it.
+// Provisioning Guidance, 7.5.1). The key belongs to others: kleidi uses it, and never
+// evicts or replaces it.
 const srkHandle = tpm2.TPMHandle(0x81000001)
 
 // Owner is the owner hierarchy's authorization.
 type Owner struct {
-	// File holds the owner authorization value, of at most 64 bytes; one newline
-	// at its end is dropped. Empty means that the value is empty, as it is on
-	// nearly every machine.
+	// File holds the owner authorization value, at most 64 bytes; one newline at its
+	// end is dropped. If File is empty, so is the value, as on nearly every machine.
 	File string
 }
 
-// auth is a session that authorizes for the owner hierarchy without the value
-// crossing the bus.
+// auth is a session that authorizes for the owner hierarchy. The value does not cross
+// the bus.
 func (o Owner) auth(opts ...tpm2.AuthOption) (tpm2.Session, error) {
 	if o.File == "" {
 		return tpm2.PasswordAuth(nil), nil
@@ -43,7 +42,7 @@ func (o Owner) auth(opts ...tpm2.AuthOption) (tpm2.Session, error) {
 	return tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, append(opts, tpm2.Auth(b))...), nil
 }
 
-// OwnerHandle is TPM_RH_OWNER, authorized in a session that srk salts.
+// OwnerHandle is TPM_RH_OWNER, authorized in a session salted to srk.
 func (o Owner) OwnerHandle(srk *SRK) (tpm2.AuthHandle, error) {
 	s, err := o.auth(srk.salted())
 	return tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: s}, err
@@ -57,7 +56,7 @@ type SRK struct {
 	Handle tpm2.TPMHandle
 	Name   tpm2.TPM2BName
 	Public tpm2.TPMTPublic
-	shared *sharedSession // nil where there is none to share
+	shared *sharedSession // nil if there is no session to share
 }
 
 // auth is the SRK itself, authorized by its empty value.
@@ -67,10 +66,10 @@ func (s *SRK) auth(session tpm2.Session) tpm2.AuthHandle {
 
 func (s *SRK) salted() tpm2.AuthOption { return tpm2.Salted(s.Handle, s.Public) }
 
-// Session is an HMAC session salted to the SRK: a response that it authenticates came
-// from this TPM. Without options it is one session for all commands as long as the SRK
-// is loaded, since starting one costs the TPM an elliptic-curve multiplication; each
-// command and each response has nonces of its own.
+// Session is an HMAC session salted to the SRK. A response that it authenticates came
+// from this TPM. Without options it is one session for all commands while the SRK is
+// loaded, because starting a session costs the TPM an elliptic-curve multiplication.
+// Each command and each response has fresh nonces.
 func (s *SRK) Session(opts ...tpm2.AuthOption) tpm2.Session {
 	if len(opts) == 0 && s.shared != nil {
 		return s.shared
@@ -80,7 +79,7 @@ func (s *SRK) Session(opts ...tpm2.AuthOption) tpm2.Session {
 
 // sharedSession is an HMAC session that is started for the first command that uses it.
 type sharedSession struct {
-	tpm2.Session // nil before
+	tpm2.Session // nil until the first command
 	salted       tpm2.AuthOption
 	end          func() error
 }
@@ -96,13 +95,13 @@ func (s *sharedSession) Init(t transport.TPM) (err error) {
 	return err
 }
 
-// errOtherSRK says that the TPM's SRK does not have the wanted Name.
+// errOtherSRK says that the TPM's SRK has another Name than the wanted one.
 var errOtherSRK = errors.New("the TPM's storage root key is another one")
 
-// WithSRK runs f with the storage root key: the TCG's ECC P-256 template in the
-// owner hierarchy. want is the Name that it must have, or nil to take the TPM's.
-// The persistent key at 0x81000001 is used where it has that Name; else the key
-// is made again as a transient primary, and flushed.
+// WithSRK runs f with the storage root key: the TCG's ECC P-256 template in the owner
+// hierarchy. want is the Name that it must have, or nil to take the TPM's own. WithSRK
+// uses the persistent key at 0x81000001 if that key has the Name want. Otherwise it
+// makes the key again as a transient primary, and flushes it.
 func WithSRK(t transport.TPM, owner Owner, want []byte, f func(*SRK) error) error {
 	keys, done := srksOf(t)
 	defer done()
@@ -119,8 +118,9 @@ func WithSRK(t transport.TPM, owner Owner, want []byte, f func(*SRK) error) erro
 	return f(srk)
 }
 
-// withAnySRK runs f with the persistent key at 0x81000001 if it has the Name
-// prefer, which needs no owner authorization and no time, else with one made again.
+// withAnySRK runs f with the persistent key at 0x81000001 if that key has the Name
+// prefer, which needs no owner authorization and no time. Otherwise it makes the key
+// again.
 func withAnySRK(t transport.TPM, owner Owner, prefer []byte, f func(*SRK) error) error {
 	keys, done := srksOf(t)
 	defer done()
@@ -134,12 +134,12 @@ func withAnySRK(t transport.TPM, owner Owner, prefer []byte, f func(*SRK) error)
 	return f(srk)
 }
 
-// srks are the storage root keys that are loaded: at most the persistent one and a
-// transient primary.
+// srks are the loaded storage root keys: at most the persistent one and a transient
+// primary.
 type srks struct{ persistent, transient *SRK }
 
-// srksOf returns the storage root keys of a connection that is held, else none, and
-// what releases them.
+// srksOf returns the storage root keys of a held connection, or none for any other
+// connection, and a function that releases them.
 func srksOf(t transport.TPM) (keys *srks, done func()) {
 	if c, ok := t.(*conn); ok && c.held {
 		return &c.srks, func() {}
@@ -191,7 +191,7 @@ func (k *srks) primary(t transport.TPM, owner Owner) (*SRK, error) {
 func (k *srks) release(t transport.TPM) {
 	for _, srk := range []*SRK{k.transient, k.persistent} {
 		if srk != nil && srk.shared.Session != nil {
-			_ = srk.shared.end() // as with flush
+			_ = srk.shared.end() // see flush
 		}
 	}
 	if k.transient != nil {
@@ -200,8 +200,8 @@ func (k *srks) release(t transport.TPM) {
 	*k = srks{}
 }
 
-// persistentSRK returns the key at 0x81000001 if it is the wanted one. Whatever
-// else is there is not ours and no fault.
+// persistentSRK returns the key at 0x81000001 if it has the Name want. Any other key
+// there belongs to others, and is no fault.
 func persistentSRK(t transport.TPM, want []byte) *SRK {
 	if want == nil {
 		return nil
@@ -217,7 +217,7 @@ func persistentSRK(t transport.TPM, want []byte) *SRK {
 	return srk
 }
 
-// newSRK computes the Name itself: the one in a response could be anybody's.
+// newSRK computes the Name itself, because an impostor could send any Name.
 func newSRK(h tpm2.TPMHandle, public *tpm2.TPM2BPublic) (*SRK, error) {
 	pub, err := public.Contents()
 	if err != nil {
@@ -232,7 +232,7 @@ func newSRK(h tpm2.TPMHandle, public *tpm2.TPM2BPublic) (*SRK, error) {
 	return srk, nil
 }
 
-// OwnerError gives a refusal of the owner authorization its cause.
+// OwnerError gives the cause to a refusal of the owner authorization.
 func OwnerError(err error) error {
 	if errors.Is(err, tpm2.TPMRCBadAuth) || errors.Is(err, tpm2.TPMRCAuthFail) {
 		return seal.Errorf(seal.CauseCredentials, "put the owner authorization value into a file and name it in tpm.ownerAuthFile",
@@ -241,6 +241,6 @@ func OwnerError(err error) error {
 	return err
 }
 
-// flush frees a handle. That it fails is no reason to fail what was done: the
-// next operation flushes what is left.
+// flush frees a handle. A failed flush does not fail the operation: the next operation
+// flushes what is left.
 func flush(t transport.TPM, h tpm2.TPMHandle) { _, _ = tpm2.FlushContext{FlushHandle: h}.Execute(t) }

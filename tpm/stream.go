@@ -16,11 +16,11 @@ import (
 
 const (
 	headerSize = 10   // tag, size, code (TPM 2.0 Library, Part 1, 18.2)
-	maxMessage = 4096 // what the PC Client profile's TPMs buffer, and swtpm
+	maxMessage = 4096 // the buffer size of the PC Client profile's TPMs, and of swtpm
 )
 
-// stream carries commands and responses; its reads and writes end with the context
-// that it was opened with, or that bind gave it.
+// stream carries commands and responses. Its reads and writes end with the context of
+// the open call, or with the context of the last bind.
 type stream interface {
 	io.ReadWriteCloser
 	// bind ties the stream to the context of another operation. It fails if the
@@ -98,8 +98,8 @@ func (s *socket) Close() error {
 	return s.Conn.Close()
 }
 
-// cause is why ctx ended, or, in the moment in which only the socket's deadline
-// has passed, that its deadline did.
+// cause returns why ctx ended. If only the socket's deadline has passed so far, cause
+// reports the deadline of ctx as passed.
 func cause(ctx context.Context) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
@@ -107,15 +107,15 @@ func cause(ctx context.Context) error {
 	return context.DeadlineExceeded
 }
 
-// file is a TPM's character device, opened non-blocking, so that the kernel
-// runs the command in the background and poll(2) tells when it has ended. A read
-// before that returns nothing, which os.File would take for the end of the file.
+// file is a TPM's character device, opened non-blocking, so that the kernel runs the
+// command in the background and poll(2) tells when the command has ended. An earlier
+// read returns nothing, which os.File would take for the end of the file.
 type file struct {
 	fd  int
 	ctx context.Context
 }
 
-// pollSlice is how often a wait for the device looks whether its context ended.
+// pollSlice is how often a wait for the device checks whether its context has ended.
 const pollSlice = 50 * time.Millisecond
 
 func openFile(ctx context.Context, path string) (stream, error) {
@@ -164,8 +164,8 @@ func (f *file) Read(b []byte) (int, error) {
 
 func (f *file) Close() error { return unix.Close(f.fd) }
 
-// roundTrip sends one command and reads exactly one response, whose length its
-// own header states.
+// roundTrip sends one command and reads exactly one response, of the length in the
+// response's header.
 func roundTrip(ctx context.Context, s stream, command []byte) ([]byte, tpm2.TPMRC, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, 0, cause(ctx)
@@ -176,7 +176,7 @@ func roundTrip(ctx context.Context, s stream, command []byte) ([]byte, tpm2.TPMR
 	if _, err := s.Write(command); err != nil {
 		return nil, 0, fmt.Errorf("send a command: %w", err)
 	}
-	// A character device hands out the whole response to one read, or drops the rest.
+	// A character device returns the whole response to one read, and drops the rest.
 	buf := make([]byte, maxMessage)
 	n, err := io.ReadAtLeast(s, buf, headerSize)
 	if err != nil {

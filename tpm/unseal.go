@@ -13,9 +13,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// StateError says that the boot state that a slot demands is not the machine's.
+// StateError says that the machine is not in the boot state that a slot demands.
 type StateError struct {
-	Was BootState // what the slot demands
+	Was BootState // the boot state that the slot demands
 	err error
 }
 
@@ -25,11 +25,11 @@ func (e *StateError) Error() string { return e.err.Error() }
 // Unwrap returns what the TPM answered.
 func (e *StateError) Unwrap() error { return e.err }
 
-// unsealTries bounds how often an unseal is repeated because any PCR, one of
-// IMA's for instance, was extended while it ran.
+// unsealTries bounds how often an unseal is repeated because a PCR, for instance IMA's,
+// was extended in the meantime.
 const unsealTries = 8
 
-// Unwrap implements [seal.Wrapper]. That the machine booted otherwise is
+// Unwrap implements [seal.Wrapper]. If the machine booted in another way, the error is
 // [seal.CauseBootState] with a [*StateError].
 func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
 	if slot.Type != seal.TypeTPM || slot.Node != w.Node {
@@ -60,8 +60,8 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	return kek, nil
 }
 
-// damaged are the response codes of TPM2_Load and TPM2_Import that blame what is loaded (TPM 2.0
-// Library, Part 3, 12.2); all others are the TPM's own trouble.
+// damaged are the response codes by which TPM2_Load and TPM2_Import blame the object
+// (TPM 2.0 Library, Part 3, 12.2). All other codes mean trouble of the TPM itself.
 var damaged = []tpm2.TPMRC{
 	tpm2.TPMRCIntegrity, tpm2.TPMRCSize, tpm2.TPMRCValue, tpm2.TPMRCAttributes, tpm2.TPMRCHash, tpm2.TPMRCType, tpm2.TPMRCKeySize,
 	tpm2.TPMRCScheme, tpm2.TPMRCSymmetric, tpm2.TPMRCBinding, tpm2.TPMRCInsufficient, tpm2.TPMRCSelector, tpm2.TPMRCKDF, tpm2.TPMRCSensitive,
@@ -83,14 +83,14 @@ func (w *Wrapper) unseal(ctx context.Context, t transport.TPM, srk *SRK, d *slot
 	return nil, err
 }
 
-// unsealOnce loads the object last: until its authorization policy is satisfied,
-// the few places that a TPM has for objects are for the keys that this takes.
+// unsealOnce loads the object last. Until then the few object slots of a TPM are free
+// for the keys that its authorization policy needs.
 func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) (kek *seal.Secret, err error) {
 	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, srk.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
 	if err != nil {
 		return nil, fmt.Errorf("TPM2_StartAuthSession: %w", err)
 	}
-	defer func() { _ = done() }() // a session that the TPM has ended already can't be ended again
+	defer func() { _ = done() }() // a session that the TPM has already ended can't be ended again
 	if err := w.terms(ctx, t, srk, d).Satisfy(t, session); err != nil {
 		return nil, err
 	}
@@ -110,15 +110,15 @@ func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *SRK, d *
 		return nil
 	})
 	if errors.Is(err, tpm2.TPMRCPolicyFail) {
-		// The PCRs were right, and parseSlot computed the digest: what is left is
-		// an NV index of another Name whose value passed.
+		// The PCRs were right, and parseSlot computed the digest. The only remaining
+		// cause is an NV index with another Name and a value that passed.
 		err = fmt.Errorf("%w: %w", authpolicy.ErrCounter, err)
 	}
 	return kek, err
 }
 
-// unseal moves what a sealed object holds into locked memory, if its size fits. What
-// go-tpm leaves behind is erased once it is collected.
+// unseal moves the content of a sealed object into locked memory, if its size fits. The
+// garbage collection erases the copies that go-tpm leaves behind.
 func unseal(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session, mem seal.Memory, fits func(n int) error) (secret *seal.Secret, err error) {
 	seal.Erase(func() {
 		var r *tpm2.UnsealResponse
@@ -136,7 +136,7 @@ func unseal(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session, mem 
 	return secret, err
 }
 
-// terms are those of the slot, with the boot states that are signed for it, and
+// terms returns the terms of the slot, with the boot states that are signed for it and
 // with the way to its verifier.
 func (w *Wrapper) terms(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) authpolicy.Terms {
 	ts := slices.Clone(d.terms)
@@ -157,8 +157,7 @@ func (w *Wrapper) terms(ctx context.Context, t transport.TPM, srk *SRK, d *slotD
 	return ts
 }
 
-// load loads an object. Where it is the object that the TPM blames, broken makes the
-// error.
+// load loads an object. If the TPM blames the object, broken makes the error.
 func load(t transport.TPM, srk *SRK, public tpm2.TPM2BPublic, private []byte, broken func(format string, args ...any) error) (object tpm2.NamedHandle, err error) {
 	r, err := tpm2.Load{ParentHandle: srk.auth(srk.Session()), InPrivate: tpm2.TPM2BPrivate{Buffer: private}, InPublic: public}.Execute(t)
 	if err != nil {
@@ -170,8 +169,8 @@ func load(t transport.TPM, srk *SRK, public tpm2.TPM2BPublic, private []byte, br
 	return tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name}, nil
 }
 
-// ResetCount returns how often the TPM was reset, once at every boot. The limit of a
-// suspension depends on it, so an answer from the bus alone does not do.
+// ResetCount returns how often the TPM was reset, once per boot. A session
+// authenticates the answer, because the limit of a suspension depends on it.
 func (d *Device) ResetCount(ctx context.Context, owner Owner) (count uint32, err error) {
 	err = d.Do(ctx, func(t transport.TPM) error {
 		return WithSRK(t, owner, nil, func(srk *SRK) error {

@@ -24,7 +24,7 @@ type Counter interface {
 	RaiseTo(t transport.TPM, srk *SRK, value uint64) error
 }
 
-// Config is what a Wrapper needs.
+// Config is the configuration of a Wrapper.
 type Config struct {
 	Device  *Device
 	Owner   Owner
@@ -34,44 +34,45 @@ type Config struct {
 	Node string
 	// State returns the attested boot state that Wrap seals to.
 	State func(context.Context) (BootState, error)
-	// Signed returns the boot states that are signed by this signer, wherever they
-	// are kept; nothing vouches for them. nil is none.
+	// Signed returns all known boot states that this signer has signed. Nothing vouches
+	// for them. nil means none.
 	Signed func(Signer) []authpolicy.SignedState
-	// Ask has a slot's verifier sign for a session with this nonce. nil means that
-	// none can be asked.
+	// Ask makes a slot's verifier sign for a session with this nonce. nil means that no
+	// verifier can be asked.
 	Ask func(context.Context, transport.TPM, *SRK, Verifier, []byte) (tpm2.TPMTSignature, error)
 }
 
 // Wrapper seals KEKs to this machine's TPM. It implements [seal.Wrapper].
 type Wrapper struct {
 	Config
-	ahead   uint64                  // by how many epochs Wrap seals ahead of the counter
-	revoke  []seal.Slot             // whose epochs end before that of what Wrap makes
-	follows bool                    // a slot that is like one that is revoked is not made
-	asks    *Verifier               // who must agree to what Wrap makes, if not nil
-	like    *slotData               // whose storage root key Wrap seals to, if not nil
+	ahead   uint64                  // how many epochs above the counter Wrap seals to
+	revoke  []seal.Slot             // slots whose epochs end before the epoch of a new slot
+	follows bool                    // refuse to re-create a revoked slot
+	asks    *Verifier               // the verifier that must agree to opening a new slot, if not nil
+	like    *slotData               // the slot whose storage root key Wrap seals to, if not nil
 	ek      *atomic.Pointer[string] // the machine's EK digest once known: making the key takes seconds
 }
 
 // NewWrapper returns the TPM wrapper; it touches no TPM.
 func NewWrapper(c Config) *Wrapper { return &Wrapper{Config: c, ek: new(atomic.Pointer[string])} }
 
-// SealOptions say how a [Wrapper] seals where that is not to the present epoch of
-// whichever TPM answers.
+// SealOptions change how a [Wrapper] seals. Without them it seals to the present epoch,
+// on whichever TPM answers.
 type SealOptions struct {
-	// NextEpoch seals for the epoch after the present one, and after those of the slots
-	// in Revoke: these no longer open once Settle has ended it.
+	// NextEpoch seals for the epoch after the present one, and after the epochs of the
+	// slots in Revoke. Those slots no longer open once Settle has ended their epochs.
 	NextEpoch bool
 	Revoke    []seal.Slot
-	// Verifier must agree before a slot opens; nil is none.
+	// Verifier must agree before a slot opens; nil means no verifier.
 	Verifier *Verifier
-	// SameTPMAs are authenticated slots. Sealing goes under the storage root key of this
-	// node's TPM slot among them and under no other, so that an impostor in the TPM's
-	// place learns nothing. Without one, the TPM that answers is trusted.
+	// SameTPMAs are authenticated slots. A new slot is sealed under the storage root
+	// key of this node's TPM slot among them and under no other, so that an impostor in
+	// the TPM's place learns nothing. If there is no such slot, the TPM that answers is
+	// trusted.
 	SameTPMAs []seal.Slot
 }
 
-// With returns a wrapper that seals as o says. An error is that of a slot that can't
+// With returns a wrapper that seals with the options o. It fails if a slot in o can't
 // be read.
 func (w *Wrapper) With(o SealOptions) (*Wrapper, error) {
 	next := *w
@@ -95,9 +96,9 @@ func (w *Wrapper) With(o SealOptions) (*Wrapper, error) {
 // Type implements [seal.Wrapper].
 func (w *Wrapper) Type() string { return seal.TypeTPM }
 
-// Provision makes what sealing needs in the TPM, the epoch counter, where it is
-// missing, and returns the machine's EK digest. Only init and recover call it:
-// anywhere else a missing counter is a fault.
+// Provision creates the epoch counter in the TPM if it is missing, and returns the
+// machine's EK digest. Only init and recover call it: anywhere else a missing counter
+// is a fault.
 func (w *Wrapper) Provision(ctx context.Context) (ek string, err error) {
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
 		if ek, err = w.digest(t); err != nil {
@@ -127,10 +128,10 @@ func (w *Wrapper) WrapState(ctx context.Context, kek *seal.Secret, state BootSta
 	return w.wrap(ctx, kek, state, w.like)
 }
 
-// WrapLike seals kek under the boot state of an authenticated slot of this node
-// and the present epoch. Rotation uses it: the boot state in which the machine
-// starts is the slot's; the present one may have gone further, since PCR 11
-// moves with the phases of the boot.
+// WrapLike seals kek under the boot state of an authenticated slot of this node and the
+// present epoch. Rotation uses it. The machine starts in the boot state of the slot,
+// but the present boot state may be a later one, since PCR 11 moves with the phases of
+// the boot.
 func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot) (seal.Slot, error) {
 	if like.Type != seal.TypeTPM || like.Node != w.Node {
 		return seal.Slot{}, seal.ErrNotMine
@@ -144,7 +145,7 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 	return follower.wrap(ctx, kek, *d.state, d)
 }
 
-// Epoch returns the present epoch. A slot whose last one is below it is revoked.
+// Epoch returns the present epoch. A slot whose last epoch is lower is revoked.
 func (w *Wrapper) Epoch(ctx context.Context) (epoch uint64, err error) {
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
 		return w.withSRK(t, w.like, func(srk *SRK) error {
@@ -155,8 +156,8 @@ func (w *Wrapper) Epoch(ctx context.Context) (epoch uint64, err error) {
 	return epoch, classify(err)
 }
 
-// wrap seals to the storage root key of the authenticated slot like, if there is
-// one: who answers in the TPM's place learns nothing then.
+// wrap seals to the storage root key of the authenticated slot like, if like is not
+// nil. An impostor in the TPM's place then learns nothing.
 func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState, like *slotData) (seal.Slot, error) {
 	var size int
 	kek.With(func(b []byte) { size = len(b) })
@@ -168,7 +169,7 @@ func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState, l
 	}
 	d := newSlotData(&state)
 	if like != nil {
-		d.Epoch = like.Epoch // an end of an epoch that is still to come stays so
+		d.Epoch = like.Epoch // keep the end of an epoch that is still to come
 	}
 	defer seal.Collect() // the command, as go-tpm marshalled it
 	err := w.Device.Do(ctx, func(t transport.TPM) (err error) {
@@ -247,13 +248,13 @@ func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData)
 	return nil
 }
 
-// MaxRaise bounds by how much an epoch counter is raised at once: by one, and one
-// more for each earlier end of an epoch that failed. NV memory wears out.
+// MaxRaise bounds the raise of an epoch counter in one step: by one, plus one for each
+// earlier end of an epoch that failed. NV memory wears out.
 const MaxRaise = 16
 
-// beyond is the first epoch after those in which the slots to be revoked open. It
-// is above the next one where an earlier revocation was not carried to its end.
-// Slots of another TPM do not count: its counter was another.
+// beyond returns the first epoch in which none of the slots to be revoked opens. It is
+// above the next epoch if an earlier revocation was not finished. Slots of another TPM
+// do not count, because they belong to another counter.
 func (w *Wrapper) beyond(srk *SRK) (epoch uint64) {
 	for _, s := range w.revoke {
 		d, err := parseSlot(s, w.Counter)
@@ -264,7 +265,8 @@ func (w *Wrapper) beyond(srk *SRK) (epoch uint64) {
 	return epoch
 }
 
-// withSRK runs f with the storage root key that a slot names; nil takes the TPM's.
+// withSRK runs f with the storage root key that a slot names, or with the TPM's own if
+// d is nil.
 func (w *Wrapper) withSRK(t transport.TPM, d *slotData, f func(*SRK) error) error {
 	if d == nil {
 		return WithSRK(t, w.Owner, nil, f)
@@ -276,7 +278,7 @@ func (w *Wrapper) withSRK(t transport.TPM, d *slotData, f func(*SRK) error) erro
 	return err
 }
 
-// otherTPM tells a TPM that was cleared from another one.
+// otherTPM distinguishes a cleared TPM from another TPM.
 func otherTPM(t transport.TPM, ek string) error {
 	now, err := EKDigest(t)
 	if err != nil {
@@ -290,12 +292,12 @@ func otherTPM(t transport.TPM, ek string) error {
 		"the slot was sealed by another TPM: its endorsement key is %.19s…, this one's is %.19s…", ek, now).OrRecover()
 }
 
-// Settle ends the epochs before the one that the slots of this node were sealed
-// for. It is called once the keyring that holds them is saved and anchored, and
-// again at every start, since a crash may have come in between. On another TPM, and
-// on one that was cleared, there is nothing to end: none of them opens there.
+// Settle ends the epochs before the one that the slots of this node were sealed for.
+// The caller calls it once the keyring with these slots is saved and anchored, and
+// again at every start, because a crash may have come in between. On another TPM, or
+// after TPM2_Clear, there is nothing to end: none of the slots opens there.
 func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
-	var target *slotData // a slot that must still open keeps its epoch
+	var target *slotData // the slot with the lowest last epoch: every slot must still open
 	for _, s := range slots {
 		if s.Type != seal.TypeTPM || s.Node != w.Node {
 			continue
@@ -320,9 +322,9 @@ func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
 	return err
 }
 
-// Revoke ends the epochs of authenticated slots that none of this node follows. It is
-// called before the keyring without them is saved: after a crash in between they
-// are there and refused, and can be taken away again.
+// Revoke ends the epochs of authenticated slots that no slot of this node follows. The
+// caller calls it before it saves the keyring without them. After a crash in between,
+// the slots are still in the keyring, refused, and can be removed again.
 func (w *Wrapper) Revoke(ctx context.Context, slots []seal.Slot) error {
 	own, err := w.With(SealOptions{NextEpoch: true, Revoke: slots, SameTPMAs: slots})
 	if err != nil {
