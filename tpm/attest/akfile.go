@@ -7,12 +7,12 @@ import (
 )
 
 // AKFile is a file that keeps the attestation key, a [tpm.AKStore]. Nothing depends on
-// it: a file that is missing or damaged costs the time that the TPM takes for a new key.
+// the file: if it is missing or damaged, the TPM only spends the time for a new key.
 type AKFile string
 
 // Load implements [tpm.AKStore].
 func (f AKFile) Load() []byte {
-	// O_NONBLOCK: opening a FIFO that somebody put there must not block.
+	// O_NONBLOCK: opening must not block if somebody put a FIFO there.
 	file, err := os.OpenFile(string(f), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil
@@ -25,9 +25,9 @@ func (f AKFile) Load() []byte {
 	return b
 }
 
-// Save implements [tpm.AKStore]. It replaces the file in one step. It flushes nothing,
-// and it says nothing of a failure: the disk may be read-only, and init is yet to make
-// the folder when it attests the machine for the first time.
+// Save implements [tpm.AKStore]. It replaces the file in one step, without a flush, and
+// ignores a failure: the disk may be read-only, and init attests the machine for the
+// first time before it makes the folder.
 func (f AKFile) Save(b []byte) {
 	tmp := string(f) + ".tmp"
 	err := os.WriteFile(tmp, b, 0o600)

@@ -16,15 +16,16 @@ import (
 )
 
 // Every boot state that a slot is sealed to comes from a method of [Gate] in this file,
-// and only after package bootrule found that it holds what boots.
+// and only after package bootrule found that the PCRs hold everything that decides the
+// boot.
 
 const (
 	secureBootPCR = 7 // the state and the keys of Secure Boot
-	handOverPCR   = 9 // what the kernel was started with
+	handOverPCR   = 9 // the initrd and command line that the kernel received
 )
 
-// State returns the attested boot state to seal to: quoted values of the PCRs
-// that hold how this machine boots, and the events that led to them.
+// State returns the attested boot state to seal to: the quoted values of the PCRs for
+// the way in which this machine boots, and the events that led to them.
 func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
 	r, pcrs, err := g.present(ctx)
 	if err != nil {
@@ -45,8 +46,8 @@ func (g *Gate) Next(log *eventlog.Log, pcrs []int) (tpm.BootState, error) {
 }
 
 // Predicted returns the boot state that a predicted log leads to, for an operator's key
-// to sign: what the slot for signed boot states keeps holds Secure Boot, see
-// [Gate.Signable].
+// to sign. It need not hold Secure Boot, because the slot for signed boot states does,
+// see [Gate.Signable].
 func Predicted(log *eventlog.Log, bank crypto.Hash, pcrs []int) (tpm.BootState, error) {
 	values, err := log.Replay(bank)
 	if err != nil {
@@ -55,9 +56,9 @@ func Predicted(log *eventlog.Log, bank crypto.Hash, pcrs []int) (tpm.BootState, 
 	return (&Result{Log: log, Bank: bank, PCRs: values}).state(pcrs, tpm.UseNext)
 }
 
-// Suspended returns the part of the present boot state that is left when some PCRs
-// are let go; none named means all but PCR 7. What is left must hold the boot, or
-// Secure Boot does.
+// Suspended returns the present boot state without the PCRs in letGo; an empty letGo
+// means all PCRs but 7. The remaining PCRs must hold the boot, or Secure Boot must hold
+// it.
 func (g *Gate) Suspended(ctx context.Context, letGo []int) (tpm.BootState, error) {
 	r, pcrs, err := g.present(ctx)
 	if err != nil {
@@ -75,7 +76,7 @@ func (g *Gate) Suspended(ctx context.Context, letGo []int) (tpm.BootState, error
 		return tpm.BootState{}, errors.New("nothing would be left to seal to; let fewer PCRs go with --weaken, or rely on the recovery identity")
 	}
 	err = bootrule.Check(r.Log, kept, bootrule.SignedBoot)
-	if err != nil && !slices.Contains(pcrs, handOverPCR) { // which holds the command line where PCR 7 is let go
+	if err != nil && !slices.Contains(pcrs, handOverPCR) { // it holds the command line if PCR 7 is let go
 		more := append(kept, handOverPCR)
 		slices.Sort(more)
 		if wider, failed := g.AttestPCRs(ctx, more); failed == nil && bootrule.Check(wider.Log, more, bootrule.SignedBoot) == nil {
@@ -92,7 +93,8 @@ func (g *Gate) Suspended(ctx context.Context, letGo []int) (tpm.BootState, error
 }
 
 // Signable returns the part of the present boot state that a slot for signed boot
-// states keeps: that Secure Boot is on, and whose keys are in force, shim's included.
+// states keeps: Secure Boot is on, and its keys, shim's included, are those in force
+// now.
 func (g *Gate) Signable(ctx context.Context) (tpm.BootState, error) {
 	r, pcrs, err := g.present(ctx)
 	if err != nil {
@@ -113,8 +115,9 @@ func (g *Gate) Signable(ctx context.Context) (tpm.BootState, error) {
 }
 
 // Holds refuses PCRs of the running boot that hold neither the boot nor Secure Boot's
-// keys. It is for what must outlive updates, and does not ask the boot policy. use says
-// what any boot could do then, and without is a hint: how to do without.
+// keys. It is for objects that must outlive updates, and does not ask the boot policy.
+// use says what any boot could do with the object; without is a hint: how to do without
+// it.
 func (g *Gate) Holds(ctx context.Context, use string, pcrs []int, without string) error {
 	unjudged := Gate{Attester: g.Attester, Bank: g.Bank}
 	r, err := unjudged.AttestPCRs(ctx, pcrs)
@@ -127,8 +130,8 @@ func (g *Gate) Holds(ctx context.Context, use string, pcrs []int, without string
 	return nil
 }
 
-// present attests the running boot by the PCRs to seal to, in the phase in which slots
-// are made.
+// present attests the running boot by the PCRs to seal to. It refuses any phase of the
+// boot but the one in which slots are made.
 func (g *Gate) present(ctx context.Context) (*Result, []int, error) {
 	pcrs, err := g.ChoosePCRs()
 	if err != nil {
@@ -157,7 +160,7 @@ func (g *Gate) holds(log *eventlog.Log, pcrs []int) error {
 	return nil
 }
 
-// remedy says what to do where PCRs leave something open.
+// remedy says what to do if PCRs leave something open.
 func (g *Gate) remedy(b bootrule.Binding) string {
 	var ways []string
 	if b.Whole != nil {
@@ -171,7 +174,8 @@ func (g *Gate) remedy(b bootrule.Binding) string {
 	return strings.Join(ways, ", or ") + "; see docs/boot-states.md"
 }
 
-// state is a boot state of these PCRs. The boot policy may have demanded more of them.
+// state returns the boot state of these PCRs. The boot policy may have demanded more
+// PCRs.
 func (r *Result) state(pcrs []int, use tpm.Use) (tpm.BootState, error) {
 	record, err := record(r.Log.Summarize(r.Bank, pcrs))
 	if err != nil {

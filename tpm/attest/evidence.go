@@ -17,20 +17,21 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Where Linux and systemd keep the event logs.
+// The paths at which Linux and systemd keep the event logs.
 const (
 	FirmwareLog  = "/sys/kernel/security/tpm0/binary_bios_measurements"
 	UserspaceLog = "/run/log/systemd/tpm2-measure.log"
 )
 
-// Logs names the two event logs. An absent userspace log is an empty one: most
-// machines have none.
+// Logs names the two event logs. An absent userspace log counts as empty: most machines
+// have none.
 type Logs struct {
 	Firmware  string
 	Userspace string
 }
 
-// userspaceFlag names systemd's log as commands take it; nothing where there is none.
+// userspaceFlag returns systemd's log as a command line flag, or "" if there is no such
+// log.
 func (l Logs) userspaceFlag() string {
 	if _, err := os.Stat(l.Userspace); err != nil {
 		return ""
@@ -38,7 +39,7 @@ func (l Logs) userspaceFlag() string {
 	return " --userspace-event-log " + seal.Quote(l.Userspace)
 }
 
-// Bytes returns both logs as they are, each of at most eventlog.MaxSize bytes.
+// Bytes returns both logs unchanged, each of at most eventlog.MaxSize bytes.
 func (l Logs) Bytes() (firmware, userspace []byte, err error) {
 	if firmware, err = readBounded(l.Firmware); err != nil {
 		return nil, nil, seal.Errorf(seal.CauseAttestation,
@@ -56,15 +57,15 @@ func (l Logs) Bytes() (firmware, userspace []byte, err error) {
 // lock while it extends a PCR and writes a record.
 const lockTimeout = 2 * time.Second
 
-// readUserspace reads systemd's log under a shared lock, so that no record is read
-// half. systemd sets the sticky bit while it writes: one that is set without a lock
-// says that a writer ended too early, and that a measurement may be missing.
+// readUserspace reads systemd's log under a shared lock, so that it never reads half a
+// record. systemd sets the sticky bit while it writes. A sticky bit without a lock
+// means that a writer ended too early and that a measurement may be missing.
 func readUserspace(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close() // and gives the lock back
+	defer f.Close() // this also releases the lock
 	if err := lockShared(f, lockTimeout); err != nil {
 		return nil, err
 	}
@@ -78,8 +79,8 @@ func readUserspace(path string) ([]byte, error) {
 	return readAll(f)
 }
 
-// lockShared waits for a shared lock. Where the file system has no locks, as a copy's
-// may not, nobody holds one.
+// lockShared waits for a shared lock. If the file system has no locks, as may be the
+// case for a copy of the log, nobody can hold one.
 func lockShared(f *os.File, timeout time.Duration) error {
 	for end := time.Now().Add(timeout); ; {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
@@ -110,7 +111,7 @@ func readAll(f *os.File) ([]byte, error) {
 	return b, err
 }
 
-// Explaining returns the logs as Bytes does, for a quote of these PCRs: with the
+// Explaining returns the logs as Bytes does, for a quote of these PCRs. It adds the
 // phases of the boot that an older systemd measured without logging them.
 func (l Logs) Explaining(bank crypto.Hash, quoted eventlog.PCRs) (firmware, userspace []byte, err error) {
 	if firmware, userspace, err = l.Bytes(); err != nil {
@@ -150,14 +151,13 @@ func parseLogs(firmware, userspace []byte) (*eventlog.Log, error) {
 	return log, nil
 }
 
-// userspaceError is what is wrong with systemd's log.
+// userspaceError is a fault of systemd's log.
 type userspaceError struct{ err error }
 
 func (u *userspaceError) Error() string { return "userspace event log: " + u.err.Error() }
 func (u *userspaceError) Unwrap() error { return u.err }
 
-// Evidence is a machine's claim of how it booted. Nothing in it is to be
-// believed before Verify.
+// Evidence is a machine's claim of how it booted. Believe nothing in it before Verify.
 type Evidence struct {
 	Quote        tpm.Quote
 	FirmwareLog  []byte
@@ -169,7 +169,7 @@ type Attester struct {
 	Device *tpm.Device
 	Owner  tpm.Owner
 	Logs   Logs
-	// AK keeps the attestation key; nil has a fresh one made for each quote.
+	// AK keeps the attestation key. If nil, each quote uses a fresh one.
 	AK tpm.AKStore
 }
 
@@ -180,8 +180,8 @@ func (a *Attester) Collect(ctx context.Context, srk, nonce []byte, bank crypto.H
 	if err != nil {
 		return nil, err
 	}
-	// After the quote: an event that came in between then shows as a replay that
-	// does not fit, never as one that fits by leaving it out.
+	// The logs are read after the quote. An event in between then appears as a replay
+	// that does not match; in the other order, a log without the event could match.
 	firmware, userspace, err := a.Logs.Explaining(bank, q.PCRs)
 	if err != nil {
 		return nil, err

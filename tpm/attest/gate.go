@@ -22,24 +22,25 @@ import (
 // Gate attests this machine to itself before a TPM slot is opened or made.
 type Gate struct {
 	Attester
-	// Node is this machine's name; slots of others demand nothing of it.
+	// Node is the name of this machine; slots of other nodes demand nothing of it.
 	Node string
-	// Counter is what the slots' authorization policies name.
+	// Counter is the epoch counter in the slots' authorization policies.
 	Counter tpm.Counter
-	// Bank and PCRs are what to seal to; no PCRs means by how the machine boots.
+	// Bank and PCRs are the bank and the PCRs to seal to. If PCRs is empty, the way in
+	// which the machine boots decides.
 	Bank crypto.Hash
 	PCRs []int
-	// AnySigned is told what a boot state leaves open, where Secure Boot's keys alone
-	// decide it. nil refuses such boot states.
+	// AnySigned receives what a boot state leaves open if only Secure Boot's keys
+	// decide that part. If nil, such boot states are refused.
 	AnySigned func(bootrule.Binding)
-	// BootPolicy reads what is demanded of the event log; nil demands nothing.
+	// BootPolicy reads the demands on the event log; nil demands nothing.
 	BootPolicy func() (*bootpolicy.BootPolicy, error)
-	// BootPolicyFile is where it is read from, for hints.
+	// BootPolicyFile is the file of the boot policy, for hints.
 	BootPolicyFile string
-	// Always attests the machine before other slots than the TPM's, too.
+	// Always attests the machine before slots of other types than the TPM's, too.
 	Always bool
-	// Phase is the phase of the boot in which slots are made, where systemd
-	// measures them: PCR 11 has another value in each.
+	// Phase is the phase of the boot in which slots are made, if systemd measures
+	// phases: PCR 11 has another value in each.
 	Phase string
 
 	last   atomic.Pointer[Result]
@@ -60,8 +61,8 @@ func (d demand) add(bank crypto.Hash, pcrs []int) {
 	}
 }
 
-// attest quotes what is demanded, here and by the boot policy, and verifies what
-// came. It returns the result of bank, and what the boot policy says against it.
+// attest quotes the PCRs that d and the boot policy demand, and verifies the evidence.
+// It returns the result for bank, and the boot policy's objection, if any.
 func (g *Gate) attest(ctx context.Context, srk []byte, bank crypto.Hash, d demand) (result *Result, refusal, err error) {
 	result, refusal, err = g.judged(ctx, srk, bank, d)
 	g.failed.Store(err != nil || refusal != nil)
@@ -129,9 +130,9 @@ func (g *Gate) verified(ctx context.Context, srk []byte, bank crypto.Hash, pcrs 
 	return result, nil
 }
 
-// Attest gathers and verifies fresh evidence over the PCRs that the TPM slots
-// among slots demand. A slot that makes no sense demands nothing; opening it
-// says why.
+// Attest gathers and verifies fresh evidence over the PCRs that the TPM slots among
+// slots demand. An unreadable slot demands nothing; the attempt to open it reports the
+// fault.
 func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 	d, suspended := demand{}, false
 	var srk []byte
@@ -150,7 +151,7 @@ func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 		if demanded.State.Use != tpm.UseSigned {
 			continue
 		}
-		if pcrs, err := g.ChoosePCRs(); err == nil { // what is signed is among these
+		if pcrs, err := g.ChoosePCRs(); err == nil { // the signed PCRs are among these
 			d.add(bank, pcrs)
 		}
 	}
@@ -172,8 +173,8 @@ func (g *Gate) Attest(ctx context.Context, slots []seal.Slot) error {
 	return refusal
 }
 
-// overruled is what the boot policy has against a boot where a slot says that the
-// node is suspended. It implements unlock.Overruled.
+// overruled is the boot policy's objection to a boot while a slot says that the node is
+// suspended. It implements unlock.Overruled.
 type overruled struct {
 	error
 	gate *Gate
@@ -182,16 +183,16 @@ type overruled struct {
 // Unwrap returns the refusal.
 func (o *overruled) Unwrap() error { return o.error }
 
-// Overrules reports whether a slot may be tried all the same: that of a suspension,
-// whose boots the TPM counts, and no other. What the slot says is for the TPM to
-// believe.
+// Overrules reports whether a slot may be tried all the same: only the slot of a
+// suspension, whose boots the TPM counts. The TPM, not this check, enforces what the
+// slot says.
 func (o *overruled) Overrules(s seal.Slot) bool {
 	d, err := tpm.DemandOf(s, o.gate.Counter)
 	return s.Type == seal.TypeTPM && s.Node == o.gate.Node && err == nil && d.State.Use == tpm.UseSuspend
 }
 
-// CheckPhase refuses to seal in another phase of the boot than that in which kleidi
-// serve starts: what is sealed now would not open then.
+// CheckPhase refuses to seal in any other phase of the boot than the one in which
+// kleidi serve starts: a slot sealed in another phase would not open there.
 func (g *Gate) CheckPhase(log *eventlog.Log) error {
 	phases := log.Phases()
 	if restart := log.Restarted(); restart != eventlog.NoRestart {
@@ -214,13 +215,13 @@ func (r *Result) only(pcrs []int) eventlog.PCRs {
 	return values
 }
 
-// maxRecord bounds what a slot records of its boot, in bytes: a slot must fit
-// into a keyring, and a GRUB menu measures hundreds of commands.
+// maxRecord bounds a slot's record of its boot, in bytes: a slot must fit into a
+// keyring, and a GRUB menu measures hundreds of commands.
 const maxRecord = seal.MaxSlotData / 2
 
-// record is what a slot keeps of how the machine booted. If it is too long, the
-// digests alone remain, and if those are too long nothing does: it explains, and
-// decides nothing.
+// record returns a slot's record of how the machine booted. If the events are too long,
+// it keeps only their digests, and if the digests are too long, nothing. A record
+// explains, and decides nothing.
 func record(events []eventlog.Summary) (json.RawMessage, error) {
 	b, err := json.Marshal(events)
 	if err != nil || len(b) <= maxRecord {
@@ -246,9 +247,9 @@ func (g *Gate) AttestPCRs(ctx context.Context, pcrs []int) (*Result, error) {
 	return r, err
 }
 
-// ChoosePCRs returns the configured PCRs, or those of the boot type. The boot type
-// comes from a log that is not verified yet; the quote over the PCRs chosen by
-// it is verified next.
+// ChoosePCRs returns the configured PCRs, or the PCRs for the boot type. The boot type
+// comes from a log that is not verified yet; the quote over the chosen PCRs verifies
+// the log next.
 func (g *Gate) ChoosePCRs() ([]int, error) {
 	if len(g.PCRs) > 0 {
 		return g.PCRs, nil
@@ -270,9 +271,8 @@ func (g *Gate) Last() *Result { return g.last.Load() }
 // Passed reports whether the last attestation verified; false before the first.
 func (g *Gate) Passed() bool { return g.Last() != nil && !g.failed.Load() }
 
-// Explain adds to a refusal of the TPM what changed since the slot was made:
-// which PCR, which event, and what usually causes that. Other errors it returns
-// as they are.
+// Explain adds to a refusal by the TPM what has changed since the slot was made: which
+// PCR, which event, and the usual cause. It returns other errors unchanged.
 func (g *Gate) Explain(err error) error {
 	var state *tpm.StateError
 	var refusal *seal.Error
@@ -297,7 +297,7 @@ func (g *Gate) Explain(err error) error {
 	return &explained
 }
 
-// Explained is a refusal with what changed.
+// Explained is a refusal with an explanation of what changed.
 type Explained struct {
 	Differences []eventlog.Difference
 	err         error
@@ -320,12 +320,12 @@ func (e *Explained) Details() []string {
 	return details
 }
 
-// Unwrap returns what the TPM answered.
+// Unwrap returns the TPM's error.
 func (e *Explained) Unwrap() error { return e.err }
 
-// Compare tells a slot's boot state from a verified one of the same bank. The
-// record of the slot is used only for those PCRs where its digests lead to the
-// slot's values: it is as untrusted as the slot.
+// Compare compares a slot's boot state with a verified boot state of the same bank. The
+// slot's record is as untrusted as the slot, so Compare uses it only for PCRs where the
+// recorded digests lead to the slot's values.
 func Compare(was *tpm.BootState, now *Result) []eventlog.Difference {
 	if was.Bank != now.Bank {
 		return nil
@@ -340,8 +340,8 @@ func Compare(was *tpm.BootState, now *Result) []eventlog.Difference {
 	return eventlog.Compare(recorded, events, was.Values, now.PCRs)
 }
 
-// provenBy returns the PCRs of a boot state to whose values the recorded events
-// lead. The locality from which the TPM was started is taken to be as it is now.
+// provenBy returns the PCRs of a boot state whose values the recorded events lead to.
+// It assumes that the TPM was started from the same locality as now.
 func provenBy(was *tpm.BootState, log *eventlog.Log, recorded []eventlog.Summary) []int {
 	locality, err := log.StartupLocality()
 	if err != nil {

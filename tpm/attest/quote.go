@@ -44,7 +44,8 @@ func checkQuote(q *tpm.Quote, nonce []byte, bank crypto.Hash, pcrs []int) error 
 	return checkSignature(q, nonce)
 }
 
-// selects compares what was quoted with what was demanded: one bank, these PCRs.
+// selects compares the quoted PCRs with the demanded ones: one bank, exactly these
+// PCRs.
 func selects(got tpm2.TPMLPCRSelection, bank crypto.Hash, pcrs []int) bool {
 	want := authpolicy.Selection(bank, pcrs).PCRSelections[0]
 	if len(got.PCRSelections) != 1 {
@@ -54,8 +55,8 @@ func selects(got tpm2.TPMLPCRSelection, bank crypto.Hash, pcrs []int) bool {
 	return s.Hash == want.Hash && bytes.Equal(bytes.TrimRight(s.PCRSelect, "\x00"), bytes.TrimRight(want.PCRSelect, "\x00"))
 }
 
-// checkSignature has go-attestation verify the signature, the nonce and that the
-// values are those whose digest was quoted.
+// checkSignature lets go-attestation verify the signature, the nonce, and that the
+// digest of the values was quoted.
 func checkSignature(q *tpm.Quote, nonce []byte) error {
 	ak, err := goattest.ParseAKPublic(q.AKPublic)
 	if err != nil {
@@ -64,8 +65,8 @@ func checkSignature(q *tpm.Quote, nonce []byte) error {
 	return ak.VerifyAll([]goattest.Quote{{Quote: q.Attest, Signature: q.Signature}}, toPCRs(q.Bank, q.PCRs), nonce)
 }
 
-// toPCRs hands go-attestation values of one bank only: it is content with any
-// bank that matches.
+// toPCRs gives go-attestation values of one bank only, because go-attestation accepts a
+// log if any one bank matches.
 func toPCRs(bank crypto.Hash, values map[int][]byte) []goattest.PCR {
 	var out []goattest.PCR
 	for i, v := range values {
@@ -75,25 +76,25 @@ func toPCRs(bank crypto.Hash, values map[int][]byte) []goattest.PCR {
 	return out
 }
 
-// quirks are forms of a log that our parser reads and go-attestation does not, or reads
-// otherwise. Each has what go-attestation is given instead.
+// quirks are forms of a log that our parser reads, but go-attestation does not read or
+// reads differently. Each quirk says which log go-attestation gets instead.
 var quirks = []struct {
 	has     func(*eventlog.Log) bool
 	instead func(*eventlog.Log, crypto.Hash) *eventlog.Log
 }{
-	{ // it refuses the whole log
+	{ // go-attestation refuses the whole log
 		func(l *eventlog.Log) bool { return slices.ContainsFunc(l.Banks, unknownToGoAttestation) },
 		(*eventlog.Log).Only,
 	},
-	{ // it overlooks a startup locality in an entry larger than the structure
+	{ // go-attestation overlooks a startup locality in an entry larger than the structure
 		(*eventlog.Log).HasPaddedLocality,
 		func(l *eventlog.Log, _ crypto.Hash) *eventlog.Log { return l.WithoutPadding() },
 	},
 }
 
-// crossCheck replays with go-attestation. It reads the firmware's bytes itself, unless
-// the log has one of the quirks. Userspace events may lack some banks, so they are
-// handed over in the quoted one.
+// crossCheck replays with go-attestation. go-attestation reads the firmware's own
+// bytes, unless the log has one of the quirks. Userspace events may lack some banks, so
+// go-attestation gets them in the quoted bank.
 func crossCheck(firmware []byte, merged *eventlog.Log, bank crypto.Hash, quoted eventlog.PCRs) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -127,7 +128,8 @@ func crossCheck(firmware []byte, merged *eventlog.Log, bank crypto.Hash, quoted 
 	return nil
 }
 
-// unknownToGoAttestation are the banks SM3 and, in AppendEvents, SHA-3.
+// unknownToGoAttestation reports whether bank is SM3 or, because of AppendEvents,
+// SHA-3.
 func unknownToGoAttestation(bank crypto.Hash) bool {
 	return !slices.Contains([]crypto.Hash{crypto.SHA1, crypto.SHA256, crypto.SHA384, crypto.SHA512}, bank)
 }

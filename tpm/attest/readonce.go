@@ -7,14 +7,15 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// maxDepth bounds how deep messages may be nested. An Attestation needs four levels.
+// maxDepth bounds the nesting of messages. An Attestation needs four levels.
 const maxDepth = 16
 
-// readOnce walks a message before it is unmarshalled, and proves that every reader of
-// protobuf reads the same from it: each field is one that the message knows, in that
-// field's wire type, and stands once unless it is repeated; a oneof has one of its
-// members, and a map has each key once. Unmarshalling alone would let the last of two
-// win, where another reader may let the first, and would keep unknown fields unseen.
+// readOnce walks a message before it is unmarshalled. It proves that every reader of
+// protobuf reads the same values: the message knows each field, each field has its own
+// wire type and occurs once unless it is repeated; a oneof has one of its members, and
+// a map has each key once. Unmarshalling alone would let the last of two values win,
+// although another reader may take the first one, and would keep unknown fields
+// silently.
 func readOnce(b []byte, message protoreflect.MessageDescriptor) error {
 	return readOnceAt(0, b, message)
 }
@@ -50,8 +51,8 @@ func readOnceAt(depth int, b []byte, message protoreflect.MessageDescriptor) err
 	return nil
 }
 
-// consumeField returns a field's number, wire type and value as they stand at the
-// beginning of b, and how many bytes they take; negative for an error.
+// consumeField returns the number, wire type and value of the field at the beginning of
+// b, and the number of bytes that the field takes; a negative number means an error.
 func consumeField(b []byte) (number protowire.Number, typ protowire.Type, value []byte, n int) {
 	number, typ, tag := protowire.ConsumeTag(b)
 	if tag < 0 {
@@ -67,7 +68,8 @@ func consumeField(b []byte) (number protowire.Number, typ protowire.Type, value 
 // anywhere is the place of repeated fields.
 const anywhere = ""
 
-// placeOf names what a field fills in its message, which it may fill once.
+// placeOf names the place in the message that a field fills. Only one field may fill
+// it.
 func placeOf(f protoreflect.FieldDescriptor, value []byte) string {
 	switch {
 	case f.IsMap():
@@ -82,7 +84,7 @@ func placeOf(f protoreflect.FieldDescriptor, value []byte) string {
 }
 
 // mapKey returns the key of a map's entry. All maps in an Attestation have keys of 32
-// bits, to which readers cut a longer number. 0 is what a missing key means.
+// bits, and readers cut a longer number to 32 bits. A missing key means 0.
 func mapKey(entry []byte) uint32 {
 	for len(entry) > 0 {
 		number, typ, value, n := consumeField(entry)

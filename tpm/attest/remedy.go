@@ -9,17 +9,17 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// hintReboot is for a machine whose TPM was not reset with its last start, or was reset
-// without one.
+// hintReboot is for a machine whose TPM was not reset at its last start, or was reset
+// without a start.
 const hintReboot = "reboot fully"
 
-// refuse turns an error of this machine's evidence into a refusal that says what helps.
+// refuse turns an error of this machine's evidence into a refusal with a remedy.
 func refuse(err error) error {
 	r := RemedyOf(err)
 	return &seal.Error{Cause: r.Cause, Hint: r.Hint("tpm.pcrs"), Permanent: r.Permanent, Err: fmt.Errorf("attestation: %w", err)}
 }
 
-// Remedy is what helps against evidence that does not verify.
+// Remedy is the remedy for evidence that does not verify.
 type Remedy struct {
 	Cause seal.Cause
 	// Permanent is as in [seal.Error].
@@ -30,7 +30,8 @@ type Remedy struct {
 	unlogged bool
 }
 
-// Hint says what to do next. setting is where a PCR is left out that is not to be relied on.
+// Hint says what to do next. setting names the setting in which an operator can leave
+// out an unreliable PCR.
 func (r Remedy) Hint(setting string) string {
 	if r.unlogged {
 		return "if a component extended a PCR without logging it, leave that PCR out with " + setting + "; else the log was tampered with"
@@ -38,8 +39,8 @@ func (r Remedy) Hint(setting string) string {
 	return r.hint
 }
 
-// RemedyOf tells what an error of [Verify], [VerifyLogs] or [Logs.Read] is: each has a
-// remedy of its own, and only a log that does not lead to the quoted values speaks of
+// RemedyOf returns the remedy for an error of [Verify], [VerifyLogs] or [Logs.Read].
+// Only for a log that does not lead to the quoted values does the remedy speak of
 // tampering.
 func RemedyOf(err error) Remedy {
 	r := Remedy{Cause: seal.CauseAttestation, Permanent: true}

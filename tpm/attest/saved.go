@@ -14,13 +14,13 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// MaxEvidence bounds saved evidence, in bytes: a log and some quotes.
+// MaxEvidence bounds saved evidence, in bytes: enough for a log and some quotes.
 const MaxEvidence = eventlog.MaxSize + 1<<16
 
-// Marshal returns evidence to be saved, for [ParseEvidence] and for others' verifiers: a
+// Marshal returns evidence to be saved, for [ParseEvidence] and for other verifiers: a
 // message Attestation of go-tpm-tools (proto/attest.proto) in protobuf's binary form.
-// That message has one log. Userspace events follow the firmware's there, and the log
-// then has the quoted bank alone, because systemd may leave others out.
+// That message has one log. Userspace events follow the firmware's events in it, and
+// the log then has only the quoted bank, because systemd may leave other banks out.
 func (e *Evidence) Marshal() ([]byte, error) {
 	log := e.FirmwareLog
 	if len(e.UserspaceLog) > 0 {
@@ -42,11 +42,11 @@ func (e *Evidence) Marshal() ([]byte, error) {
 	})
 }
 
-// ParseEvidence reads saved evidence of at most [MaxEvidence] bytes, and refuses bytes
-// that two readers could read in two ways, see [readOnce]. Of several quotes it takes the
-// one over bank; there must be exactly one. Fields that Evidence has no place for, such as
-// a certificate of the attestation key, are passed over. Do not believe the result before
-// [Verify].
+// ParseEvidence reads saved evidence of at most [MaxEvidence] bytes. It refuses bytes
+// that two readers could read in two ways, see [readOnce]. There must be exactly one
+// quote over bank; ParseEvidence ignores quotes over other banks, and fields that
+// Evidence has no place for, such as a certificate of the attestation key. Do not
+// believe the result before [Verify].
 func ParseEvidence(b []byte, bank crypto.Hash) (*Evidence, error) {
 	if len(b) > MaxEvidence {
 		return nil, fmt.Errorf("saved evidence: more than %d bytes", MaxEvidence)
@@ -89,8 +89,8 @@ func readValues(saved map[uint32][]byte) (map[int][]byte, error) {
 	return values, nil
 }
 
-// Nonce returns what the quote says it was made for. Compare it with a nonce that you
-// chose: as it stands it proves nothing.
+// Nonce returns the nonce in the quote. Compare it with a nonce that you chose: alone
+// it proves nothing.
 func (e *Evidence) Nonce() ([]byte, error) {
 	a, err := tpm2.Unmarshal[tpm2.TPMSAttest](e.Quote.Attest)
 	if err != nil {

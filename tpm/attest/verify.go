@@ -12,23 +12,23 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Result is what verified evidence says.
+// Result is the result of verified evidence.
 type Result struct {
 	Bank crypto.Hash
 	PCRs eventlog.PCRs
 	// Log holds the events. Only digests on quoted PCRs are proven.
 	Log *eventlog.Log
-	// Time is when it was verified.
+	// Time is the time of the verification.
 	Time time.Time
 }
 
-// Verify proves, in this order: the attestation key is a restricted signing key;
-// the quote is a TPM's, made by that key, over nonce and exactly the demanded
-// PCRs of the bank; the values handed over are those quoted; the logs parse; each
-// quoted value replays from its events, and none is extended without events; and
-// go-attestation, which parses and replays on its own, agrees.
+// Verify proves, in this order: the attestation key is a restricted signing key; a TPM
+// made the quote with that key, over nonce and exactly the demanded PCRs of the bank;
+// the given values are the quoted ones; the logs parse; each quoted value replays from
+// its events, and no PCR is extended without events; and go-attestation, which parses
+// and replays independently, agrees.
 //
-// It does not prove which TPM it was, or that the boot was a good one.
+// It proves neither which TPM made the quote nor that the boot was a good one.
 func Verify(e *Evidence, nonce []byte, bank crypto.Hash, pcrs []int) (*Result, error) {
 	if err := checkAK(e.Quote.AKPublic); err != nil {
 		return nil, fmt.Errorf("attestation key: %w", err)
@@ -44,9 +44,9 @@ func Verify(e *Evidence, nonce []byte, bank crypto.Hash, pcrs []int) (*Result, e
 	return &Result{Bank: bank, PCRs: quoted, Log: log, Time: time.Now()}, nil
 }
 
-// VerifyLogs is the part of Verify that comes after the quote: it proves that both
-// logs together lead to these values, by two replays. Whether a TPM has quoted them
-// is the caller's to know. Userspace may be empty.
+// VerifyLogs is the part of Verify that follows the quote: it proves by two replays
+// that both logs together lead to these values. The caller must know whether a TPM has
+// quoted the values. Userspace may be empty.
 func VerifyLogs(firmware, userspace []byte, bank crypto.Hash, quoted eventlog.PCRs) (*eventlog.Log, error) {
 	log, err := parseLogs(firmware, userspace)
 	if err != nil {
@@ -61,7 +61,7 @@ func VerifyLogs(firmware, userspace []byte, bank crypto.Hash, quoted eventlog.PC
 	return log, nil
 }
 
-// quoteError is what is wrong with a quote.
+// quoteError is a fault of a quote.
 type quoteError struct{ err error }
 
 func (q *quoteError) Error() string { return "quote: " + q.err.Error() }
@@ -77,7 +77,7 @@ func checkAK(public []byte) error {
 	if err != nil {
 		return err
 	}
-	if !bytes.Equal(tpm2.Marshal(p), public) { // go-attestation parses it too, and must read the same
+	if !bytes.Equal(tpm2.Marshal(p), public) { // go-attestation parses it too, and must read the same key
 		return errors.New("it is not in the form that a TPM gives it")
 	}
 	a := p.ObjectAttributes

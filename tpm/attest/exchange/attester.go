@@ -10,10 +10,11 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Logs is [attest.Logs.Explaining], or a test's.
+// Logs returns the logs that explain quoted PCRs: [attest.Logs.Explaining], or a test's
+// function.
 type Logs func(bank crypto.Hash, quoted eventlog.PCRs) (firmware, userspace []byte, err error)
 
-// Machine is what is open and loaded on the attester's side.
+// Machine is the open TPM on the attester's side, with the keys loaded in it.
 type Machine struct {
 	TPM transport.TPM
 	SRK *tpm.SRK
@@ -28,13 +29,13 @@ func WithMachine(t transport.TPM, srk *tpm.SRK, f func(*Machine) error) error {
 	})
 }
 
-// Claims are what the machine claims of itself. The purpose adds its context.
+// Claims returns the machine's claims about itself. The purpose adds its context.
 func (m *Machine) Claims(cluster seal.ClusterID, node string) Claims {
 	return Claims{Cluster: cluster[:], Node: node, EK: m.EK.SPKI, EKCertificate: tpm.EKCertificate(m.TPM, m.EK), AK: m.AK.Public, SRK: m.SRK.Name.Buffer}
 }
 
-// Respond answers a challenge, which has passed Check, on the TLS connection with that
-// exporter value. It returns the digest of the transcript too.
+// Respond answers a challenge that has passed Check, on the TLS connection with that
+// exporter value. It also returns the digest of the transcript.
 func (p Purpose) Respond(m *Machine, c *Claims, challenge *Challenge, exporter []byte, logs Logs) (e *Evidence, digest []byte, err error) {
 	digest = p.Digest(&Transcript{Cluster: seal.ClusterID(c.Cluster), Node: c.Node, Nonce: challenge.Nonce, Exporter: exporter, Context: c.Context,
 		EK: c.EK, AK: m.AK.Name.Buffer, SRK: c.SRK})
@@ -47,8 +48,8 @@ func (p Purpose) Respond(m *Machine, c *Claims, challenge *Challenge, exporter [
 	if err != nil {
 		return nil, nil, err
 	}
-	// After the quote: an event that came in between then shows as a replay that
-	// does not fit, never as one that fits by leaving it out.
+	// The logs are read after the quote. An event in between then appears as a replay
+	// that does not match; in the other order, a log without the event could match.
 	firmware, userspace, err := logs(challenge.Bank, q.PCRs)
 	if err != nil {
 		return nil, nil, err

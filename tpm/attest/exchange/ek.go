@@ -11,10 +11,10 @@ import (
 	"github.com/google/go-tpm/tpm2"
 )
 
-// encapsulationKey returns what an endorsement key's claimed public key is to a
-// TPM: one of the TCG's two templates (EK Credential Profile, L-1 and L-2) with
-// that key in it. Nothing but the key itself is taken from the claim, since
-// only its digest was registered.
+// encapsulationKey returns the TPM key that a claimed endorsement public key stands
+// for: one of the TCG's two templates (EK Credential Profile, L-1 and L-2) with that
+// public key in it. It takes nothing but the public key from the claim, because only
+// the digest of the public key was registered.
 func encapsulationKey(spki []byte) (tpm2.LabeledEncapsulationKey, error) {
 	key, err := x509.ParsePKIXPublicKey(spki)
 	if err != nil {
@@ -26,7 +26,7 @@ func encapsulationKey(spki []byte) (tpm2.LabeledEncapsulationKey, error) {
 		if k.N.BitLen() != 2048 || k.E != 65537 {
 			return nil, fmt.Errorf("an RSA key of %d bits with exponent %d; want 2048 and 65537", k.N.BitLen(), k.E)
 		}
-		// x509 takes it, and nothing can be encrypted with it.
+		// x509 accepts an even modulus, but nothing can be encrypted with it.
 		if k.N.Bit(0) == 0 {
 			return nil, errors.New("an RSA key with an even modulus")
 		}
@@ -47,7 +47,7 @@ func encapsulationKey(spki []byte) (tpm2.LabeledEncapsulationKey, error) {
 }
 
 // makeCredential encrypts a secret so that only the TPM with that endorsement key
-// gives it away, and only while the key of that Name is loaded in it.
+// reveals it, and only while the key of that Name is loaded in that TPM.
 func makeCredential(ek tpm2.LabeledEncapsulationKey, ak, secret []byte) (credential, encrypted []byte, err error) {
 	credential, encrypted, err = tpm2.CreateCredential(rand.Reader, ek, ak, secret)
 	if err != nil {

@@ -10,8 +10,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Bounds of what a message holds, in bytes. What is bounded by neither these nor
-// a constant size is refused by its parser.
+// Bounds of the fields of a message, in bytes. If neither these nor a constant size
+// bounds a field, the parser of the field does.
 const (
 	// MaxKey bounds a public key, DER or TPMT_PUBLIC.
 	MaxKey         = 2 << 10
@@ -23,7 +23,7 @@ const (
 	MaxLog = eventlog.MaxSize
 )
 
-// Claims are what an attester claims of itself, for any purpose.
+// Claims are an attester's claims about itself, for any purpose.
 type Claims struct {
 	Cluster       []byte // cluster ID, 16 bytes
 	Node          string
@@ -31,11 +31,11 @@ type Claims struct {
 	EKCertificate []byte // of the endorsement key, DER; none if empty
 	AK            []byte // TPMT_PUBLIC of the attestation key
 	SRK           []byte // Name of the storage root key
-	// Context is what the purpose adds to the transcript.
+	// Context is the purpose's part of the transcript.
 	Context []byte
 }
 
-// Check refuses sizes that claims can't have.
+// Check refuses claims with impossible sizes.
 func (c *Claims) Check() error {
 	return CheckSizes([]Size{
 		{"cluster ID", len(c.Cluster), 16, 16}, {"node name", len(c.Node), 1, maxNode}, {"endorsement key", len(c.EK), 1, MaxKey},
@@ -44,7 +44,7 @@ func (c *Claims) Check() error {
 	})
 }
 
-// Challenge is what the verifier demands.
+// Challenge holds the verifier's demands.
 type Challenge struct {
 	Nonce      []byte
 	Credential []byte // TPMS_ID_OBJECT, encrypted, for TPM2_ActivateCredential
@@ -53,7 +53,7 @@ type Challenge struct {
 	PCRs       []int
 }
 
-// Check refuses what is no challenge.
+// Check refuses a malformed challenge.
 func (c *Challenge) Check() error {
 	if err := CheckSizes([]Size{
 		{"nonce", len(c.Nonce), NonceSize, NonceSize}, {"credential", len(c.Credential), 1, MaxCredential},
@@ -67,7 +67,7 @@ func (c *Challenge) Check() error {
 	return CheckPCRs(c.PCRs)
 }
 
-// CheckPCRs refuses a list that is not in the one form that it has.
+// CheckPCRs refuses a list of PCRs that is not in its only valid form.
 func CheckPCRs(pcrs []int) error {
 	if len(pcrs) == 0 || !slices.IsSorted(pcrs) || len(slices.Compact(slices.Clone(pcrs))) != len(pcrs) || pcrs[0] < 0 || pcrs[len(pcrs)-1] > 23 {
 		return errors.New("its PCRs are not ascending numbers from 0 to 23")
@@ -75,8 +75,8 @@ func CheckPCRs(pcrs []int) error {
 	return nil
 }
 
-// Evidence is the attester's answer. The Proof comes first: until it has verified,
-// the verifier need not take in the logs, which are long.
+// Evidence is the attester's answer. The Proof comes first: until it has verified, the
+// verifier need not receive the long logs.
 type Evidence struct {
 	Proof        []byte         // see Purpose.Answer
 	Attest       []byte         // TPMS_ATTEST of the quote
@@ -93,13 +93,13 @@ func (e *Evidence) check() error {
 	})
 }
 
-// Size is how large a field is and may be.
+// Size is the size of a field, with its bounds.
 type Size struct {
 	What         string
 	N, Low, High int
 }
 
-// CheckSizes refuses the first field that is smaller or larger than it may be.
+// CheckSizes refuses the first field whose size is out of bounds.
 func CheckSizes(sizes []Size) error {
 	for _, s := range sizes {
 		if s.N < s.Low || s.N > s.High {

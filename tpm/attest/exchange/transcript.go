@@ -16,23 +16,23 @@ const (
 	ExporterSize = 32
 	// NonceSize is the size of the verifier's nonce.
 	NonceSize = 32
-	// NameSize is the size of a Name by SHA-256: the algorithm, then the digest.
+	// NameSize is the size of a Name with SHA-256: the algorithm, then the digest.
 	NameSize = 2 + sha256.Size
 	// secretSize is the size of the secret in the credential.
 	secretSize = 32
 )
 
-// Purpose is what an exchange is for. Its labels separate it from every other; a change
-// of what they cover is a new version of the label.
+// Purpose is the use of an exchange. Its labels separate it from every other purpose.
+// If the meaning of a label changes, so must the version in it.
 type Purpose struct {
 	Transcript, Proof string
-	// Exporter is what both sides export from the TLS connection (RFC 8446, 7.5), with no
-	// context, ExporterSize bytes.
+	// Exporter is the label under which both sides export a value from the TLS
+	// connection (RFC 8446, 7.5), with no context, ExporterSize bytes.
 	Exporter string
 }
 
 // Frame joins fields so that no two lists of fields give the same bytes: each field
-// follows its length, 8 bytes, big-endian.
+// follows its own length, 8 bytes, big-endian.
 func Frame(fields ...[]byte) []byte {
 	var b []byte
 	for _, f := range fields {
@@ -42,9 +42,9 @@ func Frame(fields ...[]byte) []byte {
 	return b
 }
 
-// Transcript is everything that both sides must agree on. Its digest is in the quote
-// and under the proof, so that evidence of another connection, context, node,
-// cluster or moment does not verify.
+// Transcript holds everything that both sides must agree on. The quote and the proof
+// cover its digest, so that evidence of another connection, context, node, cluster or
+// moment does not verify.
 type Transcript struct {
 	Cluster  seal.ClusterID
 	Node     string
@@ -63,7 +63,7 @@ func (p Purpose) Digest(t *Transcript) []byte {
 	return sum[:]
 }
 
-// Answer shows that the secret of the challenge is known in this very exchange:
+// Answer proves knowledge of the challenge's secret in this exchange:
 // HMAC-SHA256(secret, label ‖ transcript digest), 32 bytes.
 func (p Purpose) Answer(secret, digest []byte) []byte {
 	m := hmac.New(sha256.New, secret)

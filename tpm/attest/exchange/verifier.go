@@ -17,7 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Check names what a verifier found wanting.
+// Check names a check of the verifier that failed.
 type Check string
 
 // The checks of every purpose, in their order. A purpose may have more.
@@ -34,11 +34,11 @@ const (
 	CheckBootPolicy    Check = "boot policy"
 )
 
-// Refusal is why a verifier's answer is no.
+// Refusal is the reason for a verifier's no.
 type Refusal struct {
 	Check Check
 	Err   error
-	Hint  string // what an operator does next
+	Hint  string // what an operator should do next
 }
 
 // Error names the check, what is wrong and what to do next.
@@ -52,10 +52,10 @@ func Refuse(c Check, hint, format string, args ...any) error {
 	return &Refusal{Check: c, Err: fmt.Errorf(format, args...), Hint: hint}
 }
 
-// HintForged is for what no kleidi of this version sends.
+// HintForged is the hint for a message that no kleidi of this version sends.
 const HintForged = "see that kleidi on both sides is of the same version; if it is, find out what runs in the node's place"
 
-// Pending is an exchange whose challenge was made. It can be answered once.
+// Pending is an exchange after its challenge. It can be answered once.
 type Pending struct {
 	purpose Purpose
 	claims  Claims
@@ -69,11 +69,11 @@ type Pending struct {
 }
 
 // Begin makes the challenge of an exchange on a TLS connection with that exporter
-// value. The caller has found that the claims are of the cluster and of a node whose
-// endorsement key it knows. Begin demands that a credential can be made for that key
-// and that the attestation key is of the template that kleidi makes (restricted: it
-// signs nothing but statements of its TPM). The challenge commits to that attestation
-// key's Name, and demands a quote over these PCRs.
+// value. The caller has already found that the claims belong to the cluster and to a
+// node whose endorsement key it knows. Begin demands that a credential can be made for
+// that key, and that the attestation key has kleidi's template (restricted: the key
+// signs nothing but statements of its TPM). The challenge commits to the Name of that
+// attestation key, and demands a quote over these PCRs.
 func (p Purpose) Begin(c *Claims, exporter []byte, bank crypto.Hash, pcrs []int) (*Pending, *Challenge, error) {
 	if len(exporter) != ExporterSize {
 		return nil, nil, errors.New("no value of the TLS exporter") // a fault of the transport
@@ -98,8 +98,9 @@ func (p Purpose) Begin(c *Claims, exporter []byte, bank crypto.Hash, pcrs []int)
 	return pending, challenge, nil
 }
 
-// checkAK demands exactly the template, and returns the Name. With it, the Name
-// says everything that creation data could: the TPM that has the private part made it.
+// checkAK demands exactly the template, and returns the Name. With this template the
+// Name proves as much as creation data would: the TPM with the private part made the
+// key.
 func checkAK(public []byte) ([]byte, error) {
 	p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
 	if err != nil {
@@ -114,9 +115,9 @@ func checkAK(public []byte) ([]byte, error) {
 // Transcript returns the digest of the transcript.
 func (p *Pending) Transcript() []byte { return p.digest }
 
-// Prove demands that the answer is of the TPM with that endorsement key, that this TPM
-// holds the attestation key, and that both saw the same exchange: only then is the
-// secret known and the transcript the same.
+// Prove demands that the answer comes from the TPM with that endorsement key, that this
+// TPM holds the attestation key, and that both sides saw the same exchange. Only then
+// does the attester know the secret and compute the same transcript.
 func (p *Pending) Prove(answer []byte) error {
 	if p.spent {
 		return Refuse(CheckProof, HintForged, "the challenge was answered before")
@@ -130,9 +131,9 @@ func (p *Pending) Prove(answer []byte) error {
 }
 
 // Judge demands, in this order: the proof was verified; the quote is fresh (its
-// extraData is the transcript), by that attestation key and over exactly the PCRs
-// of the challenge, and the logs lead to it (see [attest.Verify]); the attestation key
-// hangs from the claimed storage root key, a primary key of the owner hierarchy; the
+// extraData is the transcript), by that attestation key and over exactly the PCRs of
+// the challenge, and the logs lead to it (see [attest.Verify]); the attestation key is
+// a child of the claimed storage root key, a primary key of the owner hierarchy; the
 // boot policy accepts the boot.
 func (p *Pending) Judge(e *Evidence, policy *bootpolicy.BootPolicy) (*attest.Result, error) {
 	if !p.proven {
@@ -151,7 +152,7 @@ func (p *Pending) Judge(e *Evidence, policy *bootpolicy.BootPolicy) (*attest.Res
 	if err := p.checkSRK(e.Attest); err != nil {
 		return nil, Refuse(CheckSRK, HintForged, "%w", err)
 	}
-	demanded := eventlog.PCRs{} // the purpose may have asked for more
+	demanded := eventlog.PCRs{} // the purpose may have asked for more PCRs
 	for _, i := range policy.Demanded() {
 		if v, quoted := result.PCRs[i]; quoted {
 			demanded[i] = v
@@ -163,8 +164,8 @@ func (p *Pending) Judge(e *Evidence, policy *bootpolicy.BootPolicy) (*attest.Res
 	return result, nil
 }
 
-// checkSRK reads the quote's qualifiedSigner, which names every ancestor of the
-// attestation key. The quote has verified.
+// checkSRK checks the qualifiedSigner of a verified quote, which names every ancestor
+// of the attestation key.
 func (p *Pending) checkSRK(quote []byte) error {
 	a, err := tpm2.Unmarshal[tpm2.TPMSAttest](quote)
 	if err != nil {

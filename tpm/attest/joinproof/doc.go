@@ -1,16 +1,17 @@
-// Package joinproof is what a node proves before it is given the KEK, and what the node
-// that gives it demands. It is a purpose of the protocol in package exchange.
+// Package joinproof defines the proofs that a node must give before it receives the
+// KEK, and the checks of the node that gives the KEK. It is a purpose of the protocol
+// in package exchange.
 //
-// A joining node J claims in its [Hello], beside who it is, what its TPM slots will
-// demand: PCRs and their bank, epoch index and value, perhaps a remote verifier and a
-// signer of boot states. All of it is the context of the exchange, so that the quote and
-// the proof cover it. The verifier V, a node that has the KEK, demands what an operator
-// has approved ([Approval]), and afterwards knows how to wrap the KEK for J ([Proven]),
-// from nothing but what was proven.
+// In its [Hello] a joining node J claims its identity and the demands of its future TPM
+// slots: PCRs and their bank, the index and the value of its epoch counter, perhaps a
+// remote verifier and a signer of boot states. All these demands are the context of the
+// exchange, so that the quote and the proof cover them. The verifier V, a node that has
+// the KEK, demands what an operator has approved ([Approval]). Afterwards V knows how
+// to wrap the KEK for J ([Proven]), from proven facts only.
 //
-// A false epoch value is J's own harm: it is covered as well, and J seals its own slots
-// by its own counter.
+// With a false epoch value, J harms only itself: the proof covers the value too, and J
+// seals its own slots by its own counter.
 //
-// The package opens no connection and no file, and keeps nothing between exchanges. An
-// approval's expiry and its one use are for the caller.
+// The package opens no connection and no file, and keeps nothing between exchanges. The
+// caller handles the expiry of an approval and its single use.
 package joinproof

@@ -14,7 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// ExporterLabel is what both sides export from the TLS connection.
+// ExporterLabel is the label under which both sides export a value from the TLS
+// connection.
 const ExporterLabel = "EXPORTER-kleidi-join-v1"
 
 // purpose separates a join from every other exchange.
@@ -29,7 +30,7 @@ const (
 	maxRef     = 32 // of a policyRef, in bytes
 )
 
-// Hello is what a joining node claims of itself.
+// Hello holds a joining node's claims about itself.
 type Hello struct {
 	Cluster       []byte // cluster ID, 16 bytes
 	Node          string
@@ -40,18 +41,19 @@ type Hello struct {
 	Terms
 }
 
-// Terms are what the joining node's TPM slots will demand, and what keyrings it reads.
+// Terms are the demands of the joining node's future TPM slots, and the keyring formats
+// that the node reads.
 type Terms struct {
 	Formats    []int // of keyrings, ascending
 	Bank       crypto.Hash
 	PCRs       []int // ascending
 	EpochIndex uint32
 	Epoch      uint64
-	// Verifier is the public area (TPMT_PUBLIC) of the key of the remote verifier that has
-	// to agree each time; none if empty.
+	// Verifier is the public area (TPMT_PUBLIC) of the key of the remote verifier that
+	// must agree to each opening; empty means no verifier.
 	Verifier []byte
-	// Signer is the public area of the key that signs the boot states; none if empty. Ref
-	// is signed with each of them.
+	// Signer is the public area of the key that signs the boot states; empty means no
+	// signer. Ref is signed with each boot state.
 	Signer, Ref []byte
 }
 
@@ -70,8 +72,8 @@ func (t *Terms) Context() []byte {
 		binary.BigEndian.AppendUint32(nil, t.EpochIndex), binary.BigEndian.AppendUint64(nil, t.Epoch), t.Verifier, t.Signer, t.Ref)
 }
 
-// check refuses what has another form than a joining node's terms, so that each has one
-// context.
+// check refuses terms in any other form than a joining node sends, so that equal terms
+// have one context.
 func (t *Terms) check() error {
 	if err := exchange.CheckSizes([]exchange.Size{
 		{What: "list of formats", N: len(t.Formats), Low: 1, High: maxFormats}, {What: "verifier's key", N: len(t.Verifier), High: exchange.MaxKey},
@@ -95,8 +97,9 @@ func (t *Terms) check() error {
 	return exchange.CheckPCRs(t.PCRs)
 }
 
-// claims are those of the exchange. The storage root key must be of the template:
-// with it, the Name says which parent what is wrapped for it has.
+// claims returns the claims of the exchange. The storage root key must have the
+// template: the Name then identifies the parent of every object that is wrapped for
+// this key.
 func (h *Hello) claims() (*exchange.Claims, error) {
 	srk, err := tpm.ParseSRK(h.SRK)
 	if err != nil {
@@ -109,7 +112,7 @@ func (h *Hello) claims() (*exchange.Claims, error) {
 	return &exchange.Claims{Cluster: h.Cluster, Node: h.Node, EK: h.EK, EKCertificate: h.EKCertificate, AK: h.AK, SRK: name.Buffer, Context: h.Context()}, nil
 }
 
-// NewHello returns what the machine claims.
+// NewHello returns the machine's claims.
 func NewHello(m *exchange.Machine, cluster seal.ClusterID, node string, t Terms) (*Hello, error) {
 	c := m.Claims(cluster, node)
 	h := &Hello{Cluster: c.Cluster, Node: c.Node, EK: c.EK, EKCertificate: c.EKCertificate, AK: c.AK, SRK: tpm2.Marshal(m.SRK.Public), Terms: t}
@@ -126,8 +129,8 @@ func NewHello(m *exchange.Machine, cluster seal.ClusterID, node string, t Terms)
 	return h, nil
 }
 
-// Respond answers V's challenge on the TLS connection with that exporter value. It
-// returns the digest of the transcript too, under which the join is ended.
+// Respond answers V's challenge on the TLS connection with that exporter value. It also
+// returns the digest of the transcript, which identifies this join in its last message.
 func Respond(m *exchange.Machine, h *Hello, c *exchange.Challenge, exporter []byte, logs exchange.Logs) (e *exchange.Evidence, transcript []byte, err error) {
 	if err := c.Check(); err != nil {
 		return nil, nil, seal.Errorf(seal.CauseUnavailable, "see that the address leads to kleidi serve of this version", "the challenge of the node that gives the KEK: %w", err)

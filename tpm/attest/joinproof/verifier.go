@@ -17,22 +17,23 @@ import (
 )
 
 // Approval is an operator's permission for a named node with a given endorsement key to
-// join, and what is demanded of it.
+// join, with the demands on that node.
 type Approval struct {
 	EK         string // as tpm.EKDigest returns it
 	BootPolicy *bootpolicy.BootPolicy
-	// Phase is the phase of the boot in which slots are made, where systemd measures
-	// them; "" is any.
+	// Phase is the phase of the boot in which slots are made, if systemd measures
+	// phases; "" accepts any phase.
 	Phase string
-	// AnySigned is content with PCRs that let in whatever Secure Boot's keys let start.
+	// AnySigned accepts PCRs that allow every boot that Secure Boot's keys allow.
 	AnySigned bool
-	// Verifier is the remote verifier that the node's slots must demand; nil is none.
+	// Verifier is the remote verifier that the node's slots must demand; nil means
+	// none.
 	Verifier *tpm.Verifier
 	// Signers may sign boot states of the node.
 	Signers []tpm.Signer
 }
 
-// The checks of a join beside those of every exchange.
+// The checks of a join, in addition to the checks of every exchange.
 const (
 	CheckFormat   exchange.Check = "keyring format"
 	CheckVerifier exchange.Check = "remote verifier"
@@ -41,7 +42,7 @@ const (
 	CheckPhase    exchange.Check = "phase of the boot"
 )
 
-// Checks returns all of them, in their order.
+// Checks returns all checks, in their order.
 func Checks() []exchange.Check {
 	return []exchange.Check{exchange.CheckMessage, exchange.CheckCluster, exchange.CheckNode, exchange.CheckEK, exchange.CheckEKCertificate, CheckFormat, CheckVerifier, CheckSigner,
 		CheckPCRs, exchange.CheckSRK, exchange.CheckAK, exchange.CheckProof, exchange.CheckEvidence, exchange.CheckBootPolicy, CheckPhase}
@@ -51,16 +52,16 @@ func Checks() []exchange.Check {
 // exchanges and may be used concurrently.
 type Verifier struct {
 	Cluster seal.ClusterID
-	// Format is that of the present keyring.
+	// Format is the format of the present keyring.
 	Format int
 	// Approval returns the approval for a node, or nil.
 	Approval func(node string) *Approval
-	// EKCertificate verifies the certificate of an endorsement key, both DER; nil demands
-	// none.
+	// EKCertificate verifies the certificate of an endorsement key, both DER; nil means
+	// that no certificate is demanded.
 	EKCertificate func(certificate, spki []byte) error
 }
 
-// Pending is an exchange whose challenge was made. It can be answered once.
+// Pending is an exchange after its challenge. It can be answered once.
 type Pending struct {
 	*exchange.Pending
 	approval *Approval
@@ -68,13 +69,13 @@ type Pending struct {
 	terms    *Terms
 }
 
-// Proven is a node that has proven what was demanded of it.
+// Proven is a node that has proven everything demanded of it.
 type Proven struct {
 	// Peer is for [tpm.WrapFor], with the state and the epoch.
 	Peer  tpm.Peer
 	State tpm.BootState
 	Epoch uint64
-	// Result is what the evidence says.
+	// Result is the result of the verified evidence.
 	Result *attest.Result
 }
 
@@ -84,14 +85,14 @@ const (
 )
 
 // Challenge begins a join on a TLS connection with that exporter value. It demands, in
-// this order: the claims have sizes and a form that they can have; the cluster is this
+// this order: the claims have possible sizes and a valid form; the cluster is this
 // verifier's; the node is approved; the endorsement key is the approved one, and its
-// certificate verifies where one is demanded; the node reads the present keyring's
-// format; its slots demand the remote verifier that is demanded, and no other; who signs
-// its boot states may; its PCRs can be sealed to, in the bank that the boot policy
-// judges; the storage root key is of the template; and everything that [exchange.Purpose.Begin]
-// demands. The challenge asks for a quote over the PCRs of the boot policy and over
-// those to seal to.
+// certificate verifies if one is demanded; the node reads the format of the present
+// keyring; the node's slots demand exactly the remote verifier of the approval; the
+// approval allows the signer of its boot states; its PCRs can be sealed to, in the bank
+// that the boot policy judges; the storage root key has the template; and everything
+// that [exchange.Purpose.Begin] demands. The challenge asks for a quote over the PCRs
+// of the boot policy and over the PCRs to seal to.
 func (v *Verifier) Challenge(h *Hello, exporter []byte) (*Pending, *exchange.Challenge, error) {
 	approval, err := v.identify(h)
 	if err != nil {
@@ -142,8 +143,8 @@ func (v *Verifier) identify(h *Hello) (*Approval, error) {
 	return approval, nil
 }
 
-// terms holds the node's terms against the approval, and returns what is known of the
-// node once it has proven them.
+// terms compares the node's terms with the approval. It returns what is known of the
+// node once the node has proven the terms.
 func (v *Verifier) terms(h *Hello, a *Approval) (*Proven, error) {
 	if !slices.Contains(h.Formats, v.Format) {
 		return nil, exchange.Refuse(CheckFormat, "install a version of kleidi on the new node that reads it", "the node reads keyrings of format %v, the present one is of format %d", h.Formats, v.Format)
@@ -174,8 +175,8 @@ func (v *Verifier) terms(h *Hello, a *Approval) (*Proven, error) {
 	return &Proven{State: state, Epoch: h.Epoch, Peer: tpm.Peer{Node: h.Node, EK: a.EK, SRK: h.SRK, Epoch: counter}}, nil
 }
 
-// demandOf is what the PCRs to seal to must hold. A slot for signed boot states keeps
-// Secure Boot's, and the signature holds the rest.
+// demandOf returns what the PCRs to seal to must hold. In a slot for signed boot states
+// they hold Secure Boot, and the signature holds the rest.
 func demandOf(use tpm.Use, a *Approval) bootrule.Demand {
 	if a.AnySigned || use == tpm.UseSigned {
 		return bootrule.SignedBoot
@@ -183,10 +184,10 @@ func demandOf(use tpm.Use, a *Approval) bootrule.Demand {
 	return bootrule.WholeBoot
 }
 
-// Judge demands everything that [exchange.Pending.Judge] does, then that the boot is in the
-// phase in which slots are made, and that the PCRs to seal to hold what decides this
-// boot: nothing is wrapped for a boot that did not measure what it started. What it
-// returns is what to wrap for.
+// Judge demands everything that [exchange.Pending.Judge] does, then that the boot is in
+// the phase in which slots are made, and that the PCRs to seal to hold everything that
+// decides this boot. Nothing is wrapped for a boot that did not measure what it
+// started. The result says what to wrap for.
 func (p *Pending) Judge(e *exchange.Evidence) (*Proven, error) {
 	result, err := p.Pending.Judge(e, p.approval.BootPolicy)
 	if err != nil {

@@ -12,12 +12,12 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
 )
 
-// Channel leads to the verifier, see package grpcserver/verifier.
+// Channel is a connection to the verifier, see package grpcserver/verifier.
 type Channel interface {
-	// Attest is one exchange: it sends hello, sends what answer makes of the
-	// challenge and of the connection's exporter value, and returns the signature,
-	// a TPMT_SIGNATURE. An error of answer is returned as it is, every other is a
-	// [*seal.Error].
+	// Attest is one exchange. It sends hello, calls answer with the challenge and the
+	// exporter value of the connection, sends the evidence that answer returns, and
+	// returns the verifier's signature, a TPMT_SIGNATURE. An error of answer is
+	// returned unchanged; every other error is a [*seal.Error].
 	Attest(ctx context.Context, hello *Hello, answer func(c *Challenge, exporter []byte) (*Evidence, error)) (signature []byte, err error)
 }
 
@@ -33,14 +33,14 @@ type Attester struct {
 	Channel Channel
 }
 
-// Sign has the verifier sign for a policy session that is open on t, of which
-// nonceTPM is the nonce. srk is the storage root key that the slot hangs from.
+// Sign lets the verifier sign for a policy session that is open on t and has the nonce
+// nonceTPM. srk is the parent of the slot's object.
 //
-// It takes no more than a TPM must have, three objects and three sessions: srk
-// and the policy session are there already, the attestation key and the
-// endorsement key come to it, and the session that all commands share, and one more
-// to prove the endorsement key. So nothing else may be loaded, and the object that is
-// to be unsealed is loaded afterwards.
+// Every TPM must have room for three objects and three sessions, and Sign needs no
+// more. The objects are srk, the attestation key and the endorsement key. The sessions
+// are the policy session, the session that all commands share, and one more to prove
+// the endorsement key. So nothing else may be loaded, and the caller loads the object
+// to unseal afterwards.
 func (a *Attester) Sign(ctx context.Context, t transport.TPM, srk *tpm.SRK, nonceTPM []byte) (tpm2.TPMTSignature, error) {
 	var signature []byte
 	err := exchange.WithMachine(t, srk, func(m *exchange.Machine) (err error) {

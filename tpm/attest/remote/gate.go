@@ -10,15 +10,14 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// Gate asks the verifier that this node is configured with.
+// Gate asks the configured verifier of this node.
 type Gate struct {
 	Node    string
 	Logs    Logs
 	Channel Channel
 }
 
-// Ask is for [tpm.Config]. The cluster is what the slot names; the verifier knows
-// its own.
+// Ask is for [tpm.Config]. The slot names the cluster, and the verifier knows its own.
 func (g *Gate) Ask(ctx context.Context, t transport.TPM, srk *tpm.SRK, v tpm.Verifier, nonceTPM []byte) (tpm2.TPMTSignature, error) {
 	key, err := authpolicy.Name(v.Key)
 	if err != nil {

@@ -10,12 +10,12 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// Key is what a verifier signs with, see [authpolicy.PublicKey] for what it may be.
-// It is to be used for nothing else: what it signs has no domain separation of its
-// own, since the TPM decides its form.
+// Key is a verifier's signing key; [authpolicy.PublicKey] says which kinds of keys it
+// accepts. Use the key for nothing else: the TPM decides the form of the signed
+// message, which has no domain separation.
 type Key struct {
 	signer crypto.Signer
-	name   []byte // of its public area
+	name   []byte // the Name of its public area
 }
 
 // NewKey returns a key to sign with.

@@ -5,15 +5,15 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
 )
 
-// What the remote gate has in common with every exchange.
+// The parts that the remote gate shares with every exchange.
 type (
-	// Challenge is what the verifier demands.
+	// Challenge holds the verifier's demands.
 	Challenge = exchange.Challenge
 	// Evidence is the attester's answer.
 	Evidence = exchange.Evidence
-	// Check names what a verifier found wanting.
+	// Check names a check of the verifier that failed.
 	Check = exchange.Check
-	// Refusal is why a verifier does not sign.
+	// Refusal is the reason why a verifier does not sign.
 	Refusal = exchange.Refusal
 	// Logs returns the bytes of both event logs that explain quoted PCRs, the second empty
 	// if there is none.
@@ -23,7 +23,7 @@ type (
 // MaxLog bounds each event log.
 const MaxLog = exchange.MaxLog
 
-// Hello is what an attester claims of itself.
+// Hello holds an attester's claims about itself.
 type Hello struct {
 	Cluster       []byte // cluster ID, 16 bytes
 	Node          string
@@ -35,7 +35,7 @@ type Hello struct {
 	Key           []byte // Name of the verifier's key that the slot demands
 }
 
-// claims are those of the exchange; its context is the session's nonce.
+// claims returns the claims of the exchange; its context is the session's nonce.
 func (h *Hello) claims() *exchange.Claims {
 	return &exchange.Claims{Cluster: h.Cluster, Node: h.Node, EK: h.EK, EKCertificate: h.EKCertificate, AK: h.AK, SRK: h.SRK, Context: h.NonceTPM}
 }
@@ -50,5 +50,6 @@ func (h *Hello) check() error {
 	})
 }
 
-// EKDigest returns what tpm.EKDigest would of the endorsement key that h claims.
+// EKDigest returns the digest, as tpm.EKDigest does, of the endorsement key that h
+// claims.
 func EKDigest(h *Hello) string { return tpm.EKDigestOf(h.EK) }

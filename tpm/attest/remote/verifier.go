@@ -16,17 +16,17 @@ import (
 // exchanges and may be used concurrently.
 type Verifier struct {
 	Cluster seal.ClusterID
-	// Keys are what to sign with. A node says which one its slot demands: there is
-	// more than one while nodes move from one to the next.
+	// Keys are the signing keys. A node says which of them its slot demands: there is
+	// more than one key while nodes move from one key to the next.
 	Keys  []*Key
 	Nodes map[string]Registration // by node name
-	// EKCertificate verifies the certificate of an endorsement key, both DER; nil
-	// demands none. It is extra evidence: the registered digest decides which TPM
-	// it is, the certificate that a manufacturer made it.
+	// EKCertificate verifies the certificate of an endorsement key, both DER; nil means
+	// that no certificate is demanded. The registered digest identifies the TPM; the
+	// certificate is additional evidence that a manufacturer made it.
 	EKCertificate func(certificate, spki []byte) error
 }
 
-// Registration is what an operator has said of a node.
+// Registration is an operator's entry for a node.
 type Registration struct {
 	EK         string // as tpm.EKDigest returns it
 	BootPolicy *bootpolicy.BootPolicy
@@ -47,14 +47,14 @@ const (
 	CheckBootPolicy          = exchange.CheckBootPolicy
 )
 
-// Checks returns all of them, in their order.
+// Checks returns all checks, in their order.
 func Checks() []Check {
 	return []Check{CheckMessage, CheckCluster, CheckNode, CheckKey, CheckEK, CheckEKCertificate, CheckAK, CheckProof, CheckEvidence, CheckSRK, CheckBootPolicy}
 }
 
 const hintRegister = "compare it with nodes in the verifier's configuration; kleidi status on the node shows its name and EK"
 
-// Pending is an exchange whose challenge was made. It can be answered once.
+// Pending is an exchange after its challenge. It can be answered once.
 type Pending struct {
 	*exchange.Pending
 	verifier *Verifier
@@ -64,11 +64,12 @@ type Pending struct {
 }
 
 // Challenge begins an exchange on a TLS connection with that exporter value. It
-// demands, in this order: the claims have sizes that they can have; the cluster is
-// this verifier's; the node is registered; the verifier has the key that the slot
-// demands; the endorsement key is the registered one, and its certificate verifies
-// where one is demanded; the attestation key is of the template that kleidi makes (restricted: it signs nothing but statements
-// of its TPM). The challenge then commits to that attestation key's Name.
+// demands, in this order: the claims have possible sizes; the cluster is this
+// verifier's; the node is registered; the verifier has the key that the slot demands;
+// the endorsement key is the registered one, and its certificate verifies if one is
+// demanded; the attestation key has kleidi's template (restricted: the key signs
+// nothing but statements of its TPM). The challenge then commits to the Name of that
+// attestation key.
 func (v *Verifier) Challenge(h *Hello, exporter []byte) (*Pending, *Challenge, error) {
 	node, key, err := v.identify(h)
 	if err != nil {
@@ -81,8 +82,8 @@ func (v *Verifier) Challenge(h *Hello, exporter []byte) (*Pending, *Challenge, e
 	return &Pending{pending, v, node, key, h}, c, nil
 }
 
-// identify returns what is registered of the node that h claims to be, and the key
-// that it asks for.
+// identify returns the registration of the node that h claims to be, and the key that h
+// asks for.
 func (v *Verifier) identify(h *Hello) (Registration, *Key, error) {
 	if err := h.check(); err != nil {
 		return Registration{}, nil, exchange.Refuse(CheckMessage, exchange.HintForged, "%w", err)
@@ -117,7 +118,7 @@ func (p *Pending) EK() string { return p.node.EK }
 // Passed is an exchange in which everything verified.
 type Passed struct {
 	pending *Pending
-	// Result is what the evidence says.
+	// Result is the result of the verified evidence.
 	Result *attest.Result
 }
 
@@ -131,8 +132,8 @@ func (p *Pending) Judge(e *Evidence) (*Passed, error) {
 	return &Passed{pending: p, Result: result}, nil
 }
 
-// Sign returns the signature for the session, a TPMT_SIGNATURE. What led to it has
-// to be on record before it is called.
+// Sign returns the signature for the session, a TPMT_SIGNATURE. The caller must have
+// recorded the verdict before it calls Sign.
 func (p *Passed) Sign() ([]byte, error) {
 	h := p.pending.hello
 	hash, err := authpolicy.SignedHash(h.NonceTPM, PolicyRef(p.pending.verifier.Cluster, h.Node))
