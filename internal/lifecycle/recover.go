@@ -120,7 +120,10 @@ func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock
 	if err := n.CheckAnchorable(ctx); err != nil {
 		return admin.KeyringState{}, err
 	}
-	old, err := rotation.Complete(ctx, opened, openers, time.Now())
+	old, err := opened, error(nil)
+	if !several(opened) { // whether a staged KEK is activated is for all nodes to decide
+		old, err = rotation.Complete(ctx, opened, openers, time.Now())
+	}
 	if err != nil && trusted == opened.CurrentID() && seal.CauseOf(err) != seal.CauseUnavailable { // the operator does without
 		old, err = opened, nil
 	}
@@ -132,22 +135,42 @@ func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	raised, err := old.AtLeast(revision)
+	raised, err := raise(old, revision)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	defer raised.Close()
+	if raised != old {
+		defer raised.Close()
+	}
 	revisions, err := turn(ctx, raised)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	if revisions[len(revisions)-1].CurrentID() == old.CurrentID() {
+	switch same := revisions[len(revisions)-1].CurrentID() == old.CurrentID(); {
+	case same && several(old):
+		changes = []string{sealedAlone}
+	case same:
 		changes = []string{"the keyring opens again, under the KEK that it had: it has no room for another retired one"}
 	}
 	if err := n.Unlocker.Adopt(ctx, version, by, revisions); err != nil {
 		return admin.KeyringState{}, err
 	}
 	return n.Result(old.CurrentID(), changes...)
+}
+
+// raise returns the keyring with a revision that is not below the one that the node last
+// trusted. What several nodes share keeps its revision where it can: only the seat makes
+// another one.
+func raise(old *keyring.Keyring, revision uint64) (*keyring.Keyring, error) {
+	if several(old) {
+		if old.Revision() >= revision {
+			return old, nil
+		}
+		if err := keyring.CheckSeat(old); err != nil {
+			return nil, fmt.Errorf("the keyring has revision %d, and this node last trusted revision %d; approve this node again and run kleidi join, which brings the newest one", old.Revision(), revision)
+		}
+	}
+	return old.AtLeast(revision)
 }
 
 // vouch says by what the recovered keyring is trusted: the anchor and, where one is

@@ -41,7 +41,9 @@ func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (a
 			return nil, err
 		}
 		last := revisions[len(revisions)-1]
-		if last.CurrentID() == former {
+		if last.CurrentID() == former && several(k) {
+			changes[0] = sealedAlone
+		} else if last.CurrentID() == former {
 			changes[0] = "the KEK that it had is sealed to this machine's present boot state: the keyring has no room for another retired one"
 		}
 		changes = slices.Concat(changes, n.View.ReportMissing(last.Slots()), slotview.ReportDropped(k.Slots(), last.Slots()))
@@ -97,11 +99,9 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptio
 	if err != nil {
 		return nil, err
 	}
-	self := keyring.Node{Name: n.Config.Node}
-	if n.View.OpensWithTPM() {
-		if self.EK, err = n.TPM.Provision(ctx); err != nil {
-			return nil, err
-		}
+	self, err := describeSelf(ctx, n, old.Format())
+	if err != nil {
+		return nil, err
 	}
 	// The present KEK is wrapped again as well: the first revision of the rotation
 	// must open too.
@@ -112,11 +112,14 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptio
 	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
 		return renewSlots(ctx, n, next, kek, old.Slots(), o.UntrustedKeys)
 	}
+	if several(old) {
+		return renewAlone(ctx, n, next, old, self)
+	}
 	slots, err := wrap(ctx, old.KEK())
 	if err != nil {
 		return nil, err
 	}
-	here, err := old.WithNodes([]keyring.Node{self}, slots)
+	here, err := onThisMachine(old, self, slots)
 	if err != nil {
 		return nil, err
 	}

@@ -126,7 +126,21 @@ func stage(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap,
 	if err := prove(ctx, kek, slots, opener, untryable); err != nil {
 		return nil, err
 	}
-	return k.Stage(kek, slots, now)
+	self, _ := k.Self()
+	own, common := slots[:0:0], slots[:0:0]
+	for _, s := range slots {
+		if k.Format() > 1 && s.Node != "" && s.Node == self.Name {
+			own = append(own, s) // the own section holds them, not the shared keyring
+		} else {
+			common = append(common, s)
+		}
+	}
+	next, err := k.Stage(kek, common, now)
+	if err != nil || len(own) == 0 {
+		return next, err
+	}
+	defer next.Close()
+	return next.WithOwnSlots(k.OwnSlots(), own)
 }
 
 // Complete activates the staged KEK that an interrupted rotation left behind, if a

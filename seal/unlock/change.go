@@ -14,7 +14,8 @@ import (
 // Change calls f with the open keyring, saves the revisions that f returns, one after
 // the other, and announces the last one. If Change fails before it has saved the first
 // revision, nothing has changed. If it fails later, a new revision is on disk, and
-// Change nudges Run to open it. If f fails, it closes the keyrings that it made.
+// Change nudges Run to open it. If f fails, it closes the keyrings that it made. A new
+// revision of what several nodes share is refused on a node that has not the seat.
 func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyring.Keyring, error)) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -25,6 +26,14 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 	revisions, err := f(k)
 	if err != nil {
 		return err
+	}
+	if last := revisions[len(revisions)-1]; last.Revision() > k.Revision() {
+		if err := keyring.CheckSeat(k); err != nil {
+			for _, next := range revisions {
+				next.Close()
+			}
+			return err
+		}
 	}
 	return u.commit(ctx, revisions, Opener{}, u.anchor)
 }

@@ -1,0 +1,87 @@
+package lifecycle
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/tpm"
+)
+
+// What recovery and a new TPM are on one node of several: they concern that node alone.
+// The KEK stays, since the other nodes hold it, and so do they.
+
+// several reports whether a keyring has other nodes than this one.
+func several(k *keyring.Keyring) bool { return len(k.Nodes()) > 1 }
+
+const sealedAlone = "the KEK is sealed to this machine's present boot state; it stays the one of all nodes, and no other node is touched"
+
+// describeSelf is this machine as its entry in a keyring of that format.
+func describeSelf(ctx context.Context, n *node.Node, format int) (keyring.Node, error) {
+	self := keyring.Node{Name: n.Config.Node}
+	if !n.View.OpensWithTPM() {
+		return self, nil
+	}
+	ek, err := n.TPM.Provision(ctx)
+	if err != nil || format == 1 {
+		self.EK = ek
+		return self, err
+	}
+	machine, err := n.TPM.Self(ctx)
+	self.EK, self.SRK, self.EpochIndex, self.Added = machine.EK, machine.SRK, n.Config.TPM.EpochIndex, time.Now()
+	return self, err
+}
+
+// onThisMachine returns a keyring of one node with self in that node's place, and the KEK
+// in these slots.
+func onThisMachine(old *keyring.Keyring, self keyring.Node, slots []seal.Slot) (*keyring.Keyring, error) {
+	if old.Format() == 1 {
+		return old.WithNodes([]keyring.Node{self}, slots)
+	}
+	if listed, _ := old.Self(); listed.SameTPM(self) {
+		return old.WithSlots(slots)
+	}
+	listed, err := old.WithNode(self, self.Added)
+	if err != nil {
+		return nil, err
+	}
+	defer listed.Close()
+	return listed.WithSlots(slots)
+}
+
+// renewAlone seals the KEK to this machine's present boot state in its own section. Where
+// the machine has another TPM than the one that the keyring lists, the seat changes its
+// own entry; any other node needs a new approval.
+func renewAlone(ctx context.Context, n *node.Node, w *tpm.Wrapper, old *keyring.Keyring, self keyring.Node) ([]*keyring.Keyring, error) {
+	if !n.View.OpensWithTPM() {
+		return nil, reseal.ErrNoTPM
+	}
+	listed, ok := old.Self()
+	if !ok || listed.Name != self.Name {
+		return nil, fmt.Errorf("the keyring is not that of node %s: approve this node and run kleidi join", self.Name)
+	}
+	if !listed.SameTPM(self) {
+		if err := keyring.CheckSeat(old); err != nil {
+			return nil, fmt.Errorf("the keyring lists another TPM for node %s: approve this node again, with kleidi node approve %s --replace, and run kleidi join", self.Name, self.Name)
+		}
+		next, err := old.WithNode(self, self.Added)
+		if err != nil {
+			return nil, err
+		}
+		defer next.Close()
+		old = next
+	}
+	slot, err := reseal.SealPresent(ctx, n, w, old.KEK())
+	if err != nil {
+		return nil, err
+	}
+	here, err := old.WithOwnSlots([]seal.Slot{slot}, nil)
+	if err != nil {
+		return nil, err
+	}
+	return []*keyring.Keyring{here}, nil
+}
