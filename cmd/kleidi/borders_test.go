@@ -24,6 +24,8 @@ var borders = map[string][]string{
 	"seal":                           {},
 	"seal/keyring":                   {"seal"},
 	"seal/store":                     {},
+	"seal/store/kube":                {"seal/store"},
+	"deploy/cluster":                 {},
 	"seal/unlock":                    {"seal", "seal/keyring", "seal/store"},
 	"seal/rotation":                  {"seal", "seal/keyring"},
 	"seal/replica":                   {"seal/store"},
@@ -95,6 +97,7 @@ var doors = map[string][]string{
 	"k8s.io/kms/":                       {"grpcserver", "internal/dev"},
 	"github.com/prometheus/":            {"grpcserver", "internal/serve"},
 	"github.com/spf13/":                 {"cmd/kleidi"},
+	"k8s.io/client-go/":                 {"seal/store/kube"},
 }
 
 func TestBorders(t *testing.T) {

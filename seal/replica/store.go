@@ -17,8 +17,9 @@ type Store interface {
 	// others; then nothing has happened, and nothing will. After any other error the
 	// swap may have happened, and may still happen.
 	Swap(ctx context.Context, old, next []byte) error
-	// Records returns the records of all nodes, in no order.
-	Records(context.Context) ([]store.NodeRecord, error)
+	// Records returns the records of these nodes, in their order, without nodes that
+	// have none.
+	Records(ctx context.Context, nodes ...string) ([]store.NodeRecord, error)
 	// PutRecord replaces the record of a node.
 	PutRecord(ctx context.Context, node string, record []byte) error
 	// Watch calls changed whenever the store may have changed, until ctx ends. It may

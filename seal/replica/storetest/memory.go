@@ -108,15 +108,17 @@ func (m *Memory) put(keyring []byte) {
 }
 
 // Records implements replica.Store.
-func (m *Memory) Records(context.Context) ([]store.NodeRecord, error) {
+func (m *Memory) Records(_ context.Context, nodes ...string) ([]store.NodeRecord, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.down != nil {
 		return nil, m.down
 	}
 	var all []store.NodeRecord
-	for name, r := range m.now.records {
-		all = append(all, store.NodeRecord{Node: name, Bytes: bytes.Clone(r.bytes), AfterKeyring: r.at > m.now.at})
+	for _, name := range nodes {
+		if r, ok := m.now.records[name]; ok {
+			all = append(all, store.NodeRecord{Node: name, Bytes: bytes.Clone(r.bytes), AfterKeyring: r.at > m.now.at})
+		}
 	}
 	return all, nil
 }

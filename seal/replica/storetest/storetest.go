@@ -98,7 +98,7 @@ func testEmpty(t *testing.T, s Harness) {
 	holds(t, s, nil)
 	conflicts(t, s, []byte("a"), []byte("b"))
 	holds(t, s, nil)
-	if r, err := s.Records(t.Context()); err != nil || len(r) != 0 {
+	if r, err := s.Records(t.Context(), "a"); err != nil || len(r) != 0 {
 		t.Errorf("records: %v, %v", r, err)
 	}
 }
@@ -146,7 +146,7 @@ func testRace(t *testing.T, s Harness) {
 
 func records(t *testing.T, s replica.Store) map[string]store.NodeRecord {
 	t.Helper()
-	all, err := s.Records(t.Context())
+	all, err := s.Records(t.Context(), "a", "b", "c")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,131 @@
+package clusterstore
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/deploy/cluster"
+	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/seal/store/kube"
+)
+
+// api is a kube-apiserver over an etcd of its own.
+type api struct {
+	t          *testing.T // both servers end with it
+	dir        string
+	binaries   map[string]string
+	etcd       *node.Process
+	etcdArgs   []string
+	server     *node.Process
+	kubeconfig string // of an administrator
+	url        string
+}
+
+// startAPI starts both, and applies the definitions of kleidi's resources.
+func startAPI(t *testing.T) *api {
+	t.Helper()
+	a := &api{t: t, dir: t.TempDir(), binaries: build(t, "etcd", "kube-apiserver-1.37")}
+	client, peer, port := "http://127.0.0.1:"+node.FreePort(t), "http://127.0.0.1:"+node.FreePort(t), node.FreePort(t)
+	a.etcdArgs = []string{
+		"--data-dir", a.path("etcd"), "--unsafe-no-fsync", "--log-level", "warn",
+		"--listen-client-urls", client, "--advertise-client-urls", client,
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default=" + peer,
+	}
+	a.startEtcd(t)
+	token := rand.Text()
+	users := a.write(t, "users.csv", []byte(token+",admin,admin,system:masters\n"))
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	accounts := a.write(t, "accounts.pem", pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}))
+	a.url = "https://127.0.0.1:" + port
+	a.server = node.Start(t, a.path("kube-apiserver.log"), a.binaries["kube-apiserver-1.37"],
+		"--etcd-servers", client, "--bind-address", "127.0.0.1", "--secure-port", port,
+		"--cert-dir", a.path("certificates"), "--token-auth-file", users,
+		"--service-account-issuer", "https://kubernetes.default.svc",
+		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts,
+		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none")
+	a.kubeconfig = a.write(t, "admin.conf", []byte(fmt.Sprintf(`apiVersion: v1
+kind: Config
+clusters: [{name: c, cluster: {server: %q, certificate-authority: %q}}]
+users: [{name: u, user: {token: %q}}]
+contexts: [{name: c, context: {cluster: c, user: u}}]
+current-context: c
+`, a.url, a.path("certificates/apiserver.crt"), token)))
+	node.Eventually(t, 2*time.Minute, "kube-apiserver serves", func() error {
+		if err := a.server.Alive(); err != nil {
+			t.Fatal(err)
+		}
+		c, err := kube.NewClient(kube.Options{Kubeconfig: a.kubeconfig})
+		if err != nil {
+			return err
+		}
+		return c.Do(t.Context(), http.MethodGet, "/api/v1/namespaces/default", "", nil, nil)
+	})
+	c, err := kube.NewClient(kube.Options{Kubeconfig: a.kubeconfig})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Apply(t.Context(), cluster.CRDs); err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func (a *api) path(name string) string { return filepath.Join(a.dir, name) }
+
+func (a *api) write(t *testing.T, name string, b []byte) string {
+	t.Helper()
+	if err := os.WriteFile(a.path(name), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return a.path(name)
+}
+
+func (a *api) startEtcd(t *testing.T) {
+	t.Helper()
+	a.etcd = node.Start(t, a.path("etcd.log"), a.binaries["etcd"], a.etcdArgs...)
+}
+
+// client returns a client with an administrator's rights.
+func (a *api) client(t *testing.T, wrap func(http.RoundTripper) http.RoundTripper) *kube.Store {
+	t.Helper()
+	c, err := kube.NewClient(kube.Options{Kubeconfig: a.kubeconfig, Wrap: wrap})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &kube.Store{Client: c}
+}
+
+// build returns the paths of servers by name.
+func build(t *testing.T, names ...string) map[string]string {
+	t.Helper()
+	cmd := exec.Command("../servers/build", names...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("e2e/servers/build: %v", err)
+	}
+	all := map[string]string{}
+	lines := bufio.NewScanner(bytes.NewReader(out))
+	for _, name := range names {
+		if !lines.Scan() {
+			t.Fatalf("e2e/servers/build prints no path for %s", name)
+		}
+		all[name] = strings.TrimSpace(lines.Text())
+	}
+	return all
+}

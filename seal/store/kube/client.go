@@ -1,0 +1,175 @@
+package kube
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/transport"
+)
+
+const (
+	// callTimeout bounds one request, but for a watch.
+	callTimeout = 10 * time.Second
+	// maxAnswer bounds the answer to one request, in bytes. The largest is an object
+	// with a keyring of [store.MaxSize] in base64, and what kube-apiserver adds.
+	maxAnswer = 3 << 20
+)
+
+// Options say how to reach the API.
+type Options struct {
+	// Kubeconfig is the path of a kubeconfig file, which is read at each connection.
+	Kubeconfig string
+	// Certificate, if set, is the client certificate in the place of the kubeconfig's.
+	Certificate func() (*tls.Certificate, error)
+	// Wrap, if set, wraps the transport, for tests.
+	Wrap func(http.RoundTripper) http.RoundTripper
+}
+
+// Client speaks to the API of a cluster.
+type Client struct {
+	base string // URL without a slash at its end
+	http *http.Client
+}
+
+// NewClient reads the kubeconfig. It does not connect.
+func NewClient(o Options) (*Client, error) {
+	c, err := clientcmd.BuildConfigFromFlags("", o.Kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("kubeconfig %s: %w", o.Kubeconfig, err)
+	}
+	switch {
+	case c.ExecProvider != nil || c.AuthProvider != nil:
+		return nil, fmt.Errorf("kubeconfig %s: its user runs a command or a plugin to log in; kleidi runs none: use a client certificate or a token file", o.Kubeconfig)
+	case c.Insecure:
+		return nil, fmt.Errorf("kubeconfig %s: insecure-skip-tls-verify is set; name the API's certificate authority instead", o.Kubeconfig)
+	}
+	base, _, err := rest.DefaultServerUrlFor(c)
+	if err != nil {
+		return nil, fmt.Errorf("kubeconfig %s: %w", o.Kubeconfig, err)
+	}
+	tc, err := c.TransportConfig()
+	if err != nil {
+		return nil, fmt.Errorf("kubeconfig %s: %w", o.Kubeconfig, err)
+	}
+	if o.Certificate != nil {
+		tc.TLS.CertData, tc.TLS.KeyData, tc.TLS.CertFile, tc.TLS.KeyFile = nil, nil, "", ""
+		tc.TLS.GetCertHolder = &transport.GetCertHolder{GetCert: o.Certificate}
+	}
+	rt, err := transport.New(tc)
+	if err != nil {
+		return nil, fmt.Errorf("kubeconfig %s: %w", o.Kubeconfig, err)
+	}
+	if o.Wrap != nil {
+		rt = o.Wrap(rt)
+	}
+	return &Client{base: strings.TrimSuffix(base.String(), "/"), http: &http.Client{Transport: rt}}, nil
+}
+
+// Host returns the host and port of the API.
+func (c *Client) Host() string {
+	u, err := url.Parse(c.base)
+	if err != nil {
+		return ""
+	}
+	if u.Port() == "" {
+		return u.Host + ":443"
+	}
+	return u.Host
+}
+
+// Refusal is an answer of the API other than success.
+type Refusal struct {
+	Code int
+	// Reason is of the API's vocabulary: NotFound, Conflict. It is empty where the answer
+	// does not come from an API that knows the resource.
+	Reason  string `json:"reason"`
+	Message string `json:"message"`
+}
+
+// Error says what the API said.
+func (r *Refusal) Error() string { return fmt.Sprintf("the API answers %d: %.300s", r.Code, r.Message) }
+
+// refused reports whether err is the API's answer with this code.
+func refused(err error, code int) bool {
+	r, ok := errors.AsType[*Refusal](err)
+	return ok && r.Code == code
+}
+
+// certain reports whether the API has refused a request without doing anything: a
+// fault of the client, not of the server.
+func certain(err error) bool {
+	r, ok := errors.AsType[*Refusal](err)
+	return ok && r.Code/100 == 4 && r.Code != http.StatusRequestTimeout
+}
+
+// Do sends in, if it is not nil, and reads the answer into out, if that is not nil.
+func (c *Client) Do(ctx context.Context, method, path, contentType string, in, out any) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	var body []byte
+	if in != nil {
+		var err error
+		if body, err = json.Marshal(in); err != nil {
+			return err
+		}
+	}
+	res, err := c.send(ctx, method, path, contentType, "application/json", body)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	switch {
+	case err != nil:
+		return err
+	case len(answer) > maxAnswer:
+		return fmt.Errorf("the API's answer has more than %d bytes", maxAnswer)
+	case res.StatusCode/100 != 2:
+		return refusal(res.StatusCode, answer)
+	case out == nil:
+		return nil
+	}
+	return json.Unmarshal(answer, out)
+}
+
+func refusal(code int, answer []byte) error {
+	r := &Refusal{}
+	if json.Unmarshal(answer, r) != nil || r.Message == "" {
+		r.Reason, r.Message = "", strings.TrimSpace(string(answer[:min(len(answer), 200)]))
+	}
+	r.Code = code
+	return r
+}
+
+func (c *Client) send(ctx context.Context, method, path, contentType, accept string, body []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	if body == nil {
+		req.Body, req.ContentLength = http.NoBody, 0
+	} else {
+		req.Header.Set("Content-Type", contentType)
+	}
+	req.Header.Set("Accept", accept)
+	return c.http.Do(req)
+}
+
+// Content types of requests.
+const (
+	JSON       = "application/json"
+	JSONPatch  = "application/json-patch+json"
+	MergePatch = "application/merge-patch+json"
+	ApplyPatch = "application/apply-patch+yaml"
+)

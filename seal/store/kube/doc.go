@@ -1,0 +1,14 @@
+// Package kube is the cluster store in the API of the cluster itself: custom resources
+// of the group kleidi.beezy.dev, cluster-scoped.
+//
+//	Keyring      cluster   the shared keyring
+//	KeyringNode  NAME      the record of a node
+//
+// Package deploy/cluster holds their definitions. The summary in each object is for
+// people and printer columns: nothing here reads it.
+//
+// The API is slow to fail and may answer late. So a swap tests the very bytes that it
+// replaces, and one with an unknown outcome is read back. Reads ask etcd, not the watch
+// cache of kube-apiserver: after etcd was restored from a snapshot, the cache may answer
+// with what was there before.
+package kube

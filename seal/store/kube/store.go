@@ -1,0 +1,212 @@
+package kube
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"strconv"
+
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+// Names of the resources.
+const (
+	Group      = "kleidi.beezy.dev"
+	APIVersion = Group + "/v1alpha1"
+
+	keyrings    = "/apis/" + APIVersion + "/keyrings"
+	nodes       = "/apis/" + APIVersion + "/keyringnodes"
+	keyringName = "cluster"
+	theKeyring  = keyrings + "/" + keyringName
+)
+
+// Store is the cluster store. Its methods may be called concurrently.
+type Store struct {
+	*Client
+	// Summary, if set, describes a keyring in printer columns. RecordSummary does so
+	// for a record.
+	Summary, RecordSummary func([]byte) map[string]any
+}
+
+// object is what both resources have.
+type object struct {
+	APIVersion string   `json:"apiVersion,omitempty"`
+	Kind       string   `json:"kind,omitempty"`
+	Metadata   metadata `json:"metadata"`
+	Spec       spec     `json:"spec"`
+}
+
+type metadata struct {
+	Name            string `json:"name,omitempty"`
+	ResourceVersion string `json:"resourceVersion,omitempty"`
+}
+
+type spec struct {
+	Keyring []byte `json:"keyring,omitempty"` // of a Keyring
+	Record  []byte `json:"record,omitempty"`  // of a KeyringNode
+	// KeyringVersion is the resourceVersion of the Keyring that the record was written
+	// after. With it a record that says nothing new is written, too.
+	KeyringVersion string         `json:"keyringVersion,omitempty"`
+	Summary        map[string]any `json:"summary,omitempty"`
+}
+
+// patch is an operation of a JSON patch.
+type patch struct {
+	Op    string `json:"op"`
+	Path  string `json:"path"`
+	Value any    `json:"value"`
+}
+
+// Load implements replica.Store.
+func (s *Store) Load(ctx context.Context) ([]byte, error) {
+	b, _, err := s.load(ctx)
+	return b, err
+}
+
+// load returns the resourceVersion, too.
+func (s *Store) load(ctx context.Context) ([]byte, string, error) {
+	var o object
+	err := s.get(ctx, theKeyring, &o)
+	if err != nil {
+		return nil, "", fmt.Errorf("read Keyring %s: %w", keyringName, err)
+	}
+	if len(o.Spec.Keyring) > store.MaxSize {
+		return nil, "", fmt.Errorf("read Keyring %s: it has more than %d bytes", keyringName, store.MaxSize)
+	}
+	return o.Spec.Keyring, o.Metadata.ResourceVersion, nil
+}
+
+// get reads an object. The error is fs.ErrNotExist if the API knows the resource and
+// has no such object.
+func (s *Store) get(ctx context.Context, path string, o *object) error {
+	err := s.Do(ctx, http.MethodGet, path, "", nil, o)
+	r, ok := errors.AsType[*Refusal](err)
+	switch {
+	case !ok || r.Code != http.StatusNotFound:
+		return err
+	case r.Reason != "NotFound":
+		return fmt.Errorf("the API does not know the resource; run kleidi cluster setup: %w", err)
+	}
+	return fs.ErrNotExist
+}
+
+// Swap implements replica.Store.
+func (s *Store) Swap(ctx context.Context, old, next []byte) error {
+	if len(next) > store.MaxSize {
+		return fmt.Errorf("write Keyring %s: more than %d bytes", keyringName, store.MaxSize)
+	}
+	err := s.swap(ctx, old, next)
+	if err == nil || errors.Is(err, store.ErrConflict) || certain(err) {
+		return err
+	}
+	// The answer was lost, or the server failed: it may have stored the keyring.
+	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	defer cancel()
+	if b, _, readErr := s.load(back); readErr == nil && bytes.Equal(b, next) && !bytes.Equal(old, next) {
+		return nil
+	}
+	return err
+}
+
+func (s *Store) swap(ctx context.Context, old, next []byte) error {
+	b, version, err := s.load(ctx)
+	switch absent := errors.Is(err, fs.ErrNotExist); {
+	case absent && old == nil:
+		return s.create(ctx, next)
+	case err != nil && !absent:
+		return err
+	case absent || old == nil || !bytes.Equal(b, old):
+		return fmt.Errorf("Keyring %s: %w", keyringName, store.ErrConflict)
+	}
+	err = s.Do(ctx, http.MethodPatch, theKeyring, JSONPatch, []patch{
+		{"test", "/metadata/resourceVersion", version},
+		{"test", "/spec/keyring", old},
+		{"replace", "/spec/keyring", next},
+		{"add", "/spec/summary", summary(s.Summary, next)},
+	}, nil)
+	// A failed test is "unprocessable"; a keyring that was deleted meanwhile is not found.
+	if refused(err, http.StatusUnprocessableEntity) || refused(err, http.StatusConflict) || refused(err, http.StatusNotFound) {
+		if now, _, err := s.load(ctx); err == nil && bytes.Equal(now, old) {
+			return s.swap(ctx, old, next) // only something beside the keyring has changed
+		}
+		return fmt.Errorf("Keyring %s: %w", keyringName, store.ErrConflict)
+	}
+	if err != nil {
+		return fmt.Errorf("write Keyring %s: %w", keyringName, err)
+	}
+	return nil
+}
+
+func (s *Store) create(ctx context.Context, next []byte) error {
+	o := object{APIVersion, "Keyring", metadata{Name: keyringName}, spec{Keyring: next, Summary: summary(s.Summary, next)}}
+	err := s.Do(ctx, http.MethodPost, keyrings, JSON, o, nil)
+	if refused(err, http.StatusConflict) {
+		return fmt.Errorf("Keyring %s: %w", keyringName, store.ErrConflict)
+	}
+	if err != nil {
+		return fmt.Errorf("create Keyring %s: %w", keyringName, err)
+	}
+	return nil
+}
+
+func summary(f func([]byte) map[string]any, b []byte) map[string]any {
+	if f == nil {
+		return map[string]any{}
+	}
+	return f(b)
+}
+
+// Records implements replica.Store. It reads each object by its name, because a list
+// may come from kube-apiserver's cache.
+func (s *Store) Records(ctx context.Context, names ...string) ([]store.NodeRecord, error) {
+	_, version, err := s.load(ctx)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var all []store.NodeRecord
+	for _, name := range names {
+		var o object
+		switch err := s.get(ctx, nodes+"/"+url.PathEscape(name), &o); {
+		case errors.Is(err, fs.ErrNotExist):
+			continue
+		case err != nil:
+			return nil, fmt.Errorf("read KeyringNode %s: %w", name, err)
+		}
+		if len(o.Spec.Record) > 0 && len(o.Spec.Record) <= store.MaxSize { // cluster setup makes it without a record
+			all = append(all, store.NodeRecord{Node: name, Bytes: o.Spec.Record, AfterKeyring: later(o.Metadata.ResourceVersion, version)})
+		}
+	}
+	return all, nil
+}
+
+// later reports whether resourceVersion a is after b. Both are etcd's revision.
+func later(a, b string) bool {
+	x, errA := strconv.ParseUint(a, 10, 64)
+	y, errB := strconv.ParseUint(b, 10, 64)
+	return errA == nil && errB == nil && x > y
+}
+
+// PutRecord implements replica.Store.
+func (s *Store) PutRecord(ctx context.Context, node string, record []byte) error {
+	_, version, err := s.load(ctx)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	o := object{Spec: spec{Record: record, KeyringVersion: version, Summary: summary(s.RecordSummary, record)}}
+	err = s.Do(ctx, http.MethodPatch, nodes+"/"+url.PathEscape(node), MergePatch, o, nil)
+	if refused(err, http.StatusNotFound) {
+		o.APIVersion, o.Kind, o.Metadata.Name = APIVersion, "KeyringNode", node
+		err = s.Do(ctx, http.MethodPost, nodes, JSON, o, nil)
+		if refused(err, http.StatusForbidden) {
+			err = fmt.Errorf("there is no such object; run kleidi cluster setup for this node: %w", err)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("write KeyringNode %s: %w", node, err)
+	}
+	return nil
+}
