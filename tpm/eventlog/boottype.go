@@ -23,30 +23,31 @@ const (
 	BootUnknown BootType = "unknown"
 )
 
-// Measured is what a log shows of a boot, part by part. A part counts only in its PCR
-// and before systemd's separator: what comes later is the operating system's.
+// Measured lists the parts of a boot that a log shows. A part counts only in its own
+// PCR and before systemd's separator: later events belong to the operating system.
 type Measured struct {
-	// Image: PCR 4 has an image that the firmware started, a boot loader for instance.
+	// Image: PCR 4 has an image that the firmware started, for instance a boot loader.
 	Image bool
 	// Command and CommandLine: PCR 8 has a command that GRUB ran, and the command line
-	// with which it started the kernel.
+	// with which GRUB started the kernel.
 	Command, CommandLine bool
 	// File: PCR 9 has a file that GRUB read.
 	File bool
-	// LoadOptions and Initrd: PCR 9 has the command line and the initrd that Linux's EFI
-	// stub found.
+	// LoadOptions and Initrd: PCR 9 has the command line and the initrd that Linux's
+	// EFI stub found.
 	LoadOptions, Initrd bool
 	// LinuxSection, CommandLineSection and InitrdSection: PCR 11 has these sections of a
 	// unified kernel image.
 	LinuxSection, CommandLineSection, InitrdSection bool
-	// ExtraCommandLine: PCR 12 has a command line that systemd-stub was given.
+	// ExtraCommandLine: PCR 12 has a command line that systemd-stub received from
+	// outside.
 	ExtraCommandLine bool
 }
 
-// Measured tells which parts of a boot were measured. For GRUB and UKIs it believes
-// only data whose hash is the digest. An image, a file, and what the EFI stub
-// measures can't be recomputed from the log: there the log is believed unless the
-// digest is that of something else.
+// Measured returns the measured parts of a boot. For GRUB and UKIs it believes data
+// only if the hash of the data is the digest. The digest of an image or a file, and of
+// what the EFI stub measures, can't be recomputed from the log. There Measured believes
+// the log, unless the digest is that of something else.
 func (l *Log) Measured() Measured {
 	section := func(name string) func(Event) bool {
 		return func(e Event) bool { return e.Proves([]byte(name + "\x00")) }
@@ -65,8 +66,8 @@ func (l *Log) Measured() Measured {
 	}
 }
 
-// BootType tells how the machine booted. The EFI stub is asked last, since nothing
-// proves what it measures. GRUB that started a UKI is GRUB.
+// BootType returns how the machine booted. It considers the EFI stub last, because
+// nothing proves what the stub measures. A UKI that GRUB started counts as GRUB.
 func (l *Log) BootType() BootType {
 	switch m := l.Measured(); {
 	case m.Command:
@@ -80,16 +81,16 @@ func (l *Log) BootType() BootType {
 	}
 }
 
-// PCRs returns the PCRs that hold what decides a boot of this type, ascending;
-// none for BootUnknown. PCR 4 is the boot loader or image, 7 the Secure Boot
-// state and keys. PCRs 9, 12 and 14 are added to those of a UKI and of GRUB only
-// where they have events.
+// PCRs returns the PCRs that hold everything that decides a boot of this type,
+// ascending; none for BootUnknown. PCR 4 is the boot loader or image, 7 the Secure Boot
+// state and keys. For UKIs and GRUB, PCRs 9, 12 and 14 are in the list only if they
+// have events.
 //
-//   - uki: 4, 7 and 11 (the image's sections); 9 (the command line and initrd as the
-//     kernel got them) as well, unless Secure Boot is on and the image brings its own
-//     command line: only then does systemd-stub ignore any other. It is added for an
-//     image without an initrd, too. Where the kernel does not measure its command line,
-//     12 (the one that systemd-stub was given) takes the place of 9.
+//   - uki: 4, 7 and 11 (the image's sections). Also 9 (the command line and initrd as the
+//     kernel received them), unless Secure Boot is on and the image has its own command
+//     line: only then does systemd-stub ignore any other command line. 9 is also added for
+//     an image without an initrd. If the kernel does not measure its command line, 12 (the
+//     command line that systemd-stub received) takes the place of 9.
 //   - grub: 4, 7, 8 (commands, command line), 9 (files), 14 (shim's keys), and 11 if
 //     GRUB started a UKI.
 //   - efi-stub: 4, 7 and 9.
@@ -124,13 +125,13 @@ func (t BootType) PCRs(l *Log) []int {
 	}
 }
 
-// has reports whether some event of a PCR is as is says.
+// has reports whether is holds for some event of a PCR.
 func (l *Log) has(pcr int, is func(Event) bool) bool {
 	return slices.ContainsFunc(l.Events, func(e Event) bool { return e.PCR == pcr && e.extends() && is(e) })
 }
 
-// hasBeforeOS is has for the events before systemd's separator. Without one, they may
-// be the operating system's.
+// hasBeforeOS is like has, for the events before systemd's separator. If there is no
+// separator, any of the events may come from the operating system.
 func (l *Log) hasBeforeOS(pcr int, is func(Event) bool) bool {
 	for _, e := range l.Events {
 		switch {
@@ -144,11 +145,11 @@ func (l *Log) hasBeforeOS(pcr int, is func(Event) bool) bool {
 	return false
 }
 
-// grubPrefixes open the data of GRUB's events; what follows is measured, without
-// the final NUL, or with it in RHEL 8's GRUB, which writes no colon.
+// grubPrefixes begin the data of GRUB's events. The rest of the data is measured,
+// without the final NUL; RHEL 8's GRUB, which writes no colon, measures the NUL too.
 var grubPrefixes = []string{"grub_cmd: ", "kernel_cmdline: ", "module_cmdline: ", "grub_cmd ", "grub_kernel_cmdline "}
 
-// splitGRUB splits the data of a GRUB event; prefix is "" for any other.
+// splitGRUB splits the data of a GRUB event; prefix is "" for any other event.
 func splitGRUB(data []byte) (prefix string, text []byte) {
 	for _, p := range grubPrefixes {
 		if text, ok := bytes.CutPrefix(data, []byte(p)); ok {
@@ -174,8 +175,8 @@ func isGRUBFile(e Event) bool {
 	return e.UntrustedType == IPL && len(e.UntrustedData) > 0 && !isSomethingElse(e)
 }
 
-// isImage recognises an image that was started. The digest is the image's own, so
-// that it must not be that of anything else that is measured into PCR 4.
+// isImage recognises the event of a started image. The digest is the image's own, so it
+// must not be the digest of anything else that is measured into PCR 4.
 func isImage(e Event) bool {
 	if e.UntrustedType != EFIBootServicesApp {
 		return false
@@ -184,21 +185,23 @@ func isImage(e Event) bool {
 	return err == nil && i.size > 0 && !isSomethingElse(e)
 }
 
-// actions are measured into PCR 4 as text, beside images (TCG PFP 1.06, 10.4.4).
+// actions are measured into PCR 4 as text, like images (TCG PFP 1.06, 10.4.4).
 var actions = []string{
 	"Calling EFI Application from Boot Option", "Returning from EFI Application from Boot Option",
 	"Entering ROM Based Setup", "Exit Boot Services Invocation", "Exit Boot Services Returned with Failure", "Exit Boot Services Returned with Success",
 }
 
 // isSomethingElse reports whether an event that should have the digest of a file has
-// that of its own data, of a separator or of an action: then no file was measured.
+// the digest of its own data, of a separator or of an action. Then no file was
+// measured.
 func isSomethingElse(e Event) bool {
 	return e.mayBe(e.UntrustedData) || e.mayBe(nil) || separatorKind(e) >= 0 ||
 		slices.ContainsFunc(actions, func(a string) bool { return e.mayBe([]byte(a)) })
 }
 
-// isLoadOptions recognises what Linux's EFI stub measures of its command line. Its
-// initrd alone is no sign of a stub that measures both: older ones measure only that.
+// isLoadOptions recognises the event of the command line that Linux's EFI stub
+// measures. The event of the initrd alone does not prove a stub that measures both:
+// older stubs measure only the initrd.
 func isLoadOptions(e Event) bool {
 	id, _, ok := parseTagged(e.UntrustedData)
 	return (ok && id == tagLinuxLoadOptions || strings.HasPrefix(string(e.UntrustedData), "LOADED_IMAGE::LoadOptions")) && !isSomethingElse(e)
@@ -209,5 +212,5 @@ func isInitrd(e Event) bool {
 	return ok && id == tagLinuxInitrd && !isSomethingElse(e)
 }
 
-// isProvenText recognises text in UTF-16 that the digest is of.
+// isProvenText recognises text in UTF-16 whose hash is the digest.
 func isProvenText(e Event) bool { return isUTF16(e.UntrustedData) && e.Proves(e.UntrustedData) }

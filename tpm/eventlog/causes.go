@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// A cause names an event in words and says what usually changes it. It applies
-// to events of one PCR (or any) whose What matches.
+// A cause describes an event in words, and the usual reason for a change of it. It
+// applies to events of one PCR (or any) whose What matches.
 type cause struct {
 	pcr   int // -1: any
 	what  *regexp.Regexp
@@ -34,7 +34,7 @@ const (
 	bootPhase     = "boot phase"
 )
 
-// causes are looked up from the top; the first that applies decides.
+// causes are searched from the top; the first one that applies decides.
 var causes = []cause{
 	{anyPCR, regexp.MustCompile(`^separator: the firmware`), "separator", "an error in the firmware, such as a failed measurement"},
 	{anyPCR, regexp.MustCompile(`^separator`), "end of the firmware's measurements", ""},
@@ -111,7 +111,7 @@ func explain(c change, ctx circumstances) Difference {
 	if d.Event == bootPhase && c.now == nil {
 		d.Cause += "; or the machine resumed from hibernation: reboot fully"
 	}
-	if c.was != nil && c.now != nil && d.Was == d.Now { // the text says nothing of the change
+	if c.was != nil && c.now != nil && d.Was == d.Now { // the text does not show the change
 		d.Was, d.Now = short(c.was.Digest), short(c.now.Digest)
 		if name := s.name(); name != "" {
 			d.Event += " (" + name + ")"
@@ -120,7 +120,7 @@ func explain(c change, ctx circumstances) Difference {
 	return d
 }
 
-// name returns what tells an event from others of its kind, or "".
+// name returns the part that distinguishes an event from others of its kind, or "".
 func (s Summary) name() string {
 	kind, value := s.value()
 	switch kind {
@@ -142,7 +142,7 @@ func say(s *Summary) string {
 		return ""
 	}
 	kind, value := s.value()
-	value = printable(value, maxWhat) // it may come from a slot
+	value = printable(value, maxWhat) // the value may come from a slot
 	switch kind {
 	case subjectCmdline, subjectGRUB, "action":
 		return strconv.Quote(value)
@@ -150,10 +150,10 @@ func say(s *Summary) string {
 	return cmp.Or(value, short(s.Digest))
 }
 
-// isEcho reports whether a difference repeats another of the same PCR: GRUB
-// measures the kernel's command line twice, as its command and as handed over,
-// systemd-stub measures each section's name before its content, and without
-// Secure Boot nobody signs.
+// isEcho reports whether a difference repeats another difference of the same PCR. GRUB
+// measures the kernel's command line twice, once in its command and once as handed to
+// the kernel. systemd-stub measures the name of each section before the content.
+// Without Secure Boot, no event names a signer.
 func isEcho(d Difference, all []Difference) bool {
 	return slices.ContainsFunc(all, func(o Difference) bool {
 		switch d.Event {

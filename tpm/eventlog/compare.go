@@ -7,24 +7,24 @@ import (
 	"strings"
 )
 
-// Limits on what Compare looks at and returns, per PCR. Beyond the first few
-// lines nobody reads on, and the next cause would be the same.
+// Limits on the input and the output of Compare, per PCR. Nobody reads more than the
+// first few lines, and later causes are usually the same.
 const (
 	maxCompared    = 512
 	maxDifferences = 6
 )
 
-// Difference is one change between two boots, for people. It explains a refusal
-// and decides nothing.
+// Difference is one change between two boots, for display. It explains a refusal and
+// decides nothing.
 type Difference struct {
 	PCR int `json:"pcr"`
-	// Event names what was measured: "kernel command line".
+	// Event names the measured thing: "kernel command line".
 	Event string `json:"event"`
-	// Was and Now say what it was when the slot was made and what it is now; ""
-	// if it was not measured then, or is not now.
+	// Was and Now are its values when the slot was made and now; "" if it was not
+	// measured in that boot.
 	Was string `json:"was,omitempty"`
 	Now string `json:"now,omitempty"`
-	// Cause is what usually leads to such a change, or "".
+	// Cause is the usual reason for such a change, or "".
 	Cause string `json:"cause,omitempty"`
 }
 
@@ -49,10 +49,10 @@ func (d Difference) String() string {
 	return fmt.Sprintf("PCR %d: %s", d.PCR, s)
 }
 
-// Compare says, for every PCR that differs, which events changed since the slot
-// was made: was and wasPCR are what the slot recorded, now and nowPCR this boot.
-// A PCR that only one of wasPCR and nowPCR gives, or neither, is judged by its
-// events. Differences come by PCR, then in the order of the events.
+// Compare returns, for every PCR that differs, the events that changed since the slot
+// was made. was and wasPCR come from the slot's record, now and nowPCR from this boot.
+// If wasPCR or nowPCR lacks a PCR, Compare judges that PCR by its events. Differences
+// are sorted by PCR, then by the order of the events.
 func Compare(was, now []Summary, wasPCR, nowPCR PCRs) []Difference {
 	var all []Difference
 	ctx := circumstances{
@@ -80,7 +80,7 @@ func Compare(was, now []Summary, wasPCR, nowPCR PCRs) []Difference {
 	return all
 }
 
-// unexplained is for a PCR whose value differs though its events do not.
+// unexplained describes a PCR whose value differs although its events do not.
 func unexplained(pcr, events int, was, now []byte) Difference {
 	d := Difference{PCR: pcr, Event: "value", Was: short(fmt.Sprintf("%x", was)), Now: short(fmt.Sprintf("%x", now)),
 		Cause: "something measured into it without leaving an event in the log"}
@@ -104,7 +104,7 @@ func isUKI(summaries []Summary) bool {
 	return slices.ContainsFunc(summaries, func(s Summary) bool { return s.PCR == 11 && s.What == subjectSectionName+" .linux" })
 }
 
-// secureBootWhat returns what was recorded of the state of Secure Boot.
+// secureBootWhat returns the record of the state of Secure Boot.
 func secureBootWhat(summaries []Summary) string {
 	for _, s := range summaries {
 		if s.PCR == 7 && s.kind() == subjectSecureBoot {
@@ -114,13 +114,13 @@ func secureBootWhat(summaries []Summary) string {
 	return ""
 }
 
-// sameDigest compares what is proven, and only that.
+// sameDigest compares only the digests, because only they are proven.
 func sameDigest(a, b Summary) bool { return a.Digest == b.Digest }
 
-// circumstances are what the events of other PCRs say of a change.
+// circumstances are facts about a change that the events of other PCRs show.
 type circumstances struct {
-	uki        bool // a unified kernel image is or was booted
-	secureBoot bool // Secure Boot was switched
+	uki        bool // a unified kernel image was or is booted
+	secureBoot bool // Secure Boot was switched on or off
 	restart    Restart
 }
 
@@ -149,7 +149,7 @@ func (c change) either() *Summary {
 func compareEvents(pcr int, was, now []Summary, ctx circumstances) []Difference {
 	var found []Difference
 	for _, c := range pair(diff(was, now)) {
-		// A digest that moved behind an unchanged one was removed and added.
+		// A digest that moved past an unchanged one counts as removed and added.
 		if c.was != nil && c.now != nil && sameDigest(*c.was, *c.now) {
 			continue
 		}
@@ -177,15 +177,15 @@ func compareEvents(pcr int, was, now []Summary, ctx circumstances) []Difference 
 	return differences
 }
 
-// IsRestart reports whether the difference is that systemd started again.
+// IsRestart reports whether the difference means that systemd started again.
 func (d Difference) IsRestart() bool {
 	return slices.ContainsFunc([]Restart{SoftReboot, Kexec}, func(r Restart) bool { return d.Event == r.String() })
 }
 
 func isPhase(d Difference) bool { return d.Event == bootPhase }
 
-// diff returns what was removed and what was added, by a longest common
-// subsequence of what remains after a common head and tail.
+// diff returns the removed and the added events, by a longest common subsequence of the
+// events between a common head and a common tail.
 func diff(was, now []Summary) (removed, added []Summary) {
 	for len(was) > 0 && len(now) > 0 && sameDigest(was[0], now[0]) {
 		was, now = was[1:], now[1:]
@@ -222,8 +222,8 @@ func diff(was, now []Summary) (removed, added []Summary) {
 	return removed, added
 }
 
-// pair matches what was removed with what was added: first the same
-// event that only moved, then events of one subject, then of one kind.
+// pair matches removed events with added events: first the same event that only moved,
+// then events of one subject, then events of one kind.
 func pair(removed, added []Summary) []change {
 	changes := make([]change, len(removed))
 	taken := make([]bool, len(added))
@@ -255,7 +255,7 @@ func pair(removed, added []Summary) []change {
 	return changes
 }
 
-// value splits What; an event whose value is proven by its digest has one.
+// value splits What. An event has a value if its digest proves that value.
 func (s Summary) value() (kind, value string) {
 	kind, value, _ = strings.Cut(s.What, ": ")
 	return kind, value
@@ -266,8 +266,8 @@ func (s Summary) kind() string {
 	return kind
 }
 
-// subject is what two boots measure alike: for a GRUB command its first word,
-// for a file or an image its name without the version.
+// subject returns the part of an event that is the same in two boots: the first word of
+// a GRUB command, or the name of a file or an image without its version.
 func (s Summary) subject() string {
 	kind, value := s.value()
 	switch kind {

@@ -17,13 +17,13 @@ const maxWhat = 160
 // fromMemory stands for the path of an image that was not loaded from a file.
 const fromMemory = "loaded from memory"
 
-// claimed marks data that should hash to the event's digest and does not: the
-// log says something else than what was measured.
+// claimed marks data whose hash should be the event's digest but is not: the log
+// differs from the measurement.
 const claimed = " (claimed, not proven)"
 
-// Names of subjects that Compare knows as well. What an event measures is
-// written "subject" or "subject: value"; two events of the same subject in two
-// boots are the same measurement.
+// Names of subjects, which Compare uses too. The description of an event is "subject"
+// or "subject: value". Two events with the same subject in two boots are the same
+// measurement.
 const (
 	subjectSecureBoot  = "Secure Boot"
 	subjectCmdline     = "kernel_cmdline"
@@ -44,8 +44,8 @@ const (
 	subjectGPT         = "partition table"
 )
 
-// describe says what an event measures, in at most maxWhat printable runes. It
-// is for people: its source is untrusted.
+// describe says what an event measures, in at most maxWhat printable runes. The text is
+// for display, and its source is untrusted.
 func describe(e Event) string {
 	d := e.UntrustedData
 	var s string
@@ -77,7 +77,7 @@ func describe(e Event) string {
 	return printable(s, maxWhat)
 }
 
-// mark returns the mark for an event that should have measured that.
+// mark returns the mark for an event that should have measured these bytes.
 func (e Event) mark(measured []byte) string {
 	if e.Proves(measured) {
 		return ""
@@ -103,7 +103,7 @@ func describeVariable(e Event) string {
 	}
 	mark := e.mark(e.UntrustedData)
 	boot := e.UntrustedType == EFIVariableBoot || e.UntrustedType == EFIVariableBoot2
-	if boot && mark != "" { // older firmware measures the value alone
+	if boot && mark != "" { // older firmware measures only the value
 		mark = e.mark(v.data)
 	}
 	switch {
@@ -221,7 +221,7 @@ func describeTagged(e Event) string {
 	}
 }
 
-// describeIPL is for what boot loaders measure; the PCR tells which it was.
+// describeIPL describes events of boot loaders; the PCR identifies the boot loader.
 func describeIPL(e Event) string {
 	if prefix, command := splitGRUB(e.UntrustedData); prefix != "" {
 		s := prefix + strings.ToValidUTF8(string(command), "?")
@@ -245,9 +245,9 @@ func describeIPL(e Event) string {
 	}
 }
 
-// text returns what the data says if it is UTF-8 or UTF-16 text, else its size.
+// text returns UTF-8 or UTF-16 text as a string, or the size of any other data.
 func text(data []byte) string {
-	const enough = 64 << 10 // no text that is measured is longer
+	const enough = 64 << 10 // no measured text is longer
 	cut := data[:min(len(data), enough)]
 	s := strings.TrimRight(strings.ToValidUTF8(string(cut), ""), "\x00")
 	if isUTF16(cut) {
@@ -274,9 +274,9 @@ func isUTF16(b []byte) bool {
 	return b[0] != 0 && high > len(b)/4 // an odd last byte is dropped
 }
 
-// printable makes a line of untrusted text fit for a terminal or a log: no
-// control or formatting characters, single spaces, at most n runes; of a longer
-// one the middle is left out, since a command line differs at its ends.
+// printable makes a line of untrusted text safe for a terminal or a log: no control or
+// formatting characters, single spaces, at most n runes. It cuts the middle out of a
+// longer line, because command lines usually differ at their ends.
 func printable(s string, n int) string {
 	s = strings.Join(strings.Fields(strings.Map(func(r rune) rune {
 		switch {

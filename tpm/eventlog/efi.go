@@ -7,10 +7,10 @@ import (
 	"unicode/utf16"
 )
 
-// guid is an EFI_GUID as it lies in memory.
+// guid is an EFI_GUID in its memory layout.
 type guid [16]byte
 
-// Vendors of the variables that are measured (UEFI 2.10).
+// Vendors of the measured variables (UEFI 2.10).
 var (
 	// globalVariable is EFI_GLOBAL_VARIABLE: SecureBoot, PK, KEK, BootOrder, Boot0000.
 	globalVariable = guid{0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c}
@@ -28,10 +28,11 @@ type variable struct {
 // certX509 is EFI_CERT_X509_GUID, the type of a list of certificates (UEFI 2.10, 32.4.1).
 var certX509 = guid{0xa1, 0x59, 0xc0, 0xa5, 0xe4, 0x94, 0xa7, 0x4a, 0x87, 0xb5, 0xab, 0x15, 0x5c, 0x2b, 0xf0, 0x72}
 
-// errNotThat says that data is not of the form that was asked for.
+// errNotThat says that data does not have the expected form.
 var errNotThat = errors.New("data of another form")
 
-// parseVariable reads an event's data; nothing may be left over. The data refers to b.
+// parseVariable reads an event's data, and refuses trailing bytes. The data refers to
+// b.
 func parseVariable(b []byte) (variable, error) {
 	r := &reader{rest: b}
 	var v variable
@@ -48,8 +49,8 @@ func parseVariable(b []byte) (variable, error) {
 	return v, nil
 }
 
-// certificates returns the certificates of a signature database (a sequence of
-// EFI_SIGNATURE_LIST) and how many entries of other types it has.
+// certificates returns the certificates in a signature database (a sequence of
+// EFI_SIGNATURE_LIST), and the number of entries of other types.
 func certificates(db []byte) (certs [][]byte, others int, err error) {
 	r := &reader{rest: db}
 	for len(r.rest) > 0 && r.err == nil {
@@ -70,7 +71,7 @@ func certificates(db []byte) (certs [][]byte, others int, err error) {
 				return nil, 0, errNotThat
 			}
 			if typ == certX509 {
-				certs = append(certs, signature[16:]) // after its owner's GUID
+				certs = append(certs, signature[16:]) // without the owner's GUID
 			} else {
 				others++
 			}
@@ -82,13 +83,14 @@ func certificates(db []byte) (certs [][]byte, others int, err error) {
 	return certs, others, nil
 }
 
-// imageLoad is what is used of the data of an image's event (UEFI_IMAGE_LOAD_EVENT).
-// Its digest is that of the image, so none of it is proven, ever.
+// imageLoad holds the used parts of the data of an image's event
+// (UEFI_IMAGE_LOAD_EVENT). The digest of such an event is that of the image, so these
+// parts are never proven.
 type imageLoad struct {
-	// path is the file's, as \EFI\BOOT\BOOTX64.EFI; empty for an image loaded
-	// from memory, as GRUB does it.
+	// path is the path of the file, such as \EFI\BOOT\BOOTX64.EFI. It is empty for an
+	// image that was loaded from memory, as GRUB does it.
 	path string
-	// size is that of the image, in bytes.
+	// size is the size of the image, in bytes.
 	size uint64
 }
 
@@ -101,9 +103,9 @@ const (
 // parseImageLoad reads an event's data.
 func parseImageLoad(b []byte) (imageLoad, error) {
 	r := &reader{rest: b}
-	r.u64() // where it was in memory
+	r.u64() // its address in memory
 	i := imageLoad{size: r.u64()}
-	r.u64() // where it was linked to
+	r.u64() // its link address
 	path := r.bytes(r.u64())
 	if r.err != nil || len(r.rest) > 0 {
 		return imageLoad{}, errNotThat
@@ -117,7 +119,7 @@ func parseImageLoad(b []byte) (imageLoad, error) {
 		body := r.bytes(uint64(length) - 4)
 		if typ == nodeMedia && sub == nodeFilePath {
 			name := strings.TrimRight(decodeUTF16(body), "\x00")
-			if i.path != "" { // a path may come in pieces
+			if i.path != "" { // a path may consist of several nodes
 				name = strings.TrimRight(i.path, `\`) + `\` + strings.TrimLeft(name, `\`)
 			}
 			i.path = name

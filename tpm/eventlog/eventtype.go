@@ -2,7 +2,7 @@ package eventlog
 
 import "fmt"
 
-// EventType says what an event measures. No digest covers it.
+// EventType is the type of an event. No digest covers it.
 type EventType uint32
 
 // The event types of the TCG PC Client Platform Firmware Profile 1.06, table 27.

@@ -18,12 +18,11 @@ const (
 	MaxEvents = 1 << 16  // events of a log
 )
 
-// NumPCRs is how many PCRs a PC Client TPM has.
+// NumPCRs is the number of PCRs of a PC Client TPM.
 const NumPCRs = 24
 
-// NoPCR is the PCR of an event that names none (0xffffffff in the log). The
-// specification has such events for information only (TCG PFP 1.06, SP 800-155
-// events).
+// NoPCR is the PCR of an event that names no PCR (0xffffffff in the log). In the
+// specification such events are for information only (TCG PFP 1.06, SP 800-155 events).
 const NoPCR = -1
 
 // SM3 stands for TPM_ALG_SM3_256, which Go does not implement: its digests are
@@ -31,8 +30,8 @@ const NoPCR = -1
 // does not replay.
 const SM3 = crypto.Hash(1<<16 | 0x12)
 
-// A Log is a firmware event log, perhaps with userspace events appended. A Log
-// that is built by hand needs Banks and Events only.
+// A Log is a firmware event log, perhaps with userspace events appended. A Log that is
+// built by hand needs only Banks and Events.
 type Log struct {
 	// Banks in the order of the log's header.
 	Banks  []crypto.Hash
@@ -43,7 +42,7 @@ type Log struct {
 
 // Event is one measurement. Only a digest of a verified bank can be trusted.
 type Event struct {
-	// PCR may be one that no TPM has: see extends.
+	// PCR may be a PCR that no TPM has: see extends.
 	PCR           int
 	UntrustedType EventType
 	// Digests holds at most one digest per bank, in the log's order.
@@ -51,14 +50,14 @@ type Event struct {
 	UntrustedData []byte
 }
 
-// Digest is what was extended into one bank.
+// Digest is the value that was extended into one bank.
 type Digest struct {
 	Hash  crypto.Hash
 	Value []byte // Hash.Size bytes; 32 for SM3
 }
 
-// Measure returns the event that arises when measured is hashed into every
-// bank, and data is logged. That is how [Event] values are made by hand.
+// Measure returns the event of hashing measured into every bank and logging data. Use
+// it to make [Event] values by hand.
 func Measure(banks []crypto.Hash, pcr int, typ EventType, measured, data []byte) Event {
 	e := Event{PCR: pcr, UntrustedType: typ, UntrustedData: data}
 	for _, bank := range banks {
@@ -87,9 +86,9 @@ func (e Event) Digest(bank crypto.Hash) []byte {
 	return nil
 }
 
-// Proves reports whether each of the event's digests is the hash of measured,
-// in all banks that Go can compute and in at least one. Any bank alone would
-// not do: only one of them was compared with a quote, and it isn't known here which.
+// Proves reports whether each of the event's digests is the hash of measured, in all
+// banks that Go can compute and in at least one. A match in any one bank would not be
+// enough: a quote proves only one of the banks, and Proves does not know which.
 func (e Event) Proves(measured []byte) bool {
 	n := 0
 	for _, d := range e.Digests {
@@ -111,16 +110,16 @@ func (e Event) mayBe(measured []byte) bool {
 	})
 }
 
-// extends reports whether the event was extended into its PCR. No TPM can have
-// extended a PCR that it does not have.
+// extends reports whether the event was extended into its PCR. No TPM can extend a PCR
+// that it does not have.
 func (e Event) extends() bool {
 	return e.UntrustedType != NoAction && e.PCR >= 0 && e.PCR < NumPCRs
 }
 
-// Only returns the log with the digests of one bank alone, as if the TPM had no
-// other: a log with an SM3 bank or with userspace events that leave some banks
-// out becomes one that every parser accepts. An event without a digest of that
-// bank keeps none, and fails to replay.
+// Only returns the log with the digests of one bank, as if the TPM had no other bank.
+// So a log with an SM3 bank, or with userspace events that lack some banks, becomes a
+// log that every parser accepts. An event without a digest of that bank keeps no
+// digest, and fails to replay.
 func (l *Log) Only(bank crypto.Hash) *Log {
 	o := &Log{Banks: []crypto.Hash{bank}, spec: l.spec, Events: make([]Event, len(l.Events))}
 	for i, e := range l.Events {
@@ -134,8 +133,8 @@ func (l *Log) Only(bank crypto.Hash) *Log {
 	return o
 }
 
-// Append adds events that were measured after those of the log, such as those
-// of [ParseUserspace].
+// Append adds events that were measured after the events of the log, such as those of
+// [ParseUserspace].
 func (l *Log) Append(events []Event) { l.Events = append(l.Events, events...) }
 
 // BankName returns a bank's name as tpm2-tools and systemd write it: "sha256".

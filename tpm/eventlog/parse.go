@@ -9,7 +9,7 @@ import (
 	"slices"
 )
 
-// signature opens the data of a crypto-agile log's first event.
+// signature begins the data of the first event in a crypto-agile log.
 const signature = "Spec ID Event03\x00"
 
 // specID is the rest of that event, TCG_EfiSpecIDEvent.
@@ -21,7 +21,7 @@ type specID struct {
 	vendorInfo    []byte
 }
 
-// orDefault is for logs that are built by hand.
+// orDefault supplies a header for logs that are built by hand.
 func (s specID) orDefault() specID {
 	if s.major == 0 {
 		return specID{major: 2, uintnSize: 2}
@@ -29,7 +29,7 @@ func (s specID) orDefault() specID {
 	return s
 }
 
-// Logs that are in order and of no use.
+// Errors of logs that are valid and useless.
 var (
 	// ErrEmptyLog: the firmware, or the hypervisor, handed Linux no events.
 	ErrEmptyLog = errors.New("the log is empty")
@@ -37,14 +37,14 @@ var (
 	ErrSHA1Log = errors.New("the log is in the SHA-1 format of TPM 1.2")
 )
 
-// Parse reads a crypto-agile firmware log of at most [MaxSize] bytes and
-// [MaxEvents] events. It is strict where a log could be read in two ways: the
-// header names each bank once, with its right size; an event has at most one
-// digest for each of these banks, and none for another; EV_NO_ACTION has digests
-// of zeros; nothing is left over. It is lenient where firmware is known to err
-// and the replay decides: an event may lack the digests of some banks, and an
-// event on a PCR that does not exist extends nothing. What Parse accepts, Encode
-// turns back into the same bytes. The Log does not refer to raw.
+// Parse reads a crypto-agile firmware log of at most [MaxSize] bytes and [MaxEvents]
+// events. It is strict if a log could be read in two ways: the header names each bank
+// once, with its right size; an event has at most one digest for each of these banks,
+// and none for another bank; EV_NO_ACTION has digests of zeros; there are no trailing
+// bytes. It is lenient about known errors of firmware that the replay decides: an event
+// may lack the digests of some banks, and an event on a PCR that does not exist extends
+// nothing. Encode turns an accepted log back into the same bytes. The Log does not
+// refer to raw.
 func Parse(raw []byte) (*Log, error) {
 	switch {
 	case len(raw) == 0:
@@ -72,8 +72,8 @@ func Parse(raw []byte) (*Log, error) {
 
 var errTruncated = errors.New("truncated")
 
-// reader takes fields off a log. After an error every field is zero or nil, so
-// that it need be checked once per structure.
+// reader takes fields off a log. After an error every field is zero or nil, so one
+// check for each structure is enough.
 type reader struct {
 	rest []byte
 	err  error
@@ -117,8 +117,8 @@ func (r *reader) u64() uint64 {
 	return 0
 }
 
-// header reads the first event, which has the TPM 1.2 form so that old readers
-// can skip it.
+// header reads the first event, which has the TPM 1.2 form so that old readers can skip
+// it.
 func (r *reader) header() (*Log, error) {
 	pcr, typ, digest := r.u32(), EventType(r.u32()), r.bytes(20)
 	data := r.bytes(uint64(r.u32()))
@@ -201,7 +201,7 @@ func (r *reader) event(banks []crypto.Hash) (Event, error) {
 	return e, r.err
 }
 
-// noPCR is how a log writes NoPCR.
+// noPCR is NoPCR in a log.
 const noPCR = 0xffffffff
 
 func zero(b []byte) bool { return !slices.ContainsFunc(b, func(c byte) bool { return c != 0 }) }

@@ -14,7 +14,8 @@ import (
 var phases = []string{"enter-initrd", "leave-initrd", "sysinit", "ready", "shutdown", "final"}
 
 // Phases returns the phases of the boot that systemd has measured so far, in their
-// order, as far as their digests prove them; none where it measures none.
+// order, as far as their digests prove them. It returns none if systemd measures no
+// phases.
 func (l *Log) Phases() []string {
 	var found []string
 	for _, e := range l.Events {
@@ -27,10 +28,10 @@ func (l *Log) Phases() []string {
 }
 
 // Restart is a way in which systemd starts again without a reset of the machine. The
-// TPM keeps its PCRs, so that they hold both starts.
+// TPM keeps its PCRs, so the PCRs hold both starts.
 type Restart string
 
-// The ways.
+// The kinds of restarts.
 const (
 	NoRestart  Restart = ""
 	SoftReboot Restart = "soft-reboot"
@@ -42,11 +43,11 @@ func (r Restart) String() string {
 	return "systemd shut down and started again without a reset of the machine (" + string(r) + ")"
 }
 
-// Restarted tells the first such restart from the phases of the boot.
+// Restarted returns the first such restart among the phases of the boot.
 func (l *Log) Restarted() Restart { return restartIn(l.Phases()) }
 
-// restartIn finds a phase that follows a shutdown. A kernel that kexec started begins
-// with an initrd, which a soft-reboot does without.
+// restartIn finds a phase that follows a shutdown. A kernel started by kexec begins
+// with an initrd; a soft-reboot does not.
 func restartIn(phases []string) Restart {
 	down := false
 	for _, phase := range phases {
@@ -62,20 +63,21 @@ func restartIn(phases []string) Restart {
 	return NoRestart
 }
 
-// maxRestarts bounds how many soft-reboots UnloggedPhases looks for.
+// maxRestarts bounds the number of soft-reboots that UnloggedPhases tries.
 const maxRestarts = 8
 
-// UnloggedPhases returns systemd's log of the phases of a boot, where an older
-// systemd (such as 252) extended PCR 11 with them and logged nothing: of all the
-// ways in which a boot goes through the phases, soft-reboots included, the one that
-// leads from the firmware's log to the quoted value. nil where none does, or none is
-// needed. It is a guess that the digests prove, as they prove every log.
+// UnloggedPhases returns systemd's log of the phases of a boot, for an older systemd
+// (such as 252) that extended PCR 11 without logging the phases. It tries all sequences
+// of phases that a boot can go through, soft-reboots included, and returns the sequence
+// that leads from the firmware's log to the quoted value. It returns nil if no sequence
+// does, or if the log needs none. The result is a guess that the digests prove, as they
+// prove every log.
 func (l *Log) UnloggedPhases(bank crypto.Hash, quoted PCRs) []byte {
 	var mismatch *MismatchError
 	if err := l.Verify(bank, quoted); !errors.As(err, &mismatch) || !slices.Equal(mismatch.PCRs, []int{11}) {
 		return nil
 	}
-	for _, first := range []string{"enter-initrd", "sysinit"} { // an initrd without systemd measures none
+	for _, first := range []string{"enter-initrd", "sysinit"} { // an initrd without systemd measures no phase
 		again := phases[slices.Index(phases, "sysinit"):]
 		words := slices.Concat(phases[slices.Index(phases, first):], slices.Repeat(again, maxRestarts))
 		if n := l.measuredPhases(bank, quoted[11], words); n > 0 {
@@ -86,7 +88,7 @@ func (l *Log) UnloggedPhases(bank crypto.Hash, quoted PCRs) []byte {
 }
 
 // measuredPhases returns how many of the words lead from the log to the value of PCR
-// 11; 0 if none do.
+// 11, or 0 if none of the counts does.
 func (l *Log) measuredPhases(bank crypto.Hash, want []byte, words []string) int {
 	pcrs, err := l.Replay(bank)
 	if err != nil {

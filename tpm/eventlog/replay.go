@@ -13,13 +13,12 @@ import (
 // PCRs are PCR values of one bank, by PCR.
 type PCRs map[int][]byte
 
-// startupLocality opens the data of the event that tells PCR 0's first value; one
+// startupLocality begins the data of the event that gives the first value of PCR 0; one
 // byte follows (TCG PFP, 10.4.5.3).
 const startupLocality = "StartupLocality\x00"
 
-// locality returns the startup locality that an event tells; ok is false for any
-// other event. The entry may be larger than the structure: coreboot logs entries of
-// a fixed size.
+// locality returns the startup locality in an event; ok is false for any other event.
+// The entry may be larger than the structure: coreboot logs entries of a fixed size.
 func (e Event) locality() (locality byte, ok bool) {
 	rest, ok := bytes.CutPrefix(e.UntrustedData, []byte(startupLocality))
 	if !ok || e.PCR != 0 || e.UntrustedType != NoAction || len(rest) == 0 {
@@ -28,10 +27,10 @@ func (e Event) locality() (locality byte, ok bool) {
 	return rest[0], true
 }
 
-// StartupLocality returns the locality that the TPM was started from, which is
-// the last byte of PCR 0's reset value: 0, 3, or 4 after an H-CRTM. It fails on
-// a log that says so twice, or after PCR 0 was extended, because replays would
-// then disagree on what it means.
+// StartupLocality returns the locality from which the TPM was started, the last byte of
+// PCR 0's reset value: 0, 3, or 4 after an H-CRTM. It fails on a log that gives a
+// locality twice, or after PCR 0 was extended, because parsers would then disagree on
+// the meaning.
 func (l *Log) StartupLocality() (byte, error) {
 	var locality byte
 	var found, extended bool
@@ -52,8 +51,8 @@ func (l *Log) StartupLocality() (byte, error) {
 	return locality, nil
 }
 
-// HasPaddedLocality reports whether the startup locality is in an entry larger than
-// its structure.
+// HasPaddedLocality reports whether the startup locality is in an entry that is larger
+// than its structure.
 func (l *Log) HasPaddedLocality() bool { return slices.ContainsFunc(l.Events, Event.padded) }
 
 func (e Event) padded() bool {
@@ -61,8 +60,8 @@ func (e Event) padded() bool {
 	return ok && len(e.UntrustedData) > len(startupLocality)+1
 }
 
-// WithoutPadding returns the log with the startup locality in an entry of its
-// structure's size, as other parsers demand it.
+// WithoutPadding returns the log with the startup locality in an entry of the
+// structure's size, as other parsers demand.
 func (l *Log) WithoutPadding() *Log {
 	trimmed := &Log{Banks: l.Banks, spec: l.spec, Events: slices.Clone(l.Events)}
 	for i, e := range trimmed.Events {
@@ -76,7 +75,7 @@ func (l *Log) WithoutPadding() *Log {
 // BankError says that a log has no digests of a bank at all.
 type BankError struct {
 	Bank crypto.Hash
-	// Has are the banks that the log's header names.
+	// Has are the banks in the log's header.
 	Has []crypto.Hash
 }
 
@@ -99,17 +98,17 @@ func (e *IncompleteError) Error() string {
 	return fmt.Sprintf("event log: event %d on PCR %d has no %s digest", e.Event, e.PCR, BankName(e.Bank))
 }
 
-// Replay extends the events of one bank and returns the values of all PCRs that
-// have any. Events that extended nothing are left out: EV_NO_ACTION, and events on
-// PCRs that do not exist. PCR 0 starts from the startup locality. PCRs without
-// events have no value, but for a PCR 0 whose reset value is not zero. Every event
-// that extended a PCR needs a digest of the bank: else the error is a [*BankError]
-// or an [*IncompleteError].
+// Replay extends the events of one bank and returns the values of all PCRs that have
+// events. It skips events that extended nothing: EV_NO_ACTION, and events on PCRs that
+// do not exist. PCR 0 starts from the startup locality. PCRs without events have no
+// value, except a PCR 0 whose reset value is not zero. Every event that extended a PCR
+// needs a digest of the bank; otherwise the error is a [*BankError] or an
+// [*IncompleteError].
 func (l *Log) Replay(bank crypto.Hash) (PCRs, error) {
 	return l.replay(bank, func(int, []byte) {})
 }
 
-// replay calls step with each value that a PCR passes through, its first included.
+// replay calls step with each value that a PCR passes through, including the first.
 func (l *Log) replay(bank crypto.Hash, step func(pcr int, value []byte)) (PCRs, error) {
 	switch {
 	case !bank.Available():
@@ -142,7 +141,7 @@ func (l *Log) replay(bank crypto.Hash, step func(pcr int, value []byte)) (PCRs, 
 	return pcrs, nil
 }
 
-// resetValue is all zeros but for the locality in the last byte.
+// resetValue is all zeros except the last byte, which is the locality.
 func resetValue(bank crypto.Hash, locality byte) []byte {
 	b := make([]byte, size(bank))
 	b[len(b)-1] = locality
@@ -156,21 +155,22 @@ func (p PCRs) extend(bank crypto.Hash, pcr int, digest []byte) {
 	p[pcr] = sum(bank, p[pcr], digest)
 }
 
-// MismatchError says which quoted PCRs the log does not lead to.
+// MismatchError lists the quoted PCRs that the log does not lead to.
 type MismatchError struct {
 	Bank crypto.Hash
 	// PCRs do not replay to the quoted value, ascending.
 	PCRs []int
-	// Silent are those of PCRs that the log has no event for, though they were extended.
+	// Silent are those of PCRs that were extended although the log has no event for
+	// them.
 	Silent []int
 	// Behind are those of PCRs whose quoted value the log passes through before its
 	// end: the TPM has measured less than the log lists.
 	Behind []int
 }
 
-// TPMIsBehind reports whether the TPM holds an earlier state of the very boot that the
-// log lists. A machine that resumed from hibernation is in it: its memory is that of the
-// earlier boot, and its TPM has been reset since.
+// TPMIsBehind reports whether the TPM holds an earlier state of the boot that the log
+// lists. A machine that resumed from hibernation is in that condition: its memory comes
+// from the earlier boot, and its TPM has been reset since.
 func (e *MismatchError) TPMIsBehind() bool { return len(e.PCRs) > 0 && slices.Equal(e.Behind, e.PCRs) }
 
 func (e *MismatchError) Error() string {
@@ -192,12 +192,12 @@ func join(pcrs []int) string {
 	return strings.Join(s, ", ")
 }
 
-// Verify proves the digests of one bank, in this order: there is something to
-// prove; the log replays; every quoted PCR that has events replays to exactly
-// the quoted value; every quoted PCR without events still has its reset value
-// (zeros; ones for the PCRs of a dynamic launch, 17 to 22). It proves nothing
-// about PCRs that were not quoted, about other banks, or about types and data.
-// If values differ, the error is a [*MismatchError] that lists all of them.
+// Verify proves the digests of one bank, in this order: there is something to prove;
+// the log replays; every quoted PCR that has events replays to exactly the quoted
+// value; every quoted PCR without events still has its reset value (zeros; ones for the
+// PCRs of a dynamic launch, 17 to 22). It proves nothing about PCRs that were not
+// quoted, about other banks, or about types and data. If values differ, the error is a
+// [*MismatchError] that lists all differences.
 func (l *Log) Verify(bank crypto.Hash, quoted PCRs) error {
 	if len(quoted) == 0 {
 		return errors.New("event log: no PCR was quoted")
@@ -232,7 +232,7 @@ func (l *Log) Verify(bank crypto.Hash, quoted PCRs) error {
 	return nil
 }
 
-// unextended is a PCR's value after a reset of the platform (TCG PC Client
+// unextended returns a PCR's value after a reset of the platform (TCG PC Client
 // Platform TPM Profile, table 5).
 func unextended(bank crypto.Hash, pcr int) []byte {
 	b := make([]byte, size(bank))

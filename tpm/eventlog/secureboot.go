@@ -5,50 +5,50 @@ import (
 	"slices"
 )
 
-// separators are the data of EV_SEPARATOR: two normal ones, and one that says that
-// the firmware met an error (TCG PFP 1.06, 10.4.1).
+// separators are the data of EV_SEPARATOR: two normal values, and one that reports an
+// error of the firmware (TCG PFP 1.06, 10.4.1).
 var separators = [][]byte{{0, 0, 0, 0}, {0xff, 0xff, 0xff, 0xff}, errorSeparator: {1, 0, 0, 0}}
 
 const errorSeparator = 2
 
-// SecureBootState is what a log shows of Secure Boot, in words for a message.
+// SecureBootState is the state of Secure Boot in a log, in words for a message.
 type SecureBootState string
 
-// The states. Only SecureBootOn says that a key vouched for what was started.
+// The states. Only SecureBootOn means that a key vouched for a started image.
 const (
 	SecureBootOn  SecureBootState = "on"
 	SecureBootOff SecureBootState = "off"
-	// SecureBootIdle: the firmware says that it is on, and shows no key by which it
-	// verified anything. A hypervisor that starts a kernel itself leaves this behind.
+	// SecureBootIdle: the firmware says that Secure Boot is on, and shows no key by
+	// which it verified anything. This is the result if a hypervisor starts a kernel
+	// directly.
 	SecureBootIdle SecureBootState = "on, and nothing was verified"
 	// SecureBootUnknown: the log leaves a doubt.
 	SecureBootUnknown SecureBootState = "unknown"
 )
 
-// SecureBoot tells whether Secure Boot is on or off, see [Log.SecureBootState]. known
-// is false in the two other states: unknown means no.
+// SecureBoot reports whether Secure Boot is on or off, see [Log.SecureBootState]. known
+// is false in the two other states; treat unknown as off.
 func (l *Log) SecureBoot() (enabled, known bool) {
 	s := l.SecureBootState()
 	return s == SecureBootOn, s == SecureBootOn || s == SecureBootOff
 }
 
-// SecureBootState tells the state of Secure Boot from the events of PCR 7, if a log
-// that verified leaves no doubt: whatever can't be shown to be so is unknown. It
-// checks, in this order:
+// SecureBootState derives the state of Secure Boot from the events of PCR 7 in a
+// verified log. If anything leaves a doubt, the state is unknown. It checks, in this
+// order:
 //
-//  1. PCR 7 has exactly one separator, recognised by its digest, whatever its
-//     type, and none that reports an error. What comes later was not measured by
-//     the firmware as a setting, and the operating system could not have put
-//     anything before it.
-//  2. Every event before it has data that hashes to its digest, so that none can
-//     pose as something else.
-//  3. Exactly one of these is the variable SecureBoot of EFI_GLOBAL_VARIABLE, and
-//     it holds one byte, 0 or 1, or nothing: firmware measures a variable that does
-//     not exist that way, and Secure Boot is off then.
-//  4. Where it is on: an authority from db is among the events, on either side of the
-//     firmware's separator (boot loaders come after it) and before that of systemd,
-//     which ends what came before the operating system. Any other authority, shim's
-//     SBAT level for instance, is measured with Secure Boot off too.
+//  1. PCR 7 has exactly one separator, recognised by its digest regardless of its type, and
+//     no separator that reports an error. The firmware measured no setting after the
+//     separator, and the operating system can't have put anything before it.
+//  2. Every event before the separator has data that hashes to its digest, so that no event
+//     can pose as another one.
+//  3. Exactly one of these events is the variable SecureBoot of EFI_GLOBAL_VARIABLE, and it
+//     holds one byte, 0 or 1, or nothing. Firmware measures a missing variable as empty, and
+//     Secure Boot is off then.
+//  4. If Secure Boot is on: an authority from db is among the events, on either side of the
+//     firmware's separator (boot loaders come after it) and before systemd's separator, after
+//     which events belong to the operating system. Any other authority, for instance shim's
+//     SBAT level, does not count, because it is measured with Secure Boot off too.
 func (l *Log) SecureBootState() SecureBootState {
 	before, ok := l.beforeSeparator()
 	if !ok {
@@ -77,10 +77,10 @@ func (l *Log) SecureBootState() SecureBootState {
 }
 
 // isAuthority reports whether an event names an entry of db by which the firmware let
-// an image run: a variable db that holds an EFI_SIGNATURE_DATA, which is an owner's
-// GUID with a certificate or a hash. The variable itself, which the firmware measures
-// as a setting, holds EFI_SIGNATURE_LISTs. Types are not authenticated, so that the
-// two are told apart by what they hold.
+// an image run. The data is then a variable db that holds an EFI_SIGNATURE_DATA, an
+// owner's GUID with a certificate or a hash. The variable db itself, which the firmware
+// measures as a setting, holds EFI_SIGNATURE_LISTs. Types are not authenticated, so
+// isAuthority distinguishes the two by their content.
 func isAuthority(e Event) bool {
 	const owner = 16 // bytes of a GUID
 	if e.UntrustedType != EFIVariableAuthority || !e.Proves(e.UntrustedData) {
@@ -97,7 +97,7 @@ func isAuthority(e Event) bool {
 }
 
 // isSequence reports whether b is one whole ASN.1 SEQUENCE, as a certificate is. Go
-// refuses to parse some that firmware takes.
+// refuses to parse some certificates that firmware accepts.
 func isSequence(b []byte) bool {
 	var v asn1.RawValue
 	rest, err := asn1.Unmarshal(b, &v)

@@ -7,17 +7,16 @@ import (
 	"slices"
 )
 
-// Summary is what a slot records of one event of the boot that it was made in,
-// so that a later refusal can say what changed. Digest is proven if
-// [ReplaySummary] gives the PCR values that the slot's authorization policy
-// names; the rest is for people.
+// Summary is a slot's record of one event of the boot in which the slot was made, so
+// that a later refusal can say what changed. Digest is proven if [ReplaySummary] gives
+// the PCR values in the slot's authorization policy. The other fields are for display.
 type Summary struct {
 	PCR int `json:"pcr"`
 	// Type is the event type's name, as the log claims it.
 	Type string `json:"type"`
-	// Digest is hexadecimal, of the bank that was summarized.
+	// Digest is in the summarized bank, in hexadecimal.
 	Digest string `json:"digest"`
-	// What says what was measured, in at most 160 printable runes.
+	// What describes the measured thing, in at most 160 printable runes.
 	What string `json:"what"`
 }
 
@@ -34,9 +33,9 @@ func (l *Log) Summarize(bank crypto.Hash, pcrs []int) []Summary {
 	return s
 }
 
-// ReplaySummary extends the summarized digests and returns the values of all
-// PCRs that have any, as [Log.Replay] does. The locality is that of
-// [Log.StartupLocality]; it matters for PCR 0 only.
+// ReplaySummary extends the summarized digests and returns the values of all PCRs that
+// have events, as [Log.Replay] does. The locality is that of [Log.StartupLocality]; it
+// matters only for PCR 0.
 func ReplaySummary(summaries []Summary, bank crypto.Hash, locality byte) (PCRs, error) {
 	if !bank.Available() {
 		return nil, fmt.Errorf("cannot compute %s", BankName(bank))

@@ -9,12 +9,13 @@ import (
 	"sigs.k8s.io/json"
 )
 
-// OSSeparator is what systemd 261 and later measures into PCRs 0 to 7, 9 and 12
-// to 14 when the boot leaves the firmware's and the boot loader's hands.
+// OSSeparator is the text that systemd 261 and later measures into PCRs 0 to 7, 9 and
+// 12 to 14 when the firmware and the boot loader have handed over to the operating
+// system.
 const OSSeparator = "os-separator"
 
-// userspaceRecord is one measurement as systemd logs it: TCG's canonical event
-// log in JSON, with liberties (systemd, src/shared/tpm2-util.c).
+// userspaceRecord is one measurement in systemd's log: TCG's canonical event log in
+// JSON, with liberties (systemd, src/shared/tpm2-util.c).
 type userspaceRecord struct {
 	PCR     *uint64 `json:"pcr"`
 	NVIndex *uint64 `json:"nv_index"`
@@ -27,13 +28,13 @@ type userspaceRecord struct {
 	} `json:"content"`
 }
 
-// ParseUserspace reads systemd's log (tpm2-measure.log, a JSON text sequence,
-// RFC 7464) of at most [MaxSize] bytes and [MaxEvents] records, and returns its
-// PCR measurements as EV_EVENT_TAG events whose data is the text that systemd
-// logged. Measurements into NV indexes and into PCRs that do not exist are left
-// out, digests of unknown banks too, and so is what stands between two record
-// separators in a row. A record without its end is refused: systemd holds a lock
-// on the file while it writes one, so read the file under a shared lock.
+// ParseUserspace reads systemd's log (tpm2-measure.log, a JSON text sequence, RFC 7464)
+// of at most [MaxSize] bytes and [MaxEvents] records. It returns the PCR measurements
+// as EV_EVENT_TAG events whose data is the text that systemd logged. It skips
+// measurements into NV indexes and into PCRs that do not exist, digests of unknown
+// banks, and empty records between two record separators. It refuses a record without
+// its end: systemd holds a lock on the file while it writes a record, so read the file
+// under a shared lock.
 func ParseUserspace(raw []byte) ([]Event, error) {
 	if len(raw) > MaxSize {
 		return nil, fmt.Errorf("userspace log: %d bytes, more than %d", len(raw), MaxSize)
@@ -52,7 +53,7 @@ func ParseUserspace(raw []byte) ([]Event, error) {
 	records := bytes.Split(raw[1:], []byte{recordSeparator})
 	for i, record := range records {
 		if i < len(records)-1 && len(bytes.Trim(record, " \t\r\n")) == 0 {
-			continue // separators in a row (RFC 7464, 2.1)
+			continue // two separators in a row (RFC 7464, 2.1)
 		}
 		e, ok, err := parseUserspaceRecord(record)
 		if err != nil {
@@ -68,7 +69,7 @@ func ParseUserspace(raw []byte) ([]Event, error) {
 
 const recordSeparator = 0x1e
 
-// parseUserspaceRecord returns false for a measurement that is not into a PCR.
+// parseUserspaceRecord returns false for a measurement that does not go into a PCR.
 func parseUserspaceRecord(record []byte) (Event, bool, error) {
 	if !bytes.HasSuffix(record, []byte{'\n'}) {
 		return Event{}, false, errTruncated

@@ -200,7 +200,7 @@ func (p *Anchor) writeOnce(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms
 	if err != nil {
 		return fmt.Errorf("TPM2_StartAuthSession: %w", err)
 	}
-	defer func() { _ = done() }() // a session that the TPM has ended already can't be ended again
+	defer func() { _ = done() }() // a session that the TPM has already ended can't be ended again
 	if err := terms.Satisfy(t, session); err != nil {
 		return p.unsatisfied(err)
 	}
