@@ -18,7 +18,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// Limits of a file, for what is read and for what is written.
+// Limits of a file, for reading and for writing.
 const (
 	// MaxSize bounds a file, in bytes. MaxStates states of the largest size fit.
 	MaxSize = 512 << 10
@@ -28,7 +28,7 @@ const (
 	MaxRef = authpolicy.MaxRef
 	// MaxWhat bounds a note, in characters.
 	MaxWhat = 160
-	// maxSignature is that of a 4096-bit RSA key, in bytes.
+	// maxSignature is the size of a signature by a 4096-bit RSA key, in bytes.
 	maxSignature = 512
 )
 
@@ -38,7 +38,7 @@ type State struct {
 	Bank crypto.Hash
 	// PCRs are the indices of the PCRs, ascending.
 	PCRs []int
-	// KeyFingerprint names the key that signed; see the function of that name.
+	// KeyFingerprint identifies the signing key; see the function of that name.
 	KeyFingerprint [sha256.Size]byte
 	// Digest stands for the PCRs' values: authpolicy.ApprovedDigest, 32 bytes.
 	Digest []byte
@@ -47,19 +47,19 @@ type State struct {
 	// Signature is over SHA-256(Digest ‖ Ref), plainly joined as
 	// TPM2_PolicyAuthorize does: RSASSA-PKCS1-v1_5, or ECDSA in ASN.1.
 	Signature []byte
-	// What is a note for people, at most MaxWhat printable characters. Nothing
-	// vouches for it.
+	// What is a note for display, at most MaxWhat printable characters. Nothing vouches
+	// for it.
 	What string
 }
 
-// labelRef separates policyRefs from all else that is hashed for a cluster.
+// labelRef separates policyRefs from everything else that is hashed for a cluster.
 const labelRef = "kleidi boot state ref v1"
 
-// Ref returns the policyRef of a cluster's generation of boot states, 32 bytes:
-// SHA-256 of the label "kleidi boot state ref v1", the cluster ID and the
-// generation (8 bytes, big-endian), each after its length in 8 bytes, big-endian.
-// A slot that is sealed under it opens for no signature made for another cluster or
-// generation, and for none of systemd's, whose policyRef is empty.
+// Ref returns the policyRef of a cluster's generation of boot states, 32 bytes: SHA-256
+// of the label "kleidi boot state ref v1", the cluster ID and the generation (8 bytes,
+// big-endian), each after its length in 8 bytes, big-endian. A slot sealed under this
+// policyRef opens for no signature of another cluster or generation, nor for systemd's
+// signatures, whose policyRef is empty.
 func Ref(clusterID [16]byte, generation uint64) []byte {
 	h := sha256.New()
 	for _, field := range [][]byte{[]byte(labelRef), clusterID[:], binary.BigEndian.AppendUint64(nil, generation)} {
@@ -69,9 +69,10 @@ func Ref(clusterID [16]byte, generation uint64) []byte {
 	return h.Sum(nil)
 }
 
-// KeyFingerprint returns what names a key in a file: SHA-256 of the PKCS #1
-// RSAPublicKey in DER for RSA, of the uncompressed point for ECDSA. That is what
-// OpenSSL's i2d_PublicKey gives to systemd, and not the SubjectPublicKeyInfo.
+// KeyFingerprint returns the fingerprint that identifies a key in a file: SHA-256 of
+// the PKCS #1 RSAPublicKey in DER for RSA, of the uncompressed point for ECDSA. systemd
+// hashes the same bytes, which OpenSSL's i2d_PublicKey returns; they are not the
+// SubjectPublicKeyInfo.
 func KeyFingerprint(pub crypto.PublicKey) ([sha256.Size]byte, error) {
 	if err := checkKey(pub); err != nil {
 		return [sha256.Size]byte{}, err
@@ -86,10 +87,10 @@ func KeyFingerprint(pub crypto.PublicKey) ([sha256.Size]byte, error) {
 	return sha256.Sum256(point), nil
 }
 
-// lastPCR is the last that a TPM of a PC has.
+// lastPCR is the last PCR of a PC's TPM.
 const lastPCR = 23
 
-// check says whether the state is of the form that a file holds.
+// check refuses a state that a file can't hold.
 func (s State) check() error {
 	if _, ok := authpolicy.Banks[s.Bank]; !ok {
 		return fmt.Errorf("PCR bank %v; want SHA-256 or SHA-384", s.Bank)
@@ -128,13 +129,13 @@ func checkWhat(what string) error {
 	return nil
 }
 
-// equal reports whether two states say the same, notes aside.
+// equal reports whether two states are the same, notes aside.
 func (s State) equal(o State) bool {
 	return s.Bank == o.Bank && slices.Equal(s.PCRs, o.PCRs) && s.KeyFingerprint == o.KeyFingerprint &&
 		bytes.Equal(s.Digest, o.Digest) && bytes.Equal(s.Ref, o.Ref) && bytes.Equal(s.Signature, o.Signature)
 }
 
-// String names the state for people: its PCRs, what it is and the start of its
+// String describes the state for display: its PCRs, its note and the start of its
 // digest.
 func (s State) String() string {
 	name := fmt.Sprintf("%s PCR %s, pol %s", bankName(s.Bank), strings.Trim(strings.ReplaceAll(fmt.Sprint(s.PCRs), " ", "+"), "[]"),

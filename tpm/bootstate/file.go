@@ -35,7 +35,7 @@ type File struct {
 	states []State
 }
 
-// entry is a state as it stands in a file.
+// entry is a state in a file.
 type entry struct {
 	PCRs []int  `json:"pcrs"`
 	PKFP string `json:"pkfp"`
@@ -45,13 +45,12 @@ type entry struct {
 	What string `json:"what,omitempty"`
 }
 
-// Parse reads a file. It refuses what is larger than MaxSize or holds more than
-// MaxStates, duplicate members, members of another type or size, and whatever
-// follows the end, except for the zeros that pad a section of a PE file. Banks
-// that nothing is sealed to are left aside. Members that are
-// unknown are ignored, as systemd does: a newer systemd must not lock a node out,
-// and none can make a state be accepted, since the TPM verifies each signature.
-// Parse verifies none.
+// Parse reads a file. It refuses a file larger than MaxSize or with more than MaxStates
+// states, duplicate members, members of a wrong type or size, and trailing bytes other
+// than the zeros that pad a section of a PE file. It skips banks that nothing is sealed
+// to. Like systemd it ignores unknown members, because a newer systemd must not lock a
+// node out. They can't make a state valid, because the TPM verifies each signature.
+// Parse itself verifies no signature.
 func Parse(b []byte) (*File, error) {
 	b = bytes.TrimRight(b, "\x00")
 	switch {
@@ -101,7 +100,7 @@ func (f *File) read(bank crypto.Hash, list json.RawMessage) error {
 	return nil
 }
 
-// decode is strict on duplicate members and on how names are spelled.
+// decode refuses duplicate members, and names in another spelling.
 func decode(b []byte, v any) error {
 	strict, err := kjson.UnmarshalStrict(b, v, kjson.DisallowDuplicateFields)
 	if err == nil && len(strict) > 0 {
@@ -113,7 +112,7 @@ func decode(b []byte, v any) error {
 	return nil
 }
 
-// clip shortens and quotes what a file could have put into a message.
+// clip shortens and quotes text from a file for a message.
 func clip(s string) string {
 	const most = 200
 	q := strconv.Quote(s[:min(len(s), most)])
@@ -139,10 +138,10 @@ func (e entry) state(bank crypto.Hash) (State, error) {
 	return s, s.check()
 }
 
-// New returns a file of states, each once.
+// New returns a file with these states, each once.
 func New(states ...State) (*File, error) { return (&File{}).Merge(states...) }
 
-// add appends a state unless it is there.
+// add appends a state unless the file has it already.
 func (f *File) add(s State) error {
 	if slices.ContainsFunc(f.states, s.equal) {
 		return nil
@@ -154,8 +153,8 @@ func (f *File) add(s State) error {
 	return nil
 }
 
-// Merge returns a file with f's states and those given, each once: of two that
-// differ in their notes only, the earlier stays. f itself is unchanged.
+// Merge returns a file with f's states and the given ones, each once. If two differ
+// only in their notes, it keeps the earlier one. f itself does not change.
 func (f *File) Merge(states ...State) (*File, error) {
 	merged := &File{states: slices.Clone(f.states)}
 	for _, s := range states {
@@ -174,7 +173,7 @@ func (s State) clone() State {
 	return s
 }
 
-// Keep returns a file with those of f's states for which keep is true.
+// Keep returns a file with the states of f for which keep is true.
 func (f *File) Keep(keep func(State) bool) *File {
 	kept := &File{}
 	for _, s := range f.States() {
@@ -195,14 +194,13 @@ func (f *File) States() []State {
 	return all
 }
 
-// Select returns the states that claim to be signed by the key of that
-// fingerprint with that policyRef. They are still to be verified.
+// Select returns the states that claim to be signed by the key of that fingerprint with
+// that policyRef. The caller must still verify them.
 func (f *File) Select(fingerprint [sha256.Size]byte, ref []byte) []State {
 	return f.Keep(func(s State) bool { return s.KeyFingerprint == fingerprint && bytes.Equal(s.Ref, ref) }).states
 }
 
-// Marshal returns the file as one line of JSON. What Parse left aside is not in
-// it.
+// Marshal returns the file as one line of JSON, without the parts that Parse skipped.
 func (f *File) Marshal() ([]byte, error) {
 	doc := struct {
 		SHA256 []entry `json:"sha256,omitempty"`

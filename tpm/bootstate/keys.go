@@ -16,10 +16,10 @@ import (
 // maxKey bounds a key file, in bytes.
 const maxKey = 64 << 10
 
-// makeKey is the hint for whoever needs another key.
+// makeKey is the hint to make another key.
 const makeKey = "make one that TPMs verify: openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048"
 
-// checkKey refuses keys that no TPM verifies signatures of.
+// checkKey refuses keys whose signatures no TPM verifies.
 func checkKey(pub crypto.PublicKey) error {
 	if _, ok := pub.(ed25519.PublicKey); ok {
 		return fmt.Errorf("an Ed25519 key, which TPMs don't verify; %s", makeKey)
@@ -30,9 +30,9 @@ func checkKey(pub crypto.PublicKey) error {
 	return nil
 }
 
-// ParsePublicKey reads an operator's public key: PEM, SubjectPublicKeyInfo or PKCS
-// #1, RSA of 2048, 3072 or 4096 bits or ECDSA on P-256 or P-384. Zeros after it, as
-// they pad a section of a PE file, are ignored.
+// ParsePublicKey reads an operator's public key: PEM, SubjectPublicKeyInfo or PKCS #1,
+// RSA of 2048, 3072 or 4096 bits or ECDSA on P-256 or P-384. It ignores zeros after the
+// key, which pad a section of a PE file.
 func ParsePublicKey(file []byte) (crypto.PublicKey, error) {
 	block, err := onlyBlock(file)
 	if err != nil {
@@ -59,8 +59,8 @@ func ParsePublicKey(file []byte) (crypto.PublicKey, error) {
 	return pub, nil
 }
 
-// ParsePrivateKey reads an operator's private key: PEM, PKCS #8, PKCS #1 or SEC 1,
-// of the kinds that ParsePublicKey accepts, not encrypted. The caller erases file.
+// ParsePrivateKey reads an operator's private key: PEM, PKCS #8, PKCS #1 or SEC 1, of
+// the kinds that ParsePublicKey accepts, not encrypted. The caller erases file.
 func ParsePrivateKey(file []byte) (crypto.Signer, error) {
 	block, err := onlyBlock(file)
 	if err != nil {
@@ -96,8 +96,8 @@ func ParsePrivateKey(file []byte) (crypto.Signer, error) {
 	return signer, nil
 }
 
-// onlyBlock returns the one PEM block of a file. OpenSSL puts the name of the
-// curve into a block of its own before an EC key.
+// onlyBlock returns the only PEM block of a file. Before an EC key it accepts the
+// separate block in which OpenSSL puts the name of the curve.
 func onlyBlock(file []byte) (*pem.Block, error) {
 	if len(file) > maxKey {
 		return nil, fmt.Errorf("%d bytes, want at most %d; give a file that holds one key in PEM", len(file), maxKey)

@@ -17,15 +17,18 @@ import (
 )
 
 var (
-	// ErrOtherKey: another key than the given one claims to have signed.
+	// ErrOtherKey: the state claims a signature by another key than the given one.
 	ErrOtherKey = errors.New("signed by another key")
-	// ErrSignature: the signature is not the given key's over this boot state.
+	// ErrSignature: the signature is not a signature of the given key over this boot
+	// state.
 	ErrSignature = authpolicy.ErrSignature
 )
 
-// Sign signs a boot state. The signer is one that ParsePrivateKey would accept,
-// or a token's; ref is 0 to MaxRef bytes, none for a state that systemd accepts
-// too. PCR 11 may stand alone, as with systemd: the slot demands others beside it. The signature is checked before it is handed out, as tokens err.
+// Sign signs a boot state. The signer's key must be of a kind that ParsePrivateKey
+// accepts; it may be in a token. ref is 0 to MaxRef bytes, and empty for a state that
+// systemd accepts too. As with systemd, PCR 11 may stand alone, because the slot
+// demands other PCRs itself. Sign verifies the signature before it returns it, because
+// tokens make mistakes.
 func Sign(signer crypto.Signer, pcr authpolicy.PCR, ref []byte, what string) (State, error) {
 	digest, err := authpolicy.ApprovedDigest(pcr)
 	if err != nil {
@@ -52,11 +55,10 @@ func Sign(signer crypto.Signer, pcr authpolicy.PCR, ref []byte, what string) (St
 	return s, s.Verify(signer.Public())
 }
 
-// Verify reports whether pub's owner signed this boot state: that the state is of
-// the form that a file holds, that it names pub, and that the signature over
-// Digest and Ref is pub's. Nothing vouches for What, and nothing says here which
-// PCR values Digest stands for. The error is ErrOtherKey or ErrSignature where
-// that is the reason.
+// Verify reports whether the owner of pub signed this boot state: the state has a form
+// that a file can hold, it names pub, and the signature over Digest and Ref is pub's.
+// Nothing vouches for What, and Verify does not know which PCR values Digest stands
+// for. For the last two checks the error is ErrOtherKey or ErrSignature.
 func (s State) Verify(pub crypto.PublicKey) error {
 	if err := s.check(); err != nil {
 		return err
@@ -85,8 +87,9 @@ func (s State) Verify(pub crypto.PublicKey) error {
 	return nil
 }
 
-// hint: systemd-measure once signed with the bank's hash, as Debian 12's does. No
-// TPM accepts that for a key whose Name is SHA-256's.
+// hint explains a frequent failure: systemd-measure once signed with the bank's hash,
+// as the version of Debian 12 does. No TPM accepts that for a key whose Name is a
+// SHA-256 Name.
 func hint(s State) string {
 	if s.Bank != crypto.SHA256 {
 		return "; sign it with SHA-256, whatever the bank (older systemd-measure uses the bank's hash)"
@@ -94,9 +97,9 @@ func hint(s State) string {
 	return "; sign it again"
 }
 
-// Signed returns the states that the key's owner signed with that policyRef, in
-// the order of the file, and why each other state that claims so is refused: one
-// bad state keeps no other from opening a slot.
+// Signed returns the states that the owner of the key signed with that policyRef, in
+// the order of the file, and an error for each other state that claims so. A bad state
+// does not prevent the others from opening a slot.
 func (f *File) Signed(key tpm2.TPMTPublic, ref []byte) (states []authpolicy.SignedState, refused []error) {
 	pub, err := tpm2.Pub(key)
 	if err != nil {
@@ -116,7 +119,7 @@ func (f *File) Signed(key tpm2.TPMTPublic, ref []byte) (states []authpolicy.Sign
 	return states, refused
 }
 
-// forTPM returns a verified state as the TPM takes it.
+// forTPM returns a verified state in the form that the TPM expects.
 func (s State) forTPM(pub crypto.PublicKey) (authpolicy.SignedState, error) {
 	if err := s.Verify(pub); err != nil {
 		return authpolicy.SignedState{}, err

@@ -143,7 +143,7 @@ func findSigner(data signedData) (*signer, error) {
 		}
 		c, err := x509.ParseCertificate(raw.FullBytes)
 		if err != nil {
-			continue // it belongs to another chain
+			continue // the certificate belongs to another chain
 		}
 		s.certs = append(s.certs, c)
 		id := data.Signers[0].Cert

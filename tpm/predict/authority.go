@@ -32,7 +32,7 @@ func (d *draft) authorities() ([]authority, error) {
 		case v.name == "SbatLevel":
 		default:
 			c, err := x509.ParseCertificate(v.data[min(16, len(v.data)):])
-			if err != nil { // a hash, or nothing that Go can read
+			if err != nil { // the entry is a hash, or nothing that Go can read
 				c = nil
 			}
 			all = append(all, authority{i, v.name, v.data, c})

@@ -19,7 +19,7 @@ type draft struct {
 	slots [][]eventlog.Event
 	// unknown holds the PCRs that cannot be predicted, each with the reason.
 	unknown map[int]error
-	// forbidden is the next content of dbx, nil if it stays.
+	// forbidden is the next content of dbx, or nil if dbx does not change.
 	forbidden []byte
 }
 
@@ -36,7 +36,7 @@ func newDraft(log *eventlog.Log) *draft {
 	return d
 }
 
-// known returns the event with the digests of the computable banks alone.
+// known returns the event with the digests of the computable banks only.
 func (d *draft) known(e eventlog.Event) eventlog.Event {
 	e.Digests = slices.DeleteFunc(slices.Clone(e.Digests), func(g eventlog.Digest) bool { return !slices.Contains(d.banks, g.Hash) })
 	return e

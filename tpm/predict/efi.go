@@ -11,8 +11,8 @@ import (
 
 var errTruncated = errors.New("truncated")
 
-// reader takes little-endian fields off bytes. After an error every field is zero
-// or nil, so that it need be checked once per structure.
+// reader takes little-endian fields off bytes. After an error every field is zero or
+// nil, so one check for each structure is enough.
 type reader struct {
 	rest []byte
 	err  error
@@ -40,7 +40,7 @@ func (r *reader) guid() (g guid) {
 	return g
 }
 
-// guid is an EFI_GUID as it lies in memory.
+// guid is an EFI_GUID in its memory layout.
 type guid [16]byte
 
 // UEFI 2.10, 3.3, 8.2.2 and 32.4.1.
@@ -60,7 +60,7 @@ type variable struct {
 	data   []byte
 }
 
-// parseVariable reads an event's data; nothing may be left over.
+// parseVariable reads an event's data, and refuses trailing bytes.
 func parseVariable(b []byte) (v variable, ok bool) {
 	r := &reader{rest: b}
 	v.vendor = r.guid()
@@ -118,10 +118,11 @@ func tagged(e eventlog.Event) uint64 {
 	return id
 }
 
-// isApplication recognises the event of an image that was loaded in order to be started.
+// isApplication recognises the event of an image that was loaded in order to be
+// started.
 func isApplication(e eventlog.Event) bool {
 	r := &reader{rest: e.UntrustedData}
-	r.bytes(24) // where it was in memory, its size, where it was linked to
+	r.bytes(24) // its address in memory, its size, its link address
 	r.bytes(r.uint(8))
 	return e.UntrustedType == eventlog.EFIBootServicesApp && r.err == nil && len(r.rest) == 0
 }

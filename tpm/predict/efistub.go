@@ -136,8 +136,8 @@ func (d *draft) image(i int, img *image) {
 	d.slots[i][0].UntrustedData = resized(d.slots[i][0].UntrustedData, len(img.file))
 }
 
-// encoding returns how the running command line is encoded in the load options,
-// nil if it is not there.
+// encoding returns the encoding of the running command line in the load options, or nil
+// if the load options do not contain it.
 func (d *draft) encoding(options int, running *string) func(string) []byte {
 	if options < 0 || running == nil {
 		return nil

@@ -9,7 +9,7 @@ import (
 
 // grubBoot holds the places of the events of a boot with GRUB, as indexes in the log.
 type grubBoot struct {
-	commands []grubCommand // of PCR 8, in order, the kernel's command line not among them
+	commands []grubCommand // of PCR 8, in order, without the kernel's command line
 	linux    int           // in commands
 	initrd   int           // in commands, or -1
 	cmdline  int           // event of the kernel's command line
@@ -96,7 +96,8 @@ func (d *draft) say(boot *grubBoot, commands []string) {
 	}
 }
 
-// checkFiles refuses a new configuration that names a file that is not given.
+// checkFiles refuses a new configuration that names a file that the caller did not
+// provide.
 func (b *grubBoot) checkFiles(commands []string, next Files) error {
 	was, is := b.commands[b.linux].words(), strings.Fields(commands[b.linux])
 	if len(is) < 2 {

@@ -109,7 +109,7 @@ func (c *configChange) rerun(text string) (string, error) {
 	if menu {
 		return c.rerunMenu(text, strings.Split(body, "\n"))
 	}
-	if title, ok := strings.CutPrefix(text, "setparams "); ok { // an entry was chosen
+	if title, ok := strings.CutPrefix(text, "setparams "); ok { // the user or a timeout chose an entry
 		if i := c.retitled(title); i >= 0 {
 			return "", refuse(8, "line %d of grub.cfg changes the title of an entry that was chosen", i+1)
 		}

@@ -29,12 +29,12 @@ type image struct {
 type section struct {
 	name    string
 	content []byte // VirtualSize bytes, as in memory
-	// where it lies in memory
+	// its place in memory
 	start, end uint64
-	whole      bool // the file has all of the content
+	whole      bool // the file contains all of the content
 }
 
-// errNotPE says that a file is no PE image.
+// errNotPE says that a file is not a PE image.
 var errNotPE = errors.New("not a PE image")
 
 // PE format (Microsoft, "PE Format"): offsets from the start of the part.
@@ -66,7 +66,7 @@ func parsePE(file []byte) (*image, error) {
 	return img, nil
 }
 
-// headers are the fields that are used.
+// headers are the used fields of the headers.
 type headers struct {
 	checksum, security       uint64 // offsets of the fields
 	table                    uint64 // offset of the section table
@@ -181,7 +181,7 @@ func (img *image) readSignatures(h headers, covered uint64) error {
 	return nil
 }
 
-// section returns the section of that name, nil if there is none.
+// section returns the section of that name, or nil if there is none.
 func (img *image) section(name string) *section {
 	for i := range img.sections {
 		if img.sections[i].name == name {

@@ -14,28 +14,30 @@ const MaxFile = 1 << 30
 
 // Files are the files of a boot; nil stands for a file that is not given.
 type Files struct {
-	// UKI is a unified kernel image as it lies on the EFI system partition, with its
-	// signature if it has one.
+	// UKI is a unified kernel image as on the EFI system partition, with its signature
+	// if it has one.
 	UKI []byte
-	// Kernel and Initrd are what GRUB or the firmware loads, for machines without a UKI.
+	// Kernel and Initrd are the files that GRUB or the firmware loads, on machines
+	// without a UKI.
 	Kernel, Initrd []byte
-	// GRUBConfig is the grub.cfg that boots.
+	// GRUBConfig is the grub.cfg of that boot.
 	GRUBConfig []byte
-	// CommandLine is the kernel's, as /proc/cmdline has it, without its final newline.
+	// CommandLine is the kernel's command line as in /proc/cmdline, without the final
+	// newline.
 	CommandLine *string
 }
 
-// Change says what is different in the next boot.
+// Change describes the changes of the next boot.
 type Change struct {
-	// Next are the files that replace the present ones. A file that is nil stays.
+	// Next are the files that replace the present ones. A nil file does not change.
 	Next Files
 	// Dbx is either the next content of the dbx variable (EFI_SIGNATURE_LISTs) or a
-	// signed update of it (EFI_VARIABLE_AUTHENTICATION_2), which the firmware
-	// appends, leaving out the entries that are in dbx already.
+	// signed update (EFI_VARIABLE_AUTHENTICATION_2). The firmware appends the entries
+	// of an update that dbx does not have yet.
 	Dbx []byte
 	// Running are files of the running boot, as far as the caller has them. They prove
-	// that the log is understood. Without them, neither a changed GRUB configuration
-	// nor a changed command line of an EFI stub kernel can be predicted.
+	// that Predict understands the log. Without them it can predict neither a changed
+	// GRUB configuration nor a changed command line of an EFI stub kernel.
 	Running Files
 	// PCRs are the PCRs that must be predicted. The result leaves out the events of
 	// other PCRs that cannot be predicted. Nil stands for the PCRs that decide a boot of
@@ -64,7 +66,7 @@ func (r *Refusal) Error() string {
 // Hints of refusals.
 const (
 	hintBefore = "run kleidi suspend before the reboot"
-	// A suspension goes by PCR 7.
+	// A suspension uses PCR 7.
 	hintAfter  = "boot the next boot with the recovery identity at hand: run kleidi recover after the reboot"
 	hintFile   = "check that it is the right file, whole and signed"
 	hintChange = "name the files that this machine boots with"
@@ -159,7 +161,7 @@ func (c Change) check(log *eventlog.Log) error {
 	return nil
 }
 
-// secureBoot tells whether Secure Boot is on, which decides what else is measured.
+// secureBoot reports whether Secure Boot is on, which decides what else is measured.
 func (d *draft) secureBoot() (on bool, err error) {
 	switch state := d.old.SecureBootState(); state {
 	case eventlog.SecureBootOn, eventlog.SecureBootOff:

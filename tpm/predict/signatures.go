@@ -20,7 +20,7 @@ type signatureList struct {
 
 var errDatabase = errors.New("not a sequence of EFI_SIGNATURE_LISTs")
 
-// parseDatabase reads a whole signature database; nothing may be left over.
+// parseDatabase reads a whole signature database, and refuses trailing bytes.
 func parseDatabase(b []byte) ([]signatureList, error) {
 	if len(b) > maxDatabase {
 		return nil, errDatabase
@@ -45,7 +45,7 @@ func parseDatabase(b []byte) ([]signatureList, error) {
 	return lists, nil
 }
 
-// encode returns the list as it lies in the variable; without entries it is empty.
+// encode returns the list as in the variable; a list without entries is empty.
 func (l signatureList) encode() []byte {
 	if len(l.entries) == 0 {
 		return nil

@@ -112,7 +112,7 @@ func payload(img *image) error {
 		case known && !s.whole:
 			return badFile("the section %s is larger in memory than in the file", s.name)
 		case !known && slices.ContainsFunc(names, func(n string) bool { return len(s.name) > len(n) && s.name[:len(n)] == n }):
-			// 252 compares only as many bytes as its own name has
+			// 252 compares only as many bytes as its own name has.
 			return refuse(11, "the section %s may be taken for another", s.name)
 		}
 		seen[s.name] = true
@@ -126,7 +126,7 @@ func payload(img *image) error {
 	return nil
 }
 
-// initrd returns the parts of the initrd that the kernel gets; none if it gets no initrd.
+// initrd returns the parts of the initrd that the kernel receives, or none.
 func (s stub) initrd(img *image) [][]byte {
 	var parts [][]byte
 	for _, p := range s.initrds {
@@ -139,7 +139,7 @@ func (s stub) initrd(img *image) [][]byte {
 			parts = append(parts, cpio(p.file, sec.content))
 		}
 	}
-	if len(parts) < 2 { // the stub hands it over verbatim
+	if len(parts) < 2 { // the stub hands a single part over verbatim
 		return parts
 	}
 	var padded [][]byte

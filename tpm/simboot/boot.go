@@ -7,11 +7,11 @@ import (
 	"unicode"
 )
 
-// Loader is the way in which a machine gets from its firmware to the kernel.
+// Loader is the way from the firmware to the kernel.
 type Loader string
 
-// The loaders. Their names are those of eventlog.BootType, but for the last: it leaves
-// nothing behind to tell it by.
+// The loaders. They have the names of eventlog.BootType, except for Direct, which
+// leaves no trace in the log.
 const (
 	// UKI is a unified kernel image with systemd-stub: PCR 4 and 11.
 	UKI Loader = "uki"
@@ -19,14 +19,15 @@ const (
 	GRUB Loader = "grub"
 	// EFIStub is a kernel that the firmware starts itself: PCR 4 and 9.
 	EFIStub Loader = "efi-stub"
-	// Direct is a kernel that the hypervisor hands to the firmware, which starts it and
-	// neither verifies nor measures it, whatever Secure Boot says: PCR 9 has the initrd.
+	// Direct is a kernel that the hypervisor hands to the firmware. The firmware starts
+	// it and neither verifies nor measures it, even with Secure Boot on. PCR 9 has the
+	// initrd.
 	Direct Loader = "direct"
 )
 
-// Boot is what a machine boots. Each string stands for the content of what it
-// names: the same string is the same content, another string is another one; see
-// [Boot.Files]. The comments say which PCRs a change moves. Boots are comparable.
+// Boot describes one boot of a machine. Each string stands for a content: the same
+// string means the same content, another string another content; see [Boot.Files]. The
+// comments list the PCRs that a change of the field moves. Boots are comparable.
 type Boot struct {
 	Loader Loader `json:"loader"`
 	// Kernel is the kernel's version. UKI 4, 11; GRUB 4, 8, 9 (its files are
@@ -34,22 +35,22 @@ type Boot struct {
 	Kernel string `json:"kernel"`
 	// Initrd is the initial RAM disk. UKI 4, 9, 11; else 9.
 	Initrd string `json:"initrd"`
-	// CommandLine is the kernel's. UKI 4, 9, 11; GRUB 8, 9; EFIStub 9; Direct none.
-	// An empty one leaves a UKI without a .cmdline section.
+	// CommandLine is the kernel's command line. UKI 4, 9, 11; GRUB 8, 9; EFIStub 9;
+	// Direct none. An empty command line means a UKI without a .cmdline section.
 	CommandLine string `json:"commandLine"`
-	// LoaderVersion is the version of systemd-stub, or of GRUB: 4. systemd-stub 252
-	// measures fewer sections than those after it. The EFI stub is a part of its
-	// kernel and has none.
+	// LoaderVersion is the version of systemd-stub or of GRUB: 4. systemd-stub 252
+	// measures fewer sections than later versions. The EFI stub is a part of its kernel
+	// and has no version.
 	LoaderVersion string `json:"loaderVersion,omitempty"`
 	// Firmware is the firmware's build: 0.
 	Firmware string `json:"firmware"`
-	// SecureBoot says whether the firmware verifies what it starts: 0 (the
-	// recorded firmware measures another volume then), 4 (what is verified by
-	// the loader, rather than started, is measured differently) and 7. EFIStub
-	// and Direct 0 and 7.
+	// SecureBoot says whether the firmware verifies what it starts: 0 (because the
+	// recorded firmware measures another volume then), 4 (because the measurement of an
+	// image differs if the loader verifies the image instead of starting it) and 7.
+	// EFIStub and Direct: 0 and 7.
 	SecureBoot bool `json:"secureBoot"`
-	// Keys names the owner of PK, KEK and db: 7. Empty means that no keys are
-	// enrolled, as in setup mode; Secure Boot is off then.
+	// Keys names the owner of PK, KEK and db: 7. Empty means that no keys are enrolled,
+	// as in setup mode; Secure Boot is off then.
 	Keys string `json:"keys,omitempty"`
 	// Dbx is the revision of the forbidden signatures, or the revisions that were
 	// installed one after the other, separated by commas: 7.
@@ -88,11 +89,11 @@ func Baseline(l Loader) Boot {
 	return b
 }
 
-// maxField bounds each string of a Boot, in bytes, so that logs stay small. The
-// kernel takes no longer command line.
+// maxField bounds each string of a Boot, in bytes, so that logs stay small. The kernel
+// accepts no longer command line.
 const maxField = 2048
 
-// Validate reports what no machine can boot.
+// Validate refuses a boot that no machine can have.
 func (b Boot) Validate() error {
 	if !slices.Contains([]Loader{UKI, GRUB, EFIStub, Direct}, b.Loader) {
 		return fmt.Errorf("loader %q is unknown; want %s, %s, %s or %s", b.Loader, UKI, GRUB, EFIStub, Direct)

@@ -8,7 +8,7 @@ import (
 	"unicode/utf16"
 )
 
-// guid is an EFI_GUID as it stands in memory.
+// guid is an EFI_GUID in its memory layout.
 type guid [16]byte
 
 // GUIDs of variables' namespaces and of signature types (UEFI 2.10, 3.3 and

@@ -15,20 +15,20 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
-// Files are what a machine reads when it boots, and what its measurements are of.
-// They have the form that firmware, boot loaders and kleidi reseal --next-… expect,
-// and do not run. What a boot's loader does not read is nil.
+// Files are the files that a machine reads and measures when it boots. They have the
+// form that firmware, boot loaders and kleidi reseal --next-… expect, and do not run.
+// Files that the boot's loader does not read are nil.
 type Files struct {
 	// UKI is the unified kernel image, signed if the machine has keys.
 	UKI []byte
-	// Kernel and Initrd are what GRUB or the firmware loads.
+	// Kernel and Initrd are the files that GRUB or the firmware loads.
 	Kernel, Initrd []byte
 	// GRUBConfig is the grub.cfg.
 	GRUBConfig []byte
 	// Dbx is the content of the dbx variable; nil without one.
 	Dbx []byte
-	// DbxUpdate is a signed update that leads to it. Its signature is empty: nothing
-	// here verifies it.
+	// DbxUpdate is a signed update that leads to Dbx. Its signature is empty, because
+	// nothing here verifies it.
 	DbxUpdate []byte
 }
 
@@ -42,7 +42,7 @@ const (
 	DbxUpdateName  = "dbxupdate.bin"
 )
 
-// Write writes the files into a folder, and removes those of another boot from it.
+// Write writes the files into a folder, and removes the files of another boot from it.
 func (f *Files) Write(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -67,7 +67,7 @@ const (
 	sbat      = "sbat,1,SBAT Version,sbat,1,https://github.com/rhboot/shim/blob/main/SBAT.md\n"
 )
 
-// Files returns the files of the boot, which follow from it alone.
+// Files returns the files of the boot. They follow from b alone.
 func (b Boot) Files() (*Files, error) {
 	f := &Files{Dbx: b.dbx()}
 	if f.Dbx != nil {
@@ -89,7 +89,7 @@ func (b Boot) Files() (*Files, error) {
 	return f, err
 }
 
-// sections are those of the UKI, in the order in which ukify puts them.
+// sections are the sections of the UKI, in ukify's order.
 func (b Boot) sections(kernel, initrd []byte) []peimage.Section {
 	s := []peimage.Section{{Name: ".osrel", Content: []byte(osRelease)}}
 	if b.CommandLine != "" {
@@ -102,12 +102,12 @@ func (b Boot) sections(kernel, initrd []byte) []peimage.Section {
 		peimage.Section{Name: ".linux", Content: kernel})
 }
 
-// vendorKey is whose certificate shim has in it.
+// vendorKey names the owner of the certificate inside shim.
 const vendorKey = "Example Secure Boot CA"
 
 func (b Boot) dbKey() string { return b.Keys + " Signature Database Key" }
 
-// sign signs an image; a machine without keys has images that nobody signed.
+// sign signs an image; on a machine without keys, images are not signed.
 func (b Boot) sign(image []byte, by string) ([]byte, error) {
 	if b.Keys == "" {
 		return image, nil
@@ -119,7 +119,7 @@ func (b Boot) sign(image []byte, by string) ([]byte, error) {
 	return s.Sign(image)
 }
 
-// signers are those that were made: it takes 15 ms to check their key.
+// signers caches signers, because checking their key takes 15 ms.
 var signers sync.Map
 
 func signer(name string) (*peimage.Signer, error) {
@@ -134,8 +134,8 @@ func signer(name string) (*peimage.Signer, error) {
 	return s, nil
 }
 
-// dbx is the content of the variable: a list of hashes, and one more for each
-// further revision, as the firmware appends an update.
+// dbx is the content of the variable: a list of hashes, and one more list for each
+// further revision, since the firmware appends an update.
 func (b Boot) dbx() []byte {
 	if b.Dbx == "" {
 		return nil
@@ -170,7 +170,7 @@ func (b Boot) grubConfig() []byte {
 
 func (b Boot) initrdFile() string { return "/boot/initrd.img-" + b.Kernel }
 
-// linux are the words of GRUB's command.
+// linux returns the words of GRUB's linux command.
 func (b Boot) linux() []string {
 	return append([]string{"/boot/vmlinuz-" + b.Kernel}, strings.Fields(b.CommandLine)...)
 }
@@ -193,7 +193,7 @@ type file struct {
 	content []byte
 }
 
-// newc returns a cpio archive in the form that Linux takes as its initrd
+// newc returns a cpio archive in the form that Linux reads as its initrd
 // (Documentation/driver-api/early-userspace/buffer-format.rst), without owners and
 // times.
 func newc(files ...file) []byte {
@@ -213,7 +213,7 @@ func newc(files ...file) []byte {
 		entry(i+1, mode, 1, f)
 	}
 	entry(0, 0, 1, file{name: "TRAILER!!!"})
-	// systemd writes this length in capitals, unlike the others (src/boot/cpio.c)
+	// systemd writes only this length in capitals (src/boot/cpio.c)
 	at := bytes.LastIndex(b, []byte("TRAILER!!!"))
 	copy(b[at-16:], "0000000B")
 	return b

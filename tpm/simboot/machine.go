@@ -20,8 +20,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// The names in a machine's folder. The control socket is named as tpm2-tools
-// expect it, so that TPM2TOOLS_TCTI=swtpm:path=DIR/tpm.sock reaches the TPM.
+// The names in a machine's folder. The control socket has the name that tpm2-tools
+// expect, so that TPM2TOOLS_TCTI=swtpm:path=DIR/tpm.sock reaches the TPM.
 const (
 	socketName    = "tpm.sock"
 	controlName   = socketName + ".ctrl"
@@ -34,8 +34,8 @@ const (
 	filesName     = "boot"
 )
 
-// maxSocketPath is how long the path of a unix socket may be, in bytes (unix(7):
-// 108 with the terminating zero).
+// maxSocketPath bounds the path of a unix socket, in bytes (unix(7): 108 with the
+// terminating zero).
 const maxSocketPath = 107
 
 // ErrInUse says that another process, or another Machine, runs a TPM over the folder.
@@ -51,10 +51,10 @@ type Machine struct {
 	current Boot
 }
 
-// New returns the machine whose state is in dir, which is made (0700) where it
-// is missing; a new folder is a new TPM, a known one the TPM that it was, even
-// if the process that ran it was killed. The machine is off. The folder's path
-// may have 93 bytes, as the sockets in it have short paths.
+// New returns the machine whose state is in dir. It makes the folder (0700) if it is
+// missing. A new folder is a new TPM. A known folder is the same TPM as before, even if
+// the process that ran it was killed. The machine is off. The path of the folder may
+// have 93 bytes, because the sockets in it need short paths.
 func New(dir string) (*Machine, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -99,30 +99,29 @@ func (m *Machine) Dir() string { return m.dir }
 // same across boots.
 func (m *Machine) Device() string { return "unix:" + m.socket() }
 
-// EventLog returns the path of the firmware's event log, which each boot writes
-// again.
+// EventLog returns the path of the firmware's event log, which each boot replaces.
 func (m *Machine) EventLog() string { return m.path(eventLogName) }
 
 // UserspaceLog returns the path of systemd's log. There is no such file after a
 // boot whose user space measured nothing.
 func (m *Machine) UserspaceLog() string { return m.path(userspaceName) }
 
-// Files returns the folder with the files that the machine booted last: see
+// Files returns the folder with the files of the machine's last boot: see
 // [Files.Write].
 func (m *Machine) Files() string { return m.path(filesName) }
 
-// Current returns what the machine booted last, also in an earlier process;
-// the zero Boot if it never did.
+// Current returns the machine's last boot, even one in an earlier process, or the zero
+// Boot if it never booted.
 func (m *Machine) Current() Boot {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.current
 }
 
-// Boot switches the machine off, if it is on, and boots b: the TPM is reset,
-// the boot's measurements are extended into every active bank, and the logs are
-// written. When it returns an error, the machine is off. A missing swtpm is
-// [ErrNoSwtpm], a folder that another process uses [ErrInUse].
+// Boot switches the machine off, if it is on, and boots b: it resets the TPM, extends
+// the boot's measurements into every active bank, and writes the logs. After an error,
+// the machine is off. The error is [ErrNoSwtpm] if swtpm is missing, and [ErrInUse] if
+// another process uses the folder.
 func (m *Machine) Boot(ctx context.Context, b Boot) (err error) {
 	if err := b.Validate(); err != nil {
 		return fmt.Errorf("boot: %w", err)
@@ -227,8 +226,8 @@ func (m *Machine) tpm() *tpm.Device {
 	return tpm.NewDevice(addr, 0)
 }
 
-// PowerOff switches the machine off in an orderly way: TPM2_Shutdown, as a
-// kernel sends it, then the end of swtpm. A machine that is off stays off.
+// PowerOff switches the machine off in an orderly way: it sends TPM2_Shutdown, as a
+// kernel does, and then ends swtpm. A machine that is off stays off.
 func (m *Machine) PowerOff() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -242,7 +241,8 @@ func (m *Machine) powerOff() (err error) {
 	if m.proc != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 		defer cancel()
-		// A TPM that nobody shut down starts all the same; it counts that.
+		// A TPM without a shutdown starts all the same, and counts the missing
+		// shutdown.
 		_ = m.tpm().Do(ctx, func(t transport.TPM) error {
 			_, err := tpm2.Shutdown{ShutdownType: tpm2.TPMSUClear}.Execute(t)
 			return err
@@ -271,9 +271,9 @@ func (m *Machine) forget() {
 	}
 }
 
-// Clear clears the TPM, as firmware does when its user asks for it (TPM2_Clear
-// with platform authorization): a new storage seed, and all that hung from the
-// old one is gone. The endorsement key stays. The machine must be on.
+// Clear clears the TPM, as firmware does on a user's request (TPM2_Clear with platform
+// authorization). The TPM gets a new storage seed and loses every object below the old
+// one. The endorsement key stays. The machine must be on.
 func (m *Machine) Clear(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -288,8 +288,8 @@ func (m *Machine) Clear(ctx context.Context) error {
 	})
 }
 
-// lockFile takes the lock, which swtpm holds too. A swtpm whose parent was
-// killed ends at once, so it is worth to wait a moment.
+// lockFile takes the lock, which swtpm holds too. A swtpm whose parent was killed ends
+// at once, so lockFile waits a moment.
 func lockFile(ctx context.Context, path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

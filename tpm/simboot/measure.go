@@ -12,12 +12,12 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
-// measurement is one event before it is hashed.
+// measurement is one event before hashing.
 type measurement struct {
 	pcr      int
 	typ      eventlog.EventType
-	measured []byte // what the digests are of
-	data     []byte // what the log holds
+	measured []byte // the hashed bytes
+	data     []byte // the data in the log
 }
 
 // sequence collects the measurements of one boot, in their order.
@@ -35,7 +35,7 @@ func measure(b Boot, f *Files, banks []crypto.Hash) ([]eventlog.Event, error) {
 	s.secureBootVariables()
 	s.bootVariables()
 	s.add(4, eventlog.EFIAction, []byte("Calling EFI Application from Boot Option"))
-	for pcr := range 7 { // PCR 7 has its separator already
+	for pcr := range 7 { // PCR 7 already has its separator
 		s.separator(pcr)
 	}
 	switch b.Loader {
@@ -69,8 +69,8 @@ func (s *sequence) addContent(pcr int, typ eventlog.EventType, measured, data []
 
 func (s *sequence) separator(pcr int) { s.add(pcr, eventlog.Separator, make([]byte, 4)) }
 
-// content stands for bytes that nothing but their digest is known of: it is a
-// function of what they are made of.
+// content stands for bytes of which only the digest is known. It is a function of the
+// names in of.
 func content(kind string, of ...string) []byte {
 	h := sha256.New()
 	for _, part := range append([]string{kind}, of...) {
@@ -81,8 +81,8 @@ func content(kind string, of ...string) []byte {
 }
 
 func (s *sequence) firmware() {
-	// Some firmware is of another build, or lays out its volumes otherwise, with
-	// Secure Boot off; the recorded one does, and so this one.
+	// With Secure Boot off, some firmware has another build or another layout of its
+	// volumes. The recorded firmware does, and so does this one.
 	verify := "verifies"
 	if !s.boot.SecureBoot {
 		verify = "verifies nothing"
@@ -130,7 +130,7 @@ func (s *sequence) keyList(role string) []byte {
 	return signatureList(guidX509, ownerGUID(s.boot.Keys), s.cert(s.boot.Keys+" "+role))
 }
 
-// authority measures which certificate let the next image run.
+// authority measures the certificate that let the next image run.
 func (s *sequence) authority(namespace guid, name string, value []byte) {
 	if s.boot.SecureBoot {
 		s.add(7, eventlog.EFIVariableAuthority, variable(namespace, name, value))
@@ -142,7 +142,8 @@ func (s *sequence) dbAuthority() {
 	s.authority(guidSecurity, "db", append(owner[:], s.cert(s.boot.dbKey())...))
 }
 
-// bootVariables are measured by their value alone, as EV_EFI_VARIABLE_BOOT is.
+// bootVariables measures the boot variables by their value only, as
+// EV_EFI_VARIABLE_BOOT does.
 func (s *sequence) bootVariables() {
 	set := func(name string, value []byte) {
 		s.addContent(1, eventlog.EFIVariableBoot, value, variable(guidGlobal, name, value))
@@ -154,20 +155,20 @@ func (s *sequence) bootVariables() {
 	set("Boot0000", bootOption(0x109, "UiApp", setup))
 }
 
-// image measures a PE image that is started, by its Authenticode digest, which
-// signing does not change.
+// image measures a started PE image by its Authenticode digest, which signing does not
+// change.
 func (s *sequence) image(file []byte, path ...[]byte) {
 	s.addContent(4, eventlog.EFIBootServicesApp, peimage.Hashed(file),
 		imageLoad(0x1c958018, uint64(len(file)), bytes.Join(path, nil)))
 }
 
-// program is a boot loader that has a version.
+// program is a boot loader with a version.
 func program(name, version string) []byte {
 	return peimage.Image(peimage.Section{Name: ".text", Content: []byte(name + " " + version)})
 }
 
-// handOver is what the kernel's EFI stub measures: its command line and its
-// initrd, whoever loaded them.
+// handOver measures as the kernel's EFI stub does: its command line and its initrd, no
+// matter who loaded them.
 func (s *sequence) handOver(initrd []byte) {
 	s.addContent(9, eventlog.EventTag, utf16z(s.boot.CommandLine), taggedEvent(0x8f3b22ed, "LOADED_IMAGE::LoadOptions"))
 	s.initrd(initrd)
@@ -177,9 +178,9 @@ func (s *sequence) initrd(content []byte) {
 	s.addContent(9, eventlog.EventTag, content, taggedEvent(0x8f3b22ec, "Linux initrd"))
 }
 
-// stub is what a version of systemd-stub does (its stub.c).
+// stub describes the behaviour of one version of systemd-stub (its stub.c).
 type stub struct {
-	sections  []string // measured, in this order
+	sections  []string // the measured sections, in this order
 	osRelease bool     // added to the initrd, as /.extra/os-release
 }
 
@@ -206,8 +207,8 @@ func (s *sequence) uki() {
 		}
 	}
 	if !s.boot.SecureBoot {
-		// The stub starts the kernel through the firmware, which measures it; with
-		// Secure Boot on it must start it itself.
+		// With Secure Boot off, the stub starts the kernel through the firmware, which
+		// measures it. With Secure Boot on, the stub must start the kernel itself.
 		s.image(contents[".linux"], pathEnd)
 	}
 	initrd := contents[".initrd"]
@@ -242,8 +243,8 @@ func (s *sequence) mok(name string) {
 	s.addContent(14, eventlog.IPL, content(name), append([]byte(name), 0))
 }
 
-// grubCommands is GRUB's part: each command and the kernel's command line into
-// PCR 8, each file that it reads into PCR 9.
+// grubCommands measures GRUB's part: each command and the kernel's command line into
+// PCR 8, each file that GRUB reads into PCR 9.
 func (s *sequence) grubCommands() {
 	const config = "(hd0,gpt1)/EFI/debian/grub.cfg"
 	linux := s.boot.linux()
@@ -262,7 +263,7 @@ func (s *sequence) grubCommands() {
 	file(linux[0], s.files.Kernel)
 	s.image(s.files.Kernel)
 	if s.boot.SecureBoot {
-		s.image(s.files.Kernel) // once verified by shim, once started
+		s.image(s.files.Kernel) // shim verifies the kernel, then GRUB starts it: two events
 	}
 	command("kernel_cmdline: ", start)
 	command("grub_cmd: ", "initrd "+initrd)

@@ -31,9 +31,9 @@ type process struct {
 	ended   chan struct{} // closed when swtpm has ended
 }
 
-// startProcess starts swtpm over m's folder and returns once it answers. The TPM
-// has then been reset and started (TPM2_Startup(CLEAR)). swtpm ends with this
-// process, however that ends.
+// startProcess starts swtpm over m's folder and returns once it answers. The TPM has
+// then been reset and started (TPM2_Startup(CLEAR)). swtpm ends with this process, even
+// if this process is killed.
 func startProcess(ctx context.Context, m *Machine, lock *os.File) (*process, error) {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -56,14 +56,13 @@ func startProcess(ctx context.Context, m *Machine, lock *os.File) (*process, err
 		"--ctrl", "type=unixio,fd=3",
 		"--flags", "not-need-init,startup-clear",
 		"--log", "file="+p.log+",truncate")
-	// swtpm keeps the lock open, so that the folder stays locked as long as
-	// anything uses it.
+	// swtpm keeps the lock open, so the folder stays locked while anything uses it.
 	cmd.ExtraFiles = []*os.File{listener, lock}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
 	if err := p.run(cmd); err != nil {
 		return nil, fmt.Errorf("start swtpm: %w", err)
 	}
-	listener.Close() // else nobody would notice that swtpm has ended
+	listener.Close() // otherwise nobody would notice the end of swtpm
 	if err := p.ping(ctx); err != nil {
 		_ = p.stop()
 		return nil, p.explain(err)
@@ -71,7 +70,7 @@ func startProcess(ctx context.Context, m *Machine, lock *os.File) (*process, err
 	return p, nil
 }
 
-// listen makes the control socket. As this process listens before swtpm runs, a
+// listen makes the control socket. This process listens before swtpm runs, so a
 // connection needs no retries: it waits until swtpm serves it.
 func listen(path string) (*os.File, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -89,9 +88,8 @@ func listen(path string) (*os.File, error) {
 	return l.File()
 }
 
-// run starts cmd and waits for its end in the background. The parent-death
-// signal is sent when the thread ends that started the child, so one thread is
-// kept for it.
+// run starts cmd and waits for its end in the background. The parent-death signal comes
+// when the thread that started the child ends, so run keeps one thread for that.
 func (p *process) run(cmd *exec.Cmd) error {
 	started := make(chan error)
 	go func() {
@@ -128,7 +126,7 @@ func (p *process) ping(ctx context.Context) error {
 	return err
 }
 
-// explain adds what swtpm logged last.
+// explain adds the end of swtpm's log.
 func (p *process) explain(err error) error {
 	b, readErr := os.ReadFile(p.log)
 	if lines := bytes.TrimSpace(b); readErr == nil && len(lines) > 0 {
@@ -138,7 +136,7 @@ func (p *process) explain(err error) error {
 	return fmt.Errorf("swtpm does not start: %w; see %s, or begin with another folder, which is another TPM", err, p.log)
 }
 
-// stop ends swtpm by SIGTERM, which makes it leave its state in order.
+// stop ends swtpm by SIGTERM, so that swtpm leaves its state in order.
 func (p *process) stop() error {
 	_ = p.pid.Signal(syscall.SIGTERM)
 	select {

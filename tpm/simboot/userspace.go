@@ -36,7 +36,7 @@ var hashNames = map[crypto.Hash]string{
 	crypto.SHA3_256: "sha3-256", crypto.SHA3_384: "sha3-384", crypto.SHA3_512: "sha3-512",
 }
 
-// userspace returns what systemd-pcrphase measures, and its log: JSON records
+// userspace returns the measurements of systemd-pcrphase, and their log: JSON records
 // between RS and LF (RFC 7464).
 func userspace(b Boot, banks []crypto.Hash) ([]eventlog.Event, []byte, error) {
 	if b.Phases == "" {

@@ -6,7 +6,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 )
 
-// Kind is a kind of command, by what makes it slow.
+// Kind is a kind of command. The kinds differ by the work that makes a command slow.
 type Kind string
 
 // The kinds.
@@ -28,8 +28,9 @@ var byCode = map[tpm2.TPMCC]Kind{
 	tpm2.TPMCCNVDefineSpace: Write, tpm2.TPMCCNVUndefineSpace: Write, tpm2.TPMCCNVIncrement: Write, tpm2.TPMCCNVWrite: Write,
 }
 
-// KindOf returns the kind of a command. It takes keys for elliptic-curve keys where the
-// command doesn't tell, but for the endorsement key's: kleidi's keys are.
+// KindOf returns the kind of a command. If the command does not show its key, KindOf
+// assumes an elliptic-curve key, like kleidi's own keys, except for commands on the
+// endorsement key.
 func KindOf(command []byte) Kind {
 	if len(command) < headerSize {
 		return Other
@@ -39,7 +40,7 @@ func KindOf(command []byte) Kind {
 	switch code {
 	case tpm2.TPMCCCreatePrimary, tpm2.TPMCCCreate, tpm2.TPMCCCreateLoaded:
 		return kindOfNew(body)
-	case tpm2.TPMCCStartAuthSession: // a salt is encrypted to the key of the first handle
+	case tpm2.TPMCCStartAuthSession: // the salt is encrypted to the key of the first handle
 		if len(body) >= 4 && tpm2.TPMHandle(binary.BigEndian.Uint32(body)) != tpm2.TPMRHNull {
 			return Curve
 		}
@@ -51,9 +52,9 @@ func KindOf(command []byte) Kind {
 	return Other
 }
 
-// kindOfNew reads the type of the key that is made: it follows the parent's handle, the
-// authorizations and the sensitive part, each behind its size (TPM 2.0 Library, Part
-// 3, 12.1).
+// kindOfNew reads the type of the new key. The type follows the parent's handle, the
+// authorizations and the sensitive part, each with its size in front (TPM 2.0 Library,
+// Part 3, 12.1).
 func kindOfNew(body []byte) Kind {
 	rest, ok := skip(body, 4, 0)
 	if ok {
@@ -74,7 +75,7 @@ func kindOfNew(body []byte) Kind {
 	return Other
 }
 
-// skip drops n bytes and then a field behind a size of so many bytes.
+// skip drops n bytes and then a field with a size of so many bytes in front.
 func skip(b []byte, n, size int) (rest []byte, ok bool) {
 	if len(b) < n+size {
 		return nil, false

@@ -1,6 +1,7 @@
-// Package slowtpm stands between kleidi and a swtpm: it counts the commands by kind, and
-// answers as slowly as another kind of TPM would. A swtpm takes a millisecond for what
-// takes a discrete TPM a quarter of a second, so only so is it seen what a command costs.
+// Package slowtpm is a proxy between kleidi and a swtpm. It counts the commands by
+// kind, and answers as slowly as another kind of TPM would. swtpm takes a millisecond
+// for a command that takes a discrete TPM a quarter of a second, so only this package
+// shows what a command costs.
 package slowtpm
 
 import (
@@ -13,7 +14,7 @@ import (
 	"time"
 )
 
-// Model is how long a kind of TPM takes for a command, by the command's kind.
+// Model says how long a kind of TPM takes for a command of each kind.
 type Model struct {
 	Name  string
 	Takes map[Kind]time.Duration
@@ -21,16 +22,16 @@ type Model struct {
 
 const ms = time.Millisecond
 
-// Three kinds of TPM. The figures of discrete ones are from wolfTPM's README, which has 64
-// to 250 ms for a multiplication and 42 to 69 ms for a signature, rounded up: no real one
-// should be slower than Slow.
+// Three kinds of TPM. The figures of the discrete TPMs are from wolfTPM's README,
+// rounded up: 64 to 250 ms for a multiplication and 42 to 69 ms for a signature. No
+// real TPM should be slower than Slow.
 var (
-	Virtual = Model{Name: "virtual"} // as the swtpm behind it
+	Virtual = Model{Name: "virtual"} // as fast as the swtpm behind it
 	Fast    = Model{Name: "discrete, fast", Takes: map[Kind]time.Duration{Curve: 64 * ms, RSA: 200 * ms, Write: 20 * ms, Other: 5 * ms}}
 	Slow    = Model{Name: "discrete, slow", Takes: map[Kind]time.Duration{Curve: 250 * ms, RSA: 800 * ms, Write: 50 * ms, Other: 10 * ms}}
 )
 
-// TPM is such a TPM, as a unix socket.
+// TPM is a TPM of one of these kinds, as a unix socket.
 type TPM struct {
 	upstream string
 	listener net.Listener
@@ -43,7 +44,7 @@ type TPM struct {
 	done   chan struct{}
 }
 
-// Listen serves at path the TPM whose socket is at upstream.
+// Listen serves, at path, the TPM whose socket is at upstream.
 func Listen(path, upstream string, m Model) (*TPM, error) {
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -61,7 +62,7 @@ func (t *TPM) Use(m Model) {
 	t.model = m
 }
 
-// Take returns how many commands of each kind came since the last Take.
+// Take returns the number of commands of each kind since the last Take.
 func (t *TPM) Take() map[Kind]int {
 	t.mu.Lock()
 	defer t.mu.Unlock()

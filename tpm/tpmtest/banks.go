@@ -8,20 +8,21 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
-// Allocate gives the TPM PCRs in these banks alone, as a switch in the firmware's settings
-// does. It takes effect at the next boot.
+// Allocate gives the TPM PCRs in these banks only, as a switch in the firmware's
+// settings does. The change takes effect at the next boot.
 func (m *Machine) Allocate(banks ...tpm2.TPMAlgID) {
 	m.t.Helper()
 	m.allocate(banks, []byte{0xff, 0xff, 0xff})
 }
 
-// AllocatePart gives the TPM PCRs 0 to 6 in a bank, and all in SHA-256.
+// AllocatePart gives the TPM PCRs 0 to 6 in a bank, and all PCRs in SHA-256.
 func (m *Machine) AllocatePart(bank tpm2.TPMAlgID) {
 	m.t.Helper()
 	m.allocate([]tpm2.TPMAlgID{tpm2.TPMAlgSHA256, bank}, []byte{0x7f, 0, 0})
 }
 
-// allocate gives the TPM these PCRs in the last bank, and all in those before it.
+// allocate gives the TPM these PCRs in the last bank, and all PCRs in the banks before
+// it.
 func (m *Machine) allocate(banks []tpm2.TPMAlgID, last []byte) {
 	m.t.Helper()
 	err := m.TPM().Do(m.t.Context(), func(t transport.TPM) error {
@@ -33,7 +34,7 @@ func (m *Machine) allocate(banks []tpm2.TPMAlgID, last []byte) {
 		all := []tpm2.TPMAlgID{tpm2.TPMAlgSHA1, tpm2.TPMAlgSHA256, tpm2.TPMAlgSHA384, tpm2.TPMAlgSHA512}
 		u16, u32 := binary.BigEndian.AppendUint16, binary.BigEndian.AppendUint32
 		body := u32(nil, uint32(tpm2.TPMRHPlatform))
-		body = append(u32(u32(body, 9), uint32(tpm2.TPMRSPW)), 0, 0, 0, 0, 0) // a session of the empty password
+		body = append(u32(u32(body, 9), uint32(tpm2.TPMRSPW)), 0, 0, 0, 0, 0) // a session with the empty password
 		body = u32(body, uint32(len(all)))
 		for _, id := range all {
 			body = append(append(u16(body, uint16(id)), 3), append(active[id], 0, 0, 0)[:3]...)

@@ -17,32 +17,33 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// Exchange is one command and its response as they crossed the bus, headers
-// included. Response is what the client got: nil if it got none.
+// Exchange is one command and its response as they crossed the bus, including headers.
+// Response is what the client received, or nil if it received nothing.
 type Exchange struct {
 	Code     tpm2.TPMCC
 	Command  []byte
 	Response []byte
 }
 
-// Fault says which commands go wrong, and how.
+// Fault says which commands fail, and how.
 type Fault struct {
-	// On is the command that goes wrong; 0 means any.
+	// On is the command that fails; 0 means any.
 	On tpm2.TPMCC
-	// After is how many such commands go well first.
+	// After is the number of such commands that succeed first.
 	After int
-	// Times is how many then go wrong; 0 means all, until the next Inject.
+	// Times is the number of commands that fail then; 0 means all, until the next
+	// Inject.
 	Times int
-	// Do is what happens instead.
+	// Do happens instead of the command.
 	Do Action
 }
 
-// Action is what a faulty TPM does with a command. Send lets the real TPM
-// execute it. The answer goes to the client, also if it is no proper response; a
-// nil answer closes the connection.
+// Action is a faulty TPM's reaction to a command. send lets the real TPM execute the
+// command. The answer goes to the client, even if it is not a proper response; a nil
+// answer closes the connection.
 type Action func(command []byte, send func() []byte) (answer []byte)
 
-// hang, as an answer, never comes.
+// hang is an answer that never comes.
 var hang = []byte("hang")
 
 // Hang executes nothing and never answers.
@@ -77,8 +78,8 @@ func Truncate(n int) Action {
 	}
 }
 
-// Change sends the real response as edit leaves it. The header's length is set
-// again, so that only what follows is out of order.
+// Change sends the real response as changed by edit. It sets the length in the header
+// again, so that only the rest of the response is wrong.
 func Change(edit func(response []byte) []byte) Action {
 	return func(_ []byte, send func() []byte) []byte {
 		response := send()
@@ -94,7 +95,7 @@ func Change(edit func(response []byte) []byte) Action {
 
 const headerSize = 10
 
-// Proxy stands between a client and a TPM.
+// Proxy is a proxy between a client and a TPM.
 type Proxy struct {
 	t        testing.TB
 	upstream string
@@ -110,7 +111,7 @@ type Proxy struct {
 	traffic  []Exchange
 }
 
-// NewProxy puts a proxy in front of the machine's TPM, across its boots.
+// NewProxy puts a proxy in front of the machine's TPM. The proxy stays across boots.
 func NewProxy(t testing.TB, m *Machine) *Proxy {
 	t.Helper()
 	path, ok := strings.CutPrefix(m.Device(), "unix:")
@@ -137,14 +138,14 @@ func (p *Proxy) TPM(timeout time.Duration) *tpm.Device {
 	return Device(p.t, p.Address(), timeout)
 }
 
-// Inject makes commands go wrong, instead of what an earlier Inject said.
+// Inject makes commands fail as f says, instead of the fault of an earlier Inject.
 func (p *Proxy) Inject(f Fault) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.fault, p.seen = &f, 0
 }
 
-// Heal lets all commands go well again.
+// Heal lets all commands succeed again.
 func (p *Proxy) Heal() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -164,7 +165,7 @@ func (p *Proxy) Vanish() {
 	}
 }
 
-// Return ends what Vanish began.
+// Return undoes Vanish.
 func (p *Proxy) Return() {
 	p.t.Helper()
 	p.mu.Lock()
@@ -180,7 +181,8 @@ func (p *Proxy) Return() {
 	p.serving.Go(func() { p.accept(l) })
 }
 
-// Traffic returns what has crossed the bus since the proxy began or Forget was called.
+// Traffic returns everything that has crossed the bus since the start of the proxy or
+// the last Forget.
 func (p *Proxy) Traffic() []Exchange {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -194,7 +196,7 @@ func (p *Proxy) Forget() {
 	p.traffic = nil
 }
 
-// Saw reports whether b crossed the bus in plain.
+// Saw reports whether b crossed the bus unencrypted.
 func (p *Proxy) Saw(b []byte) bool {
 	for _, e := range p.Traffic() {
 		if bytes.Contains(e.Command, b) || bytes.Contains(e.Response, b) {
@@ -204,7 +206,7 @@ func (p *Proxy) Saw(b []byte) bool {
 	return false
 }
 
-// Count returns how often a command was sent.
+// Count returns how often a client sent the command.
 func (p *Proxy) Count(code tpm2.TPMCC) (n int) {
 	for _, e := range p.Traffic() {
 		if e.Code == code {
@@ -226,7 +228,7 @@ func (p *Proxy) accept(l net.Listener) {
 	}
 }
 
-// adopt notes a client's connection, unless its listener has gone meanwhile.
+// adopt records a client's connection, unless its listener is already gone.
 func (p *Proxy) adopt(l net.Listener, c net.Conn) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -258,8 +260,8 @@ func (p *Proxy) serve(client net.Conn) {
 	}
 }
 
-// server is the real TPM, connected to when the first command is for it: swtpm
-// refuses a second connection that waits while it serves another.
+// server is the real TPM. It connects at the first command, because swtpm refuses a
+// second connection that waits while swtpm serves another.
 type server struct {
 	path string
 	conn net.Conn
@@ -271,7 +273,7 @@ func (s *server) close() {
 	}
 }
 
-// send returns the response to a command, nil if there is none.
+// send returns the response to a command, or nil if there is none.
 func (s *server) send(command []byte) []byte {
 	if s.conn == nil {
 		c, err := net.Dial("unix", s.path)
@@ -290,7 +292,7 @@ func (s *server) send(command []byte) []byte {
 	return response
 }
 
-// exchange answers one command and reports whether the connection stays.
+// exchange answers one command and reports whether the connection stays open.
 func (p *Proxy) exchange(client net.Conn, s *server, command []byte) bool {
 	code := tpm2.TPMCC(binary.BigEndian.Uint32(command[6:]))
 	send := func() []byte { return s.send(command) }
@@ -322,7 +324,7 @@ func (p *Proxy) record(e Exchange, answer []byte, hangs bool) {
 	p.traffic = append(p.traffic, e)
 }
 
-// next returns what is to happen with a command, nil if nothing unusual.
+// next returns the action for a command, or nil for the ordinary one.
 func (p *Proxy) next(code tpm2.TPMCC) Action {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -352,12 +354,12 @@ func (p *Proxy) waitForClient(client net.Conn) {
 	}
 }
 
-// whole reports whether b is as long as its header says.
+// whole reports whether b has the length in its header.
 func whole(b []byte) bool {
 	return len(b) >= headerSize && int(binary.BigEndian.Uint32(b[2:])) == len(b)
 }
 
-// readMessage reads one command or response by the length in its header.
+// readMessage reads one command or response, of the length in its header.
 func readMessage(r io.Reader) ([]byte, error) {
 	b := make([]byte, headerSize)
 	if _, err := io.ReadFull(r, b); err != nil {
@@ -375,8 +377,8 @@ func readMessage(r io.Reader) ([]byte, error) {
 // Nonsense is an answer that no TPM gives.
 type Nonsense struct {
 	Answer []byte
-	// Framed says that the header is that of a success and states the true
-	// length, so that only who reads the body can tell.
+	// Framed says that the header is that of a success and states the true length, so
+	// that only a reader of the body can notice.
 	Framed bool
 }
 

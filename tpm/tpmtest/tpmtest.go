@@ -1,6 +1,6 @@
-// Package tpmtest gives tests a machine with a TPM that has booted, and a TPM
-// that fails: a [Proxy] in front of one that hangs, vanishes, answers garbage
-// or a chosen response code, and records what crossed the bus.
+// Package tpmtest gives tests a machine with a TPM that has booted, and a TPM that
+// fails: a [Proxy] in front of the TPM hangs, vanishes, answers garbage or a chosen
+// response code, and records the traffic on the bus.
 package tpmtest
 
 import (
@@ -26,7 +26,7 @@ func New(t testing.TB, b simboot.Boot) *Machine {
 	return m
 }
 
-// Attach returns the machine in dir, which is off.
+// Attach returns the machine in dir; the machine is off.
 func Attach(t testing.TB, dir string) *Machine {
 	t.Helper()
 	m, err := simboot.New(dir)
@@ -41,7 +41,8 @@ func Attach(t testing.TB, dir string) *Machine {
 	return &Machine{Machine: m, t: t}
 }
 
-// tempDir has a short path, which t.TempDir has not: sockets are made in it.
+// tempDir makes a folder with a short path for sockets; the path of t.TempDir is too
+// long.
 func tempDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "tpm")

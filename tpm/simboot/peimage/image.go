@@ -1,6 +1,6 @@
-// Package peimage makes small PE images, unified kernel images among them,
-// and signs them: files that firmware would measure as it does real ones, for
-// a simulated boot, and for tests that cannot have real ones. They do not run.
+// Package peimage makes and signs small PE images, including unified kernel images.
+// Firmware would measure these files like real ones. They serve simulated boots, and
+// tests that can't have real images. They do not run.
 package peimage
 
 import (
@@ -14,11 +14,11 @@ type Section struct {
 	Content []byte
 }
 
-// Layout of the images: the PE header lies behind what an x86 kernel image has in
-// front, so that a kernel's own header fits.
+// Layout of the images. The PE header comes after the first part of an x86 kernel
+// image, so that a kernel's own header fits.
 const (
 	setupHeader = 0x202 // "HdrS"
-	setupField  = 0x20e // where its version string is, less 0x200
+	setupField  = 0x20e // the place of its version string, less 0x200
 	setupText   = 0x220
 	peHeader    = 0x280
 	optional    = peHeader + 24
@@ -64,8 +64,8 @@ func Image(sections ...Section) []byte {
 	return b
 }
 
-// Kernel returns an image that tells a version as an x86 kernel does ("6.1.0-56-amd64")
-// and differs by its content.
+// Kernel returns an image with a version in an x86 kernel's header ("6.1.0-56-amd64")
+// and with this content.
 func Kernel(version, content string) []byte {
 	b := Image(Section{".text", []byte(content)})
 	copy(b[setupHeader:], "HdrS")
@@ -74,8 +74,8 @@ func Kernel(version, content string) []byte {
 	return b
 }
 
-// UKI returns a unified kernel image with a systemd-stub of that version ("257.9")
-// and these sections behind the stub's own.
+// UKI returns a unified kernel image with a systemd-stub of that version ("257.9"), and
+// with these sections after the stub's own.
 func UKI(stub string, sections ...Section) []byte {
 	own := []Section{{".text", []byte("stub")}, {".sdmagic", []byte("#### LoaderInfo: systemd-stub " + stub + " ####\x00")}}
 	return Image(append(own, sections...)...)
@@ -94,7 +94,8 @@ func Sections(image []byte) []Section {
 	return sections
 }
 
-// Hashed returns what the Authenticode digest of an image of this package covers.
+// Hashed returns the bytes that the Authenticode digest of an image of this package
+// covers.
 func Hashed(image []byte) []byte {
 	end := len(image)
 	if at := binary.LittleEndian.Uint32(image[security:]); at != 0 {

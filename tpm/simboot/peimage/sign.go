@@ -13,14 +13,15 @@ import (
 	"time"
 )
 
-// Signer is a key for images, with its certificate, which goes with each signature.
+// Signer is a key for signing images, with the certificate that goes into each
+// signature.
 type Signer struct {
 	Key  *rsa.PrivateKey
 	Cert *x509.Certificate
 }
 
-// NewSigner returns a signer with a self-signed certificate, or one that issuer
-// issued. It takes a key of 2048 bits.
+// NewSigner returns a signer with a self-signed certificate, or with a certificate that
+// issuer issued. It generates a key of 2048 bits.
 func NewSigner(name string, issuer *Signer) (*Signer, error) {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -33,7 +34,7 @@ func NewSigner(name string, issuer *Signer) (*Signer, error) {
 	return certify(name, serial, key, issuer)
 }
 
-// certify returns the key with a certificate, its own or one that issuer issued.
+// certify returns the key with a certificate, self-signed or issued by issuer.
 func certify(name string, serial *big.Int, key *rsa.PrivateKey, issuer *Signer) (*Signer, error) {
 	template := &x509.Certificate{
 		SerialNumber: serial,
@@ -91,7 +92,7 @@ type attribute struct {
 	Value asn1.RawValue `asn1:"set"`
 }
 
-// attributes returns the signed attributes as a SET, and as they stand in the signature.
+// attributes returns the signed attributes as a SET, and in the form in the signature.
 func attributes(statement []byte) (set, implicit asn1.RawValue, err error) {
 	var inner asn1.RawValue
 	if _, err := asn1.Unmarshal(statement, &inner); err != nil {
@@ -120,7 +121,7 @@ func attributes(statement []byte) (set, implicit asn1.RawValue, err error) {
 		explicit(body), nil
 }
 
-// explicit returns the element that holds others under the tag [0].
+// explicit returns the element that holds other elements under the tag [0].
 func explicit(content []byte) asn1.RawValue {
 	return asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true, Bytes: content}
 }
