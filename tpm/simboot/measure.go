@@ -69,8 +69,8 @@ func (s *sequence) addContent(pcr int, typ eventlog.EventType, measured, data []
 
 func (s *sequence) separator(pcr int) { s.add(pcr, eventlog.Separator, make([]byte, 4)) }
 
-// content stands for bytes of which only the digest is known. It is a function of the
-// names in of.
+// content stands for bytes of which only the digest is known. It is a function of its
+// arguments.
 func content(kind string, of ...string) []byte {
 	h := sha256.New()
 	for _, part := range append([]string{kind}, of...) {
