@@ -6,13 +6,13 @@ import (
 	kmsapi "k8s.io/kms/apis/v2"
 )
 
-// codec is gRPC's own for protobuf, with two differences: what does not parse is
-// the handler's to answer, since gRPC would call it an internal error; and a
-// decrypted DEK seed does not stay in its response. (The buffers of gRPC itself
-// are not ours to clear.)
+// codec is gRPC's own codec for protobuf, with two differences. The handler answers a
+// message that does not parse, because gRPC would call it an internal error. And a
+// decrypted DEK seed does not stay in its response. (We can't clear the buffers of gRPC
+// itself.)
 type codec struct{ encoding.CodecV2 }
 
-// request is a message that arrived, or why it does not parse.
+// request is a received message, or the reason why it does not parse.
 type request[Req any] struct {
 	message Req
 	err     error

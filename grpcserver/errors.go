@@ -9,8 +9,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Bounds of what goes into a status message, in runes. Reason and hint are
-// bounded apart, so that a long reason never costs the hint.
+// Bounds of the parts of a status message, in runes. Reason and hint have separate
+// bounds, so that a long reason never costs the hint.
 const (
 	maxReason = 600
 	maxHint   = 300
@@ -23,9 +23,9 @@ var (
 	errAnnotes = status.Error(codes.InvalidArgument, "annotations: kleidi writes none; was the object encrypted by another KMS plugin, or by a newer kleidi?")
 )
 
-// statusOf turns an error of Keys into a gRPC status. id is the key ID that a
-// Decrypt named. The second result says whether the log needs it too: true only
-// for what no caller can be told how to mend.
+// statusOf turns an error of Keys into a gRPC status. id is the key ID in a Decrypt
+// request. The second result says whether the error belongs into the log too: only if
+// no caller can be told a remedy.
 func statusOf(err error, id string) (error, bool) {
 	switch {
 	case errors.Is(err, seal.ErrUnknownKey):

@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
 )
 
-// Owner is the user and group that a socket belongs to.
+// Owner is the user and group that own a socket.
 type Owner = unixsocket.Owner
 
 // MaxSocketPath bounds ListenConfig.Path, in bytes.
@@ -28,14 +28,14 @@ type ListenConfig struct {
 	// means root and the socket's owner, but not the overflow UID (65534): in a
 	// user namespace every unmapped user has it, so it must be listed.
 	AllowedUIDs []uint32
-	// Log is told when connections are turned away; nil discards.
+	// Log receives a line when connections are turned away; nil discards it.
 	Log *slog.Logger
 }
 
-// Listen makes the KMS socket, with its mode and owner, in a folder that it
-// checks first. A stale socket is replaced; one that answers, or anything that
-// is no socket, is an error, and so is an abstract socket. Closing the listener removes the socket,
-// if it is still the same.
+// Listen makes the KMS socket, with its mode and owner, in a folder that it checks
+// first. It replaces a stale socket. It refuses a socket that answers, any other kind
+// of file, and an abstract socket. Closing the listener removes the socket, if it is
+// still the same.
 func Listen(cfg ListenConfig) (net.Listener, error) {
 	if cfg.Mode == 0 {
 		cfg.Mode = 0o600
@@ -51,8 +51,8 @@ func Listen(cfg ListenConfig) (net.Listener, error) {
 }
 
 // CheckSocket verifies the folder of the KMS socket, as Listen does, before
-// kube-apiserver is told to connect there: it does not ask who listens. A folder that
-// does not exist is no error.
+// kube-apiserver is told to connect there. It does not ask who listens. A missing
+// folder is not an error.
 func CheckSocket(path string) error { return unixsocket.CheckFolder(path, "kms.socket") }
 
 func allowedUIDs(cfg ListenConfig) []uint32 {
@@ -70,7 +70,7 @@ func allowedUIDs(cfg ListenConfig) []uint32 {
 	return uids
 }
 
-// overflow knows the running kernel's overflow UID and the usual one.
+// overflow reports whether uid is the running kernel's overflow UID or the usual one.
 func overflow(uid uint32) bool {
 	return slices.Contains([]uint32{unixsocket.OverflowUID(), 65534}, uid)
 }

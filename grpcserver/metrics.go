@@ -8,8 +8,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// answers are the codes that this server gives. Their series exist from the
-// start, so that rate() sees the first failure.
+// answers are the codes that this server returns. Their series exist from the start, so
+// that rate() sees the first failure.
 func answers() []codes.Code {
 	return []codes.Code{codes.OK, codes.Canceled, codes.InvalidArgument, codes.DeadlineExceeded, codes.NotFound,
 		codes.PermissionDenied, codes.ResourceExhausted, codes.Internal, codes.Unavailable, codes.DataLoss}

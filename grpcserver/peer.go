@@ -13,7 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
 )
 
-// peerCredentials carries what Listen's Accept learned about the peer into gRPC.
+// peerCredentials carries the peer that Accept found into gRPC.
 type peerCredentials struct{}
 
 type authInfo struct {
@@ -27,8 +27,8 @@ func (*authInfo) AuthType() string { return "SO_PEERCRED" }
 
 var errNotOurListener = errors.New("the connection was not accepted by grpcserver.Listen, so its peer is unknown")
 
-// ServerHandshake lets strangers in as well: a refused RPC can say why, a closed
-// connection can't.
+// ServerHandshake admits strangers too: a refused RPC can say why, a closed connection
+// can't.
 func (peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	c, ok := raw.(*unixsocket.Conn)
 	if !ok {

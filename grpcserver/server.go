@@ -19,13 +19,13 @@ import (
 
 // Bounds of a connection.
 const (
-	// maxMessage bounds a request and a response, in bytes. It is above the sum
-	// of the fields' bounds, so that a field that is too long is named.
+	// maxMessage bounds a request and a response, in bytes. It is larger than the sum
+	// of the fields' bounds, so that a refusal can name the field that is too long.
 	maxMessage = 64 << 10
 	maxHeaders = 16 << 10 // bytes
 	maxStreams = 256      // calls at the same time on one connection
-	// requestTimeout bounds one call, also for a client that names no deadline
-	// and never sends its body. kube-apiserver's is 3 s by default.
+	// requestTimeout bounds one call, even of a client that sets no deadline and never
+	// sends its body. kube-apiserver's own timeout is 3 s by default.
 	requestTimeout = 10 * time.Second
 	// connectTimeout bounds the time until a connection speaks HTTP/2.
 	connectTimeout = 5 * time.Second
@@ -34,7 +34,8 @@ const (
 	pingWait  = 10 * time.Second
 	// minPing is how often a client may ping.
 	minPing = 10 * time.Second
-	// maxIdle is well above a minute, at which kube-apiserver polls Status.
+	// maxIdle is well above a minute, the interval at which kube-apiserver polls
+	// Status.
 	maxIdle = 15 * time.Minute
 )
 
@@ -42,7 +43,7 @@ const (
 type Options struct {
 	// Registerer takes the metrics kleidi_kms_….
 	Registerer prometheus.Registerer
-	// Log gets panics (type and place, never the value) and internal errors.
+	// Log receives panics (type and place, never the value) and internal errors.
 	Log *slog.Logger
 }
 
@@ -53,7 +54,7 @@ type Server struct {
 	grpc *grpc.Server
 }
 
-// New makes a Server. It fails only where the metrics can't be registered.
+// New makes a Server. It fails only if the metrics can't be registered.
 func New(keys Keys, opt Options) (*Server, error) {
 	m, err := newMetrics(opt.Registerer)
 	if err != nil {
@@ -76,8 +77,8 @@ func New(keys Keys, opt Options) (*Server, error) {
 	return s, nil
 }
 
-// TransportOptions are the limits under which the server runs. They are public so that a plugin
-// that does nothing can be measured on the very same stack.
+// TransportOptions are the server's limits. They are public so that a benchmark can
+// measure a plugin without work on the same stack.
 func TransportOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.Creds(peerCredentials{}),
@@ -97,23 +98,24 @@ func TransportOptions() []grpc.ServerOption {
 	}
 }
 
-// streamWorkers is how many goroutines wait for calls. A call finds one whose stack has
-// grown already; gRPC starts another goroutine if all are busy. 64 callers at the same
-// time are more than kube-apiserver is when it starts and decrypts the seeds that it has stored.
+// streamWorkers is the number of goroutines that wait for calls. The stack of such a
+// goroutine has already grown; gRPC starts another goroutine if all are busy.
+// kube-apiserver makes fewer than 64 calls at the same time when it starts and decrypts
+// the stored seeds.
 const streamWorkers = 64
 
-// bufferSize is how many bytes each connection buffers for reading, and for writing. A
-// call and its answer fit; gRPC's 32 KiB would be for large messages.
+// bufferSize is the size of the read buffer and of the write buffer of each connection,
+// in bytes. A call and its answer fit; gRPC's 32 KiB are meant for large messages.
 const bufferSize = 4 << 10
 
-// pace has the server answer many callers faster, and take less memory for many
-// connections, than gRPC does by default. `make bench` compares.
+// pace makes the server answer many callers faster, and use less memory for many
+// connections, than gRPC does by default. "make bench" compares both.
 func pace() []grpc.ServerOption {
 	return []grpc.ServerOption{grpc.NumStreamWorkers(streamWorkers), grpc.ReadBufferSize(bufferSize), grpc.WriteBufferSize(bufferSize)}
 }
 
-// limitTime bounds calls whose client did not, or bounded them too far off. It
-// runs before the body is read.
+// limitTime bounds calls with no deadline or with a distant one. It runs before the
+// body is read.
 func limitTime(ctx context.Context, _ *tap.Info) (context.Context, error) {
 	if d, ok := ctx.Deadline(); ok && time.Until(d) <= requestTimeout {
 		return ctx, nil
@@ -123,8 +125,8 @@ func limitTime(ctx context.Context, _ *tap.Info) (context.Context, error) {
 	return limited, nil
 }
 
-// handler is what every call passes through: peer check, decoding, the call
-// itself; a panic becomes an error, and the answer is counted.
+// handler wraps every call: it checks the peer, decodes the request, makes the call,
+// turns a panic into an error, and counts the answer.
 func handler[Req, Resp any](s *Server, name string, m *metrics, call func(*Req) (*Resp, error)) grpc.MethodHandler {
 	mm := m.method(name)
 	return func(_ any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (resp any, err error) {

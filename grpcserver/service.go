@@ -17,20 +17,21 @@ const (
 	MaxPlaintext  = MaxCiphertext - 29
 	MaxCiphertext = 1024
 	MaxKeyID      = 1024
-	// MaxUID bounds the request's uid, which kube-apiserver makes up for its logs (36 bytes).
+	// MaxUID bounds the request's uid, which kube-apiserver generates for its logs (36
+	// bytes).
 	MaxUID = 256
 )
 
-// Keys encrypts and decrypts DEK seeds, in memory, concurrently. While no KEK is open every method
-// fails with a [*seal.Error]; else the errors are seal.ErrUnknownKey,
+// Keys encrypts and decrypts DEK seeds, in memory, concurrently. While no KEK is open,
+// every method fails with a [*seal.Error]. Otherwise the errors are seal.ErrUnknownKey,
 // seal.ErrMalformed and seal.ErrAuthentication.
 type Keys interface {
-	// CurrentID is the key ID that Encrypt uses now.
+	// CurrentID returns the key ID that Encrypt uses now.
 	CurrentID() (seal.KeyID, error)
-	// Encrypt returns the ciphertext, at most MaxCiphertext bytes, and the key
-	// ID of the very KEK that made it. It does not keep plaintext.
+	// Encrypt returns the ciphertext, at most MaxCiphertext bytes, and the key ID of
+	// the KEK that made it. It does not keep plaintext.
 	Encrypt(plaintext []byte) ([]byte, seal.KeyID, error)
-	// Decrypt returns a plaintext that is the caller's to clear.
+	// Decrypt returns a plaintext that the caller must clear.
 	Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error)
 }
 
@@ -100,7 +101,7 @@ func checkSize(field string, n, low, high int) error {
 	return status.Errorf(codes.InvalidArgument, "%s: has %d bytes, want %d to %d; is the caller a kube-apiserver?", field, n, low, high)
 }
 
-// checkOwn stops an answer that kube-apiserver would refuse: it is a fault here.
+// checkOwn refuses an answer that kube-apiserver would refuse: the fault is then ours.
 func checkOwn(what string, n, high int) error {
 	if n >= 1 && n <= high {
 		return nil

@@ -21,17 +21,17 @@ var ErrNotRunning = errors.New("kleidi serve does not run")
 // maxResponse bounds an answer, in bytes.
 const maxResponse = 4 << 20
 
-// Client speaks to a running serve.
+// Client calls a running serve.
 type Client struct {
 	path string
 	http *http.Client
 }
 
-// Dial connects to the admin socket. It returns [ErrNotRunning] where there is
-// no socket or nothing answers on it; any other error means that the state of
-// things is not known, and nothing may be assumed. Before each request the kernel is
-// asked who listens: a request may hold the recovery identity, and goes to a serve of
-// root or of this process's own user only.
+// Dial connects to the admin socket. It returns [ErrNotRunning] if there is no socket
+// or if nothing answers on it. After any other error the caller must not assume that
+// serve does or does not run. Before each request Dial asks the kernel who listens: a
+// request may hold the recovery identity, so it goes only to a serve of root or of this
+// process's own user.
 func Dial(ctx context.Context, path string) (*Client, error) {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return unixsocket.Dial(ctx, path) }
 	conn, err := dial(ctx, "", "")
@@ -40,7 +40,7 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	}
 	conn.Close()
 	return &Client{path: path, http: &http.Client{
-		Timeout: opTimeout + 2*readTimeout, // the server's own limit comes first, and explains itself
+		Timeout: opTimeout + 2*readTimeout, // the server's own limit comes first, with a better explanation
 		Transport: &http.Transport{
 			DialContext: dial, DisableCompression: true, DisableKeepAlives: true,
 			MaxResponseHeaderBytes: maxHeaders,
@@ -58,8 +58,8 @@ func dialError(path string, err error) error {
 	return fmt.Errorf("admin.socket: %w", err)
 }
 
-// Call runs verb on the running serve. An error that the operation ended in is
-// as the server had it, a [*seal.Error] with its cause and hint where it was one.
+// Call runs verb on the running serve. An error of the operation arrives as on the
+// server: a [*seal.Error] with its cause and hint, if it was one.
 func Call[Req, Resp any](ctx context.Context, c *Client, verb Verb[Req, Resp], req Req) (Resp, error) {
 	var resp Resp
 	body, err := json.Marshal(req)

@@ -7,7 +7,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
 )
 
-// conn remembers where net/http had bytes of the peer put, since its buffers
+// conn records the buffers in which net/http put the peer's bytes. These buffers
 // outlive the request, and a request may hold the recovery identity.
 type conn struct {
 	*unixsocket.Conn
@@ -19,7 +19,7 @@ type conn struct {
 // Read implements net.Conn.
 func (c *conn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	if len(b) > 1 { // net/http waits for the peer to go away with one byte of its own
+	if len(b) > 1 { // net/http waits for the peer's end with a buffer of one byte
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.into = append(c.into, b[:n])
@@ -27,8 +27,8 @@ func (c *conn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// wipe clears what was read. The request has been read by then; one that was
-// sent right behind it would be cleared too, so the connection must be closed.
+// wipe clears the recorded buffers. The request has been read by then. wipe would also
+// clear a request sent right behind it, so the connection must be closed.
 func (c *conn) wipe() {
 	c.mu.Lock()
 	defer c.mu.Unlock()

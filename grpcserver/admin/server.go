@@ -33,12 +33,12 @@ const (
 	idleTimeout = time.Minute
 )
 
-// prefix versions the paths: a CLI of another version must not be misunderstood.
+// prefix versions the paths, so that a CLI of another version is not misunderstood.
 const prefix = "/v1/"
 
 // Options are all optional.
 type Options struct {
-	// Log gets each operation with its outcome, never a request.
+	// Log receives each operation with its outcome, never a request.
 	Log *slog.Logger
 }
 
@@ -49,8 +49,8 @@ type Server struct {
 	log  *slog.Logger
 }
 
-// Listen makes the admin socket: 0600, usable by root and by this process's own
-// user only. For the folder and a socket that exists, the rules of grpcserver.Listen hold.
+// Listen makes the admin socket: 0600, usable only by root and by this process's own
+// user. The rules of grpcserver.Listen apply to the folder and to an existing socket.
 func Listen(path string, log *slog.Logger) (net.Listener, error) {
 	l, err := unixsocket.Listen(unixsocket.Config{
 		Path: path, Setting: "admin.socket", Mode: 0o600, Log: log,
@@ -62,7 +62,7 @@ func Listen(path string, log *slog.Logger) (net.Listener, error) {
 	return listener{l}, nil
 }
 
-// NewServer makes a Server that knows no verb yet.
+// NewServer returns a Server without verbs.
 func NewServer(opt Options) *Server {
 	s := &Server{mux: http.NewServeMux(), log: opt.Log}
 	if s.log == nil {
@@ -75,7 +75,7 @@ func NewServer(opt Options) *Server {
 		WriteTimeout:      opTimeout + readTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaders,
-		ErrorLog:          log.New(io.Discard, "", 0), // it would hold what a handler panicked with
+		ErrorLog:          log.New(io.Discard, "", 0), // it would contain the value of a handler's panic
 		ConnContext:       rememberPeer,
 	}
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
@@ -93,7 +93,7 @@ func rememberPeer(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, peerKey{}, c)
 }
 
-// gate refuses peers before anything of theirs is read beyond the headers.
+// gate refuses peers before it reads more than the headers.
 func (s *Server) gate(w http.ResponseWriter, r *http.Request) {
 	c, ok := r.Context().Value(peerKey{}).(*conn)
 	switch {
@@ -130,8 +130,8 @@ func (s *Server) Shutdown(ctx context.Context) error {
 // wiper is a request that holds a secret.
 type wiper interface{ Wipe() }
 
-// Handle lets s answer verb with f. Its context ends after two minutes, or when
-// the client goes away. A request that has a Wipe method is wiped when f returns.
+// Handle lets s answer verb with f. The context of f ends after two minutes, or when
+// the client goes away. Handle wipes a request that has a Wipe method when f returns.
 func Handle[Req, Resp any](s *Server, verb Verb[Req, Resp], f func(context.Context, Req) (Resp, error)) {
 	s.mux.HandleFunc("POST "+prefix+string(verb), func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
@@ -184,8 +184,8 @@ func statusOf(err error) int {
 	return http.StatusUnprocessableEntity
 }
 
-// decode reads one JSON object, strictly: a field that this version does not
-// know would otherwise be ignored, and may be a condition. Errors quote no value.
+// decode reads one JSON object, strictly: an unknown field may be a condition, which
+// this version must not ignore. Errors quote no value.
 func decode(body io.Reader, v any) error {
 	b := make([]byte, 0, 4<<10)
 	defer func() { clear(b[:cap(b)]) }()
@@ -204,8 +204,8 @@ func decode(body io.Reader, v any) error {
 	return nil
 }
 
-// readAll appends what r holds to b, at most maxRequest bytes; a buffer that
-// proved too small is cleared, not left behind.
+// readAll appends the content of r to b, at most maxRequest bytes. If a buffer is too
+// small, readAll clears it before it takes a larger one.
 func readAll(b []byte, r io.Reader) ([]byte, error) {
 	for {
 		if len(b) == cap(b) {
@@ -230,5 +230,5 @@ func readAll(b []byte, r io.Reader) ([]byte, error) {
 func respond(w http.ResponseWriter, code int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(v) // a client that went away
+	_ = json.NewEncoder(w).Encode(v) // fails if the client went away
 }

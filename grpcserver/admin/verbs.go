@@ -16,56 +16,55 @@ type Verb[Req, Resp any] string
 
 // The verbs.
 const (
-	// Status reports what is sealed to what, and whether it would open.
+	// Status reports the binding of each slot, and whether the slot would open.
 	Status Verb[StatusRequest, StatusReport] = "status"
-	// Rotate makes a new KEK the current one; the former is kept, retired.
+	// Rotate makes a new KEK the current one, and keeps the former one as retired.
 	Rotate Verb[RotateRequest, KeyringState] = "rotate"
-	// Reseal seals the KEK to the machine's boot state of now.
+	// Reseal seals the KEK to the machine's present boot state.
 	Reseal Verb[ResealRequest, KeyringState] = "reseal"
-	// Suspend adds a slot that opens whatever boots, for a few boots.
+	// Suspend adds a slot that opens with weaker demands on the boot, for a few boots.
 	Suspend Verb[SuspendRequest, KeyringState] = "suspend"
 	// AddBootStates adds boot states that an operator's key signed.
 	AddBootStates Verb[AddBootStatesRequest, KeyringState] = "add-boot-states"
-	// RevokeBootStates takes away what a key signed.
+	// RevokeBootStates revokes the boot states that a key signed.
 	RevokeBootStates Verb[RevokeBootStatesRequest, KeyringState] = "revoke-boot-states"
-	// AddSlot wraps the KEK by one wrapper more.
+	// AddSlot wraps the KEK with another wrapper.
 	AddSlot Verb[AddSlotRequest, KeyringState] = "add-slot"
-	// RemoveSlot takes a slot away.
+	// RemoveSlot removes a slot.
 	RemoveSlot Verb[RemoveSlotRequest, KeyringState] = "remove-slot"
-	// TestSlots opens slots and compares what comes out.
+	// TestSlots opens slots and compares the results with the open KEK.
 	TestSlots Verb[TestSlotsRequest, SlotTests] = "test-slots"
-	// RewrapSlot wraps a slot again, by the newest version of its key.
+	// RewrapSlot wraps a slot again, with the newest version of its key.
 	RewrapSlot Verb[RewrapSlotRequest, KeyringState] = "rewrap-slot"
 	// Recover opens the keyring with a recovery identity, seals again and rotates.
 	Recover Verb[RecoverRequest, KeyringState] = "recover"
-	// Restore puts another keyring in the place of the stored one, and rotates.
+	// Restore replaces the stored keyring with another one, and rotates.
 	Restore Verb[RestoreRequest, KeyringState] = "restore"
 	// Save stores the open keyring again.
 	Save Verb[SaveRequest, KeyringState] = "save"
 	// Verify opens the stored keyring with a slot, and checks it against the anchor.
 	Verify Verb[VerifyRequest, KeyringState] = "verify"
-	// Reload reads the keyring again; the configuration is read at start only.
+	// Reload reads the keyring again. Only a start reads the configuration.
 	Reload Verb[ReloadRequest, KeyringState] = "reload"
 )
 
 // StatusRequest asks for a [StatusReport].
 type StatusRequest struct {
-	// Try says which slots are opened to see whether they would, which takes the TPM
-	// some time.
+	// Try says which slots are opened as a test, which takes the TPM some time.
 	Try Try `json:"try,omitempty"`
 }
 
-// Try is which slots a status report opens.
+// Try selects the slots that a status report opens.
 type Try string
 
 // The choices.
 const (
-	// TryNone looks at memory and the stored keyring alone.
+	// TryNone looks only at memory and the stored keyring.
 	TryNone Try = ""
-	// TryTPM opens the slots of the TPM alone: a token counts wrong PINs, and a server
-	// wants credentials that may be of one use.
+	// TryTPM opens only the TPM's slots: a token counts wrong PINs, and a server may
+	// need credentials that can be used only once.
 	TryTPM Try = "tpm"
-	// TryAll opens those of tokens and servers as well.
+	// TryAll also opens the slots of tokens and servers.
 	TryAll Try = "all"
 )
 
@@ -78,34 +77,35 @@ const (
 	Locked State = "locked"
 )
 
-// StatusReport is everything that status shows. Times are zero where they do not apply.
+// StatusReport is the content of kleidi status. Times that do not apply are zero.
 type StatusReport struct {
-	// Version is that of the running serve.
+	// Version is the version of the running serve.
 	Version string `json:"version"`
 	Node    string `json:"node,omitempty"`
 	State   State  `json:"state"`
-	// Since is when State was entered.
+	// Since is the time at which State began.
 	Since time.Time `json:"since,omitzero"`
-	// Problem is why it is locked.
+	// Problem is the reason why kleidi is locked.
 	Problem *Problem `json:"problem,omitempty"`
-	// NextAttempt is when unlocking is tried again.
+	// NextAttempt is the time of the next attempt to unlock.
 	NextAttempt  time.Time    `json:"nextAttempt,omitzero"`
 	ClusterID    string       `json:"clusterID,omitempty"`
 	CurrentKeyID seal.KeyID   `json:"currentKeyID,omitempty"`
 	Revision     uint64       `json:"revision,omitempty"`
 	Keys         []KeyReport  `json:"keys,omitempty"`
 	Slots        []SlotReport `json:"slots,omitempty"`
-	// Wrapper is which wrapper opened the keyring, and Fallback why those before it
-	// in unlock.order did not.
+	// Wrapper is the wrapper that opened the keyring. Fallback is the reason why the
+	// wrappers before it in unlock.order did not.
 	Wrapper  string   `json:"wrapper,omitempty"`
 	Fallback *Problem `json:"fallback,omitempty"`
-	// Staged is why the staged KEK is not open, where one is staged and serve runs.
+	// Staged is the reason why the staged KEK is not open, if there is a staged KEK and
+	// serve runs.
 	Staged *Problem `json:"staged,omitempty"`
 	// Suspension is nil unless the node is suspended.
 	Suspension *Suspension `json:"suspension,omitempty"`
-	// Attestation is the result of the last one.
+	// Attestation is the result of the last attestation.
 	Attestation *AttestationReport `json:"attestation,omitempty"`
-	// Memory is the kind of memory that holds the KEK, as seal.Secret.Kind says.
+	// Memory is the kind of memory that holds the KEK, see seal.Secret.Kind.
 	Memory string `json:"memory,omitempty"`
 }
 
@@ -113,7 +113,7 @@ type StatusReport struct {
 type Problem struct {
 	Cause   seal.Cause `json:"cause,omitempty"`
 	Message string     `json:"message"`
-	// Details are what the message announces, such as each PCR that differs.
+	// Details list what the message announces, for instance each PCR that differs.
 	Details []string `json:"details,omitempty"`
 	Hint    string   `json:"hint,omitempty"`
 }
@@ -129,27 +129,29 @@ type KeyReport struct {
 
 // SlotReport is one slot of the current KEK.
 type SlotReport struct {
-	// Name is the type; where there are several of it, followed by the first digits of ID:
-	// recovery-3f9a.
+	// Name is the type. If there are several slots of the type, the first digits of ID
+	// follow: recovery-3f9a.
 	Name string `json:"name"`
-	// ID is a digest of what the slot is bound to. It outlives a rotation.
+	// ID is a digest of the slot's binding. A rotation does not change it.
 	ID   string `json:"id"`
 	Type string `json:"type"`
 	Node string `json:"node,omitempty"`
-	// Binding says in one line what the slot is sealed to.
+	// Binding describes in one line what the slot is sealed to.
 	Binding string `json:"binding,omitempty"`
-	// Use is what the slot is for: present, next, suspend or signed.
+	// Use is the purpose of the slot: present, next, suspend or signed.
 	Use string `json:"use,omitempty"`
-	// Signer is the fingerprint of the key that may sign boot states for it, and
-	// Generation what it signs for; 0 is systemd's form, which has none.
+	// Signer is the fingerprint of the key that may sign boot states for the slot.
+	// Generation is the generation that it signs for; 0 means systemd's form, which has
+	// no generation.
 	Signer     string `json:"signer,omitempty"`
 	Generation uint64 `json:"generation,omitempty"`
-	// NotTried says that a try would cost one: a token counts wrong PINs, a server's
-	// wrapped secret ID can be unwrapped once. So status without serve tries none.
+	// NotTried says that the slot was not tried because a try has a price: a token
+	// counts wrong PINs, and a server's wrapped secret ID can be unwrapped only once.
+	// So status without serve tries no such slot.
 	NotTried bool `json:"notTried,omitempty"`
-	// Opens is nil where it was not tried.
+	// Opens is nil if the slot was not tried.
 	Opens *bool `json:"opens,omitempty"`
-	// Problem is why it does not open.
+	// Problem is the reason why the slot does not open.
 	Problem *Problem `json:"problem,omitempty"`
 }
 
@@ -166,46 +168,46 @@ type AttestationReport struct {
 
 // RotateRequest asks for a new current KEK.
 type RotateRequest struct {
-	// SkipSlots names slots that the new KEK does without for now.
+	// SkipSlots names slots that the new KEK may lack for now.
 	SkipSlots []string `json:"skipSlots,omitempty"`
-	// AcceptDataLoss says that the new KEK may do without any recovery slot.
+	// AcceptDataLoss allows a new KEK without any recovery slot.
 	AcceptDataLoss bool `json:"acceptDataLoss,omitempty"`
 }
 
-// ResealRequest asks to seal to the boot state of now; slots of earlier boot
-// states are revoked.
+// ResealRequest asks to seal to the present boot state, and to revoke the slots of
+// earlier boot states.
 type ResealRequest struct {
-	// Next, if set, asks to seal to this boot state too, and to revoke nothing.
+	// Next, if set, asks to seal to this boot state in addition, and to revoke nothing.
 	Next *BootState `json:"next,omitempty"`
 	// DropNext asks to revoke slots for next boots as well.
 	DropNext bool `json:"dropNext,omitempty"`
 	// WithoutVerifier asks to seal without the configured verifier's demand.
 	WithoutVerifier bool `json:"withoutVerifier,omitempty"`
-	// NewTPM asks to seal a fresh KEK to a TPM that no slot of the node is sealed to.
+	// NewTPM asks to seal a fresh KEK to a TPM to which no slot of the node is sealed.
 	NewTPM bool `json:"newTPM,omitempty"`
 	// BreakTwoOfTwo is as in [AddSlotRequest].
 	BreakTwoOfTwo bool `json:"breakTwoOfTwo,omitempty"`
 }
 
-// BootState is a way to boot that was computed from the files of the next boot.
+// BootState is a boot state that was predicted from the files of the next boot.
 type BootState struct {
 	// Bank is sha256 or sha384.
 	Bank string `json:"bank"`
 	// PCRs holds values by PCR.
 	PCRs map[int][]byte `json:"pcrs"`
-	// Record is what explains the values, see tpm.BootState.
+	// Record explains the values, see tpm.BootState.
 	Record json.RawMessage `json:"record,omitempty"`
 }
 
 // SuspendRequest asks for a slot under a weaker authorization policy.
 type SuspendRequest struct {
-	// Boots is how often the machine may start with it, at least 1.
+	// Boots is the number of boots that the suspension allows, at least 1.
 	Boots int `json:"boots"`
-	// Weaken names the PCRs to let go; empty means all but PCR 7.
+	// Weaken names the PCRs to ignore; empty means all but PCR 7.
 	Weaken []int `json:"weaken,omitempty"`
 }
 
-// AddBootStatesRequest carries signed boot states of one key and one generation.
+// AddBootStatesRequest carries boot states signed by one key for one generation.
 type AddBootStatesRequest struct {
 	// States is a file of signed boot states, see package tpm/bootstate.
 	States []byte `json:"states"`
@@ -213,19 +215,19 @@ type AddBootStatesRequest struct {
 	PublicKey []byte `json:"publicKey"`
 }
 
-// RevokeBootStatesRequest names the key whose slots go.
+// RevokeBootStatesRequest names the key whose slots are revoked.
 type RevokeBootStatesRequest struct {
 	// Key is the beginning of the key's fingerprint, in hexadecimal.
 	Key string `json:"key"`
 }
 
-// AddSlotRequest asks for a slot by one wrapper.
+// AddSlotRequest asks for a slot of one wrapper.
 type AddSlotRequest struct {
 	// Type is pkcs11, vault or recovery.
 	Type string `json:"type"`
-	// GenerateKey has the token make the key first.
+	// GenerateKey makes the token generate the key first.
 	GenerateKey bool `json:"generateKey,omitempty"`
-	// BreakTwoOfTwo says that the operator wants one wrapper to be enough.
+	// BreakTwoOfTwo says that the operator wants one wrapper alone to be enough.
 	BreakTwoOfTwo bool `json:"breakTwoOfTwo,omitempty"`
 	// Recipients are age public keys, for recovery.
 	Recipients []string `json:"recipients,omitempty"`
@@ -235,27 +237,28 @@ type AddSlotRequest struct {
 // [SlotReport.ID], or by an age recipient.
 type RemoveSlotRequest struct {
 	Name string `json:"name"`
-	// AcceptDataLoss says that the last recovery slot may go.
+	// AcceptDataLoss allows the removal of the last recovery slot.
 	AcceptDataLoss bool `json:"acceptDataLoss,omitempty"`
 }
 
-// TestSlotsRequest names slots as [RemoveSlotRequest] does; none means every slot that can be tried.
+// TestSlotsRequest names slots as [RemoveSlotRequest] does. No name means every slot
+// that can be tried.
 type TestSlotsRequest struct {
 	Names []string `json:"names,omitempty"`
 }
 
-// SlotTests is what came of opening slots.
+// SlotTests are the results of opening slots.
 type SlotTests struct {
 	Slots []SlotTest `json:"slots"`
 }
 
-// SlotTest is what came of opening one slot.
+// SlotTest is the result of opening one slot.
 type SlotTest struct {
 	Name string `json:"name"`
 	// Use is as in [SlotReport].
 	Use string `json:"use,omitempty"`
-	// Opens is false where Problem says why, and where ForNextBoot is true: the slot
-	// is for a boot that was prepared, and nothing is wrong with it.
+	// Opens is false if Problem says why, and if ForNextBoot is true. In the second
+	// case the slot is for a prepared boot, and nothing is wrong with it.
 	Opens       bool          `json:"opens"`
 	ForNextBoot bool          `json:"forNextBoot,omitempty"`
 	Problem     *Problem      `json:"problem,omitempty"`
@@ -266,15 +269,15 @@ type SlotTest struct {
 // RewrapSlotRequest names a slot as [RemoveSlotRequest] does.
 type RewrapSlotRequest struct {
 	Name string `json:"name"`
-	// NewKey trusts the key that is configured, although it does not open the slot.
+	// NewKey trusts the configured key although it does not open the slot.
 	NewKey bool `json:"newKey,omitempty"`
 }
 
-// RecoverRequest carries the recovery identity to the serve that holds the TPM.
+// RecoverRequest carries the recovery identity to the running serve.
 type RecoverRequest struct {
 	Identity Identity `json:"identity"`
-	// TrustKeyID is the current key ID of the keyring that the operator vouches
-	// for, where the anchor can't.
+	// TrustKeyID is the current key ID of the keyring that the operator vouches for, if
+	// the anchor can't.
 	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
 	// WithoutVerifier asks to seal without the configured verifier's demand.
 	WithoutVerifier bool `json:"withoutVerifier,omitempty"`
@@ -285,16 +288,16 @@ type RecoverRequest struct {
 // Wipe clears the identity. [Handle] calls it when the handler has returned.
 func (r *RecoverRequest) Wipe() { clear(r.Identity) }
 
-// RestoreRequest carries a keyring to put in the place of the stored one.
+// RestoreRequest carries a keyring that replaces the stored one.
 type RestoreRequest struct {
 	Keyring []byte `json:"keyring"`
-	// Identity opens it where the TPM does not; empty means with the TPM.
+	// Identity opens the keyring if the TPM does not. If empty, the TPM must open it.
 	Identity Identity `json:"identity,omitempty"`
 	// TrustKeyID is as in [RecoverRequest].
 	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
 	// BreakTwoOfTwo is as in [AddSlotRequest].
 	BreakTwoOfTwo bool `json:"breakTwoOfTwo,omitempty"`
-	// SkipSlots is as in [RotateRequest], of the given keyring.
+	// SkipSlots is as in [RotateRequest], for slots of the given keyring.
 	SkipSlots []string `json:"skipSlots,omitempty"`
 	// AcceptDataLoss is as in [RotateRequest].
 	AcceptDataLoss bool `json:"acceptDataLoss,omitempty"`
@@ -303,7 +306,7 @@ type RestoreRequest struct {
 // Wipe clears the identity. [Handle] calls it when the handler has returned.
 func (r *RestoreRequest) Wipe() { clear(r.Identity) }
 
-// SaveRequest asks to store the open keyring in the place of what is stored.
+// SaveRequest asks to replace the stored keyring with the open one.
 type SaveRequest struct{}
 
 // VerifyRequest asks to check the stored keyring.
@@ -312,18 +315,18 @@ type VerifyRequest struct{}
 // ReloadRequest asks to read the keyring again.
 type ReloadRequest struct{}
 
-// KeyringState is what the verbs that touch the keyring leave behind.
+// KeyringState is the state of the keyring after a verb.
 type KeyringState struct {
 	CurrentKeyID seal.KeyID `json:"currentKeyID"`
 	Revision     uint64     `json:"revision"`
-	// Former is the key ID that was current before, if it is another one.
+	// Former is the key ID that was current before, if it changed.
 	Former seal.KeyID `json:"former,omitempty"`
-	// Changes say, one line each, what was done.
+	// Changes list what was done, one line each.
 	Changes []string `json:"changes,omitempty"`
 }
 
-// Identity is an age identity file's text. It refuses to be printed or logged; in JSON it is
-// base64, on this socket alone.
+// Identity is the text of an age identity file. It refuses to be printed or logged. In
+// JSON it is base64, and only on this socket.
 type Identity []byte
 
 const redacted = "[identity]"
@@ -337,7 +340,7 @@ func (Identity) GoString() string { return redacted }
 // LogValue implements slog.LogValuer.
 func (Identity) LogValue() slog.Value { return slog.StringValue(redacted) }
 
-// ProblemOf takes err apart; nil gives nil.
+// ProblemOf splits err into its parts; nil gives nil.
 func ProblemOf(err error) *Problem {
 	if err == nil {
 		return nil
@@ -353,8 +356,8 @@ func ProblemOf(err error) *Problem {
 	return p
 }
 
-// detailed is an error that consists of one sentence and what it lists. Its text is both,
-// as Err puts them together.
+// detailed is an error that consists of one sentence and a list. Its text contains
+// both, in the form that Err gives them.
 type detailed interface {
 	error
 	Headline() string
@@ -369,7 +372,7 @@ func (p *Problem) text() string {
 	return p.Message + ": " + strings.Join(p.Details, "; ")
 }
 
-// Err puts the parts together: a [*seal.Error] where there was one.
+// Err joins the parts again: into a [*seal.Error] if the problem came from one.
 func (p *Problem) Err() error {
 	if p == nil {
 		return nil
@@ -380,16 +383,16 @@ func (p *Problem) Err() error {
 	return &seal.Error{Cause: p.Cause, Err: errors.New(p.text()), Hint: p.Hint}
 }
 
-// Suspension is what opens a suspended node's keyring.
+// Suspension describes the suspension of a node.
 type Suspension struct {
-	// Binding is what a boot must share, for people.
+	// Binding describes what a boot must share with the suspended one, for display.
 	Binding string `json:"binding"`
-	// BootsLeft is how many boots more the TPM lets it open; nil if it was not asked, or
-	// did not say.
+	// BootsLeft is the number of further boots in which the TPM opens the slot; nil if
+	// the TPM was not asked, or did not answer.
 	BootsLeft *int64 `json:"bootsLeft,omitempty"`
 }
 
-// String is the suspension in one sentence, with what ends it.
+// String describes the suspension in one sentence, and how to end it.
 func (s *Suspension) String() string {
 	text := "anyone who boots this machine with the same " + s.Binding + " gets the KEK; run kleidi reseal to end this"
 	if s.BootsLeft != nil {

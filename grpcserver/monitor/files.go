@@ -8,16 +8,17 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
 )
 
-// otherFiles is room for what is no connection to this process: keyring, event logs, the
-// TPM, locked memory, a PKCS#11 module's own, connections to a server.
+// otherFiles is the room for descriptors that are not connections to this process:
+// keyring, event logs, the TPM, locked memory, a PKCS#11 module's own, connections to a
+// server.
 const otherFiles = 128
 
-// files is how many file descriptors are in use where the KMS and admin sockets and both
+// files is the number of file descriptors in use if the KMS and admin sockets and both
 // listeners of health and metrics hold as many connections as they admit.
 const files = 2*(unixsocket.MaxConns+unixsocket.MaxStrangers) + 2*(MaxConns+1) + otherFiles
 
 // CheckFiles verifies that the process may open as many files as all of its sockets
-// admit together, so that none can take what another one needs.
+// admit together, so that no socket can take the descriptors of another.
 func CheckFiles() error {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {

@@ -1,15 +1,16 @@
-// Package monitor serves health and metrics to whatever watches this machine, and keeps
-// that from being a way in for anything else.
+// Package monitor serves health and metrics to the monitoring of this machine, and
+// limits the harm that such connections can do.
 //
-// Nothing authenticates there, and what is served is not secret. What needs
-// protection is the rest of the process: connections are few, carry one request each and
-// have seconds for it, so that no number of them holds memory or file descriptors that
-// the KMS and admin sockets need. A newcomer is taken in by closing the oldest
-// connection: an honest one has its answer within milliseconds.
+// The listeners authenticate nobody, and the served data is not secret. The rest of the
+// process needs protection: there are few connections, each carries one request and has
+// seconds for it. So no number of connections takes memory or file descriptors that the
+// KMS and admin sockets need. A new connection closes the oldest one; an honest client
+// has its answer within milliseconds.
 //
-// The unix socket is for this machine's administrator alone, as its mode says. A port on
-// loopback is for every local user: each can take it before this process does, and then
-// answer "ok" for a kleidi that is locked, and each can crowd the others out.
+// The mode of the unix socket admits only this machine's administrator. A loopback port
+// admits every local user. Each user can take the port before this process does, and
+// then answer "ok" for a kleidi that is locked. Each user can also crowd the others
+// out.
 package monitor
 
 import (
@@ -50,7 +51,7 @@ func New(h http.Handler) *Server {
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,
 		MaxHeaderBytes:    maxHeaders,
-		ErrorLog:          log.New(io.Discard, "", 0), // a peer can cause any number of lines
+		ErrorLog:          log.New(io.Discard, "", 0), // a peer could cause any number of lines
 	}}
 	s.http.SetKeepAlivesEnabled(false)
 	return s
@@ -61,13 +62,13 @@ type SocketConfig struct {
 	Path string
 	// Mode holds the permission bits; 0 means 0600.
 	Mode fs.FileMode
-	// GID is the socket's group; -1 leaves the process's own.
+	// GID is the socket's group; -1 means the process's own group.
 	GID int
 	Log *slog.Logger
 }
 
-// ListenSocket makes the socket. For the folder and a socket that exists, the rules of
-// grpcserver.Listen hold; the mode alone says who may connect.
+// ListenSocket makes the socket. The rules of grpcserver.Listen apply to the folder and
+// to an existing socket. Only the mode limits who may connect.
 func ListenSocket(c SocketConfig) (net.Listener, error) {
 	if c.Mode == 0 {
 		c.Mode = 0o600
@@ -81,7 +82,8 @@ func ListenSocket(c SocketConfig) (net.Listener, error) {
 	return limit(l), nil
 }
 
-// ListenTCP listens on an address, which config has found to be of loopback.
+// ListenTCP listens on an address, which package config has checked to be a loopback
+// address.
 func ListenTCP(address string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
@@ -106,7 +108,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return nil
 }
 
-// limited holds MaxConns connections at most, and closes the oldest for a newcomer.
+// limited holds at most MaxConns connections, and closes the oldest one for a new one.
 type limited struct {
 	net.Listener
 	mu   sync.Mutex

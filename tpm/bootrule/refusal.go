@@ -33,8 +33,7 @@ func (b Binding) everything() bool {
 	return !slices.ContainsFunc(Decisive(), func(i int) bool { return !slices.Contains(b.PCRs, i) })
 }
 
-// reasons are the open parts, those with the same reason together, and what is wrong
-// with Secure Boot.
+// reasons lists the open parts, grouped by reason, and the fault of Secure Boot.
 func (b Binding) reasons() []string {
 	var whys []string
 	parts := map[string][]string{}
@@ -58,7 +57,7 @@ func (b Binding) reasons() []string {
 }
 
 // Describe says what a set of PCRs holds, for an operator who accepted less than the
-// whole boot; it is "" for a whole one.
+// whole boot. It returns "" if the set holds the whole boot.
 func (b Binding) Describe() string {
 	if len(b.Open) == 0 {
 		return ""

@@ -24,35 +24,36 @@ type Demand int
 const (
 	// WholeBoot demands every part of the boot.
 	WholeBoot Demand = iota
-	// SignedBoot is content with less where PCR 7 is in the set and proves that Secure
-	// Boot is on: whatever its keys let start is then let in, and nothing else is.
+	// SignedBoot accepts less if PCR 7 is in the set and proves that Secure Boot is on:
+	// the set then allows every boot that Secure Boot's keys allow, and no other.
 	SignedBoot
 )
 
-// Open is a part that a set of PCRs does not hold, and why.
+// Open is a part that a set of PCRs does not hold, with the reason.
 type Open struct {
 	Part Part
 	Why  string
 }
 
-// Binding is what a set of PCRs holds of a boot.
+// Binding says which parts of a boot a set of PCRs holds.
 type Binding struct {
 	PCRs []int
 	// Boot is how the machine booted, as far as these PCRs show it.
 	Boot eventlog.BootType
 	// Open are the parts that the set leaves open, in the order of the parts.
 	Open []Open
-	// SecureBoot is its state, or "" if PCR 7 is not in the set.
+	// SecureBoot is the state of Secure Boot, or "" if PCR 7 is not in the set.
 	SecureBoot eventlog.SecureBootState
-	// Whole is the set that holds every part of this boot, nil if there is none.
+	// Whole is the set that holds every part of this boot, or nil if there is no such
+	// set.
 	Whole []int
 }
 
-// Check refuses a set of PCRs that does not hold what is demanded of this boot. A
-// refusal is a [*Refusal].
+// Check refuses a set of PCRs that does not hold what d demands of this boot. A refusal
+// is a [*Refusal].
 func Check(log *eventlog.Log, pcrs []int, d Demand) error { return Of(log, pcrs).Check(d) }
 
-// Check refuses a binding that does not hold what is demanded, with a [*Refusal].
+// Check refuses a binding that does not hold what d demands, with a [*Refusal].
 func (b Binding) Check(d Demand) error {
 	if len(b.Open) == 0 || d == SignedBoot && b.SecureBoot == eventlog.SecureBootOn {
 		return nil
@@ -60,8 +61,8 @@ func (b Binding) Check(d Demand) error {
 	return &Refusal{b}
 }
 
-// Possible refuses a set of PCRs that can hold nothing of what is demanded, whatever a
-// machine measures. It is for a configuration, before there is a log.
+// Possible refuses a set of PCRs that can't hold what d demands on any machine. It
+// checks a configuration before there is a log.
 func Possible(pcrs []int, d Demand) error {
 	switch {
 	case slices.Contains(pcrs, 4), d == SignedBoot && slices.Contains(pcrs, 7):
@@ -84,11 +85,11 @@ func Of(log *eventlog.Log, pcrs []int) Binding {
 	return b
 }
 
-// holding is a binding while its parts are looked for.
+// holding is a Binding under construction.
 type holding struct {
 	Binding
-	shown eventlog.Measured // in the PCRs of the set
-	whole eventlog.BootType // of the whole log, for words alone
+	shown eventlog.Measured // by the PCRs of the set
+	whole eventlog.BootType // of the whole log, only for words
 }
 
 func hold(log *eventlog.Log, pcrs []int) Binding {
@@ -109,11 +110,11 @@ func hold(log *eventlog.Log, pcrs []int) Binding {
 		h.uki()
 	case eventlog.BootGRUB:
 		h.grub()
-	case eventlog.BootEFIStub: // the kernel is the image, and measures both itself
+	case eventlog.BootEFIStub: // the kernel is the image, and measures initrd and command line itself
 	default:
 		h.unknown()
 	}
-	if h.is(Program) { // then so is everything else
+	if h.is(Program) { // then everything else is open too
 		for _, p := range []Part{Kernel, Initrd, CommandLine} {
 			h.open(p, "any boot program can extend PCR 8 to 15 to the same values")
 		}
@@ -127,14 +128,15 @@ func (h *holding) is(open Part) bool {
 	return slices.ContainsFunc(h.Open, func(o Open) bool { return o.Part == open })
 }
 
-// open adds a part, once.
+// open adds an open part, once.
 func (h *holding) open(p Part, why string) {
 	if !h.is(p) {
 		h.Open = append(h.Open, Open{p, why})
 	}
 }
 
-// left says why a PCR does not help: it is left out, or what it has is not enough.
+// left says why a PCR does not help: the set leaves it out, or its events are not
+// enough.
 func (h *holding) left(pcr int, otherwise string) string {
 	if !h.has(pcr) {
 		return leftOut(pcr)
@@ -148,9 +150,9 @@ func (h *holding) program() {
 	}
 }
 
-// uki: PCR 4 and 11 hold the image. systemd-stub takes another command line from
-// outside unless Secure Boot is on and the image has its own. An initrd that is not
-// in the image is measured by the kernel, if the kernel measures at all.
+// uki: PCRs 4 and 11 hold the image. systemd-stub accepts another command line from
+// outside unless Secure Boot is on and the image has its own. The kernel measures an
+// initrd from outside the image, if the kernel measures at all.
 func (h *holding) uki() {
 	m := h.shown
 	if !m.InitrdSection && !m.Initrd && !m.LoadOptions {
@@ -187,8 +189,8 @@ func (h *holding) grub() {
 	}
 }
 
-// unknown: the PCRs of the set show none of the ways to boot. If the log does, the set
-// leaves out what would.
+// unknown: the PCRs of the set show none of the known ways to boot. If the whole log
+// does, the set leaves out the PCRs that would.
 func (h *holding) unknown() {
 	why := "no unified kernel image in PCR 11, no GRUB in PCR 8, and no EFI stub in PCR 9 shows it"
 	switch h.whole {

@@ -17,14 +17,14 @@ import (
 const (
 	// MaxFile bounds one file, in bytes.
 	MaxFile = 4 << 20
-	// MaxCertificates bounds all files together. The makers' known ones are some
-	// hundreds.
+	// MaxCertificates bounds all files together. The known certificates of TPM makers
+	// are some hundreds.
 	MaxCertificates = 4096
 	maxEntries      = 16384 // files and folders
-	maxProblems     = 20    // that are reported
+	maxProblems     = 20    // in a report
 )
 
-// Bundle holds the CA certificates that are trusted to vouch for EKs.
+// Bundle holds the CA certificates that may vouch for EKs.
 type Bundle struct {
 	roots, intermediates       *x509.CertPool
 	numRoots, numIntermediates int
@@ -33,17 +33,17 @@ type Bundle struct {
 
 var errFull = fmt.Errorf("more than %d certificates; keep those of the TPM makers that are in use", MaxCertificates)
 
-// suffixes are the names of files that are read.
+// suffixes are the suffixes of the files that LoadBundle reads.
 var suffixes = []string{".pem", ".crt", ".cer", ".der"}
 
-// LoadBundle reads the CA certificates of a folder and the folders in it: the
+// LoadBundle reads the CA certificates in a folder and in the folders below it: the
 // files named *.pem, *.crt, *.cer or *.der, each with one certificate in DER or any
-// number in PEM. Self-signed ones are roots. Other files, and whatever has a name
-// that begins with a dot, are left aside, as are symbolic links to folders.
+// number in PEM. Self-signed certificates are roots. LoadBundle skips other files,
+// names that begin with a dot, and symbolic links to folders.
 //
-// What doesn't parse, or is no CA's certificate, is an error that names the file;
-// all such files are reported at once, and there is no bundle then: a CA that
-// silently isn't there would be looked for in vain.
+// A file that does not parse, or holds a certificate that is not a CA's, is an error
+// that names the file. LoadBundle reports all such files at once and then returns no
+// bundle: an operator would search in vain for a CA that is missing silently.
 func LoadBundle(fsys fs.FS) (*Bundle, error) {
 	b := &Bundle{roots: x509.NewCertPool(), intermediates: x509.NewCertPool(), seen: map[string]bool{}}
 	var problems []error
@@ -97,7 +97,7 @@ func join(problems []error) error {
 // Roots returns how many roots there are.
 func (b *Bundle) Roots() int { return b.numRoots }
 
-// Intermediates returns how many CAs there are that are no roots.
+// Intermediates returns the number of CAs that are not roots.
 func (b *Bundle) Intermediates() int { return b.numIntermediates }
 
 func (b *Bundle) addFile(fsys fs.FS, name string) error {
@@ -106,7 +106,7 @@ func (b *Bundle) addFile(fsys fs.FS, name string) error {
 		return err
 	}
 	defer f.Close()
-	// A link to a folder, as Kubernetes makes them beside a ConfigMap's files.
+	// Kubernetes makes links to folders beside a ConfigMap's files.
 	if info, err := f.Stat(); err != nil {
 		return err
 	} else if !info.Mode().IsRegular() {
@@ -173,8 +173,9 @@ func (b *Bundle) add(der []byte) error {
 	return nil
 }
 
-// selfSigned: a root's own signature proves nothing, so that SHA-1 may do. But it
-// tells a root from a CA whose new key its old one signed.
+// selfSigned recognises a root. A root's own signature proves nothing, so SHA-1 is
+// acceptable there. But it distinguishes a root from a CA whose new key was signed by
+// its old key.
 func selfSigned(c *x509.Certificate) bool {
 	if !bytes.Equal(c.RawSubject, c.RawIssuer) {
 		return false

@@ -1,14 +1,14 @@
-// Package ekcert verifies endorsement key (EK) certificates: a TPM maker's word
-// that a key is in a TPM of its making (TCG EK Credential Profile for TPM Family
-// 2.0). It says nothing about which machine the TPM is in, so it is evidence
-// beside an operator's approval of an EK, or the condition under which an EK may
-// be approved, and no substitute for one.
+// Package ekcert verifies endorsement key (EK) certificates: a TPM maker's statement
+// that a key is in a TPM of that maker (TCG EK Credential Profile for TPM Family 2.0).
+// The certificate says nothing about the machine that the TPM is in. So it is evidence
+// in addition to an operator's approval of an EK, or a condition for such an approval,
+// but no substitute for it.
 //
-// EK certificates are older and odder than those of the web. What deviates and is
-// tolerated is data: see the table in quirks.go. Everything else that crypto/x509
-// refuses stays refused.
+// EK certificates are older and odder than those of the web. The tolerated deviations
+// are data: see the table in quirks.go. The package refuses everything else that
+// crypto/x509 refuses.
 //
-// Revocation lists are not consulted: nothing here opens a connection, and a
-// control plane must start without its vendors. Who is to be kept out is left out
-// of the bundle or of the allow-list.
+// The package does not consult revocation lists: it opens no connection, and a control
+// plane must start without its vendors. To exclude a maker or a key, leave it out of
+// the bundle or of the allow-list.
 package ekcert

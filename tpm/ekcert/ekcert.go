@@ -15,53 +15,51 @@ import (
 // MaxSize bounds a certificate, in bytes. NV indices hold 2048 on most TPMs.
 const MaxSize = 8 << 10
 
-// Why a certificate is refused.
+// The reasons for refusing a certificate.
 var (
 	// ErrMalformed: it does not parse.
 	ErrMalformed = errors.New("the EK certificate does not parse")
 	// ErrOtherKey: it is a certificate of another key than the EK.
 	ErrOtherKey = errors.New("the EK certificate is not this endorsement key's")
-	// ErrNotEK: it is not one that is issued for an EK.
+	// ErrNotEK: the certificate was not issued for an EK.
 	ErrNotEK = errors.New("the certificate is not one for an endorsement key")
-	// ErrTime: it, or a CA's, is not valid yet or no more.
+	// ErrTime: the certificate, or a CA's, is not yet valid or no longer valid.
 	ErrTime = errors.New("the EK certificate is not valid at this time")
 	// ErrUntrusted: no root of the bundle vouches for it.
 	ErrUntrusted = errors.New("no CA of the bundle vouches for the EK certificate")
 )
 
-// byDigest is the hint for whoever knows the machine but not its TPM's maker.
+// byDigest is the hint for an operator who knows the machine but not the maker of its
+// TPM.
 const byDigest = "or allow this endorsement key by its digest"
 
-// Verified is what Verify found out.
+// Verified is the result of Verify.
 type Verified struct {
-	// Certificate is the EK's.
+	// Certificate is the EK's certificate.
 	Certificate *x509.Certificate
 	// Chain leads from Certificate to a root of the bundle, both included.
 	Chain []*x509.Certificate
-	// Quirks names what was tolerated in Certificate, such as "padding".
+	// Quirks names the tolerated deviations of Certificate, such as "padding".
 	Quirks []string
 }
 
-// Verify reports whether a TPM's maker says that ek is a TPM's endorsement key. nv
-// is the certificate, in DER, as it stands in NV memory. It verifies, in this
-// order:
+// Verify reports whether a TPM's maker states that ek is a TPM's endorsement key. nv is
+// the certificate, in DER, as read from NV memory. Verify checks, in this order:
 //
-//  1. nv is one X.509 certificate of version 3, at most MaxSize bytes, but for
-//     the quirks that this package lists;
-//  2. its key is ek: RSA of 2048 bits or more, or ECDSA on P-256 or P-384. Who
-//     relies on it must still see that the other side holds ek, by
-//     TPM2_ActivateCredential;
-//  3. it is no CA's, and its key usage is that of an EK: key encipherment for
-//     RSA, key agreement for ECC, and nothing that signs certificates;
-//  4. signatures lead to a root of the bundle by CAs of the bundle, each valid at
-//     now, with no critical extension that nobody understood, except for the EK's
-//     subject alternative name;
-//  5. it is issued for EKs: its extended key usage has tcg-kp-EKCertificate
-//     (2.23.133.8.1), or it has none and its issuer's has; and no CA between is
-//     limited to other purposes.
+//  1. nv is one X.509 certificate of version 3, at most MaxSize bytes, except for the quirks
+//     that this package lists.
+//  2. Its key is ek: RSA of 2048 bits or more, or ECDSA on P-256 or P-384. The caller must still
+//     check by TPM2_ActivateCredential that the other side holds ek.
+//  3. It is not a CA's, and its key usage is that of an EK: key encipherment for RSA, key
+//     agreement for ECC, and nothing that signs certificates.
+//  4. Signatures lead to a root of the bundle through CAs of the bundle. Each certificate is
+//     valid at now and has no critical extension that nobody understood, except for the EK's
+//     subject alternative name.
+//  5. It was issued for EKs: its extended key usage has tcg-kp-EKCertificate (2.23.133.8.1), or
+//     it has none and the issuer's has; and no CA in between is limited to other purposes.
 //
-// The error is, or wraps, one of this package's, and ends in a hint. What the
-// subject alternative name says of the TPM is not judged.
+// The error is, or wraps, one of this package's errors, and ends in a hint. Verify does
+// not judge what the subject alternative name says of the TPM.
 func (b *Bundle) Verify(nv []byte, ek crypto.PublicKey, now time.Time) (*Verified, error) {
 	v, err := read(nv)
 	if err != nil {
@@ -75,7 +73,7 @@ func (b *Bundle) Verify(nv []byte, ek crypto.PublicKey, now time.Time) (*Verifie
 	}
 	chains, err := v.Certificate.Verify(x509.VerifyOptions{
 		Roots: b.roots, Intermediates: b.intermediates, CurrentTime: now,
-		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}, // crypto/x509 does not know the TCG's: see forEK
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}, // crypto/x509 does not know the TCG's key usage: see forEK
 	})
 	if err != nil {
 		return nil, b.explain(v.Certificate, err)
@@ -143,9 +141,9 @@ func checkUsage(cert *x509.Certificate) error {
 	return nil
 }
 
-// forEK reports whether a chain ends in a certificate for an EK: what a
-// certificate may be used for is limited by every CA above it but the root, which
-// is trusted as it is. Some makers write the purpose into the issuing CA's only.
+// forEK reports whether a chain ends in a certificate for an EK. Every CA above a
+// certificate, except the trusted root, limits what the certificate may be used for.
+// Some makers write the purpose only into the certificate of the issuing CA.
 func forEK(chain []*x509.Certificate) bool {
 	says := chain[0]
 	if !limited(says) && len(chain) > 1 {
@@ -186,7 +184,8 @@ func (b *Bundle) explain(cert *x509.Certificate, err error) error {
 // issuer names a certificate's issuer, as the certificate claims.
 func issuer(cert *x509.Certificate) string { return fmt.Sprintf("%.200q", cert.Issuer.String()) }
 
-// source is where the certificate claims that its issuer's is to be had.
+// source returns where, according to the certificate, its issuer's certificate is
+// available.
 func source(cert *x509.Certificate) string {
 	if len(cert.IssuingCertificateURL) == 0 {
 		return ""

@@ -19,30 +19,29 @@ var (
 	oidEK = asn1.ObjectIdentifier{2, 23, 133, 8, 1}
 )
 
-// quirk is a deviation that is tolerated. apply makes it good and reports
-// whether it was there.
+// quirk is a tolerated deviation. apply repairs it and reports whether it was present.
 type quirk struct {
 	id    string
 	what  string
 	apply func(*candidate) bool
 }
 
-// candidate is a certificate on its way: der is what is parsed, raw what the
-// issuer signed.
+// candidate is a certificate under examination: der is parsed, raw is what the issuer
+// signed.
 type candidate struct {
 	der, raw []byte
-	serial   *big.Int // what raw has, where der has another
+	serial   *big.Int // the serial number in raw, if der has another
 	cert     *x509.Certificate
 }
 
-// encodingQuirks are made good before a certificate is parsed.
+// encodingQuirks are repaired before a certificate is parsed.
 var encodingQuirks = []quirk{
 	{"tcg-header", "stored with the header of a TPM 1.2 (TCG PC Client Specific Implementation, 7.3.2)", stripHeader},
 	{"padding", "followed by what fills its NV index up", stripPadding},
 	{"negative-serial", "its serial number is negative", hideNegativeSerial},
 }
 
-// contentQuirks are made good in an EK's certificate, not in a CA's.
+// contentQuirks are repaired in an EK's certificate, not in a CA's.
 var contentQuirks = []quirk{
 	{"critical-san", "its subject alternative name, which names the TPM's maker, is critical and crypto/x509 doesn't read it", handleSAN},
 	{"oaep-key", "its key is marked for RSAES-OAEP only", readOAEPKey},
@@ -57,8 +56,8 @@ func applied(quirks []quirk, c *candidate) (ids []string) {
 	return ids
 }
 
-// parse reads one certificate, with the quirks of its encoding. What the issuer
-// signed is kept byte for byte.
+// parse reads one certificate, with the quirks of its encoding. It keeps the bytes that
+// the issuer signed unchanged.
 func parse(b []byte) (*candidate, []string, error) {
 	c := &candidate{der: b, raw: b}
 	ids := applied(encodingQuirks, c)
@@ -111,8 +110,8 @@ func stripPadding(c *candidate) bool {
 	return false
 }
 
-// hideNegativeSerial gives der a positive serial number of the same size, so that
-// it parses.
+// hideNegativeSerial gives der a positive serial number of the same size, so that der
+// parses.
 func hideNegativeSerial(c *candidate) bool {
 	outer, tbs, serial, err := layers(c.der)
 	if err != nil || len(serial.Bytes) == 0 || serial.Bytes[0]&0x80 == 0 {
@@ -132,7 +131,7 @@ func hideNegativeSerial(c *candidate) bool {
 	return true
 }
 
-// layers takes a certificate apart as far as its serial number.
+// layers splits a certificate into its parts up to the serial number.
 func layers(der []byte) (outer, tbs, serial asn1.RawValue, err error) {
 	rest, err := asn1.Unmarshal(der, &outer)
 	if err == nil && len(rest) > 0 {
@@ -157,14 +156,14 @@ func layers(der []byte) (outer, tbs, serial asn1.RawValue, err error) {
 	return outer, tbs, serial, err
 }
 
-// version returns the version field, which stands first unless it is left out.
+// version returns the version field, which comes first unless it is left out.
 func version(tbs asn1.RawValue) (v asn1.RawValue, ok bool) {
 	_, err := asn1.Unmarshal(tbs.Bytes, &v)
 	return v, err == nil && v.Class == asn1.ClassContextSpecific && v.Tag == 0
 }
 
-// handleSAN clears the subject alternative name of the critical extensions that
-// nobody handled, and no other.
+// handleSAN removes the subject alternative name, and nothing else, from the list of
+// critical extensions that nobody handled.
 func handleSAN(c *candidate) bool {
 	before := len(c.cert.UnhandledCriticalExtensions)
 	c.cert.UnhandledCriticalExtensions = slices.DeleteFunc(c.cert.UnhandledCriticalExtensions, oidSAN.Equal)

@@ -1,5 +1,5 @@
-// Package panics reports a recovered panic without its value. What a program
-// panics with may hold anything, a key included; its type and the place do not.
+// Package panics reports a recovered panic without its value. The value of a panic may
+// hold anything, even a key; its type and the place of the panic do not.
 package panics
 
 import (

@@ -13,10 +13,11 @@ import (
 
 // checkFolder verifies that dir
 //  1. exists, and is a folder rather than a symbolic link;
-//  2. can be written by root and this process's user alone, and so can every folder
-//     on the way to it, so that nobody else can put a socket in the place of ours.
+//  2. can be written only by root and this process's user, as can every folder on the way to
+//     it, so that nobody else can replace our socket.
 //
-// A sticky folder such as /tmp does not do: another user may be first to listen there.
+// A sticky folder such as /tmp is not enough: another user may be the first to listen
+// there.
 func checkFolder(dir string) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(dir, &st); err != nil {
@@ -34,7 +35,7 @@ func checkFolder(dir string) error {
 	return fmt.Errorf("%s is no folder; give a path in one", dir)
 }
 
-// silent keeps an error for errors.Is where the message says it already.
+// silent keeps an error for errors.Is if the message already contains its text.
 type silent struct{ error }
 
 // Error implements error.

@@ -24,24 +24,24 @@ const MaxPath = 107 - len("/..new/s") + len("/")
 const (
 	// MaxConns bounds the connections of allowed peers.
 	MaxConns = 256
-	// MaxStrangers bounds the connections of the others, which live only to be
+	// MaxStrangers bounds the connections of other peers, which stay open only to be
 	// told that they are refused.
 	MaxStrangers = 16
 )
 
-// probeTimeout bounds the wait for whoever may answer on an existing socket.
+// probeTimeout bounds the wait for an answer on an existing socket.
 const probeTimeout = time.Second
 
-// Owner is who a socket belongs to; -1 leaves the process's own user or group.
+// Owner is the owner of a socket; -1 means the process's own user or group.
 type Owner struct{ UID, GID int }
 
-// Config says what to listen on.
+// Config is the configuration of a Listener.
 type Config struct {
 	// Path is absolute, at most MaxPath bytes.
 	Path string
 	// Setting is the configuration key that Path came from, for messages.
 	Setting string
-	// Mode holds the socket's permission bits; connecting takes write permission.
+	// Mode holds the socket's permission bits; connecting needs write permission.
 	Mode fs.FileMode
 	// Owner is nil for the process's own user and group.
 	Owner *Owner
@@ -49,7 +49,7 @@ type Config struct {
 	AllowedUIDs []uint32
 	// AnyPeer admits every peer that the mode lets connect.
 	AnyPeer bool
-	// Log is told when connections are turned away.
+	// Log receives a line when connections are turned away.
 	Log *slog.Logger
 }
 
@@ -102,8 +102,8 @@ func listen(cfg Config) (*Listener, error) {
 	return l, nil
 }
 
-// CheckFolder verifies the folder of a socket that is not made yet, as Listen does. One
-// that does not exist is no error.
+// CheckFolder verifies the folder of a future socket, as Listen does. A missing folder
+// is not an error.
 func CheckFolder(path, setting string) error {
 	err := checkFolder(filepath.Dir(path))
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
@@ -129,8 +129,8 @@ func checkPath(path string) error {
 	return nil
 }
 
-// takeLock makes two processes that start at once take turns. The file stays
-// when the lock is let go: removing it would let two processes hold one each.
+// takeLock makes two processes that start at the same time take turns. The file stays
+// after the lock is released: removing it would let two processes hold one lock each.
 func takeLock(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -147,7 +147,7 @@ func takeLock(path string) (*os.File, error) {
 			strings.TrimSpace(string(holder[:n])), path)
 	}
 	if err := f.Truncate(0); err == nil {
-		_, _ = fmt.Fprintln(f, os.Getpid()) // for people: the lock holds without it
+		_, _ = fmt.Fprintln(f, os.Getpid()) // for display: the lock works without it
 	}
 	return f, nil
 }
@@ -191,7 +191,7 @@ func bind(cfg Config) (*net.UnixListener, inode, error) {
 	if err != nil {
 		return nil, inode{}, err
 	}
-	ul.SetUnlinkOnClose(false) // Close does it, if the path is still ours
+	ul.SetUnlinkOnClose(false) // Close removes the file, if the path is still ours
 	ino, err := place(cfg, tmp)
 	if err != nil {
 		os.Remove(tmp)
@@ -201,7 +201,7 @@ func bind(cfg Config) (*net.UnixListener, inode, error) {
 	return ul, ino, nil
 }
 
-// privateFolder makes dir, also where a process that was killed left it behind.
+// privateFolder makes dir, even if a killed process left one behind.
 func privateFolder(dir, tmp string) error {
 	err := os.Mkdir(dir, 0o700)
 	if !errors.Is(err, fs.ErrExist) {
@@ -220,9 +220,9 @@ func privateFolder(dir, tmp string) error {
 	return nil
 }
 
-// place gives the socket its mode and owner, in this order: what belongs to
-// somebody else could be given a mode with CAP_FOWNER only. Until it is moved to
-// its path, nobody else reaches it.
+// place gives the socket its mode and owner, in this order: changing the mode of
+// somebody else's file would need CAP_FOWNER. Until the socket is moved to its path,
+// nobody else can reach it.
 func place(cfg Config, tmp string) (inode, error) {
 	if err := os.Chmod(tmp, cfg.Mode.Perm()); err != nil {
 		return inode{}, err
@@ -239,7 +239,7 @@ func place(cfg Config, tmp string) (inode, error) {
 	return ino, os.Rename(tmp, cfg.Path)
 }
 
-// inode tells one file from another at the same path.
+// inode distinguishes files at the same path.
 type inode struct{ dev, ino uint64 }
 
 func inodeOf(path string) (inode, error) {
@@ -262,5 +262,5 @@ func (l *Listener) Close() error {
 	return l.err
 }
 
-// Addr returns the address that clients dial, not the one that was bound.
+// Addr returns the address that clients dial, not the bound address.
 func (l *Listener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Peer is who connected, as the kernel recorded it at connect(2).
+// Peer is the process that connected, as the kernel recorded it at connect(2).
 type Peer struct {
 	UID, GID uint32
 	PID      int32
@@ -22,8 +22,8 @@ type Peer struct {
 type Conn struct {
 	*net.UnixConn
 	Peer Peer
-	// Allowed says whether Peer.UID is among Config.AllowedUIDs. Refusing the
-	// others is the server's part: only it can tell them why.
+	// Allowed says whether Peer.UID is in Config.AllowedUIDs. The server must refuse
+	// the others, because only the server can tell them why.
 	Allowed bool
 	leave   func()
 }
@@ -72,8 +72,8 @@ func (l *Listener) Accept() (net.Conn, error) {
 	}
 }
 
-// seats counts connections, strangers' apart, so that they can't keep the
-// allowed ones out.
+// seats counts connections, with a separate count for strangers, so that strangers
+// can't keep the allowed peers out.
 type seats struct {
 	allowed []uint32
 	any     bool
@@ -97,7 +97,7 @@ func (s *seats) take(c *net.UnixConn, p Peer) *Conn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.free[ok] == 0 {
-		if !s.full[ok] { // once per time that it fills up
+		if !s.full[ok] { // log once each time the seats fill up
 			s.log.Warn("too many connections, closing new ones", "uid", p.UID, "pid", p.PID, "allowed", ok)
 		}
 		s.full[ok] = true
@@ -117,8 +117,8 @@ func (s *seats) leave(ok bool) {
 // defaultOverflowUID is the kernel's default of kernel.overflowuid.
 const defaultOverflowUID = 65534
 
-// OverflowUID is the UID under which every user that a user namespace does not
-// map appears, so that it names nobody in particular.
+// OverflowUID is the UID that stands for every user whom a user namespace does not map,
+// so it identifies nobody in particular.
 func OverflowUID() uint32 {
 	b, err := os.ReadFile("/proc/sys/kernel/overflowuid")
 	if err != nil {
