@@ -169,6 +169,12 @@ func setup(env *testscript.Env) error {
 	}
 	env.Setenv("RECIPIENT", recipient)
 	env.Setenv("KEYRING", h.path("state/keyring.json"))
+	memory, err := os.MkdirTemp("/dev/shm", "kleidi") // which no disk keeps
+	if err != nil {
+		return err
+	}
+	env.Setenv("MEMORY", memory)
+	env.Defer(func() { _ = os.RemoveAll(memory) })
 	env.Setenv("ANCHOR", h.path("state/anchor.json"))
 	env.Setenv("GORACE", os.Getenv("GORACE"))
 	env.Setenv("PATH", filepath.Dir(binary)+string(filepath.ListSeparator)+env.Getenv("PATH"))
