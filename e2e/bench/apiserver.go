@@ -30,8 +30,8 @@ const (
 	namespace      = "bench"
 )
 
-// apiserver is a kube-apiserver with its own way to encrypt Secrets, and a client of it
-// with all rights.
+// apiserver is a kube-apiserver with its own way to encrypt Secrets, and a client with
+// all rights.
 type apiserver struct {
 	name       string
 	dir        string
@@ -55,7 +55,7 @@ func aescbcProvider() string {
 
 const identityProvider = "{identity: {}}"
 
-// startServer runs a program whose log goes into a file, and which ends with this one.
+// startServer runs a program that logs into a file and ends with this program.
 func startServer(log, binary string, args ...string) (pid int, stop func(), err error) {
 	f, err := os.Create(log)
 	if err != nil {
@@ -71,7 +71,7 @@ func startServer(log, binary string, args ...string) (pid int, stop func(), err 
 	return cmd.Process.Pid, func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }, nil
 }
 
-// startEtcd runs the etcd that all kube-apiservers share, each below a prefix of its own.
+// startEtcd runs the etcd that all kube-apiservers share, each with a separate prefix.
 func startEtcd(ctx context.Context, binary, dir string) (url string, stop func(), err error) {
 	var addresses [2]string
 	for i := range addresses {
@@ -208,7 +208,7 @@ func (a *apiserver) call(ctx context.Context, method, path string, body []byte) 
 	return nil
 }
 
-// secretSize is that of a typical Secret: a token or a password, in bytes.
+// secretSize is the size of a typical Secret, a token or a password, in bytes.
 const secretSize = 200
 
 func (a *apiserver) create(ctx context.Context, name string) error {
@@ -223,7 +223,7 @@ func secrets(name string) string {
 	return strings.TrimSuffix("/api/v1/namespaces/"+namespace+"/secrets/"+name, "/")
 }
 
-// built returns the paths of servers, which are built where they are not yet.
+// built returns the paths of servers, and builds the missing ones.
 func built(ctx context.Context, names ...string) ([]string, error) {
 	cmd := exec.CommandContext(ctx, "e2e/servers/build", names...)
 	cmd.Stderr = os.Stderr

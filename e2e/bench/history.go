@@ -15,10 +15,11 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
-// manyRetired is how many KEKs have retired where many have: one fewer than there may be.
+// manyRetired is the number of retired KEKs in the large keyring: one fewer than the
+// limit.
 const manyRetired = keyring.MaxRetired - 1
 
-// printHistory compares starts with no retired KEK and with many, in turns.
+// printHistory compares starts with no retired KEK and with many, alternating.
 func (k *shipped) printHistory(ctx context.Context, config string, n int) error {
 	if err := k.makeHistory(ctx, "state-history"); err != nil {
 		return fmt.Errorf("a keyring with retired KEKs: %w", err)
@@ -97,7 +98,7 @@ func rotated(ctx context.Context, w *tpm.Wrapper, ring *keyring.Keyring, like se
 	return staged.Activate(time.Now())
 }
 
-// wrapper is the TPM's, as kleidi has it.
+// wrapper returns the TPM's wrapper, as kleidi configures it.
 func (k *shipped) wrapper() (*tpm.Wrapper, error) {
 	addr, err := tpm.ParseAddress(k.machine.Device())
 	if err != nil {

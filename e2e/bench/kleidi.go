@@ -22,9 +22,9 @@ import (
 // startLimit bounds the start of kleidi serve.
 const startLimit = 30 * time.Second
 
-// startKleidi boots a simulated machine, lets the binary seal a KEK to its TPM,
-// and serves. It starts o.starts times, prints how soon the first good Status
-// came, and leaves the last one running.
+// startKleidi boots a simulated machine, lets the binary seal a KEK to its TPM, and
+// serves. It starts kleidi o.starts times, prints the time to the first good Status,
+// and leaves the last one running.
 func startKleidi(ctx context.Context, o options, dir string) (*plugin, error) {
 	machine, err := simboot.New(filepath.Join(dir, "machine"))
 	if err != nil {
@@ -67,7 +67,7 @@ func startOn(ctx context.Context, o options, machine *simboot.Machine, dir strin
 	return p, err
 }
 
-// started is what a start of serve took.
+// started holds the measurements of a start of serve.
 type started struct {
 	socket, gate, slots, rest, status time.Duration
 	refused                           int // calls before the first good Status
@@ -84,7 +84,7 @@ var steps = []struct {
 	{"exec to first good Status", func(s started) time.Duration { return s.status }},
 }
 
-// starts starts serve n times with each configuration, in turns.
+// starts starts serve n times with each configuration, alternating.
 func (k *shipped) starts(ctx context.Context, n int, configs ...string) ([][]started, error) {
 	all := make([][]started, len(configs))
 	for range n {
@@ -126,14 +126,14 @@ func (k *shipped) printStarts(ctx context.Context, config string, n int) error {
 	return nil
 }
 
-// shipped is the binary, and the machine on which it works.
+// shipped is the binary, and its machine.
 type shipped struct {
 	binary      string
 	machine     *simboot.Machine
 	dir, socket string
 }
 
-// configure writes a configuration with a state folder and a TPM of its own.
+// configure writes a configuration with a separate state folder and TPM.
 func (k *shipped) configure(state, device string) (path string, err error) {
 	m := k.machine
 	config := fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
@@ -167,9 +167,9 @@ func (k *shipped) init(ctx context.Context, config string) error {
 	return nil
 }
 
-// serve starts kleidi serve and waits for its first good Status. It tells when the
-// socket was there, how long kleidi says that its steps took, when that Status came, and
-// how many calls were refused before it.
+// serve starts kleidi serve and waits for its first good Status. It returns the time at
+// which the socket appeared, the durations of the steps in kleidi's log, the time of
+// that Status, and the number of calls that were refused before it.
 func (k *shipped) serve(ctx context.Context, config string) (p *plugin, s started, err error) {
 	cmd := exec.Command(k.binary, "--config", config, "serve")
 	log, err := os.Create(config + ".log")
@@ -206,7 +206,7 @@ func (k *shipped) serve(ctx context.Context, config string) (p *plugin, s starte
 	return &plugin{name: "kleidi", socket: k.socket, pid: cmd.Process.Pid, stop: stop}, s, nil
 }
 
-// readLog reads how long the steps of unlocking took from kleidi's log.
+// readLog reads the durations of the unlocking steps from kleidi's log.
 func (s *started) readLog(log string) error {
 	b, err := os.ReadFile(log)
 	if err != nil {

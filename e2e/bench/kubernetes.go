@@ -19,11 +19,11 @@ const (
 	apiserverCallers = 4
 	// apiserverSecrets are created, and then read, in each slice.
 	apiserverSecrets = 400
-	// apiserverWarm is how many rounds come before those that count.
+	// apiserverWarm is the number of rounds before those that count.
 	apiserverWarm = 3
 )
 
-// runAPIServer measures what users feel: Secrets that are created and read through a real
+// runAPIServer measures what users notice: creating and reading Secrets through a real
 // kube-apiserver, with kleidi, with a plugin that does nothing, with a key in
 // kube-apiserver's own configuration, and without encryption. All four run at the same
 // time and are measured in turns.
@@ -38,7 +38,7 @@ func runAPIServer(ctx context.Context, o options, dir string) error {
 	}
 	rounds := make([][]secretFigures, len(all))
 	for i := range o.pairs + apiserverWarm {
-		for _, k := range rand.Perm(len(all)) { // whoever comes before has the same part in each
+		for _, k := range rand.Perm(len(all)) { // in a random order, so that each has the same share of every place
 			f, err := all[k].slice(ctx)
 			if err != nil {
 				return fmt.Errorf("%s: %w", all[k].name, err)
@@ -51,7 +51,7 @@ func runAPIServer(ctx context.Context, o options, dir string) error {
 	return reportSecrets(o, all, rounds)
 }
 
-// stack is what was started, to be stopped in the opposite order.
+// stack holds the functions that stop the started programs, in the opposite order.
 type stack []func()
 
 func (s *stack) push(stop func()) { *s = append(*s, stop) }
@@ -121,7 +121,7 @@ func startPlugins(ctx context.Context, o options, dir string, running *stack) (s
 	return [2]string{kleidi.socket, nothing.socket}, nil
 }
 
-// secretFigures are those of one slice: per Secret, in µs.
+// secretFigures are the figures of one slice: per Secret, in µs.
 type secretFigures struct{ created, read, createdTail, readTail, took, cpu float64 }
 
 // slice creates Secrets and reads each of them.
@@ -169,9 +169,9 @@ func eachSecret(ctx context.Context, first int, f func(context.Context, string) 
 	return at(0.50), at(0.99), errors.Join(errs...)
 }
 
-// reportSecrets prints latencies as medians of the rounds, and what a Secret takes in all as
-// means: kube-apiserver's garbage collector runs in some of the slices, and a median would
-// tell how many. Ratios are to the plugin that does nothing.
+// reportSecrets prints latencies as medians of the rounds, and the total cost of a
+// Secret as a mean: kube-apiserver's garbage collector runs in some of the slices, and
+// a median would only show in how many. Ratios are to the plugin that does nothing.
 func reportSecrets(o options, all []*apiserver, rounds [][]secretFigures) error {
 	latencies := []struct {
 		name string
@@ -228,8 +228,8 @@ func meanOfRounds(rounds []secretFigures, of func(secretFigures) float64) (mean 
 	return mean
 }
 
-// interval is where the ratio of two means lies in 95 of 100 samples of the rounds, each
-// as large as the rounds themselves (a bootstrap).
+// interval returns the range of the ratio of two means in 95 of 100 samples of the
+// rounds, each sample as large as the rounds themselves (a bootstrap).
 func interval(a, b []secretFigures, of func(secretFigures) float64) (low, high float64) {
 	const samples = 2000
 	ratios := make([]float64, samples)

@@ -14,7 +14,7 @@ import (
 	kmsapi "k8s.io/kms/apis/v2"
 )
 
-// operation is one call, ready to be made again and again.
+// operation is one call that can be repeated.
 type operation struct {
 	name string
 	call func(context.Context) error
@@ -30,7 +30,7 @@ func dial(path string) (*grpc.ClientConn, error) {
 		}))
 }
 
-// timeout is what kube-apiserver gives each call by default.
+// timeout is kube-apiserver's default timeout for each call.
 const timeout = 3 * time.Second
 
 func operations(ctx context.Context, conn *grpc.ClientConn) ([]operation, error) {
@@ -64,7 +64,7 @@ func operations(ctx context.Context, conn *grpc.ClientConn) ([]operation, error)
 	}, nil
 }
 
-// figures are those of one slice.
+// figures are the figures of one slice.
 type figures struct{ p50, p99, perSecond, calls float64 } // p50 and p99 in µs
 
 // slice lets callers repeat op for d.
@@ -94,8 +94,8 @@ func slice(ctx context.Context, op operation, callers int, d time.Duration) (fig
 	return figures{at(0.50), at(0.99), float64(len(all)) / took.Seconds(), float64(len(all))}, nil
 }
 
-// compare prints one line for each operation and number of callers, with the raw
-// pairs below, and returns the largest ratio of p50 with one caller.
+// compare prints one line for each operation and number of callers, with the raw pairs
+// below. It returns the largest ratio of p50 with one caller.
 func compare(ctx context.Context, o options, callers []int, subject, nothing *plugin) (worst float64, err error) {
 	var ops [2][]operation
 	for i, p := range []*plugin{subject, nothing} {
@@ -125,7 +125,7 @@ func compare(ctx context.Context, o options, callers []int, subject, nothing *pl
 	return worst, nil
 }
 
-// interleave measures both in turns; who goes first alternates. The first pair
+// interleave measures both in turns and alternates which goes first. The first pair
 // warms up and is thrown away.
 func interleave(ctx context.Context, o options, callers int, a, b operation) (pairs [][2]figures, err error) {
 	both := [2]operation{a, b}

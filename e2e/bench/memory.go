@@ -13,11 +13,11 @@ import (
 	kmsapi "k8s.io/kms/apis/v2"
 )
 
-// allocationCalls is how many calls are averaged.
+// allocationCalls is the number of calls in an average.
 const allocationCalls = 2000
 
 // printAllocations runs both servers in this process, where their allocations can be
-// counted. Those of the client are the same for both: the difference is kleidi's.
+// counted. The client allocates the same for both, so the difference is kleidi's.
 func printAllocations(ctx context.Context, dir string) error {
 	var counted [2][]allocation
 	for i, name := range []string{"serve-memory", "serve-nothing"} {
@@ -42,7 +42,7 @@ func printAllocations(ctx context.Context, dir string) error {
 	return nil
 }
 
-// allocation is what one call of op allocates.
+// allocation holds the allocations of one call of op.
 type allocation struct {
 	op           string
 	count, bytes float64
@@ -82,11 +82,11 @@ func printMemory(plugins ...*plugin) {
 	}
 }
 
-// manyConnections is how many connections kleidi takes.
+// manyConnections is the number of connections that kleidi accepts.
 const manyConnections = 256
 
-// printConnections opens many connections to each plugin, with one call each, and prints
-// what the plugin occupies meanwhile.
+// printConnections opens many connections to each plugin, with one call each, and
+// prints the memory of the plugin meanwhile.
 func printConnections(ctx context.Context, plugins ...*plugin) error {
 	for _, p := range plugins {
 		before, _ := residentSet(p.pid)
@@ -116,8 +116,8 @@ func withConnections(ctx context.Context, p *plugin) (float64, error) {
 	return during, nil
 }
 
-// residentSet returns how many MiB the process occupies now, and how many it did at most;
-// zeros where it isn't known.
+// residentSet returns the present and the largest memory of the process in MiB, or
+// zeros if that is unknown.
 func residentSet(pid int) (now, most float64) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

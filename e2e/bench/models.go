@@ -13,7 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/slowtpm"
 )
 
-// printModels starts kleidi with TPMs of other kinds, and counts their commands.
+// printModels starts kleidi with other kinds of TPMs, and counts their commands.
 func (k *shipped) printModels(ctx context.Context) error {
 	path := filepath.Join(k.dir, "slow.sock")
 	slow, err := slowtpm.Listen(path, strings.TrimPrefix(k.machine.Device(), "unix:"), slowtpm.Virtual)
@@ -59,7 +59,7 @@ func (k *shipped) printModel(ctx context.Context, slow *slowtpm.TPM, config stri
 	return nil
 }
 
-// persistSRK keeps the storage root key in the TPM, as a provisioned one has it.
+// persistSRK keeps the storage root key in the TPM, as a provisioned TPM does.
 func (k *shipped) persistSRK(ctx context.Context) error {
 	addr, err := tpm.ParseAddress(k.machine.Device())
 	if err != nil {

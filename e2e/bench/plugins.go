@@ -23,7 +23,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// nothing is a KMS v2 plugin that does nothing: answers of the usual sizes.
+// nothing is a KMS v2 plugin that does nothing but return answers of the usual sizes.
 type nothing struct {
 	kmsapi.UnimplementedKeyManagementServiceServer
 }
@@ -36,7 +36,7 @@ func (nothing) Status(context.Context, *kmsapi.StatusRequest) (*kmsapi.StatusRes
 	return &kmsapi.StatusResponse{Version: "v2", Healthz: "ok", KeyId: nothingID}, nil
 }
 
-// Encrypt answers with zeros, as many as kleidi's ciphertext has bytes.
+// Encrypt answers with as many zeros as kleidi's ciphertext has bytes.
 func (nothing) Encrypt(_ context.Context, in *kmsapi.EncryptRequest) (*kmsapi.EncryptResponse, error) {
 	return &kmsapi.EncryptResponse{Ciphertext: make([]byte, len(in.Plaintext)+29), KeyId: nothingID}, nil
 }
@@ -64,22 +64,22 @@ func newMemoryKeys() (memoryKeys, error) {
 	return memoryKeys{k}, err
 }
 
-// server is what both kinds of server have in common.
+// server is the common interface of both kinds of server.
 type server interface{ Serve(net.Listener) error }
 
-// tuning is what a server may do to answer faster, or with less memory. The zero tuning
-// leaves it all as Go and gRPC have it.
+// tuning holds settings by which a server may answer faster or use less memory. The
+// zero tuning keeps the defaults of Go and gRPC.
 type tuning struct {
 	gogc    int // GOGC, in percent
-	workers int // goroutines that wait for calls, and for each call beyond them a new one
-	buffers int // bytes for reading and for writing, of each connection
+	workers int // goroutines that wait for calls; each further call starts a new one
+	buffers int // bytes of the read buffer and of the write buffer of each connection
 }
 
 const tuningVariable = "KLEIDI_BENCH_TUNING"
 
 func (t tuning) String() string { return fmt.Sprintf("%d %d %d", t.gogc, t.workers, t.buffers) }
 
-// apply sets the garbage collector's pace and returns the options for gRPC.
+// apply sets the pace of the garbage collector and returns the options for gRPC.
 func (t tuning) apply() (options []grpc.ServerOption) {
 	if t.gogc > 0 {
 		debug.SetGCPercent(t.gogc)
@@ -93,7 +93,7 @@ func (t tuning) apply() (options []grpc.ServerOption) {
 	return options
 }
 
-// newServer makes the plugin that name says, and its listener at path.
+// newServer makes the plugin with that name, and its listener at path.
 func newServer(name, path string, t tuning) (server, net.Listener, error) {
 	if name == "serve-vanilla" {
 		l, err := net.Listen("unix", path)
@@ -121,7 +121,8 @@ func newServer(name, path string, t tuning) (server, net.Listener, error) {
 	return nil, nil, fmt.Errorf("unknown plugin %q", name)
 }
 
-// servePlugin is the process of a plugin: it ends with its standard input.
+// servePlugin is the main function of a plugin's process, which ends with its standard
+// input.
 func servePlugin(name, path string) error {
 	var t tuning
 	if v := os.Getenv(tuningVariable); v != "" {
@@ -145,7 +146,7 @@ func servePlugin(name, path string) error {
 	}
 }
 
-// plugin is a process that is measured.
+// plugin is a measured process.
 type plugin struct {
 	name, socket string
 	pid          int
@@ -164,7 +165,7 @@ func startTuned(ctx context.Context, name, dir string, t tuning) (*plugin, error
 	}
 	path := filepath.Join(dir, "kms.sock")
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", name, path)
-	cmd.Env = append(os.Environ(), tuningVariable+"="+t.String(), "GOGC=") // GOGC may be set for kleidi alone
+	cmd.Env = append(os.Environ(), tuningVariable+"="+t.String(), "GOGC=") // GOGC may be set only for kleidi
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

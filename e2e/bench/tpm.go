@@ -20,8 +20,8 @@ import (
 // tpmRuns is how often each step is timed.
 const tpmRuns = 21
 
-// printTPM times what unlocking does on the swtpm, with the slot that kleidi made,
-// and then opening that slot against other wrappers.
+// printTPM times the steps of unlocking on the swtpm, with the slot that kleidi made,
+// and compares opening that slot with other wrappers.
 func printTPM(ctx context.Context, o options, m *simboot.Machine, dir string) error {
 	state := filepath.Join(dir, "state")
 	b, err := os.ReadFile(filepath.Join(state, "keyring.json"))

@@ -8,7 +8,7 @@ import (
 	"google.golang.org/grpc"
 )
 
-// tunings are compared; the first is what Go and gRPC do by themselves.
+// tunings are compared; the first one is the default of Go and gRPC.
 var tunings = []tuning{
 	{},
 	{gogc: 150}, {gogc: 200},
@@ -18,19 +18,19 @@ var tunings = []tuning{
 	{gogc: 400, workers: 64, buffers: 4 << 10},
 }
 
-// tuned is a plugin with a tuning, and what was measured.
+// tuned is a plugin with a tuning, and its measurements.
 type tuned struct {
 	tuning
 	*plugin
 	conn  *grpc.ClientConn
 	ops   []operation
 	p50   [2][]float64 // of Encrypt and Decrypt
-	cpu   []float64    // µs a call
-	calls []float64    // a second
+	cpu   []float64    // µs per call
+	calls []float64    // per second
 }
 
-// printTunings compares tunings of a plugin that does nothing, in turns, by so many callers
-// at the same time.
+// printTunings compares tunings of a plugin that does nothing, in turns, with this
+// number of callers at the same time.
 func printTunings(ctx context.Context, o options, dir string, callers int) error {
 	var all []*tuned
 	for _, t := range tunings {
@@ -61,7 +61,7 @@ func printTunings(ctx context.Context, o options, dir string, callers int) error
 	fmt.Printf("%5s %7s %7s  %18s %18s %16s %18s  %9s %16s\n", "GOGC", "workers", "buffers", "Encrypt p50 µs", "Decrypt p50 µs", "CPU µs a call", "calls/s", "MiB most", "256 conns MiB")
 	for _, t := range all {
 		_, most := residentSet(t.pid)
-		t.conn.Close() // it would be one connection too many
+		t.conn.Close() // the connection would be one too many
 		connected, err := withConnections(ctx, t.plugin)
 		if err != nil {
 			return err

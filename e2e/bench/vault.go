@@ -24,7 +24,7 @@ import (
 )
 
 // startVault runs a real Vault with the Transit key "kleidi", and returns a wrapper
-// that logs in with a token. Vault is built where it is not yet, which takes minutes.
+// that logs in with a token. It builds Vault if necessary, which takes minutes.
 func startVault(ctx context.Context, dir string) (*vault.Wrapper, func(), error) {
 	binary, err := exec.CommandContext(ctx, "e2e/servers/build", "vault").Output()
 	if err != nil {

@@ -24,7 +24,7 @@ type opener struct {
 	open func(context.Context) (*seal.Secret, error)
 }
 
-// openerOf has w wrap a KEK, and opens that.
+// openerOf lets w wrap a KEK, and opens the slot.
 func openerOf(ctx context.Context, name string, w seal.Wrapper) (opener, error) {
 	kek, err := seal.Memory{}.NewKEK()
 	if err != nil {
@@ -35,8 +35,7 @@ func openerOf(ctx context.Context, name string, w seal.Wrapper) (opener, error) 
 	return opener{name, func(ctx context.Context) (*seal.Secret, error) { return w.Unwrap(ctx, slot) }}, err
 }
 
-// inMemory decrypts a KEK with a key that is at hand: what opening a slot would take
-// if nobody had to be asked.
+// inMemory decrypts a KEK with a key in memory: the lower bound for opening a slot.
 func inMemory() (opener, error) {
 	block, err := aes.NewCipher(make([]byte, 32))
 	if err != nil {
@@ -58,8 +57,8 @@ func inMemory() (opener, error) {
 	}}, nil
 }
 
-// makers set a wrapper up in a folder of its own, by name. What is returned last
-// ends what was started.
+// makers set up wrappers by name, each in a separate folder. The last result ends the
+// programs that were started.
 var makers = map[string]func(ctx context.Context, dir string) (opener, func(), error){
 	"recovery": func(ctx context.Context, _ string) (opener, func(), error) {
 		identity, recipient, err := recovery.GenerateIdentity(seal.Memory{})
@@ -120,8 +119,8 @@ func newToken(ctx context.Context, dir string) (*hsm.Wrapper, error) {
 	return w, err
 }
 
-// printOpening times how long each wrapper takes to open its slot, in turns, and
-// says how many times longer that is than in memory, and than the TPM takes.
+// printOpening times how long each wrapper takes to open its slot, in turns, and prints
+// how much longer that is than opening in memory and than opening with the TPM.
 func printOpening(ctx context.Context, o options, dir string, sealed opener) error {
 	memory, err := inMemory()
 	if err != nil {
@@ -162,7 +161,7 @@ func printOpening(ctx context.Context, o options, dir string, sealed opener) err
 // wrapperRuns is how often each slot is opened.
 const wrapperRuns = 41
 
-// inTurns returns the median of each: all are opened once, then all again.
+// inTurns returns the median for each opener: it opens all once, then all again.
 func inTurns(ctx context.Context, all []opener) ([]time.Duration, error) {
 	took := make([][]time.Duration, len(all))
 	for range wrapperRuns + 1 {
@@ -178,7 +177,7 @@ func inTurns(ctx context.Context, all []opener) ([]time.Duration, error) {
 	}
 	medians := make([]time.Duration, len(all))
 	for i, t := range took {
-		t = t[1:] // the first one warms up
+		t = t[1:] // the first run warms up
 		slices.Sort(t)
 		medians[i] = t[len(t)/2]
 	}

@@ -24,7 +24,7 @@ import (
 // Namespace holds the tests' objects.
 const Namespace = "e2e"
 
-// APIServer is a kube-apiserver and a client of it with all rights.
+// APIServer is a kube-apiserver, with a client that has all rights.
 type APIServer struct {
 	*node.Process
 	URL, Token string
@@ -34,7 +34,7 @@ type APIServer struct {
 	client *http.Client
 }
 
-// APIServerSetup is what a kube-apiserver is started with.
+// APIServerSetup is the configuration of a kube-apiserver.
 type APIServerSetup struct {
 	Binary string
 	Host   Host
@@ -46,14 +46,14 @@ type APIServerSetup struct {
 	// changes if Reload is set.
 	EncryptionConfig string
 	Reload           bool
-	// ServiceAccounts is the PEM file of the key that signs tokens, which all servers of a
-	// cluster share. Empty makes one.
+	// ServiceAccounts is the PEM file of the key that signs tokens, which all servers
+	// of a cluster share. If empty, a key is made.
 	ServiceAccounts string
-	// Token is that of the user with all rights. Empty makes one.
+	// Token is the token of the user with all rights. If empty, a token is made.
 	Token string
 }
 
-// NewAPIServer prepares a kube-apiserver, which does not run yet.
+// NewAPIServer prepares a kube-apiserver without running it.
 func NewAPIServer(t testing.TB, s APIServerSetup) *APIServer {
 	t.Helper()
 	port := "6443"
@@ -103,21 +103,21 @@ func (a *APIServer) write(t testing.TB, name string, b []byte) string {
 
 func (a *APIServer) path(name string) string { return filepath.Join(a.setup.Dir, name) }
 
-// Start runs kube-apiserver and returns once it serves objects that are not
-// encrypted, whether or not its KMS plugin is there.
+// Start runs kube-apiserver and returns once it serves unencrypted objects, with or
+// without its KMS plugin.
 func (a *APIServer) Start(t testing.TB) {
 	t.Helper()
 	a.Launch(t)
 	a.WaitServing(t)
 }
 
-// Launch runs kube-apiserver and does not wait for it.
+// Launch runs kube-apiserver without waiting for it.
 func (a *APIServer) Launch(t testing.TB) {
 	t.Helper()
 	a.Process = a.setup.Host.start(t, a.path("kube-apiserver.log"), a.setup.Binary, a.args...)
 }
 
-// WaitServing returns once kube-apiserver serves objects that are not encrypted.
+// WaitServing returns once kube-apiserver serves unencrypted objects.
 func (a *APIServer) WaitServing(t testing.TB) {
 	t.Helper()
 	node.Eventually(t, 2*time.Minute, "kube-apiserver serves", func() error {
@@ -156,13 +156,13 @@ type Refusal struct {
 
 func (r *Refusal) Error() string { return fmt.Sprintf("%d: %s", r.Code, r.Body) }
 
-// Get returns an answer that is text.
+// Get returns an answer as text.
 func (a *APIServer) Get(path string) (string, error) {
 	b, err := a.call(http.MethodGet, path, nil)
 	return string(b), err
 }
 
-// Do sends an object, if there is one, and reads the answer into another.
+// Do sends the object in, if not nil, and reads the answer into out.
 func (a *APIServer) Do(method, path string, in, out any) error {
 	answer, err := a.call(method, path, in)
 	if err != nil || out == nil {
@@ -205,16 +205,16 @@ func (a *APIServer) makeNamespace() error {
 	return err
 }
 
-// Ready asks for the health checks, among them the one of the KMS plugin,
-// which makes kube-apiserver probe it. The error names what is not ready.
+// Ready asks for the health checks. One of them makes kube-apiserver probe the KMS
+// plugin. The error names the checks that failed.
 func (a *APIServer) Ready() error { return a.Do(http.MethodGet, "/readyz?verbose", nil, nil) }
 
 func objects(kind, name string) string {
 	return strings.TrimSuffix("/api/v1/namespaces/"+Namespace+"/"+kind+"/"+name, "/")
 }
 
-// Put creates or replaces an object. A ConfigMap's data is text, a Secret's too:
-// it is kept as stringData, so that a test's plaintext is what is stored.
+// Put creates or replaces an object. The data of a ConfigMap is text. So is the data of
+// a Secret, kept as stringData, so that the stored plaintext is exactly the test's.
 func (a *APIServer) Put(kind, name string, data map[string]string) error {
 	field := map[string]string{"configmaps": "data", "secrets": "stringData"}[kind]
 	object := map[string]any{"metadata": map[string]string{"name": name}, field: data}
@@ -238,8 +238,8 @@ func (a *APIServer) Secret(name string) (map[string]string, error) {
 	return data, nil
 }
 
-// Rewrite does what `kubectl get secrets -o json | kubectl replace -f -` does:
-// it writes every Secret back as it was read.
+// Rewrite does the same as `kubectl get secrets -o json | kubectl replace -f -`: it
+// writes every Secret back as read.
 func (a *APIServer) Rewrite() error {
 	var list struct {
 		Items []struct {

@@ -8,8 +8,8 @@ import (
 	"os/exec"
 )
 
-// Built returns the paths of servers, by their folders' names in e2e/servers, which it builds
-// if nobody has. The test runs in a folder beside e2e/servers.
+// Built returns the paths of servers, by the names of their folders in e2e/servers, and
+// builds the missing ones. The test must run in a folder beside e2e/servers.
 func Built(names ...string) (map[string]string, error) {
 	build := exec.Command("../servers/build", names...)
 	build.Stderr = os.Stderr

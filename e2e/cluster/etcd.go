@@ -15,7 +15,8 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
-// Etcd is a member of a real etcd, read through its JSON gateway, which needs no client library.
+// Etcd is a member of a real etcd. Tests read it through its JSON gateway, which needs
+// no client library.
 type Etcd struct {
 	*node.Process
 	URL string
@@ -59,7 +60,7 @@ func newEtcd(h Host, binary, dir, url, peer, name, members string) *Etcd {
 	}}
 }
 
-// Start runs the member, with the data that it left when it ran before.
+// Start runs the member, with the data of its earlier run if there was one.
 func (e *Etcd) Start(t testing.TB) {
 	t.Helper()
 	if err := os.MkdirAll(e.dir, 0o700); err != nil {
@@ -68,7 +69,7 @@ func (e *Etcd) Start(t testing.TB) {
 	e.Process = e.host.start(t, filepath.Join(e.dir, "etcd.log"), e.binary, e.args...)
 }
 
-// WaitHealthy returns once the member answers reads, which takes a quorum.
+// WaitHealthy returns once the member answers reads, which needs a quorum.
 func (e *Etcd) WaitHealthy(t testing.TB) {
 	t.Helper()
 	node.Eventually(t, time.Minute, "etcd answers", func() error {

@@ -6,11 +6,12 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
-// Host is where a server runs.
+// Host is the place of a server.
 type Host struct {
-	// Address is the IP address that the server listens on.
+	// Address is the IP address on which the server listens.
 	Address string
-	// Namespace is the network namespace, as `ip netns` names it; empty is that of the test.
+	// Namespace is the name of the network namespace in `ip netns`; empty means the
+	// test's own.
 	Namespace string
 }
 

@@ -17,7 +17,7 @@ import (
 	kmsapi "k8s.io/kms/apis/v2"
 )
 
-// run runs a verb of kleidi.
+// run runs a kleidi command.
 func (d *demo) run(ctx context.Context, args ...string) (string, error) {
 	fmt.Printf("   %s\n", dim("$ kleidi "+shorten(args)))
 	var errOut bytes.Buffer
@@ -30,7 +30,7 @@ func (d *demo) run(ctx context.Context, args ...string) (string, error) {
 	return string(out), nil
 }
 
-// shorten leaves out what only the demo needs.
+// shorten leaves out flags that only the demo needs.
 func shorten(args []string) string {
 	s := make([]string, len(args))
 	for i, a := range args {
@@ -60,7 +60,8 @@ func startServer(d *demo) (*server, error) {
 	defer log.Close()
 	conn, err := grpc.NewClient("unix://"+d.path("kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)),
-		// the socket is there within milliseconds; gRPC would look again after a second
+		// the socket appears within milliseconds; gRPC would try again only after a
+		// second
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: 5 * time.Second, Backoff: backoff.Config{BaseDelay: 2 * time.Millisecond, Multiplier: 1, MaxDelay: 2 * time.Millisecond}}))
 	if err != nil {
 		return nil, err
@@ -73,7 +74,7 @@ func startServer(d *demo) (*server, error) {
 	return &server{cmd: cmd, conn: conn, client: kmsapi.NewKeyManagementServiceClient(conn)}, nil
 }
 
-// stop ends kleidi in the orderly way. A nil server has nothing to stop, nor has a stopped one.
+// stop ends kleidi in the orderly way. It does nothing for a nil or a stopped server.
 func (s *server) stop() {
 	if s == nil || s.cmd.ProcessState != nil {
 		return
@@ -87,7 +88,7 @@ func (s *server) status(ctx context.Context) (*kmsapi.StatusResponse, error) {
 	return s.client.Status(ctx, &kmsapi.StatusRequest{})
 }
 
-// sealed is a DEK seed and what became of it.
+// sealed is a DEK seed and its encrypted form.
 type sealed struct {
 	seed, ciphertext []byte
 	keyID            string

@@ -1,8 +1,8 @@
-// Command demo shows what kleidi is for, on a simulated machine: a KEK sealed to
-// a TPM, DEK seeds encrypted under it, a rotation, another kernel that gets
-// nothing, and the way back. It runs the kleidi binary as an operator does and
-// calls it as kube-apiserver does. Every step is checked; it fails at the first
-// that does not do what it says.
+// Command demo shows on a simulated machine what kleidi does: a KEK sealed to a TPM,
+// DEK seeds encrypted under it, a rotation, another kernel that gets nothing, and the
+// recovery. It runs the kleidi binary as an operator does and calls it as
+// kube-apiserver does. It checks every step, and fails at the first one with another
+// result than it announced.
 package main
 
 import (
@@ -73,7 +73,7 @@ func run(ctx context.Context, kleidi string) error {
 	return nil
 }
 
-// demo is the machine and what the client has encrypted so far.
+// demo is the machine, with everything that the client has encrypted so far.
 type demo struct {
 	dir     string
 	kleidi  string
@@ -147,7 +147,7 @@ func (d *demo) serve(ctx context.Context) error {
 	return nil
 }
 
-// encrypt has three DEK seeds encrypted, as three starts of kube-apiserver would.
+// encrypt encrypts three DEK seeds, as three starts of kube-apiserver would.
 func (d *demo) encrypt(ctx context.Context) error {
 	for range 3 {
 		seed := make([]byte, 32)
@@ -189,8 +189,8 @@ func (d *demo) rotate(ctx context.Context) error {
 	return d.decryptAll(ctx)
 }
 
-// newKey checks that the current key ID is one that was never seen, and encrypts
-// a seed under it.
+// newKey checks that the current key ID was never seen before, and encrypts a seed
+// under it.
 func (d *demo) newKey(ctx context.Context) error {
 	s, err := d.server.status(ctx)
 	if err != nil {
@@ -213,7 +213,7 @@ func (d *demo) newKey(ctx context.Context) error {
 	return nil
 }
 
-// reboot boots the machine otherwise and starts kleidi on it.
+// reboot boots the machine in another way and starts kleidi on it.
 func (d *demo) reboot(ctx context.Context, boot simboot.Boot) error {
 	d.server.stop()
 	if err := d.machine.Boot(ctx, boot); err != nil {
@@ -237,7 +237,7 @@ func (d *demo) bootOther(ctx context.Context) error {
 	return d.expectRefusal(ctx, "PCR 4", "PCR 11", "kernel")
 }
 
-// expectRefusal has the client ask, and wants an answer that names these.
+// expectRefusal makes a client call, and demands an error that contains these names.
 func (d *demo) expectRefusal(ctx context.Context, names ...string) error {
 	_, err := d.server.status(ctx)
 	if status.Code(err) != codes.Unavailable {
@@ -268,8 +268,8 @@ func (d *demo) recover(ctx context.Context) error {
 	return d.decryptAll(ctx)
 }
 
-// copyState copies files of the state folder to files with a suffix, as someone
-// does who means to come back with them.
+// copyState copies files of the state folder to files with a suffix, as an attacker
+// does who wants to put them back later.
 func (d *demo) copyState(suffix string, names ...string) error {
 	for _, n := range names {
 		if err := copyFile(d.path("state/"+n), d.path(n+"."+suffix)); err != nil {

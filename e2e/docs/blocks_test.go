@@ -7,13 +7,13 @@ import (
 	"testing"
 )
 
-// documents are those that show commands, relative to this folder.
+// documents are the documents with commands, relative to this folder.
 var documents = []string{"../../README.md", "../../docs/recovery.md", "../../docs/operations.md", "../../docs/boot-states.md",
 	"../../docs/boot-policy.md", "../../docs/updates.md", "../../docs/remote-attestation.md", "../../docs/pkcs11.md"}
 
 // block is a fenced block of a document, with the comment before it.
 type block struct {
-	line     int // where it begins
+	line     int // the line of its first fence
 	commands bool
 	comment  string
 	text     string
@@ -21,7 +21,7 @@ type block struct {
 
 var comment = regexp.MustCompile(`^<!-- (.*) -->$`)
 
-// blocks returns the blocks of commands, and those with a comment.
+// blocks returns the blocks of commands, and every other block with a comment.
 func blocks(t *testing.T, file string) []block {
 	t.Helper()
 	b, err := os.ReadFile(file)

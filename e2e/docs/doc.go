@@ -1,11 +1,11 @@
-// Package docs runs the commands that the documents show, as they stand there, on
-// simulated machines: a reader who copies them gets what the text says.
+// Package docs runs the commands in the documents, unchanged, on simulated machines: a
+// reader who copies them gets the result that the text promises.
 //
-// A comment before each block of commands says what becomes of it:
+// A comment before each block of commands says how to run it:
 //
 //	<!-- run on: a serving node -->       start from that scene
-//	<!-- run next -->                     go on where the last block ended
-//	<!-- not run: needs a cluster -->     it can't run here, and why
-//	<!-- prints -->                       before a text block: part of what the last block prints
+//	<!-- run next -->                     continue where the last block ended
+//	<!-- not run: needs a cluster -->     it can't run here, with the reason
+//	<!-- prints -->                       before a text block: part of the last block's output
 //	<!-- configures -->                   before a YAML block: it goes into kleidi's configuration
 package docs

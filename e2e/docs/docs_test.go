@@ -55,7 +55,7 @@ func (r *reader) follow(b block) {
 		r.run(b)
 	case notRun && strings.TrimSpace(reason) != "":
 	default:
-		r.t.Errorf("%s: the comment before the block has to say whether it is run, and if not why; it is %q", r.where, b.comment)
+		r.t.Errorf("%s: the comment before the block must say whether it is run, and if not why; it is %q", r.where, b.comment)
 	}
 }
 

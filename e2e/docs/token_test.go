@@ -10,16 +10,16 @@ import (
 	"testing"
 )
 
-// softHSM is the module of SoftHSM 2, where Debian has it.
+// softHSM is the path of SoftHSM 2's module on Debian.
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
-// tokens is where it keeps tokens.
+// tokens is the folder in which SoftHSM keeps tokens.
 const tokens = "var/lib/softhsm/tokens"
 
 // tokenSettings name the key kek of the token kleidi.
 const tokenSettings = "pkcs11: {module: " + softHSM + ", uri: \"pkcs11:token=kleidi;object=kek\", pinFile: /etc/kleidi/pkcs11.pin}\n"
 
-// withToken has a key in a token as a wrapper, in this order of wrappers.
+// withToken sets up a node whose wrappers, in this order, include a key in a token.
 func withToken(order string, attests bool) func(*machine) {
 	return func(m *machine) {
 		withKey(m)
@@ -28,14 +28,14 @@ func withToken(order string, attests bool) func(*machine) {
 	}
 }
 
-// withKey has a key in a token, and no keyring.
+// withKey sets up a machine with a key in a token, and without a keyring.
 func withKey(m *machine) {
 	m.buildPKCS11()
 	m.newToken()
 	m.must("pkcs11-tool --module " + softHSM + " --token-label kleidi --login --pin 73616220 --keygen --key-type AES:32 --label kek")
 }
 
-// emptySoftHSM has SoftHSM installed, without a token.
+// emptySoftHSM installs SoftHSM without a token.
 func (m *machine) emptySoftHSM() {
 	m.t.Helper()
 	m.remove(tokens)
@@ -46,7 +46,7 @@ func (m *machine) emptySoftHSM() {
 	m.t.Setenv("SOFTHSM2_CONF", m.root("etc/softhsm2.conf"))
 }
 
-// newToken puts an empty token in the place of what is there.
+// newToken replaces the present tokens with an empty one.
 func (m *machine) newToken() {
 	m.t.Helper()
 	m.emptySoftHSM()
@@ -54,8 +54,8 @@ func (m *machine) newToken() {
 	m.must("softhsm2-util --init-token --free --label kleidi --so-pin 5462 --pin 73616220")
 }
 
-// legacy is a node on which the init container of kleidi 1.x has made its token, by
-// these commands, from a config.json like the one that 1.x shows.
+// legacy sets up a node on which the init container of kleidi 1.x has made its token
+// with these commands, from a config.json like the example of 1.x.
 func legacy(m *machine) {
 	const token, pin = "kleidi-kms-plugin", "1234"
 	m.buildPKCS11()
@@ -69,7 +69,7 @@ func legacy(m *machine) {
 	m.must("pkcs11-tool --module " + softHSM + " --keygen --key-type aes:32 --pin " + pin + " --token-label " + token + " --label kleidi-kms-plugin")
 }
 
-// sources has the repository's Makefile and what it builds in the working folder.
+// sources puts the repository's Makefile and the sources into the working folder.
 func (m *machine) sources() {
 	m.t.Helper()
 	here, err := filepath.Abs(top)
@@ -84,14 +84,14 @@ func (m *machine) sources() {
 		m.t.Fatal(err)
 	}
 	m.write("bin/make", fmt.Sprintf("#!/bin/sh\nexec %s -C %s \"$@\"\n", tool, here), 0o755)
-	// A first build takes longer than a document's commands may.
+	// A first build takes longer than a document's commands may take.
 	if out, err := exec.Command(tool, "-C", here, "build-pkcs11").CombinedOutput(); err != nil {
 		m.t.Fatalf("make build-pkcs11: %v\n%s", err, out)
 	}
 }
 
-// buildPKCS11 has the machine run a kleidi with PKCS#11, which the pure-Go one lacks:
-// the one that the variable KLEIDI_PKCS11 names, or a new build.
+// buildPKCS11 makes the machine run a kleidi with PKCS#11, which the pure-Go binary
+// lacks: the binary in the variable KLEIDI_PKCS11, or a new build.
 func (m *machine) buildPKCS11() {
 	m.t.Helper()
 	if m.binary = os.Getenv("KLEIDI_PKCS11"); m.binary == "" {
@@ -100,7 +100,7 @@ func (m *machine) buildPKCS11() {
 	m.writeKleidi()
 }
 
-// useInstalled has the machine run the kleidi that a document's commands installed.
+// useInstalled makes the machine run the kleidi that a document's commands installed.
 func (m *machine) useInstalled() {
 	if m.exists("usr/local/bin/kleidi") {
 		m.binary = m.root("usr/local/bin/kleidi")
@@ -115,7 +115,8 @@ func (m *machine) bootOther() {
 	m.Reboot(m.boot)
 }
 
-// TestPureGoSaysHowToGetPKCS11: a token is configured, and kleidi can't load a module.
+// TestPureGoSaysHowToGetPKCS11: a token is configured, but this kleidi can't load a
+// module.
 func TestPureGoSaysHowToGetPKCS11(t *testing.T) {
 	m := newMachine(t)
 	serving(m)

@@ -13,11 +13,11 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// Updates: a machine has the files that it boots, a package manager that puts those
-// of the next boot in their place, and a reboot.
+// Updates: a machine has the files that it boots, a package manager that replaces them
+// with the files of the next boot, and a reboot.
 
-// beforeUpdate is a serving node with the hooks at hand, whose next boot is what
-// change says.
+// beforeUpdate sets up a serving node with the hooks available, whose next boot is the
+// present one after change.
 func beforeUpdate(loader simboot.Loader, change func(*simboot.Boot)) func(*machine) {
 	return func(m *machine) {
 		m.boot = simboot.Baseline(loader)
@@ -40,8 +40,8 @@ func beforeUpdate(loader simboot.Loader, change func(*simboot.Boot)) func(*machi
 
 const nextBoot = "usr/local/sbin/kleidi-next-boot"
 
-// copyHooks puts the repository's hooks where the commands expect them, with
-// this machine's paths in them.
+// copyHooks puts the repository's hooks where the commands expect them, with the paths
+// of this machine.
 func (m *machine) copyHooks() {
 	m.t.Helper()
 	files, err := filepath.Glob(top + "deploy/hooks/*")
@@ -62,8 +62,8 @@ func (m *machine) copyHooks() {
 	}
 }
 
-// packages lays out the files of the running boot, and has apt-get and dnf bring
-// those of the next one and run the hooks, as the distributions' do.
+// packages writes the files of the running boot. It makes apt-get and dnf install the
+// files of the next boot and run the hooks, as the distributions' tools do.
 func (m *machine) packages() {
 	m.t.Helper()
 	version := func(b simboot.Boot) string { v, _, _ := strings.Cut(b.Kernel, "+"); return v }
@@ -110,7 +110,8 @@ cp packages/grub.cfg boot/grub/grub.cfg
 `, m.base, m.next.Kernel), 0o755)
 }
 
-// rebootIfAsked boots what the update led to, once a document's commands asked for it.
+// rebootIfAsked boots the result of the update, once a document's commands asked for a
+// reboot.
 func (m *machine) rebootIfAsked() {
 	m.t.Helper()
 	if !m.exists("root/rebooting") {

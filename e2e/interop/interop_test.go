@@ -25,10 +25,10 @@ import (
 
 var nonce = bytes.Repeat([]byte{0x5a}, 32)
 
-// pcrs are those of the firmware, the loaders and the kernel.
+// pcrs are the PCRs of the firmware, the loaders and the kernel.
 var pcrs = []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 14}
 
-// attestation is evidence as go-tpm-tools reads what kleidi saves.
+// attestation returns kleidi's saved evidence as go-tpm-tools reads it.
 func attestation(t *testing.T, e *attest.Evidence) *pb.Attestation {
 	t.Helper()
 	b, err := e.Marshal()
@@ -45,9 +45,9 @@ func attestation(t *testing.T, e *attest.Evidence) *pb.Attestation {
 	return a
 }
 
-// TestEvidenceOfOthers: kleidi reads what Google's virtual machines sent to
-// go-tpm-tools. Their quotes are over all PCRs, and IMA's measurements (PCR 10) are in
-// no log: they are refused for that alone.
+// TestEvidenceOfOthers: kleidi reads the evidence that Google's virtual machines sent
+// to go-tpm-tools. Their quotes cover all PCRs, and no log has IMA's measurements (PCR
+// 10): kleidi refuses them only for that.
 func TestEvidenceOfOthers(t *testing.T) {
 	for name, c := range map[string]struct {
 		nonce  []byte
@@ -82,7 +82,7 @@ func TestEvidenceOfOthers(t *testing.T) {
 	}
 }
 
-// options trust the key that signed, and no other.
+// options trust only the key that signed.
 func options(t *testing.T, q tpm.Quote, nonce []byte, loader simboot.Loader) server.VerifyOpts {
 	t.Helper()
 	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](q.AKPublic)
@@ -119,8 +119,8 @@ func collect(t *testing.T, b simboot.Boot, bank crypto.Hash) *attest.Evidence {
 	return e
 }
 
-// TestOthersAcceptTheEvidence: whatever kleidi verifies, go-tpm-tools' verifier
-// accepts, and finds the same Secure Boot state in it.
+// TestOthersAcceptTheEvidence: go-tpm-tools' verifier accepts all evidence that kleidi
+// verifies, and finds the same Secure Boot state in it.
 func TestOthersAcceptTheEvidence(t *testing.T) {
 	for name, b := range boots() {
 		for bank := range authpolicy.Banks {
@@ -144,7 +144,7 @@ func TestOthersAcceptTheEvidence(t *testing.T) {
 	}
 }
 
-// TestOthersRefuseWhatKleidiRefuses: both verifiers are given the same forgeries.
+// TestOthersRefuseWhatKleidiRefuses: both verifiers receive the same forgeries.
 func TestOthersRefuseWhatKleidiRefuses(t *testing.T) {
 	good := collect(t, simboot.Baseline(simboot.UKI), crypto.SHA256)
 	other := collect(t, simboot.Baseline(simboot.UKI), crypto.SHA256)

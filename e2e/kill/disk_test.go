@@ -9,10 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// limit is what a small disk can run out of.
+// limit is a resource that a small disk can run out of.
 type limit struct {
 	name string
-	// used is how much of it is taken, and option how a tmpfs is given so much of it.
+	// used returns how much is in use; option limits a tmpfs to that amount.
 	used   func(unix.Statfs_t) uint64
 	option func(n uint64) string
 }
@@ -24,12 +24,12 @@ var limits = []limit{
 		func(n uint64) string { return fmt.Sprintf("nr_inodes=%d", n) }},
 }
 
-// roomy is a disk that nothing here fills.
+// roomy is a disk that no test here fills.
 const roomy = "size=4m,nr_inodes=1000,mode=0700"
 
-// TestDiskFull runs each verb on a disk on which nothing is left, then a little
-// more, until it succeeds. It must say what is wrong and change nothing for the
-// worse; what was open goes on to open on the full disk.
+// TestDiskFull runs each verb on a full disk, then with a little more room each time,
+// until the verb succeeds. A refused verb must name the fault and do no damage; an open
+// keyring must still open on the full disk.
 func TestDiskFull(t *testing.T) {
 	for _, v := range verbs {
 		t.Run(v.name, func(t *testing.T) {
@@ -51,8 +51,8 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
-// runFull runs the verb on a disk with room for so many more, and reports
-// whether it was refused.
+// runFull runs the verb on a disk with room for so many more units, and reports whether
+// the verb was refused.
 func (s *scene) runFull(l limit, more uint64) (refused bool) {
 	s.t.Helper()
 	s.restore(s.start)
@@ -81,13 +81,13 @@ func (s *scene) runFull(l limit, more uint64) (refused bool) {
 	return err != nil
 }
 
-// disk is a file system over the state folder.
+// disk is a file system on the state folder.
 type disk struct {
 	t    testing.TB
 	path string
 }
 
-// mount moves the state folder's files to a disk of its own.
+// mount moves the state folder's files to a separate disk.
 func (s *scene) mount() disk {
 	s.t.Helper()
 	d := disk{s.t, s.stateDir()}
@@ -98,7 +98,7 @@ func (s *scene) mount() disk {
 	if err := unix.Mount("kill", d.path, "tmpfs", 0, roomy); err != nil {
 		s.t.Fatalf("mount a small disk, as root: %v", err)
 	}
-	s.t.Cleanup(func() { _ = unix.Unmount(d.path, unix.MNT_DETACH) }) // where the test ended early
+	s.t.Cleanup(func() { _ = unix.Unmount(d.path, unix.MNT_DETACH) }) // if the test ended early
 	for name, content := range files {
 		s.write("state/"+name, string(content))
 	}
@@ -119,7 +119,7 @@ func (d disk) remount(options string) {
 	}
 }
 
-// limit leaves room for so many more.
+// limit leaves room for so many more units.
 func (d disk) limit(l limit, more uint64) {
 	d.t.Helper()
 	var now unix.Statfs_t

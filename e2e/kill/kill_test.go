@@ -18,18 +18,18 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// verb is a change of the keyring, and what the machine is like before it.
+// verb is a change of the keyring, and the state of the machine before it.
 type verb struct {
 	name string
 	args string // DIR stands for the machine's folder
-	// prepare makes the machine that the verb is run on, of one that holds two
-	// KEKs, and returns what it is to boot.
+	// prepare turns a machine with two KEKs into the machine for the verb, and returns
+	// the boot in which the verb runs.
 	prepare func(*machine) simboot.Boot
 	// config is added to the machine's configuration.
 	config string
-	// closed says that the keyring does not open before the verb has saved one.
+	// closed says that the keyring opens only after the verb has saved one.
 	closed bool
-	// over is how the verb says that there is nothing left to do.
+	// over is the verb's message that there is nothing left to do.
 	over string
 }
 
@@ -66,13 +66,13 @@ var verbs = []verb{
 	}},
 }
 
-// anchorInTPM has the node keep its anchor at anchorIndex.
+// anchorInTPM makes the node keep its anchor at anchorIndex.
 const (
 	anchorInTPM = "anchor: {store: tpm}\n"
 	anchorIndex = 0x01804B02
 )
 
-// signedStates has an operator sign the boot of the machine.
+// signedStates signs the boot of the machine with an operator's key.
 func signedStates(m *machine) simboot.Boot {
 	m.Reboot(usual)
 	m.exec("openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", m.path("operator.pem"))
@@ -83,17 +83,17 @@ func signedStates(m *machine) simboot.Boot {
 
 func asItIs(*machine) simboot.Boot { return usual }
 
-// scene is a verb on a machine that can be put back to before it.
+// scene is a verb on a machine that can be reset to the state before the verb.
 type scene struct {
 	verb
 	*machine
 	start   snapshot
 	history *history // of start
-	dirty   bool     // the machine is no longer as start is
+	dirty   bool     // the machine has changed since start
 }
 
-// set makes the machine: an initialised node with a retired KEK, and a seed under
-// each.
+// set makes the machine: an initialised node with a retired KEK, and a seed under each
+// KEK.
 func set(t *testing.T, v verb) *scene {
 	t.Helper()
 	m := newMachine(t)
@@ -118,7 +118,7 @@ func set(t *testing.T, v verb) *scene {
 	return &scene{verb: v, machine: m, start: m.off(boot), history: h, dirty: true}
 }
 
-// ready puts the machine back where that is needed.
+// ready resets the machine if necessary.
 func (s *scene) ready() {
 	s.t.Helper()
 	if s.dirty {
@@ -127,7 +127,7 @@ func (s *scene) ready() {
 	}
 }
 
-// state reads the state folder, less the lock, which every process writes.
+// state reads the state folder without the lock, which every process writes.
 func (s *scene) state() map[string][]byte {
 	s.t.Helper()
 	if _, err := os.Stat(s.stateDir()); errors.Is(err, fs.ErrNotExist) {
@@ -149,22 +149,21 @@ func (s *scene) touched(before map[string][]byte, steps []step) bool {
 	return !maps.EqualFunc(before, s.state(), bytes.Equal)
 }
 
-// saved reports whether the stored keyring is another than before the verb.
+// saved reports whether the stored keyring has changed since before the verb.
 func (s *scene) saved() bool {
 	s.t.Helper()
 	now := s.state()["keyring.json"]
 	return now != nil && !bytes.Equal(now, s.start.files["state/keyring.json"])
 }
 
-// opens proves that the keyring opens with all its KEKs. Where it did not open
-// before, it need not before the verb has saved one, but no other cause may have
-// come up.
+// opens proves that the keyring opens with all its KEKs. If it did not open before, it
+// need not open until the verb has saved one, but the cause must be the same as before.
 func (s *scene) opens(h *history) bool {
 	s.t.Helper()
 	if s.closed && !s.saved() {
 		return false
 	}
-	s.run("keyring verify") // opens every retired KEK too
+	s.run("keyring verify") // this also opens every retired KEK
 	shown, status := s.show(), s.status()
 	if status.CurrentKeyID != shown.Current.KeyID {
 		s.t.Errorf("status names %s as the current key ID, the keyring %s", status.CurrentKeyID, shown.Current.KeyID)
@@ -177,8 +176,8 @@ func (s *scene) opens(h *history) bool {
 	return true
 }
 
-// again runs the verb to its end, unless it says that the killed one came so far
-// that there is nothing left to do.
+// again runs the verb to its end, unless the verb says that the killed run left nothing
+// to do.
 func (s *scene) again() {
 	s.t.Helper()
 	saved := s.saved()
@@ -188,7 +187,7 @@ func (s *scene) again() {
 	}
 }
 
-// clean proves that nothing is left lying about.
+// clean proves that no temporary files are left.
 func (s *scene) clean() {
 	s.t.Helper()
 	for name := range s.state() {
@@ -210,8 +209,8 @@ func (k tally) total() (n int) {
 	return n
 }
 
-// complete proves that no step went without a kill: the kills are as many as the
-// steps of the run that was left alone.
+// complete proves that the tests killed at every step: there are as many kills as steps
+// in the run that was not killed.
 func (k tally) complete(t *testing.T, steps []step) {
 	t.Helper()
 	want := tally{}
@@ -223,7 +222,7 @@ func (k tally) complete(t *testing.T, steps []step) {
 			t.Errorf("no step of series %s was seen; are system calls still recognised?", series)
 		}
 	}
-	// serve may have asked its TPM for something else as well
+	// serve may have sent other commands to its TPM as well
 	k, want = maps.Clone(k), maps.Clone(want)
 	delete(k, "TPM")
 	delete(want, "TPM")
@@ -232,8 +231,7 @@ func (k tally) complete(t *testing.T, steps []step) {
 	}
 }
 
-// sweep runs a verb again and again, each time killed one step later, until it
-// completes.
+// sweep runs a verb repeatedly, each time killed one step later, until it completes.
 func sweep(t *testing.T, table *table, v verb, by string, groups []group, once func(*scene, victim) (steps []step, killed bool)) {
 	t.Parallel()
 	s := set(t, v)
@@ -255,7 +253,7 @@ func sweep(t *testing.T, table *table, v verb, by string, groups []group, once f
 	table.add(v.name, by, kills)
 }
 
-// TestKilled kills the command itself, which changes the keyring where no serve runs.
+// TestKilled kills the command itself, which changes the keyring if no serve runs.
 func TestKilled(t *testing.T) {
 	table := newTable(t)
 	for _, v := range verbs {
@@ -283,8 +281,8 @@ func (s *scene) runKilled(who victim) ([]step, bool) {
 	return steps, killed
 }
 
-// check looks at what a run left, and ends with the machine changed. Every other
-// time serve is the first to find it, else the verb is run again at once.
+// check examines the result of a run, and leaves the machine changed. Every other time
+// serve is the first to find that result; otherwise the verb runs again at once.
 func (s *scene) check(n int, killed bool) {
 	s.t.Helper()
 	s.dirty = true
@@ -302,7 +300,7 @@ func (s *scene) check(n int, killed bool) {
 	s.serving(h, func() {})
 }
 
-// trail is the last steps, for people.
+// trail returns the last steps, for display.
 func trail(steps []step) string {
 	var out []string
 	for _, s := range steps[max(0, len(steps)-12):] {
@@ -311,8 +309,8 @@ func trail(steps []step) string {
 	return strings.Join(out, ", ")
 }
 
-// TestServeKilled kills serve, which changes the keyring when it is asked over
-// the admin socket, while a client notes every key ID that it announces.
+// TestServeKilled kills serve, which changes the keyring on a request over the admin
+// socket, while a client records every key ID that serve announces.
 func TestServeKilled(t *testing.T) {
 	table := newTable(t)
 	for _, v := range verbs {
@@ -337,7 +335,7 @@ func TestServeKilled(t *testing.T) {
 	}
 }
 
-// askServe runs serve, asks it for the verb and kills it before a step.
+// askServe runs serve, requests the verb, and kills serve before a step.
 func (s *scene) askServe(h *history, who victim) ([]step, bool) {
 	s.t.Helper()
 	p := trace(s.t, s.stateDir(), s.path("serve.log"), victim{}, s.command("serve"))
@@ -367,10 +365,10 @@ func (c *client) pollUntil(ctx context.Context, p *traced) (stop func()) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		tick := time.NewTicker(5 * time.Millisecond) // more would keep serve from anything else
+		tick := time.NewTicker(5 * time.Millisecond) // polling more often would keep serve from other work
 		defer tick.Stop()
 		for ctx.Err() == nil && p.alive() == nil {
-			_ = c.poll(ctx) // that it fails while locked, or is cut short, is expected
+			_ = c.poll(ctx) // it may fail while serve is locked, or be cut short
 			<-tick.C
 		}
 	}()
@@ -393,7 +391,7 @@ func (s *scene) waitLocked(p *traced) {
 	})
 }
 
-// checkServe has serve go on from what a killed one left.
+// checkServe starts serve on the state that a killed serve left.
 func (s *scene) checkServe(h *history, killed bool) {
 	s.t.Helper()
 	s.dirty = true

@@ -32,11 +32,11 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// patience is how long one step of a test may take on a busy machine.
+// patience bounds one step of a test on a busy machine.
 const patience = time.Minute
 
-// machine is a simulated machine with kleidi on it, which can be put back to an
-// earlier state: disk, TPM and all.
+// machine is a simulated machine with kleidi on it. It can be reset to an earlier
+// state, including disk and TPM.
 type machine struct {
 	*tpmtest.Machine
 	t      testing.TB
@@ -64,7 +64,7 @@ func (m *machine) write(name, content string) {
 	}
 }
 
-// configure writes the configuration, which holds the folder's path.
+// configure writes the configuration, which contains the folder's path.
 func (m *machine) configure(more string) {
 	m.t.Helper()
 	m.more = more
@@ -117,7 +117,7 @@ func (m *machine) undefine(index uint32) {
 	}
 }
 
-// command is a verb of kleidi, as in `keyring verify`; DIR stands for the
+// command returns a kleidi command such as `keyring verify`; DIR stands for the
 // machine's folder.
 func (m *machine) command(verb string) *exec.Cmd {
 	args := strings.Fields(strings.ReplaceAll(verb, "DIR", m.Dir()))
@@ -150,7 +150,7 @@ type snapshot struct {
 	files map[string][]byte
 }
 
-// off switches the machine off and takes a snapshot. It boots b when put back.
+// off switches the machine off and takes a snapshot. A restored snapshot boots b.
 func (m *machine) off(b simboot.Boot) snapshot {
 	m.t.Helper()
 	if err := m.PowerOff(); err != nil {
@@ -177,7 +177,7 @@ func (m *machine) files(sub string) map[string][]byte {
 	return files
 }
 
-// restore puts s in the place of all that the machine is, and boots it.
+// restore replaces the whole state of the machine by s, and boots it.
 func (m *machine) restore(s snapshot) {
 	m.t.Helper()
 	if err := m.PowerOff(); err != nil {
@@ -205,7 +205,7 @@ func (m *machine) restore(s snapshot) {
 	m.Reboot(s.boot)
 }
 
-// shown is what the tests read of `kleidi keyring show -o json`.
+// shown is the part of `kleidi keyring show -o json` that the tests read.
 type shown struct {
 	Revision uint64
 	Current  struct{ KeyID string }
@@ -220,7 +220,7 @@ func (m *machine) show() (s shown) {
 	return s
 }
 
-// ids are the key IDs that the keyring holds.
+// ids returns the key IDs in the keyring.
 func (s shown) ids() []string {
 	ids := []string{s.Current.KeyID}
 	for _, r := range s.Retired {
@@ -229,7 +229,7 @@ func (s shown) ids() []string {
 	return ids
 }
 
-// status is what the tests read of `kleidi status -o json`.
+// status is the part of `kleidi status -o json` that the tests read.
 type status struct {
 	State        string
 	CurrentKeyID string
@@ -244,18 +244,18 @@ func (m *machine) status() (s status) {
 	return s
 }
 
-// stored is what kube-apiserver keeps beside an object: an encrypted DEK seed.
+// stored is the encrypted DEK seed that kube-apiserver keeps beside an object.
 type stored struct {
 	id         string
 	ciphertext []byte
 	seed       []byte
 }
 
-// history is what kube-apiserver was told: it outlives kleidi's process.
+// history is everything that kube-apiserver was told; it outlives kleidi's process.
 type history struct {
 	mu        sync.Mutex
-	announced []string          // key IDs in the order in which they were seen
-	kept      map[string]stored // by key ID: the last seed that was encrypted under it
+	announced []string          // key IDs in the order of their announcement
+	kept      map[string]stored // by key ID: the last seed encrypted under it
 }
 
 func newHistory() *history { return &history{kept: map[string]stored{}} }
@@ -281,7 +281,7 @@ func (h *history) keep(s stored) {
 	h.kept[s.id] = s
 }
 
-// client does what kube-apiserver does.
+// client behaves like kube-apiserver.
 type client struct {
 	kms  kmsapi.KeyManagementServiceClient
 	conn *grpc.ClientConn
@@ -299,7 +299,7 @@ func (m *machine) client(h *history) *client {
 	return &client{kmsapi.NewKeyManagementServiceClient(conn), conn, h}
 }
 
-// poll asks for the status, and has a seed encrypted.
+// poll asks for the status, and encrypts a seed.
 func (c *client) poll(ctx context.Context) error {
 	s, err := c.kms.Status(ctx, &kmsapi.StatusRequest{}, grpc.WaitForReady(true))
 	if err != nil {
@@ -315,8 +315,8 @@ func (c *client) poll(ctx context.Context) error {
 	return err
 }
 
-// decrypts proves that kleidi forgot nothing that it has announced, and that no
-// key ID came back after another had taken its place.
+// decrypts proves that kleidi forgot nothing that it announced, and that no key ID came
+// back after another one had replaced it.
 func (c *client) decrypts(ctx context.Context) error {
 	h := c.history.clone()
 	for i, id := range h.announced {
@@ -336,7 +336,7 @@ func (c *client) decrypts(ctx context.Context) error {
 	return nil
 }
 
-// serving runs serve, then f, to which everything must decrypt.
+// serving runs serve, then f. Afterwards everything must decrypt.
 func (m *machine) serving(h *history, f func()) {
 	m.t.Helper()
 	p := release(m.t, m.path("serve.log"), m.command("serve"))
@@ -373,8 +373,8 @@ func (m *machine) waitOpen(c *client, p *traced) {
 	m.waitAdmin(p)
 }
 
-// waitAdmin returns when the admin socket answers: a verb that finds none would
-// want the lock itself.
+// waitAdmin returns when the admin socket answers. Without the socket, a command would
+// take the lock itself.
 func (m *machine) waitAdmin(p *traced) {
 	m.t.Helper()
 	eventually(m.t, "serve answers on its admin socket", func() error {

@@ -11,9 +11,9 @@ import (
 	"github.com/beezy-dev/kleidi/internal/powerloss"
 )
 
-// TestPowerLoss cuts the power as soon as a verb has succeeded, whether the
-// command changed the keyring itself or serve did. To kill the process does not
-// show this, because the kernel keeps what was written, flushed or not.
+// TestPowerLoss cuts the power as soon as a verb has succeeded, whether the command or
+// serve changed the keyring. Killing the process would not test this, because the
+// kernel keeps written data whether it was flushed or not.
 func TestPowerLoss(t *testing.T) {
 	for _, v := range verbs {
 		t.Run(v.name, func(t *testing.T) {
@@ -28,8 +28,8 @@ func TestPowerLoss(t *testing.T) {
 	}
 }
 
-// cutAfter cuts the power after change and wants each file of the state folder as
-// it was then, and the keyring to open.
+// cutAfter cuts the power after change. Each file of the state folder must be as it was
+// then, and the keyring must open.
 func (s *scene) cutAfter(change func(*history)) {
 	s.t.Helper()
 	s.restore(s.start)

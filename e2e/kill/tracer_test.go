@@ -19,14 +19,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// traced is a process whose durable steps are counted, and that can be killed
-// before one of them.
+// traced is a process whose durable steps are counted. It can be killed before one of
+// them.
 type traced struct {
 	t      testing.TB
 	dir    string // steps in this folder count
 	output string // file that holds stdout and stderr
 	pid    int
-	free   bool // to run at its own pace: no step is counted
+	free   bool // the process runs freely: no step is counted
 	done   chan struct{}
 
 	mu     sync.Mutex
@@ -42,25 +42,26 @@ type step struct {
 	what   string
 }
 
-// tpm tells commands to the TPM from steps on the disk.
+// tpm reports whether the step is a command to the TPM rather than a step on the disk.
 func (s step) tpm() bool { return s.series == "TPM" }
 
-// group is what victims are counted in. Steps on the disk and TPM commands are
-// counted apart, so that serve, which may ask its TPM at any time, shifts no step
-// on the disk.
+// group is a group of steps for counting. Steps on the disk and TPM commands are
+// counted separately, so that a TPM command, which serve may send at any time, shifts
+// no step on the disk.
 type group string
 
 const (
 	onDisk group = "step on the disk"
 	inTPM  group = "TPM command"
-	inNV   group = "TPM command that lasts, or after one" // so one is killed before it and after it
+	inNV   group = "TPM command that lasts, or after one" // so that a kill comes before and after it
 )
 
-// lasting are the TPM commands that change what the TPM keeps: TPM2_NV_UndefineSpace,
-// TPM2_NV_DefineSpace, TPM2_NV_Increment and TPM2_NV_Write (TPM 2.0 Library, Part 2, 6.5.2).
+// lasting are the TPM commands that change the TPM's NV memory: TPM2_NV_UndefineSpace,
+// TPM2_NV_DefineSpace, TPM2_NV_Increment and TPM2_NV_Write (TPM 2.0 Library, Part 2,
+// 6.5.2).
 var lasting = []step{{"TPM", "0x122"}, {"TPM", "0x12a"}, {"TPM", "0x134"}, {"TPM", "0x137"}}
 
-// count counts the steps of the group, and reports whether the last one is of it.
+// count counts the steps of the group, and reports whether the last step belongs to it.
 func (g group) count(steps []step) (n int, last bool) {
 	afterLasting := false
 	for _, s := range steps {
@@ -83,7 +84,7 @@ func (g group) count(steps []step) (n int, last bool) {
 	return n, last
 }
 
-// victim is the step that never happens: the n-th of a group; 0: none.
+// victim is the step before which the process dies: the n-th of a group, or none if 0.
 type victim struct {
 	group
 	n int
@@ -93,7 +94,8 @@ func (v victim) String() string { return fmt.Sprintf("%s %d", v.group, v.n) }
 
 func (s step) String() string { return s.series + " " + s.what }
 
-// trace starts a process and counts its steps in dir; it is killed before one of them.
+// trace starts a process and counts its steps in dir. The process is killed before one
+// of them.
 func trace(t testing.TB, dir, output string, victim victim, cmd *exec.Cmd) *traced {
 	t.Helper()
 	p := &traced{t: t, dir: dir, output: output, victim: victim, done: make(chan struct{})}
@@ -101,7 +103,8 @@ func trace(t testing.TB, dir, output string, victim victim, cmd *exec.Cmd) *trac
 	return p
 }
 
-// release starts a process whose steps need no count; each would cost it two stops.
+// release starts a process without counting its steps: counting costs two stops for
+// each step.
 func release(t testing.TB, output string, cmd *exec.Cmd) *traced {
 	t.Helper()
 	p := &traced{t: t, output: output, free: true, done: make(chan struct{})}
@@ -118,7 +121,7 @@ func (p *traced) start(cmd *exec.Cmd) {
 	}
 	defer f.Close()
 	cmd.Stdout, cmd.Stderr = f, f
-	// A group of its own, so that waiting for it reaps no other child.
+	// A separate process group, so that waiting for it reaps no other child.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: !p.free, Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)
 	go p.run(cmd, started)
@@ -128,7 +131,7 @@ func (p *traced) start(cmd *exec.Cmd) {
 	t.Cleanup(p.kill)
 }
 
-// arm counts anew.
+// arm restarts the count.
 func (p *traced) arm(victim victim) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -140,7 +143,8 @@ func (p *traced) kill() {
 	<-p.done
 }
 
-// signal does nothing once the process has ended, since its number may be another's.
+// signal does nothing once the process has ended, because another process may have its
+// number.
 func (p *traced) signal(s unix.Signal) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -151,8 +155,8 @@ func (p *traced) signal(s unix.Signal) {
 	}
 }
 
-// reached returns the steps that were reached, of which the last one did not
-// happen if the process was killed before it.
+// reached returns the steps that were reached. If the process was killed before the
+// last one, that step did not happen.
 func (p *traced) reached() (steps []step, killed bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -185,9 +189,9 @@ func (p *traced) said() string {
 	return string(b)
 }
 
-// run is the tracer: one thread, to which all stops are reported.
+// run is the tracer: one thread, which receives all stops.
 func (p *traced) run(cmd *exec.Cmd, started chan<- error) {
-	runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 	if err := cmd.Start(); err != nil {
 		started <- err
 		return
@@ -211,7 +215,8 @@ func (p *traced) run(cmd *exec.Cmd, started chan<- error) {
 	_ = cmd.Process.Release()
 }
 
-// attach has the process, which stops before its first instruction, stop at each system call.
+// attach makes the process, which stops before its first instruction, stop at each
+// system call.
 func (p *traced) attach() error {
 	var status unix.WaitStatus
 	if _, err := unix.Wait4(p.pid, &status, 0, nil); err != nil {
@@ -241,7 +246,7 @@ func (p *traced) next() error {
 	}
 	if !status.Stopped() {
 		if tid != p.pid {
-			return nil // a thread
+			return nil // a thread ended
 		}
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -254,7 +259,7 @@ func (p *traced) next() error {
 		if p.condemned(tid) {
 			return unix.Kill(p.pid, unix.SIGKILL)
 		}
-	case unix.SIGTRAP, unix.SIGSTOP: // a clone, and the thread that came of it
+	case unix.SIGTRAP, unix.SIGSTOP: // a clone, and the new thread
 	default:
 		deliver = int(sig)
 	}
@@ -264,8 +269,8 @@ func (p *traced) next() error {
 	return nil
 }
 
-// condemned reports whether the thread has stopped before the step at which the
-// process is to die.
+// condemned reports whether the thread has stopped before the step at which the process
+// is to die.
 func (p *traced) condemned(tid int) bool {
 	call, entry := syscallOf(tid)
 	if !entry {
@@ -292,8 +297,8 @@ type call struct {
 	args [6]uint64
 }
 
-// syscallOf asks for what the thread stopped at: struct ptrace_syscall_info of
-// ptrace(2), which is the same on every architecture.
+// syscallOf returns the system call at which the thread stopped: struct
+// ptrace_syscall_info of ptrace(2), which is the same on every architecture.
 func syscallOf(tid int) (c call, entry bool) {
 	const stopEntry = 1
 	var info struct {
@@ -353,8 +358,8 @@ func fdPath(tid int, fd uint64) string {
 	return path
 }
 
-// tpmCommand recognises a TPM command by its header: a tag, the length of the
-// whole, and a code (TPM 2.0 Library, Part 1, 18.2).
+// tpmCommand recognises a TPM command by its header: a tag, the total length, and a
+// code (TPM 2.0 Library, Part 1, 18.2).
 func tpmCommand(tid int, c call) (code uint32, ok bool) {
 	const header = 10
 	if c.args[2] < header || c.args[2] > 4096 {
@@ -377,7 +382,7 @@ func readMemory(tid int, addr uint64, n int) []byte {
 	b := make([]byte, n)
 	local := []unix.Iovec{{Base: &b[0]}}
 	local[0].SetLen(n)
-	// A page at a time: a path may end right before one that isn't there.
+	// One page at a time: a path may end right before an unmapped page.
 	var remote []unix.RemoteIovec
 	for at, end := uintptr(addr), uintptr(addr)+uintptr(n); at < end; {
 		next := min(end, (at/4096+1)*4096)

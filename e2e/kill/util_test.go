@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// table is what the tests print at the end.
+// table is the table that the tests print at the end.
 type table struct {
 	mu   sync.Mutex
 	rows []string
@@ -41,7 +41,7 @@ func (k *table) add(verb, killed string, kills tally) {
 	k.rows = append(k.rows, fmt.Sprintf("%s %6d", row, kills.total()))
 }
 
-// eventually asks until ready returns nil.
+// eventually repeats ready until it returns nil.
 func eventually(t testing.TB, what string, ready func() error) {
 	t.Helper()
 	deadline := time.NewTimer(patience)

@@ -1,8 +1,7 @@
-// Package kmsclient runs kube-apiserver's own client code, without a
-// kube-apiserver, against the kleidi binary: reading the
-// EncryptionConfiguration, probing the plugin, making DEK seeds, encrypting and
-// decrypting what would be stored. Loading the configuration anew is what a
-// restart of kube-apiserver does.
+// Package kmsclient runs kube-apiserver's own client code, without a kube-apiserver,
+// against the kleidi binary: it reads the EncryptionConfiguration, probes the plugin,
+// makes DEK seeds, and encrypts and decrypts objects as for storage. A restart of
+// kube-apiserver means loading the configuration again.
 package kmsclient
 
 import (
@@ -25,11 +24,12 @@ import (
 
 const prefix = "k8s:enc:kms:v2:kleidi:"
 
-// noticed is how long a changed key ID or a plugin that came back may go
-// unnoticed: health checks probe, but a probe's answer counts for 20 s.
+// noticed bounds the time until kube-apiserver notices a changed key ID or a plugin
+// that came back: health checks probe the plugin, but kube-apiserver uses a probe's
+// answer for 20 s.
 const noticed = 90 * time.Second
 
-// apiserver is what a kube-apiserver holds after it read its EncryptionConfiguration.
+// apiserver is the state of a kube-apiserver after it read its EncryptionConfiguration.
 type apiserver struct {
 	ctx context.Context
 	*encryptionconfig.EncryptionConfiguration
@@ -66,7 +66,7 @@ func (a *apiserver) secrets() value.Transformer {
 	return a.Transformers[schema.GroupResource{Resource: "secrets"}]
 }
 
-// at is the key in etcd that authenticates a value's place.
+// at returns the key in etcd, which authenticates the place of a value.
 func at(name string) value.Context {
 	return value.DefaultContext("/registry/secrets/default/" + name)
 }
@@ -83,8 +83,8 @@ func (a *apiserver) store(t *testing.T, name string) []byte {
 	return b
 }
 
-// read returns whether the value is stale, that is stored under another key
-// than the current one.
+// read reports whether the value is stale, that is stored under another key than the
+// current one.
 func (a *apiserver) read(name string, stored []byte) (stale bool, err error) {
 	plain, stale, err := a.secrets().TransformFromStorage(a.ctx, stored, at(name))
 	if err == nil && string(plain) != "plaintext of "+name {
@@ -113,8 +113,8 @@ func parse(t *testing.T, stored []byte) *kmstypes.EncryptedObject {
 	return object
 }
 
-// TestManyRestarts makes the DEK seeds of twenty starts, which one more start
-// must all decrypt.
+// TestManyRestarts makes the DEK seeds of twenty starts. One more start must decrypt
+// all of them.
 func TestManyRestarts(t *testing.T) {
 	n := node.New(t)
 	n.ServeOpen()
@@ -135,7 +135,7 @@ func TestManyRestarts(t *testing.T) {
 	}
 }
 
-// TestTampered changes what is stored: its place, its key ID, its encrypted seed.
+// TestTampered changes stored values: their place, key ID or encrypted seed.
 func TestTampered(t *testing.T) {
 	n := node.New(t)
 	n.ServeOpen()
