@@ -28,11 +28,12 @@ import (
 // softHSM is the module of SoftHSM 2.
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
-// oneToken: softhsm2-util stumbles over a token that another one is making.
+// oneToken is held while softhsm2-util makes a token: it fails if another process makes
+// one at the same time.
 var oneToken sync.Mutex
 
-// newToken makes a token in SoftHSM with an AES key, and returns kleidi's settings
-// for it. All tokens lie in one folder, for which TestMain sets SOFTHSM2_CONF.
+// newToken makes a token in SoftHSM with an AES key, and returns kleidi's settings for
+// it. All tokens are in one folder, which TestMain sets in SOFTHSM2_CONF.
 func newToken(t *testing.T) string {
 	t.Helper()
 	oneToken.Lock()
@@ -71,7 +72,7 @@ func prepareSoftHSM(dir string) error {
 	return os.Setenv("SOFTHSM2_CONF", config)
 }
 
-// buildPKCS11 builds kleidi with PKCS#11, once; the pure-Go binary has none.
+// buildPKCS11 builds kleidi with PKCS#11, once; the pure-Go binary lacks it.
 var buildPKCS11 = sync.OnceValues(func() (string, error) {
 	binary := filepath.Join(scratch, "kleidi-pkcs11")
 	build := exec.Command("go", "build", "-o", binary, "./cmd/kleidi")
@@ -92,7 +93,7 @@ func withPKCS11(t *testing.T) string {
 	return binary
 }
 
-// vault is a real Vault, and as much of a client as it takes to set it up.
+// vault is a real Vault, with a minimal client to set it up.
 type vault struct {
 	url, token string
 	client     *http.Client
@@ -168,7 +169,7 @@ func (v *vault) call(method, path string, data map[string]any) ([]byte, error) {
 	return answer, err
 }
 
-// issue writes FILE.crt and FILE.key for 127.0.0.1, vouched for by nobody else.
+// issue writes FILE.crt and FILE.key for 127.0.0.1, self-signed.
 func issue(t *testing.T, file string) *x509.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -16,7 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
-// onEach runs a scenario on a machine of its own for each version of Kubernetes.
+// onEach runs a scenario on a separate machine for each version of Kubernetes.
 func onEach(t *testing.T, scenario func(t *testing.T, m *machine)) {
 	t.Parallel()
 	for _, version := range versions {
@@ -27,8 +27,8 @@ func onEach(t *testing.T, scenario func(t *testing.T, m *machine)) {
 	}
 }
 
-// TestSecretInEtcd is the main job: what kube-apiserver stores is encrypted
-// under kleidi's current key, and reads back.
+// TestSecretInEtcd tests the main purpose: kube-apiserver's stored objects are
+// encrypted under kleidi's current key, and read back.
 func TestSecretInEtcd(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
@@ -47,7 +47,7 @@ func TestSecretInEtcd(t *testing.T) {
 		}
 		t.Run("TPM", func(t *testing.T) { witness(t, m) })
 		m.checkQuiet(t)
-		// What is on the disk is searched last, when etcd has written all of it.
+		// The disk is searched last, when etcd has written everything.
 		m.api.Stop()
 		m.Serving.Stop()
 		m.etcd.Stop()
@@ -55,8 +55,8 @@ func TestSecretInEtcd(t *testing.T) {
 	})
 }
 
-// checkQuiet writes and reads many Secrets, for which kube-apiserver's DEK seed
-// is enough: the plugin is asked for nothing.
+// checkQuiet writes and reads many Secrets. kube-apiserver's DEK seed is enough for
+// them, so the plugin must receive no call.
 func (m *machine) checkQuiet(t *testing.T) {
 	t.Helper()
 	encrypts, decrypts := m.Calls("Encrypt"), m.Calls("Decrypt")
@@ -73,7 +73,7 @@ func (m *machine) checkQuiet(t *testing.T) {
 	}
 }
 
-// searchDisk looks for plaintext in all that etcd, kleidi and kube-apiserver
+// searchDisk looks for plaintext in everything that etcd, kleidi and kube-apiserver
 // have written.
 func (m *machine) searchDisk(t *testing.T, plain string) {
 	t.Helper()
@@ -150,8 +150,8 @@ func TestRestarts(t *testing.T) {
 	})
 }
 
-// TestKilledAndBack kills kleidi: kube-apiserver says so, goes on serving what
-// it can, and recovers by itself once kleidi is back on the same socket.
+// TestKilledAndBack kills kleidi. kube-apiserver must report that, keep serving what it
+// can, and recover without help once kleidi is back on the same socket.
 func TestKilledAndBack(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
@@ -162,7 +162,7 @@ func TestKilledAndBack(t *testing.T) {
 		m.Serving.Kill()
 		m.waitNotReady(t)
 		m.mustHold(t, "before")
-		// The DEK seed that kube-apiserver has lasts for three minutes.
+		// kube-apiserver's DEK seed lasts for three minutes.
 		m.put(t, "meanwhile")
 		if err := m.api.Put("configmaps", "meanwhile", nil); err != nil {
 			t.Error("ConfigMaps are not served:", err)
@@ -178,9 +178,9 @@ func TestKilledAndBack(t *testing.T) {
 	})
 }
 
-// TestLongOutage keeps kleidi away until kube-apiserver can't write any more,
-// which it does three minutes after the last good Status: what is not encrypted
-// is served all the time, and writing goes on once kleidi is back.
+// TestLongOutage keeps kleidi away until kube-apiserver can't write any more, three
+// minutes after the last good Status. Unencrypted objects must be served all the time,
+// and writing must resume once kleidi is back.
 func TestLongOutage(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
@@ -209,9 +209,9 @@ func TestLongOutage(t *testing.T) {
 	})
 }
 
-// TestRotation rotates the KEK: kube-apiserver takes the new key ID up by
-// itself, the old objects stay readable, and once they are rewritten nothing in
-// etcd names the old key.
+// TestRotation rotates the KEK. kube-apiserver must take up the new key ID without
+// help, the old objects must stay readable, and after they are rewritten nothing in
+// etcd may name the old key.
 func TestRotation(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()
@@ -245,7 +245,7 @@ func TestRotation(t *testing.T) {
 			t.Errorf("kube-apiserver's metrics do not show %s", hash)
 		}
 
-		// Both keys serve after restarts, and a read rewrites nothing.
+		// Both keys work after restarts, and a read rewrites nothing.
 		m.Serving.Stop()
 		m.api.Stop()
 		m.ServeOpen()
@@ -268,9 +268,9 @@ func TestRotation(t *testing.T) {
 	})
 }
 
-// TestOtherKernel boots a kernel that the KEK is not sealed to: kleidi stays
-// locked and says why, the cluster goes on with what is not encrypted, and the
-// recovery identity brings all back with nothing lost.
+// TestOtherKernel boots a kernel to which the KEK is not sealed. kleidi must stay
+// locked and say why, the cluster must keep serving unencrypted objects, and the
+// recovery identity must restore everything without loss.
 func TestOtherKernel(t *testing.T) {
 	onEach(t, func(t *testing.T, m *machine) {
 		m.ServeOpen()

@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
-// reconnect is how long kube-apiserver may take to notice that a plugin is back: gRPC's
+// reconnect bounds the time until kube-apiserver notices that a plugin is back: gRPC's
 // back-off ends at 92 s, the probe adds 10 s.
 const reconnect = 150 * time.Second
 
@@ -22,8 +22,8 @@ type machine struct {
 	api  *cluster.APIServer
 }
 
-// newMachine initialises kleidi on a machine of its own and starts etcd. Neither
-// kleidi nor kube-apiserver runs yet.
+// newMachine initialises kleidi on a separate machine and starts etcd. Neither kleidi
+// nor kube-apiserver runs yet.
 func newMachine(t *testing.T, version string) *machine {
 	t.Helper()
 	return newMachineOf(t, version, node.Setup{})
@@ -39,7 +39,7 @@ func newMachineOf(t *testing.T, version string, s node.Setup) *machine {
 	return &machine{Node: n, etcd: e, api: api}
 }
 
-// put stores a Secret whose content is plaintext of its own.
+// put stores a Secret with unique plaintext.
 func (m *machine) put(t *testing.T, name string) {
 	t.Helper()
 	if err := m.api.Put("secrets", name, map[string]string{"password": plaintext(name)}); err != nil {
@@ -47,10 +47,11 @@ func (m *machine) put(t *testing.T, name string) {
 	}
 }
 
-// plaintext is what Secret name holds: long enough to be found where it should not be.
+// plaintext is the content of Secret name, long enough to be found where it should not
+// be.
 func plaintext(name string) string { return "plaintext of " + name + ", as nobody else should read it" }
 
-// holds says whether Secrets read back as they were written.
+// holds returns an error unless Secrets read back as written.
 func (m *machine) holds(names ...string) error {
 	for _, name := range names {
 		got, err := m.api.Secret(name)
@@ -90,13 +91,14 @@ func (m *machine) stored(t *testing.T) map[string]stored {
 	return all
 }
 
-// waitReady waits until kube-apiserver reports its plugin, and itself, as ready.
+// waitReady waits until kube-apiserver reports its plugin and itself as ready.
 func (m *machine) waitReady(t *testing.T) {
 	t.Helper()
 	node.Eventually(t, reconnect, "kube-apiserver is ready", m.api.Ready)
 }
 
-// waitNotReady waits until kube-apiserver blames the KMS plugin, and only it.
+// waitNotReady waits until kube-apiserver reports the KMS plugin, and nothing else, as
+// not ready.
 func (m *machine) waitNotReady(t *testing.T) {
 	t.Helper()
 	node.Eventually(t, reconnect, "kube-apiserver's readyz names the KMS plugin", func() error {

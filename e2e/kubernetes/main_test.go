@@ -20,7 +20,8 @@ var scratch string
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	// The machines wait more than they work; by default only as many as there are cores would run.
+	// The machines wait more than they work; the default would run only one for each
+	// core.
 	if err := flag.Set("test.parallel", "16"); err != nil {
 		panic(err)
 	}

@@ -9,11 +9,12 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// prefix begins every value that kube-apiserver has encrypted through the KMS v2 provider named kleidi.
+// prefix begins every value that kube-apiserver has encrypted with the KMS v2 provider
+// kleidi.
 const prefix = "k8s:enc:kms:v2:kleidi:"
 
-// stored is what kube-apiserver keeps in etcd for one encrypted object, see
-// EncryptedObject in k8s.io/apiserver pkg/storage/value/encrypt/envelope/kmsv2/v2/api.proto.
+// stored is an encrypted object in kube-apiserver's etcd, see EncryptedObject in
+// k8s.io/apiserver pkg/storage/value/encrypt/envelope/kmsv2/v2/api.proto.
 type stored struct {
 	data, seed []byte
 	keyID      string

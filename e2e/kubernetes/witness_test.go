@@ -16,7 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// tpmSlot is what the witness reads of a TPM slot.
+// tpmSlot is the part of a TPM slot that the witness reads.
 type tpmSlot struct {
 	SRK     string            `json:"srk"`     // Name, hexadecimal
 	Public  []byte            `json:"public"`  // TPMT_PUBLIC
@@ -29,10 +29,10 @@ type tpmSlot struct {
 	} `json:"epoch"`
 }
 
-// witness asks tpm2-tools, which shares no code with kleidi, whether the sealed
-// object is what kleidi says: a child of the TPM's own storage root key, with no
-// way in but a policy session, under PolicyPCR of this boot's values and
-// PolicyNV of the epoch counter, and under nothing else.
+// witness checks the sealed object with tpm2-tools, which share no code with kleidi.
+// The object must be a child of the TPM's own storage root key, open only in a policy
+// session, and demand PolicyPCR of this boot's values, PolicyNV of the epoch counter,
+// and nothing else.
 func witness(t *testing.T, m *machine) {
 	slot := m.tpmSlot(t)
 	tools := &tpmTools{t: t, dir: t.TempDir(), tcti: "swtpm:path=" + strings.TrimPrefix(m.Device(), "unix:")}
@@ -84,10 +84,11 @@ func (m *machine) tpmSlot(t *testing.T) (s tpmSlot) {
 	return s
 }
 
-// sized puts the 16-bit size before b that makes it a TPM2B.
+// sized prefixes b with its 16-bit size, which makes it a TPM2B.
 func sized(b []byte) []byte { return append(binary.BigEndian.AppendUint16(nil, uint16(len(b))), b...) }
 
-// field returns what follows the last of the names, each looked for after the one before.
+// field returns the text after the last of the names, each searched for after the one
+// before.
 func field(text string, names ...string) string {
 	for _, name := range names {
 		_, after, ok := strings.Cut(text, name)
@@ -100,7 +101,7 @@ func field(text string, names ...string) string {
 	return strings.TrimSpace(line)
 }
 
-// tpmTools runs tpm2-tools in a folder of its own.
+// tpmTools runs tpm2-tools in a separate folder.
 type tpmTools struct {
 	t         *testing.T
 	dir, tcti string
@@ -146,7 +147,8 @@ func (w *tpmTools) run(verb string, args ...string) string {
 // coordinates of 32 zero bytes, and returns its Name in hexadecimal.
 func (w *tpmTools) primary() string {
 	w.t.Helper()
-	// tpm2-tools want it as tpm2-tss keeps it in memory: a little-endian size, then room for 128 bytes.
+	// tpm2-tools expect tpm2-tss's memory layout: a little-endian size, then room for
+	// 128 bytes.
 	coordinate := append([]byte{32, 0}, make([]byte, 128)...)
 	w.write("unique", slices.Concat(coordinate, coordinate))
 	w.run("createprimary", "-C", "o", "-g", "sha256", "-G", "ecc256:aes128cfb", "-u", "unique", "-c", "srk.ctx",
@@ -157,8 +159,7 @@ func (w *tpmTools) primary() string {
 	return hex.EncodeToString(w.read("srk.name"))
 }
 
-// pcrs returns the PCR values of the boot as the TPM has them now, of which the
-// slot must name each.
+// pcrs returns the present PCR values in the TPM. The slot must name each of them.
 func (w *tpmTools) pcrs(slot tpmSlot) map[string]string {
 	w.t.Helper()
 	if len(slot.PCRs) == 0 {

@@ -11,11 +11,11 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
-// backend is a wrapper other than the TPM, with what it needs around it.
+// backend is a wrapper other than the TPM, with its surroundings.
 type backend struct {
 	name string
-	// setup makes it, and returns its part of the configuration and kleidi's binary
-	// that has it.
+	// setup starts the backend. It returns the backend's part of the configuration, and
+	// a kleidi binary that supports it.
 	setup func(t *testing.T) (settings, binary string)
 }
 
@@ -24,14 +24,14 @@ var backends = []backend{
 	{"vault", func(t *testing.T) (string, string) { return startVault(t), node.Binary(t) }},
 }
 
-// order is kleidi's configuration for these wrappers. Where the TPM is not among
-// them there is nothing to attest with.
+// order returns kleidi's configuration for these wrappers. Without the TPM among them,
+// kleidi has nothing to attest with.
 func order(settings string, wrappers ...string) string {
 	attests := wrappers[0] == "tpm"
 	return fmt.Sprintf("unlock: {order: [%s], requireAttestation: %t}\n%s", strings.Join(wrappers, ", "), attests, settings)
 }
 
-// TestInsteadOfTPM is the main job on a machine without a TPM.
+// TestInsteadOfTPM tests the main purpose on a machine without a TPM.
 func TestInsteadOfTPM(t *testing.T) {
 	t.Parallel()
 	for _, b := range backends {
@@ -45,7 +45,7 @@ func TestInsteadOfTPM(t *testing.T) {
 	}
 }
 
-// TestFallback is the main job where the TPM refuses the boot, and another wrapper
+// TestFallback tests the main purpose when the TPM refuses the boot and another wrapper
 // may open in its place.
 func TestFallback(t *testing.T) {
 	t.Parallel()
@@ -83,7 +83,7 @@ func TestFallback(t *testing.T) {
 	}
 }
 
-// saysFallback wants a fallback to be loud.
+// saysFallback demands that a fallback is reported loudly.
 func (m *machine) saysFallback(t *testing.T, by string) {
 	t.Helper()
 	code, body, err := m.Get("/readyz")
@@ -92,7 +92,7 @@ func (m *machine) saysFallback(t *testing.T, by string) {
 	}
 }
 
-// liveThrough writes, reads, restarts and rotates. kleidi is open when it begins,
+// liveThrough writes, reads, restarts and rotates. kleidi must be open when it begins;
 // kube-apiserver runs when it ends.
 func (m *machine) liveThrough(t *testing.T) {
 	t.Helper()

@@ -18,15 +18,15 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// TestNoCore: whatever ends serve in the midst of a rotation, and however much of a
-// core file its limits allow, the kernel writes none, and pipes none to a
-// collector; and what the runtime prints of all stacks holds no key.
+// TestNoCore: no matter what ends serve during a rotation, and how large a core file
+// its limits allow, the kernel writes no core file and pipes none to a collector. The
+// runtime's dump of all stacks holds no key.
 func TestNoCore(t *testing.T) {
 	t.Parallel()
 	l := begin(t)
 	unlimitedCores(t)
 	for _, s := range []syscall.Signal{syscall.SIGQUIT, syscall.SIGABRT, syscall.SIGSEGV, syscall.SIGBUS} {
-		// The runtime raises the signal again after it has printed the stacks
+		// The runtime raises the signal again after it has printed the stacks.
 		l.start("GOTRACEBACK=crash")
 		l.waitOpen()
 		if err := l.seed("before " + s.String()); err != nil {
@@ -49,9 +49,9 @@ func TestNoCore(t *testing.T) {
 	}
 }
 
-// crashAmid ends serve while it waits for the TPM to seal a fresh KEK, which lies
-// on the stack and the heap then. What is looked for is the former one, which the
-// rotation handles too: nobody outside ever learns the fresh one.
+// crashAmid ends serve while it waits for the TPM to seal a fresh KEK, which is then on
+// the stack and the heap. The test searches for the former KEK, which the rotation
+// handles too, because nobody outside ever learns the fresh one.
 func (l *life) crashAmid(s syscall.Signal) {
 	l.t.Helper()
 	l.proxy.Forget()
@@ -73,8 +73,8 @@ func (l *life) crashAmid(s syscall.Signal) {
 	}
 }
 
-// unlimitedCores lets this process and its children write cores of any size, and
-// proves that the kernel would.
+// unlimitedCores lets this process and its children write cores of any size, and proves
+// that the kernel would do so.
 func unlimitedCores(t *testing.T) {
 	t.Helper()
 	var before unix.Rlimit
@@ -89,15 +89,15 @@ func unlimitedCores(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = cmd.Process.Signal(syscall.SIGQUIT)
-	_ = cmd.Wait() // the status says all
+	_ = cmd.Wait() // the status tells everything
 	if !cmd.ProcessState.Sys().(syscall.WaitStatus).CoreDump() {
 		t.Fatal("here no process writes a core, so that kleidi writes none proves nothing; see kernel.core_pattern")
 	}
 }
 
-// TestUndumpable: another process of the same user, which is not root, can't look
-// into kleidi: its files in /proc belong to root, as proc(5) says of a process
-// that is not dumpable.
+// TestUndumpable: another process of the same user, not root, can't look into kleidi.
+// kleidi's files in /proc belong to root, as proc(5) says of a process that is not
+// dumpable.
 func TestUndumpable(t *testing.T) {
 	t.Parallel()
 	const nobody = 65534

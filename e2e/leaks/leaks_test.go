@@ -19,8 +19,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// TestNothingIsSaid lives through all verbs, a hostile TPM, hostile clients and
-// operators' mistakes at debug level.
+// TestNothingIsSaid runs all verbs, a hostile TPM, hostile clients and operators'
+// mistakes at debug level.
 func TestNothingIsSaid(t *testing.T) {
 	t.Parallel()
 	l := begin(t)
@@ -72,7 +72,7 @@ func TestNothingIsSaid(t *testing.T) {
 	l.silent()
 }
 
-// hostileClients sends what is no gRPC, and gRPC that is malformed, to the KMS socket.
+// hostileClients sends non-gRPC data and malformed gRPC to the KMS socket.
 func (l *life) hostileClients() {
 	l.t.Helper()
 	const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -84,7 +84,7 @@ func (l *life) hostileClients() {
 			l.t.Fatal(err)
 		}
 		_ = conn.SetDeadline(time.Now().Add(patience))
-		_, _ = conn.Write([]byte(b)) // it may be cut off at once
+		_, _ = conn.Write([]byte(b)) // the connection may be cut off at once
 		_ = conn.(*net.UnixConn).CloseWrite()
 		var answer bytes.Buffer
 		_, _ = answer.ReadFrom(conn)
@@ -96,7 +96,7 @@ func (l *life) hostileClients() {
 	}
 }
 
-// mistakes gives the identity where it does not belong, or in a bad form.
+// mistakes passes the identity where it does not belong, or in a bad form.
 func (l *life) mistakes() {
 	l.t.Helper()
 	identity := quoted(l.t, []byte(l.identity))
@@ -121,8 +121,8 @@ func (l *life) mistakes() {
 	}
 }
 
-// hostileTPM answers what no TPM does, to each command that serve sends in turn.
-// The KEK itself is in no such answer: a TPM that has it could tell anybody.
+// hostileTPM gives answers that no TPM gives, to each command of serve in turn. None of
+// the answers holds the KEK: a TPM that has the KEK could tell anybody.
 func (l *life) hostileTPM() {
 	l.t.Helper()
 	l.proxy.Forget()
@@ -151,7 +151,7 @@ func (l *life) hostileTPM() {
 	}
 }
 
-// soon is how long a verb's last goroutines may take to end.
+// soon bounds the time until the last goroutines of a verb end.
 const soon = 3 * time.Second
 
 // TestMemory searches the memory of a running serve after each verb that handles
@@ -177,8 +177,8 @@ func TestMemory(t *testing.T) {
 	l.forgotten("verify")
 }
 
-// forgotten waits, without asking serve for anything that would have it collect
-// its garbage or write over it, until nothing is left of any secret.
+// forgotten waits until no copy of any secret is left. Meanwhile it sends serve no
+// request that would make serve collect garbage or overwrite memory.
 func (l *life) forgotten(verb string) {
 	l.t.Helper()
 	var found []string
@@ -193,7 +193,7 @@ func (l *life) forgotten(verb string) {
 	}
 }
 
-// TestMemoryIsSearched: what a process does hold is found.
+// TestMemoryIsSearched: the search finds a secret that a process does hold.
 func TestMemoryIsSearched(t *testing.T) {
 	held := bytes.Repeat([]byte("leak"), 8)
 	var s secrets

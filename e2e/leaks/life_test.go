@@ -27,10 +27,11 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// patience is how long a step may take on a busy machine.
+// patience bounds one step on a busy machine.
 const patience = time.Minute
 
-// life is a machine with kleidi on it, all that it has said, and what it must not have.
+// life is a machine with kleidi on it, all output of kleidi, and the secrets that the
+// output must not contain.
 type life struct {
 	*tpmtest.Machine
 	t        *testing.T
@@ -38,14 +39,14 @@ type life struct {
 	http     string
 	identity string
 	secrets  secrets
-	said     bytes.Buffer // all output but that of serve
+	said     bytes.Buffer // all output except serve's
 	serve    *exec.Cmd
 	ended    chan error
 	kms      kmsapi.KeyManagementServiceClient
 }
 
-// begin makes a machine whose TPM is behind a proxy, and runs init on it, which
-// shows an identity.
+// begin makes a machine whose TPM is behind a proxy, and runs init on it, which prints
+// an identity.
 func begin(t *testing.T) *life {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
@@ -78,7 +79,7 @@ func (l *life) command(args ...string) *exec.Cmd {
 	return exec.Command(node.Binary(l.t), append(args, "--config", l.path("config.yaml"), "--log-level", "debug")...)
 }
 
-// init gives the identity back that it reads; that is the one line which may hold it.
+// init types the identity that init prints. Only that one line of output may hold it.
 func (l *life) init() {
 	l.t.Helper()
 	cmd := l.command("init")
@@ -113,13 +114,13 @@ func (l *life) init() {
 	l.write("recovery.txt", l.identity+"\n")
 }
 
-// know looks for the present KEK from now on.
+// know adds the present KEK to the secrets to look for.
 func (l *life) know(when string) {
 	l.t.Helper()
 	l.secrets.addKEK(l.t, when, l.path("state/keyring.json"), l.identity)
 }
 
-// processInfo notes what ps and /proc show of a process.
+// processInfo records what ps and /proc show of a process.
 func (l *life) processInfo(pid int) {
 	l.t.Helper()
 	for _, name := range []string{"environ", "cmdline", "comm", "status", "limits", "maps"} {
@@ -131,7 +132,7 @@ func (l *life) processInfo(pid int) {
 	}
 }
 
-// try runs a verb, whose output is searched at the end.
+// try runs a verb, and keeps its output for the search at the end.
 func (l *life) try(args ...string) error {
 	out, err := l.command(args...).CombinedOutput()
 	l.said.Write(out)
@@ -148,7 +149,7 @@ func (l *life) run(args ...string) {
 	}
 }
 
-// start runs serve; more is added to its environment.
+// start runs serve, with more variables in its environment.
 func (l *life) start(more ...string) {
 	l.t.Helper()
 	log, err := os.OpenFile(l.path("serve.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -174,7 +175,7 @@ func (l *life) start(more ...string) {
 	l.kms = kmsapi.NewKeyManagementServiceClient(conn)
 }
 
-// log is what serve has logged.
+// log returns serve's log.
 func (l *life) log() []byte {
 	l.t.Helper()
 	b, err := os.ReadFile(l.path("serve.log"))
@@ -190,7 +191,7 @@ func (l *life) stop(s syscall.Signal) error {
 	return <-l.ended
 }
 
-// eventually asks until ready returns nil.
+// eventually repeats ready until it returns nil.
 func (l *life) eventually(what string, ready func() error) {
 	l.t.Helper()
 	deadline := time.NewTimer(patience)
@@ -228,7 +229,7 @@ func (l *life) get(path string) (int, []byte, error) {
 	return res.StatusCode, b, err
 }
 
-// seed has a DEK seed encrypted and decrypted, and looks for it from now on.
+// seed encrypts and decrypts a DEK seed, and adds the seed to the secrets to look for.
 func (l *life) seed(name string) error {
 	ctx, cancel := context.WithTimeout(l.t.Context(), patience)
 	defer cancel()
@@ -251,7 +252,8 @@ func (l *life) seed(name string) error {
 		e.Ciphertext[len(e.Ciphertext)-1] ^= 1
 		_, refused := l.kms.Decrypt(ctx, &kmsapi.DecryptRequest{Uid: "leaks", Ciphertext: e.Ciphertext, KeyId: e.KeyId})
 		fmt.Fprintln(&l.said, refused)
-		// An operator's mistake: the seed in the place of the ciphertext, of the key ID.
+		// An operator's mistake: the seed in place of the ciphertext, then in place of
+		// the key ID.
 		_, refused = l.kms.Decrypt(ctx, &kmsapi.DecryptRequest{Uid: "leaks", Ciphertext: seed, KeyId: e.KeyId})
 		fmt.Fprintln(&l.said, refused)
 	}
@@ -274,7 +276,7 @@ func (l *life) admin(verb string, body []byte) {
 	}
 }
 
-// look asks for all that kleidi shows.
+// look asks for everything that kleidi shows.
 func (l *life) look() {
 	l.t.Helper()
 	for _, path := range []string{"/metrics", "/readyz", "/livez"} {
@@ -291,7 +293,7 @@ func (l *life) look() {
 	l.processInfo(l.serve.Process.Pid)
 }
 
-// quoted is a JSON string that holds b as the admin socket carries it.
+// quoted returns the JSON string in which the admin socket carries b.
 func quoted(t *testing.T, b []byte) []byte {
 	t.Helper()
 	out, err := json.Marshal(b)
@@ -301,7 +303,7 @@ func quoted(t *testing.T, b []byte) []byte {
 	return out
 }
 
-// silent searches everything that was said, logged or stored.
+// silent searches everything that was printed, logged or stored.
 func (l *life) silent() {
 	l.t.Helper()
 	l.said.Write(l.log())

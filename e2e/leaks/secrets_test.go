@@ -22,7 +22,7 @@ type needle struct {
 	form []byte
 }
 
-// secrets are what must not be found.
+// secrets are the forms of all secrets that must not be found.
 type secrets []needle
 
 // add looks for b in every form.
@@ -39,7 +39,7 @@ func (s *secrets) add(name string, b []byte) {
 	for _, encoding := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
 		for shift := range 3 {
 			// Inside other bytes the secret starts at any of three positions of a
-			// group; the characters that it shares with its neighbours don't count.
+			// group. The characters that it shares with its neighbours don't count.
 			padded := encoding.EncodeToString(append(make([]byte, shift), b...))
 			put("base64", []byte(padded[[]int{0, 2, 3}[shift]:len(padded)-1]))
 		}
@@ -56,7 +56,8 @@ func (s *secrets) addIdentity(text string) {
 	s.add("identity's scalar", scalar(text[prefix:]))
 }
 
-// scalar decodes Bech32 (BIP 173): 5 bits a character, the last 6 characters being a checksum.
+// scalar decodes Bech32 (BIP 173): 5 bits per character; the last 6 characters are a
+// checksum.
 func scalar(text string) (b []byte) {
 	acc, bits := uint32(0), 0
 	for _, c := range text[:len(text)-6] {
@@ -69,7 +70,7 @@ func scalar(text string) (b []byte) {
 	return b
 }
 
-// in returns the names of what b holds.
+// in returns the names of the secrets in b.
 func (s secrets) in(b []byte) (found []string) {
 	for _, n := range s {
 		if at := bytes.Index(b, n.form); at >= 0 && !slices.Contains(found, n.name) {
@@ -79,7 +80,7 @@ func (s secrets) in(b []byte) (found []string) {
 	return found
 }
 
-// addKEK looks for the current KEK of a stored keyring, which it obtains with the
+// addKEK looks for the current KEK of a stored keyring. It obtains the KEK with the
 // recovery identity.
 func (s *secrets) addKEK(t *testing.T, name, file, identity string) {
 	t.Helper()
@@ -117,8 +118,8 @@ func (s *secrets) addKEK(t *testing.T, name, file, identity string) {
 	kek.With(func(b []byte) { s.add("KEK "+name, b) })
 }
 
-// memory returns which secrets the process holds, and in which mapping: all that
-// root can read of it, as gcore and a debugger would.
+// memory returns the secrets in the memory of the process, each with its mapping. It
+// reads everything that root can read, as gcore and a debugger would.
 func (s secrets) memory(t *testing.T, pid int) (found []string) {
 	t.Helper()
 	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
@@ -155,7 +156,7 @@ func (s secrets) memory(t *testing.T, pid int) (found []string) {
 	return found
 }
 
-// around shows what lies beside a find, which says where it comes from.
+// around shows the bytes around a find, which show where it comes from.
 func around(b []byte, at, n int) string {
 	return fmt.Sprintf("%.80q [%d bytes] %.80q", b[max(0, at-80):at], n, b[at+n:min(len(b), at+n+80)])
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// anchorIndex is where kleidi keeps the anchor in the TPM.
+// anchorIndex is the NV index of kleidi's anchor in the TPM.
 const anchorIndex = 0x01804B02
 
 func TestAnchorInTPM(t *testing.T) {
@@ -39,5 +39,5 @@ func TestAnchorInTPM(t *testing.T) {
 	})
 }
 
-// savedFile is a copy that somebody kept.
+// savedFile is an attacker's copy of the keyring.
 const savedFile = wire.StateDir + "/keyring-of-before.json"

@@ -15,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// verdict is what comes of a boot.
+// verdict is the result of a boot.
 type verdict string
 
 const (
@@ -24,35 +24,38 @@ const (
 	notStarted verdict = "not started by the firmware"
 )
 
-// boot is one boot of a machine, and what is expected of it.
+// boot is one boot of a machine, with its expected result.
 type boot struct {
 	what  string
 	image image
 	// before changes the machine while it is off.
 	before func(*machine)
 	files  []disk.File
-	// first is done before kleidi serves, then while it serves.
+	// first runs before kleidi serves, then while it serves.
 	first, then []wire.Step
-	// last is done after these; what it is shows only when the machine has run.
+	// last runs after these. It is a function because its steps depend on the machine's
+	// state.
 	last func(*machine) []wire.Step
 	want verdict
-	// cause is the typed cause of the refusal, and says what its text must name: both
-	// are in the gRPC error and in what kleidi status says. slot is what kleidi status
-	// says of one of the slots, where that is another cause.
+	// cause is the typed cause of the refusal, and says lists texts that the refusal
+	// must contain. Both must be in the gRPC error and in the output of kleidi status.
+	// slot is the cause that kleidi status reports for one of the slots, if it is
+	// another one.
 	cause, slot seal.Cause
 	says        []string
-	// moved are the PCRs that differ from the first boot, of those that kleidi may
+	// moved are the PCRs that differ from the first boot, among those that kleidi may
 	// seal to (4 to 9, 11 to 14).
 	moved []int
-	// refused is what a command says that must fail; empty if none must.
+	// refused is the message of a command that must fail; empty if no command must
+	// fail.
 	refused string
-	// discard has the state folder be as before, when the machine is off.
+	// discard restores the state folder of before the boot, when the machine is off.
 	discard bool
-	// check looks at more.
+	// check makes further checks.
 	check func(*testing.T, *booted)
 }
 
-// series runs boots one after the other. The first one makes the keyring.
+// series runs boots one after the other. The first boot makes the keyring.
 func (m *machine) series(name string, boots []boot) {
 	for n, c := range boots {
 		if n == 0 {
@@ -60,7 +63,7 @@ func (m *machine) series(name string, boots []boot) {
 		}
 		row := row{Machine: name, Boot: c.what, Want: c.want}
 		passed := m.t.Run(fmt.Sprintf("%02d %s", n+1, c.what), func(t *testing.T) { m.follow(t, c, &row) })
-		if row.AsExpected = passed; !passed || row.Verdict != "" { // else -run leaves it out
+		if row.AsExpected = passed; !passed || row.Verdict != "" { // without a verdict, -run left the boot out
 			report.add(row)
 		}
 		if !passed && n == 0 {
@@ -69,7 +72,7 @@ func (m *machine) series(name string, boots []boot) {
 	}
 }
 
-// prepareFirst has the first boot make a DEK seed.
+// prepareFirst makes the first boot make a DEK seed.
 func (m *machine) prepareFirst(c *boot) {
 	m.seed = make([]byte, 32)
 	rand.Read(m.seed)
@@ -122,7 +125,7 @@ func describe(r wire.Result) string {
 	return strings.ReplaceAll(string(b), `\n`, "\n\t")
 }
 
-// judge compares what came of a boot with what was expected.
+// judge compares the result of a boot with the expected one.
 func (m *machine) judge(t *testing.T, c boot, b *booted, r *row) {
 	t.Helper()
 	if !b.started {
@@ -160,7 +163,7 @@ func (m *machine) judge(t *testing.T, c boot, b *booted, r *row) {
 	}
 }
 
-// relevant are the PCRs that kleidi may seal to, the firmware's own (0 to 3) aside.
+// relevant are the PCRs that kleidi may seal to, without the firmware's own (0 to 3).
 var relevant = []int{4, 5, 6, 7, 8, 9, 11, 12, 13, 14}
 
 func (m *machine) judgeFacts(t *testing.T, c boot, b *booted, r *row) {
@@ -179,7 +182,7 @@ func (m *machine) judgeFacts(t *testing.T, c boot, b *booted, r *row) {
 	}
 }
 
-// judgeServe looks at KMS v2's Status and at kleidi status, which must agree.
+// judgeServe checks KMS v2's Status and the output of kleidi status, which must agree.
 func judgeServe(t *testing.T, c boot, res wire.Result, r *row) {
 	t.Helper()
 	var status struct {
@@ -227,7 +230,7 @@ func judgeServe(t *testing.T, c boot, res wire.Result, r *row) {
 	}
 }
 
-// judgeDecrypt wants the DEK seed of the first boot back, or nothing at all.
+// judgeDecrypt demands the DEK seed of the first boot, or nothing at all.
 func (m *machine) judgeDecrypt(t *testing.T, c boot, res wire.Result, r *row) {
 	t.Helper()
 	r.Seed = bytes.Equal(res.Plain, m.seed)

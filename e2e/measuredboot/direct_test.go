@@ -9,9 +9,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// TestKernelOfTheHypervisor: QEMU hands a kernel to the firmware, which starts it with
-// Secure Boot on, and neither verifies nor measures it. kleidi init refuses, and package
-// simboot's Direct measures what the firmware does.
+// TestKernelOfTheHypervisor: QEMU hands a kernel to the firmware. The firmware starts
+// it with Secure Boot on, and neither verifies nor measures it. kleidi init refuses,
+// and package simboot's Direct measures the same as the firmware.
 func TestKernelOfTheHypervisor(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)

@@ -13,8 +13,8 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/wire"
 )
 
-// Sizes of a disk and of its one partition, in sectors of 512 bytes: the least that
-// FAT32 takes. The identifiers are fixed, since the firmware measures them.
+// Sizes of a disk and of its only partition, in sectors of 512 bytes: the minimum for
+// FAT32. The identifiers are fixed, because the firmware measures them.
 const (
 	diskSize  = 66 << 20
 	partition = "label: gpt\nlabel-id: 11111111-2222-3333-4444-555555555555\nfirst-lba: 2048\n" +
@@ -43,7 +43,7 @@ func makePartition(path string) error {
 	return err
 }
 
-// initrdFile packs the initrd: init, the modules in load order, the digest of the
+// initrdFile packs the initrd: init, the modules in load order, and the digest of the
 // disk with the programs.
 func (f *forge) initrdFile(i image) (string, error) {
 	root := f.root(i)
@@ -93,7 +93,7 @@ func (f *forge) addModule(files []disk.File, name string, loaded map[string]bool
 	return append(files, disk.File{Name: fmt.Sprintf("modules/%02d-%s.ko", len(files), name), Mode: 0o644, Data: module}), nil
 }
 
-// cpio packs files in the "newc" format, the same files always to the same bytes.
+// cpio packs files in the "newc" format. The same files always give the same bytes.
 func cpio(files []disk.File) []byte {
 	var b bytes.Buffer
 	pad := func() {

@@ -15,32 +15,32 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/wire"
 )
 
-// image is what a machine boots from: the content of its EFI system partition.
+// image is the content of a machine's EFI system partition.
 type image struct {
 	loader      string // "uki" or "grub"
-	commandLine string // added to the one that all images share
-	initrd      string // a file of the initrd with this content
-	kernel      string // put in the place of the name of who built the kernel; as long as that
+	commandLine string // added to the command line that all images share
+	initrd      string // the content of a file in the initrd
+	kernel      string // replaces the name of the kernel's builder, at the same length
 	uname       string // .uname, which the stub does not measure
 	unsigned    bool
-	systemd     bool              // systemd is what the initrd hands over to
+	systemd     bool              // the initrd hands over to systemd
 	sections    map[string][]byte // further sections of a unified kernel image
 }
 
 // Without no_timer_check the kernel panics on a busy host: it takes an emulated timer
-// that ticks late for one that is broken.
+// that ticks late for a broken one.
 const commandLine = "console=ttyS0,115200 quiet panic=-1 no_timer_check root=tools"
 
 const osRelease = "ID=measuredboot\nVERSION_ID=1\n"
 
-// forge makes images in a folder. Each is made once.
+// forge makes images in a folder, each image once.
 type forge struct {
 	dir   string
 	parts *parts
-	// init is the initrd's; tools is the archive with the programs, system the one
-	// that also has systemd.
+	// init is the initrd's init; tools is the archive with the programs, and system the
+	// archive that also contains systemd.
 	init, tools, system []byte
-	// key is that whose certificate the firmware's db and KEK hold.
+	// key is the key whose certificate the firmware's db and KEK hold.
 	key  string
 	mu   sync.Mutex
 	made map[string]string
@@ -84,7 +84,7 @@ func archive(files []disk.File) ([]byte, error) {
 	return b.Bytes(), err
 }
 
-// root is what the initrd hands over to.
+// root returns the archive that the initrd hands over to.
 func (f *forge) root(i image) []byte {
 	if i.systemd {
 		return f.system
@@ -109,12 +109,12 @@ func (f *forge) program(name string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// path names a file of this image's own.
+// path names a file that belongs to this image.
 func (i image) path(f *forge, suffix string) string {
 	return filepath.Join(f.dir, fmt.Sprintf("%x%s", sha256.Sum256(fmt.Appendf(nil, "%q", fmt.Sprintf("%+v", i))), suffix))
 }
 
-// once returns the file that make makes.
+// once returns the file that make makes, and calls make only once.
 func (f *forge) once(path string, make func(path string) error) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -128,7 +128,7 @@ func (f *forge) once(path string, make func(path string) error) (string, error) 
 	return path, nil
 }
 
-// kernelFile is the kernel, or one that somebody else built.
+// kernelFile returns the kernel, or a kernel of another builder.
 func (f *forge) kernelFile(i image) (string, error) {
 	if i.kernel == "" {
 		return f.parts.kernel, nil
@@ -147,7 +147,7 @@ func (f *forge) kernelFile(i image) (string, error) {
 	})
 }
 
-// uki makes the unified kernel image, signed unless it says otherwise.
+// uki makes the unified kernel image, signed unless i says otherwise.
 func (f *forge) uki(i image) (string, error) {
 	kernel, err := f.kernelFile(i)
 	if err != nil {
@@ -187,7 +187,8 @@ func (i image) grubConfig() string {
 	return fmt.Sprintf("set timeout=0\nlinux /vmlinuz %s\ninitrd /initrd\nboot\n", i.line())
 }
 
-// text writes what a section holds; a file that can't be written shows when it is read.
+// text writes the content of a section. A file that can't be written shows when it is
+// read.
 func (f *forge) text(base, name, content string) string {
 	path := base + name
 	_ = os.WriteFile(path, []byte(content), 0o600)
@@ -196,8 +197,8 @@ func (f *forge) text(base, name, content string) string {
 
 type section struct{ name, file string }
 
-// addSections lays sections out after those of the stub: at fixed addresses they
-// would overlap with big kernels.
+// addSections places sections after those of the stub: fixed addresses would overlap
+// with big kernels.
 func addSections(stub, out string, sections []section) error {
 	f, err := pe.Open(stub)
 	if err != nil {
@@ -213,7 +214,8 @@ func addSections(stub, out string, sections []section) error {
 	for _, s := range f.Sections {
 		at = max(at, align(uint64(s.VirtualAddress+max(s.VirtualSize, s.Size))))
 	}
-	// -p: without it the time of day is in the PE header, and PCR 4 moves at each build
+	// -p: without it the time of day is in the PE header, and PCR 4 would change with
+	// each build
 	args := []string{"-p"}
 	for _, s := range sections {
 		info, err := os.Stat(s.file)

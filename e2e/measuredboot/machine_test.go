@@ -16,28 +16,28 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// bootTime is the most that one boot may take, on a host that is busy.
+// bootTime bounds one boot, on a busy host.
 const bootTime = 4 * time.Minute
 
-// Firmware variables that a machine may begin with.
+// Firmware variables with which a machine may begin.
 const (
 	ownKeys       = ovmf + "OVMF_VARS_4M.snakeoil.fd"
 	microsoftKeys = ovmf + "OVMF_VARS_4M.ms.fd"
 	noKeys        = ovmf + "OVMF_VARS_4M.fd"
 )
 
-// machine is what lasts from boot to boot: a TPM, firmware variables, and the disk
-// with kleidi's state.
+// machine is everything that lasts from boot to boot: a TPM, firmware variables, and
+// the disk with kleidi's state.
 type machine struct {
 	t         *testing.T
 	forge     *forge
 	dir       string
 	variables string      // the firmware's, below dir
 	settings  string      // added to kleidi's configuration
-	files     []disk.File // what is on it besides
-	handed    []string    // QEMU's arguments for a kernel that it hands to the firmware
+	files     []disk.File // further files on the machine
+	handed    []string    // QEMU's arguments for a kernel that QEMU hands to the firmware
 	state     []disk.File
-	// Of the first boot: what it found, and a DEK seed, as it was and encrypted.
+	// From the first boot: its facts, and a DEK seed, plain and encrypted.
 	first *wire.Facts
 	seed  []byte
 	under *wire.Sealed
@@ -52,7 +52,7 @@ func newMachine(t *testing.T, f *forge, variables string) *machine {
 	return m
 }
 
-// newTPM gives the machine another TPM, as its maker delivers it.
+// newTPM gives the machine another TPM, in its delivery state.
 func (m *machine) newTPM() {
 	m.t.Helper()
 	for _, err := range []error{os.RemoveAll(m.path("tpm")), os.Mkdir(m.path("tpm"), 0o700)} {
@@ -60,12 +60,12 @@ func (m *machine) newTPM() {
 			m.t.Fatal(err)
 		}
 	}
-	// One bank: the firmware and the stub compute each digest in every bank
+	// Only one bank: the firmware and the stub compute each digest in every bank
 	must[string](m.t)(output("swtpm_setup", "--tpm2", "--tpmstate", m.path("tpm"), "--pcr-banks", "sha256", "--logfile", m.path("swtpm_setup.log")))
 }
 
-// setVariables gives the firmware other variables. It keeps what it writes into
-// those that it has left.
+// setVariables gives the firmware other variables. Variables that the firmware writes
+// stay in the file that it then uses.
 func (m *machine) setVariables(file string) {
 	m.t.Helper()
 	m.variables = m.path(filepath.Base(file))
@@ -78,7 +78,7 @@ func (m *machine) setVariables(file string) {
 	}
 }
 
-// resetVariables gives the firmware the variables that it began with.
+// resetVariables gives the firmware its first variables.
 func (m *machine) resetVariables() {
 	m.t.Helper()
 	b := must[[]byte](m.t)(os.ReadFile(ovmf + filepath.Base(m.variables)))
@@ -89,9 +89,10 @@ func (m *machine) resetVariables() {
 
 func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
 
-// booted is what one boot gave.
+// booted is the result of one boot.
 type booted struct {
-	// started says whether the firmware ran the guest; said is what it said instead.
+	// started says whether the firmware ran the guest; said is the firmware's message
+	// if not.
 	started bool
 	said    string
 	results []wire.Result
@@ -99,7 +100,7 @@ type booted struct {
 	took    time.Duration
 }
 
-// facts returns how the guest found the machine.
+// facts returns the state in which the guest found the machine.
 func (b *booted) facts() *wire.Facts {
 	if len(b.results) == 0 {
 		return nil
@@ -140,7 +141,7 @@ node: cp1
 ` + m.settings)}
 }
 
-// stateSize holds the state folder and the results, event log included.
+// stateSize is enough for the state folder and the results, event log included.
 const stateSize = 8 << 20
 
 func (m *machine) writeDisk(name string, files []disk.File) error {
@@ -160,7 +161,7 @@ func (m *machine) writeDisk(name string, files []disk.File) error {
 // padded fills the last sectors. The kernel looks for partitions in the first 64 KiB.
 func padded(b []byte) []byte { return append(b[:len(b):len(b)], make([]byte, -len(b)&0xffff)...) }
 
-// readState takes the state disk out of the machine that is off.
+// readState reads the state disk of a machine that is off.
 func (m *machine) readState(b *booted) error {
 	f, err := os.Open(m.path(wire.State))
 	if err != nil {
@@ -207,7 +208,8 @@ func (m *machine) keyring() *keyring.Untrusted {
 
 const keyringFile = wire.StateDir + "/keyring.json"
 
-// tail returns the last lines of a console without what moves the cursor.
+// tail returns the last lines of a console, without control sequences that move the
+// cursor.
 func tail(console string, lines int) string {
 	clean := strings.Map(func(r rune) rune {
 		if r < ' ' && r != '\n' {

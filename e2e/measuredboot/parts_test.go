@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// parts is where the packages are unpacked that the machines boot from.
+// parts is the folder with the unpacked packages that the machines boot from.
 type parts struct {
 	kernel, stub, shim, grub string
 	system                   string            // a root folder with systemd
@@ -62,7 +62,7 @@ func (p *parts) findModules(dir string) error {
 	})
 }
 
-// module returns a kernel module, unpacked; nil where it is built in.
+// module returns a kernel module, unpacked, or nil if it is built in.
 func (p *parts) module(name string) ([]byte, error) {
 	path, ok := p.modules[strings.ReplaceAll(name, "-", "_")]
 	if !ok {
@@ -75,7 +75,7 @@ func (p *parts) module(name string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// dependencies returns which modules a module needs.
+// dependencies returns the modules that a module needs.
 func dependencies(module []byte) ([]string, error) {
 	f, err := elf.NewFile(bytes.NewReader(module))
 	if err != nil {
@@ -97,7 +97,7 @@ func dependencies(module []byte) ([]string, error) {
 	return nil, nil
 }
 
-// output runs a program and returns what it prints.
+// output runs a program and returns its output.
 func output(name string, args ...string) (string, error) {
 	var stdout, stderr bytes.Buffer
 	cmd := exec.Command(name, args...)

@@ -18,9 +18,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestPCRSignature has images bring signed values of PCR 11, as ukify and
-// systemd-measure make them. The values are computed here, from what the images are
-// made of, and not with kleidi's own code.
+// TestPCRSignature boots images with signed values of PCR 11, as ukify and
+// systemd-measure make them. The test computes the values from the parts of the images,
+// without kleidi's own code.
 func TestPCRSignature(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)
@@ -55,7 +55,7 @@ func withSignature(t *testing.T, key *rsa.PrivateKey, i image) image {
 	return i
 }
 
-// pcr11 computes what systemd's stub (252) measures, in its order.
+// pcr11 computes the measurements of systemd's stub (252), in its order.
 func pcr11(t *testing.T, i image) []byte {
 	read := func(path string, err error) []byte { return must[[]byte](t)(os.ReadFile(must[string](t)(path, err))) }
 	pcr := make([]byte, sha256.Size)

@@ -13,8 +13,8 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/wire"
 )
 
-// run powers the machine on and waits until it is off. A firmware that refuses the
-// image shows its menu and stays there, so the machine is then switched off.
+// run powers the machine on and waits until it is off. Firmware that refuses the image
+// shows its menu and stays there; run then switches the machine off.
 func (m *machine) run(disk string, b *booted) error {
 	ctx, cancel := context.WithTimeout(context.Background(), bootTime)
 	defer cancel()
@@ -31,7 +31,7 @@ func (m *machine) run(disk string, b *booted) error {
 	if err != nil {
 		return err
 	}
-	defer tpm.kill() // it has ended by itself, with QEMU, unless QEMU never connected
+	defer tpm.kill() // swtpm has ended with QEMU, unless QEMU never connected
 	if err := appears(ctx, socket, tpm); err != nil {
 		return err
 	}
@@ -53,7 +53,7 @@ func (m *machine) run(disk string, b *booted) error {
 	if !b.started {
 		return nil
 	}
-	return tpm.wait(ctx) // its state is saved when it has ended
+	return tpm.wait(ctx) // swtpm has saved its state when it has ended
 }
 
 // watch reads the console until the machine is off.
@@ -81,7 +81,7 @@ func (m *machine) watch(ctx context.Context, qemu *process, b *booted) error {
 	}
 }
 
-// refusal returns what the firmware says when it does not start an image.
+// refusal returns the firmware's message if it does not start an image.
 func refusal(console string) string {
 	if strings.Contains(console, wire.Seen) {
 		return ""
@@ -96,7 +96,7 @@ func refusal(console string) string {
 
 func (m *machine) arguments(disk, tpm, console string) []string {
 	args := []string{"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none",
-		// /dev/kvm may be there and still fail with this firmware
+		// /dev/kvm may exist and still fail with this firmware
 		"-accel", "tcg", "-machine", "q35,smm=on", "-cpu", "Nehalem", "-smp", "1", "-m", "512",
 		"-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1",
 		"-drive", "if=pflash,unit=0,format=raw,readonly=on,file=" + codeImage,
@@ -116,7 +116,7 @@ func (m *machine) arguments(disk, tpm, console string) []string {
 	return args
 }
 
-// process is a program that ends with this one, however this one ends.
+// process is a program that ends with this one, even if this one is killed.
 type process struct {
 	cmd    *exec.Cmd
 	output strings.Builder
@@ -135,7 +135,7 @@ func start(cmd *exec.Cmd) (*process, error) {
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			_ = cmd.Wait() // how it ended shows in what it left
+			_ = cmd.Wait() // its files show how it ended
 			close(p.ended)
 		}
 	}()
@@ -159,7 +159,7 @@ func (p *process) wait(ctx context.Context) error {
 	}
 }
 
-// appears waits until a file is there.
+// appears waits until a file exists.
 func appears(ctx context.Context, path string, from *process) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

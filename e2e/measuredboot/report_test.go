@@ -48,12 +48,12 @@ func (r *rows) sorted() []row {
 	return all
 }
 
-// PCRs are those that moved, for people.
+// PCRs lists the PCRs that moved, for display.
 func (r row) PCRs() string {
 	return cmp.Or(strings.Trim(strings.ReplaceAll(fmt.Sprint(r.Moved), " ", ", "), "[]"), "–")
 }
 
-// Result is the verdict, and what was expected where that is another.
+// Result is the verdict, followed by the expected one if they differ.
 func (r row) Result() string {
 	if r.AsExpected {
 		return string(r.Verdict)
@@ -61,7 +61,7 @@ func (r row) Result() string {
 	return fmt.Sprintf("%s (EXPECTED: %s)", cmp.Or(r.Verdict, "?"), r.Want)
 }
 
-// Decrypts says what became of the DEK seed of the first boot.
+// Decrypts says whether the DEK seed of the first boot decrypts.
 func (r row) Decrypts() string {
 	switch {
 	case r.Made:
@@ -78,7 +78,7 @@ func (r row) Line() string {
 	return fmt.Sprintf("| %s | %s | %s | %s |", r.Boot, r.PCRs(), r.Result(), r.Decrypts())
 }
 
-// compare wants every row in the document, as it came out.
+// compare demands that the document contains every row with its result.
 func (r *rows) compare(path string) error {
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -92,7 +92,7 @@ func (r *rows) compare(path string) error {
 	return nil
 }
 
-// print shows the table on a terminal, with what was said and how long it took.
+// print prints the table to a terminal, with messages and times.
 func (r *rows) print(w io.Writer) {
 	for _, row := range r.sorted() {
 		fmt.Fprintf(w, "%-12s %-62s moved %-10s seed %-9s %5.1f s  %s\n", row.Machine, row.Boot, row.PCRs(), row.Decrypts(), row.Seconds, row.Result())
@@ -116,7 +116,8 @@ func (c chapter) Refuses() bool {
 //go:embed testdata/measured-boot.md.tmpl
 var document string
 
-// write makes the document of the table. One with a surprise in it is not written.
+// write makes the document from the table. It refuses a table with an unexpected
+// result.
 func (r *rows) write(path string, took time.Duration) error {
 	var machines []chapter
 	all := r.sorted()
@@ -147,7 +148,7 @@ func (r *rows) write(path string, took time.Duration) error {
 	return os.WriteFile(path, b.Bytes(), 0o644)
 }
 
-// versions names what the boots were made of, one per line.
+// versions lists the versions of the programs in the boots.
 func versions() ([]string, error) {
 	var all []string
 	for name, version := range shared.parts.versions {

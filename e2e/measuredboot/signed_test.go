@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestSignedBootState has an operator sign the next image, away from the machine,
-// and revoke it again.
+// TestSignedBootState signs the next image with an operator's key, away from the
+// machine, and revokes it again.
 func TestSignedBootState(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)
@@ -32,8 +32,8 @@ func TestSignedBootState(t *testing.T) {
 	})
 }
 
-// signNext does what an operator does on a machine of his own, with the event log of
-// the first boot and the files of the next one.
+// signNext does the operator's work on another machine, with the event log of the first
+// boot and the files of the next boot.
 func (m *machine) signNext() {
 	m.t.Helper()
 	log, key, public, states := m.path("event.log"), m.path("operator.pem"), m.path("operator.pub"), m.path("states.json")

@@ -8,7 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// other is a boot that nobody prepared for.
+// other is an unprepared boot.
 var other = with(uki, func(i *image) { i.kernel, i.commandLine = "somebody@example.org", "quiet" })
 
 func TestSuspend(t *testing.T) {
@@ -29,7 +29,7 @@ func TestSuspend(t *testing.T) {
 	})
 }
 
-// suspended wants the suspension to be seen.
+// suspended demands that kleidi status shows the suspension.
 func suspended(t *testing.T, b *booted) {
 	t.Helper()
 	for _, r := range b.results {

@@ -14,14 +14,14 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/wire"
 )
 
-// systemPrograms are those of systemd's package that the guest runs.
+// systemPrograms are the programs of systemd's package that the guest runs.
 var systemPrograms = []string{
 	wire.Systemd, "/lib/systemd/systemd-journald", "/lib/systemd/systemd-pcrphase", "/lib/systemd/systemd-shutdown",
 	"/bin/systemctl", "/bin/systemd-tmpfiles", "/bin/mount", "/bin/umount",
 }
 
-// systemUnits are those of systemd's package that the guest has: the way to
-// multi-user.target, with nothing that needs D-Bus, udev or disks.
+// systemUnits are the units of systemd's package in the guest: those up to
+// multi-user.target, without any that needs D-Bus, udev or disks.
 var systemUnits = []string{
 	"basic.target", "sysinit.target", "multi-user.target", "local-fs.target", "local-fs-pre.target", "remote-fs.target",
 	"remote-fs-pre.target", "remote-cryptsetup.target", "swap.target", "sockets.target", "timers.target", "paths.target", "slices.target", "network.target",
@@ -37,7 +37,7 @@ var wanted = map[string][]string{
 	"multi-user.target": {"kleidi.service", "driver.service"},
 }
 
-// systemText are the small files. kleidi's own unit and tmpfiles.d come from deploy.
+// systemText holds the small files. kleidi's own unit and tmpfiles.d come from deploy.
 var systemText = map[string]string{
 	"/etc/passwd":                        "root:x:0:0:root:/root:/bin/false\n",
 	"/etc/group":                         "root:x:0:\n",
@@ -61,8 +61,7 @@ TTYPath=/dev/console
 `,
 }
 
-// systemFiles is a root file system with systemd, and with kleidi's unit as it is
-// delivered.
+// systemFiles returns a root file system with systemd and with kleidi's delivered unit.
 func (p *parts) systemFiles() ([]disk.File, error) {
 	var files []disk.File
 	for name, text := range systemText {
@@ -118,7 +117,7 @@ func (p *parts) units() ([]disk.File, error) {
 	return files, nil
 }
 
-// addProgram adds a program with all the libraries that it needs.
+// addProgram adds a program with all its libraries.
 func (p *parts) addProgram(name string, files map[string][]byte) error {
 	path := p.system + name
 	b, err := os.ReadFile(path)

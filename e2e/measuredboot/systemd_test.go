@@ -7,9 +7,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestSystemd has systemd run the machine, and kleidi's unit as it is delivered.
-// systemd measures the phases of the boot into PCR 11; that of Debian 12 (252) logs
-// nothing of it, and kleidi finds the phases by their digests.
+// TestSystemd lets systemd run the machine, with kleidi's delivered unit. systemd
+// measures the phases of the boot into PCR 11. The systemd of Debian 12 (252) does not
+// log the phases, and kleidi finds them by their digests.
 func TestSystemd(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)

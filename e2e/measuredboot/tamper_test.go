@@ -14,7 +14,7 @@ func kleidi(args ...string) wire.Step {
 	return wire.Step{Run: append([]string{wire.Kleidi}, args...)}
 }
 
-// initialize makes the keyring. The recipient is that of an identity that nobody has.
+// initialize makes the keyring. Nobody has the identity of this recipient.
 var initialize = kleidi("init", "--recovery-recipient", "age1lggyhqrw2nlhcxprm67z43rta597azn8gknawjehu9d9dl0jq3yqqvfafg")
 
 var (
@@ -52,7 +52,7 @@ func TestUKI(t *testing.T) {
 	})
 }
 
-// attacker configures a kleidi beside the real one, on the same TPM.
+// attacker configures a second kleidi on the same TPM.
 var attacker = disk.File{Name: "etc/attacker.yaml", Mode: 0o600, Data: []byte(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
 node: cp1
@@ -62,8 +62,8 @@ admin:
   socket: /run/attacker.sock
 `)}
 
-// replaceKeyring puts another keyring in the place of the real one, anchor included or
-// not. It is sealed to this boot on this TPM, so it opens; and somebody knows its KEK.
+// replaceKeyring replaces the real keyring with an attacker's. The attacker's keyring is
+// sealed to this boot on this TPM, so its slot opens, and the attacker knows its KEK.
 func replaceKeyring(t *testing.T) []wire.Step {
 	identity := must[*age.X25519Identity](t)(age.GenerateX25519Identity())
 	return []wire.Step{
@@ -86,8 +86,8 @@ func TestGRUB(t *testing.T) {
 	})
 }
 
-// TestSealedToPCR7 shows what the others would look like if nothing stood in the way:
-// a table in which all is refused could also come from a kleidi that never opens.
+// TestSealedToPCR7 shows what the other tests would look like without protection: a
+// table of refusals could also come from a kleidi that never opens.
 func TestSealedToPCR7(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)

@@ -13,13 +13,14 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// next is what a distribution's update brings: kernel, initrd and command line.
+// next is the image after a distribution's update: another kernel, initrd and command
+// line.
 var next = with(uki, func(i *image) {
 	i.kernel, i.initrd, i.commandLine, i.uname = "debian-kernel@example.org", "of the next kernel", "mitigations=auto", "next"
 })
 
-// TestUpdate prepares an update, makes it, and then tries to go back with all that
-// somebody may have kept of the disk.
+// TestUpdate prepares an update, makes it, and then tries to go back with everything
+// that an attacker may have kept of the disk.
 func TestUpdate(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)
@@ -37,7 +38,7 @@ func TestUpdate(t *testing.T) {
 	})
 }
 
-// TestUpdateOfDbx revokes a boot loader, as fwupd does it.
+// TestUpdateOfDbx revokes a boot loader, as fwupd does.
 func TestUpdateOfDbx(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)
@@ -55,8 +56,8 @@ const (
 	dbxVariable       = "/sys/firmware/efi/efivars/dbx-" + imageSecurityGUID
 )
 
-// revocation returns an update of dbx, signed by the machine's KEK, and the same as
-// Linux's efivarfs takes it: after the variable's attributes.
+// revocation returns an update of dbx, signed by the machine's KEK, and the same update
+// in the form that Linux's efivarfs expects, with the variable's attributes in front.
 func revocation(t *testing.T) []disk.File {
 	t.Helper()
 	digest := sha256.Sum256([]byte("a boot loader that had a hole"))
@@ -82,7 +83,7 @@ func revocation(t *testing.T) []disk.File {
 	}
 }
 
-// nextGRUB is what an update of the initrd, with a new GRUB configuration, brings.
+// nextGRUB is the image after an update of the initrd and of GRUB's configuration.
 var nextGRUB = with(grub, func(i *image) { i.initrd, i.commandLine = "of the next kernel", "mitigations=auto" })
 
 func TestUpdateOfGRUB(t *testing.T) {
