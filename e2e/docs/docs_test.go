@@ -23,7 +23,7 @@ func TestCommandsOfTheDocuments(t *testing.T) {
 	}
 }
 
-// reader does what a document says, block by block.
+// reader follows a document, block by block.
 type reader struct {
 	t      *testing.T
 	where  string
@@ -72,7 +72,7 @@ func (r *reader) run(b block) {
 	r.m.rebootIfAsked()
 }
 
-// compare wants every line of text in what the last block printed.
+// compare demands every line of text in the output of the last block.
 func (r *reader) compare(text string) {
 	r.t.Helper()
 	for _, line := range strings.Split(strings.TrimSpace(text), "\n") {
@@ -82,8 +82,8 @@ func (r *reader) compare(text string) {
 	}
 }
 
-// leave ends a scene: whatever it began with, kleidi has to be open now, and
-// nothing may be lost.
+// leave ends a scene. At the end of every scene kleidi must be open, and nothing may be
+// lost.
 func (r *reader) leave() {
 	r.t.Helper()
 	if r.m != nil {

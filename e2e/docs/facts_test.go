@@ -33,7 +33,7 @@ func set(pattern, in string) map[string]bool {
 	return found
 }
 
-// mustContain wants every element of part in whole.
+// mustContain demands every element of part in whole.
 func mustContain(t *testing.T, where string, whole, part map[string]bool) {
 	t.Helper()
 	if len(part) == 0 {
@@ -46,8 +46,8 @@ func mustContain(t *testing.T, where string, whole, part map[string]bool) {
 	}
 }
 
-// TestMetricsAreReal compares the names in the documents and in the alerts with
-// what a serving node shows.
+// TestMetricsAreReal compares the names in the documents and in the alerts with the
+// metrics of a serving node.
 func TestMetricsAreReal(t *testing.T) {
 	m := newMachine(t)
 	serving(m)
@@ -66,11 +66,12 @@ func TestMetricsAreReal(t *testing.T) {
 	mustContain(t, "live metrics, by the alerts", live, used)
 }
 
-// aDistributionHas are commands that need no word: each Debian or Ubuntu server has them.
+// aDistributionHas are commands that need no mention: each Debian or Ubuntu server has
+// them.
 var aDistributionHas = strings.Fields("install reboot systemctl systemd-tmpfiles tee sudo")
 
-// TestNeedsNameTheTools: what a task runs and a plain machine lacks is named where
-// the page says what is needed.
+// TestNeedsNameTheTools: if a task runs a program that a plain machine lacks, the page
+// names the program among its needs.
 func TestNeedsNameTheTools(t *testing.T) {
 	command := regexp.MustCompile(`(?m)(?:^|\||\$\() *(?:sudo +)?([a-z][a-z0-9-]*)`)
 	needs := regexp.MustCompile(`(?s)\n(?:Needed:|You need) .*?\n\n`)

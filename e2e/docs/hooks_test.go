@@ -7,15 +7,15 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// installHooks does what docs/updates.md says for Debian.
+// installHooks are the commands of docs/updates.md for Debian.
 const installHooks = `install -D -m 0755 deploy/hooks/kleidi-next-boot /usr/local/sbin/kleidi-next-boot
 install -D -m 0755 deploy/hooks/zzz-kleidi /etc/initramfs/post-update.d/zzz-kleidi
 install -D -m 0755 deploy/hooks/95-kleidi.install /etc/kernel/install.d/95-kleidi.install
 install -D -m 0644 deploy/hooks/dpkg.cfg /etc/dpkg/dpkg.cfg.d/kleidi
 systemctl enable --now kleidi-booted`
 
-// TestHookRefused: where the next boot can't be predicted, the packages are
-// installed all the same, and what the hook advises keeps the node open.
+// TestHookRefused: if the next boot can't be predicted, the packages are installed all
+// the same, and the hook's advice keeps the node open.
 func TestHookRefused(t *testing.T) {
 	m := newMachine(t)
 	beforeUpdate(simboot.GRUB, newKernel)(m)
@@ -43,7 +43,7 @@ func TestHookRefused(t *testing.T) {
 	}
 }
 
-// TestHookOfInitrd: an initrd that was rebuilt without a package.
+// TestHookOfInitrd: an initrd is rebuilt without a package.
 func TestHookOfInitrd(t *testing.T) {
 	m := newMachine(t)
 	beforeUpdate(simboot.GRUB, func(b *simboot.Boot) { b.Initrd = "dracut 106, rebuilt" })(m)
@@ -57,7 +57,7 @@ func TestHookOfInitrd(t *testing.T) {
 	m.checkNothingLost()
 }
 
-// TestHookOnOtherMachines: nothing is said where there is no keyring.
+// TestHookOnOtherMachines: without a keyring the hook prints nothing.
 func TestHookOnOtherMachines(t *testing.T) {
 	m := newMachine(t)
 	beforeUpdate(simboot.GRUB, newKernel)(m)

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// TestLogLinesAreReal compares the messages in the documents with those in the
-// code, each with its level, both ways.
+// TestLogLinesAreReal compares the messages in the documents with those in the code,
+// each with its level, in both directions.
 func TestLogLinesAreReal(t *testing.T) {
 	logged := map[string]bool{}
 	for _, folder := range []string{"cmd", "grpcserver", "internal", "seal", "tpm"} {

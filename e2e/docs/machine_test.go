@@ -22,18 +22,18 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// machine is a simulated machine with a root folder of its own, in which the
-// documents' absolute paths lie.
+// machine is a simulated machine with a separate root folder, which holds the
+// documents' absolute paths.
 type machine struct {
 	*tpmtest.Machine
 	t        *testing.T
 	base     string // the root folder
 	boot     simboot.Boot
-	next     simboot.Boot   // what an update leads to
+	next     simboot.Boot   // the boot that an update leads to
 	binary   string         // of kleidi
-	settings map[string]any // more of its configuration, by top-level key
+	settings map[string]any // further settings of the configuration, by top-level key
 	noTPM    bool
-	keyID    string // current key ID after the scene was set, for --trust-key-id
+	keyID    string // current key ID when the scene was ready, for --trust-key-id
 	serving  *node.Process
 	before   *kmsapi.EncryptResponse // a DEK seed, encrypted before the scene
 }
@@ -62,13 +62,13 @@ func newMachine(t *testing.T) *machine {
 
 func (m *machine) root(path string) string { return filepath.Join(m.base, path) }
 
-// writeKleidi makes the command that knows this machine's configuration.
+// writeKleidi makes the command kleidi, with this machine's configuration.
 func (m *machine) writeKleidi() {
 	m.write("bin/kleidi", fmt.Sprintf("#!/bin/sh\nexec %s --config %s \"$@\"\n", m.binary, m.root("etc/kleidi/config.yaml")), 0o755)
 }
 
-// set adds settings to the configuration. They take the place of those of the same
-// top-level key.
+// set adds settings to the configuration. They replace those with the same top-level
+// key.
 func (m *machine) set(settings string) {
 	m.t.Helper()
 	if err := yaml.Unmarshal([]byte(m.relocate(settings)), &m.settings); err != nil {
@@ -82,7 +82,7 @@ func (m *machine) configure() {
 	var settings bytes.Buffer
 	if len(m.settings) > 0 {
 		y := yaml.NewEncoder(&settings)
-		y.SetIndent(2) // as people write it, and as commands that edit it expect it
+		y.SetIndent(2) // the usual style, which the commands that edit the file expect
 		if err := y.Encode(m.settings); err != nil {
 			m.t.Fatal(err)
 		}
@@ -141,7 +141,7 @@ func build(t *testing.T, pkg, cgo string) string {
 	return built[pkg]
 }
 
-// shell runs a document's commands, all of which have to succeed.
+// shell runs a document's commands, all of which must succeed.
 func (m *machine) shell(commands string) (string, error) {
 	m.t.Helper()
 	ctx, cancel := context.WithTimeout(m.t.Context(), time.Minute)
@@ -166,7 +166,7 @@ func (m *machine) shell(commands string) (string, error) {
 	}
 }
 
-// relocate moves the documents' absolute paths to this machine's.
+// relocate replaces the documents' absolute paths with this machine's.
 func (m *machine) relocate(commands string) string {
 	for _, dir := range []string{"/etc/", "/media/", "/opt/", "/var/lib/", "/run/", "/boot/", "/efi/", "/usr/local/"} {
 		commands = strings.ReplaceAll(commands, " "+dir, " "+m.root(dir)+"/")
@@ -174,7 +174,7 @@ func (m *machine) relocate(commands string) string {
 	return strings.ReplaceAll(commands, " /sys/kernel/security/tpm0/binary_bios_measurements", " "+m.EventLog())
 }
 
-// must runs commands that set a scene.
+// must runs commands that prepare a scene.
 func (m *machine) must(commands string) string {
 	m.t.Helper()
 	out, err := m.shell(commands)
@@ -203,7 +203,7 @@ func (m *machine) client() kmsapi.KeyManagementServiceClient {
 	return kmsapi.NewKeyManagementServiceClient(conn)
 }
 
-// encryptSeed does what kube-apiserver did before the scene.
+// encryptSeed encrypts a seed, as kube-apiserver did before the scene.
 func (m *machine) encryptSeed() {
 	m.t.Helper()
 	var err error

@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// scenes are where a document's tasks begin.
+// scenes are the starting points of the documents' tasks.
 var scenes = map[string]func(*machine){
 	"a machine without a keyring": func(*machine) {},
 	"a serving node":              serving,
@@ -143,7 +143,7 @@ func newKernel(b *simboot.Boot) {
 
 func newDbx(b *simboot.Boot) { b.Dbx += ",2025-10-14" }
 
-// serving is a node as README leaves it, rotated once, with a backup.
+// serving is a node after README's commands, rotated once, with a backup.
 func serving(m *machine) {
 	m.must(`age-keygen -o /media/usb/kleidi-recovery.txt
 kleidi init --recovery-recipient "$(age-keygen -y /media/usb/kleidi-recovery.txt)"`)
@@ -159,7 +159,7 @@ func (m *machine) otherTPM() {
 	m.configure()
 }
 
-// clear does what the firmware's "clear TPM" does.
+// clear does the same as the firmware's "clear TPM".
 func (m *machine) clear() {
 	err := m.TPM().Do(context.Background(), func(t transport.TPM) error {
 		_, err := tpm2.Clear{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHLockout, Auth: tpm2.PasswordAuth(nil)}}.Execute(t)

@@ -12,12 +12,14 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
-// systemd: what the documents' commands ask of it is done by the test.
+// systemd: the test itself does what the documents' commands ask of systemd.
 
-// asked is where systemctl says what for, and which is gone when it is done.
+// asked is the file in which systemctl writes its request. The test removes it
+// afterwards.
 const asked = "run/systemctl"
 
-// writeSystemctl makes the command, which waits until it is obeyed, and the journal's.
+// writeSystemctl makes the command systemctl, which waits until its request is done,
+// and the journal's command.
 func (m *machine) writeSystemctl() {
 	m.write("bin/journalctl", fmt.Sprintf("#!/bin/sh\n[ \"$*\" = '-u kleidi' ] && exec cat %s\n", m.root("root/kleidi.log")), 0o755)
 	m.write("bin/systemctl", fmt.Sprintf(`#!/bin/sh
@@ -31,8 +33,8 @@ while [ -e %[1]s ]; do sleep 0.05; done
 `, m.root(asked)), 0o755)
 }
 
-// obeySystemctl does what the command waits for, as the unit of Type=notify has it:
-// until kleidi says that it is ready, and no longer.
+// obeySystemctl does the requested work. As with a unit of Type=notify, the command
+// waits until kleidi says that it is ready, and no longer.
 func (m *machine) obeySystemctl() {
 	m.t.Helper()
 	if !m.exists(asked) {
@@ -71,8 +73,8 @@ func (m *machine) start() {
 	}
 }
 
-// serveIfPossible has the unit run, as it does on a machine that was set up, and
-// waits until it has tried to unlock.
+// serveIfPossible runs the unit, as on a machine that was set up, and waits until
+// kleidi has tried to unlock.
 func (m *machine) serveIfPossible() {
 	m.t.Helper()
 	if m.serving == nil {

@@ -30,11 +30,11 @@ func (a *attempt) String() string {
 
 // make mutates a boot. The quote is one of four, by what a forger could have:
 //
-//   - that of the unmutated boot: the log lies;
-//   - one that fits the mutated log: the machine booted so;
-//   - one that fits a mutated log that was mutated once more: the machine booted
-//     otherwise, and the log hides it;
-//   - one of a machine that extended something without logging it.
+//   - the quote of the unmutated boot: the log lies;
+//   - a quote that matches the mutated log: the machine booted that way;
+//   - a quote that matches the mutated log after one more mutation: the machine booted in another
+//     way, and the log hides it;
+//   - the quote of a machine that extended a PCR without logging it.
 func (a *attempt) make(s *signer) error {
 	a.source = pick(a.dice, a.all)
 	a.demand = pick(a.dice, a.source.demands)
@@ -75,7 +75,7 @@ func (a *attempt) make(s *signer) error {
 	return err
 }
 
-// signedOf: one attempt in so many has a whole quote, the others its values alone. A
+// signedOf: one attempt of so many has a whole quote, the others only its values. A
 // signature takes more time than a log.
 const signedOf = 4
 
@@ -87,7 +87,7 @@ func (a *attempt) mutate(b *boot) {
 	}
 }
 
-// oracle judges what was accepted.
+// oracle judges an accepted log.
 func (a *attempt) oracle() error {
 	d := a.demand
 	if !read(d.bank, a.evidence.FirmwareLog, a.evidence.UserspaceLog).same(d.honest, d.pcrs) {
@@ -99,10 +99,10 @@ func (a *attempt) oracle() error {
 	return nil
 }
 
-// errFalse is what the command looks for.
+// errFalse is the error that the command looks for.
 var errFalse = errors.New("false acceptance")
 
-// print shows what became of the logs, by mutation.
+// print shows the results, by mutation.
 func (t *tally) print() {
 	stages := []stage{byParser, byReplay, byOther, byPolicy, accepted}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
@@ -125,7 +125,8 @@ func (t *tally) print() {
 	_ = w.Flush()
 }
 
-// check demands that the run could have found something, and stayed within limits.
+// check demands that the run could have found something, and that it stayed within the
+// limits.
 func (t *tally) check() error {
 	for _, s := range []stage{byParser, byReplay, byPolicy, accepted} {
 		if t.tried >= 10_000 && t.by[s] == 0 {

@@ -21,22 +21,22 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// nonce is the verifier's. It is fixed: whether a quote is fresh is not the
-// question here.
+// nonce is the verifier's nonce. It is fixed, because this test does not ask whether a
+// quote is fresh.
 var nonce = []byte("kleidi mutated logs, 32 bytes ok")
 
-// chain is what stands between evidence and its acceptance.
+// chain holds the steps between evidence and its acceptance.
 type chain struct {
 	verify func(e *attest.Evidence, nonce []byte, bank crypto.Hash, pcrs []int) (*attest.Result, error)
-	// verifyLogs is what verify does after the quote.
+	// verifyLogs is the part of verify after the quote.
 	verifyLogs func(firmware, userspace []byte, bank crypto.Hash, quoted eventlog.PCRs) (*eventlog.Log, error)
 	judge      func(p *bootpolicy.BootPolicy, log *eventlog.Log, quoted eventlog.PCRs) *bootpolicy.Verdict
 }
 
-// real is what serve's gate and a remote verifier run.
+// real is the chain of serve's gate and of a remote verifier.
 var real = chain{attest.Verify, attest.VerifyLogs, bootpolicy.Judge}
 
-// stage says which step of the chain refused.
+// stage names the step of the chain that refused.
 type stage string
 
 const (
@@ -48,7 +48,7 @@ const (
 	unexpected stage = "quote" // the quotes are in order
 )
 
-// run takes an attempt through the chain, the quote included if it has one.
+// run takes an attempt through the chain, including the quote if the attempt has one.
 func (c chain) run(a *attempt) stage {
 	e, d := &a.evidence, a.demand
 	var log *eventlog.Log
@@ -84,8 +84,7 @@ func refusedBy(err error) stage {
 	return unexpected
 }
 
-// signer makes quotes of whatever a machine may have booted. Verify does not ask
-// whose key it is.
+// signer makes quotes of any boot. Verify does not ask whose key it is.
 type signer struct {
 	key    *ecdsa.PrivateKey
 	public []byte
@@ -112,7 +111,7 @@ func newSigner() (*signer, error) {
 	})}, nil
 }
 
-// quote signs these values, as a TPM that has them does.
+// quote signs these values, as a TPM with these values does.
 func (s *signer) quote(bank crypto.Hash, values map[int][]byte) (*tpm.Quote, error) {
 	pcrs := slices.Sorted(maps.Keys(values))
 	h := sha256.New()

@@ -31,8 +31,8 @@ type source struct {
 	demands []*demand
 }
 
-// demand is what is asked of a boot: a boot policy recorded from it, and evidence
-// that it accepts.
+// demand is a demand on a boot: a boot policy recorded from it, and evidence that the
+// boot policy accepts.
 type demand struct {
 	policy *bootpolicy.BootPolicy
 	bank   crypto.Hash
@@ -41,13 +41,13 @@ type demand struct {
 	quote  tpm.Quote
 }
 
-// allPCRs are those that a boot policy can judge, but for IMA's, which has a log of
-// its own.
+// allPCRs are the PCRs that a boot policy can judge. IMA's PCR is left out, because IMA
+// has a separate log.
 var allPCRs = []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15}
 
-// corpus returns the boots that are mutated: those recorded on virtual machines
-// with real firmware, the test logs of other projects, and boots of every type on a
-// simulated machine with a real TPM 2.0.
+// corpus returns the unmutated boots: boots recorded on virtual machines with real
+// firmware, the test logs of other projects, and boots of every type on a simulated
+// machine with a real TPM 2.0.
 func corpus(ctx context.Context, s *signer) ([]*source, error) {
 	root, err := output("go", "list", "-m", "-f", "{{.Dir}}", "github.com/beezy-dev/kleidi")
 	if err != nil {
@@ -77,7 +77,7 @@ func output(name string, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// recordedBoots have the values that their TPM had. Each is taken as it is, and as
+// recordedBoots have the values of their TPM. Each is used unchanged, and also as
 // systemd 261 would have left it: with a separator of the operating system in the
 // userspace log.
 func recordedBoots(s *signer, folder string) ([]*source, error) {
@@ -107,7 +107,7 @@ func recordedBoots(s *signer, folder string) ([]*source, error) {
 	return all, nil
 }
 
-// compare wants the quoted values to be those of a file.
+// compare demands that the quoted values are those in a file.
 func (s *source) compare(path string) error {
 	for _, d := range s.demands {
 		values, err := readValues(path, d.bank)
@@ -145,7 +145,7 @@ func readValues(path string, bank crypto.Hash) (map[int][]byte, error) {
 	return values, nil
 }
 
-// newRecord is a measurement as systemd logs it.
+// newRecord returns a measurement in the form of systemd's log.
 func newRecord(pcr int, text string) string {
 	var digests []string
 	for _, h := range []crypto.Hash{crypto.SHA1, crypto.SHA256, crypto.SHA384, crypto.SHA512} {
@@ -157,8 +157,8 @@ func newRecord(pcr int, text string) string {
 		pcr, strings.Join(digests, ","), text)
 }
 
-// publicLogs are the test logs of other projects. Package eventlog tests that those
-// of TPM 1.2 are refused.
+// publicLogs are the test logs of other projects. Package eventlog tests that logs of
+// TPM 1.2 are refused.
 func publicLogs(s *signer, folder string) ([]*source, error) {
 	files, err := filepath.Glob(filepath.Join(folder, "*/*"))
 	if err != nil {
@@ -235,15 +235,15 @@ func collect(ctx context.Context, name string, m *simboot.Machine) (*source, err
 	})
 }
 
-// signed makes a source of a log that no quote came with.
+// signed makes a source from a log without a quote.
 func (s *signer) signed(name string, firmware, userspace []byte) (*source, error) {
 	return newSource(name, firmware, userspace, func(bank crypto.Hash, pcrs []int) (*tpm.Quote, error) {
 		return s.quote(bank, read(bank, firmware, userspace).values(bank, pcrs))
 	})
 }
 
-// newSource demands all PCRs and those that kleidi seals to, in each bank that can
-// be judged and that the log has.
+// newSource demands all PCRs, and those that kleidi seals to, in each bank of the log
+// that can be judged.
 func newSource(name string, firmware, userspace []byte, quote func(crypto.Hash, []int) (*tpm.Quote, error)) (*source, error) {
 	log, err := eventlog.Parse(firmware)
 	if err != nil {

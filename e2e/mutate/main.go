@@ -1,26 +1,25 @@
 // Command mutate tries to get mutated event logs past the gate: logs of real and
-// simulated boots, changed at random in structure or in bytes, with quotes that fit
-// them or don't.
+// simulated boots, changed at random in structure or in bytes, with quotes that match
+// them or do not.
 //
 //	mutate [-logs N] [-seed S [-from I]]
 //
-// Each goes through the chain that kleidi runs: attest.Verify, which checks the
-// quote's signature, nonce and PCRs, parses both logs, replays them and has
-// go-attestation do the same, and then bootpolicy.Judge with a boot policy recorded
-// from the unmutated boot. Three of four enter it after the signature, in
-// attest.VerifyLogs, with the values that would have been quoted.
+// Each log goes through kleidi's own chain. attest.Verify checks the quote's signature,
+// nonce and PCRs, parses both logs, replays them, and lets go-attestation do the same.
+// Then bootpolicy.Judge judges with a boot policy recorded from the unmutated boot.
+// Three logs of four enter the chain after the signature, in attest.VerifyLogs, with
+// the values that would have been quoted.
 //
 // # The oracle
 //
-// Accepted means that the ordered digests of the judged PCRs are those of the
-// unmutated log, as a reader of this command's own finds them, and that the quoted
-// values are those of the unmutated boot. Anything else that is accepted is a false
-// acceptance, and the command fails; it also fails if one log takes too long, or all
-// of them too much memory.
+// A log may be accepted only if the ordered digests of the judged PCRs are those of the
+// unmutated log, as this command's own reader finds them, and if the quoted values are
+// those of the unmutated boot. Any other acceptance is false, and the command fails. It
+// also fails if one log takes too long, or all of them too much memory.
 //
 // Half of the logs come from a fixed seed, so that two runs can be compared, and half
-// from one that is new each time and is printed. With -seed all come from that one, and
-// -from begins at a later log, which repeats a failure.
+// from a seed that is new each time and is printed. With -seed all logs come from that
+// seed, and -from begins at a later log, which repeats a failure.
 package main
 
 import (
@@ -37,7 +36,7 @@ import (
 	"time"
 )
 
-// Limits. A log of the largest size takes about a second, on a busy machine a few.
+// Limits. A log of the largest size takes about a second, and a few on a busy machine.
 const (
 	maxTime   = 20 * time.Second
 	maxMemory = 1 << 30 // bytes of the whole process
@@ -72,7 +71,7 @@ func run(ctx context.Context, logs, seed, from uint64) error {
 	if seed == 0 {
 		seeds = []uint64{fixedSeed, rand.Uint64()}
 	}
-	debug.SetGCPercent(400) // little is kept, and much is made
+	debug.SetGCPercent(400) // the program keeps little and allocates much
 	begin := time.Now()
 	for i, seed := range seeds {
 		n := logs / uint64(len(seeds))
@@ -99,7 +98,7 @@ func memory() int64 {
 	return u.Maxrss << 10
 }
 
-// campaign is a number of mutated logs, and what became of them.
+// campaign is a number of mutated logs, with their results.
 type campaign struct {
 	chain  chain
 	signer *signer
@@ -149,7 +148,7 @@ func (t *tally) add(o tally) {
 	}
 }
 
-// run tries n logs from a number on; which worker has one does not matter for it.
+// run tries n logs from a number on. It does not matter which worker has which log.
 func (c *campaign) run(ctx context.Context, seed, from, n uint64) error {
 	workers := runtime.GOMAXPROCS(0)
 	tallies, failures := make([]tally, workers), make([]error, workers)

@@ -27,7 +27,7 @@ func newCampaign(t *testing.T, change func(c *chain)) *campaign {
 	return c
 }
 
-// TestMutatedLogs is a short run; make fuzz has the long one.
+// TestMutatedLogs is a short run; "make fuzz" has the long one.
 func TestMutatedLogs(t *testing.T) {
 	c := newCampaign(t, func(*chain) {})
 	if err := c.run(t.Context(), fixedSeed, 0, 10_000); err != nil {
@@ -41,8 +41,8 @@ func TestMutatedLogs(t *testing.T) {
 	}
 }
 
-// unquoted replaces what comes before the boot policy. That one replays too, so that
-// each fault stands for both.
+// unquoted replaces the steps before the boot policy. They replay too, so that each
+// fault counts in both.
 func unquoted(verify func(firmware, userspace []byte, bank crypto.Hash, quoted eventlog.PCRs) (*eventlog.Log, error)) func(*chain) {
 	return func(c *chain) {
 		c.verifyLogs = verify
@@ -53,7 +53,7 @@ func unquoted(verify func(firmware, userspace []byte, bank crypto.Hash, quoted e
 	}
 }
 
-// parsed is what comes before the boot policy, without a replay.
+// parsed is the part before the boot policy, without a replay.
 func parsed(firmware, userspace []byte, _ crypto.Hash, _ eventlog.PCRs) (*eventlog.Log, error) {
 	log, err := eventlog.Parse(firmware)
 	if err != nil {
@@ -64,7 +64,7 @@ func parsed(firmware, userspace []byte, _ crypto.Hash, _ eventlog.PCRs) (*eventl
 	return log, err
 }
 
-// TestTheOracleNotices: each fault in the chain makes it accept something that the
+// TestTheOracleNotices: with each fault in the chain, the chain accepts a log that the
 // oracle finds, within a few thousand logs.
 func TestTheOracleNotices(t *testing.T) {
 	for name, fault := range map[string]func(*chain){
@@ -131,7 +131,7 @@ func TestTheOracleNotices(t *testing.T) {
 	}
 }
 
-// TestFailuresAreReported: a panic, and a quote that is refused, end the run.
+// TestFailuresAreReported: a panic, and a refused quote, end the run.
 func TestFailuresAreReported(t *testing.T) {
 	for want, fault := range map[string]func(*chain){
 		"panic: of the parser": unquoted(func([]byte, []byte, crypto.Hash, eventlog.PCRs) (*eventlog.Log, error) {
@@ -148,7 +148,8 @@ func TestFailuresAreReported(t *testing.T) {
 	}
 }
 
-// TestAnAttemptCanBeRepeated: the number and the seed decide all but the signature.
+// TestAnAttemptCanBeRepeated: the number and the seed decide everything but the
+// signature.
 func TestAnAttemptCanBeRepeated(t *testing.T) {
 	c := newCampaign(t, func(*chain) {})
 	for i := range uint64(200) {

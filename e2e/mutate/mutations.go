@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// boot is what a machine measured, or claims to have. Mutations replace what they
-// change and alter nothing in place: boots share their events with their source.
+// boot is what a machine measured, or claims to have measured. Mutations replace parts
+// and change nothing in place, because boots share their events with their source.
 type boot struct {
 	log     eventlog.Log
 	records []string
@@ -33,7 +33,7 @@ func (b *boot) encode() (firmware, userspace []byte) {
 	return firmware, userspace
 }
 
-// dice are what a mutation decides by.
+// dice are the random choices of a mutation.
 type dice struct {
 	*rand.Rand
 	all []*source
@@ -58,7 +58,7 @@ func (d *dice) digests(list []crypto.Hash) []eventlog.Digest {
 	return eventlog.Measure(list, 0, 0, d.text(), nil).Digests
 }
 
-// mutation changes a boot in one way. It does nothing where there is nothing to change.
+// mutation changes a boot in one way. It does nothing if there is nothing to change.
 type mutation struct {
 	name  string
 	apply func(d *dice, b *boot)

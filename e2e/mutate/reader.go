@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// banks are those that are judged or quoted, with their TPM_ALG_ID and the name
-// that systemd gives them.
+// banks are the judged or quoted banks, with their TPM_ALG_ID and systemd's name for
+// them.
 var banks = map[uint16]bank{0x0b: {crypto.SHA256, "sha256"}, 0x0c: {crypto.SHA384, "sha384"}}
 
 type bank struct {
@@ -20,10 +20,9 @@ type bank struct {
 	name string
 }
 
-// measured are the digests that a log says were extended into each PCR, in their
-// order, and the locality that PCR 0 begins with. It is read by this reader of our
-// own, so that the oracle shares no line with the parser that it judges. The reader
-// is not strict: it takes what it can.
+// measured are the digests that, according to a log, were extended into each PCR, in
+// their order, and the locality that PCR 0 begins with. This separate reader shares no
+// line with the parser that the oracle judges. It is not strict: it takes what it can.
 type measured struct {
 	digests  map[int][][]byte
 	locality byte
@@ -91,7 +90,7 @@ func (m *measured) firmware(hash crypto.Hash, raw []byte) {
 
 func (m *measured) userspace(hash crypto.Hash, raw []byte) {
 	for _, text := range bytes.Split(raw, []byte{0x1e}) {
-		var fields map[string]json.RawMessage // names are as they are written, unlike in a struct
+		var fields map[string]json.RawMessage // names match exactly, unlike in a struct
 		var pcr int
 		var digests []map[string]string
 		if json.Unmarshal(text, &fields) != nil || json.Unmarshal(fields["pcr"], &pcr) != nil || json.Unmarshal(fields["digests"], &digests) != nil {
@@ -115,7 +114,7 @@ func name(hash crypto.Hash) string {
 	return ""
 }
 
-// values are those that a TPM has after these measurements.
+// values returns the values of a TPM after these measurements.
 func (m measured) values(hash crypto.Hash, pcrs []int) map[int][]byte {
 	values := map[int][]byte{}
 	for _, pcr := range pcrs {

@@ -39,15 +39,15 @@ type Node struct {
 	noTPM  bool
 }
 
-// Setup is how a node differs from that of [New].
+// Setup lists the differences from the node of [New].
 type Setup struct {
-	// Binary is kleidi's path; empty means what [Binary] returns.
+	// Binary is kleidi's path; empty means the result of [Binary].
 	Binary string
 	// Settings are added to the configuration: YAML of top-level keys.
 	Settings string
 	// NoTPM leaves the machine without a TPM.
 	NoTPM bool
-	// Init are the flags of init in the place of a recovery recipient.
+	// Init are flags of init that replace the recovery recipient.
 	Init []string
 }
 
@@ -57,7 +57,7 @@ func New(t testing.TB) *Node {
 	return Make(t, Setup{})
 }
 
-// Make does what New does, otherwise set up.
+// Make does the same as New, with another set-up.
 func Make(t testing.TB, s Setup) *Node {
 	t.Helper()
 	if s.Binary == "" {
@@ -76,8 +76,8 @@ func Make(t testing.TB, s Setup) *Node {
 	return n
 }
 
-// Binary returns the path of kleidi: the one that the variable KLEIDI names, or
-// bin/kleidi in the nearest folder above.
+// Binary returns the path of kleidi: the path in the variable KLEIDI, or bin/kleidi in
+// the nearest folder above.
 func Binary(t testing.TB) string {
 	t.Helper()
 	if path := os.Getenv("KLEIDI"); path != "" {
@@ -108,8 +108,8 @@ func (n *Node) write(name, content string) {
 	}
 }
 
-// Configure writes the configuration anew, with these settings added: YAML of
-// top-level keys. A kleidi that serves reads it when it starts again.
+// Configure writes the configuration again with these settings added: YAML of top-level
+// keys. A running kleidi reads it at its next start.
 func (n *Node) Configure(settings string) {
 	n.t.Helper()
 	device := n.Device()
@@ -146,7 +146,7 @@ func (n *Node) makeIdentity() string {
 	return identity.Recipient().String()
 }
 
-// Run runs a verb of kleidi, which must succeed, and returns what it prints.
+// Run runs a kleidi command, which must succeed, and returns its output.
 func (n *Node) Run(verb string, args ...string) []byte {
 	n.t.Helper()
 	out, err := n.Try(verb, args...)
@@ -156,7 +156,7 @@ func (n *Node) Run(verb string, args ...string) []byte {
 	return out
 }
 
-// Try runs a verb of kleidi, which may fail.
+// Try runs a kleidi command, which may fail.
 func (n *Node) Try(verb string, args ...string) ([]byte, error) {
 	var stderr bytes.Buffer
 	cmd := exec.Command(n.binary, append([]string{verb}, append(args, "--config", n.Path("config.yaml"))...)...)
@@ -200,8 +200,8 @@ func (n *Node) WaitOpen() {
 	})
 }
 
-// WaitLocked returns once kleidi's readyz says that it is locked and names a
-// PCR. `kleidi status` must say the same, and which PCR it is.
+// WaitLocked returns once kleidi's readyz says that kleidi is locked, and names a PCR.
+// `kleidi status` must name the same PCR.
 func (n *Node) WaitLocked(pcr string) {
 	n.t.Helper()
 	Eventually(n.t, 20*time.Second, "kleidi says that it is locked", func() error {
@@ -228,7 +228,7 @@ func (n *Node) Get(path string) (code int, body string, err error) {
 	return Get(n.Path("run/http.sock"), path)
 }
 
-// Get asks whatever serves HTTP on a unix socket.
+// Get asks any HTTP server on a unix socket.
 func Get(socket, path string) (code int, body string, err error) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
@@ -242,8 +242,8 @@ func Get(socket, path string) (code int, body string, err error) {
 	return res.StatusCode, string(b), err
 }
 
-// Calls returns how many KMS v2 calls of a method (Status, Encrypt, Decrypt)
-// kleidi has answered since it started, by its own metrics.
+// Calls returns the number of KMS v2 calls of a method (Status, Encrypt, Decrypt) that
+// kleidi has answered since its start, according to its metrics.
 func (n *Node) Calls(method string) int {
 	n.t.Helper()
 	_, body, err := n.Get("/metrics")
@@ -268,7 +268,7 @@ func (n *Node) Calls(method string) int {
 	return sum
 }
 
-// Keyring is what the tests read of `kleidi keyring show -o json`.
+// Keyring is the part of `kleidi keyring show -o json` that the tests read.
 type Keyring struct {
 	ClusterID string
 	Revision  uint64
@@ -290,8 +290,8 @@ func (n *Node) Keyring() Keyring {
 	return k
 }
 
-// EncryptionConfig writes what `kleidi encryption-config` prints into a file for
-// kube-apiserver's --encryption-provider-config, and returns its path.
+// EncryptionConfig writes the output of `kleidi encryption-config` into a file for
+// kube-apiserver's --encryption-provider-config, and returns the path of the file.
 func (n *Node) EncryptionConfig() string {
 	n.t.Helper()
 	n.write("encryption.yaml", string(n.Run("encryption-config")))

@@ -14,7 +14,7 @@ import (
 	"testing"
 )
 
-// Process is a server that logs into a file, which is shown when the test fails.
+// Process is a server that logs into a file. The log is shown if the test fails.
 type Process struct {
 	cmd  *exec.Cmd
 	log  string
@@ -55,11 +55,11 @@ func (p *Process) run(started chan<- error) {
 	err := p.cmd.Start()
 	started <- err
 	if err == nil {
-		_ = p.cmd.Wait() // the state says all
+		_ = p.cmd.Wait() // the state tells everything
 	}
 }
 
-// Alive fails when the server has ended by itself.
+// Alive fails if the server has ended.
 func (p *Process) Alive() error {
 	select {
 	case <-p.done:
@@ -76,7 +76,7 @@ func (p *Process) Stop() { p.signal(syscall.SIGTERM) }
 func (p *Process) Kill() { p.signal(syscall.SIGKILL) }
 
 func (p *Process) signal(s os.Signal) {
-	_ = p.cmd.Process.Signal(s) // a server that has ended is what we want
+	_ = p.cmd.Process.Signal(s) // an error means that the server has ended, as intended
 	<-p.done
 }
 
@@ -89,11 +89,11 @@ func tail(file string, lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// Ports that the kernel gives to no connection by itself (its own begin at 32768).
+// Ports that the kernel never assigns to a connection (its own begin at 32768).
 const firstPort, lastPort = 20000, 32000
 
-// FreePort names a TCP port that nothing listens on, and that no other test gets
-// before this one has ended: it is locked, among all processes of this machine.
+// FreePort returns a TCP port on which nothing listens. A lock, shared by all processes
+// of this machine, keeps other tests from the port until this test has ended.
 func FreePort(t testing.TB) string {
 	t.Helper()
 	dir := filepath.Join(os.TempDir(), "kleidi-test-ports")

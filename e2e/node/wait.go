@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// Eventually asks until ready returns nil, and fails the test when that has not
-// happened within the time.
+// Eventually repeats ready until it returns nil, and fails the test after the given
+// time.
 func Eventually(t testing.TB, within time.Duration, what string, ready func() error) {
 	t.Helper()
 	start := time.Now()

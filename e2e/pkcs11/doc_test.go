@@ -1,4 +1,3 @@
-// Package pkcs11 runs the whole kleidi, as a process, with a key in a PKCS#11 token:
-// the fault matrix, the rotation that does without a token, and what 10,000 wraps
-// leave behind.
+// Package pkcs11 runs the whole kleidi as a process, with a key in a PKCS#11 token: the
+// fault matrix, a rotation without the token, and what 10,000 wraps leave behind.
 package pkcs11

@@ -10,10 +10,10 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// The rows that are not for NSS.
+// The rows that NSS does not have.
 const tokenRemoved, finalTryLeft = "token removed", "one PIN try left"
 
-// faults are what can be wrong with a token, its PIN and its module.
+// faults are the possible faults of a token, its PIN and its module.
 func (k *token) faults(s *site.Site) []site.Fault {
 	wrongPINs := func(want string) {
 		if got := k.read("tries"); got != want {
@@ -38,7 +38,7 @@ func (k *token) faults(s *site.Site) []site.Fault {
 		"PIN", "put the right PIN into the file that pkcs11.pinFile names")
 	wrongPIN.While = func(open bool) {
 		if open {
-			wrongPINs("1") // by two commands
+			wrongPINs("1") // with two commands
 		}
 	}
 	finalTry := row(finalTryLeft, seal.CauseCredentials, func() { k.write("tries", "8") }, func() { wrongPINs("8"); k.tool("--list-objects") },
@@ -60,16 +60,15 @@ func (k *token) faults(s *site.Site) []site.Fault {
 	}
 }
 
-// TestFaults: whatever is wrong with the token, a kleidi that is open goes on, a
-// rotation changes nothing, one that starts is locked and says why, and opens by
-// itself once it is mended.
+// TestFaults: with any fault, an open kleidi goes on and a rotation changes nothing. A
+// kleidi that starts is locked and says why, and opens without help after the repair.
 func TestFaults(t *testing.T) {
 	for name, make_ := range map[string]func(*testing.T) *token{"SoftHSM": newSoftHSM, "NSS": newNSS} {
 		t.Run(name, func(t *testing.T) {
 			k := make_(t)
 			s := newSite(t, k, "[pkcs11]")
 			rows := k.faults(s)
-			if name == "NSS" { // it makes a database where there is none, and pkcs11-tool can't open it
+			if name == "NSS" { // NSS makes a missing database, which pkcs11-tool can't open
 				rows = slices.DeleteFunc(rows, func(row site.Fault) bool { return row.Name == tokenRemoved || row.Name == finalTryLeft })
 			}
 			k.testFaults(s, rows)
@@ -85,7 +84,7 @@ func (k *token) testFaults(s *site.Site, rows []site.Fault) {
 	s.SaidNone(secrets)
 }
 
-// TestFaultsOfTwoOfTwo: the same where the TPM has to open together with the token.
+// TestFaultsOfTwoOfTwo: the same with the TPM and the token together.
 func TestFaultsOfTwoOfTwo(t *testing.T) {
 	const kind = "tpm-and-pkcs11"
 	k := newSoftHSM(t)

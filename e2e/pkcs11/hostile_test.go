@@ -8,7 +8,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestHostileSlots: a writer of the keyring's file, who can't make its MAC.
+// TestHostileSlots: an attacker who can write the keyring's file but can't make its
+// MAC.
 func TestHostileSlots(t *testing.T) {
 	k := newSoftHSM(t)
 	s := newSite(t, k, "[pkcs11]")

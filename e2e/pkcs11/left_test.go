@@ -6,16 +6,16 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/site"
 )
 
-// TestNothingLeftOfTwoOfTwo: after 10,000 wraps by a TPM and a token. (Package hsm has
-// the token alone.)
+// TestNothingLeftOfTwoOfTwo: after 10,000 wraps with a TPM and a token. (Package hsm
+// tests the token alone.)
 func TestNothingLeftOfTwoOfTwo(t *testing.T) {
 	k := newSoftHSM(t)
 	first, _ := site.NewTPM(t)
 	site.NothingLeft(t, site.Pair(first, k.wrapper()))
 }
 
-// TestNothingLeftInServe: nor does the whole kleidi keep anything, whether the token
-// does what is asked or not.
+// TestNothingLeftInServe: the whole kleidi keeps nothing either, whether the token
+// works or fails.
 func TestNothingLeftInServe(t *testing.T) {
 	k := newSoftHSM(t)
 	s := newSite(t, k, "[tpm, pkcs11]")

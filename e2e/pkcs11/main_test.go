@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// binary is kleidi with PKCS#11, shim the PKCS#11 module of hsm/testdata/module:
+// binary is kleidi with PKCS#11. shim is the PKCS#11 module of hsm/testdata/module:
 // SoftHSM's, with faults.
 var binary, shim string
 

@@ -8,8 +8,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestSessionKilledOnce: a token that ends a session is asked again, whatever kleidi
-// was about, and nobody notices.
+// TestSessionKilledOnce: kleidi asks a token that ended a session again, in every
+// operation, and nobody notices.
 func TestSessionKilledOnce(t *testing.T) {
 	k := newSoftHSM(t)
 	s := newSite(t, k, "[pkcs11]")
@@ -31,8 +31,9 @@ func TestSessionKilledOnce(t *testing.T) {
 	s.Decrypts()
 }
 
-// TestSkipsSlot: a token that goes in the middle of a rotation ends it, and nothing is
-// changed; told to, the rotation does without it, which is shown until it is mended.
+// TestSkipsSlot: if a token disappears during a rotation, the rotation ends and changes
+// nothing. With --skip-slot the rotation goes on without the token, and kleidi reports
+// the missing slot until it is repaired.
 func TestSkipsSlot(t *testing.T) {
 	k := newSoftHSM(t)
 	s := newSite(t, k, "[tpm, pkcs11]")

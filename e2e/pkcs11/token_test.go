@@ -17,20 +17,20 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// tries is how many wrong PINs lock the token.
+// tries is the number of wrong PINs that lock the token.
 const tries = 9
 
-// token is one with an AES key, behind the shim.
+// token is a token with an AES key, behind the shim.
 type token struct {
 	t                *testing.T
 	dir              string
 	pin, wrong       string
 	module, initArgs string // the shim's
-	// deleteKey deletes the key, and keeps what putBack brings back.
+	// deleteKey deletes the key, and keeps a copy for putBack.
 	deleteKey func()
 }
 
-// newSoftHSM makes a token of SoftHSM's.
+// newSoftHSM makes a token of SoftHSM.
 func newSoftHSM(t *testing.T) *token {
 	t.Helper()
 	k := newToken(t, "/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so")
@@ -45,10 +45,10 @@ func newSoftHSM(t *testing.T) *token {
 	return k
 }
 
-// newNSS makes a database of NSS softokn's.
+// newNSS makes a database of NSS softokn.
 func newNSS(t *testing.T) *token {
 	t.Helper()
-	t.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1") // a login costs as little as elsewhere
+	t.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1") // so that a login costs as little as with other tokens
 	var paths []string
 	for _, dir := range []string{"/usr/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu/nss", "/usr/lib/aarch64-linux-gnu", "/usr/lib64"} {
 		paths = append(paths, dir+"/libsoftokn3.so")
@@ -66,8 +66,9 @@ func newNSS(t *testing.T) *token {
 	return k
 }
 
-// newToken makes what both have around them. The environment tells the shim of it, and
-// so every kleidi that the test starts. The module is the first of these that there is.
+// newToken makes the common surroundings of both kinds. The environment names the
+// module to the shim, and so to every kleidi that the test starts. The module is the
+// first one of modules that exists.
 func newToken(t *testing.T, modules ...string) *token {
 	t.Helper()
 	k := &token{t: t, dir: t.TempDir(), pin: rand.Text()[:16], wrong: rand.Text()[:16]}
@@ -90,15 +91,15 @@ func newToken(t *testing.T, modules ...string) *token {
 	return k
 }
 
-// settings are kleidi's for this token.
+// settings are kleidi's settings for this token.
 func (k *token) settings(order string) string {
 	return fmt.Sprintf(`unlock: {order: %s, requireAttestation: %t, selfTest: 1m}
 pkcs11: {module: %s, initArgs: %q, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 4s}
 log: {level: debug}`, order, strings.Contains(order, "tpm"), k.path("module.so"), k.initArgs, k.path("pin"))
 }
 
-// newSite is a node with the token; where the TPM is not in the order, the machine
-// has none.
+// newSite is a node with the token. If the TPM is not in the order, the machine has
+// none.
 func newSite(t *testing.T, k *token, order string) *site.Site {
 	t.Helper()
 	setup := node.Setup{Binary: binary, Settings: k.settings(order), NoTPM: !strings.Contains(order, "tpm")}
@@ -108,7 +109,7 @@ func newSite(t *testing.T, k *token, order string) *site.Site {
 	return site.New(t, setup)
 }
 
-// wrapper is that of the token, in the test's own process.
+// wrapper is the token's wrapper in the test's own process.
 func (k *token) wrapper() *hsm.Wrapper {
 	k.t.Helper()
 	w, err := hsm.New(hsm.Config{Module: k.module, InitArgs: k.initArgs, URI: "pkcs11:token=kleidi;object=kek", PINFile: k.path("pin")})
@@ -123,7 +124,7 @@ func (k *token) secrets() map[string][]byte {
 	return map[string][]byte{"PIN": []byte(k.pin), "wrong PIN": []byte(k.wrong)}
 }
 
-// kek is the KEK in a slot of the token.
+// kek returns the KEK in a slot of the token.
 func (k *token) kek(slot seal.Slot) []byte {
 	k.t.Helper()
 	kek, err := k.wrapper().Unwrap(k.t.Context(), slot)
@@ -153,13 +154,13 @@ func (k *token) mkdir(name string) {
 	k.ok(os.Mkdir(k.path(name), 0o700))
 }
 
-// fault tells the shim.
+// fault sets the fault of the shim.
 func (k *token) fault(name string) {
 	k.t.Helper()
 	k.write("fault", name)
 }
 
-// link makes the module that kleidi knows another one; "" takes it away.
+// link replaces kleidi's module with another one; "" removes it.
 func (k *token) link(to string) {
 	k.t.Helper()
 	_ = os.Remove(k.path("module.so"))
@@ -168,7 +169,7 @@ func (k *token) link(to string) {
 	}
 }
 
-// takeOut moves the folder of the tokens away, putBack moves it back.
+// takeOut moves the folder of the tokens away; putBack moves it back.
 func (k *token) takeOut() {
 	k.t.Helper()
 	k.ok(os.Rename(k.path("tokens"), k.path("away")))
@@ -181,7 +182,7 @@ func (k *token) putBack() {
 	k.ok(os.Rename(k.path("away"), k.path("tokens")))
 }
 
-// tool is pkcs11-tool, logged in.
+// tool runs pkcs11-tool, logged in.
 func (k *token) tool(args ...string) {
 	k.t.Helper()
 	k.run("pkcs11-tool", append([]string{"--module", shim, "--token-label", "kleidi", "--login", "--pin", k.pin}, args...)...)

@@ -16,29 +16,27 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Fault is a row of the fault matrix: what is wrong, what everyone is shown, and
-// what mends it.
+// Fault is a row of the fault matrix: the fault, the expected messages, and the repair.
 type Fault struct {
 	Name string
-	// Cause and Says are what is shown: the cause by which a kleidi that starts is
-	// locked, and parts of the text: what is wrong, and what to do next.
+	// Cause is the cause by which a starting kleidi is locked. Says are parts of the
+	// expected text: the fault, and what to do next.
 	Cause seal.Cause
 	Says  []string
-	// Wraps, Opens: what fails.
+	// Wraps and Opens say which operations fail.
 	Wraps, Opens bool
-	// Break brings it about, Mend undoes it. Each has Break called before each
-	// operation: for what happens in its middle.
+	// Break causes the fault, Mend repairs it. If Each is set, Break is called before
+	// each operation, for a fault in the middle of the operation.
 	Break, Mend func()
 	Each        bool
-	// While, if set, is called with the fault there, in a kleidi that is open and in
-	// one that is locked.
+	// While, if set, is called during the fault, in an open kleidi and in a locked one.
 	While func(open bool)
 }
 
-// line is what became of a row.
+// line is the result of a row.
 type line struct{ name, shown, kept, recovered string }
 
-// Matrix runs rows, and logs what became of them as a table. type_ is that of the slot.
+// Matrix runs rows, and logs their results as a table. type_ is the type of the slot.
 func (s *Site) Matrix(type_ string, rows []Fault) {
 	s.t.Helper()
 	each(s, "fault matrix of "+type_, rows, func(row Fault) (string, func() line) {
@@ -46,7 +44,7 @@ func (s *Site) Matrix(type_ string, rows []Fault) {
 	})
 }
 
-// each runs rows as tests of their own, and logs the table of what became of them.
+// each runs rows as separate tests, and logs the table of their results.
 func each[Row any](s *Site, title string, rows []Row, of func(Row) (name string, run func() line)) {
 	s.t.Helper()
 	var lines []line
@@ -55,13 +53,13 @@ func each[Row any](s *Site, title string, rows []Row, of func(Row) (name string,
 		if !s.t.Run(name, func(t *testing.T) {
 			s.In(t, func() { lines = append(lines, run()) })
 		}) {
-			break // what comes next would start from what this one left
+			break // the next row would start from the state that this one left
 		}
 	}
 	s.table(title, lines)
 }
 
-// table logs what became of rows.
+// table logs the results of rows.
 func (s *Site) table(title string, lines []line) {
 	s.t.Helper()
 	var b strings.Builder
@@ -70,11 +68,11 @@ func (s *Site) table(title string, lines []line) {
 	for _, l := range lines {
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", l.name, l.shown, l.kept, l.recovered)
 	}
-	_ = table.Flush() // into memory
+	_ = table.Flush() // writes into memory
 	s.t.Logf("%s:\n%s", title, b.String())
 }
 
-// line says what became of a row that was mended then.
+// line returns the result of a row that was repaired at that time.
 func (s *Site) line(name, shown, kept string, mended time.Time) line {
 	l := line{name, shown, kept, fmt.Sprintf("by itself, in %s", time.Since(mended).Round(time.Second))}
 	if s.t.Failed() {
@@ -83,9 +81,9 @@ func (s *Site) line(name, shown, kept string, mended time.Time) line {
 	return l
 }
 
-// run: a kleidi that is open goes on and says what doesn't work, a rotation changes
-// nothing, a kleidi that starts is locked and says why to everyone, and opens by
-// itself once it is mended.
+// run tests a row: an open kleidi goes on and reports the fault; a rotation changes
+// nothing; a kleidi that starts is locked, says why everywhere, and opens without help
+// after the repair.
 func (s *Site) run(row Fault, type_ string) line {
 	s.t.Helper()
 	before := s.Stored()
@@ -131,11 +129,11 @@ func (row Fault) again() {
 	}
 }
 
-// shownOf bounds how much of an error a table shows, in bytes.
+// shownOf bounds the part of an error in a table, in bytes.
 const shownOf = 160
 
-// isLocked wants each place where it is looked for to say that kleidi is locked, and
-// why. It returns the beginning of that.
+// isLocked demands that kleidi says in every place that it is locked, and why. It
+// returns the beginning of the text.
 func (s *Site) isLocked(row Fault) string {
 	s.t.Helper()
 	locked := "locked: " + string(row.Cause)
@@ -153,13 +151,14 @@ func (s *Site) isLocked(row Fault) string {
 	return strings.TrimSpace(body[:min(len(body), shownOf)])
 }
 
-// quoted is text as it stands inside of a quoted value of the log.
+// quoted is text as it appears inside a quoted value of the log.
 func quoted(text string) string {
 	q := fmt.Sprintf("%q", text)
 	return q[1 : len(q)-1]
 }
 
-// RefusesCalls wants kube-apiserver's calls to end in errors that say these.
+// RefusesCalls demands that kube-apiserver's calls end in errors that contain these
+// texts.
 func (s *Site) RefusesCalls(says ...string) {
 	s.t.Helper()
 	c, ctx := s.Client(), s.t.Context()

@@ -14,19 +14,19 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Forgery is a row of hostile slot contents: what a writer of the keyring's file, who
-// has no KEK, makes of a slot, and what is shown of it.
+// Forgery is a row of hostile slot contents: a slot as changed by an attacker who can
+// write the keyring's file but has no KEK, and the expected message.
 type Forgery struct {
 	Name  string
 	Cause seal.Cause
 	Says  []string
-	// Make returns the data in the place of the slot's.
+	// Make returns the data that replaces the slot's.
 	Make func(slot seal.Slot) []byte
 }
 
-// Hostile runs rows on the slot of this type, and logs what became of them as a table:
-// a kleidi that is open goes on and writes nothing over what it does not trust, one
-// that starts is locked and says why, and opens once the file is brought back.
+// Hostile runs rows on the slot of this type, and logs their results as a table. An
+// open kleidi goes on, and does not overwrite a file that it does not trust. A kleidi
+// that starts is locked and says why, and opens once the file is restored.
 func (s *Site) Hostile(type_ string, rows []Forgery) {
 	s.t.Helper()
 	each(s, "hostile slots of "+type_, rows, func(row Forgery) (string, func() line) {
@@ -55,7 +55,7 @@ func (s *Site) forge(row Forgery, type_ string) line {
 	return s.line(row.Name, shown, "nothing written, open goes on", began)
 }
 
-// store replaces the keyring's file, as whoever may write the disk can.
+// store replaces the keyring's file, as an attacker who can write the disk would.
 func (s *Site) store(b []byte) {
 	s.t.Helper()
 	file := s.Path("state/keyring.json")
@@ -67,7 +67,7 @@ func (s *Site) store(b []byte) {
 	}
 }
 
-// forged returns a keyring with other data in a slot, under the MAC that it had.
+// forged returns a keyring with other data in a slot, under the old MAC.
 func forged(t *testing.T, stored []byte, slot seal.Slot, data []byte) []byte {
 	t.Helper()
 	var e struct {
@@ -85,7 +85,7 @@ func forged(t *testing.T, stored []byte, slot seal.Slot, data []byte) []byte {
 	return fmt.Appendf(nil, `{"body":%q,"mac":%q}`+"\n", b64(body), b64(e.MAC))
 }
 
-// Edit returns what makes another JSON object of a slot's data.
+// Edit returns a Make that edits the JSON object of a slot's data.
 func Edit(edit func(d map[string]any)) func(seal.Slot) []byte {
 	return func(slot seal.Slot) []byte {
 		var d map[string]any
@@ -101,7 +101,7 @@ func Edit(edit func(d map[string]any)) func(seal.Slot) []byte {
 	}
 }
 
-// Oversized is one byte more than is read, and JSON.
+// Oversized is valid JSON, one byte longer than kleidi reads.
 func Oversized(seal.Slot) []byte {
 	const empty = `{"form":""}`
 	return []byte(strings.Replace(empty, `""`, `"`+strings.Repeat("a", seal.MaxSlotData+1-len(empty))+`"`, 1))

@@ -1,6 +1,6 @@
-// Package site is a node with whose kleidi a test speaks as kube-apiserver and as an
-// operator do, and the fault matrix that those of PKCS#11 and of Vault have in common:
-// what each is shown, what is kept, and how it works again.
+// Package site is a node whose kleidi a test uses as kube-apiserver and as an operator
+// do, and the fault matrix that the tests of PKCS#11 and of Vault share: what each user
+// sees, what is kept, and how kleidi recovers.
 package site
 
 import (
@@ -23,19 +23,19 @@ import (
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
-// Seed is the DEK seed that has to decrypt for ever.
+// Seed is the DEK seed that must always decrypt.
 var Seed = bytes.Repeat([]byte("kleidi"), 6)[:32]
 
-// Site is a node that serves.
+// Site is a serving node.
 type Site struct {
 	*node.Node
 
 	t    *testing.T
 	seed *kmsapi.EncryptResponse
-	said bytes.Buffer // all that the commands printed
+	said bytes.Buffer // all output of the commands
 }
 
-// New runs init and serve on a node, which opens, and encrypts the seed.
+// New runs init and serve on a node. kleidi must open, and encrypt the seed.
 func New(t *testing.T, s node.Setup) *Site {
 	t.Helper()
 	n := &Site{Node: node.Make(t, s), t: t}
@@ -44,7 +44,7 @@ func New(t *testing.T, s node.Setup) *Site {
 	return n
 }
 
-// In runs f with the failures in it counted for t.
+// In runs f, and counts its failures for t.
 func (s *Site) In(t *testing.T, f func()) {
 	outer := s.t
 	s.t = t
@@ -52,17 +52,17 @@ func (s *Site) In(t *testing.T, f func()) {
 	f()
 }
 
-// T is what the failures are counted for now.
+// T is the test for which failures are counted now.
 func (s *Site) T() *testing.T { return s.t }
 
-// Restart ends serve and starts it again, which then is open or locked.
+// Restart ends serve and starts it again. Afterwards kleidi is open or locked.
 func (s *Site) Restart() {
 	s.t.Helper()
 	s.Serving.Stop()
 	s.Serve()
 }
 
-// Client is a kube-apiserver's.
+// Client returns a client like kube-apiserver's.
 func (s *Site) Client() kmsapi.KeyManagementServiceClient {
 	s.t.Helper()
 	conn, err := grpc.NewClient("unix://"+s.Path("run/kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -73,7 +73,7 @@ func (s *Site) Client() kmsapi.KeyManagementServiceClient {
 	return kmsapi.NewKeyManagementServiceClient(conn)
 }
 
-// EncryptSeed encrypts the seed anew.
+// EncryptSeed encrypts the seed again.
 func (s *Site) EncryptSeed() {
 	s.t.Helper()
 	var err error
@@ -82,7 +82,7 @@ func (s *Site) EncryptSeed() {
 	}
 }
 
-// Decrypts wants the seed back.
+// Decrypts demands that the seed decrypts.
 func (s *Site) Decrypts() {
 	s.t.Helper()
 	r, err := s.Client().Decrypt(s.t.Context(), &kmsapi.DecryptRequest{Uid: "1", Ciphertext: s.seed.Ciphertext, KeyId: s.seed.KeyId})
@@ -94,7 +94,7 @@ func (s *Site) Decrypts() {
 	}
 }
 
-// Do is a command that succeeds and says these.
+// Do runs a command, which must succeed and print these texts.
 func (s *Site) Do(command string, says ...string) string {
 	s.t.Helper()
 	out, err := s.try(command)
@@ -105,7 +105,7 @@ func (s *Site) Do(command string, says ...string) string {
 	return out
 }
 
-// Refuse is a command that fails and says these.
+// Refuse runs a command, which must fail and print these texts.
 func (s *Site) Refuse(command string, says ...string) {
 	s.t.Helper()
 	out, err := s.try(command)
@@ -126,13 +126,13 @@ func (s *Site) try(command string) (string, error) {
 	return string(out), err
 }
 
-// WantIn wants a text to say these.
+// WantIn demands these texts in a text.
 func (s *Site) WantIn(where, text string, says ...string) {
 	s.t.Helper()
 	WantIn(s.t, where, text, says...)
 }
 
-// WantIn fails the test where a text does not say these.
+// WantIn fails the test if these texts are not in text.
 func WantIn(t testing.TB, where, text string, says ...string) {
 	t.Helper()
 	for _, want := range says {
@@ -142,11 +142,12 @@ func WantIn(t testing.TB, where, text string, says ...string) {
 	}
 }
 
-// How long kleidi may take to say what is wrong, and to notice that it is mended: its
-// attempts are a minute apart at most.
+// The time in which kleidi must report a fault, and the time in which it must notice
+// the repair: its attempts are at most a minute apart.
 const notices, recovers = 20 * time.Second, 90 * time.Second
 
-// WaitSays waits until /readyz has this status and says these, and returns all of it.
+// WaitSays waits until /readyz has this status and contains these texts, and returns
+// the body.
 func (s *Site) WaitSays(status int, says ...string) (body string) {
 	s.t.Helper()
 	within := notices
@@ -169,7 +170,7 @@ func (s *Site) WaitSays(status int, says ...string) (body string) {
 	return body
 }
 
-// Metric wants a line of /metrics.
+// Metric demands a line of /metrics.
 func (s *Site) Metric(line string) {
 	s.t.Helper()
 	_, body, err := s.Get("/metrics")
@@ -181,10 +182,10 @@ func (s *Site) Metric(line string) {
 	}
 }
 
-// Stored is the keyring's file.
+// Stored returns the keyring's file.
 func (s *Site) Stored() []byte { return s.read("state/keyring.json") }
 
-// Log is all that serve has logged.
+// Log returns the whole log of serve.
 func (s *Site) Log() string {
 	s.t.Helper()
 	log := string(s.read("kleidi.log"))
@@ -203,7 +204,7 @@ func (s *Site) read(name string) []byte {
 	return b
 }
 
-// SlotOf is the slot of this type as it is stored.
+// SlotOf returns the stored slot of this type.
 func (s *Site) SlotOf(kind string) seal.Slot {
 	s.t.Helper()
 	untrusted, err := keyring.Parse(s.Stored())
@@ -219,8 +220,8 @@ func (s *Site) SlotOf(kind string) seal.Slot {
 	return seal.Slot{}
 }
 
-// SaidNone searches the log, which is to be at its debug level, and all that the
-// commands printed, for secrets, the seed among them.
+// SaidNone searches the log, which must be at debug level, and the output of all
+// commands for secrets and for the seed.
 func (s *Site) SaidNone(secrets map[string][]byte) {
 	s.t.Helper()
 	secrets["seed"] = Seed
@@ -228,7 +229,7 @@ func (s *Site) SaidNone(secrets map[string][]byte) {
 	FindIn(s.t, "what was printed", s.said.String(), secrets)
 }
 
-// FindIn fails the test where text holds a secret, raw or as programs print bytes.
+// FindIn fails the test if text contains a secret, raw or as programs print bytes.
 func FindIn(t *testing.T, where, text string, secrets map[string][]byte) {
 	t.Helper()
 	for name, secret := range secrets {
@@ -245,8 +246,8 @@ func FindIn(t *testing.T, where, text string, secrets map[string][]byte) {
 	}
 }
 
-// StaysSmall does something 100 times and wants the process that serves to hold no more
-// goroutines and files than after the first few.
+// StaysSmall repeats something 100 times. Afterwards the serving process must hold no
+// more goroutines and files than after the first few times.
 func (s *Site) StaysSmall(do func()) {
 	s.t.Helper()
 	for range 5 {
@@ -264,7 +265,7 @@ func (s *Site) StaysSmall(do func()) {
 	})
 }
 
-// Value is that of a metric without labels.
+// Value returns the value of a metric without labels.
 func (s *Site) Value(metric string) (n int) {
 	s.t.Helper()
 	_, body, err := s.Get("/metrics")

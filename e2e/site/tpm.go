@@ -20,7 +20,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// NewTPM returns the TPM's wrapper on a machine of its own, in this process.
+// NewTPM returns the TPM's wrapper on a separate machine, in this process.
 func NewTPM(t testing.TB) (*tpm.Wrapper, *tpmtest.Machine) {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
@@ -31,7 +31,7 @@ func NewTPM(t testing.TB) (*tpm.Wrapper, *tpmtest.Machine) {
 	return w, m
 }
 
-// TPM returns the wrapper of a machine's TPM as kleidi puts it together.
+// TPM returns the wrapper of a machine's TPM in kleidi's own configuration.
 func TPM(t testing.TB, m *tpmtest.Machine, node string) *tpm.Wrapper {
 	t.Helper()
 	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
@@ -44,15 +44,15 @@ func TPM(t testing.TB, m *tpmtest.Machine, node string) *tpm.Wrapper {
 		State: func(ctx context.Context) (tpm.BootState, error) { return gate.State(ctx) }})
 }
 
-// Pair needs a TPM and another wrapper to open a KEK.
+// Pair returns a wrapper that opens a KEK only with a TPM and another wrapper together.
 func Pair(first *tpm.Wrapper, second both.Part) *both.Wrapper {
 	return &both.Wrapper{Kind: "tpm-and-" + second.Type(), Node: first.Node, First: first, Second: second}
 }
 
-// wraps are how many wraps must leave nothing behind.
+// wraps is the number of wraps that must leave nothing behind.
 const wraps = 10_000
 
-// left is what wraps could leave behind in the process; pages is resident memory in
+// left counts what wraps could leave behind in the process; pages is resident memory in
 // steps of 16 MiB.
 type left struct{ goroutines, files, secrets, pages int }
 
@@ -74,8 +74,8 @@ func count() (l left, err error) {
 	return left{runtime.NumGoroutine(), len(files), strings.Count(string(maps), "secretmem"), resident * os.Getpagesize() >> 24}, err
 }
 
-// NothingLeft wraps 10,000 times as a rotation does, and wants no goroutine, file,
-// connection, locked page or session of the TPM to be left.
+// NothingLeft wraps 10,000 times as a rotation does. No goroutine, file, connection,
+// locked page or session of the TPM may be left.
 func NothingLeft(t *testing.T, w *both.Wrapper) {
 	t.Helper()
 	kek, err := w.Memory.NewKEK()
@@ -109,7 +109,7 @@ func NothingLeft(t *testing.T, w *both.Wrapper) {
 			t.Fatal(err)
 		}
 	}
-	opens() // the TPM has room for its sessions and objects, too
+	opens() // the TPM must also have room for its sessions and objects
 	runtime.GC()
 	node.Eventually(t, notices, "nothing is left", func() error {
 		after, err := count()
@@ -120,7 +120,7 @@ func NothingLeft(t *testing.T, w *both.Wrapper) {
 	})
 }
 
-// Secrets are the KEK in a slot of two wrappers, and the shares of it.
+// Secrets returns the KEK in a slot of two wrappers, and the two shares of it.
 func Secrets(t *testing.T, w *both.Wrapper, slot seal.Slot) map[string][]byte {
 	t.Helper()
 	first, second, err := both.Parts(slot)

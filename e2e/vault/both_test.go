@@ -16,8 +16,8 @@ import (
 
 // Two of two over a TPM and a real Vault.
 
-// TestTwoOfTwoConformance runs the wrappers' common suite, with another key beside
-// the same TPM, and with another TPM beside the same key.
+// TestTwoOfTwoConformance runs the wrappers' common suite, with another key and the
+// same TPM, and with another TPM and the same key.
 func TestTwoOfTwoConformance(t *testing.T) {
 	t.Parallel()
 	s := newServer(t)
@@ -40,8 +40,8 @@ func TestTwoOfTwoConformance(t *testing.T) {
 	}
 }
 
-// TestTwoOfTwoRefuses: without either it does not open, says which of them refuses,
-// and repeats no share, KEK or credential.
+// TestTwoOfTwoRefuses: the slot does not open without either wrapper. The error says
+// which wrapper refuses, and repeats no share, KEK or credential.
 func TestTwoOfTwoRefuses(t *testing.T) {
 	t.Parallel()
 	f := newScene(t, tokenAuth)
@@ -84,7 +84,7 @@ func TestTwoOfTwoRefuses(t *testing.T) {
 	}
 }
 
-// TestNothingLeftOfTwoOfTwo: after 10,000 wraps by both.
+// TestNothingLeftOfTwoOfTwo: after 10,000 wraps with both wrappers.
 func TestNothingLeftOfTwoOfTwo(t *testing.T) {
 	s := newServer(t)
 	c := s.config()
@@ -93,7 +93,7 @@ func TestNothingLeftOfTwoOfTwo(t *testing.T) {
 	site.NothingLeft(t, site.Pair(first, s.wrapper(c)))
 }
 
-// newTwoOfTwo is a node whose TPM and Vault have to open together.
+// newTwoOfTwo is a node whose TPM and Vault must open the keyring together.
 func newTwoOfTwo(t *testing.T) *host {
 	t.Helper()
 	f := newScene(t, tokenAuth)
@@ -102,8 +102,8 @@ func newTwoOfTwo(t *testing.T) *host {
 
 const kindBoth = "tpm-and-vault"
 
-// TestServeTwoOfTwo: the life of a node that needs both: rotations, an update, and
-// either of them refusing.
+// TestServeTwoOfTwo: the life of a node that needs both wrappers: rotations, an update,
+// and a refusal by either wrapper.
 func TestServeTwoOfTwo(t *testing.T) {
 	t.Parallel()
 	s := newTwoOfTwo(t)
@@ -161,7 +161,7 @@ func TestServeTwoOfTwo(t *testing.T) {
 	s.Serve()
 	s.WaitOpen()
 	s.Decrypts()
-	// The slot of the earlier boot goes a moment after the opening.
+	// The slot of the earlier boot disappears a moment after the opening.
 	node.Eventually(t, time.Minute, "every slot opens", func() error {
 		_, err := s.Try("slot", "test")
 		return err
@@ -183,7 +183,8 @@ func TestServeTwoOfTwo(t *testing.T) {
 	s.SaidNone(secrets)
 }
 
-// TestServeTwoOfTwoStands: no slot beside it, unless the operator says what that breaks.
+// TestServeTwoOfTwoStands: kleidi adds no slot that breaks two of two unless the
+// operator says so.
 func TestServeTwoOfTwoStands(t *testing.T) {
 	t.Parallel()
 	s := newTwoOfTwo(t)
@@ -202,12 +203,12 @@ func TestServeTwoOfTwoStands(t *testing.T) {
 	s.Do("rotate")
 	s.Decrypts()
 
-	// Where one of them alone is in the order, nothing is theirs.
+	// With only one of the two in the order, no slot belongs to it.
 	s.Serving.Stop()
 	s.Configure(strings.Replace(settings(s.scene, "[tpm]"), "[tpm]", "[tpm, vault]", 1))
 	s.Serve()
 	s.WaitSays(http.StatusServiceUnavailable, "locked: no-slot")
 }
 
-// recipient is somebody's, who kept the identity elsewhere.
+// recipient belongs to somebody who keeps the identity elsewhere.
 const recipient = "age1lggyhqrw2nlhcxprm67z43rta597azn8gknawjehu9d9dl0jq3yqqvfafg"

@@ -10,11 +10,12 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// commandName is the name under which the test binary is Vault's command line: as
-// much of it as docs/vault.md uses. The real one takes a quarter of an hour to build.
+// commandName is the name under which the test binary acts as Vault's command line, as
+// far as docs/vault.md uses it. The real command line takes a quarter of an hour to
+// build.
 const commandName = "vault"
 
-// command runs `vault args` over the real API.
+// command runs `vault args` with the real API.
 func command(args []string) error {
 	client, err := api.NewClient(nil) // VAULT_ADDR, VAULT_CACERT and VAULT_TOKEN, as the real one does
 	if err != nil {
@@ -35,7 +36,7 @@ func command(args []string) error {
 	return show(secret, flags["field"])
 }
 
-// split tells flags from words. Flags stand before all key=value pairs.
+// split separates flags from words. Flags come before all key=value pairs.
 func split(args []string) (flags map[string]string, words []string, err error) {
 	known := map[string]bool{"f": true, "field": true, "wrap-ttl": true, "policy": true, "period": true, "no-default-policy": true}
 	flags = map[string]string{}

@@ -13,20 +13,20 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// fault is a row of the fault matrix: what is wrong, what the operator reads, and
-// what mends it. The wrapper and the slot were made before; both work afterwards.
+// fault is a row of the fault matrix: the fault, the operator's message, and the
+// repair. The wrapper and the slot were made before, and both work afterwards.
 type fault struct {
 	name  string
 	cause seal.Cause
 	is    error
-	// says are parts of the error: what is wrong, and what to do next.
+	// says are parts of the error: the fault, and what to do next.
 	says []string
-	// wraps, opens: which operation fails.
+	// wraps and opens say which operations fail.
 	wraps, opens bool
 	break_, mend func(f *scene)
 }
 
-// scene is a server with a wrapper and a slot of it.
+// scene is a server, with a wrapper and a slot of the wrapper.
 type scene struct {
 	*server
 	auth   vault.Auth
@@ -91,7 +91,7 @@ var tokenFaults = []fault{
 	{name: "rate-limited", cause: seal.CauseUnavailable, is: vault.ErrRateLimited, says: []string{"limits the rate", "sys/quotas/rate-limit"}, wraps: true, opens: true,
 		break_: func(f *scene) {
 			f.must("sys/quotas/rate-limit/all", map[string]any{"rate": 1, "interval": "1h", "path": "transit/"})
-			_, _ = f.w.Wrap(f.t.Context(), f.kek) // uses it up
+			_, _ = f.w.Wrap(f.t.Context(), f.kek) // uses up the quota
 		},
 		mend: func(f *scene) { f.server.remove("sys/quotas/rate-limit/all") }},
 	{name: "key deleted", cause: seal.CauseKeyMissing, is: vault.ErrKeyMissing, says: []string{"there is no such Transit key", "restore the key"}, wraps: true, opens: true,
@@ -143,8 +143,8 @@ var tokenFaults = []fault{
 		mend: func(f *scene) { f.must("transit/keys/kleidi/config", map[string]any{"min_decryption_version": 1}) }},
 }
 
-// TestFaults: each fault has its cause, its text and its hint; nothing is lost, and
-// the same wrapper works again once it is mended.
+// TestFaults: each fault has its cause, its text and its hint. Nothing is lost, and the
+// same wrapper works again after the repair.
 func TestFaults(t *testing.T) {
 	f := newScene(t, tokenAuth)
 	for _, row := range tokenFaults {
@@ -235,7 +235,8 @@ func (f *scene) unseal() {
 	f.must("sys/unseal", map[string]any{"key": base64.StdEncoding.EncodeToString(share)})
 }
 
-// waitMoved waits until the engine is mounted there: moving is done in the background.
+// waitMoved waits until the engine is mounted at its new path; Vault moves it in the
+// background.
 func (f *scene) waitMoved(mount string) {
 	f.t.Helper()
 	node.Eventually(f.t, 10*time.Second, "the engine is at "+mount, func() error {

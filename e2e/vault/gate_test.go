@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// gate is a way to a server that can be shut, made slow, or broken off.
+// gate is a path to a server that can be shut, slowed down, or broken off.
 type gate struct {
 	t       *testing.T
 	url     string
@@ -33,8 +33,8 @@ func newGate(t *testing.T, url string) *gate {
 	return g
 }
 
-// reserve returns an address whose port stays the test's, also while nobody listens
-// there: a socket that is bound and does not listen keeps others from it.
+// reserve returns an address whose port stays the test's, even while nobody listens
+// there: a bound socket that does not listen keeps others from the port.
 func reserve(t *testing.T) string {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -42,7 +42,7 @@ func reserve(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(fd) })
-	// Listeners of package net have it as well, and so may share the port
+	// Listeners of package net set this option too, and so may share the port
 	err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1), unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
 	name, nameErr := unix.Getsockname(fd)
 	if err := errors.Join(err, nameErr); err != nil {
@@ -51,7 +51,7 @@ func reserve(t *testing.T) string {
 	return fmt.Sprintf("127.0.0.1:%d", name.(*unix.SockaddrInet4).Port)
 }
 
-// open lets everything through.
+// open lets all connections through.
 func (g *gate) open() { g.listen(g.forward) }
 
 // stall accepts connections and answers none.
@@ -65,7 +65,7 @@ func (g *gate) breakOff() {
 	})
 }
 
-// shut refuses connections, and ends those that are there.
+// shut refuses connections, and ends the present ones.
 func (g *gate) shut() {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestServeHostileSlots: a writer of the keyring's file, who can't make its MAC. The
-// server that the slots name is never dialled.
+// TestServeHostileSlots: an attacker who can write the keyring's file but can't make
+// its MAC. kleidi never dials the server that a slot names.
 func TestServeHostileSlots(t *testing.T) {
 	t.Parallel()
 	s := newHost(t, "[vault]")
@@ -45,7 +45,7 @@ func TestServeHostileSlots(t *testing.T) {
 	s.saidNoSecret(t, s.SlotOf(seal.TypeVault))
 }
 
-// TestServeDownDuringRotation: the server goes while it is asked for the new KEK.
+// TestServeDownDuringRotation: the server disappears while it wraps the new KEK.
 func TestServeDownDuringRotation(t *testing.T) {
 	t.Parallel()
 	s := newHost(t, "[vault]")

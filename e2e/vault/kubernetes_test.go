@@ -27,7 +27,8 @@ type apiserver struct {
 	client     *http.Client
 }
 
-// kubernetesAuth has Vault ask a real kube-apiserver whose token it is (TokenReview).
+// kubernetesAuth makes Vault ask a real kube-apiserver to review the token
+// (TokenReview).
 func kubernetesAuth(s *server) vault.Auth {
 	s.t.Helper()
 	a := startAPIServer(s.t, s)
@@ -41,7 +42,7 @@ func kubernetesAuth(s *server) vault.Auth {
 		"bound_service_account_namespaces": "kube-system", "audience": "vault", "token_policies": "kleidi",
 		"token_ttl": "1m", "token_no_default_policy": true})
 	file := s.write("projected", []byte(a.serviceToken(s.t, "kleidi", "vault")))
-	// Kubernetes makes projected tokens readable to their group, and others
+	// Kubernetes makes projected tokens readable for their group and for others
 	if err := os.Chmod(file, 0o644); err != nil {
 		s.t.Fatal(err)
 	}
@@ -88,7 +89,7 @@ func (a *apiserver) ready(s *server) (err error) {
 	return a.do(http.MethodGet, "/api/v1/namespaces/kube-system", nil, nil)
 }
 
-// reviewer makes the service account as which Vault asks.
+// reviewer makes the service account with which Vault asks.
 func (a *apiserver) reviewer(t *testing.T) {
 	t.Helper()
 	a.account(t, "vault-reviewer")

@@ -17,11 +17,11 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// TestNothingLeft wraps so many KEKs, a tenth of them with a login each, in so many
-// goroutines at once.
+// TestNothingLeft wraps this many KEKs, a tenth of them with a separate login, in this
+// many goroutines at once.
 const wraps, atOnce = 10000, 8
 
-// open counts what a process has open.
+// open counts the open resources of a process.
 func open(t *testing.T) (goroutines, files, sockets int) {
 	t.Helper()
 	names, err := filepath.Glob("/proc/self/fd/*")
@@ -75,7 +75,7 @@ func TestNothingLeft(t *testing.T) {
 	}
 }
 
-// secretsOf lists what no message may hold: the KEK and all credentials.
+// secretsOf lists the secrets that no message may contain: the KEK and all credentials.
 func secretsOf(t *testing.T, f *scene) map[string][]byte {
 	t.Helper()
 	all := map[string][]byte{}
@@ -88,7 +88,7 @@ func secretsOf(t *testing.T, f *scene) map[string][]byte {
 	return all
 }
 
-// TestErrorsHoldNoSecret: whatever is wrong, no error repeats a KEK or a credential.
+// TestErrorsHoldNoSecret: with any fault, no error repeats a KEK or a credential.
 func TestErrorsHoldNoSecret(t *testing.T) {
 	for name, auth := range map[string]func(*server) vault.Auth{"token": tokenAuth, "approle": appRoleAuth, "jwt": jwtAuth} {
 		t.Run(name, func(t *testing.T) {
@@ -112,17 +112,17 @@ func TestErrorsHoldNoSecret(t *testing.T) {
 	}
 }
 
-// TestMemory: what a core file would show after a KEK was wrapped and opened holds
-// no copy of it. (Its base64, in which it travels, may be left where crypto/tls grew
-// a buffer; docs/vault.md says so.)
+// TestMemory: after a KEK was wrapped and opened, the memory that a core file would
+// show holds no copy of it. (A copy of its base64 may be left where crypto/tls grew a
+// buffer; docs/vault.md says so.)
 func TestMemory(t *testing.T) {
 	f := newScene(t, appRoleAuth)
 	kek := newKEK(t)
 	watch := sealtest.NewWatch()
 	watch.Add("KEK", kek)
 	for range 5 {
-		// Pools are empty after two collections: buffers that come from there start
-		// small, and grow
+		// Pools are empty after two collections, so buffers from them start small, and
+		// grow
 		runtime.GC()
 		runtime.GC()
 		slot := wrap(t, f.w, kek)
@@ -133,8 +133,8 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-// TestNothingLeftInServe: nor does the whole kleidi keep anything, whether the server
-// does what is asked or not.
+// TestNothingLeftInServe: the whole kleidi keeps nothing either, whether the server
+// works or fails.
 func TestNothingLeftInServe(t *testing.T) {
 	t.Parallel()
 	s := newHost(t, "[tpm, vault]")

@@ -14,8 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// TestRefusedLogins: for each method, what is wrong with the credentials, and that
-// the same wrapper works once they are right.
+// TestRefusedLogins: for each method, the message about wrong credentials. The same
+// wrapper works once they are right.
 func TestRefusedLogins(t *testing.T) {
 	for _, row := range []struct {
 		name  string
@@ -98,8 +98,8 @@ func TestKubernetesRefuses(t *testing.T) {
 	checkOpens(t, w, slot, kek)
 }
 
-// TestWrappedSecretID: a wrapping token opens once, only for what it is said to
-// wrap, and a new one in the file is taken.
+// TestWrappedSecretID: a wrapping token opens once, and only for the content that it is
+// said to wrap; a new token in the file is used.
 func TestWrappedSecretID(t *testing.T) {
 	s := newServer(t)
 	c := s.config()
@@ -124,14 +124,14 @@ func TestWrappedSecretID(t *testing.T) {
 	checkError(t, "a token that wraps something else", err, seal.CauseCredentials, nil, `wraps a value from "sys/wrapping/wrap", not a secret ID`)
 }
 
-// failing is a key whose device is gone.
+// failing is a key whose device is missing.
 type failing struct{ crypto.Signer }
 
 func (failing) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
 	return nil, errors.New("TPM2_Sign: the device is gone")
 }
 
-// TestKeyElsewhereFails: what the key's device says is what the operator reads.
+// TestKeyElsewhereFails: the operator reads the message of the key's device.
 func TestKeyElsewhereFails(t *testing.T) {
 	s := newServer(t)
 	c := s.config()

@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// names are the folders of e2e/servers that are needed here.
+// names are the folders of e2e/servers that the tests need.
 var names = []string{"vault", "etcd", "kube-apiserver-1.37"}
 
 // binaries are paths by name.

@@ -16,7 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// methods are the ways to log in, each set up as docs/vault.md says.
+// methods are the auth methods, each set up as docs/vault.md says.
 var methods = map[string]func(s *server) vault.Auth{
 	"token":                tokenAuth,
 	"approle":              appRoleAuth,
@@ -70,8 +70,8 @@ func appRoleAuth(s *server) vault.Auth {
 	return vault.Auth{Method: vault.MethodAppRole, RoleID: id, SecretIDFile: s.write("secret-id", []byte(secret+"\n"))}
 }
 
-// wrappedAuth: a wrapping token opens once, so one wrapper only may log in with it;
-// the suite's Other refuses slots before that.
+// wrappedAuth: a wrapping token opens once, so only one wrapper may log in with it; the
+// suite's Other refuses slots before that.
 func wrappedAuth(s *server) vault.Auth {
 	s.t.Helper()
 	id := appRole(s)

@@ -14,14 +14,14 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// host is a node whose kleidi has the Vault of a scene as a wrapper.
+// host is a node whose kleidi uses the Vault of a scene as a wrapper.
 type host struct {
 	*site.Site
 	scene *scene
 }
 
-// newHost runs init with this order of wrappers; where the TPM is not among them,
-// the machine has none.
+// newHost runs init with this order of wrappers. If the TPM is not among them, the
+// machine has none.
 func newHost(t *testing.T, order string) *host {
 	t.Helper()
 	f := newScene(t, tokenAuth)
@@ -40,8 +40,8 @@ vault:
 log: {level: debug}`, order, strings.Contains(order, "tpm"), f.gate.url, f.path("ca.pem"), serverName, f.path("token"))
 }
 
-// saidNoSecret wants neither the log nor what the commands printed to hold the KEK in
-// that slot, or the credentials of now.
+// saidNoSecret demands that neither the log nor the output of the commands contains the
+// KEK in that slot, or the present credentials.
 func (s *host) saidNoSecret(t *testing.T, slot seal.Slot) {
 	t.Helper()
 	secrets := secretsOf(t, s.scene)
@@ -54,7 +54,7 @@ func (s *host) saidNoSecret(t *testing.T, slot seal.Slot) {
 	s.SaidNone(secrets)
 }
 
-// serveFaults are those of the wrapper, and what only a whole kleidi shows.
+// serveFaults are the wrapper's faults, and those that only a whole kleidi shows.
 var serveFaults = append([]fault{
 	{name: "wrong credentials", cause: seal.CauseCredentials, says: []string{"the token is expired, revoked or of another server", "vault.auth.tokenFile"}, wraps: true, opens: true,
 		break_: func(f *scene) { f.write("token", []byte("hvs.of-another-server")) }, mend: func(f *scene) { tokenAuth(f.server) }},
@@ -70,9 +70,9 @@ func (f *scene) reissue(name string) {
 	f.start()
 }
 
-// TestServeFaults: whatever is wrong with Vault, a kleidi that is open goes on, a
-// rotation changes nothing, a kleidi that starts is locked and says why, and opens
-// by itself once it is mended.
+// TestServeFaults: with any fault of Vault, an open kleidi goes on and a rotation
+// changes nothing. A kleidi that starts is locked and says why, and opens without help
+// after the repair.
 func TestServeFaults(t *testing.T) {
 	t.Parallel()
 	s := newHost(t, "[vault]")
@@ -84,14 +84,14 @@ func TestServeFaults(t *testing.T) {
 	s.saidNoSecret(t, s.SlotOf(seal.TypeVault))
 }
 
-// whole is the row for a whole kleidi.
+// whole returns the row for a whole kleidi.
 func (row fault) whole(f *scene) site.Fault {
 	return site.Fault{Name: row.name, Cause: row.cause, Says: row.says, Wraps: row.wraps, Opens: row.opens,
 		Break: func() { row.break_(f) }, Mend: func() { row.mend(f) }}
 }
 
-// TestServeSkipsSlot: a rotation does without a slot where it is told to, says so
-// until the slot is there again, and keeps no way back that looks whole.
+// TestServeSkipsSlot: a rotation that was told to go on without a slot reports the
+// missing slot until the slot exists again, and never shows it as usable.
 func TestServeSkipsSlot(t *testing.T) {
 	t.Parallel()
 	s := newHost(t, "[tpm, vault]")
@@ -111,7 +111,7 @@ func TestServeSkipsSlot(t *testing.T) {
 			t.Errorf("kleidi %s does not say that the slot of vault is missing", command)
 		}
 	}
-	s.Do("rotate") // the next one leaves it out as well
+	s.Do("rotate") // the next rotation leaves the slot out as well
 	s.Do("status", "left out by the rotation")
 	s.Refuse("slot test", "DOES NOT OPEN", "run kleidi slot add vault once its backend answers")
 	s.Refuse("slot add vault", "connection refused")
@@ -130,8 +130,8 @@ func TestServeSkipsSlot(t *testing.T) {
 	s.saidNoSecret(t, s.SlotOf(seal.TypeVault))
 }
 
-// TestServeFallsBack: a TPM that refuses gives way to Vault, loudly; with Vault away
-// too kleidi is locked, tells of both, and opens by itself.
+// TestServeFallsBack: if the TPM refuses, kleidi falls back to Vault, loudly. If Vault
+// is unavailable too, kleidi is locked, reports both, and later opens without help.
 func TestServeFallsBack(t *testing.T) {
 	t.Parallel()
 	s := newHost(t, "[tpm, vault]")
@@ -179,8 +179,8 @@ func TestServeWithoutFallback(t *testing.T) {
 	s.WaitLocked("PCR 4")
 }
 
-// TestServeVersions: a slot outlives its key's rotation, is moved, and a setting that
-// locks it out is found while kleidi is open.
+// TestServeVersions: a slot survives the rotation of its key and is moved to the new
+// version. A setting that locks the slot out is found while kleidi is open.
 func TestServeVersions(t *testing.T) {
 	t.Parallel()
 	s := newHost(t, "[vault]")
@@ -215,10 +215,10 @@ func TestServeVersions(t *testing.T) {
 	s.saidNoSecret(t, s.SlotOf(seal.TypeVault))
 }
 
-// notices bounds how long kleidi may take to ask for what it needs.
+// notices bounds the time until kleidi asks for what it needs.
 const notices = 10 * time.Second
 
-// TestServeDownDuringUnlock: the server goes while it is asked.
+// TestServeDownDuringUnlock: the server disappears during the unlock.
 func TestServeDownDuringUnlock(t *testing.T) {
 	t.Parallel()
 	s := newHost(t, "[vault]")

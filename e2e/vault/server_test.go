@@ -24,10 +24,10 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// serverName is in the server's certificate, beside its address.
+// serverName is a name in the server's certificate, in addition to its address.
 const serverName = "vault.test"
 
-// server is a real Vault with a Transit key, and a client of it that may do all.
+// server is a real Vault with a Transit key, and a client of it with all rights.
 type server struct {
 	*node.Process
 	t    *testing.T
@@ -36,7 +36,7 @@ type server struct {
 	ca   *authority
 	args []string
 	root *api.Client
-	// What the auth methods leave for tests to go on with.
+	// Results of the auth methods' set-up that tests use.
 	roleID    string
 	jwtKey    *ecdsa.PrivateKey
 	apiserver *apiserver
@@ -52,7 +52,7 @@ func newServer(t *testing.T, args ...string) *server {
 	return s
 }
 
-// startServer starts a Vault that holds nothing yet.
+// startServer starts an empty Vault.
 func startServer(t *testing.T, args ...string) *server {
 	t.Helper()
 	port := node.FreePort(t)
@@ -80,13 +80,13 @@ func (s *server) start() {
 		if s.root == nil {
 			s.root = s.client("")
 		}
-		s.root.SetToken(string(token)) // it may not have been written whole a moment ago
+		s.root.SetToken(string(token)) // a moment ago the file may have been incomplete
 		_, err = s.root.Logical().ReadWithContext(s.t.Context(), "sys/mounts")
 		return err
 	})
 }
 
-// client is the library's own, set up without this project's code.
+// client is the library's own client, set up without this project's code.
 func (s *server) client(token string) *api.Client {
 	s.t.Helper()
 	roots := x509.NewCertPool()
@@ -145,12 +145,12 @@ func (s *server) copy(from, to string) {
 	s.write(to, b)
 }
 
-// config is complete but for Auth.
+// config is a complete configuration except for Auth.
 func (s *server) config() vault.Config {
 	return vault.Config{Address: s.url, Key: "kleidi", CAFile: s.path("ca.pem"), Timeout: 10 * time.Second}
 }
 
-// wrapper makes one whose configuration has to be right.
+// wrapper makes a wrapper from a configuration that must be valid.
 func (s *server) wrapper(c vault.Config) *vault.Wrapper {
 	s.t.Helper()
 	w, err := vault.New(c)
@@ -161,7 +161,7 @@ func (s *server) wrapper(c vault.Config) *vault.Wrapper {
 	return w
 }
 
-// documentedRules returns the rules that docs/vault.md shows, as they stand there.
+// documentedRules returns the rules in docs/vault.md, unchanged.
 func documentedRules(t *testing.T) string {
 	t.Helper()
 	b, err := os.ReadFile("../../docs/vault.md")
@@ -246,7 +246,7 @@ func (a *authority) issue(t *testing.T, file, name string) *ecdsa.PrivateKey {
 	return key
 }
 
-// field reads a string of an answer.
+// field reads a string from an answer.
 func field(t *testing.T, secret *api.Secret, name string) string {
 	t.Helper()
 	if secret == nil {

@@ -16,7 +16,8 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// tpmAuth logs in by a certificate whose key is in a TPM: no credential is on the disk.
+// tpmAuth logs in with a certificate whose key is in a TPM: no credential is on the
+// disk.
 func tpmAuth(s *server) vault.Auth {
 	s.t.Helper()
 	certAuth(s)

@@ -17,7 +17,7 @@ type inTPM struct {
 	steps []string // the document's commands that make the key and its certificate
 }
 
-// newInTPM has the kleidi of the document's commands run on a node with a TPM.
+// newInTPM makes the document's commands run a kleidi on a node with a TPM.
 func newInTPM(d *documented) *inTPM {
 	d.t.Helper()
 	n := &inTPM{Node: node.New(d.t), d: d}
@@ -25,7 +25,7 @@ func newInTPM(d *documented) *inTPM {
 	if err := os.WriteFile(filepath.Join(d.bin, "kleidi"), []byte(script), 0o700); err != nil {
 		d.t.Fatal(err)
 	}
-	// What is restarted in the document is started by the test, with those settings.
+	// The test itself starts what the document restarts, with those settings.
 	for name, script := range map[string]string{"sudo": "exec \"$@\"", "systemctl": "[ \"$*\" = daemon-reload ] || [ \"$*\" = 'restart kleidi' ]"} {
 		if err := os.WriteFile(filepath.Join(d.bin, name), []byte("#!/bin/sh\n"+script+"\n"), 0o700); err != nil {
 			d.t.Fatal(err)
@@ -35,15 +35,15 @@ func newInTPM(d *documented) *inTPM {
 	return n
 }
 
-// run runs a block, and keeps it for when the key has to be made anew.
+// run runs a block, and keeps it for making the key again.
 func (n *inTPM) run(block string) {
 	n.d.t.Helper()
 	n.steps = append(n.steps, block)
 	n.d.run(block)
 }
 
-// configured follows the document: the slot is made, and opens the keyring where the
-// TPM's own does not.
+// configured follows the document: the slot is made, and opens the keyring if the TPM's
+// own slot does not.
 func (n *inTPM) configured(text string) {
 	t := n.d.t
 	t.Helper()
@@ -68,7 +68,7 @@ func (n *inTPM) opensByVault() {
 	n.Serving.Stop()
 }
 
-// changed is the document's way out where PCR 7 is another.
+// changed follows the document's way out after a change of PCR 7.
 func (n *inTPM) changed(remove string) {
 	t := n.d.t
 	t.Helper()
@@ -85,7 +85,7 @@ func (n *inTPM) changed(remove string) {
 	n.opensByVault()
 }
 
-// serve has the node open, and seal to the boot of now.
+// serve opens the node, and seals to the present boot.
 func (n *inTPM) serve() {
 	n.d.t.Helper()
 	n.ServeOpen()

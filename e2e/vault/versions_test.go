@@ -34,8 +34,8 @@ func check(t *testing.T, w *vault.Wrapper, slot seal.Slot) string {
 	return strings.Join(warnings, "\n")
 }
 
-// TestVersions: a slot survives the key's rotation, is moved to the newest version,
-// and a setting that would lock it out is found before it does.
+// TestVersions: a slot survives the key's rotation and is moved to the newest version.
+// A setting that would lock the slot out is found before it does.
 func TestVersions(t *testing.T) {
 	f := newScene(t, appRoleAuth)
 	if v := version(t, f.slot); v != 1 {
@@ -72,7 +72,7 @@ func TestVersions(t *testing.T) {
 	}
 }
 
-// TestWarnings: what Check finds in a key's settings and in what the token may do.
+// TestWarnings: the findings of Check in a key's settings and in the token's rights.
 func TestWarnings(t *testing.T) {
 	f := newScene(t, appRoleAuth)
 	f.must("transit/keys/kleidi/config", map[string]any{"deletion_allowed": true})
@@ -105,8 +105,8 @@ func TestKeyNeedsContext(t *testing.T) {
 	checkError(t, "Wrap", err, seal.CauseUnavailable, nil, "missing 'context'", "can encrypt without a context")
 }
 
-// TestStandby: a standby sends the request on to the active server, which the same
-// CA has to vouch for.
+// TestStandby: a standby redirects the request to the active server, for which the same
+// CA must vouch.
 func TestStandby(t *testing.T) {
 	port := node.FreePort(t)
 	s := newServer(t, "-standby", "127.0.0.1:"+port)
@@ -149,8 +149,8 @@ func redirects(t *testing.T, s *server, url string) {
 	})
 }
 
-// TestRestart: a wrapper outlives its server, and one that was made while the server
-// was down works once it is up.
+// TestRestart: a wrapper survives a restart of its server, and a wrapper made while the
+// server was down works once the server is up.
 func TestRestart(t *testing.T) {
 	f := newScene(t, appRoleAuth)
 	f.Stop()
@@ -164,7 +164,7 @@ func TestRestart(t *testing.T) {
 	checkOpens(t, f.w, f.slot, f.kek)
 }
 
-// TestRateLimitPasses: a quota that is used up for a moment is waited for.
+// TestRateLimitPasses: the wrapper waits for a quota that is used up for a moment.
 func TestRateLimitPasses(t *testing.T) {
 	f := newScene(t, tokenAuth)
 	f.must("sys/quotas/config", map[string]any{"enable_rate_limit_response_headers": true})
@@ -182,7 +182,8 @@ func TestRateLimitPasses(t *testing.T) {
 	}
 }
 
-// TestLeastPrivilege: each of the documented rules is needed, and they allow nothing else.
+// TestLeastPrivilege: each of the documented rules is necessary, and they allow nothing
+// else.
 func TestLeastPrivilege(t *testing.T) {
 	f := newScene(t, appRoleAuth)
 	rules := documentedRules(t)
@@ -218,7 +219,7 @@ func TestLeastPrivilege(t *testing.T) {
 	}
 }
 
-// TestTokensAreGivenBack: after operations that succeed and fail no token is left.
+// TestTokensAreGivenBack: after operations that succeed or fail, no token is left.
 func TestTokensAreGivenBack(t *testing.T) {
 	f := newScene(t, appRoleAuth)
 	before := accessors(t, f)
@@ -244,8 +245,8 @@ func accessors(t *testing.T, f *scene) int {
 	return len(list.Data["keys"].([]any))
 }
 
-// TestHostileSlots: whatever a slot says, nothing but the configured key is asked,
-// and what comes out is a typed error or not this wrapper's.
+// TestHostileSlots: with any slot, the wrapper asks only for the configured key, and
+// the result is a typed error or "not mine".
 func TestHostileSlots(t *testing.T) {
 	f := newScene(t, appRoleAuth)
 	var parsed struct{ Ciphertext string }
@@ -256,7 +257,7 @@ func TestHostileSlots(t *testing.T) {
 	good := parsed.Ciphertext
 	for name, row := range map[string]struct {
 		data  string
-		cause seal.Cause // empty is seal.ErrNotMine
+		cause seal.Cause // empty means seal.ErrNotMine
 	}{
 		"another address":        {`{"format":1,"address":"https://evil.test","mount":"transit","key":"kleidi","ciphertext":"` + good + `"}`, seal.CauseSlotCorrupt},
 		"another mount":          {`{"format":1,"mount":"sys/../transit","key":"kleidi","ciphertext":"` + good + `"}`, ""},
@@ -285,7 +286,7 @@ func TestHostileSlots(t *testing.T) {
 	}
 }
 
-// TestWrapLike: a slot of this key is followed, that of another key is not.
+// TestWrapLike: WrapLike accepts a slot of this key, and refuses a slot of another key.
 func TestWrapLike(t *testing.T) {
 	f := newScene(t, appRoleAuth)
 	next := newKEK(t)
@@ -301,7 +302,7 @@ func TestWrapLike(t *testing.T) {
 	}
 }
 
-// TestTLSNames: the name that is configured must be in the certificate.
+// TestTLSNames: the configured name must be in the certificate.
 func TestTLSNames(t *testing.T) {
 	f := newScene(t, tokenAuth)
 	c := f.config()

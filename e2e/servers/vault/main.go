@@ -83,7 +83,7 @@ func run(addr, standby, certificate, key, dir string) error {
 	return <-failed
 }
 
-// storage is on the disk, or in memory where two cores share it.
+// storage is on the disk, or in memory if two cores share it.
 type storage struct {
 	physical.Backend
 	ha physical.HABackend
@@ -178,10 +178,10 @@ func (r registry) Keys(t consts.PluginType) (names []string) {
 	return names
 }
 
-// DeprecationStatus says that what is here is supported.
+// DeprecationStatus says that every plugin here is supported.
 func (r registry) DeprecationStatus(name string, t consts.PluginType) (consts.DeprecationStatus, bool) {
 	return consts.Supported, r.Contains(name, t)
 }
 
-// IsBuiltinEntPlugin says that nothing here is Enterprise's.
+// IsBuiltinEntPlugin says that no plugin here belongs to Enterprise.
 func (registry) IsBuiltinEntPlugin(string, consts.PluginType) bool { return false }

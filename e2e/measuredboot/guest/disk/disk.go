@@ -1,4 +1,4 @@
-// Package disk finds a test machine's disks, and carries files on them.
+// Package disk finds a test machine's disks, and transfers files on them.
 package disk
 
 import (
@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Open opens the disk that has this serial number. The kernel may still be looking
-// for its disks; it has a minute.
+// Open opens the disk with this serial number. The kernel may still be looking for its
+// disks; it has a minute.
 func Open(serial string, flag int) (*os.File, error) {
 	deadline := time.NewTimer(time.Minute)
 	defer deadline.Stop()

@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// File is a file in an archive, by its path. One that ends in a slash is a folder.
+// File is a file in an archive, by its path. A path that ends in a slash is a folder.
 type File struct {
 	Name string
 	Mode int64

@@ -12,9 +12,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal/recovery"
 )
 
-// forge writes a keyring that is consistent in itself: it has the real one's cluster
-// ID and nodes and a higher revision, and its TPM slots open on this machine. Only
-// its KEK is the attacker's.
+// forge writes a consistent keyring: it has the real keyring's cluster ID and nodes and
+// a higher revision, and its TPM slots open on this machine. Only its KEK is the
+// attacker's.
 func forge(f wire.Forge) error {
 	ours, err := parse(f.Real)
 	if err != nil {

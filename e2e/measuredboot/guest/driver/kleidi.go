@@ -21,17 +21,17 @@ import (
 const (
 	socket  = "unix:///run/kleidi/kms.sock"
 	logFile = "/run/serve.log"
-	// patience is for one step; the machine is emulated, on a host that may be busy.
+	// patience bounds one step; the machine is emulated, on a host that may be busy.
 	patience = 2 * time.Minute
 )
 
-// serving is a running kleidi serve. Without cmd it is a unit of systemd.
+// serving is a running kleidi serve. If cmd is nil, it is a unit of systemd.
 type serving struct {
 	cmd   *exec.Cmd
 	ended chan error
 }
 
-// systemd says whether systemd runs this machine.
+// systemd reports whether systemd runs this machine.
 func systemd() bool {
 	_, err := os.Stat("/run/systemd/system")
 	return err == nil
@@ -77,8 +77,8 @@ func command(line []string, r *wire.Result) error {
 	return err
 }
 
-// serve starts kleidi serve, waits until it has tried to open the keyring, and
-// asks what came of it: through KMS v2, and with kleidi status.
+// serve starts kleidi serve, waits until kleidi has tried to open the keyring, and asks
+// for the result through KMS v2 and with kleidi status.
 func (m *machine) serve(r *wire.Result) error {
 	if m.serving != nil {
 		return errors.New("kleidi serve runs already")
@@ -97,7 +97,7 @@ func (m *machine) serve(r *wire.Result) error {
 	return tried
 }
 
-// tried returns what KMS v2 Status says after the first attempt to unlock.
+// tried returns the answer of KMS v2 Status after the first attempt to unlock.
 func (s *serving) tried(r *wire.Result) error {
 	deadline := time.NewTimer(patience)
 	defer deadline.Stop()
@@ -119,7 +119,8 @@ func (s *serving) tried(r *wire.Result) error {
 	}
 }
 
-// early says whether kleidi was asked before it listened or had tried.
+// early reports whether kleidi was asked before it listened or before its first
+// attempt.
 func early(err error) bool {
 	s := err.Error()
 	return strings.Contains(s, "connection error") || strings.Contains(s, "first attempt to unlock has not ended")
@@ -141,10 +142,10 @@ func (m *machine) stop() string {
 
 func (s *serving) stop() {
 	if s.cmd == nil {
-		_ = command([]string{"systemctl", "stop", unit}, &wire.Result{}) // what it left is looked at
+		_ = command([]string{"systemctl", "stop", unit}, &wire.Result{}) // the log is examined afterwards
 		return
 	}
-	_ = s.cmd.Process.Signal(unix.SIGTERM) // one that has ended is what we want
+	_ = s.cmd.Process.Signal(unix.SIGTERM) // an error means that kleidi has ended, as intended
 	select {
 	case <-s.ended:
 	case <-time.After(patience):

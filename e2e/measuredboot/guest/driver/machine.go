@@ -74,8 +74,8 @@ func readPCRs(into map[int]string) error {
 	return nil
 }
 
-// copyFile copies a file, also to one of efivarfs: the kernel keeps those from being
-// written by mistake.
+// copyFile copies a file, even into efivarfs, whose files the kernel protects from
+// accidental writes.
 func copyFile(from, to string) error {
 	b, err := os.ReadFile(from)
 	if err != nil {
@@ -93,8 +93,8 @@ func copyFile(from, to string) error {
 
 const efivars = "/sys/firmware/efi/efivars"
 
-// undefine removes an NV index as any operating system on this machine can where
-// the owner authorization is empty.
+// undefine removes an NV index, as any operating system on this machine can if the
+// owner authorization is empty.
 func undefine(index uint32) error {
 	t, err := linuxtpm.Open("/dev/tpmrm0")
 	if err != nil {

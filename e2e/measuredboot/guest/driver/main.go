@@ -1,6 +1,6 @@
-// Command driver does in a test machine what the host asks for on the request
-// disk: it runs kleidi, and speaks KMS v2 to it as kube-apiserver would. What came
-// of it, and kleidi's state folder, it leaves on the state disk.
+// Command driver runs in a test machine and executes the steps on the request disk: it
+// runs kleidi, and talks KMS v2 to it as kube-apiserver would. It leaves the results
+// and kleidi's state folder on the state disk.
 package main
 
 import (
@@ -45,14 +45,14 @@ func run() error {
 	return m.save()
 }
 
-// machine is what the steps leave behind.
+// machine collects the results of the steps.
 type machine struct {
 	serving *serving
 	results []wire.Result
 }
 
 func (m *machine) do(step wire.Step) {
-	b, _ := json.Marshal(step) // for the console; it has no field that can't be marshalled
+	b, _ := json.Marshal(step) // for the console; every field can be marshalled
 	fmt.Printf("GUEST: step %.100s\n", b)
 	r := wire.Result{Step: &step}
 	if err := m.step(step, &r); err != nil {

@@ -1,6 +1,6 @@
-// Command init is /init of the test machines' initrd. It brings up what kleidi
-// needs of a Linux machine, checks the disk with the programs against the digest
-// that was measured with the initrd, and hands over to the driver on it.
+// Command init is /init of the test machines' initrd. It prepares the machine for
+// kleidi, checks the disk with the programs against the digest that was measured with
+// the initrd, and hands over to the driver on that disk.
 package main
 
 import (
@@ -52,10 +52,10 @@ func start() error {
 	return fmt.Errorf("exec %s: %w", program, syscall.Exec(program, []string{program}, []string{"PATH=/usr/bin:/bin", "HOME=/"}))
 }
 
-// root is where the file system is made that the initrd hands over to.
+// root is the folder for the file system that the initrd hands over to.
 const root = "/sysroot"
 
-// leaveInitrd has systemd measure what it measures in an initrd of its own.
+// leaveInitrd lets systemd make the measurements that it makes in its own initrd.
 func leaveInitrd() error {
 	for _, m := range moved {
 		if err := os.MkdirAll(root+m, 0o755); err != nil {
@@ -129,8 +129,8 @@ func mountAt(kind, at string) error {
 	return nil
 }
 
-// extras keeps what systemd's stub hands to the initrd, where systemd keeps it
-// (tmpfiles.d/20-systemd-stub.conf).
+// extras keeps the files that systemd's stub hands to the initrd, in the folder that
+// systemd uses (tmpfiles.d/20-systemd-stub.conf).
 func extras() error {
 	files, err := filepath.Glob("/.extra/*")
 	if err != nil || len(files) == 0 {
@@ -149,7 +149,7 @@ func extras() error {
 	return nil
 }
 
-// modules loads what lies in /modules, in the order of its names.
+// modules loads the files in /modules, in the order of their names.
 func modules() error {
 	files, err := filepath.Glob("/modules/*")
 	if err != nil {
@@ -169,8 +169,8 @@ func modules() error {
 
 func efivars() error { return mountAt("efivarfs", "/sys/firmware/efi/efivars") }
 
-// tools unpacks the disk with the programs. It is read as a whole first, so that
-// what is checked is what is run.
+// tools unpacks the disk with the programs. It first reads the whole disk, so that the
+// checked bytes are the bytes that run.
 func tools() error {
 	said, err := os.ReadFile(wire.ToolsDigest)
 	if err != nil {
@@ -200,8 +200,8 @@ func tools() error {
 	return disk.Unpack(files, root)
 }
 
-// unpackDisk unpacks a disk that nothing vouches for: kleidi's state folder is such
-// a thing, and what the host asks for is done by root on a running machine.
+// unpackDisk unpacks a disk that nothing vouches for, such as the disk with kleidi's
+// state folder. Root on a running machine does what the request disk asks for.
 func unpackDisk(serial string) error {
 	f, err := disk.Open(serial, os.O_RDONLY)
 	if err != nil {
