@@ -28,7 +28,7 @@ var borders = map[string][]string{
 	"deploy/cluster":                 {},
 	"seal/unlock":                    {"seal", "seal/keyring", "seal/store"},
 	"seal/rotation":                  {"seal", "seal/keyring"},
-	"seal/replica":                   {"seal/store"},
+	"seal/replica":                   {"seal", "seal/keyring", "seal/rotation", "seal/store", "seal/unlock"},
 	"seal/replica/storetest":         {"seal/replica", "seal/store"},
 	"seal/both":                      {"seal"},
 	"seal/recovery":                  {"seal"},

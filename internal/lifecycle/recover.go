@@ -166,7 +166,7 @@ func raise(old *keyring.Keyring, revision uint64) (*keyring.Keyring, error) {
 		if old.Revision() >= revision {
 			return old, nil
 		}
-		if err := keyring.CheckSeat(old); err != nil {
+		if err := keyring.CheckSeat(old); err != nil || old.Info().Commit == keyring.CommitCluster {
 			return nil, fmt.Errorf("the keyring has revision %d, and this node last trusted revision %d; approve this node again and run kleidi join, which brings the newest one", old.Revision(), revision)
 		}
 	}

@@ -26,7 +26,7 @@ var (
 
 const (
 	hintForged = "find out who else writes the cluster store"
-	hintFork   = "compare the two on the nodes that hold them, and decide which one to keep"
+	hintFork   = "the store was restored in the middle of a change, or somebody writes it who knows a former KEK: compare the two on the nodes that hold them, and decide which one to keep"
 	hintRejoin = "join this node again, with a new approval"
 )
 
@@ -147,8 +147,9 @@ func (u *Untrusted) verify(kek *seal.Secret) error {
 // store holds. It demands that both are of format 2 and of one cluster, that remote's
 // MAC verifies under the KEK that it names and that local holds, and that remote's
 // revision is lower: the cluster store was restored from an older snapshot. An error is
-// a [*seal.Error] with cause seal.CauseAnchor, or [ErrInStep] or seal.CauseForked as in
-// Follows.
+// a [*seal.Error] with cause seal.CauseAnchor, or [ErrInStep], or seal.CauseForked if
+// the revisions are equal, or if remote is of a higher one under a KEK that local has
+// left.
 func Precedes(remote *Untrusted, local *Keyring) error {
 	if err := checkComparable(local, remote); err != nil {
 		return err
@@ -165,6 +166,8 @@ func Precedes(remote *Untrusted, local *Keyring) error {
 		return ErrInStep
 	case theirs == mine:
 		return seal.Errorf(seal.CauseForked, hintFork, "two keyrings of revision %d differ: neither follows the other", mine)
+	case theirs > mine && remote.CurrentID() != local.CurrentID():
+		return seal.Errorf(seal.CauseForked, hintFork, "the keyring of revision %d is under key ID %s, which this node (revision %d, key ID %s) has left: neither follows the other", theirs, remote.CurrentID(), mine, local.CurrentID())
 	case theirs > mine:
 		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d is of a higher revision than this node's, %d", theirs, mine)
 	}

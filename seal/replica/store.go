@@ -22,7 +22,7 @@ type Store interface {
 	Records(ctx context.Context, nodes ...string) ([]store.NodeRecord, error)
 	// PutRecord replaces the record of a node.
 	PutRecord(ctx context.Context, node string, record []byte) error
-	// Watch calls changed whenever the store may have changed, until ctx ends. It may
-	// miss changes, so the caller also reads at intervals.
+	// Watch calls changed when it has connected, and then whenever the store may have
+	// changed, until ctx ends. It may miss changes, so the caller also reads at intervals.
 	Watch(ctx context.Context, changed func())
 }

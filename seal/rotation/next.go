@@ -2,6 +2,7 @@ package rotation
 
 import (
 	"slices"
+	"strings"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -130,4 +131,13 @@ func missing(k *keyring.Keyring, records []*keyring.VerifiedRecord, check func(*
 		}
 	}
 	return out
+}
+
+// Describe names nodes, and says why each is waited for.
+func Describe(missing []Missing) string {
+	var all []string
+	for _, m := range missing {
+		all = append(all, "node "+m.Node+": "+string(m.Why))
+	}
+	return strings.Join(all, "; ")
 }

@@ -1,6 +1,7 @@
 package unlock
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -35,7 +36,21 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 			return err
 		}
 	}
-	return u.commit(ctx, revisions, Opener{}, u.anchor)
+	return u.commit(ctx, revisions, Opener{}, u.anchor, inCluster(u))
+}
+
+// inCluster returns what commits a revision in the cluster store, if that is where it
+// counts as made.
+func inCluster(u *Unlocker) committing {
+	return func(ctx context.Context, old, next *keyring.Keyring) error {
+		switch {
+		case next.Info().Commit != keyring.CommitCluster || bytes.Equal(old.Shared(), next.Shared()):
+			return nil
+		case u.cfg.Commit == nil:
+			return seal.Errorf(seal.CauseConfiguration, "set cluster.kubeconfig, or run the command on a node where it is set", "the change is of what all nodes share, and this node has no access to the cluster store")
+		}
+		return u.cfg.Commit(ctx, old, next)
+	}
 }
 
 // Adopt saves and announces revisions as Change does. They are of a keyring that the
@@ -45,10 +60,14 @@ func (u *Unlocker) Adopt(ctx context.Context, version store.Version, by Opener, 
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.version = version
-	return u.commit(ctx, revisions, by, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Anchor.Replace(ctx, k.Anchor()) })
+	return u.commit(ctx, revisions, by, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Anchor.Replace(ctx, k.Anchor()) }, notInCluster)
 }
 
-func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by Opener, anchor func(context.Context, *keyring.Keyring) error) error {
+// notInCluster commits nothing: the revision is in the cluster store already, or will be
+// published there.
+func notInCluster(context.Context, *keyring.Keyring, *keyring.Keyring) error { return nil }
+
+func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by Opener, anchor anchoring, cluster committing) error {
 	ctx = context.WithoutCancel(ctx) // a change that has begun is not interrupted
 	last := revisions[len(revisions)-1]
 	for _, k := range revisions {
@@ -56,7 +75,7 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by 
 			defer k.Close()
 		}
 	}
-	if err := u.save(ctx, revisions, anchor); err != nil {
+	if err := u.save(ctx, revisions, anchor, cluster); err != nil {
 		last.Close()
 		return err
 	}
@@ -68,8 +87,20 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by 
 	return nil
 }
 
-func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, anchor func(context.Context, *keyring.Keyring) error) error {
+// anchoring saves the anchor of a keyring; committing puts a revision into the cluster
+// store.
+type (
+	anchoring  func(context.Context, *keyring.Keyring) error
+	committing func(ctx context.Context, old, next *keyring.Keyring) error
+)
+
+func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, anchor anchoring, cluster committing) error {
+	old := u.open.Load()
 	for _, k := range revisions {
+		if err := cluster(ctx, old, k); err != nil {
+			return err
+		}
+		old = k
 		version, err := u.cfg.Store.Save(ctx, k.Marshal(), u.version)
 		if errors.Is(err, store.ErrConflict) {
 			return seal.Errorf(seal.CauseStore, "run kleidi status, then try again", "the stored keyring was changed by someone else; kleidi reads it again: %w", u.nudged(err))

@@ -58,6 +58,10 @@ type Config struct {
 	// Settle, if set, ends the epochs before the epoch of these slots. It is called
 	// after every save and after every opening.
 	Settle func(context.Context, []seal.Slot) error
+	// Commit, if set, puts a new revision of a keyring that all nodes share into the
+	// cluster store, in the place of old. Change calls it before it saves the revision,
+	// and saves nothing if it fails.
+	Commit func(ctx context.Context, old, next *keyring.Keyring) error
 	Log    *slog.Logger
 	// Attempted, if set, is called after each attempt with the cause of its failure, or
 	// with "".
@@ -78,6 +82,8 @@ type Unlocker struct {
 	cfg   Config
 	open  atomic.Pointer[keyring.Keyring]
 	state atomic.Pointer[State]
+	// encrypted is the key ID of the last Encrypt.
+	encrypted atomic.Pointer[seal.KeyID]
 
 	mu      sync.Mutex // held during an attempt or a change
 	version store.Version
@@ -146,7 +152,23 @@ func (u *Unlocker) Encrypt(plaintext []byte) ([]byte, seal.KeyID, error) {
 	if err != nil {
 		return nil, "", err
 	}
+	noteEncrypted(u, k.CurrentID())
 	return k.Encrypt(plaintext)
+}
+
+func noteEncrypted(u *Unlocker, id seal.KeyID) {
+	if last := u.encrypted.Load(); last == nil || *last != id {
+		noted := id
+		u.encrypted.Store(&noted)
+	}
+}
+
+// LastEncrypted returns the key ID of u's last Encrypt, or "" if there was none.
+func LastEncrypted(u *Unlocker) seal.KeyID {
+	if id := u.encrypted.Load(); id != nil {
+		return *id
+	}
+	return ""
 }
 
 // Decrypt decrypts a DEK seed under the named KEK.
@@ -397,6 +419,18 @@ func (u *Unlocker) retryAt(t time.Time) {
 	s := u.State()
 	s.Next = t
 	u.state.Store(&s)
+}
+
+// Lock closes u's open keyring because of why, which State shows from then on. A later
+// attempt may open it again.
+func Lock(u *Unlocker, why error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.state.Store(&State{Since: time.Now(), Problem: why})
+	if k := u.open.Swap(nil); k != nil {
+		k.Close()
+	}
+	u.cfg.Log.Error("locked", "cause", seal.CauseOf(why), "error", why)
 }
 
 // Close closes the open keyring, and thereby its KEKs.

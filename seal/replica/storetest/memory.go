@@ -149,6 +149,7 @@ func (m *Memory) Watch(ctx context.Context, changed func()) {
 	}
 	m.watchers[&changed] = true
 	m.mu.Unlock()
+	changed() // as one that has just connected
 	<-ctx.Done()
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -1,0 +1,134 @@
+package replica_test
+
+import (
+	"fmt"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// stored is a DEK seed that some node encrypted, as etcd holds it.
+type stored struct {
+	id         seal.KeyID
+	ciphertext []byte
+}
+
+// TestProperties has three real Unlockers do whatever they may, in any order, over a
+// store that loses answers, delays swaps, reads stale, is restored and written by an
+// intruder. At every moment each open node decrypts all that was encrypted (I1), no node
+// announces a KEK that it has left (I2), and what it announces is in its file and anchor
+// (I4). In the end, with everybody up, the nodes are in step or show a fork (I3, I8).
+func TestProperties(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		c := newCluster(t)
+		defer c.close()
+		c.settle(t)
+		w := &world{cluster: c, left: map[string]map[seal.KeyID]bool{}, now: map[string]seal.KeyID{}}
+		t.Repeat(map[string]func(*rapid.T){
+			"sync":     func(t *rapid.T) { _ = w.any(t).Sync(ctx) },
+			"restart":  func(t *rapid.T) { w.any(t).start() },
+			"encrypt":  w.encrypt,
+			"advance":  w.advance,
+			"abort":    func(t *rapid.T) { _ = w.any(t).driver().Abort(ctx) },
+			"change":   func(t *rapid.T) { _ = w.any(t).change() },
+			"lose":     func(*rapid.T) { c.store.LoseAnswer() },
+			"delay":    func(*rapid.T) { c.store.Delay() },
+			"arrive":   func(*rapid.T) { c.store.Arrive() },
+			"stale":    func(*rapid.T) { c.store.Stale() },
+			"snapshot": func(*rapid.T) { w.restores = append(w.restores, c.store.Snapshot()) },
+			"restore":  w.restore,
+			"down": func(t *rapid.T) {
+				c.store.SetDown(rapid.SampledFrom([]error{nil, nil, errDown}).Draw(t, "down"))
+			},
+			"": w.check,
+		})
+		w.end(t)
+	})
+}
+
+type world struct {
+	*cluster
+	objects  []stored
+	restores []func()
+	left     map[string]map[seal.KeyID]bool // by node: key IDs that it announced and left
+	now      map[string]seal.KeyID
+}
+
+func (w *world) any(t *rapid.T) *node {
+	return w.nodes[rapid.IntRange(0, len(w.nodes)-1).Draw(t, "node")]
+}
+
+func (w *world) encrypt(t *rapid.T) {
+	ciphertext, id, err := w.any(t).Encrypt(fmt.Appendf(nil, "seed %d", len(w.objects)))
+	must(t, err)
+	w.objects = append(w.objects, stored{id, ciphertext})
+}
+
+// advance takes a step of a rotation of the current KEK.
+func (w *world) advance(t *rapid.T) {
+	n := w.any(t)
+	_, _ = n.driver().Advance(ctx, n.keyring().CurrentID())
+}
+
+func (w *world) restore(t *rapid.T) {
+	if len(w.restores) > 0 {
+		w.restores[rapid.IntRange(0, len(w.restores)-1).Draw(t, "snapshot")]()
+	}
+}
+
+func (w *world) check(t *rapid.T) {
+	for _, n := range w.nodes {
+		k := n.keyring()
+		for i, o := range w.objects {
+			if b, err := n.Decrypt(o.id, o.ciphertext); err != nil || string(b) != fmt.Sprintf("seed %d", i) {
+				t.Fatalf("I1: node %s (revision %d, key ID %s) does not decrypt what is under %s: %v", n.name, k.Revision(), k.CurrentID(), o.id, err)
+			}
+		}
+		if last := w.now[n.name]; last != "" && last != k.CurrentID() {
+			if w.left[n.name] == nil {
+				w.left[n.name] = map[seal.KeyID]bool{}
+			}
+			w.left[n.name][last] = true
+		}
+		if w.now[n.name] = k.CurrentID(); w.left[n.name][k.CurrentID()] {
+			t.Fatalf("I2: node %s announces %s again", n.name, k.CurrentID())
+		}
+		anchor, err := keyring.ParseAnchor(n.anchor.b)
+		must(t, err)
+		file, err := keyring.Parse(n.file.b)
+		must(t, err)
+		if anchor.KeyID != k.CurrentID() || file.CurrentID() != k.CurrentID() {
+			t.Fatalf("I4: node %s announces %s, its file has %s and its anchor %s", n.name, k.CurrentID(), file.CurrentID(), anchor.KeyID)
+		}
+	}
+}
+
+// end has everybody up, and wants the nodes in step or a fork shown.
+func (w *world) end(t *rapid.T) {
+	w.store.SetDown(nil)
+	w.store.Arrive()
+	_ = w.store.Swap(ctx, []byte("x"), nil) // ends a fault that waits for a swap
+	_, _ = w.store.Load(ctx)                // or for a load
+	forked := false
+	for range 6 {
+		for _, n := range w.nodes {
+			forked = seal.CauseOf(n.Sync(ctx)) == seal.CauseForked || forked
+		}
+	}
+	if forked {
+		return
+	}
+	shared := string(w.nodes[0].keyring().Shared())
+	for _, n := range w.nodes {
+		if s := n.Replica.State(); !s.InStep || string(n.keyring().Shared()) != shared {
+			t.Fatalf("I8: node %s is not in step, and no node shows a fork: %v", n.name, s.Problem)
+		}
+	}
+	if len(w.nodes[0].keyring().Info().Retired) < keyring.MaxRetired-1 {
+		w.rotate(t, 0)
+	}
+	w.check(t)
+}

@@ -1,0 +1,396 @@
+package replica
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+)
+
+const (
+	// interval is how often the store is read, whatever the watch says: a watch that was
+	// open while the store was restored misses changes.
+	interval = 30 * time.Second
+	// lookWithin bounds how long the first announcement waits for the store.
+	lookWithin = 5 * time.Second
+)
+
+// Config configures a Replica.
+type Config struct {
+	Store    Store
+	Unlocker *unlock.Unlocker
+	// Wrap returns slots of this node's own for the staged KEK of k, one for each boot
+	// state in which the node starts, each of which was opened.
+	Wrap func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error)
+	// BootStates returns these boot states, for other nodes to wrap a KEK for.
+	BootStates func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error)
+	Version    string
+	Log        *slog.Logger
+}
+
+// Replica keeps one node in step. Its methods may be called concurrently.
+type Replica struct {
+	cfg     Config
+	started time.Time
+	kick    chan struct{}
+	looked  chan struct{} // closed once the store was read, or can't be reached
+	look    sync.Once
+
+	mu         sync.Mutex // held during a round
+	everInStep bool
+
+	stateMu sync.Mutex
+	state   State
+}
+
+// State is what a node knows of the cluster store.
+type State struct {
+	// Reached is when the store was last read; zero is never.
+	Reached time.Time
+	// Revision is that of the keyring that it held then.
+	Revision uint64
+	// InStep says that this was the open keyring.
+	InStep bool
+	// Problem is why the last round failed.
+	Problem error
+}
+
+// New returns a Replica that does nothing yet.
+func New(cfg Config) *Replica {
+	return &Replica{cfg: cfg, started: time.Now().UTC().Truncate(time.Second), kick: make(chan struct{}, 1), looked: make(chan struct{})}
+}
+
+// State returns the state after the last round.
+func (r *Replica) State() State {
+	r.stateMu.Lock()
+	defer r.stateMu.Unlock()
+	return r.state
+}
+
+func (r *Replica) update(f func(*State)) {
+	r.stateMu.Lock()
+	defer r.stateMu.Unlock()
+	f(&r.state)
+}
+
+// Kick has Run make a round now.
+func (r *Replica) Kick() {
+	select {
+	case r.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Run makes rounds until ctx ends.
+func (r *Replica) Run(ctx context.Context) {
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	watch.Go(func() { r.cfg.Store.Watch(ctx, r.Kick) })
+	wait := backoff.NewExponentialBackOff()
+	wait.InitialInterval, wait.MaxInterval = time.Second, interval
+	said := ""
+	for ctx.Err() == nil {
+		next := interval
+		err := r.Sync(ctx)
+		if err != nil {
+			next = wait.NextBackOff()
+		} else {
+			wait.Reset()
+		}
+		if text := fmt.Sprint(err); text != said && ctx.Err() == nil {
+			if said = text; err != nil {
+				r.cfg.Log.Error("not in step with the cluster store; this node goes on serving", "cause", seal.CauseOf(err), "error", err)
+			} else {
+				r.cfg.Log.Info("in step with the cluster store", "revision", r.State().Revision)
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(next):
+		case <-r.kick:
+		}
+	}
+}
+
+// Sync makes one round. It does nothing while the node is locked, or while the keyring
+// is of one node.
+func (r *Replica) Sync(ctx context.Context) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	k, err := r.cfg.Unlocker.Keyring()
+	if err != nil || k.Shared() == nil {
+		return nil
+	}
+	err = r.round(ctx)
+	r.update(func(s *State) {
+		s.Problem = err
+		if err != nil {
+			s.InStep = false
+		}
+	})
+	if seal.CauseOf(err) == seal.CauseNodeRemoved && !r.everInStep {
+		unlock.Lock(r.cfg.Unlocker, err)
+		return err
+	}
+	return errors.Join(err, r.record(ctx, err))
+}
+
+// rounds bounds how often a round begins again after another node was faster.
+const rounds = 8
+
+func (r *Replica) round(ctx context.Context) error {
+	for range rounds {
+		again, err := r.step(ctx)
+		if err != nil {
+			return err
+		}
+		if !again {
+			r.everInStep = true
+			r.update(func(s *State) { s.InStep = true })
+			return r.acknowledge(ctx)
+		}
+	}
+	return errors.New("the cluster store changes faster than this node follows")
+}
+
+// step reads the store, and follows or publishes. It reports whether the store is to be
+// read again.
+func (r *Replica) step(ctx context.Context) (again bool, err error) {
+	raw, err := r.cfg.Store.Load(ctx)
+	if absent := errors.Is(err, fs.ErrNotExist); err == nil || absent || errors.Is(err, syscall.ECONNREFUSED) {
+		defer r.look.Do(func() { close(r.looked) })
+		if absent {
+			r.update(func(s *State) { s.Reached, s.Revision = time.Now(), 0 })
+			return r.create(ctx)
+		}
+	}
+	if err != nil {
+		return false, seal.Errorf(seal.CauseUnavailable, "see cluster.kubeconfig and kube-apiserver", "the cluster store: %w", err)
+	}
+	remote, err := keyring.Parse(raw)
+	if err != nil {
+		return false, fmt.Errorf("the cluster store: %w", err)
+	}
+	r.update(func(s *State) { s.Reached, s.Revision = time.Now(), remote.Revision() })
+	switch err := r.cfg.Unlocker.Follow(ctx, remote); {
+	case err == nil:
+		r.cfg.Log.Info("followed the cluster store", "revision", remote.Revision(), "keyID", remote.CurrentID())
+		return true, nil
+	case errors.Is(err, keyring.ErrInStep):
+		return false, nil
+	case errors.Is(err, keyring.ErrStagedClosed):
+		return true, r.cfg.Unlocker.OpenStaged(ctx)
+	default: // it may be an older one, under a KEK that this node has retired
+		return true, r.publish(ctx, raw, remote, err)
+	}
+}
+
+// create puts the keyring into an empty store. The node that has the seat hands it over
+// there. After that, an empty store is one that was restored from an early snapshot.
+func (r *Replica) create(ctx context.Context) (again bool, err error) {
+	k, err := r.cfg.Unlocker.Keyring()
+	if err != nil {
+		return false, err
+	}
+	if k.Info().Commit == keyring.CommitCluster {
+		return true, conflictIsNews(r.cfg.Store.Swap(ctx, nil, k.Shared()))
+	}
+	if self, ok := k.Self(); !ok || self.Name != k.Info().Seat {
+		return false, fmt.Errorf("the cluster store is empty; node %s hands the keyring over to it", k.Info().Seat)
+	}
+	err = r.cfg.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.InCluster()
+		return []*keyring.Keyring{next}, err
+	})
+	if err == nil {
+		r.cfg.Log.Info("the cluster store holds the keyring from now on")
+	}
+	return true, err
+}
+
+// publish puts the own keyring in the place of an older one. If it is not older,
+// unfollowed is why it was not followed either.
+func (r *Replica) publish(ctx context.Context, raw []byte, remote *keyring.Untrusted, unfollowed error) error {
+	k, err := r.cfg.Unlocker.Keyring()
+	if err != nil {
+		return err
+	}
+	if err := keyring.Precedes(remote, k); seal.CauseOf(err) == seal.CauseForked {
+		return fmt.Errorf("the cluster store: %w", err)
+	} else if err != nil {
+		return fmt.Errorf("the cluster store: %w", unfollowed)
+	}
+	if k.Info().Commit != keyring.CommitCluster {
+		return fmt.Errorf("the cluster store holds revision %d, which is before this node's (%d); node %s hands the keyring over to it", remote.Revision(), k.Revision(), k.Info().Seat)
+	}
+	r.cfg.Log.Warn("the cluster store is older than this node's keyring, as after a restore; publishing this node's", "theirs", remote.Revision(), "own", k.Revision())
+	return conflictIsNews(r.cfg.Store.Swap(ctx, raw, k.Shared()))
+}
+
+// conflictIsNews turns a conflict into nil: the store is read again.
+func conflictIsNews(err error) error {
+	if errors.Is(err, store.ErrConflict) {
+		return nil
+	}
+	return err
+}
+
+// acknowledge opens the staged KEK, and seals it for this node.
+func (r *Replica) acknowledge(ctx context.Context) error {
+	if err := r.cfg.Unlocker.OpenStaged(ctx); err != nil {
+		return err
+	}
+	k, err := r.cfg.Unlocker.Keyring()
+	if err != nil || k.StagedID() == "" || k.Acknowledged() {
+		return err
+	}
+	return r.cfg.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		kek := keyring.StagedKEK(k)
+		if kek == nil {
+			return nil, errors.New("acknowledge: no staged KEK is open")
+		}
+		slots, err := r.cfg.Wrap(ctx, k, kek)
+		if err != nil {
+			return nil, fmt.Errorf("seal the staged KEK: %w", err)
+		}
+		next, err := k.WithOwnSlots(k.OwnSlots(), slots)
+		return []*keyring.Keyring{next}, err
+	})
+}
+
+// record writes this node's record, if the store does not hold it. A record from before
+// the present keyring does not count, so it is written again.
+func (r *Replica) record(ctx context.Context, problem error) error {
+	k, err := r.cfg.Unlocker.Keyring()
+	if err != nil {
+		return nil
+	}
+	self, ok := k.Self()
+	if !ok {
+		return nil
+	}
+	rec := keyring.Record{
+		Node: self.Name, Formats: keyring.Formats(), Version: r.cfg.Version, Revision: k.Revision(),
+		// What is open was saved and anchored before, so these three are one.
+		Anchored: k.CurrentID(), Announced: k.CurrentID(), Encrypted: unlock.LastEncrypted(r.cfg.Unlocker), Started: r.started,
+	}
+	if id := k.StagedID(); id != "" && k.Holds(id) && k.Acknowledged() {
+		rec.Acknowledged = id
+	}
+	if problem = cmp.Or(problem, r.cfg.Unlocker.State().Problem); problem != nil {
+		rec.Problem = seal.OneLine(problem.Error(), keyring.MaxText)
+	}
+	if rec.BootStates, err = r.cfg.BootStates(ctx, k); err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	b, err := k.SignRecord(rec)
+	if err != nil {
+		return err
+	}
+	there, err := r.cfg.Store.Records(ctx, self.Name)
+	if err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	if len(there) == 1 && there[0].AfterKeyring && bytes.Equal(there[0].Bytes, b) {
+		return nil
+	}
+	if err := r.cfg.Store.PutRecord(ctx, self.Name, b); err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	return nil
+}
+
+// Records returns the records of the nodes of k that verify and count: those from after
+// the keyring that the store holds.
+func (r *Replica) Records(ctx context.Context, k *keyring.Keyring) ([]*keyring.VerifiedRecord, error) {
+	var names []string
+	for _, n := range k.Nodes() {
+		names = append(names, n.Name)
+	}
+	all, err := r.cfg.Store.Records(ctx, names...)
+	if err != nil {
+		return nil, fmt.Errorf("records: %w", err)
+	}
+	var verified []*keyring.VerifiedRecord
+	for _, there := range all {
+		u, err := keyring.ParseRecord(there.Bytes)
+		if err != nil || u.Node() != there.Node || !there.AfterKeyring {
+			continue
+		}
+		if v, err := u.Verify(k); err == nil {
+			verified = append(verified, v)
+		}
+	}
+	return verified, nil
+}
+
+// Commit puts a revision of the shared keyring into the store in the place of old. It is
+// what makes the change; see unlock.Config.
+func (r *Replica) Commit(ctx context.Context, old, next *keyring.Keyring) error {
+	if err := r.mayActivate(ctx, old, next); err != nil {
+		return err
+	}
+	var from []byte // an empty store, as long as the seat has not handed the keyring over
+	if old.Info().Commit == keyring.CommitCluster {
+		from = old.Shared()
+	}
+	switch err := r.cfg.Store.Swap(ctx, from, next.Shared()); {
+	case errors.Is(err, store.ErrConflict):
+		r.Kick()
+		return seal.Errorf(seal.CauseStore, "run the command again once this node has followed", "another node has changed the shared keyring meanwhile; nothing was changed: %w", err)
+	case err != nil:
+		r.Kick()
+		return seal.Errorf(seal.CauseUnavailable, "run kleidi status in a moment, then try again if the change is not there", "the cluster store did not answer whether the change was made: %w", err)
+	}
+	return nil
+}
+
+// mayActivate refuses to make another KEK current before every node has acknowledged it.
+// Nothing overrules this.
+func (r *Replica) mayActivate(ctx context.Context, old, next *keyring.Keyring) error {
+	if next.CurrentID() == old.CurrentID() || len(next.Nodes()) < 2 {
+		return nil
+	}
+	if next.CurrentID() != old.StagedID() {
+		return errors.New("the KEK of several nodes is replaced in steps; run kleidi rotate")
+	}
+	records, err := r.Records(ctx, old)
+	if err != nil {
+		return err
+	}
+	if s := rotation.Next(old, "", records); s.Do != rotation.Activate {
+		return fmt.Errorf("the staged KEK can't be activated before every node has acknowledged it: %s", rotation.Describe(s.Missing))
+	}
+	return nil
+}
+
+// Look waits until the store was read once, so that a node that was down does not
+// announce a KEK that the others have left. It returns at once if the node is the only
+// one, and otherwise when the store refuses connections, or after a few seconds: the
+// store's API may wait for this node.
+func (r *Replica) Look(ctx context.Context) {
+	k, err := r.cfg.Unlocker.Keyring()
+	if err != nil || len(k.Nodes()) < 2 {
+		return
+	}
+	ctx, cancel := context.WithDeadline(ctx, time.Now().Add(lookWithin-min(lookWithin, time.Since(r.started))))
+	defer cancel()
+	select {
+	case <-r.looked:
+	case <-ctx.Done():
+	}
+}

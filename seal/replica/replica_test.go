@@ -1,0 +1,317 @@
+package replica_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/store"
+)
+
+// TestHandOver: the node that has the seat hands the keyring over to the store, and the
+// others follow. They don't create it.
+func TestHandOver(t *testing.T) {
+	c := newCluster(t)
+	t.Cleanup(c.close)
+	if err := c.nodes[1].Sync(ctx); err == nil || !strings.Contains(err.Error(), "node a hands the keyring over") {
+		t.Errorf("a node without the seat: %v", err)
+	}
+	if err := c.nodes[1].change(); err == nil || !strings.Contains(err.Error(), "only node a") {
+		t.Errorf("a change without the seat: %v", err)
+	}
+	c.settle(t)
+	for _, n := range c.nodes {
+		if i := n.keyring().Info(); i.Commit != keyring.CommitCluster || !n.Replica.State().InStep {
+			t.Errorf("node %s: %+v, %+v", n.name, i, n.Replica.State())
+		}
+	}
+	records, err := c.nodes[0].Records(ctx, c.nodes[0].keyring())
+	if err != nil || len(records) != 3 {
+		t.Errorf("%d records, %v", len(records), err)
+	}
+}
+
+// TestChange: a change on any node is made in the store first (rule 1).
+func TestChange(t *testing.T) {
+	c := open(t)
+	n := c.nodes[1]
+	must(t, n.change())
+	b, err := c.store.Load(ctx)
+	if err != nil || !bytes.Equal(b, n.keyring().Shared()) {
+		t.Error("the store does not hold the change")
+	}
+	before := c.nodes[2].keyring().Revision()
+	if err := c.nodes[2].change(); !errors.Is(err, store.ErrConflict) || seal.CauseOf(err) != seal.CauseStore {
+		t.Errorf("a change on a node that is not in step: %v", err)
+	}
+	if c.nodes[2].keyring().Revision() != before {
+		t.Error("the refused change was made")
+	}
+	c.store.SetDown(errDown)
+	file := n.file.b
+	if err := n.change(); seal.CauseOf(err) != seal.CauseUnavailable {
+		t.Errorf("a change without the store: %v", err)
+	}
+	if !bytes.Equal(n.file.b, file) {
+		t.Error("the node saved what is not in the store")
+	}
+	must(t, n.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) { // I10
+		next, err := k.WithOwnSlots(append(k.OwnSlots(), k.OwnSlots()...), nil)
+		return []*keyring.Keyring{next}, err
+	}))
+	if bytes.Equal(n.file.b, file) {
+		t.Error("a change of the own section was not saved")
+	}
+}
+
+// TestLostAnswer: a change whose answer was lost is made, and every node takes it.
+func TestLostAnswer(t *testing.T) {
+	c := open(t)
+	c.store.LoseAnswer()
+	revision := c.nodes[0].keyring().Revision()
+	if err := c.nodes[0].change(); seal.CauseOf(err) != seal.CauseUnavailable {
+		t.Error(err)
+	}
+	if c.nodes[0].keyring().Revision() != revision {
+		t.Error("the node took an uncertain change")
+	}
+	c.settle(t)
+	for _, n := range c.nodes {
+		if n.keyring().Revision() != revision+1 {
+			t.Errorf("node %s has revision %d", n.name, n.keyring().Revision())
+		}
+	}
+}
+
+// TestRestored: after the store was restored from a snapshot the highest node publishes
+// (rule 9).
+func TestRestored(t *testing.T) {
+	c := open(t)
+	restore := c.store.Snapshot()
+	c.rotate(t, 0)
+	id := c.nodes[0].keyring().CurrentID()
+	restore()
+	if err := c.nodes[1].change(); !errors.Is(err, store.ErrConflict) {
+		t.Errorf("a change from what was restored away: %v", err)
+	}
+	c.settle(t)
+	for _, n := range c.nodes {
+		if got := n.keyring().CurrentID(); got != id {
+			t.Errorf("node %s: %s, want %s", n.name, got, id)
+		}
+	}
+	if b, err := c.store.Load(ctx); err != nil || !bytes.Equal(b, c.nodes[0].keyring().Shared()) {
+		t.Errorf("the store does not hold the highest keyring: %v", err)
+	}
+}
+
+// TestFork: of two keyrings of one revision neither is overwritten, and both nodes say
+// so.
+func TestFork(t *testing.T) {
+	c := open(t)
+	restore := c.store.Snapshot()
+	must(t, c.nodes[0].change())
+	restore()
+	must(t, c.nodes[1].Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.WithoutNode("c")
+		return []*keyring.Keyring{next}, err
+	}))
+	b, err := c.store.Load(ctx)
+	must(t, err)
+	if err := c.nodes[0].Sync(ctx); seal.CauseOf(err) != seal.CauseForked {
+		t.Errorf("a fork: %v", err)
+	}
+	if s := c.nodes[0].Replica.State(); seal.CauseOf(s.Problem) != seal.CauseForked || s.InStep {
+		t.Errorf("%+v", s)
+	}
+	if now, err := c.store.Load(ctx); err != nil || !bytes.Equal(now, b) {
+		t.Error("the fork was overwritten")
+	}
+}
+
+// TestRemoved: a node that is not listed any more goes on serving, and locks at its
+// next start (rule 12).
+func TestRemoved(t *testing.T) {
+	c := open(t)
+	must(t, c.nodes[0].Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.WithoutNode("c")
+		return []*keyring.Keyring{next}, err
+	}))
+	gone := c.nodes[2]
+	if err := gone.Sync(ctx); seal.CauseOf(err) != seal.CauseNodeRemoved {
+		t.Error(err)
+	}
+	gone.keyring()
+	gone.start()
+	if err := gone.Sync(ctx); seal.CauseOf(err) != seal.CauseNodeRemoved {
+		t.Error(err)
+	}
+	if _, err := gone.Unlocker.Keyring(); seal.CauseOf(err) != seal.CauseNodeRemoved {
+		t.Errorf("a removed node after its start: %v", err)
+	}
+}
+
+// TestRotation: every node follows, no key ID flips back, and a node that is away holds
+// the rotation up by name. Nothing activates before it is back.
+func TestRotation(t *testing.T) {
+	c := open(t)
+	a, away := c.nodes[0], c.nodes[2]
+	former := a.keyring().CurrentID()
+	step, err := a.driver().Advance(ctx, former)
+	if err != nil || step.Do != rotation.Stage {
+		t.Fatalf("%+v, %v", step, err)
+	}
+	for range 3 {
+		must(t, a.Sync(ctx))
+		must(t, c.nodes[1].Sync(ctx))
+	}
+	step, err = c.nodes[1].driver().Advance(ctx, former) // another node takes over
+	if err != nil || step.Do != rotation.Wait || rotation.Describe(step.Missing) != "node c: "+string(rotation.WhyNoRecord) {
+		t.Errorf("%+v, %v", step, err)
+	}
+	err = a.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) { // rule 5, whoever asks
+		next, err := k.Activate(now)
+		return []*keyring.Keyring{next}, err
+	})
+	if err == nil || !strings.Contains(err.Error(), "before every node has acknowledged it: node c") {
+		t.Errorf("activated without node c: %v", err)
+	}
+	away.wrapper.err = seal.Errorf(seal.CauseLockout, "wait", "the TPM is locked out")
+	if err := away.Sync(ctx); seal.CauseOf(err) != seal.CauseLockout {
+		t.Errorf("a node whose TPM is locked out: %v", err)
+	}
+	if step, err = a.driver().Advance(ctx, former); err != nil || rotation.Describe(step.Missing) != "node c: "+string(rotation.WhyNotAcknowledged) {
+		t.Errorf("%+v, %v", step, err)
+	}
+	away.wrapper.err = nil
+	must(t, away.Sync(ctx))
+	if step, err = a.driver().Advance(ctx, former); err != nil || step.Do != rotation.Activate {
+		t.Errorf("%+v, %v", step, err)
+	}
+	c.settle(t)
+	if step, err = a.driver().Advance(ctx, former); err != nil || step.Do != rotation.Settled {
+		t.Errorf("%+v, %v", step, err)
+	}
+	for _, n := range c.nodes {
+		n.start()
+		if id := n.keyring().CurrentID(); id == former {
+			t.Errorf("node %s is on the former KEK", n.name)
+		}
+	}
+}
+
+// TestAbort retires the staged KEK on every node.
+func TestAbort(t *testing.T) {
+	c := open(t)
+	former := c.nodes[0].keyring().CurrentID()
+	_, err := c.nodes[0].driver().Advance(ctx, former)
+	must(t, err)
+	staged := c.nodes[0].keyring().StagedID()
+	c.settle(t)
+	must(t, c.nodes[1].driver().Abort(ctx))
+	c.settle(t)
+	for _, n := range c.nodes {
+		if k := n.keyring(); k.StagedID() != "" || k.CurrentID() != former || !k.Holds(staged) {
+			t.Errorf("node %s: %+v", n.name, k.Info())
+		}
+	}
+}
+
+// TestForged: whoever knows a retired KEK can't have a node follow a keyring of theirs.
+func TestForged(t *testing.T) {
+	c := open(t)
+	old, err := keyring.Parse(c.nodes[0].keyring().Shared())
+	must(t, err)
+	var known *seal.Secret
+	c.nodes[0].keyring().KEK().With(func(b []byte) { known, err = seal.Memory{}.Take(bytes.Clone(b)) })
+	must(t, err)
+	intruder, err := old.Open(known, nil)
+	must(t, err)
+	defer intruder.Close()
+	c.rotate(t, 0)
+	forged, err := intruder.AtLeast(1000)
+	must(t, err)
+	defer forged.Close()
+	for _, b := range [][]byte{forged.Shared(), []byte("{}\n"), nil, bytes.Repeat([]byte("x"), 2<<20)} {
+		c.store.Write(b)
+		for _, n := range c.nodes {
+			before := n.keyring().CurrentID()
+			_ = n.Sync(ctx)
+			if n.keyring().CurrentID() != before || n.keyring().Revision() >= 1000 {
+				t.Errorf("node %s follows a forged keyring", n.name)
+			}
+		}
+	}
+}
+
+// TestLook: a node of several waits for the store before it announces a key ID, but not
+// where the store refuses connections, and not for ever (rule 13).
+func TestLook(t *testing.T) {
+	c := open(t)
+	n := c.nodes[0]
+	n.start()
+	ended := make(chan struct{})
+	go func() {
+		n.Look(ctx)
+		close(ended)
+	}()
+	select {
+	case <-ended:
+		t.Fatal("Look does not wait")
+	case <-time.After(50 * time.Millisecond):
+	}
+	c.store.SetDown(errDown) // connected, and no answer
+	_ = n.Sync(ctx)
+	select {
+	case <-ended:
+		t.Fatal("Look does not wait for a store that accepts connections")
+	case <-time.After(50 * time.Millisecond):
+	}
+	c.store.SetDown(syscall.ECONNREFUSED)
+	_ = n.Sync(ctx)
+	select {
+	case <-ended:
+	case <-time.After(2 * time.Second):
+		t.Fatal("Look waits for a store that refuses connections")
+	}
+	c.store.SetDown(errDown)
+	n.start()
+	start := time.Now()
+	n.Look(ctx)
+	if d := time.Since(start); d > 7*time.Second {
+		t.Errorf("Look took %s", d)
+	}
+}
+
+// TestRun: the watch tells a running node of a change at once.
+func TestRun(t *testing.T) {
+	c := open(t)
+	run, cancel := context.WithCancel(ctx)
+	var ended atomic.Bool
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		c.nodes[1].Replica.Run(run)
+		ended.Store(true)
+	}()
+	must(t, c.nodes[0].change())
+	want := c.nodes[0].keyring().Revision()
+	for deadline := time.Now().Add(10 * time.Second); c.nodes[1].keyring().Revision() != want; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the change does not arrive")
+		}
+	}
+	cancel()
+	<-done
+	if !ended.Load() {
+		t.Error("Run does not end")
+	}
+}

@@ -1,0 +1,260 @@
+package replica_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/replica"
+	"github.com/beezy-dev/kleidi/seal/replica/storetest"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/unlock"
+)
+
+var (
+	ctx = context.Background()
+	now = time.Unix(1_790_000_000, 0)
+)
+
+// tb is what *testing.T and *rapid.T have in common.
+type tb interface {
+	Helper()
+	Fatalf(format string, args ...any)
+	Errorf(format string, args ...any)
+}
+
+// disk is a file in memory.
+type disk struct {
+	b []byte
+	n int
+}
+
+func (d *disk) Load(context.Context) ([]byte, store.Version, error) {
+	if d.b == nil {
+		return nil, "", fs.ErrNotExist
+	}
+	return bytes.Clone(d.b), store.Version(strconv.Itoa(d.n)), nil
+}
+
+func (d *disk) Save(_ context.Context, b []byte, old store.Version) (store.Version, error) {
+	if _, v, _ := d.Load(ctx); v != old {
+		return "", store.ErrConflict
+	}
+	d.b, d.n = bytes.Clone(b), d.n+1
+	return store.Version(strconv.Itoa(d.n)), nil
+}
+
+// plain is the wrapper of one node. Its slots hold the KEK in plain, and no other node's
+// wrapper opens them.
+type plain struct {
+	node string
+	err  error
+}
+
+func (w *plain) Type() string { return seal.TypeTPM }
+
+func (w *plain) Wrap(_ context.Context, kek *seal.Secret) (seal.Slot, error) {
+	return slotFor(w.node, kek), w.err
+}
+
+func slotFor(node string, kek *seal.Secret) (s seal.Slot) {
+	kek.With(func(b []byte) {
+		data, err := json.Marshal(map[string][]byte{"kek": b})
+		if err != nil {
+			panic(err)
+		}
+		s = seal.Slot{Type: seal.TypeTPM, Node: node, Data: data}
+	})
+	return s
+}
+
+func (w *plain) Unwrap(_ context.Context, s seal.Slot) (*seal.Secret, error) {
+	if s.Node != w.node {
+		return nil, seal.ErrNotMine
+	}
+	if w.err != nil {
+		return nil, w.err
+	}
+	var d map[string][]byte
+	if err := json.Unmarshal(s.Data, &d); err != nil {
+		return nil, err
+	}
+	return seal.Memory{}.Take(d["kek"])
+}
+
+// node is a node of a cluster: its disk, and the processes that run on it one after the
+// other.
+type node struct {
+	t       tb
+	name    string
+	store   *storetest.Memory
+	file    disk
+	anchor  disk
+	wrapper plain
+	*unlock.Unlocker
+	*replica.Replica
+}
+
+// start starts the node's process, which opens the keyring.
+func (n *node) start() {
+	n.t.Helper()
+	if n.Unlocker != nil {
+		n.Unlocker.Close()
+	}
+	log := slog.New(slog.DiscardHandler)
+	n.Unlocker = unlock.New(unlock.Config{
+		Store: &n.file, Anchor: unlock.FileAnchor{Store: &n.anchor}, Wrappers: []seal.Wrapper{&n.wrapper}, Log: log,
+		Commit: func(ctx context.Context, old, next *keyring.Keyring) error {
+			return n.Replica.Commit(ctx, old, next)
+		},
+	})
+	n.Replica = replica.New(replica.Config{
+		Store: n.store, Unlocker: n.Unlocker, Version: "test", Log: log,
+		Wrap: func(ctx context.Context, _ *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
+			s, err := n.wrapper.Wrap(ctx, kek)
+			return []seal.Slot{s}, err
+		},
+		BootStates: func(context.Context, *keyring.Keyring) ([]keyring.RecordedState, error) { return nil, nil },
+	})
+	if err := n.Unlock(ctx); err != nil {
+		n.t.Fatalf("node %s: %v", n.name, err)
+	}
+}
+
+func (n *node) keyring() *keyring.Keyring {
+	n.t.Helper()
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		n.t.Fatalf("node %s: %v", n.name, err)
+	}
+	return k
+}
+
+// driver drives a rotation from this node.
+func (n *node) driver() *rotation.Driver {
+	return &rotation.Driver{Cluster: inStep{n}, Wrap: func(_ context.Context, k *keyring.Keyring, kek *seal.Secret, records []*keyring.VerifiedRecord) (slots []seal.Slot, err error) {
+		for _, r := range records {
+			slots = append(slots, slotFor(r.Node, kek))
+		}
+		return slots, nil
+	}}
+}
+
+// inStep is a node as the driver sees it.
+type inStep struct{ *node }
+
+func (n inStep) Keyring(ctx context.Context) (*keyring.Keyring, error) {
+	if err := n.Sync(ctx); err != nil {
+		return nil, err
+	}
+	return n.Unlocker.Keyring()
+}
+
+// change makes a revision of the shared keyring that changes nothing but its number.
+func (n *node) change() error {
+	return n.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.AtLeast(0)
+		return []*keyring.Keyring{next}, err
+	})
+}
+
+// cluster is three nodes, of which the first has the seat, and their store.
+type cluster struct {
+	store *storetest.Memory
+	nodes []*node
+}
+
+func newCluster(t tb) *cluster {
+	t.Helper()
+	c := &cluster{store: new(storetest.Memory)}
+	kek, err := seal.Memory{}.NewKEK()
+	must(t, err)
+	names := []string{"a", "b", "c"}
+	entry := func(i int) keyring.Node {
+		return keyring.Node{Name: names[i], EK: fmt.Sprintf("sha256:%064x", i+1), SRK: []byte{byte(i)}, EpochIndex: keyring.FirstEpochIndex}
+	}
+	first := entry(0)
+	first.SRK, first.EpochIndex = nil, 0
+	k, err := keyring.New(seal.ClusterID{1}, kek, []seal.Slot{slotFor("a", kek)}, []keyring.Node{first}, now)
+	must(t, err)
+	k, err = k.Upgrade(entry(0))
+	must(t, err)
+	for i := 1; i < len(names); i++ {
+		k, err = k.WithNode(entry(i), now)
+		must(t, err)
+	}
+	for _, name := range names {
+		here, err := k.OnNode(name, []seal.Slot{slotFor(name, kek)}, nil)
+		must(t, err)
+		n := &node{t: t, name: name, store: c.store, file: disk{b: here.Marshal()}, anchor: disk{b: here.Anchor().Marshal()}, wrapper: plain{node: name}}
+		n.start()
+		c.nodes = append(c.nodes, n)
+	}
+	return c
+}
+
+func (c *cluster) close() {
+	for _, n := range c.nodes {
+		n.Unlocker.Close()
+	}
+}
+
+func must(t tb, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+}
+
+// open returns a cluster whose nodes are in step.
+func open(t *testing.T) *cluster {
+	t.Helper()
+	c := newCluster(t)
+	t.Cleanup(c.close)
+	c.settle(t)
+	return c
+}
+
+// settle has every node make rounds until nothing changes.
+func (c *cluster) settle(t tb) {
+	t.Helper()
+	for range 3 {
+		for _, n := range c.nodes {
+			if err := n.Sync(ctx); err != nil {
+				t.Fatalf("node %s: %v", n.name, err)
+			}
+		}
+	}
+}
+
+// rotate drives a rotation from node by until it has settled.
+func (c *cluster) rotate(t tb, by int) {
+	t.Helper()
+	n := c.nodes[by]
+	former := n.keyring().CurrentID()
+	for range 20 {
+		step, err := n.driver().Advance(ctx, former)
+		if err != nil {
+			t.Fatalf("%v", err)
+		}
+		if step.Do == rotation.Settled {
+			return
+		}
+		for _, n := range c.nodes {
+			_ = n.Sync(ctx)
+		}
+	}
+	t.Fatalf("the rotation does not settle")
+}
+
+var errDown = errors.New("the API is down")
