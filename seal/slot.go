@@ -59,6 +59,9 @@ const (
 	// TypeSkipped marks the place of a slot that could not be made. No wrapper
 	// opens it, and configuration never names it.
 	TypeSkipped = "skipped"
+	// TypeUnrevoked records which copies of former slots their TPM could not be told to
+	// refuse. No wrapper opens it, and configuration never names it.
+	TypeUnrevoked = "unrevoked"
 )
 
 // Slot is one KEK, wrapped once by one wrapper. It is untrusted until the unwrapped

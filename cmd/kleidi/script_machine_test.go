@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"reflect"
 	"strconv"
 	"strings"
@@ -12,6 +13,10 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/slowtpm"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -21,6 +26,7 @@ import (
 // hw/boot lead to the machine in use, so that another can take its place.
 type hardware struct {
 	machine *tpmtest.Machine
+	former  *tpmtest.Machine // the machine before `machine other`
 	proxy   *tpmtest.Proxy
 }
 
@@ -30,6 +36,8 @@ type hardware struct {
 //	machine off | on                         switch it off, or boot as before
 //	machine clear                            clear its TPM
 //	machine other                            boot another machine in its place
+//	machine swap                             put the machine before that back in its place
+//	machine save | load                      keep its TPM's state, or bring it back and boot
 //	machine proxy                            put a proxy before its TPM
 //	machine banks BANK...                    give its TPM PCRs in these banks alone, and boot
 //	machine slow                             make its TPM as slow as a slow discrete one
@@ -57,7 +65,13 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 		return nil
 	case "clear":
 		return h.machine.Clear(h.t.Context())
+	case "swap":
+		h.machine, h.former, h.proxy = h.former, h.machine, nil
+		return h.lead(h.device())
+	case "save", "load":
+		return h.saveTPM(args[0])
 	case "other":
+		h.former = h.machine
 		return h.install(tpmtest.New(h.t, simboot.Baseline(simboot.UKI)))
 	case "banks":
 		return h.allocate(args[1:])
@@ -80,6 +94,69 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 		return h.lead(h.proxy.Address())
 	}
 	return broken("machine %s: no such command", args[0])
+}
+
+// saveTPM keeps a TPM's state in a folder beside it, or brings that state back, as the
+// snapshot of a virtual machine does.
+func (h *host) saveTPM(direction string) error {
+	boot := h.machine.Current()
+	if err := h.machine.PowerOff(); err != nil {
+		return err
+	}
+	from, to := filepath.Join(h.machine.Dir(), "tpm"), h.path("tpm-saved")
+	if direction == "load" {
+		from, to = to, from
+	}
+	if err := os.RemoveAll(to); err != nil {
+		return err
+	}
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		return err
+	}
+	h.machine.Reboot(boot)
+	return nil
+}
+
+// copyCommand is `copy opens FILE`: the slot of a TPM in a kept copy of a keyring opens, tried
+// without kleidi's checks, as anybody could who has the copy and this machine. The only
+// failure that a script may want is that the TPM refuses it as revoked.
+func (h *host) copyCommand(ts *testscript.TestScript, args []string) error {
+	if len(args) != 2 || args[0] != "opens" {
+		return broken("usage: copy opens FILE")
+	}
+	err := h.tryCopy(ts.MkAbs(args[1]))
+	if err != nil && seal.CauseOf(err) != seal.CauseEpoch {
+		return broken("copy: %w", err)
+	}
+	return err
+}
+
+func (h *host) tryCopy(file string) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	k, err := keyring.Parse(b)
+	if err != nil {
+		return err
+	}
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	if err != nil {
+		return err
+	}
+	w := tpm.NewWrapper(tpm.Config{Device: h.machine.TPM(), Counter: counter, Node: "cp-1"})
+	err = errors.New("no slot of a TPM")
+	for _, s := range k.Slots() {
+		if s.Type != seal.TypeTPM {
+			continue
+		}
+		kek, openErr := w.Unwrap(h.t.Context(), s)
+		if openErr == nil {
+			return kek.Close()
+		}
+		err = openErr
+	}
+	return err
 }
 
 func (h *host) allocate(names []string) error {

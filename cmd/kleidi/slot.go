@@ -24,7 +24,7 @@ OpenBao, and for recovery identities.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newSlotList(a), newSlotAdd(a), newSlotTest(a), newSlotRewrap(a), newSlotRemove(a))
+	cmd.AddCommand(newSlotList(a), newSlotAdd(a), newSlotTest(a), newSlotRewrap(a), newSlotRemove(a), newSlotForgetCopies(a))
 	return cmd
 }
 
@@ -191,9 +191,49 @@ bound to. It stays when others are removed, and when the KEK is rotated.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			if err := a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) }); err != nil {
+				return err
+			}
+			if s.Owed {
+				return fmt.Errorf("slot remove %s: the slot is gone from the keyring, and copies of it are not revoked", req.Name)
+			}
+			return nil
 		},
 	}
 	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "remove the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
+	return cmd
+}
+
+func newSlotForgetCopies(a *app) *cobra.Command {
+	var req admin.ForgetCopiesRequest
+	cmd := &cobra.Command{
+		Use:   "forget-copies --ek sha256:…",
+		Short: "Stop warning of kept copies that open with a TPM which is cleared or destroyed",
+		Long: `Stop warning of copies of former slots that a TPM still opens. kleidi status names the
+TPM by its endorsement key. kleidi revokes such copies itself once it runs with that TPM
+again. Forget them only after the TPM was cleared or destroyed: nothing checks that.`,
+		Example: "  kleidi slot forget-copies --ek sha256:5d0f…",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := operate(cmd.Context(), a, operation.ForgetCopies, req)
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+	cmd.Flags().StringVar(&req.EK, "ek", "", "digest of the TPM's endorsement key, as kleidi status shows it")
+	_ = cmd.MarkFlagRequired("ek") // the flag is there
+	_ = cmd.RegisterFlagCompletionFunc("ek", func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+		r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		var eks []string
+		for _, u := range r.Unrevoked {
+			eks = append(eks, u.EK)
+		}
+		return eks, cobra.ShellCompDirectiveNoFileComp
+	})
 	return cmd
 }

@@ -93,6 +93,10 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 			printProblem(w, s.Problem)
 		}
 	}
+	for _, u := range r.Unrevoked {
+		row(w, "NOT REVOKED", u.Message+", since "+u.Since.Local().Format(time.DateTime))
+		fmt.Fprintf(w, "%-14s   -> %s\n", "", u.Hint)
+	}
 	if r.Memory != "" {
 		row(w, "memory", r.Memory)
 	}

@@ -36,6 +36,8 @@ const (
 	TestSlots Verb[TestSlotsRequest, SlotTests] = "test-slots"
 	// RewrapSlot wraps a slot again, with the newest version of its key.
 	RewrapSlot Verb[RewrapSlotRequest, KeyringState] = "rewrap-slot"
+	// ForgetCopies ends debts of revocation that the operator has taken care of.
+	ForgetCopies Verb[ForgetCopiesRequest, KeyringState] = "forget-copies"
 	// Recover opens the keyring with a recovery identity, seals again and rotates.
 	Recover Verb[RecoverRequest, KeyringState] = "recover"
 	// Restore replaces the stored keyring with another one, and rotates.
@@ -94,6 +96,9 @@ type StatusReport struct {
 	Revision     uint64       `json:"revision,omitempty"`
 	Keys         []KeyReport  `json:"keys,omitempty"`
 	Slots        []SlotReport `json:"slots,omitempty"`
+	// Unrevoked are former slots whose TPM still opens kept copies of them, because it
+	// was not there to refuse them.
+	Unrevoked []Unrevoked `json:"unrevoked,omitempty"`
 	// Wrapper is the wrapper that opened the keyring. Fallback is the reason why the
 	// wrappers before it in unlock.order did not.
 	Wrapper  string   `json:"wrapper,omitempty"`
@@ -153,6 +158,20 @@ type SlotReport struct {
 	Opens *bool `json:"opens,omitempty"`
 	// Problem is the reason why the slot does not open.
 	Problem *Problem `json:"problem,omitempty"`
+}
+
+// Unrevoked is a former slot of which kept copies still open.
+type Unrevoked struct {
+	// EK is the digest of the endorsement key of the TPM that opens them.
+	EK string `json:"ek"`
+	// EpochIndex is the NV index of the TPM's counter, and UpToEpoch its last value under
+	// which the copies open.
+	EpochIndex uint32    `json:"epochIndex"`
+	UpToEpoch  uint64    `json:"upToEpoch"`
+	Since      time.Time `json:"since"`
+	// Message says the same to people, and Hint what to do.
+	Message string `json:"message"`
+	Hint    string `json:"hint"`
 }
 
 // AttestationReport is the result of an attestation.
@@ -273,6 +292,12 @@ type RewrapSlotRequest struct {
 	NewKey bool `json:"newKey,omitempty"`
 }
 
+// ForgetCopiesRequest names the TPM of which [StatusReport.Unrevoked] says that it still
+// opens kept copies, by its [Unrevoked.EK].
+type ForgetCopiesRequest struct {
+	EK string `json:"ek"`
+}
+
 // RecoverRequest carries the recovery identity to the running serve.
 type RecoverRequest struct {
 	Identity Identity `json:"identity"`
@@ -323,6 +348,8 @@ type KeyringState struct {
 	Former seal.KeyID `json:"former,omitempty"`
 	// Changes list what was done, one line each.
 	Changes []string `json:"changes,omitempty"`
+	// Owed says that a slot was to be revoked, and that copies of it still open.
+	Owed bool `json:"owed,omitempty"`
 }
 
 // Identity is the text of an age identity file. It refuses to be printed or logged. In

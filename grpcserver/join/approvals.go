@@ -33,7 +33,7 @@ type SecretFile struct {
 // maxApprovals bounds the approvals that are remembered, spent ones included.
 const maxApprovals = 256
 
-const hintAgain = "approve the node again with kleidi node approve"
+const hintAgain = "approve the node again: run kleidi node approve NAME --ek EK"
 
 // approvals are those of one process.
 type approvals struct {

@@ -197,17 +197,17 @@ func (e *refusedError) Error() string {
 
 const (
 	hintReach    = "see that kleidi serve runs there with join.listen set, and that the address can be reached"
-	hintTrust    = "the process that printed the command may have been restarted: run kleidi node approve there again; if it was not, somebody stands in between"
+	hintTrust    = "the process that printed the command may have been restarted: run kleidi node approve NAME --ek EK there again; if it was not, somebody stands in between"
 	hintAsk      = "see the log of kleidi serve on that node"
 	hintVersions = "see that kleidi on both sides is of the same version; if it is, find out what runs in this machine's place"
-	hintIdentity = "compare what kleidi node identity shows here with what was approved; run kleidi node approve again on that node"
+	hintIdentity = "compare what kleidi node identity shows here with what was approved; run kleidi node approve NAME --ek EK again on that node"
 )
 
 // hints say what to do next on this side. They are kleidi's own: what V says is quoted,
 // and an operator must not take it for advice of the command that he ran.
 var hints = map[protocol.Check]string{
 	protocol.CheckMessage:       hintVersions,
-	protocol.CheckCluster:       "run the command that kleidi node approve printed",
+	protocol.CheckCluster:       "run the command that was printed when this node was approved",
 	protocol.CheckNode:          hintIdentity,
 	protocol.CheckEK:            hintIdentity,
 	protocol.CheckEKCertificate: "see which manufacturers' certificates that node accepts",
@@ -220,7 +220,7 @@ var hints = map[protocol.Check]string{
 	protocol.CheckProof:         "if another machine answers in this one's place, or somebody stands between it and that node, find out who; else see that kleidi on both sides is of the same version",
 	protocol.CheckEvidence:      "if a component extends a PCR without logging it, leave that PCR out of the boot policy; else this machine's event log was tampered with",
 	protocol.CheckBootPolicy:    "if this boot is one that you want, kleidi bootpolicy record here, and approve the node again with --boot-policy and that file",
-	joinproof.CheckPhase:        "run kleidi join while the machine is up",
+	joinproof.CheckPhase:        "join while the machine is up",
 	CheckDone:                   hintVersions,
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -88,7 +89,7 @@ func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 	}
 	k, err := n.Unlocker.Keyring()
 	if err == nil {
-		state.Changes = slices.Concat(state.Changes, n.View.ReportMissing(k.Slots()), slotview.ReportDropped(before, k.Slots()))
+		state.Changes = slices.Concat(state.Changes, n.View.ReportMissing(k.Slots()), slotview.ReportDropped(before, k.Slots()), reseal.ReportRevoked(ctx, n, before, reseal.EarlierEpoch))
 	}
 	return state, err
 }
@@ -167,7 +168,7 @@ func raise(old *keyring.Keyring, revision uint64) (*keyring.Keyring, error) {
 			return old, nil
 		}
 		if err := keyring.CheckSeat(old); err != nil || old.Info().Commit == keyring.CommitCluster {
-			return nil, fmt.Errorf("the keyring has revision %d, and this node last trusted revision %d; approve this node again and run kleidi join, which brings the newest one", old.Revision(), revision)
+			return nil, fmt.Errorf("the keyring has revision %d, and this node last trusted revision %d; approve this node again and have it join, which brings the newest one", old.Revision(), revision)
 		}
 	}
 	return old.AtLeast(revision)

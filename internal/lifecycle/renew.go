@@ -23,6 +23,7 @@ import (
 func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
 	var former seal.KeyID
 	var changes []string
+	var before []seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		if err := checkNewTPM(ctx, n, k.Slots()); err != nil {
 			return nil, err
@@ -40,6 +41,7 @@ func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (a
 		if err != nil {
 			return nil, err
 		}
+		before = k.Slots()
 		last := revisions[len(revisions)-1]
 		if last.CurrentID() == former && several(k) {
 			changes[0] = sealedAlone
@@ -55,7 +57,7 @@ func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (a
 	if n.Unlocker.State().Fallback != nil {
 		n.Unlocker.Nudge() // the TPM opens, which a reload finds out
 	}
-	return n.Result(former, changes...)
+	return n.Result(former, slices.Concat(changes, reseal.ReportRevoked(ctx, n, before, reseal.EarlierEpoch))...)
 }
 
 // checkNewTPM reports whether no slot of this node is sealed to this machine's TPM.
@@ -103,17 +105,23 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptio
 	if err != nil {
 		return nil, err
 	}
+	former := append(old.Slots(), old.StagedSlots()...)
+	owing := slices.Concat(former, replacedSlots(ctx, n))
 	// The present KEK is wrapped again as well: the first revision of the rotation
 	// must open too.
-	next, err := n.TPM.With(tpm.SealOptions{NextEpoch: true, Revoke: slotview.TPMParts(append(old.Slots(), old.StagedSlots()...)), Verifier: v})
+	next, err := n.TPM.With(tpm.SealOptions{NextEpoch: true, Revoke: slotview.TPMParts(former), Verifier: v})
 	if err != nil {
 		return nil, err
 	}
 	wrap := func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
-		return renewSlots(ctx, n, next, kek, old.Slots(), o.UntrustedKeys)
+		slots, err := renewSlots(ctx, n, next, kek, old.Slots(), o.UntrustedKeys)
+		if err != nil {
+			return nil, err
+		}
+		return n.View.Owing(owing, slots)
 	}
 	if several(old) {
-		return renewAlone(ctx, n, next, old, self)
+		return renewAlone(ctx, n, next, old, self, owing)
 	}
 	slots, err := wrap(ctx, old.KEK())
 	if err != nil {
@@ -195,8 +203,7 @@ func wrapSecondary(ctx context.Context, n *node.Node, kind string, kek *seal.Sec
 func reportRenewed(n *node.Node, old *keyring.Keyring) []string {
 	changes := []string{"a fresh KEK is wrapped by " + slotview.JoinWords(n.Config.Unlock.Order) + "; all earlier ones are retired and still decrypt"}
 	if n.View.OpensWithTPM() {
-		changes = []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt",
-			"slots of the earlier epoch no longer open, kept copies included"}
+		changes = []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt"}
 	}
 	for _, s := range n.View.BootStates(old.Slots(), tpm.UseSigned) {
 		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add FILE --public-key FILE, or kleidi bootstate add --systemd, with those of the latest generation", slotview.Fingerprint(*s.Signer)))

@@ -56,17 +56,17 @@ func onThisMachine(old *keyring.Keyring, self keyring.Node, slots []seal.Slot) (
 // renewAlone seals the KEK to this machine's present boot state in its own section. Where
 // the machine has another TPM than the one that the keyring lists, the seat changes its
 // own entry; any other node needs a new approval.
-func renewAlone(ctx context.Context, n *node.Node, w *tpm.Wrapper, old *keyring.Keyring, self keyring.Node) ([]*keyring.Keyring, error) {
+func renewAlone(ctx context.Context, n *node.Node, w *tpm.Wrapper, old *keyring.Keyring, self keyring.Node, owing []seal.Slot) ([]*keyring.Keyring, error) {
 	if !n.View.OpensWithTPM() {
 		return nil, reseal.ErrNoTPM
 	}
 	listed, ok := old.Self()
 	if !ok || listed.Name != self.Name {
-		return nil, fmt.Errorf("the keyring is not that of node %s: approve this node and run kleidi join", self.Name)
+		return nil, fmt.Errorf("the keyring is not that of node %s: approve this node and have it join", self.Name)
 	}
 	if !listed.SameTPM(self) {
 		if err := keyring.CheckSeat(old); err != nil {
-			return nil, fmt.Errorf("the keyring lists another TPM for node %s: approve this node again, with kleidi node approve %s --replace, and run kleidi join", self.Name, self.Name)
+			return nil, fmt.Errorf("the keyring lists another TPM for node %s: approve this node again, with kleidi node approve %s --ek EK --replace, and have it join", self.Name, self.Name)
 		}
 		next, err := old.WithNode(self, self.Added)
 		if err != nil {
@@ -79,7 +79,11 @@ func renewAlone(ctx context.Context, n *node.Node, w *tpm.Wrapper, old *keyring.
 	if err != nil {
 		return nil, err
 	}
-	here, err := old.WithOwnSlots([]seal.Slot{slot}, nil)
+	own, err := n.View.Owing(owing, []seal.Slot{slot})
+	if err != nil {
+		return nil, err
+	}
+	here, err := old.WithOwnSlots(own, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -317,7 +317,7 @@ func (j *joiner) explain(err error) error {
 	if seal.CauseOf(err) != seal.CauseAnchor {
 		return err
 	}
-	return seal.WithHint(err, "run the command that kleidi node approve printed; if you did, find out who answers at "+j.Address)
+	return seal.WithHint(err, "run the command that was printed when this node was approved; if you did, find out who answers at "+j.Address)
 }
 
 func (j *joiner) unwrap(ctx context.Context, slots []seal.Slot) (*seal.Secret, error) {

@@ -291,6 +291,15 @@ func (n *Node) settle(ctx context.Context, slots []seal.Slot) error {
 	return n.TPM.Settle(ctx, slotview.TPMParts(slots))
 }
 
+// Refuse has this machine's TPM refuse kept copies of a slot, see [tpm.Wrapper.Refuse].
+func (n *Node) Refuse(ctx context.Context, c tpm.Copies) error {
+	counter, err := nv.NewCounter(c.Index, tpm.Owner{File: n.Config.TPM.OwnerAuthFile})
+	if err != nil {
+		return err
+	}
+	return n.TPM.Refuse(ctx, c, counter)
+}
+
 // ungated reports whether a wrapper needs no attestation: one without the TPM, where
 // the configuration says so.
 func (n *Node) ungated(kind string) bool {

@@ -52,10 +52,11 @@ var (
 	AddBootStates    = Operation[admin.AddBootStatesRequest, admin.KeyringState]{Verb: admin.AddBootStates, work: reseal.AddBootStates, keyring: open}
 	RevokeBootStates = Operation[admin.RevokeBootStatesRequest, admin.KeyringState]{Verb: admin.RevokeBootStates, work: reseal.RevokeBootStates, keyring: open}
 
-	AddSlot    = Operation[admin.AddSlotRequest, admin.KeyringState]{Verb: admin.AddSlot, work: slots.Add, keyring: open}
-	RemoveSlot = Operation[admin.RemoveSlotRequest, admin.KeyringState]{Verb: admin.RemoveSlot, work: slots.Remove, keyring: open}
-	TestSlots  = Operation[admin.TestSlotsRequest, admin.SlotTests]{Verb: admin.TestSlots, work: slots.Test, keyring: open}
-	RewrapSlot = Operation[admin.RewrapSlotRequest, admin.KeyringState]{Verb: admin.RewrapSlot, work: slots.Rewrap, keyring: open}
+	AddSlot      = Operation[admin.AddSlotRequest, admin.KeyringState]{Verb: admin.AddSlot, work: slots.Add, keyring: open}
+	RemoveSlot   = Operation[admin.RemoveSlotRequest, admin.KeyringState]{Verb: admin.RemoveSlot, work: slots.Remove, keyring: open}
+	TestSlots    = Operation[admin.TestSlotsRequest, admin.SlotTests]{Verb: admin.TestSlots, work: slots.Test, keyring: open}
+	ForgetCopies = Operation[admin.ForgetCopiesRequest, admin.KeyringState]{Verb: admin.ForgetCopies, work: slots.ForgetCopies, keyring: open}
+	RewrapSlot   = Operation[admin.RewrapSlotRequest, admin.KeyringState]{Verb: admin.RewrapSlot, work: slots.Rewrap, keyring: open}
 )
 
 // table lists every operation, for serve.
@@ -65,7 +66,7 @@ var table = []interface {
 	Status,
 	Rotate, Recover, Restore, Save, Verify, Reload,
 	Reseal, Suspend, AddBootStates, RevokeBootStates,
-	AddSlot, RemoveSlot, TestSlots, RewrapSlot,
+	AddSlot, RemoveSlot, TestSlots, RewrapSlot, ForgetCopies,
 }
 
 // Handle has the admin socket of a running serve answer every operation.

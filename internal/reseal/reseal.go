@@ -18,7 +18,7 @@ import (
 // earlier one.
 func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
 	var bound []string
-	var sealed []seal.Slot
+	var before, sealed []seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		if !n.View.OpensWithTPM() {
 			return nil, ErrNoTPM
@@ -56,7 +56,7 @@ func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.
 		for _, s := range slots {
 			bound = append(bound, "the KEK is sealed to "+n.View.OpensIn(s))
 		}
-		sealed = slots
+		before, sealed = k.Slots(), slots
 		bound = append(bound, n.View.ReportBroken(k.Slots())...)
 		return []*keyring.Keyring{next}, err
 	})
@@ -66,7 +66,7 @@ func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.
 	if n.Unlocker.State().Fallback != nil {
 		n.Unlocker.Nudge() // the TPM opens again, which a reload finds out
 	}
-	bound = append(bound, "slots of the earlier epoch no longer open, kept copies included")
+	bound = append(bound, ReportRevoked(ctx, n, before, EarlierEpoch)...)
 	if allowsTooMuch(ctx, n, sealed) {
 		bound = append(bound, "the boot policy still allows boots that are revoked on the TPM; run kleidi bootpolicy narrow")
 	}

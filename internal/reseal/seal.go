@@ -69,7 +69,11 @@ func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.
 	others := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool {
 		return n.View.OfThisTPM(s) || (slotview.TypeOf(s) == seal.TypeTPM || slotview.Second(slotview.TypeOf(s)) != "") && s.Node == n.Config.Node
 	})
-	next, err := k.WithSlots(append(slots, others...))
+	all, err := n.View.Owing(k.Slots(), append(slots, others...))
+	if err != nil {
+		return nil, nil, err
+	}
+	next, err := k.WithSlots(all)
 	return next, slots, err
 }
 

@@ -148,6 +148,7 @@ func keepStates(ctx context.Context, n *node.Node, states []bootstate.State, sta
 // shim PCR 14 too.
 func enrol(ctx context.Context, n *node.Node, signer tpm.Signer, g uint64) ([]string, error) {
 	var changes []string
+	var before []seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		stay, older, there, err := enrolled(ctx, n, k, signer, g)
 		if err != nil {
@@ -173,11 +174,14 @@ func enrol(ctx context.Context, n *node.Node, signer tpm.Signer, g uint64) ([]st
 			return []*keyring.Keyring{next}, err
 		}
 		next, _, err := ReplaceBootStates(ctx, n, k, append(stay, state))
-		changes = append(changes, "the KEK is sealed to boot states of generation "+fmt.Sprint(g), "boot states of the earlier generation no longer open, kept copies included")
+		changes, before = append(changes, "the KEK is sealed to boot states of generation "+fmt.Sprint(g)), k.Slots()
 		return []*keyring.Keyring{next}, err
 	})
 	if errors.Is(err, errNothing) {
 		err = nil
+	}
+	if err == nil && before != nil {
+		changes = append(changes, ReportRevoked(ctx, n, before, "boot states of the earlier generation no longer open, kept copies included")...)
 	}
 	return changes, err
 }
@@ -211,6 +215,7 @@ func enrolled(ctx context.Context, n *node.Node, k *keyring.Keyring, signer tpm.
 func RevokeBootStates(ctx context.Context, n *node.Node, req admin.RevokeBootStatesRequest) (admin.KeyringState, error) {
 	prefix := strings.ToLower(req.Key)
 	gone := map[string]bool{}
+	var before []seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		live, err := n.LiveStates(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)
 		if err != nil {
@@ -235,15 +240,17 @@ func RevokeBootStates(ctx context.Context, n *node.Node, req admin.RevokeBootSta
 				return nil, err
 			}
 		}
+		before = k.Slots()
 		next, _, err := ReplaceBootStates(ctx, n, k, stay)
 		return []*keyring.Keyring{next}, err
 	})
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("revoke: %w", err)
 	}
+	changes := ReportRevoked(ctx, n, before, "what that key signed no longer opens, kept copies included")
 	err = keepStates(ctx, n, nil, func(s bootstate.State) bool { return !gone[hex.EncodeToString(s.KeyFingerprint[:])] })
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("revoke: the slots are revoked, and the boot states are still in the file: %w", err)
 	}
-	return n.Unchanged("what that key signed no longer opens, kept copies included")
+	return n.Unchanged(changes...)
 }

@@ -96,6 +96,9 @@ func (h *health) remarks() []string {
 	if s := status.Suspension(n, k.Slots()); s != nil {
 		remarks = append(remarks, "suspended: "+s.String())
 	}
+	for _, d := range n.View.Debts(k.Slots()) {
+		remarks = append(remarks, "not revoked: kept copies of former slots "+d.Describe())
+	}
 	if state := n.Unlocker.State(); state.Fallback != nil {
 		remarks = append(remarks, fmt.Sprintf("fallback: opened by %s, since: %s", state.Wrapper, state.Fallback))
 	}
@@ -107,7 +110,7 @@ func (h *health) remarks() []string {
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descSuspended, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
+	for _, d := range []*prometheus.Desc{descSuspended, descUnrevoked, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
 		c <- d
 	}
 }
@@ -157,6 +160,7 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 		fallback = 1
 	}
 	gauge(descFallback, fallback)
+	gauge(descUnrevoked, float64(len(n.View.Debts(k.Slots()))))
 	gauge(descTested, n.SelfTests.Seconds())
 	gauge(descUnusable, float64(len(slots.Unusable(n, k))))
 	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
@@ -193,6 +197,7 @@ func newHealth(registry *prometheus.Registry) *health {
 
 var (
 	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
+	descUnrevoked = prometheus.NewDesc("kleidi_unrevoked_copies", "TPMs and epoch counters under which kept copies of former slots still open; kleidi status names them.", nil, nil)
 	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if another wrapper than the first of unlock.order opened the keyring, 0 else.", nil, nil)
 	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open when they were last tested, those that a rotation left out, and wrappers of unlock.order without a slot.", nil, nil)
 	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would; 0 if never.", nil, nil)

@@ -2,6 +2,7 @@ package serve
 
 import (
 	"context"
+	"errors"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -92,16 +93,18 @@ func (s *Server) tidyUp(ctx context.Context) {
 			return
 		case <-s.opened:
 		}
+		wait := backoff.NewExponentialBackOff()
+		wait.MaxInterval = time.Hour // a TPM that can't be told to refuse is not asked all day
 		_, _ = backoff.Retry(ctx, func() (struct{}, error) {
 			// The attempt is told of before its outcome is there for all to see. tidy
 			// waits for it, so only then is it clear whether anything is open.
-			err := reseal.Tidy(ctx, s.Node)
+			err := errors.Join(reseal.Tidy(ctx, s.Node), reseal.PayDebts(ctx, s.Node))
 			if !s.Node.Unlocker.State().Open {
 				err = nil
 			}
 			return struct{}{}, err
-		}, backoff.WithMaxElapsedTime(0), backoff.WithNotify(func(err error, d time.Duration) {
-			s.Node.Log.Error("slots of earlier boot states still open, as they could not be revoked", "cause", seal.CauseOf(err), "error", err, "retry", d.Round(time.Millisecond))
+		}, backoff.WithBackOff(wait), backoff.WithMaxElapsedTime(0), backoff.WithNotify(func(err error, d time.Duration) {
+			s.Node.Log.Error("former slots still open, as the TPM could not be told to refuse them", "cause", seal.CauseOf(err), "error", err, "retry", d.Round(time.Millisecond))
 		}))
 	}
 }

@@ -90,6 +90,7 @@ func wrapperFor(n *node.Node, req admin.AddSlotRequest) (seal.Wrapper, error) {
 // kept of others opens the KEK until it is rotated.
 func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (admin.KeyringState, error) {
 	var changes []string
+	var before []seal.Slot // where a slot of this TPM goes
 	var gone seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		slots := k.Slots()
@@ -100,7 +101,9 @@ func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (adm
 		if slotview.IsLastRecovery(slots, i) && !req.AcceptDataLoss {
 			return nil, slotview.ErrLastRecovery
 		}
-		gone = slots[i]
+		if gone = slots[i]; gone.Type == seal.TypeUnrevoked {
+			return nil, errors.New("nothing is wrapped there; run kleidi slot forget-copies --ek EK, with an EK that kleidi status shows")
+		}
 		rest := slices.Delete(slices.Clone(slots), i, i+1)
 		if err := n.RequireOpener(ctx, k, rest); err != nil {
 			return nil, err
@@ -111,28 +114,36 @@ func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (adm
 				return nil, err
 			}
 			next, _, err := reseal.ReplaceBootStates(ctx, n, k, live)
-			changes = []string{revokedByTPM}
+			before = slots
 			return []*keyring.Keyring{next}, err
 		}
-		changes = revokeSlot(ctx, n, gone, rest)
+		// The last slot of this TPM, which no slot of a later epoch follows, leaves a debt,
+		// paid when the keyring without it is stored: a crash in between forgets nothing.
+		if n.View.OfThisTPM(gone) {
+			before = slots
+			rest, err = n.View.Owing(slots, rest)
+		} else {
+			changes = reportRemoved(gone, rest)
+		}
+		if err != nil {
+			return nil, err
+		}
 		next, err := k.WithSlots(rest)
 		return []*keyring.Keyring{next}, err
 	})
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("slot remove %s: %w", req.Name, err)
 	}
-	return n.Unchanged(append(changes, n.View.ReportStillNamed(n.OpenSlots(), slotview.TypeOf(gone))...)...)
+	if before != nil {
+		changes = append(changes, reseal.ReportRevoked(ctx, n, before, revokedByTPM)...)
+	}
+	state, err := n.Unchanged(append(changes, n.View.ReportStillNamed(n.OpenSlots(), slotview.TypeOf(gone))...)...)
+	state.Owed = before != nil && !n.View.Revokes(before, n.OpenSlots())
+	return state, err
 }
 
-// revokeSlot says what it means that a slot goes. If it is the last one of this TPM,
-// which no slot of the next epoch follows, the TPM is told to refuse it first.
-func revokeSlot(ctx context.Context, n *node.Node, gone seal.Slot, rest []seal.Slot) []string {
-	if n.View.OfThisTPM(gone) {
-		if err := n.TPM.Revoke(ctx, slotview.TPMParts([]seal.Slot{gone})); err != nil {
-			return []string{"the slot is gone from the keyring; KEPT COPIES OF IT STILL OPEN WITH ITS TPM, which could not be told to refuse them: run kleidi reseal once it answers, and remove the slot again (" + err.Error() + ")"}
-		}
-		return []string{revokedByTPM}
-	}
+// reportRemoved says what it means that a slot goes which is not of this TPM.
+func reportRemoved(gone seal.Slot, rest []seal.Slot) []string {
 	if gone.Type == seal.TypeSkipped {
 		return []string{"the place is gone from the keyring; there was no slot in it"}
 	}

@@ -32,12 +32,12 @@ func MissingOf(s seal.Slot) (d Missing, ok bool) {
 	return d, ok
 }
 
-// KeepMissing keeps the place of a slot in the rotations that follow.
+// KeepMissing keeps the place of a slot, and what is owed, in the rotations that follow.
 type KeepMissing struct{}
 
 // WrapLike implements rotation.Rewrapper.
 func (KeepMissing) WrapLike(_ context.Context, _ *seal.Secret, like seal.Slot) (seal.Slot, error) {
-	if like.Type != seal.TypeSkipped {
+	if like.Type != seal.TypeSkipped && like.Type != seal.TypeUnrevoked {
 		return seal.Slot{}, seal.ErrNotMine
 	}
 	return like, nil

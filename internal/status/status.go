@@ -47,7 +47,8 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 			attestation = n.Attest(ctx, slots)
 		}
 	}
-	if len(slots) > 0 {
+	r.Unrevoked = unrevoked(n, slots)
+	if slots = slotview.WithoutDebts(slots); len(slots) > 0 {
 		slots = n.View.WithMissing(slots)
 	}
 	names, ids := slotview.Names(slots), slotview.IDs(slots)
@@ -66,6 +67,17 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 	}
 	r.Attestation = reportAttestation(n, errors.Join(attestation, onlyAttestation(state.Problem)))
 	return r, nil
+}
+
+// unrevoked returns the former slots whose copies still open.
+func unrevoked(n *node.Node, slots []seal.Slot) (all []admin.Unrevoked) {
+	for _, d := range n.View.Debts(slots) {
+		all = append(all, admin.Unrevoked{
+			EK: d.EK, EpochIndex: d.Index, UpToEpoch: d.AtMost, Since: d.Since,
+			Message: "kept copies of former slots " + d.Describe(), Hint: d.Remedy(),
+		})
+	}
+	return all
 }
 
 // bootsLeft returns how many boots more a suspension lasts, nil if the TPM does not tell.

@@ -89,7 +89,7 @@ func (s *Store) get(ctx context.Context, path string, o *object) error {
 	case !ok || r.Code != http.StatusNotFound:
 		return err
 	case r.Reason != "NotFound":
-		return fmt.Errorf("the API does not know the resource; run kleidi cluster setup: %w", err)
+		return fmt.Errorf("the API does not know the resource of kleidi: %w", err)
 	}
 	return fs.ErrNotExist
 }
@@ -202,7 +202,7 @@ func (s *Store) PutRecord(ctx context.Context, node string, record []byte) error
 		o.APIVersion, o.Kind, o.Metadata.Name = APIVersion, "KeyringNode", node
 		err = s.Do(ctx, http.MethodPost, nodes, JSON, o, nil)
 		if refused(err, http.StatusForbidden) {
-			err = fmt.Errorf("there is no such object; run kleidi cluster setup for this node: %w", err)
+			err = fmt.Errorf("there is no such object: %w", err)
 		}
 	}
 	if err != nil {

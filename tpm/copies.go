@@ -1,0 +1,48 @@
+package tpm
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// Copies are the copies of a slot that anybody may have kept. The TPM with this EK and
+// storage root key opens them until its counter at Index is above AtMost.
+type Copies struct {
+	EK     string   `json:"ek"`    // digest, see EKDigest
+	SRK    hexBytes `json:"srk"`   // Name of the storage root key
+	Index  uint32   `json:"index"` // NV index of the epoch counter
+	AtMost uint64   `json:"atMost"`
+}
+
+// CopiesOf returns where the copies of a TPM slot open. It reads a slot of any epoch
+// counter, and so proves nothing: the slot is one of an authenticated keyring.
+func CopiesOf(slot seal.Slot) (Copies, error) {
+	var d struct {
+		EK    string    `json:"ek"`
+		SRK   hexBytes  `json:"srk"`
+		Epoch slotEpoch `json:"epoch"`
+	}
+	if err := json.Unmarshal(slot.Data, &d); err != nil {
+		return Copies{}, corrupt("%w", err)
+	}
+	return Copies{EK: d.EK, SRK: d.SRK, Index: d.Epoch.Index, AtMost: d.Epoch.AtMost}, nil
+}
+
+// SameCounter reports whether one TPM's counter ends both.
+func (c Copies) SameCounter(other Copies) bool {
+	return bytes.Equal(c.SRK, other.SRK) && c.Index == other.Index
+}
+
+// Refuse has this machine's TPM refuse copies, by raising the counter that they name. On
+// another TPM the error's cause is [seal.CauseOtherTPM]. [seal.CauseTPMCleared] says that
+// the copies' storage root key is gone, so that nothing opens them any more.
+func (w *Wrapper) Refuse(ctx context.Context, c Copies, counter Counter) error {
+	return classify(w.Device.Do(ctx, func(t transport.TPM) error {
+		return w.withSRK(t, &slotData{EK: c.EK, SRK: c.SRK}, func(srk *SRK) error { return counter.RaiseTo(t, srk, c.AtMost+1) })
+	}))
+}
