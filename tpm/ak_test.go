@@ -23,9 +23,9 @@ type akFile struct {
 	Private []byte `json:"private"`
 }
 
-// TestKeptAK: a kept attestation key is used again only if it is one of this TPM's
-// storage root key and of the template. Anything else gives way to a new key, which is
-// kept in its place.
+// TestKeptAK: a kept attestation key is used again only if it belongs to this TPM's
+// storage root key and has the template. Anything else is replaced by a new key, which
+// is kept.
 func TestKeptAK(t *testing.T) {
 	n, other := newNode(t), newNode(t)
 	path := filepath.Join(t.TempDir(), "ak.json")
@@ -61,7 +61,7 @@ func TestKeptAK(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// made has the TPM make a key that is not the template's, or has a password.
+	// made makes the TPM make a key that differs from the template, or has a password.
 	made := func(password string, change func(*tpm2.TPMAObject)) akFile {
 		public := *template
 		public.Unique = tpm2.TPMUPublicID{}
@@ -108,7 +108,7 @@ func TestKeptAK(t *testing.T) {
 	}
 }
 
-// TestQuoteWithoutAFile: where no key can be kept, each quote has a fresh one.
+// TestQuoteWithoutAFile: if no key can be kept, each quote has a fresh one.
 func TestQuoteWithoutAFile(t *testing.T) {
 	n := newNode(t)
 	q := tpm.Quoter{Device: n.Device, AK: attest.AKFile(filepath.Join(t.TempDir(), "missing", "ak.json"))}

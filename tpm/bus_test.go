@@ -22,8 +22,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// left counts transient objects and loaded sessions, seen by a client that, unlike
-// a Device, does not flush them first.
+// left counts transient objects and loaded sessions, with a client that, unlike a
+// Device, does not flush them first.
 func (n *node) left() int {
 	n.Helper()
 	c, err := net.Dial("unix", strings.TrimPrefix(n.machine.Device(), "unix:"))
@@ -46,10 +46,10 @@ func (n *node) left() int {
 	return count
 }
 
-// flush frees what a fault left: the next operation would begin with that.
+// flush frees what a fault left. (The next operation would flush it first too.)
 func (n *node) flush() { n.must(func(transport.TPM) error { return nil }) }
 
-// sent returns what an operation sends when all goes well.
+// sent returns the commands of an operation without faults.
 func (n *node) sent(f func() error) []tpmtest.Exchange {
 	n.Helper()
 	n.flush()
@@ -60,7 +60,7 @@ func (n *node) sent(f func() error) []tpmtest.Exchange {
 	return n.proxy.Traffic()
 }
 
-// operations are what a slot goes through, and a sealed credential.
+// operations are the operations on a slot and on a sealed credential.
 func (n *node) operations(slot seal.Slot, kek *seal.Secret) map[string]func() error {
 	blob := n.sealed(kek)
 	return map[string]func() error{
@@ -106,7 +106,7 @@ func TestNoHandleIsLeft(t *testing.T) {
 			n.proxy.Inject(tpmtest.Fault{After: i, Times: 1, Do: tpmtest.Code(tpm2.TPMRCFailure)})
 			if err := f(); err != nil {
 				n.want(err, seal.CauseOf(err))
-			} else if e.Code != tpm2.TPMCCReadPublic && e.Code != tpm2.TPMCCCreatePrimary { // for which there is another way
+			} else if e.Code != tpm2.TPMCCReadPublic && e.Code != tpm2.TPMCCCreatePrimary { // there is another way without these
 				t.Errorf("%s: that %v fails is no error", name, e.Code)
 			}
 			if got := n.left(); got != 0 {
@@ -118,8 +118,8 @@ func TestNoHandleIsLeft(t *testing.T) {
 	n.opens(slot, kek)
 }
 
-// TestFaultyTPM: a TPM that vanishes, hangs or answers garbage at any command is
-// an error with its cause; the wrapper works on when the TPM does.
+// TestFaultyTPM: a TPM that vanishes, hangs or answers garbage at any command gives an
+// error with its cause. The wrapper works again when the TPM does.
 func TestFaultyTPM(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -149,7 +149,8 @@ func TestFaultyTPM(t *testing.T) {
 	n.opens(slot, kek)
 }
 
-// TestHangingTPM: an operation ends with its deadline at whichever command.
+// TestHangingTPM: an operation ends with its deadline, no matter at which command the
+// TPM hangs.
 func TestHangingTPM(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -168,7 +169,7 @@ func TestHangingTPM(t *testing.T) {
 	n.opens(slot, kek)
 }
 
-// TestNoKEKCrossesTheBus in plain, nor any half of it.
+// TestNoKEKCrossesTheBus: neither the KEK nor half of it crosses the bus unencrypted.
 func TestNoKEKCrossesTheBus(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -187,8 +188,8 @@ func TestNoKEKCrossesTheBus(t *testing.T) {
 	}
 }
 
-// TestInterposer: who answers for the TPM with a storage root key of his own gets
-// no session that carries a key: neither to unseal nor to rotate.
+// TestInterposer: an impostor in the TPM's place, with a storage root key of its own,
+// gets no session that carries a key, neither for unsealing nor for a rotation.
 func TestInterposer(t *testing.T) {
 	n, his := newNode(t), newNode(t)
 	kek := n.kek()
@@ -247,8 +248,8 @@ func (n *node) persist(template tpm2.TPMTPublic) []byte {
 	return name
 }
 
-// TestPersistentKey: somebody else's key at 0x81000001 is neither used nor
-// touched; the right one is used, and no other is made.
+// TestPersistentKey: kleidi neither uses nor touches somebody else's key at 0x81000001.
+// It uses the right key there, and makes no other.
 func TestPersistentKey(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -280,8 +281,8 @@ func TestPersistentKey(t *testing.T) {
 	}
 }
 
-// TestOwnerAuthorization: with a value on the owner hierarchy, the wrapper needs
-// it from the file, or the persistent key to open what there is.
+// TestOwnerAuthorization: with a value on the owner hierarchy, the wrapper needs that
+// value from the file, or the persistent key to open existing slots.
 func TestOwnerAuthorization(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -292,7 +293,7 @@ func TestOwnerAuthorization(t *testing.T) {
 		_, err := tpm2.HierarchyChangeAuth{AuthHandle: ownerHandle(), NewAuth: tpm2.TPM2BAuth{Buffer: []byte(secret)}}.Execute(tp)
 		return err
 	})
-	// All that a start does: the gate, the slot, and settling what is settled.
+	// All operations of a start: the gate, the slot, and settling a settled epoch.
 	n.gate.Node = "alpha"
 	if err := n.gate.Attest(t.Context(), []seal.Slot{slot}); err != nil || !n.gate.Passed() {
 		t.Errorf("the gate, without the value: %v", err)
@@ -323,7 +324,7 @@ func TestOwnerAuthorization(t *testing.T) {
 	}
 }
 
-// extendFirst has the TPM extend PCR 10 before it executes the command.
+// extendFirst makes the TPM extend PCR 10 before it executes the command.
 func extendFirst(command []byte, send func() []byte) []byte {
 	wanted := bytes.Clone(command)
 	event := binary.BigEndian.AppendUint16(nil, uint16(tpm2.TPMSTSessions))
@@ -339,9 +340,9 @@ func extendFirst(command []byte, send func() []byte) []byte {
 	return send()
 }
 
-// TestPCRExtendedMeanwhile: a PCR that is none of the slot's, IMA's for instance,
-// is extended between the authorization policy and the unsealing, or between
-// reading PCRs and quoting them: it is tried again, not for ever.
+// TestPCRExtendedMeanwhile: a PCR that the slot does not name, for instance IMA's, is
+// extended between the authorization policy and the unsealing, or between reading PCRs
+// and quoting them. kleidi tries again, but not for ever.
 func TestPCRExtendedMeanwhile(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -365,7 +366,7 @@ func TestPCRExtendedMeanwhile(t *testing.T) {
 	n.opens(slot, kek)
 }
 
-// TestManyOperations: a wrapper that is used for long holds nothing.
+// TestManyOperations: after many operations the wrapper holds nothing.
 func TestManyOperations(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()

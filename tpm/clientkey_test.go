@@ -68,7 +68,7 @@ func (n *node) signsNot(blob []byte, cause seal.Cause, words ...string) error {
 	return err
 }
 
-// TestClientKey: a key signs, after a reboot and another kernel too, and leaves
+// TestClientKey: a key signs, even after a reboot and with another kernel, and leaves
 // nothing in the TPM.
 func TestClientKey(t *testing.T) {
 	n := newNode(t)
@@ -92,8 +92,8 @@ func TestClientKey(t *testing.T) {
 	n.signs(another, otherPublic)
 }
 
-// TestClientKeyIsBoundToSecureBoot: whatever changes PCR 7 ends the key's use, until
-// it is as it was.
+// TestClientKeyIsBoundToSecureBoot: every change of PCR 7 ends the key's use, until PCR
+// 7 has its old value again.
 func TestClientKeyIsBoundToSecureBoot(t *testing.T) {
 	n := newNode(t)
 	blob, public := n.newClientKey()
@@ -109,7 +109,7 @@ func TestClientKeyIsBoundToSecureBoot(t *testing.T) {
 		if err := n.signsNot(blob, seal.CauseCredentials, "bound to PCR 7", "make a new one with kleidi vault-key"); !errors.Is(err, authpolicy.ErrBootState) {
 			t.Errorf("%s: %v", name, err)
 		}
-		// No other way to sign is left to who talks to the TPM himself.
+		// An attacker who talks to the TPM directly has no other way to sign.
 		n.must(func(tp transport.TPM) error { return signsWithout(n, tp, blob) })
 		fresh, freshPublic := n.newClientKey()
 		n.signs(fresh, freshPublic)
@@ -118,8 +118,8 @@ func TestClientKeyIsBoundToSecureBoot(t *testing.T) {
 	n.signs(blob, public)
 }
 
-// signsWithout tries to sign with a password, and with a session in which nothing
-// was satisfied, and to take the key out of the TPM.
+// signsWithout tries to sign with a password, and with a session that satisfied
+// nothing, and to take the key out of the TPM.
 func signsWithout(n *node, tp transport.TPM, blob []byte) error {
 	var k struct{ Public, Private []byte }
 	if err := json.Unmarshal(blob, &k); err != nil {
@@ -151,12 +151,13 @@ func signsWithout(n *node, tp transport.TPM, blob []byte) error {
 	})
 }
 
-// TestClientKeyOfAnotherTPM: the file is of no use there, nor once the TPM was cleared.
+// TestClientKeyOfAnotherTPM: the file is useless there, and after TPM2_Clear.
 func TestClientKeyOfAnotherTPM(t *testing.T) {
 	n, other := newNode(t), newNode(t)
 	blob, _ := n.newClientKey()
 	other.signsNot(blob, seal.CauseCredentials, "another TPM", "make a new one with kleidi vault-key")
-	// Not even where the file says that the other TPM's storage root key is its parent.
+	// The file is useless even if it names the other TPM's storage root key as its
+	// parent.
 	theirs, _ := other.newClientKey()
 	other.signsNot(edit(t, blob, "srk", member(t, theirs, "srk")), seal.CauseCredentials, "TPM2_Load", "kleidi vault-key")
 	if err := n.machine.Clear(t.Context()); err != nil {
@@ -191,7 +192,7 @@ func TestDamagedClientKey(t *testing.T) {
 		t.Errorf("the TPM got %d commands for damaged files", seen)
 	}
 	n.signsNot(edit(t, blob, "private", string(private)), seal.CauseCredentials, "damaged: TPM2_Load", "kleidi vault-key")
-	// A key of another kind: what anybody may use.
+	// A key of another kind: one that anybody may use.
 	var k struct{ Public []byte }
 	if err := json.Unmarshal(blob, &k); err != nil {
 		t.Fatal(err)
@@ -228,7 +229,7 @@ func edit(t *testing.T, blob []byte, name, value string) []byte {
 	return bytes.Replace(blob, []byte(old), []byte(`"`+name+`":`+value), 1)
 }
 
-// TestClientKeyFaults: what the TPM, or who answers in its place, can do.
+// TestClientKeyFaults: faults of the TPM, and of an impostor in its place.
 func TestClientKeyFaults(t *testing.T) {
 	n := newNode(t)
 	blob, public := n.newClientKey()
@@ -263,8 +264,8 @@ func TestClientKeyFaults(t *testing.T) {
 	n.signsNot(blob, seal.CauseLockout, "dictionary-attack lockout")
 }
 
-// FuzzClientKey: a file that is accepted is one of NewClientKey's form, and there is
-// no other that says the same.
+// FuzzClientKey: an accepted file has NewClientKey's form, and no other file says the
+// same.
 func FuzzClientKey(f *testing.F) {
 	blob := clientKeySeed(f)
 	f.Add(blob)
@@ -288,7 +289,8 @@ func FuzzClientKey(f *testing.F) {
 	})
 }
 
-// clientKeySeed is a file as NewClientKey makes it, but for what only a TPM can make.
+// clientKeySeed is a file like NewClientKey's, except for the parts that only a TPM can
+// make.
 func clientKeySeed(f *testing.F) []byte {
 	f.Helper()
 	value := bytes.Repeat([]byte{7}, 32)

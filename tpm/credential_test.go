@@ -72,8 +72,8 @@ func (n *node) unsealsNot(blob []byte, cause seal.Cause, words ...string) error 
 	return err
 }
 
-// TestCredential: what is sealed unseals, after a reboot, with another kernel and in a
-// TPM that is locked out too, and leaves nothing in the TPM. It is not in the file.
+// TestCredential: a sealed credential unseals, even after a reboot, with another kernel
+// and in a locked-out TPM, and leaves nothing in the TPM. The file does not contain it.
 func TestCredential(t *testing.T) {
 	n := newNode(t)
 	pin := n.credential("73616220")
@@ -98,8 +98,7 @@ func TestCredential(t *testing.T) {
 	n.unseals(blob, pin)
 }
 
-// TestCredentialInMemory: once it is sealed, or unsealed, it lies nowhere but in its
-// locked memory.
+// TestCredentialInMemory: a sealed or unsealed credential is only in its locked memory.
 func TestCredentialInMemory(t *testing.T) {
 	n := newNode(t)
 	pin, err := n.Memory.New(24)
@@ -136,7 +135,7 @@ func TestCredentialSizes(t *testing.T) {
 	}
 }
 
-// TestCredentialBanks: each bank by its own value.
+// TestCredentialBanks: each bank has its own value.
 func TestCredentialBanks(t *testing.T) {
 	n := newNode(t)
 	pin := n.credential("73616220")
@@ -150,8 +149,8 @@ func TestCredentialBanks(t *testing.T) {
 	n.unseals(blob, pin)
 }
 
-// TestCredentialIsBoundToSecureBoot: whatever changes PCR 7 ends its use, until it is
-// as it was.
+// TestCredentialIsBoundToSecureBoot: every change of PCR 7 ends the credential's use,
+// until PCR 7 has its old value again.
 func TestCredentialIsBoundToSecureBoot(t *testing.T) {
 	n := newNode(t)
 	pin := n.credential("73616220")
@@ -168,7 +167,7 @@ func TestCredentialIsBoundToSecureBoot(t *testing.T) {
 		if err := n.unsealsNot(blob, seal.CauseBootState, "bound to PCR 7", "seal a new one with kleidi pkcs11-pin"); !errors.Is(err, authpolicy.ErrBootState) {
 			t.Errorf("%s: %v", name, err)
 		}
-		// No other way is left to who talks to the TPM himself.
+		// An attacker who talks to the TPM directly has no other way to unseal.
 		n.must(func(tp transport.TPM) error { return unsealsWithout(n, tp, blob) })
 		n.unseals(n.sealed(pin), pin)
 	}
@@ -176,8 +175,8 @@ func TestCredentialIsBoundToSecureBoot(t *testing.T) {
 	n.unseals(blob, pin)
 }
 
-// unsealsWithout tries to unseal with a password, and with a session in which nothing
-// was satisfied, and to give the object a password.
+// unsealsWithout tries to unseal with a password, and with a session that satisfied
+// nothing, and to give the object a password.
 func unsealsWithout(n *node, tp transport.TPM, blob []byte) error {
 	var c struct{ Public, Private []byte }
 	if err := json.Unmarshal(blob, &c); err != nil {
@@ -206,12 +205,13 @@ func unsealsWithout(n *node, tp transport.TPM, blob []byte) error {
 	})
 }
 
-// TestCredentialOfAnotherTPM: the file is of no use there, nor once the TPM was cleared.
+// TestCredentialOfAnotherTPM: the file is useless there, and after TPM2_Clear.
 func TestCredentialOfAnotherTPM(t *testing.T) {
 	n, other := newNode(t), newNode(t)
 	blob := n.sealed(n.credential("73616220"))
 	other.unsealsNot(blob, seal.CauseOtherTPM, "sealed by another TPM: its endorsement key is sha256:", "seal a new one with kleidi pkcs11-pin")
-	// Not even where the file says that the other TPM's storage root key is its parent.
+	// The file is useless even if it names the other TPM's storage root key as its
+	// parent.
 	theirs := other.sealed(other.credential("1"))
 	other.unsealsNot(edit(t, blob, "srk", member(t, theirs, "srk")), seal.CauseCredentials, "TPM2_Load", "kleidi pkcs11-pin")
 	if err := n.machine.Clear(t.Context()); err != nil {
@@ -273,7 +273,7 @@ func weakened(t *testing.T, blob []byte) string {
 	return string(area)
 }
 
-// TestCredentialFaults: what the TPM, or who answers in its place, can do.
+// TestCredentialFaults: faults of the TPM, and of an impostor in its place.
 func TestCredentialFaults(t *testing.T) {
 	n := newNode(t)
 	pin := n.credential("73616220")
@@ -305,8 +305,9 @@ func TestCredentialFaults(t *testing.T) {
 	n.unseals(blob, pin)
 }
 
-// TestNoCredentialCrossesTheBus in plain, nor in a session whose key is known; and who answers for the TPM with a storage
-// root key of his own gets no session.
+// TestNoCredentialCrossesTheBus: the credential never crosses the bus unencrypted, nor
+// in a session whose key is known. An impostor in the TPM's place, with a storage root
+// key of its own, gets no session.
 func TestNoCredentialCrossesTheBus(t *testing.T) {
 	n, his := newNode(t), newNode(t)
 	pin := n.credential("kleidi-73616220-kleidi")
@@ -323,7 +324,7 @@ func TestNoCredentialCrossesTheBus(t *testing.T) {
 	n.proxy.Forget()
 	n.unseals(n.sealed(pin), pin)
 	for _, e := range n.proxy.Traffic() {
-		// Who talks in its place knows the key of a session that is not salted.
+		// An impostor knows the key of a session that is not salted.
 		if salted := e.Command[10:14]; e.Code == tpm2.TPMCCStartAuthSession && bytes.Equal(salted, []byte{0x40, 0, 0, 7}) {
 			t.Error("a session was started without a salt")
 		}
@@ -341,8 +342,8 @@ func TestNoCredentialCrossesTheBus(t *testing.T) {
 	n.unseals(blob, pin)
 }
 
-// FuzzSealedCredential: a file that is accepted is one of SealCredential's form, and
-// there is no other that says the same.
+// FuzzSealedCredential: an accepted file has SealCredential's form, and no other file
+// says the same.
 func FuzzSealedCredential(f *testing.F) {
 	f.Add(credentialSeed(f))
 	f.Add([]byte(`{"form":"sealed-credential-v1","srk":"zz"}`))
@@ -350,7 +351,7 @@ func FuzzSealedCredential(f *testing.F) {
 	none := tpm.NewDevice(tpm.Address{}, 0)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		_, err := none.UnsealCredential(t.Context(), tpm.Owner{}, seal.Memory{}, data)
-		if seal.CauseOf(err) == seal.CauseUnavailable { // it was accepted, and there is no TPM
+		if seal.CauseOf(err) == seal.CauseUnavailable { // the file was accepted, and there is no TPM
 			var members map[string]any
 			if err := json.Unmarshal(data, &members); err != nil || len(members) != 7 || !bytes.HasPrefix(data, []byte(`{"form":"sealed-credential-v1","srk":"`)) {
 				t.Errorf("accepted %q", data)
@@ -361,7 +362,8 @@ func FuzzSealedCredential(f *testing.F) {
 	})
 }
 
-// credentialSeed is a file as SealCredential makes it, but for what only a TPM can make.
+// credentialSeed is a file like SealCredential's, except for the parts that only a TPM
+// can make.
 func credentialSeed(f *testing.F) []byte {
 	f.Helper()
 	value := bytes.Repeat([]byte{7}, 32)

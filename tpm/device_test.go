@@ -75,8 +75,8 @@ func TestDoRetriesUntilTheDeadline(t *testing.T) {
 	}
 }
 
-// TestDoReturnsTheTPMsErrors: what the TPM refuses is not retried, and is no
-// fault of the device.
+// TestDoReturnsTheTPMsErrors: a refusal by the TPM is not retried, and is not a fault
+// of the device.
 func TestDoReturnsTheTPMsErrors(t *testing.T) {
 	_, p := newProxy(t)
 	for _, rc := range []tpm2.TPMRC{tpm2.TPMRCLockout, tpm2.TPMRCPCRChanged, tpm2.TPMRCFailure, tpm2.TPMRCObjectMemory} {
@@ -124,8 +124,8 @@ func TestDoEndsWithAHangingTPM(t *testing.T) {
 	}
 }
 
-// TestDoSurvivesGarbage: no answer ends the process, in the operation itself or
-// in what Do does before it; what cannot even be a response is the device's fault.
+// TestDoSurvivesGarbage: no answer ends the process, in the operation itself or before
+// it in Do. An answer that can't be a response is the device's fault.
 func TestDoSurvivesGarbage(t *testing.T) {
 	_, p := newProxy(t)
 	d := p.TPM(time.Second)
@@ -156,8 +156,8 @@ func TestDoWithTruncatedAnswers(t *testing.T) {
 	}
 }
 
-// TestDoSendsNothingAfterAFault: what follows on a broken connection could be
-// the answer to an earlier command.
+// TestDoSendsNothingAfterAFault: on a broken connection, the next answer could belong
+// to an earlier command.
 func TestDoSendsNothingAfterAFault(t *testing.T) {
 	_, p := newProxy(t)
 	p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Times: 1, Do: tpmtest.Truncate(11)})
@@ -236,8 +236,8 @@ func TestDoSerialises(t *testing.T) {
 	}
 }
 
-// TestDoWaitsItsTurnNotForever: an operation that waits for another one ends with
-// its context, and says what it waited for.
+// TestDoWaitsItsTurnNotForever: an operation that waits for another one ends with its
+// context, and says what it waited for.
 func TestDoWaitsItsTurnNotForever(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	d := m.TPM()
@@ -252,8 +252,8 @@ func TestDoWaitsItsTurnNotForever(t *testing.T) {
 	}
 }
 
-// TestDoSurvivesAPanic: what an operation does with an answer does not end the
-// process, does not keep the TPM, and does not show the value in the message.
+// TestDoSurvivesAPanic: a panic over an answer does not end the process or keep the
+// TPM, and the message does not show the value.
 func TestDoSurvivesAPanic(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	d := m.TPM()
@@ -267,8 +267,8 @@ func TestDoSurvivesAPanic(t *testing.T) {
 	}
 }
 
-// TestDoFlushesWhatAKilledClientLeft: a swtpm has room for three transient
-// objects and three sessions; a client that is killed leaves its own there.
+// TestDoFlushesWhatAKilledClientLeft: a swtpm has room for three transient objects and
+// three sessions. A killed client leaves its own there.
 func TestDoFlushesWhatAKilledClientLeft(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	fill := func() {
@@ -307,7 +307,7 @@ func TestDoFlushesWhatAKilledClientLeft(t *testing.T) {
 	}
 }
 
-// plain is a client that cleans up nothing.
+// plain is a client that does not clean up.
 type plain struct{ net.Conn }
 
 func (p plain) Send(command []byte) ([]byte, error) {

@@ -34,7 +34,7 @@ var (
 	byNone  = tpm2.TPMANV{OwnerWrite: true, PolicyRead: true, NoDA: true}
 )
 
-// store writes what a TPM's maker would have left in an index; nil leaves it
+// store writes to an index what a TPM's maker would write; nil leaves the index
 // unwritten.
 func store(t *testing.T, m *tpmtest.Machine, index tpm2.TPMHandle, attributes tpm2.TPMANV, size int, content []byte) {
 	t.Helper()
@@ -117,7 +117,7 @@ func certificate(t *testing.T, d *tpm.Device) (der []byte) {
 	return der
 }
 
-// TestEKCertificate: what the maker left is found, padding and all, and verifies.
+// TestEKCertificate: the maker's certificate is found, including padding, and verifies.
 func TestEKCertificate(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	if der := certificate(t, m.TPM()); der != nil {
@@ -137,7 +137,8 @@ func TestEKCertificate(t *testing.T) {
 	}
 }
 
-// TestEKCertificateUnreadable: what can't be read whole counts as none.
+// TestEKCertificateUnreadable: a certificate that can't be read completely counts as
+// none.
 func TestEKCertificateUnreadable(t *testing.T) {
 	stored := bytes.Repeat([]byte{7}, 600)
 	for name, c := range map[string]struct {

@@ -31,10 +31,10 @@ func with(b simboot.Boot, change func(*simboot.Boot)) simboot.Boot {
 	return b
 }
 
-// way is one way to something that is bound to a boot.
+// way is one way to bind something to a boot.
 type way = func(context.Context, *attest.Gate) (tpm.BootState, error)
 
-// attempt is a way, and what comes of it: PCRs, or a refusal that says so.
+// attempt is a way, with its result: PCRs, or a refusal that contains says.
 type attempt struct {
 	name string
 	try  way
@@ -42,9 +42,9 @@ type attempt struct {
 	says string
 }
 
-// TestNothingIsBoundToWhatWasNotMeasured: every way to a boot state, or to something else
-// that is bound to one, follows the rule, on a TPM that booted so. says is in the
-// refusal; "" means that there is none.
+// TestNothingIsBoundToWhatWasNotMeasured: every way to a boot state, or to anything
+// else bound to a boot state, follows the rule, on a TPM with that boot. The refusal
+// contains says; "" means that there is no refusal.
 func TestNothingIsBoundToWhatWasNotMeasured(t *testing.T) {
 	const off, idle, noProgram = "Secure Boot is off", "on, and nothing was verified", "boot program (PCR 4 has no image"
 	state := func(pcrs ...int) way {
@@ -157,8 +157,8 @@ func TestNothingIsBoundToWhatWasNotMeasured(t *testing.T) {
 	}
 }
 
-// TestAcceptedSignedBootIsAnnounced: with each boot state that leaves something open, and
-// with no other.
+// TestAcceptedSignedBootIsAnnounced: AnySigned is called for each boot state that
+// leaves something open, and for no other.
 func TestAcceptedSignedBootIsAnnounced(t *testing.T) {
 	n := newNode(t, signedUKI)
 	var said []string
@@ -175,8 +175,8 @@ func TestAcceptedSignedBootIsAnnounced(t *testing.T) {
 	}
 }
 
-// TestSignedBootsAreOthers: what PCR 7 alone lets in is any other signed boot, on a real
-// TPM, which is why it must be accepted.
+// TestSignedBootsAreOthers: PCR 7 alone admits any other signed boot, on a real TPM.
+// That is why an operator must accept it.
 func TestSignedBootsAreOthers(t *testing.T) {
 	n := newNode(t, signedUKI)
 	n.gate.AnySigned, n.gate.PCRs = func(bootrule.Binding) {}, []int{7}

@@ -22,7 +22,7 @@ import (
 
 var nonce = []byte("a nonce of the verifier, 32 byte")
 
-// demand is what a verifier asks for.
+// demand is a verifier's demand.
 type demand struct {
 	nonce []byte
 	bank  crypto.Hash
@@ -49,8 +49,8 @@ func (d demand) verify(e *attest.Evidence) error {
 	return err
 }
 
-// forger signs what no TPM would, with a key of which it says that a TPM made it.
-// All that it forges is perfectly signed.
+// forger signs statements that no TPM would sign, with a key that it claims to be a
+// TPM's. All its forgeries are perfectly signed.
 type forger struct {
 	key    *ecdsa.PrivateKey
 	public tpm2.TPMTPublic
@@ -59,7 +59,7 @@ type forger struct {
 	quote  tpm.Quote
 }
 
-// forge redoes evidence: its quote is of the forger's key, as change leaves it.
+// forge makes evidence again with a quote by the forger's key, as changed by change.
 func forge(t *testing.T, e *attest.Evidence, change func(*forger)) *attest.Evidence {
 	t.Helper()
 	f := &forger{quote: e.Quote}
@@ -107,7 +107,8 @@ func (f *forger) sign(t *testing.T, statement []byte) []byte {
 		Hash: tpm2.TPMAlgSHA256, SignatureR: tpm2.TPM2BECCParameter{Buffer: r.Bytes()}, SignatureS: tpm2.TPM2BECCParameter{Buffer: s.Bytes()}})})
 }
 
-// over makes the forged quote one over these PCRs, and its digest fit the values.
+// over changes the forged quote to cover these PCRs, with a digest that matches the
+// values.
 func (f *forger) over(bank crypto.Hash, pcrs ...int) {
 	f.info.PCRSelect = authpolicy.Selection(bank, pcrs)
 	f.digest(pcrs...)
@@ -134,7 +135,7 @@ func edit(t *testing.T, e *attest.Evidence, change func(*eventlog.Log)) *attest.
 	return &edited
 }
 
-// phased is a boot whose user space measures its phases, into a log of its own.
+// phased is a boot whose user space measures its phases, into a separate log.
 func phased() simboot.Boot {
 	b := simboot.Baseline(simboot.UKI)
 	b.Phases = simboot.AllPhases

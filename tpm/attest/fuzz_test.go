@@ -16,7 +16,7 @@ import (
 )
 
 // FuzzVerify: evidence may come from anybody. No byte of it ends the process, and
-// what verifies is a statement over the nonce and the demanded PCRs, whose values
+// verified evidence is a statement over the nonce and the demanded PCRs, whose values
 // the log leads to.
 func FuzzVerify(f *testing.F) {
 	m := tpmtest.New(f, phased())
@@ -53,7 +53,8 @@ func FuzzVerify(f *testing.F) {
 	})
 }
 
-// shorten leaves what Verify replays: the fuzzer spends its time on that.
+// shorten keeps only the events that Verify replays, so that the fuzzer spends its time
+// on them.
 func shorten(f *testing.F, raw []byte) []byte {
 	log, err := eventlog.Parse(raw)
 	if err != nil {

@@ -74,8 +74,8 @@ func (n *node) refusal(slot seal.Slot) error {
 	return n.gate.Explain(err)
 }
 
-// TestExplain: the refusal says which PCR differs, which event changed, what it
-// was and what it is.
+// TestExplain: the refusal names the PCR that differs, the event that changed, and its
+// old and new value.
 func TestExplain(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -122,7 +122,7 @@ func TestExplain(t *testing.T) {
 	}
 }
 
-// checkOthersAreSilent: no PCR is named that did not change.
+// checkOthersAreSilent: the refusal names no unchanged PCR.
 func checkOthersAreSilent(t *testing.T, err error, says []string) {
 	t.Helper()
 	for i := range 24 {
@@ -133,7 +133,8 @@ func checkOthersAreSilent(t *testing.T, err error, says []string) {
 	}
 }
 
-// TestExplainLeavesOtherErrors as they are, and everything where it knows nothing.
+// TestExplainLeavesOtherErrors: Explain returns other errors unchanged, and every error
+// if it knows nothing.
 func TestExplainLeavesOtherErrors(t *testing.T) {
 	n := newNode(t, simboot.Baseline(simboot.UKI))
 	slot := n.seal()
@@ -151,8 +152,8 @@ func TestExplainLeavesOtherErrors(t *testing.T) {
 	}
 }
 
-// TestCompareTrustsNoRecord: what a slot claims of the boot that it was made in
-// explains nothing where it does not lead to the slot's PCR values.
+// TestCompareTrustsNoRecord: a slot's claim about its boot explains nothing if the
+// claim does not lead to the slot's PCR values.
 func TestCompareTrustsNoRecord(t *testing.T) {
 	n := newNode(t, simboot.Baseline(simboot.GRUB))
 	was, err := n.gate.State(t.Context())
@@ -188,7 +189,8 @@ func TestCompareTrustsNoRecord(t *testing.T) {
 	}
 }
 
-// TestStateChoosesPCRs by how the machine boots, unless the configuration does.
+// TestStateChoosesPCRs: the way in which the machine boots chooses the PCRs, unless the
+// configuration does.
 func TestStateChoosesPCRs(t *testing.T) {
 	insecure, setup, noCommandLine := simboot.Baseline(simboot.UKI), simboot.Baseline(simboot.UKI), simboot.Baseline(simboot.UKI)
 	insecure.SecureBoot, setup.SecureBoot, setup.Keys, noCommandLine.CommandLine = false, false, "", ""
@@ -231,8 +233,8 @@ func TestStateChoosesPCRs(t *testing.T) {
 	}
 }
 
-// TestGateRefuses what can't be attested, with a cause and what to do, before a
-// slot is opened and before one is made.
+// TestGateRefuses: the gate refuses a machine that can't be attested, with a cause and
+// a remedy, before a slot is opened and before a slot is made.
 func TestGateRefuses(t *testing.T) {
 	n := newNode(t, phased())
 	slot := n.seal()
@@ -264,7 +266,7 @@ func TestGateRefuses(t *testing.T) {
 		logs attest.Logs
 		pcrs []int
 		says []string
-		on   string // what is refused: "seal", "open" or both
+		on   string // the refused operation: "seal", "open" or both
 	}{
 		"no firmware log":      {attest.Logs{Firmware: missing, Userspace: userspace}, nil, []string{"firmware event log", "securityfs", "tpm.eventLog", missing}, "seal open"},
 		"a folder":             {attest.Logs{Firmware: t.TempDir(), Userspace: userspace}, nil, []string{"firmware event log", "tpm.eventLog"}, "seal open"},
@@ -308,8 +310,8 @@ func TestGateRefuses(t *testing.T) {
 	}
 }
 
-// TestUnloggedPhases: a systemd that measures the phases of the boot and logs nothing
-// of it, as that of Debian 12, keeps nothing from being attested.
+// TestUnloggedPhases: a systemd that measures the phases of the boot without logging
+// them, as in Debian 12, does not prevent an attestation.
 func TestUnloggedPhases(t *testing.T) {
 	n := newNode(t, phased())
 	n.gate.Logs.Userspace = filepath.Join(t.TempDir(), "none")
@@ -327,8 +329,8 @@ func TestUnloggedPhases(t *testing.T) {
 	}
 }
 
-// TestAttestDemandsWhatTheSlotsDo: all PCRs of all slots of this node, in their
-// banks; nothing of others.
+// TestAttestDemandsWhatTheSlotsDo: Attest demands all PCRs of all slots of this node,
+// in their banks, and nothing of other slots.
 func TestAttestDemandsWhatTheSlotsDo(t *testing.T) {
 	n := newNode(t, simboot.Baseline(simboot.UKI))
 	first := n.seal()

@@ -15,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// half is the beginning of a record, as a writer leaves it while it writes.
+// half is the beginning of a record, as during a write.
 const half = "\x1e" + `{"pcr":11,"digests":[{"hashAlg":"sha256","digest":"`
 
 // writing returns logs whose userspace log is being written, under an exclusive lock.
@@ -68,7 +68,7 @@ func TestUserspaceLogIsReadWhole(t *testing.T) {
 	}
 }
 
-// TestLockedForGood: the wait has an end, which says what to do.
+// TestLockedForGood: the wait ends, with a message that says what to do.
 func TestLockedForGood(t *testing.T) {
 	logs, _, _ := writing(t)
 	begin := time.Now()
@@ -81,8 +81,8 @@ func TestLockedForGood(t *testing.T) {
 	}
 }
 
-// TestReadersShareTheLock: two kleidis do not wait for each other, and the lock ends
-// with the reading.
+// TestReadersShareTheLock: two kleidi processes do not wait for each other, and the
+// lock ends with the reading.
 func TestReadersShareTheLock(t *testing.T) {
 	logs, writer, whole := writing(t)
 	if _, err := writer.WriteAt(whole, 0); err != nil {

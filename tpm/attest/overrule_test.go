@@ -41,8 +41,8 @@ func (n *node) suspension() seal.Slot {
 	return slot
 }
 
-// TestSuspensionOverrulesForItsOwnSlotOnly: during a suspension a boot that the
-// boot policy refuses opens the suspension's keyslot, and no other.
+// TestSuspensionOverrulesForItsOwnSlotOnly: during a suspension, a boot that the boot
+// policy refuses opens the suspension's keyslot, and no other.
 func TestSuspensionOverrulesForItsOwnSlotOnly(t *testing.T) {
 	n := newNode(t, simboot.Baseline(simboot.UKI))
 	present := n.seal()
@@ -83,8 +83,8 @@ func TestSuspensionOverrulesForItsOwnSlotOnly(t *testing.T) {
 	}
 }
 
-// TestFreshNonce: no two quotes of the gate are over the same nonce, so that a
-// quote of an earlier boot is of no use.
+// TestFreshNonce: no two quotes of the gate are over the same nonce, so a quote of an
+// earlier boot is useless.
 func TestFreshNonce(t *testing.T) {
 	n := newNode(t, simboot.Baseline(simboot.UKI))
 	slot := n.seal()
@@ -104,7 +104,7 @@ func TestFreshNonce(t *testing.T) {
 	}
 }
 
-// quotedNonce returns the extraData of the one quote that crossed the bus.
+// quotedNonce returns the extraData of the only quote that crossed the bus.
 func quotedNonce(t *testing.T, p *tpmtest.Proxy) []byte {
 	t.Helper()
 	if n := p.Count(tpm2.TPMCCQuote); n != 1 {

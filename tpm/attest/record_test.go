@@ -8,7 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// TestRecordIsBounded: what is too long loses its text first, then everything.
+// TestRecordIsBounded: a record that is too long loses its text first, then everything.
 func TestRecordIsBounded(t *testing.T) {
 	for _, c := range []struct {
 		events       int

@@ -19,8 +19,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// told demands that a refusal has this cause, says all of these words, and none that
-// suspect tampering, an outage or a broken TPM.
+// told demands that a refusal has this cause and contains all of these words. It must
+// not suspect tampering, an outage or a broken TPM.
 func told(t *testing.T, what string, err error, cause seal.Cause, permanent bool, words ...string) {
 	t.Helper()
 	if err == nil {
@@ -42,7 +42,8 @@ func told(t *testing.T, what string, err error, cause seal.Cause, permanent bool
 	}
 }
 
-// TestEachErrorHasItsRemedy: what is wrong with a log, or with a TPM, is told apart.
+// TestEachErrorHasItsRemedy: each fault of a log or of a TPM has its own error and
+// remedy.
 func TestEachErrorHasItsRemedy(t *testing.T) {
 	n := newNode(t, phased())
 	m := n.machine
@@ -102,7 +103,7 @@ func readFile(t *testing.T, path string) []byte {
 	return b
 }
 
-// logsOf has logs of this content.
+// logsOf returns logs with this content.
 func logsOf(t *testing.T, firmware, userspace []byte) attest.Logs {
 	t.Helper()
 	dir := t.TempDir()
@@ -114,8 +115,8 @@ func logsOf(t *testing.T, firmware, userspace []byte) attest.Logs {
 	return l
 }
 
-// TestTPMWithOtherBanks: a fault of the configuration, or of the firmware's settings, and
-// none of the TPM's.
+// TestTPMWithOtherBanks: the fault is in the configuration or in the firmware's
+// settings, not in the TPM.
 func TestTPMWithOtherBanks(t *testing.T) {
 	for name, c := range map[string]struct {
 		banks []tpm2.TPMAlgID
@@ -148,8 +149,8 @@ func TestTPMWithOtherBanks(t *testing.T) {
 	}
 }
 
-// TestRestartWithoutAReset: after a soft-reboot or kexec the TPM refuses. The message says
-// what happened, and nothing is sealed to a state that no full boot leads to.
+// TestRestartWithoutAReset: after a soft-reboot or kexec the TPM refuses. The message
+// says what happened, and nothing is sealed to a state that no full boot reaches.
 func TestRestartWithoutAReset(t *testing.T) {
 	const again = ":shutdown:final:sysinit:ready"
 	for phases, c := range map[string]struct {
@@ -190,7 +191,7 @@ func TestRestartWithoutAReset(t *testing.T) {
 	}
 }
 
-// TestRestartAndAnotherKernel: the other difference is not left out.
+// TestRestartAndAnotherKernel: the refusal also names the other difference.
 func TestRestartAndAnotherKernel(t *testing.T) {
 	n := newNode(t, phased())
 	slot := n.seal()
@@ -200,8 +201,8 @@ func TestRestartAndAnotherKernel(t *testing.T) {
 	told(t, "both", n.refusal(slot), seal.CauseBootState, false, "(soft-reboot)", "PCR 11: kernel changed", "reboot fully; if it stays locked, boot the earlier kernel")
 }
 
-// TestResumeFromHibernation: the TPM was reset, and the memory with both logs is that of
-// the boot before.
+// TestResumeFromHibernation: the TPM was reset, and the memory with both logs comes
+// from the earlier boot.
 func TestResumeFromHibernation(t *testing.T) {
 	n := newNode(t, phased())
 	slot := n.seal()
@@ -216,14 +217,15 @@ func TestResumeFromHibernation(t *testing.T) {
 	if err := n.gate.Attest(t.Context(), []seal.Slot{slot}); err != nil {
 		t.Errorf("after a full boot: %v", err)
 	}
-	// An older systemd logs no phases: the TPM refuses, and the phase tells it.
+	// An older systemd logs no phases: the TPM refuses, and the phase explains it.
 	n.gate.Logs.Userspace = "/nonexistent"
 	b.Phases = "enter-initrd"
 	n.machine.Reboot(b)
 	told(t, "without a userspace log", n.refusal(slot), seal.CauseBootState, false, "boot phase is gone", "or the machine resumed from hibernation: reboot fully")
 }
 
-// TestRemedyNamesTheSetting: on a verifier a PCR is left out elsewhere than on the node.
+// TestRemedyNamesTheSetting: a verifier leaves a PCR out with another setting than the
+// node.
 func TestRemedyNamesTheSetting(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	e := collect(t, m, ordinary)

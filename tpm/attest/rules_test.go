@@ -19,7 +19,7 @@ import (
 // gateDemand is what the boot policy of these tests demands.
 var gateDemand = demand{nonce, crypto.SHA256, []int{0, 4, 7, 11}}
 
-// gate runs what stands between evidence and a slot: the quote, both replays, and the
+// gate runs all checks between evidence and a slot: the quote, both replays, and the
 // boot policy.
 func (d demand) gate(e *attest.Evidence, p *bootpolicy.BootPolicy) error {
 	r, err := d.result(e)
@@ -29,8 +29,8 @@ func (d demand) gate(e *attest.Evidence, p *bootpolicy.BootPolicy) error {
 	return bootpolicy.Judge(p, r.Log, r.PCRs).Err()
 }
 
-// booted returns the evidence of a machine whose boot was as change leaves the log: a
-// quote that fits, by a forger's key. What refuses it is no replay.
+// booted returns the evidence of a machine with the boot that change makes of the log.
+// The quote matches, by a forger's key, so no replay refuses it.
 func booted(t *testing.T, e *attest.Evidence, change func(*eventlog.Log)) *attest.Evidence {
 	t.Helper()
 	edited := edit(t, e, change)
@@ -80,7 +80,7 @@ func secureBootOff(t *testing.T, l *eventlog.Log) {
 	t.Fatal("no variable SecureBoot that is on")
 }
 
-// anything lets everything pass in these PCRs, so that another rule must refuse.
+// anything accepts everything in these PCRs, so that another rule must refuse.
 func anything(pcrs ...int) func(*bootpolicy.BootPolicy) {
 	return func(p *bootpolicy.BootPolicy) {
 		for _, pcr := range pcrs {
@@ -89,26 +89,26 @@ func anything(pcrs ...int) func(*bootpolicy.BootPolicy) {
 	}
 }
 
-// saidBefore is honest evidence, and what else its machine said.
+// saidBefore is honest evidence, with other evidence of the same machine.
 type saidBefore struct {
 	honest, earlier, otherPCRs, otherBank *attest.Evidence
-	later                                 *attest.Evidence // of a boot phase more
+	later                                 *attest.Evidence // after one more boot phase
 }
 
-// rule is one that the gate keeps, and the forgery of exactly that.
+// rule is a rule of the gate, with a forgery that breaks only that rule.
 type rule struct {
 	rule   string
 	policy func(*bootpolicy.BootPolicy)
 	forge  func(t *testing.T, s saidBefore) *attest.Evidence
-	says   string // "" for what the gate accepts, and says so
+	says   string // "" if the gate accepts the evidence
 }
 
-// lying edits the log alone.
+// lying edits only the log.
 func lying(change func(*eventlog.Log)) func(*testing.T, saidBefore) *attest.Evidence {
 	return func(t *testing.T, s saidBefore) *attest.Evidence { return edit(t, s.honest, change) }
 }
 
-// otherwise is a machine that booted so.
+// otherwise is a machine that really booted in this way.
 func otherwise(change func(t *testing.T, l *eventlog.Log)) func(*testing.T, saidBefore) *attest.Evidence {
 	return func(t *testing.T, s saidBefore) *attest.Evidence {
 		return booted(t, s.honest, func(l *eventlog.Log) { change(t, l) })
@@ -124,8 +124,9 @@ func withoutUserspace(_ *testing.T, s saidBefore) *attest.Evidence {
 
 var four = []byte{0, 0, 0, 0}
 
-// gateRules has a row for each rule of the gate, and for each trap that others' code
-// falls into. TestForgedQuote, TestForgedLog and package bootpolicy have more of each.
+// gateRules has a row for each rule of the gate, and for each known trap of other
+// implementations. TestForgedQuote, TestForgedLog and package bootpolicy have more rows
+// for each.
 var gateRules = []rule{
 	{rule: "honest evidence passes", forge: func(_ *testing.T, s saidBefore) *attest.Evidence { return s.honest }},
 	{rule: "a fresh key: one that its TPM made and that signs TPMs' statements only", says: "attestation key: ",
@@ -287,7 +288,7 @@ func locality3(p *bootpolicy.BootPolicy) {
 	p.Firmware.StartupLocality = &three
 }
 
-// eventOf is an event on a PCR, as a log has it, of one SHA-256 digest.
+// eventOf is an event on a PCR in a log's encoding, with one SHA-256 digest.
 func eventOf(pcr byte, typ eventlog.EventType) []byte {
 	l := &eventlog.Log{Banks: []crypto.Hash{crypto.SHA256}}
 	bare := len(l.Encode())
@@ -297,7 +298,7 @@ func eventOf(pcr byte, typ eventlog.EventType) []byte {
 	return b
 }
 
-// theyAccept changes the bytes of a log in the quoted bank alone, in a way that
+// theyAccept changes the bytes of a log only in the quoted bank, in a way that
 // go-attestation accepts.
 func theyAccept(change func(raw []byte) []byte) func(*testing.T, saidBefore) *attest.Evidence {
 	return func(t *testing.T, s saidBefore) *attest.Evidence {
@@ -356,7 +357,7 @@ func TestRulesOfTheGate(t *testing.T) {
 	}
 }
 
-// TestNoEvidenceWithoutATPM: what did not come from the TPM is not made up.
+// TestNoEvidenceWithoutATPM: without a TPM there is no evidence.
 func TestNoEvidenceWithoutATPM(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	if err := m.PowerOff(); err != nil {

@@ -28,8 +28,8 @@ func marshal(t testing.TB, e *attest.Evidence) []byte {
 	return b
 }
 
-// TestSavedEvidenceVerifies: what was saved and read verifies as it did, with the same
-// ordered digests, and says what it was made for.
+// TestSavedEvidenceVerifies: saved evidence verifies after reading as it did before,
+// with the same ordered digests and the same nonce.
 func TestSavedEvidenceVerifies(t *testing.T) {
 	for _, boot := range []simboot.Boot{simboot.Baseline(simboot.UKI), simboot.Baseline(simboot.GRUB), phased()} {
 		m := tpmtest.New(t, boot)
@@ -87,7 +87,7 @@ func without(t *testing.T, b []byte, number protowire.Number) (rest, value []byt
 	return rest, value
 }
 
-// TestSavedEvidenceIsReadStrictly: what could be read in two ways is refused.
+// TestSavedEvidenceIsReadStrictly: evidence that could be read in two ways is refused.
 func TestSavedEvidenceIsReadStrictly(t *testing.T) {
 	e := collect(t, tpmtest.New(t, simboot.Baseline(simboot.UKI)), ordinary)
 	good := marshal(t, e)
@@ -140,15 +140,15 @@ func TestSavedEvidenceIsReadStrictly(t *testing.T) {
 	if _, err := attest.ParseEvidence(good, crypto.SHA384); err == nil || !strings.Contains(err.Error(), "0 quotes over sha384") {
 		t.Errorf("another bank: %v", err)
 	}
-	// Fields that Evidence has no place for, and quotes over other banks, are passed over.
+	// Fields that Evidence has no place for, and quotes over other banks, are skipped.
 	more := slices.Concat(field(6, []byte("a certificate")), field(7, nil), field(7, nil), field(4, field(1, []byte("a zone"))), field(2, noValues), good)
 	if read, err := attest.ParseEvidence(more, crypto.SHA256); err != nil || ordinary.verify(read) != nil {
 		t.Errorf("with others' fields: %v", err)
 	}
 }
 
-// TestGoldenEvidence: what earlier versions saved is read as it was, verifies, and is
-// saved again as the same bytes.
+// TestGoldenEvidence: evidence that earlier versions saved is read as before, verifies,
+// and is saved again as the same bytes.
 func TestGoldenEvidence(t *testing.T) {
 	for name, d := range map[string]demand{
 		"grub-sha256.pb":       {nonce, crypto.SHA256, []int{0, 4, 7, 8, 9, 14}},
@@ -204,7 +204,7 @@ func TestSavedEvidenceIsForged(t *testing.T) {
 	}
 }
 
-// FuzzParseEvidence: whatever parses is written as it was read.
+// FuzzParseEvidence: parsed evidence is written again as the same bytes.
 func FuzzParseEvidence(f *testing.F) {
 	m := tpmtest.New(f, phased())
 	a := attest.Attester{Device: m.TPM(), Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}}

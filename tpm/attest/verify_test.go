@@ -44,8 +44,8 @@ func TestVerify(t *testing.T) {
 	}
 }
 
-// TestTheForgersBest: what Verify does not prove, as it says: which TPM it was.
-// The tests below would show nothing if the forger erred in anything else.
+// TestTheForgersBest: Verify does not prove which TPM made the quote, as its comment
+// says. The tests below would show nothing if the forger erred in anything else.
 func TestTheForgersBest(t *testing.T) {
 	e := collect(t, tpmtest.New(t, phased()), ordinary)
 	if err := ordinary.verify(forge(t, e, func(*forger) {})); err != nil {
@@ -210,8 +210,8 @@ func locality(l *eventlog.Log, n byte) eventlog.Event {
 	return eventlog.Informational(l.Banks, 0, append([]byte("StartupLocality\x00"), n))
 }
 
-// TestUserspaceLog: what user space measured is replayed after the firmware's
-// events; left out, altered or invented, it does not lead to the quoted value.
+// TestUserspaceLog: the events of user space are replayed after the firmware's. If they
+// are left out, altered or invented, the log does not lead to the quoted value.
 func TestUserspaceLog(t *testing.T) {
 	m := tpmtest.New(t, phased())
 	e := collect(t, m, ordinary)
@@ -244,8 +244,8 @@ func TestUserspaceLog(t *testing.T) {
 	refused(t, "invented", ordinary.verify(plain), "PCR 11")
 }
 
-// TestUserspaceLogWithoutSomeBanks: systemd logs the banks that it extends; one
-// that was not quoted may be missing.
+// TestUserspaceLogWithoutSomeBanks: systemd logs only the banks that it extends, so a
+// bank that was not quoted may be missing.
 func TestUserspaceLogWithoutSomeBanks(t *testing.T) {
 	m := tpmtest.New(t, phased())
 	for _, c := range []struct {
@@ -265,7 +265,7 @@ func TestUserspaceLogWithoutSomeBanks(t *testing.T) {
 }
 
 // TestBanksThatOthersDoNotKnow: a log with a bank that go-attestation cannot read
-// verifies in the bank that was quoted, and only if that replays.
+// verifies in the quoted bank, and only if that bank replays.
 func TestBanksThatOthersDoNotKnow(t *testing.T) {
 	for _, boot := range []simboot.Boot{simboot.Baseline(simboot.UKI), phased()} {
 		e := collect(t, tpmtest.New(t, boot), ordinary)
@@ -290,7 +290,8 @@ func TestBanksThatOthersDoNotKnow(t *testing.T) {
 }
 
 // TestGoAttestationIsAsked: a log that our own replay accepts and go-attestation's
-// does not, since it takes anything that begins with StartupLocality for one.
+// refuses. go-attestation takes every event that begins with StartupLocality for a
+// locality.
 func TestGoAttestationIsAsked(t *testing.T) {
 	d := demand{nonce, crypto.SHA256, []int{0, 4, 7}}
 	for _, boot := range []simboot.Boot{simboot.Baseline(simboot.UKI), phased()} {

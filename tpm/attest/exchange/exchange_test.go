@@ -49,7 +49,7 @@ func rsaKey(t testing.TB, bits int) *rsa.PublicKey {
 	return &k.PublicKey
 }
 
-// someAK is the public area of an attestation key, of no TPM.
+// someAK is the public area of an attestation key that no TPM holds.
 func someAK() tpm2.TPMTPublic {
 	ak := tpm2.ECCSRKTemplate
 	ak.ObjectAttributes = tpm2.TPMAObject{FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, NoDA: true, Restricted: true, SignEncrypt: true}
@@ -58,7 +58,7 @@ func someAK() tpm2.TPMTPublic {
 	return ak
 }
 
-// someClaims are claims of a machine that nobody has.
+// someClaims are the claims of a machine that does not exist.
 func someClaims(t testing.TB) *Claims {
 	t.Helper()
 	return &Claims{Cluster: make([]byte, 16), Node: "alpha", EK: spki(t, ecdsaKey(t, elliptic.P256())), AK: tpm2.Marshal(someAK()), SRK: make([]byte, NameSize), Context: []byte("context")}
@@ -72,7 +72,7 @@ func wantRefusal(t *testing.T, what string, err error, check Check, words string
 	}
 }
 
-// TestOnce: an exchange has one answer, in its order.
+// TestOnce: an exchange accepts one answer, and only in order.
 func TestOnce(t *testing.T) {
 	claims, exporter := someClaims(t), make([]byte, ExporterSize)
 	begin := func() *Pending {
@@ -161,7 +161,7 @@ func TestEKClaims(t *testing.T) {
 	}
 }
 
-// TestClaims: sizes that no claim has.
+// TestClaims: impossible sizes are refused.
 func TestClaims(t *testing.T) {
 	if err := someClaims(t).Check(); err != nil {
 		t.Fatal(err)

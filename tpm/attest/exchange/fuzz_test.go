@@ -16,8 +16,8 @@ import (
 )
 
 // FuzzKeys: the two keys of a Hello come from anybody. No byte of them ends the
-// process; to what is taken for an endorsement key a credential can be made, and what
-// is taken for an attestation key is of the template, whose Name covers it whole.
+// process. A credential can be made for every accepted endorsement key, and every
+// accepted attestation key has the template, so that its Name covers it completely.
 func FuzzKeys(f *testing.F) {
 	r, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {

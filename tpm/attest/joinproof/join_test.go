@@ -33,8 +33,8 @@ var cluster = seal.ClusterID{1, 2, 3}
 
 const index = nv.DefaultEpochIndex + 6
 
-// rig is a joining machine, and a verifier that has approved it, with nothing between
-// them but what a test puts there.
+// rig is a joining machine and a verifier that has approved it, with nothing between
+// them but the attacker of a test.
 type rig struct {
 	*testing.T
 	machine   *tpmtest.Machine
@@ -45,12 +45,12 @@ type rig struct {
 	wire
 }
 
-// wire is what an intruder alters of what passes.
+// wire holds an intruder's changes of the messages.
 type wire struct {
-	exporter  []byte // on the joining side, if it is another one
+	exporter  []byte // on the joining side, if it differs
 	machine   func(*exchange.Machine)
-	claim     func(*Hello) // what the joining side itself claims
-	hello     func(*Hello) // what arrives
+	claim     func(*Hello) // the joining side's own claims
+	hello     func(*Hello) // the message that arrives
 	challenge func(*exchange.Challenge)
 	evidence  func(*exchange.Evidence)
 }
@@ -99,7 +99,7 @@ func (r *rig) policy(pcrs ...int) *bootpolicy.BootPolicy {
 	return p
 }
 
-// join is one exchange. It returns what both sides know afterwards.
+// join is one exchange. It returns the knowledge of both sides afterwards.
 func (r *rig) join() (proven *Proven, theirs, ours []byte, err error) {
 	err = r.machine.TPM().Do(r.Context(), func(t transport.TPM) error {
 		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
@@ -167,7 +167,8 @@ func (r *rig) accepted(what string) *Proven {
 	return p
 }
 
-// TestJoin: what is proven is what to wrap for, and the node opens what is wrapped so.
+// TestJoin: the KEK is wrapped for the proven facts, and the node opens the resulting
+// slot.
 func TestJoin(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	p := r.accepted("as approved")
@@ -193,7 +194,7 @@ func TestJoin(t *testing.T) {
 	}
 }
 
-// TestAttacks: each is refused for its own reason.
+// TestAttacks: each attack is refused for its own reason.
 func TestAttacks(t *testing.T) {
 	r, other := newRig(t, simboot.Baseline(simboot.UKI)), newRig(t, simboot.Baseline(simboot.UKI))
 	r.approvals["gamma"] = other.approvals["beta"]
@@ -204,7 +205,7 @@ func TestAttacks(t *testing.T) {
 		t.Fatal(err)
 	}
 	unknown := spki(t)
-	lend := func(e *exchange.Evidence) { // another TPM, which booted well, quotes the right transcript
+	lend := func(e *exchange.Evidence) { // another TPM, after a good boot, quotes the right transcript
 		a, err := tpm2.Unmarshal[tpm2.TPMSAttest](e.Attest)
 		if err != nil {
 			t.Fatal(err)
@@ -262,7 +263,8 @@ func TestAttacks(t *testing.T) {
 	r.accepted("undisturbed, after all of them")
 }
 
-// TestSRKOfAnotherHierarchy: a key of the template that is no key of the owner's.
+// TestSRKOfAnotherHierarchy: a key with the template that does not belong to the owner
+// hierarchy.
 func TestSRKOfAnotherHierarchy(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	var hello *Hello
@@ -302,8 +304,8 @@ func TestSRKOfAnotherHierarchy(t *testing.T) {
 	}
 }
 
-// TestOtherBoots: another boot than the approved one, one in another phase, and one that
-// measured nothing.
+// TestOtherBoots: another boot than the approved one, a boot in another phase, and a
+// boot that measured nothing.
 func TestOtherBoots(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	for name, change := range map[string]func(*simboot.Boot){
@@ -325,8 +327,8 @@ func TestOtherBoots(t *testing.T) {
 	r.refused("another phase", CheckPhase, `slots are made in phase "sysinit"`)
 	r.approvals["beta"].Phase = ""
 	r.accepted("any phase")
-	// A boot policy that demands no PCR of the kernel does not let a kernel in that nobody
-	// measured.
+	// A boot policy that demands no PCR of the kernel does not admit an unmeasured
+	// kernel.
 	r.machine.Reboot(simboot.Baseline(simboot.UKI))
 	r.approvals["beta"].BootPolicy = r.policy(4, 7)
 	r.terms.PCRs = []int{4, 7, 14}
@@ -339,8 +341,8 @@ func TestOtherBoots(t *testing.T) {
 	}
 }
 
-// TestApprovedTerms: a remote verifier and a signer that are approved are in the state
-// to wrap for.
+// TestApprovedTerms: the approved remote verifier and the approved signer are in the
+// boot state to wrap for.
 func TestApprovedTerms(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	key := func() tpm2.TPMTPublic {
@@ -405,8 +407,8 @@ const (
 	vectorProof      = "1e81d5cb332da1c18b4bbf707c0d2fbe56530a4757271c80e854f022fa0566dc"
 )
 
-// FuzzChallenge: a Hello comes from anybody. No byte of it ends the process, and what
-// gets a challenge has the approved endorsement key.
+// FuzzChallenge: a Hello comes from anybody. No byte of it ends the process, and only a
+// Hello with the approved endorsement key gets a challenge.
 func FuzzChallenge(f *testing.F) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -444,7 +446,7 @@ func FuzzChallenge(f *testing.F) {
 	})
 }
 
-// TestChecks: each check of a join is one of the list that metrics and logs name.
+// TestChecks: each check of a join is in the list for metrics and logs.
 func TestChecks(t *testing.T) {
 	seen := map[exchange.Check]bool{}
 	for _, c := range Checks() {

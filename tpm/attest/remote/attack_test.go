@@ -21,10 +21,10 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// TestAttacks: each row is somebody who alters what passes, or lies.
+// TestAttacks: in each row, somebody alters a message, or lies.
 func TestAttacks(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
-	other := newRig(t, simboot.Baseline(simboot.UKI)) // another machine, of the same boot
+	other := newRig(t, simboot.Baseline(simboot.UKI)) // another machine with the same boot
 	r.verifier.Nodes["beta"] = Registration{EK: ekOf(t, other.machine), BootPolicy: r.verifier.Nodes["alpha"].BootPolicy}
 	var kept *Evidence
 	unknown := spki(t, ecdsaKey(t).Public())
@@ -106,7 +106,7 @@ func spki(t *testing.T, key crypto.PublicKey) []byte {
 	return b
 }
 
-// TestOtherBoot: the boot policy refuses a boot whose evidence is in order.
+// TestOtherBoot: the boot policy refuses a boot with valid evidence.
 func TestOtherBoot(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	for name, change := range map[string]func(*simboot.Boot){
@@ -124,12 +124,13 @@ func TestOtherBoot(t *testing.T) {
 	r.accepted("as before")
 }
 
-// TestAnotherTPM: a machine that booted well and is not the registered one.
+// TestAnotherTPM: a machine with a good boot that is not the registered one.
 func TestAnotherTPM(t *testing.T) {
 	r, other := newRig(t, simboot.Baseline(simboot.UKI)), newRig(t, simboot.Baseline(simboot.UKI))
 	other.attester.Channel, other.attester.Key = r.wire, r.attester.Key
 	r.refused("another TPM", other.ask(), CheckEK, "another endorsement key")
-	// It lends its quote to the registered one, over the right transcript.
+	// The other machine lends its quote to the registered one, over the right
+	// transcript.
 	var digest []byte
 	var lent *tpm.Quote
 	r.wire.evidence = func(e *Evidence) {
@@ -146,8 +147,8 @@ func TestAnotherTPM(t *testing.T) {
 	r.refused("a lent quote", r.ask(), CheckEvidence, "quote")
 }
 
-// TestAttestationKeyElsewhere: no TPM gives the secret away unless it has the
-// endorsement key, and holds the attestation key with its private part.
+// TestAttestationKeyElsewhere: a TPM reveals the secret only if it has the endorsement
+// key and holds the attestation key with its private part.
 func TestAttestationKeyElsewhere(t *testing.T) {
 	r, other := newRig(t, simboot.Baseline(simboot.UKI)), newRig(t, simboot.Baseline(simboot.UKI))
 	public := softwareAK(t)
@@ -229,8 +230,8 @@ func realAK(t *testing.T) tpm2.TPMTPublic {
 	return *p
 }
 
-// TestAttestationKeyTemplate: only a key that kleidi makes, so that its Name says
-// what it can do.
+// TestAttestationKeyTemplate: only a key with kleidi's template is accepted, so that
+// its Name says what the key can do.
 func TestAttestationKeyTemplate(t *testing.T) {
 	real := realAK(t)
 	r := newRig(t, simboot.Baseline(simboot.UKI))
@@ -274,8 +275,8 @@ func TestAttestationKeyTemplate(t *testing.T) {
 	}
 }
 
-// TestStorageRootKeyElsewhere: an attester that names a storage root key which its
-// attestation key does not hang from is refused, also where it says so throughout.
+// TestStorageRootKeyElsewhere: an attester that names a storage root key which is not
+// the parent of its attestation key is refused, even if it names that key everywhere.
 func TestStorageRootKeyElsewhere(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	err := r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
@@ -291,8 +292,8 @@ func TestStorageRootKeyElsewhere(t *testing.T) {
 	r.refused("another storage root key", err, CheckSRK, "does not hang from it")
 }
 
-// TestEKCertificate: where certificates are demanded, one that does not verify is
-// refused, registered or not.
+// TestEKCertificate: if certificates are demanded, a node whose certificate does not
+// verify is refused, registered or not.
 func TestEKCertificate(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	var got []byte
@@ -347,7 +348,7 @@ func storeCertificate(t *testing.T, r *rig, certificate []byte) {
 	}
 }
 
-// TestHostileChallenges: the attester answers no challenge that makes no sense.
+// TestHostileChallenges: the attester answers no malformed challenge.
 func TestHostileChallenges(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	for name, change := range map[string]func(*Challenge){

@@ -20,7 +20,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// TestKey: of the kinds that a TPM verifies, and printed nowhere.
+// TestKey: a key is of a kind that a TPM verifies, and is never printed.
 func TestKey(t *testing.T) {
 	for name, k := range map[string]*Key{"ECDSA": ecdsaKey(t), "RSA": rsaKey(t, 2048)} {
 		if s := fmt.Sprintf("%v %+v %#v %s", k, k, k, k); s != strings.Repeat("remote.Key ", 3)+"remote.Key" {
@@ -46,8 +46,8 @@ func TestKey(t *testing.T) {
 	}
 }
 
-// TestTerm: asked in the midst of a session, as a slot is opened, with keys of
-// every kind, on a TPM with three slots.
+// TestTerm: the verifier is asked in the middle of a session, as during the opening of
+// a slot, with keys of every kind, on a TPM with room for three objects and sessions.
 func TestTerm(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	for name, key := range map[string]*Key{"ECDSA": ecdsaKey(t), "RSA": rsaKey(t, 3072)} {
@@ -67,8 +67,8 @@ func TestTerm(t *testing.T) {
 	}
 }
 
-// TestUnseal: a sealed object opens with the signature and not without, in the
-// order that a TPM with three slots has room for: the object is loaded last.
+// TestUnseal: a sealed object opens with the signature and not without, in the only
+// order for which the TPM has room: the object is loaded last.
 func TestUnseal(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	public, err := authpolicy.PublicKey(r.verifier.Keys[0].Public())
@@ -127,8 +127,8 @@ func TestUnseal(t *testing.T) {
 	}
 }
 
-// TestSeveralKeys: each slot gets a signature by the key that it demands, so that
-// nodes can move from one to the next while both are there.
+// TestSeveralKeys: each slot gets a signature by the key that it demands, so that nodes
+// can move from one key to the next while both exist.
 func TestSeveralKeys(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	current, former := rsaKey(t, 2048), ecdsaKey(t)

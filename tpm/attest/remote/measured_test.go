@@ -28,10 +28,10 @@ func extend(tp transport.TPM, pcr tpm2.TPMHandle) error {
 	return err
 }
 
-// TestMeasuredMeanwhile: a PCR that no slot demands is extended in every exchange with
-// the verifier, and the slot opens with the first one all the same. One that the slot
-// demands is noticed, also where it moves during the exchange, and the verifier is not
-// asked for a boot state that the TPM would refuse.
+// TestMeasuredMeanwhile: in every exchange with the verifier a PCR is extended. If no
+// slot demands that PCR, the slot still opens with the first exchange. If the slot
+// demands it, kleidi notices the change, even during the exchange, and does not ask the
+// verifier for a boot state that the TPM would refuse.
 func TestMeasuredMeanwhile(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

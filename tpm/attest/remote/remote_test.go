@@ -77,7 +77,7 @@ func signedDigest(t *testing.T, key *Key, ref []byte) []byte {
 	return digest
 }
 
-// TestBoots: every way to boot, and user space that measures, is accepted.
+// TestBoots: every way to boot, and measuring user space, is accepted.
 func TestBoots(t *testing.T) {
 	phased := simboot.Baseline(simboot.UKI)
 	phased.Phases = simboot.AllPhases
@@ -95,8 +95,8 @@ func TestBoots(t *testing.T) {
 	}
 }
 
-// TestThreeSlots: no handle stays in the TPM, and its three slots are enough, with
-// the endorsement key persistent and not, also after failures.
+// TestThreeSlots: no handle stays in the TPM, and room for three is enough, with and
+// without a persistent endorsement key, and after failures.
 func TestThreeSlots(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	for _, persistent := range []bool{false, true} {
@@ -184,8 +184,8 @@ const (
 	vectorAuthorization = "5440a15e8bffae6fc7cbec536032f110bafc1169dfebf558985b5bc3a20e24f4"
 )
 
-// TestVectors: what is part of a slot's authorization policy, or of what both
-// sides compute, never changes within a version.
+// TestVectors: the inputs of a slot's authorization policy, and the values that both
+// sides compute, never change within a version.
 func TestVectors(t *testing.T) {
 	ref := PolicyRef(cluster, "alpha")
 	hash, err := authpolicy.SignedHash(make([]byte, 16), ref)

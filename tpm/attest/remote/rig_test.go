@@ -28,8 +28,8 @@ import (
 
 var cluster = seal.ClusterID{1, 2, 3}
 
-// rig is a node and a verifier that knows it, with nothing between them but what
-// a test puts there.
+// rig is a node and a verifier that knows it, with nothing between them but the
+// attacker of a test.
 type rig struct {
 	*testing.T
 	machine  *tpmtest.Machine
@@ -49,7 +49,7 @@ func newRig(t *testing.T, b simboot.Boot) *rig {
 	return r
 }
 
-// use has the verifier sign with a key, and the node demand it.
+// use makes the verifier sign with a key, and the node demand that key.
 func (r *rig) use(k *Key) { r.verifier.Keys, r.attester.Key = []*Key{k}, k.name }
 
 func ekOf(t *testing.T, m *tpmtest.Machine) (digest string) {
@@ -103,10 +103,10 @@ func rsaKey(t *testing.T, bits int) *Key {
 	return key
 }
 
-// wire is a Channel on which somebody may sit: what is set alters what passes.
+// wire is a Channel with an attacker on it: each field that is set alters a message.
 type wire struct {
 	verifier  *Verifier
-	exporter  []byte // on the attester's side, if it is another than the verifier's
+	exporter  []byte // on the attester's side, if it differs from the verifier's
 	hello     func(*Hello)
 	challenge func(*Challenge)
 	evidence  func(*Evidence)
@@ -149,7 +149,7 @@ func (w *wire) Attest(_ context.Context, h *Hello, answer func(*Challenge, []byt
 	return w.last.Sign()
 }
 
-// session runs f with a policy session as the one in which a slot is opened.
+// session runs f with a policy session like the one for opening a slot.
 func (r *rig) session(f func(t transport.TPM, srk *tpm.SRK, session tpm2.Session) error) error {
 	return r.machine.TPM().Do(r.Context(), func(t transport.TPM) error {
 		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
@@ -163,7 +163,7 @@ func (r *rig) session(f func(t transport.TPM, srk *tpm.SRK, session tpm2.Session
 	})
 }
 
-// ask has the verifier asked for a new session.
+// ask asks the verifier for a new session.
 func (r *rig) ask() error {
 	return r.session(func(t transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
 		_, err := r.attester.Sign(r.Context(), t, srk, s.NonceTPM().Buffer)

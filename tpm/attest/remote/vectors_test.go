@@ -8,8 +8,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
 )
 
-// TestVectorsOfRealSizes: what both sides of the remote gate compute of an exchange, for
-// fields of the sizes that they have.
+// TestVectorsOfRealSizes: the values that both sides of the remote gate compute from an
+// exchange, for fields of real sizes.
 func TestVectorsOfRealSizes(t *testing.T) {
 	fill := func(first byte, n int) []byte { return bytes.Repeat([]byte{first}, n) }
 	tr := exchange.Transcript{Cluster: cluster, Node: "cp-1.example", Nonce: fill(1, NonceSize), Exporter: fill(2, ExporterSize), Context: fill(3, SessionNonceSize),
