@@ -6,7 +6,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestWrapLikeDoesNotRevive: a slot that was revoked is no example for another.
+// TestWrapLikeDoesNotRevive: a revoked slot is no model for another slot.
 func TestWrapLikeDoesNotRevive(t *testing.T) {
 	n := newNode(t)
 	old := n.wrap(n.kek())

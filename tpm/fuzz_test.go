@@ -17,8 +17,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
-// FuzzDemandOf: slots are read before anything about them is proven. What is
-// read makes sense: it could be sealed to, and its digest is the object's.
+// FuzzDemandOf: slots are read before anything about them is proven. An accepted slot
+// makes sense: kleidi could seal to its demand, and its digest is the object's.
 func FuzzDemandOf(f *testing.F) {
 	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
 	if err != nil {
@@ -62,7 +62,7 @@ func FuzzDemandOf(f *testing.F) {
 	})
 }
 
-// someSRK is the public area of a storage root key, of no TPM.
+// someSRK is the public area of a storage root key that no TPM holds.
 func someSRK(tb testing.TB) []byte {
 	tb.Helper()
 	key, err := ecdh.P256().GenerateKey(rand.Reader)
@@ -75,8 +75,8 @@ func someSRK(tb testing.TB) []byte {
 	return tpm2.Marshal(srk)
 }
 
-// FuzzParseSRK: the key comes from anybody. What is accepted is of the template, in its
-// one encoding, and can be wrapped for or is refused with an error.
+// FuzzParseSRK: the key comes from anybody. An accepted key has the template, in its
+// only encoding. Wrapping for it succeeds or fails with an error.
 func FuzzParseSRK(f *testing.F) {
 	f.Add(someSRK(f))
 	f.Add(tpm2.Marshal(tpm2.RSASRKTemplate))
@@ -108,7 +108,7 @@ func FuzzParseSRK(f *testing.F) {
 	})
 }
 
-// seed is a slot as Wrap makes it, but for what only a TPM can make.
+// seed is a slot like Wrap's, except for the parts that only a TPM can make.
 func seed(f *testing.F, counter *nv.Counter, bank crypto.Hash) []byte {
 	f.Helper()
 	pcr := authpolicy.PCR{Bank: bank, Values: map[int][]byte{}}

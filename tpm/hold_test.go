@@ -19,7 +19,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// unlock does with the TPM what kleidi serve does when it starts.
+// unlock uses the TPM as kleidi serve does at start.
 func (n *node) unlock(slot seal.Slot) {
 	n.Helper()
 	ctx, release := n.Device.Hold(n.Context())
@@ -49,7 +49,7 @@ func (n *node) counted(f func()) (all, curve int) {
 	return len(n.proxy.Traffic()), curve
 }
 
-// TestFewCommandsToUnlock counts what an unlock asks of the TPM, most of whose time goes
+// TestFewCommandsToUnlock counts the TPM commands of an unlock, most of whose time goes
 // into elliptic-curve keys.
 func TestFewCommandsToUnlock(t *testing.T) {
 	n := newNode(t)
@@ -72,7 +72,7 @@ func TestFewCommandsToUnlock(t *testing.T) {
 	}
 }
 
-// leftovers returns the handles that were given out and not flushed.
+// leftovers returns the handles that the TPM gave out and nobody flushed.
 func (n *node) leftovers() (handles []uint32) {
 	for _, e := range n.proxy.Traffic() {
 		switch e.Code {
@@ -86,7 +86,7 @@ func (n *node) leftovers() (handles []uint32) {
 	return handles
 }
 
-// TestHoldFlushes: at the end nothing stays loaded in the TPM.
+// TestHoldFlushes: at the end of a hold nothing stays loaded in the TPM.
 func TestHoldFlushes(t *testing.T) {
 	n := newNode(t)
 	n.gate.Node = "alpha"
@@ -99,8 +99,8 @@ func TestHoldFlushes(t *testing.T) {
 	}
 }
 
-// TestHoldIsOneConnection: its operations share a connection until another operation
-// wants the TPM, which then has it, or until it ends.
+// TestHoldIsOneConnection: the operations of a hold share a connection until the hold
+// ends, or until another operation wants the TPM, which then gets it.
 func TestHoldIsOneConnection(t *testing.T) {
 	_, p := newProxy(t)
 	d := p.TPM(10 * time.Second)
@@ -113,7 +113,7 @@ func TestHoldIsOneConnection(t *testing.T) {
 				t.Fatalf("%s: %v", name, err)
 			}
 		}
-		if n := p.Count(tpm2.TPMCCGetCapability) / 2; n != opens { // it looks for leftovers whenever it opens
+		if n := p.Count(tpm2.TPMCCGetCapability) / 2; n != opens { // every opening looks for leftovers
 			t.Errorf("%s: the TPM was opened %d times, want %d", name, n, opens)
 		}
 	}
@@ -125,8 +125,8 @@ func TestHoldIsOneConnection(t *testing.T) {
 	do("the held context, after the end", ctx, 3)
 }
 
-// TestIdleHoldGivesWay: a hold in which nothing happens doesn't keep other processes from
-// the TPM, and goes on afterwards.
+// TestIdleHoldGivesWay: an idle hold does not keep other processes from the TPM, and
+// goes on afterwards.
 func TestIdleHoldGivesWay(t *testing.T) {
 	_, p := newProxy(t)
 	d, other := p.TPM(30*time.Second), p.TPM(30*time.Second)
@@ -139,7 +139,7 @@ func TestIdleHoldGivesWay(t *testing.T) {
 	}
 }
 
-// TestHoldAmongMany: operations of holds and of others, at the same time, all end well.
+// TestHoldAmongMany: operations of holds and other operations succeed at the same time.
 func TestHoldAmongMany(t *testing.T) {
 	_, p := newProxy(t)
 	d := p.TPM(30 * time.Second)
@@ -161,8 +161,8 @@ func TestHoldAmongMany(t *testing.T) {
 	all.Wait()
 }
 
-// TestHoldSurvivesAFault: a connection that broke, hung or answered nonsense is not used
-// again, and the next operation has a new one.
+// TestHoldSurvivesAFault: a connection that broke, hung or returned nonsense is not
+// used again, and the next operation opens a new one.
 func TestHoldSurvivesAFault(t *testing.T) {
 	_, p := newProxy(t)
 	d := p.TPM(200 * time.Millisecond)

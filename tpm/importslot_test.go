@@ -21,11 +21,11 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// indexOfJ is another epoch index than the one that other nodes of the tests use.
+// indexOfJ is an epoch index that no other node in the tests uses.
 const indexOfJ = nv.DefaultEpochIndex + 6
 
-// newPeer returns a node with an epoch counter at indexOfJ, and what another node
-// knows of it.
+// newPeer returns a node with an epoch counter at indexOfJ, and what another node knows
+// of it.
 func newPeer(t *testing.T) (*node, tpm.Peer) {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
@@ -57,7 +57,7 @@ func counterAt(t *testing.T, index uint32) *nv.Counter {
 	return c
 }
 
-// wrapFor is what another node does, which knows the epoch and the boot state from
+// wrapFor does the work of another node, which knows the epoch and the boot state from
 // this node's record.
 func (n *node) wrapFor(p tpm.Peer, kek *seal.Secret, state tpm.BootState) seal.Slot {
 	n.Helper()
@@ -110,7 +110,8 @@ func TestImportSlotConformance(t *testing.T) {
 	})
 }
 
-// TestImportSlot opens on its TPM, in its boot state and its epoch, and nowhere else.
+// TestImportSlot: an import slot opens on its TPM, in its boot state and its epoch, and
+// nowhere else.
 func TestImportSlot(t *testing.T) {
 	n, p := newPeer(t)
 	kek, state := n.kek(), n.state()
@@ -123,7 +124,7 @@ func TestImportSlot(t *testing.T) {
 	if err != nil || demand.EK != p.EK || !bytes.Equal(demand.State.Values[7], state.Values[7]) {
 		t.Errorf("%+v, %v", demand, err)
 	}
-	n.opens(n.sealedLike(slot, kek), kek) // what the node makes of it
+	n.opens(n.sealedLike(slot, kek), kek) // the slot that the node makes from it
 	was := n.machine.Current()
 	for name, change := range map[string]func(*simboot.Boot){
 		"kernel":       func(b *simboot.Boot) { b.Kernel = "6.12.99+evil-amd64" },
@@ -139,7 +140,7 @@ func TestImportSlot(t *testing.T) {
 	}
 	n.machine.Reboot(was)
 	n.opens(slot, kek)
-	if err := n.Revoke(t.Context(), []seal.Slot{slot}); err != nil { // ends its epoch
+	if err := n.Revoke(t.Context(), []seal.Slot{slot}); err != nil { // ends the slot's epoch
 		t.Fatal(err)
 	}
 	if err := n.refuses(slot, seal.CauseEpoch, "revoked"); !errors.Is(err, authpolicy.ErrEpoch) {
@@ -147,7 +148,7 @@ func TestImportSlot(t *testing.T) {
 	}
 }
 
-// sealedLike seals kek as an authenticated slot is sealed.
+// sealedLike seals kek like an authenticated slot.
 func (n *node) sealedLike(slot seal.Slot, kek *seal.Secret) seal.Slot {
 	n.Helper()
 	like, err := n.WrapLike(n.Context(), kek, slot)
@@ -160,8 +161,8 @@ func (n *node) sealedLike(slot seal.Slot, kek *seal.Secret) seal.Slot {
 	return like
 }
 
-// TestImportSlotNamesTheOtherNodesIndex: a node that took its own epoch index for the
-// other one's made a slot that the TPM refuses, whatever its parser says.
+// TestImportSlotNamesTheOtherNodesIndex: if a node uses its own epoch index instead of
+// the other node's, the TPM refuses the slot, even if the parser accepts it.
 func TestImportSlotNamesTheOtherNodesIndex(t *testing.T) {
 	n, p := newPeer(t)
 	kek, state := n.kek(), n.state()
@@ -172,8 +173,9 @@ func TestImportSlotNamesTheOtherNodesIndex(t *testing.T) {
 	n.refuses(slot, seal.CauseEpoch, "epoch counter")
 }
 
-// TestImportedKEKStays: TPM2_Duplicate of what was imported is refused, by password and
-// in the session that unseals it. That one it would open is shown by TPM2_Unseal.
+// TestImportedKEKStays: TPM2_Duplicate of an imported KEK is refused, with a password
+// and in the session that unseals it. TPM2_Unseal shows that this session would open
+// the KEK.
 func TestImportedKEKStays(t *testing.T) {
 	n, p := newPeer(t)
 	kek := n.kek()
@@ -235,8 +237,8 @@ func TestImportedKEKStays(t *testing.T) {
 	})
 }
 
-// TestTamperedImportSlot: no field can be changed so that it opens to anything else,
-// and a sealed slot and an import slot are not taken for each other.
+// TestTamperedImportSlot: no change of a field makes the slot open to anything else,
+// and a sealed slot and an import slot are never confused.
 func TestTamperedImportSlot(t *testing.T) {
 	n, p := newPeer(t)
 	kek := n.kek()
@@ -268,7 +270,7 @@ func TestTamperedImportSlot(t *testing.T) {
 	n.opens(slot, kek)
 }
 
-// TestWrapForOthersKeys: a key that is no storage root key of the template gets no KEK.
+// TestWrapForOthersKeys: a key without the template of a storage root key gets no KEK.
 func TestWrapForOthersKeys(t *testing.T) {
 	n, p := newPeer(t)
 	srk, err := tpm.ParseSRK(p.SRK)
@@ -314,8 +316,8 @@ func setPoint(p *tpm2.TPMTPublic, x, y []byte) {
 	p.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{X: tpm2.TPM2BECCParameter{Buffer: x}, Y: tpm2.TPM2BECCParameter{Buffer: y}})
 }
 
-// TestImportInMemory: a KEK that was wrapped for another node, and that this node has
-// imported, lies nowhere but in its locked memory.
+// TestImportInMemory: a KEK that was wrapped for another node, and imported by it, is
+// only in its locked memory.
 func TestImportInMemory(t *testing.T) {
 	n, p := newPeer(t)
 	kek := n.kek()

@@ -19,8 +19,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// node is a machine with the TPM wrapper behind a proxy, as kleidi puts it
-// together: the boot state that it seals to is attested.
+// node is a machine with the TPM wrapper behind a proxy, configured as in kleidi: it
+// seals to an attested boot state.
 type node struct {
 	*testing.T
 	machine *tpmtest.Machine
@@ -92,8 +92,8 @@ func (n *node) opens(slot seal.Slot, kek *seal.Secret) {
 	}
 }
 
-// refuses demands that a slot does not open, with the cause, a hint and these
-// words. It returns the error.
+// refuses demands that a slot does not open, with this cause, a hint and these words.
+// It returns the error.
 func (n *node) refuses(slot seal.Slot, cause seal.Cause, words ...string) error {
 	n.Helper()
 	got, err := n.Unwrap(n.Context(), slot)
@@ -120,7 +120,7 @@ func (n *node) want(err error, cause seal.Cause, words ...string) {
 	}
 }
 
-// must runs commands that are no part of what is tested.
+// must runs commands that are not part of the test.
 func (n *node) must(f func(transport.TPM) error) {
 	n.Helper()
 	if err := n.machine.TPM().Do(n.Context(), f); err != nil {
@@ -132,7 +132,8 @@ func ownerHandle() tpm2.AuthHandle {
 	return tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: tpm2.PasswordAuth(nil)}
 }
 
-// ForNextEpoch returns a wrapper that seals for the next epoch, after those of revoke.
+// ForNextEpoch returns a wrapper that seals for the next epoch, after the epochs of
+// revoke.
 func (n *node) ForNextEpoch(revoke []seal.Slot) *tpm.Wrapper {
 	n.Helper()
 	w, err := n.With(tpm.SealOptions{NextEpoch: true, Revoke: revoke})

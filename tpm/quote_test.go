@@ -14,8 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// TestQuoteWhilePCRsMove: an extend between reading the values and quoting them is
-// noticed only if it is of a quoted PCR, and then both are done again.
+// TestQuoteWhilePCRsMove: kleidi notices an extend between reading the values and
+// quoting them only if it concerns a quoted PCR. Then it repeats both.
 func TestQuoteWhilePCRsMove(t *testing.T) {
 	n := newNode(t)
 	for _, c := range []struct {
@@ -40,8 +40,8 @@ func TestQuoteWhilePCRsMove(t *testing.T) {
 	}
 }
 
-// TestReadPCRs: more than one TPM2_PCR_Read returns, a PCR and a bank that the TPM does
-// not have, and a TPM that contradicts itself.
+// TestReadPCRs: more PCRs than one TPM2_PCR_Read returns, a PCR and a bank that the TPM
+// does not have, and a TPM that contradicts itself.
 func TestReadPCRs(t *testing.T) {
 	n := newNode(t)
 	n.must(func(tp transport.TPM) error {
@@ -75,8 +75,9 @@ func TestReadPCRs(t *testing.T) {
 	n.want(quote(7), seal.CauseConfiguration, "the TPM has no sha384 bank; it has sha256 alone", "set tpm.bank: sha256")
 }
 
-// TestEKDigest: the same whether the key is persistent or made for the moment,
-// before and after a clear; somebody else's key at its handle is not taken for it.
+// TestEKDigest: the digest is the same for a persistent and for a transient key, before
+// and after TPM2_Clear. Somebody else's key at the handle is not mistaken for the
+// endorsement key.
 func TestEKDigest(t *testing.T) {
 	n := newNode(t)
 	digest := func() (d string) {
@@ -105,8 +106,8 @@ func TestEKDigest(t *testing.T) {
 	}
 }
 
-// persistEK makes a primary key of the endorsement hierarchy persistent where the
-// endorsement key belongs.
+// persistEK makes a primary key of the endorsement hierarchy persistent at the
+// endorsement key's handle.
 func persistEK(t transport.TPM, template tpm2.TPMTPublic) error {
 	const handle = tpm2.TPMHandle(0x81010001)
 	if r, err := (tpm2.ReadPublic{ObjectHandle: handle}).Execute(t); err == nil {

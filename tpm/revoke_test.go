@@ -9,8 +9,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// TestPendingRevocation: an end of an epoch that did not come about is not
-// forgotten by what is sealed afterwards, whichever way that is.
+// TestPendingRevocation: every later seal takes an unfinished end of an epoch into
+// account.
 func TestPendingRevocation(t *testing.T) {
 	for name, later := range map[string]func(n *node, kek *seal.Secret, pending seal.Slot) (seal.Slot, error){
 		"rotated": func(n *node, kek *seal.Secret, pending seal.Slot) (seal.Slot, error) {
@@ -24,7 +24,7 @@ func TestPendingRevocation(t *testing.T) {
 			n := newNode(t)
 			kek := n.kek()
 			old := n.wrap(kek)
-			pending, err := n.ForNextEpoch([]seal.Slot{old}).Wrap(t.Context(), kek) // saved, and the epoch is not ended
+			pending, err := n.ForNextEpoch([]seal.Slot{old}).Wrap(t.Context(), kek) // saved, but the epoch was not ended
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -44,8 +44,7 @@ func TestPendingRevocation(t *testing.T) {
 	}
 }
 
-// TestTPMTroubleIsNoDamage: a TPM that is full or has failed says nothing against
-// the slot.
+// TestTPMTroubleIsNoDamage: a full or failing TPM is no evidence against the slot.
 func TestTPMTroubleIsNoDamage(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -60,8 +59,8 @@ func TestTPMTroubleIsNoDamage(t *testing.T) {
 	n.opens(slot, kek)
 }
 
-// TestRevoke: what is revoked with nothing in its place is refused, again and again
-// is harmless, and what is sealed afterwards opens.
+// TestRevoke: a slot revoked without a successor is refused. Revoking again is
+// harmless, and later slots open.
 func TestRevoke(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()

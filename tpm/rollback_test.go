@@ -7,9 +7,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// TestCounterWentBack: slots far above the counter, as after the roll-back of a
-// virtual TPM. What would only claim to revoke them is refused; what must open
-// again, for recover, is sealed.
+// TestCounterWentBack: slots are far above the counter, as after the roll-back of a
+// virtual TPM. kleidi refuses to make slots that would only claim to revoke them, and
+// makes the slots that recover needs.
 func TestCounterWentBack(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -36,5 +36,5 @@ func TestCounterWentBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.opens(fresh, kek)
-	n.opens(ahead, kek) // which is why strict refuses
+	n.opens(ahead, kek) // that is why strict refuses
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
-// document is a slot's data as JSON has it.
+// document is a slot's data as JSON.
 type document map[string]any
 
 func read(t *testing.T, slot seal.Slot) document {
@@ -41,8 +41,8 @@ func (d document) slot(t *testing.T, like seal.Slot) seal.Slot {
 
 func (d document) sub(name string) document { return document(d[name].(map[string]any)) }
 
-// TestTamperedSlot: no field of a slot can be changed so that it opens to
-// anything else. What only informs a person leaves it opening as it did.
+// TestTamperedSlot: no change of a field makes the slot open to anything else. Fields
+// that are only for display do not affect the opening.
 func TestTamperedSlot(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -136,9 +136,9 @@ func TestSlotIsReadStrictly(t *testing.T) {
 	}
 }
 
-// TestWeakObject: an attacker on this very machine seals a key of his own under
-// the right storage root key, with other attributes or under another
-// authorization policy. Nothing of it is even loaded.
+// TestWeakObject: an attacker on this machine seals a key of its own under the right storage
+// root key, with other attributes or another authorization policy. kleidi does not even
+// load it.
 func TestWeakObject(t *testing.T) {
 	n := newNode(t)
 	slot := n.wrap(n.kek())
@@ -182,7 +182,7 @@ func TestWeakObject(t *testing.T) {
 	}
 }
 
-// TestObjectOfAnotherSize: what opens well and is no KEK.
+// TestObjectOfAnotherSize: an object that opens but is not a KEK.
 func TestObjectOfAnotherSize(t *testing.T) {
 	n := newNode(t)
 	slot := n.wrap(n.kek())
@@ -200,7 +200,7 @@ func TestObjectOfAnotherSize(t *testing.T) {
 	n.refuses(d.slot(t, slot), seal.CauseSlotCorrupt, "it holds 16 bytes, want 32")
 }
 
-// createObject has the TPM seal so many bytes below its storage root key.
+// createObject makes the TPM seal so many bytes below its storage root key.
 func createObject(n *node, public tpm2.TPMTPublic, size int) (pub, priv []byte) {
 	n.Helper()
 	n.must(func(tp transport.TPM) error {
@@ -221,16 +221,15 @@ func createObject(n *node, public tpm2.TPMTPublic, size int) (pub, priv []byte) 
 	return pub, priv
 }
 
-// TestConsistentForgery: a key of the attacker's own, sealed as kleidi seals,
-// opens; that it is not the KEK is for the key ID and the MAC to find out. One of
-// another size does not.
+// TestConsistentForgery: a key of the attacker, sealed as kleidi seals, opens. The key
+// ID and the MAC reveal that it is not the KEK. A key of another size does not open.
 func TestConsistentForgery(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
 	slot := n.wrap(kek)
 	d := read(t, slot)
 	d["public"], d["private"] = read(t, n.wrap(n.kek()))["public"], read(t, n.wrap(n.kek()))["private"]
-	n.refuses(d.slot(t, slot), seal.CauseSlotCorrupt) // halves of two
+	n.refuses(d.slot(t, slot), seal.CauseSlotCorrupt) // the halves of two different keys
 	forged := n.wrap(n.kek())
 	got, err := n.Unwrap(t.Context(), forged)
 	if err != nil {
@@ -242,7 +241,7 @@ func TestConsistentForgery(t *testing.T) {
 	}
 }
 
-// TestDemandOf: what is displayed and quoted is what was sealed to.
+// TestDemandOf: the displayed and quoted demand is the one sealed to.
 func TestDemandOf(t *testing.T) {
 	n := newNode(t)
 	next, err := n.ForNextEpoch(nil).Wrap(t.Context(), n.kek())
@@ -282,8 +281,8 @@ func TestDemandOf(t *testing.T) {
 	}
 }
 
-// TestWrapLike: it seals to the boot state of the slot, not to the present one,
-// and to nobody else's slot.
+// TestWrapLike: WrapLike seals to the boot state of the slot, not to the present one,
+// and refuses any other node's slot.
 func TestWrapLike(t *testing.T) {
 	n := newNode(t)
 	first := n.wrap(n.kek())

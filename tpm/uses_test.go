@@ -20,7 +20,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// only keeps some PCRs of the machine's boot state.
+// only returns the machine's boot state with some of its PCRs.
 func (n *node) only(use tpm.Use, pcrs ...int) tpm.BootState {
 	n.Helper()
 	s, err := n.State(n.Context())
@@ -42,8 +42,8 @@ func (n *node) wrapState(s tpm.BootState) (seal.Slot, *seal.Secret) {
 	return slot, kek
 }
 
-// TestSignedSlot opens in any boot state that the key signed for its reference,
-// while the PCRs that it names itself stay.
+// TestSignedSlot: the slot opens in any boot state that the key signed for its
+// reference, while its own PCRs stay the same.
 func TestSignedSlot(t *testing.T) {
 	n := newNode(t)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -113,7 +113,8 @@ func TestSignedSlot(t *testing.T) {
 	opens("no states at hand", authpolicy.ErrNoSignedState)
 }
 
-// TestSuspendSlot opens in any boot that leaves its PCRs, as often as it says.
+// TestSuspendSlot: the slot opens in any boot with the same values of its PCRs, in the
+// stated number of boots.
 func TestSuspendSlot(t *testing.T) {
 	n := newNode(t)
 	state := n.only(tpm.UseSuspend, 7)
@@ -163,8 +164,8 @@ func TestSuspendSlotCountsRestarts(t *testing.T) {
 	n.refuses(slot, seal.CauseBootState, "the suspension is over")
 }
 
-// TestUsesAreOfTheirForm: what a slot is for, and what it holds, must agree, and
-// the later form is not that of a slot which needs none of it.
+// TestUsesAreOfTheirForm: the use and the members of a slot must agree, and a slot
+// without members of the later form must have the first form.
 func TestUsesAreOfTheirForm(t *testing.T) {
 	n := newNode(t)
 	suspend := n.only(tpm.UseSuspend, 7)

@@ -25,8 +25,8 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-// TestOtherBootState: a slot opens in the boot state that it was made in, and in
-// no other; the refusal carries what the slot demands.
+// TestOtherBootState: a slot opens in the boot state in which it was made, and in no
+// other. The refusal carries the slot's demand.
 func TestOtherBootState(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -60,8 +60,8 @@ func TestOtherBootState(t *testing.T) {
 	n.opens(slot, kek)
 }
 
-// TestEpochPassed: slot bytes that were kept no longer open once a reseal has
-// settled, the new ones do, before and after.
+// TestEpochPassed: a kept copy of a slot no longer opens once a reseal has settled. The
+// new slot opens before and after.
 func TestEpochPassed(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -71,7 +71,7 @@ func TestEpochPassed(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.opens(old, kek)
-	n.opens(next, kek) // both, until the keyring with the new slot is saved
+	n.opens(next, kek) // both open until the keyring with the new slot is saved
 	for range 2 {      // settling again, as every start does, changes nothing
 		if err := n.Settle(t.Context(), []seal.Slot{next}); err != nil {
 			t.Fatal(err)
@@ -120,8 +120,8 @@ func TestSettle(t *testing.T) {
 	n.opens(next, kek)
 }
 
-// TestSettleAfterACrash: a power failure between save and Settle leaves slots
-// that open; the next start settles.
+// TestSettleAfterACrash: after a power failure between save and Settle all slots open;
+// the next start settles.
 func TestSettleAfterACrash(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -138,7 +138,7 @@ func TestSettleAfterACrash(t *testing.T) {
 	n.opens(next, kek)
 	n.opens(old, kek)
 	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCNVIncrement, Do: func(_ []byte, send func() []byte) []byte { send(); return nil }})
-	n.want(n.Settle(t.Context(), []seal.Slot{next}), seal.CauseUnavailable) // it counted, but nobody knows
+	n.want(n.Settle(t.Context(), []seal.Slot{next}), seal.CauseUnavailable) // the TPM counted, but nobody knows
 	n.proxy.Heal()
 	n.machine.CutPower()
 	n.machine.Reboot(n.machine.Current())
@@ -177,7 +177,7 @@ func TestClearedTPM(t *testing.T) {
 	if n.want(err, seal.CauseTPMCleared, "kleidi recover"); n.proxy.Count(tpm2.TPMCCCreate) != 0 {
 		t.Error("a KEK was sealed to a cleared TPM")
 	}
-	// Sealing needs the counter again, which is what recover does.
+	// Sealing needs the counter again; recover provides it.
 	_, err = n.Wrap(t.Context(), n.kek())
 	n.want(err, seal.CauseEpoch, "gone")
 	if _, err := n.Provision(t.Context()); err != nil {
@@ -187,7 +187,7 @@ func TestClearedTPM(t *testing.T) {
 	n.opens(n.wrap(kek), kek)
 }
 
-// TestCounterReplaced: a counter that is gone, made again or forged opens nothing.
+// TestCounterReplaced: with a missing, newly defined or forged counter, nothing opens.
 func TestCounterReplaced(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()
@@ -232,8 +232,8 @@ func TestCounterReplaced(t *testing.T) {
 	n.opens(n.wrap(kek), kek)
 }
 
-// TestLockout: a TPM that is really locked out still opens slots, which no wrong
-// guess can lock; where a TPM does answer so, the cause says it.
+// TestLockout: a locked-out TPM still opens slots, which no wrong guess can lock. If a
+// TPM does answer with a lockout, the cause says so.
 func TestLockout(t *testing.T) {
 	n := newNode(t)
 	kek := n.kek()

@@ -72,8 +72,8 @@ func TestSecureBootOfPublicLogsAsGoAttestationSeesIt(t *testing.T) {
 	}
 }
 
-// TestNothingVerified: without the authority, Secure Boot is not on, and go-attestation
-// says the same.
+// TestNothingVerified: without the authority, Secure Boot does not count as on, and
+// go-attestation agrees.
 func TestNothingVerified(t *testing.T) {
 	l := parseLog(t, "uki-secureboot")
 	l.Events = slices.DeleteFunc(l.Events, func(e Event) bool { return e.UntrustedType == EFIVariableAuthority })
@@ -98,7 +98,8 @@ func secureBootVar(data ...byte) Event {
 	return Measure(sha256Only, 7, EFIVariableDriverConfig, v, v)
 }
 
-// authorityOf is what firmware measures of the entry of a variable that let an image run.
+// authorityOf returns firmware's event for the entry of a variable that let an image
+// run.
 func authorityOf(banks []crypto.Hash, vendor guid, name string, entry []byte) Event {
 	v := variable{vendor, name, entry}.encode()
 	return Measure(banks, 7, EFIVariableAuthority, v, v)
@@ -110,7 +111,7 @@ var (
 	hashOfDB        = authorityOf(sha256Only, securityDatabase, "db", make([]byte, 16+32))
 )
 
-// bootWith is a log of one bank whose PCR 7 has these events.
+// bootWith returns a log of one bank whose PCR 7 has these events.
 func bootWith(events ...Event) *Log { return &Log{Banks: sha256Only, Events: events} }
 
 func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
@@ -129,7 +130,7 @@ func TestSecureBootBelievesOnlyWhatIsProven(t *testing.T) {
 	otherVendor := variable{securityDatabase, "SecureBoot", []byte{1}}.encode()
 	os := Measure(sha256Only, 7, EventTag, []byte(OSSeparator), []byte(OSSeparator))
 	vouched := certificateOfDB
-	// The variable db itself, which is a setting, and not what let an image run.
+	// The variable db itself, which is a setting and did not let an image run.
 	list := binary.LittleEndian.AppendUint32(append([]byte(nil), certX509[:]...), 28+16+32)
 	list = binary.LittleEndian.AppendUint32(list, 0)
 	list = binary.LittleEndian.AppendUint32(list, 16+32)
@@ -274,8 +275,8 @@ func TestBootTypeBelievesOnlyWhatIsProven(t *testing.T) {
 	}
 }
 
-// TestMeasuredOfPublicLogs: the parts of real boots are found, and with a boot type all
-// parts that it demands.
+// TestMeasuredOfPublicLogs: Measured finds the parts of real boots. A boot with a known
+// boot type has all the parts that the type demands.
 func TestMeasuredOfPublicLogs(t *testing.T) {
 	unknown := 0
 	eachPublicLog(t, func(t *testing.T, raw []byte, refusal string) {
@@ -300,7 +301,7 @@ func TestMeasuredOfPublicLogs(t *testing.T) {
 }
 
 // TestMeasuredIsNothingElse: an event that only claims to be a part of the boot, with
-// the digest of a separator, an action or its own text, is none.
+// the digest of a separator, an action or its own text, does not count.
 func TestMeasuredIsNothingElse(t *testing.T) {
 	load := string(imageLoad{size: 1}.encode())
 	tagged := string(taggedEvent(tagLinuxLoadOptions, nil))
@@ -415,8 +416,8 @@ func TestFirmwareLogWithUserspaceLogReplays(t *testing.T) {
 	}
 }
 
-// TestRecordSeparatorsInARow stand for nothing (RFC 7464, 2.1), and a measurement into
-// a PCR that does not exist neither.
+// TestRecordSeparatorsInARow: two record separators in a row count as one (RFC 7464,
+// 2.1). A measurement into a PCR that does not exist is skipped.
 func TestRecordSeparatorsInARow(t *testing.T) {
 	one, two := record(11, "enter-initrd"), record(11, "ready")
 	want, err := ParseUserspace([]byte(one + two))

@@ -16,7 +16,7 @@ import (
 
 var allPCRs = []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 
-// remeasure replaces what an event measured; data nil leaves the log's text as it was.
+// remeasure replaces the measurement of an event; with nil data the log's text stays.
 func remeasure(l *Log, i int, measured, data []byte) {
 	e := l.Events[i]
 	if data == nil {
@@ -309,7 +309,7 @@ func TestReplaySummaryRefuses(t *testing.T) {
 	}
 }
 
-// checkWhat is the promise of Summary.What.
+// checkWhat checks the promise of Summary.What.
 func checkWhat(t *testing.T, s Summary) {
 	t.Helper()
 	if n := utf8.RuneCountInString(s.What); n > maxWhat || !utf8.ValidString(s.What) ||

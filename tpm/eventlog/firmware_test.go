@@ -24,7 +24,7 @@ func firmwareFile(t *testing.T, name string) []byte {
 	return raw
 }
 
-// firmwarePCRs reads the values of one bank that belong to such a log.
+// firmwarePCRs reads the values of one bank for such a log.
 func firmwarePCRs(t *testing.T, name string, bank crypto.Hash) PCRs {
 	t.Helper()
 	var banks map[string]map[int]string
@@ -42,8 +42,8 @@ func firmwarePCRs(t *testing.T, name string, bank crypto.Hash) PCRs {
 	return pcrs
 }
 
-// TestLogsOfOddFirmware: logs that break a rule which the replay does not need lead to
-// the right values, as go-attestation has them too.
+// TestLogsOfOddFirmware: logs that break a rule which the replay does not need still
+// lead to the right values, and go-attestation agrees.
 func TestLogsOfOddFirmware(t *testing.T) {
 	for name, c := range map[string]struct {
 		bank   crypto.Hash
@@ -74,7 +74,8 @@ func TestLogsOfOddFirmware(t *testing.T) {
 	}
 }
 
-// TestLogsOfNoUse: each is told from the others, so that each has its own remedy.
+// TestLogsOfNoUse: each kind of useless log has its own error, so that each has its own
+// remedy.
 func TestLogsOfNoUse(t *testing.T) {
 	if _, err := Parse(nil); !errors.Is(err, ErrEmptyLog) {
 		t.Errorf("an empty log: %v", err)
@@ -97,8 +98,8 @@ func TestLogsOfNoUse(t *testing.T) {
 	}
 }
 
-// TestEventsOfFewerBanks: a log replays in each bank that is complete, and in no other,
-// and does not lead to the values of a boot without the incomplete event.
+// TestEventsOfFewerBanks: a log replays in each complete bank and in no other. It does
+// not lead to the values of a boot without the incomplete event.
 func TestEventsOfFewerBanks(t *testing.T) {
 	for _, name := range realLogs {
 		whole := parseLog(t, name)
@@ -145,8 +146,9 @@ func (l *Log) without(event int, banks ...crypto.Hash) *Log {
 	return c
 }
 
-// TestEventsOnPCRsThatDoNotExist extend nothing, whatever they claim: the same values
-// come out without them. What was really extended must still be there.
+// TestEventsOnPCRsThatDoNotExist: such events extend nothing, whatever they claim: the
+// log gives the same values without them. Events that were really extended must still
+// be in the log.
 func TestEventsOnPCRsThatDoNotExist(t *testing.T) {
 	whole, quoted := parseLog(t, "uki-secureboot"), readPCRs(t, "uki-secureboot", crypto.SHA256)
 	delete(quoted, 10)
@@ -192,7 +194,7 @@ func TestEventsOnPCRsThatDoNotExist(t *testing.T) {
 }
 
 // TestPaddedStartupLocality: coreboot logs entries of a fixed size. Other parsers read
-// the locality where the entry is cut down to its structure.
+// the locality once the entry is cut down to its structure.
 func TestPaddedStartupLocality(t *testing.T) {
 	for _, name := range realLogs {
 		whole := parseLog(t, name)
@@ -229,8 +231,8 @@ func TestPaddedStartupLocality(t *testing.T) {
 	}
 }
 
-// TestTheTPMIsBehind tells a TPM that has measured less than the log lists from one that
-// has measured otherwise.
+// TestTheTPMIsBehind distinguishes a TPM that has measured less than the log lists from
+// a TPM with other measurements.
 func TestTheTPMIsBehind(t *testing.T) {
 	event := func(pcr int, s string) Event { return Measure(sha256Only, pcr, IPL, []byte(s), []byte(s)) }
 	l := &Log{Banks: sha256Only, Events: []Event{event(4, "kernel"), event(11, "kernel"), event(11, "enter-initrd"), event(11, "ready"), event(15, "id")}}

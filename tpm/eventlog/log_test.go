@@ -18,8 +18,8 @@ import (
 	"github.com/google/go-attestation/attest"
 )
 
-// realLogs were written by OVMF, systemd-stub, shim, GRUB and Linux under QEMU
-// with a swtpm; pcrs.json holds the PCRs as the swtpm then gave them.
+// realLogs were written by OVMF, systemd-stub, shim, GRUB and Linux under QEMU with a
+// swtpm; pcrs.json holds the PCRs that the swtpm gave.
 var realLogs = []string{"uki-secureboot", "shim-grub-secureboot", "direct-kernel"}
 
 var sha256Only = []crypto.Hash{crypto.SHA256}
@@ -73,7 +73,7 @@ func TestRealLogsReplayToTheQuotedPCRs(t *testing.T) {
 		for _, bank := range []crypto.Hash{crypto.SHA1, crypto.SHA256, crypto.SHA384, crypto.SHA512} {
 			t.Run(name+"/"+BankName(bank), func(t *testing.T) {
 				l, quoted := parseLog(t, name), readPCRs(t, name, bank)
-				// Linux's own measurements (IMA, PCR 10) are in a log of their own.
+				// Linux's own measurements (IMA, PCR 10) are in a separate log.
 				var mismatch *MismatchError
 				if err := l.Verify(bank, quoted); !errors.As(err, &mismatch) {
 					t.Fatalf("PCR 10, which no event explains, passes: %v", err)
@@ -168,7 +168,7 @@ func TestVerifyRefuses(t *testing.T) {
 	}
 }
 
-// TestMismatchNamesSilentPCRs, and no others.
+// TestMismatchNamesSilentPCRs: the error names the silent PCRs, and no others.
 func TestMismatchNamesSilentPCRs(t *testing.T) {
 	l := &Log{Banks: sha256Only, Events: []Event{Measure(sha256Only, 4, IPL, []byte("x"), nil)}}
 	wrong := bytes.Repeat([]byte{1}, 32)
@@ -182,7 +182,7 @@ func TestMismatchNamesSilentPCRs(t *testing.T) {
 	}
 }
 
-// TestHandMadeLogsAreChecked as parsed ones are.
+// TestHandMadeLogsAreChecked: hand-made logs are checked like parsed ones.
 func TestHandMadeLogsAreChecked(t *testing.T) {
 	for _, pcr := range []int{NoPCR, NumPCRs} {
 		pcrs, err := (&Log{Banks: sha256Only, Events: []Event{Measure(sha256Only, pcr, IPL, nil, nil)}}).Replay(crypto.SHA256)
@@ -212,7 +212,8 @@ func TestStartupLocality(t *testing.T) {
 		"twice":           {[]Event{said(0), said(3), extended}, nil},
 		"too late":        {[]Event{extended, said(3)}, nil},
 		"too big":         {[]Event{said(5), extended}, nil},
-		// The entry may be larger than the structure. The others only look like it.
+		// The entry may be larger than the structure. The others only look like a
+		// locality.
 		"another PCR":    {[]Event{Informational(sha256Only, 5, []byte(startupLocality+"\x03")), extended}, sum(crypto.SHA256, make([]byte, 32), digest)},
 		"without a byte": {[]Event{Informational(sha256Only, 0, []byte(startupLocality)), extended}, sum(crypto.SHA256, make([]byte, 32), digest)},
 		"two bytes":      {[]Event{Informational(sha256Only, 0, []byte(startupLocality+"\x03\x04")), extended}, sum(crypto.SHA256, start, digest)},
@@ -307,8 +308,8 @@ func TestPublicLogs(t *testing.T) {
 	})
 }
 
-// TestLogOfWindowsIsRefused: the last of go-attestation's test logs lies in a dump of
-// all that its tool asked for.
+// TestLogOfWindowsIsRefused: the last of go-attestation's test logs is inside a dump of
+// everything that its tool asked for.
 func TestLogOfWindowsIsRefused(t *testing.T) {
 	b, err := os.ReadFile("testdata/public/go-attestation/windows_gcp_shielded_vm.json")
 	if err != nil {
@@ -363,7 +364,7 @@ func TestHandMadeLogRoundTrips(t *testing.T) {
 	if err1 != nil || err2 != nil || !reflect.DeepEqual(a, b) {
 		t.Errorf("one bank alone replays to %x (%v), with the others %x (%v)", a, err1, b, err2)
 	}
-	// go-attestation takes no SM3, but it does take one bank of such a log.
+	// go-attestation accepts no SM3 bank, but it accepts one other bank of such a log.
 	if oracle(l.Encode(), crypto.SHA384, b) == nil || oracle(only.Encode(), crypto.SHA384, b) != nil {
 		t.Error("go-attestation does not need Only, or Only does not help it")
 	}

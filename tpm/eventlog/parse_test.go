@@ -158,7 +158,7 @@ func FuzzParse(f *testing.F) {
 					t.Errorf("its own replay does not verify: %v", err)
 				}
 			}
-			// go-attestation implements these three, and takes one bank at a time.
+			// go-attestation implements these three, and accepts one bank at a time.
 			if bank == crypto.SHA1 || bank == crypto.SHA256 || bank == crypto.SHA384 {
 				if err := oracle(l.Only(bank).Encode(), bank, pcrs); err != nil {
 					t.Errorf("go-attestation replays to other values: %v", err)
@@ -168,8 +168,8 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// FuzzReplay makes a log of the input, so that most inputs get past the parser,
-// and holds Replay against go-attestation's.
+// FuzzReplay makes a log from the input, so that most inputs get past the parser, and
+// compares Replay with go-attestation's.
 func FuzzReplay(f *testing.F) {
 	f.Add([]byte{0, 3, 3, 0, 8, 0, 0, 4, 0, 7, 4, 0})
 	f.Add([]byte{4, 5, 9, 4, 4, 0, 11, 13, 200, 5, 7, 1})

@@ -15,7 +15,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// TestPhases: the phases that user space measured, and none that a log only claims.
+// TestPhases: Phases returns the phases that user space measured, and no phase that a
+// log only claims.
 func TestPhases(t *testing.T) {
 	for phases, want := range map[string][]string{
 		"": nil, "enter-initrd": {"enter-initrd"}, simboot.AllPhases: {"enter-initrd", "leave-initrd", "sysinit", "ready"},
@@ -41,8 +42,8 @@ func TestPhases(t *testing.T) {
 	}
 }
 
-// TestUnloggedPhases: what an old systemd measured and did not log is found by its
-// digests, and nothing else is.
+// TestUnloggedPhases: the digests lead to the phases that an old systemd measured
+// without logging, and to nothing else.
 func TestUnloggedPhases(t *testing.T) {
 	for phases, want := range map[string]string{
 		"": "", "enter-initrd": "enter-initrd", simboot.AllPhases: simboot.AllPhases, "sysinit:ready": "sysinit:ready", "sysinit": "sysinit",

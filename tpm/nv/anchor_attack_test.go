@@ -14,7 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// foreign is the index that another OS would make to fill it as it likes.
+// foreign is an index that another OS would make in order to fill it.
 var foreign = tpm2.TPMSNVPublic{DataSize: nv.AnchorSize, Attributes: tpm2.TPMANV{OwnerWrite: true, AuthRead: true, NoDA: true, NT: tpm2.TPMNTOrdinary}}
 
 // fill writes an index that the owner may write.
@@ -28,8 +28,8 @@ func fill(t transport.TPM, value [nv.AnchorSize]byte) error {
 	return err
 }
 
-// TestAnchorFilledFromAnotherOS: an index that the owner may write, holding the very
-// value that was anchored, is not the anchor; it is left as it is until Replace.
+// TestAnchorFilledFromAnotherOS: an index that the owner may write is not the anchor,
+// even with the anchored value. It stays unchanged until Replace.
 func TestAnchorFilledFromAnotherOS(t *testing.T) {
 	both, larger, password, byOther := foreign, foreign, foreign, foreign
 	both.AuthPolicy, both.Attributes.PolicyWrite = newAnchorBench(t).genuine().AuthPolicy, true
@@ -67,9 +67,9 @@ func TestAnchorFilledFromAnotherOS(t *testing.T) {
 	}
 }
 
-// TestAnchorMadeAnewFromAnotherOS: the anchor's own index, made again, is empty, and
-// whoever made it can't fill it; with an authorization value, which no Name
-// holds, nobody but he can read it.
+// TestAnchorMadeAnewFromAnotherOS: if an attacker defines the anchor's own index again,
+// it is empty, and the attacker can't fill it. With an authorization value, which no
+// Name covers, only the attacker can read it.
 func TestAnchorMadeAnewFromAnotherOS(t *testing.T) {
 	for _, auth := range []string{"", "secret"} {
 		b := newAnchorBench(t)
@@ -102,8 +102,8 @@ func TestAnchorMadeAnewFromAnotherOS(t *testing.T) {
 	}
 }
 
-// TestAnchorInterrupted: power that fails at any command leaves the value before or
-// the one after, or no anchor, and doing it again helps.
+// TestAnchorInterrupted: a power failure at any command leaves the old value, the new
+// value, or no anchor, and repeating the operation helps.
 func TestAnchorInterrupted(t *testing.T) {
 	steps := func(b *anchorBench) error { return errors.Join(b.replace(), b.write(filled(2))) }
 	clean := newAnchorBench(t)
@@ -137,8 +137,8 @@ func TestAnchorInterrupted(t *testing.T) {
 	}
 }
 
-// TestAnchorOverAForgedBus: whoever answers in the TPM's place, or changes what goes
-// to it, makes the anchor unreadable and never another.
+// TestAnchorOverAForgedBus: an impostor in the TPM's place, or an attacker who changes
+// commands, can make the anchor unreadable, but never different.
 func TestAnchorOverAForgedBus(t *testing.T) {
 	b := newAnchorBench(t)
 	b.ok(b.define())
@@ -163,7 +163,7 @@ func TestAnchorOverAForgedBus(t *testing.T) {
 	b.proxy.Heal()
 	b.holds(filled(1))
 
-	// An index of his own, shown as the anchor's.
+	// The impostor's own index, shown as the anchor's.
 	var public []byte
 	b.must(func(tp transport.TPM) error {
 		r, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(anchorIndex)}.Execute(tp)
@@ -189,8 +189,8 @@ func TestAnchorOverAForgedBus(t *testing.T) {
 	}
 }
 
-// TestAnchorSessionsAreSalted: an unsalted session has a key that everybody knows,
-// so that whoever is on the bus could change what is written, or say that it was.
+// TestAnchorSessionsAreSalted: everybody knows the key of an unsalted session, so an
+// attacker on the bus could change the written value, or forge the confirmation.
 func TestAnchorSessionsAreSalted(t *testing.T) {
 	b := newAnchorBench(t)
 	b.ok(b.define())

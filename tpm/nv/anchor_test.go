@@ -23,7 +23,7 @@ import (
 
 const anchorIndex = uint32(nv.DefaultAnchorIndex)
 
-// anchorBench is a machine and the terms of the boot state that it is in.
+// anchorBench is a machine, with the terms of its present boot state.
 type anchorBench struct {
 	*bench
 	anchor *nv.Anchor
@@ -40,7 +40,7 @@ func newAnchorBench(t *testing.T) *anchorBench {
 	return &anchorBench{b, anchor, authpolicy.Terms{b.present()}}
 }
 
-// present is the boot state that the machine is in.
+// present returns the machine's present boot state.
 func (b *bench) present() (pcr authpolicy.PCR) {
 	b.Helper()
 	b.must(func(tp transport.TPM) (err error) {
@@ -124,8 +124,8 @@ func TestNewAnchorTakesTheOwnersRangeOnly(t *testing.T) {
 	}
 }
 
-// TestAnchorName: the Name that is computed from code is the TPM's; other terms and
-// other indices have others.
+// TestAnchorName: the Name computed in code is the TPM's. Other terms and other indices
+// have other Names.
 func TestAnchorName(t *testing.T) {
 	b := newAnchorBench(t)
 	b.ok(b.define())
@@ -149,7 +149,7 @@ func TestAnchorName(t *testing.T) {
 	}
 }
 
-// TestAnchorTermsBindABootState: what any OS could write is no anchor.
+// TestAnchorTermsBindABootState: terms that any OS could satisfy are refused.
 func TestAnchorTermsBindABootState(t *testing.T) {
 	b := newAnchorBench(t)
 	b.ok(b.define())
@@ -171,7 +171,8 @@ func TestAnchorTermsBindABootState(t *testing.T) {
 	b.holds(filled(1))
 }
 
-// TestAnchor: it holds what was written last, across boots in the same boot state.
+// TestAnchor: the anchor holds the last written value, across boots in the same boot
+// state.
 func TestAnchor(t *testing.T) {
 	b := newAnchorBench(t)
 	_, err := b.read()
@@ -195,8 +196,8 @@ func TestAnchor(t *testing.T) {
 	b.wantAnchor(err, nv.ErrAnchorMissing)
 }
 
-// TestAnchorInAnotherBootState: with Secure Boot off, the anchor can be read and not
-// be written, whatever authorization is tried.
+// TestAnchorInAnotherBootState: with Secure Boot off, the anchor can be read but not
+// written, with any authorization.
 func TestAnchorInAnotherBootState(t *testing.T) {
 	b := newAnchorBench(t)
 	b.ok(b.define())
@@ -238,8 +239,8 @@ func TestAnchorInAnotherBootState(t *testing.T) {
 	b.holds(filled(3))
 }
 
-// TestAnchorOfAnEarlierAuthorizationPolicy: after Replace, who puts back a keyring
-// that names the earlier terms finds no anchor under them.
+// TestAnchorOfAnEarlierAuthorizationPolicy: after Replace, an attacker who restores a
+// keyring with the earlier terms finds no anchor under them.
 func TestAnchorOfAnEarlierAuthorizationPolicy(t *testing.T) {
 	b := newAnchorBench(t)
 	b.ok(b.define())
@@ -256,8 +257,8 @@ func TestAnchorOfAnEarlierAuthorizationPolicy(t *testing.T) {
 	b.wantAnchor(err, nv.ErrAnchorReplaced)
 }
 
-// TestAnchorOfASignedBootState: under an operator's key, the anchor outlives a change
-// of the boot state that was signed, and no other.
+// TestAnchorOfASignedBootState: under an operator's key, the anchor survives a change
+// to a signed boot state, and no other change.
 func TestAnchorOfASignedBootState(t *testing.T) {
 	b := newAnchorBench(t)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -294,7 +295,7 @@ func TestAnchorOfASignedBootState(t *testing.T) {
 	b.holds(filled(2))
 }
 
-// TestAnchorOfAnEpoch: that the epoch has passed has its cause.
+// TestAnchorOfAnEpoch: a passed epoch has its own cause.
 func TestAnchorOfAnEpoch(t *testing.T) {
 	b := newAnchorBench(t)
 	b.terms = append(b.terms, authpolicy.Epoch{Index: index, Name: b.counter.Name(), AtMost: b.ensure()})
@@ -307,8 +308,8 @@ func TestAnchorOfAnEpoch(t *testing.T) {
 	b.holds(filled(1))
 }
 
-// TestAnchorRefusals: what the TPM answers to a command on the index has its error,
-// and a PCR that was extended meanwhile is no refusal.
+// TestAnchorRefusals: each refusal of a command on the index has its error. A PCR that
+// was extended in the meantime is not a refusal.
 func TestAnchorRefusals(t *testing.T) {
 	b := newAnchorBench(t)
 	b.ok(b.define())
@@ -336,7 +337,7 @@ func TestAnchorRefusals(t *testing.T) {
 	}
 }
 
-// TestAnchorWithOwnerAuthorization: making and removing the index need it, reading
+// TestAnchorWithOwnerAuthorization: defining and removing the index need it; reading
 // and writing do not.
 func TestAnchorWithOwnerAuthorization(t *testing.T) {
 	b := newAnchorBench(t)

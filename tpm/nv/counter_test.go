@@ -54,7 +54,7 @@ func (b *bench) with(f func(transport.TPM, *tpm.SRK) error) error {
 	})
 }
 
-// must runs commands that are no part of what is tested.
+// must runs commands that are not part of the test.
 func (b *bench) must(f func(transport.TPM) error) {
 	b.Helper()
 	if err := b.machine.TPM().Do(b.Context(), f); err != nil {
@@ -83,7 +83,7 @@ func (b *bench) raise(to uint64) error {
 	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.counter.RaiseTo(t, srk, to) })
 }
 
-// want demands the typed cause and a hint that names what to do.
+// want demands the typed cause, and a hint with a remedy.
 func (b *bench) want(err error, cause seal.Cause, parts ...string) {
 	b.Helper()
 	if got := seal.CauseOf(err); got != cause {
@@ -122,7 +122,7 @@ func defineAt(t transport.TPM, index uint32, auth string, public tpm2.TPMSNVPubl
 	return err
 }
 
-// counterAttributes are those of the epoch counter.
+// counterAttributes are the attributes of the epoch counter.
 var counterAttributes = tpm2.TPMANV{OwnerWrite: true, OwnerRead: true, AuthRead: true, NoDA: true, NT: tpm2.TPMNTCounter}
 
 func TestNewCounterTakesTheOwnersRangeOnly(t *testing.T) {
@@ -140,8 +140,8 @@ func TestNewCounterTakesTheOwnersRangeOnly(t *testing.T) {
 	}
 }
 
-// TestNameIsTheTPMs: the Name that is computed from code is that of the index
-// that Ensure makes; another index has another.
+// TestNameIsTheTPMs: the Name computed in code is that of the index that Ensure makes;
+// another index has another Name.
 func TestNameIsTheTPMs(t *testing.T) {
 	b := newBench(t)
 	b.ensure()
@@ -181,8 +181,8 @@ func TestEnsureIsIdempotent(t *testing.T) {
 	}
 }
 
-// TestEnsureAfterAFault: killed between any two of its commands, Ensure makes
-// the same counter when it is called again.
+// TestEnsureAfterAFault: after a kill between any two of its commands, Ensure makes the
+// same counter when it is called again.
 func TestEnsureAfterAFault(t *testing.T) {
 	clean := newBench(t)
 	clean.ensure()
@@ -227,8 +227,8 @@ func TestRaiseTo(t *testing.T) {
 	}
 }
 
-// TestForeignIndex: whatever else is at the index is refused by every call, and
-// is left as it is.
+// TestForeignIndex: every call refuses any other index at that number, and leaves it
+// unchanged.
 func TestForeignIndex(t *testing.T) {
 	with := func(change func(*tpm2.TPMSNVPublic)) tpm2.TPMSNVPublic {
 		p := tpm2.TPMSNVPublic{DataSize: 8, Attributes: counterAttributes}
@@ -265,7 +265,7 @@ func TestForeignIndex(t *testing.T) {
 	}
 }
 
-// policy is what a slot of this epoch would demand of the counter.
+// policy satisfies what a slot of this epoch would demand of the counter.
 func (b *bench) policy(atMost uint64) error {
 	return b.proxy.TPM(0).Do(b.Context(), func(t transport.TPM) error {
 		terms := authpolicy.Terms{authpolicy.Epoch{Index: index, Name: b.counter.Name(), AtMost: atMost}}
@@ -291,8 +291,8 @@ func (b *bench) policy(atMost uint64) error {
 
 var errOtherDigest = errors.New("the session has another digest")
 
-// TestMadeAnewStartsAbove: who removes the counter and makes it again, byte for
-// byte, revives no earlier epoch.
+// TestMadeAnewStartsAbove: removing the counter and defining it again, byte for byte,
+// revives no earlier epoch.
 func TestMadeAnewStartsAbove(t *testing.T) {
 	b := newBench(t)
 	start := b.ensure()
@@ -321,9 +321,9 @@ func TestMadeAnewStartsAbove(t *testing.T) {
 	}
 }
 
-// TestReplacedIndex: an index of another kind in the counter's place, holding the
-// value of an earlier epoch, satisfies no slot. Where the TPM itself refuses to
-// compare it, the error says that it is not the counter.
+// TestReplacedIndex: an index of another kind in the counter's place, with the value of
+// an earlier epoch, satisfies no slot. If the TPM itself refuses to compare it, the
+// error says that it is not the counter.
 func TestReplacedIndex(t *testing.T) {
 	readable := tpm2.TPMANV{OwnerWrite: true, OwnerRead: true, AuthRead: true, AuthWrite: true, NoDA: true}
 	hidden, locked := readable, readable
@@ -376,9 +376,9 @@ func forge(t transport.TPM, auth string, public tpm2.TPMSNVPublic) error {
 	return err
 }
 
-// TestOwnerAuthorization: with the value in a file everything works, and it does
-// not cross the bus; without it, or with another, the cause and the setting are
-// named, and an existing counter can still be read.
+// TestOwnerAuthorization: with the value in a file everything works, and the value does
+// not cross the bus. With no value or a wrong one, the error names the cause and the
+// setting, and an existing counter can still be read.
 func TestOwnerAuthorization(t *testing.T) {
 	b := newBench(t)
 	const secret = "correct horse battery staple"

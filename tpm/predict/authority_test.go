@@ -9,7 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
-// What lies behind the sections belongs to the digest, too.
+// The digest also covers bytes behind the sections.
 func TestDigestCoversWhatFollowsTheSections(t *testing.T) {
 	image := append(peimage.Kernel("6.1.0", "x"), "symbols of a linker"...)
 	for name, file := range map[string][]byte{"not signed": image, "signed": sign(t, signers().ca, image)} {
@@ -70,7 +70,7 @@ func TestForgedSignatures(t *testing.T) {
 	}
 }
 
-// An authority that the log claims and no digest proves authorises nothing.
+// An authority that the log claims without a proving digest authorises nothing.
 func TestClaimedAuthority(t *testing.T) {
 	base, next := baseUKI, baseUKI
 	base.signer, next.signer = signers().ca, signers().other

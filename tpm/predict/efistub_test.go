@@ -64,7 +64,7 @@ func TestEFIStubLogsThatAreNotUnderstood(t *testing.T) {
 	wantRefusal(t, err, "PCR 4", "not the last image")
 }
 
-// What is not demanded and not known is left out, not carried over.
+// A PCR that is neither demanded nor known is left out, not carried over.
 func TestPCRsThatAreNotDemanded(t *testing.T) {
 	old := peimage.Kernel("5.10.0", "")
 	got, err := Predict(readLog(t, "direct-kernel"), Change{Next: Files{Kernel: old}, PCRs: []int{4, 7}})

@@ -12,8 +12,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
-// Whatever a file says, reading it takes no more than it holds: parts of an image
-// lie in the file and do not overlap, and the time is that of a few passes.
+// Whatever a file says, reading it uses only its own bytes: parts of an image are in
+// the file and do not overlap, and reading takes the time of a few passes.
 func FuzzImage(f *testing.F) {
 	signed, err := signers().ca.Sign(peimage.UKI("252.1", peimage.Section{Name: ".linux", Content: peimage.Kernel("6.1.0", "x")}))
 	if err != nil {
@@ -57,7 +57,7 @@ func FuzzImage(f *testing.F) {
 	})
 }
 
-// A database that parses encodes to itself, and an update never loses what was there.
+// A database that parses encodes to the same bytes, and an update never loses an entry.
 func FuzzDbx(f *testing.F) {
 	one, two := hashes(1, "a", "b").encode(), hashes(1, "b", "c").encode()
 	f.Add(one, signedDbx(two))
@@ -86,7 +86,7 @@ func FuzzDbx(f *testing.F) {
 	})
 }
 
-// Any log and any files: no panic, and what is predicted has the events of a log.
+// Any log and any files: no panic, and a prediction has the events of a log.
 func FuzzPredict(f *testing.F) {
 	for _, name := range []string{"uki-secureboot", "shim-grub-secureboot", "direct-kernel"} {
 		raw, err := os.ReadFile(filepath.Join("testdata", name))

@@ -15,7 +15,8 @@ const realConfig = "set timeout=0\nlinux /vmlinuz console=ttyS0,115200 quiet pan
 
 func grubLog(t testing.TB) *eventlog.Log { return readLog(t, "shim-grub-secureboot") }
 
-// grubLogOf is the recorded boot of another kernel, signed by the vendor's key that shim holds.
+// grubLogOf returns the recorded boot with another kernel, signed by the vendor's key
+// that shim holds.
 func grubLogOf(t testing.TB, kernel []byte) *eventlog.Log {
 	log := grubLog(t)
 	trust(t, log, signers().other.Cert, signers().ca.Cert)
@@ -33,7 +34,7 @@ func setGRUBKernel(t testing.TB, log *eventlog.Log, kernel []byte) {
 	}
 }
 
-// setGRUBLine makes event i a command or command line.
+// setGRUBLine turns event i into a command or command line.
 func setGRUBLine(log *eventlog.Log, i int, prefix, text string) {
 	remeasure(log, i, []byte(text), []byte(prefix+text+"\x00"))
 }
@@ -146,7 +147,7 @@ func TestGRUBKernelOfAnotherSigner(t *testing.T) {
 	wantRefusal(t, err, "does not verify")
 }
 
-// A log that a known GRUB does not write is refused, whatever replays.
+// A log that a known GRUB does not write is refused, even if it replays.
 func TestGRUBLogsThatAreNotUnderstood(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(t *testing.T, log *eventlog.Log)
@@ -187,7 +188,8 @@ func TestGRUBLogsThatAreNotUnderstood(t *testing.T) {
 	}
 }
 
-// Later versions of GRUB start the kernel by its EFI stub, which measures for itself.
+// Later versions of GRUB start the kernel by its EFI stub, which makes its own
+// measurements.
 func TestGRUBThatStartsTheEFIStub(t *testing.T) {
 	boot := func(line, initrd string) *eventlog.Log {
 		log := grubLog(t)
@@ -232,7 +234,7 @@ func TestGRUBSubmenu(t *testing.T) {
 	wantRefusal(t, err, "PCR 8", "submenu")
 }
 
-// Menus are measured with what stands in them.
+// Menus are measured with their content.
 func TestGRUBMenus(t *testing.T) {
 	const config = `set default="0"
 menuentry 'Debian' --class os {
@@ -286,9 +288,9 @@ submenu 'More' {
 	}
 }
 
-// The logs of two boots with menus as grub-mkconfig writes them (Debian's GRUB
-// 2.06, shim 16.1, OVMF): one file for one, PCR 8 as it really was. Kernel and
-// initrd are too large to be kept, so other ones stand in for them.
+// The logs of two boots with menus by grub-mkconfig (Debian's GRUB 2.06, shim 16.1,
+// OVMF): one file for each, with the real PCR 8. Kernel and initrd are too large to be
+// kept, so others stand in for them.
 func TestGRUBMenusOfRealBoots(t *testing.T) {
 	config := func(name string) []byte {
 		b, err := os.ReadFile("testdata/" + name + ".cfg")

@@ -32,7 +32,7 @@ func readLog(t testing.TB, name string) *eventlog.Log {
 	return log
 }
 
-// signers are made once: RSA keys take their time.
+// signers are made once, because making RSA keys takes time.
 var signers = sync.OnceValue(func() (s struct{ ca, vendor, other *peimage.Signer }) {
 	var err error
 	for name, to := range map[string]**peimage.Signer{"CA": &s.ca, "Vendor": &s.vendor, "Other": &s.other} {
@@ -52,7 +52,7 @@ func sign(t testing.TB, s *peimage.Signer, image []byte) []byte {
 	return signed
 }
 
-// remeasure makes event i measure something else.
+// remeasure changes the measurement of event i.
 func remeasure(log *eventlog.Log, i int, measured, data []byte) {
 	e := log.Events[i]
 	log.Events[i] = eventlog.Measure(log.Banks, e.PCR, e.UntrustedType, measured, data)
@@ -74,8 +74,8 @@ func find(t testing.TB, log *eventlog.Log, pcr int, text string, n int) int {
 	return -1
 }
 
-// trust makes the boot one whose db has these certificates, in this order, and
-// whose authority event i is the named one's.
+// trust makes db hold these certificates, in this order, and makes event i the
+// authority of the named one.
 func trust(t testing.TB, log *eventlog.Log, db ...*x509.Certificate) {
 	t.Helper()
 	var content []byte

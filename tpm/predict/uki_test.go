@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot/peimage"
 )
 
-// ukiFiles is what a test's unified kernel image is made of.
+// ukiFiles are the parts of a test's unified kernel image.
 type ukiFiles struct {
 	stub, kernel, osrel, cmdline, initrd string
 	more                                 []peimage.Section
@@ -36,8 +36,9 @@ func (u ukiFiles) build(t testing.TB) []byte {
 	return image
 }
 
-// boot returns the log of a boot with the image, modelled on a real one: the
-// sections that are named, in that order, and what the kernel got.
+// boot returns the log of a boot with the image, modelled on a real one: with the named
+// sections, in that order, and with the command line and initrd that the kernel
+// received.
 func (u ukiFiles) boot(t testing.TB, secureBoot bool, sections []string, line string, initrd []byte) *eventlog.Log {
 	t.Helper()
 	log := readLog(t, "uki-secureboot")
@@ -151,7 +152,7 @@ func TestStubVersions(t *testing.T) {
 func hex8(n int) string   { return fmt.Sprintf("%08x", n) }
 func pad(s string) string { return s + "\x00\x00\x00"[:-len(s)&3] }
 
-// A version that is not known is learned from the running boot.
+// An unknown version is learned from the running boot.
 func TestStubOfAnUnknownVersion(t *testing.T) {
 	base := baseUKI
 	base.stub, base.signer = "259.1", signers().ca
@@ -178,7 +179,7 @@ func TestStubOfAnUnknownVersion(t *testing.T) {
 	wantRefusal(t, err, "PCR 11", ".sbat")
 }
 
-// Images of which it is not certain what they lead to, or that would not start.
+// Images whose measurements are uncertain, or that would not start.
 func TestUKIsThatAreRefused(t *testing.T) {
 	good := baseUKI
 	good.signer = signers().ca
@@ -246,8 +247,8 @@ func TestCommandLineOfUKI(t *testing.T) {
 	old.kernel = "5.10.0-1-amd64"
 	_, err := Predict(base.boot252(t, true), Change{Next: Files{UKI: old.build(t)}, PCRs: []int{4, 9}})
 	wantRefusal(t, err, "PCR 9", "EFI stub of the new kernel")
-	// Without its own command line the image takes the boot entry's, so that 9
-	// decides the boot that had been decided by 11.
+	// Without its own command line the image takes the boot entry's, so 9 decides the
+	// boot that 11 decided before.
 	next := base
 	next.cmdline = ""
 	_, err = Predict(base.boot252(t, true), Change{Next: Files{UKI: next.build(t)}})
@@ -331,8 +332,8 @@ func TestUKILogsThatAreNotUnderstood(t *testing.T) {
 	}
 }
 
-// What user space measured after the boot is carried over as it is: the next boot
-// does the same.
+// Measurements of user space after the boot are carried over unchanged: the next boot
+// makes the same ones.
 func TestPhasesOfUserSpaceStay(t *testing.T) {
 	base, next := baseUKI, baseUKI
 	base.signer, next.signer, next.kernel = signers().ca, signers().ca, "6.1.0-57-amd64"
@@ -352,7 +353,7 @@ func TestPhasesOfUserSpaceStay(t *testing.T) {
 	wantSame(t, got, want)
 }
 
-// A boot loader that db authorised starts an image that the same certificate does.
+// A boot loader that db authorised starts an image authorised by the same certificate.
 func TestUKIBehindABootLoader(t *testing.T) {
 	base, next := baseUKI, baseUKI
 	base.signer, next.signer, next.initrd = signers().ca, signers().ca, "two"
