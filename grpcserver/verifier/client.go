@@ -21,21 +21,21 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
 
-// ClientConfig says where the verifier is, and how it is known: by the digest of
-// its certificate, or by a CA and a name.
+// ClientConfig holds the address of the verifier, and how to recognise it: by the
+// digest of its certificate, or by a CA and a name.
 type ClientConfig struct {
 	Address string // host:port
 	// Certificate is "sha256:" and the hexadecimal SHA-256 of the verifier's
-	// certificate (DER). Nothing else of the certificate counts then, neither its
-	// name nor its dates.
+	// certificate (DER). If set, the name and the dates in the certificate do not
+	// count.
 	Certificate string
 	CAFile      string // PEM
 	ServerName  string
 	Timeout     time.Duration // of one exchange; 0 is DefaultClientTimeout
 }
 
-// DefaultClientTimeout bounds an exchange on the node. The TPM is open for as long,
-// so it must be below the time that a TPM operation may take.
+// DefaultClientTimeout bounds an exchange on the node. The TPM stays open meanwhile, so
+// the timeout must be shorter than that of a TPM operation.
 const DefaultClientTimeout = 15 * time.Second
 
 // Client asks a verifier. It implements [remote.Channel].
@@ -44,8 +44,8 @@ type Client struct {
 	digest []byte
 }
 
-// NewClient checks the configuration. It opens nothing; the CA file is read at
-// each exchange, so that it can be replaced.
+// NewClient checks the configuration. It opens nothing. Each exchange reads the CA file
+// again, so the file can be replaced.
 func NewClient(c ClientConfig) (*Client, error) {
 	if _, _, err := net.SplitHostPort(c.Address); err != nil {
 		return nil, fmt.Errorf("address: %w; want host:port", err)
@@ -69,7 +69,7 @@ func NewClient(c ClientConfig) (*Client, error) {
 	return client, nil
 }
 
-// Digest returns how a certificate (DER) stands in ClientConfig.Certificate.
+// Digest returns the digest of a certificate (DER) for ClientConfig.Certificate.
 func Digest(certificate []byte) string { return wire.Digest(certificate) }
 
 const (
@@ -78,8 +78,8 @@ const (
 	hintAsk   = "see the log of kleidi verifier"
 )
 
-// tlsConfig returns the configuration and where a refusal of the certificate ends
-// up, which gRPC reports as text only.
+// tlsConfig returns the configuration, and a pointer to the refusal of a certificate,
+// which gRPC reports only as text.
 func (c *Client) tlsConfig() (*tls.Config, *error, error) {
 	refused := new(error)
 	config := &tls.Config{MinVersion: tls.VersionTLS13, ServerName: c.config.ServerName, ClientSessionCache: nil}
@@ -98,7 +98,8 @@ func (c *Client) tlsConfig() (*tls.Config, *error, error) {
 	return config, refused, nil
 }
 
-// readCAs reads a file that nobody else may change: who does could stand in between.
+// readCAs reads a file that nobody else may change: with another CA an attacker could
+// pose as the verifier.
 func (c *Client) readCAs() ([]byte, error) {
 	f, err := os.Open(c.config.CAFile)
 	if err == nil {
@@ -161,8 +162,8 @@ func (c *Client) failed(err, certificate error) error {
 	return e
 }
 
-// hints say what to do next on this side. They are kleidi's own: what a verifier says
-// is quoted, and an operator must not take it for advice of the command that he ran.
+// hints say what to do next on this side. They are kleidi's own. A verifier's text is
+// quoted, so that an operator does not mistake it for the advice of the local command.
 var hints = map[remote.Check]string{
 	remote.CheckMessage:       hintVersions,
 	remote.CheckCluster:       "compare clusterID in the verifier's configuration with what kleidi status shows here",
@@ -191,7 +192,7 @@ func hintOf(check string) string {
 
 func quoted(s string, limit int) string { return wire.Quoted(s, limit) }
 
-// refusedError is what the verifier says of the evidence.
+// refusedError is the verifier's refusal of the evidence.
 type refusedError struct{ *Refusal }
 
 // Error implements error.
@@ -205,7 +206,7 @@ func (e *refusedError) Error() string {
 // ownError is an error on this side.
 type ownError struct{ error }
 
-// protocolError says that the other side is no kleidi verifier of this version.
+// protocolError says that the other side is not a kleidi verifier of this version.
 type protocolError struct{ what string }
 
 // Error implements error.
@@ -258,8 +259,8 @@ func (d *dialogue) sendEvidence(e *remote.Evidence) error {
 	return d.stream.CloseSend()
 }
 
-// send sends a message. That the verifier has ended the stream is no error here:
-// what it said comes next.
+// send sends a message. It ignores that the verifier has ended the stream: the
+// verifier's answer comes next.
 func (d *dialogue) send(m *FromAttester) error {
 	if err := d.stream.Send(m); err != nil && !errors.Is(err, io.EOF) {
 		return err

@@ -11,14 +11,14 @@ type outcome string
 
 const (
 	outcomeAccepted outcome = "accepted"
-	outcomeRefused  outcome = "refused"  // of a node that had proven which TPM it is
-	outcomeUnproven outcome = "unproven" // refused before that
+	outcomeRefused  outcome = "refused"  // the node had proven its TPM
+	outcomeUnproven outcome = "unproven" // before the node had proven its TPM
 	outcomeBusy     outcome = "busy"     // the node has other exchanges
 	outcomeEnded    outcome = "ended"    // early: by the peer, out of order, or too late
 	outcomeFailed   outcome = "failed"   // the verifier could not answer
 )
 
-// metrics tells how exchanges end and how crowded it is.
+// metrics count how exchanges end, and the present connections.
 type metrics struct {
 	exchanges *prometheus.CounterVec
 	refusals  *prometheus.CounterVec
@@ -41,7 +41,7 @@ func newMetrics() *metrics {
 			Help: "Attempts to write the audit log that failed."}),
 	}
 	for _, o := range []outcome{outcomeAccepted, outcomeRefused, outcomeUnproven, outcomeBusy, outcomeEnded, outcomeFailed} {
-		m.exchanges.WithLabelValues(string(o)) // so that a rate sees the first of each
+		m.exchanges.WithLabelValues(string(o)) // so that a rate sees the first one of each
 	}
 	for _, c := range remote.Checks() {
 		m.refusals.WithLabelValues(string(c))
@@ -55,7 +55,7 @@ func newMetrics() *metrics {
 func (m *metrics) ended(o outcome)       { m.exchanges.WithLabelValues(string(o)).Inc() }
 func (m *metrics) dropped(reason string) { m.drops.WithLabelValues(reason).Inc() }
 
-// register makes the metrics public; nil leaves them unseen.
+// register publishes the metrics; with nil they stay hidden.
 func (s *Server) register(r prometheus.Registerer) error {
 	if r == nil {
 		return nil

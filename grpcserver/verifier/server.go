@@ -21,16 +21,17 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
 
-// DefaultTimeout bounds an exchange, the logs included.
+// DefaultTimeout bounds an exchange, including the logs.
 const DefaultTimeout = wire.DefaultTimeout
 
-// Options are what a Server needs; Log, Registerer and Timeout may be left out.
+// Options configure a Server; Log, Registerer and Timeout are optional.
 type Options struct {
 	Verifier *remote.Verifier
-	// Certificate is the server's own. Nodes know it by its digest, or by its CA.
+	// Certificate is the server's own certificate. Nodes recognise it by its digest, or
+	// by its CA.
 	Certificate tls.Certificate
-	// Record puts verdicts on record, before the node learns of one. If it fails the
-	// answer is no. Refusals before a proof are summed up, and recorded later.
+	// Record records verdicts before the node learns of them. If it fails, the answer
+	// is no. Refusals before a proof are counted and recorded later.
 	Record func(...*Verdict) error
 	// Registerer takes the metrics kleidi_verifier_….
 	Registerer prometheus.Registerer
@@ -40,7 +41,7 @@ type Options struct {
 	hello, proof time.Duration // helloTimeout and proofTimeout, if 0
 }
 
-// Verdict is what came of one exchange, or of several that were refused for the same
+// Verdict is the result of one exchange, or of several that were refused for the same
 // reason before the peer had proven anything.
 type Verdict = wire.Verdict
 
@@ -54,13 +55,13 @@ type Server struct {
 	tally   wire.Tally
 }
 
-// identity is what Replace replaces.
+// identity holds what Replace replaces.
 type identity struct {
 	verifier    *remote.Verifier
 	certificate tls.Certificate
 }
 
-// NewServer makes a Server. It fails only where the metrics can't be registered.
+// NewServer makes a Server. It fails only if the metrics can't be registered.
 func NewServer(o Options) (*Server, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -83,8 +84,9 @@ const (
 
 var service = wire.Service{Name: serviceName, Method: methodName, File: "verifier.proto", Exporter: remote.ExporterLabel, Program: "kleidi verifier"}
 
-// Replace makes a verifier and a certificate count from now on. An exchange that began
-// under the former verifier is not signed any more: the node may have been taken out.
+// Replace replaces the verifier and the certificate. The server no longer signs for an
+// exchange that began under the former verifier, because the node may have been
+// removed.
 func (s *Server) Replace(v *remote.Verifier, certificate tls.Certificate) {
 	s.current.Store(&identity{v, certificate})
 }
@@ -92,14 +94,14 @@ func (s *Server) Replace(v *remote.Verifier, certificate tls.Certificate) {
 // Serve answers on l until it is stopped. Stopping is no error.
 func (s *Server) Serve(l net.Listener) error { return s.wire.Serve(l) }
 
-// GracefulStop closes the listener, lets exchanges in progress end, and cuts them
-// off when ctx is done. What was summed up is recorded.
+// GracefulStop closes the listener, lets exchanges in progress end, and cuts them off
+// when ctx is done. It records the refusals counted so far.
 func (s *Server) GracefulStop(ctx context.Context) {
 	s.wire.GracefulStop(ctx)
 	s.tally.Flush()
 }
 
-// Errors of the exchange itself. What the evidence lacks is a Refusal.
+// Errors of the exchange itself. A fault of the evidence is a Refusal.
 var (
 	errChanged = status.Error(codes.Unavailable, "the verifier's configuration was read anew meanwhile; ask again")
 	errRecord  = status.Error(codes.Unavailable, "the verifier can't write its audit log, so the answer is no; see the log of kleidi verifier")
@@ -116,7 +118,7 @@ type session struct {
 	outcome  outcome
 }
 
-// answer is one exchange. One that ends in a panic has failed.
+// answer is one exchange. A panic counts as a failed exchange.
 func (s *Server) answer(stream *wire.Stream) error {
 	x := &session{Server: s, Stream: stream, verifier: s.current.Load().verifier}
 	defer func() { s.metrics.ended(cmp.Or(x.outcome, outcomeFailed)) }()
@@ -131,8 +133,8 @@ func (s *Server) answer(stream *wire.Stream) error {
 	return err
 }
 
-// run takes the node through the exchange. Up to the proof it costs the verifier two
-// short messages and a place in the crowd; from there on the node has a place of its own.
+// run takes the node through the exchange. Until the proof, the node costs the verifier
+// two short messages and a place in the crowd. Afterwards the node has its own place.
 func (x *session) run() error {
 	pending, challenge, err := x.challenge()
 	if err != nil {

@@ -16,14 +16,14 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Digest returns how a certificate (DER) is named: "sha256:" and the hexadecimal
+// Digest returns the name of a certificate (DER): "sha256:" and the hexadecimal
 // SHA-256.
 func Digest(certificate []byte) string {
 	sum := sha256.Sum256(certificate)
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// ParseDigest reads what Digest returns.
+// ParseDigest reads a result of Digest.
 func ParseDigest(s string) ([]byte, error) {
 	digest, ok := strings.CutPrefix(s, "sha256:")
 	b, err := hex.DecodeString(digest)
@@ -33,11 +33,11 @@ func ParseDigest(s string) ([]byte, error) {
 	return b, nil
 }
 
-// Pin makes the certificate of that digest the only one that counts, whatever its name and
-// its dates. Why another one was refused ends up in refused, since gRPC reports it as
-// text only.
+// Pin accepts only the certificate with that digest, with any name and any dates. It
+// stores the refusal of another certificate in refused, because gRPC reports the
+// refusal only as text.
 func Pin(config *tls.Config, digest []byte, refused *error) {
-	config.InsecureSkipVerify = true // VerifyConnection does it
+	config.InsecureSkipVerify = true // VerifyConnection checks instead
 	config.VerifyConnection = func(s tls.ConnectionState) error {
 		if sum := sha256.Sum256(s.PeerCertificates[0].Raw); !bytes.Equal(sum[:], digest) {
 			*refused = fmt.Errorf("its certificate is sha256:%x, not the one that is configured", sum)
@@ -57,8 +57,8 @@ func Open(ctx context.Context, conn *grpc.ClientConn, s Service) (grpc.ClientStr
 	return conn.NewStream(ctx, &grpc.StreamDesc{StreamName: s.Method, ServerStreams: true, ClientStreams: true}, "/"+s.Name+"/"+s.Method)
 }
 
-// ExporterOf returns the TLS connection's value of a stream. It is known once the other
-// side has answered.
+// ExporterOf returns the exporter value of a stream's TLS connection. It is known once
+// the other side has answered.
 func ExporterOf(stream grpc.ClientStream, label string) ([]byte, error) {
 	p, ok := peer.FromContext(stream.Context())
 	if !ok {
@@ -71,7 +71,7 @@ func ExporterOf(stream grpc.ClientStream, label string) ([]byte, error) {
 	return exporterOf(info, label)
 }
 
-// Quoted marks what the other side says as its words.
+// Quoted marks the other side's text as a quotation.
 func Quoted(s string, limit int) string {
 	return `"` + strings.ReplaceAll(seal.OneLine(s, limit), `"`, "'") + `"`
 }

@@ -9,29 +9,30 @@ import (
 	"time"
 )
 
-// Anybody may connect, and nobody has proven anything by it. So a connection without a
-// proof is worth little: it has seconds to say something, and where there are too many
-// it is closed to make room for the next. A node proves which TPM it is within a second
-// or a few, and then has a place that nobody else can take.
+// Anybody may connect, and a connection proves nothing. So a connection without a proof
+// has little value: it has seconds to send something, and if there are too many it is
+// closed to make room for the next. A node proves its TPM within a second or a few, and
+// then has a place that nobody else can take.
 
 // Limits on connections without a proof.
 const (
 	MaxUnproven     = 256 // of all peers
-	MaxPeerUnproven = 16  // of one peer: an IPv4 address, or the /64 of an IPv6 one
-	// keptUnproven is how many connections of a peer that gave a proof before are not
-	// closed for another peer's sake.
+	MaxPeerUnproven = 16  // of one peer: an IPv4 address, or the /64 of an IPv6 address
+	// keptUnproven is the number of connections that are never closed for another peer,
+	// if their own peer gave a proof before.
 	keptUnproven = 2
-	maxKnown     = 1024 // peers that gave a proof and are remembered
+	maxKnown     = 1024 // remembered peers that gave a proof
 )
 
 // Limits in time.
 const (
-	// helloTimeout bounds the time from a connection's begin to its first message.
+	// helloTimeout bounds the time from the start of a connection to its first message.
 	helloTimeout = 3 * time.Second
 	// proofTimeout bounds the time from the challenge to the proof. A discrete TPM
-	// takes seconds for it; the keys have been made before the node connects.
+	// needs seconds for it; the keys are made before the node connects.
 	proofTimeout = 15 * time.Second
-	// lingerTimeout is what the last message must leave in, once an exchange has ended.
+	// lingerTimeout bounds the sending of the last message after the end of an
+	// exchange.
 	lingerTimeout = 2 * time.Second
 )
 
@@ -56,7 +57,7 @@ type conn struct {
 	crowd *crowd
 	from  netip.Prefix
 	timer *time.Timer // closes the connection
-	begun atomic.Bool // its exchange has
+	begun atomic.Bool // the connection's exchange has begun
 	gone  atomic.Bool
 	since time.Time
 }
@@ -64,28 +65,28 @@ type conn struct {
 // Close implements net.Conn.
 func (c *conn) Close() error {
 	c.gone.Store(true)
-	c.crowd.leave(c) // before the timer, which enter sets under the same lock
+	c.crowd.leave(c) // before the timer stops: enter sets the timer under the same lock
 	c.timer.Stop()
 	return c.Conn.Close()
 }
 
-// within gives the peer so much time for what it does next.
+// within bounds the time until the peer's next message.
 func (c *conn) within(d time.Duration) {
 	if !c.gone.Load() {
 		c.timer.Reset(d)
 	}
 }
 
-// expire closes a connection whose peer's time is over.
+// expire closes a connection whose time is over.
 func (c *conn) expire() {
 	if !c.gone.Load() && !c.begun.Load() {
-		c.crowd.dropped("silent") // it began no exchange
+		c.crowd.dropped("silent") // the connection began no exchange
 	}
 	_ = c.Close()
 }
 
-// enter takes a connection in. Where there are too many it closes another one: the
-// peer's own oldest, or else the oldest of the peer that has the most.
+// enter accepts a connection. If there are too many, it closes another one: the peer's
+// own oldest, or else the oldest of the peer with the most connections.
 func (w *crowd) enter(raw net.Conn) *conn {
 	c := &conn{Conn: raw, crowd: w, from: prefixOf(raw.RemoteAddr()), since: time.Now()}
 	w.mu.Lock()
@@ -104,7 +105,7 @@ func (w *crowd) enter(raw net.Conn) *conn {
 	return c
 }
 
-// victim returns the connection to close before a peer gets one more; nil is none.
+// victim returns the connection to close before a peer gets one more, or nil.
 func (w *crowd) victim(from netip.Prefix) *conn {
 	if own := w.unproven[from]; len(own) >= MaxPeerUnproven {
 		return own[0]
@@ -125,7 +126,7 @@ func (w *crowd) victim(from netip.Prefix) *conn {
 	return victim
 }
 
-// remove takes a connection out, if it is in.
+// remove removes a connection, if it is in the crowd.
 func (w *crowd) remove(c *conn) {
 	all := w.unproven[c.from]
 	i := slices.Index(all, c)
@@ -146,8 +147,8 @@ func (w *crowd) leave(c *conn) {
 	w.remove(c)
 }
 
-// proved takes a connection out of the crowd, since its peer has proven which TPM it
-// is, and remembers the peer.
+// proved removes a connection from the crowd, because its peer has proven its TPM, and
+// remembers the peer.
 func (w *crowd) proved(c *conn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -178,7 +179,7 @@ func prefixOf(a net.Addr) netip.Prefix {
 	return prefix
 }
 
-// listener takes connections into the crowd.
+// listener accepts connections into the crowd.
 type listener struct {
 	net.Listener
 	crowd *crowd
@@ -193,13 +194,13 @@ func (l listener) Accept() (net.Conn, error) {
 	return l.crowd.enter(c), nil
 }
 
-// MaxNodePlaces is how many exchanges a node may have at a time, once it has proven
-// which TPM it is. Each may hold two logs. Two, because a node that gave up on an
+// MaxNodePlaces bounds the simultaneous exchanges of a node that has proven its TPM.
+// Each may hold two logs. There are two places because a node that gave up on an
 // exchange may ask again before the verifier notices.
 const MaxNodePlaces = 2
 
-// places are reserved for each registered endorsement key: nobody without that TPM can
-// take one.
+// places are reserved for each registered endorsement key: only the TPM with that key
+// can take one.
 type places struct {
 	mu   sync.Mutex
 	held map[string]int // by endorsement key

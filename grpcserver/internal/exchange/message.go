@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	// PartSize is how much of a log travels in one message, in bytes.
+	// PartSize is the size of the part of a log in one message, in bytes.
 	PartSize = 128 << 10
 	// MaxMessage bounds a message, in bytes: a part of a log, or a first message with a
 	// certificate.
@@ -29,10 +29,10 @@ const (
 
 var bankNames = map[crypto.Hash]string{crypto.SHA256: "sha256", crypto.SHA384: "sha384"}
 
-// BankName returns a bank as it stands in messages.
+// BankName returns the name of a bank in messages.
 func BankName(h crypto.Hash) string { return bankNames[h] }
 
-// BankOf reads what BankName returns; 0 is no bank.
+// BankOf reads a result of BankName; 0 means no bank.
 func BankOf(name string) crypto.Hash {
 	for h, s := range bankNames {
 		if s == name {
@@ -97,8 +97,8 @@ func Parts(e *protocol.Evidence, send func(*LogPart) error) error {
 	return nil
 }
 
-// ReadLogs adds the parts that next returns to the evidence, until it returns io.EOF. A
-// message that is none is a nil part. The sender has proven which TPM it is.
+// ReadLogs adds the parts that next returns to the evidence, until next returns io.EOF.
+// A nil part stands for a message of another kind. The sender must have proven its TPM.
 func ReadLogs(e *protocol.Evidence, next func() (*LogPart, error)) error {
 	for {
 		part, err := next()
@@ -119,7 +119,7 @@ func ReadLogs(e *protocol.Evidence, next func() (*LogPart, error)) error {
 	}
 }
 
-// RefusalOf returns a refusal as it is sent, in bounds.
+// RefusalOf returns a refusal as a message, within the bounds.
 func RefusalOf(r *protocol.Refusal) *Refusal {
 	return &Refusal{Check: string(r.Check), Reason: seal.OneLine(r.Err.Error(), MaxReason), Hint: seal.OneLine(r.Hint, MaxHint)}
 }

@@ -22,7 +22,7 @@ import (
 	protocol "github.com/beezy-dev/kleidi/tpm/attest/exchange"
 )
 
-// DefaultTimeout bounds an exchange, the logs included.
+// DefaultTimeout bounds an exchange, including the logs.
 const DefaultTimeout = time.Minute
 
 // Bounds of a connection.
@@ -32,24 +32,26 @@ const (
 	pingWait   = 10 * time.Second
 )
 
-// Service is what an exchange is for.
+// Service describes the purpose of an exchange.
 type Service struct {
-	// Name and Method are gRPC's, and File the .proto that describes them.
+	// Name and Method are gRPC's names, and File is the .proto file that describes
+	// them.
 	Name, Method, File string
-	// Exporter is the label under which both sides export from the TLS connection.
+	// Exporter is the label under which both sides export a value from the TLS
+	// connection.
 	Exporter string
-	// Program is who answers, for messages.
+	// Program names the answering program, for messages.
 	Program string
 }
 
-// Options are what a Server needs. Timeout, Hello and Proof may be left out.
+// Options configure a Server. Timeout, Hello and Proof are optional.
 type Options struct {
 	Service
-	// Certificate is the server's own at the moment.
+	// Certificate returns the server's present certificate.
 	Certificate func() *tls.Certificate
-	// Answer is one exchange. What it returns ends the stream.
+	// Answer is one exchange. Its result ends the stream.
 	Answer func(*Stream) error
-	// Dropped is told why a connection without a proof was closed.
+	// Dropped receives the reason why a connection without a proof was closed.
 	Dropped func(reason string)
 	Log     *slog.Logger
 	// Timeout bounds an exchange, Hello the time to its first message, and Proof the time
@@ -101,22 +103,22 @@ func (s *Server) GracefulStop(ctx context.Context) {
 // Unproven counts the connections whose peers have proven nothing.
 func (s *Server) Unproven() int { return s.crowd.count() }
 
-// Proven counts the exchanges whose peers have proven which TPM they are.
+// Proven counts the exchanges whose peers have proven their TPMs.
 func (s *Server) Proven() int { return s.places.count() }
 
 // Take takes a place for a peer that has proven its endorsement key, or reports that
 // there is none.
 func (s *Server) Take(ek string) (leave func(), ok bool) { return s.places.take(ek) }
 
-// limitTime bounds an exchange, whatever deadline its client named. It runs before
-// anything of it is read.
+// limitTime bounds an exchange, whatever deadline its client set. It runs before
+// anything is read.
 func (s *Server) limitTime(ctx context.Context, _ *tap.Info) (context.Context, error) {
 	limited, cancel := context.WithTimeout(ctx, s.options.Timeout)
 	context.AfterFunc(ctx, cancel) // gRPC cancels ctx when the call ends
 	return limited, nil
 }
 
-// Errors of the exchange itself. What the evidence lacks is a refusal.
+// Errors of the exchange itself. A fault of the evidence is a refusal.
 var (
 	ErrBusy   = status.Error(codes.ResourceExhausted, "too many exchanges of this node at a time; ask again later")
 	ErrTLS    = status.Error(codes.Unauthenticated, "the connection is not TLS 1.3")
@@ -149,8 +151,8 @@ type seen struct {
 	conn *conn
 }
 
-// handle is what every exchange passes through: it is the only one of its connection, and
-// a panic becomes an error.
+// handle wraps every exchange: it allows only one for each connection, and turns a
+// panic into an error.
 func (s *Server) handle(_ any, raw grpc.ServerStream) (err error) {
 	p, ok := peer.FromContext(raw.Context())
 	if !ok {
@@ -202,14 +204,14 @@ func (s *Stream) First(m proto.Message) error {
 
 // Ask sends the challenge, and receives its answer.
 func (s *Stream) Ask(challenge, answer proto.Message) error {
-	s.conn.within(s.server.options.Proof + lingerTimeout) // Receive comes first, and says why
+	s.conn.within(s.server.options.Proof + lingerTimeout) // Receive ends first, with a reason
 	if err := s.SendMsg(challenge); err != nil {
 		return err
 	}
 	return s.Receive(answer, s.server.options.Proof, "proof")
 }
 
-// Proved gives the peer, which has proven which TPM it is, the time of a whole exchange.
+// Proved gives the peer, which has proven its TPM, the time of a whole exchange.
 func (s *Stream) Proved() {
 	s.server.crowd.proved(s.conn)
 	s.conn.within(s.server.options.Timeout + lingerTimeout)

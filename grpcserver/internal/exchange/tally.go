@@ -12,14 +12,14 @@ import (
 // tallyInterval is how often refusals before a proof are written to the audit log.
 const tallyInterval = time.Minute
 
-// maxTallied bounds the kinds of refusals that are told apart in one interval.
+// maxTallied bounds the kinds of refusals that are counted separately in one interval.
 const maxTallied = 64
 
-// Tally sums up the refusals of peers that have proven nothing. Anybody can cause any
-// number of them, so they are counted by kind and written once per interval: a line and
-// a flush for each would let a stranger fill the disk, and slow down the nodes.
+// Tally counts the refusals of peers that have proven nothing. Anybody can cause any
+// number of them, so Tally counts them by kind and writes once per interval: with a
+// line and a flush for each, a stranger could fill the disk and slow down the nodes.
 type Tally struct {
-	// Write puts verdicts on record.
+	// Write records verdicts.
 	Write func([]*Verdict) error
 
 	mu    sync.Mutex
@@ -27,10 +27,10 @@ type Tally struct {
 	timer *time.Timer // runs while there is something to write
 }
 
-// Kind tells refusals apart.
+// Kind is a kind of refusal.
 type Kind struct {
 	Check string
-	Node  string // the claimed name where it is known, else ""
+	Node  string // the claimed name if it is known, else ""
 	From  netip.Prefix
 }
 
@@ -45,7 +45,7 @@ func (t *Tally) Add(k Kind, v *Verdict) (first bool) {
 		t.timer = time.AfterFunc(tallyInterval, t.Flush)
 	}
 	if _, ok := t.kinds[k]; !ok && len(t.kinds) >= maxTallied {
-		k = Kind{Check: k.Check} // there are as many as there are checks
+		k = Kind{Check: k.Check} // there are only as many kinds as checks
 	}
 	sum, ok := t.kinds[k]
 	if !ok {
@@ -68,8 +68,8 @@ func peerName(p netip.Prefix) string {
 	return p.String()
 }
 
-// Flush writes what was counted, the oldest first. What can't be written stays for the
-// next interval.
+// Flush writes the counts, the oldest first. If writing fails, they stay for the next
+// interval.
 func (t *Tally) Flush() {
 	t.mu.Lock()
 	defer t.mu.Unlock()

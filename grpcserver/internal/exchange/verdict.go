@@ -8,7 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest"
 )
 
-// Verdict is what came of one exchange, or of several that were refused for the same
+// Verdict is the result of one exchange, or of several that were refused for the same
 // reason before the peer had proven anything. It is a line of the audit log.
 type Verdict struct {
 	Time time.Time `json:"time"`
@@ -19,25 +19,25 @@ type Verdict struct {
 	Node     string    `json:"node"` // as claimed, until Accepted
 	EK       string    `json:"ek"`   // as claimed, until Accepted
 	Accepted bool      `json:"accepted"`
-	// Check and Reason say what was found wanting, and Hint what to do next.
+	// Check and Reason say what is wrong, and Hint what to do next.
 	Check  string `json:"check,omitempty"`
 	Reason string `json:"reason,omitempty"`
 	Hint   string `json:"hint,omitempty"`
 	// Bank and PCRs are the quoted values, by index, of accepted evidence.
 	Bank string         `json:"bank,omitempty"`
 	PCRs map[int]string `json:"pcrs,omitempty"`
-	// Session is the policy session's nonce, in hexadecimal, that was signed.
+	// Session is the signed nonce of the policy session, in hexadecimal.
 	Session string `json:"session,omitempty"`
-	// Join is what a join adds.
+	// Join holds the facts of a join.
 	Join *JoinVerdict `json:"join,omitempty"`
 }
 
-// JoinVerdict is what the audit log says of a join beside the evidence.
+// JoinVerdict holds the audit log's facts of a join, in addition to the evidence.
 type JoinVerdict struct {
-	// Step is "granted", before the first byte that leads to a KEK leaves, or "done", once
-	// the node has shown that it opened the keyring.
+	// Step is "granted", before the first byte that leads to a KEK leaves, or "done",
+	// once the node has shown that it opened the keyring.
 	Step string `json:"step"`
-	// KeyID and Revision are those of the keyring that the node is given.
+	// KeyID and Revision are those of the keyring that the node receives.
 	KeyID    seal.KeyID `json:"keyID"`
 	Revision uint64     `json:"revision"`
 	// BootPolicy is the SHA-256 of the boot policy that judged the boot.
@@ -46,7 +46,7 @@ type JoinVerdict struct {
 	Files []string `json:"files,omitempty"`
 }
 
-// Accept fills in what accepted evidence says.
+// Accept copies the facts from accepted evidence.
 func (v *Verdict) Accept(r *attest.Result) {
 	v.Accepted, v.Bank, v.PCRs = true, bankNames[r.Bank], map[int]string{}
 	for i, value := range r.PCRs {
