@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -16,20 +17,26 @@ import (
 )
 
 func newJoin(a *app) *cobra.Command {
-	var name, verifier, trust string
+	var name, verifier, trust, file string
 	cmd := &cobra.Command{
-		Use:   "join ADDRESS --node NAME --verifier sha256:… --trust CLUSTER/KEYID/REVISION",
+		Use:   "join [ADDRESS] --node NAME --trust CLUSTER/KEYID/REVISION",
 		Short: "Make this machine a node of a cluster that has kleidi",
 		Long: `Make this machine a node of a cluster that has kleidi. kleidi node approve prints the
 command, on a node that is up.
 
 The machine proves its TPM and how it booted, and is given the KEK only then. The KEK
 is sealed to its own TPM, and opened once, before anything is saved. The command can be
-run again after a break at any step; it replaces no keyring of another cluster.`,
-		Args: cobra.ExactArgs(1),
+run again after a break at any step; it replaces no keyring of another cluster.
+
+A machine without a TPM can prove nothing. It joins with --keyring and a copy of the
+keyring, which the configured token or server opens.`,
+		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			anchor, err := keyring.ParseTrust(trust)
+			o, err := source(args, verifier, file)
 			if err != nil {
+				return err
+			}
+			if o.Trust, err = keyring.ParseTrust(trust); err != nil {
 				return fmt.Errorf("--trust: %w, as kleidi node approve prints it", err)
 			}
 			cfg, err := a.config(func(c *config.Config) error { return sameNode(c, name) })
@@ -42,10 +49,11 @@ run again after a break at any step; it replaces no keyring of another cluster.`
 			}
 			defer n.Close()
 			steps := 0
-			r, err := members.Join(cmd.Context(), n, members.JoinOptions{Address: args[0], Verifier: verifier, Trust: anchor, Progress: func(step string) {
+			o.Progress = func(step string) {
 				steps++
 				fmt.Fprintf(cmd.ErrOrStderr(), "%d. %s\n", steps, step)
-			}})
+			}
+			r, err := members.Join(cmd.Context(), n, o)
 			if err != nil {
 				return files.HintRoot(err)
 			}
@@ -55,10 +63,28 @@ run again after a break at any step; it replaces no keyring of another cluster.`
 	cmd.Flags().StringVar(&name, "node", "", "this machine's name in the keyring")
 	cmd.Flags().StringVar(&verifier, "verifier", "", "digest of the certificate of the node that gives the KEK")
 	cmd.Flags().StringVar(&trust, "trust", "", "which keyring to trust: cluster ID, key ID and revision")
-	for _, flag := range []string{"node", "verifier", "trust"} {
+	cmd.Flags().StringVar(&file, "keyring", "", "on a machine without a TPM: a copy of the keyring")
+	_ = cmd.MarkFlagFilename("keyring")
+	for _, flag := range []string{"node", "trust"} {
 		_ = cmd.MarkFlagRequired(flag)
 	}
 	return cmd
+}
+
+// source is where the keyring comes from: another node, or a file.
+func source(args []string, verifier, file string) (o members.JoinOptions, err error) {
+	switch {
+	case file == "" && len(args) == 1 && verifier != "":
+		o.Address, o.Verifier = args[0], verifier
+	case file != "" && len(args) == 0 && verifier == "":
+		o.Keyring, err = files.Read(file, keyring.MaxSize)
+		if err != nil {
+			err = fmt.Errorf("--keyring: %w", err)
+		}
+	default:
+		err = errors.New("name the address and --verifier, as kleidi node approve prints them, or --keyring alone on a machine without a TPM")
+	}
+	return o, err
 }
 
 // sameNode refuses a name under which serve would find no slot afterwards: it looks for

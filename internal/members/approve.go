@@ -36,18 +36,18 @@ func (d *Desk) Approve(ctx context.Context, req admin.ApproveNodeRequest) (admin
 }
 
 func (d *Desk) approve(ctx context.Context, req admin.ApproveNodeRequest) (r admin.NodeApproval, err error) {
-	if req.NoTPM {
-		return r, errors.New("--no-tpm is not there yet; every node needs a TPM to join")
-	}
-	address, err := d.address()
-	if err != nil {
-		return r, err
-	}
 	k, err := d.node.Unlocker.Keyring()
 	if err != nil {
 		return r, err
 	}
 	if err := checkApproval(k, req); err != nil {
+		return r, err
+	}
+	if req.NoTPM {
+		return d.listWithoutTPM(ctx, req)
+	}
+	address, err := d.address()
+	if err != nil {
 		return r, err
 	}
 	a, err := d.approval(k, req)
@@ -59,7 +59,7 @@ func (d *Desk) approve(ctx context.Context, req admin.ApproveNodeRequest) (r adm
 		return r, err
 	}
 	if upgraded {
-		r.Changes = append(r.Changes, "the keyring is written in format 2 from now on, which several nodes share; versions of kleidi before this one can't read it")
+		r.Changes = append(r.Changes, upgradedNote)
 	}
 	if a.Files, err = d.lock(req.Files); err != nil {
 		return r, err
@@ -73,6 +73,50 @@ func (d *Desk) approve(ctx context.Context, req admin.ApproveNodeRequest) (r adm
 	r.Node, r.Address, r.Certificate, r.Trust, r.Expires = req.Node, address, d.server.Certificate(), k.Anchor().Trust(), time.Now().Add(a.Expires)
 	r.Command = fmt.Sprintf("kleidi join %s --node %s --verifier %s --trust %s", address, req.Node, r.Certificate, r.Trust)
 	d.node.Log.Info("a node is approved to join", "node", req.Node, "ek", req.EK, "expires", a.Expires)
+	return r, nil
+}
+
+const upgradedNote = "the keyring is written in format 2 from now on, which several nodes share; versions of kleidi before this one can't read it"
+
+// listWithoutTPM lists a node that has no TPM, and so can prove nothing: it opens the
+// keyring by a token or a server that all nodes share, and its operator carries the
+// keyring there.
+func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest) (r admin.NodeApproval, err error) {
+	if len(req.Files) > 0 || len(req.BootPolicy) > 0 {
+		return r, errors.New("--no-tpm: a machine without a TPM proves nothing, so no boot policy judges it and no bootstrap file is handed over")
+	}
+	slots := d.node.OpenSlots()
+	if !slices.ContainsFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypePKCS11 || s.Type == seal.TypeVault }) {
+		return r, errors.New("--no-tpm: no slot is of a token or a server, so such a machine could open nothing; run kleidi slot add pkcs11 or kleidi slot add vault first")
+	}
+	upgraded, err := d.upgrade(ctx)
+	if err != nil {
+		return r, err
+	}
+	if upgraded {
+		r.Changes = append(r.Changes, upgradedNote)
+	}
+	err = d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		n := keyring.Node{Name: req.Node}
+		if slices.ContainsFunc(k.Nodes(), n.SameTPM) {
+			return nil, errListed
+		}
+		next, err := k.WithNode(n, time.Now())
+		if err != nil {
+			return nil, err
+		}
+		return []*keyring.Keyring{next}, nil
+	})
+	if err != nil && !errors.Is(err, errListed) {
+		return r, err
+	}
+	k, err := d.node.Unlocker.Keyring()
+	if err != nil {
+		return r, err
+	}
+	r.Node, r.Trust = req.Node, k.Anchor().Trust()
+	r.Changes = append(r.Changes, "node "+req.Node+" is listed; copy what kleidi keyring backup writes to it, then run this there")
+	r.Command = fmt.Sprintf("kleidi join --keyring FILE --node %s --trust %s", req.Node, r.Trust)
 	return r, nil
 }
 
@@ -94,8 +138,8 @@ func (d *Desk) address() (string, error) {
 
 func checkApproval(k *keyring.Keyring, req admin.ApproveNodeRequest) error {
 	wanted := keyring.Node{Name: req.Node, EK: req.EK}
-	if err := wanted.Check(); err != nil || req.EK == "" {
-		return fmt.Errorf("node %.64q with endorsement key %.80q: %w; kleidi node identity on the new node shows both", req.Node, req.EK, cmpErr(err, "want --ek"))
+	if err := wanted.Check(); err != nil || (req.EK == "") != req.NoTPM {
+		return fmt.Errorf("node %.64q with endorsement key %.80q: %w; kleidi node identity on the new node shows both", req.Node, req.EK, cmpErr(err, "want either --ek or --no-tpm"))
 	}
 	if req.Expires <= 0 || req.Expires > MaxExpiry {
 		return fmt.Errorf("--expires %v; want up to %v", req.Expires, MaxExpiry)
@@ -110,7 +154,7 @@ func checkApproval(k *keyring.Keyring, req admin.ApproveNodeRequest) error {
 			return fmt.Errorf("node %s is this one; name the new node", n.Name)
 		case n.Name == req.Node && n.EK != req.EK && !req.Replace:
 			return fmt.Errorf("node %s is listed with the endorsement key %s; give --replace if another machine takes its place", n.Name, n.EK)
-		case n.Name != req.Node && n.EK == req.EK:
+		case n.Name != req.Node && n.EK == req.EK && req.EK != "":
 			return fmt.Errorf("the machine with that endorsement key is node %s already", n.Name)
 		}
 	}

@@ -29,6 +29,9 @@ type JoinOptions struct {
 	Address  string
 	Verifier string         // digest of the certificate of the node that gives the KEK
 	Trust    keyring.Anchor // the node's first anchor
+	// Keyring is a copy of the keyring, where this machine has no TPM and proves nothing;
+	// nil where Address gives it.
+	Keyring []byte
 	// Progress is told of each step.
 	Progress func(step string)
 }
@@ -60,6 +63,9 @@ func Join(ctx context.Context, n *node.Node, o JoinOptions) (*JoinResult, error)
 
 func joinCluster(ctx context.Context, n *node.Node, o JoinOptions) (*JoinResult, error) {
 	j := &joiner{Node: n, JoinOptions: o}
+	if o.Keyring != nil {
+		return j.withoutTPM(ctx)
+	}
 	client, err := join.NewClient(o.Address, o.Verifier)
 	if err != nil {
 		return nil, err
@@ -125,7 +131,7 @@ func (j *joiner) before(ctx context.Context) (*JoinResult, error) {
 		return nil, err
 	}
 	if stored != nil && j.served(ctx) {
-		return j.joined(stored), nil
+		return j.joined(stored)
 	}
 	if err := j.AcquireState(); err != nil {
 		return nil, err
@@ -133,19 +139,25 @@ func (j *joiner) before(ctx context.Context) (*JoinResult, error) {
 	if stored != nil {
 		if k, err := j.Unlocker.Open(ctx); err == nil {
 			defer k.Close()
-			return j.joined(stored), nil
+			return j.joined(stored)
 		}
 	}
 	return nil, j.loadAnchor(ctx)
 }
 
-func (j *joiner) joined(u *keyring.Untrusted) *JoinResult {
-	return &JoinResult{Node: j.Config.Node, ClusterID: u.ClusterID(), KeyID: u.CurrentID(), Revision: u.Revision(), Keyring: j.Config.Keyring(), Before: true}
+// joined is the result where the keyring that is here opens. It must be the one that
+// --trust vouches for.
+func (j *joiner) joined(u *keyring.Untrusted) (*JoinResult, error) {
+	i := u.Info()
+	if i.Current.KeyID != j.Trust.KeyID && !slices.ContainsFunc(i.Retired, func(r keyring.RetiredInfo) bool { return r.KeyID == j.Trust.KeyID }) {
+		return nil, seal.Errorf(seal.CauseAnchor, "run the command that kleidi node approve printed", "the keyring here opens, and does not hold key ID %s, which --trust names", j.Trust.KeyID)
+	}
+	return &JoinResult{Node: j.Config.Node, ClusterID: u.ClusterID(), KeyID: u.CurrentID(), Revision: u.Revision(), Keyring: j.Config.Keyring(), Before: true}, nil
 }
 
 // stored returns the stored keyring if it is of the cluster to join and lists this node.
 func (j *joiner) stored(ctx context.Context) (*keyring.Untrusted, error) {
-	b, version, err := j.Keyring.File.Load(ctx)
+	b, version, err := j.Node.Keyring.File.Load(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -302,7 +314,7 @@ func (j *joiner) open(ctx context.Context, g *join.Grant) (*keyring.Keyring, err
 // check demands that the keyring lists this machine, and does not go back behind an anchor
 // that is here.
 func (j *joiner) check(k *keyring.Keyring) error {
-	if a := j.anchor; a != nil && (!k.Holds(a.KeyID) || k.Revision() < a.Revision) {
+	if a := j.anchor; a != nil && keyring.CheckTrust(k, *a) != nil {
 		return seal.Errorf(seal.CauseAnchor, "find out which of the cluster's nodes has the newest keyring, and approve this node there",
 			"the keyring of revision %d is older than the one that this node last trusted (revision %d, key ID %s)", k.Revision(), a.Revision, a.KeyID)
 	}
@@ -361,6 +373,42 @@ func (j *joiner) save(ctx context.Context, k *keyring.Keyring) error {
 	if err := j.Anchor.Replace(ctx, k.Anchor()); err != nil {
 		return err
 	}
-	_, err := j.Keyring.Save(ctx, k.Marshal(), j.version)
+	_, err := j.Node.Keyring.Save(ctx, k.Marshal(), j.version)
 	return err
+}
+
+// withoutTPM joins with a copy of the keyring, which a slot of a token or a server opens.
+func (j *joiner) withoutTPM(ctx context.Context) (*JoinResult, error) {
+	if j.View.OpensWithTPM() {
+		return nil, errors.New("--keyring is for a machine without a TPM, and unlock.order names the TPM; run the command that kleidi node approve --ek printed")
+	}
+	u, err := keyring.Parse(j.JoinOptions.Keyring)
+	if err != nil {
+		return nil, err
+	}
+	if r, err := j.before(ctx); r != nil || err != nil {
+		return r, err
+	}
+	j.Progress("opening the keyring by " + slotview.JoinWords(j.Config.Unlock.Order) + ", and checking it against --trust")
+	k, _, err := j.Unlocker.OpenUnanchored(ctx, u)
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	if err := keyring.CheckTrust(k, j.Trust); err != nil {
+		return nil, j.explain(err)
+	}
+	if a := j.anchor; a != nil && keyring.CheckTrust(k, *a) != nil {
+		return nil, fmt.Errorf("the keyring is older than the one that this node last trusted (revision %d); copy the newest one here", a.Revision)
+	}
+	own, err := k.OnNode(j.Config.Node, nil, nil)
+	if err != nil {
+		return nil, fmt.Errorf("%w; run kleidi node approve %s --no-tpm, then copy the keyring here", err, j.Config.Node)
+	}
+	defer own.Close()
+	j.Progress("saving the anchor, then the keyring in " + j.Config.Keyring())
+	if err := j.save(ctx, own); err != nil {
+		return nil, err
+	}
+	return &JoinResult{Node: j.Config.Node, ClusterID: own.ClusterID(), KeyID: own.CurrentID(), Revision: own.Revision(), Keyring: j.Config.Keyring()}, nil
 }

@@ -33,6 +33,12 @@ func ParseTrust(s string) (Anchor, error) {
 	return Anchor{ClusterID: cluster, KeyID: seal.KeyID(parts[1]), Revision: revision}, nil
 }
 
+// CheckTrust refuses an open keyring for which this anchor does not vouch, as
+// [Untrusted.Open] does.
+func CheckTrust(k *Keyring, trust Anchor) error {
+	return (&Untrusted{doc: k.doc}).checkAnchor(trust)
+}
+
 // Check refuses an entry that no keyring could hold.
 func (n Node) Check() error {
 	if n.SRK == nil && n.EpochIndex == 0 { // not known yet
