@@ -159,6 +159,7 @@ func setup(env *testscript.Env) error {
 	h.address = loopback()
 	env.Setenv("HTTP", h.address)
 	env.Setenv("SECOND", strings.Replace(h.address, ":9779", ":9780", 1))
+	env.Setenv("THIRD", strings.Replace(h.address, ":9779", ":9781", 1))
 	env.Values["host"] = h
 	for _, dir := range []string{"run", "hw"} {
 		if err := os.Mkdir(h.path(dir), 0o700); err != nil {
