@@ -329,6 +329,9 @@ func (j *joiner) explain(err error) error {
 	if seal.CauseOf(err) != seal.CauseAnchor {
 		return err
 	}
+	if j.Address == "" {
+		return seal.WithHint(err, "run the command that was printed when this node was approved; if you did, find out where the copy of the keyring comes from")
+	}
 	return seal.WithHint(err, "run the command that was printed when this node was approved; if you did, find out who answers at "+j.Address)
 }
 
