@@ -42,6 +42,9 @@ type machine struct {
 	t      testing.TB
 	binary string
 	more   string // of the configuration
+	// approve, if set, has another node approve this machine, and returns the command by
+	// which it joins.
+	approve func() string
 }
 
 func newMachine(t testing.TB) *machine {

@@ -1,0 +1,58 @@
+package kill
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+)
+
+// joining makes a machine without a keyring that another node, which serves, approves.
+func joining(m *machine) simboot.Boot {
+	m.remove("state")
+	m.Reboot(usual)
+	m.run("bootpolicy record --file DIR/policy.yaml")
+	var id struct{ EK string }
+	if err := json.Unmarshal(m.run("node identity -o json"), &id); err != nil {
+		m.t.Fatal(err)
+	}
+	policy := m.path("policy.yaml")
+	seat := newSeat(m)
+	m.approve = func() string {
+		out := strings.TrimSpace(string(seat.run("node approve one --ek " + id.EK + " --boot-policy " + policy)))
+		lines := strings.Split(out, "\n")
+		return strings.TrimPrefix(lines[len(lines)-1], "kleidi ")
+	}
+	return usual
+}
+
+// newSeat starts another machine, which has a keyring and answers joining ones.
+func newSeat(m *machine) *machine {
+	m.t.Helper()
+	seat := newMachine(m.t)
+	seat.configure(fmt.Sprintf("join: {listen: 127.%d.%d.1:9780}\n", 64+os.Getpid()%64, os.Getpid()/64%256))
+	b, err := os.ReadFile(seat.path("config.yaml"))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	seat.write("config.yaml", strings.Replace(string(b), "node: one", "node: seat", 1))
+	seat.Reboot(usual)
+	seat.run("init --recovery-recipient " + seat.identity())
+	serve := seat.command("serve")
+	serve.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := serve.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() {
+		_ = serve.Process.Kill()
+		_ = serve.Wait()
+	})
+	eventually(m.t, "the other node serves", func() error {
+		_, err := seat.try("node list")
+		return err
+	})
+	return seat
+}
