@@ -202,7 +202,7 @@ func (s *scene) clean() {
 	s.t.Helper()
 	for name := range s.state() {
 		switch name {
-		case "keyring.json", "keyring.json.previous", "anchor.json", "anchor.json.previous", "bootstates.json", "bootstates.json.previous":
+		case "ak.json", "keyring.json", "keyring.json.previous", "anchor.json", "anchor.json.previous", "bootstates.json", "bootstates.json.previous":
 		default:
 			s.t.Errorf("%s is left in the state folder", name)
 		}

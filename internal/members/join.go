@@ -150,7 +150,7 @@ func (j *joiner) before(ctx context.Context) (*JoinResult, error) {
 func (j *joiner) joined(u *keyring.Untrusted) (*JoinResult, error) {
 	i := u.Info()
 	if i.Current.KeyID != j.Trust.KeyID && !slices.ContainsFunc(i.Retired, func(r keyring.RetiredInfo) bool { return r.KeyID == j.Trust.KeyID }) {
-		return nil, seal.Errorf(seal.CauseAnchor, "run the command that kleidi node approve printed", "the keyring here opens, and does not hold key ID %s, which --trust names", j.Trust.KeyID)
+		return nil, seal.Errorf(seal.CauseAnchor, "run the command that was printed when this node was approved", "the keyring here opens, and does not hold key ID %s, which --trust names", j.Trust.KeyID)
 	}
 	return &JoinResult{Node: j.Config.Node, ClusterID: u.ClusterID(), KeyID: u.CurrentID(), Revision: u.Revision(), Keyring: j.Config.Keyring(), Before: true}, nil
 }
@@ -383,7 +383,7 @@ func (j *joiner) save(ctx context.Context, k *keyring.Keyring) error {
 // withoutTPM joins with a copy of the keyring, which a slot of a token or a server opens.
 func (j *joiner) withoutTPM(ctx context.Context) (*JoinResult, error) {
 	if j.View.OpensWithTPM() {
-		return nil, errors.New("--keyring is for a machine without a TPM, and unlock.order names the TPM; run the command that kleidi node approve --ek printed")
+		return nil, errors.New("--keyring is for a machine without a TPM, and unlock.order names the TPM; run the command that was printed when this node was approved by its endorsement key")
 	}
 	u, err := keyring.Parse(j.JoinOptions.Keyring)
 	if err != nil {
