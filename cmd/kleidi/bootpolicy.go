@@ -22,7 +22,7 @@ func newBootPolicy(a *app) *cobra.Command {
 		Short: "Record, show, compare and try out boot policies, and explain event logs",
 		Long: `A boot policy says what is demanded of the event log of a boot. It is a file to read
 and edit; docs/boot-policy.md describes it.`,
-		Args: cobra.NoArgs,
+		Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newPolicyRecord(a), newPolicyShow(a), newPolicyCheck(a), newPolicyDiff(a), newPolicyNarrow(a), newPolicyExplain(a),

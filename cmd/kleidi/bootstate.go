@@ -34,7 +34,7 @@ func newBootState(a *app) *cobra.Command {
 		Long: `A key that is kept elsewhere signs the PCR values of a boot, before it is rolled out.
 A node that knows the public key opens in every boot state that it signed, with Secure
 Boot as it is. systemd's signed PCR 11 values (.pcrsig) are such boot states.`,
-		Args: cobra.NoArgs,
+		Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newStateSign(a), newStateAdd(a), newStateList(a), newStateRevoke(a))

@@ -19,7 +19,7 @@ import (
 func newKeyring(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "keyring", Short: "Show, verify, back up and restore the keyring",
-		Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Args: noVerb, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newKeyringShow(a), newKeyringVerify(a), newKeyringBackup(a), newKeyringRestore(a), newKeyringSave(a))
 	return cmd

@@ -21,7 +21,7 @@ import (
 func newNode(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "node", Short: "Show this machine, approve others to join, and list the nodes",
-		Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Args: noVerb, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newNodeIdentity(a), newNodeApprove(a), newNodeList(a))
 	return cmd

@@ -32,8 +32,9 @@ const example = `  # on a control-plane node: make a KEK and seal it to this mac
   # no TPM at hand: all of it on a simulated machine
   kleidi dev`
 
-func newRoot() *cobra.Command {
-	a := &app{}
+func newRoot() *cobra.Command { return newRootOf(&app{}) }
+
+func newRootOf(a *app) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "kleidi",
 		Short: "Encrypt Kubernetes Secrets under a key that is sealed in the TPM",
@@ -43,6 +44,8 @@ after the boot was attested.`,
 		Example:       example,
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		Args:          noVerb,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			node.HardenProcess()
 			return a.check()

@@ -21,7 +21,7 @@ func newSlot(a *app) *cobra.Command {
 		Long: `The KEK lies in the keyring once for each way to open it: a slot for this machine's
 TPM, and, if you add them, slots for a key in a PKCS#11 token, for one of Vault or
 OpenBao, and for recovery identities.`,
-		Args: cobra.NoArgs,
+		Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newSlotList(a), newSlotAdd(a), newSlotTest(a), newSlotRewrap(a), newSlotRemove(a), newSlotForgetCopies(a))

@@ -4,12 +4,14 @@ import (
 	"fmt"
 	"io"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
@@ -23,7 +25,10 @@ func newStatus(a *app) *cobra.Command {
 		Short: "Show what is sealed to what, and whether the TPM would open it now",
 		Long: `Show what is sealed to what, which KEK is current, and whether the TPM would open
 it now, and why not. It asks the running kleidi serve; without one it looks itself, and
-tries no slot of pkcs11 or vault: kleidi slot test does.`,
+tries no slot of pkcs11 or vault: kleidi slot test does.
+
+The exit code is 0 if the KEK is open and nothing is wrong, 3 if kleidi is locked, 4 if
+the KEK is open and something needs an operator, and 1 if kleidi could not be asked.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			req := admin.StatusRequest{Try: admin.TryAll}
@@ -32,13 +37,35 @@ tries no slot of pkcs11 or vault: kleidi slot test does.`,
 			}
 			r, err := operate(cmd.Context(), a, operation.Status, req)
 			if err != nil {
+				return files.HintRoot(err)
+			}
+			if err := a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printStatus(w, r) }); err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printStatus(w, r) })
+			return verdict(r)
 		},
 	}
 	cmd.Flags().BoolVar(&quick, "quick", false, "do not have the TPM try the slots")
 	return cmd
+}
+
+// Exit codes of status. 2 is the shell's and flag parsers'.
+const (
+	exitLocked  = 3
+	exitProblem = 4
+)
+
+// verdict is the exit code of a status.
+func verdict(r admin.StatusReport) error {
+	problem := r.Problem != nil || r.Fallback != nil || r.Staged != nil || len(r.Unrevoked) > 0 || r.Attestation != nil && r.Attestation.Problem != nil ||
+		slices.ContainsFunc(r.Slots, func(s admin.SlotReport) bool { return s.Problem != nil })
+	switch {
+	case r.State != admin.Open:
+		return &exitError{code: exitLocked}
+	case problem:
+		return &exitError{code: exitProblem}
+	}
+	return nil
 }
 
 func printStatus(w io.Writer, r admin.StatusReport) {
@@ -63,9 +90,7 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	if r.Revision > 0 {
 		row(w, "revision", fmt.Sprint(r.Revision))
 	}
-	for _, k := range r.Keys {
-		row(w, k.Role+" KEK", fmt.Sprintf("%s  made %s", k.KeyID, k.Created.Local().Format(time.DateTime)))
-	}
+	printKeys(w, r.Keys)
 	if r.Staged != nil {
 		printProblem(w, r.Staged)
 	}
@@ -101,6 +126,26 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 		row(w, "memory", r.Memory)
 	}
 	row(w, "version", r.Version)
+}
+
+// printKeys gives the retired KEKs one line together: there may be 255.
+func printKeys(w io.Writer, keys []admin.KeyReport) {
+	var retired []admin.KeyReport
+	for _, k := range keys {
+		if k.Role == "retired" {
+			retired = append(retired, k)
+			continue
+		}
+		row(w, k.Role+" KEK", fmt.Sprintf("%s  made %s", k.KeyID, k.Created.Local().Format(time.DateTime)))
+	}
+	switch n := len(retired); n {
+	case 0:
+	case 1:
+		row(w, "retired KEK", fmt.Sprintf("%s  made %s", retired[0].KeyID, retired[0].Created.Local().Format(time.DateTime)))
+	default:
+		oldest := slices.MinFunc(retired, func(a, b admin.KeyReport) int { return a.Created.Compare(b.Created) })
+		row(w, "retired KEKs", fmt.Sprintf("%d, the oldest made %s (kleidi keyring show lists them)", n, oldest.Created.Local().Format(time.DateTime)))
+	}
 }
 
 func opens(s admin.SlotReport) string {

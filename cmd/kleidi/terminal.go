@@ -26,7 +26,7 @@ func newTerminal(cmd *cobra.Command) *terminal { return &terminal{cmd, lines(cmd
 // ShowIdentity implements prompter.
 func (t *terminal) ShowIdentity(identity *seal.Secret) error {
 	out := t.cmd.OutOrStdout()
-	if f, ok := out.(*os.File); ok && isRegular(f) {
+	if r, ok := out.(*results); ok && isRegular(r.file) {
 		return errors.New("standard output is a file, and the recovery identity must not lie on this machine; run kleidi init at a terminal, or give --recovery-recipient; nothing was made")
 	}
 	fmt.Fprint(out, "\nRecovery identity. It is shown once. Keep it off this machine: it opens the keyring\nwhen the TPM does not, and so it does for anyone who finds it.\n\n  ")

@@ -23,7 +23,7 @@ evidence of that TPM and its boot. docs/remote-attestation.md describes it.
 Its configuration is of a kind of its own, see kleidi verifier init
 (default ` + verifierd.DefaultPath + `). SIGHUP has it read the configuration, the keys and the
 boot policies again; SIGTERM ends it.`,
-		Args: cobra.NoArgs,
+		Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.verifierConfig()
 			if err != nil {

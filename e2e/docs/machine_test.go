@@ -51,7 +51,8 @@ func newMachine(t *testing.T) *machine {
 		}
 	}
 	m.configure()
-	m.write("bin/sudo", "#!/bin/sh\nexec \"$@\"\n", 0o755)
+	// The exit codes of kleidi status say what it shows, and are no failure of the command.
+	m.write("bin/sudo", "#!/bin/sh\n\"$@\" && exit\ncode=$?\n[ \"$1 $2\" != 'kleidi status' ] || [ $code -lt 3 ] || exit 0\nexit $code\n", 0o755)
 	m.writeKleidi()
 	m.writeSystemctl()
 	if err := os.Symlink(build(t, "filippo.io/age/cmd/age-keygen", "0"), m.root("bin/age-keygen")); err != nil {

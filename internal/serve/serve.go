@@ -104,7 +104,7 @@ func (s *Server) tidyUp(ctx context.Context) {
 			}
 			return struct{}{}, err
 		}, backoff.WithBackOff(wait), backoff.WithMaxElapsedTime(0), backoff.WithNotify(func(err error, d time.Duration) {
-			s.Node.Log.Error("former slots still open, as the TPM could not be told to refuse them", "cause", seal.CauseOf(err), "error", err, "retry", d.Round(time.Millisecond))
+			s.Node.Log.Error("slots of earlier boot states still open, as they could not be revoked", "cause", seal.CauseOf(err), "error", err, "retry", d.Round(time.Millisecond))
 		}))
 	}
 }

@@ -3,6 +3,7 @@ package status
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"maps"
 	"slices"
 	"time"
@@ -35,6 +36,8 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 	} else if u, _, err := n.Stored(ctx); err == nil {
 		describe(&r, u.Info()) // nothing has vouched for it
 		slots = u.Slots()
+	} else if errors.Is(err, fs.ErrPermission) {
+		return r, err // who asks may not know
 	} else {
 		r.Problem = admin.ProblemOf(err)
 	}

@@ -90,7 +90,12 @@ func (m *machine) serve(r *wire.Result) error {
 	m.serving = s
 	tried := s.tried(r)
 	status := wire.Result{}
-	if err := command([]string{wire.Kleidi, "status", "-o", "json"}, &status); err != nil {
+	err = command([]string{wire.Kleidi, "status", "-o", "json"}, &status)
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() > 2 { // locked, or a problem: what it shows
+		err = nil
+	}
+	if err != nil {
 		return errors.Join(tried, fmt.Errorf("kleidi status: %w: %s", err, status.Stderr))
 	}
 	r.Status = status.Stdout

@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+)
+
+// results is standard output. It remembers the first write that failed, so that no verb has
+// to look after each of its lines.
+type results struct {
+	file    *os.File
+	written bool
+	err     error
+}
+
+// Write implements io.Writer.
+func (r *results) Write(b []byte) (int, error) {
+	if r.err != nil {
+		return 0, r.err
+	}
+	r.written = r.written || len(b) > 0
+	n, err := r.file.Write(b)
+	r.err = err
+	return n, err
+}
+
+// exitError ends the program with a code of its own. Err is nil where the results have said
+// all.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return ""
+	}
+	return e.err.Error()
+}
+
+func (e *exitError) Unwrap() error { return e.err }
+
+// run executes the command line and returns the exit code.
+func run(ctx context.Context, out *results, stderr io.Writer, args []string) int {
+	a := &app{}
+	root := newRootOf(a)
+	root.SetArgs(args)
+	root.SetOut(out)
+	cmd, err := root.ExecuteContextC(ctx)
+	if out.err != nil && errors.Is(err, out.err) {
+		err = nil // the verb has failed at nothing else
+	}
+	if out.err != nil {
+		err = errors.Join(err, fmt.Errorf("the result could not be written to standard output: %w; %s", out.err, afterwards(cmd, err)))
+	}
+	if err == nil {
+		return 0
+	}
+	if exit, ok := errors.AsType[*exitError](err); ok && exit.err == nil && out.err == nil {
+		return exit.code
+	}
+	if a.output == "json" && !out.written {
+		e := json.NewEncoder(out)
+		e.SetIndent("", "  ")
+		_ = e.Encode(failure{admin.ProblemOf(err)}) // standard error says it too
+	}
+	fmt.Fprintln(stderr, "error:", err)
+	return 1
+}
+
+// failure is what a verb with -o json prints in the place of its result.
+type failure struct {
+	Error *admin.Problem `json:"error"`
+}
+
+// reading are the verbs that change nothing.
+var reading = []string{
+	"bootpolicy check", "bootpolicy diff", "bootpolicy evidence", "bootpolicy explain", "bootpolicy record", "bootpolicy show",
+	"bootstate list", "bootstate sign", "completion bash", "completion fish", "completion powershell", "completion zsh",
+	"encryption-config", "help", "keyring backup", "keyring show", "keyring verify", "node identity", "node list", "slot list", "slot test", "status",
+	"verifier show", "version",
+}
+
+// afterwards says what a verb has changed whose result is lost.
+func afterwards(cmd *cobra.Command, err error) string {
+	verb := strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name()+" ")
+	switch {
+	case slices.Contains(reading, verb) || verb == cmd.Root().Name():
+		return "nothing was changed"
+	case err != nil:
+		return "see with kleidi status what was changed"
+	}
+	return "the change was made, so that the command need not be run again; see kleidi status"
+}
+
+// noVerb are the arguments of a command that has verbs below it: none, or a misspelt verb.
+func noVerb(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	hint := cmd.CommandPath() + " --help lists them"
+	if cmd.SuggestionsMinimumDistance = 2; len(cmd.SuggestionsFor(args[0])) > 0 {
+		hint = "did you mean " + strings.Join(cmd.SuggestionsFor(args[0]), " or ") + "?"
+	}
+	return fmt.Errorf("unknown command %q for %q; %s", args[0], cmd.CommandPath(), hint)
+}
