@@ -126,11 +126,20 @@ func newNodeList(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "list",
 		Short: "List the nodes that may open the keyring",
-		Args:  cobra.NoArgs,
+		Long: `List the nodes that may open the keyring. Where no kleidi serve runs, the list is that of
+the stored keyring, which nothing has verified.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			l, err := ask(cmd, a, admin.ListNodes, admin.ListNodesRequest{})
+			if errors.Is(err, admin.ErrNotRunning) {
+				n, nodeErr := a.node()
+				if nodeErr != nil {
+					return nodeErr
+				}
+				l, err = members.ListStored(cmd.Context(), n)
+			}
 			if err != nil {
-				return err
+				return files.HintRoot(err)
 			}
 			return a.show(cmd.OutOrStdout(), l, func(w io.Writer) { printNodes(w, l) })
 		},
@@ -157,6 +166,9 @@ func printNodes(w io.Writer, l admin.NodeList) {
 			text += "  added " + n.Added.Local().Format(time.DateTime)
 		}
 		row(w, n.Node, strings.TrimSpace(text))
+	}
+	if l.Stored {
+		fmt.Fprintln(w, "kleidi serve does not run: this is the stored keyring, which nothing has verified")
 	}
 }
 

@@ -70,6 +70,8 @@ type NodeList struct {
 	Commit    string       `json:"commit,omitempty"`
 	Seat      string       `json:"seat,omitempty"`
 	Nodes     []NodeReport `json:"nodes"`
+	// Stored says that the list is of the stored keyring, which nothing has vouched for.
+	Stored bool `json:"stored,omitempty"`
 }
 
 // NodeReport is one node.

@@ -271,6 +271,18 @@ func (d *Desk) List(context.Context, admin.ListNodesRequest) (admin.NodeList, er
 	return list(k.Info(), k.Format(), self.Name, d.server.Unfinished()), nil
 }
 
+// ListStored lists the nodes of the stored keyring, where no serve runs. Nothing has
+// vouched for it.
+func ListStored(ctx context.Context, n *node.Node) (admin.NodeList, error) {
+	u, _, err := n.Stored(ctx)
+	if err != nil {
+		return admin.NodeList{}, err
+	}
+	l := list(u.Info(), u.Format(), n.Config.Node, nil)
+	l.Stored = true
+	return l, nil
+}
+
 func list(i keyring.Info, format int, self string, unfinished map[string]bool) admin.NodeList {
 	l := admin.NodeList{ClusterID: i.ClusterID.String(), KeyID: i.Current.KeyID, Revision: i.Revision, Format: format, Commit: string(i.Commit), Seat: i.Seat, Nodes: []admin.NodeReport{}}
 	for _, n := range i.Nodes {

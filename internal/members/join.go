@@ -118,6 +118,7 @@ type joiner struct {
 	version    store.Version // of the keyring that is replaced
 	anchor     *keyring.Anchor
 	state      tpm.BootState
+	self       keyring.Node
 	verifier   *tpm.Verifier
 	session    *join.Session
 	transcript []byte
@@ -215,10 +216,14 @@ func (j *joiner) look(ctx context.Context) error {
 	if _, err := j.TPM.Provision(ctx); err != nil {
 		return err
 	}
+	machine, err := j.TPM.Self(ctx)
+	if err != nil {
+		return err
+	}
+	j.self = keyring.Node{Name: j.Config.Node, EK: machine.EK, SRK: machine.SRK, EpochIndex: machine.Epoch.Index()}
 	if err := j.recordPolicy(ctx); err != nil {
 		return err
 	}
-	var err error
 	if j.verifier, err = j.Remote.Demand(j.Trust.ClusterID, false); err != nil {
 		return err
 	}
@@ -318,8 +323,8 @@ func (j *joiner) check(k *keyring.Keyring) error {
 		return seal.Errorf(seal.CauseAnchor, "find out which of the cluster's nodes has the newest keyring, and approve this node there",
 			"the keyring of revision %d is older than the one that this node last trusted (revision %d, key ID %s)", k.Revision(), a.Revision, a.KeyID)
 	}
-	if !slices.ContainsFunc(k.Nodes(), func(n keyring.Node) bool { return n.Name == j.Config.Node && n.EpochIndex == j.Config.TPM.EpochIndex }) {
-		return errors.New("the keyring that came does not list this node")
+	if !slices.ContainsFunc(k.Nodes(), j.self.SameTPM) {
+		return errors.New("the keyring that came does not list this node with its TPM")
 	}
 	return nil
 }
