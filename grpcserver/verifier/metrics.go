@@ -12,7 +12,7 @@ type outcome string
 const (
 	outcomeAccepted outcome = "accepted"
 	outcomeRefused  outcome = "refused"  // the node had proven its TPM
-	outcomeUnproven outcome = "unproven" // before the node had proven its TPM
+	outcomeUnproven outcome = "unproven" // refused before the node had proven its TPM
 	outcomeBusy     outcome = "busy"     // the node has other exchanges
 	outcomeEnded    outcome = "ended"    // early: by the peer, out of order, or too late
 	outcomeFailed   outcome = "failed"   // the verifier could not answer
