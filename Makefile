@@ -55,7 +55,7 @@ test: fetch-test
 # What e2e/measuredboot needs beside what its script `parts` fetches.
 BOOT_TOOLS = qemu-system-x86_64 ovmf swtpm_setup sbsign mcopy sfdisk objcopy openssl
 
-E2E_TOOLS = gcc swtpm tpm2 softhsm2-util pkcs11-tool nss certutil $(BOOT_TOOLS)
+E2E_TOOLS = gcc swtpm ip tpm2 softhsm2-util pkcs11-tool nss certutil $(BOOT_TOOLS)
 
 e2e: build
 	.ci/deps $(E2E_TOOLS)

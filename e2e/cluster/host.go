@@ -24,5 +24,6 @@ func (h Host) start(t testing.TB, log, binary string, args ...string) *node.Proc
 	if h.Namespace == "" {
 		return node.Start(t, log, binary, args...)
 	}
-	return node.Start(t, log, "ip", append([]string{"netns", "exec", h.Namespace, binary}, args...)...)
+	on := h.Command()
+	return node.Start(t, log, on[0], append(append(on[1:], binary), args...)...)
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -35,7 +36,7 @@ type Node struct {
 	Serving *Process
 
 	t      testing.TB
-	binary string
+	kleidi []string // the command
 	noTPM  bool
 }
 
@@ -43,12 +44,16 @@ type Node struct {
 type Setup struct {
 	// Binary is kleidi's path; empty means the result of [Binary].
 	Binary string
+	// On is put before kleidi's command line, to run it on another host.
+	On []string
 	// Settings are added to the configuration: YAML of top-level keys.
 	Settings string
 	// NoTPM leaves the machine without a TPM.
 	NoTPM bool
 	// Init are flags of init that replace the recovery recipient.
 	Init []string
+	// Uninitialised leaves init to the test.
+	Uninitialised bool
 }
 
 // New boots a machine from a unified kernel image and runs `kleidi init` on it.
@@ -64,11 +69,14 @@ func Make(t testing.TB, s Setup) *Node {
 		s.Binary = Binary(t)
 	}
 	boot := simboot.Baseline(simboot.UKI)
-	n := &Node{Machine: tpmtest.New(t, boot), Kernel: boot, t: t, binary: s.Binary, noTPM: s.NoTPM}
+	n := &Node{Machine: tpmtest.New(t, boot), Kernel: boot, t: t, kleidi: append(slices.Clone(s.On), s.Binary), noTPM: s.NoTPM}
 	if err := os.Mkdir(n.Path("run"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	n.Configure(s.Settings)
+	if s.Uninitialised {
+		return n
+	}
 	if s.Init == nil {
 		s.Init = []string{"--recovery-recipient", n.makeIdentity()}
 	}
@@ -156,10 +164,19 @@ func (n *Node) Run(verb string, args ...string) []byte {
 	return out
 }
 
+// JSON runs a verb of kleidi with -o json, and reads what it prints.
+func (n *Node) JSON(result any, verb string, args ...string) {
+	n.t.Helper()
+	if err := json.Unmarshal(n.Run(verb, append(args, "-o", "json")...), result); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
 // Try runs a kleidi command, which may fail.
 func (n *Node) Try(verb string, args ...string) ([]byte, error) {
 	var stderr bytes.Buffer
-	cmd := exec.Command(n.binary, append([]string{verb}, append(args, "--config", n.Path("config.yaml"))...)...)
+	line := slices.Concat(n.kleidi, []string{verb}, args, []string{"--config", n.Path("config.yaml")})
+	cmd := exec.Command(line[0], line[1:]...)
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	var exit *exec.ExitError
@@ -175,7 +192,8 @@ func (n *Node) Try(verb string, args ...string) ([]byte, error) {
 // Serve starts kleidi and returns once it answers over HTTP, open or locked.
 func (n *Node) Serve() {
 	n.t.Helper()
-	n.Serving = Start(n.t, n.Path("kleidi.log"), n.binary, "serve", "--config", n.Path("config.yaml"))
+	line := slices.Concat(n.kleidi, []string{"serve", "--config", n.Path("config.yaml")})
+	n.Serving = Start(n.t, n.Path("kleidi.log"), line[0], line[1:]...)
 	Eventually(n.t, 20*time.Second, "kleidi serves", func() error {
 		if err := n.Serving.Alive(); err != nil {
 			n.t.Fatal(err)
