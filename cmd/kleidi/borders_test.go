@@ -61,7 +61,7 @@ var borders = map[string][]string{
 	"hsm":                            {"internal/ownership", "seal"},
 	"vault":                          {"internal/ownership", "seal"},
 	"grpcserver/internal/panics":     {},
-	"grpcserver/internal/unixsocket": {"internal/ownership"},
+	"grpcserver/internal/unixsocket": {"internal/ownership", "seal"},
 	"internal/ownership":             {"seal"},
 	"internal/strictyaml":            {},
 	"internal/powerloss":             {},

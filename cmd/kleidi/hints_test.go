@@ -151,7 +151,7 @@ func folded(e ast.Expr) (text string, ok bool) {
 }
 
 // mention is what speaks of a command, and has nobody run it.
-var mention = regexp.MustCompile(`^[a-z0-9-]+( [a-z]+)? (prints|shows|writes)\b`)
+var mention = regexp.MustCompile(`^[a-z0-9-]+( [a-z]+)? (prints|shows|writes|wrote)\b`)
 
 var commandStart = regexp.MustCompile("(run |^|[\\s(`])kleidi ")
 

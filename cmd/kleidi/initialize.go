@@ -101,12 +101,14 @@ func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 	if err != nil {
 		return err
 	}
+	next := "start kleidi serve, and "
 	if client, err := admin.Dial(cmd.Context(), cfg.Admin.Socket); err == nil {
+		next = ""
 		if _, err := admin.Call(cmd.Context(), client, admin.Reload, admin.ReloadRequest{}); err != nil {
 			return fmt.Errorf("the keyring is made, but the running kleidi serve does not open it: %w", err)
 		}
 	}
-	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { printInit(w, result, token, cfg.Unlock.Order) })
+	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { printInit(w, result, token, cfg.Unlock.Order, next) })
 }
 
 // makeKeyring leaves the state folder to the running serve again.
@@ -124,7 +126,7 @@ func (a *app) makeKeyring(cmd *cobra.Command, cfg *config.Config, opts lifecycle
 	return result, nil
 }
 
-func printInit(w io.Writer, r *lifecycle.InitResult, token *lifecycle.Import, order []string) {
+func printInit(w io.Writer, r *lifecycle.InitResult, token *lifecycle.Import, order []string, next string) {
 	node := r.Node
 	if r.EK != "" {
 		node += fmt.Sprintf(" (EK %.23s…)", r.EK)
@@ -136,7 +138,7 @@ func printInit(w io.Writer, r *lifecycle.InitResult, token *lifecycle.Import, or
 	if token != nil {
 		printImported(w, token, order)
 	}
-	fmt.Fprintf(w, "\nnext: start kleidi serve, and give kube-apiserver what kleidi encryption-config prints\n")
+	fmt.Fprintf(w, "\nnext: %sgive kube-apiserver what kleidi encryption-config prints\n", next)
 }
 
 // printImported shows what the configuration needs from now on.

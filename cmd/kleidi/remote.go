@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/node"
@@ -22,6 +23,7 @@ func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[R
 		return none, err
 	}
 	client, err := admin.Dial(ctx, cfg.Admin.Socket)
+	defer sayWaiting(os.Stderr, cfg.TPM.Timeout)()
 	if err == nil {
 		return admin.Call(ctx, client, o.Verb, req)
 	}
@@ -39,6 +41,17 @@ func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[R
 	defer n.Close()
 	defer n.NoteSpent(os.Stderr)
 	return o.Alone(ctx, n, req)
+}
+
+// patience is how long a command is silent.
+const patience = 3 * time.Second
+
+// sayWaiting says once that a command still waits, until it is stopped: a TPM may take as
+// long as tpm.timeout to answer, and looks dead meanwhile.
+func sayWaiting(w io.Writer, limit fmt.Stringer) (stop func() bool) {
+	return time.AfterFunc(patience, func() {
+		fmt.Fprintf(w, "[wait] no answer yet from the TPM, a token or a server; the TPM is given up after tpm.timeout, %v\n", limit)
+	}).Stop
 }
 
 func printState(w io.Writer, s admin.KeyringState) {

@@ -70,7 +70,14 @@ not to come back, --skip-slot names its slot in the restored keyring. With
 
 func (a *app) readBackup(ctx context.Context, args []string) ([]byte, error) {
 	if len(args) == 1 {
-		return files.Read(args[0], keyring.MaxSize)
+		b, err := files.Read(args[0], keyring.MaxSize)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := keyring.Parse(b); err != nil && !errors.Is(err, keyring.ErrNewerFormat) {
+			return nil, fmt.Errorf("%s: %w", args[0], seal.WithHint(err, "name a file that kleidi keyring backup wrote, or give --previous"))
+		}
+		return b, nil
 	}
 	cfg, err := a.config()
 	if err != nil {

@@ -139,8 +139,17 @@ func readIdentity(cmd *cobra.Command, file string) ([]byte, error) {
 		return nil, fmt.Errorf("--identity-file: %w", err)
 	}
 	defer f.Close()
-	return readBounded(f)
+	b, err := readBounded(f)
+	if errors.Is(err, errNoIdentity) {
+		return nil, fmt.Errorf("--identity-file: %s is empty; name the file that holds the recovery identity (AGE-SECRET-KEY-…)", file)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--identity-file: %w", err)
+	}
+	return b, nil
 }
+
+var errNoIdentity = errors.New("no recovery identity was given; type it, pipe it in, or name --identity-file")
 
 // promptSecret reads a line without showing it; without a terminal, all of
 // standard input.
@@ -191,7 +200,7 @@ func readBounded(r io.Reader) ([]byte, error) {
 		return nil, fmt.Errorf("recovery identity: %w", err)
 	}
 	if len(bytes.TrimSpace(b[:n])) == 0 {
-		return nil, errors.New("no recovery identity was given; type it, pipe it in, or name --identity-file")
+		return nil, errNoIdentity
 	}
 	return b[:n], nil
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/verifierd"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 func newVerifierInit(a *app) *cobra.Command {
@@ -35,7 +36,7 @@ no slot that demands its signature opens.`,
 			}
 			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) {
 				printVerifier(w, r)
-				fmt.Fprintf(w, "\nthen register every node:\n\n  kleidi verifier register NAME --ek sha256:… --boot-policy FILE\n")
+				fmt.Fprintf(w, "\nthen register every node:\n\n  kleidi verifier register NODE --ek sha256:… --boot-policy FILE%s\n", configFlag(c.File()))
 			})
 		},
 	}
@@ -47,6 +48,14 @@ no slot that demands its signature opens.`,
 	_ = cmd.MarkFlagRequired("cluster-id")
 	_ = cmd.MarkFlagRequired("name")
 	return cmd
+}
+
+// configFlag names a configuration that is not at its default path.
+func configFlag(path string) string {
+	if path == verifierd.DefaultPath {
+		return ""
+	}
+	return " --config " + seal.Quote(path)
 }
 
 func newVerifierRegister(a *app) *cobra.Command {

@@ -170,13 +170,13 @@ func (d *Dev) serve(ctx context.Context, cfg *config.Config) error {
 		err = selfCheck(ctx, cfg.KMS.Socket, d.Say)
 	} else {
 		d.Say("[dev] locked: %v", err)
-		d.Say("[dev] to open it again: boot as before, or\n      kleidi --config %s recover --identity-file %s", d.path("config.yaml"), d.path("recovery.txt"))
+		d.Say("[dev] to open it again: boot as before, or\n      kleidi --config %s recover --identity-file %s", seal.Quote(d.path("config.yaml")), seal.Quote(d.path("recovery.txt")))
 	}
 	if d.Once {
 		cancel()
 	} else {
 		d.Say("[dev] serving on unix://%s; end it with Ctrl-C", cfg.KMS.Socket)
-		d.Say("[dev] in another terminal: kleidi --config %s status", d.path("config.yaml"))
+		d.Say("[dev] in another terminal: kleidi --config %s status", seal.Quote(d.path("config.yaml")))
 		err = nil
 	}
 	<-ended

@@ -2,6 +2,7 @@ package reseal
 
 import (
 	"context"
+	"fmt"
 	"slices"
 
 	"github.com/beezy-dev/kleidi/internal/node"
@@ -24,6 +25,9 @@ func RecordPolicy(ctx context.Context, n *node.Node, pcrs []int) (*bootpolicy.Bo
 	return bootpolicy.Record(r.Log, r.Bank, pcrs)
 }
 
+// maxPCR is the highest PCR of a TPM of a PC (TCG PC Client Platform TPM Profile).
+const maxPCR = 23
+
 // RecordedPCRs returns pcrs, or what is recorded where none are named.
 func RecordedPCRs(n *node.Node, pcrs []int) ([]int, error) {
 	if len(pcrs) == 0 {
@@ -32,6 +36,9 @@ func RecordedPCRs(n *node.Node, pcrs []int) ([]int, error) {
 			return nil, err
 		}
 		pcrs = append([]int{0}, sealed...)
+	}
+	if i := slices.IndexFunc(pcrs, func(pcr int) bool { return pcr < 0 || pcr > maxPCR }); i >= 0 {
+		return nil, fmt.Errorf("--pcrs: there is no PCR %d; want 0 to %d", pcrs[i], maxPCR)
 	}
 	slices.Sort(pcrs)
 	return slices.Compact(pcrs), nil

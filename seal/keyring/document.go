@@ -82,7 +82,7 @@ func parseBody(b []byte) (*document, error) {
 		}
 		return body.document(), nil
 	}
-	return nil, fmt.Errorf("%w %d, this version reads %d and %d", errNewerFormat, format, format1, format2)
+	return nil, fmt.Errorf("%w %d, this version reads %d and %d", ErrNewerFormat, format, format1, format2)
 }
 
 // formatOf reads the format alone. What is written starts with it, and a second one

@@ -36,7 +36,7 @@ func Parse(b []byte) (*Untrusted, error) {
 	u, err := parse(b)
 	if err != nil {
 		hint := hintRestore
-		if errors.Is(err, errNewerFormat) {
+		if errors.Is(err, ErrNewerFormat) {
 			hint = "install the version of kleidi that wrote it, or a later one"
 		}
 		return nil, seal.Errorf(seal.CauseKeyringCorrupt, hint, "parse keyring: %w", err)
@@ -44,7 +44,7 @@ func Parse(b []byte) (*Untrusted, error) {
 	return u, nil
 }
 
-var errNewerFormat = errors.New("unknown format")
+var ErrNewerFormat = errors.New("unknown format")
 
 func parse(b []byte) (*Untrusted, error) {
 	if len(b) > MaxSize {
@@ -171,7 +171,7 @@ func (u *Untrusted) open(k *Keyring, kek []byte) error {
 // ifMine adds to the hint of e what the operator who made the change does.
 func ifMine(e *seal.Error) error {
 	e.NoRecovery = e.Hint
-	e.Hint += "; if it was, run kleidi recover"
+	e.Hint += "; if it was, run kleidi recover --trust-key-id KEY_ID with the recovery identity"
 	return e
 }
 

@@ -117,8 +117,10 @@ func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Ancho
 		return nil, nil, "", withoutRecovery(untrusted.Slots(), err)
 	}
 	if anchor == nil {
-		return nil, nil, "", withoutRecovery(untrusted.Slots(), seal.Errorf(seal.CauseAnchor, "put the anchor file back",
-			"there is a keyring but no anchor, so nothing proves that it is this node's keyring").OrRecover())
+		missing := seal.Errorf(seal.CauseAnchor, "put the anchor file back, or run kleidi recover --trust-key-id KEY_ID with the recovery identity; docs/recovery.md says where to look for the key ID",
+			"there is a keyring but no anchor, so nothing proves that it is this node's keyring")
+		missing.NoRecovery = "put the anchor file back"
+		return nil, nil, "", withoutRecovery(untrusted.Slots(), missing)
 	}
 	return untrusted, anchor, version, nil
 }

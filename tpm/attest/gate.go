@@ -109,11 +109,15 @@ func (g *Gate) allowed(p *bootpolicy.BootPolicy, r *Result) error {
 	if v.Accepted {
 		return nil
 	}
-	hint := "run kleidi bootpolicy check --boot-policy " + seal.Quote(g.BootPolicyFile) + " --event-log " + seal.Quote(g.Logs.Firmware) + g.Logs.userspaceFlag() + " to list every finding, see docs/boot-policy.md"
+	refusal := &bootpolicy.RefusedError{Verdict: v}
+	hint := refusal.Hint()
+	if refusal.Left() > 0 {
+		hint = "run kleidi bootpolicy check --boot-policy " + seal.Quote(g.BootPolicyFile) + " --event-log " + seal.Quote(g.Logs.Firmware) + g.Logs.userspaceFlag() + " to list every finding; " + hint
+	}
 	if restart := r.Log.Restarted(); restart != eventlog.NoRestart {
 		hint = restart.String() + ": " + hintReboot + "; if it stays locked, " + hint
 	}
-	return &seal.Error{Cause: seal.CauseBootPolicy, Err: v.Err(), Hint: hint}
+	return &seal.Error{Cause: seal.CauseBootPolicy, Err: refusal, Hint: hint}
 }
 
 func (g *Gate) verified(ctx context.Context, srk []byte, bank crypto.Hash, pcrs []int) (*Result, error) {

@@ -30,7 +30,8 @@ func (p *BootPolicy) AlsoAllow(log *eventlog.Log) (*BootPolicy, error) {
 		wider.PCRs[pcr] = rule
 	}
 	if v := Judge(&wider, log, claimed); !v.Accepted {
-		return nil, v.Err()
+		refusal := &RefusedError{v}
+		return nil, fmt.Errorf("%w; %s", refusal, refusal.Hint())
 	}
 	if n := len(wider.Marshal()); n > MaxSize {
 		return nil, fmt.Errorf("boot policy: it would have %d bytes, more than %d; run kleidi bootpolicy narrow, which removes the lists of earlier boots", n, MaxSize)

@@ -44,7 +44,10 @@ type Finding struct {
 // String returns a line such as
 //
 //	pcrs.8.sequences[0][6]: kernel command line changed: want "/vmlinuz a", got "/vmlinuz b" (usually the command line was edited); if …
-func (f Finding) String() string {
+func (f Finding) String() string { return f.finding() + "; " + f.Next }
+
+// finding is the line without what to do.
+func (f Finding) finding() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s: %s", f.Rule, f.Problem)
 	sep := ": "
@@ -57,7 +60,7 @@ func (f Finding) String() string {
 	if f.Cause != "" {
 		b.WriteString(" (usually " + f.Cause + ")")
 	}
-	return b.String() + "; " + f.Next
+	return b.String()
 }
 
 // Err returns nil for an accepted boot, and a [*RefusedError] otherwise.
@@ -68,19 +71,52 @@ func (v *Verdict) Err() error {
 	return &RefusedError{v}
 }
 
-// RefusedError says that the boot policy refuses a boot. Its text is the first finding, and
-// the number of the others.
+// RefusedError says that the boot policy refuses a boot. Its text is the headline and the
+// details in one line, without what to do.
 type RefusedError struct{ Verdict *Verdict }
 
+// maxDetails bounds the findings in an error. Nobody reads more of a refusal.
+const maxDetails = 6
+
+// Error implements error.
 func (e *RefusedError) Error() string {
+	if details := e.Details(); len(details) > 0 {
+		return e.Headline() + ": " + strings.Join(details, "; ")
+	}
+	return e.Headline()
+}
+
+// Headline says what happened in one sentence.
+func (e *RefusedError) Headline() string {
 	if len(e.Verdict.Findings) == 0 {
 		return "the boot policy was not judged"
 	}
-	s := "the boot policy refuses this boot: " + e.Verdict.Findings[0].String()
-	if n := len(e.Verdict.Findings) - 1 + e.Verdict.More; n > 0 {
-		s += fmt.Sprintf(" (and %d more)", n)
+	return "the boot policy refuses this boot"
+}
+
+// Details are the first findings, one a line.
+func (e *RefusedError) Details() []string {
+	var details []string
+	for _, f := range e.Verdict.Findings[:min(len(e.Verdict.Findings), maxDetails)] {
+		details = append(details, f.finding())
 	}
-	return s
+	if n := e.Left(); n > 0 {
+		details = append(details, fmt.Sprintf("and %d more", n))
+	}
+	return details
+}
+
+// Left is how many findings the details leave out.
+func (e *RefusedError) Left() int {
+	return max(len(e.Verdict.Findings)-maxDetails, 0) + e.Verdict.More
+}
+
+// Hint says what to do about the first finding.
+func (e *RefusedError) Hint() string {
+	if len(e.Verdict.Findings) == 0 {
+		return ""
+	}
+	return e.Verdict.Findings[0].Next
 }
 
 // full reports whether the verdict has no room for another finding, and counts it then.

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // checkFolder verifies that dir
@@ -22,7 +23,7 @@ func checkFolder(dir string) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(dir, &st); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("folder %s does not exist; make it: install -d -m 0755 -o root %s (with systemd: systemd-tmpfiles --create)%w", dir, dir, silent{err})
+			return fmt.Errorf("folder %s does not exist; make it: install -d -m 0755 -o root %s (with systemd: systemd-tmpfiles --create)%w", dir, seal.Quote(dir), silent{err})
 		}
 		return fmt.Errorf("folder %s: %w", dir, err)
 	}
