@@ -57,7 +57,9 @@ func TestNothingIsSaid(t *testing.T) {
 		}
 		return err
 	})
-	l.run("status", "-o", "json")
+	if err := l.try("status", "-o", "json"); err == nil || !strings.Contains(err.Error(), "exit status 3") {
+		t.Errorf("kleidi status while locked: %v", err)
+	}
 	l.run("recover", "--identity-file", l.path("recovery.txt"))
 	l.know("recovered")
 	l.waitOpen()
