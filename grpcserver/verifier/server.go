@@ -103,7 +103,7 @@ func (s *Server) GracefulStop(ctx context.Context) {
 
 // Errors of the exchange itself. A fault of the evidence is a Refusal.
 var (
-	errChanged = status.Error(codes.Unavailable, "the verifier's configuration was read anew meanwhile; ask again")
+	errChanged = status.Error(codes.Unavailable, "the verifier has reloaded its configuration; ask again")
 	errRecord  = status.Error(codes.Unavailable, "the verifier can't write its audit log, so the answer is no; see the log of kleidi verifier")
 	errSign    = status.Error(codes.Internal, "the verifier's key does not sign; see the log of kleidi verifier")
 )

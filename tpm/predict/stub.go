@@ -121,7 +121,7 @@ func payload(img *image) error {
 		return badFile("not a unified kernel image: it has no section .linux")
 	}
 	if img.overlap() {
-		return badFile("its sections overlap in memory, so that it cannot start; lay them out anew")
+		return badFile("its sections overlap in memory, so that it cannot start; build the image again with sections that do not overlap")
 	}
 	return nil
 }
