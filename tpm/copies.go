@@ -19,8 +19,9 @@ type Copies struct {
 	AtMost uint64   `json:"atMost"`
 }
 
-// CopiesOf returns where the copies of a TPM slot open. It reads a slot of any epoch
-// counter, and so proves nothing: the slot is one of an authenticated keyring.
+// CopiesOf returns where the copies of a TPM slot open. It reads a slot with any epoch
+// counter, and so proves nothing: the caller takes the slot from an authenticated
+// keyring.
 func CopiesOf(slot seal.Slot) (Copies, error) {
 	var d struct {
 		EK    string    `json:"ek"`
@@ -38,9 +39,9 @@ func (c Copies) SameCounter(other Copies) bool {
 	return bytes.Equal(c.SRK, other.SRK) && c.Index == other.Index
 }
 
-// Refuse has this machine's TPM refuse copies, by raising the counter that they name. On
-// another TPM the error's cause is [seal.CauseOtherTPM]. [seal.CauseTPMCleared] says that
-// the copies' storage root key is gone, so that nothing opens them any more.
+// Refuse makes this machine's TPM refuse copies, by raising the counter that they name.
+// On another TPM the error's cause is [seal.CauseOtherTPM]. [seal.CauseTPMCleared] says
+// that the copies' storage root key is gone, so nothing opens them any more.
 func (w *Wrapper) Refuse(ctx context.Context, c Copies, counter Counter) error {
 	return classify(w.Device.Do(ctx, func(t transport.TPM) error {
 		return w.withSRK(t, &slotData{EK: c.EK, SRK: c.SRK}, func(srk *SRK) error { return counter.RaiseTo(t, srk, c.AtMost+1) })

@@ -19,9 +19,9 @@ import (
 func newBootPolicy(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "bootpolicy",
-		Short: "Record, show, compare and try out boot policies, and explain event logs",
-		Long: `A boot policy says what is demanded of the event log of a boot. It is a file to read
-and edit; docs/boot-policy.md describes it.`,
+		Short: "Record, show, compare and test boot policies, and explain event logs",
+		Long: `A boot policy is a file that says what the event log of a boot must contain. You can
+read and edit it; docs/boot-policy.md describes it.`,
 		Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
@@ -60,7 +60,7 @@ func newPolicyRecord(a *app) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&file, "file", "", "new file to write to; standard output if empty")
-	cmd.Flags().IntSliceVar(&pcrs, "pcrs", nil, "the PCRs to demand (default: 0 and those that kleidi seals to)")
+	cmd.Flags().IntSliceVar(&pcrs, "pcrs", nil, "the PCRs to demand (default: 0 and the PCRs that kleidi seals to)")
 	return cmd
 }
 
@@ -85,15 +85,15 @@ func newPolicyCheck(a *app) *cobra.Command {
 	var logs attest.Logs
 	cmd := &cobra.Command{
 		Use:   "check --boot-policy FILE (--evidence FILE | --event-log FILE)",
-		Short: "Judge saved evidence, or a saved event log, by a boot policy",
-		Long: `Judge what was saved of a boot by a boot policy.
+		Short: "Judge saved evidence or a saved event log by a boot policy",
+		Long: `Judge the saved evidence or event log of a boot by a boot policy.
 
---evidence names what kleidi bootpolicy evidence wrote, or another's Attestation of
-go-tpm-tools: its quote is verified first.
+--evidence names a file of kleidi bootpolicy evidence, or any other Attestation of
+go-tpm-tools. The command verifies the quote first.
 
---event-log names a log alone. With --pcrs, a JSON file of the values that a TPM quoted
-({"sha256": {"4": "…"}}), the log has to lead to them. Without it the log is taken at its
-word, which is good for trying out a boot policy and proves nothing.`,
+--event-log names a log without a quote. With --pcrs, a JSON file of the values that a
+TPM quoted ({"sha256": {"4": "…"}}), the log must lead to these values. Without --pcrs
+the command believes the log: that serves to test a boot policy, and proves nothing.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var shown any
@@ -121,7 +121,7 @@ word, which is good for trying out a boot policy and proves nothing.`,
 	}
 	cmd.Flags().StringVar(&policy, "boot-policy", "", "the boot policy")
 	cmd.Flags().StringVar(&evidence, "evidence", "", "saved evidence: a quote, and the event log")
-	cmd.Flags().StringVar(&nonce, "nonce", "", "what the quote in --evidence has to be made for, in hexadecimal; any if empty")
+	cmd.Flags().StringVar(&nonce, "nonce", "", "the nonce that the quote in --evidence must have, in hexadecimal; any nonce if empty")
 	cmd.Flags().StringVar(&logs.Firmware, "event-log", "", "the firmware's event log")
 	cmd.Flags().StringVar(&logs.Userspace, "userspace-event-log", "", "systemd's log of the same boot (tpm2-measure.log), if there was one")
 	cmd.Flags().StringVar(&values, "pcrs", "", "JSON file of the quoted PCR values")
@@ -156,7 +156,7 @@ func printFindings(w io.Writer, v *bootpolicy.Verdict) {
 func newPolicyDiff(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "diff A B",
-		Short: "Show what boot policy B demands otherwise than A",
+		Short: "Show how the demands of boot policy B differ from those of A",
 		Args:  cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			first, err := files.ReadAnyBootPolicy(args[0])
@@ -185,8 +185,8 @@ func newPolicyExplain(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "explain",
 		Short: "Show an event log event by event",
-		Long: `Show an event log event by event. "digest" says that the digest proves what the line
-says, "claimed" that the log only says so.`,
+		Long: `Show an event log event by event. "digest" means that the digest proves the text of the
+line; "claimed" means that only the log says so.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := a.config()

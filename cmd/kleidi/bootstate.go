@@ -21,7 +21,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Where systemd puts what a UKI brings with it.
+// The paths at which systemd puts the files of a UKI.
 const (
 	systemdStates = "/run/systemd/tpm2-pcr-signature.json"
 	systemdKey    = "/run/systemd/tpm2-pcr-public-key.pem"
@@ -30,10 +30,11 @@ const (
 func newBootState(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "bootstate",
-		Short: "Sign, add, list and revoke boot states that an operator's key vouches for",
-		Long: `A key that is kept elsewhere signs the PCR values of a boot, before it is rolled out.
-A node that knows the public key opens in every boot state that it signed, with Secure
-Boot as it is. systemd's signed PCR 11 values (.pcrsig) are such boot states.`,
+		Short: "Sign, add, list and revoke boot states with an operator's key",
+		Long: `An operator's key, kept on another machine, signs the PCR values of a boot before the
+boot is rolled out. A node that knows the public key opens in every boot state signed
+by the key, as long as Secure Boot does not change. systemd's signed PCR 11 values
+(.pcrsig) are such boot states.`,
 		Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
@@ -46,10 +47,10 @@ func newStateSign(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "sign --key FILE --cluster-id ID --event-log FILE",
 		Short: "Sign a boot state with the operator's key, on any machine",
-		Long: `Sign the boot state of a saved event log, or of the next boot as it follows from that
-log and the files in --next-…. Nothing on this machine is asked or changed: the event
-log is taken at its word, so take it from a machine that you trust. The result is a
-file for kleidi bootstate add, in systemd's format.`,
+		Long: `Sign the boot state of a saved event log, or the next boot state, predicted from that
+log and the files in --next-…. The command does not verify the log, and uses nothing
+else on this machine: use the log of a machine that you trust. The result is a file for
+kleidi bootstate add, in systemd's format.`,
 		Example: `  openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out boot-states.pem
   kleidi bootstate sign --key boot-states.pem --cluster-id ID --event-log node.log \
       --next-uki linux-6.12.58.efi --out linux-6.12.58.json`,
@@ -75,14 +76,14 @@ file for kleidi bootstate add, in systemd's format.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&s.Key, "key", "", "the operator's private key, in PEM: RSA or ECDSA")
-	f.StringVar(&s.Cluster, "cluster-id", "", "the cluster that it is signed for, as kleidi status shows it")
-	f.Uint64Var(&s.Generation, "generation", 1, "a later one revokes what was signed for the earlier ones, once it is added")
-	f.BoolVar(&s.Systemd, "systemd", false, "sign PCR 11 alone as systemd does: for any cluster, and without generations")
+	f.StringVar(&s.Cluster, "cluster-id", "", "the cluster ID to sign for, as kleidi status shows it")
+	f.Uint64Var(&s.Generation, "generation", 1, "adding a later generation revokes the boot states of the earlier ones")
+	f.BoolVar(&s.Systemd, "systemd", false, "sign only PCR 11, as systemd does: for any cluster, and without generations")
 	f.StringVar(&s.Logs.Firmware, "event-log", "", "saved event log of the firmware")
 	f.StringVar(&s.Logs.Userspace, "userspace-event-log", "", "saved event log of systemd")
 	f.StringVar(&s.Bank, "bank", "sha256", "PCR bank: sha256 or sha384")
-	f.IntSliceVar(&s.Pcrs, "pcrs", nil, "the PCRs to sign (default: by how the machine boots, without 7 and 14)")
-	f.StringVar(&s.What, "what", "", "a note for people")
+	f.IntSliceVar(&s.Pcrs, "pcrs", nil, "the PCRs to sign (default: chosen by how the machine boots, without 7 and 14)")
+	f.StringVar(&s.What, "what", "", "a note, only for display")
 	f.StringVar(&s.Out, "out", "", "new file to write to; standard output if empty")
 	registerNextFiles(cmd, &s.Files)
 	for _, name := range []string{"key", "event-log"} {
@@ -97,10 +98,11 @@ func newStateAdd(a *app) *cobra.Command {
 	var systemd bool
 	cmd := &cobra.Command{
 		Use:   "add FILE --public-key FILE",
-		Short: "Let the keyring open in boot states that a key signed",
-		Long: `Let the keyring open in the signed boot states of a file. The first ones of a key make
-a slot for whatever it signs from then on. Those of a later generation revoke all of the
-earlier one. With --systemd, take those that the running UKI brought with it.`,
+		Short: "Open the keyring in boot states that a key signed",
+		Long: `Open the keyring in the signed boot states of a file. The first boot states of a key
+make a slot for everything that the key signs from then on. Boot states of a later
+generation revoke all boot states of the earlier one. With --systemd, add the boot
+states in the running UKI.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			file := systemdStates
@@ -130,11 +132,11 @@ earlier one. With --systemd, take those that the running UKI brought with it.`,
 		},
 	}
 	cmd.Flags().StringVar(&key, "public-key", "", "the key that signed, in PEM (openssl pkey -pubout)")
-	cmd.Flags().BoolVar(&systemd, "systemd", false, "take "+systemdStates+" and "+systemdKey)
+	cmd.Flags().BoolVar(&systemd, "systemd", false, "use "+systemdStates+" and "+systemdKey)
 	return cmd
 }
 
-// stateReport is one signed boot state, as list shows it.
+// stateReport is one signed boot state in the output of list.
 type stateReport struct {
 	File       string `json:"file"`
 	Key        string `json:"key"`
@@ -142,14 +144,14 @@ type stateReport struct {
 	Bank       string `json:"bank"`
 	PCRs       []int  `json:"pcrs"`
 	What       string `json:"what,omitempty"`
-	// Counts says whether a slot is for its key and generation.
+	// Counts says whether a slot exists for the key and generation.
 	Counts bool `json:"counts"`
 }
 
 func newStateList(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "list",
-		Short: "Show the signed boot states, and which of them a slot is for",
+		Short: "Show the signed boot states, and which of them have a slot",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := a.config()
@@ -216,10 +218,10 @@ func printStates(w io.Writer, states []stateReport) {
 func newStateRevoke(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "revoke KEY",
-		Short: "Take away what a key signed, by the beginning of its fingerprint",
-		Long: `Take the slot of a key away and end its epoch: the TPM refuses it from then on, kept
-copies included. To revoke some of the boot states that a key signed, sign those that
-stay for a later generation, and add them.`,
+		Short: "Revoke the boot states of a key, by the beginning of its fingerprint",
+		Long: `Remove the slot of a key and end its epoch: from then on the TPM refuses the slot and
+every kept copy of it. To revoke only some of the boot states of a key, sign the others
+for a later generation, and add them.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := operate(cmd.Context(), a, operation.RevokeBootStates, admin.RevokeBootStatesRequest{Key: args[0]})

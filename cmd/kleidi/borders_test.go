@@ -18,8 +18,8 @@ import (
 
 const module = "github.com/beezy-dev/kleidi/"
 
-// borders says which packages of ours each package may import. A package that is
-// not listed here is a border that nobody drew.
+// borders says which packages of ours each package may import. The test fails for a
+// package that is not listed.
 var borders = map[string][]string{
 	"seal":                           {},
 	"seal/keyring":                   {"seal"},
@@ -66,7 +66,7 @@ var borders = map[string][]string{
 	"internal/strictyaml":            {},
 	"internal/powerloss":             {},
 
-	// The command, floor by floor: each package imports those above it alone.
+	// The command, floor by floor: each package imports only packages above it.
 	"internal/config":    {"grpcserver/verifier", "hsm", "internal/ownership", "internal/strictyaml", "seal", "tpm", "tpm/attest", "tpm/bootrule", "tpm/nv", "vault"},
 	"internal/files":     {"internal/ownership", "tpm/bootpolicy", "tpm/bootstate"},
 	"internal/version":   {},
@@ -85,7 +85,7 @@ var borders = map[string][]string{
 	"cmd/kleidi":         {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/config", "internal/dev", "internal/files", "internal/inspect", "internal/lifecycle", "internal/members", "internal/node", "internal/operation", "internal/ownership", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
 }
 
-// doors says through which folders a library enters.
+// doors names the folders through which a library enters.
 var doors = map[string][]string{
 	"github.com/google/go-tpm/":         {"tpm"},
 	"github.com/google/go-attestation/": {"tpm/attest"},
@@ -103,7 +103,7 @@ var doors = map[string][]string{
 func TestBorders(t *testing.T) {
 	for path, imports := range packages(t) {
 		if strings.HasPrefix(path, "e2e/") {
-			continue // may import all
+			continue // may import everything
 		}
 		allowed, ok := borders[path]
 		if !ok {
@@ -142,8 +142,7 @@ func TestEveryPackageIsOnTheMap(t *testing.T) {
 	}
 }
 
-// packages returns each package of the module with what it imports, its tests
-// left aside.
+// packages returns each package of the module with its imports, without tests.
 func packages(t *testing.T) map[string][]string {
 	t.Helper()
 	cmd := exec.Command("go", "list", "-json=ImportPath,Imports", module+"...")
@@ -170,14 +169,14 @@ func packages(t *testing.T) map[string][]string {
 	return all
 }
 
-// What a package and a type may grow to: beyond that, a reader loses the thread.
+// Bounds of a package and of a type: in larger ones a reader loses the thread.
 const (
-	maxLines   = 1300 // of a package, tests left aside
+	maxLines   = 1300 // of a package, without tests
 	maxMethods = 40   // of a type
 )
 
-// larger are the packages beyond it, with their bounds. The parsers and the document are
-// pure; each of the others speaks to one backend, or is one file a verb.
+// larger are the larger packages, with their bounds. The parsers and the document are
+// pure. Each of the others talks to one backend, or has one file for each verb.
 var larger = map[string]int{
 	"seal/keyring": 2800, "tpm/eventlog": 2400, "tpm/bootpolicy": 1800, "tpm/predict": 2500, "tpm/simboot": 1500, "tpm/attest": 2000,
 	"tpm": 3300, "hsm": 2500, "vault": 2100, "grpcserver/verifier": 2100, "grpcserver/join": 1900, "internal/lifecycle": 1400, "cmd/kleidi": 3000,
@@ -215,7 +214,7 @@ func TestPackagesAndTypesStaySmall(t *testing.T) {
 		t.Fatal(err)
 	}
 	for folder := range borders {
-		if folder != "deploy/hooks" && lines[folder] == 0 { // deploy/hooks holds a test alone
+		if folder != "deploy/hooks" && lines[folder] == 0 { // deploy/hooks holds only a test
 			t.Errorf("no line of %s was read", folder)
 		}
 	}

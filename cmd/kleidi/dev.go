@@ -15,13 +15,13 @@ func newDev(a *app) *cobra.Command {
 	var loader string
 	cmd := &cobra.Command{
 		Use:   "dev",
-		Short: "Run all of it on a simulated machine: swtpm, measured boot, init, serve",
+		Short: "Run kleidi on a simulated machine: swtpm, measured boot, init, serve",
 		Long: `Run kleidi on a simulated machine: a software TPM (swtpm) that boots with measurements
-and an event log, as a real machine does. It makes a keyring the first time, serves
-KMS v2, and checks itself through the socket. The folder keeps the machine's state.
+and an event log, as a real machine does. The first run makes a keyring. Each run
+serves KMS v2 and checks it through the socket. The folder keeps the machine's state.
 
-Boot it with another --kernel, --command-line or with --secure-boot=false, and see
-kleidi refuse. NOT for real Secrets: the recovery identity lies in the folder.`,
+To see kleidi refuse a boot, use another --kernel or --command-line, or
+--secure-boot=false. NOT for real Secrets: the recovery identity is in the folder.`,
 		Example: `  kleidi dev
   kleidi dev --kernel 6.13.1-evil      # another kernel: kleidi stays locked, and says why
   kleidi --config ~/.local/state/kleidi/dev/config.yaml status`,

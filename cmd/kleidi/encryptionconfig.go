@@ -32,8 +32,8 @@ func newEncryptionConfig(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "encryption-config",
 		Short: "Print the EncryptionConfiguration for this node's kube-apiserver",
-		Long: `Print the EncryptionConfiguration for this node's kube-apiserver: save it, and name
-the file in kube-apiserver's --encryption-provider-config.`,
+		Long: `Print the EncryptionConfiguration for this node's kube-apiserver. Save it to a file,
+and name the file in kube-apiserver's --encryption-provider-config.`,
 		Example: "  kleidi encryption-config > /etc/kubernetes/encryption.yaml",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -20,9 +20,9 @@ func newPolicyEvidence(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "evidence --file FILE",
 		Short: "Save a fresh quote and the event log of the running boot, for a verifier",
-		Long: `Save a fresh quote and the event log of the running boot as an Attestation of go-tpm-tools
-(protobuf). kleidi bootpolicy check judges it, and so can others' verifiers. Whoever wants
-to know that it is fresh chooses the nonce.`,
+		Long: `Save a fresh quote and the event log of the running boot as an Attestation of
+go-tpm-tools (protobuf). kleidi bootpolicy check and other verifiers can judge it. A
+verifier that needs fresh evidence must choose the nonce.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			fresh, err := inspect.ParseNonce(nonce)
@@ -58,7 +58,7 @@ to know that it is fresh chooses the nonce.`,
 	}
 	cmd.Flags().StringVar(&file, "file", "", "new file to write to")
 	cmd.Flags().StringVar(&nonce, "nonce", "", "the verifier's nonce, 16 to 64 bytes in hexadecimal; a random one if empty")
-	cmd.Flags().IntSliceVar(&pcrs, "pcrs", nil, "the PCRs to quote (default: 0 and those that kleidi seals to)")
+	cmd.Flags().IntSliceVar(&pcrs, "pcrs", nil, "the PCRs to quote (default: 0 and the PCRs that kleidi seals to)")
 	_ = cmd.MarkFlagRequired("file")
 	return cmd
 }

@@ -18,12 +18,12 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// standIn is what a part of a message becomes that is filled in at run time.
+// standIn replaces a part of a message that is filled in at run time.
 const standIn = "FILLED-IN"
 
-// TestHintedCommands: each kleidi command that a message names can be typed as it stands
-// there. Its verb and its flags exist, and its arguments are there, or words in capitals are
-// in their place.
+// TestHintedCommands: each kleidi command in a message can be typed as written. Its
+// verb and its flags exist, and its arguments are present, or words in capitals stand
+// for them.
 func TestHintedCommands(t *testing.T) {
 	checked := 0
 	for _, m := range messages(t, "../..") {
@@ -39,7 +39,7 @@ func TestHintedCommands(t *testing.T) {
 	}
 }
 
-// TestTypeable: what the test above would find.
+// TestTypeable: examples that the test above would find.
 func TestTypeable(t *testing.T) {
 	for text, want := range map[string]string{
 		"run kleidi rotate":                                              "",
@@ -81,15 +81,15 @@ func TestTypeable(t *testing.T) {
 	}
 }
 
-// message is a string of the source.
+// message is a string in the source.
 type message struct {
 	at    token.Position
 	text  string
 	prose bool // help, which explains a command and names no arguments
 }
 
-// messages returns the strings of all files below dir that are not tests. Strings that are
-// put together are one, with [standIn] for what is no constant.
+// messages returns the strings of all files below dir except tests. A sum of strings
+// counts as one, with [standIn] for each part that is not constant.
 func messages(t *testing.T, dir string) (all []message) {
 	t.Helper()
 	fset := token.NewFileSet()
@@ -133,7 +133,8 @@ func messages(t *testing.T, dir string) (all []message) {
 	return all
 }
 
-// folded is the text of a string, or of a sum of strings; ok says that a part is constant.
+// folded returns the text of a string, or of a sum of strings; ok says that a part is
+// constant.
 func folded(e ast.Expr) (text string, ok bool) {
 	switch e := e.(type) {
 	case *ast.BasicLit:
@@ -173,14 +174,14 @@ func commandsIn(text string) (commands []string) {
 	return commands
 }
 
-// trimmed is one line of what follows a line that a backslash continues.
+// trimmed returns a line that continues a line with a backslash at its end.
 func trimmed(s string) string {
 	s = regexp.MustCompile(`\s*\\\n\s*`).ReplaceAllString(s, " ")
 	s, _, _ = strings.Cut(s, "\n\n")
 	return strings.Join(strings.Fields(s), " ")
 }
 
-// typeable checks a command, which prose may follow.
+// typeable checks a command; prose may follow it.
 func typeable(text string, prose bool) error {
 	cmd := newRoot()
 	words := strings.Split(text, " ")

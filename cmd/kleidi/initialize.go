@@ -13,12 +13,12 @@ import (
 	"github.com/beezy-dev/kleidi/internal/node"
 )
 
-// initFlags is what kleidi init was told.
+// initFlags are the flags of kleidi init.
 type initFlags struct {
 	lifecycle.InitOptions
 	acceptDataLoss bool
 	importFrom     string // config.json of kleidi 1.x
-	anchor         string // what anchor.store has to say
+	anchor         string // must equal anchor.store
 }
 
 func newInit(a *app) *cobra.Command {
@@ -26,12 +26,13 @@ func newInit(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "init",
 		Short: "Make a KEK and a keyring, and seal the KEK to this machine's TPM",
-		Long: `Make a KEK and a keyring, and seal the KEK to this machine's TPM under the way in
-which it booted now. An existing keyring is never touched.
+		Long: `Make a KEK and a keyring, and seal the KEK to this machine's TPM and to its present
+boot state. The command never touches an existing keyring.
 
-The KEK also gets a recovery slot, for the day on which the TPM does not open: its
-identity is shown once and asked for again. With --recovery-recipient the slot is
-made for an age public key whose identity you keep elsewhere.`,
+The KEK also gets a recovery slot, for the day on which the TPM does not open. The
+command shows the recovery identity once, and asks you to type it. With
+--recovery-recipient it makes the slot for an age public key whose identity you keep
+elsewhere.`,
 		Example: `  kleidi init
   kleidi init --recovery-recipient age1…`,
 		Args: cobra.NoArgs,
@@ -44,11 +45,11 @@ made for an age public key whose identity you keep elsewhere.`,
 	}
 	flags := cmd.Flags()
 	flags.StringArrayVar(&f.Recipients, "recovery-recipient", nil, "age public key (age1…) to make the recovery slot for; may be repeated")
-	flags.BoolVar(&f.BreakTwoOfTwo, "break-two-of-two", false, "make the recovery slot although it opens alone what unlock.order wants two wrappers for")
-	flags.StringVar(&f.importFrom, "import-config", "", "config.json of kleidi 1.x: its token and key wrap the KEK as well")
+	flags.BoolVar(&f.BreakTwoOfTwo, "break-two-of-two", false, "make the recovery slot although it alone opens the KEK, for which unlock.order demands two wrappers")
+	flags.StringVar(&f.importFrom, "import-config", "", "config.json of kleidi 1.x: its token and key also wrap the KEK")
 	_ = cmd.MarkFlagFilename("import-config", "json")
-	flags.BoolVar(&f.GenerateKey, "generate-key", false, "have the configured token make the key first: AES-256, sensitive, not extractable")
-	flags.StringVar(&f.anchor, "anchor", "", "where to keep the anchor: file or tpm; it has to be what anchor.store says (default anchor.store)")
+	flags.BoolVar(&f.GenerateKey, "generate-key", false, "first generate the key in the configured token: AES-256, sensitive, not extractable")
+	flags.StringVar(&f.anchor, "anchor", "", "where to keep the anchor: file or tpm; must equal anchor.store (default anchor.store)")
 	flags.BoolVar(&f.NoRecovery, "no-recovery", false, "make no recovery slot: if the TPM or the machine fails, all Secrets are lost")
 	flags.BoolVar(&f.acceptDataLoss, "accept-data-loss", false, "acknowledge what --no-recovery means")
 	return cmd
@@ -66,8 +67,8 @@ func (f *initFlags) check(a *app) error {
 	return nil
 }
 
-// configOf returns the configuration, and the token of kleidi 1.x that it names by
-// way of --import-config.
+// configOf returns the configuration, and the token of kleidi 1.x that --import-config
+// puts into it.
 func (a *app) configOf(importFrom string) (*config.Config, *lifecycle.Import, error) {
 	if importFrom == "" {
 		cfg, err := a.config()
@@ -111,7 +112,8 @@ func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { printInit(w, result, token, cfg.Unlock.Order, next) })
 }
 
-// makeKeyring leaves the state folder to the running serve again.
+// makeKeyring makes the keyring, and leaves the state folder to the running serve
+// again.
 func (a *app) makeKeyring(cmd *cobra.Command, cfg *config.Config, opts lifecycle.InitOptions) (*lifecycle.InitResult, error) {
 	n, err := node.New(cfg, logger(cfg), nil)
 	if err != nil {
@@ -141,7 +143,7 @@ func printInit(w io.Writer, r *lifecycle.InitResult, token *lifecycle.Import, or
 	fmt.Fprintf(w, "\nnext: %sgive kube-apiserver what kleidi encryption-config prints\n", next)
 }
 
-// printImported shows what the configuration needs from now on.
+// printImported shows what to put into the configuration.
 func printImported(w io.Writer, i *lifecycle.Import, order []string) {
 	fmt.Fprintf(w, "\nadd to the configuration, so that kleidi serve can use the token:\n\n  pkcs11:\n    module: %s\n    uri: %s\n    pinFile: %s\n",
 		i.Token.Module, i.Token.URI, i.Token.PINFile)

@@ -21,12 +21,12 @@ func newJoin(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "join [ADDRESS] --node NAME --trust CLUSTER/KEYID/REVISION",
 		Short: "Make this machine a node of a cluster that has kleidi",
-		Long: `Make this machine a node of a cluster that has kleidi. kleidi node approve prints the
-command, on a node that is up.
+		Long: `Make this machine a node of a cluster that has kleidi. kleidi node approve, on a
+running node, prints the command.
 
-The machine proves its TPM and how it booted, and is given the KEK only then. The KEK
-is sealed to its own TPM, and opened once, before anything is saved. The command can be
-run again after a break at any step; it replaces no keyring of another cluster.
+The machine receives the KEK only after it has proven its TPM and its boot. Before it
+saves anything, it seals the KEK to its own TPM and opens it once. If the command
+breaks off at any step, run it again. It never replaces the keyring of another cluster.
 
 A machine without a TPM can prove nothing. It joins with --keyring and a copy of the
 keyring, which the configured token or server opens.`,
@@ -62,7 +62,7 @@ keyring, which the configured token or server opens.`,
 	}
 	cmd.Flags().StringVar(&name, "node", "", "this machine's name in the keyring")
 	cmd.Flags().StringVar(&verifier, "verifier", "", "digest of the certificate of the node that gives the KEK")
-	cmd.Flags().StringVar(&trust, "trust", "", "which keyring to trust: cluster ID, key ID and revision")
+	cmd.Flags().StringVar(&trust, "trust", "", "the keyring to trust: cluster ID, key ID and revision")
 	cmd.Flags().StringVar(&file, "keyring", "", "on a machine without a TPM: a copy of the keyring")
 	_ = cmd.MarkFlagFilename("keyring")
 	for _, flag := range []string{"node", "trust"} {
@@ -87,8 +87,8 @@ func source(args []string, verifier, file string) (o members.JoinOptions, err er
 	return o, err
 }
 
-// sameNode refuses a name under which serve would find no slot afterwards: it looks for
-// those of the name that the configuration says, or of the host name.
+// sameNode refuses a name with which serve would later find no slot: serve looks for
+// the slots of the node in the configuration, or of the host name.
 func sameNode(c *config.Config, name string) error {
 	if c.Node == "" {
 		if host, err := os.Hostname(); err != nil || host != name {

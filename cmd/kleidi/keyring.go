@@ -84,9 +84,9 @@ func newKeyringBackup(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "backup FILE",
 		Short: "Copy the stored keyring to a new file",
-		Long: `Copy the stored keyring to a new file. A keyring holds no key in clear: it opens with
-this machine's TPM in its boot state, or with the recovery identity. Make a copy
-after every rotation: etcd backups need the KEKs that they were written under.`,
+		Long: `Copy the stored keyring to a new file. A keyring holds no unencrypted key: it opens
+with this machine's TPM in its boot state, or with the recovery identity. Make a copy
+after every rotation: an etcd backup needs the KEKs under which it was written.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg, err := a.config()
@@ -111,10 +111,10 @@ after every rotation: etcd backups need the KEKs that they were written under.`,
 func newKeyringSave(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "save",
-		Short: "Write the keyring that kleidi serve holds open in the place of the stored one",
-		Long: `Write the keyring that the running kleidi serve holds open in the place of the stored
-one, which was lost, damaged or replaced by an older one meanwhile. Until that is
-done, don't restart kleidi serve: its memory is the only place of the newest KEKs.`,
+		Short: "Replace the stored keyring with the one that kleidi serve holds open",
+		Long: `Replace the stored keyring with the one that the running kleidi serve holds open. Use
+this if the stored keyring was lost, damaged or replaced by an older one. Until then do
+not restart kleidi serve: the newest KEKs are only in its memory.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := operate(cmd.Context(), a, operation.Save, admin.SaveRequest{})

@@ -14,16 +14,17 @@ func newPolicyNarrow(a *app) *cobra.Command {
 	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "narrow",
-		Short: "Take the boots that are over out of the boot policy",
-		Long: `Take out of the boot policy that tpm.bootPolicy names what allows neither the running
-boot nor one that a live slot of this node's TPM is sealed to: the boots before an update.
+		Short: "Remove the boots that are over from the boot policy",
+		Long: `Remove old boots from the boot policy that tpm.bootPolicy names: every boot that is
+neither the running one nor one to which a live slot of this node's TPM is sealed.
 
-kleidi reseal --next-… adds to the boot policy. When the next boot has opened the keyring,
-the TPM's slots for the boot before it are revoked. A token or a server goes by the boot
-policy alone, and would still open the keyring in that boot.
+kleidi reseal --next-… adds boots to the boot policy. After the next boot has opened
+the keyring, the TPM's slots for the earlier boot are revoked. But the slots of a token
+or a server are protected only by the boot policy, and would still open in the earlier
+boot.
 
-Only sequences of digests are taken out. What you have written as text stays, and so do
-rules without sequences.`,
+The command removes only sequences of digests. Your own text and rules without
+sequences stay.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			n, err := a.node()
@@ -38,7 +39,7 @@ rules without sequences.`,
 			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printNarrowed(w, r) })
 		},
 	}
-	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show what would be taken out, and change nothing")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show what would be removed, and change nothing")
 	return cmd
 }
 

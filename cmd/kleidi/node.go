@@ -30,9 +30,10 @@ func newNode(a *app) *cobra.Command {
 func newNodeIdentity(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "identity",
-		Short: "Show what an operator needs to approve this machine",
-		Long: `Show what an operator needs to approve this machine: the digest of its TPM's
-endorsement key, and how it booted. No keyring is needed, and nothing is changed.`,
+		Short: "Show what an operator needs in order to approve this machine",
+		Long: `Show what an operator needs in order to approve this machine: the digest of its TPM's
+endorsement key, and how the machine booted. The command needs no keyring and changes
+nothing.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			n, err := a.node()
@@ -64,17 +65,17 @@ func newNodeApprove(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "approve NAME --ek sha256:…",
 		Short: "Let another machine join as a node, once",
-		Long: `Let another machine join as a node, once, and print the command to run there. Nothing in
-that command is secret. The machine is known by its TPM's endorsement key, which kleidi
-node identity shows on it.
+		Long: `Let another machine join as a node, once, and print the command to run there. Nothing
+in that command is secret. The endorsement key of its TPM identifies the machine;
+kleidi node identity shows the key there.
 
-The machine must have booted as the boot policy says: that of --boot-policy, or else
-this node's own. The running kleidi serve keeps the approval in its memory until the
-node has joined or the time is over; a restart forgets it.
+The boot policy must accept the boot of the machine: the boot policy in --boot-policy,
+or else this node's own. The running kleidi serve keeps the approval in its memory
+until the node has joined or the approval expires; a restart forgets it.
 
 Bootstrap files, such as kubeadm's join token and certificate key, go to the machine
-once it has proven its TPM and its boot. They are kept in locked memory, and are
-written there below /run/kleidi/bootstrap.`,
+once it has proven its TPM and its boot. This node keeps them in locked memory; the
+machine writes them below /run/kleidi/bootstrap.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			req.Node = args[0]
@@ -100,10 +101,10 @@ written there below /run/kleidi/bootstrap.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&req.EK, "ek", "", "the machine's endorsement key, as kleidi node identity shows it")
-	f.StringVar(&policy, "boot-policy", "", "how the machine must have booted (default: tpm.bootPolicy of this node)")
-	f.BoolVar(&req.NoTPM, "no-tpm", false, "the machine has no TPM, and opens the keyring by a token or a server")
+	f.StringVar(&policy, "boot-policy", "", "the boot policy for the machine's boot (default: tpm.bootPolicy of this node)")
+	f.BoolVar(&req.NoTPM, "no-tpm", false, "the machine has no TPM, and opens the keyring with a token or a server")
 	f.BoolVar(&req.Replace, "replace", false, "the machine takes the place of the node of that name")
-	f.DurationVar(&req.Expires, "expires", members.DefaultExpiry, "how long the approval counts, up to 24h")
+	f.DurationVar(&req.Expires, "expires", members.DefaultExpiry, "how long the approval is valid, up to 24h")
 	f.StringArrayVar(&bootstrap, "bootstrap-file", nil, "hand this file to the machine; may be repeated, 64 KiB in all")
 	_ = cmd.MarkFlagFilename("boot-policy", "yaml", "yml")
 	return cmd

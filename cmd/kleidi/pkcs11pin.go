@@ -16,13 +16,13 @@ func newPKCS11PIN(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "pkcs11-pin --pin-file FILE --out FILE",
 		Short: "Seal the user PIN of a PKCS#11 token to this machine's TPM",
-		Long: `Seal the user PIN of a PKCS#11 token to this machine's TPM, so that no PIN lies
-readable on the disk. What is written is of no use to another machine. Nothing asks
-the token for the PIN here: kleidi slot test does. docs/pkcs11.md goes on from there.
+		Long: `Seal the user PIN of a PKCS#11 token to this machine's TPM, so that the PIN is not
+readable on the disk. The sealed file is useless on another machine. The command does
+not try the PIN on the token; kleidi slot test does. docs/pkcs11.md says how to go on.
 
-The PIN unseals only while PCR 7, the state and the keys of Secure Boot, is what it is
-now, and Secure Boot must be on. After a change of these, or when the TPM was cleared,
-seal it anew: keep the PIN where you keep the recovery identity.`,
+The PIN unseals only while PCR 7 keeps its present value, which holds the state and the
+keys of Secure Boot, and Secure Boot must be on. After a change of these, or after the
+TPM was cleared, seal the PIN again: keep the PIN with the recovery identity.`,
 		Example: `  kleidi pkcs11-pin --pin-file /etc/kleidi/pkcs11.pin --out /etc/kleidi/pkcs11.pin.sealed
   kleidi pkcs11-pin --pin-file - --out /etc/kleidi/pkcs11.pin.sealed`,
 		Args: cobra.NoArgs,
@@ -43,8 +43,8 @@ seal it anew: keep the PIN where you keep the recovery identity.`,
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&pinFile, "pin-file", "", "file with the PIN on its first line, readable by its owner alone; - asks for it, or reads standard input")
-	flags.StringVar(&out, "out", "", "new file for the sealed PIN, which pkcs11.sealedPINFile names")
+	flags.StringVar(&pinFile, "pin-file", "", "file with the PIN on its first line, readable only by its owner; - asks for the PIN or reads standard input")
+	flags.StringVar(&out, "out", "", "new file for the sealed PIN; name it in pkcs11.sealedPINFile")
 	for _, name := range []string{"pin-file", "out"} {
 		_ = cmd.MarkFlagRequired(name)
 		_ = cmd.MarkFlagFilename(name)

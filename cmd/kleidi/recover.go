@@ -15,12 +15,12 @@ func newRecover(a *app) *cobra.Command {
 	var withoutVerifier, breaks bool
 	cmd := &cobra.Command{
 		Use:   "recover",
-		Short: "Open a locked keyring with the recovery identity, seal anew and rotate",
+		Short: "Open a locked keyring with the recovery identity, seal it again and rotate",
 		Long: `Open the keyring with the recovery identity, seal a fresh KEK to this machine's
 present boot state and make it current. All earlier KEKs are retired and still
 decrypt, so nothing is lost. Slots of the earlier boot state are revoked.
 
-The identity is asked for, or read from standard input or from --identity-file.`,
+The command asks for the identity, or reads it from standard input or from --identity-file.`,
 		Example: `  kleidi recover
   kleidi recover --identity-file /media/usb/kleidi-recovery.txt`,
 		Args: cobra.NoArgs,
@@ -38,9 +38,9 @@ The identity is asked for, or read from standard input or from --identity-file.`
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
-	cmd.Flags().StringVar(&file, "identity-file", "", "file that holds the recovery identity (AGE-SECRET-KEY-…)")
-	cmd.Flags().BoolVar(&breaks, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, alone opens the KEK then")
-	cmd.Flags().BoolVar(&withoutVerifier, "without-verifier", false, "demand no verifier, where it is gone for good")
+	cmd.Flags().StringVar(&file, "identity-file", "", "file with the recovery identity (AGE-SECRET-KEY-…)")
+	cmd.Flags().BoolVar(&breaks, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, then opens the KEK alone")
+	cmd.Flags().BoolVar(&withoutVerifier, "without-verifier", false, "demand no verifier, because it is gone for good")
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
 	_ = cmd.MarkFlagFilename("identity-file")
 	return cmd

@@ -14,8 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/internal/operation"
 )
 
-// operate runs an operation where the keyring's one writer is: in the running serve,
-// or, where none runs, here, under the lock on the state folder.
+// operate runs an operation in the only process that may write the keyring: in the
+// running serve or, if none runs, in this process, under the lock on the state folder.
 func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[Req, Resp], req Req) (Resp, error) {
 	var none Resp
 	cfg, err := a.config()
@@ -30,7 +30,7 @@ func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[R
 	if !errors.Is(err, admin.ErrNotRunning) {
 		return none, err
 	}
-	log := slog.New(slog.DiscardHandler) // the result says it all
+	log := slog.New(slog.DiscardHandler) // the result tells everything
 	if a.logLevel != "" {
 		log = logger(cfg)
 	}

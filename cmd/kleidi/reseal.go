@@ -21,23 +21,24 @@ func newReseal(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "reseal",
 		Short: "Seal the KEK to the present boot state, or to the next one before an update",
-		Long: `Without --next-…, seal the open KEK to the boot state of now, after a change of
-tpm.pcrs or tpm.bank for instance, and revoke the slot of the earlier one: the TPM
-refuses it from then on, even where someone kept its bytes. A suspension ends with it.
-A locked keyring can't be resealed: after another kernel was booted unprepared, kleidi
-recover is the way.
+		Long: `Before an update, run it with --next-…: the command predicts the next boot state from
+the files of the update, and seals the KEK to it in addition. After the next boot has
+opened the keyring, kleidi serve revokes the present boot state. Name all files that
+change before one reboot in one command. Nothing is guessed: the command refuses a boot
+that it can't predict, and says what to do.
 
-With --new-tpm, after the mainboard was replaced or the TPM was cleared while another
-wrapper holds the keyring open, seal a fresh KEK to the TPM that is there. It is trusted
-as it is, as at kleidi init.
+Without --next-…, seal the open KEK to the present boot state, for instance after a
+change of tpm.pcrs or tpm.bank, and revoke the earlier slot: from then on the TPM
+refuses the slot and every kept copy of it. That also ends a suspension. A locked
+keyring can't be resealed: after an unprepared boot of another kernel, use kleidi
+recover.
 
-A KEK that two have to open together is sealed to the TPM alone only with
---break-two-of-two, whatever unlock.order says by now.
+With --new-tpm, seal a fresh KEK to the present TPM, after the mainboard was replaced
+or the TPM was cleared and another wrapper holds the keyring open. The command trusts
+that TPM without a check, as kleidi init does.
 
-With --next-…, compute the next boot state from the files of an update, and seal to it
-besides. When the next boot has opened it, kleidi serve revokes the present one. Give
-all that changes before one reboot in one command. Nothing is guessed: a boot that can't
-be predicted is refused, and the message says what to do.`,
+If two wrappers must open the KEK together, the command seals it to the TPM alone only
+with --break-two-of-two, whatever unlock.order says now.`,
 		Example: `  kleidi reseal --next-uki /efi/EFI/Linux/linux-6.12.58.efi
   kleidi reseal --next-kernel /boot/vmlinuz-6.12.58 --next-initrd /boot/initrd.img-6.12.58 \
       --next-grub-config /boot/grub/grub.cfg --running-grub-config grub.cfg.booted
@@ -66,9 +67,9 @@ be predicted is refused, and the message says what to do.`,
 	}
 	registerNextFiles(cmd, &files)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show the next boot state, and change nothing")
-	cmd.Flags().BoolVar(&req.WithoutVerifier, "without-verifier", false, "demand no verifier, before tpm.verifier is taken out of the configuration")
-	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "seal to the TPM alone although the KEK needs it together with another wrapper")
-	cmd.Flags().BoolVar(&req.NewTPM, "new-tpm", false, "seal a fresh KEK to another TPM than the slots are sealed to, or to one that was cleared")
+	cmd.Flags().BoolVar(&req.WithoutVerifier, "without-verifier", false, "demand no verifier, before you remove tpm.verifier from the configuration")
+	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "seal to the TPM alone although the KEK needs the TPM and another wrapper together")
+	cmd.Flags().BoolVar(&req.NewTPM, "new-tpm", false, "seal a fresh KEK to a replaced or cleared TPM")
 	cmd.Flags().BoolVar(&req.DropNext, "drop-next", false, "revoke the slots for next boots as well")
 	return cmd
 }
@@ -87,7 +88,7 @@ func printNext(w io.Writer, r *reseal.NextResult) {
 	}
 }
 
-// defaultBoots is what a firmware update by capsule takes.
+// defaultBoots is the number of boots that a firmware update by capsule takes.
 const defaultBoots = 2
 
 func newSuspend(a *app) *cobra.Command {
@@ -95,12 +96,13 @@ func newSuspend(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "suspend",
 		Short: "Let other boots open the keyring for a while, before work that can't be predicted",
-		Long: `Seal the open KEK to PCR 7 alone besides, so that a firmware update, for instance,
-does not lock the node out. Whoever boots this machine meanwhile, with Secure Boot as
-it is, gets the KEK. The TPM counts the boots and refuses more than --boots.
+		Long: `Seal the open KEK to PCR 7 alone in addition, so that, for instance, a firmware update
+does not lock the node out. Until the suspension ends, any boot of this machine with
+the same Secure Boot state and keys gets the KEK. The TPM counts the boots and refuses
+more than --boots.
 
-When the work is done, run kleidi reseal: it seals to what then runs, and revokes the
-slot of the suspension.`,
+When the work is done, run kleidi reseal: it seals to the boot that then runs, and
+revokes the slot of the suspension.`,
 		Example: `  kleidi suspend
   kleidi suspend --boots 3 --weaken 7`,
 		Args: cobra.NoArgs,
@@ -112,7 +114,7 @@ slot of the suspension.`,
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
-	cmd.Flags().IntVar(&req.Boots, "boots", defaultBoots, "how many boots may open it, 1 to 16")
-	cmd.Flags().IntSliceVar(&req.Weaken, "weaken", nil, "the PCRs to let go (default: all but 7)")
+	cmd.Flags().IntVar(&req.Boots, "boots", defaultBoots, "how many boots may open the keyring, 1 to 16")
+	cmd.Flags().IntSliceVar(&req.Weaken, "weaken", nil, "the PCRs to ignore (default: all but 7)")
 	return cmd
 }

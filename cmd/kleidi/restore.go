@@ -22,15 +22,15 @@ func newKeyringRestore(a *app) *cobra.Command {
 	var req admin.RestoreRequest
 	cmd := &cobra.Command{
 		Use:   "restore [FILE | --previous]",
-		Short: "Put a backup, or the previous revision, in the place of the keyring, and rotate",
-		Long: `Put a backup, or the previous revision, in the place of the stored keyring. It has to
-open, with the TPM or with --identity-file, and to hold the KEK that this node last
-trusted. Then the KEK is rotated, so that no key ID ever flips back.
+		Short: "Replace the keyring with a backup or with the previous revision, and rotate",
+		Long: `Replace the stored keyring with a backup or with the previous revision. The new keyring
+must open, with the TPM or with --identity-file, and hold the KEK that this node last
+trusted. The command then rotates the KEK, so that no key ID ever flips back.
 
-The fresh KEK is wrapped by every wrapper that the restored one is, and slots that were
-removed since come back: the command says which. Where a wrapper can't be reached, or is
-not to come back, --skip-slot names its slot in the restored keyring. With
---identity-file, what can't be reached is left out without being named.`,
+The fresh KEK gets a slot for every slot of the restored KEK. Slots that were removed
+since the backup come back; the command names them. To leave out a slot, for instance
+because its wrapper can't be reached, name the slot with --skip-slot. With
+--identity-file the command leaves out unreachable wrappers without --skip-slot.`,
 		Example: `  kleidi keyring restore --previous
   kleidi keyring restore /media/usb/keyring.json --identity-file /media/usb/kleidi-recovery.txt`,
 		Args: cobra.MaximumNArgs(1),
@@ -60,10 +60,10 @@ not to come back, --skip-slot names its slot in the restored keyring. With
 		},
 	}
 	cmd.Flags().BoolVar(&previous, "previous", false, "restore the previous revision, which kleidi keeps")
-	cmd.Flags().StringVar(&identityFile, "identity-file", "", "open it with this recovery identity instead of the TPM")
-	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "do without this slot of the restored keyring for now; may be repeated")
+	cmd.Flags().StringVar(&identityFile, "identity-file", "", "open the keyring with this recovery identity instead of the TPM")
+	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "leave out this slot of the restored keyring for now; may be repeated")
 	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
-	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, alone opens the KEK then")
+	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, then opens the KEK alone")
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
 	return cmd
 }

@@ -15,8 +15,8 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 )
 
-// results is standard output. It remembers the first write that failed, so that no verb has
-// to look after each of its lines.
+// results is standard output. It remembers the first failed write, so that no verb
+// needs to check each of its lines.
 type results struct {
 	file    *os.File
 	written bool
@@ -34,8 +34,8 @@ func (r *results) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// exitError ends the program with a code of its own. Err is nil where the results have said
-// all.
+// exitError ends the program with its own exit code. Err is nil if the results have
+// told everything.
 type exitError struct {
 	code int
 	err  error
@@ -58,7 +58,7 @@ func run(ctx context.Context, out *results, stderr io.Writer, args []string) int
 	root.SetOut(out)
 	cmd, err := root.ExecuteContextC(ctx)
 	if out.err != nil && errors.Is(err, out.err) {
-		err = nil // the verb has failed at nothing else
+		err = nil // the verb failed only at this
 	}
 	if out.err != nil {
 		err = errors.Join(err, fmt.Errorf("the result could not be written to standard output: %w; %s", out.err, afterwards(cmd, err)))
@@ -72,13 +72,13 @@ func run(ctx context.Context, out *results, stderr io.Writer, args []string) int
 	if a.output == "json" && !out.written {
 		e := json.NewEncoder(out)
 		e.SetIndent("", "  ")
-		_ = e.Encode(failure{admin.ProblemOf(err)}) // standard error says it too
+		_ = e.Encode(failure{admin.ProblemOf(err)}) // standard error has it too
 	}
 	fmt.Fprintln(stderr, "error:", err)
 	return 1
 }
 
-// failure is what a verb with -o json prints in the place of its result.
+// failure is printed with -o json in place of a verb's result.
 type failure struct {
 	Error *admin.Problem `json:"error"`
 }
@@ -91,7 +91,7 @@ var reading = []string{
 	"verifier show", "version",
 }
 
-// afterwards says what a verb has changed whose result is lost.
+// afterwards says what a verb has changed although its result is lost.
 func afterwards(cmd *cobra.Command, err error) string {
 	verb := strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name()+" ")
 	switch {
@@ -103,7 +103,8 @@ func afterwards(cmd *cobra.Command, err error) string {
 	return "the change was made, so that the command need not be run again; see kleidi status"
 }
 
-// noVerb are the arguments of a command that has verbs below it: none, or a misspelt verb.
+// noVerb refuses the arguments of a command that only has subcommands: none, or a
+// misspelt one.
 func noVerb(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil

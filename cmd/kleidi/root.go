@@ -13,7 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/node"
 )
 
-// app is what all verbs share: the global flags.
+// app holds the global flags, which all verbs share.
 type app struct {
 	configPath string
 	output     string
@@ -26,10 +26,10 @@ const example = `  # on a control-plane node: make a KEK and seal it to this mac
   # serve it to kube-apiserver (deploy/ holds a systemd unit)
   kleidi serve
 
-  # what kube-apiserver wants in --encryption-provider-config
+  # print the file for kube-apiserver's --encryption-provider-config
   kleidi encryption-config
 
-  # no TPM at hand: all of it on a simulated machine
+  # without a TPM: run everything on a simulated machine
   kleidi dev`
 
 func newRoot() *cobra.Command { return newRootOf(&app{}) }
@@ -39,8 +39,8 @@ func newRootOf(a *app) *cobra.Command {
 		Use:   "kleidi",
 		Short: "Encrypt Kubernetes Secrets under a key that is sealed in the TPM",
 		Long: `kleidi is a KMS v2 provider for Kubernetes. The key that encrypts Secrets in etcd
-is sealed to the control-plane node's TPM under its boot state, and unsealed only
-after the boot was attested.`,
+is sealed to the control-plane node's TPM and to its boot state. kleidi unseals it only
+after it has attested the boot.`,
 		Example:       example,
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -94,7 +94,7 @@ func (a *app) node() (*node.Node, error) {
 	return node.New(cfg, logger(cfg), nil)
 }
 
-// logger writes to stderr, so that stdout holds results alone.
+// logger writes to stderr, so that stdout holds only results.
 func logger(c *config.Config) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: c.Log.Level}
 	if c.Log.Format == "json" {
@@ -103,7 +103,7 @@ func logger(c *config.Config) *slog.Logger {
 	return slog.New(slog.NewTextHandler(os.Stderr, opts))
 }
 
-// show prints a result as the operator asked for it.
+// show prints a result in the format that the operator asked for.
 func (a *app) show(w io.Writer, result any, text func(io.Writer)) error {
 	if a.output == "json" {
 		e := json.NewEncoder(w)

@@ -14,13 +14,13 @@ func newRotate(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "rotate",
 		Short: "Make a fresh KEK the current one",
-		Long: `Make a fresh KEK the current one, sealed as the present one is. The former KEK is
+		Long: `Make a fresh KEK the current one, sealed like the present one. The former KEK is
 retired: it stays in the keyring and still decrypts.
 
-The fresh KEK is wrapped by every wrapper that the present one is, and by the token or
-the server that unlock.order names and that had no slot. Where one of them can't be
-reached nothing is changed, unless --skip-slot names it: status shows the missing slot
-then until kleidi slot add has made it.`,
+The fresh KEK gets a slot for every slot of the present KEK, and for a token or server
+in unlock.order that has no slot yet. If a wrapper can't be reached, the command
+changes nothing. To go on without that slot, name it with --skip-slot: status then
+shows the missing slot until kleidi slot add makes it.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s, err := operate(cmd.Context(), a, operation.Rotate, req)
@@ -30,7 +30,7 @@ then until kleidi slot add has made it.`,
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
-	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "do without this slot for now, as kleidi slot list names it; may be repeated")
+	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "leave out this slot for now, by its name in kleidi slot list; may be repeated")
 	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
 	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.slotNamesOf)
 	return cmd

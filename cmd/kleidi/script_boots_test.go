@@ -18,18 +18,18 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// tableRow is a boot, and what came of it.
+// tableRow is a boot, with its result.
 type tableRow struct{ boot, verdict, reason string }
 
-// row boots the machine, if a boot is given, runs serve to its verdict, and writes
-// it into the table:
+// row boots the machine, if a boot is given, runs serve to its verdict, and writes a
+// row of the table:
 //
 //	row NAME [-log REGEX] [LOADER [FIELD=VALUE...]]
 //
-// The DEK seed that was encrypted as boot1 must decrypt where it opens, and nowhere
-// else. With -log the verdict is that once the log matches.
+// The DEK seed that was encrypted as boot1 must decrypt if the keyring opens, and only
+// then. With -log, row reads the verdict once the log matches.
 //
-//	row NAME -run ARGS...    a command that must fail, and why it does
+//	row NAME -run ARGS...    a command that must fail, with the reason
 func (h *host) row(ts *testscript.TestScript, args []string) error {
 	name, args := args[0], args[1:]
 	if len(args) > 0 && args[0] == "-run" {
@@ -68,7 +68,7 @@ func (h *host) row(ts *testscript.TestScript, args []string) error {
 	return nil
 }
 
-// verdict waits for that of the running serve.
+// verdict waits for the verdict of the running serve.
 func (h *host) verdict() (r tableRow, err error) {
 	var code int
 	var body string
@@ -111,8 +111,8 @@ func (h *host) decrypts(want bool) error {
 	return nil
 }
 
-// briefly is what a table says instead: neither what differs from run to run, nor
-// the causes and hints that other tests look at.
+// briefly replaces parts that differ from run to run, and causes and hints that other
+// tests check.
 var briefly = []struct {
 	what    *regexp.Regexp
 	instead string
@@ -135,7 +135,7 @@ func brief(reason string) string {
 	return strings.TrimSpace(reason)
 }
 
-// printTable shows the rows as they came.
+// printTable shows the rows in their order.
 func (h *host) printTable(ts *testscript.TestScript, _ []string) error {
 	for _, r := range h.table {
 		line := fmt.Sprintf("%-44s  %-7s  %s", r.boot, r.verdict, r.reason)

@@ -21,15 +21,15 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
-// forge writes what an attacker, or a bad disk, makes of a keyring:
+// forge writes a keyring as changed by an attacker, or by a bad disk:
 //
 //	forge truncated|oversized|flipped|duplicate|unknown|version IN OUT
 //	forge edited IN OUT OLD NEW     replace text in the document, under its MAC
 //	forge slots IN FROM OUT         put the slots of FROM into IN, under its MAC
-//	forge attacker OUT              a KEK of somebody else, sealed to this TPM as
-//	                                kleidi would, in a keyring that is consistent
+//	forge attacker OUT              an attacker's KEK, sealed to this TPM as
+//	                                kleidi would, in a consistent keyring
 //	forge anchor KEYRING PCRS       write the anchor of a keyring to the TPM, as any
-//	                                system can that has these PCRs
+//	                                system with these PCRs can
 func (h *host) forge(ts *testscript.TestScript, args []string) error {
 	var out []byte
 	var err error
@@ -52,7 +52,7 @@ func (h *host) forge(ts *testscript.TestScript, args []string) error {
 	return os.WriteFile(h.abs(args[len(args)-1]), out, 0o600)
 }
 
-// forgeAnchor needs no KEK: what the anchor holds stands in the keyring.
+// forgeAnchor needs no KEK: the keyring contains everything that the anchor holds.
 func (h *host) forgeAnchor(ts *testscript.TestScript, file, list string) error {
 	k, err := keyring.Parse([]byte(ts.ReadFile(file)))
 	if err != nil {
@@ -136,8 +136,8 @@ func forgeSlots(in, from string) ([]byte, error) {
 	return forgeBody(in, slots[0], slots[1])
 }
 
-// forgeAttacker does what anyone can who has this TPM: seal a KEK of his own under
-// the right authorization policy, and make a keyring of it.
+// forgeAttacker does what anyone with this TPM can do: it seals a new KEK under the
+// right authorization policy, and makes a keyring with it.
 func (h *host) forgeAttacker() ([]byte, error) {
 	cfg, err := config.Load(h.path("config.yaml"))
 	if err != nil {
@@ -177,7 +177,7 @@ func (h *host) forgeAttacker() ([]byte, error) {
 	return later.Marshal(), nil
 }
 
-// pkfp puts the fingerprint of the key that signed a file of boot states into $KEY.
+// pkfp puts the fingerprint of the signing key of a file of boot states into $KEY.
 func (h *host) pkfp(ts *testscript.TestScript, args []string) error {
 	f, err := bootstate.Parse([]byte(ts.ReadFile(args[0])))
 	if err != nil || len(f.States()) == 0 {

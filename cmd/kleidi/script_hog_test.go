@@ -15,13 +15,14 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// Peers that take up what others need.
+// Peers that occupy what others need.
 
-// hogs is how many peers hog plays: more than a verifier takes in without a proof.
+// hogs is the number of peers that hog plays: more than a verifier accepts without a
+// proof.
 const hogs = 400
 
-// hog plays silent peers, each of an address of its own, that connect again whenever
-// they are cut off: hog ADDRESS, until hog -stop. Some of them speak TLS first.
+// hog plays silent peers, each with a separate address, that connect again whenever
+// they are cut off: hog ADDRESS, until hog -stop. Some of them first speak TLS.
 func (h *host) hog(_ *testscript.TestScript, args []string) error {
 	if args[0] == "-stop" {
 		h.stopHog()
@@ -69,8 +70,8 @@ func hold(ctx context.Context, address string, from net.IP, speaksTLS bool, held
 	_, _ = c.Read(make([]byte, 1))
 }
 
-// flood has many local clients hold connections to health and metrics, each with a
-// request from time to time, and connect again whenever they are cut off: flood NETWORK
+// flood makes many local clients hold connections to health and metrics. Each sends a
+// request from time to time, and connects again whenever it is cut off: flood NETWORK
 // ADDRESS, until flood -stop.
 func (h *host) flood(_ *testscript.TestScript, args []string) error {
 	if args[0] == "-stop" {
@@ -101,7 +102,7 @@ func (h *host) flood(_ *testscript.TestScript, args []string) error {
 	return nil
 }
 
-// keepAlive holds one connection, and asks for more on it for as long as it can.
+// keepAlive holds one connection, and sends requests on it for as long as it can.
 func keepAlive(ctx context.Context, network, address string) {
 	d := net.Dialer{Timeout: waitTimeout}
 	c, err := d.DialContext(ctx, network, address)
@@ -118,8 +119,8 @@ func keepAlive(ctx context.Context, network, address string) {
 	}
 }
 
-// footprint notes the memory and the files of serve, or wants them to have grown by no
-// more than so much since: footprint, then footprint KIB FILES.
+// footprint records the memory and the files of serve, or demands that they have grown
+// by no more than this since: footprint, then footprint KIB FILES.
 func (h *host) footprint(ts *testscript.TestScript, args []string) error {
 	proc := fmt.Sprintf("/proc/%d/", h.server.cmd.Process.Pid)
 	status, err := os.ReadFile(proc + "status")

@@ -10,8 +10,8 @@ import (
 	"github.com/beezy-dev/kleidi/internal/members"
 )
 
-// on runs a command on another host of the script: on NAME COMMAND ARGS... The host comes
-// to be with the first one. Its files are below a folder of its name.
+// on runs a command on another host of the script: on NAME COMMAND ARGS... The first
+// command makes the host. Its files are in a folder with its name.
 func (h *host) on(ts *testscript.TestScript, args []string) error {
 	if len(args) < 2 {
 		return broken("on NAME COMMAND")
@@ -41,7 +41,7 @@ func (h *host) other(name string) (*host, error) {
 	return other, other.config(nil, nil)
 }
 
-// approve approves the host of which kleidi node identity -o json said what is in a file:
+// approve approves the host whose output of kleidi node identity -o json is in a file:
 // approve NAME FILE FLAGS...
 func (h *host) approve(ts *testscript.TestScript, args []string) error {
 	b, err := os.ReadFile(h.abs(args[1]))
@@ -55,8 +55,8 @@ func (h *host) approve(ts *testscript.TestScript, args []string) error {
 	return h.kleidi(ts, append([]string{"node", "approve", args[0], "--ek", id.EK}, args[2:]...))
 }
 
-// join runs the command that is the last line of a file, as kleidi node approve prints it:
-// join FILE FLAGS... The file is the script's.
+// join runs the command in the last line of a file, as kleidi node approve prints it:
+// join FILE FLAGS... The file belongs to the script.
 func (h *host) join(ts *testscript.TestScript, args []string) error {
 	lines := strings.Split(strings.TrimSpace(ts.ReadFile(args[0])), "\n")
 	command := strings.Fields(lines[len(lines)-1])

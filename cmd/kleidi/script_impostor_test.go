@@ -10,11 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nobody is another user than the one that runs kleidi.
+// nobody is a user other than the one that runs kleidi.
 const nobody = 65534
 
-// impostor listens on a socket, or on an address, as another user would: impostor SOCKET
-// FILE. What it is sent ends up in the file. It needs root.
+// impostor listens on a socket, or on an address, as another user would: impostor
+// SOCKET FILE. It writes everything that it receives to the file. It needs root.
 func (h *host) impostor(_ *testscript.TestScript, args []string) error {
 	l, err := net.Listen("tcp", args[0])
 	if _, _, bad := net.SplitHostPort(args[0]); bad != nil {
@@ -44,8 +44,8 @@ func (h *host) impostor(_ *testscript.TestScript, args []string) error {
 	return nil
 }
 
-// listenAs makes a socket on which, to the kernel, a process of that user listens:
-// SO_PEERCRED tells who called listen(2). Only this thread changes its user.
+// listenAs makes a socket on which, according to the kernel, a process of that user
+// listens: SO_PEERCRED tells who called listen(2). Only this thread changes its user.
 func listenAs(uid int, path string) (net.Listener, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()

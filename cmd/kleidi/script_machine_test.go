@@ -22,8 +22,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// hardware is what a host consists of. hw/tpm.sock, hw/log, hw/userspace and
-// hw/boot lead to the machine in use, so that another can take its place.
+// hardware is the hardware of a host. hw/tpm.sock, hw/log, hw/userspace and hw/boot
+// lead to the machine in use, so that another machine can replace it.
 type hardware struct {
 	machine *tpmtest.Machine
 	former  *tpmtest.Machine // the machine before `machine other`
@@ -96,7 +96,7 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 	return broken("machine %s: no such command", args[0])
 }
 
-// saveTPM keeps a TPM's state in a folder beside it, or brings that state back, as the
+// saveTPM keeps a TPM's state in a folder beside it, or restores that state, as the
 // snapshot of a virtual machine does.
 func (h *host) saveTPM(direction string) error {
 	boot := h.machine.Current()
@@ -117,9 +117,9 @@ func (h *host) saveTPM(direction string) error {
 	return nil
 }
 
-// copyCommand is `copy opens FILE`: the slot of a TPM in a kept copy of a keyring opens, tried
-// without kleidi's checks, as anybody could who has the copy and this machine. The only
-// failure that a script may want is that the TPM refuses it as revoked.
+// copyCommand is `copy opens FILE`: a TPM slot in a kept copy of a keyring opens. It is
+// tried without kleidi's checks, as anybody with the copy and this machine could. A
+// script may expect only one failure: the TPM refuses the slot as revoked.
 func (h *host) copyCommand(ts *testscript.TestScript, args []string) error {
 	if len(args) != 2 || args[0] != "opens" {
 		return broken("usage: copy opens FILE")
@@ -239,7 +239,7 @@ func (h *host) device() string {
 	return h.machine.Device()
 }
 
-// lead has the configured paths lead to the machine.
+// lead makes the configured paths lead to the machine.
 func (h *host) lead(device string) error {
 	for name, target := range map[string]string{
 		"tpm.sock": strings.TrimPrefix(device, "unix:"), "log": h.machine.EventLog(), "userspace": h.machine.UserspaceLog(), "boot": h.machine.Files(),

@@ -16,9 +16,9 @@ import (
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 )
 
-// readBack runs a command that shows an identity, and types it back: readback
-// [pty] [WRONG] ARG..., where WRONG is how many wrong lines come first. The
-// identity is kept in shown.txt; stdout is what a person saw, all in all.
+// readBack runs a command that shows an identity, and types it: readback [pty] [WRONG]
+// ARG..., where WRONG is the number of wrong lines before it. The identity is kept in
+// shown.txt; stdout is everything that a person saw.
 func (h *host) readBack(ts *testscript.TestScript, args []string) error {
 	terminal := args[0] == "pty"
 	if terminal {
@@ -42,11 +42,11 @@ func (h *host) readBack(ts *testscript.TestScript, args []string) error {
 	return err
 }
 
-// talk is how a test speaks with a process.
+// talk is a test's conversation with a process.
 type talk struct {
 	in  io.WriteCloser
 	out io.Reader
-	// listens returns once what is typed is not shown.
+	// listens returns once typed text is not shown.
 	listens func() error
 }
 
@@ -101,8 +101,8 @@ func startOnTerminal(cmd *exec.Cmd) (*talk, error) {
 
 var identityLine = regexp.MustCompile(`AGE-SECRET-KEY-[A-Z0-9-]+\s`)
 
-// converse reads to the end and types once the identity is shown: wrong lines,
-// each after a prompt or a complaint, and then the identity, unless three were wrong.
+// converse reads to the end, and types once the identity is shown: wrong lines, each
+// after a prompt or a complaint, and then the identity, unless three lines were wrong.
 func (h *host) converse(t *talk, wrong int) (shown string, err error) {
 	var typed int
 	buffer := make([]byte, 4096)

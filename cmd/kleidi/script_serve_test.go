@@ -98,8 +98,8 @@ func (h *host) serve(ts *testscript.TestScript, args []string) error {
 	return nil
 }
 
-// term ends serve by SIGTERM, or the first of two; it must have been running, and
-// end well. Its log is there to match as stderr.
+// term ends serve with SIGTERM, or the first of two. serve must have been running, and
+// must end well. Its log can then be matched as stderr.
 func (h *host) term(ts *testscript.TestScript, args []string) error {
 	p := h.server
 	if len(args) > 0 && args[0] == "-first" {
@@ -132,9 +132,9 @@ func (h *host) hup(*testscript.TestScript, []string) error {
 	return h.server.cmd.Process.Signal(syscall.SIGHUP)
 }
 
-// waitFor waits until serve is open, or is locked for what a regular expression
-// matches, or has logged what one matches since the last such wait, or has made a
-// file. What /readyz says, or the log, is there to match as stdout.
+// waitFor waits until serve is open, is locked for a reason that matches a regular
+// expression, has logged a match since the last such wait, or has made a file. The
+// answer of /readyz, or the log, can then be matched as stdout.
 func (h *host) waitFor(ts *testscript.TestScript, args []string) error {
 	want := append(args, "")[1]
 	var shown string
@@ -190,7 +190,7 @@ func (h *host) fetch(path string) (int, string, error) {
 	return r.StatusCode, string(b), err
 }
 
-// get shows what health and metrics answer; other codes than 200 are a failure.
+// get shows the answers of health and metrics; a code other than 200 is a failure.
 func (h *host) get(ts *testscript.TestScript, args []string) error {
 	var code int
 	var body string
@@ -209,14 +209,14 @@ func (h *host) get(ts *testscript.TestScript, args []string) error {
 	return nil
 }
 
-// sealedSeed is a DEK seed that was encrypted.
+// sealedSeed is an encrypted DEK seed.
 type sealedSeed struct {
 	seed, ciphertext []byte
 	keyID            string
 }
 
-// kms calls as kube-apiserver does: kms status, kms encrypt NAME, kms decrypt NAME
-// of what was encrypted under that name.
+// kms calls as kube-apiserver does: kms status, kms encrypt NAME, and kms decrypt NAME
+// for what was encrypted under that name.
 func (h *host) kms(ts *testscript.TestScript, args []string) error {
 	conn, err := grpc.NewClient("unix://"+h.path("run/kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))

@@ -24,7 +24,8 @@ import (
 // binary is the built kleidi.
 var binary string
 
-// buildFlags are what it is built with: under the race detector, so is it.
+// buildFlags are the flags of the build. Under the race detector, the binary is built
+// with it too.
 var buildFlags = []string{"build", "-ldflags", "-X github.com/beezy-dev/kleidi/internal/version.build=v0-test"}
 
 func TestMain(m *testing.M) {
@@ -51,8 +52,8 @@ func build(m *testing.M) (int, error) {
 	return m.Run(), nil
 }
 
-// TestScript runs the binary as testdata/script/*.txtar say. Each script has a
-// machine of its own, a configuration for it, and the commands below.
+// TestScript runs the binary as testdata/script/*.txtar say. Each script has a separate
+// machine, a configuration for it, and the commands below.
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                filepath.Join("testdata", "script"),
@@ -62,7 +63,7 @@ func TestScript(t *testing.T) {
 	})
 }
 
-// commands are those of every host, and `on`, which runs one on another host.
+// commands are the commands of every host, and "on", which runs one on another host.
 func commands() map[string]func(*testscript.TestScript, bool, []string) {
 	all := map[string]func(*testscript.TestScript, bool, []string){"on": command((*host).on)}
 	for name, f := range hostCommands {
@@ -105,8 +106,8 @@ var hostCommands = map[string]hostCommand{
 	"join":      (*host).join,
 }
 
-// command makes a script command of a method. An error is a failure, or what "!"
-// wants.
+// command turns a method into a script command. An error is a failure, or what "!"
+// expects.
 func command(f func(h *host, ts *testscript.TestScript, args []string) error) func(*testscript.TestScript, bool, []string) {
 	return func(ts *testscript.TestScript, neg bool, args []string) {
 		err := f(ts.Value("host").(*host), ts, args)
@@ -122,7 +123,7 @@ func command(f func(h *host, ts *testscript.TestScript, args []string) error) fu
 	}
 }
 
-// brokenError is a failure also where the script wants one.
+// brokenError is a failure even if the script expects one.
 type brokenError struct{ err error }
 
 func (e *brokenError) Error() string { return e.err.Error() }
@@ -148,8 +149,8 @@ type host struct {
 
 var hosts atomic.Uint32
 
-// loopback returns an address of loopback that no other host of this test has, so that
-// none needs a free port.
+// loopback returns a loopback address that no other host of this test has, so that no
+// host needs a free port.
 func loopback() string {
 	return fmt.Sprintf("127.%d.%d.%d:9779", 64+os.Getpid()%64, os.Getpid()/64%256, hosts.Add(1)%254+1)
 }
@@ -197,8 +198,8 @@ func (h *host) makeIdentity(name string) (string, error) {
 	return recipient, err
 }
 
-// end is what every script ends with: the process did not die, and its log holds
-// no identity.
+// end checks at the end of every script that the process did not die, and that its log
+// holds no identity.
 func (h *host) end(fatal func(...any)) {
 	for _, other := range h.others {
 		other.end(fatal)
@@ -261,7 +262,7 @@ func (h *host) kleidi(ts *testscript.TestScript, args []string) error {
 	}
 	exit, ok := errors.AsType[*exec.ExitError](err)
 	if ok && args[0] == "status" && (exit.ExitCode() == exitLocked || exit.ExitCode() == exitProblem) {
-		return nil // the verdict, not a failure
+		return nil // a verdict, not a failure
 	}
 	if !ok || exit.ExitCode() != 1 {
 		return broken("kleidi ends in %w, not with exit code 1", err)
@@ -272,7 +273,7 @@ func (h *host) kleidi(ts *testscript.TestScript, args []string) error {
 	return err
 }
 
-// style holds a message to the house style: lower case, no full stop.
+// style checks that a message follows the house style: lower case, no full stop.
 func style(stderr string) error {
 	_, message, ok := strings.Cut("\n"+stderr, "\nerror: ")
 	message = strings.TrimSpace(message)

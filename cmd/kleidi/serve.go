@@ -10,11 +10,11 @@ func newServe(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "serve",
 		Short: "Serve KMS v2 to kube-apiserver",
-		Long: `Serve KMS v2 to kube-apiserver. A locked keyring is no reason to stop: kleidi answers
-with what is wrong, tries again, and serves as soon as the keyring opens.
+		Long: `Serve KMS v2 to kube-apiserver. With a locked keyring kleidi keeps running: it answers
+with the fault, keeps trying, and serves as soon as the keyring opens.
 
-SIGHUP has it read the keyring anew; SIGTERM ends it once calls in progress are
-answered.`,
+On SIGHUP it reads the keyring again. On SIGTERM it answers the calls in progress, and
+ends.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := a.config()

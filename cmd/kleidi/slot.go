@@ -17,9 +17,9 @@ import (
 func newSlot(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "slot",
-		Short: "List, add, test, rewrap and remove the ways in which the KEK is wrapped",
-		Long: `The KEK lies in the keyring once for each way to open it: a slot for this machine's
-TPM, and, if you add them, slots for a key in a PKCS#11 token, for one of Vault or
+		Short: "List, add, test, rewrap and remove slots, the ways to open the KEK",
+		Long: `The keyring holds the KEK once for each way to open it. It has a slot for this
+machine's TPM. You can add slots for a key in a PKCS#11 token, for a key in Vault or
 OpenBao, and for recovery identities.`,
 		Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
@@ -78,7 +78,7 @@ func newSlotAdd(a *app) *cobra.Command {
 	var req admin.AddSlotRequest
 	cmd := &cobra.Command{
 		Use:   "add pkcs11|vault|recovery",
-		Short: "Wrap the KEK by one wrapper more, as it is configured",
+		Short: "Wrap the KEK with another wrapper from the configuration",
 		Example: `  kleidi slot add pkcs11 --generate-key
   kleidi slot add vault
   kleidi slot add recovery --recipient age1…`,
@@ -96,8 +96,8 @@ func newSlotAdd(a *app) *cobra.Command {
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
-	cmd.Flags().BoolVar(&req.GenerateKey, "generate-key", false, "have the token make the key first: AES-256, sensitive, not extractable")
-	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "add it although one wrapper alone opens the KEK then")
+	cmd.Flags().BoolVar(&req.GenerateKey, "generate-key", false, "first generate the key in the token: AES-256, sensitive, not extractable")
+	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "add the slot although one wrapper then opens the KEK alone")
 	cmd.Flags().StringArrayVar(&req.Recipients, "recipient", nil, "age public key (age1…) of a recovery identity; may be repeated")
 	return cmd
 }
@@ -105,14 +105,14 @@ func newSlotAdd(a *app) *cobra.Command {
 func newSlotTest(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "test [NAME]...",
-		Short: "Open slots for real, and compare what comes out with the key ID",
-		Long: `Open slots for real, and compare what comes out with the key ID. Without names, all
-that are configured on this machine are opened. kleidi serve does so by itself with
-those of pkcs11 and vault, as often as unlock.selfTest says.
+		Short: "Really open slots, and compare the KEK with the key ID",
+		Long: `Really open slots, and compare the KEK with the key ID. Without names, the command
+opens all slots that are configured on this machine. kleidi serve tests the slots of
+pkcs11 and vault regularly, as often as unlock.selfTest says.
 
-The running serve is asked. Without one, each run is a try of its own: with a wrong PIN
-it costs one of those that the token grants before it locks the PIN, and a wrapping token
-in vault.auth.secretIDFile is spent.`,
+The command asks the running kleidi serve. Without one, each run is a separate login: a
+wrong PIN counts towards the limit at which the token locks the PIN, and a wrapping
+token in vault.auth.secretIDFile is used up.`,
 		ValidArgsFunction: a.slotNamesOf,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := operate(cmd.Context(), a, operation.TestSlots, admin.TestSlotsRequest{Names: args})
@@ -153,11 +153,11 @@ func newSlotRewrap(a *app) *cobra.Command {
 	var req admin.RewrapSlotRequest
 	cmd := &cobra.Command{
 		Use:   "rewrap NAME",
-		Short: "Wrap a slot anew, by the newest version of its key",
-		Long: `Wrap a slot anew, by the newest version of its key. That key has to open the present
-slot: another one of the same name is refused, for whoever has that one would get the
-KEK. With --new-key, after the token was replaced or its key was made anew, it is trusted
-as it is.`,
+		Short: "Wrap a slot again, with the newest version of its key",
+		Long: `Wrap a slot again, with the newest version of its key. The key must open the present
+slot: the command refuses another key with the same name, because the owner of that key
+would get the KEK. With --new-key the command trusts the configured key without this
+check; use it after the token or its key was replaced.`,
 		Args: cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
@@ -168,7 +168,7 @@ as it is.`,
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
-	cmd.Flags().BoolVar(&req.NewKey, "new-key", false, "trust the key that is configured now, although it does not open the present slot")
+	cmd.Flags().BoolVar(&req.NewKey, "new-key", false, "trust the configured key, although it does not open the present slot")
 	return cmd
 }
 
@@ -176,14 +176,16 @@ func newSlotRemove(a *app) *cobra.Command {
 	var req admin.RemoveSlotRequest
 	cmd := &cobra.Command{
 		Use:   "remove NAME",
-		Short: "Take a slot away; the last one that can open stays",
-		Long: `Take a slot away. One of this machine's TPM is revoked: it refuses kept copies as well.
-Kept copies of others still open the KEK, until kleidi rotate has made a fresh one.
+		Short: "Remove a slot, but never the last one that can open",
+		Long: `Remove a slot. A slot of this machine's TPM is also revoked: the TPM refuses kept
+copies. Kept copies of other slots still open the KEK, until kleidi rotate makes a
+fresh one.
 
-NAME is as kleidi slot list shows it: the type, such as recovery, where there is one slot
-of it, else the type and the first digits of the slot's ID, such as recovery-3f9a. A
-recovery slot goes by its age1… recipient as well. The ID is a digest of what the slot is
-bound to. It stays when others are removed, and when the KEK is rotated.`,
+NAME is the name in kleidi slot list: the type, such as recovery, if there is one slot
+of that type; otherwise the type and the first digits of the slot's ID, such as
+recovery-3f9a. The age1… recipient of a recovery slot is a name too. The ID is a digest
+of the slot's binding. It does not change when other slots are removed or when the KEK
+is rotated.`,
 		Args: cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
@@ -208,10 +210,11 @@ func newSlotForgetCopies(a *app) *cobra.Command {
 	var req admin.ForgetCopiesRequest
 	cmd := &cobra.Command{
 		Use:   "forget-copies --ek sha256:…",
-		Short: "Stop warning of kept copies that open with a TPM which is cleared or destroyed",
-		Long: `Stop warning of copies of former slots that a TPM still opens. kleidi status names the
-TPM by its endorsement key. kleidi revokes such copies itself once it runs with that TPM
-again. Forget them only after the TPM was cleared or destroyed: nothing checks that.`,
+		Short: "Stop warning about kept copies for a TPM that was cleared or destroyed",
+		Long: `Stop warning about copies of former slots that a TPM still opens. kleidi status names
+the TPM by its endorsement key. Once kleidi runs with that TPM again, it revokes such
+copies without this command. Use it only after the TPM was cleared or destroyed:
+nothing checks that.`,
 		Example: "  kleidi slot forget-copies --ek sha256:5d0f…",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -223,7 +226,7 @@ again. Forget them only after the TPM was cleared or destroyed: nothing checks t
 		},
 	}
 	cmd.Flags().StringVar(&req.EK, "ek", "", "digest of the TPM's endorsement key, as kleidi status shows it")
-	_ = cmd.MarkFlagRequired("ek") // the flag is there
+	_ = cmd.MarkFlagRequired("ek") // the flag exists
 	_ = cmd.RegisterFlagCompletionFunc("ek", func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 		r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
 		if err != nil {

@@ -22,10 +22,10 @@ func newStatus(a *app) *cobra.Command {
 	var quick bool
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Show what is sealed to what, and whether the TPM would open it now",
-		Long: `Show what is sealed to what, which KEK is current, and whether the TPM would open
-it now, and why not. It asks the running kleidi serve; without one it looks itself, and
-tries no slot of pkcs11 or vault: kleidi slot test does.
+		Short: "Show the slots, what they are sealed to, and whether the TPM would open them now",
+		Long: `Show the slots, what they are sealed to, which KEK is current, and whether the TPM
+would open it now, or why not. The command asks the running kleidi serve. Without one
+it checks itself, but tries no slot of pkcs11 or vault; kleidi slot test does.
 
 The exit code is 0 if the KEK is open and nothing is wrong, 3 if kleidi is locked, 4 if
 the KEK is open and something needs an operator, and 1 if kleidi could not be asked.`,
@@ -45,17 +45,17 @@ the KEK is open and something needs an operator, and 1 if kleidi could not be as
 			return verdict(r)
 		},
 	}
-	cmd.Flags().BoolVar(&quick, "quick", false, "do not have the TPM try the slots")
+	cmd.Flags().BoolVar(&quick, "quick", false, "do not try the slots in the TPM")
 	return cmd
 }
 
-// Exit codes of status. 2 is the shell's and flag parsers'.
+// Exit codes of status. 2 belongs to the shell and to flag parsers.
 const (
 	exitLocked  = 3
 	exitProblem = 4
 )
 
-// verdict is the exit code of a status.
+// verdict returns the exit code for a status.
 func verdict(r admin.StatusReport) error {
 	problem := r.Problem != nil || r.Fallback != nil || r.Staged != nil || len(r.Unrevoked) > 0 || r.Attestation != nil && r.Attestation.Problem != nil ||
 		slices.ContainsFunc(r.Slots, func(s admin.SlotReport) bool { return s.Problem != nil })
@@ -108,13 +108,13 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	for _, s := range r.Slots {
 		kind := s.Type
 		if kind == seal.TypeSkipped {
-			kind = s.Name // of what stood there
+			kind = s.Name // of the missing slot
 		}
 		if s.Use != "" && s.Use != slotview.UseNames[tpm.UsePresent] {
 			kind += " (" + s.Use + ")"
 		}
 		row(w, "slot", kind+"  "+s.Binding+"  "+opens(s))
-		if s.Problem != nil && (r.Problem == nil || !reflect.DeepEqual(s.Problem, r.Problem)) { // said above already
+		if s.Problem != nil && (r.Problem == nil || !reflect.DeepEqual(s.Problem, r.Problem)) { // otherwise it is already printed above
 			printProblem(w, s.Problem)
 		}
 	}
@@ -128,7 +128,7 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	row(w, "version", r.Version)
 }
 
-// printKeys gives the retired KEKs one line together: there may be 255.
+// printKeys prints the retired KEKs in one line: there may be 255.
 func printKeys(w io.Writer, keys []admin.KeyReport) {
 	var retired []admin.KeyReport
 	for _, k := range keys {
@@ -169,7 +169,7 @@ func row(w io.Writer, name, value string) {
 	}
 }
 
-// printProblem gives each detail of a refusal a line of its own.
+// printProblem prints each detail of a refusal on a separate line.
 func printProblem(w io.Writer, p *admin.Problem) {
 	if p == nil {
 		return

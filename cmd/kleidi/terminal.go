@@ -48,7 +48,8 @@ func isRegular(f *os.File) bool {
 	return err == nil && info.Mode().IsRegular()
 }
 
-// lines reads secrets line by line: hidden at a terminal, else from standard input.
+// lines returns a function that reads secrets line by line: hidden at a terminal,
+// otherwise from standard input.
 func lines(cmd *cobra.Command) func(prompt string) ([]byte, error) {
 	if f, ok := cmd.InOrStdin().(*os.File); ok && isTerminal(f) {
 		return func(prompt string) ([]byte, error) { return promptSecret(cmd, prompt) }
@@ -57,7 +58,7 @@ func lines(cmd *cobra.Command) func(prompt string) ([]byte, error) {
 	return func(string) ([]byte, error) { return readLine(in) }
 }
 
-// readLine reads byte by byte, so that no buffer keeps what follows.
+// readLine reads byte by byte, so that no buffer keeps later bytes.
 func readLine(r io.Reader) ([]byte, error) {
 	b := make([]byte, 0, maxIdentity)
 	var c [1]byte
@@ -76,11 +77,11 @@ func readLine(r io.Reader) ([]byte, error) {
 	return nil, fmt.Errorf("more than %d bytes", maxIdentity)
 }
 
-// fromStdin names standard input where a file could be named.
+// fromStdin stands for standard input in place of a file name.
 const fromStdin = "-"
 
-// readPIN reads a PIN from a file, or else a line of standard input. At a terminal
-// it is asked for twice: a wrong one would cost a try on the token.
+// readPIN reads a PIN from a file, or a line from standard input. At a terminal it asks
+// twice, because a wrong PIN would cost a try on the token.
 func readPIN(cmd *cobra.Command, mem seal.Memory, file string) (*seal.Secret, error) {
 	if file != "" {
 		return hsm.ReadPIN(mem, file)
@@ -141,7 +142,7 @@ func readIdentity(cmd *cobra.Command, file string) ([]byte, error) {
 	defer f.Close()
 	b, err := readBounded(f)
 	if errors.Is(err, errNoIdentity) {
-		return nil, fmt.Errorf("--identity-file: %s is empty; name the file that holds the recovery identity (AGE-SECRET-KEY-…)", file)
+		return nil, fmt.Errorf("--identity-file: %s is empty; name the file with the recovery identity (AGE-SECRET-KEY-…)", file)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("--identity-file: %w", err)
@@ -163,8 +164,8 @@ func promptSecret(cmd *cobra.Command, prompt string) ([]byte, error) {
 	return readHidden(cmd.Context(), in)
 }
 
-// readHidden reads a line that the terminal does not show. An interrupt ends it,
-// and leaves the terminal as it was.
+// readHidden reads a line that the terminal does not show. An interrupt ends it, and
+// restores the terminal.
 func readHidden(ctx context.Context, in *os.File) ([]byte, error) {
 	before, err := term.GetState(int(in.Fd()))
 	if err != nil {

@@ -14,15 +14,15 @@ func newVaultKey(a *app) *cobra.Command {
 	var out, csr, name string
 	cmd := &cobra.Command{
 		Use:   "vault-key --out FILE --csr FILE",
-		Short: "Make a key in this machine's TPM to log in to Vault with",
+		Short: "Make a key in this machine's TPM for logging in to Vault",
 		Long: `Make a client key in this machine's TPM, for Vault's and OpenBao's certificate
 authentication, and a certificate request for the CA that issues nodes' certificates.
-The key never leaves the TPM. What is written is of no use to another machine, so that
-no credential lies on the disk. docs/vault.md goes on from there.
+The key never leaves the TPM, and the key file is useless on another machine. So the
+disk holds no credential. docs/vault.md says how to go on.
 
-The key signs only while PCR 7, the state and the keys of Secure Boot, is what it is
-now, and Secure Boot must be on. After a change of these, or when the TPM was cleared,
-make a new one.`,
+The key signs only while PCR 7 keeps its present value, which holds the state and the
+keys of Secure Boot, and Secure Boot must be on. After a change of these, or after the
+TPM was cleared, make a new key.`,
 		Example: `  kleidi vault-key --out /etc/kleidi/vault/node.tpmkey --csr node.csr`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -41,7 +41,7 @@ make a new one.`,
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&out, "out", "", "new file for the key, which vault.auth.tpmKeyFile names")
+	flags.StringVar(&out, "out", "", "new file for the key; name it in vault.auth.tpmKeyFile")
 	flags.StringVar(&csr, "csr", "", "new file for the certificate request, in PEM")
 	flags.StringVar(&name, "name", "", "common name in the request (default: this node's name)")
 	for _, name := range []string{"out", "csr"} {

@@ -14,14 +14,14 @@ import (
 func newVerifier(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verifier",
-		Short: "Verify nodes from another machine, and sign what their TPMs demand",
-		Long: `Run the verifier of the remote gate, on a machine that is no node of the cluster. Where
+		Short: "Verify nodes from another machine, and give their TPMs the signature that they demand",
+		Long: `Run the verifier of the remote gate, on a machine that is not a node of the cluster. If
 a node's configuration names a verifier, the node's TPM unseals only with the
-verifier's signature, and the verifier signs only after it has verified fresh
-evidence of that TPM and its boot. docs/remote-attestation.md describes it.
+verifier's signature. The verifier signs only after it has verified fresh evidence of
+that TPM and its boot. docs/remote-attestation.md describes it.
 
-Its configuration is of a kind of its own, see kleidi verifier init
-(default ` + verifierd.DefaultPath + `). SIGHUP has it read the configuration, the keys and the
+The verifier has a separate configuration, see kleidi verifier init
+(default ` + verifierd.DefaultPath + `). On SIGHUP it reads the configuration, the keys and the
 boot policies again; SIGTERM ends it.`,
 		Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -43,7 +43,7 @@ boot policies again; SIGTERM ends it.`,
 func newVerifierShow(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show",
-		Short: "Check the verifier's configuration, and show what nodes have to know of it",
+		Short: "Check the verifier's configuration, and show the settings for the nodes",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.verifierConfig()

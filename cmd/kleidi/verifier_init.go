@@ -18,10 +18,10 @@ func newVerifierInit(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "init --cluster-id ID --name HOST",
 		Short: "Make a verifier's certificate, signing key and configuration",
-		Long: `Make a verifier's certificate, signing key and configuration, and print what goes into
-the configuration of the nodes. Existing files stay as they are, and nothing is made
-then. Keep a copy of the signing key where you keep the recovery identity: without it
-no slot that demands its signature opens.`,
+		Long: `Make a verifier's certificate, signing key and configuration, and print the settings
+for the configuration of the nodes. If a file already exists, the command changes and
+makes nothing. Keep a copy of the signing key with the recovery identity: without the
+key, no slot that demands its signature opens.`,
 		Example: "  kleidi verifier init --cluster-id 5f0c… --name verifier.example.com",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -41,7 +41,7 @@ no slot that demands its signature opens.`,
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&s.Dir, "dir", filepath.Dir(verifierd.DefaultPath), "folder for all of it")
+	flags.StringVar(&s.Dir, "dir", filepath.Dir(verifierd.DefaultPath), "folder for these files")
 	flags.StringVar(&s.Cluster, "cluster-id", "", "the cluster, as kleidi status on a node shows it")
 	flags.StringVar(&s.Name, "name", "", "name or IP address by which nodes reach the verifier")
 	flags.StringVar(&s.Listen, "listen", "0.0.0.0:9781", "address to listen on")
@@ -65,10 +65,10 @@ func newVerifierRegister(a *app) *cobra.Command {
 		Use:   "register NAME --ek sha256:… --boot-policy FILE",
 		Short: "Add a node to the verifier's configuration",
 		Long: `Add a node to the verifier's configuration: its name, the digest of its TPM's
-endorsement key, and the boot policy that its evidence is judged by. Bring digest and
-boot policy from the node yourself, by a way that you trust: they say which TPM it is,
-and how it may boot. Have the verifier
-read it afterwards: systemctl reload kleidi-verifier, or SIGHUP.`,
+endorsement key, and the boot policy for its evidence. Bring the digest and the boot
+policy from the node on a path that you trust: they decide which TPM is accepted, and
+how it may boot. Afterwards reload the verifier: systemctl reload kleidi-verifier, or
+SIGHUP.`,
 		Example: "  kleidi verifier register cp-1 --ek sha256:4c1f… --boot-policy /etc/kleidi/verifier/cp-1.yaml",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -85,9 +85,9 @@ read it afterwards: systemctl reload kleidi-verifier, or SIGHUP.`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&n.EK, "ek", "", "digest of the endorsement key, as kleidi keyring show on the node prints it")
-	cmd.Flags().StringVar(&n.BootPolicy, "boot-policy", "", "what kleidi bootpolicy record wrote on the node")
-	cmd.Flags().BoolVar(&replace, "replace", false, "replace what is registered of that node")
+	cmd.Flags().StringVar(&n.EK, "ek", "", "digest of the endorsement key, from kleidi keyring show on the node")
+	cmd.Flags().StringVar(&n.BootPolicy, "boot-policy", "", "the file that kleidi bootpolicy record wrote on the node")
+	cmd.Flags().BoolVar(&replace, "replace", false, "replace the node's registration")
 	_ = cmd.MarkFlagRequired("ek")
 	_ = cmd.MarkFlagRequired("boot-policy")
 	return cmd

@@ -17,7 +17,7 @@ import (
 type Approval struct {
 	joinproof.Approval
 	Node string
-	// Expires is how long the approval counts, by the monotonic clock.
+	// Expires is how long the approval is valid, by the monotonic clock.
 	Expires time.Duration
 	// Files go to the node in the grant. The server closes their contents once the
 	// approval is spent, has expired or is replaced.
@@ -30,12 +30,12 @@ type SecretFile struct {
 	Content *seal.Secret
 }
 
-// maxApprovals bounds the approvals that are remembered, spent ones included.
+// maxApprovals bounds the approvals in memory, including spent ones.
 const maxApprovals = 256
 
 const hintAgain = "approve the node again: run kleidi node approve NAME --ek EK"
 
-// approvals are those of one process.
+// approvals are the approvals of one process.
 type approvals struct {
 	now func() time.Time
 
@@ -43,7 +43,7 @@ type approvals struct {
 	all map[string]*entry // by node
 }
 
-// entry is an approval, and how far its use has come.
+// entry is an approval, with the progress of its use.
 type entry struct {
 	*Approval
 	until time.Time // with a monotonic reading
@@ -51,7 +51,7 @@ type entry struct {
 	busy  bool
 	spent bool
 	// bound is the machine that was listed as a node by this approval: its storage root
-	// key and epoch index. The join can be run again by this machine alone.
+	// key and epoch index. Only this machine can run the join again.
 	bound []byte
 }
 
@@ -59,8 +59,8 @@ func newApprovals(now func() time.Time) *approvals {
 	return &approvals{now: now, all: map[string]*entry{}}
 }
 
-// put adds an approval, in the place of the node's former one. A join that is under way
-// with the former one is refused at its next step.
+// put adds an approval, which replaces the node's former one. A join in progress with
+// the former approval is refused at its next step.
 func (b *approvals) put(a *Approval) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -79,14 +79,14 @@ func (b *approvals) put(a *Approval) error {
 	return nil
 }
 
-// find returns the approval of a node, also one that is spent, or nil.
+// find returns the approval of a node, even a spent one, or nil.
 func (b *approvals) find(node string) *entry {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.all[node]
 }
 
-// check refuses an approval that does not count any more.
+// check refuses an approval that is no longer valid.
 func (b *approvals) check(e *entry) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -105,8 +105,8 @@ func (b *approvals) usable(e *entry) error {
 	return nil
 }
 
-// take lets one exchange have the approval, until leave is called. The peer has proven
-// which TPM it is.
+// take gives the approval to one exchange, until leave is called. The peer has proven
+// its TPM.
 func (b *approvals) take(e *entry, h *joinproof.Hello) (leave func(), err error) {
 	machine := machineOf(h)
 	b.mu.Lock()
@@ -189,12 +189,12 @@ func (e *entry) wipe() {
 	}
 }
 
-// machineOf is what an approval is bound to beside the endorsement key.
+// machineOf returns what an approval is bound to, in addition to the endorsement key.
 func machineOf(h *joinproof.Hello) []byte {
 	return exchange.Frame(h.SRK, []byte(fmt.Sprint(h.EpochIndex)))
 }
 
-// policyDigest names a boot policy in the audit log.
+// policyDigest returns the digest of a boot policy for the audit log.
 func policyDigest(a *Approval) string {
 	sum := sha256.Sum256(a.BootPolicy.Marshal())
 	return "sha256:" + hex.EncodeToString(sum[:])

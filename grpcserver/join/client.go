@@ -24,14 +24,14 @@ const CheckDone protocol.Check = "proof of the opened keyring"
 
 func equalMAC(a, b []byte) bool { return len(a) > 0 && len(a) <= maxMAC && hmac.Equal(a, b) }
 
-// Client is a joining node's.
+// Client is the client of a joining node.
 type Client struct {
 	address string
 	digest  []byte
 }
 
-// NewClient returns the client for a server that is known by the digest of its
-// certificate. It opens nothing.
+// NewClient returns the client for a server with that certificate digest. It opens
+// nothing.
 func NewClient(address, certificate string) (*Client, error) {
 	if _, _, err := net.SplitHostPort(address); err != nil {
 		return nil, fmt.Errorf("%w; want host:port", err)
@@ -50,7 +50,7 @@ type Session struct {
 	stream  grpc.ClientStream
 	cancel  context.CancelFunc
 	node    string
-	refused error // why the certificate was
+	refused error // the reason why the certificate was refused
 }
 
 // Begin says hello, and returns V's challenge.
@@ -89,12 +89,12 @@ func (s *Session) begin(ctx context.Context, h *joinproof.Hello) (_ *protocol.Ch
 	return exchange.ToChallenge(m.GetChallenge()), nil
 }
 
-// Exporter returns the TLS connection's value.
+// Exporter returns the exporter value of the TLS connection.
 func (s *Session) Exporter() ([]byte, error) {
 	return exchange.ExporterOf(s.stream, joinproof.ExporterLabel)
 }
 
-// Prove sends the evidence, and returns what V gives.
+// Prove sends the evidence, and returns V's grant.
 func (s *Session) Prove(e *protocol.Evidence) (*Grant, error) {
 	g, err := s.prove(e)
 	if err != nil {
@@ -127,7 +127,7 @@ func (s *Session) prove(e *protocol.Evidence) (*Grant, error) {
 	return g, nil
 }
 
-// Done shows V that the keyring is open, and returns once V has noted it.
+// Done shows V that the keyring is open, and returns once V has recorded that.
 func (s *Session) Done(mac []byte) error {
 	err := s.send(&FromJoiner{Message: &FromJoiner_Done{&Done{Mac: mac}}})
 	if err == nil {
@@ -152,8 +152,8 @@ func (s *Session) Close() {
 	_ = s.conn.Close()
 }
 
-// send sends a message. That the other side has ended the stream is no error here: what it
-// said comes next.
+// send sends a message. It ignores that the other side has ended the stream: the other
+// side's answer comes next.
 func (s *Session) send(m *FromJoiner) error {
 	if err := s.stream.SendMsg(m); err != nil && !errors.Is(err, io.EOF) {
 		return err
@@ -176,7 +176,7 @@ func (s *Session) receive() (*FromVerifier, error) {
 	return m, nil
 }
 
-// answerError says that the other side is no kleidi serve of this version.
+// answerError says that the other side is not a kleidi serve of this version.
 type answerError struct{ what string }
 
 // Error implements error.
@@ -184,7 +184,7 @@ func (e *answerError) Error() string { return e.what }
 
 var errNoAnswer = &answerError{"it ended the join, or answered out of order"}
 
-// refusedError is what V says of the evidence.
+// refusedError is V's refusal of the evidence.
 type refusedError struct{ *exchange.Refusal }
 
 // Error implements error.
@@ -203,8 +203,8 @@ const (
 	hintIdentity = "compare what kleidi node identity shows here with what was approved; run kleidi node approve NAME --ek EK again on that node"
 )
 
-// hints say what to do next on this side. They are kleidi's own: what V says is quoted,
-// and an operator must not take it for advice of the command that he ran.
+// hints say what to do next on this side. They are kleidi's own. V's text is quoted, so
+// that an operator does not mistake it for the advice of the local command.
 var hints = map[protocol.Check]string{
 	protocol.CheckMessage:       hintVersions,
 	protocol.CheckCluster:       "run the command that was printed when this node was approved",

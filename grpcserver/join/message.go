@@ -22,7 +22,7 @@ const (
 	nameChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
 )
 
-// Grant is what a node is given.
+// Grant is what a joining node receives.
 type Grant struct {
 	// Keyring is the shared keyring. It holds no slot of a joining node's TPM.
 	Keyring []byte
@@ -44,7 +44,8 @@ func (g *Grant) Wipe() {
 	}
 }
 
-// CheckFiles refuses names that could lead out of a folder, and more than fits.
+// CheckFiles refuses names that could lead out of a folder, and files that are too
+// large together.
 func CheckFiles(names []string, size int) error {
 	seen := map[string]bool{}
 	for _, n := range names {

@@ -27,22 +27,23 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 )
 
-// DefaultTimeout bounds a join: the new node seals with its TPM meanwhile.
+// DefaultTimeout bounds a join, in which the new node also seals with its TPM.
 const DefaultTimeout = 3 * time.Minute
 
-// Verdict is what came of one join, or of several that were refused for the same reason.
+// Verdict is the result of one join, or of several that were refused for the same
+// reason.
 type Verdict = exchange.Verdict
 
 // Host is the node that gives the KEK.
 type Host interface {
-	// Verifier returns what a node must prove now; its Approval is the server's. An error
-	// says why no node can join.
+	// Verifier returns what a node must prove now; the server supplies its Approval. An
+	// error says why no node can join.
 	Verifier() (*joinproof.Verifier, error)
-	// Admit lists a proven node, durably, and returns what the node is given.
+	// Admit durably lists a proven node, and returns what the node receives.
 	Admit(context.Context, *joinproof.Proven) (*Admission, error)
 }
 
-// Admission is a node that is listed.
+// Admission is a listed node.
 type Admission struct {
 	Grant
 	KeyID    seal.KeyID
@@ -51,10 +52,10 @@ type Admission struct {
 	Done func(transcript []byte) []byte
 }
 
-// Options are what a Server needs. Timeout may be left out.
+// Options configure a Server. Timeout is optional.
 type Options struct {
 	Host Host
-	// Record puts verdicts on record. A node gets nothing before it has returned.
+	// Record records verdicts. A node receives nothing before Record has returned.
 	Record  func(...*Verdict) error
 	Log     *slog.Logger
 	Timeout time.Duration // of one join; 0 is DefaultTimeout
@@ -81,7 +82,7 @@ const (
 
 var service = exchange.Service{Name: serviceName, Method: methodName, File: "join.proto", Exporter: joinproof.ExporterLabel, Program: "kleidi serve"}
 
-// NewServer makes a Server with a certificate of its own.
+// NewServer makes a Server with a new certificate.
 func NewServer(o Options) (*Server, error) {
 	certificate, err := newCertificate()
 	if err != nil {
@@ -98,8 +99,8 @@ func NewServer(o Options) (*Server, error) {
 	return s, nil
 }
 
-// newCertificate makes the server's certificate. Nodes know it by its digest, so nothing
-// else in it counts.
+// newCertificate makes the server's certificate. Nodes recognise it by its digest, so
+// its other contents do not matter.
 func newCertificate() (*tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -118,28 +119,28 @@ func newCertificate() (*tls.Certificate, error) {
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
 }
 
-// Certificate returns the digest by which nodes know this server.
+// Certificate returns the digest by which nodes recognise this server.
 func (s *Server) Certificate() string { return exchange.Digest(s.certificate.Certificate[0]) }
 
 // Approve lets a node join once. The server owns the approval's files from now on.
 func (s *Server) Approve(a *Approval) error { return s.approvals.put(a) }
 
-// Unfinished returns the nodes that are listed and have not shown that they opened the
+// Unfinished returns the listed nodes that have not yet shown that they opened the
 // keyring.
 func (s *Server) Unfinished() map[string]bool { return s.approvals.pending() }
 
 // Serve answers on l until it is stopped. Stopping is no error.
 func (s *Server) Serve(l net.Listener) error { return s.wire.Serve(l) }
 
-// GracefulStop closes the listener, lets joins in progress end, and cuts them off when ctx
-// is done. Approvals are forgotten.
+// GracefulStop closes the listener, lets joins in progress end, and cuts them off when
+// ctx is done. It forgets the approvals.
 func (s *Server) GracefulStop(ctx context.Context) {
 	s.wire.GracefulStop(ctx)
 	s.tally.Flush()
 	s.approvals.close()
 }
 
-// Errors of the exchange itself. What the evidence lacks is a refusal.
+// Errors of the exchange itself. A fault of the evidence is a refusal.
 var (
 	errBusy   = status.Error(codes.ResourceExhausted, "another join of this node is in progress; run the command again once it has ended")
 	errRecord = status.Error(codes.FailedPrecondition, "the node that gives the KEK can't write its audit log, so the answer is no; see the log of kleidi serve there")
@@ -168,8 +169,8 @@ func (s *Server) answer(stream *exchange.Stream) error {
 	return err
 }
 
-// run takes the node through the join. Up to the proof it costs two short messages and a
-// place in the crowd; from there on the node has its approval to itself.
+// run takes the node through the join. Until the proof, the node costs two short
+// messages and a place in the crowd. Afterwards only this exchange uses the approval.
 func (x *session) run() error {
 	pending, challenge, err := x.challenge()
 	if err != nil {
@@ -194,8 +195,8 @@ func (x *session) run() error {
 	return x.admit(proven, pending.Transcript())
 }
 
-// challenge demands what [joinproof.Verifier.Challenge] does, and that the approval still
-// counts: one that is spent or has expired is named as such to its own TPM alone.
+// challenge demands the same as [joinproof.Verifier.Challenge], and that the approval
+// is still valid. Only the TPM of a spent or expired approval is told so.
 func (x *session) challenge() (*joinproof.Pending, *protocol.Challenge, error) {
 	m := new(FromJoiner)
 	if err := x.First(m); err != nil {
@@ -241,8 +242,8 @@ func (x *session) prove(pending *joinproof.Pending, challenge *protocol.Challeng
 	return evidence, nil
 }
 
-// logParts returns the parts of the logs up to the one that says last. The stream goes on
-// after it.
+// logParts returns the parts of the logs, up to the part marked as last. The stream
+// continues after it.
 func (x *session) logParts() func() (*exchange.LogPart, error) {
 	ended := false
 	return func() (*exchange.LogPart, error) {
@@ -261,8 +262,8 @@ func (x *session) logParts() func() (*exchange.LogPart, error) {
 	}
 }
 
-// admit lists the node, durably, then flushes the audit record, and sends the grant only
-// then: nobody has a KEK that the list of nodes does not show.
+// admit durably lists the node, then flushes the audit record, and only then sends the
+// grant. So every holder of a KEK is in the list of nodes.
 func (x *session) admit(proven *joinproof.Proven, transcript []byte) error {
 	admission, err := x.host.Admit(x.Context(), proven)
 	if err != nil {

@@ -1,6 +1,6 @@
-// Package config reads kleidi's configuration file, strictly: an unknown key, a
-// wrong type or a value out of range is refused, and all of them are reported at
-// once. No file at all is a complete configuration for one node with a TPM.
+// Package config reads kleidi's configuration file, strictly: it refuses an unknown
+// key, a wrong type or a value out of range, and reports all problems at once. A node
+// with a TPM needs no configuration file at all.
 package config
 
 import (
@@ -27,7 +27,7 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// APIVersion and Kind open every configuration file.
+// APIVersion and Kind begin every configuration file.
 const (
 	APIVersion = "kleidi.beezy.dev/v1alpha1"
 	Kind       = "KleidiConfiguration"
@@ -60,12 +60,12 @@ type Config struct {
 	Log    Log    `yaml:"log"`
 }
 
-// State is where the keyring and the anchor are kept.
+// State says where the keyring and the anchor are kept.
 type State struct {
 	Dir string `yaml:"dir"`
 }
 
-// TPM is which TPM to use, and what to seal to.
+// TPM says which TPM to use, and what to seal to.
 type TPM struct {
 	Device            string        `yaml:"device"`
 	Timeout           time.Duration `yaml:"timeout"`
@@ -77,16 +77,16 @@ type TPM struct {
 	EventLog          string        `yaml:"eventLog"`
 	UserspaceEventLog string        `yaml:"userspaceEventLog"`
 	Verifier          Verifier      `yaml:"verifier"`
-	// BootPolicy is the file of the boot policy; "" means that none is demanded.
+	// BootPolicy is the file of the boot policy; "" means no boot policy.
 	BootPolicy string `yaml:"bootPolicy"`
-	// BootStates are files of signed boot states beside those that were added.
+	// BootStates are files of signed boot states, in addition to the added ones.
 	BootStates []string `yaml:"bootStates"`
 	// Phase is the phase of the boot in which slots are made.
 	Phase string `yaml:"phase"`
 }
 
-// Verifier is a machine that must agree each time before a slot opens; without
-// an address there is none.
+// Verifier is a machine that must agree each time before a slot opens. Without an
+// address there is no verifier.
 type Verifier struct {
 	Address     string        `yaml:"address"`
 	Certificate string        `yaml:"certificate"`
@@ -96,7 +96,7 @@ type Verifier struct {
 	Timeout     time.Duration `yaml:"timeout"`
 }
 
-// Anchor is where the node keeps what it last trusted.
+// Anchor says where the node keeps its anchor, the state that it last trusted.
 type Anchor struct {
 	Store string `yaml:"store"`
 	Index uint32 `yaml:"index"`
@@ -109,14 +109,14 @@ const (
 	AnchorTPM  = "tpm"
 )
 
-// Unlock is which wrappers may open the keyring.
+// Unlock says which wrappers may open the keyring.
 type Unlock struct {
 	// Order names wrappers: tpm, pkcs11, vault.
 	Order []string `yaml:"order"`
-	// RequireAttestation has the gate pass before any of them is asked.
+	// RequireAttestation demands that the gate passes before any wrapper is tried.
 	RequireAttestation bool `yaml:"requireAttestation"`
-	// SelfTest is how often the slots of other wrappers than the TPM are opened, to
-	// see that they would.
+	// SelfTest is how often the slots of wrappers other than the TPM are opened as a
+	// test.
 	SelfTest time.Duration `yaml:"selfTest"`
 }
 
@@ -125,7 +125,7 @@ type PKCS11 struct {
 	Module   string `yaml:"module"`
 	InitArgs string `yaml:"initArgs"`
 	URI      string `yaml:"uri"`
-	// Without a URI, or where it doesn't say.
+	// Used without a URI, or if the URI lacks the attribute.
 	TokenLabel  string `yaml:"tokenLabel"`
 	TokenSerial string `yaml:"tokenSerial"`
 	KeyLabel    string `yaml:"keyLabel"`
@@ -136,7 +136,7 @@ type PKCS11 struct {
 	Timeout       time.Duration `yaml:"timeout"`
 }
 
-// Vault is a Transit key of Vault or OpenBao; without an address there is none.
+// Vault is a Transit key of Vault or OpenBao. Without an address there is none.
 type Vault struct {
 	Address    string        `yaml:"address"`
 	Namespace  string        `yaml:"namespace"`
@@ -148,7 +148,7 @@ type Vault struct {
 	Auth       VaultAuth     `yaml:"auth"`
 }
 
-// VaultAuth is how to log in to Vault.
+// VaultAuth says how to log in to Vault.
 type VaultAuth struct {
 	Method          string `yaml:"method"`
 	Mount           string `yaml:"mount"`
@@ -164,7 +164,7 @@ type VaultAuth struct {
 	TPMKeyFile string `yaml:"tpmKeyFile"`
 }
 
-// Memory says what to do where memory can't be locked.
+// Memory says what to do if memory can't be locked.
 type Memory struct {
 	Lock string `yaml:"lock"`
 }
@@ -191,7 +191,7 @@ type Admin struct {
 	Socket string `yaml:"socket"`
 }
 
-// HTTP is where /livez, /readyz and /metrics answer; "" means nowhere.
+// HTTP says where /livez, /readyz and /metrics answer; "" means nowhere.
 type HTTP struct {
 	Socket     string   `yaml:"socket"`
 	SocketMode FileMode `yaml:"socketMode" want:"permission bits in octal, no write for others (\"0660\")"`
@@ -199,19 +199,19 @@ type HTTP struct {
 	Address    string   `yaml:"address"`
 }
 
-// Join is where other nodes join; without an address to listen on none can.
+// Join says where other nodes join. Without an address to listen on, no node can join.
 type Join struct {
 	Listen string `yaml:"listen"`
-	// Advertise is the address that other nodes reach; Listen if empty.
+	// Advertise is the address at which other nodes reach this one; Listen if empty.
 	Advertise string `yaml:"advertise"`
 }
 
-// Audit is where it is recorded who was given the KEK; see AuditPath.
+// Audit says where to record which node received the KEK; see AuditPath.
 type Audit struct {
 	File string `yaml:"file"`
 }
 
-// Log is what is logged, and how.
+// Log says what to log, and how.
 type Log struct {
 	Level  slog.Level `yaml:"level" want:"debug, info, warn or error"`
 	Format string     `yaml:"format"`
@@ -220,7 +220,7 @@ type Log struct {
 // FileMode is a socket's permission bits, written in octal: "0660".
 type FileMode fs.FileMode
 
-// othersWrite is what connecting to a socket takes of everybody.
+// othersWrite is the permission bit that lets everybody connect to a socket.
 const othersWrite = 0o002
 
 // UnmarshalText implements encoding.TextUnmarshaler. It refuses a socket that
@@ -257,8 +257,8 @@ func Default() *Config {
 	}
 }
 
-// Load reads the file at path. With an empty path it reads DefaultPath, which may
-// be missing. What amend makes of it is checked as if the file said so.
+// Load reads the file at path. With an empty path it reads DefaultPath, which may be
+// missing. Load checks the result of amend like the file's own content.
 func Load(path string, amend ...func(*Config) error) (*Config, error) {
 	name := path
 	if path == "" {
@@ -286,8 +286,8 @@ func Load(path string, amend ...func(*Config) error) (*Config, error) {
 	return c, nil
 }
 
-// read reads the file, which nobody else may change: it says what is loaded, dialled
-// and believed.
+// read reads the file. Nobody else may change it, because it decides what is loaded,
+// dialled and believed.
 func read(name string) ([]byte, error) {
 	f, err := os.Open(name)
 	if err != nil {
@@ -300,8 +300,8 @@ func read(name string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxSize+1))
 }
 
-// decode reads a configuration file. What is wrong with its keys is added to p, which
-// checked reports: every problem with the path of its key, one a line.
+// decode reads a configuration file. It adds the problems of the keys to p, which
+// checked reports: one line for each problem, with the path of its key.
 func decode(b []byte, p *problems) (*Config, error) {
 	if len(b) > maxSize {
 		return nil, fmt.Errorf("larger than %d KiB", maxSize>>10)
@@ -312,7 +312,7 @@ func decode(b []byte, p *problems) (*Config, error) {
 	return c, strictyaml.Decode(b, c, &p.Problems)
 }
 
-// checked adds what is wrong with the values to what is wrong with the keys.
+// checked adds the problems of the values to the problems of the keys.
 func (c *Config) checked(p *problems) (*Config, error) {
 	p.validate(c)
 	if err := p.Err(); err != nil {
@@ -321,7 +321,7 @@ func (c *Config) checked(p *problems) (*Config, error) {
 	return c.resolve()
 }
 
-// resolve fills in what depends on the machine.
+// resolve fills in values that depend on the machine.
 func (c *Config) resolve() (*Config, error) {
 	if c.Node != "" {
 		return c, nil
@@ -339,8 +339,8 @@ func (c PKCS11) Configured() bool {
 	return c.Module+c.URI+c.TokenLabel+c.TokenSerial+c.KeyLabel != ""
 }
 
-// Wrapper is what package hsm wants. sealed returns the PIN where it is sealed to
-// the TPM.
+// Wrapper returns the configuration for package hsm. sealed returns the PIN if it is
+// sealed to the TPM.
 func (c PKCS11) Wrapper(mem seal.Memory, sealed func(context.Context) (*seal.Secret, error)) hsm.Config {
 	h := hsm.Config{Module: c.Module, InitArgs: c.InitArgs, URI: c.URI, TokenLabel: c.TokenLabel, TokenSerial: c.TokenSerial, KeyLabel: c.KeyLabel,
 		PINFile: c.PINFile, Timeout: c.Timeout, Memory: mem}
@@ -350,8 +350,8 @@ func (c PKCS11) Wrapper(mem seal.Memory, sealed func(context.Context) (*seal.Sec
 	return h
 }
 
-// Wrapper is what package vault wants. certificate returns the client certificate
-// where its key is in the TPM.
+// Wrapper returns the configuration for package vault. certificate returns the client
+// certificate if its key is in the TPM.
 func (c Vault) Wrapper(mem seal.Memory, certificate func(context.Context) (*tls.Certificate, error)) vault.Config {
 	a := c.Auth
 	v := vault.Config{Address: c.Address, Namespace: c.Namespace, Mount: c.Mount, Key: c.Key, CAFile: c.CAFile, ServerName: c.ServerName, Timeout: c.Timeout, Memory: mem,
@@ -374,10 +374,10 @@ func (c *Config) AuditPath() string {
 	return filepath.Join(c.State.Dir, "audit.log")
 }
 
-// BootStates is the path of the signed boot states that were added.
+// BootStates is the path of the added signed boot states.
 func (c *Config) BootStates() string { return filepath.Join(c.State.Dir, "bootstates.json") }
 
-// AnchorPath is the path of the anchor where it is a file.
+// AnchorPath is the path of the anchor, if the anchor is a file.
 func (c *Config) AnchorPath() string { return filepath.Join(c.State.Dir, "anchor.json") }
 
 // Bank is the PCR bank.

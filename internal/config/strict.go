@@ -66,7 +66,8 @@ func (p *problems) validate(c *Config) {
 	}
 }
 
-// imaPCR is Linux's own: what is sealed to it opens until the next measurement.
+// imaPCR belongs to Linux's IMA: a slot sealed to it would open only until the next
+// measurement.
 const imaPCR = 10
 
 func (p *problems) validatePCRs(key string, pcrs []int) {
@@ -227,7 +228,7 @@ func (p *problems) validateHTTP(c *HTTP) {
 	}
 }
 
-// validateJoin wants addresses with a port, and one that another machine can reach.
+// validateJoin demands addresses with a port, and one that another machine can reach.
 func (p *problems) validateJoin(c *Config) {
 	if c.Audit.File != "" {
 		p.absolute("audit.file", c.Audit.File)

@@ -37,7 +37,7 @@ type Dev struct {
 	Say  func(format string, args ...any)
 }
 
-// Resolve lays what the flags say over the loader's ordinary boot.
+// Resolve applies the flags to the loader's ordinary boot.
 func (d *Dev) Resolve(loader simboot.Loader, secureBootGiven bool) error {
 	given := d.Boot
 	d.Boot = simboot.Baseline(loader)
@@ -66,7 +66,7 @@ func (d *Dev) Resolve(loader simboot.Loader, secureBootGiven bool) error {
 
 func (d *Dev) path(name string) string { return filepath.Join(d.Dir, name) }
 
-// Run boots the machine, makes a keyring where there is none, and serves.
+// Run boots the machine, makes a keyring if there is none, and serves.
 func (d *Dev) Run(ctx context.Context) error {
 	if err := os.MkdirAll(d.Dir, 0o700); err != nil {
 		return err
@@ -92,8 +92,8 @@ func (d *Dev) Run(ctx context.Context) error {
 	return d.serve(ctx, cfg)
 }
 
-// config writes a configuration file for this machine, so that every other
-// command works on it with --config.
+// config writes a configuration file for this machine, so that every other command can
+// use it with --config.
 func (d *Dev) config(m *simboot.Machine) (*config.Config, error) {
 	file := map[string]any{
 		"apiVersion": config.APIVersion, "kind": config.Kind, "node": "dev",
@@ -114,7 +114,7 @@ func (d *Dev) config(m *simboot.Machine) (*config.Config, error) {
 	return d.Load(d.path("config.yaml"))
 }
 
-// initialize makes a keyring where the machine has none.
+// initialize makes a keyring if the machine has none.
 func (d *Dev) initialize(ctx context.Context, cfg *config.Config) error {
 	if _, err := os.Stat(cfg.Keyring()); !errors.Is(err, fs.ErrNotExist) {
 		d.Say("[dev] the keyring of an earlier run is kept")
@@ -138,8 +138,8 @@ func (d *Dev) initialize(ctx context.Context, cfg *config.Config) error {
 	return nil
 }
 
-// makeIdentity writes a recovery identity beside the machine. An earlier one, of
-// an init that did not end, is replaced.
+// makeIdentity writes a recovery identity beside the machine. It replaces the identity
+// of an earlier init that did not end.
 func (d *Dev) makeIdentity(ctx context.Context, mem seal.Memory) (string, error) {
 	identity, recipient, err := recovery.GenerateIdentity(mem)
 	if err != nil {
@@ -190,11 +190,10 @@ func onOff(b bool) string {
 	return "off"
 }
 
-// selfCheckTimeout bounds how long the self-check waits for the socket.
+// selfCheckTimeout bounds the self-check's wait for the socket.
 const selfCheckTimeout = 30 * time.Second
 
-// selfCheck does what kube-apiserver does: Status, Encrypt of a fresh DEK seed,
-// Decrypt.
+// selfCheck makes kube-apiserver's calls: Status, Encrypt of a fresh DEK seed, Decrypt.
 func selfCheck(ctx context.Context, socket string, say func(string, ...any)) error {
 	ctx, cancel := context.WithTimeout(ctx, selfCheckTimeout)
 	defer cancel()

@@ -7,12 +7,13 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 )
 
-// ReadBootPolicy reads a boot policy that decides: nobody else may write it.
+// ReadBootPolicy reads a boot policy that will decide, and refuses a file that others
+// may write.
 func ReadBootPolicy(path string) (*bootpolicy.BootPolicy, error) {
 	return parseBootPolicy(ReadOwned, path)
 }
 
-// ReadAnyBootPolicy reads a boot policy to look at, whoever wrote it.
+// ReadAnyBootPolicy reads a boot policy for display, no matter who wrote it.
 func ReadAnyBootPolicy(path string) (*bootpolicy.BootPolicy, error) {
 	return parseBootPolicy(Read, path)
 }
@@ -29,12 +30,13 @@ func parseBootPolicy(read func(string, int64) ([]byte, error), path string) (*bo
 	return p, nil
 }
 
-// ReadBootStates reads signed boot states that decide: nobody else may write them.
+// ReadBootStates reads signed boot states that will decide, and refuses a file that
+// others may write.
 func ReadBootStates(path string) (*bootstate.File, error) {
 	return parseBootStates(ReadOwned, path)
 }
 
-// ReadAnyBootStates reads signed boot states to look at, whoever wrote them.
+// ReadAnyBootStates reads signed boot states for display, no matter who wrote them.
 func ReadAnyBootStates(path string) (*bootstate.File, error) {
 	return parseBootStates(Read, path)
 }

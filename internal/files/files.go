@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/internal/ownership"
 )
 
-// Read reads at most limit bytes, and one more where there are more, which the
-// parser then refuses.
+// Read reads at most limit bytes, and one more byte of a longer file, which the parser
+// then refuses.
 func Read(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -22,8 +22,8 @@ func Read(path string, limit int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, limit+1))
 }
 
-// ReadOwned does the same for a file that decides something, and refuses one that others
-// than root and this process's user may change or replace.
+// ReadOwned is Read for a file that decides something. It refuses a file that users
+// other than root and this process's user may change or replace.
 func ReadOwned(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -39,7 +39,7 @@ func ReadOwned(path string, limit int64) ([]byte, error) {
 // MaxPublicKey bounds a file with a public key, in bytes.
 const MaxPublicKey = 64 << 10
 
-// HintRoot names the usual reason before a permission error does.
+// HintRoot puts the usual reason before a permission error.
 func HintRoot(err error) error {
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
 		return fmt.Errorf("%w; run the command as root", err)

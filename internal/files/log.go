@@ -7,15 +7,15 @@ import (
 	"sync"
 )
 
-// Log is an audit log. It is opened for each line, so that it may be moved away at any
-// time.
+// Log is an audit log. It is opened for each line, so it may be moved away at any time.
 type Log struct {
 	Path string
 
 	mu sync.Mutex
 }
 
-// Append returns once the lines are on the disk. Where they do not fit they are taken back.
+// Append returns once the lines are on the disk. If they do not fit, it removes them
+// again.
 func (l *Log) Append(lines []byte) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -33,17 +33,18 @@ const (
 	maxNonce = 64
 )
 
-// KeyDigest names an attestation key.
+// KeyDigest returns the digest of an attestation key.
 func KeyDigest(e *attest.Evidence) string {
 	return fmt.Sprintf("sha256:%x", sha256.Sum256(e.Quote.AKPublic))
 }
 
-// EvidenceVerdict is a verdict on saved evidence, and what the evidence can't prove.
+// EvidenceVerdict is a verdict on saved evidence, with the facts that the evidence
+// can't prove.
 type EvidenceVerdict struct {
 	*bootpolicy.Verdict
 	// AttestationKey is the SHA-256 digest of the key's public area.
 	AttestationKey string `json:"attestationKey"`
-	// Fresh says that the quote is over the nonce that was given.
+	// Fresh says that the quote has the given nonce.
 	Fresh bool `json:"fresh"`
 }
 
@@ -81,8 +82,8 @@ func JudgeEvidence(policy, file, nonce string) (*EvidenceVerdict, error) {
 	return &EvidenceVerdict{bootpolicy.Judge(p, r.Log, r.PCRs), KeyDigest(e), nonce != ""}, nil
 }
 
-// hintOf returns what helps against evidence that proves nothing, however often it is
-// saved, and otherwise again: to save it once more.
+// hintOf returns the remedy for evidence that proves nothing, no matter how often it is
+// saved. Otherwise it returns again, the hint to save the evidence once more.
 func hintOf(err error, again string) string {
 	if r := attest.RemedyOf(err); r.Permanent {
 		return r.Hint("the boot policy")

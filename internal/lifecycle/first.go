@@ -21,7 +21,7 @@ func firstKeyring(ctx context.Context, n *node.Node, opts InitOptions) (*InitRes
 	if err != nil {
 		return nil, err
 	}
-	defer kek.Close() // harmless after the keyring, which takes it, has closed it
+	defer kek.Close() // harmless once the keyring, which takes the KEK, has closed it
 	ek, slots, err := firstSlots(ctx, n, kek, opts)
 	if err != nil {
 		return nil, err
@@ -36,7 +36,7 @@ func firstKeyring(ctx context.Context, n *node.Node, opts InitOptions) (*InitRes
 		}
 		slots = append(slots, recoverySlot)
 	}
-	if opts.Import != nil { // only now: until here nothing is made that an operator who gives up would leave
+	if opts.Import != nil { // only now: an operator who gives up earlier leaves nothing behind
 		if err := opts.Import.keepPIN(); err != nil {
 			return nil, err
 		}
@@ -69,7 +69,7 @@ func firstSlots(ctx context.Context, n *node.Node, kek *seal.Secret, opts InitOp
 	return ek, slots, err
 }
 
-// firstKey has the token make the key by which it wraps.
+// firstKey makes the token generate the key with which it wraps.
 func firstKey(ctx context.Context, n *node.Node, opts InitOptions) error {
 	if n.HSM == nil || opts.Import != nil || !slices.ContainsFunc(n.Config.Unlock.Order, func(kind string) bool { return kind == seal.TypePKCS11 || slotview.Second(kind) == seal.TypePKCS11 }) {
 		return errors.New("--generate-key is for a token that is configured, and that unlock.order names; set both, or run kleidi slot add pkcs11 --generate-key once the keyring is made")
@@ -99,8 +99,8 @@ func firstTPM(ctx context.Context, n *node.Node, kek *seal.Secret, opts InitOpti
 	return ek, slot, n.CheckAnchorable(ctx)
 }
 
-// firstPolicy records the running boot as the boot policy, where the configuration
-// names one and there is no such file yet.
+// firstPolicy records the running boot as the boot policy, if the configuration names a
+// file that does not exist yet.
 func firstPolicy(ctx context.Context, n *node.Node, opts InitOptions) error {
 	path := n.Config.TPM.BootPolicy
 	if path == "" {

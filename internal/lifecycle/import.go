@@ -18,9 +18,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Import is the token of kleidi 1.x, taken over.
+// Import is the imported token of kleidi 1.x.
 type Import struct {
-	Token config.PKCS11 // as the configuration is to have it from now on
+	Token config.PKCS11 // for the configuration from now on
 	pin   *seal.Secret
 	From  string // the config.json
 }
@@ -33,8 +33,8 @@ func (i *Import) Opens(order []string) bool {
 	return slices.Contains(order, seal.TypePKCS11) || slices.Contains(order, seal.TypeTPMAndPKCS11)
 }
 
-// samePIN refuses a file that is there already, and with which the token would not
-// open. That of an init that was killed holds the same PIN.
+// samePIN refuses an existing file with which the token would not open. The file of an
+// init that was killed holds the same PIN.
 func (i *Import) samePIN(mem seal.Memory) error {
 	b, err := files.ReadSecret(i.Token.PINFile, maxPINFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -58,11 +58,11 @@ func (i *Import) samePIN(mem seal.Memory) error {
 	return fmt.Errorf("%s is there already, and holds another PIN than that; move it away, or correct the pin, and run kleidi init again", i.Token.PINFile)
 }
 
-// keepPIN writes the PIN into a file of its own, beside the keyring.
+// keepPIN writes the PIN into a separate file, beside the keyring.
 func (i *Import) keepPIN() (err error) {
 	i.pin.With(func(b []byte) { err = files.WriteNew(i.Token.PINFile, b) })
 	if errors.Is(err, os.ErrExist) {
-		return nil // it holds the same PIN, see samePIN
+		return nil // the file holds the same PIN, see samePIN
 	}
 	return err
 }
@@ -73,8 +73,8 @@ type TokenSettings struct {
 	PINFile string `json:"pinFile"`
 }
 
-// ReadImport reads the config.json of kleidi 1.x. From then on the configuration,
-// in which nothing else may name a token, names its.
+// ReadImport reads the config.json of kleidi 1.x, and puts its token into cfg. cfg must
+// not name another token.
 func ReadImport(path string, cfg *config.Config) (*Import, error) {
 	if cfg.PKCS11.Configured() {
 		return nil, errors.New("--import-config: pkcs11.module is set already; take it out, or init without --import-config and run kleidi slot add pkcs11")
@@ -106,8 +106,8 @@ func legacyURI(c hsm.Config) string {
 	return uri
 }
 
-// useToken has the token wrap with the PIN at hand, which gets its file only once it has
-// shown to be right.
+// useToken makes the token wrap with the PIN in memory. The PIN gets its file only
+// after it has proved to be right.
 func useToken(n *node.Node, i *Import) error {
 	if n.View.TwoOfTwo() == seal.TypeTPMAndVault {
 		return errors.New("--import-config: the token alone would open what unlock.order wants two wrappers for; leave it out")

@@ -17,51 +17,51 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
-// InitOptions is what init makes, and how.
+// InitOptions says what init makes, and how.
 type InitOptions struct {
-	// Recipients are age public keys to make the recovery slot for. Without any, an
-	// identity is made, and Prompter hands it to the operator.
+	// Recipients are age public keys for the recovery slot. Without any, init makes an
+	// identity, and Prompter hands it to the operator.
 	Recipients []string
 	// NoRecovery makes no recovery slot.
 	NoRecovery bool
-	// Import is the token of kleidi 1.x that wraps the KEK as well, or nil.
+	// Import is the token of kleidi 1.x that also wraps the KEK, or nil.
 	Import *Import
-	// GenerateKey has the configured token make its key first.
+	// GenerateKey makes the configured token generate its key first.
 	GenerateKey bool
-	// BreakTwoOfTwo lets the recovery slot open alone what unlock.order wants two
-	// wrappers for.
+	// BreakTwoOfTwo allows a recovery slot that alone opens the KEK, although
+	// unlock.order demands two wrappers.
 	BreakTwoOfTwo bool
 	Prompter      Prompter
-	// Progress is told of each step; nil tells nobody.
+	// Progress receives each step; it may be nil.
 	Progress func(step string)
 }
 
 // Prompter asks the person at the terminal.
 type Prompter interface {
-	// ShowIdentity shows a recovery identity once. It refuses where it would stay on
-	// this machine.
+	// ShowIdentity shows a recovery identity once. It refuses if the identity would
+	// stay on this machine.
 	ShowIdentity(identity *seal.Secret) error
-	// AskIdentity asks for the identity back, without showing it.
+	// AskIdentity asks the operator to type the identity, without showing it.
 	AskIdentity() ([]byte, error)
-	// Tell says what went wrong before it asks again.
+	// Tell shows a fault before the next question.
 	Tell(message string)
 }
 
-// InitResult is what init shows.
+// InitResult is the output of init.
 type InitResult struct {
 	ClusterID seal.ClusterID `json:"clusterID"`
 	KeyID     seal.KeyID     `json:"keyID"`
 	Keyring   string         `json:"keyring"`
 	Node      string         `json:"node"`
-	EK        string         `json:"ek,omitempty"` // where there is a TPM slot
+	EK        string         `json:"ek,omitempty"` // if there is a TPM slot
 	Slots     []string       `json:"slots"`
 	// PKCS11 is what --import-config adds to the configuration.
 	PKCS11 *TokenSettings `json:"pkcs11,omitempty"`
 }
 
-// Init makes the keyring. Until its last step nothing but the TPM's epoch
-// counter exists, and a second init goes on from there. The anchor comes first: a
-// keyring without an anchor would not be trusted, an anchor without a keyring is nothing.
+// Init makes the keyring. Until its last step only the TPM's epoch counter exists, and
+// a second init continues from there. Init saves the anchor first: a keyring without an
+// anchor would not be trusted, and an anchor without a keyring means nothing.
 func Init(ctx context.Context, n *node.Node, opts InitOptions) (*InitResult, error) {
 	if opts.Progress == nil {
 		opts.Progress = func(string) {}
@@ -98,8 +98,8 @@ func Init(ctx context.Context, n *node.Node, opts InitOptions) (*InitResult, err
 	return r, err
 }
 
-// checkVacant refuses to make a keyring where there is one, or was one: the previous
-// revision may be the only trace of it.
+// checkVacant refuses to make a keyring if one exists or existed: the previous revision
+// may be the only trace of it.
 func checkVacant(ctx context.Context, n *node.Node) error {
 	_, _, err := n.Keyring.Load(ctx)
 	if err == nil {
@@ -118,7 +118,7 @@ func checkVacant(ctx context.Context, n *node.Node) error {
 	if err != nil {
 		return err
 	}
-	// An anchor of the first revision may also be what an init that was killed left.
+	// An init that was killed may also leave an anchor of the first revision.
 	if _, err = n.Keyring.Previous(ctx); errors.Is(err, fs.ErrNotExist) && (anchor == nil || anchor.Revision == 1) {
 		return nil
 	}
@@ -150,7 +150,7 @@ func saveFirst(ctx context.Context, n *node.Node, kek *seal.Secret, slots []seal
 	return r, nil
 }
 
-// makeRecovery wraps the KEK to the recipients, or to an identity made now.
+// makeRecovery wraps the KEK to the recipients, or to a new identity.
 func makeRecovery(ctx context.Context, n *node.Node, kek *seal.Secret, opts InitOptions) (seal.Slot, error) {
 	recipients := opts.Recipients
 	var identity *seal.Secret
@@ -174,11 +174,11 @@ func makeRecovery(ctx context.Context, n *node.Node, kek *seal.Secret, opts Init
 	return slot, err
 }
 
-// ReadBackTries is how often the identity may be mistyped.
+// ReadBackTries is the number of times that the operator may mistype the identity.
 const ReadBackTries = 3
 
-// handOver shows the identity once, and opens the slot with what the operator
-// gives back: an identity that nobody kept opens nothing.
+// handOver shows the identity once, and opens the slot with the identity that the
+// operator types: an identity that nobody kept opens nothing.
 func handOver(ctx context.Context, n *node.Node, p Prompter, identity *seal.Secret, slot seal.Slot, kek *seal.Secret) error {
 	if p == nil {
 		return errors.New("nobody is there to keep the recovery identity; give --recovery-recipient")

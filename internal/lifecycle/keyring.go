@@ -15,7 +15,7 @@ import (
 
 // Save writes the open keyring back.
 func Save(ctx context.Context, n *node.Node, _ admin.SaveRequest) (admin.KeyringState, error) {
-	if err := store.PrepareDir(n.Config.State.Dir); err != nil { // it may be gone with the keyring
+	if err := store.PrepareDir(n.Config.State.Dir); err != nil { // the folder may be lost with the keyring
 		return admin.KeyringState{}, fmt.Errorf("save: %w", err)
 	}
 	if err := n.Unlocker.Save(ctx); err != nil {
@@ -28,7 +28,7 @@ func Save(ctx context.Context, n *node.Node, _ admin.SaveRequest) (admin.Keyring
 	return n.Result(id, "the open keyring is stored again; what it replaced, if it could be read, is the previous revision")
 }
 
-// ReadStored reads a keyring file for people; nothing has vouched for it.
+// ReadStored reads a keyring file for display; nothing has vouched for it.
 func ReadStored(ctx context.Context, cfg *config.Config) (*keyring.Untrusted, []byte, error) {
 	b, _, err := store.NewFile(cfg.Keyring()).Load(ctx)
 	if err != nil {
@@ -38,8 +38,8 @@ func ReadStored(ctx context.Context, cfg *config.Config) (*keyring.Untrusted, []
 	return u, b, err
 }
 
-// Verify proves the stored keyring: it opens with a slot, its MAC verifies and
-// the anchor agrees. Nothing is changed.
+// Verify proves the stored keyring: a slot opens, the MAC verifies and the anchor
+// agrees. It changes nothing.
 func Verify(ctx context.Context, n *node.Node, _ admin.VerifyRequest) (admin.KeyringState, error) {
 	k, err := n.Unlocker.Open(ctx)
 	if err != nil {
@@ -52,7 +52,7 @@ func Verify(ctx context.Context, n *node.Node, _ admin.VerifyRequest) (admin.Key
 	}}, nil
 }
 
-// Reload has serve read the keyring again.
+// Reload makes serve read the keyring again.
 func Reload(ctx context.Context, n *node.Node, _ admin.ReloadRequest) (admin.KeyringState, error) {
 	if err := n.Unlocker.Unlock(ctx); err != nil {
 		return admin.KeyringState{}, err
@@ -64,7 +64,7 @@ func Reload(ctx context.Context, n *node.Node, _ admin.ReloadRequest) (admin.Key
 	return n.Result(k, "the keyring was read anew")
 }
 
-// NothingToSave is what save is without a running serve: nothing holds a keyring open.
+// NothingToSave is save without a running serve: no process holds a keyring open.
 func NothingToSave(context.Context, *node.Node, admin.SaveRequest) (admin.KeyringState, error) {
 	return admin.KeyringState{}, errors.New("kleidi serve does not run, so nothing holds a keyring open; to bring one back, run kleidi keyring restore --previous, or kleidi keyring restore BACKUP")
 }

@@ -30,9 +30,9 @@ func Recover(ctx context.Context, n *node.Node, req admin.RecoverRequest) (admin
 	return state, nil
 }
 
-// replaceKeyring runs f, which puts another keyring in the place of the stored one, as
-// the only one to do so. Where there is none afterwards, and this process had
-// left the state folder to init before, it does so again.
+// replaceKeyring runs f, which replaces the stored keyring, and keeps other processes
+// from doing so meanwhile. If there is no keyring afterwards, and this process had left
+// the state folder to init before, it leaves it to init again.
 func replaceKeyring(ctx context.Context, n *node.Node, f func() (admin.KeyringState, error)) (admin.KeyringState, error) {
 	n.Replacing.Lock()
 	defer n.Replacing.Unlock()
@@ -57,7 +57,8 @@ func recoverStored(ctx context.Context, n *node.Node, req admin.RecoverRequest) 
 	return recoverFrom(ctx, n, untrusted, version, req)
 }
 
-// recoverFrom replaces the stored keyring of that version by what untrusted holds.
+// recoverFrom replaces the stored keyring of that version with the content of
+// untrusted.
 func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted, version store.Version, req admin.RecoverRequest) (admin.KeyringState, error) {
 	identity, err := n.Memory.Take(req.Identity)
 	if err != nil {
@@ -113,8 +114,8 @@ func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recover
 		"no recovery slot of the keyring opens with this identity")
 }
 
-// adopt makes a keyring that was opened without the anchor this node's keyring, once
-// it is vouched for, and has turn rotate it: so no key ID flips back.
+// adopt makes a keyring that was opened without the anchor this node's keyring, once it
+// is vouched for, and lets turn rotate it, so that no key ID flips back.
 func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock.Opener, openers []seal.Wrapper, version store.Version, trusted seal.KeyID,
 	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
 	defer opened.Close()
@@ -122,10 +123,10 @@ func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock
 		return admin.KeyringState{}, err
 	}
 	old, err := opened, error(nil)
-	if !several(opened) { // whether a staged KEK is activated is for all nodes to decide
+	if !several(opened) { // all nodes together decide whether to activate a staged KEK
 		old, err = rotation.Complete(ctx, opened, openers, time.Now())
 	}
-	if err != nil && trusted == opened.CurrentID() && seal.CauseOf(err) != seal.CauseUnavailable { // the operator does without
+	if err != nil && trusted == opened.CurrentID() && seal.CauseOf(err) != seal.CauseUnavailable { // the operator goes on without it
 		old, err = opened, nil
 	}
 	if err != nil {
@@ -159,9 +160,9 @@ func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock
 	return n.Result(old.CurrentID(), changes...)
 }
 
-// raise returns the keyring with a revision that is not below the one that the node last
-// trusted. What several nodes share keeps its revision where it can: only the seat makes
-// another one.
+// raise returns the keyring with a revision not below the one that the node last
+// trusted. A keyring of several nodes keeps its revision if possible, because only the
+// seat makes a new one.
 func raise(old *keyring.Keyring, revision uint64) (*keyring.Keyring, error) {
 	if several(old) {
 		if old.Revision() >= revision {
@@ -174,10 +175,10 @@ func raise(old *keyring.Keyring, revision uint64) (*keyring.Keyring, error) {
 	return old.AtLeast(revision)
 }
 
-// vouch says by what the recovered keyring is trusted: the anchor and, where one is
-// open, the open keyring, whose KEK it must hold; else the operator, who names
-// id, the current key ID of the keyring as it was given. It returns the revision
-// that the next one must not be below.
+// vouch returns what vouches for the recovered keyring: the anchor and, if a keyring is
+// open, the open keyring, whose KEK it must hold; otherwise the operator, who names id,
+// the current key ID of the given keyring. It returns the revision that the next one
+// must not be below.
 func vouch(ctx context.Context, n *node.Node, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
 	revision, err := vouchByAnchor(ctx, n, k, id, trusted)
 	if err != nil {

@@ -17,9 +17,10 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// SealToNewTPM does what recover does, without the recovery identity, while the
-// keyring is open by other means than the TPM: by a fallback, or since the TPM was
-// cleared under a running serve. That TPM is trusted as it is, as at init.
+// SealToNewTPM does the work of recover, without the recovery identity, while the
+// keyring is open by other means than the TPM: by a fallback, or because the TPM was
+// cleared under a running serve. It trusts the present TPM without a check, as init
+// does.
 func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
 	var former seal.KeyID
 	var changes []string
@@ -55,7 +56,7 @@ func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (a
 		return admin.KeyringState{}, fmt.Errorf("reseal --new-tpm: %w", err)
 	}
 	if n.Unlocker.State().Fallback != nil {
-		n.Unlocker.Nudge() // the TPM opens, which a reload finds out
+		n.Unlocker.Nudge() // the TPM opens now; a reload notices that
 	}
 	return n.Result(former, slices.Concat(changes, reseal.ReportRevoked(ctx, n, before, reseal.EarlierEpoch))...)
 }
@@ -84,15 +85,16 @@ func checkNewTPM(ctx context.Context, n *node.Node, slots []seal.Slot) error {
 
 // renewOptions say whom the fresh slots trust.
 type renewOptions struct {
-	// WithoutVerifier makes slots that no remote verifier must agree to.
+	// WithoutVerifier makes slots that need no remote verifier.
 	WithoutVerifier bool
-	// UntrustedKeys are the wrappers that get no KEK, by type, each with its reason.
+	// UntrustedKeys are the wrappers that receive no KEK, by type, each with the
+	// reason.
 	UntrustedKeys map[string]error
 }
 
-// renew rotates to a fresh KEK that is sealed to the present boot state; the
-// recovery slots stay. A keyring that has no room for another retired KEK is sealed again
-// and not rotated, since opening again comes first.
+// renew rotates to a fresh KEK that is sealed to the present boot state; the recovery
+// slots stay. If the keyring has no room for another retired KEK, renew seals the same
+// KEK again without rotating, because a keyring that opens is more important.
 func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptions) ([]*keyring.Keyring, error) {
 	if err := n.View.CheckFreshKEK(old); err != nil {
 		return nil, err
@@ -107,8 +109,8 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptio
 	}
 	former := append(old.Slots(), old.StagedSlots()...)
 	owing := slices.Concat(former, replacedSlots(ctx, n))
-	// The present KEK is wrapped again as well: the first revision of the rotation
-	// must open too.
+	// renew also wraps the present KEK again: the first revision of the rotation must
+	// open too.
 	next, err := n.TPM.With(tpm.SealOptions{NextEpoch: true, Revoke: slotview.TPMParts(former), Verifier: v})
 	if err != nil {
 		return nil, err
@@ -138,10 +140,10 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptio
 	return rotation.Rotate(ctx, n.Memory, here, wrap, nil, time.Now())
 }
 
-// renewSlots wraps a KEK by every wrapper of this node, and for the recipients of
-// the old recovery slots. A token or a server that can't be reached, or is not
-// configured here, is skipped as long as another slot opens: status shows the place
-// until it is mended.
+// renewSlots wraps a KEK with every wrapper of this node, and for the recipients of the
+// old recovery slots. It skips a token or a server that can't be reached, or is not
+// configured here, if another slot opens: status then shows the missing slot until it
+// is repaired.
 func renewSlots(ctx context.Context, n *node.Node, tpmNow *tpm.Wrapper, kek *seal.Secret, old []seal.Slot, untrusted map[string]error) ([]seal.Slot, error) {
 	var slots, kept []seal.Slot
 	var failure error
@@ -186,7 +188,7 @@ func renewSlots(ctx context.Context, n *node.Node, tpmNow *tpm.Wrapper, kek *sea
 	return append(slots, rewrapped...), err
 }
 
-// wrapSecondary wraps a KEK by the token or the server.
+// wrapSecondary wraps a KEK with the token or the server.
 func wrapSecondary(ctx context.Context, n *node.Node, kind string, kek *seal.Secret) (seal.Slot, error) {
 	w := n.Wrapper(kind)
 	if w == nil {
@@ -199,7 +201,7 @@ func wrapSecondary(ctx context.Context, n *node.Node, kind string, kek *seal.Sec
 	return slot, err
 }
 
-// reportRenewed says what renew makes of a keyring.
+// reportRenewed describes what renew does to a keyring.
 func reportRenewed(n *node.Node, old *keyring.Keyring) []string {
 	changes := []string{"a fresh KEK is wrapped by " + slotview.JoinWords(n.Config.Unlock.Order) + "; all earlier ones are retired and still decrypt"}
 	if n.View.OpensWithTPM() {

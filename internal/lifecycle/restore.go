@@ -15,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// Restore adopts another keyring in the place of the stored one.
+// Restore replaces the stored keyring with another one.
 func Restore(ctx context.Context, n *node.Node, req admin.RestoreRequest) (admin.KeyringState, error) {
 	state, err := replaceKeyring(ctx, n, func() (admin.KeyringState, error) { return restoreFrom(ctx, n, req) })
 	if err != nil {
@@ -45,12 +45,12 @@ func restoreFrom(ctx context.Context, n *node.Node, req admin.RestoreRequest) (a
 	return state, err
 }
 
-// restoreWith puts the keyring in the place of the stored one of that version, with
-// the recovery identity, or with whichever wrapper opens it on this node.
+// restoreWith replaces the stored keyring of that version. The new keyring opens with
+// the recovery identity, or with any wrapper of this node that opens it.
 func restoreWith(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted, version store.Version, req admin.RestoreRequest) (admin.KeyringState, error) {
 	if len(req.Identity) > 0 {
 		if !req.BreakTwoOfTwo {
-			if err := n.View.CheckAdd(seal.TypeRecovery, nil); err != nil { // its slot comes back
+			if err := n.View.CheckAdd(seal.TypeRecovery, nil); err != nil { // the recovery slot comes back
 				return admin.KeyringState{}, err
 			}
 		}
@@ -74,8 +74,8 @@ func restoreWith(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 	return state, err
 }
 
-// rotateIfRoom rotates a restored keyring in the slots that it has, but for those to
-// skip. A keyring without room for another retired KEK is not rotated: it is stored under
+// rotateIfRoom rotates a restored keyring in its slots, except those to skip. If there
+// is no room for another retired KEK, it does not rotate: it stores the keyring under
 // its own KEK, one revision higher.
 func rotateIfRoom(ctx context.Context, n *node.Node, k *keyring.Keyring, req admin.RestoreRequest) ([]*keyring.Keyring, error) {
 	if slotview.Full(k) && len(req.SkipSlots) > 0 {
@@ -89,7 +89,7 @@ func rotateIfRoom(ctx context.Context, n *node.Node, k *keyring.Keyring, req adm
 	if !slotview.Full(k) {
 		revisions, err := rotateKeyring(ctx, n, k, rotateOptions{
 			Skip: req.SkipSlots, BreakTwoOfTwo: req.BreakTwoOfTwo,
-			AcceptDataLoss: req.AcceptDataLoss || n.View.TwoOfTwo() != "", // a recovery slot would break that, and so is left out
+			AcceptDataLoss: req.AcceptDataLoss || n.View.TwoOfTwo() != "", // a recovery slot would break two of two, and is left out
 		})
 		return revisions, hintIdentity(hintSkip(n, k, err, "run it again with"))
 	}
@@ -97,9 +97,9 @@ func rotateIfRoom(ctx context.Context, n *node.Node, k *keyring.Keyring, req adm
 	return []*keyring.Keyring{next}, err
 }
 
-// replacedSlots returns the slots of the keyring that another one is put in the place
-// of: the open one, or else what is stored, which nothing vouches for. They are only
-// compared. None are known where that is lost.
+// replacedSlots returns the slots of the replaced keyring: the open one, or else the
+// stored one, for which nothing vouches. The slots are only compared. It returns none
+// if that keyring is lost.
 func replacedSlots(ctx context.Context, n *node.Node) []seal.Slot {
 	if k, err := n.Unlocker.Keyring(); err == nil {
 		return k.Slots()
@@ -111,7 +111,7 @@ func replacedSlots(ctx context.Context, n *node.Node) []seal.Slot {
 	return u.Slots()
 }
 
-// hintIdentity is for a keyring that is to come back, and is not open yet.
+// hintIdentity adds a hint for a keyring that is being restored and is not open yet.
 func hintIdentity(err error) error {
 	if _, ok := errors.AsType[*node.OtherKeyError](err); !ok {
 		return err

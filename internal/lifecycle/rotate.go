@@ -49,9 +49,9 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 
 // rotateOptions say what a rotation may leave out, and what it may break.
 type rotateOptions struct {
-	Skip          []string // names of slots that the fresh KEK does without
-	BreakTwoOfTwo bool     // the TPM may open alone what needed two
-	// AcceptDataLoss lets the fresh KEK do without any recovery slot.
+	Skip          []string // names of slots that the fresh KEK lacks
+	BreakTwoOfTwo bool     // the TPM may open alone, although two were needed
+	// AcceptDataLoss allows a fresh KEK without any recovery slot.
 	AcceptDataLoss bool
 }
 
@@ -71,10 +71,11 @@ func rotateKeyring(ctx context.Context, n *node.Node, k *keyring.Keyring, o rota
 	return rotation.Rotate(ctx, n.Memory, k, wrap, n.Wrappers(), time.Now())
 }
 
-// addMissing returns a keyring with a slot, or the place of one that is skipped, for
-// each wrapper of unlock.order that has none: rotation follows slots. The TPM is left
-// to reseal, which takes it as it is only when told so, and nothing is put beside a
-// two-of-two that opens alone. Where nothing is missing that is k itself.
+// addMissing returns a keyring with a slot, or a placeholder for a skipped one, for
+// each wrapper of unlock.order that has none, because a rotation follows the existing
+// slots. It leaves the TPM to reseal, which trusts a new TPM only when told so, and
+// adds nothing beside a two-of-two that would open alone. If nothing is missing, it
+// returns k itself.
 func addMissing(ctx context.Context, n *node.Node, k *keyring.Keyring, without []string) (*keyring.Keyring, error) {
 	slots := k.Slots()
 	all := n.View.WithMissing(slots)
@@ -101,8 +102,8 @@ func addMissing(ctx context.Context, n *node.Node, k *keyring.Keyring, without [
 	return k.WithSlots(slots)
 }
 
-// wrapLike is how rotation makes the slots of a new KEK: like those of the present
-// one, except those that are skipped: that they were left out is recorded in their place.
+// wrapLike makes the slots of a new KEK like those of the present one, except the
+// skipped slots. A placeholder records that a slot was left out.
 func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOptions) (rotation.Wrap, error) {
 	slots := k.Slots()
 	skipped, err := slotview.Places(slots, o.Skip)
@@ -128,8 +129,8 @@ func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOpt
 	if len(live) == len(slots) || len(n.View.Demands(live)) > 0 || !n.View.OpensWithTPM() {
 		return like, nil
 	}
-	// All slots of this TPM are revoked, as in an old keyring: the running boot takes
-	// their place.
+	// If all slots of this TPM are revoked, as in an old keyring, the running boot
+	// takes their place.
 	if !o.BreakTwoOfTwo {
 		if err := n.View.CheckSeal(k.Slots()); err != nil {
 			return nil, err
@@ -156,8 +157,8 @@ func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOpt
 	}, nil
 }
 
-// hintSkip adds to a refusal of a rotation that it can do without the slot, and how
-// the command is told so.
+// hintSkip adds to the refusal of a rotation that the slot can be left out, and how to
+// tell the command so.
 func hintSkip(n *node.Node, k *keyring.Keyring, err error, how string) error {
 	e, ok := errors.AsType[*rotation.SlotError](err)
 	if !ok {
@@ -170,7 +171,7 @@ func hintSkip(n *node.Node, k *keyring.Keyring, err error, how string) error {
 	return seal.AddHint(err, "to go on without the slot for now, "+how+" --skip-slot "+slotview.NameOf(k, e.Slot))
 }
 
-// noSlotYet is why a wrapper that has no slot yet can't make one.
+// noSlotYet explains why a wrapper without a slot can't make one.
 func noSlotYet(kind string, err error) error {
 	return fmt.Errorf("unlock.order names %s, which has no slot yet: %w", kind, seal.AddHint(err, "to go on without the slot for now, run kleidi rotate --skip-slot "+kind))
 }

@@ -12,15 +12,15 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// What recovery and a new TPM are on one node of several: they concern that node alone.
-// The KEK stays, since the other nodes hold it, and so do they.
+// Recovery and a new TPM on one node of several: they concern that node alone. The KEK
+// and the other nodes stay in the keyring, because the other nodes hold the KEK.
 
 // several reports whether a keyring has other nodes than this one.
 func several(k *keyring.Keyring) bool { return len(k.Nodes()) > 1 }
 
 const sealedAlone = "the KEK is sealed to this machine's present boot state; it stays the one of all nodes, and no other node is touched"
 
-// describeSelf is this machine as its entry in a keyring of that format.
+// describeSelf returns this machine's entry in a keyring of that format.
 func describeSelf(ctx context.Context, n *node.Node, format int) (keyring.Node, error) {
 	self := keyring.Node{Name: n.Config.Node}
 	if !n.View.OpensWithTPM() {
@@ -36,8 +36,8 @@ func describeSelf(ctx context.Context, n *node.Node, format int) (keyring.Node, 
 	return self, err
 }
 
-// onThisMachine returns a keyring of one node with self in that node's place, and the KEK
-// in these slots.
+// onThisMachine returns a keyring of one node with self in place of that node, and the
+// KEK in these slots.
 func onThisMachine(old *keyring.Keyring, self keyring.Node, slots []seal.Slot) (*keyring.Keyring, error) {
 	if old.Format() == 1 {
 		return old.WithNodes([]keyring.Node{self}, slots)
@@ -53,9 +53,9 @@ func onThisMachine(old *keyring.Keyring, self keyring.Node, slots []seal.Slot) (
 	return listed.WithSlots(slots)
 }
 
-// renewAlone seals the KEK to this machine's present boot state in its own section. Where
-// the machine has another TPM than the one that the keyring lists, the seat changes its
-// own entry; any other node needs a new approval.
+// renewAlone seals the KEK to this machine's present boot state in its own section. If
+// the machine has another TPM than the keyring lists, the seat changes its own entry;
+// any other node needs a new approval.
 func renewAlone(ctx context.Context, n *node.Node, w *tpm.Wrapper, old *keyring.Keyring, self keyring.Node, owing []seal.Slot) ([]*keyring.Keyring, error) {
 	if !n.View.OpensWithTPM() {
 		return nil, reseal.ErrNoTPM

@@ -120,7 +120,7 @@ func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest)
 	return r, nil
 }
 
-// address is what a joining node calls.
+// address returns the address that a joining node calls.
 func (d *Desk) address() (string, error) {
 	c := d.node.Config.Join
 	if c.Listen == "" {
@@ -173,7 +173,8 @@ func cmpErr(err error, otherwise string) error {
 	return errors.New(otherwise)
 }
 
-// approval is what the node must prove: what this node's configuration demands of itself.
+// approval returns what the node must prove: the same as this node's configuration
+// demands of this node.
 func (d *Desk) approval(k *keyring.Keyring, req admin.ApproveNodeRequest) (*join.Approval, error) {
 	c := d.node.Config.TPM
 	a := &join.Approval{Node: req.Node, Expires: req.Expires, Approval: joinproof.Approval{EK: req.EK, Phase: c.Phase, AnySigned: c.AnySignedBoot}}
@@ -199,7 +200,7 @@ func (d *Desk) approval(k *keyring.Keyring, req admin.ApproveNodeRequest) (*join
 	return a, nil
 }
 
-// verifierOf is the remote verifier that a node's slots must demand, where one is
+// verifierOf returns the remote verifier that a node's slots must demand, if one is
 // configured here.
 func (d *Desk) verifierOf(cluster seal.ClusterID, name string) (*tpm.Verifier, error) {
 	return demandFor(d.node, cluster, name)
@@ -213,7 +214,8 @@ func demandFor(n *node.Node, cluster seal.ClusterID, name string) (*tpm.Verifier
 	return v, err
 }
 
-// upgrade writes the keyring in the format that several nodes share, if it is not.
+// upgrade writes the keyring in the format for several nodes, unless it has that
+// format.
 func (d *Desk) upgrade(ctx context.Context) (done bool, err error) {
 	err = d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		if k.Format() > 1 {

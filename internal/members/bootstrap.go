@@ -16,8 +16,8 @@ func (j *joiner) bootstrapDir() string {
 	return filepath.Join(filepath.Dir(j.Config.Admin.Socket), "bootstrap")
 }
 
-// writeFiles writes the bootstrap files where no disk keeps them, for root alone. They come
-// before the keyring: a join that breaks off here can be run again.
+// writeFiles writes the bootstrap files to memory only, readable only by root. It comes
+// before the keyring is saved, so a join that breaks off here can be run again.
 func (j *joiner) writeFiles(all []join.File) (paths []string, err error) {
 	if len(all) == 0 {
 		return nil, nil
@@ -39,7 +39,7 @@ func (j *joiner) writeFiles(all []join.File) (paths []string, err error) {
 	return paths, nil
 }
 
-// inMemory refuses a folder of a disk, and one that others can reach.
+// inMemory refuses a folder on a disk, and a folder that others can reach.
 func inMemory(dir string) error {
 	var s unix.Statfs_t
 	if err := unix.Statfs(dir, &s); err != nil {
@@ -58,7 +58,7 @@ func inMemory(dir string) error {
 	return nil
 }
 
-// writePrivate replaces a file, which is nobody else's at any moment.
+// writePrivate replaces a file. At no moment can others read it.
 func writePrivate(path string, b []byte) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err

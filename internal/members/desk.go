@@ -20,8 +20,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 )
 
-// Reviser makes a revision of the shared keyring: f is given the open keyring and returns
-// the revisions to commit, one after the other. Once it returns, they count as made.
+// Reviser makes a revision of the shared keyring. It calls f with the open keyring, and
+// commits the revisions that f returns, one after the other. Once it returns, they
+// count as made.
 type Reviser interface {
 	Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyring.Keyring, error)) error
 }
@@ -44,7 +45,8 @@ func NewDesk(n *node.Node) (*Desk, error) {
 
 func (d *Desk) record(verdicts ...*join.Verdict) error { return files.AppendJSON(&d.audit, verdicts) }
 
-// Handle has the admin socket answer what is for a running serve alone.
+// Handle registers the operations that only a running serve can do with the admin
+// socket.
 func (d *Desk) Handle(s *admin.Server) {
 	admin.Handle(s, admin.ApproveNode, d.Approve)
 	admin.Handle(s, admin.ListNodes, d.List)
@@ -63,7 +65,7 @@ func (d *Desk) Serve() error {
 	return d.server.Serve(l)
 }
 
-// Stop ends it, and forgets the approvals.
+// Stop ends the desk, and forgets the approvals.
 func (d *Desk) Stop(ctx context.Context) { d.server.GracefulStop(ctx) }
 
 // Verifier implements [join.Host].
@@ -80,8 +82,8 @@ func (d *Desk) Verifier() (*joinproof.Verifier, error) {
 
 var errListed = errors.New("the node is listed already")
 
-// Admit implements [join.Host]. What it returns was wrapped for the node before the node is
-// listed, and leaves this process only afterwards.
+// Admit implements [join.Host]. It wraps the KEKs for the node before it lists the
+// node. The result leaves this process only afterwards.
 func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven) (*join.Admission, error) {
 	a := &join.Admission{}
 	err := d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
@@ -148,8 +150,8 @@ func (d *Desk) grant(ctx context.Context, k *keyring.Keyring, p *joinproof.Prove
 	return nil
 }
 
-// wrapFor makes an import slot for the node's TPM or, where two of two must open together,
-// one whose other half the shared wrapper makes.
+// wrapFor makes an import slot for the node's TPM. If two of two must open together,
+// the shared wrapper makes the other half of the slot.
 func (d *Desk) wrapFor(ctx context.Context, kek *seal.Secret, p *joinproof.Proven) (seal.Slot, error) {
 	kind := d.node.View.TwoOfTwo()
 	if kind == "" {

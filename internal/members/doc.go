@@ -1,8 +1,8 @@
-// Package members is which nodes a cluster has: how a node is approved and joins, and the
-// list of nodes. The protocol is packages tpm/attest/joinproof and grpcserver/join; here
-// both of its ends meet the machine's keyring.
+// Package members manages the nodes of a cluster: how a node is approved and joins, and
+// the list of nodes. The protocol is in packages tpm/attest/joinproof and
+// grpcserver/join. This package connects both of its ends with the machine's keyring.
 //
-// [Desk] is the end of the node that gives the KEK, in a running serve. [Join] is the end
-// of the node that joins, in a command of its own. A change of the shared keyring goes
+// [Desk] is the end of the node that gives the KEK, in a running serve. [Join] is the
+// end of the joining node, in a separate command. A change of the shared keyring goes
 // through [Reviser], which today is the file of the node that has the seat.
 package members

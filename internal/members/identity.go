@@ -11,16 +11,16 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest"
 )
 
-// Identity is what an operator needs to approve a machine.
+// Identity is what an operator needs in order to approve a machine.
 type Identity struct {
 	Node string `json:"node"`
-	// EK is the digest of the endorsement key: what is approved.
+	// EK is the digest of the endorsement key, which the operator approves.
 	EK string `json:"ek"`
 	// SRK is the SHA-256 of the storage root key's public area.
 	SRK        string `json:"srk"`
 	EpochIndex uint32 `json:"epochIndex"`
-	// Boot is the way in which the machine booted, and PCRs what it would seal to, quoted
-	// and explained by the event log.
+	// Boot is the way in which the machine booted. PCRs are the values that it would
+	// seal to, quoted and explained by the event log.
 	Boot string         `json:"boot"`
 	Bank string         `json:"bank"`
 	PCRs map[int]string `json:"pcrs"`

@@ -24,7 +24,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
-// JoinOptions are what kleidi node approve printed.
+// JoinOptions are the arguments that kleidi node approve printed.
 type JoinOptions struct {
 	Address  string
 	Verifier string         // digest of the certificate of the node that gives the KEK
@@ -32,11 +32,11 @@ type JoinOptions struct {
 	// Keyring is a copy of the keyring, where this machine has no TPM and proves nothing;
 	// nil where Address gives it.
 	Keyring []byte
-	// Progress is told of each step.
+	// Progress receives each step.
 	Progress func(step string)
 }
 
-// JoinResult is what join shows.
+// JoinResult is the output of join.
 type JoinResult struct {
 	Node      string         `json:"node"`
 	ClusterID seal.ClusterID `json:"clusterID"`
@@ -50,9 +50,10 @@ type JoinResult struct {
 	Notes []string `json:"notes,omitempty"`
 }
 
-// Join makes this machine a node of the cluster. Until its last step nothing but the TPM's
-// epoch counter exists here, and the command can be run again after a break at any step:
-// the anchor comes before the keyring, and an anchor without a keyring is nothing.
+// Join makes this machine a node of the cluster. Until its last step only the TPM's
+// epoch counter exists here, and the command can be run again after it broke off at any
+// step: it saves the anchor before the keyring, and an anchor without a keyring means
+// nothing.
 func Join(ctx context.Context, n *node.Node, o JoinOptions) (*JoinResult, error) {
 	r, err := joinCluster(ctx, n, o)
 	if err != nil {
@@ -111,11 +112,11 @@ func joinCluster(ctx context.Context, n *node.Node, o JoinOptions) (*JoinResult,
 	return r, nil
 }
 
-// joiner is a join under way on the new node.
+// joiner is a join in progress on the new node.
 type joiner struct {
 	*node.Node
 	JoinOptions
-	version    store.Version // of the keyring that is replaced
+	version    store.Version // of the replaced keyring
 	anchor     *keyring.Anchor
 	state      tpm.BootState
 	self       keyring.Node
@@ -124,8 +125,8 @@ type joiner struct {
 	transcript []byte
 }
 
-// before returns the result where the node has joined that cluster already, and refuses to
-// join where a keyring or an anchor is of another cluster.
+// before returns the result if the node has already joined that cluster. It refuses to
+// join if the stored keyring or anchor belongs to another cluster.
 func (j *joiner) before(ctx context.Context) (*JoinResult, error) {
 	stored, err := j.stored(ctx)
 	if err != nil {
@@ -156,7 +157,8 @@ func (j *joiner) joined(u *keyring.Untrusted) (*JoinResult, error) {
 	return &JoinResult{Node: j.Config.Node, ClusterID: u.ClusterID(), KeyID: u.CurrentID(), Revision: u.Revision(), Keyring: j.Config.Keyring(), Before: true}, nil
 }
 
-// stored returns the stored keyring if it is of the cluster to join and lists this node.
+// stored returns the stored keyring if it belongs to the cluster to join and lists this
+// node.
 func (j *joiner) stored(ctx context.Context) (*keyring.Untrusted, error) {
 	b, version, err := j.Node.Keyring.File.Load(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -189,9 +191,8 @@ func (j *joiner) served(ctx context.Context) bool {
 	return err == nil && s.State == admin.Open && s.ClusterID == j.Trust.ClusterID.String()
 }
 
-// loadAnchor refuses an anchor of another cluster. One of this cluster is what a join that
-// broke off has left, or that of a keyring that is lost: the node never goes back behind
-// it.
+// loadAnchor refuses an anchor of another cluster. An anchor of this cluster comes from
+// a join that broke off, or from a lost keyring: the node never goes back behind it.
 func (j *joiner) loadAnchor(ctx context.Context) error {
 	anchor, err := j.Anchor.Load(ctx)
 	if errors.Is(err, nv.ErrAnchorMissing) || errors.Is(err, nv.ErrAnchorUnwritten) || err == nil && anchor == nil {
@@ -207,8 +208,8 @@ func (j *joiner) loadAnchor(ctx context.Context) error {
 	return nil
 }
 
-// look is the preflight: what would keep this node from opening its keyring later is
-// found before anybody is asked.
+// look is the preflight: it finds anything that would later keep this node from opening
+// its keyring, before it asks anybody.
 func (j *joiner) look(ctx context.Context) error {
 	if !j.View.OpensWithTPM() {
 		return reseal.ErrNoTPM
@@ -233,8 +234,8 @@ func (j *joiner) look(ctx context.Context) error {
 	return j.CheckAnchorable(ctx)
 }
 
-// recordPolicy records the running boot as the boot policy, as init does, where the
-// configuration names one and there is no such file yet.
+// recordPolicy records the running boot as the boot policy, as init does, if the
+// configuration names a file that does not exist yet.
 func (j *joiner) recordPolicy(ctx context.Context) error {
 	path := j.Config.TPM.BootPolicy
 	if path == "" {
@@ -251,7 +252,7 @@ func (j *joiner) recordPolicy(ctx context.Context) error {
 	return files.WriteNew(path, p.Marshal())
 }
 
-// prove proves the TPM and the boot, and returns what the other node gives.
+// prove proves the TPM and the boot, and returns the other node's grant.
 func (j *joiner) prove(ctx context.Context, client *join.Client) (*join.Grant, error) {
 	epoch, err := j.TPM.Epoch(ctx)
 	if err != nil {
@@ -283,7 +284,8 @@ func (j *joiner) prove(ctx context.Context, client *join.Client) (*join.Grant, e
 	return nil, err
 }
 
-// open opens the shared keyring with an import slot, and demands of it what --trust says.
+// open opens the shared keyring with an import slot, and compares the keyring with
+// --trust.
 func (j *joiner) open(ctx context.Context, g *join.Grant) (*keyring.Keyring, error) {
 	u, err := keyring.Parse(g.Keyring)
 	if err != nil {
@@ -316,8 +318,8 @@ func (j *joiner) open(ctx context.Context, g *join.Grant) (*keyring.Keyring, err
 	return opened, err
 }
 
-// check demands that the keyring lists this machine, and does not go back behind an anchor
-// that is here.
+// check demands that the keyring lists this machine, and that it does not go back
+// behind the stored anchor.
 func (j *joiner) check(k *keyring.Keyring) error {
 	if a := j.anchor; a != nil && keyring.CheckTrust(k, *a) != nil {
 		return seal.Errorf(seal.CauseAnchor, "find out which of the cluster's nodes has the newest keyring, and approve this node there",
@@ -329,7 +331,7 @@ func (j *joiner) check(k *keyring.Keyring) error {
 	return nil
 }
 
-// explain says what a keyring means that --trust does not vouch for.
+// explain says what it means that --trust does not vouch for a keyring.
 func (j *joiner) explain(err error) error {
 	if seal.CauseOf(err) != seal.CauseAnchor {
 		return err
@@ -355,8 +357,7 @@ func (j *joiner) unwrap(ctx context.Context, slots []seal.Slot) (*seal.Secret, e
 	return nil, err
 }
 
-// seal returns the keyring as this node keeps it, with slots that its own TPM has made and
-// opened.
+// seal returns this node's keyring, with slots that its own TPM has made and opened.
 func (j *joiner) seal(ctx context.Context, k *keyring.Keyring, g *join.Grant) (*keyring.Keyring, error) {
 	w, err := j.TPM.With(tpm.SealOptions{Verifier: j.verifier, SameTPMAs: slotview.TPMParts(g.Current)})
 	if err != nil {

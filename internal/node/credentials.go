@@ -16,8 +16,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// sealedPIN is the user PIN where it is sealed to the TPM. The file is read again each
-// time, so replacing it is enough.
+// sealedPIN returns the user PIN from its file sealed to the TPM. It reads the file
+// again each time, so the file can be replaced.
 func (n *Node) sealedPIN(ctx context.Context) (*seal.Secret, error) {
 	path := n.Config.PKCS11.SealedPINFile
 	blob, err := files.ReadOwned(path, tpm.MaxSealedCredential)
@@ -31,7 +31,7 @@ func (n *Node) sealedPIN(ctx context.Context) (*seal.Secret, error) {
 	return pin, err
 }
 
-// HintNeedsTPM says what a machine without a TPM can do.
+// HintNeedsTPM adds a hint for a machine without a TPM.
 func HintNeedsTPM(err error) error {
 	e, ok := errors.AsType[*seal.Error](err)
 	if !ok || e.Cause != seal.CauseUnavailable {
@@ -40,8 +40,8 @@ func HintNeedsTPM(err error) error {
 	return seal.Errorf(e.Cause, e.Hint+"; where there is no TPM, set pkcs11.pinFile instead", "a sealed PIN needs this machine's TPM: %w", e.Err)
 }
 
-// signed returns the boot states that this signer signed, from all files. What is
-// wrong with a file is said, and hides no other's.
+// signed returns the boot states that this signer signed, from all files. It logs a
+// faulty file, and still uses the others.
 func (n *Node) signed(signer tpm.Signer) []authpolicy.SignedState {
 	var all []authpolicy.SignedState
 	for _, path := range append([]string{n.Config.BootStates()}, n.Config.TPM.BootStates...) {
@@ -62,8 +62,8 @@ func (n *Node) signed(signer tpm.Signer) []authpolicy.SignedState {
 	return all
 }
 
-// clientCertificate is what vault logs in with where its key is in the TPM. Both
-// files are read again each time, so replacing them is enough.
+// clientCertificate returns the certificate with which vault logs in if its key is in
+// the TPM. It reads both files again each time, so the files can be replaced.
 func (n *Node) clientCertificate(ctx context.Context) (*tls.Certificate, error) {
 	auth := n.Config.Vault.Auth
 	blob, err := files.ReadOwned(auth.TPMKeyFile, tpm.MaxClientKey)
@@ -85,7 +85,7 @@ func (n *Node) clientCertificate(ctx context.Context) (*tls.Certificate, error) 
 	return certificate, nil
 }
 
-// certificateFor pairs a key with the PEM certificates that begin with its own.
+// certificateFor pairs a key with PEM certificates, the first of which must be its own.
 func certificateFor(signer crypto.Signer, b []byte) (*tls.Certificate, error) {
 	if len(b) > maxChain {
 		return nil, fmt.Errorf("more than %d bytes", maxChain)

@@ -11,19 +11,19 @@ import (
 )
 
 // HardenProcess keeps the process out of core files and away from other users'
-// debuggers. It comes before anything secret exists.
+// debuggers. Call it before anything secret exists.
 func HardenProcess() {
 	_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
-	_ = unix.Mlockall(lockAll) // lockProcess says whether that went well, where it matters
+	_ = unix.Mlockall(lockAll) // lockProcess checks the result where it matters
 }
 
-// lockAll locks the pages that are used, when they are.
+// lockAll locks each page when it is first used.
 const lockAll = unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT
 
-// lockProcess keeps the whole process out of swap. KEKs have locked memory of
-// their own; this is for what derives from them on Go's heap, AES key schedules
-// for instance. Only pages that are used are locked, so it costs nothing else.
+// lockProcess keeps the whole process out of swap. KEKs have separate locked memory.
+// This lock is for values on Go's heap that derive from KEKs, for instance AES key
+// schedules. It locks only used pages, so it costs nothing else.
 func lockProcess(mem seal.Memory, log *slog.Logger) error {
 	err := unix.Mlockall(lockAll)
 	if err == nil {
@@ -37,7 +37,7 @@ func lockProcess(mem seal.Memory, log *slog.Logger) error {
 		"lock the process's memory while swap is on: %w", err)
 }
 
-// swapOn reports whether anything could be swapped out, and errs on that side.
+// swapOn reports whether anything could be swapped out. In doubt it returns true.
 func swapOn() bool {
 	b, err := os.ReadFile("/proc/swaps")
 	return err != nil || bytes.Count(b, []byte("\n")) > 1

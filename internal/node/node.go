@@ -30,8 +30,8 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// Node is this machine, put together from its configuration. Making one touches
-// neither disk nor TPM.
+// Node is this machine, put together from its configuration. New touches neither disk
+// nor TPM.
 type Node struct {
 	Config   *config.Config
 	Log      *slog.Logger
@@ -42,8 +42,8 @@ type Node struct {
 	Gate     *attest.Gate
 	TPM      *tpm.Wrapper
 	Remote   *RemoteGate
-	HSM      *hsm.Wrapper   // nil where no token is configured
-	Vault    *vault.Wrapper // nil where no server is configured
+	HSM      *hsm.Wrapper   // nil if no token is configured
+	Vault    *vault.Wrapper // nil if no server is configured
 	Unlocker *unlock.Unlocker
 
 	Replacing sync.Mutex      // see replace
@@ -111,12 +111,12 @@ func parses(b []byte) bool {
 	return err == nil
 }
 
-// Attest has the gate judge this boot for these slots.
+// Attest lets the gate judge this boot for these slots.
 func (n *Node) Attest(ctx context.Context, slots []seal.Slot) error {
 	return preflight{n.Gate, n.Attests()}.Attest(ctx, slots)
 }
 
-// preflight is the gate, which takes two of two apart.
+// preflight is the gate, which sees the parts of two-of-two slots.
 type preflight struct {
 	*attest.Gate
 	attests bool // there is a TPM to attest with
@@ -141,8 +141,8 @@ func KeyringMissing(err error) error {
 	return err
 }
 
-// NoteSpent says what a command without serve has used up: what was unwrapped is in its
-// memory alone, and ends with it.
+// NoteSpent says what a command without serve has used up: the unwrapped secret is only
+// in its memory, and ends with it.
 func (n *Node) NoteSpent(w io.Writer) {
 	if n.Vault != nil && n.Vault.Unwrapped() {
 		fmt.Fprintf(w, "note: the wrapping token in vault.auth.secretIDFile is spent, and the secret ID that it held ends with this command; put a new wrapping token into %s before kleidi serve starts, or the next command without it\n", n.Config.Vault.Auth.SecretIDFile)
@@ -154,7 +154,7 @@ func MemoryOf(c *config.Config) seal.Memory {
 	return seal.Memory{BestEffort: c.Memory.Lock == config.LockBestEffort}
 }
 
-// TwoOfTwoWrapper returns the wrapper of a two-of-two over first, which is the TPM's.
+// TwoOfTwoWrapper returns the wrapper of a two-of-two with first as the TPM's wrapper.
 func (n *Node) TwoOfTwoWrapper(kind string, first both.Part) *both.Wrapper {
 	second, _ := n.Wrapper(slotview.Second(kind)).(both.Part)
 	if second == nil {
@@ -163,7 +163,8 @@ func (n *Node) TwoOfTwoWrapper(kind string, first both.Part) *both.Wrapper {
 	return &both.Wrapper{Kind: kind, Node: n.Config.Node, First: first, Second: second, Memory: n.Memory}
 }
 
-// overruledPart is a refusal that some slots overrule, asked about the TPM's half of each.
+// overruledPart is a refusal that some slots overrule. It judges a two-of-two by the
+// TPM's half.
 type overruledPart struct{ unlock.Overruled }
 
 // Overrules implements unlock.Overruled.
@@ -172,8 +173,8 @@ func (h overruledPart) Overrules(s seal.Slot) bool { return h.Overruled.Overrule
 // Unwrap returns the refusal.
 func (h overruledPart) Unwrap() error { return h.Overruled }
 
-// AcquireState takes the state folder for this process, before it changes anything, and
-// keeps the process out of swap, before it holds anything secret.
+// AcquireState takes the state folder for this process, before the process changes
+// anything, and keeps the process out of swap, before it holds anything secret.
 func (n *Node) AcquireState() error {
 	if err := n.LockMemory(); err != nil {
 		return err
@@ -196,7 +197,7 @@ func (n *Node) Close() {
 	n.State.Release()
 }
 
-// Stored returns the stored keyring, of which nothing is proven.
+// Stored returns the stored keyring. Nothing about it is proven.
 func (n *Node) Stored(ctx context.Context) (*keyring.Untrusted, store.Version, error) {
 	b, version, err := n.Keyring.File.Load(ctx)
 	if err != nil {
@@ -206,8 +207,8 @@ func (n *Node) Stored(ctx context.Context) (*keyring.Untrusted, store.Version, e
 	return u, version, err
 }
 
-// Advise returns err as it is shown to the operator of the keyring that is open or stored:
-// without recovery slot, no hint speaks of a recovery identity.
+// Advise returns err for the operator of the open or stored keyring: without a recovery
+// slot, no hint mentions a recovery identity.
 func (n *Node) Advise(ctx context.Context, err error) error {
 	if err == nil || seal.WithoutRecovery(err) == err {
 		return err
@@ -226,7 +227,7 @@ func (n *Node) Advise(ctx context.Context, err error) error {
 	return seal.WithoutRecovery(err)
 }
 
-// LockMemory is the check that nothing secret can reach the swap.
+// LockMemory ensures that nothing secret can reach the swap.
 func (n *Node) LockMemory() error { return lockProcess(n.Memory, n.Log) }
 
 // Openers are the wrappers that may open the keyring at start, in their order.
@@ -240,7 +241,7 @@ func (n *Node) Openers() []seal.Wrapper {
 	return all
 }
 
-// Wrappers returns every wrapper that is configured, whether they may open at start or not.
+// Wrappers returns every configured wrapper, whether it may open at start or not.
 func (n *Node) Wrappers() []seal.Wrapper {
 	var all []seal.Wrapper
 	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault} {
@@ -268,7 +269,7 @@ func (n *Node) Wrapper(kind string) seal.Wrapper {
 	return nil
 }
 
-// Rewrappers are the wrappers that rotation follows slots with.
+// Rewrappers are the wrappers with which a rotation follows slots.
 func (n *Node) Rewrappers() []rotation.Rewrapper {
 	all := []rotation.Rewrapper{n.TPM, recovery.Rewrapper{Memory: n.Memory}, slotview.KeepMissing{}}
 	if n.HSM != nil {
@@ -286,12 +287,13 @@ func (n *Node) Rewrappers() []rotation.Rewrapper {
 // Attests reports whether this machine has a TPM to attest it.
 func (n *Node) Attests() bool { return n.View.OpensWithTPM() || n.Config.Unlock.RequireAttestation }
 
-// settle ends the epochs before that of these slots.
+// settle ends the epochs before the epoch of these slots.
 func (n *Node) settle(ctx context.Context, slots []seal.Slot) error {
 	return n.TPM.Settle(ctx, slotview.TPMParts(slots))
 }
 
-// Refuse has this machine's TPM refuse kept copies of a slot, see [tpm.Wrapper.Refuse].
+// Refuse makes this machine's TPM refuse kept copies of a slot, see
+// [tpm.Wrapper.Refuse].
 func (n *Node) Refuse(ctx context.Context, c tpm.Copies) error {
 	counter, err := nv.NewCounter(c.Index, tpm.Owner{File: n.Config.TPM.OwnerAuthFile})
 	if err != nil {
@@ -300,13 +302,13 @@ func (n *Node) Refuse(ctx context.Context, c tpm.Copies) error {
 	return n.TPM.Refuse(ctx, c, counter)
 }
 
-// ungated reports whether a wrapper needs no attestation: one without the TPM, where
-// the configuration says so.
+// ungated reports whether a wrapper needs no attestation: a wrapper without the TPM, if
+// the configuration allows it.
 func (n *Node) ungated(kind string) bool {
 	return !n.Config.Unlock.RequireAttestation && kind != seal.TypeTPM && slotview.Second(kind) == ""
 }
 
-// addSecondary makes the wrappers beside the TPM's that are configured.
+// addSecondary makes the configured wrappers other than the TPM's.
 func (n *Node) addSecondary() (err error) {
 	if n.Config.PKCS11.Configured() {
 		if n.HSM, err = hsm.New(n.Config.PKCS11.Wrapper(n.Memory, n.sealedPIN)); err != nil {

@@ -29,7 +29,7 @@ func (n *Node) IsPresent(s tpm.BootState) bool {
 	return true
 }
 
-// LiveStates is states without those that are revoked.
+// LiveStates returns the boot states for these uses, without the revoked ones.
 func (n *Node) LiveStates(ctx context.Context, slots []seal.Slot, uses ...tpm.Use) ([]tpm.BootState, error) {
 	slots, err := n.Unrevoked(ctx, slots)
 	return n.View.BootStates(slots, uses...), err
@@ -56,8 +56,7 @@ func (n *Node) Result(former seal.KeyID, changes ...string) (admin.KeyringState,
 	return s, nil
 }
 
-// TryOpen has the slot's wrapper open it, and forgets what came out once its key ID
-// is compared.
+// TryOpen lets the slot's wrapper open it, compares the key ID, and forgets the KEK.
 func (n *Node) TryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
 	w := n.Wrapper(s.Type)
 	if w == nil {
@@ -77,7 +76,7 @@ func (n *Node) TryOpen(ctx context.Context, s seal.Slot, id seal.KeyID, cluster 
 	return nil
 }
 
-// TryOpenOrMissing opens one of slots, or says why there is none in its place.
+// TryOpenOrMissing opens one of slots, or says why the slot is missing.
 func (n *Node) TryOpenOrMissing(ctx context.Context, slots []seal.Slot, s seal.Slot, id seal.KeyID, cluster seal.ClusterID) error {
 	if d, ok := slotview.MissingOf(s); ok {
 		return n.View.WhyMissing(d, slots)
@@ -85,7 +84,7 @@ func (n *Node) TryOpenOrMissing(ctx context.Context, slots []seal.Slot, s seal.S
 	return n.TryOpen(ctx, s, id, cluster)
 }
 
-// OpenSlots returns the slots of the open keyring; none where kleidi is locked.
+// OpenSlots returns the slots of the open keyring, or none if kleidi is locked.
 func (n *Node) OpenSlots() []seal.Slot {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {
@@ -94,8 +93,8 @@ func (n *Node) OpenSlots() []seal.Slot {
 	return k.Slots()
 }
 
-// Unrevoked leaves out the slots of this TPM whose epoch has passed: they must not
-// come back.
+// Unrevoked leaves out the slots of this TPM whose epoch has passed: they must not come
+// back.
 func (n *Node) Unrevoked(ctx context.Context, slots []seal.Slot) ([]seal.Slot, error) {
 	if len(n.View.Demands(slots)) == 0 {
 		return slots, nil
@@ -108,9 +107,9 @@ func (n *Node) Unrevoked(ctx context.Context, slots []seal.Slot) ([]seal.Slot, e
 	return slices.DeleteFunc(slices.Clone(slots), func(s seal.Slot) bool { return n.View.Revoked(s, epoch) }), err
 }
 
-// CanOpen reports whether one of the slots is of a wrapper that may open the
-// keyring on this node; one of the TPM must be for the running boot, or for signed
-// ones.
+// CanOpen reports whether one of the slots belongs to a wrapper that may open the
+// keyring on this node. A slot of the TPM must be for the running boot, or for signed
+// boot states.
 func (n *Node) CanOpen(slots []seal.Slot) bool {
 	at, _ := n.RunningSlot(slots)
 	return at >= 0 && n.View.OpensWithTPM() || len(n.View.BootStates(slots, tpm.UseSigned)) > 0 || slices.ContainsFunc(slots, func(s seal.Slot) bool {
@@ -118,9 +117,10 @@ func (n *Node) CanOpen(slots []seal.Slot) bool {
 	})
 }
 
-// RequireOpener opens slots until one of a wrapper that may open the keyring at start
-// does; else it says why the last one did not, or that there is none. A suspension
-// does not count: it ends. A slot for a next boot opens in that boot alone.
+// RequireOpener opens slots until one opens whose wrapper may open the keyring at
+// start. Otherwise it says why the last one did not open, or that there is none. A
+// suspension does not count, because it ends. A slot for a next boot opens only in that
+// boot.
 func (n *Node) RequireOpener(ctx context.Context, k *keyring.Keyring, slots []seal.Slot) error {
 	refusal := errors.New("it is the last slot that can open the keyring on this node; add another one first")
 	for _, s := range slots {
@@ -136,8 +136,8 @@ func (n *Node) RequireOpener(ctx context.Context, k *keyring.Keyring, slots []se
 	return refusal
 }
 
-// RunningSlot returns the place of the slot that names the running boot whole, and
-// what it demands; -1 where there is none.
+// RunningSlot returns the place of the slot that names the whole running boot, and its
+// demand; -1 if there is none.
 func (n *Node) RunningSlot(slots []seal.Slot) (int, tpm.Demand) {
 	demands := n.View.Demands(slots)
 	for _, i := range slices.Sorted(maps.Keys(demands)) {

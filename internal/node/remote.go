@@ -13,15 +13,14 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 )
 
-// RemoteGate is the configured verifier, seen from the node; nil where there is
-// none.
+// RemoteGate is the node's view of the configured verifier; nil if there is none.
 type RemoteGate struct {
 	*remote.Gate
 	publicKey string
 }
 
-// Demand is what new slots of a cluster demand of the verifier; nil is nothing,
-// where there is none or the operator does without.
+// Demand returns what new slots of a cluster demand of the verifier; nil if there is no
+// verifier or the operator goes on without it.
 func (g *RemoteGate) Demand(cluster seal.ClusterID, without bool) (*tpm.Verifier, error) {
 	if g == nil || without {
 		return nil, nil

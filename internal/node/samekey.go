@@ -17,13 +17,13 @@ import (
 const HintSameKey = "bring back the token, or the server, whose key made the slot"
 
 // OtherKeyError says that the configured token or server may hold another key than the
-// one that made the slot: only the operator can tell whether it is to be trusted.
+// one that made the slot. Only the operator can decide whether to trust it.
 type OtherKeyError struct{ error }
 
 // Unwrap returns the reason.
 func (e *OtherKeyError) Unwrap() error { return e.error }
 
-// proveKey has a wrapper show that it has the key of a slot that holds kek.
+// proveKey makes a wrapper show that it has the key of a slot that holds kek.
 func proveKey(ctx context.Context, w seal.Wrapper, kek *seal.Secret, s seal.Slot) error {
 	if pair, ok := w.(*both.Wrapper); ok {
 		return pair.Holds(ctx, kek, s)
@@ -42,8 +42,8 @@ func proveKey(ctx context.Context, w seal.Wrapper, kek *seal.Secret, s seal.Slot
 	return nil
 }
 
-// UntrustedKeys are the tokens and servers that are not to get the KEK although they are
-// configured: they don't open the slot that is there, or were left out.
+// UntrustedKeys are the configured tokens and servers that must not receive the KEK:
+// they do not open the existing slot, or were left out.
 func (n *Node) UntrustedKeys(ctx context.Context, k *keyring.Keyring) map[string]error {
 	all := map[string]error{}
 	for _, s := range k.Slots() {
@@ -61,7 +61,7 @@ func (n *Node) UntrustedKeys(ctx context.Context, k *keyring.Keyring) map[string
 	return all
 }
 
-// CheckKeyOf refuses to put a slot in the place of one that the wrapper doesn't open.
+// CheckKeyOf refuses to replace a slot that the wrapper does not open.
 func (n *Node) CheckKeyOf(ctx context.Context, k *keyring.Keyring, w seal.Wrapper) error {
 	for _, s := range k.Slots() {
 		if s.Type != w.Type() || !slotview.HasBackend(s.Type) {
@@ -74,7 +74,7 @@ func (n *Node) CheckKeyOf(ctx context.Context, k *keyring.Keyring, w seal.Wrappe
 	return nil
 }
 
-// provenRewrapper follows slots of a keyring with the wrapper that opens them alone.
+// provenRewrapper follows only the slots of a keyring that its wrapper opens.
 type provenRewrapper struct {
 	rotation.Rewrapper
 	node *Node
@@ -100,7 +100,7 @@ func (n *Node) ProvenRewrappers(k *keyring.Keyring) []rotation.Rewrapper {
 	return all
 }
 
-// otherKey says what to do where the reason may be that the key is another one.
+// otherKey says what to do if the reason may be another key.
 func (n *Node) otherKey(k *keyring.Keyring, s seal.Slot, err error) error {
 	if cause := seal.CauseOf(err); cause != seal.CauseSlotCorrupt && cause != seal.CauseNoSlot {
 		return err
@@ -109,16 +109,16 @@ func (n *Node) otherKey(k *keyring.Keyring, s seal.Slot, err error) error {
 		seal.WithHint(err, HintSameKey+"; if its key was made anew, and you trust it, run kleidi slot rewrap "+slotview.NameOf(k, s)+" --new-key"))}
 }
 
-// CheckSecondKey refuses to make the TPM's half of a two-of-two again while the second wrapper
-// does not open its own half of the slot that is there.
+// CheckSecondKey refuses to make the TPM's half of a two-of-two again while the second
+// wrapper does not open its half of the existing slot.
 func (n *Node) CheckSecondKey(ctx context.Context, k *keyring.Keyring) error {
 	kind := n.View.TwoOfTwo()
 	own := slices.DeleteFunc(k.Slots(), func(s seal.Slot) bool { return s.Type != kind || s.Node != n.Config.Node })
 	if kind == "" || len(own) == 0 {
 		return nil
 	}
-	// All have the same key, but where one was rewrapped by another: that of the present
-	// boot state says which counts.
+	// All slots have the same key, unless one was rewrapped with another. The slot for
+	// the present boot state says which key counts.
 	at := max(slices.IndexFunc(own, func(s seal.Slot) bool { return n.View.Use(s) == slotview.UseNames[tpm.UsePresent] }), 0)
 	if err := n.TwoOfTwoWrapper(kind, n.TPM).Holds(ctx, k.KEK(), own[at]); err != nil {
 		return n.otherKey(k, own[at], err)
@@ -126,7 +126,8 @@ func (n *Node) CheckSecondKey(ctx context.Context, k *keyring.Keyring) error {
 	return nil
 }
 
-// HintKeyMade is a failure after the token has made a key: the next try must use that.
+// HintKeyMade marks a failure after the token has generated a key: the next try must
+// use that key.
 func HintKeyMade(err error) error {
 	return seal.AddHint(err, "the key is made, so leave --generate-key out when you run it again")
 }

@@ -9,17 +9,17 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// SelfTests is what came of the last tests of slots. A result is kept with the slot
-// that it is of: one that is made again, or taken away, leaves no result behind.
+// SelfTests holds the results of the last tests of slots. A result belongs to its slot:
+// a slot that is made again, or removed, leaves no result behind.
 type SelfTests struct {
 	mu      sync.Mutex
-	at      time.Time // of the last one of all slots
+	at      time.Time // of the last test of all slots
 	results map[string]admin.SlotTest
 }
 
-// Record keeps the result of a test of a slot, and drops those of slots that are not
-// open any more. It asks for these itself: the keyring of when the test began may lack
-// a slot that was added, and tested, since.
+// Record keeps the result of a test of a slot, and drops the results of slots that are
+// no longer open. It calls open itself, because a slot may have been added and tested
+// since the test began.
 func (r *SelfTests) Record(open func() []seal.Slot, s seal.Slot, t admin.SlotTest) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -39,7 +39,7 @@ func (r *SelfTests) Ended(at time.Time) {
 	r.at = at
 }
 
-// Seconds is when all slots were last tested, 0 if never.
+// Seconds returns the time of the last test of all slots, or 0 if never.
 func (r *SelfTests) Seconds() float64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -55,7 +55,7 @@ func (r *SelfTests) Failed(slots []seal.Slot) (failed []admin.SlotTest) {
 	defer r.mu.Unlock()
 	for i, name := range slotview.Names(slots) {
 		if t, ok := r.results[slotview.Identity(slots[i])]; ok && !t.Opens {
-			t.Name = name // which depends on what stands beside it
+			t.Name = name // the name depends on the other slots
 			failed = append(failed, t)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 )
 
 // StateFolder is the state folder, which one process at a time may change. A serve
-// that has no keyring yet leaves it to init.
+// without a keyring leaves it to init.
 type StateFolder struct {
 	dir string
 
@@ -29,7 +29,7 @@ func (s *StateFolder) acquire() error {
 	}
 	err := store.PrepareDir(s.dir)
 	if err == nil {
-		err = ownership.CheckFolder(s.dir) // and every folder above it
+		err = ownership.CheckFolder(s.dir) // this also checks every folder above it
 	}
 	if err == nil {
 		s.lock, err = store.LockDir(s.dir)
@@ -55,20 +55,20 @@ func (s *StateFolder) Release() {
 // File is a file in the state folder.
 func (s *StateFolder) File(path string) LockedFile { return LockedFile{store.NewFile(path), s} }
 
-// LockedFile is a file in the state folder that is changed under the lock alone.
+// LockedFile is a file in the state folder that is changed only under the lock.
 type LockedFile struct {
 	*store.File
 	state *StateFolder
 }
 
-// Load reads the file; once there is one, this process takes the lock. A read-only
+// Load reads the file. Once the file exists, this process takes the lock. A read-only
 // disk does not stop us from serving; another process holding the lock does.
 func (f LockedFile) Load(ctx context.Context) ([]byte, store.Version, error) {
 	b, version, err := f.File.Load(ctx)
 	if err != nil {
 		return nil, "", err
 	}
-	if err := ownership.CheckFolder(f.state.dir); err != nil { // and every folder above it
+	if err := ownership.CheckFolder(f.state.dir); err != nil { // this also checks every folder above it
 		return nil, "", seal.Caused(seal.CauseStore, "", "the state folder", err)
 	}
 	if err := f.state.acquire(); errors.Is(err, store.ErrLocked) {

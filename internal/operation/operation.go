@@ -17,7 +17,7 @@ type Operation[Req, Resp any] struct {
 	Verb admin.Verb[Req, Resp]
 	// work does it in the running serve.
 	work func(context.Context, *node.Node, Req) (Resp, error)
-	// alone does it in a command of its own, where no serve runs; nil means work.
+	// alone does the work in a separate command, if no serve runs; nil means work.
 	alone func(context.Context, *node.Node, Req) (Resp, error)
 	// keyring says what the work expects of the keyring.
 	keyring expectation
@@ -29,10 +29,10 @@ type expectation int
 const (
 	// asItIs: the operation opens what it needs itself, or works on a locked one.
 	asItIs expectation = iota
-	// seen: serve lets its first attempt to unlock end first, since the operation
-	// shows what came of it.
+	// seen: serve first waits for the end of its first attempt to unlock, because the
+	// operation shows the result.
 	seen
-	// open: as seen, and a command without serve opens the keyring first.
+	// open: like seen; a command without serve also opens the keyring first.
 	open
 )
 
@@ -69,7 +69,7 @@ var table = []interface {
 	AddSlot, RemoveSlot, TestSlots, RewrapSlot, ForgetCopies,
 }
 
-// Handle has the admin socket of a running serve answer every operation.
+// Handle makes the admin socket of a running serve answer every operation.
 func Handle(s *admin.Server, n *node.Node) {
 	for _, o := range table {
 		o.handle(s, n)
@@ -89,7 +89,7 @@ func (o Operation[Req, Resp]) handle(s *admin.Server, n *node.Node) {
 // firstAttempt bounds how long an operation waits for the first attempt to unlock.
 const firstAttempt = 2 * time.Second
 
-// awaitFirstAttempt waits a moment for the first attempt to unlock: to systemd the unit
+// awaitFirstAttempt waits a moment for the first attempt to unlock. To systemd the unit
 // is ready before that, and a command may follow at once.
 func awaitFirstAttempt(ctx context.Context, n *node.Node) {
 	select {
@@ -99,7 +99,7 @@ func awaitFirstAttempt(ctx context.Context, n *node.Node) {
 	}
 }
 
-// Alone runs the operation in this process, where no serve runs.
+// Alone runs the operation in this process, if no serve runs.
 func (o Operation[Req, Resp]) Alone(ctx context.Context, n *node.Node, req Req) (Resp, error) {
 	work := o.alone
 	if work == nil {

@@ -1,14 +1,14 @@
-// Package ownership verifies that nobody but root and the user of this process
-// decides what a path leads to.
+// Package ownership verifies that only root and the user of this process decide where a
+// path leads.
 //
-// A file is as trustworthy as every folder on the way to it: the owner of a parent
-// can rename the folder away and put another in its place, whatever the file's own
-// mode says. So a path is followed from the root, one name and one symbolic link at a
-// time, and each folder that a name is looked up in is judged.
+// A file is as trustworthy as every folder on the way to it: the owner of a parent can
+// rename the folder away and put another in its place, whatever the file's own mode
+// says. So the package follows a path from the root, one name and one symbolic link at
+// a time, and judges each folder in which it looks up a name.
 //
-// A folder that everybody may write is accepted on the way where it is sticky, as /tmp
-// is: there only the owner of an entry, the owner of the folder and root can rename or
-// remove it, and the entry's owner is judged next.
+// It accepts a folder that everybody may write if the folder is sticky, such as /tmp:
+// there only the owner of an entry, the owner of the folder and root can rename or
+// remove the entry. The owner of the entry is judged next.
 package ownership
 
 import (
@@ -25,11 +25,11 @@ import (
 // maxLinks bounds the symbolic links on one path, as Linux does (path_resolution(7)).
 const maxLinks = 40
 
-// writable are the permission bits that let others than the owner write.
+// writable are the permission bits that let users other than the owner write.
 const writable = 0o022
 
-// CheckFile returns an error, with the command that helps, if anybody but root and
-// this process's user could change the file at path or put another in its place.
+// CheckFile returns an error, with a command that helps, if anybody except root and
+// this process's user could change or replace the file at path.
 func CheckFile(path string) error {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
@@ -38,8 +38,8 @@ func CheckFile(path string) error {
 	return checkFile(path, &st)
 }
 
-// CheckOpen does the same for a file that is open, under the name that it was opened by.
-// What is read from it is what was judged, also where its name leads elsewhere by now.
+// CheckOpen is CheckFile for an open file, under the name by which it was opened. The
+// judged file is the one that is read, even if the name leads elsewhere by now.
 func CheckOpen(f *os.File) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
@@ -50,7 +50,7 @@ func CheckOpen(f *os.File) error {
 
 func checkFile(path string, st *unix.Stat_t) error {
 	if kind := st.Mode & unix.S_IFMT; kind == unix.S_IFIFO || kind == unix.S_IFCHR {
-		return checkOwner("file", path, st) // a shell's <(command), or /dev/stdin: no name leads to it
+		return checkOwner("file", path, st) // no name leads to a shell's <(command), or to /dev/stdin
 	}
 	if err := walk(path); err != nil {
 		return err
@@ -58,7 +58,7 @@ func checkFile(path string, st *unix.Stat_t) error {
 	return checkEntry("file", path, st)
 }
 
-// CheckFolder does the same for a folder, and for what lies directly in it.
+// CheckFolder is CheckFile for a folder and for its entries.
 func CheckFolder(path string) error {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
@@ -95,8 +95,9 @@ func checkOwner(kind, path string, st *unix.Stat_t) error {
 }
 
 // StickyAbove returns a folder above path, such as /tmp, in which other users may make
-// entries, or "" if there is none. Path is as safe as its own folder's owner while that
-// folder is there; where /tmp is emptied at boot, another user may be first to make it.
+// entries, or "" if there is none. path is as safe as the owner of its own folder while
+// that folder exists. If /tmp is emptied at boot, another user may be the first to make
+// it.
 func StickyAbove(path string) string {
 	path, err := filepath.EvalSymlinks(path)
 	if err != nil {
@@ -112,8 +113,8 @@ func StickyAbove(path string) string {
 	return ""
 }
 
-// sticky reports whether everybody, or a group, may put entries of their own into the
-// folder, and nobody may take away those of others.
+// sticky reports whether everybody, or a group, may add entries to the folder, and
+// nobody may remove the entries of others.
 func sticky(st *unix.Stat_t) bool { return st.Mode&unix.S_ISVTX != 0 && st.Mode&writable != 0 }
 
 // walk judges every folder in which a name of path is looked up.
@@ -123,7 +124,7 @@ func walk(path string) error {
 		if err != nil {
 			return err
 		}
-		path = dir + "/" + path // not cleaned: behind a symbolic link, ".." is another folder
+		path = dir + "/" + path // not cleaned: after a symbolic link, ".." is another folder
 	}
 	at, rest, links := "/", split(path), 0
 	for len(rest) > 0 {
@@ -181,12 +182,12 @@ func checkPassed(dir string) (*unix.Stat_t, error) {
 	return &st, nil
 }
 
-// refusal is an error with the command that helps.
+// refusal is an error with a command that helps.
 func refusal(remedy, format string, args ...any) error {
 	return seal.Errorf(seal.CauseConfiguration, remedy, format, args...)
 }
 
-// word is a path as a command takes it, and not for a flag.
+// word returns a path as an argument of a command, never mistaken for a flag.
 func word(path string) string {
 	if strings.HasPrefix(path, "-") {
 		path = "./" + path
@@ -194,8 +195,8 @@ func word(path string) string {
 	return seal.Quote(path)
 }
 
-// checkLink returns where path leads to if it is a symbolic link, and "" if it is none.
-// In a sticky folder the link's owner could replace it.
+// checkLink returns the target of path if it is a symbolic link, and "" otherwise. In a
+// sticky folder the link's owner could replace it.
 func checkLink(path string, folder *unix.Stat_t) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {

@@ -1,15 +1,14 @@
-// Package powerloss gives tests a disk whose power can be cut: what a program
-// wrote and did not flush is then gone, as it is after a real power failure.
+// Package powerloss gives tests a disk whose power can be cut: data that a program
+// wrote without a flush is then lost, as after a real power failure.
 //
-// The disk is an ext4 file system in an image file behind a loop device. The
-// image holds what the file system has sent to its device, and nothing that is
-// still in memory. So a copy of the image is the disk at the moment of a power
-// failure, and to mount the copy is to start again.
+// The disk is an ext4 file system in an image file behind a loop device. The image
+// holds everything that the file system has sent to its device, and nothing that is
+// still in memory. So a copy of the image is the disk at the moment of a power failure,
+// and mounting the copy is a restart.
 //
-// A test that fails here is right: data that no flush demanded was lost. A test
-// that passes may owe it to the kernel, which flushes by itself after some
-// seconds. Tests are therefore quick, and cut the power right after the step
-// that they are about.
+// A test that fails here is right: data that no flush demanded was lost. A test that
+// passes may owe it to the kernel, which flushes without a request after some seconds.
+// So tests must be quick, and cut the power right after the tested step.
 package powerloss
 
 import (
@@ -26,9 +25,8 @@ import (
 // size of the disk in bytes; mkfs.ext4 makes no journal on a much smaller one.
 const size = 16 << 20
 
-// options keep ext4 from flushing what nobody asked it to flush: by default it
-// commits every five seconds, and writes a file's data before a rename replaces
-// another file.
+// options keep ext4 from flushing without a request: by default it commits every five
+// seconds, and writes a file's data before a rename replaces another file.
 const options = "commit=300,noauto_da_alloc"
 
 // Disk is a mounted disk.
@@ -58,16 +56,16 @@ func New(t testing.TB, dir string) *Disk {
 		t.Fatalf("mount a disk of its own (run the tests as root): %v", err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(d.dir, unix.MNT_DETACH) })
-	// An ext4 file system of its own has this folder, which is empty
+	// A new ext4 file system has this folder, which is empty
 	if err := errors.Join(os.Remove(filepath.Join(dir, "lost+found")), os.Chmod(dir, 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	d.Flush() // the file system itself is on the disk
+	d.Flush() // puts the file system itself on the disk
 	return d
 }
 
-// Cut cuts the power and starts again: the disk then holds what was flushed. No
-// file on it may be open.
+// Cut cuts the power and starts again. The disk then holds the flushed data. No file on
+// it may be open.
 func (d *Disk) Cut() {
 	d.t.Helper()
 	survived, err := os.ReadFile(d.image)
@@ -85,7 +83,7 @@ func (d *Disk) Cut() {
 	}
 }
 
-// Flush has the whole file system written to the disk.
+// Flush writes the whole file system to the disk.
 func (d *Disk) Flush() {
 	d.t.Helper()
 	f, err := os.Open(d.dir)

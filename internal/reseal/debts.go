@@ -13,13 +13,13 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// EarlierEpoch is what a command says that has ended an epoch of this TPM.
+// EarlierEpoch is the report of a command that has ended an epoch of this TPM.
 const EarlierEpoch = "slots of the earlier epoch no longer open, kept copies included"
 
-// ReportRevoked says what became of the slots of a TPM that before has and the open keyring
-// has not: revoked, in these words, if the TPM that sealed them has raised its counter and
-// said so, else where copies of them still open. It is called after the change: what the
-// open keyring owes is tried first.
+// ReportRevoked reports on the TPM slots that before has and the open keyring lacks. It
+// returns revoked if the TPM that sealed them has raised its counter and confirmed it.
+// Otherwise it says where copies of them still open. It is called after the change, and
+// first tries to pay the debts of the open keyring.
 func ReportRevoked(ctx context.Context, n *node.Node, before []seal.Slot, revoked string) []string {
 	if err := PayDebts(ctx, n); err != nil {
 		n.Log.Warn("kept copies of former slots still open", "cause", seal.CauseOf(err), "error", err)
@@ -38,16 +38,16 @@ func ReportRevoked(ctx context.Context, n *node.Node, before []seal.Slot, revoke
 	return changes
 }
 
-// PayDebts has this machine's TPM refuse the copies that the open keyring names as still
-// open, and takes those out of it that it now refuses. The error is that of the last one
-// that it could not be told to refuse though it may be its own. Without a debt, or with
-// those of another TPM alone, the keyring stays as it is.
+// PayDebts makes this machine's TPM refuse the copies that the open keyring lists as
+// still open, and removes the refused ones from the keyring. The error is that of the
+// last debt that may concern this TPM but could not be paid. Without a debt, or with
+// debts of another TPM only, the keyring does not change.
 func PayDebts(ctx context.Context, n *node.Node) error {
 	var failure error
 	var paid []slotview.Debt
 	for _, d := range n.View.Debts(n.OpenSlots()) {
 		switch err := n.Refuse(ctx, d.Copies); seal.CauseOf(err) {
-		case seal.CauseTPMCleared: // the key that opened them is gone
+		case seal.CauseTPMCleared: // the key that opened the copies is gone
 			paid = append(paid, d)
 		case seal.CauseOtherTPM:
 		default:
@@ -70,7 +70,7 @@ func PayDebts(ctx context.Context, n *node.Node) error {
 	return errors.Join(failure, err)
 }
 
-// Forget takes debts out of the open keyring, and returns them.
+// Forget removes debts from the open keyring, and returns them.
 func Forget(ctx context.Context, n *node.Node, which func(slotview.Debt) bool) (forgotten []slotview.Debt, err error) {
 	err = n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		var left []slotview.Debt

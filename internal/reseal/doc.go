@@ -1,11 +1,11 @@
-// Package reseal decides which boot states the TPM opens the KEK in, and seals it to them:
-// the running boot, predicted next boots, states that an operator signed, and a suspension
-// for a bounded number of boots.
+// Package reseal decides in which boot states the TPM opens the KEK, and seals the KEK
+// to them: the running boot, predicted next boots, states that an operator signed, and
+// a suspension for a bounded number of boots.
 //
-// A boot state is taken away in one way only: the remaining slots are sealed for the
+// A boot state is revoked in only one way: the remaining slots are sealed for the
 // following epoch, the keyring is saved, and then the TPM's counter moves. Deleting the
-// bytes of a slot would revoke nothing, since somebody may have kept a copy.
+// bytes of a slot would revoke nothing, because somebody may have kept a copy.
 //
-// The files of a coming boot are turned into PCR values by package predict. The boot policy
-// is widened to allow that boot, and narrowed again once it has run.
+// Package predict turns the files of the next boot into PCR values. The boot policy is
+// widened to allow that boot, and narrowed again once that boot has run.
 package reseal

@@ -15,14 +15,14 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Narrowed is what was taken out of the boot policy.
+// Narrowed lists what was removed from the boot policy.
 type Narrowed struct {
 	File    string              `json:"file"`
 	Changes []bootpolicy.Change `json:"changes"`
 	DryRun  bool                `json:"dryRun,omitempty"`
 }
 
-// NarrowPolicy writes the narrower boot policy in the place of the present one.
+// NarrowPolicy replaces the boot policy with the narrower one.
 func NarrowPolicy(ctx context.Context, n *node.Node, dryRun bool) (*Narrowed, error) {
 	path := n.Config.TPM.BootPolicy
 	if path == "" {
@@ -57,9 +57,9 @@ func NarrowPolicy(ctx context.Context, n *node.Node, dryRun bool) (*Narrowed, er
 	return r, err
 }
 
-// storedSlots returns the slots of the current KEK as they are stored. Nothing vouches
-// for them here: a slot too many keeps a boot in the boot policy, and none adds one.
-// The running serve keeps its lock on the file meanwhile.
+// storedSlots returns the stored slots of the current KEK. Nothing vouches for them
+// here: a slot too many keeps a boot in the boot policy, and no slot adds one. The
+// running serve keeps its lock on the file meanwhile.
 func storedSlots(ctx context.Context, n *node.Node) ([]seal.Slot, error) {
 	k, _, err := n.Stored(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -71,8 +71,8 @@ func storedSlots(ctx context.Context, n *node.Node) ([]seal.Slot, error) {
 	return k.Slots(), nil
 }
 
-// narrow returns the boot policy that allows the running boot, and those that live
-// slots are sealed to.
+// narrow returns the boot policy that allows the running boot and the boots of live
+// slots.
 func narrow(ctx context.Context, n *node.Node, p *bootpolicy.BootPolicy, running *eventlog.Log, slots []seal.Slot) (*bootpolicy.BootPolicy, error) {
 	if states, err := n.LiveStates(ctx, slots, tpm.UseSigned); err != nil {
 		return nil, err
@@ -93,8 +93,8 @@ func narrow(ctx context.Context, n *node.Node, p *bootpolicy.BootPolicy, running
 	return p.Narrow(running, boots)
 }
 
-// allowsTooMuch reports whether the boot policy allows boots that no slot among these is
-// sealed to any more.
+// allowsTooMuch reports whether the boot policy allows boots to which none of these
+// slots is sealed any more.
 func allowsTooMuch(ctx context.Context, n *node.Node, slots []seal.Slot) bool {
 	last := n.Gate.Last()
 	if n.Gate.BootPolicy == nil || last == nil {

@@ -10,8 +10,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 )
 
-// RecordPolicy records from a log that a fresh quote has verified. What is to be
-// recorded isn't judged: the present boot policy may be of another boot.
+// RecordPolicy records a boot policy from a log that a fresh quote has verified. It
+// does not judge the boot: the present boot policy may belong to another boot.
 func RecordPolicy(ctx context.Context, n *node.Node, pcrs []int) (*bootpolicy.BootPolicy, error) {
 	pcrs, err := RecordedPCRs(n, pcrs)
 	if err != nil {
@@ -28,7 +28,7 @@ func RecordPolicy(ctx context.Context, n *node.Node, pcrs []int) (*bootpolicy.Bo
 // maxPCR is the highest PCR of a TPM of a PC (TCG PC Client Platform TPM Profile).
 const maxPCR = 23
 
-// RecordedPCRs returns pcrs, or what is recorded where none are named.
+// RecordedPCRs returns pcrs, or the PCRs to record if none are named.
 func RecordedPCRs(n *node.Node, pcrs []int) ([]int, error) {
 	if len(pcrs) == 0 {
 		sealed, err := n.Gate.ChoosePCRs()

@@ -18,14 +18,14 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/predict"
 )
 
-// Prediction is what the next boot will be.
+// Prediction describes the next boot.
 type Prediction struct {
 	State tpm.BootState
 	log   *eventlog.Log
 	Moved []int // PCRs that differ from the running boot
 }
 
-// Predict computes the next boot from the attested running one and the files.
+// Predict computes the next boot from the attested running boot and the files.
 func Predict(ctx context.Context, n *node.Node, change predict.Change) (*Prediction, error) {
 	pcrs, err := n.Gate.ChoosePCRs()
 	if err != nil {
@@ -80,8 +80,8 @@ func anchorFollows(n *node.Node, now eventlog.PCRs, next *eventlog.Log) error {
 	return nil
 }
 
-// allowNext has the boot policy allow the predicted boot, too. It says what it did,
-// and how to take it back.
+// allowNext makes the boot policy allow the predicted boot too. It says what it did,
+// and returns a function that undoes it.
 func allowNext(ctx context.Context, n *node.Node, next *eventlog.Log) (did string, undo func() error, err error) {
 	path := n.Config.TPM.BootPolicy
 	undo = func() error { return nil }
@@ -115,8 +115,8 @@ func allowNext(ctx context.Context, n *node.Node, next *eventlog.Log) (did strin
 	return "the boot policy " + path + " allows it as well", undo, nil
 }
 
-// ToNext predicts the next boot and, unless reseal is nil, has the boot policy allow
-// it and reseal seal the KEK to it.
+// ToNext predicts the next boot. Unless reseal is nil, it makes the boot policy allow
+// that boot, and calls reseal to seal the KEK to it.
 func ToNext(ctx context.Context, n *node.Node, change predict.Change, reseal func(*admin.BootState) (admin.KeyringState, error)) (*NextResult, error) {
 	p, err := Predict(ctx, n, change)
 	if err != nil {
@@ -132,7 +132,8 @@ func ToNext(ctx context.Context, n *node.Node, change predict.Change, reseal fun
 	if reseal == nil {
 		return r, nil
 	}
-	// First the boot policy: a slot for a boot that it refuses would be of no use.
+	// The boot policy comes first: a slot for a boot that the boot policy refuses would
+	// be useless.
 	allowed, undo, err := allowNext(ctx, n, p.log)
 	if err != nil {
 		return nil, err
@@ -148,7 +149,7 @@ func ToNext(ctx context.Context, n *node.Node, change predict.Change, reseal fun
 	return r, nil
 }
 
-// NextResult is what a reseal to the next boot shows.
+// NextResult is the output of a reseal to the next boot.
 type NextResult struct {
 	BootType string              `json:"bootType"`
 	Bank     string              `json:"bank"`

@@ -14,8 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 )
 
-// Present seals the KEK to the present boot state, and revokes the slot of the
-// earlier one.
+// Present seals the KEK to the present boot state, and revokes the slot of the earlier
+// one.
 func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
 	var bound []string
 	var before, sealed []seal.Slot
@@ -64,7 +64,7 @@ func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.
 		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
 	}
 	if n.Unlocker.State().Fallback != nil {
-		n.Unlocker.Nudge() // the TPM opens again, which a reload finds out
+		n.Unlocker.Nudge() // the TPM opens again; a reload notices that
 	}
 	bound = append(bound, ReportRevoked(ctx, n, before, EarlierEpoch)...)
 	if allowsTooMuch(ctx, n, sealed) {
@@ -73,8 +73,8 @@ func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.
 	return n.Unchanged(bound...)
 }
 
-// Next seals the KEK to the next boot state that the request names, beside the present
-// one. Where there are as many as there may be, the oldest of them goes.
+// Next seals the KEK to the next boot state in the request, in addition to the present
+// one. If there are already MaxNext of them, the oldest is dropped.
 func Next(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
 	b := *req.Next
 	bank, err := tpm.ParseBank(b.Bank)

@@ -15,9 +15,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// sealStates seals kek to each of the boot states, and opens what it made before
-// anything relies on it. Slots for other boots than the running one can't be
-// tried; opened says whether any could.
+// sealStates seals kek to each of the boot states, and opens each new slot before
+// anything relies on it. Slots for other boots than the running one can't be tried;
+// opened says whether any could.
 func sealStates(ctx context.Context, n *node.Node, w *tpm.Wrapper, kek *seal.Secret, states []tpm.BootState) (slots []seal.Slot, opened bool, err error) {
 	for _, s := range states {
 		slot, err := SealState(ctx, n, w, kek, s)
@@ -35,8 +35,9 @@ func sealStates(ctx context.Context, n *node.Node, w *tpm.Wrapper, kek *seal.Sec
 	return slots, opened, nil
 }
 
-// ReplaceBootStates returns the revision in which the KEK is sealed to these boot states,
-// for the next epoch: once that has begun, no other slot of this node opens.
+// ReplaceBootStates returns the revision in which the KEK is sealed to these boot
+// states for the next epoch. Once that epoch has begun, no other slot of this node
+// opens.
 func ReplaceBootStates(ctx context.Context, n *node.Node, k *keyring.Keyring, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
 	if err := n.View.CheckSeal(k.Slots()); err != nil {
 		return nil, nil, err
@@ -48,8 +49,9 @@ func ReplaceBootStates(ctx context.Context, n *node.Node, k *keyring.Keyring, st
 	return replaceUnder(ctx, n, k, v, states)
 }
 
-// replaceUnder returns that revision with slots that this verifier must agree to, nil
-// for none. The caller has checked that sealing to the TPM breaks no two-of-two.
+// replaceUnder returns that revision, with slots that need the agreement of this
+// verifier (nil means none). The caller has checked that sealing to the TPM breaks no
+// two-of-two.
 func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
 	if err := n.CheckSecondKey(ctx, k); err != nil {
 		return nil, nil, err
@@ -77,9 +79,9 @@ func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.
 	return next, slots, err
 }
 
-// addBootState returns the revision in which the KEK is sealed to one boot state more.
-// Nothing is revoked; the slot in drop, unless it is nil, leaves the keyring all the same.
-// The caller has checked that sealing to the TPM breaks no two-of-two.
+// addBootState returns the revision in which the KEK is sealed to one more boot state.
+// It revokes nothing, but removes the slot in drop from the keyring, unless drop is
+// nil. The caller has checked that sealing to the TPM breaks no two-of-two.
 func addBootState(ctx context.Context, n *node.Node, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot) (*keyring.Keyring, seal.Slot, error) {
 	v, err := n.Remote.Demand(k.ClusterID(), false)
 	if err != nil {
@@ -101,7 +103,7 @@ func addBootState(ctx context.Context, n *node.Node, k *keyring.Keyring, state t
 	return next, slots[0], err
 }
 
-// refreshed is a signed boot state with the PCR values of the present one.
+// refreshed returns a signed boot state with the PCR values of the present one.
 func refreshed(s, present tpm.BootState) tpm.BootState {
 	if s.Use != tpm.UseSigned || s.Bank != present.Bank {
 		return s
@@ -119,7 +121,7 @@ var errNothing = errors.New("nothing to do")
 
 var ErrNoTPM = errors.New("unlock.order names no TPM; add tpm to it, and restart kleidi serve")
 
-// SealPresent seals kek to the present boot state, and opens what it made before
+// SealPresent seals kek to the present boot state, and opens the new slot before
 // anything relies on it.
 func SealPresent(ctx context.Context, n *node.Node, w *tpm.Wrapper, kek *seal.Secret) (seal.Slot, error) {
 	state, err := n.Gate.State(ctx)

@@ -14,7 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/predict"
 )
 
-// Signing is what kleidi bootstate sign was told.
+// Signing holds the arguments of kleidi bootstate sign.
 type Signing struct {
 	Key, Cluster, Out, What, Bank string
 	Generation                    uint64
@@ -70,7 +70,7 @@ func (s *Signing) ref() ([]byte, error) {
 	return bootstate.Ref(cluster, s.Generation), nil
 }
 
-// boot is the boot state to sign.
+// boot returns the boot state to sign.
 func (s *Signing) boot() (tpm.BootState, error) {
 	bank, err := tpm.ParseBank(s.Bank)
 	if err != nil {

@@ -21,8 +21,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 )
 
-// AddBootStates keeps signed boot states, and seals the KEK to their key where no
-// slot is for it yet. A later generation of a key revokes the earlier one.
+// AddBootStates keeps signed boot states, and seals the KEK to their key if no slot
+// exists for it yet. A later generation of a key revokes the earlier one.
 func AddBootStates(ctx context.Context, n *node.Node, req admin.AddBootStatesRequest) (admin.KeyringState, error) {
 	changes, err := addSigned(ctx, n, req)
 	if err != nil {
@@ -56,8 +56,8 @@ func addSigned(ctx context.Context, n *node.Node, req admin.AddBootStatesRequest
 	if newest := newestGeneration(n, k, signer); g != 0 && g < newest {
 		return nil, fmt.Errorf("generation %d of that key was revoked by generation %d; sign the boot states with --generation %d", g, newest, newest)
 	}
-	// A state too many opens nothing, one too few locks the node out: none goes
-	// before the slot for the new ones is there.
+	// A boot state too many opens nothing, but a missing one locks the node out. So
+	// none is removed before the slot for the new ones exists.
 	if err := keepStates(ctx, n, file.States(), func(bootstate.State) bool { return true }); err != nil {
 		return nil, err
 	}
@@ -78,8 +78,8 @@ func addSigned(ctx context.Context, n *node.Node, req admin.AddBootStatesRequest
 	return append([]string{fmt.Sprintf("%d boot states of key %.16s added", len(file.States()), slotview.Fingerprint(signer))}, changes...), nil
 }
 
-// newestGeneration is the latest generation of a signer's key that a slot is for, or was: the
-// boot states that were added are kept where a slot has gone.
+// newestGeneration returns the latest generation of a signer's key for which a slot
+// exists or existed: added boot states are kept after their slot is gone.
 func newestGeneration(n *node.Node, k *keyring.Keyring, signer tpm.Signer) (newest uint64) {
 	for _, s := range n.View.BootStates(k.Slots(), tpm.UseSigned) {
 		if g, _ := slotview.Generation(k.ClusterID(), s.Signer.Ref); slotview.Fingerprint(*s.Signer) == slotview.Fingerprint(signer) {
@@ -119,7 +119,8 @@ func oneGeneration(cluster seal.ClusterID, states []bootstate.State, pub crypto.
 	return states[0].Ref, g, nil
 }
 
-// keepStates stores signed boot states with those there that stay.
+// keepStates stores signed boot states, together with the present ones for which stays
+// is true.
 func keepStates(ctx context.Context, n *node.Node, states []bootstate.State, stays func(bootstate.State) bool) error {
 	file := n.State.File(n.Config.BootStates())
 	kept := &bootstate.File{}
@@ -144,8 +145,8 @@ func keepStates(ctx context.Context, n *node.Node, states []bootstate.State, sta
 	return err
 }
 
-// enrol seals the KEK to whatever the signer signs. PCR 7 stays as it is, with
-// shim PCR 14 too.
+// enrol seals the KEK to everything that the signer signs. PCR 7 must stay the same,
+// and with shim PCR 14 too.
 func enrol(ctx context.Context, n *node.Node, signer tpm.Signer, g uint64) ([]string, error) {
 	var changes []string
 	var before []seal.Slot
@@ -186,8 +187,8 @@ func enrol(ctx context.Context, n *node.Node, signer tpm.Signer, g uint64) ([]st
 	return changes, err
 }
 
-// enrolled returns the boot states that stay beside a signer, whether one of them
-// must go because it is of the same key and an earlier generation, and whether
+// enrolled returns the boot states that stay beside a signer, whether one of them must
+// be removed because it belongs to the same key and an earlier generation, and whether
 // the signer has a slot.
 func enrolled(ctx context.Context, n *node.Node, k *keyring.Keyring, signer tpm.Signer, g uint64) (stay []tpm.BootState, older, there bool, err error) {
 	live, err := n.LiveStates(ctx, k.Slots(), tpm.UsePresent, tpm.UseNext, tpm.UseSuspend, tpm.UseSigned)
@@ -210,8 +211,8 @@ func enrolled(ctx context.Context, n *node.Node, k *keyring.Keyring, signer tpm.
 	return stay, older, there, err
 }
 
-// RevokeBootStates takes the slots of a key away, and with the next epoch what
-// anyone kept of them.
+// RevokeBootStates removes the slots of a key. The next epoch also revokes kept copies
+// of them.
 func RevokeBootStates(ctx context.Context, n *node.Node, req admin.RevokeBootStatesRequest) (admin.KeyringState, error) {
 	prefix := strings.ToLower(req.Key)
 	gone := map[string]bool{}

@@ -13,8 +13,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// Suspend seals the KEK to a part of the present boot state, for a few boots that
-// the TPM counts.
+// Suspend seals the KEK to a part of the present boot state, for a few boots that the
+// TPM counts.
 func Suspend(ctx context.Context, n *node.Node, req admin.SuspendRequest) (admin.KeyringState, error) {
 	if req.Boots < 1 || req.Boots > maxBoots {
 		return admin.KeyringState{}, fmt.Errorf("suspend: %d boots; want 1 to %d", req.Boots, maxBoots)
@@ -46,8 +46,8 @@ func Suspend(ctx context.Context, n *node.Node, req admin.SuspendRequest) (admin
 	return n.Unchanged("SUSPENDED: the KEK is sealed to "+bound, "anyone who boots this machine so gets it; when the work is done, run kleidi reseal, which ends this")
 }
 
-// addSuspension also seals to a suspension. An earlier suspension is revoked, since it may
-// be the weaker one.
+// addSuspension seals to a suspension in addition. It revokes an earlier suspension,
+// which may be the weaker one.
 func addSuspension(ctx context.Context, n *node.Node, k *keyring.Keyring, state tpm.BootState) (*keyring.Keyring, seal.Slot, error) {
 	if !slices.ContainsFunc(k.Slots(), n.View.Suspends) {
 		if err := n.View.CheckSeal(k.Slots()); err != nil {
@@ -66,7 +66,7 @@ func addSuspension(ctx context.Context, n *node.Node, k *keyring.Keyring, state 
 	return next, slots[len(slots)-1], nil
 }
 
-// maxBoots bounds a suspension. A firmware update takes two boots or three.
+// maxBoots bounds a suspension. A firmware update takes two or three boots.
 const maxBoots = 16
 
 // anchorHolds refuses a slot for boots in which the anchor in the TPM could not be read.

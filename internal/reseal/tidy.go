@@ -12,9 +12,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// Tidy takes away what has had its day, once the machine runs in a boot state that
-// a slot names whole: the boot states before it, after an update, and a
-// suspension that is used up.
+// Tidy removes outdated slots once the machine runs in a boot state that a slot names
+// completely: the earlier boot states after an update, and a suspension that is used
+// up.
 func Tidy(ctx context.Context, n *node.Node) error {
 	var bound string
 	var sealed []seal.Slot
@@ -42,10 +42,10 @@ func Tidy(ctx context.Context, n *node.Node) error {
 	return err
 }
 
-// tidied returns the boot states that stay, that of the running boot first where a
-// slot names it: after an update those that were prepared later, what is signed,
-// and a suspension that is not used up. What is revoked counts for nothing: a
-// keyring of before may have been put back.
+// tidied returns the boot states that stay, with the running boot first if a slot names
+// it: after an update, the boots prepared later, the signed boot states, and a
+// suspension that is not used up. Revoked slots do not count, because somebody may have
+// restored an earlier keyring.
 func tidied(ctx context.Context, n *node.Node, slots []seal.Slot) ([]tpm.BootState, error) {
 	if at, d := n.RunningSlot(slots); (at < 0 || d.State.Use != tpm.UseNext) && !slices.ContainsFunc(slots, n.View.Suspends) {
 		return nil, errNothing

@@ -21,14 +21,14 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// health is what serve tells of itself: /livez, /readyz and /metrics.
+// health is serve's report about itself: /livez, /readyz and /metrics.
 type health struct {
 	registry *prometheus.Registry
 	attempts *prometheus.CounterVec
 
 	mu       sync.Mutex
 	node     *node.Node
-	kmsError error // why the KMS socket does not listen
+	kmsError error // the reason why the KMS socket does not listen
 }
 
 func (h *health) bind(n *node.Node) {
@@ -69,7 +69,7 @@ func (h *health) handler() http.Handler {
 	return mux
 }
 
-// ready is nil when kube-apiserver's calls succeed.
+// ready returns nil if kube-apiserver's calls succeed.
 func (h *health) ready() error {
 	h.mu.Lock()
 	kmsError, n := h.kmsError, h.node
@@ -83,7 +83,7 @@ func (h *health) ready() error {
 	return nil
 }
 
-// remarks say what is to be mended although all calls succeed.
+// remarks lists what to repair although all calls succeed.
 func (h *health) remarks() []string {
 	h.mu.Lock()
 	n := h.node
@@ -115,7 +115,7 @@ func (h *health) Describe(c chan<- *prometheus.Desc) {
 	}
 }
 
-// Collect implements prometheus.Collector: it reads memory alone.
+// Collect implements prometheus.Collector: it reads only memory.
 func (h *health) Collect(c chan<- prometheus.Metric) {
 	h.mu.Lock()
 	n := h.node
@@ -168,13 +168,13 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	gauge(descKEKs, 1, "current")
 	gauge(descKEKs, float64(len(info.Retired)), "retired")
 	gauge(descKEKMade, node.Seconds(info.Current.Created))
-	seen := map[[2]string]bool{} // the same series twice would fail the whole scrape
+	seen := map[[2]string]bool{} // a duplicate series would fail the whole scrape
 	for _, s := range k.Slots() {
 		if seen[[2]string{s.Type, s.Node}] {
 			continue
 		}
 		seen[[2]string{s.Type, s.Node}] = true
-		if half := slotview.TPMPart(s); half.Type == seal.TypeTPM { // others don't record when they were made
+		if half := slotview.TPMPart(s); half.Type == seal.TypeTPM { // other slots don't record when they were made
 			if d, err := tpm.DemandOf(half, n.Gate.Counter); err == nil {
 				gauge(descSlotMade, node.Seconds(d.Made), s.Type, s.Node)
 			}

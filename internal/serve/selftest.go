@@ -9,8 +9,8 @@ import (
 	"github.com/beezy-dev/kleidi/internal/slotview"
 )
 
-// selfTest tests now and then until ctx ends: first a while after the start, then
-// as often as configured, give or take a tenth, so that nodes don't all ask at once.
+// selfTest tests regularly until ctx ends: first a while after the start, then as often
+// as configured, give or take a tenth, so that nodes don't all test at once.
 func (s *Server) selfTest(ctx context.Context) {
 	every := s.Node.Config.Unlock.SelfTest
 	if every == 0 || s.Node.HSM == nil && s.Node.Vault == nil {
@@ -26,7 +26,7 @@ func (s *Server) selfTest(ctx context.Context) {
 	}
 }
 
-// pause waits, and reports whether ctx goes on.
+// pause waits, and reports whether ctx is still alive.
 func pause(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-ctx.Done():
@@ -36,8 +36,8 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// awaitOpen waits until the keyring is open, which it sees within that time: a test
-// that is due while kleidi is locked is not put off until the next one.
+// awaitOpen waits until the keyring is open, and notices that within the given time. So
+// a test that is due while kleidi is locked runs as soon as it opens.
 func (s *Server) awaitOpen(ctx context.Context, within time.Duration) bool {
 	for said := false; ; said = true {
 		if _, err := s.Node.Unlocker.Keyring(); err == nil {
@@ -52,8 +52,8 @@ func (s *Server) awaitOpen(ctx context.Context, within time.Duration) bool {
 	}
 }
 
-// testSecondary opens the slots of the wrappers beside the TPM's, and says what is
-// wrong with them.
+// testSecondary opens the slots of the wrappers other than the TPM's, and logs their
+// faults.
 func (s *Server) testSecondary(ctx context.Context) {
 	k, err := s.Node.Unlocker.Keyring()
 	if err != nil {

@@ -37,16 +37,16 @@ type Server struct {
 	admin  *admin.Server
 	http   *monitor.Server
 	desk   *members.Desk
-	// adminTried is closed when the admin socket is listened on, or can't be. Only then
-	// does serve tell systemd and HTTP clients that it is up, so that a command that
-	// follows finds it.
+	// adminTried is closed when the admin socket listens, or can't. Only then does
+	// serve tell systemd and HTTP clients that it is up, so that a command that follows
+	// finds the socket.
 	adminTried chan struct{}
 	triedOnce  sync.Once
 }
 
-// gcPercent is Go's GOGC while serving, unless the environment sets GOGC. Most of what a
-// call costs is gRPC's garbage, so a pause fewer is worth a MiB more. `make bench`
-// compares values; above 125 the memory passes 28 MiB.
+// gcPercent is Go's GOGC while serving, unless the environment sets GOGC. Most of the
+// cost of a call is gRPC's garbage, so one pause fewer is worth one MiB more. "make
+// bench" compares values; above 125 the memory passes 28 MiB.
 const gcPercent = 125
 
 // Run returns when ctx has ended and everything has stopped.
@@ -84,8 +84,8 @@ func (s *Server) Run(ctx context.Context) {
 	s.Node.Close()
 }
 
-// tidyUp tidies whenever an attempt has opened the keyring, and tries again where
-// that fails.
+// tidyUp tidies whenever an attempt has opened the keyring, and tries again after a
+// failure.
 func (s *Server) tidyUp(ctx context.Context) {
 	for {
 		select {
@@ -96,8 +96,8 @@ func (s *Server) tidyUp(ctx context.Context) {
 		wait := backoff.NewExponentialBackOff()
 		wait.MaxInterval = time.Hour // a TPM that can't be told to refuse is not asked all day
 		_, _ = backoff.Retry(ctx, func() (struct{}, error) {
-			// The attempt is told of before its outcome is there for all to see. tidy
-			// waits for it, so only then is it clear whether anything is open.
+			// The attempt is announced before its result is visible. tidy waits for the
+			// result, so only then is it clear whether a keyring is open.
 			err := errors.Join(reseal.Tidy(ctx, s.Node), reseal.PayDebts(ctx, s.Node))
 			if !s.Node.Unlocker.State().Open {
 				err = nil
@@ -109,8 +109,8 @@ func (s *Server) tidyUp(ctx context.Context) {
 	}
 }
 
-// keep runs f until ctx ends, and again after a while where it fails: a folder
-// that is missing or a port that is taken can be mended without a restart.
+// keep runs f until ctx ends, and runs it again a while after a failure: an operator
+// can repair a missing folder or a taken port without a restart.
 func (s *Server) keep(ctx context.Context, what string, f func() error) {
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = 200*time.Millisecond, 15*time.Second
@@ -144,8 +144,8 @@ func (s *Server) serveKMS() error {
 	s.Node.Log.Info("listening", "socket", c.Socket)
 	<-s.adminTried
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
-	// A call that comes now waits in the socket's queue: an error would make
-	// kube-apiserver wait 10 s before it asks again.
+	// A call that comes now waits in the socket's queue. After an error kube-apiserver
+	// would wait 10 s before it asks again.
 	select {
 	case <-s.Node.Unlocker.Tried():
 	case <-time.After(startGrace):
@@ -202,7 +202,7 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 		if cause == "" {
 			select {
 			case opened <- struct{}{}:
-			default: // one is waiting already
+			default: // another signal is already waiting
 			}
 		}
 	})
@@ -224,8 +224,8 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 	return s, nil
 }
 
-// startGrace is how long the first calls wait for the first attempt to unlock; it
-// is less than the 3 s that kube-apiserver gives a call.
+// startGrace bounds the first calls' wait for the first attempt to unlock; it is less
+// than kube-apiserver's timeout of 3 s.
 const startGrace = 2 * time.Second
 
 func orDefault(id, own int) int {
@@ -235,5 +235,5 @@ func orDefault(id, own int) int {
 	return own
 }
 
-// stopTimeout bounds how long calls in progress may take.
+// stopTimeout bounds the calls in progress.
 const stopTimeout = 5 * time.Second

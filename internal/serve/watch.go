@@ -10,7 +10,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
-// watch reloads on SIGHUP, and when the keyring was changed by someone else.
+// watch reloads on SIGHUP, and when somebody else changed the keyring.
 func (s *Server) watch(ctx context.Context) {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
@@ -24,7 +24,7 @@ func (s *Server) watch(ctx context.Context) {
 		case <-hup:
 			s.Node.Log.Info("SIGHUP: reading the keyring anew")
 			s.Node.Unlocker.Nudge()
-		case err := <-failed: // events may be lost; left unread, it would end the watch
+		case err := <-failed: // events may be lost; an unread error would end the watch
 			s.Node.Log.Warn("watching the state folder: reading the keyring anew, in case that it has changed", "error", err)
 			s.Node.Unlocker.Nudge()
 		case e := <-events:
@@ -36,7 +36,7 @@ func (s *Server) watch(ctx context.Context) {
 	}
 }
 
-// watchFolder watches the folder, since files in it are replaced and not written
+// watchFolder watches the folder, because files in it are replaced rather than written
 // to. Without a watch there is still SIGHUP.
 func (s *Server) watchFolder() (<-chan fsnotify.Event, <-chan error, func()) {
 	w, err := fsnotify.NewWatcher()

@@ -17,8 +17,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// SealPIN writes the file once it is proven that the PIN comes out of it. It
-// asks for the PIN only where it would not be in vain.
+// SealPIN writes the file after it has proven that the PIN unseals from it. It asks for
+// the PIN only if it could use the PIN.
 func SealPIN(ctx context.Context, n *node.Node, file string, readPIN func() (*seal.Secret, error)) (*SealedPIN, error) {
 	file, err := filepath.Abs(file)
 	if err != nil {
@@ -64,7 +64,7 @@ func provePIN(ctx context.Context, n *node.Node, blob []byte, pin *seal.Secret) 
 	return nil
 }
 
-// SealedPIN is what kleidi pkcs11-pin made.
+// SealedPIN is the result of kleidi pkcs11-pin.
 type SealedPIN struct {
 	File    string `json:"sealedPINFile"`
 	PINFile string `json:"pinFile,omitempty"`
@@ -72,7 +72,7 @@ type SealedPIN struct {
 	PCRs    []int  `json:"pcrs"`
 }
 
-// MakeVaultKey makes both files, or none.
+// MakeVaultKey makes both files, or neither.
 func MakeVaultKey(ctx context.Context, n *node.Node, k *VaultKey) error {
 	for _, path := range []string{k.Key, k.Request} {
 		if _, err := os.Lstat(path); err == nil {
@@ -103,14 +103,14 @@ func MakeVaultKey(ctx context.Context, n *node.Node, k *VaultKey) error {
 	return nil
 }
 
-// certificateRequest asks for a certificate in PEM; what it may be used for is the
-// CA's to say.
+// certificateRequest returns a certificate request in PEM. The CA decides what the
+// certificate may be used for.
 func certificateRequest(signer crypto.Signer, name string) ([]byte, error) {
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: name}, SignatureAlgorithm: x509.ECDSAWithSHA256}, signer)
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), err
 }
 
-// VaultKey is what kleidi vault-key made.
+// VaultKey is the result of kleidi vault-key.
 type VaultKey struct {
 	Key     string `json:"key"`
 	Request string `json:"certificateRequest"`

@@ -10,7 +10,8 @@ import (
 	"github.com/beezy-dev/kleidi/internal/slotview"
 )
 
-// ForgetCopies ends the debts of a TPM that is out of the world, by the operator's word.
+// ForgetCopies ends the debts of a TPM that, according to the operator, was cleared or
+// destroyed.
 func ForgetCopies(ctx context.Context, n *node.Node, req admin.ForgetCopiesRequest) (admin.KeyringState, error) {
 	forgotten, err := reseal.Forget(ctx, n, func(d slotview.Debt) bool { return d.EK == req.EK })
 	if err == nil && len(forgotten) == 0 {

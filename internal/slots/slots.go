@@ -18,8 +18,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// Add wraps the KEK by one wrapper more. A slot of a token or a server takes the
-// place of the one that is there, one for recovery that of one that was left out.
+// Add wraps the KEK with another wrapper. A slot of a token or a server replaces the
+// existing one; a recovery slot replaces one that was left out.
 func Add(ctx context.Context, n *node.Node, req admin.AddSlotRequest) (admin.KeyringState, error) {
 	var bound string
 	var made bool
@@ -86,11 +86,11 @@ func wrapperFor(n *node.Node, req admin.AddSlotRequest) (seal.Wrapper, error) {
 	return w, nil
 }
 
-// Remove takes a slot away. One of this TPM is revoked with its epoch; what is
-// kept of others opens the KEK until it is rotated.
+// Remove removes a slot. A slot of this TPM is revoked with its epoch. Kept copies of
+// other slots open the KEK until it is rotated.
 func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (admin.KeyringState, error) {
 	var changes []string
-	var before []seal.Slot // where a slot of this TPM goes
+	var before []seal.Slot // if a slot of this TPM is removed
 	var gone seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		slots := k.Slots()
@@ -117,8 +117,9 @@ func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (adm
 			before = slots
 			return []*keyring.Keyring{next}, err
 		}
-		// The last slot of this TPM, which no slot of a later epoch follows, leaves a debt,
-		// paid when the keyring without it is stored: a crash in between forgets nothing.
+		// The last slot of this TPM, with no slot of a later epoch after it, leaves a
+		// debt. The debt is paid when the keyring without the slot is stored, so a
+		// crash in between forgets nothing.
 		if n.View.OfThisTPM(gone) {
 			before = slots
 			rest, err = n.View.Owing(slots, rest)
@@ -142,7 +143,7 @@ func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (adm
 	return state, err
 }
 
-// reportRemoved says what it means that a slot goes which is not of this TPM.
+// reportRemoved says what the removal of a slot means that does not belong to this TPM.
 func reportRemoved(gone seal.Slot, rest []seal.Slot) []string {
 	if gone.Type == seal.TypeSkipped {
 		return []string{"the place is gone from the keyring; there was no slot in it"}
@@ -156,8 +157,8 @@ func reportRemoved(gone seal.Slot, rest []seal.Slot) []string {
 
 const revokedByTPM = "the TPM no longer opens it, kept copies included"
 
-// Rewrap wraps the KEK again where the slot is: by the newest version of its
-// key, for the same boot state or recipients.
+// Rewrap wraps the KEK again in place of a slot: with the newest version of its key,
+// for the same boot state or recipients.
 func Rewrap(ctx context.Context, n *node.Node, req admin.RewrapSlotRequest) (admin.KeyringState, error) {
 	var bound string
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
@@ -195,8 +196,8 @@ func Rewrap(ctx context.Context, n *node.Node, req admin.RewrapSlotRequest) (adm
 	return n.Unchanged(changes...)
 }
 
-// wrapAgain has Vault rewrap its own ciphertext, so that the KEK doesn't travel; where
-// it can't, and for all others, the open KEK is wrapped again.
+// wrapAgain lets Vault rewrap its own ciphertext, so that the KEK does not cross the
+// network. If Vault can't, and for all other wrappers, it wraps the open KEK again.
 func wrapAgain(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slot) (seal.Slot, error) {
 	if s.Type == seal.TypeVault && n.Vault != nil {
 		if rewrapped, err := n.Vault.Rewrap(ctx, s); err == nil {
@@ -210,8 +211,8 @@ func wrapAgain(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slo
 	return slots[0], nil
 }
 
-// rewrapByNewKey wraps the KEK by the key that is configured now, in the place of a
-// slot that another one may have made.
+// rewrapByNewKey wraps the KEK with the configured key, in place of a slot that another
+// key may have made.
 func rewrapByNewKey(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slot) (seal.Slot, error) {
 	w := n.Wrapper(s.Type)
 	if !slotview.HasBackend(s.Type) || w == nil {

@@ -15,8 +15,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// Test opens slots for real and compares what comes out. What only the
-// operator or another node can open is left aside, unless it is named.
+// Test really opens slots and compares the results. It skips slots that only the
+// operator or another node can open, unless they are named.
 func Test(ctx context.Context, n *node.Node, req admin.TestSlotsRequest) (admin.SlotTests, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {
@@ -38,7 +38,7 @@ func Test(ctx context.Context, n *node.Node, req admin.TestSlotsRequest) (admin.
 	return r, nil
 }
 
-// TestOne opens a slot. The result is what metrics and readyz show of it from then on.
+// TestOne opens a slot. Metrics and readyz show the result from then on.
 func TestOne(ctx context.Context, n *node.Node, k *keyring.Keyring, name string, s seal.Slot) admin.SlotTest {
 	start := time.Now()
 	t := admin.SlotTest{Name: name}
@@ -56,14 +56,14 @@ func TestOne(ctx context.Context, n *node.Node, k *keyring.Keyring, name string,
 		}
 		t.Warnings = warnings
 	}
-	if SelfTested(n, s) && ctx.Err() == nil { // else it is who asked that has gone
+	if SelfTested(n, s) && ctx.Err() == nil { // otherwise the caller has gone away
 		n.SelfTests.Record(n.OpenSlots, s, t)
 	}
 	return t
 }
 
-// testSecond has the second wrapper of a two-of-two open its half, where the TPM can't
-// open the other one yet.
+// testSecond lets the second wrapper of a two-of-two open its half if the TPM can't
+// open the other half yet.
 func testSecond(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slot) error {
 	pair, ok := n.Wrapper(s.Type).(*both.Wrapper)
 	if !ok {
@@ -76,14 +76,14 @@ func testSecond(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Sl
 	return fmt.Errorf("for the next boot, and would not open in it: %w", seal.AddHint(err, "or run kleidi reseal --drop-next, and prepare the next boot again"))
 }
 
-// SelfTested reports whether the self-test opens a slot: one of a wrapper beside the
-// TPM's, alone or together with the TPM in the running boot.
+// SelfTested reports whether the self-test opens a slot: a slot of a wrapper other than
+// the TPM's, alone or together with the TPM in the running boot.
 func SelfTested(n *node.Node, s seal.Slot) bool {
 	return s.Type == seal.TypePKCS11 || s.Type == seal.TypeVault || slotview.Second(s.Type) != "" && n.View.Use(s) == slotview.UseNames[tpm.UsePresent]
 }
 
-// Unusable returns what the self-test found of the slots that are there now, and the
-// places without a slot, which nothing opens.
+// Unusable returns the self-test's results for the present slots, and the missing
+// slots, which nothing opens.
 func Unusable(n *node.Node, k *keyring.Keyring) []admin.SlotTest {
 	slots := n.View.WithMissing(k.Slots())
 	failed := n.SelfTests.Failed(slots)

@@ -12,8 +12,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 )
 
-// Demands returns what the TPM slots of this node ask of the machine, each with
-// its place among slots.
+// Demands returns the demands of this node's TPM slots, each by its place among slots.
 func (r Reader) Demands(slots []seal.Slot) map[int]tpm.Demand {
 	all := map[int]tpm.Demand{}
 	for i, s := range slots {
@@ -27,7 +26,7 @@ func (r Reader) Demands(slots []seal.Slot) map[int]tpm.Demand {
 	return all
 }
 
-// BootStates returns the boot states of the slots of this node that are for these uses.
+// BootStates returns the boot states of this node's slots for these uses.
 func (r Reader) BootStates(slots []seal.Slot, uses ...tpm.Use) []tpm.BootState {
 	var states []tpm.BootState
 	demands := r.Demands(slots)
@@ -45,13 +44,13 @@ func (r Reader) Revoked(s seal.Slot, epoch uint64) bool {
 	return ok && d.AtMost < epoch
 }
 
-// SameState reports whether two boot states are of the same PCR values.
+// SameState reports whether two boot states have the same PCR values.
 func SameState(a, b tpm.BootState) bool {
 	return a.Bank == b.Bank && maps.EqualFunc(a.Values, b.Values, bytes.Equal)
 }
 
-// OldestNext returns the oldest slot for a next boot, where there are as many as
-// there may be. Of slots made in the same second, later ones stand behind.
+// OldestNext returns the oldest slot for a next boot if there are MaxNext of them.
+// Among slots made in the same second, later ones come later in the list.
 func (r Reader) OldestNext(slots []seal.Slot) *seal.Slot {
 	var next []int
 	demands := r.Demands(slots)
@@ -67,8 +66,8 @@ func (r Reader) OldestNext(slots []seal.Slot) *seal.Slot {
 	return &slots[next[0]]
 }
 
-// MaxNext bounds the slots for next boots: an update may build its files several
-// times. The oldest goes, and is revoked with the epoch.
+// MaxNext bounds the slots for next boots: an update may build its files several times.
+// The oldest is dropped, and the epoch revokes it.
 const MaxNext = 4
 
 // MadeAt says when a slot of this TPM was made.
@@ -88,8 +87,8 @@ func Fingerprint(s tpm.Signer) string {
 	return hex.EncodeToString(f[:])
 }
 
-// Signer returns the fingerprint of the key, and the generation, of a slot for
-// signed boot states.
+// Signer returns the key's fingerprint and the generation of a slot for signed boot
+// states.
 func (r Reader) Signer(s seal.Slot, cluster string) (fingerprint string, g uint64) {
 	d, err := tpm.DemandOf(TPMPart(s), r.Counter)
 	if TPMPart(s).Type != seal.TypeTPM || err != nil || d.State.Signer == nil {
@@ -101,7 +100,7 @@ func (r Reader) Signer(s seal.Slot, cluster string) (fingerprint string, g uint6
 	return Fingerprint(*d.State.Signer), g
 }
 
-// Generation finds what a reference is for: 0 is systemd's, which has none.
+// Generation finds the generation of a policyRef: 0 is systemd's form, which has none.
 func Generation(cluster seal.ClusterID, ref []byte) (uint64, bool) {
 	if len(ref) == 0 {
 		return 0, true
@@ -114,11 +113,11 @@ func Generation(cluster seal.ClusterID, ref []byte) (uint64, bool) {
 	return 0, false
 }
 
-// MaxGeneration bounds the generations of signed boot states, which are told from
-// their reference by trying.
+// MaxGeneration bounds the generations of signed boot states, because the generation is
+// found from the policyRef by trying.
 const MaxGeneration = 1 << 16
 
-// Suspends reports whether a slot is this node's for a suspension.
+// Suspends reports whether a slot is this node's slot for a suspension.
 func (r Reader) Suspends(s seal.Slot) bool {
 	return len(r.BootStates([]seal.Slot{s}, tpm.UseSuspend)) > 0
 }

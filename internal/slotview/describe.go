@@ -16,7 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// Binding says in one line what a slot is sealed to.
+// Binding describes in one line what a slot is sealed to.
 func (r Reader) Binding(s seal.Slot) string {
 	switch s.Type {
 	case seal.TypeTPM:
@@ -56,7 +56,7 @@ func (r Reader) Binding(s seal.Slot) string {
 	}
 }
 
-// Use says what a slot is for; "" for others than the TPM's.
+// Use returns the purpose of a slot; "" for slots of other wrappers than the TPM's.
 func (r Reader) Use(s seal.Slot) string {
 	if d, err := tpm.DemandOf(TPMPart(s), r.Counter); TPMPart(s).Type == seal.TypeTPM && err == nil {
 		return UseNames[d.State.Use]
@@ -64,7 +64,7 @@ func (r Reader) Use(s seal.Slot) string {
 	return ""
 }
 
-// OpensIn says in one line what a slot of the TPM opens in.
+// OpensIn describes in one line the boots in which a slot of the TPM opens.
 func (r Reader) OpensIn(s seal.Slot) string {
 	switch r.Use(s) {
 	case "next":
@@ -77,7 +77,7 @@ func (r Reader) OpensIn(s seal.Slot) string {
 	return "the present boot state: " + r.Binding(s)
 }
 
-// UseNames names what slots are for, to people.
+// UseNames are the names of the purposes of slots, for display.
 var UseNames = map[tpm.Use]string{tpm.UsePresent: "present", tpm.UseNext: "next", tpm.UseSuspend: "suspend", tpm.UseSigned: "signed"}
 
 func JoinPCRs(pcrs []int) string {
@@ -86,13 +86,13 @@ func JoinPCRs(pcrs []int) string {
 
 func JoinWords(words []string) string { return strings.Join(words, ", ") }
 
-// SameBinding reports whether two slots are of one wrapper, and of the same recipients.
+// SameBinding reports whether two slots have the same wrapper and the same recipients.
 func (r Reader) SameBinding(a, b seal.Slot) bool {
 	return a.Type == b.Type && (a.Type != seal.TypeRecovery || r.Binding(a) == r.Binding(b))
 }
 
-// ReportReturned says which slots a restored keyring has from the backup that the one before
-// it did not have; where that is not known, nothing.
+// ReportReturned lists the slots of the backup that the restored keyring has and the
+// replaced one had not. It returns nothing if the replaced slots are unknown.
 func (r Reader) ReportReturned(backup, before, after []seal.Slot) (changes []string) {
 	if before == nil {
 		return nil

@@ -9,13 +9,13 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Missing is the data of such a place. Nothing opens it.
+// Missing is the data of a placeholder for a missing slot. Nothing opens it.
 type Missing struct {
 	Type  string    `json:"type"`
-	Since time.Time `json:"since,omitzero"` // of one that was there; else nothing was ever made
+	Since time.Time `json:"since,omitzero"` // when a slot was left out; zero if there never was one
 }
 
-// Skip returns what stands in the place of a slot; a place that is there stays.
+// Skip returns the placeholder for a slot; an existing placeholder stays.
 func Skip(s seal.Slot) (seal.Slot, error) {
 	if s.Type == seal.TypeSkipped {
 		return s, nil
@@ -24,15 +24,15 @@ func Skip(s seal.Slot) (seal.Slot, error) {
 	return seal.Slot{Type: seal.TypeSkipped, Node: s.Node, Data: data}, err
 }
 
-// MissingOf reads such a place. It may come from a keyring that nothing vouches for,
-// and is shown: only types of slots are taken.
+// MissingOf reads a placeholder. It may come from a keyring that nothing vouches for,
+// and is displayed, so only types of slots are accepted.
 func MissingOf(s seal.Slot) (d Missing, ok bool) {
 	ok = s.Type == seal.TypeSkipped && json.Unmarshal(s.Data, &d) == nil &&
 		(slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery}, d.Type) || Second(d.Type) != "")
 	return d, ok
 }
 
-// KeepMissing keeps the place of a slot, and what is owed, in the rotations that follow.
+// KeepMissing keeps placeholders, and debts, in the rotations that follow.
 type KeepMissing struct{}
 
 // WrapLike implements rotation.Rewrapper.
@@ -43,8 +43,7 @@ func (KeepMissing) WrapLike(_ context.Context, _ *seal.Secret, like seal.Slot) (
 	return like, nil
 }
 
-// TypeOf is the type of a slot, and that of the one in whose place a skipped one
-// stands.
+// TypeOf returns the type of a slot; for a placeholder, the type of the missing slot.
 func TypeOf(s seal.Slot) string {
 	if d, ok := MissingOf(s); ok {
 		return d.Type
@@ -52,7 +51,8 @@ func TypeOf(s seal.Slot) string {
 	return s.Type
 }
 
-// ReportDropped says which slots a recovery did not make again, and left no place for.
+// ReportDropped lists the slots that a recovery neither made again nor replaced by a
+// placeholder.
 func ReportDropped(before, after []seal.Slot) (changes []string) {
 	var said []string
 	for _, s := range before {
@@ -66,8 +66,8 @@ func ReportDropped(before, after []seal.Slot) (changes []string) {
 	return changes
 }
 
-// WithMissing returns slots, and behind them a place for each wrapper of unlock.order of
-// which there is none for this node. Such a place is never stored.
+// WithMissing returns slots, followed by a placeholder for each wrapper of unlock.order
+// that has no slot on this node. Such a placeholder is never stored.
 func (r Reader) WithMissing(slots []seal.Slot) []seal.Slot {
 	slots = slices.Clone(slots)
 	for _, kind := range r.Order {
@@ -80,23 +80,23 @@ func (r Reader) WithMissing(slots []seal.Slot) []seal.Slot {
 	return slots
 }
 
-// missingSlot is where nothing was ever made.
+// missingSlot returns the placeholder for a slot that never existed.
 func (r Reader) missingSlot(kind string) seal.Slot {
 	s := seal.Slot{Type: seal.TypeSkipped}
-	s.Data, _ = json.Marshal(Missing{Type: kind}) // two fields that can't fail
+	s.Data, _ = json.Marshal(Missing{Type: kind}) // these two fields always encode
 	if kind == seal.TypeTPM || Second(kind) != "" {
 		s.Node = r.Node
 	}
 	return s
 }
 
-// Remedy says how a place among slots is mended.
+// Remedy says how to repair a missing slot.
 func (r Reader) Remedy(d Missing, slots []seal.Slot) string {
 	if d.Type == seal.TypeRecovery {
 		return "run kleidi slot add recovery --recipient age1…"
 	}
 	command := "kleidi slot add " + d.Type
-	if ofTPM := d.Type == seal.TypeTPM || Second(d.Type) != ""; ofTPM && len(r.Demands(slots)) == 0 { // reseal goes by what is sealed to this TPM
+	if ofTPM := d.Type == seal.TypeTPM || Second(d.Type) != ""; ofTPM && len(r.Demands(slots)) == 0 { // reseal follows what is sealed to this TPM
 		command = "kleidi reseal --new-tpm"
 	} else if ofTPM {
 		command = "kleidi reseal"
@@ -112,7 +112,7 @@ func (r Reader) Remedy(d Missing, slots []seal.Slot) string {
 	return "run " + command + " once its backend answers, and is configured here"
 }
 
-// WhyMissing is why nothing opens in a place among slots.
+// WhyMissing explains why nothing opens a missing slot.
 func (r Reader) WhyMissing(d Missing, slots []seal.Slot) error {
 	if d.Since.IsZero() {
 		hint := r.Remedy(d, slots)
@@ -124,7 +124,7 @@ func (r Reader) WhyMissing(d Missing, slots []seal.Slot) error {
 	return seal.Errorf(seal.CauseNoSlot, r.Remedy(d, slots), "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
 }
 
-// ReportMissing says which slots are missing, and how each is mended.
+// ReportMissing lists the missing slots, each with its remedy.
 func (r Reader) ReportMissing(slots []seal.Slot) (changes []string) {
 	slots = r.WithMissing(slots)
 	names := Names(slots)
@@ -136,7 +136,7 @@ func (r Reader) ReportMissing(slots []seal.Slot) (changes []string) {
 	return changes
 }
 
-// ReportCompleted says which slots a rotation made that were not there before.
+// ReportCompleted lists the slots that a rotation made for the first time.
 func (r Reader) ReportCompleted(before, after []seal.Slot) (changes []string) {
 	for _, s := range after {
 		if s.Type != seal.TypeSkipped && !slices.ContainsFunc(before, func(b seal.Slot) bool { return TypeOf(b) == s.Type }) {
@@ -146,8 +146,8 @@ func (r Reader) ReportCompleted(before, after []seal.Slot) (changes []string) {
 	return changes
 }
 
-// ReportStillNamed says that a slot was taken away which unlock.order counts on: rotation
-// would undo that.
+// ReportStillNamed says that unlock.order still names the removed slot, so a rotation
+// would make it again.
 func (r Reader) ReportStillNamed(slots []seal.Slot, kind string) []string {
 	if !slices.ContainsFunc(r.WithMissing(slots), func(s seal.Slot) bool {
 		d, ok := MissingOf(s)
@@ -162,17 +162,18 @@ func (r Reader) ReportStillNamed(slots []seal.Slot, kind string) []string {
 	return []string{warning}
 }
 
-// OpensWithTPM reports whether the TPM is among what may open the keyring.
+// OpensWithTPM reports whether the TPM may open the keyring.
 func (r Reader) OpensWithTPM() bool {
 	return slices.Contains(r.Order, seal.TypeTPM) || r.TwoOfTwo() != ""
 }
 
-// StayBeside returns the slots that stay beside a new one of that type.
+// StayBeside returns the slots that stay beside a new slot of that type.
 func StayBeside(slots []seal.Slot, kind string) []seal.Slot {
 	if kind != seal.TypeRecovery {
 		return slices.DeleteFunc(slots, func(s seal.Slot) bool { return TypeOf(s) == kind })
 	}
-	// There may be several, each for recipients of its own: one new slot mends one place.
+	// There may be several placeholders, each for different recipients: one new slot
+	// replaces one of them.
 	if i := slices.IndexFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypeSkipped && TypeOf(s) == kind }); i >= 0 {
 		return slices.Delete(slots, i, i+1)
 	}

@@ -15,9 +15,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal/recovery"
 )
 
-// bindingMembers are the members of a slot's data that say what the slot is bound to, by its
-// type. They outlive a rotation, which wraps another KEK for the same TPM, key or recipients.
-// The slots of other types have an ID of all their data.
+// bindingMembers are the members of a slot's data that hold its binding, by type. They
+// survive a rotation, which wraps another KEK for the same TPM, key or recipients. The
+// ID of any other slot is a digest of all its data.
 var bindingMembers = map[string][]string{
 	seal.TypeTPM:      {"bank", "pcrs", "signer", "resets"},
 	seal.TypeRecovery: {"recipients"},
@@ -25,12 +25,12 @@ var bindingMembers = map[string][]string{
 	seal.TypeVault:    {"namespace", "mount", "key"},
 }
 
-// idSize is the length of an ID in hexadecimal digits, and shortID how many of them a name
-// has at least.
+// idSize is the length of an ID in hexadecimal digits, and shortID the minimum number
+// of them in a name.
 const idSize, shortID = 16, 4
 
-// IDs returns the ID of each slot: a digest of what the slot is bound to. Slots that are
-// bound to the same have IDs of their whole data instead, so that each has one of its own.
+// IDs returns the ID of each slot: a digest of its binding. Slots with the same binding
+// have IDs of their whole data instead, so that each ID is unique.
 func IDs(slots []seal.Slot) []string {
 	ids := make([]string, len(slots))
 	count := map[string]int{}
@@ -71,13 +71,13 @@ func bindingID(s seal.Slot) string {
 func dataID(s seal.Slot) string { return digest(s.Type, s.Node, string(s.Data)) }
 
 func digest(parts ...string) string {
-	b, _ := json.Marshal(parts) // strings can't fail
+	b, _ := json.Marshal(parts) // strings always encode
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])[:idSize]
 }
 
-// Names names slots by their type; where there are several of a type, followed by the first
-// digits of their IDs. So a name never comes to mean another slot when one is removed.
+// Names names slots by their type. If there are several of a type, the first digits of
+// the ID follow. So a name never comes to mean another slot after a removal.
 func Names(slots []seal.Slot) []string {
 	count := map[string]int{}
 	for _, s := range slots {
@@ -95,7 +95,8 @@ func Names(slots []seal.Slot) []string {
 	return names
 }
 
-// uniqueLength is how many digits tell the ID of slot i from those of its type.
+// uniqueLength returns how many digits distinguish the ID of slot i from the others of
+// its type.
 func uniqueLength(slots []seal.Slot, ids []string, i int) int {
 	n := shortID
 	for j, other := range ids {
@@ -109,8 +110,8 @@ func uniqueLength(slots []seal.Slot, ids []string, i int) int {
 	return n
 }
 
-// Find returns the place of a slot, which is named as [Names] does, with more digits of its
-// ID, or by an age recipient.
+// Find returns the place of the slot with that name: as in [Names], with more digits of
+// its ID, or an age recipient.
 func Find(slots []seal.Slot, name string) (int, error) {
 	var found []int
 	for i, s := range slots {
@@ -144,7 +145,7 @@ func Places(slots []seal.Slot, names []string) (at []int, err error) {
 	return at, nil
 }
 
-// IsLastRecovery reports whether none but the slots at these places are for a recovery
+// IsLastRecovery reports whether only the slots at these places are for a recovery
 // identity.
 func IsLastRecovery(slots []seal.Slot, at ...int) bool {
 	gone, stays := false, false
@@ -156,10 +157,10 @@ func IsLastRecovery(slots []seal.Slot, at ...int) bool {
 	return gone && !stays
 }
 
-// ErrLastRecovery is the refusal to take that slot away.
+// ErrLastRecovery is the refusal to remove that slot.
 var ErrLastRecovery = errors.New("it is the last recovery slot: if this TPM fails, is cleared, or the machine boots otherwise, every Secret is lost; if that is what you want, add --accept-data-loss, else run kleidi slot add recovery --recipient age1… first")
 
-// named reports whether a name may be that of a slot.
+// named reports whether a name may mean a slot.
 func named(s seal.Slot, name string) bool {
 	if strings.HasPrefix(name, "age1") {
 		recipients, err := recovery.Recipients(s)
@@ -173,7 +174,7 @@ func named(s seal.Slot, name string) bool {
 	return ok && len(id) >= shortID && (strings.HasPrefix(bindingID(s), id) || strings.HasPrefix(dataID(s), id))
 }
 
-// Identity tells slots apart by type, node and data.
+// Identity distinguishes slots by type, node and data.
 func Identity(s seal.Slot) string { return s.Type + "\x00" + s.Node + "\x00" + string(s.Data) }
 
 // NameOf is the name of a slot of a keyring.

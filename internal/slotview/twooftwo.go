@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// Second is what the second wrapper of a two-of-two is, by its name in
-// unlock.order; "" for others.
+// Second returns the second wrapper of a two-of-two, by its name in unlock.order; ""
+// for other types.
 func Second(kind string) string {
 	switch kind {
 	case seal.TypeTPMAndPKCS11:
@@ -23,7 +23,7 @@ func Second(kind string) string {
 	return ""
 }
 
-// TwoOfTwo returns which two must open together on this node; "" where one is
+// TwoOfTwo returns the two-of-two that must open on this node; "" if one wrapper is
 // enough.
 func (r Reader) TwoOfTwo() string {
 	for _, kind := range r.Order {
@@ -56,7 +56,8 @@ func VaultPart(s seal.Slot) seal.Slot {
 	return secondPart(s)
 }
 
-// secondPart returns the half of a two-of-two that is not the TPM's; none of another slot.
+// secondPart returns the half of a two-of-two that is not the TPM's; an empty slot for
+// any other slot.
 func secondPart(s seal.Slot) seal.Slot {
 	if Second(s.Type) == "" {
 		return seal.Slot{}
@@ -68,8 +69,8 @@ func secondPart(s seal.Slot) seal.Slot {
 	return second
 }
 
-// TPMParts returns slots with the TPM's half in the place of each two-of-two: for
-// the gate, the epoch and everything else that asks what the TPM demands.
+// TPMParts returns slots with the TPM's half in place of each two-of-two. The gate, the
+// epoch and everything else that reads the TPM's demands use it.
 func TPMParts(slots []seal.Slot) []seal.Slot {
 	out := slices.Clone(slots)
 	for i, s := range out {
@@ -78,17 +79,20 @@ func TPMParts(slots []seal.Slot) []seal.Slot {
 	return out
 }
 
-// HasTwoOfTwo reports whether one of the slots is a two-of-two, or the place of one.
+// HasTwoOfTwo reports whether one of the slots is a two-of-two, or a placeholder for
+// one.
 func HasTwoOfTwo(slots []seal.Slot) bool {
 	return slices.ContainsFunc(slots, func(s seal.Slot) bool { return Second(TypeOf(s)) != "" })
 }
 
-// OfThisTPM reports whether a slot is one of this node's TPM, alone or with another.
+// OfThisTPM reports whether a slot belongs to this node's TPM, alone or with another
+// wrapper.
 func (r Reader) OfThisTPM(s seal.Slot) bool {
 	return (s.Type == seal.TypeTPM || Second(s.Type) != "") && s.Node == r.Node
 }
 
-// singles returns the names of the slots that one wrapper opens alone, without those to skip.
+// singles returns the names of the slots that one wrapper opens alone, without the
+// skipped ones.
 func singles(slots []seal.Slot, skipped []int) (names []string) {
 	for i, name := range Names(slots) {
 		if s := slots[i]; !slices.Contains(skipped, i) && s.Type != seal.TypeSkipped && Second(s.Type) == "" {
@@ -98,7 +102,8 @@ func singles(slots []seal.Slot, skipped []int) (names []string) {
 	return names
 }
 
-// ReportSingles says which slots one wrapper opens where two are needed, or were in the backup.
+// ReportSingles lists the slots that one wrapper opens although two are needed, or were
+// needed in the backup.
 func (r Reader) ReportSingles(backup, slots []seal.Slot) (changes []string) {
 	if names := singles(slots, nil); len(names) > 0 && (r.TwoOfTwo() != "" || HasTwoOfTwo(backup)) {
 		changes = []string{"TWO OF TWO IS BROKEN: each of these slots opens the KEK alone: " + JoinWords(names)}
@@ -106,8 +111,8 @@ func (r Reader) ReportSingles(backup, slots []seal.Slot) (changes []string) {
 	return changes
 }
 
-// CheckRestore refuses to bring back beside a two-of-two what opens the KEK alone, and
-// may have been removed since.
+// CheckRestore refuses to bring back, beside a two-of-two, a slot that opens the KEK
+// alone and may have been removed since.
 func (r Reader) CheckRestore(k *keyring.Keyring, without []string) error {
 	if r.TwoOfTwo() == "" && !HasTwoOfTwo(k.Slots()) {
 		return nil
@@ -121,7 +126,7 @@ func (r Reader) CheckRestore(k *keyring.Keyring, without []string) error {
 		return nil
 	}
 	hint := "if that is what you want, add --break-two-of-two"
-	if !Full(k) { // else no fresh KEK is made that could do without them
+	if !Full(k) { // otherwise no fresh KEK is made that could lack them
 		hint += ", else --skip-slot " + strings.Join(names, " --skip-slot ")
 	}
 	return fmt.Errorf("slots that may have been removed would come back, open the KEK alone, and break two of two: %s; %s", JoinWords(names), hint)
@@ -130,7 +135,7 @@ func (r Reader) CheckRestore(k *keyring.Keyring, without []string) error {
 // Full reports whether a keyring has no room to retire its current KEK.
 func Full(k *keyring.Keyring) bool { return !k.HasRoom() }
 
-// CheckAdd refuses a slot that one wrapper opens alone beside a two-of-two.
+// CheckAdd refuses a slot that one wrapper opens alone, beside a two-of-two.
 func (r Reader) CheckAdd(kind string, slots []seal.Slot) error {
 	has := r.TwoOfTwo() != "" || HasTwoOfTwo(slots)
 	if !has || Second(kind) != "" {
@@ -139,8 +144,8 @@ func (r Reader) CheckAdd(kind string, slots []seal.Slot) error {
 	return errors.New("a slot of " + kind + " would open the KEK alone, and break two of two; if that is what you want, add --break-two-of-two")
 }
 
-// CheckRecovery refuses a recovery that leaves one way in beside a two-of-two that was
-// not there before, or that makes one enough where two were needed.
+// CheckRecovery refuses a recovery that leaves a new single way to open beside a
+// two-of-two, or makes one wrapper enough although two were needed.
 func (r Reader) CheckRecovery(old []seal.Slot) error {
 	had := HasTwoOfTwo(old)
 	switch wants := r.TwoOfTwo() != ""; {
@@ -153,8 +158,8 @@ func (r Reader) CheckRecovery(old []seal.Slot) error {
 	}
 }
 
-// CheckSeal refuses to seal to the TPM alone beside a two-of-two, or in its place:
-// unlock.order may have lost it since.
+// CheckSeal refuses to seal to the TPM alone beside or in place of a two-of-two:
+// unlock.order may have lost the two-of-two since.
 func (r Reader) CheckSeal(slots []seal.Slot) error {
 	if r.TwoOfTwo() != "" || !HasTwoOfTwo(slots) {
 		return nil
@@ -162,7 +167,8 @@ func (r Reader) CheckSeal(slots []seal.Slot) error {
 	return errors.New("the keyring needs two wrappers together, and unlock.order names no two-of-two; set unlock.order to that two-of-two, or, if one is to be enough, run kleidi reseal --break-two-of-two")
 }
 
-// ReportBroken says that the TPM alone opens what needed two together in slots.
+// ReportBroken says that the TPM alone opens the KEK, although slots needed two
+// wrappers.
 func (r Reader) ReportBroken(slots []seal.Slot) (changes []string) {
 	if r.TwoOfTwo() == "" && HasTwoOfTwo(slots) {
 		changes = []string{"TWO OF TWO IS BROKEN: the TPM opens the KEK alone"}
@@ -170,8 +176,8 @@ func (r Reader) ReportBroken(slots []seal.Slot) (changes []string) {
 	return changes
 }
 
-// CheckFreshKEK refuses a two-of-two of a KEK that one wrapper may have held alone,
-// which is what is left where there is no room to retire it.
+// CheckFreshKEK refuses a two-of-two for a KEK that one wrapper may have held alone.
+// That happens if there is no room to retire the KEK.
 func (r Reader) CheckFreshKEK(k *keyring.Keyring) error {
 	if r.TwoOfTwo() == "" || HasTwoOfTwo(k.Slots()) || !Full(k) {
 		return nil

@@ -12,8 +12,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// Debt is a revocation that is still owed: a TPM that was away, or is another one now,
-// could not be told to refuse the copies of a slot that is gone from the keyring.
+// Debt is an owed revocation: a TPM that was unavailable or was replaced could not be
+// told to refuse the copies of a removed slot.
 type Debt struct {
 	tpm.Copies
 	Since time.Time `json:"since"`
@@ -37,7 +37,7 @@ type debts struct {
 // maxDebts bounds the debts of one node: the latest stay. Each takes some 250 bytes.
 const maxDebts = 32
 
-// Debts returns what is owed among slots of this node.
+// Debts returns the debts among slots of this node.
 func (r Reader) Debts(slots []seal.Slot) []Debt {
 	var all []Debt
 	for _, s := range slots {
@@ -49,12 +49,12 @@ func (r Reader) Debts(slots []seal.Slot) []Debt {
 	return all
 }
 
-// WithoutDebts returns the slots that a KEK is wrapped in.
+// WithoutDebts returns the slots that hold a KEK.
 func WithoutDebts(slots []seal.Slot) []seal.Slot {
 	return slices.DeleteFunc(slices.Clone(slots), func(s seal.Slot) bool { return s.Type == seal.TypeUnrevoked })
 }
 
-// WithDebts returns slots with these debts of this node in the place of those that it had.
+// WithDebts returns slots with these debts of this node in place of its former ones.
 func (r Reader) WithDebts(slots []seal.Slot, all []Debt) ([]seal.Slot, error) {
 	slots = slices.DeleteFunc(slices.Clone(slots), func(s seal.Slot) bool { return s.Type == seal.TypeUnrevoked && s.Node == r.Node })
 	if len(all) == 0 {
@@ -66,13 +66,14 @@ func (r Reader) WithDebts(slots []seal.Slot, all []Debt) ([]seal.Slot, error) {
 	return append(slots, seal.Slot{Type: seal.TypeUnrevoked, Node: r.Node, Data: data}), err
 }
 
-// Owing returns after, the slots that take the place of before, with what is owed: the
-// former debts, and one for each of this node's slots of a TPM that is gone without a later
-// one on the same counter. That later one has the counter raised when it is stored, and at
-// every start. A TPM that was cleared since owes nothing: the storage root key is gone.
+// Owing returns after, the slots that replace before, together with the debts: the
+// former ones, and one for each of this node's TPM slots that is gone without a later
+// slot on the same counter. If there is a later slot, the counter is raised when it is
+// stored, and at every start. A TPM that was cleared since owes nothing, because its
+// storage root key is gone.
 func (r Reader) Owing(before, after []seal.Slot) ([]seal.Slot, error) {
 	var owed []Debt
-	for _, d := range r.Debts(before) { // the same one may stand in several keyrings
+	for _, d := range r.Debts(before) { // the same debt may be in several keyrings
 		owed = merge(owed, d)
 	}
 	kept := r.copies(after)
@@ -87,7 +88,7 @@ func (r Reader) Owing(before, after []seal.Slot) ([]seal.Slot, error) {
 	return r.WithDebts(after, owed)
 }
 
-// merge adds a debt; two of one counter are one, of the higher epoch.
+// merge adds a debt. Two debts of one counter become one, with the higher epoch.
 func merge(owed []Debt, d Debt) []Debt {
 	i := slices.IndexFunc(owed, func(o Debt) bool { return o.SameCounter(d.Copies) })
 	if i < 0 {
@@ -104,14 +105,14 @@ func gone(before, after []seal.Slot) []seal.Slot {
 	})
 }
 
-// copies returns where copies of this node's slots of a TPM open.
+// copies returns where copies of this node's TPM slots open.
 func (r Reader) copies(slots []seal.Slot) []tpm.Copies {
 	var all []tpm.Copies
 	for _, s := range TPMParts(slots) {
 		if s.Type != seal.TypeTPM || s.Node != r.Node {
 			continue
 		}
-		if c, err := tpm.CopiesOf(s); err == nil { // one that can't be read opens nothing
+		if c, err := tpm.CopiesOf(s); err == nil { // an unreadable slot opens nothing
 			all = append(all, c)
 		}
 	}
@@ -119,8 +120,8 @@ func (r Reader) copies(slots []seal.Slot) []tpm.Copies {
 	return all
 }
 
-// Revokes reports whether slots of a TPM that before has are gone from after, and owed by
-// none: then a TPM refuses every copy of them, once the counter is raised.
+// Revokes reports whether TPM slots of before are missing in after and owed by no debt.
+// Then a TPM refuses every copy of them, once the counter is raised.
 func (r Reader) Revokes(before, after []seal.Slot) bool {
 	owed, gone := r.Debts(after), r.copies(gone(before, after))
 	return len(gone) > 0 && !slices.ContainsFunc(gone, func(c tpm.Copies) bool {

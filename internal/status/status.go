@@ -19,8 +19,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// Report reports what is sealed to what. Unless the request says which slots to try,
-// nothing but memory and the stored keyring is looked at.
+// Report returns the slots, what they are sealed to, and the state of kleidi. Unless
+// the request says which slots to try, it reads only memory and the stored keyring.
 func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.StatusReport, error) {
 	state := n.Unlocker.State()
 	r := admin.StatusReport{
@@ -34,7 +34,7 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 		describe(&r, k.Info())
 		slots = k.Slots()
 	} else if u, _, err := n.Stored(ctx); err == nil {
-		describe(&r, u.Info()) // nothing has vouched for it
+		describe(&r, u.Info()) // nothing has vouched for the keyring
 		slots = u.Slots()
 	} else if errors.Is(err, fs.ErrPermission) {
 		return r, err // who asks may not know
@@ -83,7 +83,8 @@ func unrevoked(n *node.Node, slots []seal.Slot) (all []admin.Unrevoked) {
 	return all
 }
 
-// bootsLeft returns how many boots more a suspension lasts, nil if the TPM does not tell.
+// bootsLeft returns how many more boots a suspension lasts, or nil if the TPM does not
+// tell.
 func bootsLeft(ctx context.Context, n *node.Node, slots []seal.Slot) *int64 {
 	states := n.View.BootStates(slots, tpm.UseSuspend)
 	count, err := n.Gate.Device.ResetCount(ctx, n.Gate.Owner)
@@ -136,7 +137,7 @@ func reportSlot(ctx context.Context, n *node.Node, slots []seal.Slot, s seal.Slo
 	}
 	opens := err == nil
 	if r.Use == slotview.UseNames[tpm.UseNext] && seal.CauseOf(err) == seal.CauseBootState {
-		err = nil // it is for another boot
+		err = nil // the slot is for another boot
 	}
 	r.Opens, r.Problem = &opens, admin.ProblemOf(n.Advise(ctx, n.Gate.Explain(err)))
 	return r
@@ -155,8 +156,8 @@ func reportAttestation(n *node.Node, problem error) *admin.AttestationReport {
 	return r
 }
 
-// Suspension returns what opens this node's keyring while it is suspended, else nil.
-// It asks no TPM.
+// Suspension returns what opens this node's keyring while it is suspended, or nil. It
+// asks no TPM.
 func Suspension(n *node.Node, slots []seal.Slot) *admin.Suspension {
 	for _, s := range slots {
 		if n.View.Suspends(s) {
@@ -166,9 +167,9 @@ func Suspension(n *node.Node, slots []seal.Slot) *admin.Suspension {
 	return nil
 }
 
-// Alone is status without a running serve: nothing is open, and that is not the problem
-// to show. It tries no token and no server: a try costs something, and the next call
-// would repeat it.
+// Alone is status without a running serve: no keyring is open, and that is not a
+// problem to show. It tries no token and no server, because a try has a price, and the
+// next call would repeat it.
 func Alone(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.StatusReport, error) {
 	if req.Try == admin.TryAll {
 		req.Try = admin.TryTPM

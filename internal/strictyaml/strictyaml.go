@@ -1,8 +1,7 @@
-// Package strictyaml reads a YAML document into a struct, strictly: unknown and
-// duplicate keys, nulls, aliases and wrong types are refused, and all of them
-// are reported at once, each with the path of its key and its line. The strict
-// mode of yaml.v3 stops counting at the first type error of a mapping and names
-// no paths.
+// Package strictyaml reads a YAML document into a struct, strictly. It refuses unknown
+// and duplicate keys, nulls, aliases and wrong types, and reports all of them at once,
+// each with the path of its key and its line. The strict mode of yaml.v3 stops at the
+// first type error of a mapping and names no paths.
 package strictyaml
 
 import (
@@ -20,13 +19,13 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// maxProblems bounds the list: nobody reads on, and a hostile document has no end
-// of them.
+// maxProblems bounds the list: nobody reads more, and a hostile document could have any
+// number of problems.
 const maxProblems = 50
 
-// Problems collects what is wrong with a document.
+// Problems collects the problems of a document.
 type Problems struct {
-	// Renamed maps the path of a key that has another name now to that name.
+	// Renamed maps the path of a renamed key to its present name.
 	Renamed map[string]string
 
 	list []error
@@ -42,7 +41,7 @@ func (p *Problems) Add(path, format string, args ...any) {
 	p.list = append(p.list, fmt.Errorf("  %s: %w", path, fmt.Errorf(format, args...)))
 }
 
-// Err returns all problems, one a line, or nil if there are none.
+// Err returns all problems, one line for each, or nil if there are none.
 func (p *Problems) Err() error {
 	if p.more > 0 {
 		return errors.Join(append(p.list[:len(p.list):len(p.list)], fmt.Errorf("  and %d more", p.more))...)
@@ -55,11 +54,11 @@ type Unmarshaler interface {
 	UnmarshalNode(n *yaml.Node, path string, p *Problems)
 }
 
-// Decode fills the struct that into points to from the only document in b, whose
-// size the caller bounds; it keeps what the document does not name. Fields are
-// named by the tag `yaml`; what a scalar should look like may be said in the tag
-// `want`. Maps have keys that are strings or int. The error is for what is not
-// one YAML document at all; see p for the rest.
+// Decode fills the struct that into points to from the only document in b, whose size
+// the caller bounds. It keeps fields that the document does not name. The tag yaml
+// names a field; the tag want may say what a scalar should look like. Maps have keys
+// that are strings or int. Decode returns an error only if b is not one YAML document
+// at all; p has all other problems.
 func Decode(b []byte, into any, p *Problems) error {
 	var doc yaml.Node
 	d := yaml.NewDecoder(bytes.NewReader(b))
@@ -93,8 +92,8 @@ func (p *Problems) mapping(n *yaml.Node, v reflect.Value, prefix string) {
 	})
 }
 
-// EachKey calls f with each key of a mapping at path, its value and its path; of
-// keys that stand twice with the first one only.
+// EachKey calls f with each key of a mapping at path, its value and its path. For a
+// duplicate key it calls f only with the first one.
 func (p *Problems) EachKey(n *yaml.Node, path string, f func(key, value *yaml.Node, path string)) {
 	if n.Kind != yaml.MappingNode {
 		if path == "" {
@@ -119,7 +118,7 @@ func (p *Problems) EachKey(n *yaml.Node, path string, f func(key, value *yaml.No
 	}
 }
 
-// join appends a key to a path. A key of the document's own making is quoted: the
+// join appends a key to a path. It quotes a key that the document invents, because the
 // path goes to a terminal.
 func join(path, key string) string {
 	if key == "" || len(key) > 64 || strings.ContainsFunc(key, func(r rune) bool { return !unicode.IsPrint(r) || r == ' ' || r == utf8.RuneError }) {
@@ -172,7 +171,7 @@ func (p *Problems) table(n *yaml.Node, v reflect.Value, path string) {
 		k, element := reflect.New(v.Type().Key()).Elem(), reflect.New(v.Type().Elem()).Elem()
 		if k.Kind() == reflect.Int {
 			i, err := strconv.Atoi(key.Value)
-			if err != nil || strconv.Itoa(i) != key.Value { // 04 would stand beside 4
+			if err != nil || strconv.Itoa(i) != key.Value { // 04 would duplicate 4
 				p.Add(at, "line %d: the key has to be a number", key.Line)
 				return
 			}

@@ -44,16 +44,16 @@ type Config struct {
 	// ClusterID is the cluster whose nodes are verified.
 	ClusterID seal.ClusterID `yaml:"clusterID" want:"32 lower-case hexadecimal digits, as kleidi status shows them"`
 	Listen    string         `yaml:"listen"`
-	// Certificate and Key are of TLS, in PEM; SigningKey is what the nodes' TPMs
-	// demand signatures of. Of both keys the mode must be 0600.
+	// Certificate and Key are the files for TLS, in PEM. The nodes' TPMs demand
+	// signatures by SigningKey. Both keys must have mode 0600.
 	Certificate string `yaml:"certificate"`
 	Key         string `yaml:"key"`
 	SigningKey  string `yaml:"signingKey"`
-	// FormerSigningKeys are those that some nodes' slots still demand.
+	// FormerSigningKeys are earlier keys that some nodes' slots still demand.
 	FormerSigningKeys []string `yaml:"formerSigningKeys"`
 	Audit             Audit    `yaml:"audit"`
-	// EKCertificates demands of every TPM a certificate that one of these CAs
-	// vouches for, beside the registered digest.
+	// EKCertificates demands of every TPM a certificate for which one of these CAs
+	// vouches, in addition to the registered digest.
 	EKCertificates CAs        `yaml:"ekCertificates"`
 	Log            config.Log `yaml:"log"`
 	Nodes          []Node     `yaml:"nodes"`
@@ -61,7 +61,7 @@ type Config struct {
 	path string
 }
 
-// File is where the configuration lies.
+// File returns the path of the configuration.
 func (c *Config) File() string { return c.path }
 
 func (c *Config) validate(p *strictyaml.Problems) {
@@ -154,7 +154,7 @@ func (c *Config) keys() ([]*remote.Key, error) {
 	return keys, nil
 }
 
-// endorsements returns the check of EK certificates, nil where none is demanded.
+// endorsements returns the check of EK certificates, or nil if none is demanded.
 func (c *Config) endorsements() (func(certificate, spki []byte) error, error) {
 	if c.EKCertificates.Folder == "" {
 		return nil, nil
@@ -209,7 +209,7 @@ func Load(path string) (*Config, error) {
 	return c, nil
 }
 
-// parse reports every problem at once, one a line.
+// parse reports every problem at once, one line for each.
 func parse(b []byte) (*Config, error) {
 	if len(b) > maxConfig {
 		return nil, fmt.Errorf("  file: more than %d bytes", maxConfig)

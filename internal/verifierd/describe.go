@@ -9,7 +9,8 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/verifier"
 )
 
-// Report is what nodes must know about a verifier, and which nodes it knows.
+// Report is what nodes must know about a verifier, and the nodes that the verifier
+// knows.
 type Report struct {
 	Config      string `json:"config"`
 	ClusterID   string `json:"clusterID"`
@@ -17,11 +18,11 @@ type Report struct {
 	Certificate string `json:"certificate"` // digest
 	PublicKey   string `json:"publicKey"`   // PEM
 	Nodes       []Node `json:"nodes"`
-	// NodeConfiguration is what goes into a node's configuration.
+	// NodeConfiguration is the part of a node's configuration for this verifier.
 	NodeConfiguration string `json:"nodeConfiguration"`
 }
 
-// PublicKeyPath is where nodes are told to keep the verifier's public key.
+// PublicKeyPath is where nodes should keep the verifier's public key.
 const PublicKeyPath = "/etc/kleidi/verifier.pub"
 
 // Describe reads certificate and key; address is what nodes dial, "" if unknown.
@@ -52,7 +53,8 @@ func (c *Config) Describe(address string) (*Report, error) {
 	return r, err
 }
 
-// addressOf guesses what nodes dial: the certificate's first name, and the port.
+// addressOf guesses the address that nodes dial: the certificate's first name, and the
+// port.
 func addressOf(c *tls.Certificate, listen string) string {
 	_, port, _ := net.SplitHostPort(listen)
 	host := "VERIFIER"

@@ -21,7 +21,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Setup is what kleidi verifier init makes.
+// Setup is the result of kleidi verifier init.
 type Setup struct {
 	Dir     string
 	Cluster string
@@ -91,7 +91,7 @@ func (s *Setup) writeKeys(c *Config) error {
 	return nil
 }
 
-// certificate returns a self-signed one, in PEM.
+// certificate returns a self-signed certificate, in PEM.
 func (s *Setup) certificate(key *ecdsa.PrivateKey) ([]byte, error) {
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 	if err != nil {
@@ -111,5 +111,5 @@ func (s *Setup) certificate(key *ecdsa.PrivateKey) ([]byte, error) {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), nil
 }
 
-// validity is long, since nodes know the certificate by its digest.
+// validity is long, because nodes recognise the certificate by its digest.
 const validity = 10 * 365 * 24 * time.Hour

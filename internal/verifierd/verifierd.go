@@ -92,7 +92,7 @@ func (s *Service) watch(ctx context.Context, hup <-chan os.Signal) {
 	}
 }
 
-// reload reads the configuration and everything that it names again.
+// reload reads the configuration again, with everything that it names.
 func (s *Service) reload() {
 	c, err := Load(s.config.path)
 	if err == nil {

@@ -9,18 +9,18 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// The rules by which a node takes another shared keyring in the place of its own, or
-// puts its own in the place of another. They read nothing but the two keyrings.
+// The rules by which a node replaces its shared keyring with another one, or publishes
+// its own in place of another. They read only the two keyrings.
 
-// Why a keyring is not followed, although nothing is wrong with it.
+// The reasons not to follow a keyring although nothing is wrong with it.
 var (
-	// ErrInStep: it is the very keyring that the node has.
+	// ErrInStep: the node already has this keyring.
 	ErrInStep = errors.New("the keyring is the one that this node has")
-	// ErrOlder: its revision is lower. [Precedes] says whether the node's own is to take
-	// its place.
+	// ErrOlder: the revision is lower. [Precedes] says whether the node's own keyring
+	// replaces it.
 	ErrOlder = errors.New("the keyring is of a lower revision than this node's")
-	// ErrStagedClosed: it is under the KEK that the node has staged, which is not open
-	// now. It can't be judged before it is.
+	// ErrStagedClosed: the keyring is under the KEK that the node has staged, which is
+	// not open now. The keyring can't be judged before that KEK is open.
 	ErrStagedClosed = errors.New("the keyring is under the staged KEK, which is not open on this node")
 )
 
@@ -30,22 +30,20 @@ const (
 	hintRejoin = "join this node again, with a new approval"
 )
 
-// Follows returns nil if the node that has local takes remote in its place. It
-// demands, in this order:
+// Follows returns nil if the node with local replaces it with remote. It demands, in
+// this order:
 //
 //  1. both are of format 2, and of the same cluster;
-//  2. remote's current KEK is local's current one, or the staged one that this node
-//     has acknowledged. An honest rotation can't do otherwise, since it waits for this
-//     node. So a keyring with a KEK of an intruder's own is refused, although the
-//     intruder knows the anchored KEK;
+//  2. remote's current KEK is local's current one, or the staged one that this node has acknowledged. An honest rotation
+//     can't do otherwise, because it waits for this node. So a keyring with an intruder's own KEK is refused, although
+//     the intruder knows the anchored KEK;
 //  3. that KEK opens remote: key ID, MAC and retired KEKs, as in [Untrusted.Open];
 //  4. remote's revision is higher;
 //  5. local's current KEK is among remote's;
-//  6. remote lists this node, with the same endorsement key, storage root key and epoch
-//     index;
+//  6. remote lists this node, with the same endorsement key, storage root key and epoch index;
 //  7. remote does not go back from a commit in the cluster store to one in a file.
 //
-// The KEK is in memory, so that no gate and no slot is needed. An error is
+// The KEK is in memory, so Follows needs no gate and no slot. An error is
 // [ErrStagedClosed] (2), [ErrInStep] or [ErrOlder] (4), or a [*seal.Error] with cause
 // seal.CauseAnchor (1, 2, 5, 7), one of Open's (3), seal.CauseForked (4) or
 // seal.CauseNodeRemoved (6).
@@ -57,9 +55,8 @@ func Follows(local *Keyring, remote *Untrusted) error {
 	return err
 }
 
-// Follow returns the keyring that the node has once it has taken remote in the place
-// of k: remote with k's own section, and with the KEKs that k holds open. It is an
-// error where [Follows] is one.
+// Follow returns the node's keyring after it has replaced k with remote: remote with
+// k's own section, and with the KEKs that k holds open. It fails if [Follows] does.
 func (k *Keyring) Follow(remote *Untrusted) (*Keyring, error) {
 	kek, err := followedKEK(k, remote)
 	if err != nil {
@@ -79,7 +76,7 @@ func (k *Keyring) Follow(remote *Untrusted) (*Keyring, error) {
 	return next, nil
 }
 
-// followedKEK holds conditions 1 and 2.
+// followedKEK checks conditions 1 and 2.
 func followedKEK(k *Keyring, remote *Untrusted) (*shared, error) {
 	if err := checkComparable(k, remote); err != nil {
 		return nil, err
@@ -108,7 +105,7 @@ func checkComparable(k *Keyring, remote *Untrusted) error {
 	return nil
 }
 
-// checkFollowed holds conditions 3 to 7.
+// checkFollowed checks conditions 3 to 7.
 func checkFollowed(k *Keyring, remote *Untrusted, kek *shared) error {
 	err := remote.verify(kek.secret)
 	if err != nil {
@@ -136,20 +133,20 @@ func checkFollowed(k *Keyring, remote *Untrusted, kek *shared) error {
 	return nil
 }
 
-// verify makes the checks of Open that need no anchor, and keeps nothing.
+// verify makes the checks of Open that need no anchor, and keeps no KEK.
 func (u *Untrusted) verify(kek *seal.Secret) error {
 	err := ErrClosed
 	withKEK(kek, func(b []byte) { err = u.open(newOpen(u), b) })
 	return err
 }
 
-// Precedes returns nil if local is published in the place of remote, which the cluster
-// store holds. It demands that both are of format 2 and of one cluster, that remote's
-// MAC verifies under the KEK that it names and that local holds, and that remote's
-// revision is lower: the cluster store was restored from an older snapshot. An error is
-// a [*seal.Error] with cause seal.CauseAnchor, or [ErrInStep], or seal.CauseForked if
-// the revisions are equal, or if remote is of a higher one under a KEK that local has
-// left.
+// Precedes returns nil if the node publishes local in place of remote, which the
+// cluster store holds. It demands that both are of format 2 and of one cluster, that
+// remote's MAC verifies under the KEK that remote names and local holds, and that
+// remote's revision is lower: the cluster store was then restored from an older
+// snapshot. An error is a [*seal.Error] with cause seal.CauseAnchor, or [ErrInStep], or
+// seal.CauseForked if the revisions are equal, or if remote has a higher revision under
+// a KEK that local has left.
 func Precedes(remote *Untrusted, local *Keyring) error {
 	if err := checkComparable(local, remote); err != nil {
 		return err

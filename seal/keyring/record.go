@@ -21,8 +21,8 @@ const (
 	MaxText = 512
 	// MaxPCRs bounds the PCRs of a boot state: a TPM has 24.
 	MaxPCRs = 24
-	// MaxKeyArea bounds the public area of a signer's or verifier's key, in bytes; that
-	// of an RSA key of 4096 bits fits.
+	// MaxKeyArea bounds the public area of a signer's or verifier's key, in bytes; an
+	// RSA key of 4096 bits fits.
 	MaxKeyArea = 640
 	// MaxRef bounds a policyRef, in bytes.
 	MaxRef = 32
@@ -30,42 +30,43 @@ const (
 
 const recordFormat1 = 1
 
-// Record is what a node says of itself in the cluster store: what it trusts, what it
-// announces, what it has acknowledged, and the boot states that a KEK must be
-// wrapped for.
+// Record is a node's report about itself in the cluster store: what it trusts, what it
+// announces, what it has acknowledged, and the boot states for which a KEK must be
+// wrapped.
 type Record struct {
 	Node string
 	// Formats are the keyring formats that the node's binary reads, ascending.
 	Formats []int
-	// Version is that binary's, for people.
+	// Version is the version of that binary, for display.
 	Version string
-	// Revision is that of the shared keyring in the node's file.
+	// Revision is the revision of the shared keyring in the node's file.
 	Revision uint64
 	// Anchored is the key ID in the node's anchor.
 	Anchored seal.KeyID
 	// Announced is the key ID that the node tells kube-apiserver.
 	Announced seal.KeyID
-	// Encrypted is the key ID of the last Encrypt; "" is none since the start.
+	// Encrypted is the key ID of the last Encrypt; "" means none since the start.
 	Encrypted seal.KeyID
 	// Acknowledged is the key ID of the staged KEK that the node has opened, sealed for
-	// each of its boot states and saved; "" is none.
+	// each of its boot states and saved; "" means none.
 	Acknowledged seal.KeyID
 	BootStates   []RecordedState
-	// Problem is what is wrong on the node, for people; "" is nothing.
+	// Problem describes the fault of the node, for display; "" means none.
 	Problem string
-	// Started is when the node's serve last started, for people. No decision reads it.
+	// Started is the time of serve's last start on the node, for display. No decision
+	// reads it.
 	Started time.Time
 }
 
-// RecordedState is one way in which a node boots, as the terms of its TPM slots say
-// it. Package tpm gives the members their meaning.
+// RecordedState is one way in which a node boots, in the terms of its TPM slots.
+// Package tpm defines the meaning of the members.
 type RecordedState struct {
 	Bank     string            `json:"bank"` // sha256 or sha384
 	PCRs     map[string]string `json:"pcrs"` // hexadecimal values by PCR
 	Use      string            `json:"use,omitempty"`
 	Resets   uint32            `json:"resets,omitempty"`   // the last resetCount of a suspension
 	Signer   *RecordedKey      `json:"signer,omitempty"`   // signs the other PCRs
-	Verifier *RecordedKey      `json:"verifier,omitempty"` // has to agree each time
+	Verifier *RecordedKey      `json:"verifier,omitempty"` // must agree each time
 	AtMost   uint64            `json:"atMost"`             // the last epoch
 }
 
@@ -100,8 +101,8 @@ type recordEnvelope struct {
 	MAC    []byte `json:"mac"`
 }
 
-// UntrustedRecord is a record that parses, and no more: whoever can write the cluster
-// store chose everything in it.
+// UntrustedRecord is a record that parses, and nothing more: an attacker who can write
+// the cluster store may have chosen everything in it.
 type UntrustedRecord struct {
 	raw []byte // the record as stored, what the MAC covers
 	mac []byte
@@ -111,8 +112,8 @@ type UntrustedRecord struct {
 // VerifiedRecord is a record that a node of the cluster wrote.
 type VerifiedRecord struct {
 	Record
-	// KeyID is that of the KEK whose MAC covers the record: the one that was current
-	// on that node. Whoever holds that KEK can have written the record.
+	// KeyID is the key ID of the KEK whose MAC covers the record: the KEK that was
+	// current on that node. Any holder of that KEK can have written the record.
 	KeyID seal.KeyID
 	// Proven says that the node holds the staged KEK, which is the acknowledged one.
 	Proven bool
@@ -227,11 +228,11 @@ func (s *RecordedState) check() error {
 	return nil
 }
 
-// Node returns the node that the record claims to be of.
+// Node returns the node that the record claims to describe.
 func (u *UntrustedRecord) Node() string { return u.doc.Node }
 
-// SignRecord returns a record as it is stored, with a MAC under the current KEK. Where
-// the record acknowledges the staged KEK, which must be open, it holds the proof.
+// SignRecord returns a record for storage, with a MAC under the current KEK. If the
+// record acknowledges the staged KEK, which must be open, it contains the proof.
 func (k *Keyring) SignRecord(r Record) ([]byte, error) {
 	doc := record1{Format: recordFormat1, ClusterID: k.ClusterID(), Node: r.Node, KeyID: k.CurrentID(), Formats: r.Formats, Version: r.Version, Revision: r.Revision,
 		Anchored: r.Anchored, Announced: r.Announced, Encrypted: r.Encrypted, Acknowledged: r.Acknowledged, BootStates: r.BootStates, Problem: r.Problem, Started: newStamp(r.Started)}
@@ -251,7 +252,7 @@ func (k *Keyring) SignRecord(r Record) ([]byte, error) {
 		return nil, fmt.Errorf("sign record: %w", err)
 	}
 	file = append(file, '\n')
-	if _, err := parseRecord(file); err != nil { // nothing is written that nobody reads
+	if _, err := parseRecord(file); err != nil { // never write a record that nobody can read
 		return nil, fmt.Errorf("sign record: %w", err)
 	}
 	return file, nil
@@ -261,9 +262,9 @@ func (k *Keyring) SignRecord(r Record) ([]byte, error) {
 //
 //  1. the record's cluster is that of k, and the node is one of k's;
 //  2. the MAC verifies under a KEK that k holds;
-//  3. where the acknowledged KEK is one that k holds, the proof verifies under it.
+//  3. if k holds the acknowledged KEK, the proof verifies under it.
 //
-// Where the acknowledged KEK is another one, or not open here, the record acknowledges
+// If the acknowledged KEK is another one, or not open here, the record acknowledges
 // nothing. An error is a [*seal.Error] with cause seal.CauseRecord.
 func (u *UntrustedRecord) Verify(k *Keyring) (*VerifiedRecord, error) {
 	d := u.doc
@@ -294,8 +295,8 @@ func recordMAC(kek, record []byte) (sum []byte) {
 	return sum
 }
 
-// acknowledgement proves that a node holds a staged KEK. It is not the record's MAC,
-// which is under the current KEK: a node that was removed knows that one.
+// acknowledgement proves that a node holds a staged KEK. It differs from the record's
+// MAC, which is under the current KEK: a removed node knows the current KEK.
 func acknowledgement(kek []byte, cluster seal.ClusterID, node string, id seal.KeyID) (sum []byte) {
 	derive(kek, labelAcknowledged, func(key []byte) { sum = mac(key, frame(string(cluster[:]), node, string(id))) })
 	return sum

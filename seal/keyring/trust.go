@@ -13,7 +13,7 @@ import (
 // CLUSTER/KEYID/REVISION. Nothing in it is secret.
 func (p Anchor) Trust() string { return fmt.Sprintf("%s/%s/%d", p.ClusterID, p.KeyID, p.Revision) }
 
-// ParseTrust reads what [Anchor.Trust] returns.
+// ParseTrust reads a result of [Anchor.Trust].
 func ParseTrust(s string) (Anchor, error) {
 	parts := strings.Split(s, "/")
 	if len(parts) != 3 {
@@ -41,7 +41,7 @@ func CheckTrust(k *Keyring, trust Anchor) error {
 
 // Check refuses an entry that no keyring could hold.
 func (n Node) Check() error {
-	if n.SRK == nil && n.EpochIndex == 0 { // not known yet
+	if n.SRK == nil && n.EpochIndex == 0 { // these fields are not known yet
 		if !nodeName.MatchString(n.Name) {
 			return errors.New("malformed name")
 		}
@@ -53,9 +53,9 @@ func (n Node) Check() error {
 	return (&node2{Name: n.Name, EK: n.EK, SRK: n.SRK, EpochIndex: n.EpochIndex}).check()
 }
 
-// CheckSeat refuses to revise the shared keyring on a node that has not the seat, while a
-// change counts as made in the seat's file. Two nodes would make two keyrings of one
-// revision.
+// CheckSeat refuses to revise the shared keyring on a node without the seat, while a
+// change counts as made in the seat's file. Otherwise two nodes could make two keyrings
+// of one revision.
 func CheckSeat(k *Keyring) error {
 	if k.doc.Format != format2 || k.doc.Commit != CommitLocal || len(k.doc.Nodes) == 1 {
 		return nil

@@ -22,8 +22,8 @@ import (
 )
 
 const (
-	// interval is how often the store is read, whatever the watch says: a watch that was
-	// open while the store was restored misses changes.
+	// interval is how often the store is read in addition to the watch: a watch that
+	// was open while the store was restored misses changes.
 	interval = 30 * time.Second
 	// lookWithin bounds how long the first announcement waits for the store.
 	lookWithin = 5 * time.Second
@@ -33,10 +33,11 @@ const (
 type Config struct {
 	Store    Store
 	Unlocker *unlock.Unlocker
-	// Wrap returns slots of this node's own for the staged KEK of k, one for each boot
-	// state in which the node starts, each of which was opened.
+	// Wrap returns this node's own slots for the staged KEK of k, one for each boot
+	// state in which the node starts. Each slot was opened once.
 	Wrap func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error)
-	// BootStates returns these boot states, for other nodes to wrap a KEK for.
+	// BootStates returns these boot states, so that other nodes can wrap a KEK for
+	// them.
 	BootStates func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error)
 	Version    string
 	Log        *slog.Logger
@@ -47,7 +48,7 @@ type Replica struct {
 	cfg     Config
 	started time.Time
 	kick    chan struct{}
-	looked  chan struct{} // closed once the store was read, or can't be reached
+	looked  chan struct{} // closed once the store was read or found unreachable
 	look    sync.Once
 
 	mu         sync.Mutex // held during a round
@@ -57,15 +58,15 @@ type Replica struct {
 	state   State
 }
 
-// State is what a node knows of the cluster store.
+// State is a node's knowledge of the cluster store.
 type State struct {
-	// Reached is when the store was last read; zero is never.
+	// Reached is the time of the last read of the store; zero means never.
 	Reached time.Time
-	// Revision is that of the keyring that it held then.
+	// Revision is the revision of the keyring in the store at that time.
 	Revision uint64
-	// InStep says that this was the open keyring.
+	// InStep says that the keyring in the store was the open one.
 	InStep bool
-	// Problem is why the last round failed.
+	// Problem is the reason why the last round failed.
 	Problem error
 }
 
@@ -87,7 +88,7 @@ func (r *Replica) update(f func(*State)) {
 	f(&r.state)
 }
 
-// Kick has Run make a round now.
+// Kick makes Run start a round now.
 func (r *Replica) Kick() {
 	select {
 	case r.kick <- struct{}{}:
@@ -127,7 +128,7 @@ func (r *Replica) Run(ctx context.Context) {
 }
 
 // Sync makes one round. It does nothing while the node is locked, or while the keyring
-// is of one node.
+// has only one node.
 func (r *Replica) Sync(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -149,7 +150,7 @@ func (r *Replica) Sync(ctx context.Context) error {
 	return errors.Join(err, r.record(ctx, err))
 }
 
-// rounds bounds how often a round begins again after another node was faster.
+// rounds bounds how often a round restarts because another node was faster.
 const rounds = 8
 
 func (r *Replica) round(ctx context.Context) error {
@@ -167,8 +168,8 @@ func (r *Replica) round(ctx context.Context) error {
 	return errors.New("the cluster store changes faster than this node follows")
 }
 
-// step reads the store, and follows or publishes. It reports whether the store is to be
-// read again.
+// step reads the store, and follows or publishes. It reports whether to read the store
+// again.
 func (r *Replica) step(ctx context.Context) (again bool, err error) {
 	raw, err := r.cfg.Store.Load(ctx)
 	if absent := errors.Is(err, fs.ErrNotExist); err == nil || absent || errors.Is(err, syscall.ECONNREFUSED) {
@@ -194,13 +195,13 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 		return false, nil
 	case errors.Is(err, keyring.ErrStagedClosed):
 		return true, r.cfg.Unlocker.OpenStaged(ctx)
-	default: // it may be an older one, under a KEK that this node has retired
+	default: // the keyring may be an older one, under a KEK that this node has retired
 		return true, r.publish(ctx, raw, remote, err)
 	}
 }
 
-// create puts the keyring into an empty store. The node that has the seat hands it over
-// there. After that, an empty store is one that was restored from an early snapshot.
+// create puts the keyring into an empty store. The node with the seat thereby hands the
+// keyring over. An empty store after that was restored from an early snapshot.
 func (r *Replica) create(ctx context.Context) (again bool, err error) {
 	k, err := r.cfg.Unlocker.Keyring()
 	if err != nil {
@@ -222,8 +223,8 @@ func (r *Replica) create(ctx context.Context) (again bool, err error) {
 	return true, err
 }
 
-// publish puts the own keyring in the place of an older one. If it is not older,
-// unfollowed is why it was not followed either.
+// publish puts the node's own keyring in place of an older one. If the other one is not
+// older, unfollowed is the reason why it was not followed either.
 func (r *Replica) publish(ctx context.Context, raw []byte, remote *keyring.Untrusted, unfollowed error) error {
 	k, err := r.cfg.Unlocker.Keyring()
 	if err != nil {
@@ -241,7 +242,7 @@ func (r *Replica) publish(ctx context.Context, raw []byte, remote *keyring.Untru
 	return conflictIsNews(r.cfg.Store.Swap(ctx, raw, k.Shared()))
 }
 
-// conflictIsNews turns a conflict into nil: the store is read again.
+// conflictIsNews turns a conflict into nil: the caller reads the store again.
 func conflictIsNews(err error) error {
 	if errors.Is(err, store.ErrConflict) {
 		return nil
@@ -272,8 +273,8 @@ func (r *Replica) acknowledge(ctx context.Context) error {
 	})
 }
 
-// record writes this node's record, if the store does not hold it. A record from before
-// the present keyring does not count, so it is written again.
+// record writes this node's record unless the store holds it. A record from before the
+// present keyring does not count, so it is written again.
 func (r *Replica) record(ctx context.Context, problem error) error {
 	k, err := r.cfg.Unlocker.Keyring()
 	if err != nil {
@@ -285,7 +286,7 @@ func (r *Replica) record(ctx context.Context, problem error) error {
 	}
 	rec := keyring.Record{
 		Node: self.Name, Formats: keyring.Formats(), Version: r.cfg.Version, Revision: k.Revision(),
-		// What is open was saved and anchored before, so these three are one.
+		// The open keyring was saved and anchored before, so these three are equal.
 		Anchored: k.CurrentID(), Announced: k.CurrentID(), Encrypted: unlock.LastEncrypted(r.cfg.Unlocker), Started: r.started,
 	}
 	if id := k.StagedID(); id != "" && k.Holds(id) && k.Acknowledged() {
@@ -314,8 +315,8 @@ func (r *Replica) record(ctx context.Context, problem error) error {
 	return nil
 }
 
-// Records returns the records of the nodes of k that verify and count: those from after
-// the keyring that the store holds.
+// Records returns the records of the nodes of k that verify and count: those written
+// after the keyring in the store.
 func (r *Replica) Records(ctx context.Context, k *keyring.Keyring) ([]*keyring.VerifiedRecord, error) {
 	var names []string
 	for _, n := range k.Nodes() {
@@ -338,13 +339,13 @@ func (r *Replica) Records(ctx context.Context, k *keyring.Keyring) ([]*keyring.V
 	return verified, nil
 }
 
-// Commit puts a revision of the shared keyring into the store in the place of old. It is
-// what makes the change; see unlock.Config.
+// Commit puts a revision of the shared keyring into the store in place of old. The
+// change then counts as made; see unlock.Config.
 func (r *Replica) Commit(ctx context.Context, old, next *keyring.Keyring) error {
 	if err := r.mayActivate(ctx, old, next); err != nil {
 		return err
 	}
-	var from []byte // an empty store, as long as the seat has not handed the keyring over
+	var from []byte // an empty store, until the seat has handed the keyring over
 	if old.Info().Commit == keyring.CommitCluster {
 		from = old.Shared()
 	}

@@ -7,14 +7,14 @@ import (
 )
 
 // Store is the cluster store: one shared keyring, and a record of each node. It is
-// trusted for nothing but the order of swaps. It can be restored from an older snapshot
-// at any time, and whoever can write it can put anything there.
+// trusted only for the order of swaps. Somebody may restore it from an older snapshot
+// at any time, and an attacker who can write it may put anything there.
 type Store interface {
 	// Load returns the shared keyring. The error is fs.ErrNotExist if there is none.
 	Load(context.Context) ([]byte, error)
-	// Swap puts next in the place of old, where nil means that there is none, if the
-	// store holds exactly these bytes. The error is [store.ErrConflict] if it holds
-	// others; then nothing has happened, and nothing will. After any other error the
+	// Swap replaces old with next if the store holds exactly the bytes of old; nil
+	// means no keyring. The error is [store.ErrConflict] if the store holds other
+	// bytes; then nothing has happened, and nothing will. After any other error the
 	// swap may have happened, and may still happen.
 	Swap(ctx context.Context, old, next []byte) error
 	// Records returns the records of these nodes, in their order, without nodes that

@@ -22,19 +22,19 @@ type Cluster interface {
 }
 
 // Driver drives a rotation over several nodes, from any one of them. It keeps no state:
-// after a crash, or on another node, the next call goes on from what the cluster store
-// holds.
+// after a crash, or on another node, the next call continues from the content of the
+// cluster store.
 type Driver struct {
 	Cluster Cluster
 	Memory  seal.Memory
-	// Wrap wraps a fresh KEK in shared slots, and in import slots for the boot states in
-	// the records of all nodes. This node is among them: it must open the KEK from what
-	// the store holds, if it crashes or the store's answer is lost.
+	// Wrap wraps a fresh KEK in shared slots, and in import slots for the boot states
+	// in the records of all nodes, including this one. If this node crashes or the
+	// store's answer is lost, it must open the KEK from the store's content.
 	Wrap func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, records []*keyring.VerifiedRecord) ([]seal.Slot, error)
 }
 
 // Advance takes the next step of a rotation that replaces the KEK with this key ID, and
-// returns it. Where the step is to wait it does nothing.
+// returns the step. If the step is to wait, it does nothing.
 func (d *Driver) Advance(ctx context.Context, replace seal.KeyID) (Step, error) {
 	k, err := d.Cluster.Keyring(ctx)
 	if err != nil {

@@ -51,14 +51,15 @@ const (
 	WhyNotEncrypted    Why = "its kube-apiserver has not encrypted under the current KEK yet"
 )
 
-// Next returns what a rotation needs next, by the keyring of a node that is in step
-// with the cluster store and the records there. replace is the key ID of the KEK that
-// the rotation is to replace: as long as that one is current a fresh one is staged. It
-// is "" for who only watches.
+// Next returns the next step of a rotation, from the keyring of a node that is in step
+// with the cluster store, and from the records in the store. replace is the key ID of
+// the KEK to replace: while that KEK is current, the next step is to stage a fresh one.
+// An observer passes "".
 //
 // A staged KEK is activated only when every node of the keyring has acknowledged this
-// very KEK. No operator overrules that: a node that can't acknowledge is removed. One
-// KEK is staged at a time, so whatever replace is, what is staged comes first.
+// very KEK. No operator can override that; a node that can't acknowledge must be
+// removed. Only one KEK is staged at a time, so a staged KEK comes first, whatever
+// replace is.
 func Next(k *keyring.Keyring, replace seal.KeyID, records []*keyring.VerifiedRecord) Step {
 	if staged := k.StagedID(); staged != "" {
 		return stepOrWait(k, records, Activate, func(r *keyring.VerifiedRecord) Why {
@@ -80,8 +81,8 @@ func Next(k *keyring.Keyring, replace seal.KeyID, records []*keyring.VerifiedRec
 }
 
 // Encrypting returns the nodes whose kube-apiserver may still write under another KEK
-// than the current one. A retired KEK is pruned only where there are none: a
-// kube-apiserver goes on with its former seed for minutes after it was told of a new
+// than the current one. A retired KEK may be pruned only if there are none: a
+// kube-apiserver keeps using its former seed for minutes after it was told of a new
 // KEK.
 func Encrypting(k *keyring.Keyring, records []*keyring.VerifiedRecord) []Missing {
 	return missing(k, records, func(r *keyring.VerifiedRecord) Why {
@@ -95,8 +96,9 @@ func Encrypting(k *keyring.Keyring, records []*keyring.VerifiedRecord) []Missing
 	})
 }
 
-// unsettled says why a node does not trust and announce the current KEK yet. Its
-// record must be under that KEK: whoever knows a former one can write any other.
+// unsettled says why a node does not trust and announce the current KEK yet. The node's
+// record must be under that KEK, because any holder of a former KEK can write any other
+// record.
 func unsettled(k *keyring.Keyring, r *keyring.VerifiedRecord) Why {
 	switch current := k.CurrentID(); {
 	case r.KeyID != current:
@@ -109,7 +111,8 @@ func unsettled(k *keyring.Keyring, r *keyring.VerifiedRecord) Why {
 	return ""
 }
 
-// stepOrWait is the step in which no node is missing, or the wait for those that are.
+// stepOrWait returns the step done if no node is missing, or else a wait for the
+// missing nodes.
 func stepOrWait(k *keyring.Keyring, records []*keyring.VerifiedRecord, done Action, check func(*keyring.VerifiedRecord) Why) Step {
 	if m := missing(k, records, check); len(m) > 0 {
 		return Step{Do: Wait, Missing: m}
@@ -133,7 +136,7 @@ func missing(k *keyring.Keyring, records []*keyring.VerifiedRecord, check func(*
 	return out
 }
 
-// Describe names nodes, and says why each is waited for.
+// Describe names the missing nodes, each with the reason.
 func Describe(missing []Missing) string {
 	var all []string
 	for _, m := range missing {

@@ -43,7 +43,7 @@ func Like(wrappers []Rewrapper, slots []seal.Slot) Wrap {
 	}
 }
 
-// SlotError names a slot like which the new KEK could not be wrapped.
+// SlotError names a slot for which no wrapper could wrap the new KEK in the same way.
 type SlotError struct {
 	Slot seal.Slot
 	Err  error

@@ -13,7 +13,7 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// collections are the paths of what kleidi applies, by kind.
+// collections are the paths of the objects that kleidi applies, by kind.
 var collections = map[string]string{
 	"CustomResourceDefinition": "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
 	"ClusterRole":              "/apis/rbac.authorization.k8s.io/v1/clusterroles",

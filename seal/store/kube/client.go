@@ -22,7 +22,7 @@ const (
 	// callTimeout bounds one request, but for a watch.
 	callTimeout = 10 * time.Second
 	// maxAnswer bounds the answer to one request, in bytes. The largest is an object
-	// with a keyring of [store.MaxSize] in base64, and what kube-apiserver adds.
+	// with a keyring of [store.MaxSize] in base64, with kube-apiserver's own fields.
 	maxAnswer = 3 << 20
 )
 
@@ -30,13 +30,14 @@ const (
 type Options struct {
 	// Kubeconfig is the path of a kubeconfig file, which is read at each connection.
 	Kubeconfig string
-	// Certificate, if set, is the client certificate in the place of the kubeconfig's.
+	// Certificate, if set, returns the client certificate that replaces the
+	// kubeconfig's.
 	Certificate func() (*tls.Certificate, error)
 	// Wrap, if set, wraps the transport, for tests.
 	Wrap func(http.RoundTripper) http.RoundTripper
 }
 
-// Client speaks to the API of a cluster.
+// Client calls the API of a cluster.
 type Client struct {
 	base string // URL without a slash at its end
 	http *http.Client
@@ -91,8 +92,8 @@ func (c *Client) Host() string {
 // Refusal is an answer of the API other than success.
 type Refusal struct {
 	Code int
-	// Reason is of the API's vocabulary: NotFound, Conflict. It is empty where the answer
-	// does not come from an API that knows the resource.
+	// Reason is a word of the API's vocabulary: NotFound, Conflict. It is empty if the
+	// answer does not come from an API that knows the resource.
 	Reason  string `json:"reason"`
 	Message string `json:"message"`
 }

@@ -5,10 +5,10 @@
 //	KeyringNode  NAME      the record of a node
 //
 // Package deploy/cluster holds their definitions. The summary in each object is for
-// people and printer columns: nothing here reads it.
+// display and for printer columns: nothing here reads it.
 //
 // The API is slow to fail and may answer late. So a swap tests the very bytes that it
-// replaces, and one with an unknown outcome is read back. Reads ask etcd, not the watch
-// cache of kube-apiserver: after etcd was restored from a snapshot, the cache may answer
-// with what was there before.
+// replaces, and the result of a swap with an unknown outcome is read back. Reads ask
+// etcd, not the watch cache of kube-apiserver: after etcd was restored from a snapshot,
+// the cache may answer with the earlier content.
 package kube

@@ -32,7 +32,7 @@ type Store struct {
 	Summary, RecordSummary func([]byte) map[string]any
 }
 
-// object is what both resources have.
+// object holds the common parts of both resources.
 type object struct {
 	APIVersion string   `json:"apiVersion,omitempty"`
 	Kind       string   `json:"kind,omitempty"`
@@ -48,8 +48,9 @@ type metadata struct {
 type spec struct {
 	Keyring []byte `json:"keyring,omitempty"` // of a Keyring
 	Record  []byte `json:"record,omitempty"`  // of a KeyringNode
-	// KeyringVersion is the resourceVersion of the Keyring that the record was written
-	// after. With it a record that says nothing new is written, too.
+	// KeyringVersion is the resourceVersion of the Keyring before the record was
+	// written. It makes the API store a record even if the rest of the record has not
+	// changed.
 	KeyringVersion string         `json:"keyringVersion,omitempty"`
 	Summary        map[string]any `json:"summary,omitempty"`
 }
@@ -131,7 +132,7 @@ func (s *Store) swap(ctx context.Context, old, next []byte) error {
 	// A failed test is "unprocessable"; a keyring that was deleted meanwhile is not found.
 	if refused(err, http.StatusUnprocessableEntity) || refused(err, http.StatusConflict) || refused(err, http.StatusNotFound) {
 		if now, _, err := s.load(ctx); err == nil && bytes.Equal(now, old) {
-			return s.swap(ctx, old, next) // only something beside the keyring has changed
+			return s.swap(ctx, old, next) // only other parts of the object have changed
 		}
 		return fmt.Errorf("Keyring %s: %w", keyringName, store.ErrConflict)
 	}
@@ -176,14 +177,14 @@ func (s *Store) Records(ctx context.Context, names ...string) ([]store.NodeRecor
 		case err != nil:
 			return nil, fmt.Errorf("read KeyringNode %s: %w", name, err)
 		}
-		if len(o.Spec.Record) > 0 && len(o.Spec.Record) <= store.MaxSize { // cluster setup makes it without a record
+		if len(o.Spec.Record) > 0 && len(o.Spec.Record) <= store.MaxSize { // the cluster's set-up makes the object without a record
 			all = append(all, store.NodeRecord{Node: name, Bytes: o.Spec.Record, AfterKeyring: later(o.Metadata.ResourceVersion, version)})
 		}
 	}
 	return all, nil
 }
 
-// later reports whether resourceVersion a is after b. Both are etcd's revision.
+// later reports whether resourceVersion a is after b. Both are revisions of etcd.
 func later(a, b string) bool {
 	x, errA := strconv.ParseUint(a, 10, 64)
 	y, errB := strconv.ParseUint(b, 10, 64)

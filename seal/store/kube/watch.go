@@ -9,9 +9,9 @@ import (
 	"github.com/cenkalti/backoff/v5"
 )
 
-// Watch implements replica.Store. It calls changed at each event and each time that it
-// has connected: a watch misses what happens while it is away, and a restored etcd
-// tells an open watch nothing.
+// Watch implements replica.Store. It calls changed at each event, and each time that it
+// has connected: a watch misses events while it is disconnected, and an open watch does
+// not notice that etcd was restored.
 func (s *Store) Watch(ctx context.Context, changed func()) {
 	var group sync.WaitGroup
 	for _, path := range []string{keyrings + "?fieldSelector=metadata.name%3D" + keyringName, nodes + "?"} {
@@ -34,11 +34,11 @@ func (s *Store) watch(ctx context.Context, path string, changed func()) {
 	}
 }
 
-// metadataOnly asks for events without the objects, since only the fact matters that
-// there is one.
+// metadataOnly asks for events without the objects, because only the existence of an
+// event matters.
 const metadataOnly = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
-// follow calls changed for what arrives on one watch, and reports whether there was one.
+// follow calls changed for the events of one watch, and reports whether there was one.
 func (s *Store) follow(ctx context.Context, path string, changed func()) bool {
 	res, err := s.send(ctx, http.MethodGet, path, "", metadataOnly, nil)
 	if err != nil {
