@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"strings"
-	"syscall"
 
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
@@ -29,11 +28,23 @@ func joining(m *machine) simboot.Boot {
 	return usual
 }
 
+// loopback is an address that no other process listens on.
+func loopback(port int) string {
+	return fmt.Sprintf("127.%d.%d.1:%d", 64+os.Getpid()%64, os.Getpid()/64%256, port)
+}
+
+// recordedPolicy records the boot of the machine as a boot policy.
+func recordedPolicy(m *machine) simboot.Boot {
+	m.Reboot(usual)
+	m.run("bootpolicy record --file DIR/policy.yaml")
+	return usual
+}
+
 // newSeat starts another machine, which has a keyring and answers joining ones.
 func newSeat(m *machine) *machine {
 	m.t.Helper()
 	seat := newMachine(m.t)
-	seat.configure(fmt.Sprintf("join: {listen: 127.%d.%d.1:9780}\n", 64+os.Getpid()%64, os.Getpid()/64%256))
+	seat.configure("join: {listen: " + loopback(9780) + "}\n")
 	b, err := os.ReadFile(seat.path("config.yaml"))
 	if err != nil {
 		m.t.Fatal(err)
@@ -42,7 +53,6 @@ func newSeat(m *machine) *machine {
 	seat.Reboot(usual)
 	seat.run("init --recovery-recipient " + seat.identity())
 	serve := seat.command("serve")
-	serve.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := serve.Start(); err != nil {
 		m.t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -132,6 +133,9 @@ func (m *machine) try(verb string) ([]byte, error) {
 	cmd := m.command(verb)
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok && strings.HasPrefix(verb, "status") && exit.ExitCode() > 2 {
+		return out, nil // the exit code repeats the state that the output shows
+	}
 	if err != nil {
 		err = fmt.Errorf("kleidi %s: %w\n%s%s", verb, err, out, stderr.Bytes())
 	}
