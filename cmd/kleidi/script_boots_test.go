@@ -118,7 +118,7 @@ var briefly = []struct {
 	instead string
 }{
 	{regexp.MustCompile(`(?s)\n.*`), ""},
-	{regexp.MustCompile(`the machine did not boot as it did when the slot was sealed: `), ""},
+	{regexp.MustCompile(`the machine (did not boot as it did when the slot was sealed|booted [^:]*|was booted [^:]*|is in another phase [^:]*): `), ""},
 	{regexp.MustCompile(`; (boot the earlier|if this change|put the|use the present|run |if Secure Boot).*`), ""},
 	{regexp.MustCompile(`: was [0-9a-f]{12}…(, now [0-9a-f]{12}…)?`), ""},
 	{regexp.MustCompile(` \((\\EFI|usually) ?[^)]*\)`), ""},

@@ -103,7 +103,9 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 			verdict += fmt.Sprintf(": %s boot, PCR %s (%s)", at.Boot, slotview.JoinPCRs(at.PCRs), at.Bank)
 		}
 		row(w, "attestation", verdict)
-		printProblem(w, at.Problem)
+		if r.Problem == nil || !reflect.DeepEqual(at.Problem, r.Problem) { // otherwise it is already printed above
+			printProblem(w, at.Problem)
+		}
 	}
 	for _, s := range r.Slots {
 		kind := s.Type

@@ -87,7 +87,7 @@ func TestFallback(t *testing.T) {
 func (m *machine) saysFallback(t *testing.T, by string) {
 	t.Helper()
 	code, body, err := m.Get("/readyz")
-	if want := "fallback: opened by " + by + ", since: the machine did not boot as it did"; err != nil || code != http.StatusOK || !strings.Contains(body, want) {
+	if want := "fallback: opened by " + by + ", since: the machine booted with another kernel"; err != nil || code != http.StatusOK || !strings.Contains(body, want) {
 		t.Errorf("readyz does not say %q: %d %s (%v)", want, code, body, err)
 	}
 }

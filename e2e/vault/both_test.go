@@ -138,7 +138,7 @@ func TestServeTwoOfTwo(t *testing.T) {
 	s.Serve()
 	s.WaitLocked("PCR 4")
 	s.RefusesCalls("boot-state-not-authorized")
-	s.Refuse("rotate", "the machine did not boot as it did")
+	s.Refuse("rotate", "the machine booted with another kernel")
 	s.Serving.Stop()
 	s.Reboot(was)
 

@@ -68,7 +68,10 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 		report.Name, report.ID = names[i], ids[i]
 		r.Slots = append(r.Slots, report)
 	}
-	r.Attestation = reportAttestation(n, errors.Join(attestation, onlyAttestation(state.Problem)))
+	if attestation == nil { // else the one of now, and not the one of the last attempt as well
+		attestation = onlyAttestation(state.Problem)
+	}
+	r.Attestation = reportAttestation(n, attestation)
 	return r, nil
 }
 

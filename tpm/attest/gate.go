@@ -297,13 +297,16 @@ func (g *Gate) Explain(err error) error {
 			}
 		}
 	}
-	explained.Err = &Explained{Differences: differences, err: refusal.Err}
+	var recorded []eventlog.Summary
+	_ = json.Unmarshal(state.Was.Record, &recorded) // unreadable is no record
+	explained.Err = &Explained{Differences: differences, headline: eventlog.Headline(differences, eventlog.BootTypeOf(recorded), now.Log.BootType()), err: refusal.Err}
 	return &explained
 }
 
 // Explained is a refusal with an explanation of what changed.
 type Explained struct {
 	Differences []eventlog.Difference
+	headline    string
 	err         error
 }
 
@@ -311,9 +314,7 @@ type Explained struct {
 func (e *Explained) Error() string { return e.Headline() + ": " + strings.Join(e.Details(), "; ") }
 
 // Headline says what happened in one sentence.
-func (e *Explained) Headline() string {
-	return "the machine did not boot as it did when the slot was sealed"
-}
+func (e *Explained) Headline() string { return e.headline }
 
 // Details names each PCR that differs, with its event.
 func (e *Explained) Details() []string {

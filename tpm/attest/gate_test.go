@@ -83,21 +83,21 @@ func TestExplain(t *testing.T) {
 		change func(*simboot.Boot)
 		says   []string
 	}{
-		{"kernel", simboot.UKI, func(b *simboot.Boot) { b.Kernel = "6.12.99-amd64" }, []string{"PCR 4: unified kernel image", "PCR 11: kernel changed", "usually a kernel update"}},
-		{"command line", simboot.UKI, func(b *simboot.Boot) { b.CommandLine = "root=/dev/sda1 init=/bin/sh" }, []string{"PCR 4: ", "PCR 11: kernel command line changed"}},
-		{"initrd", simboot.UKI, func(b *simboot.Boot) { b.Initrd = "another" }, []string{"PCR 4: ", "PCR 11: initrd changed", "usually a rebuilt initrd"}},
-		{"Secure Boot", simboot.UKI, func(b *simboot.Boot) { b.SecureBoot = false }, []string{"PCR 7: Secure Boot changed: was on, now off", "firmware's setup"}},
-		{"dbx", simboot.UKI, func(b *simboot.Boot) { b.Dbx = "2026-01-01" }, []string{"PCR 7: list of revoked boot programs (dbx) changed"}},
-		{"keys", simboot.UKI, func(b *simboot.Boot) { b.Keys = "Mallory" }, []string{"PCR 7: Secure Boot platform key (PK) changed: was Example Computers Platform Key, now Mallory Platform Key"}},
-		{"stub", simboot.UKI, func(b *simboot.Boot) { b.LoaderVersion = "258" }, []string{"PCR 4: unified kernel image"}},
-		{"phase", simboot.UKI, func(b *simboot.Boot) { b.Phases = "enter-initrd:leave-initrd" }, []string{"PCR 11: boot phase is new: enter-initrd", "After=systemd-pcrphase.service"}},
-		{"loader", simboot.UKI, func(b *simboot.Boot) { *b = simboot.Baseline(simboot.GRUB) }, []string{"PCR 4: boot loader changed", "shimx64.efi", "PCR 11: kernel is gone"}},
-		{"kernel", simboot.GRUB, func(b *simboot.Boot) { b.Kernel = "6.12.99-amd64" }, []string{"PCR 4: kernel changed", `PCR 8: kernel command line changed: was "/boot/vmlinuz-6.12.57+deb13-amd64 root`, `now "/boot/vmlinuz-6.12.99-amd64 root`, "PCR 9: kernel changed"}},
-		{"command line", simboot.GRUB, func(b *simboot.Boot) { b.CommandLine = "root=/dev/sda1 init=/bin/sh" }, []string{"PCR 8: kernel command line changed: was", "root=/dev/mapper/root ro quiet", "now", "init=/bin/sh", "usually the command line was edited"}},
-		{"initrd", simboot.GRUB, func(b *simboot.Boot) { b.Initrd = "another" }, []string{"PCR 9: initrd (/boot/initrd.img-6.12.57+deb13-amd64) changed"}},
-		{"GRUB", simboot.GRUB, func(b *simboot.Boot) { b.LoaderVersion = "2.14" }, []string{`PCR 4: boot loader (\EFI\debian\grubx64.efi) changed`, "usually a boot loader update"}},
-		{"command line", simboot.EFIStub, func(b *simboot.Boot) { b.CommandLine = "init=/bin/sh" }, []string{"PCR 9: kernel command line changed"}},
-		{"kernel", simboot.EFIStub, func(b *simboot.Boot) { b.Kernel = "6.12.99-amd64" }, []string{`PCR 4: kernel (\EFI\debian\vmlinuz.efi) changed`}},
+		{"kernel", simboot.UKI, func(b *simboot.Boot) { b.Kernel = "6.12.99-amd64" }, []string{"booted with another kernel:", "PCR 4: unified kernel image", "PCR 11: kernel changed", "usually a kernel update"}},
+		{"command line", simboot.UKI, func(b *simboot.Boot) { b.CommandLine = "root=/dev/sda1 init=/bin/sh" }, []string{"the machine booted with another command line:", "PCR 4: ", "PCR 11: kernel command line changed"}},
+		{"initrd", simboot.UKI, func(b *simboot.Boot) { b.Initrd = "another" }, []string{"the machine booted with another initrd:", "PCR 4: ", "PCR 11: initrd changed", "usually a rebuilt initrd"}},
+		{"Secure Boot", simboot.UKI, func(b *simboot.Boot) { b.SecureBoot = false }, []string{"the machine booted with Secure Boot off", "PCR 7: Secure Boot changed: was on, now off", "firmware's setup"}},
+		{"dbx", simboot.UKI, func(b *simboot.Boot) { b.Dbx = "2026-01-01" }, []string{"the machine booted with another list of revoked boot programs:", "PCR 7: list of revoked boot programs (dbx) changed"}},
+		{"keys", simboot.UKI, func(b *simboot.Boot) { b.Keys = "Mallory" }, []string{"other keys of Secure Boot", "PCR 7: Secure Boot platform key (PK) changed: was Example Computers Platform Key, now Mallory Platform Key"}},
+		{"stub", simboot.UKI, func(b *simboot.Boot) { b.LoaderVersion = "258" }, []string{"the machine booted another unified kernel image:", "PCR 4: unified kernel image"}},
+		{"phase", simboot.UKI, func(b *simboot.Boot) { b.Phases = "enter-initrd:leave-initrd" }, []string{"another phase of the boot than the slot is sealed to:", "PCR 11: boot phase is new: enter-initrd", "After=systemd-pcrphase.service"}},
+		{"loader", simboot.UKI, func(b *simboot.Boot) { *b = simboot.Baseline(simboot.GRUB) }, []string{"the machine was booted by GRUB instead of as a UKI:", "PCR 4: boot loader changed", "shimx64.efi", "PCR 11: kernel is gone"}},
+		{"kernel", simboot.GRUB, func(b *simboot.Boot) { b.Kernel = "6.12.99-amd64" }, []string{"the machine booted with another kernel and another command line:", "PCR 4: kernel changed", `PCR 8: kernel command line changed: was "/boot/vmlinuz-6.12.57+deb13-amd64 root`, `now "/boot/vmlinuz-6.12.99-amd64 root`, "PCR 9: kernel changed"}},
+		{"command line", simboot.GRUB, func(b *simboot.Boot) { b.CommandLine = "root=/dev/sda1 init=/bin/sh" }, []string{"the machine booted with another command line:", "PCR 8: kernel command line changed: was", "root=/dev/mapper/root ro quiet", "now", "init=/bin/sh", "usually the command line was edited"}},
+		{"initrd", simboot.GRUB, func(b *simboot.Boot) { b.Initrd = "another" }, []string{"the machine booted with another initrd:", "PCR 9: initrd (/boot/initrd.img-6.12.57+deb13-amd64) changed"}},
+		{"GRUB", simboot.GRUB, func(b *simboot.Boot) { b.LoaderVersion = "2.14" }, []string{"the machine booted with another boot loader:", `PCR 4: boot loader (\EFI\debian\grubx64.efi) changed`, "usually a boot loader update"}},
+		{"command line", simboot.EFIStub, func(b *simboot.Boot) { b.CommandLine = "init=/bin/sh" }, []string{"the machine booted with another command line:", "PCR 9: kernel command line changed"}},
+		{"kernel", simboot.EFIStub, func(b *simboot.Boot) { b.Kernel = "6.12.99-amd64" }, []string{"the machine booted with another kernel:", `PCR 4: kernel (\EFI\debian\vmlinuz.efi) changed`}},
 	} {
 		t.Run(string(c.loader)+" "+c.name, func(t *testing.T) {
 			n := newNode(t, simboot.Baseline(c.loader))
@@ -109,7 +109,7 @@ func TestExplain(t *testing.T) {
 			if seal.CauseOf(err) != seal.CauseBootState {
 				t.Errorf("%v: cause %q", err, seal.CauseOf(err))
 			}
-			for _, words := range append(c.says, "did not boot as it did when the slot was sealed", "kleidi recover") {
+			for _, words := range append(c.says, "kleidi recover") {
 				if !strings.Contains(err.Error(), words) {
 					t.Errorf("%q does not say %q", err, words)
 				}
