@@ -99,7 +99,7 @@ func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest)
 	err = d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		n := keyring.Node{Name: req.Node}
 		if slices.ContainsFunc(k.Nodes(), n.SameTPM) {
-			return nil, errListed
+			return nil, errNothing
 		}
 		next, err := k.WithNode(n, time.Now())
 		if err != nil {
@@ -107,7 +107,7 @@ func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest)
 		}
 		return []*keyring.Keyring{next}, nil
 	})
-	if err != nil && !errors.Is(err, errListed) {
+	if err != nil && !errors.Is(err, errNothing) {
 		return r, err
 	}
 	k, err := d.node.Unlocker.Keyring()
@@ -138,8 +138,11 @@ func (d *Desk) address() (string, error) {
 
 func checkApproval(k *keyring.Keyring, req admin.ApproveNodeRequest) error {
 	wanted := keyring.Node{Name: req.Node, EK: req.EK}
-	if err := wanted.Check(); err != nil || (req.EK == "") != req.NoTPM {
-		return fmt.Errorf("node %.64q with endorsement key %.80q: %w; kleidi node identity on the new node shows both", req.Node, req.EK, cmpErr(err, "want either --ek or --no-tpm"))
+	if (req.EK == "") != req.NoTPM {
+		return errors.New("want either --ek or --no-tpm; kleidi node identity on the new node shows its endorsement key")
+	}
+	if err := wanted.Check(); err != nil {
+		return fmt.Errorf("node %.64q with endorsement key %.80q: %w; kleidi node identity on the new node shows both", req.Node, req.EK, err)
 	}
 	if req.Expires <= 0 || req.Expires > MaxExpiry {
 		return fmt.Errorf("--expires %v; want up to %v", req.Expires, MaxExpiry)
@@ -164,13 +167,6 @@ func checkApproval(k *keyring.Keyring, req admin.ApproveNodeRequest) error {
 		names, size = append(names, f.Name), size+len(f.Content)
 	}
 	return join.CheckFiles(names, size)
-}
-
-func cmpErr(err error, otherwise string) error {
-	if err != nil {
-		return err
-	}
-	return errors.New(otherwise)
 }
 
 // approval returns what the node must prove: the same as this node's configuration
@@ -203,11 +199,7 @@ func (d *Desk) approval(k *keyring.Keyring, req admin.ApproveNodeRequest) (*join
 // verifierOf returns the remote verifier that a node's slots must demand, if one is
 // configured here.
 func (d *Desk) verifierOf(cluster seal.ClusterID, name string) (*tpm.Verifier, error) {
-	return demandFor(d.node, cluster, name)
-}
-
-func demandFor(n *node.Node, cluster seal.ClusterID, name string) (*tpm.Verifier, error) {
-	v, err := n.Remote.Demand(cluster, false)
+	v, err := d.node.Remote.Demand(cluster, false)
 	if v != nil {
 		v.Ref = remote.PolicyRef(cluster, name)
 	}
@@ -219,7 +211,7 @@ func demandFor(n *node.Node, cluster seal.ClusterID, name string) (*tpm.Verifier
 func (d *Desk) upgrade(ctx context.Context) (done bool, err error) {
 	err = d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		if k.Format() > 1 {
-			return nil, errListed
+			return nil, errNothing
 		}
 		self, ok := k.Self()
 		if !ok {
@@ -242,7 +234,7 @@ func (d *Desk) upgrade(ctx context.Context) (done bool, err error) {
 		}
 		return []*keyring.Keyring{next}, nil
 	})
-	if errors.Is(err, errListed) {
+	if errors.Is(err, errNothing) {
 		return false, nil
 	}
 	return err == nil, err

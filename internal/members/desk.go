@@ -80,7 +80,8 @@ func (d *Desk) Verifier() (*joinproof.Verifier, error) {
 	return &joinproof.Verifier{Cluster: k.ClusterID(), Format: k.Format()}, nil
 }
 
-var errListed = errors.New("the node is listed already")
+// errNothing leaves a change without a new revision.
+var errNothing = errors.New("nothing to change")
 
 // Admit implements [join.Host]. It wraps the KEKs for the node before it lists the
 // node. The result leaves this process only afterwards.
@@ -99,11 +100,11 @@ func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven) (*join.Admission,
 		}
 		a.Keyring, a.KeyID, a.Revision = next.Shared(), next.CurrentID(), next.Revision()
 		if listed {
-			return nil, errListed
+			return nil, errNothing
 		}
 		return []*keyring.Keyring{next}, nil
 	})
-	if err != nil && !errors.Is(err, errListed) {
+	if err != nil && !errors.Is(err, errNothing) {
 		return nil, err
 	}
 	a.Done = func(transcript []byte) []byte {

@@ -1,0 +1,218 @@
+package members
+
+import (
+	"context"
+	"crypto"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/lifecycle"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/simboot"
+	"github.com/beezy-dev/kleidi/tpm/tpmtest"
+)
+
+// machine is one with its configuration.
+func machine(t *testing.T, name string, change ...func(*config.Config)) *node.Node {
+	t.Helper()
+	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
+	dir := t.TempDir()
+	c := config.Default()
+	c.Node, c.State.Dir, c.Memory.Lock = name, filepath.Join(dir, "state"), config.LockBestEffort
+	c.TPM.Device, c.TPM.EventLog, c.TPM.UserspaceEventLog = m.Device(), m.EventLog(), m.UserspaceLog()
+	c.Admin.Socket = filepath.Join(dir, "admin.sock")
+	for _, f := range change {
+		f(c)
+	}
+	n, err := node.New(c, slog.New(slog.DiscardHandler), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(n.Close)
+	return n
+}
+
+// seat is a node with an open keyring, and its desk, which listens.
+func seat(t *testing.T) (*node.Node, *Desk) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := machine(t, "alpha", func(c *config.Config) { c.Join.Listen = l.Addr().String() })
+	identity, recipient, err := recovery.GenerateIdentity(seal.Memory{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	identity.Close()
+	if _, err := lifecycle.Init(t.Context(), n, lifecycle.InitOptions{Recipients: []string{recipient}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Unlocker.Unlock(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	d, err := NewDesk(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() { done <- d.server.Serve(l) }()
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		d.Stop(ctx)
+		<-done
+	})
+	return n, d
+}
+
+// approve approves a machine, and returns what it joins with.
+func approve(t *testing.T, d *Desk, n *node.Node) JoinOptions {
+	t.Helper()
+	id, err := Identify(t.Context(), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := attest.Logs{Firmware: n.Config.TPM.EventLog, Userspace: n.Config.TPM.UserspaceEventLog}.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := bootpolicy.Record(log, crypto.SHA256, []int{0, 4, 7, 11})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := d.Approve(t.Context(), admin.ApproveNodeRequest{Node: id.Node, EK: id.EK, BootPolicy: p.Marshal(), Expires: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	trust, err := keyring.ParseTrust(r.Trust)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return JoinOptions{Address: r.Address, Verifier: r.Certificate, Trust: trust, Progress: func(string) {}}
+}
+
+// TestJoinWhileStaged: a node that joins during a rotation is given the staged KEK too, and
+// keeps slots of its own for both, so that it can acknowledge.
+func TestJoinWhileStaged(t *testing.T) {
+	n, d := seat(t)
+	j := machine(t, "beta")
+	o := approve(t, d, j)
+	err := n.Unlocker.Change(t.Context(), func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		revisions, err := rotation.Rotate(t.Context(), seal.Memory{}, k, rotation.Like(n.Rewrappers(), k.Slots()), n.Wrappers(), time.Now())
+		if err != nil {
+			return nil, err
+		}
+		revisions[1].Close()
+		return revisions[:1], nil // it stops there
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	staged, err := n.Unlocker.Keyring()
+	if err != nil || staged.StagedID() == "" {
+		t.Fatalf("nothing is staged: %v", err)
+	}
+	if _, err := Join(t.Context(), j, o); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Unlocker.Unlock(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	k, err := j.Unlocker.Keyring()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if id := staged.StagedID(); k.StagedID() != id || !k.Holds(id) || !k.Acknowledged() || len(k.OwnStagedSlots()) != 1 || len(k.OwnSlots()) != 1 {
+		t.Errorf("staged %q, held: %v, acknowledged: %v, %d and %d own slots", k.StagedID(), k.Holds(id), k.Acknowledged(), len(k.OwnStagedSlots()), len(k.OwnSlots()))
+	}
+	for _, s := range append(k.OwnSlots(), k.OwnStagedSlots()...) {
+		if strings.Contains(string(s.Data), "import-v1") {
+			t.Error("an import slot is kept")
+		}
+	}
+	if slices.ContainsFunc(k.StagedSlots(), func(s seal.Slot) bool { return s.Node == "alpha" }) {
+		t.Error("the other node's own slots came along")
+	}
+}
+
+// TestStagedClosed: a node whose staged KEK does not open gives no keyring away that lacks
+// it, and lists nobody.
+func TestStagedClosed(t *testing.T) {
+	n, d := seat(t)
+	j := machine(t, "beta")
+	o := approve(t, d, j)
+	before, err := n.Unlocker.Keyring()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.reviser = closedStaged{t, n}
+	if _, err := Join(t.Context(), j, o); err == nil || !strings.Contains(err.Error(), "can't list this node") {
+		t.Errorf("%v", err)
+	}
+	if k, err := n.Unlocker.Keyring(); err != nil || k.Revision() != before.Revision() {
+		t.Errorf("the keyring has changed: %v", err)
+	}
+	if _, _, err := j.Keyring.File.Load(t.Context()); err == nil {
+		t.Error("the machine has a keyring")
+	}
+	d.reviser = n.Unlocker
+	if _, err := Join(t.Context(), j, o); err != nil {
+		t.Errorf("once it is mended: %v", err)
+	}
+}
+
+// closedStaged shows a keyring whose staged KEK is not open.
+type closedStaged struct {
+	t *testing.T
+	n *node.Node
+}
+
+// Change implements Reviser.
+func (c closedStaged) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyring.Keyring, error)) error {
+	k, err := c.n.Unlocker.Keyring()
+	if err != nil {
+		return err
+	}
+	kek, err := seal.Memory{}.NewKEK()
+	if err != nil {
+		return err
+	}
+	staged, err := k.Stage(kek, nil, time.Now())
+	if err != nil {
+		return err
+	}
+	defer staged.Close()
+	u, err := keyring.Parse(staged.Marshal())
+	if err != nil {
+		return err
+	}
+	var copied *seal.Secret
+	k.KEK().With(func(b []byte) { copied, err = seal.Memory{}.Take(slices.Clone(b)) })
+	if err != nil {
+		return err
+	}
+	closed, err := u.Open(copied, nil)
+	if err != nil {
+		return err
+	}
+	defer closed.Close()
+	if _, err := f(closed); err != nil {
+		return err
+	}
+	c.t.Error("it is given away")
+	return nil
+}
