@@ -3,11 +3,11 @@
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 30s
-# How many mutated event logs `make fuzz` tries on the gate.
+# The number of mutated event logs that `make fuzz` tries on the gate.
 MUTATIONS ?= 1000000
 
-# runtime/secret erases what a computation on a key leaves behind; package seal
-# uses it where the toolchain has it.
+# runtime/secret erases the traces of a computation on a key. Package seal uses it if
+# the toolchain has it.
 export GOEXPERIMENT ?= runtimesecret
 GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X github.com/beezy-dev/kleidi/internal/version.build=$(VERSION)"
 
@@ -20,13 +20,13 @@ PACKAGES = $(shell $(GO) list ./... | grep -v /e2e/)
 build:
 	$(GOBUILD) -o bin/kleidi ./cmd/kleidi
 
-# With PKCS#11, which needs a C compiler, and the C library of the machine that it runs on.
+# With PKCS#11, which needs a C compiler, and the C library of the machine that runs it.
 build-pkcs11:
 	.ci/deps gcc
 	CGO_ENABLED=1 $(GO) build -trimpath -ldflags "-s -w -X github.com/beezy-dev/kleidi/internal/version.build=$(VERSION)" -o bin/kleidi-pkcs11 ./cmd/kleidi
 
-# What README's two commands fetch is fetched here, before anything is built or run.
-# After it, they want no network: .ci/fresh cuts it off.
+# Everything that README's two commands fetch is fetched here, before anything is built or
+# run. After that they need no network: .ci/fresh cuts it off.
 fetch-demo:
 	.ci/deps swtpm
 	$(GO) mod download
@@ -52,7 +52,7 @@ test: fetch-test
 	$(GO) test -timeout 30m $(RACE) $(if $(NOT_ROOT),-skip '$(ROOT_TESTS)') $(TESTFLAGS) $(PACKAGES)
 	@test "$$(id -u)" = 0 || echo 'not run, since they need root (sudo make test): $(ROOT_TESTS)'
 
-# What e2e/measuredboot needs beside what its script `parts` fetches.
+# The needs of e2e/measuredboot, in addition to what its script `parts` fetches.
 BOOT_TOOLS = qemu-system-x86_64 ovmf swtpm_setup sbsign mcopy sfdisk objcopy openssl
 
 E2E_TOOLS = gcc swtpm ip tpm2 softhsm2-util pkcs11-tool nss certutil $(BOOT_TOOLS)
@@ -68,7 +68,7 @@ $(SUITES): e2e/%: build
 	.ci/deps $(E2E_TOOLS)
 	TESTFLAGS='$(TESTFLAGS)' .ci/e2e $*
 
-# Boots all machines, and writes what came of it into docs/measured-boot.md.
+# Boots all machines, and writes the results into docs/measured-boot.md.
 measuredboot: build
 	.ci/deps $(BOOT_TOOLS)
 	$(GO) test -count=1 -timeout 60m ./e2e/measuredboot -update
@@ -85,7 +85,7 @@ bench: build
 	.ci/deps gcc swtpm softhsm2-util
 	$(GO) run ./e2e/bench -kleidi bin/kleidi $(BENCHFLAGS)
 
-# Secrets through real kube-apiservers. The first time it builds them, which takes minutes.
+# Secrets through real kube-apiservers. The first run builds them, which takes minutes.
 bench/apiserver: build
 	.ci/deps swtpm
 	$(GO) run ./e2e/bench -kleidi bin/kleidi -apiserver $(BENCHFLAGS)
