@@ -38,7 +38,7 @@ func (r *running) raw(t testing.TB) net.Conn {
 	return c
 }
 
-// wantServing fails unless a decent client is answered.
+// wantServing fails unless an honest client is answered.
 func (r *running) wantServing(t testing.TB) {
 	t.Helper()
 	if _, err := kmsapi.NewKeyManagementServiceClient(r.conn(t)).Status(limited(t), &kmsapi.StatusRequest{}, grpc.WaitForReady(true)); err != nil {
@@ -76,7 +76,7 @@ func TestGarbage(t *testing.T) {
 	}
 }
 
-// TestSilentConnections: who connects and says nothing is shown out.
+// TestSilentConnections: a client that connects and sends nothing is disconnected.
 func TestSilentConnections(t *testing.T) {
 	t.Parallel()
 	r := start(t, newKeys(t, "k1-a"), grpcserver.ListenConfig{})
@@ -165,8 +165,8 @@ func grpcStatus(t testing.TB, fr http2.Frame) string {
 	return ""
 }
 
-// TestBodyThatNeverComes: a call without a deadline, or with one that is far
-// off, ends all the same.
+// TestBodyThatNeverComes: a call without a deadline, or with a distant one, ends all
+// the same.
 func TestBodyThatNeverComes(t *testing.T) {
 	t.Parallel()
 	r := start(t, newKeys(t, "k1-a"), grpcserver.ListenConfig{})
@@ -225,8 +225,8 @@ func TestPingFlood(t *testing.T) {
 	r.wantServing(t)
 }
 
-// TestTooManyConnections: above the limit new ones are closed, and an old one
-// that goes makes room.
+// TestTooManyConnections: above the limit, new connections are closed, and the end of
+// an old one makes room.
 func TestTooManyConnections(t *testing.T) {
 	r := start(t, newKeys(t, "k1-a"), grpcserver.ListenConfig{})
 	raws := make([]net.Conn, 256)
@@ -245,7 +245,7 @@ func TestTooManyConnections(t *testing.T) {
 	r.wantServing(t) // gRPC connects again until there is room
 }
 
-// TestStrangersDontCrowdOut: refused peers have few seats of their own.
+// TestStrangersDontCrowdOut: refused peers have only a few separate seats.
 func TestStrangersDontCrowdOut(t *testing.T) {
 	r := start(t, newKeys(t, "k1-a"), grpcserver.ListenConfig{Mode: 0o666, AllowedUIDs: []uint32{1000}})
 	for range 16 {

@@ -21,9 +21,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// ask has the machine's TPM demand the signature of the verifier at $SECOND, in a
-// session of its own: ask NODE REPORT, where REPORT is what kleidi verifier show
-// -o json prints. A refusal is there to match as stderr.
+// ask makes the machine's TPM demand the signature of the verifier at $SECOND, in a
+// separate session: ask NODE REPORT, where REPORT is the output of kleidi verifier show
+// -o json. A refusal can then be matched as stderr.
 func (h *host) ask(ts *testscript.TestScript, args []string) error {
 	if len(args) != 2 {
 		return broken("ask NODE REPORT")
@@ -69,7 +69,7 @@ func (h *host) listening(address string) error {
 	})
 }
 
-// satisfy opens a session as for a slot, and has the attester satisfy its term.
+// satisfy opens a session as for a slot, and lets the attester satisfy its term.
 func (h *host) satisfy(a *remote.Attester, publicKey string) error {
 	key, err := bootstate.ParsePublicKey([]byte(publicKey))
 	if err != nil {

@@ -15,8 +15,8 @@ import (
 	"testing"
 )
 
-// wrappingVault answers as a Vault does that is asked with a wrapping token: it opens
-// each once. Its Transit key encrypts nothing.
+// wrappingVault answers like a Vault that is asked with a wrapping token: it opens each
+// token once. Its Transit key encrypts nothing.
 func wrappingVault(t *testing.T) *httptest.Server {
 	t.Helper()
 	var spent atomic.Pointer[string]
@@ -53,8 +53,8 @@ func wrappingVault(t *testing.T) *httptest.Server {
 	return s
 }
 
-// TestSpentWrappingToken: a command that unwraps a secret ID by itself says that serve
-// needs another wrapping token, and what comes next with the same one does so, too.
+// TestSpentWrappingToken: a command that unwraps a secret ID without serve says that
+// serve needs another wrapping token. The next command with the same token says so too.
 func TestSpentWrappingToken(t *testing.T) {
 	server := wrappingVault(t)
 	dir := t.TempDir()

@@ -34,9 +34,9 @@ func unit(t testing.TB) map[string][]string {
 	return settings
 }
 
-// confinement is the command that leaves to what follows it the capabilities that
-// the unit does. CAP_IPC_LOCK stands for an infinite LimitMEMLOCK=: to the kernel
-// either means that any amount may be locked, and a container may often not raise limits.
+// confinement is a command that runs another one with the capabilities of the unit.
+// CAP_IPC_LOCK stands for an infinite LimitMEMLOCK=: to the kernel either means that
+// any amount may be locked, and a container may often not raise limits.
 func confinement(t testing.TB) []string {
 	t.Helper()
 	u := unit(t)
@@ -53,8 +53,8 @@ func confinement(t testing.TB) []string {
 	return []string{"setpriv", "--bounding-set=" + caps, "--inh-caps=-all", "--no-new-privs", "--"}
 }
 
-// TestUnit holds the unit to what the code and the documents rely on; the script
-// unit.txtar runs serve with its capabilities.
+// TestUnit checks the unit against the needs of the code and the promises of the
+// documents; the script unit.txtar runs serve with its capabilities.
 func TestUnit(t *testing.T) {
 	u := unit(t)
 	for name, want := range map[string][]string{
@@ -65,8 +65,8 @@ func TestUnit(t *testing.T) {
 		"AmbientCapabilities":   {""},
 		"NoNewPrivileges":       {"yes"},
 		"DevicePolicy":          {"closed"},
-		// A TPM's resource manager has the major of char-tpm; the TPM itself, the
-		// first one, that of misc.
+		// A TPM's resource manager has the major number of char-tpm. The first TPM
+		// itself has that of misc.
 		"DeviceAllow":  {"/dev/tpmrm0 rw", "/dev/tpm0 rw", "char-tpm rw"},
 		"LimitMEMLOCK": {"infinity"},
 		"LimitCORE":    {"0"},
@@ -85,8 +85,8 @@ func TestUnit(t *testing.T) {
 	}
 }
 
-// TestUnitLeavesTheFoldersWritable: those of the default configuration, which
-// tmpfiles.d makes.
+// TestUnitLeavesTheFoldersWritable: the folders of the default configuration, which
+// tmpfiles.d makes, stay writable.
 func TestUnitLeavesTheFoldersWritable(t *testing.T) {
 	b, err := os.ReadFile(tmpfilesFile)
 	if err != nil {

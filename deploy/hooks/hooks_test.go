@@ -1,5 +1,5 @@
-// Package hooks tests the hooks of this folder with a kleidi that only notes how it
-// was called. e2e/docs runs them with the real one.
+// Package hooks tests the hooks of this folder with a kleidi that only records its
+// calls. e2e/docs runs the hooks with the real one.
 package hooks
 
 import (
@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// host is a root folder with the hooks in it, in which their absolute paths lie.
+// host is a root folder with the hooks in it, which holds their absolute paths.
 type host struct {
 	t    *testing.T
 	root string
@@ -29,7 +29,7 @@ var installed = map[string]string{
 	"dpkg.cfg":          "etc/dpkg/dpkg.cfg.d/kleidi",
 }
 
-// The kleidi that is called: reseal fails if there is a file of that name.
+// The kleidi of these tests: reseal fails if a file of that name exists.
 const fake = `#!/bin/sh
 echo "$*" >>ROOT/calls
 case $1 in
@@ -83,13 +83,13 @@ func (h *host) remove(path string) {
 	}
 }
 
-// read returns a file's content, "" if it is not there.
+// read returns the content of a file, or "" if there is none.
 func (h *host) read(path string) string {
 	b, _ := os.ReadFile(filepath.Join(h.root, path))
 	return string(b)
 }
 
-// reseals returns how kleidi reseal was called since the last time.
+// reseals returns the calls of kleidi reseal since the last time.
 func (h *host) reseals() []string {
 	var calls []string
 	for line := range strings.Lines(h.read("calls")) {
@@ -101,7 +101,7 @@ func (h *host) reseals() []string {
 	return calls
 }
 
-// run runs an installed hook, which has to succeed, and returns what it prints.
+// run runs an installed hook, which must succeed, and returns its output.
 func (h *host) run(env []string, name string, args ...string) string {
 	h.t.Helper()
 	cmd := exec.Command("dash", append([]string{filepath.Join(h.root, installed[name])}, args...)...)
@@ -127,7 +127,7 @@ func grub(t *testing.T) *host {
 	return h
 }
 
-// update is what a kernel package and its triggers do.
+// update does the work of a kernel package and its triggers.
 func (h *host) update() {
 	h.t.Helper()
 	h.write("boot/vmlinuz-2", "kernel 2")
@@ -303,8 +303,8 @@ func TestKernelInstallOtherwise(t *testing.T) {
 	h.want(h.run([]string{"KERNEL_INSTALL_LAYOUT=other"}, "95-kleidi.install", "add", "2"), "")
 }
 
-// TestRunningImage: where the running image is still there, kleidi gets it, and
-// where that does not help, it is left out.
+// TestRunningImage: kleidi gets the running image if the image still exists. If that
+// does not help, the hook leaves the image out.
 func TestRunningImage(t *testing.T) {
 	const variable = "sys/firmware/efi/efivars/StubImageIdentifier-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 	h := newHost(t)
@@ -322,8 +322,8 @@ func TestRunningImage(t *testing.T) {
 	h.want(h.run(nil, "kleidi-next-boot", "uki", next), loud, with, alone)
 }
 
-// TestImageWithoutLoader: the image that the firmware starts itself is no boot
-// loader that has changed.
+// TestImageWithoutLoader: an image that the firmware starts directly is not a changed
+// boot loader.
 func TestImageWithoutLoader(t *testing.T) {
 	h := newHost(t)
 	h.write("efi/EFI/BOOT/BOOTX64.EFI", "image 1")

@@ -60,8 +60,8 @@ func newControlPlane(t *testing.T) *controlPlane {
 	return c
 }
 
-// admit has a machine join: the operator compares its EK, approves it on the first node, and
-// runs the printed command on it.
+// admit lets a machine join: the operator compares its EK, approves it on the first
+// node, and runs the printed command on the machine.
 func (c *controlPlane) admit(t *testing.T, m *machine) {
 	t.Helper()
 	var identity struct{ EK string }
@@ -80,14 +80,14 @@ func (c *controlPlane) admit(t *testing.T, m *machine) {
 	m.Run(words[1], words[2:]...)
 }
 
-// put writes a Secret through a node, and plaintext is what it holds.
+// put writes a Secret through a node, with plaintext as its content.
 func (m *machine) put(name string) error {
 	return m.api.Put("secrets", name, map[string]string{"password": plaintext(name)})
 }
 
 func plaintext(name string) string { return "plaintext of " + name }
 
-// holds reports whether Secrets read through a node as they were written.
+// holds returns an error unless Secrets read through a node as they were written.
 func (m *machine) holds(names ...string) error {
 	for _, name := range names {
 		got, err := m.api.Secret(name)
@@ -146,7 +146,7 @@ func (m *machine) write(prefix string) *writer {
 	return w
 }
 
-// end stops the writer, none of whose writes and reads may have failed.
+// end stops the writer. None of its writes and reads may have failed.
 func (w *writer) end(t *testing.T) {
 	t.Helper()
 	close(w.stop)
@@ -158,8 +158,9 @@ func (w *writer) end(t *testing.T) {
 	}
 }
 
-// TestThreeNodes: the first node's keyring is given to two more, one of them while Secrets are
-// written. What is written through each is read through all, whatever restarts, or is cut off.
+// TestThreeNodes: two more nodes receive the first node's keyring, one of them while
+// Secrets are written. Every node reads every Secret, whichever node wrote it, and
+// whatever restarts or is cut off.
 func TestThreeNodes(t *testing.T) {
 	c := newControlPlane(t)
 	first, second, third := c.nodes[0], c.nodes[1], c.nodes[2]
@@ -244,7 +245,7 @@ func TestThreeNodes(t *testing.T) {
 	}
 }
 
-// TestOtherBootDoesNotJoin: the machine is the approved one, and what it has booted is not.
+// TestOtherBootDoesNotJoin: the machine is the approved one, but its boot is not.
 func TestOtherBootDoesNotJoin(t *testing.T) {
 	c := newControlPlane(t)
 	first, second := c.nodes[0], c.nodes[1]

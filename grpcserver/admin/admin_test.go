@@ -228,7 +228,7 @@ func TestOtherUsersAreRefused(t *testing.T) {
 	}
 }
 
-// reexec is this test binary run by another user, from a copy in dir.
+// reexec returns this test binary as another user runs it, from a copy in dir.
 func reexec(t *testing.T, dir string, uid uint32, env string) *exec.Cmd {
 	t.Helper()
 	exe, err := os.ReadFile("/proc/self/exe")
@@ -245,7 +245,8 @@ func reexec(t *testing.T, dir string, uid uint32, env string) *exec.Cmd {
 	return cmd
 }
 
-// impersonate answers on path until stdin ends, and returns what it was sent.
+// impersonate answers on path until stdin ends, and returns everything that it
+// received.
 func impersonate(path string) string {
 	l, err := net.Listen("unix", path)
 	if err == nil {
@@ -272,7 +273,7 @@ func impersonate(path string) string {
 	}
 }
 
-// TestImpostorsGetNothing has another user listen where kleidi serve would. The
+// TestImpostorsGetNothing makes another user listen where kleidi serve would. The
 // command refuses, and not a byte reaches the impostor.
 func TestImpostorsGetNothing(t *testing.T) {
 	const uid = 1000

@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 )
 
-// FuzzGrant: what a joining node takes for a grant has slots of its own alone, and files
-// whose names lead nowhere else. No byte of it ends the process.
+// FuzzGrant: an accepted grant has only slots for the joining node, and files whose
+// names lead nowhere else. No byte of it ends the process.
 func FuzzGrant(f *testing.F) {
 	for _, m := range []*FromVerifier{
 		fromGrant(&Grant{Keyring: []byte("k"), Current: []seal.Slot{{Type: "tpm", Node: "beta", Data: []byte("{}")}}, Files: []File{{Name: "join.yaml", Content: []byte("x")}}}),
@@ -46,7 +46,7 @@ func FuzzGrant(f *testing.F) {
 	})
 }
 
-// FuzzHello: what anybody may send first reads back as it was sent.
+// FuzzHello: the first message, which anybody may send, reads back as it was sent.
 func FuzzHello(f *testing.F) {
 	b, err := proto.Marshal(fromHello(&joinproof.Hello{Node: "beta", EK: []byte("ek"), Terms: joinproof.Terms{Formats: []int{2}, PCRs: []int{7}}}))
 	if err != nil {

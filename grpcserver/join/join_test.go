@@ -51,7 +51,7 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// TestApprovals: each way in which an approval does not count, for its own reason.
+// TestApprovals: each way in which an approval is not valid, with its own reason.
 func TestApprovals(t *testing.T) {
 	r := newRig(t)
 	r.hello = func(h *joinproof.Hello) { h.Node = "gamma" }
@@ -98,8 +98,8 @@ func TestExpiresMeanwhile(t *testing.T) {
 	r.joins("by the newest")
 }
 
-// TestBrokenOff: a join that broke off after the grant can be run again by the same
-// machine alone, until it shows that it has opened the keyring.
+// TestBrokenOff: after a join broke off behind the grant, only the same machine can run
+// it again, until it shows that it has opened the keyring.
 func TestBrokenOff(t *testing.T) {
 	r := newRig(t)
 	r.mac = func(mac []byte) []byte { mac[0] ^= 1; return mac }
@@ -122,7 +122,8 @@ func TestBrokenOff(t *testing.T) {
 	}
 }
 
-// TestAttacks over the wire; package joinproof has all of them, one by one.
+// TestAttacks makes some attacks over the wire; package joinproof tests all of them,
+// one by one.
 func TestAttacks(t *testing.T) {
 	r := newRig(t)
 	var kept *protocol.Evidence
@@ -215,7 +216,8 @@ func TestOneAtATime(t *testing.T) {
 	r.eventually("the place is free", func() bool { _, err = r.join(); return err == nil })
 }
 
-// TestFiles go along in the grant, and are gone from memory with the approval.
+// TestFiles: the files go along in the grant, and disappear from memory with the
+// approval.
 func TestFiles(t *testing.T) {
 	r := newRig(t)
 	secret := func(s string) SecretFile {
@@ -258,7 +260,7 @@ func TestFiles(t *testing.T) {
 	r.eventually("an expired approval keeps no file", func() bool { return gone(third) })
 }
 
-// TestTrust: J talks to no other node than the one whose certificate it was told.
+// TestTrust: J talks only to the node with the certificate that the operator named.
 func TestTrust(t *testing.T) {
 	r := newRig(t)
 	other := certificate(t)
@@ -293,7 +295,7 @@ func certificate(t *testing.T) tls.Certificate {
 	return *c
 }
 
-// TestRelay: even who has a certificate that J trusts can't stand in between.
+// TestRelay: even a relay with a certificate that J trusts can't stand in between.
 func TestRelay(t *testing.T) {
 	r := newRig(t)
 	forged := certificate(t)
@@ -339,7 +341,7 @@ func TestRelay(t *testing.T) {
 	r.joins("without it")
 }
 
-// TestHostileClients: what no kleidi sends ends the join, and nothing else.
+// TestHostileClients: a message that no kleidi sends ends the join, and nothing else.
 func TestHostileClients(t *testing.T) {
 	r := newRig(t)
 	var hello *FromJoiner
@@ -390,8 +392,8 @@ func (r *rig) raw() grpc.ClientStream {
 	return s
 }
 
-// TestHostileVerifier: what V says is bounded and printable, and no nonsense is taken for
-// a grant.
+// TestHostileVerifier: V's text is bounded and printable, and nonsense is not accepted
+// as a grant.
 func TestHostileVerifier(t *testing.T) {
 	var say []*FromVerifier
 	cert := certificate(t)
@@ -457,7 +459,7 @@ func TestHostileVerifier(t *testing.T) {
 	}
 }
 
-// TestManyApprovals: what is remembered is bounded.
+// TestManyApprovals: the number of approvals in memory is bounded.
 func TestManyApprovals(t *testing.T) {
 	b := newApprovals(time.Now)
 	t.Cleanup(b.close)
@@ -474,7 +476,7 @@ func TestManyApprovals(t *testing.T) {
 	}
 }
 
-// TestEveryCheckHasAHint of kleidi's own.
+// TestEveryCheckHasAHint: kleidi has its own hint for every check.
 func TestEveryCheckHasAHint(t *testing.T) {
 	for _, c := range append(joinproof.Checks(), CheckDone) {
 		if hints[c] == "" {
@@ -486,8 +488,8 @@ func TestEveryCheckHasAHint(t *testing.T) {
 	}
 }
 
-// wireVectors are the messages of a join, byte by byte: nodes of different versions speak
-// to each other.
+// wireVectors are the messages of a join, byte by byte, because nodes of different
+// versions talk to each other.
 var wireVectors = map[string]string{
 	"hello":     "0a610a10010101010101010101010101010101011204626574611a05020202020222060303030303032a0704040404040404320805050505050505053a02010242067368613235364a0304070b508196810c5803620206066a03070707720408080808",
 	"challenge": "121b0a0301010112030202021a0303030322067368613235362a020407",

@@ -40,13 +40,13 @@ type rig struct {
 
 	mu       sync.Mutex
 	keyring  *keyring.Keyring
-	events   []string // what the host and the record were asked for, in their order
+	events   []string // the calls of the host and of the record, in their order
 	verdicts []*Verdict
 	noRecord error
 	noAdmit  error
 	clock    time.Time
 
-	// What an intruder, or a broken machine, alters of what J says.
+	// Changes of J's messages by an intruder, or by a broken machine.
 	hello    func(*joinproof.Hello)
 	evidence func(*protocol.Evidence)
 	pause    func() // after the grant
@@ -278,7 +278,7 @@ func (r *rig) join(change ...func(address, certificate *string)) (*Grant, error)
 	return g, r.finish(s, g, transcript)
 }
 
-// finish opens what came as J does, and says so.
+// finish opens the grant as J does, and reports that to V.
 func (r *rig) finish(s *Session, g *Grant, transcript []byte) error {
 	u, err := keyring.Parse(g.Keyring)
 	if err != nil {
@@ -300,7 +300,7 @@ func (r *rig) finish(s *Session, g *Grant, transcript []byte) error {
 	return s.Done(mac)
 }
 
-// undisturbed forgets what is altered.
+// undisturbed removes the changes.
 func (r *rig) undisturbed() { r.hello, r.evidence, r.pause, r.mac = nil, nil, nil, nil }
 
 // refused demands that the join fails for a reason.

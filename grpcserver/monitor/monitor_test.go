@@ -76,7 +76,7 @@ func (r *rig) get() error {
 
 var ok = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 
-// ends wants the server to end a connection.
+// ends demands that the server ends a connection.
 func ends(t *testing.T, c net.Conn) string {
 	t.Helper()
 	_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
@@ -160,8 +160,8 @@ func TestTimeoutsAreSet(t *testing.T) {
 	}
 }
 
-// TestCrowd: however many connections are held, the server has MaxConns, and who comes
-// last is served.
+// TestCrowd: with any number of connections, the server holds MaxConns, and serves the
+// latest one.
 func TestCrowd(t *testing.T) {
 	before := openFiles(t)
 	r := start(t, ok, func(s *http.Server) { s.ReadHeaderTimeout = time.Hour })
@@ -196,7 +196,7 @@ func openFiles(t *testing.T) int {
 	return len(entries)
 }
 
-// TestSocketsMode: the mode says who may connect.
+// TestSocketsMode: the mode limits who may connect.
 func TestSocketsMode(t *testing.T) {
 	for mode, want := range map[os.FileMode]os.FileMode{0: 0o600, 0o660: 0o660} {
 		path := filepath.Join(t.TempDir(), "http.sock")
@@ -239,7 +239,7 @@ func TestLoopback(t *testing.T) {
 	}
 }
 
-// TestCheckFiles: a limit below what the sockets admit is named, with what helps.
+// TestCheckFiles: a limit below what the sockets admit is reported, with a remedy.
 func TestCheckFiles(t *testing.T) {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {

@@ -26,7 +26,7 @@ func hurried(t *testing.T, hello, proof time.Duration) *rig {
 }
 
 // TestSilentPeers: silence before the first message, before the proof and after it is
-// cut off, each in its time, and leaves no place taken.
+// cut off, each in its time, and leaves no place occupied.
 func TestSilentPeers(t *testing.T) {
 	const hello, proof, long = 200 * time.Millisecond, 400 * time.Millisecond, time.Minute
 	r := hurried(t, hello, long)
@@ -74,8 +74,8 @@ func (r *rig) silentFrom(ip net.IP, hello bool) {
 	}
 }
 
-// TestSilentPeersKeepNobodyOut: peers that fill every place, each from an address of
-// its own, are sent away for a node that comes last.
+// TestSilentPeersKeepNobodyOut: peers that fill every place, each from a separate
+// address, are disconnected for a node that comes last.
 func TestSilentPeersKeepNobodyOut(t *testing.T) {
 	r := hurried(t, time.Minute, time.Minute)
 	for i := range wire.MaxUnproven + 40 {
@@ -106,7 +106,7 @@ func TestGarbage(t *testing.T) {
 	r.works("beside garbage")
 }
 
-// held is a channel that stops after the proof until it is told to go on.
+// held is a channel that stops after the proof until the test lets it go on.
 type held struct {
 	*rig
 	there chan<- struct{}
@@ -175,8 +175,8 @@ func TestPlacesOfANode(t *testing.T) {
 	}
 }
 
-// TestOneExchangePerConnection: a second stream is refused, so that a connection's time
-// is that of one exchange.
+// TestOneExchangePerConnection: a second stream is refused, so that the time of a
+// connection is the time of one exchange.
 func TestOneExchangePerConnection(t *testing.T) {
 	r := newRig(t)
 	first := r.raw()
@@ -193,8 +193,8 @@ func TestOneExchangePerConnection(t *testing.T) {
 	}
 }
 
-// TestReplace: what is registered again counts at once, also for an exchange that has
-// begun, and so does the certificate.
+// TestReplace: a new registration is valid at once, even for an exchange that has
+// begun, and so is a new certificate.
 func TestReplace(t *testing.T) {
 	r := newRig(t)
 	there, goOn, done := make(chan struct{}), make(chan struct{}), make(chan error)

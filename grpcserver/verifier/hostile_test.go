@@ -20,7 +20,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
 
-// hello is one that the verifier answers with a challenge: all of it is public.
+// hello returns a hello that the verifier answers with a challenge: everything in it is
+// public.
 func (r *rig) hello() *remote.Hello {
 	r.Helper()
 	var hello *remote.Hello
@@ -30,7 +31,7 @@ func (r *rig) hello() *remote.Hello {
 	return hello
 }
 
-// raw is a client that says what it wants.
+// raw is a client that sends anything.
 func (r *rig) raw() grpc.BidiStreamingClient[FromAttester, FromVerifier] {
 	r.Helper()
 	conn, err := grpc.NewClient("passthrough:///"+r.address, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{InsecureSkipVerify: true})))
@@ -46,7 +47,7 @@ func (r *rig) raw() grpc.BidiStreamingClient[FromAttester, FromVerifier] {
 	return s
 }
 
-// again opens another stream on the connection of one of raw.
+// again opens another stream on the connection of a raw client.
 func (r *rig) again(s grpc.BidiStreamingClient[FromAttester, FromVerifier]) (grpc.BidiStreamingClient[FromAttester, FromVerifier], error) {
 	return r.stream(r.conns[s])
 }
@@ -64,7 +65,8 @@ func statement(s *Statement) *FromAttester {
 
 func part(l *LogPart) *FromAttester { return &FromAttester{Message: &FromAttester_Log{l}} }
 
-// TestHostileClients: what no kleidi sends ends the exchange, and nothing else.
+// TestHostileClients: a message that no kleidi sends ends the exchange, and nothing
+// else.
 func TestHostileClients(t *testing.T) {
 	r := newRig(t)
 	hello := fromHello(r.hello())
@@ -100,7 +102,7 @@ func TestHostileClients(t *testing.T) {
 	}
 }
 
-// lastOf returns what the stream ends in.
+// lastOf returns the error with which the stream ends.
 func lastOf(s grpc.BidiStreamingClient[FromAttester, FromVerifier]) error {
 	for {
 		if _, err := s.Recv(); err != nil {
@@ -136,7 +138,7 @@ func (o odd) Attest(_ context.Context, h *remote.Hello, answer func(*remote.Chal
 	})
 }
 
-// TestProvenAndHostile: a node that has proven which TPM it is, and sends no logs.
+// TestProvenAndHostile: a node that has proven its TPM sends no logs.
 func TestProvenAndHostile(t *testing.T) {
 	r := newRig(t)
 	for name, m := range map[string]*FromAttester{"a hello": fromHello(&remote.Hello{}), "a second statement": statement(&Statement{}), "nothing": {}} {
@@ -146,7 +148,8 @@ func TestProvenAndHostile(t *testing.T) {
 	}
 }
 
-// TestLogsOnlyAfterTheProof: who has not proven which TPM it is gets rid of no log.
+// TestLogsOnlyAfterTheProof: the verifier accepts no log from a peer that has not
+// proven its TPM.
 func TestLogsOnlyAfterTheProof(t *testing.T) {
 	r := newRig(t)
 	hello := fromHello(r.hello())
@@ -165,8 +168,7 @@ func TestLogsOnlyAfterTheProof(t *testing.T) {
 	}
 }
 
-// TestOversizedLogs: one byte more than the bound, from a node that has proven
-// which TPM it is.
+// TestOversizedLogs: one byte more than the bound, from a node that has proven its TPM.
 func TestOversizedLogs(t *testing.T) {
 	r := newRig(t)
 	for name, change := range map[string]func(*remote.Evidence){
@@ -178,7 +180,7 @@ func TestOversizedLogs(t *testing.T) {
 	r.works("an honest one, afterwards")
 }
 
-// TestPanic: it ends the exchange alone, and its value is in no log.
+// TestPanic: a panic ends only its exchange, and its value is in no log.
 func TestPanic(t *testing.T) {
 	r := newRig(t)
 	check := func([]byte, []byte) error { return nil }
@@ -194,7 +196,7 @@ func TestPanic(t *testing.T) {
 }
 
 // middle stands between a node and the verifier, with a certificate that the node
-// trusts, and passes on every message as it is.
+// trusts, and passes every message on unchanged.
 type middle struct {
 	to   string
 	grpc *grpc.Server
@@ -230,7 +232,8 @@ func (m *middle) relay(_ any, down grpc.ServerStream) error {
 func (m *middle) Serve(l net.Listener) error       { return m.grpc.Serve(l) }
 func (m *middle) GracefulStop(ctx context.Context) { m.grpc.Stop() }
 
-// TestRelay: even who has a certificate that the node trusts can't stand in between.
+// TestRelay: even a relay with a certificate that the node trusts can't stand in
+// between.
 func TestRelay(t *testing.T) {
 	r := newRig(t)
 	forged := certificate(t, "verifier.example", nil)
@@ -242,8 +245,8 @@ func TestRelay(t *testing.T) {
 	r.works("without it")
 }
 
-// TestHostileVerifier: what a verifier says is bounded and printable, and no
-// nonsense is taken for a signature.
+// TestHostileVerifier: a verifier's text is bounded and printable, and nonsense is not
+// accepted as a signature.
 func TestHostileVerifier(t *testing.T) {
 	r := newRig(t)
 	var say []*FromVerifier
@@ -287,7 +290,7 @@ func TestHostileVerifier(t *testing.T) {
 	}
 }
 
-// TestNoSignature: an answer in its place that holds none.
+// TestNoSignature: an answer without a signature in its place.
 func TestNoSignature(t *testing.T) {
 	cert := certificate(t, "verifier.example", nil)
 	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13})))

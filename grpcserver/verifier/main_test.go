@@ -173,7 +173,7 @@ func policyOf(t *testing.T, m *tpmtest.Machine) *bootpolicy.BootPolicy {
 	return p
 }
 
-// certificate makes one for a name, signed by ca, or by itself.
+// certificate makes a certificate for a name, signed by ca or self-signed.
 func certificate(t *testing.T, name string, ca *tls.Certificate) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -206,7 +206,8 @@ func pemFile(t *testing.T, c tls.Certificate) string {
 	return path
 }
 
-// client is the node's, which knows the verifier by the digest of its certificate.
+// client returns the node's client, which knows the digest of the verifier's
+// certificate.
 func (r *rig) client(change ...func(*ClientConfig)) *Client {
 	r.Helper()
 	c := ClientConfig{Address: r.address, Certificate: Digest(r.options.Certificate.Certificate[0])}
@@ -220,7 +221,7 @@ func (r *rig) client(change ...func(*ClientConfig)) *Client {
 	return client
 }
 
-// ask has the node ask through a channel, for a session as that of a slot.
+// ask makes the node ask through a channel, for a session like that of a slot.
 func (r *rig) ask(channel remote.Channel) error {
 	a := &remote.Attester{Cluster: cluster, Node: "alpha", Key: r.key, Channel: channel, Logs: r.logs}
 	return r.machine.TPM().Do(r.Context(), func(t transport.TPM) error {

@@ -13,8 +13,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
 
-// TestRefusalsBeforeTheProofAreSummedUp: one line in the audit log and one in the log
-// for any number of them, and each is answered.
+// TestRefusalsBeforeTheProofAreSummedUp: any number of them leads to one line in the
+// audit log and one in the log, and each peer is answered.
 func TestRefusalsBeforeTheProofAreSummedUp(t *testing.T) {
 	r := newRig(t)
 	const times = 7

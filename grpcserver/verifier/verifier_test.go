@@ -15,8 +15,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// TestExchange: over the wire as in memory, with logs of many parts, and all of it
-// on record.
+// TestExchange: an exchange over the wire has the same result as in memory, with logs
+// of many parts, and everything is recorded.
 func TestExchange(t *testing.T) {
 	r := newRig(t)
 	r.works("an ordinary exchange")
@@ -45,7 +45,8 @@ func TestExchange(t *testing.T) {
 	}
 }
 
-// TestRefusals reach the node with their cause, reason and hint, and the record.
+// TestRefusals: refusals reach the node and the record, with their cause, reason and
+// hint.
 func TestRefusals(t *testing.T) {
 	r := newRig(t)
 	hello := r.hello()
@@ -91,7 +92,7 @@ func TestNoRecordNoSignature(t *testing.T) {
 	}
 }
 
-// TestTrust: the node talks to no other verifier than the configured one.
+// TestTrust: the node talks only to the configured verifier.
 func TestTrust(t *testing.T) {
 	ca := certificate(t, "ca.example", nil)
 	r := newRig(t, func(o *Options) { o.Certificate = certificate(t, "verifier.example", &ca) })
@@ -157,7 +158,8 @@ func TestNoOldTLS(t *testing.T) {
 	r.refused("a verifier with TLS 1.2", r.ask(r.client(func(c *ClientConfig) { c.Address = l.Addr().String() })), seal.CauseUnavailable, "protocol version")
 }
 
-// TestClientConfig: each way to know a verifier, and no half of one.
+// TestClientConfig: each complete way to recognise a verifier is accepted, and no
+// incomplete one.
 func TestClientConfig(t *testing.T) {
 	digest := Digest([]byte("certificate"))
 	for what, c := range map[string]ClientConfig{
@@ -171,7 +173,7 @@ func TestClientConfig(t *testing.T) {
 	}
 }
 
-// TestEveryCheckHasAHint of kleidi's own.
+// TestEveryCheckHasAHint: kleidi has its own hint for every check.
 func TestEveryCheckHasAHint(t *testing.T) {
 	for _, c := range remote.Checks() {
 		if hintOf(string(c)) == hintAsk {

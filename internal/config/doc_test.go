@@ -30,7 +30,7 @@ func keys(v reflect.Value, path string) map[string]reflect.Value {
 	return out
 }
 
-// shown is a default as the reference shows it.
+// shown returns a default in the form of the reference.
 func shown(key string, v reflect.Value) string {
 	switch key {
 	case "apiVersion", "kind":

@@ -9,8 +9,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// TestHintOf: to save evidence once more helps where it may come out otherwise, and only
-// there.
+// TestHintOf: the hint to save evidence again appears only if a new file may have
+// another result.
 func TestHintOf(t *testing.T) {
 	const again = "save it again"
 	for _, c := range []struct {

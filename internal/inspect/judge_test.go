@@ -15,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// TestCheckReplaysTwice: a saved log that leads to the values by our replay alone is
+// TestCheckReplaysTwice: a saved log that leads to the values only in our own replay is
 // refused, as the gate refuses it.
 func TestCheckReplaysTwice(t *testing.T) {
 	banks := []crypto.Hash{crypto.SHA256}

@@ -33,7 +33,7 @@ func TestFullKeyring(t *testing.T) {
 	defer n.Close()
 	identity, seeds := fill(t, n)
 
-	// Two of two wants a fresh KEK, for which there is no room.
+	// Two of two needs a fresh KEK, for which there is no room.
 	single := cfg.Unlock.Order
 	cfg.Unlock.Order = []string{seal.TypeTPMAndPKCS11}
 	n.View.Order = cfg.Unlock.Order
@@ -67,8 +67,8 @@ func TestFullKeyring(t *testing.T) {
 	}
 }
 
-// fill stores a keyring with as many retired KEKs as it takes, and returns its
-// recovery identity and, of each KEK, its key ID encrypted under it.
+// fill stores a keyring with as many retired KEKs as possible. It returns the recovery
+// identity, and each key ID encrypted under its own KEK.
 func fill(t *testing.T, n *node.Node) (identity []byte, seeds map[seal.KeyID][]byte) {
 	t.Helper()
 	secret, recipient, err := recovery.GenerateIdentity(n.Memory)

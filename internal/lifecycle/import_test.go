@@ -16,8 +16,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
-// TestImportLeavesNoPIN: of the PIN in a config.json, no copy stays on the heap, however
-// long the file is.
+// TestImportLeavesNoPIN: no copy of a config.json's PIN stays on the heap, however long
+// the file is.
 func TestImportLeavesNoPIN(t *testing.T) {
 	pin, err := seal.Memory{}.New(40)
 	if err != nil {

@@ -11,8 +11,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// TestNothingBesideBoth: where two must open together, rotation makes no slot that
-// opens alone; nor one of the TPM, for it would trust whatever TPM is there.
+// TestNothingBesideBoth: if two wrappers must open together, a rotation makes no slot
+// that opens alone. It makes no slot of the TPM either, because it would trust whatever
+// TPM is present.
 func TestNothingBesideBoth(t *testing.T) {
 	cfg := config.Default()
 	cfg.Unlock.Order = []string{seal.TypeTPM, seal.TypePKCS11}

@@ -7,8 +7,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestRecord: what a test of one slot has found stays when another slot is tested, and
-// goes with its own slot.
+// TestRecord: the result of a test of one slot stays when another slot is tested, and
+// disappears with its own slot.
 func TestRecord(t *testing.T) {
 	a, b := seal.Slot{Type: seal.TypePKCS11, Data: []byte("{}")}, seal.Slot{Type: seal.TypeVault, Data: []byte("{}")}
 	open := []seal.Slot{a}

@@ -16,8 +16,8 @@ import (
 // stranger is a user that no test runs as.
 const stranger = 1000
 
-// tree makes what the tests look at. It needs root, as the suite's other tests of
-// users do.
+// tree makes the files for the tests. It needs root, like the suite's other tests of
+// users.
 type tree struct {
 	t    *testing.T
 	base string
@@ -81,7 +81,8 @@ func (r *tree) rename(from, to string) {
 	}
 }
 
-// wants is "" for an accepted path, else what the error must hold.
+// wants checks an error: "" for an accepted path, otherwise texts that the error must
+// contain.
 func wants(t *testing.T, path string, err error, texts ...string) {
 	t.Helper()
 	if len(texts) == 0 && err != nil {
@@ -143,7 +144,8 @@ func TestCheckFile(t *testing.T) {
 	}
 }
 
-// TestCheckOpen judges what is open, and not what has taken its name since.
+// TestCheckOpen judges the open file, and not another one that has taken its name
+// since.
 func TestCheckOpen(t *testing.T) {
 	r := newTree(t)
 	r.folder("good", 0o755, 0)
@@ -191,7 +193,7 @@ func TestRemedyIsACommand(t *testing.T) {
 	}
 }
 
-// TestCheckFileTakesPipes: a shell's <(command) is no file that anybody could replace.
+// TestCheckFileTakesPipes: nobody could replace a shell's <(command).
 func TestCheckFileTakesPipes(t *testing.T) {
 	rd, wr, err := os.Pipe()
 	if err != nil {

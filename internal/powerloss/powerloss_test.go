@@ -8,7 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/powerloss"
 )
 
-// TestCut: the disk keeps what was flushed, and nothing else.
+// TestCut: the disk keeps the flushed data, and nothing else.
 func TestCut(t *testing.T) {
 	dir := t.TempDir()
 	disk := powerloss.New(t, dir)

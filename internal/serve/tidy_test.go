@@ -22,8 +22,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// TestTidyWaitsForTheOpening: the clean-up is told of an opening a moment before
-// the keyring is open to it, and must not take that for a locked one.
+// TestTidyWaitsForTheOpening: the clean-up learns of an opening a moment before it can
+// use the open keyring, and must not take the keyring for a locked one.
 func TestTidyWaitsForTheOpening(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	cfg := config.Default()
@@ -63,7 +63,7 @@ func TestTidyWaitsForTheOpening(t *testing.T) {
 	}
 }
 
-// ToNext makes a keyring that is sealed to another boot besides.
+// sealToNext makes a keyring that is also sealed to another boot.
 func sealToNext(t *testing.T, cfg *config.Config, next simboot.Boot) {
 	t.Helper()
 	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)

@@ -55,7 +55,7 @@ func TestOfThisTPM(t *testing.T) {
 	}
 }
 
-// TestPartsOfADamagedTwoOfTwo: what can't be read is a slot of nothing, never of the TPM.
+// TestPartsOfADamagedTwoOfTwo: an unreadable slot is never a slot of the TPM.
 func TestPartsOfADamagedTwoOfTwo(t *testing.T) {
 	damaged := of(t, vaultAnd)[0]
 	if s := TPMPart(damaged); s.Type != "" {

@@ -12,8 +12,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// slots makes slots from words: TYPE, TYPE@NODE, and -TYPE for one that a rotation left
-// out. Their data tells them apart and opens nothing.
+// slots makes slots from words: TYPE, TYPE@NODE, and -TYPE for a slot that a rotation
+// left out. Their data makes them distinct and opens nothing.
 func slots(t *testing.T, words ...string) []seal.Slot {
 	t.Helper()
 	var all []seal.Slot
@@ -57,8 +57,8 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// TestNamesStay: whichever slot is removed, the names of before mean the slots of before,
-// also where slots are bound to the same, and whatever KEK they hold.
+// TestNamesStay: after the removal of any slot, the former names mean the former slots,
+// even if slots have the same binding, and whatever KEK they hold.
 func TestNamesStay(t *testing.T) {
 	data := func(kind, binding, kek string) seal.Slot {
 		return seal.Slot{Type: kind, Data: json.RawMessage(`{` + binding + `,"ciphertext":"` + kek + `"}`)}
@@ -141,8 +141,8 @@ func TestMissingOf(t *testing.T) {
 	}
 }
 
-// TestSkip: what a rotation leaves out is remembered with its type, node and time, and
-// leaving it out again changes nothing.
+// TestSkip: the placeholder of a skipped slot keeps its type, node and time, and
+// skipping the slot again changes nothing.
 func TestSkip(t *testing.T) {
 	before := time.Now().Add(-time.Second)
 	s, err := slotview.Skip(seal.Slot{Type: seal.TypePKCS11, Node: "cp-1", Data: []byte("{}")})
@@ -159,7 +159,8 @@ func TestSkip(t *testing.T) {
 	}
 }
 
-// TestWithMissing: each wrapper of unlock.order shows, with a slot of this node or without.
+// TestWithMissing: each wrapper of unlock.order is shown, whether this node has a slot
+// of it or not.
 func TestWithMissing(t *testing.T) {
 	for _, tc := range []struct{ order, slots, want []string }{
 		{[]string{"tpm"}, []string{"tpm@cp-1", "recovery"}, nil},
@@ -221,7 +222,8 @@ func TestWhyMissing(t *testing.T) {
 	}
 }
 
-// TestTwoOfTwoRules: what each rule refuses, by unlock.order and by what the keyring holds.
+// TestTwoOfTwoRules: the refusals of each rule, by unlock.order and by the content of
+// the keyring.
 func TestTwoOfTwoRules(t *testing.T) {
 	const both = "tpm-and-pkcs11"
 	type verdict struct{ add, addBoth, recovery, seal bool } // allowed?
@@ -248,7 +250,7 @@ func TestTwoOfTwoRules(t *testing.T) {
 	}
 }
 
-// TestReports: what is said after a change, and that nothing is said where nothing changed.
+// TestReports: the reports after a change. Without a change there is no report.
 func TestReports(t *testing.T) {
 	const both = "tpm-and-vault"
 	list := func(words ...string) []seal.Slot { return slots(t, words...) }
@@ -283,8 +285,8 @@ func TestReports(t *testing.T) {
 	}
 }
 
-// TestStayBeside: a new slot takes the place of those of its type; of recovery slots only
-// that of one that was left out.
+// TestStayBeside: a new slot replaces those of its type; of the recovery slots it
+// replaces only a placeholder.
 func TestStayBeside(t *testing.T) {
 	for _, tc := range []struct {
 		slots []string
@@ -302,7 +304,8 @@ func TestStayBeside(t *testing.T) {
 	}
 }
 
-// TestKeepMissing: a rotation carries on what an earlier one left out, and nothing else.
+// TestKeepMissing: a rotation keeps the placeholders of an earlier one, and nothing
+// else.
 func TestKeepMissing(t *testing.T) {
 	list := slots(t, "-vault", "vault")
 	if s, err := (slotview.KeepMissing{}).WrapLike(t.Context(), nil, list[0]); err != nil || slotview.Identity(s) != slotview.Identity(list[0]) {
@@ -313,7 +316,8 @@ func TestKeepMissing(t *testing.T) {
 	}
 }
 
-// TestUnreadable: what can't be parsed is called so, and demands nothing.
+// TestUnreadable: a slot that can't be parsed is called unreadable, and demands
+// nothing.
 func TestUnreadable(t *testing.T) {
 	r := reader("tpm")
 	for _, kind := range []string{seal.TypeTPM, seal.TypeRecovery, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault} {

@@ -11,7 +11,7 @@ func tpmSlot(node, ek, srk string, index, atMost int) seal.Slot {
 	return seal.Slot{Type: seal.TypeTPM, Node: node, Data: fmt.Appendf(nil, `{"ek":%q,"srk":%q,"epoch":{"index":%d,"atMost":%d}}`, ek, srk, index, atMost)}
 }
 
-// TestOwing lists what is still to be revoked when slots take the place of others.
+// TestOwing lists the revocations that are owed when slots replace others.
 func TestOwing(t *testing.T) {
 	r := Reader{Node: "a"}
 	other := seal.Slot{Type: seal.TypeTPM, Node: "a", Data: []byte(`{"ek":"E","srk":"aa","epoch":{"index":1,"atMost":4},"use":"next"}`)}

@@ -2,7 +2,7 @@ package version
 
 import "testing"
 
-// TestStamped: the linker's word counts, and without it the version is never empty.
+// TestStamped: the linker's version is used, and without it the version is never empty.
 func TestStamped(t *testing.T) {
 	former := build
 	t.Cleanup(func() { build = former })

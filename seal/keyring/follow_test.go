@@ -111,7 +111,7 @@ func TestFollowsRefuses(t *testing.T) {
 	first := ok(New(seal.ClusterID{9}, newKEK(t, 1), append(tpmSlots("cp-1", "one"), sharedSlots("one")...), nodes, now))
 	foreign := ok(ok(first.Upgrade(entry("cp-1", "a"))).WithNode(entry("cp-2", "b"), now))
 
-	// With a KEK of somebody's own who knows the current one.
+	// With the KEK of somebody who knows the current one.
 	forged := func(of *Keyring, first byte) *Keyring {
 		f := acknowledge(t, ok(ok(of.AtLeast(1000)).Stage(newKEK(t, first), imports(), now)), first)
 		return ok(f.Activate(now))
@@ -122,7 +122,7 @@ func TestFollowsRefuses(t *testing.T) {
 	damaged.mac[0] ^= 1
 	// A rotation that forgets the KEK that it replaces.
 	forgets := ok(active.Prune(a.CurrentID()))
-	// Back to a commit on one node, by who knows the KEK.
+	// Back to a commit on one node, by somebody who knows the KEK.
 	doc := *raised.doc
 	doc.Commit, doc.Seat = CommitLocal, "cp-1"
 	back := ok(build(doc, raised.own, raised.kek, nil))

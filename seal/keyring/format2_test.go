@@ -112,7 +112,8 @@ func TestLimitsOfFormat2AreInclusive(t *testing.T) {
 	}
 }
 
-// forge2 writes a node's file as somebody would who knows kek: with MACs that verify.
+// forge2 writes a node's file as an attacker who knows kek would: with MACs that
+// verify.
 func forge2(t testing.TB, body, section []byte, kek *seal.Secret) []byte {
 	t.Helper()
 	e := envelope{Body: body, Section: section}
@@ -189,8 +190,8 @@ func TestSection2(t *testing.T) {
 	}
 }
 
-// TestPlantedSection: boot states that somebody adds to a node's file are refused,
-// also by who knows a KEK that has retired.
+// TestPlantedSection: boot states that an attacker adds to a node's file are refused,
+// even if the attacker knows a retired KEK.
 func TestPlantedSection(t *testing.T) {
 	u := must[*Untrusted](t)(Parse(golden2(t, "keyring.json")))
 	for what, kek := range map[string]*seal.Secret{"nobody": newKEK(t, 5), "a removed node": newKEK(t, 0x01), "an aborted rotation": newKEK(t, 0x41)} {

@@ -65,8 +65,8 @@ func TestRecords(t *testing.T) {
 	}
 }
 
-// TestForgedRecords: neither who holds no KEK nor who holds an old one makes a record
-// that counts.
+// TestForgedRecords: neither an attacker without a KEK nor one with an old KEK can make
+// a record that counts.
 func TestForgedRecords(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, b := cluster2(t)
@@ -240,8 +240,8 @@ func TestRecordsAreNotWritten(t *testing.T) {
 	}
 }
 
-// FuzzParseRecord: what parses is written back byte by byte, and only who holds the KEK
-// changes it.
+// FuzzParseRecord: a parsed record is written back byte by byte, and only a holder of
+// the KEK can change it.
 func FuzzParseRecord(f *testing.F) {
 	file := golden2(f, "record.json")
 	k := golden2Keyring(f)

@@ -16,11 +16,12 @@ type stored struct {
 	ciphertext []byte
 }
 
-// TestProperties has three real Unlockers do whatever they may, in any order, over a
-// store that loses answers, delays swaps, reads stale, is restored and written by an
-// intruder. At every moment each open node decrypts all that was encrypted (I1), no node
-// announces a KEK that it has left (I2), and what it announces is in its file and anchor
-// (I4). In the end, with everybody up, the nodes are in step or show a fork (I3, I8).
+// TestProperties makes three real Unlockers do anything that they may do, in any order,
+// over a store that loses answers, delays swaps, returns stale data, is restored, and
+// is written by an intruder. At every moment each open node decrypts everything that
+// was encrypted (I1), no node announces a KEK that it has left (I2), and the announced
+// KEK is in its file and anchor (I4). In the end, with every node up, the nodes are in
+// step or show a fork (I3, I8).
 func TestProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		c := newCluster(t)

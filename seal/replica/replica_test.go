@@ -225,7 +225,8 @@ func TestAbort(t *testing.T) {
 	}
 }
 
-// TestForged: whoever knows a retired KEK can't have a node follow a keyring of theirs.
+// TestForged: an attacker who knows a retired KEK can't make a node follow a forged
+// keyring.
 func TestForged(t *testing.T) {
 	c := open(t)
 	old, err := keyring.Parse(c.nodes[0].keyring().Shared())

@@ -245,7 +245,7 @@ func (r *reality) records(s *state, k *keyring.Keyring) (out []*keyring.Verified
 	return out
 }
 
-// forge makes a keyring as an intruder would who holds x.
+// forge makes a keyring as an intruder who holds x would.
 func (r *reality) forge(x, d doc) {
 	if r.published[d] != nil {
 		return

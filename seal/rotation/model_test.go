@@ -428,7 +428,7 @@ func (m *model) joined(s *state, i uint8, add func(label, state)) {
 	}
 }
 
-// intrudes is what the intruder writes, who holds the KEKs of a node that was removed.
+// intrudes adds the writes of the intruder, who holds the KEKs of a removed node.
 func (m *model) intrudes(s *state, add func(label, state)) {
 	if s.known == 0 || s.attacks >= m.attacks || s.etcd.rev >= m.rev {
 		return

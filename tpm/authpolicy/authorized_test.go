@@ -249,7 +249,7 @@ type noSession struct{ tpm2.Session }
 
 func (noSession) Handle() tpm2.TPMHandle { return 0 }
 
-// TestLongReference: what no TPM takes is refused everywhere.
+// TestLongReference: a reference that no TPM accepts is refused everywhere.
 func TestLongReference(t *testing.T) {
 	long := make([]byte, authpolicy.MaxRef+1)
 	public := ecdsaSigner(t, elliptic.P256()).public

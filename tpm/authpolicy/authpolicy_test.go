@@ -57,7 +57,7 @@ func epochTerm(counter *nv.Counter, atMost uint64) authpolicy.Epoch {
 	return authpolicy.Epoch{Index: counter.Index(), Name: counter.Name(), AtMost: atMost}
 }
 
-// digestOnTPM is what the TPM makes of the terms.
+// digestOnTPM returns the digest that the TPM computes for the terms.
 func digestOnTPM(t transport.TPM, terms authpolicy.Terms, opts ...tpm2.AuthOption) ([]byte, error) {
 	s, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, opts...)
 	if err != nil {
@@ -74,11 +74,11 @@ func digestOnTPM(t transport.TPM, terms authpolicy.Terms, opts ...tpm2.AuthOptio
 	return r.PolicyDigest.Buffer, nil
 }
 
-// sets are PCRs that are sealed to.
+// sets are PCRs to seal to.
 var sets = [][]int{{4}, {7}, {4, 7, 11}, {4, 7, 9, 11}, {4, 7, 8, 9, 14}, {0, 1, 2, 3, 4, 5, 6, 7}, {0, 4, 10, 12, 13, 15}}
 
-// TestDigestIsTheTPMs: what is computed here without a TPM is what a trial session
-// comes to, for values that the TPM need not have.
+// TestDigestIsTheTPMs: the digest computed here without a TPM is that of a trial
+// session, for values that the TPM need not have.
 func TestDigestIsTheTPMs(t *testing.T) {
 	seen := map[string]string{}
 	withCounter(t, func(tp transport.TPM, counter *nv.Counter, epoch uint64) error {
@@ -201,7 +201,7 @@ func TestSatisfyWithoutAWrittenCounter(t *testing.T) {
 	})
 }
 
-// TestCheck: what protects nothing is neither sealed to nor satisfied.
+// TestCheck: terms that protect nothing are neither sealed to nor satisfied.
 func TestCheck(t *testing.T) {
 	const sha256, sha384 = crypto.SHA256, crypto.SHA384
 	zeroed := values(sha256, 4, 7)

@@ -131,7 +131,7 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// FuzzSignature: what is accepted says the same as what went in.
+// FuzzSignature: an accepted signature encodes to the same value.
 func FuzzSignature(f *testing.F) {
 	p256 := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	p384 := must(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))

@@ -135,7 +135,7 @@ func TestSignedNonce(t *testing.T) {
 	}
 }
 
-// TestSignerFails: what the signer says is passed on.
+// TestSignerFails: the signer's error is passed on.
 func TestSignerFails(t *testing.T) {
 	gone := errors.New("no answer")
 	withCounter(t, func(tp transport.TPM, _ *nv.Counter, _ uint64) error {
@@ -202,8 +202,8 @@ func TestResetsDigestIsTheTPMs(t *testing.T) {
 	})
 }
 
-// TestResets: what may be opened at two more boots opens at two and no more, and
-// power that fails counts as well.
+// TestResets: a limit of two more boots opens in two and no more, and power failures
+// count as well.
 func TestResets(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	try := func(f func(transport.TPM) error) error { return m.TPM().Do(t.Context(), f) }
@@ -253,8 +253,8 @@ func TestResets(t *testing.T) {
 	}
 }
 
-// TestForgedResetCount: whoever answers in the TPM's place can't say a count,
-// where the answer is audited.
+// TestForgedResetCount: an impostor in the TPM's place can't forge a count, because the
+// answer is audited.
 func TestForgedResetCount(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	var plain, audited uint32
@@ -296,7 +296,7 @@ func (f forgedClock) Send(b []byte) ([]byte, error) {
 	return r, nil
 }
 
-// TestRawCommandAnswers: an answer that is none is an error and no yes.
+// TestRawCommandAnswers: a malformed answer is an error and never means yes.
 func TestRawCommandAnswers(t *testing.T) {
 	for name, answer := range map[string][]byte{
 		"none": nil, "short": {0x80, 1, 0, 0, 0, 10, 0, 0, 0}, "long": {0x80, 1, 0, 0, 0, 11, 0, 0, 0, 0, 0},

@@ -24,7 +24,7 @@ func booted(t *testing.T, change func(*simboot.Boot)) *eventlog.Log {
 	return log
 }
 
-// TestAlsoAllow: both boots pass then, another one does not, and nothing allows
+// TestAlsoAllow: afterwards both boots pass, another one does not, and nothing allows
 // Secure Boot to be off.
 func TestAlsoAllow(t *testing.T) {
 	now := booted(t, func(*simboot.Boot) {})

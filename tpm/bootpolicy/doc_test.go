@@ -9,8 +9,8 @@ import (
 
 var yamlBlock = regexp.MustCompile("(?s)```yaml\n(.*?)```")
 
-// TestDocumentedBootPolicies: what docs/boot-policy.md shows can be used as it stands;
-// a block without a head is a part.
+// TestDocumentedBootPolicies: the examples of docs/boot-policy.md work unchanged; a
+// block without a head is a part.
 func TestDocumentedBootPolicies(t *testing.T) {
 	b, err := os.ReadFile("../../docs/boot-policy.md")
 	if err != nil {

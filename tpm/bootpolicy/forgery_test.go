@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// A forgery is one way to boot otherwise, or to lie about a boot.
+// A forgery is one way to boot differently, or to lie about a boot.
 type forgery struct {
 	name string
 	log  string // the real log that it starts from; uki-secureboot if empty
@@ -81,7 +81,7 @@ func (f forgery) run(t *testing.T) {
 	}
 }
 
-// any lets everything pass in some PCRs, so that another rule must refuse.
+// anyIn accepts everything in some PCRs, so that another rule must refuse.
 func anyIn(pcrs ...int) func(p *BootPolicy) {
 	return func(p *BootPolicy) {
 		for _, pcr := range pcrs {

@@ -77,7 +77,7 @@ func record(t testing.TB, l *eventlog.Log, pcrs []int) *BootPolicy {
 	return p
 }
 
-// booted returns the quote of a machine that really booted as the log says.
+// booted returns the quote of a machine that really booted in the way of the log.
 func booted(t testing.TB, p *BootPolicy, l *eventlog.Log) eventlog.PCRs {
 	t.Helper()
 	quoted, err := p.Claimed(l)

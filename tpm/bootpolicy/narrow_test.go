@@ -10,8 +10,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// TestNarrow: after an update, the boot before it no longer passes; the running one
-// and a further next one do.
+// TestNarrow: after an update, the earlier boot no longer passes; the running boot and
+// a further next boot do.
 func TestNarrow(t *testing.T) {
 	old := booted(t, func(*simboot.Boot) {})
 	now := booted(t, func(b *simboot.Boot) { b.Kernel, b.Dbx = "6.13.1", "2026-11-01" })

@@ -44,8 +44,9 @@ var withoutSeparator = map[string][]int{
 	"sb_cert_eventlog":                           {0, 1, 2, 3, 4, 5, 6}, // a log of PCR 7 alone
 }
 
-// TestPublicBootsCanBeRecorded: whatever a real machine's firmware did is recorded, the
-// boot policy reads back, accepts that boot, and refuses it with one digest changed.
+// TestPublicBootsCanBeRecorded: every boot of a real machine's firmware can be
+// recorded. The boot policy reads back, accepts that boot, and refuses it with one
+// digest changed.
 func TestPublicBootsCanBeRecorded(t *testing.T) {
 	pcrs := []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15}
 	publicLogs(t, func(t *testing.T, name string, l *eventlog.Log) {
@@ -75,7 +76,8 @@ func TestPublicBootsCanBeRecorded(t *testing.T) {
 	})
 }
 
-// eachChanged wants every judged event to matter, in a machine that booted so.
+// eachChanged demands that every judged event matters, on a machine that really booted
+// in this way.
 func eachChanged(t *testing.T, p *BootPolicy, l *eventlog.Log) {
 	t.Helper()
 	for i, e := range l.Events {
@@ -91,8 +93,8 @@ func eachChanged(t *testing.T, p *BootPolicy, l *eventlog.Log) {
 	}
 }
 
-// TestRecordWithALookalike: something that is measured in the bytes of a separator
-// leaves its PCR without that rule, and the list holds it all the same.
+// TestRecordWithALookalike: if an event measures the bytes of a separator, its PCR gets
+// no separator rule, but the list still contains the event.
 func TestRecordWithALookalike(t *testing.T) {
 	for name, data := range map[string]string{"of an error": errorData, "of four zeros": zeros} {
 		l := realLog(t, "uki-secureboot")

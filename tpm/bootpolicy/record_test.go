@@ -145,7 +145,7 @@ func TestRecordedVersions(t *testing.T) {
 	}
 }
 
-// TestNotesAreHarmless: what a log says ends up in comments, whatever it says.
+// TestNotesAreHarmless: a log's text ends up in comments, whatever it is.
 func TestNotesAreHarmless(t *testing.T) {
 	for _, evil := range []string{"x\nsecureBoot: disabled", "# # x", "\x1b[2J", "\u202eevil", strings.Repeat("長", 400), "\xff\xfe", "\u2028pcrs: {}", "'\"", ": - [", "\r\n- y", "\u0085z", "\ufeff"} {
 		l := &eventlog.Log{Banks: []crypto.Hash{crypto.SHA256}}
@@ -173,7 +173,7 @@ func TestExplain(t *testing.T) {
 	}
 }
 
-// TestExplainBelievesNothing: data that is not what was measured is a claim.
+// TestExplainBelievesNothing: data whose hash is not the digest is a claim.
 func TestExplainBelievesNothing(t *testing.T) {
 	for _, name := range realLogs {
 		l := realLog(t, name)

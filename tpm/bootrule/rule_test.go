@@ -39,7 +39,7 @@ func real(t *testing.T, name string) *eventlog.Log {
 // A change makes another boot of a log.
 type change func(l *eventlog.Log)
 
-// without leaves out the events of a PCR that is says, or all of it.
+// without leaves out the events of a PCR for which is holds, or all of its events.
 func without(pcr int, is ...func(eventlog.Event) bool) change {
 	return func(l *eventlog.Log) {
 		l.Events = slices.DeleteFunc(l.Events, func(e eventlog.Event) bool { return e.PCR == pcr && (len(is) == 0 || is[0](e)) })
@@ -107,8 +107,8 @@ var (
 	behind = []Part{Kernel, Initrd, CommandLine}
 )
 
-// TestRule: by boot type, what a set of PCRs leaves open, and whether it is taken for a
-// whole boot and for any signed one.
+// TestRule: for each boot type, what a set of PCRs leaves open, and whether it is
+// accepted as a whole boot and as any signed boot.
 func TestRule(t *testing.T) {
 	for name, c := range map[string]struct {
 		log     string
@@ -215,7 +215,7 @@ func TestRule(t *testing.T) {
 // 4 has an action and a separator, PCR 9 the initrd.
 var hypervisor = []change{without(4, image), without(7, typed(eventlog.EFIVariableAuthority)), without(9, loadOptions), without(11)}
 
-// theImage measures an image as the first one of the log was.
+// theImage measures an image in the same way as the first image of the log.
 func theImage(l *eventlog.Log) { with(4, eventlog.EFIBootServicesApp, "an image", imageLoad)(l) }
 
 // imageLoad is an EFI_IMAGE_LOAD_EVENT of one byte and no path.
@@ -225,7 +225,7 @@ func actionAsImage(l *eventlog.Log) {
 	with(4, eventlog.EFIBootServicesApp, "Calling EFI Application from Boot Option", imageLoad)(l)
 }
 
-// fromStub measures what Linux's EFI stub does.
+// fromStub makes the measurements of Linux's EFI stub.
 func fromStub(l *eventlog.Log) {
 	with(9, eventlog.EventTag, "quiet", "\xed\x22\x3b\x8f\x00\x00\x00\x00")(l)
 }
@@ -248,8 +248,8 @@ func TestWhole(t *testing.T) {
 	}
 }
 
-// TestPublicLogs: boots of other projects' test data whose type is known are bound by the
-// PCRs that kleidi chooses. The others are refused, and told why.
+// TestPublicLogs: boots of known types in other projects' test data can be bound by the
+// PCRs that kleidi chooses. The others are refused, with the reason.
 func TestPublicLogs(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join(logs, "public", "*", "*"))
 	if err != nil {
@@ -291,7 +291,7 @@ func TestPublicLogs(t *testing.T) {
 	}
 }
 
-// TestRefusalsSayWhat: in one line, with each part once.
+// TestRefusalsSayWhat: a refusal is one line, with each part once.
 func TestRefusalsSayWhat(t *testing.T) {
 	l := real(t, uki)
 	off := real(t, uki)

@@ -37,8 +37,8 @@ func TestSignAndVerify(t *testing.T) {
 	}
 }
 
-// TestVerifyRefuses: whatever the signature is over can't be changed, nor can a
-// part of the digest become the policyRef.
+// TestVerifyRefuses: nothing that the signature covers can be changed, nor can a part
+// of the digest become the policyRef.
 func TestVerifyRefuses(t *testing.T) {
 	ref := bootstate.Ref([16]byte{1}, 7)
 	for name, signer := range signers() {
@@ -73,7 +73,7 @@ func TestVerifyRefuses(t *testing.T) {
 	}
 }
 
-// TestSignRefuses: nothing is signed that protects nothing.
+// TestSignRefuses: nothing that protects nothing is signed.
 func TestSignRefuses(t *testing.T) {
 	zero, short := values(crypto.SHA256, 4, 11), values(crypto.SHA256, 4, 11)
 	zero.Values[11] = make([]byte, 32)

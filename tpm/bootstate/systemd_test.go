@@ -50,8 +50,8 @@ func TestSystemdMeasure(t *testing.T) {
 	}
 }
 
-// TestSystemdForm: what we write is what systemd-measure writes, byte for byte,
-// and its pretty form is the same file.
+// TestSystemdForm: our file equals systemd-measure's, byte for byte, and its pretty
+// form is the same file.
 func TestSystemdForm(t *testing.T) {
 	b := read(t, "systemd-252-ecdsa.json")
 	if got := marshal(t, parse(t, b)); !bytes.Equal(got, b) {

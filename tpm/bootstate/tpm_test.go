@@ -42,8 +42,8 @@ func TestTPMAcceptsSignedStates(t *testing.T) {
 	})
 }
 
-// TestTPMRefuses: a state that was signed of other PCR values, by another key or
-// with another policyRef opens nothing.
+// TestTPMRefuses: a state signed for other PCR values, by another key or with another
+// policyRef opens nothing.
 func TestTPMRefuses(t *testing.T) {
 	ref := bootstate.Ref([16]byte{1}, 2)
 	onMachine(t, func(tp transport.TPM) error {
@@ -92,8 +92,8 @@ func TestTPMAgreesOnSignatures(t *testing.T) {
 	})
 }
 
-// TestSignedLeavesBadStatesAside: what doesn't verify, or has PCRs that can be
-// reset, is named and keeps no other from being used.
+// TestSignedLeavesBadStatesAside: a state that does not verify, or has PCRs that can be
+// reset, is reported and does not prevent the use of the others.
 func TestSignedLeavesBadStatesAside(t *testing.T) {
 	signer := signers()["P-256"]
 	key := must(authpolicy.PublicKey(signer.Public()))

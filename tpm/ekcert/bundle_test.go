@@ -14,8 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/ekcert"
 )
 
-// TestLoadBundle: PEM and DER, in folders, several in a file; the same one twice
-// counts once; what isn't a certificate by name is left aside.
+// TestLoadBundle: PEM and DER, in folders, several in a file; a duplicate counts once;
+// files with other names are skipped.
 func TestLoadBundle(t *testing.T) {
 	root, weak := (*ca)(nil).newCA("root"), (*ca)(nil).newCA("weak", func(t *x509.Certificate) { t.SignatureAlgorithm = x509.ECDSAWithSHA1 })
 	a, b, old := root.newCA("a"), root.newCA("b"), (*ca)(nil).newCA("roll-over")

@@ -22,8 +22,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/ekcert"
 )
 
-// TestVerify: what the profile asks for verifies, for each kind of EK, with an
-// intermediate and without.
+// TestVerify: certificates as the profile demands verify, for each kind of EK, with and
+// without an intermediate.
 func TestVerify(t *testing.T) {
 	root := (*ca)(nil).newCA("root")
 	middle := root.newCA("middle")
@@ -96,7 +96,7 @@ func limit(to ...asn1.ObjectIdentifier) func(*x509.Certificate) {
 
 func anyUsage(t *x509.Certificate) { t.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageAny} }
 
-// TestRefuses: each thing that Verify looks at, wrong alone.
+// TestRefuses: each condition of Verify, violated alone.
 func TestRefuses(t *testing.T) {
 	root, stranger := (*ca)(nil).newCA("root"), (*ca)(nil).newCA("root") // of the same name
 	middle, missing := root.newCA("middle"), root.newCA("missing")

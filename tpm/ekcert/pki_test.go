@@ -62,7 +62,7 @@ func template(name string) *x509.Certificate {
 	}
 }
 
-// issue has c sign t for a key; without c, the key signs for itself.
+// issue makes c sign t for a key; without c, the key signs for itself.
 func (c *ca) issue(t *x509.Certificate, pub crypto.PublicKey, key crypto.Signer) []byte {
 	parent, signer := t, key
 	if c != nil {
@@ -82,7 +82,7 @@ func (c *ca) newCA(name string, change ...func(*x509.Certificate)) *ca {
 	return &ca{cert: must(x509.ParseCertificate(der)), der: der, key: key}
 }
 
-// san is what a TPM's maker writes: a directory name with the maker's ID.
+// san is a TPM maker's alternative name: a directory name with the maker's ID.
 var san = pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Critical: true, Value: func() []byte {
 	name := must(asn1.Marshal(pkix.Name{ExtraNames: []pkix.AttributeTypeAndValue{{Type: asn1.ObjectIdentifier{2, 23, 133, 2, 1}, Value: "id:54455354"}}}.ToRDNSequence()))
 	general := must(asn1.Marshal(asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 4, IsCompound: true, Bytes: name}))
@@ -131,7 +131,7 @@ func negative(tbs []byte) []byte {
 	return bytes.Replace(tbs, []byte{0xa0, 3, 2, 1, 2, 2, 1, 7}, []byte{0xa0, 3, 2, 1, 2, 2, 1, 0x87}, 1)
 }
 
-// version2 takes the version back, by which extensions have no place.
+// version2 sets version 2, which allows no extensions.
 func version2(tbs []byte) []byte {
 	return bytes.Replace(tbs, []byte{0xa0, 3, 2, 1, 2}, []byte{0xa0, 3, 2, 1, 1}, 1)
 }

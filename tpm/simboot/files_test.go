@@ -39,8 +39,8 @@ func readLogs(t *testing.T, m *tpmtest.Machine) *eventlog.Log {
 	return log
 }
 
-// TestPredicted: from the log of one boot and the files of another, package
-// predict tells the log of the other to the last byte.
+// TestPredicted: from the log of one boot and the files of another, package predict
+// computes the other's log to the last byte.
 func TestPredicted(t *testing.T) {
 	const uki, grub, stub = simboot.UKI, simboot.GRUB, simboot.EFIStub
 	everywhere := []simboot.Loader{uki, grub, stub}
@@ -113,7 +113,7 @@ func TestDbxPredicted(t *testing.T) {
 	}
 }
 
-// TestWrongKeysAreNotPredicted: who signed the next image matters with Secure Boot.
+// TestWrongKeysAreNotPredicted: with Secure Boot, the signer of the next image matters.
 func TestWrongKeysAreNotPredicted(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	evil := simboot.Baseline(simboot.UKI)
@@ -124,7 +124,7 @@ func TestWrongKeysAreNotPredicted(t *testing.T) {
 	}
 }
 
-// TestFilesAreWritten: the folder of a machine holds what it booted last.
+// TestFilesAreWritten: the folder of a machine holds the files of its last boot.
 func TestFilesAreWritten(t *testing.T) {
 	b := simboot.Baseline(simboot.GRUB)
 	m := tpmtest.New(t, b)

@@ -130,8 +130,8 @@ func appendUserspace(t *testing.T, m *tpmtest.Machine, log *eventlog.Log) {
 	log.Append(events)
 }
 
-// TestWhatMoves: a change moves the PCRs that it moved on the recorded machines,
-// and no others.
+// TestWhatMoves: a change moves the PCRs that it moved on the recorded machines, and no
+// others.
 func TestWhatMoves(t *testing.T) {
 	type change struct {
 		name string
@@ -168,7 +168,7 @@ func TestWhatMoves(t *testing.T) {
 	}
 }
 
-// TestUnusedPCRsAreZero: what a loader does not use stays as reset left it.
+// TestUnusedPCRsAreZero: a PCR that a loader does not use keeps its reset value.
 func TestUnusedPCRsAreZero(t *testing.T) {
 	unused := map[simboot.Loader][]int{
 		simboot.UKI: {8, 10, 12, 13, 14, 15}, simboot.GRUB: {10, 11, 12, 13, 15}, simboot.EFIStub: {8, 10, 11, 12, 13, 14, 15},
@@ -339,8 +339,8 @@ func BenchmarkBoot(b *testing.B) {
 	}
 }
 
-// TestShutdownIsOrderly: the TPM was told before it lost its power, unless the
-// power was cut; and each boot resets it.
+// TestShutdownIsOrderly: the TPM received a shutdown before it lost its power, unless
+// the power was cut; and each boot resets it.
 func TestShutdownIsOrderly(t *testing.T) {
 	b := simboot.Baseline(simboot.UKI)
 	m := tpmtest.New(t, b)

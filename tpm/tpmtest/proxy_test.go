@@ -20,8 +20,8 @@ func hash(tp transport.TPM) error {
 	return err
 }
 
-// TestProxyRecords: what crosses the bus in plain is seen, both ways, and what
-// crosses it encrypted is not.
+// TestProxyRecords: the proxy sees unencrypted data in both directions, and no
+// encrypted data.
 func TestProxyRecords(t *testing.T) {
 	p := tpmtest.NewProxy(t, tpmtest.New(t, simboot.Baseline(simboot.UKI)))
 	d := p.TPM(0)
@@ -63,7 +63,7 @@ func TestProxyRecords(t *testing.T) {
 	}
 }
 
-// TestFaultIsAimed: a fault hits the command that it names, after some and as often as it says.
+// TestFaultIsAimed: a fault hits its command, after and as often as it says.
 func TestFaultIsAimed(t *testing.T) {
 	p := tpmtest.NewProxy(t, tpmtest.New(t, simboot.Baseline(simboot.UKI)))
 	d := p.TPM(time.Second)

@@ -23,7 +23,7 @@ func (f *fake) RemoteAddr() net.Addr {
 // Close implements net.Conn.
 func (f *fake) Close() error { f.closed = true; return nil }
 
-// TestCrowd: who must go for a newcomer.
+// TestCrowd: which connection is closed for a new one.
 func TestCrowd(t *testing.T) {
 	w := newCrowd(func(string) {}, time.Minute)
 	enter := func(format string, args ...any) *fake {
@@ -49,7 +49,8 @@ func TestCrowd(t *testing.T) {
 	if !own[1].closed || w.size != MaxUnproven {
 		t.Error("the peer with the most connections does not lose its oldest")
 	}
-	// Of many with one each, the oldest must go; but not a peer that gave a proof.
+	// Of many peers with one connection each, the oldest connection is closed, unless
+	// its peer gave a proof.
 	w = newCrowd(func(string) {}, time.Minute)
 	proven := w.enter(&fake{from: "192.0.2.7"})
 	w.proved(proven)

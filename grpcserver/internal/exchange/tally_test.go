@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// TestTallyIsBounded: a stranger who varies everything that can be varied adds at
-// most one line per check, and hides no other stranger's kind.
+// TestTallyIsBounded: a stranger who varies everything possible adds at most one line
+// per check, and hides no other stranger's kind.
 func TestTallyIsBounded(t *testing.T) {
 	var written []*Verdict
 	tally := &Tally{Write: func(v []*Verdict) error { written = append(written, v...); return nil }}
@@ -33,7 +33,7 @@ func TestTallyIsBounded(t *testing.T) {
 	}
 }
 
-// TestTallyKeepsWhatCantBeWritten until it can.
+// TestTallyKeepsWhatCantBeWritten: refusals that can't be written stay until they can.
 func TestTallyKeepsWhatCantBeWritten(t *testing.T) {
 	full := errors.New("no space left on device")
 	var written []*Verdict
