@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
@@ -38,6 +39,7 @@ func newFake(t *testing.T, before func(w http.ResponseWriter, r *http.Request, n
 	f := &fake{t: t, before: before, counts: map[string]int{}}
 	f.Server = httptest.NewUnstartedServer(f)
 	f.Config.ErrorLog = log.New(io.Discard, "", 0)
+	f.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
 	f.StartTLS()
 	t.Cleanup(f.Close)
 	return f
