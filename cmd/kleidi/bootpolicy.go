@@ -47,14 +47,12 @@ func newPolicyRecord(a *app) *cobra.Command {
 				return files.HintRoot(fmt.Errorf("record: %w", err))
 			}
 			if file == "" {
-				_, err = cmd.OutOrStdout().Write(p.Marshal())
-				return err
+				return a.show(cmd.OutOrStdout(), showPolicy(p, ""), func(w io.Writer) { _, _ = w.Write(p.Marshal()) })
 			}
 			if err := files.WriteNew(file, p.Marshal()); err != nil {
 				return fmt.Errorf("record: %w", err)
 			}
-			result := map[string]any{"file": file, "bank": p.Bank, "pcrs": p.Demanded()}
-			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
+			return a.show(cmd.OutOrStdout(), showPolicy(p, file), func(w io.Writer) {
 				fmt.Fprintf(w, "this boot, of PCR %s (%s), written to %s\n", slotview.JoinPCRs(p.Demanded()), p.Bank, file)
 			})
 		},
@@ -74,8 +72,7 @@ func newPolicyShow(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			result := map[string]any{"bank": p.Bank, "secureBoot": p.SecureBoot, "pcrs": p.Demanded(), "yaml": string(p.Marshal())}
-			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { _, _ = w.Write(p.Marshal()) })
+			return a.show(cmd.OutOrStdout(), showPolicy(p, ""), func(w io.Writer) { _, _ = w.Write(p.Marshal()) })
 		},
 	}
 }
@@ -168,7 +165,7 @@ func newPolicyDiff(a *app) *cobra.Command {
 				return err
 			}
 			changes := bootpolicy.Diff(first, second)
-			return a.show(cmd.OutOrStdout(), map[string]any{"changes": changes}, func(w io.Writer) {
+			return a.show(cmd.OutOrStdout(), policyDiff{changes}, func(w io.Writer) {
 				for _, c := range changes {
 					fmt.Fprintln(w, c)
 				}
@@ -201,7 +198,7 @@ line; "claimed" means that only the log says so.`,
 				return files.HintRoot(err)
 			}
 			rows := bootpolicy.Explain(log, cfg.Bank())
-			return a.show(cmd.OutOrStdout(), map[string]any{"bank": cfg.TPM.Bank, "events": rows}, func(w io.Writer) { printEvents(w, rows) })
+			return a.show(cmd.OutOrStdout(), shownLog{cfg.TPM.Bank, rows}, func(w io.Writer) { printEvents(w, rows) })
 		},
 	}
 	cmd.Flags().StringVar(&logs.Firmware, "event-log", "", "a saved firmware event log (default: this machine's logs)")

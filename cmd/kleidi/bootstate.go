@@ -68,7 +68,7 @@ kleidi bootstate add, in systemd's format.`,
 			if err := files.WriteNew(s.Out, b); err != nil {
 				return fmt.Errorf("sign: %w", err)
 			}
-			result := map[string]any{"file": s.Out, "bank": s.Bank, "pcrs": state.PCRs, "key": hex.EncodeToString(state.KeyFingerprint[:])}
+			result := signedState{s.Out, s.Bank, state.PCRs, hex.EncodeToString(state.KeyFingerprint[:])}
 			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
 				fmt.Fprintf(w, "boot state of PCR %s (%s) signed by key %x, written to %s\n", slotview.JoinPCRs(state.PCRs), s.Bank, state.KeyFingerprint[:8], s.Out)
 			})

@@ -4,28 +4,13 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver"
+	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 	"github.com/beezy-dev/kleidi/internal/ownership"
 )
-
-const encryptionConfig = `apiVersion: apiserver.config.k8s.io/v1
-kind: EncryptionConfiguration
-resources:
-  - resources:
-%s    providers:
-      - kms:
-          apiVersion: v2
-          name: %s
-          endpoint: unix://%s
-          timeout: 3s
-      # reads what was stored before encryption was switched on; remove it once
-      # all stored objects are rewritten
-      - identity: {}
-`
 
 func newEncryptionConfig(a *app) *cobra.Command {
 	var resources []string
@@ -37,6 +22,9 @@ and name the file in kube-apiserver's --encryption-provider-config.`,
 		Example: "  kleidi encryption-config > /etc/kubernetes/encryption.yaml",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := encryptionconfig.CheckResources(resources); err != nil {
+				return err
+			}
 			c, err := a.config()
 			if err != nil {
 				return err
@@ -47,12 +35,8 @@ and name the file in kube-apiserver's --encryption-provider-config.`,
 			if above := ownership.StickyAbove(filepath.Dir(c.KMS.Socket)); above != "" {
 				fmt.Fprintf(cmd.ErrOrStderr(), "warning: kms.socket lies below %s, in which every user may make entries: after a reboot another user could make its folder first, and answer kube-apiserver; choose a path below /run\n", above)
 			}
-			var list strings.Builder
-			for _, r := range resources {
-				fmt.Fprintf(&list, "      - %s\n", r)
-			}
-			result := map[string]any{"name": c.KMS.Name, "endpoint": "unix://" + c.KMS.Socket, "resources": resources}
-			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { fmt.Fprintf(w, encryptionConfig, list.String(), c.KMS.Name, c.KMS.Socket) })
+			result := encryptionconfig.New(c.KMS.Name, c.KMS.Socket, resources)
+			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { fmt.Fprint(w, result.YAML()) })
 		},
 	}
 	cmd.Flags().StringSliceVar(&resources, "resources", []string{"secrets"}, "what to encrypt")

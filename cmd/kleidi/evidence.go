@@ -50,7 +50,7 @@ verifier that needs fresh evidence must choose the nonce.`,
 			if err != nil {
 				return fmt.Errorf("evidence: %w", err)
 			}
-			result := map[string]any{"file": file, "bank": n.Config.TPM.Bank, "pcrs": pcrs, "nonce": hex.EncodeToString(fresh), "attestationKey": inspect.KeyDigest(e)}
+			result := savedEvidence{file, n.Config.TPM.Bank, pcrs, hex.EncodeToString(fresh), inspect.KeyDigest(e)}
 			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
 				fmt.Fprintf(w, "quote over PCR %s (%s) with nonce %x, and the event log, written to %s\n", slotview.JoinPCRs(pcrs), n.Config.TPM.Bank, fresh, file)
 			})

@@ -12,7 +12,6 @@ import (
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
-	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
@@ -39,10 +38,7 @@ func newKeyringShow(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			shown := struct {
-				keyring.Info
-				Slots []seal.Slot `json:"slots"`
-			}{u.Info(), u.Slots()}
+			shown := shownKeyring{u.Info(), u.Slots()}
 			return a.show(cmd.OutOrStdout(), shown, func(w io.Writer) { printKeyring(w, u, n) })
 		},
 	}
@@ -100,7 +96,7 @@ after every rotation: an etcd backup needs the KEKs under which it was written.`
 			if err := files.WriteNew(args[0], b); err != nil {
 				return fmt.Errorf("backup: %w", err)
 			}
-			result := map[string]any{"file": args[0], "keyID": u.CurrentID(), "revision": u.Revision()}
+			result := backedUpKeyring{args[0], u.CurrentID(), u.Revision()}
 			return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
 				fmt.Fprintf(w, "revision %d (key ID %s) copied to %s\n", u.Revision(), u.CurrentID(), args[0])
 			})

@@ -257,6 +257,9 @@ func (h *host) config(_ *testscript.TestScript, args []string) error {
 // 1 and an "error:" that is one message in the house style.
 func (h *host) kleidi(ts *testscript.TestScript, args []string) error {
 	err := ts.Exec(binary, append([]string{"--config", h.path("config.yaml")}, args...)...)
+	if wrong := checkJSON(args, ts.ReadFile("stdout")); wrong != nil {
+		return &brokenError{wrong}
+	}
 	if err == nil {
 		return nil
 	}

@@ -17,13 +17,7 @@ func newVersion(a *app) *cobra.Command {
 		Short: "Show the version, and whether it was built with PKCS#11",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			v := struct {
-				Version string `json:"version"`
-				Go      string `json:"go"`
-				OS      string `json:"os"`
-				Arch    string `json:"arch"`
-				PKCS11  bool   `json:"pkcs11"`
-			}{version.String(), runtime.Version(), runtime.GOOS, runtime.GOARCH, hsm.Available}
+			v := shownVersion{version.String(), runtime.Version(), runtime.GOOS, runtime.GOARCH, hsm.Available}
 			with := "without"
 			if v.PKCS11 {
 				with = "with"

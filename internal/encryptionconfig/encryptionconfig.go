@@ -1,0 +1,96 @@
+// Package encryptionconfig writes what kube-apiserver reads to have kleidi encrypt.
+package encryptionconfig
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// EncryptionConfiguration is kube-apiserver's, of apiserver.config.k8s.io/v1, as far as
+// kleidi writes one.
+type EncryptionConfiguration struct {
+	APIVersion string      `json:"apiVersion"`
+	Kind       string      `json:"kind"`
+	Resources  []Resources `json:"resources"`
+}
+
+// Resources are encrypted by the first of the providers, and read by all.
+type Resources struct {
+	Resources []string   `json:"resources"`
+	Providers []Provider `json:"providers"`
+}
+
+// Provider is one of KMS and identity.
+type Provider struct {
+	KMS      *KMS      `json:"kms,omitempty"`
+	Identity *struct{} `json:"identity,omitempty"`
+}
+
+// KMS is a plugin that kube-apiserver asks.
+type KMS struct {
+	APIVersion string `json:"apiVersion"`
+	Name       string `json:"name"`
+	Endpoint   string `json:"endpoint"`
+	Timeout    string `json:"timeout"`
+}
+
+// New has a plugin on a socket encrypt resources; what is stored in clear is still read.
+func New(name, socket string, resources []string) EncryptionConfiguration {
+	kms := &KMS{APIVersion: "v2", Name: name, Endpoint: "unix://" + socket, Timeout: "3s"}
+	return EncryptionConfiguration{
+		APIVersion: "apiserver.config.k8s.io/v1", Kind: "EncryptionConfiguration",
+		Resources: []Resources{{resources, []Provider{{KMS: kms}, {Identity: &struct{}{}}}}},
+	}
+}
+
+// YAML returns the configuration as a file for people, with its remarks.
+func (e EncryptionConfiguration) YAML() string {
+	var list strings.Builder
+	for _, r := range e.Resources[0].Resources {
+		if strings.HasPrefix(r, "*") {
+			r = "'" + r + "'" // else YAML's alias
+		}
+		fmt.Fprintf(&list, "      - %s\n", r)
+	}
+	kms := e.Resources[0].Providers[0].KMS
+	return fmt.Sprintf(document, list.String(), kms.Name, kms.Endpoint, kms.Timeout)
+}
+
+const document = `apiVersion: apiserver.config.k8s.io/v1
+kind: EncryptionConfiguration
+resources:
+  - resources:
+%s    providers:
+      - kms:
+          apiVersion: v2
+          name: %s
+          endpoint: %s
+          timeout: %s
+      # reads what was stored before encryption was switched on; remove it once
+      # all stored objects are rewritten
+      - identity: {}
+`
+
+// resourceName is what kube-apiserver takes: a resource, with its API group behind a dot
+// unless that is the core one, or * for all of a group, or for all groups.
+var resourceName = regexp.MustCompile(`^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*|\*\.(\*|[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?)$`)
+
+// CheckResources refuses what kube-apiserver would refuse as the resources of one entry. The
+// error speaks of --resources.
+func CheckResources(resources []string) error {
+	if len(resources) == 0 {
+		return errors.New("--resources is empty; name what to encrypt, such as secrets")
+	}
+	for i, r := range resources {
+		switch {
+		case !resourceName.MatchString(r):
+			return fmt.Errorf("--resources: %q is no resource; want one such as secrets, deployments.apps, *.apps or *.*", r)
+		case slices.Contains(resources[:i], r):
+			return fmt.Errorf("--resources names %s twice; kube-apiserver refuses that", r)
+		}
+	}
+	return nil
+}
