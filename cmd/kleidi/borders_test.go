@@ -65,6 +65,7 @@ var borders = map[string][]string{
 	"internal/ownership":             {"seal"},
 	"internal/strictyaml":            {},
 	"internal/powerloss":             {},
+	"internal/supervise":             {},
 
 	// The command, floor by floor: each package imports only packages above it.
 	"internal/config":           {"grpcserver/verifier", "hsm", "internal/ownership", "internal/strictyaml", "seal", "tpm", "tpm/attest", "tpm/bootrule", "tpm/nv", "vault"},
@@ -79,8 +80,8 @@ var borders = map[string][]string{
 	"internal/slots":            {"grpcserver/admin", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/rotation", "tpm"},
 	"internal/members":          {"grpcserver/admin", "grpcserver/join", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/attest/joinproof", "tpm/attest/remote", "tpm/bootpolicy", "tpm/nv"},
 	"internal/operation":        {"grpcserver/admin", "internal/lifecycle", "internal/node", "internal/reseal", "internal/slots", "internal/status"},
-	"internal/serve":            {"grpcserver", "grpcserver/admin", "grpcserver/monitor", "internal/config", "internal/members", "internal/node", "internal/operation", "internal/reseal", "internal/slots", "internal/slotview", "internal/status", "internal/version", "seal", "seal/store", "seal/unlock", "tpm"},
-	"internal/verifierd":        {"grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
+	"internal/serve":            {"grpcserver", "grpcserver/admin", "grpcserver/monitor", "internal/config", "internal/members", "internal/node", "internal/operation", "internal/reseal", "internal/slots", "internal/slotview", "internal/status", "internal/supervise", "internal/version", "seal", "seal/store", "seal/unlock", "tpm"},
+	"internal/verifierd":        {"grpcserver/monitor", "grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/supervise", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
 	"internal/dev":              {"internal/config", "internal/lifecycle", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
 	"internal/encryptionconfig": {},
 	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/lifecycle", "internal/members", "internal/node", "internal/operation", "internal/ownership", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
@@ -96,7 +97,7 @@ var doors = map[string][]string{
 	"github.com/hashicorp/vault/":       {"vault"},
 	"google.golang.org/grpc":            {"grpcserver", "internal/dev"},
 	"k8s.io/kms/":                       {"grpcserver", "internal/dev"},
-	"github.com/prometheus/":            {"grpcserver", "internal/serve"},
+	"github.com/prometheus/":            {"grpcserver", "internal/serve", "internal/verifierd"},
 	"github.com/spf13/":                 {"cmd/kleidi"},
 	"k8s.io/client-go/":                 {"seal/store/kube"},
 }

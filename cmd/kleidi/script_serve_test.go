@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -174,14 +173,22 @@ func (h *host) waitFor(ts *testscript.TestScript, args []string) error {
 }
 
 func (h *host) fetch(path string) (int, string, error) {
-	transport := &http.Transport{DisableKeepAlives: true}
 	if h.address == "" { // the configuration names no port
+		return fetch("kleidi", h.path("run/http.sock"), path)
+	}
+	return fetch(h.address, "", path)
+}
+
+// fetch asks at an address, or at a socket if there is one.
+func fetch(address, socket, path string) (int, string, error) {
+	transport := &http.Transport{DisableKeepAlives: true}
+	if socket != "" {
 		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", h.path("run/http.sock"))
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 		}
 	}
 	client := http.Client{Timeout: waitTimeout, Transport: transport}
-	r, err := client.Get("http://" + cmp.Or(h.address, "kleidi") + path)
+	r, err := client.Get("http://" + address + path)
 	if err != nil {
 		return 0, "", err
 	}
@@ -190,12 +197,17 @@ func (h *host) fetch(path string) (int, string, error) {
 	return r.StatusCode, string(b), err
 }
 
-// get shows the answers of health and metrics; a code other than 200 is a failure.
+// get PATH [SOCKET] shows the answers of health and metrics, of serve or at another
+// socket; a code other than 200 is a failure.
 func (h *host) get(ts *testscript.TestScript, args []string) error {
 	var code int
 	var body string
 	err := eventually(func() (err error) {
-		code, body, err = h.fetch(args[0])
+		if len(args) > 1 {
+			code, body, err = fetch("kleidi", h.abs(args[1]), args[0])
+		} else {
+			code, body, err = h.fetch(args[0])
+		}
 		return err
 	})
 	if err != nil {

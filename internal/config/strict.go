@@ -59,7 +59,7 @@ func (p *problems) validate(c *Config) {
 	if c.KMS.AllowedUIDs != nil && len(c.KMS.AllowedUIDs) == 0 {
 		p.Add("kms.allowedUIDs", "the list is empty, so nobody could call; leave the key out for root and the socket's owner")
 	}
-	p.validateHTTP(&c.HTTP)
+	c.HTTP.Validate(&p.Problems)
 	p.validateJoin(c)
 	if s := c.HTTP.Socket; s != "" && (s == c.KMS.Socket || s == c.Admin.Socket) {
 		p.Add("http.socket", "%q is another socket too; name another path", s)
@@ -209,10 +209,10 @@ func (p *problems) validateBinding(c *TPM) {
 	}
 }
 
-// validateHTTP keeps health and metrics on the machine: they are not authenticated.
-func (p *problems) validateHTTP(c *HTTP) {
-	if c.Socket != "" {
-		p.absolute("http.socket", c.Socket)
+// Validate keeps health and metrics on the machine: they are not authenticated.
+func (c HTTP) Validate(p *strictyaml.Problems) {
+	if c.Socket != "" && !filepath.IsAbs(c.Socket) {
+		p.Add("http.socket", "%q is not an absolute path", c.Socket)
 	}
 	address := c.Address
 	if address == "" {

@@ -11,7 +11,8 @@ import (
 type Log struct {
 	Path string
 
-	mu sync.Mutex
+	mu     sync.Mutex
+	failed error // of the last attempt
 }
 
 // Append returns once the lines are on the disk. If they do not fit, it removes them
@@ -19,6 +20,22 @@ type Log struct {
 func (l *Log) Append(lines []byte) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.failed = l.write(lines, false)
+	return l.failed
+}
+
+// Failing returns why the last lines could not be written, if that is so still: it tries
+// with an empty line, and takes it back.
+func (l *Log) Failing() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.failed != nil {
+		l.failed = l.write([]byte("\n"), true)
+	}
+	return l.failed
+}
+
+func (l *Log) write(lines []byte, trial bool) error {
 	file, err := os.OpenFile(l.Path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
@@ -31,7 +48,11 @@ func (l *Log) Append(lines []byte) error {
 	if _, err := file.Write(lines); err != nil {
 		return errors.Join(err, file.Truncate(info.Size()))
 	}
-	return errors.Join(file.Sync(), SyncFolder(l.Path))
+	err = errors.Join(file.Sync(), SyncFolder(l.Path))
+	if trial {
+		err = errors.Join(err, file.Truncate(info.Size()))
+	}
+	return err
 }
 
 // AppendJSON appends each record as a line.

@@ -10,8 +10,8 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/beezy-dev/kleidi/grpcserver/monitor"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/slots"
 	"github.com/beezy-dev/kleidi/internal/slotview"
@@ -53,20 +53,7 @@ func (h *health) attempted(cause seal.Cause, _ unlock.Timing) {
 }
 
 func (h *health) handler() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if err := h.ready(); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-		for _, remark := range h.remarks() {
-			fmt.Fprintln(w, remark)
-		}
-	})
-	mux.Handle("GET /metrics", promhttp.HandlerFor(h.registry, promhttp.HandlerOpts{}))
-	return mux
+	return monitor.Handler(h.registry, h.ready, h.remarks)
 }
 
 // ready returns nil if kube-apiserver's calls succeed.

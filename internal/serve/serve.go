@@ -22,6 +22,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/supervise"
 	"github.com/beezy-dev/kleidi/internal/version"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/store"
@@ -109,23 +110,8 @@ func (s *Server) tidyUp(ctx context.Context) {
 	}
 }
 
-// keep runs f until ctx ends, and runs it again a while after a failure: an operator
-// can repair a missing folder or a taken port without a restart.
 func (s *Server) keep(ctx context.Context, what string, f func() error) {
-	wait := backoff.NewExponentialBackOff()
-	wait.InitialInterval, wait.MaxInterval = 200*time.Millisecond, 15*time.Second
-	for ctx.Err() == nil {
-		err := f()
-		if err == nil || ctx.Err() != nil {
-			return
-		}
-		d := wait.NextBackOff()
-		s.Node.Log.Error(what+" failed", "error", err, "retry", d.Round(time.Millisecond))
-		select {
-		case <-ctx.Done():
-		case <-time.After(d):
-		}
-	}
+	supervise.Keep(ctx, s.Node.Log, what, f)
 }
 
 func (s *Server) serveKMS() error {

@@ -54,9 +54,11 @@ type Config struct {
 	Audit             Audit    `yaml:"audit"`
 	// EKCertificates demands of every TPM a certificate for which one of these CAs
 	// vouches, in addition to the registered digest.
-	EKCertificates CAs        `yaml:"ekCertificates"`
-	Log            config.Log `yaml:"log"`
-	Nodes          []Node     `yaml:"nodes"`
+	EKCertificates CAs `yaml:"ekCertificates"`
+	// HTTP is where health and metrics answer.
+	HTTP  config.HTTP `yaml:"http"`
+	Log   config.Log  `yaml:"log"`
+	Nodes []Node      `yaml:"nodes"`
 
 	path string
 }
@@ -94,6 +96,7 @@ func (c *Config) validate(p *strictyaml.Problems) {
 	if c.Log.Format != "text" && c.Log.Format != "json" {
 		p.Add("log.format", "%q; want text or json", c.Log.Format)
 	}
+	c.HTTP.Validate(p)
 	c.validateNodes(p)
 }
 
@@ -214,7 +217,7 @@ func parse(b []byte) (*Config, error) {
 	if len(b) > maxConfig {
 		return nil, fmt.Errorf("  file: more than %d bytes", maxConfig)
 	}
-	c := &Config{Log: config.Log{Level: slog.LevelInfo, Format: "text"}}
+	c := &Config{Log: config.Log{Level: slog.LevelInfo, Format: "text"}, HTTP: config.HTTP{Socket: DefaultSocket, SocketMode: 0o600, SocketGID: -1}}
 	p := &strictyaml.Problems{}
 	if err := strictyaml.Decode(b, c, p); err != nil {
 		return nil, err

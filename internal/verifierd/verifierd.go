@@ -14,13 +14,16 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"github.com/beezy-dev/kleidi/grpcserver/monitor"
 	"github.com/beezy-dev/kleidi/grpcserver/verifier"
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/supervise"
 	"github.com/beezy-dev/kleidi/internal/version"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
@@ -33,6 +36,8 @@ type Service struct {
 	config *Config
 	log    *slog.Logger
 	server *verifier.Server
+	health *health
+	http   *monitor.Server
 }
 
 // New reads the keys and boot policies that c names, and opens the audit log.
@@ -46,7 +51,9 @@ func New(c *Config, log *slog.Logger) (*Service, error) {
 	if err := audit.Append(nil); err != nil {
 		return nil, fmt.Errorf("audit.file: %w; without it every answer is no", err)
 	}
-	s.server, err = verifier.NewServer(verifier.Options{Verifier: v, Certificate: *certificate, Record: audit.record, Log: s.log})
+	s.health = newHealth(audit, len(c.Nodes))
+	s.http = monitor.New(monitor.Handler(s.health.registry, s.health.ready, s.health.remarks))
+	s.server, err = verifier.NewServer(verifier.Options{Verifier: v, Certificate: *certificate, Record: audit.record, Registerer: s.health.registry, Log: s.log})
 	return s, err
 }
 
@@ -63,21 +70,33 @@ func (s *Service) Run(ctx context.Context) error {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
-	go s.watch(ctx, hup)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var running sync.WaitGroup
+	running.Go(func() { s.watch(ctx, hup) })
+	if s.config.HTTP.Socket != "" {
+		running.Go(func() { s.keep(ctx, "health and metrics socket", s.serveHTTPSocket) })
+	}
+	if s.config.HTTP.Address != "" {
+		running.Go(func() { s.keep(ctx, "health and metrics address", s.serveHTTPAddress) })
+	}
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
-	stopped := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(stopped)
+	running.Go(func() {
+		<-ctx.Done()
 		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
 		grace, cancel := context.WithTimeout(context.Background(), stopTimeout)
 		defer cancel()
 		s.server.GracefulStop(grace)
+		_ = s.http.Shutdown(grace)
 	})
 	err = s.server.Serve(l)
-	if !stop() {
-		<-stopped
-	}
+	cancel()
+	running.Wait()
 	return err
+}
+
+func (s *Service) keep(ctx context.Context, what string, f func() error) {
+	supervise.Keep(ctx, s.log, what, f)
 }
 
 // watch reloads on each signal until ctx ends.
@@ -98,6 +117,7 @@ func (s *Service) reload() {
 	if err == nil {
 		err = s.replace(c)
 	}
+	s.health.reloaded(c, err)
 	if err != nil {
 		s.log.Error("reload failed: the former configuration goes on to count", "error", err)
 		return
@@ -110,8 +130,8 @@ func (s *Service) replace(c *Config) error {
 	if err != nil {
 		return err
 	}
-	if c.Listen != s.config.Listen || c.Audit != s.config.Audit {
-		return errors.New("listen and audit are read at start only; restart kleidi verifier")
+	if c.Listen != s.config.Listen || c.Audit != s.config.Audit || c.HTTP != s.config.HTTP {
+		return errors.New("listen, audit and http are read at start only; restart kleidi verifier")
 	}
 	s.server.Replace(v, *certificate)
 	return nil
