@@ -52,17 +52,37 @@ func newSeat(m *machine) *machine {
 	seat.write("config.yaml", strings.Replace(string(b), "node: one", "node: seat", 1))
 	seat.Reboot(usual)
 	seat.run("init --recovery-recipient " + seat.identity())
-	serve := seat.command("serve")
+	m.t.Cleanup(seat.background())
+	return seat
+}
+
+// background starts serve, and returns what ends it.
+func (m *machine) background() (stop func()) {
+	m.t.Helper()
+	serve := m.command("serve")
 	if err := serve.Start(); err != nil {
 		m.t.Fatal(err)
 	}
-	m.t.Cleanup(func() {
-		_ = serve.Process.Kill()
-		_ = serve.Wait()
-	})
-	eventually(m.t, "the other node serves", func() error {
-		_, err := seat.try("node list")
+	eventually(m.t, "serve answers", func() error {
+		_, err := m.try("status")
 		return err
 	})
-	return seat
+	return func() {
+		_ = serve.Process.Kill()
+		_ = serve.Wait()
+	}
 }
+
+// inFormat2 has a first approval write the keyring in format 2.
+func inFormat2(boot simboot.Boot) func(*machine) simboot.Boot {
+	return func(m *machine) simboot.Boot {
+		recordedPolicy(m)
+		stop := m.background()
+		defer stop()
+		m.run(approveTwo)
+		return boot
+	}
+}
+
+// approveTwo approves a machine that nobody has.
+var approveTwo = "node approve two --ek sha256:" + strings.Repeat("0", 64) + " --boot-policy DIR/policy.yaml"

@@ -54,7 +54,9 @@ var verbs = []verb{
 		m.undefine(anchorIndex)
 		return usual
 	}},
-	{name: "node approve", args: "node approve two --ek sha256:" + strings.Repeat("0", 64) + " --boot-policy DIR/policy.yaml", prepare: recordedPolicy, config: "join: {listen: " + loopback(9782) + "}\n", asked: true},
+	{name: "node approve", args: approveTwo, prepare: recordedPolicy, config: "join: {listen: " + loopback(9782) + "}\n", asked: true},
+	{name: "rotate in format 2", args: "rotate", prepare: inFormat2(usual), config: "join: {listen: " + loopback(9783) + "}\n"},
+	{name: "recover in format 2", args: "recover --identity-file DIR/recovery.txt", closed: true, prepare: inFormat2(other), config: "join: {listen: " + loopback(9784) + "}\n"},
 	{name: "join", args: "JOIN", closed: true, prepare: joining},
 	{name: "rotate with the anchor in the TPM", config: anchorInTPM, args: "rotate", prepare: asItIs},
 	{name: "recover", args: "recover --identity-file DIR/recovery.txt", closed: true,

@@ -48,8 +48,24 @@ func (d *Desk) record(verdicts ...*join.Verdict) error { return files.AppendJSON
 // Handle registers the operations that only a running serve can do with the admin
 // socket.
 func (d *Desk) Handle(s *admin.Server) {
-	admin.Handle(s, admin.ApproveNode, d.Approve)
-	admin.Handle(s, admin.ListNodes, d.List)
+	admin.Handle(s, admin.ApproveNode, afterFirstAttempt(d, d.Approve))
+	admin.Handle(s, admin.ListNodes, afterFirstAttempt(d, d.List))
+}
+
+// firstAttempt bounds how long a verb waits for the first attempt to unlock.
+const firstAttempt = 2 * time.Second
+
+// afterFirstAttempt waits a moment for the first attempt to unlock: a command may follow
+// the start of serve at once.
+func afterFirstAttempt[Req, Resp any](d *Desk, f func(context.Context, Req) (Resp, error)) func(context.Context, Req) (Resp, error) {
+	return func(ctx context.Context, req Req) (Resp, error) {
+		select {
+		case <-d.node.Unlocker.Tried():
+		case <-time.After(firstAttempt):
+		case <-ctx.Done():
+		}
+		return f(ctx, req)
+	}
 }
 
 // Serve answers joining nodes at join.listen until it is stopped.
