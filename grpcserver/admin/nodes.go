@@ -14,18 +14,18 @@ const (
 	ListNodes Verb[ListNodesRequest, NodeList] = "list-nodes"
 )
 
-// ApproveNodeRequest names the node, and what is demanded of it.
+// ApproveNodeRequest names the node, and the demands on it.
 type ApproveNodeRequest struct {
 	Node string `json:"node"`
 	// EK is the digest of its endorsement key; "" with NoTPM.
 	EK string `json:"ek,omitempty"`
-	// BootPolicy judges how it booted; empty means that of this node.
+	// BootPolicy judges the node's boot; empty means the boot policy of this node.
 	BootPolicy []byte `json:"bootPolicy,omitempty"`
-	// NoTPM lists a node that opens the keyring with a shared slot alone.
+	// NoTPM lists a node that opens the keyring only with a shared slot.
 	NoTPM bool `json:"noTPM,omitempty"`
-	// Replace lets another machine take the place of the node of that name.
+	// Replace lets another machine replace the node with that name.
 	Replace bool `json:"replace,omitempty"`
-	// Expires is how long the approval counts.
+	// Expires is how long the approval is valid.
 	Expires time.Duration `json:"expires"`
 	// Files go to the node once it has proven its TPM and its boot.
 	Files []BootstrapFile `json:"files,omitempty"`
@@ -45,23 +45,23 @@ func (r *ApproveNodeRequest) Wipe() {
 	}
 }
 
-// NodeApproval is what a node joins with. Nothing in it is secret.
+// NodeApproval holds everything that a node needs to join. Nothing in it is secret.
 type NodeApproval struct {
 	Node string `json:"node"`
-	// Command is what to run on the node.
+	// Command is the command to run on the node.
 	Command     string    `json:"command"`
 	Address     string    `json:"address,omitempty"`
 	Certificate string    `json:"certificate,omitempty"`
 	Trust       string    `json:"trust"`
 	Expires     time.Time `json:"expires,omitzero"`
-	// Changes say, one line each, what was done.
+	// Changes list what was done, one line each.
 	Changes []string `json:"changes,omitempty"`
 }
 
 // ListNodesRequest asks for a [NodeList].
 type ListNodesRequest struct{}
 
-// NodeList is the nodes of the keyring.
+// NodeList lists the nodes of the keyring.
 type NodeList struct {
 	ClusterID string       `json:"clusterID"`
 	KeyID     seal.KeyID   `json:"keyID"`
@@ -70,7 +70,7 @@ type NodeList struct {
 	Commit    string       `json:"commit,omitempty"`
 	Seat      string       `json:"seat,omitempty"`
 	Nodes     []NodeReport `json:"nodes"`
-	// Stored says that the list is of the stored keyring, which nothing has vouched for.
+	// Stored says that the list comes from the stored keyring, for which nothing has vouched.
 	Stored bool `json:"stored,omitempty"`
 }
 
@@ -78,12 +78,12 @@ type NodeList struct {
 type NodeReport struct {
 	Node string `json:"node"`
 	EK   string `json:"ek,omitempty"`
-	// Self is this node, and Seat the one that may change what all nodes share.
+	// Self marks this node, and Seat the node that may change what all nodes share.
 	Self       bool      `json:"self,omitempty"`
 	Seat       bool      `json:"seat,omitempty"`
 	EpochIndex uint32    `json:"epochIndex,omitempty"`
 	Added      time.Time `json:"added,omitzero"`
-	// Unfinished says that the node was given the keyring and has not shown yet that it
+	// Unfinished says that the node received the keyring and has not yet shown that it
 	// opened it.
 	Unfinished bool `json:"unfinished,omitempty"`
 }

@@ -16,8 +16,8 @@ const (
 	hintNotMine = "if this change was not yours, " + hintRestore
 )
 
-// Untrusted is a keyring that parses. Nothing in it is authenticated: whoever can
-// write the file chose all of its content.
+// Untrusted is a keyring that parses. Nothing in it is authenticated: an attacker
+// who can write the file may have chosen all of its content.
 type Untrusted struct {
 	raw  []byte
 	body []byte // as stored; the MAC covers it

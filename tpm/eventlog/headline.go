@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// Headline says in one sentence what the differences of two boots come to. was and now are
-// how the machine booted, BootUnknown if that is not known.
+// Headline sums up the differences of two boots in one sentence. was and now are the ways
+// in which the machine booted, BootUnknown if that is not known.
 func Headline(differences []Difference, was, now BootType) string {
 	if was != now && was != BootUnknown && now != BootUnknown {
 		return "the machine was booted " + byWhat[now] + " instead of " + byWhat[was]
@@ -43,8 +43,8 @@ func Headline(differences []Difference, was, now BootType) string {
 
 var byWhat = map[BootType]string{BootUKI: "as a UKI", BootGRUB: "by GRUB", BootEFIStub: "by the kernel's EFI stub"}
 
-// headlines are the events that decide what a person would say of a boot, the most telling
-// ones first. What follows from them, such as the image of a UKI, is left to the details.
+// headlines are the events by which a person would describe a boot, the most important ones
+// first. Their consequences, such as the image of a UKI, are left to the details.
 var headlines = []struct {
 	words  string
 	events []string

@@ -27,7 +27,7 @@ type Memory struct {
 	late     []func() // swaps that have not arrived yet
 }
 
-// content is what a snapshot holds.
+// content is the content of a snapshot.
 type content struct {
 	keyring []byte // nil: none
 	at      uint64
@@ -39,7 +39,7 @@ type stored struct {
 	at    uint64
 }
 
-// fault is what befalls the next call of its kind.
+// fault is a fault of the next call of its kind.
 type fault int
 
 const (
@@ -162,14 +162,14 @@ func (m *Memory) changed() {
 	}
 }
 
-// SetDown has every call fail with err; nil has them succeed again.
+// SetDown makes every call fail with err; nil makes them succeed again.
 func (m *Memory) SetDown(err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.down = err
 }
 
-// Write puts a keyring there, as an intruder does who can write the store.
+// Write puts a keyring into the store, as an intruder who can write the store does.
 func (m *Memory) Write(keyring []byte) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -194,7 +194,7 @@ func (m *Memory) setNext(f fault) {
 	m.next = f
 }
 
-// Arrive has every delayed swap arrive.
+// Arrive makes every delayed swap arrive.
 func (m *Memory) Arrive() {
 	m.mu.Lock()
 	defer m.mu.Unlock()

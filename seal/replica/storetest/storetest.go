@@ -16,22 +16,22 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// Harness is an empty store whose faults a test brings about. Each fault befalls the
-// next call of its kind alone.
+// Harness is an empty store with faults that a test causes. Each fault affects only the
+// next call of its kind.
 type Harness interface {
 	replica.Store
-	// LoseAnswer has the next swap happen, and its answer be lost.
+	// LoseAnswer makes the next swap happen, and loses its answer.
 	LoseAnswer()
-	// Delay has the next swap fail for the caller, and reach the store when arrive is
+	// Delay makes the next swap fail for the caller, and reach the store when arrive is
 	// called.
 	Delay() (arrive func())
-	// Stale has the next Load return what the store held before the last swap.
+	// Stale makes the next Load return the content from before the last swap.
 	Stale()
-	// Snapshot returns what puts the store back to the present state.
+	// Snapshot returns a function that restores the present state of the store.
 	Snapshot() (restore func())
 }
 
-// soon bounds how long a test waits for what must happen.
+// soon bounds a test's wait for something that must happen.
 const soon = 30 * time.Second
 
 // Test runs the conformance tests, each on an empty store of open.
@@ -48,8 +48,8 @@ func Test(t *testing.T, open func(*testing.T) Harness) {
 	}
 }
 
-// keyringOf returns bytes that stand for a keyring of size bytes. Every byte value is
-// among them.
+// keyringOf returns size bytes that stand for a keyring. Every byte value is among
+// them.
 func keyringOf(name string, size int) []byte {
 	b := []byte(name)
 	for i := len(b); i < size; i++ {
@@ -86,7 +86,7 @@ func conflicts(t *testing.T, s replica.Store, old, next []byte) {
 	}
 }
 
-// unknown wants an error after which nobody knows whether the swap has happened.
+// unknown demands an error after which nobody knows whether the swap has happened.
 func unknown(t *testing.T, err error) {
 	t.Helper()
 	if err == nil || errors.Is(err, store.ErrConflict) {
@@ -285,8 +285,8 @@ func testStale(t *testing.T, s Harness) {
 	holds(t, s, b)
 }
 
-// testRestore: a swap from what the store held before it was restored fails, and one
-// from what it holds again succeeds.
+// testRestore: a swap fails if it starts from the content before the restore, and
+// succeeds if it starts from the restored content.
 func testRestore(t *testing.T, s Harness) {
 	a, b, c := []byte("a"), []byte("b"), []byte("c")
 	swap(t, s, nil, a)
