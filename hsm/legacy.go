@@ -15,6 +15,9 @@ const LegacyKeyLabel = "kleidi-kms-plugin"
 // MaxLegacy is the maximum size of a config.json of kleidi 1.x in bytes.
 const MaxLegacy = 64 << 10
 
+// ErrLegacyVault says that a config.json of kleidi 1.x is that of Vault.
+var ErrLegacyVault = errors.New("this is kleidi 1.x's configuration of Vault, not of a PKCS#11 token: see docs/vault.md")
+
 // ParseLegacy parses a config.json of kleidi 1.x: path, tokenLabel, tokenSerial or
 // slotNumber, and pin. It returns a Config for that token and key, without the PIN, and
 // the PIN, which belongs in a file of its own. The caller closes the PIN and clears b.
@@ -30,8 +33,8 @@ func ParseLegacy(mem seal.Memory, b []byte) (Config, *seal.Secret, error) {
 		TokenSerial string
 		SlotNumber  *uint
 		Pin         json.RawMessage
-		// Those of its configuration of Vault
-		TransitKey, VaultRole, TransitPath, AuthMethod string
+		// Those of its configuration of Vault, in the later and in the first form
+		TransitKey, VaultRole, TransitPath, AuthMethod, Transit, Role string
 	}
 	err := json.Unmarshal(b, &old)
 	defer clear(old.Pin)
@@ -39,8 +42,8 @@ func ParseLegacy(mem seal.Memory, b []byte) (Config, *seal.Secret, error) {
 		// The error of package json may quote the PIN
 		return Config{}, nil, errors.New("config.json of kleidi 1.x: it is not a JSON object with path, tokenLabel and pin; see docs/pkcs11.md")
 	}
-	if old.Path == "" && old.TransitKey+old.VaultRole+old.TransitPath+old.AuthMethod != "" {
-		return Config{}, nil, errors.New("this is kleidi 1.x's configuration of Vault; only that of a PKCS#11 token is taken over: see docs/vault.md")
+	if old.Path == "" && old.TransitKey+old.VaultRole+old.TransitPath+old.AuthMethod != "" || old.Transit+old.Role != "" {
+		return Config{}, nil, ErrLegacyVault
 	}
 	pin, err := legacyPIN(mem, old.Pin)
 	if err != nil {

@@ -225,7 +225,7 @@ func TestLegacyVaultConfiguration(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const want = "this is kleidi 1.x's configuration of Vault; only that of a PKCS#11 token is taken over: see docs/vault.md"
+	const want = "this is kleidi 1.x's configuration of Vault, not of a PKCS#11 token: see docs/vault.md"
 	for _, s := range []string{string(vault), `{"TransitKey": "k"}`, `{"address": "https://v", "transitpath": "transit", "pin": ""}`} {
 		if _, _, err := ParseLegacy(seal.Memory{}, []byte(s)); err == nil || err.Error() != want {
 			t.Errorf("%s: %v, want %q", s, err, want)

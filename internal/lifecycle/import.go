@@ -76,17 +76,21 @@ type TokenSettings struct {
 // ReadImport reads the config.json of kleidi 1.x, and puts its token into cfg. cfg must
 // not name another token.
 func ReadImport(path string, cfg *config.Config) (*Import, error) {
-	if cfg.PKCS11.Configured() {
-		return nil, errors.New("--import-config: pkcs11.module is set already; take it out, or init without --import-config and run kleidi slot add pkcs11")
-	}
 	b, err := files.ReadSecret(path, hsm.MaxLegacy)
 	if err != nil {
 		return nil, fmt.Errorf("--import-config: %w", err)
 	}
 	defer clear(b)
 	c, pin, err := hsm.ParseLegacy(node.MemoryOf(cfg), b)
+	if errors.Is(err, hsm.ErrLegacyVault) {
+		return nil, config.LegacyVault(path, b)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("--import-config %s: %w", path, err)
+	}
+	if cfg.PKCS11.Configured() {
+		_ = pin.Close()
+		return nil, errors.New("--import-config: pkcs11.module is set already; take it out, or init without --import-config and run kleidi slot add pkcs11")
 	}
 	cfg.PKCS11.Module, cfg.PKCS11.URI, cfg.PKCS11.PINFile = c.Module, legacyURI(c), filepath.Join(cfg.State.Dir, "pkcs11-pin")
 	return &Import{Token: cfg.PKCS11, pin: pin, From: path}, nil
