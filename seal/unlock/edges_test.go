@@ -77,15 +77,20 @@ func TestFirstMissingSlotIsNamed(t *testing.T) {
 	wantRefusal(t, n.State().Fallback, seal.CauseNoSlot, "no vault slot")
 }
 
-// TestHintForSlotsOfOtherWrappers: if the keyring has a slot of a type that
-// unlock.order does not name, the hint says to name it.
+// TestHintForSlotsOfOtherWrappers: if the keyring has a slot of a type that unlock.order
+// does not name, the hint doubts the keyring. It never says to name the type: whoever
+// writes the keyring chooses it.
 func TestHintForSlotsOfOtherWrappers(t *testing.T) {
 	for kind, hint := range map[string]string{
-		seal.TypeVault: "set unlock.order so that it names vault", seal.TypeRecovery: "if this machine was renamed",
+		seal.TypeVault: "nothing vouches for this list", seal.TypeRecovery: "if this machine was renamed",
 	} {
 		n := newNode(t)
 		n.makeWith(&openWrapper{name: kind, steps: &n.steps})
-		wantRefusal(t, n.Unlock(ctx), seal.CauseNoSlot, hint)
+		err := n.Unlock(ctx)
+		wantRefusal(t, err, seal.CauseNoSlot, hint)
+		if _, remedy := seal.SplitHint(err); strings.Contains(remedy, seal.TypeVault) {
+			t.Errorf("it advises what the slot says: %s", remedy)
+		}
 	}
 }
 

@@ -241,19 +241,24 @@ func permanent(err error) bool {
 	return seal.IsPermanent(err)
 }
 
-// hintNoSlot returns the remedy for a keyring without a usable slot: either
-// unlock.order does not name the type of a slot, or the slots are for other nodes.
+// hintNoSlot returns the remedy for a keyring without a usable slot: either unlock.order
+// leaves out the type of a slot, or the slots are for other nodes. It advises nothing that
+// the slots say: no slot opened, so nothing vouches for them. A forged keyring with a slot of
+// the TPM alone must not talk an operator out of two of two.
 func (u *Unlocker) hintNoSlot(slots []seal.Slot) string {
 	for _, s := range slots {
 		backed := slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault}, s.Type)
 		if backed && !slices.ContainsFunc(u.cfg.Wrappers, func(w seal.Wrapper) bool { return w.Type() == s.Type }) {
-			return "set unlock.order so that it names " + s.Type + ", and restart kleidi serve"
+			return "compare unlock.order with what you set up, and mind that nothing vouches for this list; if unlock.order is right, this is not the keyring of this node: run kleidi keyring restore FILE with a backup"
 		}
 	}
 	return "if this machine was renamed, set node to its former name"
 }
 
-// owners lists the types and nodes of the slots.
+// maxOwners bounds the list of owners, in runes.
+const maxOwners = 200
+
+// owners lists the types and nodes of the slots, printable and bounded.
 func owners(slots []seal.Slot) string {
 	var all []string
 	for _, s := range slots {
@@ -263,7 +268,7 @@ func owners(slots []seal.Slot) string {
 		}
 		all = append(all, name)
 	}
-	return strings.Join(all, ", ")
+	return seal.OneLine(strings.Join(all, ", "), maxOwners)
 }
 
 // moreSpecific reports whether err explains the refusal better than an error that only

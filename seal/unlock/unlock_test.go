@@ -396,7 +396,7 @@ func TestSlotsInOrder(t *testing.T) {
 
 	n.cfg.Wrappers = nil
 	n.restart()
-	wantRefusal(t, n.Unlock(ctx), seal.CauseNoSlot, "set unlock.order so that it names vault, and restart kleidi serve")
+	wantRefusal(t, n.Unlock(ctx), seal.CauseNoSlot, "compare unlock.order with what you set up", "run kleidi keyring restore FILE with a backup")
 }
 
 // TestOpenChangesNothing: Open and OpenUnanchored change neither disk nor state.
