@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"text/tabwriter"
@@ -186,6 +187,9 @@ func newPolicyExplain(a *app) *cobra.Command {
 line; "claimed" means that only the log says so.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if logs.Firmware == "" && logs.Userspace != "" {
+				return errors.New("--userspace-event-log goes with --event-log; name the firmware's log of the same boot, too")
+			}
 			cfg, err := a.config()
 			if err != nil {
 				return err

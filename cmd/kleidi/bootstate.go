@@ -56,7 +56,12 @@ kleidi bootstate add, in systemd's format.`,
       --next-uki linux-6.12.58.efi --out linux-6.12.58.json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			nextFilesGiven(cmd, &s.Files)
+			if err := runningAlone(cmd, &s.Files); err != nil {
+				return err
+			}
+			if s.Systemd && cmd.Flags().Changed("generation") {
+				return errors.New("--systemd excludes --generation: systemd's form has none; give one of them")
+			}
 			state, b, err := s.Sign()
 			if err != nil {
 				return fmt.Errorf("sign: %w", err)
@@ -222,7 +227,7 @@ func newStateRevoke(a *app) *cobra.Command {
 		Long: `Remove the slot of a key and end its epoch: from then on the TPM refuses the slot and
 every kept copy of it. To revoke only some of the boot states of a key, sign the others
 for a later generation, and add them.`,
-		Args: cobra.ExactArgs(1),
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.complete(signers),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := operate(cmd.Context(), a, operation.RevokeBootStates, admin.RevokeBootStatesRequest{Key: args[0]})
 			if err != nil {

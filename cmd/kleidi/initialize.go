@@ -61,6 +61,10 @@ func (f *initFlags) check(a *app) error {
 		return errors.New("--no-recovery and --recovery-recipient exclude each other; give one of them")
 	case f.NoRecovery && !f.acceptDataLoss:
 		return errors.New("--no-recovery: if this TPM fails, is cleared, or the machine boots otherwise, every Secret is lost; if that is what you want, add --accept-data-loss")
+	case f.acceptDataLoss && !f.NoRecovery:
+		return errors.New("--accept-data-loss goes with --no-recovery; give both, or leave it out")
+	case f.BreakTwoOfTwo && f.NoRecovery:
+		return errors.New("--break-two-of-two is about the recovery slot, which --no-recovery leaves out; give one of them")
 	case !f.NoRecovery && len(f.Recipients) == 0 && a.output == "json":
 		return errors.New("-o json can't show a recovery identity; add --recovery-recipient age1…")
 	}

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
@@ -26,6 +28,14 @@ func registerNextFiles(cmd *cobra.Command, f *reseal.NextFiles) {
 func nextFilesGiven(cmd *cobra.Command, f *reseal.NextFiles) bool {
 	f.HasLine, f.HasRunningLine = cmd.Flags().Changed("next-cmdline"), cmd.Flags().Changed("running-cmdline")
 	return f.Next != reseal.BootFiles{} || f.Dbx != "" || f.HasLine
+}
+
+// runningAlone refuses files of the running boot where no next boot is to be predicted.
+func runningAlone(cmd *cobra.Command, f *reseal.NextFiles) error {
+	if !nextFilesGiven(cmd, f) && (f.Running != reseal.BootFiles{} || f.HasRunningLine) {
+		return errors.New("--running-… goes with --next-…, to predict the next boot from; name the files of the next boot, or leave it out")
+	}
+	return nil
 }
 
 func (a *app) resealNext(cmd *cobra.Command, f *reseal.NextFiles, req admin.ResealRequest, dryRun bool) (*reseal.NextResult, error) {

@@ -55,6 +55,9 @@ with --break-two-of-two, whatever unlock.order says now.`,
 				}
 				return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printNext(w, r) })
 			}
+			if err := runningAlone(cmd, &files); err != nil {
+				return err
+			}
 			if dryRun {
 				return errors.New("--dry-run shows what a next boot would be; name its files with --next-…")
 			}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"io"
 
 	"github.com/spf13/cobra"
@@ -23,6 +24,9 @@ changes nothing. To go on without that slot, name it with --skip-slot: status th
 shows the missing slot until kleidi slot add makes it.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if req.AcceptDataLoss && len(req.SkipSlots) == 0 {
+				return errors.New("--accept-data-loss goes with --skip-slot; name the recovery slot to skip, or leave it out")
+			}
 			s, err := operate(cmd.Context(), a, operation.Rotate, req)
 			if err != nil {
 				return err
@@ -32,6 +36,6 @@ shows the missing slot until kleidi slot add makes it.`,
 	}
 	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "leave out this slot for now, by its name in kleidi slot list; may be repeated")
 	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
-	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.slotNamesOf)
+	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.complete(slotNames))
 	return cmd
 }

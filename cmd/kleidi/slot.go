@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -61,19 +63,6 @@ func orDash(s string) string {
 	return s
 }
 
-// slotNamesOf completes the names of slots.
-func (a *app) slotNamesOf(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
-	r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var names []string
-	for _, s := range r.Slots {
-		names = append(names, s.Name)
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
-}
-
 func newSlotAdd(a *app) *cobra.Command {
 	var req admin.AddSlotRequest
 	cmd := &cobra.Command{
@@ -86,6 +75,12 @@ func newSlotAdd(a *app) *cobra.Command {
 		ValidArgs: []string{seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Type = args[0]
+			if !slices.Contains(cmd.ValidArgs, req.Type) {
+				return fmt.Errorf("slot add %s: want one of %s", req.Type, slotview.JoinWords(cmd.ValidArgs))
+			}
+			if req.GenerateKey && req.Type != seal.TypePKCS11 {
+				return fmt.Errorf("slot add %s: --generate-key goes with pkcs11 alone; leave it out", req.Type)
+			}
 			if (req.Type == seal.TypeRecovery) != (len(req.Recipients) > 0) {
 				return fmt.Errorf("slot add %s: --recipient goes with recovery, and recovery with --recipient age1…", req.Type)
 			}
@@ -113,7 +108,7 @@ pkcs11 and vault regularly, as often as unlock.selfTest says.
 The command asks the running kleidi serve. Without one, each run is a separate login: a
 wrong PIN counts towards the limit at which the token locks the PIN, and a wrapping
 token in vault.auth.secretIDFile is used up.`,
-		ValidArgsFunction: a.slotNamesOf,
+		ValidArgsFunction: a.complete(slotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := operate(cmd.Context(), a, operation.TestSlots, admin.TestSlotsRequest{Names: args})
 			if err != nil {
@@ -158,7 +153,7 @@ func newSlotRewrap(a *app) *cobra.Command {
 slot: the command refuses another key with the same name, because the owner of that key
 would get the KEK. With --new-key the command trusts the configured key without this
 check; use it after the token or its key was replaced.`,
-		Args: cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.complete(slotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
 			s, err := operate(cmd.Context(), a, operation.RewrapSlot, req)
@@ -186,7 +181,7 @@ of that type; otherwise the type and the first digits of the slot's ID, such as
 recovery-3f9a. The age1… recipient of a recovery slot is a name too. The ID is a digest
 of the slot's binding. It does not change when other slots are removed or when the KEK
 is rotated.`,
-		Args: cobra.ExactArgs(1), ValidArgsFunction: a.slotNamesOf,
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.complete(slotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
 			s, err := operate(cmd.Context(), a, operation.RemoveSlot, req)
@@ -227,16 +222,6 @@ nothing checks that.`,
 	}
 	cmd.Flags().StringVar(&req.EK, "ek", "", "digest of the TPM's endorsement key, as kleidi status shows it")
 	_ = cmd.MarkFlagRequired("ek") // the flag exists
-	_ = cmd.RegisterFlagCompletionFunc("ek", func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
-		r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		var eks []string
-		for _, u := range r.Unrevoked {
-			eks = append(eks, u.EK)
-		}
-		return eks, cobra.ShellCompDirectiveNoFileComp
-	})
+	_ = cmd.RegisterFlagCompletionFunc("ek", a.complete(unrevokedEKs))
 	return cmd
 }

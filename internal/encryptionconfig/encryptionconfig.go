@@ -85,12 +85,34 @@ func CheckResources(resources []string) error {
 		return errors.New("--resources is empty; name what to encrypt, such as secrets")
 	}
 	for i, r := range resources {
+		_, group, _ := strings.Cut(r, ".")
 		switch {
 		case !resourceName.MatchString(r):
 			return fmt.Errorf("--resources: %q is no resource; want one such as secrets, deployments.apps, *.apps or *.*", r)
 		case slices.Contains(resources[:i], r):
 			return fmt.Errorf("--resources names %s twice; kube-apiserver refuses that", r)
+		case group == "events.k8s.io":
+			return fmt.Errorf("--resources: %s is stored in the core group; write events", r)
+		case group == "extensions":
+			return fmt.Errorf("--resources: %s is of a group that Kubernetes has no longer; name its present group", r)
+		case slices.Contains(unserved, r):
+			return fmt.Errorf("--resources: kube-apiserver can't encrypt %s; leave it out", r)
+		}
+		for _, other := range resources[:i] {
+			if covers(r, other) || covers(other, r) {
+				return fmt.Errorf("--resources: %s and %s overlap; name one of them", other, r)
+			}
 		}
 	}
 	return nil
+}
+
+// unserved are stored by kube-apiserver, and have no API.
+var unserved = []string{"apiserveripinfo", "serviceipallocations", "servicenodeportallocations"}
+
+// covers reports whether wildcard stands for resource as well.
+func covers(wildcard, resource string) bool {
+	of, all := strings.CutPrefix(wildcard, "*.")
+	_, group, _ := strings.Cut(resource, ".")
+	return all && (of == "*" || of == group)
 }

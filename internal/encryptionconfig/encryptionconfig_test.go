@@ -27,13 +27,16 @@ func TestYAML(t *testing.T) {
 	}
 }
 
+// TestCheckResources holds to kube-apiserver's own validation of an EncryptionConfiguration.
 func TestCheckResources(t *testing.T) {
-	for _, good := range [][]string{{"secrets"}, {"secrets", "configmaps"}, {"deployments.apps"}, {"*.apps"}, {"*."}, {"*.*"}, {"widgets.example.com"}} {
+	for _, good := range [][]string{{"secrets"}, {"secrets", "configmaps"}, {"deployments.apps"}, {"*.apps"}, {"*."}, {"*.*"}, {"widgets.example.com"}, {"deployments.apps", "*."}, {"*.apps", "secrets"}, {"events"}} {
 		if err := CheckResources(good); err != nil {
 			t.Errorf("%q: %v", good, err)
 		}
 	}
-	for _, bad := range [][]string{nil, {""}, {"secrets", ""}, {"Secrets"}, {"*"}, {"secrets secrets"}, {"secrets", "secrets"}, {"-a"}, {"a."}, {"a: b"}, {"*.*.*"}} {
+	for _, bad := range [][]string{nil, {""}, {"secrets", ""}, {"Secrets"}, {"*"}, {"secrets secrets"}, {"secrets", "secrets"}, {"-a"}, {"a."}, {"a: b"}, {"*.*.*"},
+		{"secrets.*"}, {"events.events.k8s.io"}, {"ingresses.extensions"}, {"*.extensions"}, {"apiserveripinfo"},
+		{"secrets", "*."}, {"*.", "secrets"}, {"*.*", "secrets"}, {"deployments.apps", "*.apps"}, {"*.*", "*."}} {
 		if err := CheckResources(bad); err == nil {
 			t.Errorf("%q is taken", bad)
 		}
