@@ -34,6 +34,19 @@ const DefaultTimeout = 3 * time.Minute
 // reason.
 type Verdict = exchange.Verdict
 
+// Step is what the audit log says of a join beside the evidence.
+type Step = exchange.JoinVerdict
+
+// The steps.
+const (
+	// StepGranted comes before the first byte that leads to a KEK leaves.
+	StepGranted = "granted"
+	// StepDone follows once the node has shown that it opened the keyring.
+	StepDone = "done"
+	// StepListed is of a node without a TPM, which its operator gives the keyring.
+	StepListed = "listed"
+)
+
 // Host is the node that gives the KEK.
 type Host interface {
 	// Verifier returns what a node must prove now; the server supplies its Approval. An
@@ -277,7 +290,7 @@ func (x *session) admit(proven *joinproof.Proven, transcript []byte) error {
 	defer admission.Wipe()
 	v := x.verdict()
 	v.Accept(proven.Result)
-	v.Join = &exchange.JoinVerdict{Step: "granted", KeyID: admission.KeyID, Revision: admission.Revision, BootPolicy: policyDigest(x.entry.Approval)}
+	v.Join = &exchange.JoinVerdict{Step: StepGranted, KeyID: admission.KeyID, Revision: admission.Revision, BootPolicy: policyDigest(x.entry.Approval)}
 	for _, f := range admission.Files {
 		v.Join.Files = append(v.Join.Files, f.Name)
 	}
@@ -306,7 +319,7 @@ func (x *session) finish(a *Admission, transcript []byte) error {
 	}
 	x.approvals.spend(x.entry)
 	v := x.verdict()
-	v.Accepted, v.Join = true, &exchange.JoinVerdict{Step: "done", KeyID: a.KeyID, Revision: a.Revision}
+	v.Accepted, v.Join = true, &exchange.JoinVerdict{Step: StepDone, KeyID: a.KeyID, Revision: a.Revision}
 	if x.audit(v) != nil {
 		return errRecord
 	}

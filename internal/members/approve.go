@@ -65,6 +65,7 @@ func (d *Desk) approve(ctx context.Context, req admin.ApproveNodeRequest) (r adm
 		return r, err
 	}
 	if err := d.server.Approve(a); err != nil {
+		closeFiles(a.Files)
 		return r, err
 	}
 	if k, err = d.node.Unlocker.Keyring(); err != nil {
@@ -113,6 +114,10 @@ func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest)
 	k, err := d.node.Unlocker.Keyring()
 	if err != nil {
 		return r, err
+	}
+	v := &join.Verdict{Time: time.Now().UTC(), Node: req.Node, Accepted: true, Join: &join.Step{Step: join.StepListed, KeyID: k.CurrentID(), Revision: k.Revision()}}
+	if err := d.record(v); err != nil {
+		return r, fmt.Errorf("audit.file: %w; node %s is listed, and its command is printed once that is on record: run the command again", err, req.Node)
 	}
 	r.Node, r.Trust = req.Node, k.Anchor().Trust()
 	r.Changes = append(r.Changes, "node "+req.Node+" is listed; copy what kleidi keyring backup writes to it, then run this there")
@@ -242,17 +247,28 @@ func (d *Desk) upgrade(ctx context.Context) (done bool, err error) {
 
 // lock takes the files into locked memory.
 func (d *Desk) lock(in []admin.BootstrapFile) (out []join.SecretFile, err error) {
+	defer func() {
+		if err != nil {
+			closeFiles(out)
+		}
+	}()
 	for _, f := range in {
 		if len(f.Content) == 0 {
-			return nil, fmt.Errorf("bootstrap file %s is empty", f.Name)
+			return out, fmt.Errorf("bootstrap file %s is empty", f.Name)
 		}
 		content, err := d.node.Memory.Take(slices.Clone(f.Content))
 		if err != nil {
-			return nil, err
+			return out, err
 		}
 		out = append(out, join.SecretFile{Name: f.Name, Content: content})
 	}
 	return out, nil
+}
+
+func closeFiles(all []join.SecretFile) {
+	for _, f := range all {
+		f.Content.Close()
+	}
 }
 
 // List lists the nodes of the keyring.

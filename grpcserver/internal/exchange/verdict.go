@@ -34,8 +34,7 @@ type Verdict struct {
 
 // JoinVerdict holds the audit log's facts of a join, in addition to the evidence.
 type JoinVerdict struct {
-	// Step is "granted", before the first byte that leads to a KEK leaves, or "done",
-	// once the node has shown that it opened the keyring.
+	// Step says what came of it; see the constants of package join.
 	Step string `json:"step"`
 	// KeyID and Revision are those of the keyring that the node receives.
 	KeyID    seal.KeyID `json:"keyID"`
