@@ -19,7 +19,7 @@ func newEncryptionConfig(a *app) *cobra.Command {
 		Short: "Print the EncryptionConfiguration for this node's kube-apiserver",
 		Long: `Print the EncryptionConfiguration for this node's kube-apiserver. Save it to a file,
 and name the file in kube-apiserver's --encryption-provider-config.`,
-		Example: "  kleidi encryption-config > /etc/kubernetes/encryption.yaml",
+		Example: "  kleidi encryption-config > /etc/kubernetes/kleidi-encryption.yaml",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := encryptionconfig.CheckResources(resources); err != nil {

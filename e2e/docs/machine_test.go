@@ -45,20 +45,37 @@ func newMachine(t *testing.T) *machine {
 	boot := simboot.Baseline(simboot.UKI)
 	m := &machine{Machine: tpmtest.New(t, boot), t: t, boot: boot, binary: node.Binary(t), settings: map[string]any{}}
 	m.base = filepath.Join(m.Dir(), "r")
-	for _, dir := range []string{"bin", "root", "etc/kleidi", "etc/kubernetes", "media/usb", "opt/kleidi", "run/kleidi", "usr/local/bin", "var/lib"} {
+	// Folders of the system, and what the unit's tmpfiles make. The documents make all others.
+	for _, dir := range []string{"bin", "root", "etc", "media/usb", "run/kleidi", "usr/local/bin", "var/lib"} {
 		if err := os.MkdirAll(m.root(dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	m.configure()
 	// The exit codes of kleidi status say what it shows, and are no failure of the command.
 	m.write("bin/sudo", "#!/bin/sh\n\"$@\" && exit\ncode=$?\n[ \"$1 $2\" != 'kleidi status' ] || [ $code -lt 3 ] || exit 0\nexit $code\n", 0o755)
+	m.makeFolders()
+	m.configure()
 	m.writeKleidi()
 	m.writeSystemctl()
 	if err := os.Symlink(build(t, "filippo.io/age/cmd/age-keygen", "0"), m.root("bin/age-keygen")); err != nil {
 		t.Fatal(err)
 	}
 	return m
+}
+
+// makeFolders makes the folders that README's installation makes: each task begins after it.
+func (m *machine) makeFolders() {
+	m.t.Helper()
+	for _, b := range blocks(m.t, "../../README.md") {
+		if !b.commands || !strings.HasPrefix(b.comment, "not run: needs systemd") {
+			continue
+		}
+		for _, line := range strings.Split(b.text, "\n") {
+			if strings.HasPrefix(line, "sudo install -d ") {
+				m.must(line)
+			}
+		}
+	}
 }
 
 func (m *machine) root(path string) string { return filepath.Join(m.base, path) }

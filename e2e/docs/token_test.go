@@ -64,6 +64,9 @@ func legacy(m *machine) {
 	if err != nil {
 		m.t.Fatal(err)
 	}
+	if err := os.MkdirAll(m.root("opt/kleidi"), 0o755); err != nil { // made by kleidi 1.x's installation
+		m.t.Fatal(err)
+	}
 	m.write("opt/kleidi/config.json", string(config), 0o644)
 	m.must("softhsm2-util --init-token --free --label " + token + " --pin " + pin + " --so-pin " + pin)
 	m.must("pkcs11-tool --module " + softHSM + " --keygen --key-type aes:32 --pin " + pin + " --token-label " + token + " --label kleidi-kms-plugin")
