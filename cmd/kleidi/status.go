@@ -127,6 +127,10 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	if r.Memory != "" {
 		row(w, "memory", r.Memory)
 	}
+	if r.TPMOpenTo != "" {
+		row(w, "TPM OPEN TO", r.TPMOpenTo)
+		fmt.Fprintf(w, "%-14s   -> with a copy of the keyring they get the KEK: see docs/threat-model.md\n", "")
+	}
 	row(w, "version", r.Version)
 }
 

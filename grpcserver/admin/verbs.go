@@ -112,6 +112,9 @@ type StatusReport struct {
 	Attestation *AttestationReport `json:"attestation,omitempty"`
 	// Memory is the kind of memory that holds the KEK, see seal.Secret.Kind.
 	Memory string `json:"memory,omitempty"`
+	// TPMOpenTo says who besides root may use the TPM, and so gets the KEK with a copy of
+	// the keyring.
+	TPMOpenTo string `json:"tpmOpenTo,omitempty"`
 }
 
 // Problem is an error in parts.

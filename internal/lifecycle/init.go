@@ -85,6 +85,7 @@ func Init(ctx context.Context, n *node.Node, opts InitOptions) (*InitResult, err
 	if err := checkVacant(ctx, n); err != nil {
 		return nil, err
 	}
+	n.WarnTPM()
 	if !opts.GenerateKey {
 		return firstKeyring(ctx, n, opts)
 	}

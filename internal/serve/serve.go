@@ -56,6 +56,7 @@ func (s *Server) Run(ctx context.Context) {
 		debug.SetGCPercent(gcPercent)
 	}
 	s.Node.Log.Info("starting", "version", version.String(), "node", s.Node.Config.Node, "tpm", s.Node.Config.TPM.Device, "state", s.Node.Config.State.Dir)
+	s.Node.WarnTPM()
 	if err := store.PrepareDir(s.Node.Config.State.Dir); err != nil {
 		s.Node.Log.Warn("state folder", "error", err)
 	}

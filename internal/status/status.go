@@ -27,6 +27,7 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 		Version: version.String(), Node: n.Config.Node, State: admin.Locked, Since: state.Since, NextAttempt: state.Next,
 		Problem: admin.ProblemOf(state.Problem),
 	}
+	r.TPMOpenTo = n.TPMOpenTo()
 	var slots []seal.Slot
 	if k, err := n.Unlocker.Keyring(); err == nil {
 		r.State, r.Memory = admin.Open, k.KEK().Kind()

@@ -1,0 +1,30 @@
+package node
+
+import (
+	"strings"
+
+	"github.com/beezy-dev/kleidi/internal/ownership"
+)
+
+// TPMOpenTo says who besides root and kleidi's user may use the TPM: "" is nobody, or it
+// is not known. With a copy of the keyring they have the KEK: the TPM asks who booted, and
+// not which user sends the command.
+func (n *Node) TPMOpenTo() string {
+	device := n.Config.TPM.Device
+	if !n.Attests() || strings.HasPrefix(device, "tcp:") {
+		return ""
+	}
+	who, err := ownership.Openers(strings.TrimPrefix(device, "unix:"))
+	if err != nil {
+		return "" // no TPM, which others say better
+	}
+	return who
+}
+
+// WarnTPM says at the start, and when a keyring is made, who else may use the TPM.
+func (n *Node) WarnTPM() {
+	if who := n.TPMOpenTo(); who != "" {
+		n.Log.Warn("others than root may use the TPM, and get the KEK with a copy of the keyring", "device", n.Config.TPM.Device, "who", who,
+			"ownerAuthorization", n.Config.TPM.OwnerAuthFile != "")
+	}
+}
