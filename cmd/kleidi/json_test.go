@@ -244,3 +244,13 @@ func (d *schema) name(t reflect.Type) string {
 	}
 	return "number"
 }
+
+// TestReadingVerbsExist: a verb that got another name would claim a change that it can't make.
+func TestReadingVerbsExist(t *testing.T) {
+	all := append(verbs(newRoot()), withoutResult...)
+	for _, v := range reading {
+		if !slices.Contains(all, v) {
+			t.Errorf("there is no kleidi %s", v)
+		}
+	}
+}

@@ -83,7 +83,7 @@ type failure struct {
 	Error *admin.Problem `json:"error"`
 }
 
-// reading are the verbs that change nothing.
+// reading are the verbs that change nothing but the file that they are told to write.
 var reading = []string{
 	"bootpolicy check", "bootpolicy diff", "bootpolicy evidence", "bootpolicy explain", "bootpolicy record", "bootpolicy show",
 	"bootstate list", "bootstate sign", "completion bash", "completion fish", "completion powershell", "completion zsh",
@@ -95,12 +95,23 @@ var reading = []string{
 func afterwards(cmd *cobra.Command, err error) string {
 	verb := strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name()+" ")
 	switch {
+	case err == nil && (verb == "keyring backup" || flagValue(cmd, "file") != "" || flagValue(cmd, "out") != ""):
+		return "the file was written, so that the command need not be run again"
+	case flagValue(cmd, "dry-run") == "true":
+		return "nothing was changed"
 	case slices.Contains(reading, verb) || verb == cmd.Root().Name():
 		return "nothing was changed"
 	case err != nil:
 		return "see with kleidi status what was changed"
 	}
 	return "the change was made, so that the command need not be run again; see kleidi status"
+}
+
+func flagValue(cmd *cobra.Command, name string) string {
+	if f := cmd.Flags().Lookup(name); f != nil {
+		return f.Value.String()
+	}
+	return ""
 }
 
 // noVerb refuses the arguments of a command that only has subcommands: none, or a

@@ -32,6 +32,9 @@ func (t *terminal) ShowIdentity(identity *seal.Secret) error {
 	fmt.Fprint(out, "\nRecovery identity. It is shown once. Keep it off this machine: it opens the keyring\nwhen the TPM does not, and so it does for anyone who finds it.\n\n  ")
 	identity.With(func(b []byte) { _, _ = out.Write(bytes.TrimSpace(b)) })
 	fmt.Fprint(out, "\n\n")
+	if r, ok := out.(*results); ok && r.err != nil {
+		return errors.New("the recovery identity could not be shown, so nothing was made; run kleidi init at a terminal, or give --recovery-recipient")
+	}
 	return nil
 }
 

@@ -214,7 +214,7 @@ func TestOtherUsersAreRefused(t *testing.T) {
 		}
 		return strings.TrimSpace(string(out))
 	}
-	if got := as(1000); !strings.Contains(got, "permission denied; run the command as root") {
+	if got := as(1000); got != "you may not connect to "+f.path+" (admin.socket); run the command as root, or as the user of kleidi serve" {
 		t.Errorf("by mode: %s", got)
 	}
 	if err := os.Chmod(f.path, 0o666); err != nil { // the mode is not all that protects

@@ -53,7 +53,7 @@ func dialError(path string, err error) error {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%w: nothing answers on %s", ErrNotRunning, path)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("admin.socket: %w; run the command as root", err)
+		return fmt.Errorf("you may not connect to %s (admin.socket); run the command as root, or as the user of kleidi serve", path)
 	}
 	return fmt.Errorf("admin.socket: %w", err)
 }

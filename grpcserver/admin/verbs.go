@@ -148,6 +148,8 @@ type SlotReport struct {
 	Binding string `json:"binding,omitempty"`
 	// Use is the purpose of the slot: present, next, suspend or signed.
 	Use string `json:"use,omitempty"`
+	// Verifier says that the TPM opens the slot only with a remote verifier's signature.
+	Verifier bool `json:"verifier,omitempty"`
 	// Signer is the fingerprint of the key that may sign boot states for the slot.
 	// Generation is the generation that it signs for; 0 means systemd's form, which has
 	// no generation.

@@ -28,6 +28,9 @@ func (r Reader) Binding(s seal.Slot) string {
 		if d.State.Use == tpm.UseSuspend {
 			s += fmt.Sprintf(", up to reset %d of the TPM", d.State.Resets)
 		}
+		if d.State.Verifier != nil {
+			s += ", with a verifier's signature"
+		}
 		return s
 	case seal.TypeRecovery:
 		recipients, err := recovery.Recipients(s)
@@ -62,6 +65,12 @@ func (r Reader) Use(s seal.Slot) string {
 		return UseNames[d.State.Use]
 	}
 	return ""
+}
+
+// Verified reports whether a slot demands that a remote verifier agrees.
+func (r Reader) Verified(s seal.Slot) bool {
+	d, err := tpm.DemandOf(TPMPart(s), r.Counter)
+	return TPMPart(s).Type == seal.TypeTPM && err == nil && d.State.Verifier != nil
 }
 
 // OpensIn describes in one line the boots in which a slot of the TPM opens.

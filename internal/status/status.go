@@ -118,7 +118,7 @@ func describe(r *admin.StatusReport, i keyring.Info) {
 }
 
 func reportSlot(ctx context.Context, n *node.Node, slots []seal.Slot, s seal.Slot, id seal.KeyID, cluster string, try admin.Try, attestation error) admin.SlotReport {
-	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.View.Binding(s), Use: n.View.Use(s)}
+	r := admin.SlotReport{Type: s.Type, Node: s.Node, Binding: n.View.Binding(s), Use: n.View.Use(s), Verifier: n.View.Verified(s)}
 	r.Signer, r.Generation = n.View.Signer(s, cluster)
 	if d, ok := slotview.MissingOf(s); ok {
 		r.Opens, r.Problem = new(bool), admin.ProblemOf(n.View.WhyMissing(d, slots))
