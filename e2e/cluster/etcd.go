@@ -81,30 +81,26 @@ func (e *Etcd) WaitHealthy(t testing.TB) {
 	})
 }
 
+// Leads reports whether this member leads the others.
+func (e *Etcd) Leads() (bool, error) {
+	var status struct {
+		Header struct {
+			MemberID string `json:"member_id"`
+		} `json:"header"`
+		Leader string `json:"leader"`
+	}
+	err := e.call("/v3/maintenance/status", struct{}{}, &status)
+	return status.Leader == status.Header.MemberID, err
+}
+
 // Get returns the raw values below a prefix, by key.
 func (e *Etcd) Get(prefix string) (map[string][]byte, error) {
 	end := []byte(prefix)
 	end[len(end)-1]++
-	query, err := json.Marshal(map[string][]byte{"key": []byte(prefix), "range_end": end})
-	if err != nil {
-		return nil, err
-	}
-	res, err := http.Post(e.URL+"/v3/kv/range", "application/json", bytes.NewReader(query))
-	if err != nil {
-		return nil, err
-	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
-	if err != nil {
-		return nil, err
-	}
-	if res.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("range: %s: %s", res.Status, body)
-	}
 	var answer struct {
 		KVs []struct{ Key, Value []byte }
 	}
-	if err := json.Unmarshal(body, &answer); err != nil {
+	if err := e.call("/v3/kv/range", map[string][]byte{"key": []byte(prefix), "range_end": end}, &answer); err != nil {
 		return nil, err
 	}
 	values := map[string][]byte{}
@@ -112,4 +108,25 @@ func (e *Etcd) Get(prefix string) (map[string][]byte, error) {
 		values[string(kv.Key)] = kv.Value
 	}
 	return values, nil
+}
+
+// call asks etcd's JSON gateway.
+func (e *Etcd) call(path string, request, answer any) error {
+	b, err := json.Marshal(request)
+	if err != nil {
+		return err
+	}
+	res, err := http.Post(e.URL+path, "application/json", bytes.NewReader(b))
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		return err
+	}
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s: %s", path, res.Status, body)
+	}
+	return json.Unmarshal(body, answer)
 }
