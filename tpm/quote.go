@@ -102,13 +102,14 @@ func states(quoted tpm2.TPM2BAttest, pcrs []int, values map[int][]byte) bool {
 	return bytes.Equal(info.PCRDigest.Buffer, h.Sum(nil))
 }
 
-// ReadPCRs returns PCR values, which nothing authenticates. A PCR that the TPM
-// does not have in that bank is an error.
-func ReadPCRs(t transport.TPM, bank crypto.Hash, pcrs []int) (map[int][]byte, error) {
+// ReadPCRs returns PCR values. Without a session nothing authenticates them; a session
+// for audit that is salted to the SRK does. A PCR that the TPM does not have in that bank
+// is an error.
+func ReadPCRs(t transport.TPM, bank crypto.Hash, pcrs []int, session ...tpm2.Session) (map[int][]byte, error) {
 	values := make(map[int][]byte, len(pcrs))
 	for rest := slices.Sorted(slices.Values(pcrs)); len(rest) > 0; {
 		n := min(len(rest), 8) // TPML_DIGEST holds 8
-		r, err := tpm2.PCRRead{PCRSelectionIn: authpolicy.Selection(bank, rest[:n])}.Execute(t)
+		r, err := tpm2.PCRRead{PCRSelectionIn: authpolicy.Selection(bank, rest[:n])}.Execute(t, session...)
 		if err != nil {
 			return nil, fmt.Errorf("TPM2_PCR_Read: %w", err)
 		}

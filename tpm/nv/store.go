@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"errors"
 
+	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
@@ -24,14 +25,16 @@ type AnchorStore struct {
 	Holds func(context.Context) error
 }
 
-// do runs f with the terms of the running boot.
+// do runs f with the terms of the running boot. The PCRs are read in a session that is
+// salted to the storage root key, as the index is: on the bus nobody can have kleidi
+// expect, and believe, the index of another boot.
 func (p *AnchorStore) do(ctx context.Context, f func(transport.TPM, *tpm.SRK, authpolicy.Terms) error) error {
 	err := p.Device.Do(ctx, func(t transport.TPM) error {
-		values, err := tpm.ReadPCRs(t, p.Bank, p.PCRs)
-		if err != nil {
-			return err
-		}
 		return tpm.WithSRK(t, p.Owner, nil, func(srk *tpm.SRK) error {
+			values, err := tpm.ReadPCRs(t, p.Bank, p.PCRs, srk.Session(tpm2.Audit()))
+			if err != nil {
+				return err
+			}
 			return f(t, srk, authpolicy.Terms{authpolicy.PCR{Bank: p.Bank, Values: values}})
 		})
 	})
