@@ -74,8 +74,21 @@ func run(ctx context.Context, out *results, stderr io.Writer, args []string) int
 		e.SetIndent("", "  ")
 		_ = e.Encode(failure{admin.ProblemOf(err)}) // standard error has it too
 	}
-	fmt.Fprintln(stderr, "error:", err)
+	printError(stderr, err)
 	return 1
+}
+
+// printError gives each detail of a refusal, and then its hint, a line of its own.
+func printError(w io.Writer, err error) {
+	p := admin.ProblemOf(err)
+	if len(p.Details) == 0 {
+		fmt.Fprintln(w, "error:", err)
+		return
+	}
+	fmt.Fprintf(w, "error: %s:\n  %s\n", p.Message, strings.Join(p.Details, "\n  "))
+	if p.Hint != "" {
+		fmt.Fprintln(w, "  ->", p.Hint)
+	}
 }
 
 // failure is printed with -o json in place of a verb's result.

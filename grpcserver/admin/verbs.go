@@ -396,23 +396,26 @@ type detailed interface {
 	Details() []string
 }
 
-// text returns message and details in one line.
-func (p *Problem) text() string {
-	if len(p.Details) == 0 {
-		return p.Message
-	}
-	return p.Message + ": " + strings.Join(p.Details, "; ")
-}
+// listed is a problem with details as an error, which [ProblemOf] takes apart again.
+type listed struct{ p *Problem }
+
+func (l *listed) Error() string     { return l.p.Message + ": " + strings.Join(l.p.Details, "; ") }
+func (l *listed) Headline() string  { return l.p.Message }
+func (l *listed) Details() []string { return l.p.Details }
 
 // Err joins the parts again: into a [*seal.Error] if the problem came from one.
 func (p *Problem) Err() error {
 	if p == nil {
 		return nil
 	}
-	if p.Cause == "" && p.Hint == "" {
-		return errors.New(p.text())
+	err := errors.New(p.Message)
+	if len(p.Details) > 0 {
+		err = &listed{p}
 	}
-	return &seal.Error{Cause: p.Cause, Err: errors.New(p.text()), Hint: p.Hint}
+	if p.Cause == "" && p.Hint == "" {
+		return err
+	}
+	return &seal.Error{Cause: p.Cause, Err: err, Hint: p.Hint}
 }
 
 // Suspension describes the suspension of a node.
