@@ -2,16 +2,22 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io"
+	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 func newRotate(a *app) *cobra.Command {
 	var req admin.RotateRequest
+	var yes bool
 	cmd := &cobra.Command{
 		Use:   "rotate",
 		Short: "Make a fresh KEK the current one",
@@ -21,11 +27,18 @@ retired: it stays in the keyring and still decrypts.
 The fresh KEK gets a slot for every slot of the present KEK, and for a token or server
 in unlock.order that has no slot yet. If a wrapper can't be reached, the command
 changes nothing. To go on without that slot, name it with --skip-slot: status then
-shows the missing slot until kleidi slot add makes it.`,
+shows the missing slot until kleidi slot add makes it.
+
+The command first shows the slots that get the fresh KEK. If the keyring was changed, but
+by no command on this node, it asks about the difference, and fails without a terminal:
+somebody who once held the KEK may have added a recovery recipient of their own.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if req.AcceptDataLoss && len(req.SkipSlots) == 0 {
 				return errors.New("--accept-data-loss goes with --skip-slot; name the recovery slot to skip, or leave it out")
+			}
+			if err := confirmSlots(cmd, a, &req, yes); err != nil {
+				return err
 			}
 			s, err := operate(cmd.Context(), a, operation.Rotate, req)
 			if err != nil {
@@ -35,7 +48,44 @@ shows the missing slot until kleidi slot add makes it.`,
 		},
 	}
 	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "leave out this slot for now, by its name in kleidi slot list; may be repeated")
+	cmd.Flags().BoolVar(&yes, "yes", false, "give the fresh KEK also to slots that no command on this node added, without asking")
 	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
 	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.complete(slotNames))
 	return cmd
+}
+
+// confirmSlots shows who gets the fresh KEK. Where the slots were changed from outside, it
+// asks, unless yes.
+func confirmSlots(cmd *cobra.Command, a *app, req *admin.RotateRequest, yes bool) error {
+	r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
+	if err != nil {
+		return err
+	}
+	w := cmd.ErrOrStderr()
+	fmt.Fprintln(w, "the fresh KEK goes to:")
+	for _, s := range r.Slots {
+		fmt.Fprintf(w, "  %s  %s\n", s.Name, s.Binding)
+	}
+	if len(r.ChangedOutside) == 0 {
+		return nil
+	}
+	fmt.Fprintln(w, "the keyring was changed from outside, by no command on this node:")
+	for _, c := range r.ChangedOutside {
+		fmt.Fprintf(w, "  %s: %s\n", c.Change, c.Slot)
+	}
+	if in, ok := cmd.InOrStdin().(*os.File); !yes && ok && isTerminal(in) {
+		fmt.Fprint(w, "is each of these slots as you want it? Type yes to rotate: ")
+		answer, err := readLine(in)
+		if err != nil {
+			return fmt.Errorf("rotate: %w", err)
+		}
+		yes = strings.TrimSpace(string(answer)) == "yes"
+	}
+	if !yes {
+		return &seal.Error{Err: errors.New("rotate: the keyring was changed from outside, and nobody has confirmed that; nothing was changed"), Hint: slotview.HintOutside}
+	}
+	for _, c := range r.ChangedOutside {
+		req.Confirmed = append(req.Confirmed, c.ID)
+	}
+	return nil
 }

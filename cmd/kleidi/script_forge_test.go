@@ -16,6 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/recovery"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 	"github.com/beezy-dev/kleidi/tpm/nv"
@@ -28,6 +29,8 @@ import (
 //	forge slots IN FROM OUT         put the slots of FROM into IN, under its MAC
 //	forge attacker OUT              an attacker's KEK, sealed to this TPM as
 //	                                kleidi would, in a consistent keyring
+//	forge recipient IN RECIPIENT OUT  what root makes of a keyring whose TPM opens it:
+//	                                one more recovery recipient, under its own MAC
 //	forge anchor KEYRING PCRS       write the anchor of a keyring to the TPM, as any
 //	                                system with these PCRs can
 func (h *host) forge(ts *testscript.TestScript, args []string) error {
@@ -38,6 +41,8 @@ func (h *host) forge(ts *testscript.TestScript, args []string) error {
 		return h.forgeAnchor(ts, args[1], args[2])
 	case "attacker":
 		out, err = h.forgeAttacker()
+	case "recipient":
+		out, err = h.forgeRecipient(ts.MkAbs(args[1]), args[2])
 	case "slots":
 		out, err = forgeSlots(ts.ReadFile(args[1]), ts.ReadFile(args[2]))
 	case "edited":
@@ -50,6 +55,32 @@ func (h *host) forge(ts *testscript.TestScript, args []string) error {
 		return broken("forge: %w", err)
 	}
 	return os.WriteFile(h.abs(args[len(args)-1]), out, 0o600)
+}
+
+func (h *host) forgeRecipient(file, recipient string) ([]byte, error) {
+	u, kek, err := h.unsealCopy(file)
+	if err != nil {
+		return nil, err
+	}
+	w, err := recovery.NewWrapper(seal.Memory{}, []string{recipient})
+	if err != nil {
+		return nil, err
+	}
+	slot, err := w.Wrap(h.t.Context(), kek)
+	if err != nil {
+		return nil, err
+	}
+	k, err := u.Open(kek, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	next, err := k.WithSlots(append(k.Slots(), slot))
+	if err != nil {
+		return nil, err
+	}
+	defer next.Close()
+	return next.Marshal(), nil
 }
 
 // forgeAnchor needs no KEK: the keyring contains everything that the anchor holds.

@@ -132,17 +132,25 @@ func (h *host) copyCommand(ts *testscript.TestScript, args []string) error {
 }
 
 func (h *host) tryCopy(file string) error {
-	b, err := os.ReadFile(file)
+	_, kek, err := h.unsealCopy(file)
 	if err != nil {
 		return err
+	}
+	return kek.Close()
+}
+
+func (h *host) unsealCopy(file string) (*keyring.Untrusted, *seal.Secret, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, nil, err
 	}
 	k, err := keyring.Parse(b)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	w := tpm.NewWrapper(tpm.Config{Device: h.machine.TPM(), Counter: counter, Node: "cp-1"})
 	err = errors.New("no slot of a TPM")
@@ -152,11 +160,11 @@ func (h *host) tryCopy(file string) error {
 		}
 		kek, openErr := w.Unwrap(h.t.Context(), s)
 		if openErr == nil {
-			return kek.Close()
+			return k, kek, nil
 		}
 		err = openErr
 	}
-	return err
+	return nil, nil, err
 }
 
 func (h *host) allocate(names []string) error {

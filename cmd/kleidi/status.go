@@ -124,6 +124,12 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 		row(w, "NOT REVOKED", u.Message+", since "+u.Since.Local().Format(time.DateTime))
 		fmt.Fprintf(w, "%-14s   -> %s\n", "", u.Hint)
 	}
+	for _, c := range r.ChangedOutside {
+		row(w, "NOT BY KLEIDI", c.Change+": "+c.Slot)
+	}
+	if len(r.ChangedOutside) > 0 {
+		fmt.Fprintf(w, "%-14s   -> %s\n", "", slotview.HintOutside)
+	}
 	if r.Memory != "" {
 		row(w, "memory", r.Memory)
 	}

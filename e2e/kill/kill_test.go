@@ -207,7 +207,7 @@ func (s *scene) clean() {
 	s.t.Helper()
 	for name := range s.state() {
 		switch name {
-		case "ak.json", "audit.log", "keyring.json", "keyring.json.previous", "anchor.json", "anchor.json.previous", "bootstates.json", "bootstates.json.previous":
+		case "ak.json", "audit.log", "keyring.json", "keyring.json.previous", "anchor.json", "anchor.json.previous", "bootstates.json", "bootstates.json.previous", "slots.json", "slots.json.previous":
 		default:
 			s.t.Errorf("%s is left in the state folder", name)
 		}

@@ -99,6 +99,9 @@ type StatusReport struct {
 	// Unrevoked are former slots whose TPM still opens kept copies of them, because it
 	// was not there to refuse them.
 	Unrevoked []Unrevoked `json:"unrevoked,omitempty"`
+	// ChangedOutside are the differences between the slots and those that commands on this
+	// node made or an operator confirmed.
+	ChangedOutside []OutsideChange `json:"changedOutside,omitempty"`
 	// Wrapper is the wrapper that opened the keyring. Fallback is the reason why the
 	// wrappers before it in unlock.order did not.
 	Wrapper  string   `json:"wrapper,omitempty"`
@@ -179,6 +182,17 @@ type Unrevoked struct {
 	Hint    string `json:"hint"`
 }
 
+// OutsideChange is a way into the keyring that was added or removed, but by no command on
+// this node.
+type OutsideChange struct {
+	// Change is "added" or "removed".
+	Change string `json:"change"`
+	// Slot describes the boot state, the token's key or the recovery recipient.
+	Slot string `json:"slot"`
+	// ID is a digest of it.
+	ID string `json:"id"`
+}
+
 // AttestationReport is the result of an attestation.
 type AttestationReport struct {
 	Passed bool      `json:"passed"`
@@ -196,6 +210,9 @@ type RotateRequest struct {
 	SkipSlots []string `json:"skipSlots,omitempty"`
 	// AcceptDataLoss allows a new KEK without any recovery slot.
 	AcceptDataLoss bool `json:"acceptDataLoss,omitempty"`
+	// Confirmed are the IDs of the [OutsideChange]s that the operator was shown and wants.
+	// Any other one refuses the rotation.
+	Confirmed []string `json:"confirmed,omitempty"`
 }
 
 // ResealRequest asks to seal to the present boot state, and to revoke the slots of

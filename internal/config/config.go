@@ -377,6 +377,9 @@ func (c *Config) AuditPath() string {
 // BootStates is the path of the added signed boot states.
 func (c *Config) BootStates() string { return filepath.Join(c.State.Dir, "bootstates.json") }
 
+// SlotRecord is the path of the record of the slots that commands on this node made.
+func (c *Config) SlotRecord() string { return filepath.Join(c.State.Dir, "slots.json") }
+
 // AnchorPath is the path of the anchor, if the anchor is a file.
 func (c *Config) AnchorPath() string { return filepath.Join(c.State.Dir, "anchor.json") }
 

@@ -138,6 +138,9 @@ func saveFirst(ctx context.Context, n *node.Node, kek *seal.Secret, slots []seal
 	if err := n.Anchor.Replace(ctx, k.Anchor()); err != nil {
 		return nil, err
 	}
+	if err := n.Slots.Begin(ctx, k); err != nil {
+		return nil, err
+	}
 	if _, err := n.Keyring.Save(ctx, k.Marshal(), ""); err != nil {
 		return nil, err
 	}

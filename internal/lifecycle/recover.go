@@ -154,7 +154,7 @@ func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock
 	case same:
 		changes = []string{"the keyring opens again, under the KEK that it had: it has no room for another retired one"}
 	}
-	if err := n.Unlocker.Adopt(ctx, version, by, revisions); err != nil {
+	if err := n.Unlocker.Adopt(ctx, version, by, opened, revisions); err != nil {
 		return admin.KeyringState{}, err
 	}
 	return n.Result(old.CurrentID(), changes...)

@@ -23,6 +23,9 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 	var before []seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		former, before = k.CurrentID(), k.Slots()
+		if err := checkConfirmed(ctx, n, k, req.Confirmed); err != nil {
+			return nil, err
+		}
 		all, err := addMissing(ctx, n, k, req.SkipSlots)
 		if err != nil {
 			return nil, err
@@ -45,6 +48,20 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 	}
 	changes := slices.Concat([]string{"a fresh KEK is current; the former one is retired and still decrypts"}, n.View.ReportCompleted(before, k.Slots()), n.View.ReportMissing(k.Slots()))
 	return n.Result(former, append(changes, "kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")...)
+}
+
+// checkConfirmed refuses to give a fresh KEK to slots that no command on this node made,
+// unless the operator was shown each of them. The record takes them then.
+func checkConfirmed(ctx context.Context, n *node.Node, k *keyring.Keyring, confirmed []string) error {
+	c := n.Slots.Outside(ctx, k.ClusterID().String(), k.Slots())
+	if c.None() {
+		return nil
+	}
+	if slices.ContainsFunc(c.IDs(), func(id string) bool { return !slices.Contains(confirmed, id) }) {
+		return seal.Errorf("", slotview.HintOutside, "the keyring was changed from outside, and nobody has confirmed that: %s; nothing was changed", slotview.JoinWords(c.Describe()))
+	}
+	n.Slots.Confirm(k)
+	return nil
 }
 
 // rotateOptions say what a rotation may leave out, and what it may break.

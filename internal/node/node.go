@@ -45,6 +45,7 @@ type Node struct {
 	HSM      *hsm.Wrapper   // nil if no token is configured
 	Vault    *vault.Wrapper // nil if no server is configured
 	Unlocker *unlock.Unlocker
+	Slots    *SlotRecord
 
 	Replacing sync.Mutex      // see replace
 	View      slotview.Reader // reads slots as this node does
@@ -99,9 +100,10 @@ func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock
 	if err := n.addSecondary(); err != nil {
 		return nil, err
 	}
+	n.Slots = &SlotRecord{file: n.State.File(cfg.SlotRecord()), view: n.View, log: log}
 	n.Unlocker = unlock.New(unlock.Config{
 		Store: n.Keyring, Anchor: n.Anchor, Ready: n.LockMemory, Gate: preflight{n.Gate, n.Attests()}, Ungated: n.ungated, Wrappers: n.Openers(),
-		Hold: device.Hold, Settle: n.settle, Log: log, Attempted: attempted,
+		Hold: device.Hold, Settle: n.settle, Witness: n.Slots, Log: log, Attempted: attempted,
 	})
 	return n, nil
 }

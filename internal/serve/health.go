@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"context"
 	"crypto/sha256"
 	"fmt"
 	"net/http"
@@ -86,6 +87,9 @@ func (h *health) remarks() []string {
 	for _, d := range n.View.Debts(k.Slots()) {
 		remarks = append(remarks, "not revoked: kept copies of former slots "+d.Describe())
 	}
+	for _, c := range n.Slots.Outside(context.Background(), k.ClusterID().String(), k.Slots()).Describe() {
+		remarks = append(remarks, "changed from outside: "+c)
+	}
 	if state := n.Unlocker.State(); state.Fallback != nil {
 		remarks = append(remarks, fmt.Sprintf("fallback: opened by %s, since: %s", state.Wrapper, state.Fallback))
 	}
@@ -97,7 +101,7 @@ func (h *health) remarks() []string {
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descSuspended, descUnrevoked, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
+	for _, d := range []*prometheus.Desc{descSuspended, descUnrevoked, descOutside, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
 		c <- d
 	}
 }
@@ -148,6 +152,7 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	}
 	gauge(descFallback, fallback)
 	gauge(descUnrevoked, float64(len(n.View.Debts(k.Slots()))))
+	gauge(descOutside, float64(len(n.Slots.Outside(context.Background(), k.ClusterID().String(), k.Slots()).IDs())))
 	gauge(descTested, n.SelfTests.Seconds())
 	gauge(descUnusable, float64(len(slots.Unusable(n, k))))
 	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
@@ -185,6 +190,7 @@ func newHealth(registry *prometheus.Registry) *health {
 var (
 	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
 	descUnrevoked = prometheus.NewDesc("kleidi_unrevoked_copies", "TPMs and epoch counters under which kept copies of former slots still open; kleidi status names them.", nil, nil)
+	descOutside   = prometheus.NewDesc("kleidi_slots_changed_outside", "Boot states, token keys and recovery recipients that were added to the keyring or removed by no command on this node; kleidi status names them.", nil, nil)
 	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if another wrapper than the first of unlock.order opened the keyring, 0 else.", nil, nil)
 	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open when they were last tested, those that a rotation left out, and wrappers of unlock.order without a slot.", nil, nil)
 	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would; 0 if never.", nil, nil)

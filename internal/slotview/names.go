@@ -46,8 +46,17 @@ func IDs(slots []seal.Slot) []string {
 	return ids
 }
 
+// bindingID is the ID of a slot that is the only one with its binding.
 func bindingID(s seal.Slot) string {
-	binding := []string{s.Type, s.Node}
+	if binding, ok := bindingOf(s); ok {
+		return digest(binding...)
+	}
+	return dataID(s)
+}
+
+// bindingOf returns what a slot is bound to, or false if its data can't be read.
+func bindingOf(s seal.Slot) (binding []string, ok bool) {
+	binding = []string{s.Type, s.Node}
 	for _, part := range []seal.Slot{TPMPart(s), secondPart(s)} {
 		var data map[string]json.RawMessage
 		members := bindingMembers[part.Type]
@@ -55,17 +64,17 @@ func bindingID(s seal.Slot) string {
 			continue
 		}
 		if members == nil || json.Unmarshal(part.Data, &data) != nil {
-			return dataID(s)
+			return nil, false
 		}
 		for _, m := range members {
 			var value bytes.Buffer
 			if data[m] != nil && json.Compact(&value, data[m]) != nil {
-				return dataID(s)
+				return nil, false
 			}
 			binding = append(binding, value.String())
 		}
 	}
-	return digest(binding...)
+	return binding, true
 }
 
 func dataID(s seal.Slot) string { return digest(s.Type, s.Node, string(s.Data)) }

@@ -51,7 +51,7 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 			attestation = n.Attest(ctx, slots)
 		}
 	}
-	r.Unrevoked = unrevoked(n, slots)
+	r.Unrevoked, r.ChangedOutside = unrevoked(n, slots), changedOutside(ctx, n, r.ClusterID, slots)
 	if slots = slotview.WithoutDebts(slots); len(slots) > 0 {
 		slots = n.View.WithMissing(slots)
 	}
@@ -83,6 +83,21 @@ func unrevoked(n *node.Node, slots []seal.Slot) (all []admin.Unrevoked) {
 			EK: d.EK, EpochIndex: d.Index, UpToEpoch: d.AtMost, Since: d.Since,
 			Message: "kept copies of former slots " + d.Describe(), Hint: d.Remedy(),
 		})
+	}
+	return all
+}
+
+// changedOutside returns what no command on this node has done to the slots.
+func changedOutside(ctx context.Context, n *node.Node, cluster string, slots []seal.Slot) (all []admin.OutsideChange) {
+	if cluster == "" {
+		return nil
+	}
+	c := n.Slots.Outside(ctx, cluster, slots)
+	for _, w := range c.Added {
+		all = append(all, admin.OutsideChange{Change: "added", Slot: w.Slot, ID: w.ID})
+	}
+	for _, w := range c.Removed {
+		all = append(all, admin.OutsideChange{Change: "removed", Slot: w.Slot, ID: w.ID})
 	}
 	return all
 }

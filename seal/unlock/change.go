@@ -36,7 +36,7 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 			return err
 		}
 	}
-	return u.commit(ctx, revisions, Opener{}, u.anchor, inCluster(u))
+	return u.commit(ctx, SlotChange{Before: k}, revisions, Opener{}, u.anchor, inCluster(u))
 }
 
 // inCluster returns what commits a revision in the cluster store, if that is where it
@@ -53,21 +53,21 @@ func inCluster(u *Unlocker) committing {
 	}
 }
 
-// Adopt saves and announces revisions as Change does. They are of a keyring that the
-// caller opened: with the recovery identity, for instance, as by says. version is the
+// Adopt saves and announces revisions as Change does. They are of the keyring from, which
+// the caller opened: with the recovery identity, for instance, as by says. version is the
 // version of the stored keyring that they replace.
-func (u *Unlocker) Adopt(ctx context.Context, version store.Version, by Opener, revisions []*keyring.Keyring) error {
+func (u *Unlocker) Adopt(ctx context.Context, version store.Version, by Opener, from *keyring.Keyring, revisions []*keyring.Keyring) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.version = version
-	return u.commit(ctx, revisions, by, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Anchor.Replace(ctx, k.Anchor()) }, notInCluster)
+	return u.commit(ctx, SlotChange{Before: from}, revisions, by, func(ctx context.Context, k *keyring.Keyring) error { return u.cfg.Anchor.Replace(ctx, k.Anchor()) }, notInCluster)
 }
 
 // notInCluster commits nothing: the revision is in the cluster store already, or will be
 // published there.
 func notInCluster(context.Context, *keyring.Keyring, *keyring.Keyring) error { return nil }
 
-func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by Opener, anchor anchoring, cluster committing) error {
+func (u *Unlocker) commit(ctx context.Context, change SlotChange, revisions []*keyring.Keyring, by Opener, anchor anchoring, cluster committing) error {
 	ctx = context.WithoutCancel(ctx) // a change that has begun is not interrupted
 	last := revisions[len(revisions)-1]
 	for _, k := range revisions {
@@ -75,7 +75,8 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by 
 			defer k.Close()
 		}
 	}
-	if err := u.save(ctx, revisions, anchor, cluster); err != nil {
+	change.After = last
+	if err := u.witnessed(ctx, change, func() error { return u.save(ctx, revisions, anchor, cluster) }); err != nil {
 		last.Close()
 		return err
 	}
@@ -84,6 +85,21 @@ func (u *Unlocker) commit(ctx context.Context, revisions []*keyring.Keyring, by 
 	if unsettled != nil {
 		return fmt.Errorf("the new keyring is saved and in use; %w", u.nudged(unsettled))
 	}
+	return nil
+}
+
+// witnessed saves a change that the witness is told of.
+func (u *Unlocker) witnessed(ctx context.Context, change SlotChange, save func() error) error {
+	if u.cfg.Witness == nil {
+		return save()
+	}
+	if err := u.cfg.Witness.Changing(ctx, change); err != nil {
+		return err
+	}
+	if err := save(); err != nil {
+		return err
+	}
+	u.cfg.Witness.Changed(ctx)
 	return nil
 }
 

@@ -204,7 +204,7 @@ func TestAdopt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	wantRefusal(t, n.Adopt(ctx, "another version", unlock.Opener{Wrapper: "recovery"}, []*keyring.Keyring{raised}), seal.CauseStore)
+	wantRefusal(t, n.Adopt(ctx, "another version", unlock.Opener{Wrapper: "recovery"}, raised, []*keyring.Keyring{raised}), seal.CauseStore)
 	if n.State().Open {
 		t.Fatal("it is open although nothing was saved")
 	}
@@ -212,7 +212,7 @@ func TestAdopt(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused := errors.New("refused")
-	if err := n.Adopt(ctx, version, unlock.Opener{Wrapper: "recovery", Fallback: refused}, []*keyring.Keyring{raised}); err != nil {
+	if err := n.Adopt(ctx, version, unlock.Opener{Wrapper: "recovery", Fallback: refused}, raised, []*keyring.Keyring{raised}); err != nil {
 		t.Fatal(err)
 	}
 	wantSteps(t, n.steps.take(), "save", "save", "anchor 4", "settle while nothing is announced")

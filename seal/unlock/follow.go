@@ -20,7 +20,7 @@ func (u *Unlocker) Follow(ctx context.Context, remote *keyring.Untrusted) error 
 	if err != nil {
 		return err
 	}
-	return u.commit(ctx, []*keyring.Keyring{next}, Opener{}, u.anchor, notInCluster)
+	return u.commit(ctx, SlotChange{Before: k, Elsewhere: true}, []*keyring.Keyring{next}, Opener{}, u.anchor, notInCluster)
 }
 
 // OpenStaged opens the staged KEK of the open keyring, through the gate and with a slot.

@@ -39,6 +39,24 @@ type Overruled interface {
 	Overrules(seal.Slot) bool
 }
 
+// Witness compares the slots of the keyring with those that this node's commands made.
+type Witness interface {
+	// Opened is told of a keyring that was read from the store, before it is announced.
+	Opened(context.Context, *keyring.Keyring)
+	// Changing is told of a change before it is saved. If Changing fails, nothing is saved.
+	Changing(context.Context, SlotChange) error
+	// Changed is told that this change is saved.
+	Changed(context.Context)
+}
+
+// SlotChange is a change of the keyring by this process.
+type SlotChange struct {
+	// Before is the keyring that the change began with. Its slots may be known or not.
+	Before, After *keyring.Keyring
+	// Elsewhere says that another node made the change, and this node follows.
+	Elsewhere bool
+}
+
 // Config configures an Unlocker.
 type Config struct {
 	Store  Store
@@ -62,7 +80,9 @@ type Config struct {
 	// cluster store, in the place of old. Change calls it before it saves the revision,
 	// and saves nothing if it fails.
 	Commit func(ctx context.Context, old, next *keyring.Keyring) error
-	Log    *slog.Logger
+	// Witness may be nil.
+	Witness Witness
+	Log     *slog.Logger
 	// Attempted, if set, is called after each attempt with the cause of its failure, or
 	// with "".
 	Attempted func(seal.Cause, Timing)
@@ -222,6 +242,9 @@ func (u *Unlocker) Unlock(ctx context.Context) error {
 		return err
 	}
 	u.version = version
+	if u.cfg.Witness != nil {
+		u.cfg.Witness.Opened(ctx, k)
+	}
 	u.announce(k, by, timing)
 	if u.unsettled = unsettled != nil; u.unsettled {
 		u.failed(unsettled, timing)
