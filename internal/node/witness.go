@@ -138,11 +138,7 @@ func (r *SlotRecord) Opened(ctx context.Context, k *keyring.Keyring) {
 		return
 	}
 	_ = r.save(ctx) // whoever changed the keyring may have changed the record too
-	r.warn("the keyring was changed from outside: no command on this node added or removed these slots", c)
-}
-
-func (r *SlotRecord) warn(message string, c OutsideChange) {
-	r.log.Warn(message, "added", slotview.DescribeWays(c.Added), "removed", slotview.DescribeWays(c.Removed))
+	r.log.Warn("the keyring was changed from outside", "added", slotview.DescribeWays(c.Added), "removed", slotview.DescribeWays(c.Removed))
 }
 
 // Changing implements [unlock.Witness].
@@ -153,7 +149,7 @@ func (r *SlotRecord) Changing(ctx context.Context, change unlock.SlotChange) err
 	before, after := r.view.Ways(change.Before.Slots()), r.view.Ways(change.After.Slots())
 	made := OutsideChange{Added: slotview.WithoutWays(after, before), Removed: slotview.WithoutWays(before, after)}
 	if change.Elsewhere && !made.None() {
-		r.warn("another node has added or removed these slots", made)
+		r.log.Warn("another node has changed the slots", "added", slotview.DescribeWays(made.Added), "removed", slotview.DescribeWays(made.Removed))
 	}
 	if cluster := change.After.ClusterID().String(); r.record.ClusterID != cluster {
 		r.record = slotRecord{Version: slotRecordVersion, ClusterID: cluster, Slots: before}

@@ -76,7 +76,7 @@ func (u *Unlocker) commit(ctx context.Context, change SlotChange, revisions []*k
 		}
 	}
 	change.After = last
-	if err := u.witnessed(ctx, change, func() error { return u.save(ctx, revisions, anchor, cluster) }); err != nil {
+	if err := witnessed(ctx, u.cfg.Witness, change, func() error { return u.save(ctx, revisions, anchor, cluster) }); err != nil {
 		last.Close()
 		return err
 	}
@@ -89,17 +89,17 @@ func (u *Unlocker) commit(ctx context.Context, change SlotChange, revisions []*k
 }
 
 // witnessed saves a change that the witness is told of.
-func (u *Unlocker) witnessed(ctx context.Context, change SlotChange, save func() error) error {
-	if u.cfg.Witness == nil {
+func witnessed(ctx context.Context, w Witness, change SlotChange, save func() error) error {
+	if w == nil {
 		return save()
 	}
-	if err := u.cfg.Witness.Changing(ctx, change); err != nil {
+	if err := w.Changing(ctx, change); err != nil {
 		return err
 	}
 	if err := save(); err != nil {
 		return err
 	}
-	u.cfg.Witness.Changed(ctx)
+	w.Changed(ctx)
 	return nil
 }
 
