@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -64,7 +65,9 @@ func confirmSlots(cmd *cobra.Command, a *app, req *admin.RotateRequest, yes bool
 	w := cmd.ErrOrStderr()
 	fmt.Fprintln(w, "the fresh KEK goes to:")
 	for _, s := range r.Slots {
-		fmt.Fprintf(w, "  %s  %s\n", s.Name, s.Binding)
+		if !slices.Contains(req.SkipSlots, s.Name) {
+			fmt.Fprintf(w, "  %s  %s\n", s.Name, s.Binding)
+		}
 	}
 	if len(r.ChangedOutside) == 0 {
 		return nil
