@@ -57,7 +57,7 @@ const (
 
 // verdict returns the exit code for a status.
 func verdict(r admin.StatusReport) error {
-	problem := r.Problem != nil || r.Fallback != nil || r.Staged != nil || len(r.Unrevoked) > 0 || r.Attestation != nil && r.Attestation.Problem != nil ||
+	problem := r.Problem != nil || r.Fallback != nil || r.Staged != nil || len(r.Unrevoked) > 0 || len(r.ChangedOutside) > 0 || r.Attestation != nil && r.Attestation.Problem != nil ||
 		slices.ContainsFunc(r.Slots, func(s admin.SlotReport) bool { return s.Problem != nil })
 	switch {
 	case r.State != admin.Open:
