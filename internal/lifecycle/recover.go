@@ -30,8 +30,8 @@ func Recover(ctx context.Context, n *node.Node, req admin.RecoverRequest) (admin
 	return state, nil
 }
 
-// replaceKeyring runs f, which replaces the stored keyring, and keeps other processes
-// from doing so meanwhile. If there is no keyring afterwards, and this process had left
+// replaceKeyring runs f, which replaces the stored keyring, and lets only one such
+// operation run at a time. If there is no keyring afterwards, and this process had left
 // the state folder to init before, it leaves it to init again.
 func replaceKeyring(ctx context.Context, n *node.Node, f func() (admin.KeyringState, error)) (admin.KeyringState, error) {
 	n.Replacing.Lock()

@@ -47,7 +47,7 @@ type Node struct {
 	Unlocker *unlock.Unlocker
 	Slots    *SlotRecord
 
-	Replacing sync.Mutex      // see replace
+	Replacing sync.Mutex      // see lifecycle's replaceKeyring
 	View      slotview.Reader // reads slots as this node does
 	SelfTests SelfTests
 }

@@ -189,7 +189,7 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 		if cause == "" {
 			select {
 			case opened <- struct{}{}:
-			default: // another signal is already waiting
+			default: // another notice of an opening is already waiting
 			}
 		}
 	})
