@@ -188,7 +188,7 @@ func TestServeVersions(t *testing.T) {
 	f.must("transit/keys/kleidi/rotate", nil)
 	s.Restart()
 	s.WaitOpen()
-	s.Do("slot test", "opens", "run kleidi slot rewrap before you raise min_decryption_version")
+	s.Do("slot test", "opens", "run kleidi slot rewrap NAME before you raise min_decryption_version")
 	s.Do("slot list", "version 1")
 	s.Do("slot rewrap vault", "version 2")
 	f.must("transit/keys/kleidi/config", map[string]any{"min_decryption_version": 2})
