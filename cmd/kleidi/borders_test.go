@@ -69,7 +69,7 @@ var borders = map[string][]string{
 
 	// The command, floor by floor: each package imports only packages above it.
 	"internal/config":           {"grpcserver/verifier", "hsm", "internal/ownership", "internal/strictyaml", "seal", "tpm", "tpm/attest", "tpm/bootrule", "tpm/nv", "vault"},
-	"internal/files":            {"internal/ownership", "tpm/bootpolicy", "tpm/bootstate"},
+	"internal/files":            {"internal/ownership", "seal", "tpm/bootpolicy", "tpm/bootstate"},
 	"internal/version":          {},
 	"internal/slotview":         {"hsm", "seal", "seal/both", "seal/keyring", "seal/recovery", "tpm", "tpm/bootstate", "tpm/eventlog", "vault"},
 	"internal/node":             {"grpcserver/admin", "grpcserver/verifier", "hsm", "internal/config", "internal/files", "internal/ownership", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/rotation", "seal/store", "seal/unlock", "tpm", "tpm/attest", "tpm/attest/remote", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootrule", "tpm/bootstate", "tpm/nv", "vault"},

@@ -254,3 +254,23 @@ func TestReadingVerbsExist(t *testing.T) {
 		}
 	}
 }
+
+// TestOneWriter: what a verb prints past [results] could fail unnoticed.
+func TestOneWriter(t *testing.T) {
+	for _, pattern := range []string{"*.go", "../../internal/*/*.go"} {
+		sources, err := filepath.Glob(pattern)
+		if err != nil || len(sources) == 0 {
+			t.Fatal(pattern, err)
+		}
+		for _, file := range sources {
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			past := bytes.Contains(b, []byte("os.Stdout")) || bytes.Contains(b, []byte("fmt.Print"))
+			if past && file != "main.go" && !strings.HasSuffix(file, "_test.go") {
+				t.Errorf("%s writes to standard output itself; take cmd.OutOrStdout", file)
+			}
+		}
+	}
+}

@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"github.com/beezy-dev/kleidi/grpcserver/internal/unixsocket"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // ErrNotRunning says that nothing answers on the admin socket.
@@ -53,7 +54,7 @@ func dialError(path string, err error) error {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%w: nothing answers on %s", ErrNotRunning, path)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("you may not connect to %s (admin.socket); run the command as root, or as the user of kleidi serve", path)
+		return seal.WithHint(fmt.Errorf("you may not connect to %s (admin.socket)", path), "run the command as root, or as the user of kleidi serve")
 	}
 	return fmt.Errorf("admin.socket: %w", err)
 }

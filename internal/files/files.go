@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Read reads at most limit bytes, and one more byte of a longer file, which the parser
@@ -42,7 +43,7 @@ const MaxPublicKey = 64 << 10
 // HintRoot puts the usual reason before a permission error.
 func HintRoot(err error) error {
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
-		return fmt.Errorf("%w; run the command as root", err)
+		return seal.WithHint(err, "run the command as root")
 	}
 	return err
 }
