@@ -324,6 +324,42 @@ func TestOwnerAuthorization(t *testing.T) {
 	}
 }
 
+// TestOwnerSessionsAreSalted: whoever listens must not be able to try values of the owner
+// authorization against the HMAC of a session. tpmKey is the first handle of
+// TPM2_StartAuthSession, TPM_RH_NULL where there is no salt.
+func TestOwnerSessionsAreSalted(t *testing.T) {
+	n := newNode(t)
+	const secret = "letmein"
+	n.must(func(tp transport.TPM) error {
+		_, err := tpm2.HierarchyChangeAuth{AuthHandle: ownerHandle(), NewAuth: tpm2.TPM2BAuth{Buffer: []byte(secret)}}.Execute(tp)
+		return err
+	})
+	file := filepath.Join(t.TempDir(), "owner")
+	if err := os.WriteFile(file, []byte(secret+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	with := nodeOn(t, n.machine, func(c *tpm.Config) { c.Owner = tpm.Owner{File: file} })
+	sessions := 0
+	with.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCStartAuthSession, Times: 100, Do: func(command []byte, send func() []byte) []byte {
+		sessions++
+		if tpm2.TPMHandle(binary.BigEndian.Uint32(command[10:])) == tpm2.TPMRHNull {
+			t.Error("a session without a salt")
+		}
+		return send()
+	}})
+	kek := with.kek()
+	slot := with.wrap(kek)
+	with.opens(slot, kek)
+	if sessions == 0 {
+		t.Error("no session was seen")
+	}
+	if err := os.Chmod(file, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	_, err := with.Wrap(t.Context(), kek)
+	with.want(err, seal.CauseCredentials, "has mode 0666, so others can change it; chmod go-w "+file)
+}
+
 // extendFirst makes the TPM extend PCR 10 before it executes the command.
 func extendFirst(command []byte, send func() []byte) []byte {
 	wanted := bytes.Clone(command)

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
+	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -30,16 +32,77 @@ func (o Owner) auth(opts ...tpm2.AuthOption) (tpm2.Session, error) {
 	if o.File == "" {
 		return tpm2.PasswordAuth(nil), nil
 	}
-	b, err := os.ReadFile(o.File)
+	value, err := o.read()
 	if err != nil {
-		return nil, seal.Errorf(seal.CauseCredentials, "see tpm.ownerAuthFile", "owner authorization: %w", err)
+		return nil, seal.Caused(seal.CauseCredentials, "see tpm.ownerAuthFile", "owner authorization", err)
 	}
-	b = bytes.TrimSuffix(b, []byte("\n"))
-	if len(b) > 64 {
+	return &ownerSession{tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, append(opts, tpm2.Auth(value))...), value}, nil
+}
+
+// maxOwnerAuth is the longest authorization value in bytes, of a TPM with SHA-512.
+const maxOwnerAuth = 64
+
+// read returns the value, which nobody else may change. The caller clears it.
+func (o Owner) read() ([]byte, error) {
+	f, err := os.Open(o.File)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if err := ownership.CheckOpen(f); err != nil {
+		return nil, err
+	}
+	b := make([]byte, maxOwnerAuth+2) // in one buffer, so that no copy stays behind
+	n, err := io.ReadFull(f, b)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return nil, err
+	}
+	value := bytes.TrimSuffix(b[:n], []byte("\n"))
+	if len(value) > maxOwnerAuth {
 		clear(b)
-		return nil, seal.Errorf(seal.CauseCredentials, "see tpm.ownerAuthFile", "owner authorization in %s is longer than 64 bytes", o.File)
+		return nil, fmt.Errorf("%s is longer than %d bytes", o.File, maxOwnerAuth)
 	}
-	return tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, append(opts, tpm2.Auth(b))...), nil
+	return value, nil
+}
+
+// ownerSession is the session of one command. It clears the value once that has ended.
+type ownerSession struct {
+	tpm2.Session
+	value []byte
+}
+
+// Validate implements tpm2.Session.
+func (s *ownerSession) Validate(rc tpm2.TPMRC, cc tpm2.TPMCC, parms []byte, names []tpm2.TPM2BName, authIndex int, auth *tpm2.TPMSAuthResponse) error {
+	defer clear(s.value)
+	return s.Session.Validate(rc, cc, parms, names, authIndex, auth)
+}
+
+// CleanupFailure implements tpm2.Session.
+func (s *ownerSession) CleanupFailure(t transport.TPM) error {
+	defer clear(s.value)
+	return s.Session.CleanupFailure(t)
+}
+
+// withSalt runs f with an option that salts a session to a key of the null hierarchy, where
+// nobody has an authorization value to give away. Without a salt, whoever listens could try
+// values against the session's HMAC. Without a value of the owner's there is nothing to hide.
+func (o Owner) withSalt(t transport.TPM, f func(...tpm2.AuthOption) error) error {
+	if o.File == "" {
+		return f()
+	}
+	r, err := tpm2.CreatePrimary{
+		PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHNull, Name: tpm2.HandleName(tpm2.TPMRHNull), Auth: tpm2.PasswordAuth(nil)},
+		InPublic:      tpm2.New2B(tpm2.ECCSRKTemplate),
+	}.Execute(t)
+	if err != nil {
+		return fmt.Errorf("TPM2_CreatePrimary of a key for salts: %w", err)
+	}
+	defer flush(t, r.ObjectHandle)
+	public, err := r.OutPublic.Contents()
+	if err != nil {
+		return fmt.Errorf("key for salts: %w", err)
+	}
+	return f(tpm2.Salted(r.ObjectHandle, *public))
 }
 
 // OwnerHandle is TPM_RH_OWNER, authorized in a session salted to srk.
@@ -167,16 +230,23 @@ func (k *srks) primary(t transport.TPM, owner Owner) (*SRK, error) {
 	if k.transient != nil {
 		return k.transient, nil
 	}
-	auth, err := owner.auth()
+	var r *tpm2.CreatePrimaryResponse
+	err := owner.withSalt(t, func(salt ...tpm2.AuthOption) error {
+		auth, err := owner.auth(salt...)
+		if err != nil {
+			return err
+		}
+		r, err = tpm2.CreatePrimary{
+			PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: auth},
+			InPublic:      tpm2.New2B(tpm2.ECCSRKTemplate),
+		}.Execute(t)
+		if err != nil {
+			return fmt.Errorf("TPM2_CreatePrimary: %w", OwnerError(err))
+		}
+		return nil
+	})
 	if err != nil {
 		return nil, err
-	}
-	r, err := tpm2.CreatePrimary{
-		PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: auth},
-		InPublic:      tpm2.New2B(tpm2.ECCSRKTemplate),
-	}.Execute(t)
-	if err != nil {
-		return nil, fmt.Errorf("TPM2_CreatePrimary: %w", OwnerError(err))
 	}
 	srk, err := newSRK(r.ObjectHandle, &r.OutPublic)
 	if err != nil {

@@ -34,7 +34,7 @@ var borders = map[string][]string{
 	"seal/recovery":                  {"seal"},
 	"seal/sealtest":                  {"seal"},
 	"hsm/internal/cheap":             {},
-	"tpm":                            {"seal", "tpm/authpolicy"},
+	"tpm":                            {"internal/ownership", "seal", "tpm/authpolicy"},
 	"tpm/authpolicy":                 {},
 	"tpm/nv":                         {"seal", "tpm", "tpm/authpolicy"},
 	"tpm/eventlog":                   {},
