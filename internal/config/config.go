@@ -56,8 +56,10 @@ type Config struct {
 	Admin  Admin  `yaml:"admin"`
 	HTTP   HTTP   `yaml:"http"`
 	Join   Join   `yaml:"join"`
-	Audit  Audit  `yaml:"audit"`
-	Log    Log    `yaml:"log"`
+	// Cluster is the store that all nodes share.
+	Cluster Cluster `yaml:"cluster"`
+	Audit   Audit   `yaml:"audit"`
+	Log     Log     `yaml:"log"`
 }
 
 // State says where the keyring and the anchor are kept.
@@ -197,6 +199,11 @@ type HTTP struct {
 	SocketMode FileMode `yaml:"socketMode" want:"permission bits in octal, no write for others (\"0660\")"`
 	SocketGID  int      `yaml:"socketGID"`
 	Address    string   `yaml:"address"`
+}
+
+// Cluster is the cluster store; without a kubeconfig there is none.
+type Cluster struct {
+	Kubeconfig string `yaml:"kubeconfig"`
 }
 
 // Join says where other nodes join. Without an address to listen on, no node can join.

@@ -61,6 +61,9 @@ func (p *problems) validate(c *Config) {
 	}
 	c.HTTP.Validate(&p.Problems)
 	p.validateJoin(c)
+	if c.Cluster.Kubeconfig != "" {
+		p.absolute("cluster.kubeconfig", c.Cluster.Kubeconfig)
+	}
 	if s := c.HTTP.Socket; s != "" && (s == c.KMS.Socket || s == c.Admin.Socket) {
 		p.Add("http.socket", "%q is another socket too; name another path", s)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/both"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/replica"
 	"github.com/beezy-dev/kleidi/seal/rotation"
 	"github.com/beezy-dev/kleidi/seal/store"
 	"github.com/beezy-dev/kleidi/seal/unlock"
@@ -46,6 +47,7 @@ type Node struct {
 	Vault    *vault.Wrapper // nil if no server is configured
 	Unlocker *unlock.Unlocker
 	Slots    *SlotRecord
+	Replica  *replica.Replica // nil where no cluster store is configured
 
 	Replacing sync.Mutex      // see lifecycle's replaceKeyring
 	View      slotview.Reader // reads slots as this node does
@@ -101,10 +103,17 @@ func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock
 		return nil, err
 	}
 	n.Slots = &SlotRecord{file: n.State.File(cfg.SlotRecord()), view: n.View, log: log}
-	n.Unlocker = unlock.New(unlock.Config{
+	c := unlock.Config{
 		Store: n.Keyring, Anchor: n.Anchor, Ready: n.LockMemory, Gate: preflight{n.Gate, n.Attests()}, Ungated: n.ungated, Wrappers: n.Openers(),
 		Hold: device.Hold, Settle: n.settle, Witness: n.Slots, Log: log, Attempted: attempted,
-	})
+	}
+	if cfg.Cluster.Kubeconfig != "" {
+		c.Commit = func(ctx context.Context, old, next *keyring.Keyring) error { return n.Replica.Commit(ctx, old, next) }
+	}
+	n.Unlocker = unlock.New(c)
+	if cfg.Cluster.Kubeconfig != "" {
+		n.Replica = n.newReplica()
+	}
 	return n, nil
 }
 

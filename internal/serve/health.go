@@ -68,6 +68,11 @@ func (h *health) ready() error {
 	if _, err := n.Unlocker.Keyring(); err != nil {
 		return fmt.Errorf("locked: %s: %w", seal.CauseOf(err), err)
 	}
+	if n.Replica != nil {
+		if err := n.Replica.State().Problem; seal.CauseOf(err) == seal.CauseNodeRemoved {
+			return fmt.Errorf("removed: %w", err)
+		}
+	}
 	return nil
 }
 
@@ -81,6 +86,11 @@ func (h *health) remarks() []string {
 		return nil
 	}
 	var remarks []string
+	if n.Replica != nil {
+		if err := n.Replica.State().Problem; err != nil {
+			remarks = append(remarks, fmt.Sprintf("cluster store: %s", err))
+		}
+	}
 	if s := status.Suspension(n, k.Slots()); s != nil {
 		remarks = append(remarks, "suspended: "+s.String())
 	}

@@ -25,6 +25,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/supervise"
 	"github.com/beezy-dev/kleidi/internal/version"
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/replica"
 	"github.com/beezy-dev/kleidi/seal/store"
 	"github.com/beezy-dev/kleidi/seal/unlock"
 )
@@ -76,6 +77,9 @@ func (s *Server) Run(ctx context.Context) {
 		running.Go(func() { s.keep(ctx, "join.listen", s.desk.Serve) })
 	}
 	running.Go(func() { s.Node.Unlocker.Run(ctx) })
+	if s.Node.Replica != nil {
+		running.Go(func() { s.Node.Replica.Run(ctx) })
+	}
 	running.Go(func() { s.tidyUp(ctx) })
 	running.Go(func() { s.selfTest(ctx) })
 	running.Go(func() { s.watch(ctx) })
@@ -184,9 +188,13 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 	registry := prometheus.NewRegistry()
 	h := newHealth(registry)
 	opened := make(chan struct{}, 1)
+	var replicated *replica.Replica
 	n, err := node.New(cfg, log, func(cause seal.Cause, timing unlock.Timing) {
 		h.attempted(cause, timing)
 		if cause == "" {
+			if replicated != nil {
+				replicated.Kick()
+			}
 			select {
 			case opened <- struct{}{}:
 			default: // another notice of an opening is already waiting
@@ -198,7 +206,8 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 	}
 	s := &Server{Node: n, health: h, opened: opened, adminTried: make(chan struct{})}
 	h.bind(n)
-	if s.kms, err = grpcserver.New(n.Unlocker, grpcserver.Options{Registerer: registry, Log: log}); err != nil {
+	replicated = n.Replica
+	if s.kms, err = grpcserver.New(keysOf(n), grpcserver.Options{Registerer: registry, Log: log}); err != nil {
 		return nil, err
 	}
 	s.admin = admin.NewServer(admin.Options{Log: log})

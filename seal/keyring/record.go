@@ -231,6 +231,14 @@ func (s *RecordedState) check() error {
 // Node returns the node that the record claims to describe.
 func (u *UntrustedRecord) Node() string { return u.doc.Node }
 
+// Claims returns what the record claims. Nothing in it is authenticated.
+func (u *UntrustedRecord) Claims() Record { return u.doc.record() }
+
+func (d *record1) record() Record {
+	return Record{Node: d.Node, Formats: d.Formats, Version: d.Version, Revision: d.Revision, Anchored: d.Anchored, Announced: d.Announced,
+		Encrypted: d.Encrypted, Acknowledged: d.Acknowledged, BootStates: d.BootStates, Problem: d.Problem, Started: d.Started.Time}
+}
+
 // SignRecord returns a record for storage, with a MAC under the current KEK. If the
 // record acknowledges the staged KEK, which must be open, it contains the proof.
 func (k *Keyring) SignRecord(r Record) ([]byte, error) {
@@ -279,8 +287,7 @@ func (u *UntrustedRecord) Verify(k *Keyring) (*VerifiedRecord, error) {
 	if !held || !verified {
 		return nil, fmt.Errorf("the MAC of node %q's record does not verify under key ID %s", d.Node, d.KeyID)
 	}
-	v := &VerifiedRecord{KeyID: d.KeyID, Record: Record{Node: d.Node, Formats: d.Formats, Version: d.Version, Revision: d.Revision, Anchored: d.Anchored, Announced: d.Announced,
-		Encrypted: d.Encrypted, Acknowledged: d.Acknowledged, BootStates: d.BootStates, Problem: d.Problem, Started: d.Started.Time}}
+	v := &VerifiedRecord{KeyID: d.KeyID, Record: d.record()}
 	held = withHeld(k, d.Acknowledged, func(kek []byte) {
 		v.Proven = hmac.Equal(acknowledgement(kek, d.ClusterID, d.Node, d.Acknowledged), d.Proof)
 	})

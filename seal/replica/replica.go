@@ -172,7 +172,7 @@ func (r *Replica) round(ctx context.Context) error {
 // again.
 func (r *Replica) step(ctx context.Context) (again bool, err error) {
 	raw, err := r.cfg.Store.Load(ctx)
-	if absent := errors.Is(err, fs.ErrNotExist); err == nil || absent || errors.Is(err, syscall.ECONNREFUSED) {
+	if absent := errors.Is(err, fs.ErrNotExist); err == nil || absent || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, ErrNoStore) {
 		defer r.look.Do(func() { close(r.looked) })
 		if absent {
 			r.update(func(s *State) { s.Reached, s.Revision = time.Now(), 0 })
@@ -295,8 +295,10 @@ func (r *Replica) record(ctx context.Context, problem error) error {
 	if problem = cmp.Or(problem, r.cfg.Unlocker.State().Problem); problem != nil {
 		rec.Problem = seal.OneLine(problem.Error(), keyring.MaxText)
 	}
-	if rec.BootStates, err = r.cfg.BootStates(ctx, k); err != nil {
-		return fmt.Errorf("record: %w", err)
+	if r.cfg.BootStates != nil {
+		if rec.BootStates, err = r.cfg.BootStates(ctx, k); err != nil {
+			return fmt.Errorf("record: %w", err)
+		}
 	}
 	b, err := k.SignRecord(rec)
 	if err != nil {

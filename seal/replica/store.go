@@ -2,9 +2,13 @@ package replica
 
 import (
 	"context"
+	"errors"
 
 	"github.com/beezy-dev/kleidi/seal/store"
 )
+
+// ErrNoStore says that there is no way to the store yet: nothing was connected to.
+var ErrNoStore = errors.New("it can't be reached from here")
 
 // Store is the cluster store: one shared keyring, and a record of each node. It is
 // trusted only for the order of swaps. Somebody may restore it from an older snapshot

@@ -1,0 +1,135 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/internal/version"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/replica"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+	"github.com/beezy-dev/kleidi/seal/store"
+	"github.com/beezy-dev/kleidi/seal/store/kube"
+)
+
+// newReplica returns what keeps this node in step with the cluster store.
+func (n *Node) newReplica() *replica.Replica {
+	return replica.New(replica.Config{
+		Store: &clusterStore{path: n.Config.Cluster.Kubeconfig}, Unlocker: n.Unlocker, Wrap: n.wrapStaged, Version: version.String(), Log: n.Log,
+	})
+}
+
+// wrapStaged seals the staged KEK for each boot state that this node's own slots of the
+// current KEK are for.
+func (n *Node) wrapStaged(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
+	own, err := n.Unrevoked(ctx, k.OwnSlots())
+	if err != nil {
+		return nil, err
+	}
+	slots, err := rotation.Like(n.ProvenRewrappers(k), own)(ctx, kek)
+	if err != nil {
+		return nil, err
+	}
+	return slots, rotation.ProveTryable(ctx, kek, slots, n.Openers())
+}
+
+// clusterStore is the cluster store once its kubeconfig is there. kleidi starts before the
+// cluster, so a kubeconfig that is missing or wrong is read again at the next call.
+type clusterStore struct {
+	path string
+
+	mu   sync.Mutex
+	open *kube.Store
+}
+
+func (c *clusterStore) store() (*kube.Store, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.open != nil {
+		return c.open, nil
+	}
+	// The file says which API is believed. That it is missing must not look like a store
+	// without a keyring, so the errors are not wrapped.
+	if err := ownership.CheckFile(c.path); err != nil {
+		return nil, fmt.Errorf("%w: cluster.kubeconfig: %v", replica.ErrNoStore, err)
+	}
+	client, err := kube.NewClient(kube.Options{Kubeconfig: c.path})
+	if err != nil {
+		return nil, fmt.Errorf("%w: cluster.kubeconfig: %v", replica.ErrNoStore, err)
+	}
+	c.open = &kube.Store{Client: client, Summary: summarize, RecordSummary: summarizeRecord}
+	return c.open, nil
+}
+
+// Load implements replica.Store.
+func (c *clusterStore) Load(ctx context.Context) ([]byte, error) {
+	s, err := c.store()
+	if err != nil {
+		return nil, err
+	}
+	return s.Load(ctx)
+}
+
+// Swap implements replica.Store.
+func (c *clusterStore) Swap(ctx context.Context, old, next []byte) error {
+	s, err := c.store()
+	if err != nil {
+		return err
+	}
+	return s.Swap(ctx, old, next)
+}
+
+// Records implements replica.Store.
+func (c *clusterStore) Records(ctx context.Context, nodes ...string) ([]store.NodeRecord, error) {
+	s, err := c.store()
+	if err != nil {
+		return nil, err
+	}
+	return s.Records(ctx, nodes...)
+}
+
+// PutRecord implements replica.Store.
+func (c *clusterStore) PutRecord(ctx context.Context, node string, record []byte) error {
+	s, err := c.store()
+	if err != nil {
+		return err
+	}
+	return s.PutRecord(ctx, node, record)
+}
+
+// Watch implements replica.Store. Without a kubeconfig it ends; the store is then read at
+// intervals.
+func (c *clusterStore) Watch(ctx context.Context, changed func()) {
+	if s, err := c.store(); err == nil {
+		s.Watch(ctx, changed)
+	}
+}
+
+// summarize describes a keyring in the columns of kubectl get keyrings.
+func summarize(b []byte) map[string]any {
+	u, err := keyring.Parse(b)
+	if err != nil {
+		return map[string]any{}
+	}
+	i := u.Info()
+	s := map[string]any{"revision": i.Revision, "current": i.Current.KeyID, "nodes": len(i.Nodes)}
+	if i.Staged != nil {
+		s["staged"] = i.Staged.KeyID
+	}
+	return s
+}
+
+// summarizeRecord describes a record in the columns of kubectl get keyringnodes.
+func summarizeRecord(b []byte) map[string]any {
+	u, err := keyring.ParseRecord(b)
+	if err != nil {
+		return map[string]any{}
+	}
+	r := u.Claims()
+	return map[string]any{
+		"revision": r.Revision, "anchored": r.Anchored, "announced": r.Announced, "acknowledged": r.Acknowledged, "version": r.Version, "problem": r.Problem,
+	}
+}
