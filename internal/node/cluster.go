@@ -16,15 +16,15 @@ import (
 )
 
 // newReplica returns what keeps this node in step with the cluster store.
-func (n *Node) newReplica() *replica.Replica {
+func newReplica(n *Node) *replica.Replica {
 	return replica.New(replica.Config{
-		Store: &clusterStore{path: n.Config.Cluster.Kubeconfig}, Unlocker: n.Unlocker, Wrap: n.wrapStaged, Version: version.String(), Log: n.Log,
+		Store: &clusterStore{path: n.Config.Cluster.Kubeconfig}, Unlocker: n.Unlocker, Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) { return wrapStaged(ctx, n, k, kek) }, Version: version.String(), Log: n.Log,
 	})
 }
 
 // wrapStaged seals the staged KEK for each boot state that this node's own slots of the
 // current KEK are for.
-func (n *Node) wrapStaged(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
+func wrapStaged(ctx context.Context, n *Node, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
 	own, err := n.Unrevoked(ctx, k.OwnSlots())
 	if err != nil {
 		return nil, err

@@ -112,7 +112,7 @@ func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock
 	}
 	n.Unlocker = unlock.New(c)
 	if cfg.Cluster.Kubeconfig != "" {
-		n.Replica = n.newReplica()
+		n.Replica = newReplica(n)
 	}
 	return n, nil
 }
