@@ -18,7 +18,9 @@ import (
 // newReplica returns what keeps this node in step with the cluster store.
 func newReplica(n *Node) *replica.Replica {
 	return replica.New(replica.Config{
-		Store: &clusterStore{path: n.Config.Cluster.Kubeconfig}, Unlocker: n.Unlocker, Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) { return wrapStaged(ctx, n, k, kek) }, Version: version.String(), Log: n.Log,
+		Store: &clusterStore{path: n.Config.Cluster.Kubeconfig}, Unlocker: n.Unlocker, Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
+			return wrapStaged(ctx, n, k, kek)
+		}, Version: version.String(), Log: n.Log,
 	})
 }
 
