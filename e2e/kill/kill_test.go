@@ -193,13 +193,23 @@ func (s *scene) opens(h *history) bool {
 func (s *scene) again() {
 	s.t.Helper()
 	saved := s.saved()
-	_, err := s.try(s.args)
+	err := s.do()
 	for err != nil && strings.Contains(err.Error(), "another join of this node is in progress") { // the other node has not noticed yet
-		_, err = s.try(s.args)
+		err = s.do()
 	}
 	if err != nil && !(saved && s.over != "" && strings.Contains(err.Error(), s.over)) {
 		s.t.Errorf("the verb, run again: %v", err)
 	}
+}
+
+// do runs the verb, beside a serve if only that can do it.
+func (s *scene) do() error {
+	s.t.Helper()
+	if s.asked {
+		defer s.background()()
+	}
+	_, err := s.try(s.args)
+	return err
 }
 
 // clean proves that no temporary files are left.

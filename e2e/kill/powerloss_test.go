@@ -19,8 +19,10 @@ func TestPowerLoss(t *testing.T) {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
 			s := set(t, v)
-			s.cutAfter(func(*history) { s.run(s.args) })
-			if strings.HasPrefix(v.name, "init") {
+			if !v.asked {
+				s.cutAfter(func(*history) { s.run(s.args) })
+			}
+			if strings.HasPrefix(v.name, "init") || s.approve != nil {
 				return // serve never makes a keyring
 			}
 			s.cutAfter(func(h *history) { s.askServe(h, victim{}) })
@@ -37,6 +39,7 @@ func (s *scene) cutAfter(change func(*history)) {
 	h := s.history.clone()
 	change(h)
 	before := s.state()
+	delete(before, "ak.json") // not flushed: without it the next start makes another
 	disk.Cut()
 	after := s.state()
 	for name, content := range before {

@@ -121,7 +121,7 @@ func (s *Store) swap(ctx context.Context, old, next []byte) error {
 	case err != nil && !absent:
 		return err
 	case absent || old == nil || !bytes.Equal(b, old):
-		return fmt.Errorf("Keyring %s: %w", keyringName, store.ErrConflict)
+		return fmt.Errorf("resource Keyring %s: %w", keyringName, store.ErrConflict)
 	}
 	err = s.Do(ctx, http.MethodPatch, theKeyring, JSONPatch, []patch{
 		{"test", "/metadata/resourceVersion", version},
@@ -134,7 +134,7 @@ func (s *Store) swap(ctx context.Context, old, next []byte) error {
 		if now, _, err := s.load(ctx); err == nil && bytes.Equal(now, old) {
 			return s.swap(ctx, old, next) // only other parts of the object have changed
 		}
-		return fmt.Errorf("Keyring %s: %w", keyringName, store.ErrConflict)
+		return fmt.Errorf("resource Keyring %s: %w", keyringName, store.ErrConflict)
 	}
 	if err != nil {
 		return fmt.Errorf("write Keyring %s: %w", keyringName, err)
@@ -146,7 +146,7 @@ func (s *Store) create(ctx context.Context, next []byte) error {
 	o := object{APIVersion, "Keyring", metadata{Name: keyringName}, spec{Keyring: next, Summary: summary(s.Summary, next)}}
 	err := s.Do(ctx, http.MethodPost, keyrings, JSON, o, nil)
 	if refused(err, http.StatusConflict) {
-		return fmt.Errorf("Keyring %s: %w", keyringName, store.ErrConflict)
+		return fmt.Errorf("resource Keyring %s: %w", keyringName, store.ErrConflict)
 	}
 	if err != nil {
 		return fmt.Errorf("create Keyring %s: %w", keyringName, err)
