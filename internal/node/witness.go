@@ -133,7 +133,12 @@ func (r *SlotRecord) Opened(ctx context.Context, k *keyring.Keyring) {
 		_ = r.save(ctx) // on a read-only disk, a serve remembers it all the same
 		return
 	}
-	c := r.record.outside(r.view.Ways(k.Slots()))
+	ways := r.view.Ways(k.Slots())
+	c := r.record.outside(ways)
+	if c.None() && r.record.Pending != nil { // the process that made the change died before its end
+		r.record.Slots, r.record.Pending = ways, nil
+		_ = r.save(ctx)
+	}
 	if c.None() {
 		return
 	}

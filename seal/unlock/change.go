@@ -76,31 +76,30 @@ func (u *Unlocker) commit(ctx context.Context, change SlotChange, revisions []*k
 		}
 	}
 	change.After = last
-	if err := witnessed(ctx, u.cfg.Witness, change, func() error { return u.save(ctx, revisions, anchor, cluster) }); err != nil {
+	err := u.changing(ctx, change)
+	if err == nil {
+		err = u.save(ctx, revisions, anchor, cluster)
+	}
+	if err != nil {
 		last.Close()
 		return err
 	}
 	unsettled := u.settle(ctx, last)
 	u.announce(last, by, Timing{})
+	if u.cfg.Witness != nil { // not before: until then the former keyring is the open one
+		u.cfg.Witness.Changed(ctx)
+	}
 	if unsettled != nil {
 		return fmt.Errorf("the new keyring is saved and in use; %w", u.nudged(unsettled))
 	}
 	return nil
 }
 
-// witnessed saves a change that the witness is told of.
-func witnessed(ctx context.Context, w Witness, change SlotChange, save func() error) error {
-	if w == nil {
-		return save()
+func (u *Unlocker) changing(ctx context.Context, change SlotChange) error {
+	if u.cfg.Witness == nil {
+		return nil
 	}
-	if err := w.Changing(ctx, change); err != nil {
-		return err
-	}
-	if err := save(); err != nil {
-		return err
-	}
-	w.Changed(ctx)
-	return nil
+	return u.cfg.Witness.Changing(ctx, change)
 }
 
 // anchoring saves the anchor of a keyring; committing puts a revision into the cluster

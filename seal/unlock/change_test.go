@@ -373,3 +373,37 @@ func TestReloadOvertakesADecrypt(t *testing.T) {
 	close(stop)
 	calls.Wait()
 }
+
+// witness says which key ID is announced when it is told of a change.
+type witness struct{ n *node }
+
+func (w witness) Opened(context.Context, *keyring.Keyring) {}
+
+func (w witness) Changing(context.Context, unlock.SlotChange) error { return w.tell("changing") }
+
+func (w witness) Changed(context.Context) { _ = w.tell("changed") }
+
+func (w witness) tell(what string) error {
+	id, err := w.n.CurrentID()
+	w.n.steps.add("%s while %.8s is announced", what, id)
+	return err
+}
+
+// TestWitnessOfAChange: a witness is told of a change before it is saved, and that it is
+// made once the new keyring is the open one. Told earlier, it would take the former slots,
+// which are still those of the open keyring, for another's.
+func TestWitnessOfAChange(t *testing.T) {
+	n := newNode(t)
+	n.cfg.Witness = witness{n}
+	n.make()
+	n.restart()
+	n.mustOpen()
+	former, _ := n.CurrentID()
+	n.steps.take()
+	if err := n.rotate(); err != nil {
+		t.Fatal(err)
+	}
+	id, _ := n.CurrentID()
+	wantSteps(t, n.steps.take(), "slot tpm", fmt.Sprintf("changing while %.8s is announced", former), "save", "save", "anchor 3",
+		fmt.Sprintf("settle while %.8s is announced", former), fmt.Sprintf("changed while %.8s is announced", id))
+}

@@ -45,7 +45,7 @@ type Witness interface {
 	Opened(context.Context, *keyring.Keyring)
 	// Changing is told of a change before it is saved. If Changing fails, nothing is saved.
 	Changing(context.Context, SlotChange) error
-	// Changed is told that this change is saved.
+	// Changed is told that this change is saved and announced.
 	Changed(context.Context)
 }
 
