@@ -76,7 +76,7 @@ func (u *Unlocker) commit(ctx context.Context, change SlotChange, revisions []*k
 		}
 	}
 	change.After = last
-	err := u.changing(ctx, change)
+	err := tell(ctx, u.cfg.Witness, change)
 	if err == nil {
 		err = u.save(ctx, revisions, anchor, cluster)
 	}
@@ -95,11 +95,12 @@ func (u *Unlocker) commit(ctx context.Context, change SlotChange, revisions []*k
 	return nil
 }
 
-func (u *Unlocker) changing(ctx context.Context, change SlotChange) error {
-	if u.cfg.Witness == nil {
+// tell tells a witness, if there is one, of a change to come.
+func tell(ctx context.Context, w Witness, change SlotChange) error {
+	if w == nil {
 		return nil
 	}
-	return u.cfg.Witness.Changing(ctx, change)
+	return w.Changing(ctx, change)
 }
 
 // anchoring saves the anchor of a keyring; committing puts a revision into the cluster
