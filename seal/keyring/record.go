@@ -234,9 +234,9 @@ func (u *UntrustedRecord) Node() string { return u.doc.Node }
 // Claims returns what the record claims. Nothing in it is authenticated.
 func (u *UntrustedRecord) Claims() Record { return u.doc.record() }
 
-func (d *record1) record() Record {
-	return Record{Node: d.Node, Formats: d.Formats, Version: d.Version, Revision: d.Revision, Anchored: d.Anchored, Announced: d.Announced,
-		Encrypted: d.Encrypted, Acknowledged: d.Acknowledged, BootStates: d.BootStates, Problem: d.Problem, Started: d.Started.Time}
+func (r *record1) record() Record {
+	return Record{Node: r.Node, Formats: r.Formats, Version: r.Version, Revision: r.Revision, Anchored: r.Anchored, Announced: r.Announced,
+		Encrypted: r.Encrypted, Acknowledged: r.Acknowledged, BootStates: r.BootStates, Problem: r.Problem, Started: r.Started.Time}
 }
 
 // SignRecord returns a record for storage, with a MAC under the current KEK. If the
