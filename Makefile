@@ -45,7 +45,7 @@ run: build
 # These change users, mount disks or give files away. CI runs them, as root.
 ROOT_TESTS = TestStrangersDontCrowdOut|TestSocketModeAndOwner|TestBadFolders|TestLiveSocketIsLeftAlone|TestPeers|$\
 	TestOtherUsersAreRefused|TestFolders/foreign|TestFiles/foreign|TestFullDisk|TestReadOnlyDisk|TestPowerLoss|TestCut|TestScript/unit|$\
-	TestScript/impostor|TestScript/http|TestImpostorsGetNothing|TestCheckFile|TestCheckFolder|TestCheckOpen|TestRemedyIsACommand|TestOpeners|TestStickyAbove|TestFaults/.*/module_(of|writable)
+	TestScript/impostor|TestScript/http|TestImpostorsGetNothing|TestCheckFile|TestCheckFolder|TestCheckOpen|TestRemedyIsACommand|TestOpeners|TestStickyAbove|TestFaults/.*/module_(of|writable|in)
 NOT_ROOT   = $(filter-out 0,$(shell id -u))
 
 test: fetch-test
