@@ -110,13 +110,16 @@ func (e *Etcd) Get(prefix string) (map[string][]byte, error) {
 	return values, nil
 }
 
+// gateway answers soon or not at all: a member that is cut off accepts no connection.
+var gateway = &http.Client{Timeout: 20 * time.Second}
+
 // call asks etcd's JSON gateway.
 func (e *Etcd) call(path string, request, answer any) error {
 	b, err := json.Marshal(request)
 	if err != nil {
 		return err
 	}
-	res, err := http.Post(e.URL+path, "application/json", bytes.NewReader(b))
+	res, err := gateway.Post(e.URL+path, "application/json", bytes.NewReader(b))
 	if err != nil {
 		return err
 	}

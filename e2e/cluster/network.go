@@ -80,19 +80,20 @@ func run(command string) error {
 }
 
 // Partition cuts a host off from the others and from the test, until the returned function
-// connects it again.
+// connects it again, or the test ends.
 func (n *Network) Partition(t testing.TB, host int) (heal func()) {
 	t.Helper()
-	port := "port" + strconv.Itoa(host+1)
-	if err := run("ip link set " + port + " down"); err != nil {
-		t.Fatal(err)
-	}
-	return func() {
-		t.Helper()
-		if err := run("ip link set " + port + " up"); err != nil {
-			t.Fatal(err)
+	link := func(state string) func() {
+		return func() {
+			t.Helper()
+			if err := run("ip link set port" + strconv.Itoa(host+1) + " " + state); err != nil {
+				t.Error(err)
+			}
 		}
 	}
+	link("down")()
+	t.Cleanup(link("up"))
+	return link("up")
 }
 
 // Command is put before a program to run it on this host, as node.Setup's On.
