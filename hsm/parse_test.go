@@ -41,6 +41,7 @@ func TestParseURI(t *testing.T) {
 		"pkcs11:object=k?pin-value=" + secret + "%zz": "malformed %-escape",
 		"pkcs11:object=k?pin-source=|" + secret:       "kleidi reads and runs nothing else",
 		"pkcs11:object=k?pin-source=file:" + secret:   "file:/absolute/path",
+		"pkcs11:object=k?pin-source=ftp:/etc/pin":     "file:/absolute/path",
 		"pkcs11:object=k?module-name=softhsm":         "does not search for modules by name",
 		"pkcs11:object=k?module-path=m.so":            "absolute path",
 		"pkcs11:object=k;object=l":                    "twice",

@@ -3,6 +3,7 @@ package ownership
 import (
 	"net"
 	"os"
+	"runtime"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -17,7 +18,7 @@ const (
 func TestOpeners(t *testing.T) {
 	r := newTree(t)
 	write := func(name, text string) string {
-		if err := os.WriteFile(r.path(name), []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(r.path(name), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		return r.path(name)
@@ -26,6 +27,7 @@ func TestOpeners(t *testing.T) {
 		write("group", "root:x:0:bob\ntss:x:108:eve,tss\nempty:x:109:\n")}
 	alone := accounts{a.passwd, write("alone", "tss:x:108:tss\n")}
 	alone.passwd = write("accounts", "tss:x:107:108::/:/bin/false\n")
+	unnamed := accounts{write("unnamed", "eve:x:1000:4712::/:/bin/sh\n"), a.group}
 	if err := unix.Mknod(r.path("tpm"), unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3))); err != nil {
 		t.Fatal(err)
 	}
@@ -51,6 +53,8 @@ func TestOpeners(t *testing.T) {
 		"another owner":           {a, "tpm", 0o600, 1000, 0, "its owner eve"},
 		"an owner without a name": {a, "tpm", 0o600, 4711, 0, "its owner UID 4711"},
 		"owner and group":         {a, "tpm", 0o660, 1000, tss, "its owner eve; eve, prim, by group tss"},
+		"a group no file names":   {a, "tpm", 0o660, 0, 4712, ""},
+		"members of such a group": {unnamed, "tpm", 0o660, 0, 4712, "eve, by group GID 4712"},
 		"everybody":               {a, "tpm", 0o666, 0, 0, "every user (" + r.path("tpm") + " has mode 0666)"},
 		"a socket as made":        {a, "sock", 0o755, 0, tss, ""},
 		"a socket of a group":     {a, "sock", 0o775, 0, tss, "eve, prim, by group tss"},
@@ -67,5 +71,29 @@ func TestOpeners(t *testing.T) {
 	}
 	if _, err := Openers(r.path("missing")); !os.IsNotExist(err) {
 		t.Errorf("a device that is missing: %v", err)
+	}
+	r.own("tpm", 0o600, 0)
+	r.own("..", 0o755, 0)
+	asUser(t, 4711, func() {
+		if got, err := a.openers(r.path("tpm")); err != nil || got != "" {
+			t.Errorf("root counts as a stranger to a process that is not root's: %q, %v", got, err)
+		}
+	})
+}
+
+// asUser runs f on a thread of a user who is not root.
+func asUser(t *testing.T, uid uintptr, f func()) {
+	t.Helper()
+	done := make(chan unix.Errno)
+	go func() {
+		runtime.LockOSThread() // for ever: the thread ends with the goroutine
+		_, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uid, uid, uid)
+		if errno == 0 {
+			f()
+		}
+		done <- errno
+	}()
+	if errno := <-done; errno != 0 {
+		t.Fatal(errno)
 	}
 }

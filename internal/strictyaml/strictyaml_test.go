@@ -19,6 +19,7 @@ type document struct {
 	After   time.Duration   `yaml:"after"`
 	Level   level           `yaml:"level" want:"high or low"`
 	Own     own             `yaml:"own"`
+	Version version         `yaml:"version"`
 	Table   map[int]element `yaml:"table"`
 	Hidden  string
 }
@@ -35,6 +36,14 @@ func (l *level) UnmarshalText(b []byte) error {
 	}
 	*l = level(b)
 	return nil
+}
+
+// version is a struct that is written as text.
+type version struct{ major, minor int }
+
+func (v *version) UnmarshalText(b []byte) error {
+	_, err := fmt.Sscanf(string(b), "%d.%d", &v.major, &v.minor)
+	return err
 }
 
 type own struct{ value string }
@@ -55,13 +64,14 @@ lists: [[a, b], []]
 after: 2s
 level: low
 own: x
+version: "1.2"
 table: {4: {size: 1}, 11: {}}
 `), &got, p)
 	if err = errors.Join(err, p.Err()); err != nil {
 		t.Fatal(err)
 	}
 	want := document{Name: "kept", Hidden: "kept", Flag: new(bool), Numbers: []int{1, 16}, Lists: [][]string{{"a", "b"}, {}},
-		After: 2 * time.Second, Level: "low", Own: own{"x"}, Table: map[int]element{4: {1}, 11: {}}}
+		After: 2 * time.Second, Level: "low", Own: own{"x"}, Version: version{1, 2}, Table: map[int]element{4: {1}, 11: {}}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v, want %+v", got, want)
 	}

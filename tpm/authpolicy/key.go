@@ -186,5 +186,5 @@ func signatureError(command string, err error) error {
 }
 
 func isAny(err error, codes []tpm2.TPMRC) bool {
-	return err != nil && slices.ContainsFunc(codes, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) })
+	return slices.ContainsFunc(codes, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) })
 }
