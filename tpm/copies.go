@@ -47,3 +47,20 @@ func (w *Wrapper) Refuse(ctx context.Context, c Copies, counter Counter) error {
 		return w.withSRK(t, &slotData{EK: c.EK, SRK: c.SRK}, func(srk *SRK) error { return counter.RaiseTo(t, srk, c.AtMost+1) })
 	}))
 }
+
+// EndEpoch ends the present epoch of this machine's own TPM: nothing that was sealed for
+// it opens any more. It returns the epoch that begins. A counter that is missing is defined,
+// and starts above all former values.
+func (w *Wrapper) EndEpoch(ctx context.Context) (epoch uint64, err error) {
+	err = w.Device.Do(ctx, func(t transport.TPM) error {
+		return WithSRK(t, w.Owner, nil, func(srk *SRK) error {
+			now, err := w.Counter.Ensure(t, srk)
+			if err != nil {
+				return err
+			}
+			epoch = now + 1
+			return w.Counter.RaiseTo(t, srk, epoch)
+		})
+	})
+	return epoch, classify(err)
+}

@@ -22,6 +22,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 	"github.com/beezy-dev/kleidi/internal/inspect"
+	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/members"
 	"github.com/beezy-dev/kleidi/internal/reseal"
@@ -57,6 +58,7 @@ var resultsOf = map[string][]any{
 	"pkcs11-pin":          {slots.SealedPIN{}},
 	"recover":             {admin.KeyringState{}},
 	"reseal":              {admin.KeyringState{}, reseal.NextResult{}},
+	"reset":               {leaving.ResetResult{}},
 	"rotate":              {admin.KeyringState{}},
 	"slot add":            {admin.KeyringState{}},
 	"slot forget-copies":  {admin.KeyringState{}},

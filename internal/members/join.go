@@ -173,7 +173,7 @@ func (j *joiner) stored(ctx context.Context) (*keyring.Untrusted, error) {
 		return nil, fmt.Errorf("%s is there and can't be read, and join replaces no keyring that it does not know: %w", j.Config.Keyring(), err)
 	}
 	if u.ClusterID() != j.Trust.ClusterID {
-		return nil, fmt.Errorf("%s is of cluster %s, and join never replaces the keyring of another cluster; move the folder %s away if this machine is to leave that cluster", j.Config.Keyring(), u.ClusterID(), j.Config.State.Dir)
+		return nil, fmt.Errorf("%s is of cluster %s, and join never replaces the keyring of another cluster; run kleidi reset if this machine is to leave that cluster", j.Config.Keyring(), u.ClusterID())
 	}
 	if !slices.ContainsFunc(u.Info().Nodes, func(n keyring.Node) bool { return n.Name == j.Config.Node }) {
 		return nil, nil
@@ -202,7 +202,7 @@ func (j *joiner) loadAnchor(ctx context.Context) error {
 		return err
 	}
 	if anchor.ClusterID != j.Trust.ClusterID {
-		return fmt.Errorf("this machine's anchor is of cluster %s; move the folder %s away if this machine is to leave that cluster", anchor.ClusterID, j.Config.State.Dir)
+		return fmt.Errorf("this machine's anchor is of cluster %s; run kleidi reset if this machine is to leave that cluster", anchor.ClusterID)
 	}
 	j.anchor = anchor
 	return nil

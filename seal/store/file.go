@@ -210,6 +210,37 @@ func (f *File) keepPrevious() error {
 	return err
 }
 
+// Remove removes the file and all that earlier versions of it left: the previous content,
+// temporary files, and files of the former name. The file itself goes last, so that Remove
+// can be repeated after a crash. A file that does not exist is no error.
+func (f *File) Remove(ctx context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	dir := filepath.Dir(f.path)
+	if err := errors.Join(ctx.Err(), checkDir(dir)); err != nil {
+		return err
+	}
+	if err := f.sweep(); err != nil {
+		return err
+	}
+	for _, path := range f.Paths() {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return syncDir(dir)
+}
+
+// Paths returns the paths of the file, of its previous content, and of both under the
+// former name. The file itself is the last one.
+func (f *File) Paths() []string {
+	paths := []string{f.previous(), f.path}
+	if f.former != "" {
+		paths = append([]string{f.former + previousSuffix, f.former}, paths...)
+	}
+	return paths
+}
+
 func (f *File) temporaryPrefix() string { return "." + filepath.Base(f.path) + ".tmp-" }
 
 func (f *File) temporary() string {

@@ -86,3 +86,9 @@ func (p *AnchorStore) save(ctx context.Context, value [AnchorSize]byte, prepare 
 		return p.Anchor.Write(t, srk, terms, value)
 	})
 }
+
+// Remove undefines the index that has the anchor's number, in any boot state. A missing
+// index is not an error.
+func (p *AnchorStore) Remove(ctx context.Context) error {
+	return p.do(ctx, func(t transport.TPM, srk *tpm.SRK, _ authpolicy.Terms) error { return p.Anchor.Remove(t, srk) })
+}

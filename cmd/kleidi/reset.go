@@ -1,0 +1,96 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/leaving"
+	"github.com/beezy-dev/kleidi/internal/node"
+)
+
+func newReset(a *app) *cobra.Command {
+	var yes string
+	var withoutTPM bool
+	cmd := &cobra.Command{
+		Use:   "reset",
+		Short: "Make this machine forget its keyring",
+		Long: `Make this machine forget its keyring and its anchor. The epoch of the TPM ends first, so
+that no kept copy of the keyring opens on this machine, whoever has it. A backup still
+opens with the recovery identity, a token or a server.
+
+Run it on a machine that leaves the cluster. On the other nodes, kleidi node list still
+shows it. The command asks for the name of the node, or takes it from --yes. It does
+nothing beside a running kleidi serve. If it breaks off, run it again.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			n, err := a.node()
+			if err != nil {
+				return err
+			}
+			defer n.Close()
+			r, err := reset(cmd, n, yes, withoutTPM)
+			if err != nil {
+				return files.HintRoot(err)
+			}
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) {
+				for _, path := range r.Removed {
+					fmt.Fprintf(w, "- removed %s\n", path)
+				}
+				for _, c := range r.Changes {
+					fmt.Fprintf(w, "- %s\n", c)
+				}
+			})
+		},
+	}
+	cmd.Flags().StringVar(&yes, "yes", "", "this node's name, to forget without being asked")
+	cmd.Flags().BoolVar(&withoutTPM, "without-tpm", false, "forget the files alone: copies of the keyring still open with this machine's TPM")
+	return cmd
+}
+
+func reset(cmd *cobra.Command, n *node.Node, yes string, withoutTPM bool) (*leaving.ResetResult, error) {
+	c, err := admin.Dial(cmd.Context(), n.Config.Admin.Socket)
+	if err == nil {
+		_ = c
+		return nil, errors.New("reset: kleidi serve runs on this node, and answers kube-apiserver from its memory; stop it (systemctl stop kleidi), then run the command again")
+	}
+	if !errors.Is(err, admin.ErrNotRunning) {
+		return nil, err
+	}
+	f, err := leaving.ToForget(cmd.Context(), n)
+	if err != nil {
+		return nil, err
+	}
+	for _, line := range f.Describe(n) {
+		fmt.Fprintln(cmd.ErrOrStderr(), line)
+	}
+	if err := confirmName(cmd, n.Config.Node, yes); err != nil {
+		return nil, fmt.Errorf("reset: %w; nothing was changed", err)
+	}
+	return leaving.Reset(cmd.Context(), n, f, withoutTPM)
+}
+
+// confirmName asks for a name, unless it was given.
+func confirmName(cmd *cobra.Command, name, given string) error {
+	if in, ok := cmd.InOrStdin().(*os.File); given == "" && ok && isTerminal(in) {
+		fmt.Fprintf(cmd.ErrOrStderr(), "type the name of the node (%s) to go on: ", name)
+		answer, err := readLine(in)
+		if err != nil {
+			return err
+		}
+		given = strings.TrimSpace(string(answer))
+	}
+	switch given {
+	case name:
+		return nil
+	case "":
+		return fmt.Errorf("nobody has confirmed it; give --yes %s", name)
+	}
+	return fmt.Errorf("%q is not the name of the node, which is %s", given, name)
+}
