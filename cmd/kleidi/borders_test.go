@@ -72,7 +72,8 @@ var borders = map[string][]string{
 	"internal/files":            {"internal/ownership", "seal", "tpm/bootpolicy", "tpm/bootstate"},
 	"internal/version":          {},
 	"internal/slotview":         {"hsm", "seal", "seal/both", "seal/keyring", "seal/recovery", "tpm", "tpm/bootstate", "tpm/eventlog", "vault"},
-	"internal/node":             {"grpcserver/admin", "grpcserver/verifier", "hsm", "internal/config", "internal/files", "internal/ownership", "internal/slotview", "internal/version", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/replica", "seal/rotation", "seal/store", "seal/store/kube", "seal/unlock", "tpm", "tpm/attest", "tpm/attest/remote", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootrule", "tpm/bootstate", "tpm/nv", "vault"},
+	"internal/clusteraccess":    {"deploy/cluster", "internal/files", "internal/ownership", "seal", "seal/store/kube", "tpm/attest"},
+	"internal/node":             {"grpcserver/admin", "grpcserver/verifier", "hsm", "internal/clusteraccess", "internal/config", "internal/files", "internal/ownership", "internal/slotview", "internal/version", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/replica", "seal/rotation", "seal/store", "seal/store/kube", "seal/unlock", "tpm", "tpm/attest", "tpm/attest/remote", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootrule", "tpm/bootstate", "tpm/nv", "vault"},
 	"internal/inspect":          {"internal/files", "internal/slotview", "tpm/attest", "tpm/bootpolicy", "tpm/eventlog"},
 	"internal/reseal":           {"grpcserver/admin", "internal/config", "internal/files", "internal/node", "internal/slotview", "seal", "seal/keyring", "seal/rotation", "seal/store", "tpm", "tpm/attest", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/predict"},
 	"internal/status":           {"grpcserver/admin", "internal/node", "internal/slotview", "internal/version", "seal", "seal/keyring", "seal/unlock", "tpm", "tpm/eventlog"},
@@ -85,7 +86,7 @@ var borders = map[string][]string{
 	"internal/verifierd":        {"grpcserver/monitor", "grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/supervise", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
 	"internal/dev":              {"internal/config", "internal/lifecycle", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
 	"internal/encryptionconfig": {},
-	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/leaving", "internal/lifecycle", "internal/members", "internal/node", "internal/operation", "internal/ownership", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
+	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/leaving", "internal/lifecycle", "internal/members", "internal/node", "internal/operation", "internal/ownership", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
 }
 
 // doors names the folders through which a library enters.

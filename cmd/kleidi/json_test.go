@@ -20,6 +20,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 	"github.com/beezy-dev/kleidi/internal/inspect"
 	"github.com/beezy-dev/kleidi/internal/leaving"
@@ -44,6 +45,7 @@ var resultsOf = map[string][]any{
 	"bootstate list":      {[]stateReport{}},
 	"bootstate revoke":    {admin.KeyringState{}},
 	"bootstate sign":      {signedState{}},
+	"cluster setup":       {clusteraccess.Result{}, clusterManifests{}},
 	"encryption-config":   {encryptionconfig.EncryptionConfiguration{}},
 	"init":                {lifecycle.InitResult{}},
 	"join":                {members.JoinResult{}},

@@ -19,3 +19,7 @@ func Node(name string) string { return strings.ReplaceAll(node, "NODE", name) }
 
 // User returns the user name in the client certificate of a node.
 func User(name string) string { return "kleidi:node:" + name }
+
+// RequestName returns the name of the CertificateSigningRequest of a node. Its role names
+// it.
+func RequestName(name string) string { return "kleidi-node-" + name }

@@ -49,6 +49,8 @@ type APIServerSetup struct {
 	// ServiceAccounts is the PEM file of the key that signs tokens, which all servers
 	// of a cluster share. If empty, a key is made.
 	ServiceAccounts string
+	// ClientCA is the path of the certificate authority of clients, if there is one.
+	ClientCA string
 	// Token is the token of the user with all rights. If empty, a token is made.
 	Token string
 }
@@ -77,6 +79,9 @@ func NewAPIServer(t testing.TB, s APIServerSetup) *APIServer {
 		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC",
 		"--endpoint-reconciler-type", "none", "--encryption-provider-config", s.EncryptionConfig,
 	}
+	if s.ClientCA != "" {
+		a.args = append(a.args, "--client-ca-file", s.ClientCA)
+	}
 	if s.Reload {
 		a.args = append(a.args, "--encryption-provider-config-automatic-reload=true")
 	}
@@ -102,6 +107,12 @@ func (a *APIServer) write(t testing.TB, name string, b []byte) string {
 }
 
 func (a *APIServer) path(name string) string { return filepath.Join(a.setup.Dir, name) }
+
+// Kubeconfig writes a kubeconfig of the user with all rights, and returns its path.
+func (a *APIServer) Kubeconfig(t testing.TB) string {
+	t.Helper()
+	return a.write(t, "admin.conf", AdminKubeconfig(a.URL, a.path("certificates/apiserver.crt"), a.Token))
+}
 
 // Start runs kube-apiserver and returns once it serves unencrypted objects, with or
 // without its KMS plugin.

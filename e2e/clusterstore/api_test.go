@@ -1,22 +1,18 @@
 package clusterstore
 
 import (
-	"bufio"
-	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
-	"fmt"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
-	"github.com/beezy-dev/kleidi/deploy/cluster"
+	manifests "github.com/beezy-dev/kleidi/deploy/cluster"
+	"github.com/beezy-dev/kleidi/e2e/cluster"
 	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
@@ -31,12 +27,17 @@ type api struct {
 	server     *node.Process
 	kubeconfig string // of an administrator
 	url        string
+	ca         cluster.ClientCA
 }
 
 // startAPI starts both, and applies the definitions of kleidi's resources.
 func startAPI(t *testing.T) *api {
 	t.Helper()
-	a := &api{t: t, dir: t.TempDir(), binaries: build(t, "etcd", "kube-apiserver-1.37")}
+	binaries, err := cluster.Built("etcd", "kube-apiserver-1.37", "kube-controller-manager-1.37")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &api{t: t, dir: t.TempDir(), binaries: binaries}
 	client, peer, port := "http://127.0.0.1:"+node.FreePort(t), "http://127.0.0.1:"+node.FreePort(t), node.FreePort(t)
 	a.etcdArgs = []string{
 		"--data-dir", a.path("etcd"), "--unsafe-no-fsync", "--log-level", "warn",
@@ -44,6 +45,7 @@ func startAPI(t *testing.T) *api {
 		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default=" + peer,
 	}
 	a.startEtcd(t)
+	a.ca = cluster.NewClientCA(t, a.dir)
 	token := rand.Text()
 	users := a.write(t, "users.csv", []byte(token+",admin,admin,system:masters\n"))
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
@@ -57,14 +59,8 @@ func startAPI(t *testing.T) *api {
 		"--cert-dir", a.path("certificates"), "--token-auth-file", users,
 		"--service-account-issuer", "https://kubernetes.default.svc",
 		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts,
-		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none")
-	a.kubeconfig = a.write(t, "admin.conf", []byte(fmt.Sprintf(`apiVersion: v1
-kind: Config
-clusters: [{name: c, cluster: {server: %q, certificate-authority: %q}}]
-users: [{name: u, user: {token: %q}}]
-contexts: [{name: c, context: {cluster: c, user: u}}]
-current-context: c
-`, a.url, a.path("certificates/apiserver.crt"), token)))
+		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none", "--client-ca-file", a.ca.Certificate)
+	a.kubeconfig = a.write(t, "admin.conf", cluster.AdminKubeconfig(a.url, a.path("certificates/apiserver.crt"), token))
 	node.Eventually(t, 2*time.Minute, "kube-apiserver serves", func() error {
 		if err := a.server.Alive(); err != nil {
 			t.Fatal(err)
@@ -79,7 +75,7 @@ current-context: c
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Apply(t.Context(), cluster.CRDs); err != nil {
+	if err := c.Apply(t.Context(), manifests.CRDs); err != nil {
 		t.Fatal(err)
 	}
 	return a
@@ -108,24 +104,4 @@ func (a *api) client(t *testing.T, wrap func(http.RoundTripper) http.RoundTrippe
 		t.Fatal(err)
 	}
 	return &kube.Store{Client: c}
-}
-
-// build returns the paths of servers by name.
-func build(t *testing.T, names ...string) map[string]string {
-	t.Helper()
-	cmd := exec.Command("../servers/build", names...)
-	cmd.Stderr = os.Stderr
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("e2e/servers/build: %v", err)
-	}
-	all := map[string]string{}
-	lines := bufio.NewScanner(bytes.NewReader(out))
-	for _, name := range names {
-		if !lines.Scan() {
-			t.Fatalf("e2e/servers/build prints no path for %s", name)
-		}
-		all[name] = strings.TrimSpace(lines.Text())
-	}
-	return all
 }

@@ -387,6 +387,14 @@ func (c *Config) BootStates() string { return filepath.Join(c.State.Dir, "bootst
 // SlotRecord is the path of the record of the slots that commands on this node made.
 func (c *Config) SlotRecord() string { return filepath.Join(c.State.Dir, "slots.json") }
 
+// Kubeconfig is the path of the kubeconfig, where kleidi cluster setup writes it.
+func (c *Config) Kubeconfig() string {
+	if c.Cluster.Kubeconfig != "" {
+		return c.Cluster.Kubeconfig
+	}
+	return filepath.Join(c.State.Dir, "cluster.kubeconfig")
+}
+
 // AnchorPath is the path of the anchor, if the anchor is a file.
 func (c *Config) AnchorPath() string { return filepath.Join(c.State.Dir, "anchor.json") }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 
+	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/internal/version"
 	"github.com/beezy-dev/kleidi/seal"
@@ -18,7 +19,7 @@ import (
 // newReplica returns what keeps this node in step with the cluster store.
 func newReplica(n *Node) *replica.Replica {
 	return replica.New(replica.Config{
-		Store: &clusterStore{path: n.Config.Cluster.Kubeconfig}, Unlocker: n.Unlocker, Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
+		Store: &clusterStore{access: n.Access}, Unlocker: n.Unlocker, Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
 			return wrapStaged(ctx, n, k, kek)
 		}, Version: version.String(), Log: n.Log,
 	})
@@ -41,7 +42,7 @@ func wrapStaged(ctx context.Context, n *Node, k *keyring.Keyring, kek *seal.Secr
 // clusterStore is the cluster store once its kubeconfig is there. kleidi starts before the
 // cluster, so a kubeconfig that is missing or wrong is read again at the next call.
 type clusterStore struct {
-	path string
+	access *clusteraccess.Access
 
 	mu   sync.Mutex
 	open *kube.Store
@@ -55,10 +56,10 @@ func (c *clusterStore) store() (*kube.Store, error) {
 	}
 	// The file says which API is believed. That it is missing must not look like a store
 	// without a keyring, so the errors are not wrapped.
-	if err := ownership.CheckFile(c.path); err != nil {
+	if err := ownership.CheckFile(c.access.Kubeconfig); err != nil {
 		return nil, fmt.Errorf("%w: cluster.kubeconfig: %v", replica.ErrNoStore, err)
 	}
-	client, err := kube.NewClient(kube.Options{Kubeconfig: c.path})
+	client, err := c.access.Client()
 	if err != nil {
 		return nil, fmt.Errorf("%w: cluster.kubeconfig: %v", replica.ErrNoStore, err)
 	}

@@ -2,10 +2,7 @@ package node
 
 import (
 	"context"
-	"crypto"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -74,42 +71,13 @@ func (n *Node) clientCertificate(ctx context.Context) (*tls.Certificate, error) 
 	if err != nil {
 		return nil, fmt.Errorf("vault.auth.tpmKeyFile: %s: %w", auth.TPMKeyFile, err)
 	}
-	b, err := files.ReadOwned(auth.CertFile, maxChain)
+	b, err := files.ReadOwned(auth.CertFile, files.MaxCertificates)
 	if err != nil {
 		return nil, seal.Caused(seal.CauseCredentials, "put the certificate there that was issued for the key, or correct vault.auth.certFile", "vault.auth.certFile", err)
 	}
-	certificate, err := certificateFor(signer, b)
+	certificate, err := files.CertificateFor(signer, b)
 	if err != nil {
 		return nil, seal.Errorf(seal.CauseCredentials, "put the certificate there that was issued for the key in vault.auth.tpmKeyFile", "vault.auth.certFile: %s: %w", auth.CertFile, err)
 	}
 	return certificate, nil
 }
-
-// certificateFor pairs a key with PEM certificates, the first of which must be its own.
-func certificateFor(signer crypto.Signer, b []byte) (*tls.Certificate, error) {
-	if len(b) > maxChain {
-		return nil, fmt.Errorf("more than %d bytes", maxChain)
-	}
-	c := &tls.Certificate{PrivateKey: signer, SupportedSignatureAlgorithms: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256}}
-	for block, rest := pem.Decode(b); block != nil; block, rest = pem.Decode(rest) {
-		if block.Type == "CERTIFICATE" {
-			c.Certificate = append(c.Certificate, block.Bytes)
-		}
-	}
-	if len(c.Certificate) == 0 {
-		return nil, errors.New("no PEM certificate in it")
-	}
-	leaf, err := x509.ParseCertificate(c.Certificate[0])
-	if err != nil {
-		return nil, err
-	}
-	key, ok := leaf.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
-	if !ok || !key.Equal(signer.Public()) {
-		return nil, errors.New("its first certificate is of another key")
-	}
-	c.Leaf = leaf
-	return c, nil
-}
-
-// maxChain bounds the file of a client certificate and its chain, in bytes.
-const maxChain = 1 << 20

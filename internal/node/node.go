@@ -12,6 +12,7 @@ import (
 	"sync"
 
 	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/slotview"
@@ -47,7 +48,8 @@ type Node struct {
 	Vault    *vault.Wrapper // nil if no server is configured
 	Unlocker *unlock.Unlocker
 	Slots    *SlotRecord
-	Replica  *replica.Replica // nil where no cluster store is configured
+	Replica  *replica.Replica      // nil where no cluster store is configured
+	Access   *clusteraccess.Access // to the API, whether or not it is configured
 
 	Replacing sync.Mutex      // see lifecycle's replaceKeyring
 	View      slotview.Reader // reads slots as this node does
@@ -85,6 +87,7 @@ func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock
 			log.Warn("sealing to less than the whole boot, as tpm.anySignedBoot allows", "open", b.Describe(), "pcrs", b.PCRs)
 		}
 	}
+	n.Access = &clusteraccess.Access{Node: cfg.Node, Kubeconfig: cfg.Kubeconfig(), Gate: n.Gate}
 	if cfg.TPM.BootPolicy != "" {
 		n.Gate.BootPolicyFile = cfg.TPM.BootPolicy
 		n.Gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return files.ReadBootPolicy(cfg.TPM.BootPolicy) }

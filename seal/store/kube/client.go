@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -16,6 +17,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/transport"
+	"k8s.io/client-go/util/connrotation"
 )
 
 const (
@@ -31,7 +33,7 @@ type Options struct {
 	// Kubeconfig is the path of a kubeconfig file, which is read at each connection.
 	Kubeconfig string
 	// Certificate, if set, returns the client certificate that replaces the
-	// kubeconfig's.
+	// kubeconfig's. It is called for each connection.
 	Certificate func() (*tls.Certificate, error)
 	// Wrap, if set, wraps the transport, for tests.
 	Wrap func(http.RoundTripper) http.RoundTripper
@@ -41,6 +43,9 @@ type Options struct {
 type Client struct {
 	base string // URL without a slash at its end
 	http *http.Client
+	// dialer, if there is one, can close the connections, so that the next one is made
+	// with the certificate of that time.
+	dialer *connrotation.Dialer
 }
 
 // NewClient reads the kubeconfig. It does not connect.
@@ -63,7 +68,10 @@ func NewClient(o Options) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("kubeconfig %s: %w", o.Kubeconfig, err)
 	}
+	client := &Client{base: strings.TrimSuffix(base.String(), "/")}
 	if o.Certificate != nil {
+		client.dialer = connrotation.NewDialer((&net.Dialer{Timeout: callTimeout, KeepAlive: 30 * time.Second}).DialContext)
+		tc.DialHolder = &transport.DialHolder{Dial: client.dialer.DialContext}
 		tc.TLS.CertData, tc.TLS.KeyData, tc.TLS.CertFile, tc.TLS.KeyFile = nil, nil, "", ""
 		tc.TLS.GetCertHolder = &transport.GetCertHolder{GetCert: o.Certificate}
 	}
@@ -74,7 +82,16 @@ func NewClient(o Options) (*Client, error) {
 	if o.Wrap != nil {
 		rt = o.Wrap(rt)
 	}
-	return &Client{base: strings.TrimSuffix(base.String(), "/"), http: &http.Client{Transport: rt}}, nil
+	client.http = &http.Client{Transport: rt}
+	return client, nil
+}
+
+// Reconnect closes all connections, so that the next call presents the present client
+// certificate.
+func (c *Client) Reconnect() {
+	if c.dialer != nil {
+		c.dialer.CloseAll()
+	}
 }
 
 // Host returns the host and port of the API.
@@ -101,8 +118,8 @@ type Refusal struct {
 // Error says what the API said.
 func (r *Refusal) Error() string { return fmt.Sprintf("the API answers %d: %.300s", r.Code, r.Message) }
 
-// refused reports whether err is the API's answer with this code.
-func refused(err error, code int) bool {
+// Refused reports whether err is the API's answer with this code.
+func Refused(err error, code int) bool {
 	r, ok := errors.AsType[*Refusal](err)
 	return ok && r.Code == code
 }
@@ -137,6 +154,9 @@ func (c *Client) Do(ctx context.Context, method, path, contentType string, in, o
 	case len(answer) > maxAnswer:
 		return fmt.Errorf("the API's answer has more than %d bytes", maxAnswer)
 	case res.StatusCode/100 != 2:
+		if res.StatusCode == http.StatusUnauthorized {
+			c.Reconnect() // the certificate of this connection may have ended
+		}
 		return refusal(res.StatusCode, answer)
 	case out == nil:
 		return nil

@@ -81,6 +81,16 @@ func (s *Store) load(ctx context.Context) ([]byte, string, error) {
 	return o.Spec.Keyring, o.Metadata.ResourceVersion, nil
 }
 
+// Ping returns nil if the API lets this client read the Keyring, whether or not there
+// is one.
+func (s *Store) Ping(ctx context.Context) error {
+	_, _, err := s.load(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
 // get reads an object. The error is fs.ErrNotExist if the API knows the resource and
 // has no such object.
 func (s *Store) get(ctx context.Context, path string, o *object) error {
@@ -130,7 +140,7 @@ func (s *Store) swap(ctx context.Context, old, next []byte) error {
 		{"add", "/spec/summary", summary(s.Summary, next)},
 	}, nil)
 	// A failed test is "unprocessable"; a keyring that was deleted meanwhile is not found.
-	if refused(err, http.StatusUnprocessableEntity) || refused(err, http.StatusConflict) || refused(err, http.StatusNotFound) {
+	if Refused(err, http.StatusUnprocessableEntity) || Refused(err, http.StatusConflict) || Refused(err, http.StatusNotFound) {
 		if now, _, err := s.load(ctx); err == nil && bytes.Equal(now, old) {
 			return s.swap(ctx, old, next) // only other parts of the object have changed
 		}
@@ -145,7 +155,7 @@ func (s *Store) swap(ctx context.Context, old, next []byte) error {
 func (s *Store) create(ctx context.Context, next []byte) error {
 	o := object{APIVersion, "Keyring", metadata{Name: keyringName}, spec{Keyring: next, Summary: summary(s.Summary, next)}}
 	err := s.Do(ctx, http.MethodPost, keyrings, JSON, o, nil)
-	if refused(err, http.StatusConflict) {
+	if Refused(err, http.StatusConflict) {
 		return fmt.Errorf("resource Keyring %s: %w", keyringName, store.ErrConflict)
 	}
 	if err != nil {
@@ -199,10 +209,10 @@ func (s *Store) PutRecord(ctx context.Context, node string, record []byte) error
 	}
 	o := object{Spec: spec{Record: record, KeyringVersion: version, Summary: summary(s.RecordSummary, record)}}
 	err = s.Do(ctx, http.MethodPatch, nodes+"/"+url.PathEscape(node), MergePatch, o, nil)
-	if refused(err, http.StatusNotFound) {
+	if Refused(err, http.StatusNotFound) {
 		o.APIVersion, o.Kind, o.Metadata.Name = APIVersion, "KeyringNode", node
 		err = s.Do(ctx, http.MethodPost, nodes, JSON, o, nil)
-		if refused(err, http.StatusForbidden) {
+		if Refused(err, http.StatusForbidden) {
 			err = fmt.Errorf("there is no such object: %w", err)
 		}
 	}

@@ -1,0 +1,137 @@
+package clusterstore
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/e2e/cluster"
+	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/seal/store/kube"
+)
+
+// setUp runs kleidi cluster setup on a node as an administrator would.
+func (a *api) setUp(t *testing.T, n *node.Node, args ...string) setUpResult {
+	t.Helper()
+	var r setUpResult
+	if err := json.Unmarshal(n.Run("cluster", append([]string{"setup", "--kubeconfig", a.kubeconfig, "-o", "json"}, args...)...), &r); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+type setUpResult struct {
+	User, Server, Kubeconfig, Certificate, Key string
+	KeyInTPM                                   bool
+	NotAfter                                   time.Time
+	Changes                                    []string
+}
+
+// as returns a client with the rights of a kubeconfig that kleidi wrote for a key in a
+// file.
+func as(t *testing.T, kubeconfig string) *kube.Client {
+	t.Helper()
+	c, err := kube.NewClient(kube.Options{Kubeconfig: kubeconfig})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// TestSetup: cluster setup makes a node's access, with the key in the TPM or in a file. A
+// second run changes nothing.
+func TestSetup(t *testing.T) {
+	a := startAPI(t)
+	cluster.StartControllerManager(t, cluster.Loopback, a.binaries["kube-controller-manager-1.37"], a.dir, a.kubeconfig, a.ca, 365*24*time.Hour)
+	n := node.Make(t, node.Setup{Settings: "node: cp-1\n"})
+	r := a.setUp(t, n)
+	if !r.KeyInTPM || r.User != "kleidi:node:cp-1" || r.Server != a.url {
+		t.Errorf("%+v", r)
+	}
+	if b, err := os.ReadFile(r.Key); err != nil || strings.Contains(string(b), "PRIVATE KEY") {
+		t.Errorf("the key's file: %s, %v", b, err)
+	}
+	for _, path := range []string{r.Key, r.Certificate, r.Kubeconfig} {
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v", path, info.Mode(), err)
+		}
+	}
+	if r := a.setUp(t, n); len(r.Changes) != 0 {
+		t.Errorf("a second run changes %q", r.Changes)
+	}
+	if r := a.setUp(t, n, "--key-in-file"); r.KeyInTPM || len(r.Changes) == 0 {
+		t.Errorf("the key in a file: %+v", r)
+	}
+	if r := a.setUp(t, n, "--key-in-file"); len(r.Changes) != 0 {
+		t.Errorf("a second run changes %q", r.Changes)
+	}
+}
+
+// TestRights: what the user of a node may do, and what not, is asserted on the real API
+// with the node's own certificate.
+func TestRights(t *testing.T) {
+	a := startAPI(t)
+	cluster.StartControllerManager(t, cluster.Loopback, a.binaries["kube-controller-manager-1.37"], a.dir, a.kubeconfig, a.ca, 365*24*time.Hour)
+	first, second := node.Make(t, node.Setup{Settings: "node: cp-1\n"}), node.Make(t, node.Setup{Settings: "node: cp-2\n", Uninitialised: true})
+	r := a.setUp(t, first, "--key-in-file")
+	a.setUp(t, second, "--key-in-file")
+	s := &kube.Store{Client: as(t, r.Kubeconfig)}
+	ctx := t.Context()
+
+	if err := errors.Join(s.Swap(ctx, nil, []byte("a")), s.Swap(ctx, []byte("a"), []byte("b")), s.PutRecord(ctx, "cp-1", []byte("r"))); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := s.Load(ctx); err != nil || string(b) != "b" {
+		t.Errorf("the Keyring: %q, %v", b, err)
+	}
+	if all, err := s.Records(ctx, "cp-1", "cp-2"); err != nil || len(all) != 1 {
+		t.Errorf("records: %v, %v", all, err)
+	}
+
+	store := "/apis/" + kube.APIVersion
+	request := map[string]any{"spec": map[string]any{"record": "eA=="}}
+	for _, c := range []struct {
+		what, method, path, kind string
+		in                       any
+	}{
+		{"read Secrets", http.MethodGet, "/api/v1/secrets", "", nil},
+		{"read a Secret", http.MethodGet, "/api/v1/namespaces/default/secrets/x", "", nil},
+		{"write another node's record", http.MethodPatch, store + "/keyringnodes/cp-2", kube.MergePatch, request},
+		{"make a record", http.MethodPost, store + "/keyringnodes", kube.JSON, map[string]any{"apiVersion": kube.APIVersion, "kind": "KeyringNode", "metadata": map[string]string{"name": "cp-9"}, "spec": map[string]any{}}},
+		{"delete the Keyring", http.MethodDelete, store + "/keyrings/cluster", "", nil},
+		{"delete all Keyrings", http.MethodDelete, store + "/keyrings", "", nil},
+		{"delete its record", http.MethodDelete, store + "/keyringnodes/cp-1", "", nil},
+		{"delete another node's record", http.MethodDelete, store + "/keyringnodes/cp-2", "", nil},
+		{"write an archive", http.MethodPost, store + "/keyringarchives", kube.JSON, map[string]any{"apiVersion": kube.APIVersion, "kind": "KeyringArchive", "metadata": map[string]string{"name": "k"}, "spec": map[string]string{"kek": "eA=="}}},
+		{"change its role", http.MethodPatch, "/apis/rbac.authorization.k8s.io/v1/clusterroles/kleidi-node-cp-1", kube.MergePatch, map[string]any{"rules": []any{}}},
+		{"change the definitions", http.MethodPatch, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/keyrings." + kube.Group, kube.MergePatch, map[string]any{"metadata": map[string]any{"labels": map[string]string{"a": "b"}}}},
+		{"list certificate requests", http.MethodGet, "/apis/certificates.k8s.io/v1/certificatesigningrequests", "", nil},
+		{"read another node's certificate request", http.MethodGet, "/apis/certificates.k8s.io/v1/certificatesigningrequests/kleidi-node-cp-2", "", nil},
+		{"approve its certificate request", http.MethodPatch, "/apis/certificates.k8s.io/v1/certificatesigningrequests/kleidi-node-cp-1/approval", kube.MergePatch, map[string]any{}},
+		{"delete its certificate request", http.MethodDelete, "/apis/certificates.k8s.io/v1/certificatesigningrequests/kleidi-node-cp-1", "", nil},
+		{"read kube-apiserver's metrics", http.MethodGet, "/metrics", "", nil},
+	} {
+		if err := s.Do(ctx, c.method, c.path, c.kind, c.in, nil); !kube.Refused(err, http.StatusForbidden) {
+			t.Errorf("the node may %s: %v", c.what, err)
+		}
+	}
+
+	t.Log("its binding is deleted")
+	admin := as(t, a.kubeconfig)
+	if err := admin.Do(ctx, http.MethodDelete, "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kleidi-node-cp-1", "", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	node.Eventually(t, time.Minute, "the node is cut off", func() error {
+		if _, err := s.Load(ctx); !kube.Refused(err, http.StatusForbidden) {
+			return errors.New("it still reads the Keyring")
+		}
+		return nil
+	})
+	if err := s.Swap(ctx, []byte("b"), []byte("c")); err == nil {
+		t.Error("it still writes the Keyring")
+	}
+}

@@ -1,0 +1,123 @@
+// Package clusteraccess is this node's access to the cluster's API: a kubeconfig, a
+// client certificate, and a key in the TPM or in a file.
+//
+// [Access.SetUp] makes them with an administrator's rights. A running serve asks for the
+// next certificate with the node's own rights before the present one ends ([Renewal]).
+// Nobody but an administrator may approve a request: who may approve one for this signer
+// may sign a certificate for any user.
+package clusteraccess
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/beezy-dev/kleidi/deploy/cluster"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/seal/store/kube"
+	"github.com/beezy-dev/kleidi/tpm/attest"
+)
+
+// Access is one node's access to the cluster's API.
+type Access struct {
+	// Node is the node's name.
+	Node string
+	// Kubeconfig is the path of the kubeconfig file. The certificate and the key lie
+	// beside it.
+	Kubeconfig string
+	// Gate has the TPM.
+	Gate *attest.Gate
+}
+
+// User returns the user name in the node's client certificate.
+func (a *Access) User() string { return cluster.User(a.Node) }
+
+// beside returns the path of a file beside the kubeconfig.
+func (a *Access) beside(extension string) string {
+	return strings.TrimSuffix(a.Kubeconfig, filepath.Ext(a.Kubeconfig)) + extension
+}
+
+// Client returns a client with the rights of the kubeconfig's user.
+func (a *Access) Client() (*kube.Client, error) {
+	k, err := kube.ReadKubeconfig(a.Kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	o := kube.Options{Kubeconfig: a.Kubeconfig}
+	if k.KeyFile != "" && k.CertFile != "" {
+		o.Certificate = func() (*tls.Certificate, error) { return a.Certificate(context.Background()) }
+	}
+	return kube.NewClient(o)
+}
+
+// Certificate reads the client certificate and its key from the files that the
+// kubeconfig names.
+func (a *Access) Certificate(ctx context.Context) (*tls.Certificate, error) {
+	k, err := kube.ReadKubeconfig(a.Kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	if k.KeyFile == "" || k.CertFile == "" {
+		return nil, fmt.Errorf("kubeconfig %s: its user has no certificate in a file", a.Kubeconfig)
+	}
+	signer, inTPM, err := a.signer(ctx, k.KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	b, err := files.ReadOwned(k.CertFile, files.MaxCertificates)
+	if err != nil {
+		return nil, err
+	}
+	c, err := files.CertificateFor(signer, b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", k.CertFile, err)
+	}
+	if !inTPM {
+		c.SupportedSignatureAlgorithms = nil // all that the key can do
+	}
+	return c, nil
+}
+
+// signer returns the key in a file, or the key in the TPM that the file is for.
+func (a *Access) signer(ctx context.Context, path string) (s crypto.Signer, inTPM bool, err error) {
+	b, err := files.ReadPrivateKey(path)
+	if err != nil {
+		return nil, false, err
+	}
+	defer clear(b)
+	if bytes.HasPrefix(b, []byte("{")) {
+		s, err = a.Gate.Device.ClientSigner(ctx, a.Gate.Owner, b)
+		inTPM = true
+	} else {
+		s, err = parseKey(b)
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("%s: %w", path, err)
+	}
+	return s, inTPM, nil
+}
+
+// margin returns how long before its end a certificate is renewed.
+func margin(c *x509.Certificate) time.Duration {
+	return min(30*24*time.Hour, c.NotAfter.Sub(c.NotBefore)/3)
+}
+
+// due returns when a certificate is to be renewed.
+func due(c *x509.Certificate) time.Time { return c.NotAfter.Add(-margin(c)) }
+
+// check refuses a certificate that is not for this node alone.
+func (a *Access) check(c *x509.Certificate) error {
+	switch {
+	case c.Subject.CommonName != a.User():
+		return fmt.Errorf("it is for user %q, not %q", c.Subject.CommonName, a.User())
+	case len(c.Subject.Organization) > 0:
+		return fmt.Errorf("it is for members of %q, too", c.Subject.Organization)
+	}
+	return nil
+}
