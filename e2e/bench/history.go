@@ -43,6 +43,14 @@ func (k *shipped) printHistory(ctx context.Context, config string, n int) error 
 
 // makeHistory makes a state folder whose keyring was rotated often.
 func (k *shipped) makeHistory(ctx context.Context, state string) error {
+	return k.makeKeyring(ctx, state, func(w *tpm.Wrapper, ring *keyring.Keyring, slot seal.Slot) (*keyring.Keyring, error) {
+		return rotatedOften(ctx, w, ring, slot, manyRetired)
+	})
+}
+
+// makeKeyring makes a state folder with what change makes of kleidi's keyring and its
+// TPM slot. change closes the keyring that it is given, or returns it.
+func (k *shipped) makeKeyring(ctx context.Context, state string, change func(*tpm.Wrapper, *keyring.Keyring, seal.Slot) (*keyring.Keyring, error)) error {
 	wrapper, err := k.wrapper()
 	if err != nil {
 		return err
@@ -67,16 +75,24 @@ func (k *shipped) makeHistory(ctx context.Context, state string) error {
 	if err != nil {
 		return err
 	}
-	for range manyRetired {
-		if ring, err = rotated(ctx, wrapper, ring, slot); err != nil {
-			return err
-		}
+	if ring, err = change(wrapper, ring, slot); err != nil {
+		return err
 	}
 	defer ring.Close()
 	folder := filepath.Join(k.dir, state)
 	return errors.Join(os.Mkdir(folder, 0o700),
 		os.WriteFile(filepath.Join(folder, "keyring.json"), ring.Marshal(), 0o600),
 		os.WriteFile(filepath.Join(folder, "anchor.json"), ring.Anchor().Marshal(), 0o600))
+}
+
+// rotatedOften returns the keyring after a number of rotations, and closes the former one.
+func rotatedOften(ctx context.Context, w *tpm.Wrapper, ring *keyring.Keyring, like seal.Slot, times int) (_ *keyring.Keyring, err error) {
+	for range times {
+		if ring, err = rotated(ctx, w, ring, like); err != nil {
+			return nil, err
+		}
+	}
+	return ring, nil
 }
 
 // rotated returns the keyring with another KEK, and closes the former one.
@@ -108,7 +124,7 @@ func (k *shipped) wrapper() (*tpm.Wrapper, error) {
 	if err != nil {
 		return nil, err
 	}
-	return tpm.NewWrapper(tpm.Config{Device: tpm.NewDevice(addr, tpm.DefaultTimeout), Counter: counter, Node: "bench"}), nil
+	return tpm.NewWrapper(tpm.Config{Device: tpm.NewDevice(addr, tpm.DefaultTimeout), Counter: counter, Node: k.node}), nil
 }
 
 func tpmSlot(stored *keyring.Untrusted) (seal.Slot, error) {

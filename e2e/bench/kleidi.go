@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -43,7 +44,7 @@ func startKleidi(ctx context.Context, o options, dir string) (*plugin, error) {
 }
 
 func startOn(ctx context.Context, o options, machine *simboot.Machine, dir string) (*plugin, error) {
-	k := &shipped{binary: o.kleidi, machine: machine, dir: dir, socket: filepath.Join(dir, "kms.sock")}
+	k := newShipped(o.kleidi, machine, dir, "bench")
 	config, err := k.configure("state", machine.Device())
 	if err == nil {
 		err = k.init(ctx, config)
@@ -53,6 +54,12 @@ func startOn(ctx context.Context, o options, machine *simboot.Machine, dir strin
 	}
 	if err == nil {
 		err = k.printHistory(ctx, config, max(o.starts, 1))
+	}
+	if err == nil {
+		err = k.printNodes(ctx, config, max(o.starts, 1))
+	}
+	if err == nil {
+		err = k.printJoins(ctx, max(o.starts, 1))
 	}
 	if err == nil {
 		err = k.printModels(ctx)
@@ -131,21 +138,28 @@ type shipped struct {
 	binary      string
 	machine     *simboot.Machine
 	dir, socket string
+	node        string
 }
 
-// configure writes a configuration with a separate state folder and TPM.
-func (k *shipped) configure(state, device string) (path string, err error) {
+func newShipped(binary string, machine *simboot.Machine, dir, node string) *shipped {
+	return &shipped{binary: binary, machine: machine, dir: dir, socket: filepath.Join(dir, "kms.sock"), node: node}
+}
+
+// configure writes a configuration with a separate state folder and TPM, and further
+// lines of YAML.
+func (k *shipped) configure(state, device string, more ...string) (path string, err error) {
 	m := k.machine
 	config := fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
-node: bench
+node: %s
 state: {dir: %q}
 tpm: {device: %q, eventLog: %q, userspaceEventLog: %q}
 kms: {socket: %q}
 admin: {socket: %q}
 http: {socket: ""}
 log: {format: json}
-`, filepath.Join(k.dir, state), device, m.EventLog(), m.UserspaceLog(), k.socket, filepath.Join(k.dir, "admin.sock"))
+%s
+`, k.node, filepath.Join(k.dir, state), device, m.EventLog(), m.UserspaceLog(), k.socket, filepath.Join(k.dir, "admin.sock"), strings.Join(more, "\n"))
 	f, err := os.CreateTemp(k.dir, "config-*.yaml")
 	if err != nil {
 		return "", err
@@ -159,12 +173,20 @@ func (k *shipped) init(ctx context.Context, config string) error {
 	if err != nil {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, k.binary, "--config", config, "init",
-		"--recovery-recipient", identity.Recipient().String()).CombinedOutput()
+	_, err = k.run(ctx, config, "init", "--recovery-recipient", identity.Recipient().String())
+	return err
+}
+
+// run runs a verb, and returns its standard output.
+func (k *shipped) run(ctx context.Context, config, verb string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, k.binary, append([]string{"--config", config, verb}, args...)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
 	if err != nil {
-		return fmt.Errorf("kleidi init: %w\n%s", err, out)
+		return nil, fmt.Errorf("kleidi %s: %w\n%s%s", verb, err, out, stderr.Bytes())
 	}
-	return nil
+	return out, nil
 }
 
 // serve starts kleidi serve and waits for its first good Status. It returns the time at
