@@ -136,6 +136,7 @@ func (m *machine) judge(t *testing.T, c boot, b *booted, r *row) {
 		return
 	}
 	m.judgeFacts(t, c, b, r)
+	said := "" // by the command that must fail
 	for _, res := range b.results[1:] {
 		switch s := res.Step; {
 		case s.Serve:
@@ -147,13 +148,16 @@ func (m *machine) judge(t *testing.T, c boot, b *booted, r *row) {
 		case s.Decrypt != nil:
 			m.judgeDecrypt(t, c, res, r)
 		case c.refused != "" && res.Error != "" && strings.Contains(res.Stderr, c.refused):
-			r.Says = strings.TrimSpace(res.Stderr)
+			said = strings.TrimSpace(res.Stderr[max(0, strings.LastIndex(res.Stderr, "error: ")):])
 		case res.Error != "":
 			t.Errorf("%s: %s", describe(wire.Result{Step: s}), res.Error)
 		}
 	}
-	if c.refused != "" && r.Says == "" {
-		t.Errorf("no command said %q", c.refused)
+	if c.refused != "" {
+		if said == "" {
+			t.Errorf("no command said %q", c.refused)
+		}
+		r.Says = strings.TrimPrefix(r.Says+"; "+said, "; ")
 	}
 	if r.Verdict == "" {
 		t.Errorf("kleidi was not asked; expected that it %s", c.want)

@@ -47,7 +47,7 @@ func makePartition(path string) error {
 // disk with the programs.
 func (f *forge) initrdFile(i image) (string, error) {
 	root := f.root(i)
-	return f.once(image{initrd: i.initrd, systemd: i.systemd}.path(f, ".initrd"), func(path string) error {
+	return f.once(image{initrd: i.initrd, systemd: i.systemd, network: i.network}.path(f, ".initrd"), func(path string) error {
 		files := []disk.File{{Name: "modules/", Mode: 0o755}, {Name: "init", Mode: 0o755, Data: f.init}}
 		files = append(files, disk.File{Name: wire.ToolsDigest[1:], Mode: 0o644, Data: fmt.Appendf(nil, "%x %d\n", sha256.Sum256(root), len(root))})
 		if i.initrd != "" {
@@ -55,7 +55,11 @@ func (f *forge) initrdFile(i image) (string, error) {
 		}
 		loaded := map[string]bool{}
 		var err error
-		for _, name := range []string{"virtio_pci", "virtio_blk", "efivarfs"} {
+		modules := []string{"virtio_pci", "virtio_blk", "efivarfs"}
+		if i.network {
+			modules = append(modules, "virtio_net")
+		}
+		for _, name := range modules {
 			if files, err = f.addModule(files, name, loaded); err != nil {
 				return err
 			}

@@ -24,6 +24,7 @@ type image struct {
 	uname       string // .uname, which the stub does not measure
 	unsigned    bool
 	systemd     bool              // the initrd hands over to systemd
+	network     bool              // the initrd loads the network card's driver
 	sections    map[string][]byte // further sections of a unified kernel image
 }
 

@@ -36,6 +36,7 @@ type machine struct {
 	settings  string      // added to kleidi's configuration
 	files     []disk.File // further files on the machine
 	handed    []string    // QEMU's arguments for a kernel that QEMU hands to the firmware
+	network   bool        // the machine reaches this one, as wire.Host
 	state     []disk.File
 	// From the first boot: its facts, and a DEK seed, plain and encrypted.
 	first *wire.Facts
@@ -110,6 +111,7 @@ func (b *booted) facts() *wire.Facts {
 
 // boot starts the machine from an image, and returns when it has powered off.
 func (m *machine) boot(i image, files []disk.File, steps ...wire.Step) (*booted, error) {
+	i.network = m.network
 	esp, err := m.forge.disk(i)
 	if err != nil {
 		return nil, err

@@ -110,6 +110,9 @@ func (m *machine) arguments(disk, tpm, console string) []string {
 	} else {
 		args = append(args, "-device", "virtio-blk-pci,drive=boot,bootindex=0")
 	}
+	if m.network { // no ROM, since the firmware boots from the disk
+		args = append(args, "-netdev", "user,id=net,net="+wire.Net, "-device", "virtio-net-pci,netdev=net,romfile=")
+	}
 	for _, name := range []string{wire.Tools, wire.Request, wire.State} {
 		args = append(args, "-drive", "if=none,id="+name+",format=raw,file="+m.path(name), "-device", "virtio-blk-pci,drive="+name+",serial="+name)
 	}

@@ -30,11 +30,18 @@ func with(i image, change func(*image)) image {
 func TestUKI(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)
+	m.network = true
+	m.files = []disk.File{joiner}
+	s := newSeat(t)
 	m.series("UKI", []boot{
-		{what: "signed image, Secure Boot on", image: uki, first: []wire.Step{initialize}, want: opens},
-		{what: "same again", image: uki, want: opens},
-		{what: "other command line", image: with(uki, func(i *image) { i.commandLine = "init=/bin/sh" }),
-			want: locked, cause: seal.CauseBootState, moved: []int{4, 9, 11}, says: []string{"PCR 4", "PCR 11"}},
+		{what: "signed image, Secure Boot on", image: uki, first: []wire.Step{initialize}, then: ask, want: opens, check: s.learn},
+		{what: "same again; kleidi join makes it a node of another cluster", image: uki, want: opens,
+			last:  func(m *machine) []wire.Step { return append(s.admit(), s.serveJoined(m.seed)...) },
+			check: func(t *testing.T, _ *booted) { s.has(t, true) }},
+		{what: "other command line; kleidi join is refused", image: with(uki, func(i *image) { i.commandLine = "init=/bin/sh" }),
+			want: locked, cause: seal.CauseBootState, moved: []int{4, 9, 11}, says: []string{"PCR 4", "PCR 11"},
+			last:    func(*machine) []wire.Step { return s.admit() },
+			refused: "boot policy"},
 		{what: "other initrd", image: with(uki, func(i *image) { i.initrd = "#!/bin/sh\n" }),
 			want: locked, cause: seal.CauseBootState, moved: []int{4, 9, 11}, says: []string{"PCR 4", "PCR 11"}},
 		{what: "other kernel", image: with(uki, func(i *image) { i.kernel = "somebody@example.org" }),

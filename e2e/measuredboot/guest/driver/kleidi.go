@@ -39,7 +39,7 @@ func systemd() bool {
 
 const unit = "kleidi.service"
 
-func start() (*serving, error) {
+func start(flags []string) (*serving, error) {
 	s := &serving{ended: make(chan error, 1)}
 	if systemd() {
 		r := wire.Result{}
@@ -56,7 +56,7 @@ func start() (*serving, error) {
 		return nil, err
 	}
 	defer log.Close()
-	s.cmd = exec.Command(wire.Kleidi, "serve")
+	s.cmd = exec.Command(wire.Kleidi, append([]string{"serve"}, flags...)...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	if err := s.cmd.Start(); err != nil {
 		return nil, err
@@ -79,18 +79,22 @@ func command(line []string, r *wire.Result) error {
 
 // serve starts kleidi serve, waits until kleidi has tried to open the keyring, and asks
 // for the result through KMS v2 and with kleidi status.
-func (m *machine) serve(r *wire.Result) error {
+func (m *machine) serve(config string, r *wire.Result) error {
 	if m.serving != nil {
 		return errors.New("kleidi serve runs already")
 	}
-	s, err := start()
+	var flags []string
+	if config != "" {
+		flags = []string{"--config", config}
+	}
+	s, err := start(flags)
 	if err != nil {
 		return err
 	}
 	m.serving = s
 	tried := s.tried(r)
 	status := wire.Result{}
-	err = command([]string{wire.Kleidi, "status", "-o", "json"}, &status)
+	err = command(append([]string{wire.Kleidi, "status", "-o", "json"}, flags...), &status)
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() > 2 { // locked, or a problem: what it shows
 		err = nil

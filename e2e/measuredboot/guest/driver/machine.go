@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/hex"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -15,16 +16,41 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/wire"
 )
 
-// loopback brings up lo, for kleidi's HTTP address.
-func loopback() error {
+// network brings up lo, for kleidi's HTTP address, and the network card if there is one.
+func network() error {
+	if err := up("lo", nil); err != nil {
+		return err
+	}
+	const card = "eth0"
+	if _, err := os.Stat("/sys/class/net/" + card); os.IsNotExist(err) {
+		return nil
+	}
+	return up(card, net.ParseIP(wire.Guest))
+}
+
+// up gives a network interface its address, if any, in a network of 256, and brings it up.
+func up(name string, address net.IP) error {
 	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(s)
-	ifr, err := unix.NewIfreq("lo")
+	ifr, err := unix.NewIfreq(name)
 	if err != nil {
 		return err
+	}
+	if address != nil {
+		for _, set := range []struct {
+			request uint
+			value   []byte
+		}{{unix.SIOCSIFADDR, address.To4()}, {unix.SIOCSIFNETMASK, net.CIDRMask(24, 32)}} {
+			if err := ifr.SetInet4Addr(set.value); err != nil {
+				return err
+			}
+			if err := unix.IoctlIfreq(s, set.request, ifr); err != nil {
+				return err
+			}
+		}
 	}
 	ifr.SetUint16(unix.IFF_UP)
 	return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr)

@@ -22,8 +22,8 @@ func main() {
 }
 
 func run() error {
-	if err := loopback(); err != nil {
-		return fmt.Errorf("loopback: %w", err)
+	if err := network(); err != nil {
+		return fmt.Errorf("network: %w", err)
 	}
 	b, err := os.ReadFile(wire.ScriptName)
 	if err != nil {
@@ -67,7 +67,7 @@ func (m *machine) step(step wire.Step, r *wire.Result) error {
 	case step.Run != nil:
 		return command(step.Run, r)
 	case step.Serve:
-		return m.serve(r)
+		return m.serve(step.Config, r)
 	case step.Stop:
 		r.Stderr = m.stop()
 		return nil

@@ -14,6 +14,14 @@ const (
 	State = "state"
 )
 
+// Addresses of a machine with a network: Guest is its own, and at Host it reaches the
+// loopback of the machine that runs the test.
+const (
+	Net   = "10.0.2.0/24"
+	Guest = "10.0.2.15"
+	Host  = "10.0.2.2"
+)
+
 // Paths of the guest.
 const (
 	// ToolsDigest is in the initrd: the SHA-256 of the tools' archive, in hex, and the
@@ -40,13 +48,15 @@ type Script struct {
 	Steps []Step `json:"steps"`
 }
 
-// Step is one step. Exactly one field is set.
+// Step is one step. Exactly one field is set, apart from Config.
 type Step struct {
 	// Run is a command line: a program and its arguments, no shell.
 	Run []string `json:"run,omitempty"`
 	// Serve starts kleidi serve, unless systemd has, and returns once kleidi has tried
 	// to open the keyring.
 	Serve bool `json:"serve,omitempty"`
+	// Config is the configuration that Serve takes in the place of the machine's own.
+	Config string `json:"config,omitempty"`
 	// Stop ends kleidi serve.
 	Stop bool `json:"stop,omitempty"`
 	// Encrypt asks for the encryption of a DEK seed.
