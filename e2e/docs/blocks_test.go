@@ -9,7 +9,8 @@ import (
 
 // documents are the documents with commands, relative to this folder.
 var documents = []string{"../../README.md", "../../docs/recovery.md", "../../docs/operations.md", "../../docs/boot-states.md",
-	"../../docs/boot-policy.md", "../../docs/updates.md", "../../docs/remote-attestation.md", "../../docs/pkcs11.md"}
+	"../../docs/boot-policy.md", "../../docs/updates.md", "../../docs/remote-attestation.md", "../../docs/pkcs11.md",
+	"../../docs/high-availability.md"}
 
 // block is a fenced block of a document, with the comment before it.
 type block struct {

@@ -3,6 +3,8 @@ package docs
 import (
 	"fmt"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -29,17 +31,32 @@ type reader struct {
 	where  string
 	m      *machine
 	output string
+	said   []string // the outputs of this scene's commands
 	ran    int
+}
+
+// turn goes on at another machine of the scene.
+func (r *reader) turn(name string) {
+	r.t.Helper()
+	if r.m == nil || r.m.cast[name] == nil {
+		r.t.Fatalf("%s: the scene has no machine %q", r.where, name)
+	}
+	r.m = r.m.cast[name]
 }
 
 func (r *reader) follow(b block) {
 	r.t.Helper()
 	scene, onScene := strings.CutPrefix(b.comment, "run on: ")
+	next, onNext := strings.CutPrefix(b.comment, "run next on ")
+	configured, onConfigured := strings.CutPrefix(b.comment, "configures ")
 	reason, notRun := strings.CutPrefix(b.comment, "not run: ")
 	switch {
 	case b.comment == "prints" && !b.commands:
 		r.compare(b.text)
 	case b.comment == "configures" && !b.commands && r.m != nil:
+		r.m.set(b.text)
+	case onConfigured && !b.commands:
+		r.turn(configured)
 		r.m.set(b.text)
 	case !b.commands:
 	case onScene:
@@ -50,6 +67,10 @@ func (r *reader) follow(b block) {
 		}
 		r.m = newMachine(r.t)
 		start(r.m)
+		r.said = nil
+		r.run(b)
+	case onNext:
+		r.turn(next)
 		r.run(b)
 	case b.comment == "run next" && r.m != nil:
 		r.run(b)
@@ -62,14 +83,36 @@ func (r *reader) follow(b block) {
 func (r *reader) run(b block) {
 	r.t.Helper()
 	r.m.serveIfPossible()
-	out, err := r.m.shell(b.text)
-	r.t.Logf("%s:\n%s%s", r.where, b.text, out)
+	text := r.fill(b.text)
+	out, err := r.m.shell(text)
+	r.t.Logf("%s:\n%s%s", r.where, text, out)
 	if err != nil {
 		r.t.Fatalf("%s: %v", r.where, err)
 	}
 	r.output = out
+	r.said = append(r.said, out)
 	r.ran++
 	r.m.rebootIfAsked()
+}
+
+// elided is a flag whose value the document shows shortened.
+var elided = regexp.MustCompile(`--([a-z-]+) (\S*)…`)
+
+// fill completes the shortened values from what the scene's commands have printed: after
+// the flag's name, in a table or in a command.
+func (r *reader) fill(text string) string {
+	r.t.Helper()
+	return elided.ReplaceAllStringFunc(text, func(short string) string {
+		part := elided.FindStringSubmatch(short)
+		value := regexp.MustCompile(`(?i)\b` + part[1] + ` +(` + regexp.QuoteMeta(part[2]) + `\S+)`)
+		for _, out := range slices.Backward(r.said) {
+			if found := value.FindStringSubmatch(out); found != nil {
+				return "--" + part[1] + " " + found[1]
+			}
+		}
+		r.t.Fatalf("%s: no command has printed the value of %s", r.where, short)
+		return ""
+	})
 }
 
 // compare demands every line of text in the output of the last block.
@@ -86,9 +129,9 @@ func (r *reader) compare(text string) {
 // lost.
 func (r *reader) leave() {
 	r.t.Helper()
-	if r.m != nil {
-		r.m.serveIfPossible()
-		r.m.checkNothingLost()
+	for _, m := range r.m.all() {
+		m.serveIfPossible()
+		m.checkNothingLost()
 	}
 	r.m = nil
 }

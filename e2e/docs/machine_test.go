@@ -27,7 +27,10 @@ import (
 type machine struct {
 	*tpmtest.Machine
 	t        *testing.T
-	base     string // the root folder
+	name     string              // of the node
+	address  string              // at which the other machines reach it
+	cast     map[string]*machine // the machines of a scene of several, this one among them
+	base     string              // the root folder
 	boot     simboot.Boot
 	next     simboot.Boot   // the boot that an update leads to
 	binary   string         // of kleidi
@@ -43,7 +46,7 @@ var seed = bytes.Repeat([]byte("documents"), 4)[:32]
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	boot := simboot.Baseline(simboot.UKI)
-	m := &machine{Machine: tpmtest.New(t, boot), t: t, boot: boot, binary: node.Binary(t), settings: map[string]any{}}
+	m := &machine{Machine: tpmtest.New(t, boot), t: t, name: "cp-1", boot: boot, binary: node.Binary(t), settings: map[string]any{}}
 	m.base = filepath.Join(m.Dir(), "r")
 	// Folders of the system, and what the unit's tmpfiles make. The documents make all others.
 	for _, dir := range []string{"bin", "root", "etc", "media/usb", "run/kleidi", "usr/local/bin", "var/lib"} {
@@ -111,13 +114,13 @@ func (m *machine) configure() {
 	}
 	m.write("etc/kleidi/config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
-node: cp-1
+node: %s
 tpm: {device: "%s", eventLog: %s, userspaceEventLog: %s}
 state: {dir: %s}
 kms: {socket: %s}
 admin: {socket: %s}
 http: {socket: %s}
-%s`, device, m.EventLog(), m.UserspaceLog(), m.root("var/lib/kleidi"), m.root("run/kleidi/kms.sock"), m.root("run/kleidi/admin.sock"), m.root("run/kleidi/http.sock"), settings.String()), 0o600)
+%s`, m.name, device, m.EventLog(), m.UserspaceLog(), m.root("var/lib/kleidi"), m.root("run/kleidi/kms.sock"), m.root("run/kleidi/admin.sock"), m.root("run/kleidi/http.sock"), settings.String()), 0o600)
 }
 
 func (m *machine) write(path, content string, mode os.FileMode) {
@@ -188,6 +191,9 @@ func (m *machine) shell(commands string) (string, error) {
 func (m *machine) relocate(commands string) string {
 	for _, dir := range []string{"/etc/", "/media/", "/opt/", "/var/lib/", "/run/", "/boot/", "/efi/", "/usr/local/"} {
 		commands = strings.ReplaceAll(commands, " "+dir, " "+m.root(dir)+"/")
+	}
+	if m.cast != nil {
+		commands = strings.ReplaceAll(commands, " "+documented, " "+m.seat().address)
 	}
 	return strings.ReplaceAll(commands, " /sys/kernel/security/tpm0/binary_bios_measurements", " "+m.EventLog())
 }

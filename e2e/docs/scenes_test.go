@@ -130,6 +130,30 @@ kleidi init --break-two-of-two --recovery-recipient "$(age-keygen -y /media/usb/
 		m.must("kleidi rotate --skip-slot pkcs11")
 		m.must("mv " + m.root("away") + " " + m.root(tokens))
 	},
+	"a new machine beside a serving seat": func(m *machine) {
+		m.beside(serving)
+	},
+	"a new machine beside a seat that answers joins": func(m *machine) {
+		m.besideAnswering()
+		m.inMemory()
+		m.seat().write("root/join.yaml", "token: abcdef.0123456789abcdef\n", 0o600)
+	},
+	"the seat of a cluster with a token, beside a machine without a TPM": func(m *machine) {
+		withToken("[tpm, pkcs11]", true)(m)
+		next := newMachine(m.t)
+		next.noTPM, next.binary = true, m.binary
+		next.writeKleidi()
+		next.write("etc/kleidi/pkcs11.pin", read(m.t, m.root("etc/kleidi/pkcs11.pin")), 0o600)
+		next.settings["pkcs11"] = m.settings["pkcs11"]
+		m.meet(next, "cp-3")
+	},
+	"a node whose disk was lost, and the seat": func(m *machine) {
+		m.besideAnswering()
+		m.joinSeat()
+		m.stop()
+		m.remove("var/lib/kleidi")
+		m.makeFolders()
+	},
 	"a node whose anchor is lost": func(m *machine) {
 		serving(m)
 		m.stop()
