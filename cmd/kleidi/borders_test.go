@@ -86,7 +86,10 @@ var borders = map[string][]string{
 	"internal/verifierd":        {"grpcserver/monitor", "grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/supervise", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
 	"internal/dev":              {"internal/config", "internal/lifecycle", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
 	"internal/encryptionconfig": {},
-	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/leaving", "internal/lifecycle", "internal/members", "internal/node", "internal/operation", "internal/ownership", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
+	"internal/etcdfile":         {},
+	"internal/usage":            {"internal/etcdfile", "seal"},
+	"internal/usage/usagetest":  {},
+	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/leaving", "internal/lifecycle", "internal/members", "internal/node", "internal/operation", "internal/ownership", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
 }
 
 // doors names the folders through which a library enters.
@@ -97,7 +100,7 @@ var doors = map[string][]string{
 	"filippo.io/age":                    {"seal/recovery"},
 	"github.com/miekg/pkcs11":           {"hsm"},
 	"github.com/hashicorp/vault/":       {"vault"},
-	"google.golang.org/grpc":            {"grpcserver", "internal/dev"},
+	"google.golang.org/grpc":            {"grpcserver", "internal/dev", "internal/usage"},
 	"k8s.io/kms/":                       {"grpcserver", "internal/dev"},
 	"github.com/prometheus/":            {"grpcserver", "internal/serve", "internal/verifierd"},
 	"github.com/spf13/":                 {"cmd/kleidi"},
@@ -183,7 +186,7 @@ const (
 // pure. Each of the others talks to one backend, or has one file for each verb.
 var larger = map[string]int{
 	"seal/keyring": 2800, "tpm/eventlog": 2500, "tpm/bootpolicy": 1800, "tpm/predict": 2500, "tpm/simboot": 1500, "tpm/attest": 2000,
-	"tpm": 3300, "hsm": 2500, "vault": 2100, "grpcserver/verifier": 2100, "grpcserver/join": 1900, "internal/lifecycle": 1400, "internal/node": 1450, "cmd/kleidi": 3800,
+	"tpm": 3300, "hsm": 2500, "vault": 2100, "grpcserver/verifier": 2100, "grpcserver/join": 1900, "internal/lifecycle": 1400, "internal/node": 1450, "cmd/kleidi": 4200,
 }
 
 func TestPackagesAndTypesStaySmall(t *testing.T) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"github.com/beezy-dev/kleidi/internal/usage"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
@@ -19,6 +20,11 @@ type backedUpKeyring struct {
 	File     string     `json:"file"`
 	KeyID    seal.KeyID `json:"keyID"`
 	Revision uint64     `json:"revision"`
+}
+
+// checkedKeyring says which snapshots a keyring opens.
+type checkedKeyring struct {
+	Snapshots []usage.Opening `json:"snapshots"`
 }
 
 // shownPolicy is a boot policy.

@@ -28,6 +28,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/members"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/internal/slots"
+	"github.com/beezy-dev/kleidi/internal/usage"
 	"github.com/beezy-dev/kleidi/internal/verifierd"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 )
@@ -50,6 +51,7 @@ var resultsOf = map[string][]any{
 	"init":                {lifecycle.InitResult{}},
 	"join":                {members.JoinResult{}},
 	"keyring backup":      {backedUpKeyring{}},
+	"keyring check":       {checkedKeyring{}},
 	"keyring restore":     {admin.KeyringState{}},
 	"keyring save":        {admin.KeyringState{}},
 	"keyring show":        {shownKeyring{}},
@@ -70,6 +72,7 @@ var resultsOf = map[string][]any{
 	"slot test":           {admin.SlotTests{}},
 	"status":              {admin.StatusReport{}},
 	"suspend":             {admin.KeyringState{}},
+	"usage":               {usage.Usage{}},
 	"vault-key":           {slots.VaultKey{}},
 	"verifier init":       {verifierd.Report{}},
 	"verifier register":   {verifierd.Node{}},

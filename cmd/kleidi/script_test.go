@@ -101,6 +101,8 @@ var hostCommands = map[string]hostCommand{
 	"pkfp":      (*host).pkfp,
 	"slot":      (*host).slotName,
 	"row":       (*host).row,
+	"snapshot":  (*host).snapshot,
+	"exits":     (*host).exits,
 	"table":     (*host).printTable,
 	"approve":   (*host).approve,
 	"join":      (*host).join,
