@@ -74,7 +74,10 @@ func TestRepeatedSecrets(t *testing.T) {
 			}
 			b, _ := io.ReadAll(r.Body)
 			text := strings.NewReplacer(`"`, ``, `{`, ``, `}`, ``, `\`, ``).Replace(string(b))
-			answer(w, http.StatusBadRequest, `{"errors":["unexpected `+text+" "+r.Header.Get("X-Vault-Token")+`"]}`)
+			if path == "sys/wrapping/unwrap" { // its secret is its token
+				text = r.Header.Get("X-Vault-Token")
+			}
+			answer(w, http.StatusBadRequest, `{"errors":["unexpected `+text+`"]}`)
 			return true
 		}
 	}

@@ -132,6 +132,7 @@ func TestFolderNotFlushed(t *testing.T) {
 	if err := os.Mkdir(dir, 0o300); err != nil {
 		t.Fatal(err)
 	}
+	defer os.Chmod(dir, 0o700)
 	asUser(t, dir, func() {
 		path := filepath.Join(dir, "file")
 		if err := WriteNew(path, []byte("new")); !errors.Is(err, os.ErrPermission) {

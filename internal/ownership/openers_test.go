@@ -74,6 +74,9 @@ func TestOpeners(t *testing.T) {
 	}
 	r.own("tpm", 0o600, 0)
 	r.own("..", 0o755, 0)
+	if err := os.Chown(r.path("tpm"), 0, nothing); err != nil {
+		t.Fatal(err)
+	}
 	asUser(t, 4711, func() {
 		if got, err := a.openers(r.path("tpm")); err != nil || got != "" {
 			t.Errorf("root counts as a stranger to a process that is not root's: %q, %v", got, err)
