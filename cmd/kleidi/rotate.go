@@ -77,9 +77,9 @@ func confirmSlots(cmd *cobra.Command, a *app, req *admin.RotateRequest, yes bool
 		fmt.Fprintf(w, "  %s: %s\n", c.Change, c.Slot)
 	}
 	if in, ok := cmd.InOrStdin().(*os.File); !yes && ok && isTerminal(in) {
-		fmt.Fprint(w, "is each of these slots as you want it? Type yes to rotate: ")
+		fmt.Fprintln(w, "is each of these slots as you want it? Type yes to rotate:")
 		answer, err := readLine(in)
-		if err != nil {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return fmt.Errorf("rotate: %w", err)
 		}
 		yes = strings.TrimSpace(string(answer)) == "yes"

@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -55,6 +56,33 @@ func (h *host) forge(ts *testscript.TestScript, args []string) error {
 		return broken("forge: %w", err)
 	}
 	return os.WriteFile(h.abs(args[len(args)-1]), out, 0o600)
+}
+
+// unsealCopy opens a TPM slot of a kept copy of a keyring.
+func (h *host) unsealCopy(file string) (*keyring.Untrusted, *seal.Secret, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, nil, err
+	}
+	k, err := keyring.Parse(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	w, err := h.attacker("")
+	if err != nil {
+		return nil, nil, err
+	}
+	err = errors.New("no slot of a TPM")
+	for _, slot := range k.Slots() {
+		if slot.Type != seal.TypeTPM {
+			continue
+		}
+		var kek *seal.Secret
+		if kek, err = w.Unwrap(h.t.Context(), slot); err == nil {
+			return k, kek, nil
+		}
+	}
+	return nil, nil, err
 }
 
 func (h *host) forgeRecipient(file, recipient string) ([]byte, error) {

@@ -13,10 +13,6 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/seal/keyring"
-	"github.com/beezy-dev/kleidi/tpm"
-	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/slowtpm"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -115,56 +111,6 @@ func (h *host) saveTPM(direction string) error {
 	}
 	h.machine.Reboot(boot)
 	return nil
-}
-
-// copyCommand is `copy opens FILE`: a TPM slot in a kept copy of a keyring opens. It is
-// tried without kleidi's checks, as anybody with the copy and this machine could. A
-// script may expect only one failure: the TPM refuses the slot as revoked.
-func (h *host) copyCommand(ts *testscript.TestScript, args []string) error {
-	if len(args) != 2 || args[0] != "opens" {
-		return broken("usage: copy opens FILE")
-	}
-	err := h.tryCopy(ts.MkAbs(args[1]))
-	if err != nil && seal.CauseOf(err) != seal.CauseEpoch {
-		return broken("copy: %w", err)
-	}
-	return err
-}
-
-func (h *host) tryCopy(file string) error {
-	_, kek, err := h.unsealCopy(file)
-	if err != nil {
-		return err
-	}
-	return kek.Close()
-}
-
-func (h *host) unsealCopy(file string) (*keyring.Untrusted, *seal.Secret, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return nil, nil, err
-	}
-	k, err := keyring.Parse(b)
-	if err != nil {
-		return nil, nil, err
-	}
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
-	if err != nil {
-		return nil, nil, err
-	}
-	w := tpm.NewWrapper(tpm.Config{Device: h.machine.TPM(), Counter: counter, Node: "cp-1"})
-	err = errors.New("no slot of a TPM")
-	for _, s := range k.Slots() {
-		if s.Type != seal.TypeTPM {
-			continue
-		}
-		kek, openErr := w.Unwrap(h.t.Context(), s)
-		if openErr == nil {
-			return k, kek, nil
-		}
-		err = openErr
-	}
-	return nil, nil, err
 }
 
 func (h *host) allocate(names []string) error {

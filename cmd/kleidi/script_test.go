@@ -141,6 +141,7 @@ type host struct {
 	server *process
 	first  *process // where server is the second serve
 	sealed map[string]sealedSeed
+	copies map[string][]int // the slots of a kept copy of a keyring that opened
 	table  []tableRow
 	name   string           // in the keyring
 	others map[string]*host // by that name
@@ -158,7 +159,7 @@ func loopback() string {
 }
 
 func setup(env *testscript.Env) error {
-	h := &host{t: env.T().(testing.TB), work: env.WorkDir, name: "cp-1", sealed: map[string]sealedSeed{}, others: map[string]*host{}}
+	h := &host{t: env.T().(testing.TB), work: env.WorkDir, name: "cp-1", sealed: map[string]sealedSeed{}, copies: map[string][]int{}, others: map[string]*host{}}
 	h.address = loopback()
 	env.Setenv("HTTP", h.address)
 	env.Setenv("SECOND", strings.Replace(h.address, ":9779", ":9780", 1))

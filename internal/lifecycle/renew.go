@@ -208,7 +208,7 @@ func reportRenewed(n *node.Node, old *keyring.Keyring) []string {
 		changes = []string{"a fresh KEK is sealed to this machine's present boot state; all earlier ones are retired and still decrypt"}
 	}
 	for _, s := range n.View.BootStates(old.Slots(), tpm.UseSigned) {
-		changes = append(changes, fmt.Sprintf("boot states that key %.16s signed no longer open: run kleidi bootstate add FILE --public-key FILE, or kleidi bootstate add --systemd, with those of the latest generation", slotview.Fingerprint(*s.Signer)))
+		changes = append(changes, fmt.Sprintf("the fresh KEK is not sealed to the boot states that key %.16s signed: run kleidi bootstate add FILE --public-key FILE, or kleidi bootstate add --systemd, with those of the latest generation", slotview.Fingerprint(*s.Signer)))
 	}
 	return changes
 }

@@ -128,8 +128,9 @@ func (r *SlotRecord) Opened(ctx context.Context, k *keyring.Keyring) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.load(ctx, k.ClusterID().String())
-	if r.record.ClusterID != k.ClusterID().String() { // an earlier version kept none
+	if r.record.ClusterID != k.ClusterID().String() { // an earlier version kept none, or somebody deleted it
 		r.record = r.first(k)
+		r.log.Warn("there was no record of the slots, so those in the keyring are taken as they are; compare them with kleidi slot list", "slots", slotview.DescribeWays(r.record.Slots))
 		_ = r.save(ctx) // on a read-only disk, a serve remembers it all the same
 		return
 	}
