@@ -81,7 +81,8 @@ var borders = map[string][]string{
 	"internal/slots":            {"grpcserver/admin", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/rotation", "tpm"},
 	"internal/members":          {"grpcserver/admin", "grpcserver/join", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/attest/joinproof", "tpm/attest/remote", "tpm/bootpolicy", "tpm/nv"},
 	"internal/leaving":          {"internal/config", "internal/node", "internal/slotview", "seal", "seal/keyring", "seal/store", "tpm"},
-	"internal/operation":        {"grpcserver/admin", "internal/lifecycle", "internal/node", "internal/reseal", "internal/slots", "internal/status"},
+	"internal/carry":            {"grpcserver/admin", "internal/node", "seal", "seal/keyring"},
+	"internal/operation":        {"grpcserver/admin", "internal/carry", "internal/lifecycle", "internal/node", "internal/reseal", "internal/slots", "internal/status"},
 	"internal/serve":            {"grpcserver", "grpcserver/admin", "grpcserver/monitor", "internal/config", "internal/members", "internal/node", "internal/operation", "internal/reseal", "internal/slots", "internal/slotview", "internal/status", "internal/supervise", "internal/version", "seal", "seal/replica", "seal/store", "seal/unlock", "tpm"},
 	"internal/verifierd":        {"grpcserver/monitor", "grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/supervise", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
 	"internal/dev":              {"internal/config", "internal/lifecycle", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
@@ -89,7 +90,7 @@ var borders = map[string][]string{
 	"internal/etcdfile":         {},
 	"internal/usage":            {"internal/etcdfile", "seal"},
 	"internal/usage/usagetest":  {},
-	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/leaving", "internal/lifecycle", "internal/members", "internal/node", "internal/operation", "internal/ownership", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
+	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/carry", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/leaving", "internal/lifecycle", "internal/members", "internal/node", "internal/operation", "internal/ownership", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
 }
 
 // doors names the folders through which a library enters.

@@ -80,3 +80,10 @@ type shownVersion struct {
 	Arch    string `json:"arch"`
 	PKCS11  bool   `json:"pkcs11"`
 }
+
+// exportedKeyring is the file that was written.
+type exportedKeyring struct {
+	File     string     `json:"file"`
+	KeyID    seal.KeyID `json:"keyID"`
+	Revision uint64     `json:"revision"`
+}

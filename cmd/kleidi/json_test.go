@@ -52,6 +52,8 @@ var resultsOf = map[string][]any{
 	"join":                {members.JoinResult{}},
 	"keyring backup":      {backedUpKeyring{}},
 	"keyring check":       {checkedKeyring{}},
+	"keyring export":      {exportedKeyring{}},
+	"keyring import":      {admin.KeyringState{}},
 	"keyring restore":     {admin.KeyringState{}},
 	"keyring save":        {admin.KeyringState{}},
 	"keyring show":        {shownKeyring{}},

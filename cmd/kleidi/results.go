@@ -100,7 +100,7 @@ type failure struct {
 var reading = []string{
 	"bootpolicy check", "bootpolicy diff", "bootpolicy evidence", "bootpolicy explain", "bootpolicy record", "bootpolicy show",
 	"bootstate list", "bootstate sign", "completion bash", "completion fish", "completion powershell", "completion zsh",
-	"encryption-config", "help", "keyring backup", "keyring check", "keyring show", "keyring verify", "node identity", "node list", "slot list", "slot test", "status", "usage",
+	"encryption-config", "help", "keyring backup", "keyring check", "keyring export", "keyring show", "keyring verify", "node identity", "node list", "slot list", "slot test", "status", "usage",
 	"verifier show", "version",
 }
 
@@ -108,7 +108,7 @@ var reading = []string{
 func afterwards(cmd *cobra.Command, err error) string {
 	verb := strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name()+" ")
 	switch {
-	case err == nil && (verb == "keyring backup" || flagValue(cmd, "file") != "" || flagValue(cmd, "out") != ""):
+	case err == nil && (verb == "keyring backup" || verb == "keyring export" || flagValue(cmd, "file") != "" || flagValue(cmd, "out") != ""):
 		return "the file was written, so that the command need not be run again"
 	case flagValue(cmd, "dry-run") == "true":
 		return "nothing was changed"

@@ -40,6 +40,8 @@ func (h *host) forge(ts *testscript.TestScript, args []string) error {
 	switch args[0] {
 	case "anchor":
 		return h.forgeAnchor(ts, args[1], args[2])
+	case "export":
+		return h.forgeExport(ts, args[1:])
 	case "attacker":
 		out, err = h.forgeAttacker()
 	case "recipient":

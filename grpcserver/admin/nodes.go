@@ -87,3 +87,29 @@ type NodeReport struct {
 	// opened it.
 	Unfinished bool `json:"unfinished,omitempty"`
 }
+
+// The verbs that carry the shared keyring to and from a node without access to the cluster
+// store.
+const (
+	// ExportKeyring returns the shared keyring and the node's record.
+	ExportKeyring Verb[ExportKeyringRequest, KeyringExport] = "export-keyring"
+	// ImportKeyring takes what another node exported.
+	ImportKeyring Verb[ImportKeyringRequest, KeyringState] = "import-keyring"
+)
+
+// ExportKeyringRequest asks for a [KeyringExport].
+type ExportKeyringRequest struct{}
+
+// KeyringExport is what one node gives to another. Nothing in it is secret.
+type KeyringExport struct {
+	CurrentKeyID seal.KeyID `json:"currentKeyID"`
+	Revision     uint64     `json:"revision"`
+	Keyring      []byte     `json:"keyring"`
+	Record       []byte     `json:"record"`
+}
+
+// ImportKeyringRequest carries a [KeyringExport] of another node.
+type ImportKeyringRequest struct {
+	Keyring []byte `json:"keyring"`
+	Record  []byte `json:"record"`
+}

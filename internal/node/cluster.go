@@ -18,8 +18,21 @@ import (
 
 // newReplica returns what keeps this node in step with the cluster store.
 func newReplica(n *Node) *replica.Replica {
+	return replicaOver(n, &clusterStore{access: n.Access})
+}
+
+// Carrier returns what takes and gives carried keyrings on this node, which may have no
+// cluster store.
+func Carrier(n *Node) *replica.Replica {
+	if n.Replica != nil {
+		return n.Replica
+	}
+	return replicaOver(n, nil)
+}
+
+func replicaOver(n *Node, s replica.Store) *replica.Replica {
 	return replica.New(replica.Config{
-		Store: &clusterStore{access: n.Access}, Unlocker: n.Unlocker, Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
+		Store: s, Unlocker: n.Unlocker, Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
 			return wrapStaged(ctx, n, k, kek)
 		}, Version: version.String(), Log: n.Log,
 	})

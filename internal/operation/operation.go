@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/carry"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/reseal"
@@ -47,6 +48,9 @@ var (
 	Verify  = Operation[admin.VerifyRequest, admin.KeyringState]{Verb: admin.Verify, work: lifecycle.Verify}
 	Reload  = Operation[admin.ReloadRequest, admin.KeyringState]{Verb: admin.Reload, work: lifecycle.Reload}
 
+	ExportKeyring = Operation[admin.ExportKeyringRequest, admin.KeyringExport]{Verb: admin.ExportKeyring, work: carry.Export, keyring: open}
+	ImportKeyring = Operation[admin.ImportKeyringRequest, admin.KeyringState]{Verb: admin.ImportKeyring, work: carry.Import, keyring: open}
+
 	Reseal           = Operation[admin.ResealRequest, admin.KeyringState]{Verb: admin.Reseal, work: resealAny, keyring: open}
 	Suspend          = Operation[admin.SuspendRequest, admin.KeyringState]{Verb: admin.Suspend, work: reseal.Suspend, keyring: open}
 	AddBootStates    = Operation[admin.AddBootStatesRequest, admin.KeyringState]{Verb: admin.AddBootStates, work: reseal.AddBootStates, keyring: open}
@@ -64,7 +68,7 @@ var table = []interface {
 	handle(*admin.Server, *node.Node)
 }{
 	Status,
-	Rotate, Recover, Restore, Save, Verify, Reload,
+	Rotate, Recover, Restore, Save, Verify, Reload, ExportKeyring, ImportKeyring,
 	Reseal, Suspend, AddBootStates, RevokeBootStates,
 	AddSlot, RemoveSlot, TestSlots, RewrapSlot, ForgetCopies,
 }

@@ -284,23 +284,7 @@ func (r *Replica) record(ctx context.Context, problem error) error {
 	if !ok {
 		return nil
 	}
-	rec := keyring.Record{
-		Node: self.Name, Formats: keyring.Formats(), Version: r.cfg.Version, Revision: k.Revision(),
-		// The open keyring was saved and anchored before, so these three are equal.
-		Anchored: k.CurrentID(), Announced: k.CurrentID(), Encrypted: unlock.LastEncrypted(r.cfg.Unlocker), Started: r.started,
-	}
-	if id := k.StagedID(); id != "" && k.Holds(id) && k.Acknowledged() {
-		rec.Acknowledged = id
-	}
-	if problem = cmp.Or(problem, r.cfg.Unlocker.State().Problem); problem != nil {
-		rec.Problem = seal.OneLine(problem.Error(), keyring.MaxText)
-	}
-	if r.cfg.BootStates != nil {
-		if rec.BootStates, err = r.cfg.BootStates(ctx, k); err != nil {
-			return fmt.Errorf("record: %w", err)
-		}
-	}
-	b, err := k.SignRecord(rec)
+	b, err := r.sign(ctx, k, self.Name, problem)
 	if err != nil {
 		return err
 	}
@@ -315,6 +299,27 @@ func (r *Replica) record(ctx context.Context, problem error) error {
 		return fmt.Errorf("record: %w", err)
 	}
 	return nil
+}
+
+// sign returns the record of this node, the one with that name.
+func (r *Replica) sign(ctx context.Context, k *keyring.Keyring, name string, problem error) (b []byte, err error) {
+	rec := keyring.Record{
+		Node: name, Formats: keyring.Formats(), Version: r.cfg.Version, Revision: k.Revision(),
+		// The open keyring was saved and anchored before, so these three are equal.
+		Anchored: k.CurrentID(), Announced: k.CurrentID(), Encrypted: unlock.LastEncrypted(r.cfg.Unlocker), Started: r.started,
+	}
+	if id := k.StagedID(); id != "" && k.Holds(id) && k.Acknowledged() {
+		rec.Acknowledged = id
+	}
+	if problem = cmp.Or(problem, r.cfg.Unlocker.State().Problem); problem != nil {
+		rec.Problem = seal.OneLine(problem.Error(), keyring.MaxText)
+	}
+	if r.cfg.BootStates != nil {
+		if rec.BootStates, err = r.cfg.BootStates(ctx, k); err != nil {
+			return nil, fmt.Errorf("record: %w", err)
+		}
+	}
+	return k.SignRecord(rec)
 }
 
 // Records returns the records of the nodes of k that verify and count: those written

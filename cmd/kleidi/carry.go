@@ -1,0 +1,68 @@
+package main
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/carry"
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/operation"
+)
+
+func newKeyringExport(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "export FILE",
+		Short: "Write what another node needs of this one to a new file",
+		Long: `Write the keyring that all nodes share, and this node's record, to a new file, for a node
+that has no access to the cluster store, or from such a node. Nothing in the file is
+secret. On the other node, kleidi keyring import reads it. The file is no backup: it
+lacks the slots of this node's TPM.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			e, err := operate(cmd.Context(), a, operation.ExportKeyring, admin.ExportKeyringRequest{})
+			if err != nil {
+				return err
+			}
+			b, err := carry.File{Keyring: e.Keyring, Record: e.Record}.Marshal()
+			if err == nil {
+				err = files.WriteNew(args[0], b)
+			}
+			if err != nil {
+				return fmt.Errorf("export: %w", err)
+			}
+			return a.show(cmd.OutOrStdout(), exportedKeyring{args[0], e.CurrentKeyID, e.Revision}, func(w io.Writer) {
+				fmt.Fprintf(w, "revision %d (key ID %s) and this node's record are in %s\n", e.Revision, e.CurrentKeyID, args[0])
+			})
+		},
+	}
+}
+
+func newKeyringImport(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "import FILE",
+		Short: "Take what another node exported",
+		Long: `Take what kleidi keyring export wrote on another node. This node takes the keyring only if
+it would take it from the cluster store: if it is newer, under the KEK that this node
+trusts or has acknowledged, and lists this node. A node with access to the cluster store
+also puts the other node's record there.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			b, err := files.Read(args[0], carry.MaxFile)
+			if err != nil {
+				return fmt.Errorf("import: %w", err)
+			}
+			f, err := carry.ParseFile(b)
+			if err != nil {
+				return fmt.Errorf("import: %s: %w", args[0], err)
+			}
+			s, err := operate(cmd.Context(), a, operation.ImportKeyring, admin.ImportKeyringRequest{Keyring: f.Keyring, Record: f.Record})
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+}

@@ -1,0 +1,94 @@
+package carry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// Export returns what another node needs of this one.
+func Export(ctx context.Context, n *node.Node, _ admin.ExportKeyringRequest) (admin.KeyringExport, error) {
+	shared, record, err := node.Carrier(n).Export(ctx)
+	if err != nil {
+		return admin.KeyringExport{}, fmt.Errorf("export: %w", err)
+	}
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		return admin.KeyringExport{}, err
+	}
+	return admin.KeyringExport{CurrentKeyID: k.CurrentID(), Revision: k.Revision(), Keyring: shared, Record: record}, nil
+}
+
+// Import takes what another node exported: its keyring if it is newer, and its record if this
+// node has access to the cluster store.
+func Import(ctx context.Context, n *node.Node, req admin.ImportKeyringRequest) (admin.KeyringState, error) {
+	s, err := importFile(ctx, n, req)
+	if err != nil {
+		err = fmt.Errorf("import: %w", err)
+	}
+	return s, err
+}
+
+func importFile(ctx context.Context, n *node.Node, req admin.ImportKeyringRequest) (admin.KeyringState, error) {
+	remote, err := keyring.Parse(req.Keyring)
+	if err != nil {
+		return admin.KeyringState{}, seal.WithHint(err, "export it again with kleidi keyring export FILE")
+	}
+	from, err := keyring.ParseRecord(req.Record)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	former, err := n.Unlocker.CurrentID()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	var changes []string
+	switch followed, err := node.Carrier(n).Import(ctx, remote); {
+	case errors.Is(err, keyring.ErrOlder) && n.Replica != nil:
+		changes = append(changes, fmt.Sprintf("the keyring of revision %d is older than this node's, which stays", remote.Revision()))
+	case errors.Is(err, keyring.ErrOlder):
+		k, _ := n.Unlocker.Keyring()
+		return admin.KeyringState{}, seal.Errorf(seal.CauseAnchor, "export it again on a node that has the newest one", "the keyring of revision %d is older than this node's, which has revision %d", remote.Revision(), k.Revision())
+	case err != nil:
+		return admin.KeyringState{}, err
+	case followed:
+		changes = append(changes, fmt.Sprintf("this node has taken the keyring of revision %d", remote.Revision()))
+	default:
+		changes = append(changes, "this node has that keyring already")
+	}
+	changes, err = putRecord(ctx, n, from, req.Record, changes)
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	if k.StagedID() != "" && n.Replica == nil {
+		changes = append(changes, "this node has acknowledged the staged KEK: run kleidi keyring export FILE here, and import the file on a node with access to the cluster store")
+	}
+	return n.Result(former, changes...)
+}
+
+// putRecord puts the record of a node without access into the cluster store.
+func putRecord(ctx context.Context, n *node.Node, from *keyring.UntrustedRecord, record []byte, changes []string) ([]string, error) {
+	k, err := n.Unlocker.Keyring()
+	if err != nil || n.Replica == nil {
+		return changes, err
+	}
+	if self, _ := k.Self(); from.Node() == self.Name {
+		return changes, nil
+	}
+	if _, err := from.Verify(k); err != nil {
+		return nil, err
+	}
+	if err := n.Replica.PutRecord(ctx, from.Node(), record); err != nil {
+		return nil, seal.WithHint(fmt.Errorf("the record of node %s: %w", from.Node(), err), "let this node write that record, as \"Nodes without access to the API\" in docs/high-availability.md shows")
+	}
+	return append(changes, "the record of node "+from.Node()+" is in the cluster store"), nil
+}
