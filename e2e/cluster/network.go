@@ -45,7 +45,7 @@ func NewNetwork(hosts int) (*Network, error) {
 	n := &Network{}
 	for _, c := range []string{
 		"mount --make-rprivate /", "mkdir -p /run/netns", "mount -t tmpfs netns /run/netns",
-		"ip link set lo up", "ip link add br0 type bridge", "ip addr add 10.99.0.254/24 dev br0", "ip link set br0 up",
+		"ip link set lo up", "ip link add br0 type bridge", "ip addr add " + bridge + "/24 dev br0", "ip link set br0 up",
 	} {
 		if err := run(c); err != nil {
 			return nil, err
@@ -97,4 +97,20 @@ func (n *Network) Partition(t testing.TB, host int) (heal func()) {
 }
 
 // Command is put before a program to run it on this host, as node.Setup's On.
-func (h Host) Command() []string { return []string{"ip", "netns", "exec", h.Namespace} }
+func (h Host) Command() []string {
+	if h.Namespace == "" {
+		return nil
+	}
+	return []string{"ip", "netns", "exec", h.Namespace}
+}
+
+// Gateway is the address of the test itself, seen from the host.
+func (h Host) Gateway() string {
+	if h.Namespace == "" {
+		return h.Address
+	}
+	return bridge
+}
+
+// bridge is the address on the bridge of hosts.
+const bridge = "10.99.0.254"

@@ -84,14 +84,18 @@ func (c *controlPlane) admit(t *testing.T, m *machine) {
 	if _, err := os.Stat(policy); err != nil {
 		c.nodes[0].Run("bootpolicy", "record", "--file", policy)
 	}
-	said := string(c.nodes[0].Run("node", "approve", m.name, "--ek", identity.EK, "--boot-policy", policy))
-	at := strings.Index(said, "kleidi join ")
-	if at < 0 {
+	m.Run("join", joinCommand(t, c.nodes[0].Run("node", "approve", m.name, "--ek", identity.EK, "--boot-policy", policy))...)
+}
+
+// joinCommand returns the arguments of the kleidi join that node approve has printed.
+func joinCommand(t *testing.T, said []byte) []string {
+	t.Helper()
+	_, command, ok := strings.Cut(string(said), "kleidi join ")
+	if !ok {
 		t.Fatalf("node approve prints no command:\n%s", said)
 	}
-	line, _, _ := strings.Cut(said[at:], "\n")
-	words := strings.Fields(line)
-	m.Run(words[1], words[2:]...)
+	command, _, _ = strings.Cut(command, "\n")
+	return strings.Fields(command)
 }
 
 // put writes a Secret through a node, with plaintext as its content.
@@ -274,10 +278,7 @@ func TestOtherBootDoesNotJoin(t *testing.T) {
 	second.JSON(&identity, "node", "identity")
 	policy := first.Path("policy.yaml")
 	first.Run("bootpolicy", "record", "--file", policy)
-	said := string(first.Run("node", "approve", second.name, "--ek", identity.EK, "--boot-policy", policy))
-	line, _, _ := strings.Cut(said[strings.Index(said, "kleidi join "):], "\n")
-	words := strings.Fields(line)
-	_, err := second.Try(words[1], words[2:]...)
+	_, err := second.Try("join", joinCommand(t, first.Run("node", "approve", second.name, "--ek", identity.EK, "--boot-policy", policy))...)
 	if err == nil || !strings.Contains(err.Error(), "boot policy") {
 		t.Fatalf("a machine with another kernel joins: %v", err)
 	}

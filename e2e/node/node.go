@@ -175,8 +175,7 @@ func (n *Node) JSON(result any, verb string, args ...string) {
 // Try runs a kleidi command, which may fail.
 func (n *Node) Try(verb string, args ...string) ([]byte, error) {
 	var stderr bytes.Buffer
-	line := slices.Concat(n.kleidi, []string{verb}, args, []string{"--config", n.Path("config.yaml")})
-	cmd := exec.Command(line[0], line[1:]...)
+	cmd := n.Command(verb, args...)
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	var exit *exec.ExitError
@@ -187,6 +186,12 @@ func (n *Node) Try(verb string, args ...string) ([]byte, error) {
 		return out, fmt.Errorf("kleidi %s: %w\n%s%s", verb, err, out, stderr.Bytes())
 	}
 	return out, nil
+}
+
+// Command returns a kleidi command that was not started yet.
+func (n *Node) Command(verb string, args ...string) *exec.Cmd {
+	line := slices.Concat(n.kleidi, []string{verb}, args, []string{"--config", n.Path("config.yaml")})
+	return exec.Command(line[0], line[1:]...)
 }
 
 // Serve starts kleidi and returns once it answers over HTTP, open or locked.
