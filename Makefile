@@ -1,4 +1,4 @@
-# Targets: build build-pkcs11 demo run test e2e measuredboot lint fuzz bench bench/apiserver image. See CONTRIBUTING.md.
+# Targets: build build-pkcs11 build-fips fips demo run test e2e measuredboot lint fuzz bench bench/apiserver image. See CONTRIBUTING.md.
 
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -15,7 +15,7 @@ GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X github.com/bee
 RACE     = $(if $(and $(shell command -v gcc),$(filter 1,$(shell $(GO) env CGO_ENABLED))),-race)
 PACKAGES = $(shell $(GO) list ./... | grep -v /e2e/)
 
-.PHONY: build build-pkcs11 fetch-demo fetch-test demo run test e2e measuredboot lint fuzz bench bench/apiserver image clean
+.PHONY: build build-pkcs11 build-fips fips fetch-demo fetch-test demo run test e2e measuredboot lint fuzz bench bench/apiserver image clean
 
 build:
 	$(GOBUILD) -o bin/kleidi ./cmd/kleidi
@@ -24,6 +24,15 @@ build:
 build-pkcs11:
 	.ci/deps gcc
 	CGO_ENABLED=1 $(GO) build -trimpath -ldflags "-s -w -X github.com/beezy-dev/kleidi/internal/version.build=$(VERSION)" -o bin/kleidi-pkcs11 ./cmd/kleidi
+
+# With the validated version of Go's FIPS 140-3 module, in FIPS mode from the start.
+# docs/fips.md says what it covers.
+build-fips:
+	GOFIPS140=certified $(GOBUILD) -o bin/kleidi-fips ./cmd/kleidi
+
+fips: build-fips
+	.ci/deps swtpm
+	.ci/fips
 
 # Everything that README's two commands fetch is fetched here, before anything is built or
 # run. After that they need no network: .ci/fresh cuts it off.

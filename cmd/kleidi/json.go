@@ -79,6 +79,8 @@ type shownVersion struct {
 	OS      string `json:"os"`
 	Arch    string `json:"arch"`
 	PKCS11  bool   `json:"pkcs11"`
+	// FIPS140 is the version of Go's FIPS 140-3 module, if its mode is on.
+	FIPS140 string `json:"fips140,omitempty"`
 }
 
 // exportedKeyring is the file that was written.

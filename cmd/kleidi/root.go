@@ -1,7 +1,9 @@
 package main
 
 import (
+	"crypto/fips140"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -11,6 +13,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // app holds the global flags, which all verbs share.
@@ -19,6 +22,11 @@ type app struct {
 	output     string
 	logLevel   string
 }
+
+// errEnforced is better than what the libraries do in that mode: they panic, and the
+// message would blame the TPM.
+var errEnforced = seal.WithHint(errors.New("GODEBUG=fips140=only forbids AES-CFB, which sessions with a TPM need, and X25519, which recovery identities need"),
+	"set GODEBUG=fips140=on")
 
 const example = `  # on a control-plane node: make a KEK and seal it to this machine's TPM
   kleidi init
@@ -46,8 +54,11 @@ after it has attested the boot.`,
 		SilenceUsage:  true,
 		Args:          noVerb,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-		PersistentPreRunE: func(*cobra.Command, []string) error {
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			node.HardenProcess()
+			if fips140.Enforced() && cmd.Name() != "version" {
+				return errEnforced
+			}
 			return a.check()
 		},
 	}

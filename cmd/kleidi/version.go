@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/fips140"
 	"fmt"
 	"io"
 	"runtime"
@@ -14,16 +15,20 @@ import (
 func newVersion(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
-		Short: "Show the version, and whether it was built with PKCS#11",
+		Short: "Show the version, and whether PKCS#11 and the FIPS 140-3 module are in it",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			v := shownVersion{version.String(), runtime.Version(), runtime.GOOS, runtime.GOARCH, hsm.Available}
-			with := "without"
+			v := shownVersion{Version: version.String(), Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH, PKCS11: hsm.Available}
+			with, fips := "without", ""
 			if v.PKCS11 {
 				with = "with"
 			}
+			if fips140.Enabled() {
+				v.FIPS140 = fips140.Version()
+				fips = ", FIPS 140-3 module " + v.FIPS140
+			}
 			return a.show(cmd.OutOrStdout(), v, func(w io.Writer) {
-				fmt.Fprintf(w, "kleidi %s (%s, %s/%s, %s PKCS#11)\n", v.Version, v.Go, v.OS, v.Arch, with)
+				fmt.Fprintf(w, "kleidi %s (%s, %s/%s, %s PKCS#11%s)\n", v.Version, v.Go, v.OS, v.Arch, with, fips)
 			})
 		},
 	}
