@@ -5,6 +5,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -25,6 +26,7 @@ type api struct {
 	etcd       *node.Process
 	etcdArgs   []string
 	server     *node.Process
+	serverArgs []string
 	kubeconfig string // of an administrator
 	url        string
 	ca         cluster.ClientCA
@@ -54,13 +56,29 @@ func startAPI(t *testing.T) *api {
 	}
 	accounts := a.write(t, "accounts.pem", pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}))
 	a.url = "https://127.0.0.1:" + port
-	a.server = node.Start(t, a.path("kube-apiserver.log"), a.binaries["kube-apiserver-1.37"],
+	a.serverArgs = []string{
 		"--etcd-servers", client, "--bind-address", "127.0.0.1", "--secure-port", port,
 		"--cert-dir", a.path("certificates"), "--token-auth-file", users,
 		"--service-account-issuer", "https://kubernetes.default.svc",
 		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts,
-		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none", "--client-ca-file", a.ca.Certificate)
+		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none", "--client-ca-file", a.ca.Certificate,
+	}
+	a.server = node.Start(t, a.path("kube-apiserver.log"), a.binaries["kube-apiserver-1.37"], a.serverArgs...)
 	a.kubeconfig = a.write(t, "admin.conf", cluster.AdminKubeconfig(a.url, a.path("certificates/apiserver.crt"), token))
+	a.waitServing(t)
+	c, err := kube.NewClient(kube.Options{Kubeconfig: a.kubeconfig})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Apply(t.Context(), manifests.CRDs); err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// waitServing returns once kube-apiserver serves.
+func (a *api) waitServing(t *testing.T) {
+	t.Helper()
 	node.Eventually(t, 2*time.Minute, "kube-apiserver serves", func() error {
 		if err := a.server.Alive(); err != nil {
 			t.Fatal(err)
@@ -71,14 +89,13 @@ func startAPI(t *testing.T) *api {
 		}
 		return c.Do(t.Context(), http.MethodGet, "/api/v1/namespaces/default", "", nil, nil)
 	})
-	c, err := kube.NewClient(kube.Options{Kubeconfig: a.kubeconfig})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := c.Apply(t.Context(), manifests.CRDs); err != nil {
-		t.Fatal(err)
-	}
-	return a
+}
+
+// startServer runs a kube-apiserver that was killed again.
+func (a *api) startServer(t *testing.T) {
+	t.Helper()
+	a.server = node.Start(t, a.path("kube-apiserver.log"), a.binaries["kube-apiserver-1.37"], a.serverArgs...)
+	a.waitServing(t)
 }
 
 func (a *api) path(name string) string { return filepath.Join(a.dir, name) }
@@ -104,4 +121,30 @@ func (a *api) client(t *testing.T, wrap func(http.RoundTripper) http.RoundTrippe
 		t.Fatal(err)
 	}
 	return &kube.Store{Client: c}
+}
+
+// snapshot keeps etcd's data. kube-apiserver runs on when they are put back.
+func (a *api) snapshot(t *testing.T) (restore func()) {
+	t.Helper()
+	dir, kept := a.path("etcd"), t.TempDir()
+	a.etcd.Kill()
+	if err := os.CopyFS(kept, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	a.restartEtcd(t)
+	return func() {
+		t.Helper()
+		a.etcd.Kill()
+		if err := errors.Join(os.RemoveAll(dir), os.CopyFS(dir, os.DirFS(kept)), os.Chmod(dir, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		a.restartEtcd(t)
+	}
+}
+
+func (a *api) restartEtcd(t *testing.T) {
+	t.Helper()
+	a.startEtcd(a.t)
+	s := a.client(t, nil)
+	node.Eventually(t, time.Minute, "the API reads from etcd again", func() error { return s.Ping(t.Context()) })
 }

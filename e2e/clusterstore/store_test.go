@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"net/http"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -161,28 +160,5 @@ func (h *harness) Delay() (arrive func()) {
 	}
 }
 
-// Snapshot implements storetest.Harness: it keeps etcd's data. kube-apiserver runs on
-// when they are put back.
-func (h *harness) Snapshot() (restore func()) {
-	dir, kept := h.api.path("etcd"), h.t.TempDir()
-	h.api.etcd.Kill()
-	if err := os.CopyFS(kept, os.DirFS(dir)); err != nil {
-		h.t.Fatal(err)
-	}
-	h.restartEtcd()
-	return func() {
-		h.api.etcd.Kill()
-		if err := errors.Join(os.RemoveAll(dir), os.CopyFS(dir, os.DirFS(kept)), os.Chmod(dir, 0o700)); err != nil {
-			h.t.Fatal(err)
-		}
-		h.restartEtcd()
-	}
-}
-
-func (h *harness) restartEtcd() {
-	h.api.startEtcd(h.api.t)
-	node.Eventually(h.t, time.Minute, "the API reads from etcd again", func() error {
-		_, err := h.Load(h.t.Context())
-		return err
-	})
-}
+// Snapshot implements storetest.Harness.
+func (h *harness) Snapshot() (restore func()) { return h.api.snapshot(h.t) }

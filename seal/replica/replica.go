@@ -106,13 +106,17 @@ func (r *Replica) Run(ctx context.Context) {
 	said := ""
 	for ctx.Err() == nil {
 		next := interval
+		_, locked := r.cfg.Unlocker.Keyring()
 		err := r.Sync(ctx)
-		if err != nil {
+		switch {
+		case err != nil:
 			next = wait.NextBackOff()
-		} else {
+		case locked != nil:
+			next = time.Second // an attempt to unlock kicks before its result is visible
+		default:
 			wait.Reset()
 		}
-		if text := fmt.Sprint(err); text != said && ctx.Err() == nil {
+		if text := fmt.Sprint(err); text != said && ctx.Err() == nil && (err != nil || locked == nil) {
 			if said = text; err != nil {
 				r.cfg.Log.Error("not in step with the cluster store; this node goes on serving", "cause", seal.CauseOf(err), "error", err)
 			} else {
@@ -238,8 +242,12 @@ func (r *Replica) publish(ctx context.Context, raw []byte, remote *keyring.Untru
 	if k.Info().Commit != keyring.CommitCluster {
 		return fmt.Errorf("the cluster store holds revision %d, which is before this node's (%d); node %s hands the keyring over to it", remote.Revision(), k.Revision(), k.Info().Seat)
 	}
-	r.cfg.Log.Warn("the cluster store is older than this node's keyring, as after a restore; publishing this node's", "theirs", remote.Revision(), "own", k.Revision())
-	return conflictIsNews(r.cfg.Store.Swap(ctx, raw, k.Shared()))
+	// This node may have changed the keyring since the read. Then the swap conflicts.
+	err = r.cfg.Store.Swap(ctx, raw, k.Shared())
+	if err == nil {
+		r.cfg.Log.Warn("the cluster store was older than this node's keyring, as after a restore; published this node's", "theirs", remote.Revision(), "own", k.Revision())
+	}
+	return conflictIsNews(err)
 }
 
 // conflictIsNews turns a conflict into nil: the caller reads the store again.

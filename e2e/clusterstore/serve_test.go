@@ -1,0 +1,195 @@
+package clusterstore
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"filippo.io/age"
+
+	"github.com/beezy-dev/kleidi/e2e/cluster"
+	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/seal/store/kube"
+)
+
+// pair is two nodes that share their keyring through the API, each with its own rights.
+type pair struct {
+	*api
+	admin         *kube.Store
+	first, second *node.Node
+}
+
+// newPair lets a second node join the first, sets up the access of both, and waits until
+// the first has handed the keyring over.
+func newPair(t *testing.T) *pair {
+	t.Helper()
+	a := startAPI(t)
+	cluster.StartControllerManager(t, cluster.Loopback, a.binaries["kube-controller-manager-1.37"], a.dir, a.kubeconfig, a.ca, 365*24*time.Hour)
+	settings := "node: cp-1\njoin:\n  listen: 127.0.0.1:" + node.FreePort(t) + "\n"
+	p := &pair{api: a, admin: a.client(t, nil), first: node.Make(t, node.Setup{Settings: settings}), second: node.Make(t, node.Setup{Settings: "node: cp-2\n", Uninitialised: true})}
+	p.first.ServeOpen()
+	p.first.Admit("cp-2", p.second)
+	p.share(t, p.second, "node: cp-2\n")
+	p.first.Serving.Stop()
+	p.share(t, p.first, settings)
+	node.Eventually(t, time.Minute, "the keyring is in the store", func() error {
+		_, err := p.admin.Load(t.Context())
+		return err
+	})
+	p.inStep(t)
+	return p
+}
+
+// share sets up a node's access, and runs kleidi with it.
+func (p *pair) share(t *testing.T, n *node.Node, settings string) {
+	t.Helper()
+	n.Configure(settings + "cluster:\n  kubeconfig: " + p.setUp(t, n).Kubeconfig + "\n")
+	n.ServeOpen()
+}
+
+// inStep returns once both nodes have the same revision, and neither has anything to
+// remark.
+func (p *pair) inStep(t *testing.T) {
+	t.Helper()
+	node.Eventually(t, time.Minute, "the nodes are in step", func() error {
+		if a, b := p.first.Keyring().Revision, p.second.Keyring().Revision; a != b {
+			return fmt.Errorf("revisions %d and %d", a, b)
+		}
+		for _, n := range []*node.Node{p.first, p.second} {
+			if code, body, err := n.Get("/readyz?verbose"); err != nil || code != http.StatusOK || strings.Contains(body, "cluster store") {
+				return fmt.Errorf("%d %s %w", code, body, err)
+			}
+		}
+		return nil
+	})
+}
+
+// addRecipient makes a change of what all nodes share.
+func addRecipient(t *testing.T, n *node.Node) (recipient string, err error) {
+	t.Helper()
+	identity, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = n.Try("slot", "add", "recovery", "--recipient", identity.Recipient().String())
+	return identity.Recipient().String(), err
+}
+
+// change makes a change on one node, which the other must follow.
+func (p *pair) change(t *testing.T, on, other *node.Node) {
+	t.Helper()
+	recipient, err := addRecipient(t, on)
+	if err != nil {
+		t.Fatal(err)
+	}
+	node.Eventually(t, time.Minute, "the other node has followed", func() error {
+		if !strings.Contains(string(other.Run("slot", "list")), recipient) {
+			return errors.New("it does not list " + recipient)
+		}
+		return nil
+	})
+	p.inStep(t)
+}
+
+// newer returns a keyring that claims a newer revision than it has.
+func newer(t *testing.T, keyring []byte, revision uint64) []byte {
+	t.Helper()
+	var file struct {
+		Body []byte `json:"body"`
+		MAC  []byte `json:"mac"`
+	}
+	if err := json.Unmarshal(keyring, &file); err != nil {
+		t.Fatal(err)
+	}
+	body := bytes.Replace(file.Body, fmt.Appendf(nil, `"revision":%d`, revision), fmt.Appendf(nil, `"revision":%d`, revision+1), 1)
+	if bytes.Equal(body, file.Body) {
+		t.Fatalf("the keyring does not say revision %d: %s", revision, body)
+	}
+	file.Body = body
+	b, err := json.Marshal(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(b, '\n')
+}
+
+// TestServe: two nodes follow each other's changes, whatever happens to the API and to what
+// it stores.
+func TestServe(t *testing.T) {
+	p := newPair(t)
+	ctx := t.Context()
+	p.change(t, p.first, p.second)
+	p.change(t, p.second, p.first)
+
+	t.Log("the API is away")
+	p.server.Kill()
+	if _, err := addRecipient(t, p.second); err == nil || !strings.Contains(err.Error(), "cluster store") {
+		t.Errorf("a shared change without the API: %v", err)
+	}
+	p.second.Run("reseal")
+	p.second.Serving.Kill()
+	p.second.ServeOpen()
+	p.startServer(t)
+	p.inStep(t)
+	p.change(t, p.second, p.first)
+
+	t.Log("etcd is put back to an older state")
+	restore := p.snapshot(t)
+	p.change(t, p.first, p.second)
+	want, err := p.admin.Load(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	restore()
+	node.Eventually(t, 2*time.Minute, "the store holds the newest keyring again", func() error {
+		if got, err := p.admin.Load(ctx); err != nil || !bytes.Equal(got, want) {
+			return fmt.Errorf("another keyring: %w", err)
+		}
+		return nil
+	})
+	p.change(t, p.second, p.first)
+	p.change(t, p.first, p.second)
+
+	t.Log("an administrator forges a keyring")
+	good, err := p.admin.Load(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	others, err := os.ReadFile(node.New(t).Path("state/keyring.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	revision := p.first.Keyring().Revision
+	for what, forged := range map[string][]byte{
+		"another revision": newer(t, good, revision), "another cluster's": others, "no keyring": []byte("{}"),
+	} {
+		if err := p.admin.Swap(ctx, good, forged); err != nil {
+			t.Fatal(what, err)
+		}
+		for _, n := range []*node.Node{p.first, p.second} {
+			node.Eventually(t, time.Minute, "a node refuses "+what, func() error {
+				if code, body, err := n.Get("/readyz?verbose"); err != nil || code != http.StatusOK || !strings.Contains(body, "cluster store") {
+					return fmt.Errorf("%d %s %w", code, body, err)
+				}
+				return nil
+			})
+			if got := n.Keyring().Revision; got != revision {
+				t.Errorf("%s: a node has taken revision %d", what, got)
+			}
+		}
+		if got, err := p.admin.Load(ctx); err != nil || !bytes.Equal(got, forged) {
+			t.Errorf("%s: a node has replaced the keyring, which nobody may overwrite: %v", what, err)
+		}
+		if err := p.admin.Swap(ctx, forged, good); err != nil {
+			t.Fatal(what, err)
+		}
+		p.inStep(t)
+	}
+	p.change(t, p.second, p.first)
+}
