@@ -26,6 +26,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/members"
+	"github.com/beezy-dev/kleidi/internal/migrate"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/internal/slots"
 	"github.com/beezy-dev/kleidi/internal/usage"
@@ -58,6 +59,7 @@ var resultsOf = map[string][]any{
 	"keyring save":        {admin.KeyringState{}},
 	"keyring show":        {shownKeyring{}},
 	"keyring verify":      {admin.KeyringState{}},
+	"migrate":             {migrate.Result{}},
 	"node approve":        {admin.NodeApproval{}},
 	"node identity":       {members.Identity{}},
 	"node list":           {admin.NodeList{}},

@@ -110,6 +110,36 @@ func (e *Etcd) Get(prefix string) (map[string][]byte, error) {
 	return values, nil
 }
 
+// Put stores a raw value, behind kube-apiserver's back.
+func (e *Etcd) Put(key string, value []byte) error {
+	var answer struct{}
+	return e.call("/v3/kv/put", map[string][]byte{"key": []byte(key), "value": value}, &answer)
+}
+
+// Snapshot writes what `etcdctl snapshot save` writes: the database, and its SHA-256 sum.
+func (e *Etcd) Snapshot(t testing.TB, file string) {
+	t.Helper()
+	res, err := gateway.Post(e.URL+"/v3/maintenance/snapshot", "application/json", strings.NewReader("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	var all []byte
+	for d := json.NewDecoder(res.Body); d.More(); {
+		var part struct {
+			Result struct{ Blob []byte }
+			Error  any
+		}
+		if err := d.Decode(&part); err != nil || part.Error != nil {
+			t.Fatal(err, part.Error)
+		}
+		all = append(all, part.Result.Blob...)
+	}
+	if err := os.WriteFile(file, all, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // gateway answers soon or not at all: a member that is cut off accepts no connection.
 var gateway = &http.Client{Timeout: 20 * time.Second}
 

@@ -113,6 +113,8 @@ type Refusal struct {
 	// answer does not come from an API that knows the resource.
 	Reason  string `json:"reason"`
 	Message string `json:"message"`
+	// Continue goes on with a list whose revision is gone, at a newer one.
+	Continue string `json:"-"`
 }
 
 // Error says what the API said.
@@ -131,8 +133,20 @@ func certain(err error) bool {
 	return ok && r.Code/100 == 4 && r.Code != http.StatusRequestTimeout
 }
 
+// ErrTooLarge says that an answer is larger than what this client reads.
+var ErrTooLarge = fmt.Errorf("the API's answer has more than %d bytes", maxAnswer)
+
 // Do sends in, if it is not nil, and reads the answer into out, if that is not nil.
 func (c *Client) Do(ctx context.Context, method, path, contentType string, in, out any) error {
+	return c.do(ctx, method, path, contentType, JSON, in, out)
+}
+
+// Metadata reads a list without anything but the metadata of its objects.
+func (c *Client) Metadata(ctx context.Context, path string, out any) error {
+	return c.do(ctx, http.MethodGet, path, "", JSON+";as=PartialObjectMetadataList;g=meta.k8s.io;v=v1", nil, out)
+}
+
+func (c *Client) do(ctx context.Context, method, path, contentType, accept string, in, out any) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	var body []byte
@@ -142,7 +156,7 @@ func (c *Client) Do(ctx context.Context, method, path, contentType string, in, o
 			return err
 		}
 	}
-	res, err := c.send(ctx, method, path, contentType, "application/json", body)
+	res, err := c.send(ctx, method, path, contentType, accept, body)
 	if err != nil {
 		return err
 	}
@@ -152,7 +166,7 @@ func (c *Client) Do(ctx context.Context, method, path, contentType string, in, o
 	case err != nil:
 		return err
 	case len(answer) > maxAnswer:
-		return fmt.Errorf("the API's answer has more than %d bytes", maxAnswer)
+		return ErrTooLarge
 	case res.StatusCode/100 != 2:
 		if res.StatusCode == http.StatusUnauthorized {
 			c.Reconnect() // the certificate of this connection may have ended
@@ -166,6 +180,14 @@ func (c *Client) Do(ctx context.Context, method, path, contentType string, in, o
 
 func refusal(code int, answer []byte) error {
 	r := &Refusal{}
+	var status struct {
+		Metadata struct {
+			Continue string `json:"continue"`
+		} `json:"metadata"`
+	}
+	if json.Unmarshal(answer, &status) == nil {
+		r.Continue = status.Metadata.Continue
+	}
 	if json.Unmarshal(answer, r) != nil || r.Message == "" {
 		r.Reason, r.Message = "", strings.TrimSpace(string(answer[:min(len(answer), 200)]))
 	}

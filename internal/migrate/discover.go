@@ -1,0 +1,140 @@
+package migrate
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/store/kube"
+)
+
+// resource is one that the API serves.
+type resource struct {
+	group, version, name string
+	namespaced           bool
+}
+
+// String returns the name as an EncryptionConfiguration has it.
+func (r resource) String() string {
+	if r.group == "" {
+		return r.name
+	}
+	return r.name + "." + r.group
+}
+
+// api returns the path of the group's version.
+func (r resource) api() string {
+	if r.group == "" {
+		return "/api/" + r.version
+	}
+	return "/apis/" + r.group + "/" + r.version
+}
+
+// path returns the path of an object, or of the list of all without a name.
+func (r resource) path(namespace, name string) string {
+	p := r.api()
+	if namespace != "" {
+		p += "/namespaces/" + namespace
+	}
+	return strings.TrimSuffix(p+"/"+r.name+"/"+name, "/")
+}
+
+type groupList struct {
+	Groups []struct {
+		Name             string `json:"name"`
+		PreferredVersion struct {
+			Version string `json:"version"`
+		} `json:"preferredVersion"`
+	} `json:"groups"`
+}
+
+type resourceList struct {
+	Resources []struct {
+		Name       string   `json:"name"`
+		Namespaced bool     `json:"namespaced"`
+		Verbs      []string `json:"verbs"`
+	} `json:"resources"`
+}
+
+// discover returns the resources that names stand for, each in the version that the API
+// prefers.
+func discover(ctx context.Context, c *kube.Client, names []string) (all []resource, err error) {
+	var groups groupList
+	if err := c.Do(ctx, http.MethodGet, "/apis", "", nil, &groups); err != nil {
+		return nil, fmt.Errorf("migrate: the API's groups: %w", err)
+	}
+	versions := map[string]string{"": "v1"}
+	for _, g := range groups.Groups {
+		versions[g.Name] = g.PreferredVersion.Version
+	}
+	for _, name := range sorted(slices.Clone(names)) {
+		found, err := named(ctx, c, name, versions)
+		if err != nil {
+			return nil, fmt.Errorf("migrate: %w", err)
+		}
+		for _, r := range found {
+			if !slices.Contains(all, r) {
+				all = append(all, r)
+			}
+		}
+	}
+	return all, nil
+}
+
+// named returns the resources of one name, which may be a wildcard.
+func named(ctx context.Context, c *kube.Client, name string, versions map[string]string) (found []resource, err error) {
+	kind, group, _ := strings.Cut(name, ".")
+	groups := []string{group}
+	if kind == "*" && group == "*" {
+		groups = nil
+		for g := range versions {
+			groups = append(groups, g)
+		}
+		slices.Sort(groups)
+	}
+	for _, g := range groups {
+		version, ok := versions[g]
+		if !ok {
+			return nil, &seal.Error{Err: fmt.Errorf("the API serves no group %s", g), Hint: "name the resources of the EncryptionConfiguration with --resources"}
+		}
+		var list resourceList
+		if err := c.Do(ctx, http.MethodGet, resource{group: g, version: version}.api(), "", nil, &list); err != nil {
+			return nil, err
+		}
+		for _, r := range list.Resources {
+			stored := slices.Contains(r.Verbs, "list") && slices.Contains(r.Verbs, "patch") && !strings.Contains(r.Name, "/")
+			if stored && (kind == "*" || kind == r.Name) {
+				found = append(found, resource{g, version, r.Name, r.Namespaced})
+			}
+		}
+	}
+	if len(found) == 0 {
+		return nil, &seal.Error{Err: fmt.Errorf("the API serves no resource %s", name), Hint: "name the resources of the EncryptionConfiguration with --resources"}
+	}
+	return found, nil
+}
+
+// ClusterRole returns the role that a migration needs, as YAML.
+func ClusterRole(by string, resources []resource) string {
+	var b strings.Builder
+	b.WriteString("apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRole\nmetadata:\n  name: kleidi-migrate\nrules:\n")
+	if by == ByAPI {
+		b.WriteString("  - apiGroups: [storagemigration.k8s.io]\n    resources: [storageversionmigrations]\n    verbs: [create, get, delete]\n")
+		return b.String()
+	}
+	byGroup := map[string][]string{}
+	for _, r := range resources {
+		byGroup[r.group] = append(byGroup[r.group], r.name)
+	}
+	groups := []string{}
+	for g := range byGroup {
+		groups = append(groups, g)
+	}
+	for _, g := range sorted(groups) {
+		fmt.Fprintf(&b, "  - apiGroups: [%q]\n    resources: [%s]\n    verbs: [list, patch]\n", g, strings.Join(sorted(byGroup[g]), ", "))
+	}
+	return b.String()
+}
