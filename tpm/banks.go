@@ -102,3 +102,22 @@ func BankHint(bank crypto.Hash, has []crypto.Hash) string {
 	}
 	return "switch on SHA-256 in the firmware's settings of the TPM"
 }
+
+var bankNames = map[string]crypto.Hash{"sha256": crypto.SHA256, "sha384": crypto.SHA384}
+
+// ParseBank reads the setting tpm.bank: sha256 or sha384.
+func ParseBank(s string) (crypto.Hash, error) {
+	if h, ok := bankNames[s]; ok {
+		return h, nil
+	}
+	return 0, fmt.Errorf("PCR bank %q; want sha256 or sha384", s)
+}
+
+func bankName(h crypto.Hash) string {
+	for name, hash := range bankNames {
+		if hash == h {
+			return name
+		}
+	}
+	return h.String()
+}

@@ -105,7 +105,7 @@ func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, e
 		return nil, kind.damaged("%w", err)
 	}
 	if b.Form != kind.form {
-		return nil, kind.damaged("form %s is not known to this version", clip(b.Form))
+		return nil, kind.damaged("form %+.40q is not known to this version", b.Form)
 	}
 	if len(b.SRK) != nameSize { // an empty Name would match any key
 		return nil, kind.damaged("the Name of its storage root key has %d bytes, want %d", len(b.SRK), nameSize)
@@ -122,7 +122,7 @@ func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, e
 // useBound runs f with the object loaded, and with a session that satisfies its
 // authorization policy. The session is salted to the storage root key that the file
 // names, so the response provably comes from that TPM.
-func (d *Device) useBound(ctx context.Context, owner Owner, b *bound, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts ...tpm2.AuthOption) error {
+func useBound(ctx context.Context, d *Device, owner Owner, b *bound, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts ...tpm2.AuthOption) error {
 	return d.Do(ctx, func(t transport.TPM) error {
 		return WithSRK(t, owner, b.SRK, func(srk *SRK) (err error) {
 			for range unsealTries {

@@ -65,7 +65,7 @@ func (n *node) operations(slot seal.Slot, kek *seal.Secret) map[string]func() er
 	blob := n.sealed(kek)
 	return map[string]func() error{
 		"SealCredential": func() error {
-			_, err := n.Device.SealCredential(n.Context(), n.Owner, crypto.SHA256, kek)
+			_, err := tpm.SealCredential(n.Context(), n.Device, n.Owner, crypto.SHA256, kek)
 			return err
 		},
 		"UnsealCredential": func() error {

@@ -54,7 +54,7 @@ func clientKeyTemplate(digest []byte) tpm2.TPMTPublic {
 // only while PCR 7 of the bank keeps its present value: after a change of Secure Boot's
 // state or keys, make another key. blob is the content of the file to keep, at most
 // [MaxClientKey] bytes. Another TPM can't use it, nor can this TPM after TPM2_Clear.
-func (d *Device) NewClientKey(ctx context.Context, owner Owner, bank crypto.Hash) (blob []byte, public crypto.PublicKey, err error) {
+func NewClientKey(ctx context.Context, d *Device, owner Owner, bank crypto.Hash) (blob []byte, public crypto.PublicKey, err error) {
 	var b bound
 	err = d.Do(ctx, func(t transport.TPM) error {
 		return WithSRK(t, owner, nil, func(srk *SRK) (err error) {
@@ -66,7 +66,7 @@ func (d *Device) NewClientKey(ctx context.Context, owner Owner, bank crypto.Hash
 		})
 	})
 	if err != nil {
-		return nil, nil, classify(err)
+		return nil, nil, Classify(err)
 	}
 	if blob, err = marshalBound(b); err != nil {
 		return nil, nil, err
@@ -121,7 +121,7 @@ func clientPublic(area, digest []byte) (*ecdsa.PublicKey, error) {
 // ClientSigner returns the client key whose file content NewClientKey returned as blob.
 // It signs SHA-256 digests, as ASN.1 ECDSA signatures. It loads nothing yet: each
 // signature opens the TPM, within ctx. A refusal by the TPM is a [*seal.Error].
-func (d *Device) ClientSigner(ctx context.Context, owner Owner, blob []byte) (crypto.Signer, error) {
+func ClientSigner(ctx context.Context, d *Device, owner Owner, blob []byte) (crypto.Signer, error) {
 	k, err := parseClientKey(blob)
 	if err != nil {
 		return nil, err
@@ -144,7 +144,7 @@ func (s *clientSigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) 
 	if opts.HashFunc() != crypto.SHA256 || len(digest) != crypto.SHA256.Size() {
 		return nil, fmt.Errorf("the client key signs SHA-256 digests only, not %v", opts.HashFunc())
 	}
-	err = s.device.useBound(s.ctx, s.owner, &s.key.bound, clientKeyKind, func(t transport.TPM, key tpm2.NamedHandle, session tpm2.Session) (err error) {
+	err = useBound(s.ctx, s.device, s.owner, &s.key.bound, clientKeyKind, func(t transport.TPM, key tpm2.NamedHandle, session tpm2.Session) (err error) {
 		signature, err = sign(t, key, session, digest)
 		return err
 	})
@@ -154,7 +154,7 @@ func (s *clientSigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) 
 	case errors.Is(err, authpolicy.ErrBootState):
 		return nil, seal.Errorf(seal.CauseCredentials, hintClientKey, "Secure Boot's state or keys have changed since the client key was made, which is bound to PCR 7: %w", err)
 	case err != nil:
-		return nil, classify(err)
+		return nil, Classify(err)
 	}
 	return signature, nil
 }

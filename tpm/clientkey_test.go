@@ -26,7 +26,7 @@ import (
 // newClientKey makes a client key in the machine's TPM.
 func (n *node) newClientKey() (blob []byte, public *ecdsa.PublicKey) {
 	n.Helper()
-	blob, key, err := n.Device.NewClientKey(n.Context(), n.Owner, crypto.SHA256)
+	blob, key, err := tpm.NewClientKey(n.Context(), n.Device, n.Owner, crypto.SHA256)
 	if err != nil {
 		n.Fatal(err)
 	}
@@ -36,7 +36,7 @@ func (n *node) newClientKey() (blob []byte, public *ecdsa.PublicKey) {
 // sign signs with what a client key's file holds.
 func (n *node) sign(blob []byte) (digest, signature []byte, err error) {
 	n.Helper()
-	signer, err := n.Device.ClientSigner(n.Context(), n.Owner, blob)
+	signer, err := tpm.ClientSigner(n.Context(), n.Device, n.Owner, blob)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -182,7 +182,7 @@ func TestDamagedClientKey(t *testing.T) {
 		"no parent": edit(t, blob, "srk", `""`), "PCR 7": edit(t, blob, "pcr7", `"`+strings.Repeat("11", 32)+`"`), "all zero": edit(t, blob, "pcr7", `"`+strings.Repeat("00", 32)+`"`),
 		"bank": edit(t, blob, "bank", `"sha384"`), "no bank": edit(t, blob, "bank", `"sha1"`), "public": edit(t, blob, "public", string(private)),
 	} {
-		if _, err := n.Device.ClientSigner(t.Context(), n.Owner, b); err == nil {
+		if _, err := tpm.ClientSigner(t.Context(), n.Device, n.Owner, b); err == nil {
 			t.Errorf("%s: accepted", name)
 		} else {
 			n.want(err, seal.CauseCredentials, "the file of the client key is damaged", "kleidi vault-key")
@@ -233,7 +233,7 @@ func edit(t *testing.T, blob []byte, name, value string) []byte {
 func TestClientKeyFaults(t *testing.T) {
 	n := newNode(t)
 	blob, public := n.newClientKey()
-	signer, err := n.Device.ClientSigner(t.Context(), n.Owner, blob)
+	signer, err := tpm.ClientSigner(t.Context(), n.Device, n.Owner, blob)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -256,7 +256,7 @@ func TestClientKeyFaults(t *testing.T) {
 	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCSign, Times: 2, Do: tpmtest.Code(tpm2.TPMRCPCRChanged)})
 	n.signs(blob, public)
 	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCPCRRead, Do: flip})
-	if _, _, err := n.Device.NewClientKey(t.Context(), n.Owner, crypto.SHA256); err == nil {
+	if _, _, err := tpm.NewClientKey(t.Context(), n.Device, n.Owner, crypto.SHA256); err == nil {
 		t.Error("a key was made for a PCR value that was changed on the way")
 	}
 	n.proxy.Heal()
@@ -272,7 +272,7 @@ func FuzzClientKey(f *testing.F) {
 	f.Add([]byte(`{"form":"client-key-v1","srk":"zz"}`))
 	f.Add([]byte("null"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		signer, err := (*tpm.Device)(nil).ClientSigner(t.Context(), tpm.Owner{}, data)
+		signer, err := tpm.ClientSigner(t.Context(), nil, tpm.Owner{}, data)
 		if err != nil {
 			if seal.CauseOf(err) != seal.CauseCredentials {
 				t.Errorf("%v: cause %q", err, seal.CauseOf(err))
@@ -326,7 +326,7 @@ func clientKeySeed(f *testing.F) []byte {
 		f.Fatal(err)
 	}
 	blob = append(blob, '\n')
-	if _, err := (*tpm.Device)(nil).ClientSigner(f.Context(), tpm.Owner{}, blob); err != nil {
+	if _, err := tpm.ClientSigner(f.Context(), nil, tpm.Owner{}, blob); err != nil {
 		f.Fatalf("the seed is refused: %v", err)
 	}
 	return blob

@@ -50,7 +50,7 @@ func credentialTemplate(digest []byte) tpm2.TPMTPublic {
 // keys, seal it again. blob is the content of the file to keep, at most
 // [MaxSealedCredential] bytes. No other TPM can open it, nor can this TPM after
 // TPM2_Clear.
-func (d *Device) SealCredential(ctx context.Context, owner Owner, bank crypto.Hash, credential *seal.Secret) (blob []byte, err error) {
+func SealCredential(ctx context.Context, d *Device, owner Owner, bank crypto.Hash, credential *seal.Secret) (blob []byte, err error) {
 	var size int
 	credential.With(func(b []byte) { size = len(b) })
 	if size == 0 || size > MaxCredential {
@@ -65,7 +65,7 @@ func (d *Device) SealCredential(ctx context.Context, owner Owner, bank crypto.Ha
 		return WithSRK(t, owner, nil, func(srk *SRK) error { return c.seal(t, srk, bank, credential) })
 	})
 	if err != nil {
-		return nil, classify(err)
+		return nil, Classify(err)
 	}
 	if blob, err = marshalBound(c); err != nil {
 		return nil, err
@@ -102,7 +102,7 @@ func parseCredential(blob []byte) (*sealedCredential, error) {
 		return nil, err
 	}
 	if sum, ok := strings.CutPrefix(c.EK, "sha256:"); !ok || len(sum) != 2*crypto.SHA256.Size() || strings.ToLower(sum) != sum {
-		return nil, credentialKind.damaged("%s is no digest of an endorsement key", clip(c.EK))
+		return nil, credentialKind.damaged("%+.40q is no digest of an endorsement key", c.EK)
 	} else if _, err := hex.DecodeString(sum); err != nil {
 		return nil, credentialKind.damaged("digest of the endorsement key: %w", err)
 	}
@@ -122,13 +122,13 @@ func parseCredential(blob []byte) (*sealedCredential, error) {
 // memory. The error is [seal.CauseBootState] if Secure Boot's state or keys have
 // changed, [seal.CauseOtherTPM] on another TPM, [seal.CauseTPMCleared] after
 // TPM2_Clear, and [seal.CauseCredentials] for a file that no TPM can open.
-func (d *Device) UnsealCredential(ctx context.Context, owner Owner, mem seal.Memory, blob []byte) (credential *seal.Secret, err error) {
+func UnsealCredential(ctx context.Context, d *Device, owner Owner, mem seal.Memory, blob []byte) (credential *seal.Secret, err error) {
 	c, err := parseCredential(blob)
 	if err != nil {
 		return nil, err
 	}
 	defer seal.Collect() // the TPM's answer, as go-tpm unmarshalled it
-	err = d.useBound(ctx, owner, &c.bound, credentialKind, func(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session) (err error) {
+	err = useBound(ctx, d, owner, &c.bound, credentialKind, func(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session) (err error) {
 		credential, err = unseal(t, object, session, mem, func(n int) error {
 			if n == 0 || n > MaxCredential {
 				return credentialKind.damaged("it holds %d bytes, want 1 to %d", n, MaxCredential)
@@ -139,12 +139,12 @@ func (d *Device) UnsealCredential(ctx context.Context, owner Owner, mem seal.Mem
 	}, tpm2.AESEncryption(128, tpm2.EncryptOut))
 	switch {
 	case errors.Is(err, errOtherSRK):
-		return nil, classify(d.Do(ctx, c.otherTPM))
+		return nil, Classify(d.Do(ctx, c.otherTPM))
 	case errors.Is(err, authpolicy.ErrBootState):
 		return nil, seal.Errorf(seal.CauseBootState, "boot as before, or "+hintCredential,
 			"Secure Boot's state or keys have changed since the credential was sealed, which is bound to PCR 7: %w", err)
 	case err != nil:
-		return nil, classify(err)
+		return nil, Classify(err)
 	}
 	return credential, nil
 }

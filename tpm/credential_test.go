@@ -34,7 +34,7 @@ func (n *node) credential(b string) *seal.Secret {
 
 func (n *node) sealed(s *seal.Secret) (blob []byte) {
 	n.Helper()
-	blob, err := n.Device.SealCredential(n.Context(), n.Owner, crypto.SHA256, s)
+	blob, err := tpm.SealCredential(n.Context(), n.Device, n.Owner, crypto.SHA256, s)
 	if err != nil {
 		n.Fatal(err)
 	}
@@ -42,7 +42,7 @@ func (n *node) sealed(s *seal.Secret) (blob []byte) {
 }
 
 func (n *node) unseal(blob []byte) (*seal.Secret, error) {
-	return n.Device.UnsealCredential(n.Context(), n.Owner, n.Memory, blob)
+	return tpm.UnsealCredential(n.Context(), n.Device, n.Owner, n.Memory, blob)
 }
 
 // unseals demands that blob holds s.
@@ -129,7 +129,7 @@ func TestCredentialSizes(t *testing.T) {
 	closed := n.credential("1")
 	closed.Close()
 	for _, s := range []*seal.Secret{closed, n.credential(strings.Repeat("p", tpm.MaxCredential+1))} {
-		if blob, err := n.Device.SealCredential(t.Context(), n.Owner, crypto.SHA256, s); err == nil || !strings.Contains(err.Error(), "want 1 to 128") {
+		if blob, err := tpm.SealCredential(t.Context(), n.Device, n.Owner, crypto.SHA256, s); err == nil || !strings.Contains(err.Error(), "want 1 to 128") {
 			t.Errorf("%s, %v", blob, err)
 		}
 	}
@@ -139,7 +139,7 @@ func TestCredentialSizes(t *testing.T) {
 func TestCredentialBanks(t *testing.T) {
 	n := newNode(t)
 	pin := n.credential("73616220")
-	blob, err := n.Device.SealCredential(t.Context(), n.Owner, crypto.SHA384, pin)
+	blob, err := tpm.SealCredential(t.Context(), n.Device, n.Owner, crypto.SHA384, pin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -295,7 +295,7 @@ func TestCredentialFaults(t *testing.T) {
 	n.unseals(blob, pin)
 	n.proxy.Heal()
 	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCPCRRead, Do: flip})
-	if _, err := n.Device.SealCredential(t.Context(), n.Owner, crypto.SHA256, pin); err == nil {
+	if _, err := tpm.SealCredential(t.Context(), n.Device, n.Owner, crypto.SHA256, pin); err == nil {
 		t.Error("it was sealed to a PCR value that was changed on the way")
 	}
 	n.proxy.Heal()
@@ -350,7 +350,7 @@ func FuzzSealedCredential(f *testing.F) {
 	f.Add([]byte("null"))
 	none := tpm.NewDevice(tpm.Address{}, 0)
 	f.Fuzz(func(t *testing.T, data []byte) {
-		_, err := none.UnsealCredential(t.Context(), tpm.Owner{}, seal.Memory{}, data)
+		_, err := tpm.UnsealCredential(t.Context(), none, tpm.Owner{}, seal.Memory{}, data)
 		if seal.CauseOf(err) == seal.CauseUnavailable { // the file was accepted, and there is no TPM
 			var members map[string]any
 			if err := json.Unmarshal(data, &members); err != nil || len(members) != 7 || !bytes.HasPrefix(data, []byte(`{"form":"sealed-credential-v1","srk":"`)) {
@@ -390,7 +390,7 @@ func credentialSeed(f *testing.F) []byte {
 		f.Fatal(err)
 	}
 	blob = append(blob, '\n')
-	if _, err := tpm.NewDevice(tpm.Address{}, 0).UnsealCredential(f.Context(), tpm.Owner{}, seal.Memory{}, blob); seal.CauseOf(err) != seal.CauseUnavailable {
+	if _, err := tpm.UnsealCredential(f.Context(), tpm.NewDevice(tpm.Address{}, 0), tpm.Owner{}, seal.Memory{}, blob); seal.CauseOf(err) != seal.CauseUnavailable {
 		f.Fatalf("the seed is refused: %v", err)
 	}
 	return blob

@@ -137,8 +137,23 @@ type conn struct {
 	stream stream
 	last   []byte // the last response handed out; cleared when nobody needs it any more
 	broken error  // the first fault of the stream; nothing is sent after it
-	held   bool   // for several operations, which share srks
-	srks   srks
+	held   bool   // for several operations, which share kept
+	kept   Kept   // nil if they share nothing yet
+}
+
+// Kept is what the operations of a held connection share.
+type Kept interface {
+	// Release frees it in the TPM, before the connection is closed.
+	Release(transport.TPM)
+}
+
+// Held returns the place for what the operations of a held connection share, or nil if
+// t is not one, see [Device.Hold].
+func Held(t transport.TPM) *Kept {
+	if c, ok := t.(*conn); ok && c.held {
+		return &c.kept
+	}
+	return nil
 }
 
 // bind ties an open connection to the context of another operation.
@@ -256,4 +271,19 @@ func flushStale(t transport.TPM) error {
 func isTPMError(err error) bool {
 	_, ok := errors.AsType[tpm2.TPMRC](err)
 	return ok
+}
+
+// Classify gives an error of the TPM its cause, unless it has one.
+func Classify(err error) error {
+	switch {
+	case err == nil, seal.CauseOf(err) != "":
+		return err
+	case errors.Is(err, tpm2.TPMRCLockout):
+		return &seal.Error{Cause: seal.CauseLockout, Err: fmt.Errorf("the TPM is in dictionary-attack lockout: %w", err),
+			Hint: "wait for it to end, or clear it with tpm2_dictionarylockout --clear-lockout"}
+	case isTPMError(err):
+		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM refused: %w", err), Hint: "kleidi serve tries again; see the TPM's state with tpm2_getcap properties-variable"}
+	default:
+		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM's answer makes no sense: %w", err), Hint: "kleidi serve tries again; if it stays so, the TPM or what stands before it is faulty"}
+	}
 }

@@ -120,8 +120,8 @@ func (h *hold) disconnect() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), min(releaseTimeout, h.device.timeout))
 	defer cancel()
-	if h.conn.broken == nil && h.conn.bind(ctx) == nil {
-		_ = guard(func() error { h.conn.srks.release(h.conn); return nil })
+	if h.conn.kept != nil && h.conn.broken == nil && h.conn.bind(ctx) == nil {
+		_ = guard(func() error { h.conn.kept.Release(h.conn); return nil })
 	}
 	h.device.holder.CompareAndSwap(h, nil)
 	h.device.disconnect(h.conn)

@@ -28,12 +28,6 @@ type Quote struct {
 // between reading the values and quoting them.
 const quoteTries = 5
 
-// Quote makes a fresh attestation key below the storage root key and quotes the
-// PCRs with it, see [Quoter.Quote].
-func (d *Device) Quote(ctx context.Context, owner Owner, srk, nonce []byte, bank crypto.Hash, pcrs []int) (*Quote, error) {
-	return Quoter{Device: d, Owner: owner}.Quote(ctx, srk, nonce, bank, pcrs)
-}
-
 // Quoter quotes PCRs with an attestation key that it may keep.
 type Quoter struct {
 	Device *Device
@@ -54,7 +48,7 @@ func (q Quoter) Quote(ctx context.Context, srk, nonce []byte, bank crypto.Hash, 
 		})
 	})
 	if err != nil {
-		return nil, classify(err)
+		return nil, Classify(err)
 	}
 	return quote, nil
 }
@@ -122,4 +116,16 @@ func ReadPCRs(t transport.TPM, bank crypto.Hash, pcrs []int, session ...tpm2.Ses
 		rest = rest[n:]
 	}
 	return values, nil
+}
+
+// ResetCount returns how often the TPM was reset, once per boot. A session
+// authenticates the answer, because the limit of a suspension depends on it.
+func ResetCount(ctx context.Context, d *Device, owner Owner) (count uint32, err error) {
+	err = d.Do(ctx, func(t transport.TPM) error {
+		return WithSRK(t, owner, nil, func(srk *SRK) error {
+			count, err = authpolicy.ResetCount(t, srk.Session(tpm2.Audit()))
+			return err
+		})
+	})
+	return count, Classify(err)
 }

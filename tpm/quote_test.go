@@ -25,7 +25,7 @@ func TestQuoteWhilePCRsMove(t *testing.T) {
 	}{{[]int{4, 7}, 3, 1}, {[]int{4, 7, 10}, 3, 4}, {[]int{4, 7, 10}, 0, 0}} {
 		n.proxy.Forget()
 		n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCQuote, Times: c.times, Do: extendFirst})
-		q, err := n.Device.Quote(t.Context(), n.Owner, nil, []byte("nonce"), crypto.SHA256, c.pcrs)
+		q, err := (tpm.Quoter{Device: n.Device, Owner: n.Owner}).Quote(t.Context(), nil, []byte("nonce"), crypto.SHA256, c.pcrs)
 		if (err == nil) != (c.tries > 0) || err == nil && len(q.PCRs) != len(c.pcrs) {
 			t.Errorf("%v: %v", c.pcrs, err)
 		}
@@ -62,7 +62,7 @@ func TestReadPCRs(t *testing.T) {
 		return append(r[:14:14], 0, 0, 0, 0, 0, 0, 0, 0) // no selection, no values
 	})})
 	quote := func(pcrs ...int) error {
-		_, err := n.Device.Quote(t.Context(), n.Owner, nil, []byte("nonce"), crypto.SHA384, pcrs)
+		_, err := (tpm.Quoter{Device: n.Device, Owner: n.Owner}).Quote(t.Context(), nil, []byte("nonce"), crypto.SHA384, pcrs)
 		return err
 	}
 	n.want(quote(7), seal.CauseUnavailable, "values of PCR [7] are missing, which the TPM has", "makes no sense")

@@ -3,10 +3,8 @@ package tpm
 import (
 	"bytes"
 	"crypto"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"strconv"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -22,11 +20,6 @@ const (
 	formSealed   = "sealed-v1" // PolicyPCR, PolicyNV
 	formSealedV2 = "sealed-v2" // the same, and the policies for every other Use and for a verifier
 )
-
-// sealedAttributes are the object attributes of every sealed KEK: it never
-// leaves its TPM, no password opens it (userWithAuth clear), and it plays no
-// part in the dictionary-attack lockout.
-var sealedAttributes = tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true, AdminWithPolicy: true}
 
 // Use is the purpose of a slot.
 type Use string
@@ -144,35 +137,6 @@ type slotResets struct {
 	AtMost uint32 `json:"atMost"`
 }
 
-type hexBytes []byte
-
-func (h hexBytes) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(h)), nil }
-
-func (h *hexBytes) UnmarshalText(b []byte) error {
-	*h = make([]byte, hex.DecodedLen(len(b)))
-	_, err := hex.Decode(*h, b)
-	return err
-}
-
-var bankNames = map[string]crypto.Hash{"sha256": crypto.SHA256, "sha384": crypto.SHA384}
-
-// ParseBank reads the setting tpm.bank: sha256 or sha384.
-func ParseBank(s string) (crypto.Hash, error) {
-	if h, ok := bankNames[s]; ok {
-		return h, nil
-	}
-	return 0, fmt.Errorf("PCR bank %q; want sha256 or sha384", s)
-}
-
-func bankName(h crypto.Hash) string {
-	for name, hash := range bankNames {
-		if hash == h {
-			return name
-		}
-	}
-	return h.String()
-}
-
 func corrupt(format string, args ...any) error {
 	return seal.Errorf(seal.CauseSlotCorrupt, "bring back an undamaged keyring with kleidi keyring restore --previous, or kleidi keyring restore BACKUP",
 		"the TPM slot is damaged: "+format, args...).OrRecover()
@@ -194,7 +158,7 @@ func parseSlot(slot seal.Slot, counter Counter) (*slotData, error) {
 		return nil, corrupt("%w", err)
 	}
 	if d.Form != d.form() {
-		return nil, corrupt("form %q is not known to this version, or not that of a slot for %q", clip(d.Form), clip(string(d.Use)))
+		return nil, corrupt("form %+.40q is not known to this version, or not that of a slot for %+.40q", d.Form, string(d.Use))
 	}
 	if d.Epoch.Index != counter.Index() {
 		return nil, corrupt("it names NV index %#08x for the epoch counter, tpm.epochIndex is %#08x", d.Epoch.Index, counter.Index())
@@ -222,16 +186,6 @@ func (d *slotData) form() string {
 	}
 	return ""
 }
-
-func clip(s string) string {
-	if len(s) > 40 {
-		s = s[:40]
-	}
-	return strconv.QuoteToASCII(s)
-}
-
-// nameSize is the size of a Name with SHA-256: the algorithm, then the digest.
-const nameSize = 2 + 32
 
 func (d *slotData) parse(counter Counter) error {
 	if len(d.SRK) != nameSize { // an empty Name would match any key

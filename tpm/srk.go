@@ -204,11 +204,17 @@ type srks struct{ persistent, transient *SRK }
 // srksOf returns the storage root keys of a held connection, or none for any other
 // connection, and a function that releases them.
 func srksOf(t transport.TPM) (keys *srks, done func()) {
-	if c, ok := t.(*conn); ok && c.held {
-		return &c.srks, func() {}
+	shared := Held(t)
+	if shared == nil {
+		keys = new(srks)
+		return keys, func() { keys.Release(t) }
 	}
-	keys = new(srks)
-	return keys, func() { keys.release(t) }
+	keys, ok := (*shared).(*srks)
+	if !ok {
+		keys = new(srks)
+		*shared = keys
+	}
+	return keys, func() {}
 }
 
 // named returns the storage root key of that Name, if it is loaded or persistent.
@@ -257,8 +263,8 @@ func (k *srks) primary(t transport.TPM, owner Owner) (*SRK, error) {
 	return srk, nil
 }
 
-// release ends the sessions and flushes the transient key.
-func (k *srks) release(t transport.TPM) {
+// Release implements [Kept]: it ends the sessions and flushes the transient key.
+func (k *srks) Release(t transport.TPM) {
 	for _, srk := range []*SRK{k.transient, k.persistent} {
 		if srk != nil && srk.shared.Session != nil {
 			_ = srk.shared.end() // see flush

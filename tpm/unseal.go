@@ -25,10 +25,6 @@ func (e *StateError) Error() string { return e.err.Error() }
 // Unwrap returns what the TPM answered.
 func (e *StateError) Unwrap() error { return e.err }
 
-// unsealTries bounds how often an unseal is repeated because a PCR, for instance IMA's,
-// was extended in the meantime.
-const unsealTries = 8
-
 // Unwrap implements [seal.Wrapper]. If the machine booted in another way, the error is
 // [seal.CauseBootState] with a [*StateError].
 func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, error) {
@@ -58,17 +54,6 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 		return nil, classify(err)
 	}
 	return kek, nil
-}
-
-// damaged are the response codes by which TPM2_Load and TPM2_Import blame the object
-// (TPM 2.0 Library, Part 3, 12.2). All other codes mean trouble of the TPM itself.
-var damaged = []tpm2.TPMRC{
-	tpm2.TPMRCIntegrity, tpm2.TPMRCSize, tpm2.TPMRCValue, tpm2.TPMRCAttributes, tpm2.TPMRCHash, tpm2.TPMRCType, tpm2.TPMRCKeySize,
-	tpm2.TPMRCScheme, tpm2.TPMRCSymmetric, tpm2.TPMRCBinding, tpm2.TPMRCInsufficient, tpm2.TPMRCSelector, tpm2.TPMRCKDF, tpm2.TPMRCSensitive,
-}
-
-func isDamage(err error) bool {
-	return slices.ContainsFunc(damaged, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) })
 }
 
 func (w *Wrapper) unseal(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, error) {
@@ -117,25 +102,6 @@ func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *SRK, d *
 	return kek, err
 }
 
-// unseal moves the content of a sealed object into locked memory, if its size fits. The
-// garbage collection erases the copies that go-tpm leaves behind.
-func unseal(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session, mem seal.Memory, fits func(n int) error) (secret *seal.Secret, err error) {
-	seal.Erase(func() {
-		var r *tpm2.UnsealResponse
-		r, err = tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
-		if err != nil {
-			err = fmt.Errorf("TPM2_Unseal: %w", err)
-			return
-		}
-		if err = fits(len(r.OutData.Buffer)); err != nil {
-			clear(r.OutData.Buffer)
-			return
-		}
-		secret, err = mem.Take(r.OutData.Buffer)
-	})
-	return secret, err
-}
-
 // terms returns the terms of the slot, with the boot states that are signed for it and
 // with the way to its verifier.
 func (w *Wrapper) terms(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) authpolicy.Terms {
@@ -157,26 +123,24 @@ func (w *Wrapper) terms(ctx context.Context, t transport.TPM, srk *SRK, d *slotD
 	return ts
 }
 
-// load loads an object. If the TPM blames the object, broken makes the error.
-func load(t transport.TPM, srk *SRK, public tpm2.TPM2BPublic, private []byte, broken func(format string, args ...any) error) (object tpm2.NamedHandle, err error) {
-	r, err := tpm2.Load{ParentHandle: srk.auth(srk.Session()), InPrivate: tpm2.TPM2BPrivate{Buffer: private}, InPublic: public}.Execute(t)
-	if err != nil {
-		if isDamage(err) {
-			return object, broken("TPM2_Load: %w", err)
-		}
-		return object, fmt.Errorf("TPM2_Load: %w", err)
+// classify gives an error of the TPM its cause: first those of a slot's authorization
+// policy, then those that any command can have.
+func classify(err error) error {
+	var state *StateError
+	switch {
+	case err == nil, seal.CauseOf(err) != "":
+		return err
+	case errors.Is(err, authpolicy.ErrNoSignedState), errors.Is(err, authpolicy.ErrSignature), errors.Is(err, authpolicy.ErrKey):
+		return seal.Errorf(seal.CauseBootState, "boot one that is signed, sign it with kleidi bootstate sign --key FILE --cluster-id ID --event-log FILE and add it with kleidi bootstate add FILE --public-key FILE",
+			"the way in which the machine booted is not among the signed boot states: %w", err).OrRecover()
+	case errors.Is(err, authpolicy.ErrResets):
+		return seal.Errorf(seal.CauseBootState, "boot what was booted before it", "the suspension is over, or the machine was restarted without a reset of its TPM: %w", err).OrRecover()
+	case errors.As(err, &state):
+		return seal.Errorf(seal.CauseBootState, "boot the earlier kernel and settings", "the machine did not boot as it did when the slot was sealed: %w", err).OrRecover()
+	case errors.Is(err, authpolicy.ErrEpoch):
+		return seal.Errorf(seal.CauseEpoch, "use the present keyring, not an older copy", "the slot was revoked by a later reseal: %w", err).OrRecover()
+	case errors.Is(err, authpolicy.ErrCounter):
+		return seal.Errorf(seal.CauseEpoch, "find out who removed or replaced kleidi's epoch counter", "%w", err).OrRecover()
 	}
-	return tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name}, nil
-}
-
-// ResetCount returns how often the TPM was reset, once per boot. A session
-// authenticates the answer, because the limit of a suspension depends on it.
-func (d *Device) ResetCount(ctx context.Context, owner Owner) (count uint32, err error) {
-	err = d.Do(ctx, func(t transport.TPM) error {
-		return WithSRK(t, owner, nil, func(srk *SRK) error {
-			count, err = authpolicy.ResetCount(t, srk.Session(tpm2.Audit()))
-			return err
-		})
-	})
-	return count, classify(err)
+	return Classify(err)
 }

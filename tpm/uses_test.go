@@ -141,7 +141,7 @@ func TestSuspendSlot(t *testing.T) {
 func TestSuspendSlotCountsRestarts(t *testing.T) {
 	n := newNode(t)
 	state := n.only(tpm.UseSuspend, 7)
-	count, err := n.Device.ResetCount(t.Context(), n.Owner)
+	count, err := tpm.ResetCount(t.Context(), n.Device, n.Owner)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -154,7 +154,7 @@ func TestSuspendSlotCountsRestarts(t *testing.T) {
 	})
 	n.machine.CutPower()
 	n.machine.Reboot(simboot.Baseline(simboot.UKI))
-	if now, err := n.Device.ResetCount(t.Context(), n.Owner); err != nil || now != count {
+	if now, err := tpm.ResetCount(t.Context(), n.Device, n.Owner); err != nil || now != count {
 		t.Fatalf("it was no restart: %d resets, then %d, %v", count, now, err)
 	}
 	n.refuses(slot, seal.CauseBootState, "the suspension is over")

@@ -334,30 +334,3 @@ func (w *Wrapper) Revoke(ctx context.Context, slots []seal.Slot) error {
 		return own.withSRK(t, own.like, func(srk *SRK) error { return own.Counter.RaiseTo(t, srk, own.beyond(srk)) })
 	}))
 }
-
-// classify gives an error of the TPM its cause.
-func classify(err error) error {
-	var state *StateError
-	switch {
-	case err == nil, seal.CauseOf(err) != "":
-		return err
-	case errors.Is(err, authpolicy.ErrNoSignedState), errors.Is(err, authpolicy.ErrSignature), errors.Is(err, authpolicy.ErrKey):
-		return seal.Errorf(seal.CauseBootState, "boot one that is signed, sign it with kleidi bootstate sign --key FILE --cluster-id ID --event-log FILE and add it with kleidi bootstate add FILE --public-key FILE",
-			"the way in which the machine booted is not among the signed boot states: %w", err).OrRecover()
-	case errors.Is(err, authpolicy.ErrResets):
-		return seal.Errorf(seal.CauseBootState, "boot what was booted before it", "the suspension is over, or the machine was restarted without a reset of its TPM: %w", err).OrRecover()
-	case errors.As(err, &state):
-		return seal.Errorf(seal.CauseBootState, "boot the earlier kernel and settings", "the machine did not boot as it did when the slot was sealed: %w", err).OrRecover()
-	case errors.Is(err, authpolicy.ErrEpoch):
-		return seal.Errorf(seal.CauseEpoch, "use the present keyring, not an older copy", "the slot was revoked by a later reseal: %w", err).OrRecover()
-	case errors.Is(err, authpolicy.ErrCounter):
-		return seal.Errorf(seal.CauseEpoch, "find out who removed or replaced kleidi's epoch counter", "%w", err).OrRecover()
-	case errors.Is(err, tpm2.TPMRCLockout):
-		return &seal.Error{Cause: seal.CauseLockout, Err: fmt.Errorf("the TPM is in dictionary-attack lockout: %w", err),
-			Hint: "wait for it to end, or clear it with tpm2_dictionarylockout --clear-lockout"}
-	case isTPMError(err):
-		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM refused: %w", err), Hint: "kleidi serve tries again; see the TPM's state with tpm2_getcap properties-variable"}
-	default:
-		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM's answer makes no sense: %w", err), Hint: "kleidi serve tries again; if it stays so, the TPM or what stands before it is faulty"}
-	}
-}

@@ -231,7 +231,7 @@ func collect(ctx context.Context, name string, m *simboot.Machine) (*source, err
 	}
 	device := tpm.NewDevice(address, 0)
 	return newSource(name, firmware, userspace, func(bank crypto.Hash, pcrs []int) (*tpm.Quote, error) {
-		return device.Quote(ctx, tpm.Owner{}, nil, nonce, bank, pcrs)
+		return tpm.Quoter{Device: device}.Quote(ctx, nil, nonce, bank, pcrs)
 	})
 }
 

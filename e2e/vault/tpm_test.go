@@ -25,7 +25,7 @@ func tpmAuth(s *server) vault.Auth {
 		s.removeFile(name)
 	}
 	device := tpmtest.New(s.t, simboot.Baseline(simboot.UKI)).TPM()
-	blob, public, err := device.NewClientKey(s.t.Context(), tpm.Owner{}, crypto.SHA256)
+	blob, public, err := tpm.NewClientKey(s.t.Context(), device, tpm.Owner{}, crypto.SHA256)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -36,7 +36,7 @@ func tpmAuth(s *server) vault.Auth {
 		s.t.Fatal(err)
 	}
 	return vault.Auth{Method: vault.MethodCert, Role: "kleidi", ClientCertificate: func(ctx context.Context) (*tls.Certificate, error) {
-		signer, err := device.ClientSigner(ctx, tpm.Owner{}, blob)
+		signer, err := tpm.ClientSigner(ctx, device, tpm.Owner{}, blob)
 		return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: signer, SupportedSignatureAlgorithms: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256}}, err
 	}}
 }

@@ -14,13 +14,13 @@ const (
 	exampleFile   = "../../deploy/config.yaml"
 )
 
-// keys returns the path of every key with its default.
-func keys(v reflect.Value, path string) map[string]reflect.Value {
+// settings returns the path of every key with its default.
+func settings(v reflect.Value, path string) map[string]reflect.Value {
 	out := map[string]reflect.Value{}
 	for i := range v.NumField() {
 		name := path + v.Type().Field(i).Tag.Get("yaml")
 		if v.Field(i).Kind() == reflect.Struct {
-			for k, d := range keys(v.Field(i), name+".") {
+			for k, d := range settings(v.Field(i), name+".") {
 				out[k] = d
 			}
 			continue
@@ -63,7 +63,7 @@ func TestReferenceNamesEveryKeyWithItsDefault(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := keys(reflect.ValueOf(Default()).Elem(), "")
+	all := settings(reflect.ValueOf(Default()).Elem(), "")
 	seen := map[string]bool{}
 	for _, row := range referenceRow.FindAllStringSubmatch(string(b), -1) {
 		key, given := row[1], row[3]
@@ -101,7 +101,7 @@ func TestExampleHoldsEveryDefault(t *testing.T) {
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("%s is not the default:\n%+v\n%+v", exampleFile, c, want)
 	}
-	for key := range keys(reflect.ValueOf(want).Elem(), "") {
+	for key := range settings(reflect.ValueOf(want).Elem(), "") {
 		name := key[strings.LastIndexByte(key, '.')+1:]
 		if !regexp.MustCompile(`(?m)^ *(# )?` + name + `:`).Match(b) {
 			t.Errorf("%s does not show %s", exampleFile, key)

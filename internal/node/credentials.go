@@ -21,7 +21,7 @@ func (n *Node) sealedPIN(ctx context.Context) (*seal.Secret, error) {
 	if err != nil {
 		return nil, seal.Caused(seal.CauseCredentials, "make it with kleidi pkcs11-pin --pin-file FILE --out "+seal.Quote(path)+", or correct pkcs11.sealedPINFile", "pkcs11.sealedPINFile", err)
 	}
-	pin, err := n.Gate.Device.UnsealCredential(ctx, n.Gate.Owner, n.Memory, blob)
+	pin, err := tpm.UnsealCredential(ctx, n.Gate.Device, n.Gate.Owner, n.Memory, blob)
 	if e, ok := errors.AsType[*seal.Error](HintNeedsTPM(err)); ok {
 		return nil, seal.Errorf(e.Cause, e.Hint, "pkcs11.sealedPINFile: %s: %w", path, e.Err)
 	}
@@ -67,7 +67,7 @@ func (n *Node) clientCertificate(ctx context.Context) (*tls.Certificate, error) 
 	if err != nil {
 		return nil, seal.Caused(seal.CauseCredentials, "make the key with kleidi vault-key --out "+seal.Quote(auth.TPMKeyFile)+" --csr FILE, or correct vault.auth.tpmKeyFile", "vault.auth.tpmKeyFile", err)
 	}
-	signer, err := n.Gate.Device.ClientSigner(ctx, n.Gate.Owner, blob)
+	signer, err := tpm.ClientSigner(ctx, n.Gate.Device, n.Gate.Owner, blob)
 	if err != nil {
 		return nil, fmt.Errorf("vault.auth.tpmKeyFile: %s: %w", auth.TPMKeyFile, err)
 	}

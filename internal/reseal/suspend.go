@@ -25,7 +25,7 @@ func Suspend(ctx context.Context, n *node.Node, req admin.SuspendRequest) (admin
 		if err != nil {
 			return nil, err
 		}
-		resets, err := n.Gate.Device.ResetCount(ctx, n.Gate.Owner)
+		resets, err := tpm.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
 		if err != nil {
 			return nil, err
 		}
@@ -89,7 +89,7 @@ func spent(ctx context.Context, n *node.Node, slots []seal.Slot) (map[int]bool, 
 		if d.State.Use != tpm.UseSuspend {
 			continue
 		}
-		count, err := n.Gate.Device.ResetCount(ctx, n.Gate.Owner)
+		count, err := tpm.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
 		if err != nil {
 			return nil, err
 		}

@@ -106,7 +106,7 @@ func changedOutside(ctx context.Context, n *node.Node, cluster string, slots []s
 // tell.
 func bootsLeft(ctx context.Context, n *node.Node, slots []seal.Slot) *int64 {
 	states := n.View.BootStates(slots, tpm.UseSuspend)
-	count, err := n.Gate.Device.ResetCount(ctx, n.Gate.Owner)
+	count, err := tpm.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
 	if err != nil || len(states) == 0 {
 		return nil
 	}

@@ -24,7 +24,7 @@ func (n *node) suspension() seal.Slot {
 	if err != nil {
 		n.Fatal(err)
 	}
-	resets, err := n.gate.Device.ResetCount(n.Context(), tpm.Owner{})
+	resets, err := tpm.ResetCount(n.Context(), n.gate.Device, tpm.Owner{})
 	if err != nil {
 		n.Fatal(err)
 	}

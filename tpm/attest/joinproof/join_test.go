@@ -210,7 +210,7 @@ func TestAttacks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		q, err := other.machine.TPM().Quote(t.Context(), tpm.Owner{}, nil, a.ExtraData.Buffer, crypto.SHA256, []int{0, 4, 7, 11})
+		q, err := (tpm.Quoter{Device: other.machine.TPM()}).Quote(t.Context(), nil, a.ExtraData.Buffer, crypto.SHA256, []int{0, 4, 7, 11})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -139,7 +139,7 @@ func TestAnotherTPM(t *testing.T) {
 			t.Fatal(err)
 		}
 		digest = a.ExtraData.Buffer
-		if lent, err = other.machine.TPM().Quote(t.Context(), tpm.Owner{}, nil, digest, crypto.SHA256, []int{0, 4, 7, 11}); err != nil {
+		if lent, err = (tpm.Quoter{Device: other.machine.TPM()}).Quote(t.Context(), nil, digest, crypto.SHA256, []int{0, 4, 7, 11}); err != nil {
 			t.Fatal(err)
 		}
 		e.Attest, e.Signature, e.PCRs = lent.Attest, lent.Signature, lent.PCRs
