@@ -17,6 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -28,7 +29,7 @@ import (
 func newTPM(t *testing.T) (*tpm.Wrapper, *tpmtest.Machine) {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
-	counter := must[*nv.Counter](t)(nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{}))
+	counter := must[*nv.Counter](t)(nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{}))
 	device := m.TPM()
 	gate := &attest.Gate{Attester: attest.Attester{Device: device, Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}},
 		Counter: counter, Bank: crypto.SHA256}

@@ -8,15 +8,16 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Copies are the copies of a slot that anybody may have kept. The TPM with this EK and
 // storage root key opens them until its counter at Index is above AtMost.
 type Copies struct {
-	EK     string   `json:"ek"`    // digest, see EKDigest
-	SRK    hexBytes `json:"srk"`   // Name of the storage root key
-	Index  uint32   `json:"index"` // NV index of the epoch counter
-	AtMost uint64   `json:"atMost"`
+	EK     string        `json:"ek"`    // digest, see keys.EKDigest
+	SRK    keys.HexBytes `json:"srk"`   // Name of the storage root key
+	Index  uint32        `json:"index"` // NV index of the epoch counter
+	AtMost uint64        `json:"atMost"`
 }
 
 // CopiesOf returns where the copies of a TPM slot open. It reads a slot with any epoch
@@ -24,9 +25,9 @@ type Copies struct {
 // keyring.
 func CopiesOf(slot seal.Slot) (Copies, error) {
 	var d struct {
-		EK    string    `json:"ek"`
-		SRK   hexBytes  `json:"srk"`
-		Epoch slotEpoch `json:"epoch"`
+		EK    string        `json:"ek"`
+		SRK   keys.HexBytes `json:"srk"`
+		Epoch slotEpoch     `json:"epoch"`
 	}
 	if err := json.Unmarshal(slot.Data, &d); err != nil {
 		return Copies{}, corrupt("%w", err)
@@ -44,7 +45,7 @@ func (c Copies) SameCounter(other Copies) bool {
 // that the copies' storage root key is gone, so nothing opens them any more.
 func (w *Wrapper) Refuse(ctx context.Context, c Copies, counter Counter) error {
 	return classify(w.Device.Do(ctx, func(t transport.TPM) error {
-		return w.withSRK(t, &slotData{EK: c.EK, SRK: c.SRK}, func(srk *SRK) error { return counter.RaiseTo(t, srk, c.AtMost+1) })
+		return w.withSRK(t, &slotData{EK: c.EK, SRK: c.SRK}, func(srk *keys.SRK) error { return counter.RaiseTo(t, srk, c.AtMost+1) })
 	}))
 }
 
@@ -53,7 +54,7 @@ func (w *Wrapper) Refuse(ctx context.Context, c Copies, counter Counter) error {
 // and starts above all former values.
 func (w *Wrapper) EndEpoch(ctx context.Context) (epoch uint64, err error) {
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
-		return WithSRK(t, w.Owner, nil, func(srk *SRK) error {
+		return keys.WithSRK(t, w.Owner, nil, func(srk *keys.SRK) error {
 			now, err := w.Counter.Ensure(t, srk)
 			if err != nil {
 				return err

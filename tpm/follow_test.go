@@ -9,9 +9,9 @@ import (
 // TestWrapLikeDoesNotRevive: a revoked slot is no model for another slot.
 func TestWrapLikeDoesNotRevive(t *testing.T) {
 	n := newNode(t)
-	old := n.wrap(n.kek())
+	old := n.Sealed(n.KEK())
 	next := n.ForNextEpoch([]seal.Slot{old})
-	kek := n.kek()
+	kek := n.KEK()
 	slot, err := next.Wrap(t.Context(), kek)
 	if err != nil {
 		t.Fatal(err)
@@ -23,10 +23,10 @@ func TestWrapLikeDoesNotRevive(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = n.WrapLike(t.Context(), kek, old)
-	n.want(err, seal.CauseEpoch, "what is revoked is not made anew")
+	n.Want(err, seal.CauseEpoch, "what is revoked is not made anew")
 	if again, err := n.WrapLike(t.Context(), kek, slot); err != nil {
 		t.Errorf("a slot of the present epoch: %v", err)
 	} else {
-		n.opens(again, kek)
+		n.Opens(again, kek)
 	}
 }

@@ -14,13 +14,14 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
 // FuzzDemandOf: slots are read before anything about them is proven. An accepted slot
 // makes sense: kleidi could seal to its demand, and its digest is the object's.
 func FuzzDemandOf(f *testing.F) {
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -80,7 +81,7 @@ func someSRK(tb testing.TB) []byte {
 func FuzzParseSRK(f *testing.F) {
 	f.Add(someSRK(f))
 	f.Add(tpm2.Marshal(tpm2.RSASRKTemplate))
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{})
 	if err != nil {
 		f.Fatal(err)
 	}

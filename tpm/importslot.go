@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // formImport is the form of a slot that another node made for this node's TPM, from
@@ -37,7 +38,7 @@ type EpochIndex interface {
 // Peer is the TPM of another node, as the node's entry in the keyring describes it.
 type Peer struct {
 	Node  string
-	EK    string // digest, only for messages: see [EKDigest]
+	EK    string // digest, only for messages: see [keys.EKDigest]
 	SRK   []byte // TPMT_PUBLIC
 	Epoch EpochIndex
 }
@@ -137,16 +138,16 @@ func (d *slotData) encapsulate(key tpm2.LabeledEncapsulationKey, kek, digest []b
 
 // imported returns the private area of the slot's object in the form that this TPM
 // loads: TPM2_Import converts the duplicate.
-func (d *slotData) imported(t transport.TPM, srk *SRK) ([]byte, error) {
+func (d *slotData) imported(t transport.TPM, srk *keys.SRK) ([]byte, error) {
 	if d.EncSeed == nil {
 		return d.Private, nil
 	}
 	r, err := tpm2.Import{
-		ParentHandle: srk.auth(srk.Session()), ObjectPublic: tpm2.New2B(*d.public), Duplicate: tpm2.TPM2BPrivate{Buffer: d.Private},
+		ParentHandle: srk.Auth(srk.Session()), ObjectPublic: tpm2.New2B(*d.public), Duplicate: tpm2.TPM2BPrivate{Buffer: d.Private},
 		InSymSeed: tpm2.TPM2BEncryptedSecret{Buffer: d.EncSeed}, Symmetric: tpm2.TPMTSymDef{Algorithm: tpm2.TPMAlgNull},
 	}.Execute(t)
 	switch {
-	case err != nil && isDamage(err):
+	case err != nil && keys.IsDamage(err):
 		return nil, corrupt("TPM2_Import: %w", err)
 	case err != nil:
 		return nil, fmt.Errorf("TPM2_Import: %w", err)

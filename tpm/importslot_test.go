@@ -16,6 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -30,17 +31,17 @@ func newPeer(t *testing.T) (*node, tpm.Peer) {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	n := nodeOn(t, m)
-	counter, err := nv.NewCounter(indexOfJ, tpm.Owner{})
+	counter, err := nv.NewCounter(indexOfJ, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.counter, n.Counter, n.gate.Counter = counter, counter, counter
+	n.Counter, n.Gate.Counter = counter, counter
 	p := tpm.Peer{Node: "alpha", Epoch: counterAt(t, indexOfJ)}
 	if p.EK, err = n.Provision(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	n.must(func(tp transport.TPM) error {
-		return tpm.WithSRK(tp, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+	n.Must(func(tp transport.TPM) error {
+		return keys.WithSRK(tp, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			p.SRK = tpm2.Marshal(srk.Public)
 			return nil
 		})
@@ -50,7 +51,7 @@ func newPeer(t *testing.T) (*node, tpm.Peer) {
 
 func counterAt(t *testing.T, index uint32) *nv.Counter {
 	t.Helper()
-	c, err := nv.NewCounter(index, tpm.Owner{})
+	c, err := nv.NewCounter(index, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,18 +115,18 @@ func TestImportSlotConformance(t *testing.T) {
 // nowhere else.
 func TestImportSlot(t *testing.T) {
 	n, p := newPeer(t)
-	kek, state := n.kek(), n.state()
+	kek, state := n.KEK(), n.state()
 	slot := n.wrapFor(p, kek, state)
 	if d := read(t, slot); d["form"] != "import-v1" || slot.Node != "alpha" || d["boot"] != nil || len(slot.Data) > 1500 {
 		t.Errorf("%d bytes: %s", len(slot.Data), slot.Data)
 	}
-	n.opens(slot, kek)
-	demand, err := tpm.DemandOf(slot, n.counter)
+	n.Opens(slot, kek)
+	demand, err := tpm.DemandOf(slot, n.Counter)
 	if err != nil || demand.EK != p.EK || !bytes.Equal(demand.State.Values[7], state.Values[7]) {
 		t.Errorf("%+v, %v", demand, err)
 	}
-	n.opens(n.sealedLike(slot, kek), kek) // the slot that the node makes from it
-	was := n.machine.Current()
+	n.Opens(n.sealedLike(slot, kek), kek) // the slot that the node makes from it
+	was := n.Machine.Current()
 	for name, change := range map[string]func(*simboot.Boot){
 		"kernel":       func(b *simboot.Boot) { b.Kernel = "6.12.99+evil-amd64" },
 		"command line": func(b *simboot.Boot) { b.CommandLine += " init=/bin/sh" },
@@ -133,17 +134,17 @@ func TestImportSlot(t *testing.T) {
 	} {
 		b := was
 		change(&b)
-		n.machine.Reboot(b)
-		if err := n.refuses(slot, seal.CauseBootState); !errors.Is(err, authpolicy.ErrBootState) {
+		n.Machine.Reboot(b)
+		if err := n.Refuses(slot, seal.CauseBootState); !errors.Is(err, authpolicy.ErrBootState) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	n.machine.Reboot(was)
-	n.opens(slot, kek)
+	n.Machine.Reboot(was)
+	n.Opens(slot, kek)
 	if err := n.Revoke(t.Context(), []seal.Slot{slot}); err != nil { // ends the slot's epoch
 		t.Fatal(err)
 	}
-	if err := n.refuses(slot, seal.CauseEpoch, "revoked"); !errors.Is(err, authpolicy.ErrEpoch) {
+	if err := n.Refuses(slot, seal.CauseEpoch, "revoked"); !errors.Is(err, authpolicy.ErrEpoch) {
 		t.Error(err)
 	}
 }
@@ -165,12 +166,12 @@ func (n *node) sealedLike(slot seal.Slot, kek *seal.Secret) seal.Slot {
 // the other node's, the TPM refuses the slot, even if the parser accepts it.
 func TestImportSlotNamesTheOtherNodesIndex(t *testing.T) {
 	n, p := newPeer(t)
-	kek, state := n.kek(), n.state()
+	kek, state := n.KEK(), n.state()
 	p.Epoch = counterAt(t, nv.DefaultEpochIndex)
 	slot := n.wrapFor(p, kek, state)
-	n.refuses(slot, seal.CauseSlotCorrupt, "tpm.epochIndex is 0x01804b07")
+	n.Refuses(slot, seal.CauseSlotCorrupt, "tpm.epochIndex is 0x01804b07")
 	n.Counter = counterAt(t, nv.DefaultEpochIndex) // the parser agrees
-	n.refuses(slot, seal.CauseEpoch, "epoch counter")
+	n.Refuses(slot, seal.CauseEpoch, "epoch counter")
 }
 
 // TestImportedKEKStays: TPM2_Duplicate of an imported KEK is refused, with a password
@@ -178,7 +179,7 @@ func TestImportSlotNamesTheOtherNodesIndex(t *testing.T) {
 // the KEK.
 func TestImportedKEKStays(t *testing.T) {
 	n, p := newPeer(t)
-	kek := n.kek()
+	kek := n.KEK()
 	slot := n.wrapFor(p, kek, n.state())
 	var d struct {
 		Public, Private, EncSeed []byte
@@ -191,9 +192,9 @@ func TestImportedKEKStays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	policy := authpolicy.Terms{n.state().PCR, authpolicy.Epoch{Index: indexOfJ, Name: n.counter.Name(), AtMost: d.Epoch.AtMost}}
-	n.must(func(tp transport.TPM) error {
-		return tpm.WithSRK(tp, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+	policy := authpolicy.Terms{n.state().PCR, authpolicy.Epoch{Index: indexOfJ, Name: n.Counter.Name(), AtMost: d.Epoch.AtMost}}
+	n.Must(func(tp transport.TPM) error {
+		return keys.WithSRK(tp, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			parent := tpm2.AuthHandle{Handle: srk.Handle, Name: srk.Name, Auth: tpm2.PasswordAuth(nil)}
 			im, err := tpm2.Import{ParentHandle: parent, ObjectPublic: tpm2.New2B(*public), Duplicate: tpm2.TPM2BPrivate{Buffer: d.Private},
 				InSymSeed: tpm2.TPM2BEncryptedSecret{Buffer: d.EncSeed}, Symmetric: tpm2.TPMTSymDef{Algorithm: tpm2.TPMAlgNull}}.Execute(tp)
@@ -241,10 +242,10 @@ func TestImportedKEKStays(t *testing.T) {
 // and a sealed slot and an import slot are never confused.
 func TestTamperedImportSlot(t *testing.T) {
 	n, p := newPeer(t)
-	kek := n.kek()
-	slot, other := n.wrapFor(p, kek, n.state()), read(t, n.wrapFor(p, n.kek(), n.state()))
-	own := n.wrap(kek)
-	n.opens(own, kek)
+	kek := n.KEK()
+	slot, other := n.wrapFor(p, kek, n.state()), read(t, n.wrapFor(p, n.KEK(), n.state()))
+	own := n.Sealed(kek)
+	n.Opens(own, kek)
 	sealed := read(t, own)
 	for name, change := range map[string]func(d document){
 		"form":               func(d document) { d["form"] = "sealed-v1" },
@@ -265,9 +266,9 @@ func TestTamperedImportSlot(t *testing.T) {
 		d := read(t, slot)
 		change(d)
 		n.T.Log(name)
-		n.refuses(d.slot(t, slot), seal.CauseSlotCorrupt)
+		n.Refuses(d.slot(t, slot), seal.CauseSlotCorrupt)
 	}
-	n.opens(slot, kek)
+	n.Opens(slot, kek)
 }
 
 // TestWrapForOthersKeys: a key without the template of a storage root key gets no KEK.
@@ -297,7 +298,7 @@ func TestWrapForOthersKeys(t *testing.T) {
 		change(&c)
 		peer := p
 		peer.SRK = tpm2.Marshal(c)
-		if _, err := tpm.WrapFor(peer, n.kek(), n.state(), 1); err == nil || !strings.Contains(err.Error(), "wrap for node alpha: storage root key") {
+		if _, err := tpm.WrapFor(peer, n.KEK(), n.state(), 1); err == nil || !strings.Contains(err.Error(), "wrap for node alpha: storage root key") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -308,8 +309,8 @@ func TestWrapForOthersKeys(t *testing.T) {
 	}
 	weak := n.state()
 	weak.Values = map[int][]byte{11: weak.Values[11]}
-	_, err = tpm.WrapFor(p, n.kek(), weak, 1)
-	n.want(err, seal.CauseBootState, "node alpha", "PCR 11 alone")
+	_, err = tpm.WrapFor(p, n.KEK(), weak, 1)
+	n.Want(err, seal.CauseBootState, "node alpha", "PCR 11 alone")
 }
 
 func setPoint(p *tpm2.TPMTPublic, x, y []byte) {
@@ -320,7 +321,7 @@ func setPoint(p *tpm2.TPMTPublic, x, y []byte) {
 // only in its locked memory.
 func TestImportInMemory(t *testing.T) {
 	n, p := newPeer(t)
-	kek := n.kek()
+	kek := n.KEK()
 	watch := sealtest.NewWatch()
 	watch.Add("KEK", kek)
 	slot := n.wrapFor(p, kek, n.state())

@@ -22,8 +22,8 @@ func TestPendingRevocation(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
-			kek := n.kek()
-			old := n.wrap(kek)
+			kek := n.KEK()
+			old := n.Sealed(kek)
 			pending, err := n.ForNextEpoch([]seal.Slot{old}).Wrap(t.Context(), kek) // saved, but the epoch was not ended
 			if err != nil {
 				t.Fatal(err)
@@ -35,10 +35,10 @@ func TestPendingRevocation(t *testing.T) {
 			if err := n.Settle(t.Context(), []seal.Slot{fresh}); err != nil {
 				t.Fatal(err)
 			}
-			n.refuses(old, seal.CauseEpoch)
-			n.opens(fresh, kek)
+			n.Refuses(old, seal.CauseEpoch)
+			n.Opens(fresh, kek)
 			if name == "resealed" {
-				n.refuses(pending, seal.CauseEpoch)
+				n.Refuses(pending, seal.CauseEpoch)
 			}
 		})
 	}
@@ -47,24 +47,24 @@ func TestPendingRevocation(t *testing.T) {
 // TestTPMTroubleIsNoDamage: a full or failing TPM is no evidence against the slot.
 func TestTPMTroubleIsNoDamage(t *testing.T) {
 	n := newNode(t)
-	kek := n.kek()
-	slot := n.wrap(kek)
+	kek := n.KEK()
+	slot := n.Sealed(kek)
 	for _, rc := range []tpm2.TPMRC{tpm2.TPMRCObjectMemory, tpm2.TPMRCMemory, tpm2.TPMRCFailure, tpm2.TPMRCInitialize} {
-		n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCLoad, Do: tpmtest.Code(rc)})
-		n.refuses(slot, seal.CauseUnavailable)
+		n.Proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCLoad, Do: tpmtest.Code(rc)})
+		n.Refuses(slot, seal.CauseUnavailable)
 	}
-	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCLoad, Do: tpmtest.Code(tpm2.TPMRCIntegrity)})
-	n.refuses(slot, seal.CauseSlotCorrupt)
-	n.proxy.Heal()
-	n.opens(slot, kek)
+	n.Proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCLoad, Do: tpmtest.Code(tpm2.TPMRCIntegrity)})
+	n.Refuses(slot, seal.CauseSlotCorrupt)
+	n.Proxy.Heal()
+	n.Opens(slot, kek)
 }
 
 // TestRevoke: a slot revoked without a successor is refused. Revoking again is
 // harmless, and later slots open.
 func TestRevoke(t *testing.T) {
 	n := newNode(t)
-	kek := n.kek()
-	old := n.wrap(kek)
+	kek := n.KEK()
+	old := n.Sealed(kek)
 	pending, err := n.ForNextEpoch([]seal.Slot{old}).Wrap(t.Context(), kek)
 	if err != nil {
 		t.Fatal(err)
@@ -73,10 +73,10 @@ func TestRevoke(t *testing.T) {
 		if err := n.Revoke(t.Context(), []seal.Slot{old, pending}); err != nil {
 			t.Fatal(err)
 		}
-		n.refuses(old, seal.CauseEpoch)
-		n.refuses(pending, seal.CauseEpoch)
+		n.Refuses(old, seal.CauseEpoch)
+		n.Refuses(pending, seal.CauseEpoch)
 	}
-	n.opens(n.wrap(kek), kek)
+	n.Opens(n.Sealed(kek), kek)
 	other := newNode(t)
 	if err := other.Revoke(t.Context(), []seal.Slot{old}); seal.CauseOf(err) != seal.CauseOtherTPM {
 		t.Errorf("another TPM revokes it: %v", err)

@@ -12,8 +12,8 @@ import (
 // makes the slots that recover needs.
 func TestCounterWentBack(t *testing.T) {
 	n := newNode(t)
-	kek := n.kek()
-	ahead := n.wrap(kek)
+	kek := n.KEK()
+	ahead := n.Sealed(kek)
 	for range tpm.MaxRaise { // saved, and never settled
 		next, err := n.ForNextEpoch([]seal.Slot{ahead}).Wrap(t.Context(), kek)
 		if err != nil {
@@ -26,7 +26,7 @@ func TestCounterWentBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = strict.Wrap(t.Context(), kek)
-	n.want(err, seal.CauseEpoch, "the epoch counter went back", "can't revoke those copies")
+	n.Want(err, seal.CauseEpoch, "the epoch counter went back", "can't revoke those copies")
 
 	fresh, err := n.ForNextEpoch([]seal.Slot{ahead}).Wrap(t.Context(), kek)
 	if err != nil {
@@ -35,6 +35,6 @@ func TestCounterWentBack(t *testing.T) {
 	if err := n.Settle(t.Context(), []seal.Slot{fresh}); err != nil {
 		t.Fatal(err)
 	}
-	n.opens(fresh, kek)
-	n.opens(ahead, kek) // that is why strict refuses
+	n.Opens(fresh, kek)
+	n.Opens(ahead, kek) // that is why strict refuses
 }

@@ -5,6 +5,8 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Self describes this machine's TPM, as a node's entry in the keyring does.
@@ -14,7 +16,7 @@ func (w *Wrapper) Self(ctx context.Context) (p Peer, err error) {
 		if p.EK, err = w.digest(t); err != nil {
 			return err
 		}
-		return WithSRK(t, w.Owner, nil, func(srk *SRK) error {
+		return keys.WithSRK(t, w.Owner, nil, func(srk *keys.SRK) error {
 			p.SRK = tpm2.Marshal(srk.Public)
 			return nil
 		})

@@ -12,6 +12,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Forms of slots that were made on the TPM that opens them (fixedTPM, fixedParent). A
@@ -72,28 +73,28 @@ type BootState struct {
 // slotData is the JSON in Slot.Data. All of it is untrusted, but the terms in it must
 // hash to the authorization policy that the TPM enforces.
 type slotData struct {
-	Form     string           `json:"form"`
-	Made     time.Time        `json:"made"`              // only for display: the age of the slot
-	SRK      hexBytes         `json:"srk"`               // Name of the storage root key
-	EK       string           `json:"ek"`                // digest of the endorsement key, see EKDigest
-	Public   []byte           `json:"public"`            // TPMT_PUBLIC
-	Private  []byte           `json:"private"`           // TPM2B_PRIVATE's buffer
-	EncSeed  []byte           `json:"encSeed,omitempty"` // with formImport: TPM2B_ENCRYPTED_SECRET's buffer, to the storage root key
-	Bank     string           `json:"bank"`
-	PCRs     map[int]hexBytes `json:"pcrs"`
-	Epoch    slotEpoch        `json:"epoch"`
-	Boot     json.RawMessage  `json:"boot,omitempty"`
-	Use      Use              `json:"use,omitempty"`
-	Signer   *slotSigner      `json:"signer,omitempty"`
-	Resets   *slotResets      `json:"resets,omitempty"`
-	Verifier *slotVerifier    `json:"verifier,omitempty"`
-	public   *tpm2.TPMTPublic // parsed Public
-	terms    authpolicy.Terms // from PCRs and Epoch
-	state    *BootState       // from Bank, PCRs and Boot
+	Form     string                `json:"form"`
+	Made     time.Time             `json:"made"`              // only for display: the age of the slot
+	SRK      keys.HexBytes         `json:"srk"`               // Name of the storage root key
+	EK       string                `json:"ek"`                // digest of the endorsement key, see keys.EKDigest
+	Public   []byte                `json:"public"`            // TPMT_PUBLIC
+	Private  []byte                `json:"private"`           // TPM2B_PRIVATE's buffer
+	EncSeed  []byte                `json:"encSeed,omitempty"` // with formImport: TPM2B_ENCRYPTED_SECRET's buffer, to the storage root key
+	Bank     string                `json:"bank"`
+	PCRs     map[int]keys.HexBytes `json:"pcrs"`
+	Epoch    slotEpoch             `json:"epoch"`
+	Boot     json.RawMessage       `json:"boot,omitempty"`
+	Use      Use                   `json:"use,omitempty"`
+	Signer   *slotSigner           `json:"signer,omitempty"`
+	Resets   *slotResets           `json:"resets,omitempty"`
+	Verifier *slotVerifier         `json:"verifier,omitempty"`
+	public   *tpm2.TPMTPublic      // parsed Public
+	terms    authpolicy.Terms      // from PCRs and Epoch
+	state    *BootState            // from Bank, PCRs and Boot
 }
 
 func newSlotData(s *BootState) *slotData {
-	d := &slotData{Made: time.Now().UTC().Truncate(time.Second), Bank: bankName(s.Bank), PCRs: map[int]hexBytes{}, Use: s.Use, Boot: s.Record, state: s}
+	d := &slotData{Made: time.Now().UTC().Truncate(time.Second), Bank: keys.BankName(s.Bank), PCRs: map[int]keys.HexBytes{}, Use: s.Use, Boot: s.Record, state: s}
 	for i, v := range s.Values {
 		d.PCRs[i] = v
 	}
@@ -116,8 +117,8 @@ type slotEpoch struct {
 }
 
 type slotSigner struct {
-	Key []byte   `json:"key"` // TPMT_PUBLIC
-	Ref hexBytes `json:"ref"`
+	Key []byte        `json:"key"` // TPMT_PUBLIC
+	Ref keys.HexBytes `json:"ref"`
 }
 
 func (s *slotSigner) parse() (Signer, error) {
@@ -188,10 +189,10 @@ func (d *slotData) form() string {
 }
 
 func (d *slotData) parse(counter Counter) error {
-	if len(d.SRK) != nameSize { // an empty Name would match any key
-		return fmt.Errorf("the Name of its storage root key has %d bytes, want %d", len(d.SRK), nameSize)
+	if len(d.SRK) != keys.NameSize { // an empty Name would match any key
+		return fmt.Errorf("the Name of its storage root key has %d bytes, want %d", len(d.SRK), keys.NameSize)
 	}
-	bank, err := ParseBank(d.Bank)
+	bank, err := keys.ParseBank(d.Bank)
 	if err != nil {
 		return err
 	}
@@ -229,7 +230,7 @@ func (d *slotData) parse(counter Counter) error {
 	if err != nil {
 		return fmt.Errorf("public area: %w", err)
 	}
-	attributes := sealedAttributes
+	attributes := keys.SealedAttributes
 	if d.EncSeed != nil {
 		attributes = importAttributes
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
@@ -45,9 +46,9 @@ func (d document) sub(name string) document { return document(d[name].(map[strin
 // that are only for display do not affect the opening.
 func TestTamperedSlot(t *testing.T) {
 	n := newNode(t)
-	kek := n.kek()
-	slot := n.wrap(kek)
-	other := read(t, n.wrap(kek))
+	kek := n.KEK()
+	slot := n.Sealed(kek)
+	other := read(t, n.Sealed(kek))
 	zeros, ones := strings.Repeat("00", 32), strings.Repeat("11", 32)
 	const corrupt, opens = seal.CauseSlotCorrupt, seal.Cause("")
 	for name, c := range map[string]struct {
@@ -96,22 +97,22 @@ func TestTamperedSlot(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := read(t, slot)
 			c.change(d)
-			sub := *n
+			sub := *n.Node
 			sub.T = t
 			if c.want == opens {
-				sub.opens(d.slot(t, slot), kek)
+				sub.Opens(d.slot(t, slot), kek)
 			} else {
-				sub.refuses(d.slot(t, slot), c.want)
+				sub.Refuses(d.slot(t, slot), c.want)
 			}
 		})
 	}
-	n.opens(slot, kek)
+	n.Opens(slot, kek)
 }
 
 // TestSlotIsReadStrictly: JSON that a lenient parser would take.
 func TestSlotIsReadStrictly(t *testing.T) {
 	n := newNode(t)
-	slot := n.wrap(n.kek())
+	slot := n.Sealed(n.KEK())
 	data := string(slot.Data)
 	for name, tampered := range map[string]string{
 		"a field twice":  strings.Replace(data, `"form":`, `"form":"sealed-v1","form":`, 1),
@@ -127,10 +128,10 @@ func TestSlotIsReadStrictly(t *testing.T) {
 		}
 		s := slot
 		s.Data = json.RawMessage(tampered)
-		if err := n.refuses(s, seal.CauseSlotCorrupt, "TPM slot is damaged"); err != nil && len(err.Error()) > 400 {
+		if err := n.Refuses(s, seal.CauseSlotCorrupt, "TPM slot is damaged"); err != nil && len(err.Error()) > 400 {
 			t.Errorf("%s: the error has %d bytes", name, len(err.Error()))
 		}
-		if _, err := tpm.DemandOf(s, n.counter); seal.CauseOf(err) != seal.CauseSlotCorrupt {
+		if _, err := tpm.DemandOf(s, n.Counter); seal.CauseOf(err) != seal.CauseSlotCorrupt {
 			t.Errorf("%s: DemandOf: %v", name, err)
 		}
 	}
@@ -141,13 +142,13 @@ func TestSlotIsReadStrictly(t *testing.T) {
 // load it.
 func TestWeakObject(t *testing.T) {
 	n := newNode(t)
-	slot := n.wrap(n.kek())
+	slot := n.Sealed(n.KEK())
 	d := read(t, slot)
 	var genuine struct{ Public []byte }
 	if err := json.Unmarshal(slot.Data, &genuine); err != nil {
 		t.Fatal(err)
 	}
-	demand, err := tpm.DemandOf(slot, n.counter)
+	demand, err := tpm.DemandOf(slot, n.Counter)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -174,9 +175,9 @@ func TestWeakObject(t *testing.T) {
 		public.Unique = tpm2.TPMUPublicID{}
 		c.change(public)
 		d["public"], d["private"] = createObject(n, *public, seal.KEKSize)
-		n.proxy.Forget()
-		n.refuses(d.slot(t, slot), seal.CauseSlotCorrupt, c.says)
-		if len(n.proxy.Traffic()) != 0 {
+		n.Proxy.Forget()
+		n.Refuses(d.slot(t, slot), seal.CauseSlotCorrupt, c.says)
+		if len(n.Proxy.Traffic()) != 0 {
 			t.Errorf("%s: the TPM was asked", name)
 		}
 	}
@@ -185,7 +186,7 @@ func TestWeakObject(t *testing.T) {
 // TestObjectOfAnotherSize: an object that opens but is not a KEK.
 func TestObjectOfAnotherSize(t *testing.T) {
 	n := newNode(t)
-	slot := n.wrap(n.kek())
+	slot := n.Sealed(n.KEK())
 	d := read(t, slot)
 	var genuine struct{ Public []byte }
 	if err := json.Unmarshal(slot.Data, &genuine); err != nil {
@@ -197,14 +198,14 @@ func TestObjectOfAnotherSize(t *testing.T) {
 	}
 	public.Unique = tpm2.TPMUPublicID{}
 	d["public"], d["private"] = createObject(n, *public, seal.KEKSize/2)
-	n.refuses(d.slot(t, slot), seal.CauseSlotCorrupt, "it holds 16 bytes, want 32")
+	n.Refuses(d.slot(t, slot), seal.CauseSlotCorrupt, "it holds 16 bytes, want 32")
 }
 
 // createObject makes the TPM seal so many bytes below its storage root key.
 func createObject(n *node, public tpm2.TPMTPublic, size int) (pub, priv []byte) {
 	n.Helper()
-	n.must(func(tp transport.TPM) error {
-		return tpm.WithSRK(tp, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+	n.Must(func(tp transport.TPM) error {
+		return keys.WithSRK(tp, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			r, err := tpm2.Create{
 				ParentHandle: tpm2.AuthHandle{Handle: srk.Handle, Name: srk.Name, Auth: tpm2.PasswordAuth(nil)},
 				InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
@@ -225,12 +226,12 @@ func createObject(n *node, public tpm2.TPMTPublic, size int) (pub, priv []byte) 
 // ID and the MAC reveal that it is not the KEK. A key of another size does not open.
 func TestConsistentForgery(t *testing.T) {
 	n := newNode(t)
-	kek := n.kek()
-	slot := n.wrap(kek)
+	kek := n.KEK()
+	slot := n.Sealed(kek)
 	d := read(t, slot)
-	d["public"], d["private"] = read(t, n.wrap(n.kek()))["public"], read(t, n.wrap(n.kek()))["private"]
-	n.refuses(d.slot(t, slot), seal.CauseSlotCorrupt) // the halves of two different keys
-	forged := n.wrap(n.kek())
+	d["public"], d["private"] = read(t, n.Sealed(n.KEK()))["public"], read(t, n.Sealed(n.KEK()))["private"]
+	n.Refuses(d.slot(t, slot), seal.CauseSlotCorrupt) // the halves of two different keys
+	forged := n.Sealed(n.KEK())
 	got, err := n.Unwrap(t.Context(), forged)
 	if err != nil {
 		t.Fatal(err)
@@ -244,15 +245,15 @@ func TestConsistentForgery(t *testing.T) {
 // TestDemandOf: the displayed and quoted demand is the one sealed to.
 func TestDemandOf(t *testing.T) {
 	n := newNode(t)
-	next, err := n.ForNextEpoch(nil).Wrap(t.Context(), n.kek())
+	next, err := n.ForNextEpoch(nil).Wrap(t.Context(), n.KEK())
 	if err != nil {
 		t.Fatal(err)
 	}
-	now, err := tpm.DemandOf(n.wrap(n.kek()), n.counter)
+	now, err := tpm.DemandOf(n.Sealed(n.KEK()), n.Counter)
 	if err != nil {
 		t.Fatal(err)
 	}
-	later, err := tpm.DemandOf(next, n.counter)
+	later, err := tpm.DemandOf(next, n.Counter)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -263,8 +264,8 @@ func TestDemandOf(t *testing.T) {
 	if later.AtMost != now.AtMost+1 || now.EK != ek || now.Made.IsZero() || len(now.State.Record) == 0 {
 		t.Errorf("%+v, %+v", now, later)
 	}
-	n.must(func(tp transport.TPM) error {
-		values, err := tpm.ReadPCRs(tp, now.State.Bank, []int{4, 7, 11})
+	n.Must(func(tp transport.TPM) error {
+		values, err := keys.ReadPCRs(tp, now.State.Bank, []int{4, 7, 11})
 		for i, v := range values {
 			if !bytes.Equal(now.State.Values[i], v) {
 				t.Errorf("PCR %d: %x demanded, %x there", i, now.State.Values[i], v)
@@ -272,7 +273,7 @@ func TestDemandOf(t *testing.T) {
 		}
 		return err
 	})
-	other, err := nv.NewCounter(nv.DefaultEpochIndex+1, tpm.Owner{})
+	other, err := nv.NewCounter(nv.DefaultEpochIndex+1, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -285,19 +286,19 @@ func TestDemandOf(t *testing.T) {
 // and refuses any other node's slot.
 func TestWrapLike(t *testing.T) {
 	n := newNode(t)
-	first := n.wrap(n.kek())
-	was := n.machine.Current()
+	first := n.Sealed(n.KEK())
+	was := n.Machine.Current()
 	now := was
 	now.Phases = "enter-initrd:leave-initrd:sysinit:ready" // PCR 11 has moved on
-	n.machine.Reboot(now)
-	kek := n.kek()
+	n.Machine.Reboot(now)
+	kek := n.KEK()
 	like, err := n.WrapLike(t.Context(), kek, first)
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.refuses(like, seal.CauseBootState)
-	n.machine.Reboot(was)
-	n.opens(like, kek)
+	n.Refuses(like, seal.CauseBootState)
+	n.Machine.Reboot(was)
+	n.Opens(like, kek)
 	a, b := read(t, first), read(t, like)
 	for _, field := range []string{"srk", "ek", "bank", "pcrs", "epoch", "boot"} {
 		if fmt.Sprint(a[field]) != fmt.Sprint(b[field]) {
@@ -315,5 +316,5 @@ func TestWrapLike(t *testing.T) {
 	damaged := first
 	damaged.Data = first.Data[1:]
 	_, err = n.WrapLike(t.Context(), kek, damaged)
-	n.want(err, seal.CauseSlotCorrupt)
+	n.Want(err, seal.CauseSlotCorrupt)
 }

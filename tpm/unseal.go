@@ -11,6 +11,8 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // StateError says that the machine is not in the boot state that a slot demands.
@@ -38,7 +40,7 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	defer seal.Collect() // the TPM's answer, as go-tpm unmarshalled it
 	var kek *seal.Secret
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
-		return w.withSRK(t, d, func(srk *SRK) (err error) {
+		return w.withSRK(t, d, func(srk *keys.SRK) (err error) {
 			kek, err = w.unseal(ctx, t, srk, d)
 			return err
 		})
@@ -56,9 +58,9 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	return kek, nil
 }
 
-func (w *Wrapper) unseal(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) (*seal.Secret, error) {
+func (w *Wrapper) unseal(ctx context.Context, t transport.TPM, srk *keys.SRK, d *slotData) (*seal.Secret, error) {
 	var err error
-	for range unsealTries {
+	for range keys.UnsealTries {
 		var kek *seal.Secret
 		kek, err = w.unsealOnce(ctx, t, srk, d)
 		if !errors.Is(err, tpm2.TPMRCPCRChanged) {
@@ -70,8 +72,8 @@ func (w *Wrapper) unseal(ctx context.Context, t transport.TPM, srk *SRK, d *slot
 
 // unsealOnce loads the object last. Until then the few object slots of a TPM are free
 // for the keys that its authorization policy needs.
-func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) (kek *seal.Secret, err error) {
-	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, srk.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
+func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *keys.SRK, d *slotData) (kek *seal.Secret, err error) {
+	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, keys.NonceSize, srk.Salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
 	if err != nil {
 		return nil, fmt.Errorf("TPM2_StartAuthSession: %w", err)
 	}
@@ -83,12 +85,12 @@ func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *SRK, d *
 	if err != nil {
 		return nil, err
 	}
-	object, err := load(t, srk, tpm2.New2B(*d.public), private, corrupt)
+	object, err := keys.Load(t, srk, tpm2.New2B(*d.public), private, corrupt)
 	if err != nil {
 		return nil, err
 	}
-	defer flush(t, object.Handle)
-	kek, err = unseal(t, object, session, w.Memory, func(n int) error {
+	defer keys.Flush(t, object.Handle)
+	kek, err = keys.Unseal(t, object, session, w.Memory, func(n int) error {
 		if n != seal.KEKSize {
 			return corrupt("it holds %d bytes, want %d", n, seal.KEKSize)
 		}
@@ -104,7 +106,7 @@ func (w *Wrapper) unsealOnce(ctx context.Context, t transport.TPM, srk *SRK, d *
 
 // terms returns the terms of the slot, with the boot states that are signed for it and
 // with the way to its verifier.
-func (w *Wrapper) terms(ctx context.Context, t transport.TPM, srk *SRK, d *slotData) authpolicy.Terms {
+func (w *Wrapper) terms(ctx context.Context, t transport.TPM, srk *keys.SRK, d *slotData) authpolicy.Terms {
 	ts := slices.Clone(d.terms)
 	for i := range ts {
 		switch term := ts[i].(type) {
@@ -142,5 +144,5 @@ func classify(err error) error {
 	case errors.Is(err, authpolicy.ErrCounter):
 		return seal.Errorf(seal.CauseEpoch, "find out who removed or replaced kleidi's epoch counter", "%w", err).OrRecover()
 	}
-	return Classify(err)
+	return device.Classify(err)
 }

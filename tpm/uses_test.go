@@ -17,6 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
@@ -34,7 +35,7 @@ func (n *node) only(use tpm.Use, pcrs ...int) tpm.BootState {
 
 func (n *node) wrapState(s tpm.BootState) (seal.Slot, *seal.Secret) {
 	n.Helper()
-	kek := n.kek()
+	kek := n.KEK()
 	slot, err := n.WrapState(n.Context(), kek, s)
 	if err != nil {
 		n.Fatal(err)
@@ -87,10 +88,10 @@ func TestSignedSlot(t *testing.T) {
 	opens := func(what string, want error) {
 		t.Helper()
 		if want == nil {
-			n.opens(slot, kek)
+			n.Opens(slot, kek)
 			return
 		}
-		if err := n.refuses(slot, seal.CauseBootState); !errors.Is(err, want) {
+		if err := n.Refuses(slot, seal.CauseBootState); !errors.Is(err, want) {
 			t.Errorf("%s: %v, want %v", what, err, want)
 		}
 	}
@@ -99,14 +100,14 @@ func TestSignedSlot(t *testing.T) {
 	opens("the baseline is signed", nil)
 	next := simboot.Baseline(simboot.UKI)
 	next.Kernel = "6.13"
-	n.machine.Reboot(next)
+	n.Machine.Reboot(next)
 	opens("another kernel", authpolicy.ErrNoSignedState)
 	known = append(known, sign([]byte("generation 2")))
 	opens("signed for another reference", authpolicy.ErrSignature)
 	known = append(known, sign(ref))
 	opens("it is signed too", nil)
 	next.Keys = "Mallory"
-	n.machine.Reboot(next)
+	n.Machine.Reboot(next)
 	known = append(known, sign(ref))
 	opens("other keys", authpolicy.ErrBootState)
 	n.Signed = nil
@@ -118,7 +119,7 @@ func TestSignedSlot(t *testing.T) {
 func TestSuspendSlot(t *testing.T) {
 	n := newNode(t)
 	state := n.only(tpm.UseSuspend, 7)
-	n.must(func(t transport.TPM) (err error) {
+	n.Must(func(t transport.TPM) (err error) {
 		state.Resets, err = authpolicy.ResetCount(t)
 		return err
 	})
@@ -126,13 +127,13 @@ func TestSuspendSlot(t *testing.T) {
 	slot, kek := n.wrapState(state)
 	for boots := range 4 {
 		if boots <= 2 {
-			n.opens(slot, kek)
-		} else if err := n.refuses(slot, seal.CauseBootState, "the suspension is over"); !errors.Is(err, authpolicy.ErrResets) {
+			n.Opens(slot, kek)
+		} else if err := n.Refuses(slot, seal.CauseBootState, "the suspension is over"); !errors.Is(err, authpolicy.ErrResets) {
 			t.Error(err)
 		}
 		b := simboot.Baseline(simboot.UKI)
 		b.CommandLine = strings.Repeat("x", boots+1)
-		n.machine.Reboot(b)
+		n.Machine.Reboot(b)
 	}
 }
 
@@ -141,27 +142,27 @@ func TestSuspendSlot(t *testing.T) {
 func TestSuspendSlotCountsRestarts(t *testing.T) {
 	n := newNode(t)
 	state := n.only(tpm.UseSuspend, 7)
-	count, err := tpm.ResetCount(t.Context(), n.Device, n.Owner)
+	count, err := keys.ResetCount(t.Context(), n.Device, n.Owner)
 	if err != nil {
 		t.Fatal(err)
 	}
 	state.Resets = count + 1
 	slot, kek := n.wrapState(state)
-	n.opens(slot, kek)
-	n.must(func(t transport.TPM) error {
+	n.Opens(slot, kek)
+	n.Must(func(t transport.TPM) error {
 		_, err := tpm2.Shutdown{ShutdownType: tpm2.TPMSUState}.Execute(t)
 		return err
 	})
-	n.machine.CutPower()
-	n.machine.Reboot(simboot.Baseline(simboot.UKI))
-	if now, err := tpm.ResetCount(t.Context(), n.Device, n.Owner); err != nil || now != count {
+	n.Machine.CutPower()
+	n.Machine.Reboot(simboot.Baseline(simboot.UKI))
+	if now, err := keys.ResetCount(t.Context(), n.Device, n.Owner); err != nil || now != count {
 		t.Fatalf("it was no restart: %d resets, then %d, %v", count, now, err)
 	}
-	n.refuses(slot, seal.CauseBootState, "the suspension is over")
-	n.machine.Reboot(simboot.Baseline(simboot.UKI))
-	n.opens(slot, kek)
-	n.machine.Reboot(simboot.Baseline(simboot.UKI))
-	n.refuses(slot, seal.CauseBootState, "the suspension is over")
+	n.Refuses(slot, seal.CauseBootState, "the suspension is over")
+	n.Machine.Reboot(simboot.Baseline(simboot.UKI))
+	n.Opens(slot, kek)
+	n.Machine.Reboot(simboot.Baseline(simboot.UKI))
+	n.Refuses(slot, seal.CauseBootState, "the suspension is over")
 }
 
 // TestUsesAreOfTheirForm: the use and the members of a slot must agree, and a slot

@@ -13,21 +13,23 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Counter is the node's epoch counter, see package nv.
 type Counter interface {
 	Index() uint32
 	Name() []byte
-	Read(transport.TPM, *SRK) (uint64, error)
-	Ensure(transport.TPM, *SRK) (uint64, error)
-	RaiseTo(t transport.TPM, srk *SRK, value uint64) error
+	Read(transport.TPM, *keys.SRK) (uint64, error)
+	Ensure(transport.TPM, *keys.SRK) (uint64, error)
+	RaiseTo(t transport.TPM, srk *keys.SRK, value uint64) error
 }
 
 // Config is the configuration of a Wrapper.
 type Config struct {
-	Device  *Device
-	Owner   Owner
+	Device  *device.Device
+	Owner   keys.Owner
 	Counter Counter
 	Memory  seal.Memory
 	// Node is the name of this machine in the keyring.
@@ -39,7 +41,7 @@ type Config struct {
 	Signed func(Signer) []authpolicy.SignedState
 	// Ask makes a slot's verifier sign for a session with this nonce. nil means that no
 	// verifier can be asked.
-	Ask func(context.Context, transport.TPM, *SRK, Verifier, []byte) (tpm2.TPMTSignature, error)
+	Ask func(context.Context, transport.TPM, *keys.SRK, Verifier, []byte) (tpm2.TPMTSignature, error)
 }
 
 // Wrapper seals KEKs to this machine's TPM. It implements [seal.Wrapper].
@@ -104,7 +106,7 @@ func (w *Wrapper) Provision(ctx context.Context) (ek string, err error) {
 		if ek, err = w.digest(t); err != nil {
 			return err
 		}
-		return WithSRK(t, w.Owner, nil, func(srk *SRK) error {
+		return keys.WithSRK(t, w.Owner, nil, func(srk *keys.SRK) error {
 			_, err := w.Counter.Ensure(t, srk)
 			return err
 		})
@@ -148,7 +150,7 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 // Epoch returns the present epoch. A slot whose last epoch is lower is revoked.
 func (w *Wrapper) Epoch(ctx context.Context) (epoch uint64, err error) {
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
-		return w.withSRK(t, w.like, func(srk *SRK) error {
+		return w.withSRK(t, w.like, func(srk *keys.SRK) error {
 			epoch, err = w.Counter.Read(t, srk)
 			return err
 		})
@@ -176,7 +178,7 @@ func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState, l
 		if d.EK, err = w.digest(t); err != nil {
 			return err
 		}
-		return w.withSRK(t, like, func(srk *SRK) error { return w.seal(t, srk, kek, d) })
+		return w.withSRK(t, like, func(srk *keys.SRK) error { return w.seal(t, srk, kek, d) })
 	})
 	if err != nil {
 		return seal.Slot{}, classify(err)
@@ -192,7 +194,7 @@ func (w *Wrapper) digest(t transport.TPM) (string, error) {
 	if known := w.ek.Load(); known != nil {
 		return *known, nil
 	}
-	ek, err := EKDigest(t)
+	ek, err := keys.EKDigest(t)
 	if err == nil {
 		w.ek.Store(&ek)
 	}
@@ -200,7 +202,7 @@ func (w *Wrapper) digest(t transport.TPM) (string, error) {
 }
 
 // seal creates the sealed object; the KEK crosses the bus encrypted.
-func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData) error {
+func (w *Wrapper) seal(t transport.TPM, srk *keys.SRK, kek *seal.Secret, d *slotData) error {
 	epoch, err := w.Counter.Read(t, srk)
 	if err != nil {
 		return err
@@ -225,12 +227,12 @@ func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData)
 	var r *tpm2.CreateResponse
 	kek.With(func(b []byte) {
 		r, err = tpm2.Create{
-			ParentHandle: srk.auth(srk.Session(tpm2.AESEncryption(128, tpm2.EncryptIn))),
+			ParentHandle: srk.Auth(srk.Session(tpm2.AESEncryption(128, tpm2.EncryptIn))),
 			InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
 				Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: b})}},
 			InPublic: tpm2.New2B(tpm2.TPMTPublic{
 				Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256,
-				ObjectAttributes: sealedAttributes, AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
+				ObjectAttributes: keys.SealedAttributes, AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
 			}),
 		}.Execute(t)
 	})
@@ -241,7 +243,7 @@ func (w *Wrapper) seal(t transport.TPM, srk *SRK, kek *seal.Secret, d *slotData)
 	if err != nil {
 		return fmt.Errorf("TPM2_Create: %w", err)
 	}
-	if err := checkPublic(public, sealedAttributes, digest); err != nil {
+	if err := checkPublic(public, keys.SealedAttributes, digest); err != nil {
 		return fmt.Errorf("TPM2_Create: %w", err)
 	}
 	d.Public, d.Private = tpm2.Marshal(public), r.OutPrivate.Buffer
@@ -255,7 +257,7 @@ const MaxRaise = 16
 // beyond returns the first epoch in which none of the slots to be revoked opens. It is
 // above the next epoch if an earlier revocation was not finished. Slots of another TPM
 // do not count, because they belong to another counter.
-func (w *Wrapper) beyond(srk *SRK) (epoch uint64) {
+func (w *Wrapper) beyond(srk *keys.SRK) (epoch uint64) {
 	for _, s := range w.revoke {
 		d, err := parseSlot(s, w.Counter)
 		if err == nil && s.Type == seal.TypeTPM && s.Node == w.Node && bytes.Equal(d.SRK, srk.Name.Buffer) {
@@ -267,12 +269,12 @@ func (w *Wrapper) beyond(srk *SRK) (epoch uint64) {
 
 // withSRK runs f with the storage root key that a slot names, or with the TPM's own if
 // d is nil.
-func (w *Wrapper) withSRK(t transport.TPM, d *slotData, f func(*SRK) error) error {
+func (w *Wrapper) withSRK(t transport.TPM, d *slotData, f func(*keys.SRK) error) error {
 	if d == nil {
-		return WithSRK(t, w.Owner, nil, f)
+		return keys.WithSRK(t, w.Owner, nil, f)
 	}
-	err := WithSRK(t, w.Owner, d.SRK, f)
-	if errors.Is(err, errOtherSRK) {
+	err := keys.WithSRK(t, w.Owner, d.SRK, f)
+	if errors.Is(err, keys.ErrOtherSRK) {
 		return otherTPM(t, d.EK)
 	}
 	return err
@@ -280,7 +282,7 @@ func (w *Wrapper) withSRK(t transport.TPM, d *slotData, f func(*SRK) error) erro
 
 // otherTPM distinguishes a cleared TPM from another TPM.
 func otherTPM(t transport.TPM, ek string) error {
-	now, err := EKDigest(t)
+	now, err := keys.EKDigest(t)
 	if err != nil {
 		return err
 	}
@@ -314,7 +316,7 @@ func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
 		return nil
 	}
 	err := classify(w.Device.Do(ctx, func(t transport.TPM) error {
-		return w.withSRK(t, target, func(srk *SRK) error { return w.Counter.RaiseTo(t, srk, target.Epoch.AtMost) })
+		return w.withSRK(t, target, func(srk *keys.SRK) error { return w.Counter.RaiseTo(t, srk, target.Epoch.AtMost) })
 	}))
 	if cause := seal.CauseOf(err); cause == seal.CauseOtherTPM || cause == seal.CauseTPMCleared {
 		return nil
@@ -331,6 +333,6 @@ func (w *Wrapper) Revoke(ctx context.Context, slots []seal.Slot) error {
 		return err
 	}
 	return classify(own.Device.Do(ctx, func(t transport.TPM) error {
-		return own.withSRK(t, own.like, func(srk *SRK) error { return own.Counter.RaiseTo(t, srk, own.beyond(srk)) })
+		return own.withSRK(t, own.like, func(srk *keys.SRK) error { return own.Counter.RaiseTo(t, srk, own.beyond(srk)) })
 	}))
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
@@ -102,7 +103,7 @@ func (h *host) tryCopy(file string, w *tpm.Wrapper) (map[int]error, error) {
 // attacker returns the wrapper of somebody who has this machine and the signed boot states
 // of a file.
 func (h *host) attacker(states string) (*tpm.Wrapper, error) {
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{})
 	if err != nil {
 		return nil, err
 	}

@@ -18,8 +18,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
@@ -123,7 +123,7 @@ func (h *host) forgeAnchor(ts *testscript.TestScript, file, list string) error {
 	if err != nil {
 		return err
 	}
-	index, err := nv.NewAnchor(nv.DefaultAnchorIndex, tpm.Owner{})
+	index, err := nv.NewAnchor(nv.DefaultAnchorIndex, keys.Owner{})
 	if err != nil {
 		return err
 	}

@@ -14,11 +14,11 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/verifier"
 	"github.com/beezy-dev/kleidi/internal/verifierd"
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // ask makes the machine's TPM demand the signature of the verifier at $SECOND, in a
@@ -83,7 +83,7 @@ func (h *host) satisfy(a *remote.Attester, publicKey string) error {
 		return broken("%w", err)
 	}
 	return h.machine.TPM().Do(h.t.Context(), func(t transport.TPM) error {
-		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+		return keys.WithSRK(t, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			s, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, authpolicy.NonceSize, tpm2.Salted(srk.Handle, srk.Public), tpm2.AESEncryption(128, tpm2.EncryptOut))
 			if err != nil {
 				return err

@@ -12,6 +12,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
@@ -116,15 +118,15 @@ func rotated(ctx context.Context, w *tpm.Wrapper, ring *keyring.Keyring, like se
 
 // wrapper returns the TPM's wrapper, as kleidi configures it.
 func (k *shipped) wrapper() (*tpm.Wrapper, error) {
-	addr, err := tpm.ParseAddress(k.machine.Device())
+	addr, err := device.ParseAddress(k.machine.Device())
 	if err != nil {
 		return nil, err
 	}
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{})
 	if err != nil {
 		return nil, err
 	}
-	return tpm.NewWrapper(tpm.Config{Device: tpm.NewDevice(addr, tpm.DefaultTimeout), Counter: counter, Node: k.node}), nil
+	return tpm.NewWrapper(tpm.Config{Device: device.New(addr, device.DefaultTimeout), Counter: counter, Node: k.node}), nil
 }
 
 func tpmSlot(stored *keyring.Untrusted) (seal.Slot, error) {

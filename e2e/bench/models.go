@@ -9,7 +9,8 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/slowtpm"
 )
 
@@ -61,13 +62,13 @@ func (k *shipped) printModel(ctx context.Context, slow *slowtpm.TPM, config stri
 
 // persistSRK keeps the storage root key in the TPM, as a provisioned TPM does.
 func (k *shipped) persistSRK(ctx context.Context) error {
-	addr, err := tpm.ParseAddress(k.machine.Device())
+	addr, err := device.ParseAddress(k.machine.Device())
 	if err != nil {
 		return err
 	}
 	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: tpm2.PasswordAuth(nil)}
-	return tpm.NewDevice(addr, tpm.DefaultTimeout).Do(ctx, func(t transport.TPM) error {
-		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+	return device.New(addr, device.DefaultTimeout).Do(ctx, func(t transport.TPM) error {
+		return keys.WithSRK(t, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			_, err := tpm2.EvictControl{Auth: owner, ObjectHandle: &tpm2.NamedHandle{Handle: srk.Handle, Name: srk.Name}, PersistentHandle: 0x81000001}.Execute(t)
 			return err
 		})

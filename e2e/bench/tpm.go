@@ -13,6 +13,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
@@ -36,15 +38,15 @@ func printTPM(ctx context.Context, o options, m *simboot.Machine, dir string) er
 	if err != nil {
 		return err
 	}
-	addr, err := tpm.ParseAddress(m.Device())
+	addr, err := device.ParseAddress(m.Device())
 	if err != nil {
 		return err
 	}
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{})
 	if err != nil {
 		return err
 	}
-	device := tpm.NewDevice(addr, tpm.DefaultTimeout)
+	device := device.New(addr, device.DefaultTimeout)
 	gate := &attest.Gate{
 		Attester: attest.Attester{Device: device, Logs: attest.Logs{Firmware: m.EventLog(), Userspace: m.UserspaceLog()}},
 		Node:     "bench", Counter: counter, Bank: crypto.SHA256,

@@ -15,10 +15,10 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -83,7 +83,7 @@ func TestEvidenceOfOthers(t *testing.T) {
 }
 
 // options trust only the key that signed.
-func options(t *testing.T, q tpm.Quote, nonce []byte, loader simboot.Loader) server.VerifyOpts {
+func options(t *testing.T, q keys.Quote, nonce []byte, loader simboot.Loader) server.VerifyOpts {
 	t.Helper()
 	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](q.AKPublic)
 	if err != nil {

@@ -10,8 +10,8 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // attempt is one mutated log with its quote.
@@ -43,7 +43,7 @@ func (a *attempt) make(s *signer) error {
 	d := a.demand
 	firmware, userspace := b.encode()
 	signed := a.IntN(signedOf) == 0
-	a.evidence = attest.Evidence{FirmwareLog: firmware, UserspaceLog: userspace, Quote: tpm.Quote{Bank: d.bank, PCRs: d.quote.PCRs}}
+	a.evidence = attest.Evidence{FirmwareLog: firmware, UserspaceLog: userspace, Quote: keys.Quote{Bank: d.bank, PCRs: d.quote.PCRs}}
 	if a.IntN(2) == 0 {
 		a.how = "the log lies"
 		if signed {

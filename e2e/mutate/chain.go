@@ -14,11 +14,11 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // nonce is the verifier's nonce. It is fixed, because this test does not ask whether a
@@ -112,7 +112,7 @@ func newSigner() (*signer, error) {
 }
 
 // quote signs these values, as a TPM with these values does.
-func (s *signer) quote(bank crypto.Hash, values map[int][]byte) (*tpm.Quote, error) {
+func (s *signer) quote(bank crypto.Hash, values map[int][]byte) (*keys.Quote, error) {
 	pcrs := slices.Sorted(maps.Keys(values))
 	h := sha256.New()
 	for _, i := range pcrs {
@@ -128,7 +128,7 @@ func (s *signer) quote(bank crypto.Hash, values map[int][]byte) (*tpm.Quote, err
 	if err != nil {
 		return nil, fmt.Errorf("sign a quote: %w", err)
 	}
-	return &tpm.Quote{AKPublic: s.public, Attest: statement, Bank: bank, PCRs: values,
+	return &keys.Quote{AKPublic: s.public, Attest: statement, Bank: bank, PCRs: values,
 		Signature: tpm2.Marshal(tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgECDSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgECDSA, &tpm2.TPMSSignatureECC{
 			Hash: tpm2.TPMAlgSHA256, SignatureR: tpm2.TPM2BECCParameter{Buffer: r.Bytes()}, SignatureS: tpm2.TPM2BECCParameter{Buffer: t.Bytes()}})})}, nil
 }

@@ -16,10 +16,11 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
@@ -38,7 +39,7 @@ type demand struct {
 	bank   crypto.Hash
 	pcrs   []int
 	honest measured
-	quote  tpm.Quote
+	quote  keys.Quote
 }
 
 // allPCRs are the PCRs that a boot policy can judge. IMA's PCR is left out, because IMA
@@ -217,7 +218,7 @@ func simulatedBoots(ctx context.Context) (all []*source, err error) {
 
 // collect asks the machine's TPM for the quotes.
 func collect(ctx context.Context, name string, m *simboot.Machine) (*source, error) {
-	address, err := tpm.ParseAddress(m.Device())
+	address, err := device.ParseAddress(m.Device())
 	if err != nil {
 		return nil, err
 	}
@@ -229,22 +230,22 @@ func collect(ctx context.Context, name string, m *simboot.Machine) (*source, err
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	device := tpm.NewDevice(address, 0)
-	return newSource(name, firmware, userspace, func(bank crypto.Hash, pcrs []int) (*tpm.Quote, error) {
-		return tpm.Quoter{Device: device}.Quote(ctx, nil, nonce, bank, pcrs)
+	device := device.New(address, 0)
+	return newSource(name, firmware, userspace, func(bank crypto.Hash, pcrs []int) (*keys.Quote, error) {
+		return keys.Quoter{Device: device}.Quote(ctx, nil, nonce, bank, pcrs)
 	})
 }
 
 // signed makes a source from a log without a quote.
 func (s *signer) signed(name string, firmware, userspace []byte) (*source, error) {
-	return newSource(name, firmware, userspace, func(bank crypto.Hash, pcrs []int) (*tpm.Quote, error) {
+	return newSource(name, firmware, userspace, func(bank crypto.Hash, pcrs []int) (*keys.Quote, error) {
 		return s.quote(bank, read(bank, firmware, userspace).values(bank, pcrs))
 	})
 }
 
 // newSource demands all PCRs, and those that kleidi seals to, in each bank of the log
 // that can be judged.
-func newSource(name string, firmware, userspace []byte, quote func(crypto.Hash, []int) (*tpm.Quote, error)) (*source, error) {
+func newSource(name string, firmware, userspace []byte, quote func(crypto.Hash, []int) (*keys.Quote, error)) (*source, error) {
 	log, err := eventlog.Parse(firmware)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)

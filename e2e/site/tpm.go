@@ -15,6 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/both"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -34,7 +35,7 @@ func NewTPM(t testing.TB) (*tpm.Wrapper, *tpmtest.Machine) {
 // TPM returns the wrapper of a machine's TPM in kleidi's own configuration.
 func TPM(t testing.TB, m *tpmtest.Machine, node string) *tpm.Wrapper {
 	t.Helper()
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,7 +10,8 @@ import (
 	"math/big"
 	"time"
 
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/credential"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 	"github.com/beezy-dev/kleidi/vault"
@@ -25,7 +26,7 @@ func tpmAuth(s *server) vault.Auth {
 		s.removeFile(name)
 	}
 	device := tpmtest.New(s.t, simboot.Baseline(simboot.UKI)).TPM()
-	blob, public, err := tpm.NewClientKey(s.t.Context(), device, tpm.Owner{}, crypto.SHA256)
+	blob, public, err := credential.NewClientKey(s.t.Context(), device, keys.Owner{}, crypto.SHA256)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -36,7 +37,7 @@ func tpmAuth(s *server) vault.Auth {
 		s.t.Fatal(err)
 	}
 	return vault.Auth{Method: vault.MethodCert, Role: "kleidi", ClientCertificate: func(ctx context.Context) (*tls.Certificate, error) {
-		signer, err := tpm.ClientSigner(ctx, device, tpm.Owner{}, blob)
+		signer, err := credential.ClientSigner(ctx, device, keys.Owner{}, blob)
 		return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: signer, SupportedSignatureAlgorithms: []tls.SignatureScheme{tls.ECDSAWithP256AndSHA256}}, err
 	}}
 }

@@ -18,6 +18,7 @@ import (
 	protocol "github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -75,7 +76,7 @@ func newRig(t *testing.T, change ...func(*Options)) *rig {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	r := &rig{T: t, machine: m, log: &buffer{}, clock: time.Now()}
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,9 +22,9 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	protocol "github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // DefaultTimeout bounds a join, in which the new node also seals with its TPM.
@@ -328,7 +328,7 @@ func (x *session) finish(a *Admission, transcript []byte) error {
 }
 
 func (x *session) verdict() *Verdict {
-	return &Verdict{Time: time.Now().UTC(), Peer: x.Peer, Node: seal.OneLine(x.hello.Node, exchange.MaxName), EK: tpm.EKDigestOf(x.hello.EK)}
+	return &Verdict{Time: time.Now().UTC(), Peer: x.Peer, Node: seal.OneLine(x.hello.Node, exchange.MaxName), EK: keys.EKDigestOf(x.hello.EK)}
 }
 
 func (x *session) refuse(r *protocol.Refusal) error {

@@ -26,12 +26,12 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -151,7 +151,7 @@ func (r *rig) lastVerdict() Verdict {
 func ekOf(t *testing.T, m *tpmtest.Machine) (digest string) {
 	t.Helper()
 	err := m.TPM().Do(t.Context(), func(tp transport.TPM) (err error) {
-		digest, err = tpm.EKDigest(tp)
+		digest, err = keys.EKDigest(tp)
 		return err
 	})
 	if err != nil {
@@ -225,7 +225,7 @@ func (r *rig) client(change ...func(*ClientConfig)) *Client {
 func (r *rig) ask(channel remote.Channel) error {
 	a := &remote.Attester{Cluster: cluster, Node: "alpha", Key: r.key, Channel: channel, Logs: r.logs}
 	return r.machine.TPM().Do(r.Context(), func(t transport.TPM) error {
-		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+		return keys.WithSRK(t, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			s, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, remote.SessionNonceSize)
 			if err != nil {
 				return err

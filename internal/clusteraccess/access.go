@@ -22,6 +22,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/credential"
 )
 
 // Access is one node's access to the cluster's API.
@@ -92,7 +93,7 @@ func (a *Access) signer(ctx context.Context, path string) (s crypto.Signer, inTP
 	}
 	defer clear(b)
 	if bytes.HasPrefix(b, []byte("{")) {
-		s, err = a.Gate.Device.ClientSigner(ctx, a.Gate.Owner, b)
+		s, err = credential.ClientSigner(ctx, a.Gate.Device, a.Gate.Owner, b)
 		inTPM = true
 	} else {
 		s, err = parseKey(b)

@@ -16,6 +16,7 @@ import (
 	"os"
 
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/tpm/credential"
 )
 
 // Extensions of the files beside the kubeconfig.
@@ -106,11 +107,11 @@ func (a *Access) tpmKey(ctx context.Context) (*key, error) {
 	if err := a.Gate.Holds(ctx, "use the key", []int{7}, "keep the key in a file, with --key-in-file"); err != nil {
 		return nil, err
 	}
-	blob, _, err := a.Gate.Device.NewClientKey(ctx, a.Gate.Owner, a.Gate.Bank)
+	blob, _, err := credential.NewClientKey(ctx, a.Gate.Device, a.Gate.Owner, a.Gate.Bank)
 	if err != nil {
 		return k, err
 	}
-	if k.Signer, err = a.Gate.Device.ClientSigner(ctx, a.Gate.Owner, blob); err != nil {
+	if k.Signer, err = credential.ClientSigner(ctx, a.Gate.Device, a.Gate.Owner, blob); err != nil {
 		return k, err
 	}
 	k.made = true

@@ -21,8 +21,8 @@ import (
 	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/vault"
 )
@@ -248,7 +248,7 @@ func Default() *Config {
 		Kind:       Kind,
 		State:      State{Dir: "/var/lib/kleidi"},
 		TPM: TPM{
-			Device: tpm.DefaultAddress, Timeout: tpm.DefaultTimeout, Bank: "sha256", EpochIndex: nv.DefaultEpochIndex,
+			Device: device.DefaultAddress, Timeout: device.DefaultTimeout, Bank: "sha256", EpochIndex: nv.DefaultEpochIndex,
 			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog, Phase: "ready", Verifier: Verifier{Timeout: 20 * time.Second},
 			BootStates: []string{"/run/systemd/tpm2-pcr-signature.json", "/etc/systemd/tpm2-pcr-signature.json", "/usr/lib/systemd/tpm2-pcr-signature.json", "/.extra/tpm2-pcr-signature.json"},
 		},

@@ -16,8 +16,9 @@ import (
 	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/bootrule"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/vault"
 )
@@ -174,7 +175,7 @@ func (p *problems) validateAnchor(c *Config) {
 	} else if err := bootrule.Possible(c.Anchor.PCRs, bootrule.SignedBoot); err != nil {
 		p.Add("anchor.pcrs", "%v; leave the key out for PCR 7", err)
 	}
-	if _, err := nv.NewAnchor(c.Anchor.Index, tpm.Owner{}); err != nil {
+	if _, err := nv.NewAnchor(c.Anchor.Index, keys.Owner{}); err != nil {
 		p.Add("anchor.index", "%v", err)
 	}
 	if c.Anchor.Store == AnchorTPM && c.Anchor.Index == c.TPM.EpochIndex {
@@ -183,7 +184,7 @@ func (p *problems) validateAnchor(c *Config) {
 }
 
 func (p *problems) validateTPM(c *TPM) {
-	if _, err := tpm.ParseAddress(c.Device); err != nil {
+	if _, err := device.ParseAddress(c.Device); err != nil {
 		p.Add("tpm.device", "%v", err)
 	}
 	if c.Timeout <= 0 {
@@ -191,7 +192,7 @@ func (p *problems) validateTPM(c *TPM) {
 	}
 	p.validatePCRs("tpm.pcrs", c.PCRs)
 	p.validateBinding(c)
-	if _, err := nv.NewCounter(c.EpochIndex, tpm.Owner{}); err != nil {
+	if _, err := nv.NewCounter(c.EpochIndex, keys.Owner{}); err != nil {
 		p.Add("tpm.epochIndex", "%v", err)
 	}
 }

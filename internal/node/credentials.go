@@ -11,17 +11,18 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/credential"
 )
 
 // sealedPIN returns the user PIN from its file sealed to the TPM. It reads the file
 // again each time, so the file can be replaced.
 func (n *Node) sealedPIN(ctx context.Context) (*seal.Secret, error) {
 	path := n.Config.PKCS11.SealedPINFile
-	blob, err := files.ReadOwned(path, tpm.MaxSealedCredential)
+	blob, err := files.ReadOwned(path, credential.MaxFile)
 	if err != nil {
 		return nil, seal.Caused(seal.CauseCredentials, "make it with kleidi pkcs11-pin --pin-file FILE --out "+seal.Quote(path)+", or correct pkcs11.sealedPINFile", "pkcs11.sealedPINFile", err)
 	}
-	pin, err := tpm.UnsealCredential(ctx, n.Gate.Device, n.Gate.Owner, n.Memory, blob)
+	pin, err := credential.Unseal(ctx, n.Gate.Device, n.Gate.Owner, n.Memory, blob)
 	if e, ok := errors.AsType[*seal.Error](HintNeedsTPM(err)); ok {
 		return nil, seal.Errorf(e.Cause, e.Hint, "pkcs11.sealedPINFile: %s: %w", path, e.Err)
 	}
@@ -63,11 +64,11 @@ func (n *Node) signed(signer tpm.Signer) []authpolicy.SignedState {
 // the TPM. It reads both files again each time, so the files can be replaced.
 func (n *Node) clientCertificate(ctx context.Context) (*tls.Certificate, error) {
 	auth := n.Config.Vault.Auth
-	blob, err := files.ReadOwned(auth.TPMKeyFile, tpm.MaxClientKey)
+	blob, err := files.ReadOwned(auth.TPMKeyFile, credential.MaxClientKey)
 	if err != nil {
 		return nil, seal.Caused(seal.CauseCredentials, "make the key with kleidi vault-key --out "+seal.Quote(auth.TPMKeyFile)+" --csr FILE, or correct vault.auth.tpmKeyFile", "vault.auth.tpmKeyFile", err)
 	}
-	signer, err := tpm.ClientSigner(ctx, n.Gate.Device, n.Gate.Owner, blob)
+	signer, err := credential.ClientSigner(ctx, n.Gate.Device, n.Gate.Owner, blob)
 	if err != nil {
 		return nil, fmt.Errorf("vault.auth.tpmKeyFile: %s: %w", auth.TPMKeyFile, err)
 	}

@@ -28,6 +28,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootrule"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/vault"
 )
@@ -57,16 +59,16 @@ type Node struct {
 }
 
 func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock.Timing)) (*Node, error) {
-	addr, err := tpm.ParseAddress(cfg.TPM.Device)
+	addr, err := device.ParseAddress(cfg.TPM.Device)
 	if err != nil {
 		return nil, fmt.Errorf("tpm.device: %w", err)
 	}
-	owner := tpm.Owner{File: cfg.TPM.OwnerAuthFile}
+	owner := keys.Owner{File: cfg.TPM.OwnerAuthFile}
 	counter, err := nv.NewCounter(cfg.TPM.EpochIndex, owner)
 	if err != nil {
 		return nil, fmt.Errorf("tpm.epochIndex: %w", err)
 	}
-	device := tpm.NewDevice(addr, cfg.TPM.Timeout)
+	device := device.New(addr, cfg.TPM.Timeout)
 	n := &Node{View: slotview.Reader{Node: cfg.Node, Order: cfg.Unlock.Order, Counter: counter}, Config: cfg, Log: log, Memory: MemoryOf(cfg), State: &StateFolder{dir: cfg.State.Dir}}
 	n.Keyring = LockedFile{store.NewFile(cfg.Keyring()).Keep(parses), n.State}
 	n.Anchor = unlock.FileAnchor{Store: LockedFile{store.NewFile(cfg.AnchorPath()).Formerly("pin.json"), n.State}}
@@ -309,7 +311,7 @@ func (n *Node) settle(ctx context.Context, slots []seal.Slot) error {
 // Refuse makes this machine's TPM refuse kept copies of a slot, see
 // [tpm.Wrapper.Refuse].
 func (n *Node) Refuse(ctx context.Context, c tpm.Copies) error {
-	counter, err := nv.NewCounter(c.Index, tpm.Owner{File: n.Config.TPM.OwnerAuthFile})
+	counter, err := nv.NewCounter(c.Index, keys.Owner{File: n.Config.TPM.OwnerAuthFile})
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Present seals the KEK to the present boot state, and revokes the slot of the earlier
@@ -77,7 +78,7 @@ func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.
 // one. If there are already MaxNext of them, the oldest is dropped.
 func Next(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
 	b := *req.Next
-	bank, err := tpm.ParseBank(b.Bank)
+	bank, err := keys.ParseBank(b.Bank)
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("reseal: %w", err)
 	}

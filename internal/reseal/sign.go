@@ -11,6 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/predict"
 )
 
@@ -72,7 +73,7 @@ func (s *Signing) ref() ([]byte, error) {
 
 // boot returns the boot state to sign.
 func (s *Signing) boot() (tpm.BootState, error) {
-	bank, err := tpm.ParseBank(s.Bank)
+	bank, err := keys.ParseBank(s.Bank)
 	if err != nil {
 		return tpm.BootState{}, fmt.Errorf("--bank: %w", err)
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Suspend seals the KEK to a part of the present boot state, for a few boots that the
@@ -25,7 +26,7 @@ func Suspend(ctx context.Context, n *node.Node, req admin.SuspendRequest) (admin
 		if err != nil {
 			return nil, err
 		}
-		resets, err := tpm.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
+		resets, err := keys.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
 		if err != nil {
 			return nil, err
 		}
@@ -89,7 +90,7 @@ func spent(ctx context.Context, n *node.Node, slots []seal.Slot) (map[int]bool, 
 		if d.State.Use != tpm.UseSuspend {
 			continue
 		}
-		count, err := tpm.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
+		count, err := keys.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
 		if err != nil {
 			return nil, err
 		}

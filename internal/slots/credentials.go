@@ -15,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/credential"
 )
 
 // SealPIN writes the file after it has proven that the PIN unseals from it. It asks for
@@ -40,7 +40,7 @@ func SealPIN(ctx context.Context, n *node.Node, file string, readPIN func() (*se
 		return nil, err
 	}
 	defer pin.Close()
-	blob, err := tpm.SealCredential(ctx, n.Gate.Device, n.Gate.Owner, n.Gate.Bank, pin)
+	blob, err := credential.Seal(ctx, n.Gate.Device, n.Gate.Owner, n.Gate.Bank, pin)
 	if err != nil {
 		return nil, node.HintNeedsTPM(err)
 	}
@@ -54,7 +54,7 @@ func SealPIN(ctx context.Context, n *node.Node, file string, readPIN func() (*se
 }
 
 func provePIN(ctx context.Context, n *node.Node, blob []byte, pin *seal.Secret) error {
-	got, err := tpm.UnsealCredential(ctx, n.Gate.Device, n.Gate.Owner, n.Memory, blob)
+	got, err := credential.Unseal(ctx, n.Gate.Device, n.Gate.Owner, n.Memory, blob)
 	if err != nil {
 		return err
 	}
@@ -83,11 +83,11 @@ func MakeVaultKey(ctx context.Context, n *node.Node, k *VaultKey) error {
 	if err := n.Gate.Holds(ctx, "use the key", []int{7}, "keep the client key in a file, with vault.auth.keyFile"); err != nil {
 		return err
 	}
-	blob, _, err := tpm.NewClientKey(ctx, n.Gate.Device, n.Gate.Owner, n.Gate.Bank)
+	blob, _, err := credential.NewClientKey(ctx, n.Gate.Device, n.Gate.Owner, n.Gate.Bank)
 	if err != nil {
 		return err
 	}
-	signer, err := tpm.ClientSigner(ctx, n.Gate.Device, n.Gate.Owner, blob)
+	signer, err := credential.ClientSigner(ctx, n.Gate.Device, n.Gate.Owner, blob)
 	if err != nil {
 		return err
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/unlock"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Report returns the slots, what they are sealed to, and the state of kleidi. Unless
@@ -106,7 +107,7 @@ func changedOutside(ctx context.Context, n *node.Node, cluster string, slots []s
 // tell.
 func bootsLeft(ctx context.Context, n *node.Node, slots []seal.Slot) *int64 {
 	states := n.View.BootStates(slots, tpm.UseSuspend)
-	count, err := tpm.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
+	count, err := keys.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
 	if err != nil || len(states) == 0 {
 		return nil
 	}

@@ -13,8 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // The paths at which Linux and systemd keep the event logs.
@@ -159,24 +160,24 @@ func (u *userspaceError) Unwrap() error { return u.err }
 
 // Evidence is a machine's claim of how it booted. Believe nothing in it before Verify.
 type Evidence struct {
-	Quote        tpm.Quote
+	Quote        keys.Quote
 	FirmwareLog  []byte
 	UserspaceLog []byte
 }
 
 // Attester gathers evidence on the machine that it runs on.
 type Attester struct {
-	Device *tpm.Device
-	Owner  tpm.Owner
+	Device *device.Device
+	Owner  keys.Owner
 	Logs   Logs
 	// AK keeps the attestation key. If nil, each quote uses a fresh one.
-	AK tpm.AKStore
+	AK keys.AKStore
 }
 
 // Collect quotes exactly these PCRs with the verifier's nonce. srk is as in
-// [tpm.Quoter.Quote].
+// [keys.Quoter.Quote].
 func (a *Attester) Collect(ctx context.Context, srk, nonce []byte, bank crypto.Hash, pcrs []int) (*Evidence, error) {
-	q, err := tpm.Quoter{Device: a.Device, Owner: a.Owner, AK: a.AK}.Quote(ctx, srk, nonce, bank, pcrs)
+	q, err := keys.Quoter{Device: a.Device, Owner: a.Owner, AK: a.AK}.Quote(ctx, srk, nonce, bank, pcrs)
 	if err != nil {
 		return nil, err
 	}

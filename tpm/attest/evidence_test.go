@@ -12,10 +12,10 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -56,7 +56,7 @@ type forger struct {
 	public tpm2.TPMTPublic
 	attest tpm2.TPMSAttest
 	info   tpm2.TPMSQuoteInfo
-	quote  tpm.Quote
+	quote  keys.Quote
 }
 
 // forge makes evidence again with a quote by the forger's key, as changed by change.

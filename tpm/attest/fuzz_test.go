@@ -7,10 +7,10 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -35,7 +35,7 @@ func FuzzVerify(f *testing.F) {
 		f.Add(e.Quote.AKPublic, e.Quote.Attest, e.Quote.Signature, values, e.FirmwareLog, e.UserspaceLog)
 	}
 	f.Fuzz(func(t *testing.T, ak, statement, signature, values, firmware, userspace []byte) {
-		q := tpm.Quote{AKPublic: ak, Attest: statement, Signature: signature, Bank: ordinary.bank, PCRs: map[int][]byte{}}
+		q := keys.Quote{AKPublic: ak, Attest: statement, Signature: signature, Bank: ordinary.bank, PCRs: map[int][]byte{}}
 		for i, pcr := range ordinary.pcrs {
 			q.PCRs[pcr] = values[min(32*i, len(values)):min(32*(i+1), len(values))]
 		}

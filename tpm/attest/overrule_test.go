@@ -13,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -24,7 +25,7 @@ func (n *node) suspension() seal.Slot {
 	if err != nil {
 		n.Fatal(err)
 	}
-	resets, err := tpm.ResetCount(n.Context(), n.gate.Device, tpm.Owner{})
+	resets, err := keys.ResetCount(n.Context(), n.gate.Device, keys.Owner{})
 	if err != nil {
 		n.Fatal(err)
 	}

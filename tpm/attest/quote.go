@@ -10,12 +10,12 @@ import (
 	goattest "github.com/google/go-attestation/attest"
 	"github.com/google/go-tpm/tpm2"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
-func checkQuote(q *tpm.Quote, nonce []byte, bank crypto.Hash, pcrs []int) error {
+func checkQuote(q *keys.Quote, nonce []byte, bank crypto.Hash, pcrs []int) error {
 	if q.Bank != bank {
 		return errors.New("it is over another PCR bank than demanded")
 	}
@@ -57,7 +57,7 @@ func selects(got tpm2.TPMLPCRSelection, bank crypto.Hash, pcrs []int) bool {
 
 // checkSignature lets go-attestation verify the signature, the nonce, and that the
 // digest of the values was quoted.
-func checkSignature(q *tpm.Quote, nonce []byte) error {
+func checkSignature(q *keys.Quote, nonce []byte) error {
 	ak, err := goattest.ParseAKPublic(q.AKPublic)
 	if err != nil {
 		return err

@@ -5,8 +5,8 @@ import (
 	"fmt"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // hintReboot is for a machine whose TPM was not reset at its last start, or was reset
@@ -56,7 +56,7 @@ func RemedyOf(err error) Remedy {
 	case errors.Is(err, eventlog.ErrSHA1Log):
 		r.hint = "set the firmware's TPM to 2.0 with a SHA-256 bank"
 	case errors.As(err, &bank):
-		r.Cause, r.hint = seal.CauseConfiguration, tpm.BankHint(bank.Bank, bank.Has)
+		r.Cause, r.hint = seal.CauseConfiguration, keys.BankHint(bank.Bank, bank.Has)
 	case errors.As(err, &incomplete):
 		r.Cause, r.hint = seal.CauseConfiguration, "what measured this event left that bank out: set tpm.bank to one that every event has, or update the firmware"
 	case errors.As(err, &mismatch) && mismatch.TPMIsBehind():

@@ -11,9 +11,9 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -134,7 +134,7 @@ func TestTPMWithOtherBanks(t *testing.T) {
 		_, err := n.gate.State(t.Context())
 		told(t, name+", to seal", err, seal.CauseConfiguration, true, c.words...)
 		told(t, name+", to open", n.gate.Attest(t.Context(), []seal.Slot{slot}), seal.CauseConfiguration, true, c.words...)
-		anchor, err := nv.NewAnchor(nv.DefaultAnchorIndex, tpm.Owner{})
+		anchor, err := nv.NewAnchor(nv.DefaultAnchorIndex, keys.Owner{})
 		if err != nil {
 			t.Fatal(err)
 		}

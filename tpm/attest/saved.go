@@ -9,9 +9,9 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // MaxEvidence bounds saved evidence, in bytes: enough for a log and some quotes.
@@ -72,7 +72,7 @@ func ParseEvidence(b []byte, bank crypto.Hash) (*Evidence, error) {
 		return nil, fmt.Errorf("saved evidence: %w", err)
 	}
 	return &Evidence{
-		Quote: tpm.Quote{AKPublic: saved.GetAkPub(), Attest: quotes[0].GetQuote(), Signature: quotes[0].GetRawSig(),
+		Quote: keys.Quote{AKPublic: saved.GetAkPub(), Attest: quotes[0].GetQuote(), Signature: quotes[0].GetRawSig(),
 			Bank: bank, PCRs: values},
 		FirmwareLog: saved.GetEventLog(),
 	}, nil

@@ -11,8 +11,8 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
@@ -20,7 +20,7 @@ var ref = []byte("cluster and node")
 
 func presentPCRs(t testing.TB, tp transport.TPM, bank crypto.Hash, pcrs ...int) authpolicy.PCR {
 	t.Helper()
-	now, err := tpm.ReadPCRs(tp, bank, pcrs)
+	now, err := keys.ReadPCRs(tp, bank, pcrs)
 	if err != nil {
 		t.Fatal(err)
 	}

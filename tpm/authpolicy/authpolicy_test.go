@@ -13,8 +13,8 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -33,13 +33,13 @@ func values(bank crypto.Hash, pcrs ...int) map[int][]byte {
 func withCounter(t *testing.T, f func(t transport.TPM, counter *nv.Counter, epoch uint64) error) {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.GRUB))
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	err = m.TPM().Do(t.Context(), func(tp transport.TPM) error {
 		var epoch uint64
-		err := tpm.WithSRK(tp, tpm.Owner{}, nil, func(srk *tpm.SRK) (err error) {
+		err := keys.WithSRK(tp, keys.Owner{}, nil, func(srk *keys.SRK) (err error) {
 			epoch, err = counter.Ensure(tp, srk)
 			return err
 		})
@@ -115,7 +115,7 @@ func TestDigestIsTheTPMs(t *testing.T) {
 func TestSatisfy(t *testing.T) {
 	withCounter(t, func(tp transport.TPM, counter *nv.Counter, epoch uint64) error {
 		for bank := range authpolicy.Banks {
-			now, err := tpm.ReadPCRs(tp, bank, []int{4, 7, 8, 9, 14})
+			now, err := keys.ReadPCRs(tp, bank, []int{4, 7, 8, 9, 14})
 			if err != nil {
 				return err
 			}
@@ -147,7 +147,7 @@ func TestNoTerms(t *testing.T) {
 // terms after it are not tried.
 func TestSatisfyRefusals(t *testing.T) {
 	withCounter(t, func(tp transport.TPM, counter *nv.Counter, epoch uint64) error {
-		now, err := tpm.ReadPCRs(tp, crypto.SHA256, []int{4, 7})
+		now, err := keys.ReadPCRs(tp, crypto.SHA256, []int{4, 7})
 		if err != nil {
 			return err
 		}

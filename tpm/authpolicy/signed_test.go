@@ -11,8 +11,8 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -209,7 +209,7 @@ func TestResets(t *testing.T) {
 	try := func(f func(transport.TPM) error) error { return m.TPM().Do(t.Context(), f) }
 	var start uint32
 	if err := try(func(tp transport.TPM) error {
-		return tpm.WithSRK(tp, tpm.Owner{}, nil, func(srk *tpm.SRK) (err error) {
+		return keys.WithSRK(tp, keys.Owner{}, nil, func(srk *keys.SRK) (err error) {
 			start, err = authpolicy.ResetCount(tp, srk.Session(tpm2.Audit()))
 			return err
 		})
@@ -260,7 +260,7 @@ func TestForgedResetCount(t *testing.T) {
 	var plain, audited uint32
 	var auditError error
 	err := m.TPM().Do(t.Context(), func(tp transport.TPM) error {
-		return tpm.WithSRK(tp, tpm.Owner{}, nil, func(srk *tpm.SRK) (err error) {
+		return keys.WithSRK(tp, keys.Owner{}, nil, func(srk *keys.SRK) (err error) {
 			forging := forgedClock{tp}
 			if plain, err = authpolicy.ResetCount(forging); err != nil {
 				return err

@@ -11,9 +11,9 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -124,7 +124,7 @@ func onMachine(t *testing.T, f func(transport.TPM) error) {
 
 func present(t *testing.T, tp transport.TPM, bank crypto.Hash, pcrs ...int) authpolicy.PCR {
 	t.Helper()
-	now, err := tpm.ReadPCRs(tp, bank, pcrs)
+	now, err := keys.ReadPCRs(tp, bank, pcrs)
 	if err != nil {
 		t.Fatal(err)
 	}

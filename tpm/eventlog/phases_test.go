@@ -8,9 +8,9 @@ import (
 
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -60,7 +60,7 @@ func TestUnloggedPhases(t *testing.T) {
 		for _, bank := range []crypto.Hash{crypto.SHA256, crypto.SHA384} {
 			var quoted eventlog.PCRs
 			err = m.TPM().Do(t.Context(), func(tp transport.TPM) error {
-				quoted, err = tpm.ReadPCRs(tp, bank, []int{4, 7, 11})
+				quoted, err = keys.ReadPCRs(tp, bank, []int{4, 7, 11})
 				return err
 			})
 			if err != nil {

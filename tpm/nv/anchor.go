@@ -10,8 +10,8 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // DefaultAnchorIndex is the anchor's NV index, the one after the epoch counter's.
@@ -48,12 +48,12 @@ var (
 // identified by its Name, or a session salted to it proves nothing.
 type Anchor struct {
 	index uint32
-	owner tpm.Owner
+	owner keys.Owner
 }
 
 // NewAnchor returns the anchor at an NV index of the owner's range. owner is needed to
 // define and to remove the index, not to read and to write it.
-func NewAnchor(index uint32, owner tpm.Owner) (*Anchor, error) {
+func NewAnchor(index uint32, owner keys.Owner) (*Anchor, error) {
 	if err := inOwnersRange(index); err != nil {
 		return nil, err
 	}
@@ -106,7 +106,7 @@ func bindsBootState(terms authpolicy.Terms) bool {
 
 // Define defines the index if it does not exist. An index that exists for these terms
 // stays as it is, written or not. Any other index is [ErrAnchorReplaced].
-func (p *Anchor) Define(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
+func (p *Anchor) Define(t transport.TPM, srk *keys.SRK, terms authpolicy.Terms) error {
 	public, err := p.public(terms)
 	if err != nil {
 		return err
@@ -119,7 +119,7 @@ func (p *Anchor) Define(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) e
 
 // Remove undefines whatever index has the anchor's number. The caller must know that the
 // index is theirs, or intend to replace it. A missing index is not an error.
-func (p *Anchor) Remove(t transport.TPM, srk *tpm.SRK) error {
+func (p *Anchor) Remove(t transport.TPM, srk *keys.SRK) error {
 	public, err := readPublic(t, p.index)
 	if public == nil || err != nil {
 		return err
@@ -133,14 +133,14 @@ func (p *Anchor) Remove(t transport.TPM, srk *tpm.SRK) error {
 		return err
 	}
 	if _, err := (tpm2.NVUndefineSpace{AuthHandle: owner, NVIndex: p.handle(*name)}).Execute(t); err != nil {
-		return fmt.Errorf("TPM2_NV_UndefineSpace: %w", tpm.OwnerError(err))
+		return fmt.Errorf("TPM2_NV_UndefineSpace: %w", keys.OwnerError(err))
 	}
 	return nil
 }
 
 // Replace removes whatever index has the anchor's number and defines it for these terms.
 // The new index holds nothing until it is written, so a crash in between means locked.
-func (p *Anchor) Replace(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) error {
+func (p *Anchor) Replace(t transport.TPM, srk *keys.SRK, terms authpolicy.Terms) error {
 	if _, err := p.public(terms); err != nil {
 		return err // before anything is lost
 	}
@@ -152,7 +152,7 @@ func (p *Anchor) Replace(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) 
 
 // Read returns what the index holds, authenticated by the TPM as the content of
 // the index with the demanded Name.
-func (p *Anchor) Read(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms) (value [AnchorSize]byte, err error) {
+func (p *Anchor) Read(t transport.TPM, srk *keys.SRK, terms authpolicy.Terms) (value [AnchorSize]byte, err error) {
 	found, err := p.look(t, terms)
 	if err != nil {
 		return value, err
@@ -180,7 +180,7 @@ const writeTries = 8
 
 // Write replaces the content of the index in one step. In a boot state that does not
 // satisfy the terms, the TPM refuses it with [seal.CauseBootState].
-func (p *Anchor) Write(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, value [AnchorSize]byte) error {
+func (p *Anchor) Write(t transport.TPM, srk *keys.SRK, terms authpolicy.Terms, value [AnchorSize]byte) error {
 	found, err := p.look(t, terms)
 	if err != nil {
 		return err
@@ -194,7 +194,7 @@ func (p *Anchor) Write(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, va
 	return err
 }
 
-func (p *Anchor) writeOnce(t transport.TPM, srk *tpm.SRK, terms authpolicy.Terms, name tpm2.TPM2BName, value [AnchorSize]byte) error {
+func (p *Anchor) writeOnce(t transport.TPM, srk *keys.SRK, terms authpolicy.Terms, name tpm2.TPM2BName, value [AnchorSize]byte) error {
 	// Salted, so that the confirmation of the write is the TPM's.
 	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, authpolicy.NonceSize, tpm2.Salted(srk.Handle, srk.Public))
 	if err != nil {

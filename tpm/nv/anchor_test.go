@@ -15,8 +15,8 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -33,7 +33,7 @@ type anchorBench struct {
 func newAnchorBench(t *testing.T) *anchorBench {
 	t.Helper()
 	b := newBench(t)
-	anchor, err := nv.NewAnchor(anchorIndex, tpm.Owner{})
+	anchor, err := nv.NewAnchor(anchorIndex, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,28 +45,28 @@ func (b *bench) present() (pcr authpolicy.PCR) {
 	b.Helper()
 	b.must(func(tp transport.TPM) (err error) {
 		pcr.Bank = crypto.SHA256
-		pcr.Values, err = tpm.ReadPCRs(tp, pcr.Bank, []int{4, 7, 11})
+		pcr.Values, err = keys.ReadPCRs(tp, pcr.Bank, []int{4, 7, 11})
 		return err
 	})
 	return pcr
 }
 
 func (b *anchorBench) define() error {
-	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.anchor.Define(t, srk, b.terms) })
+	return b.with(func(t transport.TPM, srk *keys.SRK) error { return b.anchor.Define(t, srk, b.terms) })
 }
 
 func (b *anchorBench) replace() error {
-	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.anchor.Replace(t, srk, b.terms) })
+	return b.with(func(t transport.TPM, srk *keys.SRK) error { return b.anchor.Replace(t, srk, b.terms) })
 }
 
 func (b *anchorBench) remove() error { return b.with(b.anchor.Remove) }
 
 func (b *anchorBench) write(value [nv.AnchorSize]byte) error {
-	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.anchor.Write(t, srk, b.terms, value) })
+	return b.with(func(t transport.TPM, srk *keys.SRK) error { return b.anchor.Write(t, srk, b.terms, value) })
 }
 
 func (b *anchorBench) read() (value [nv.AnchorSize]byte, err error) {
-	err = b.with(func(t transport.TPM, srk *tpm.SRK) (err error) {
+	err = b.with(func(t transport.TPM, srk *keys.SRK) (err error) {
 		value, err = b.anchor.Read(t, srk, b.terms)
 		return err
 	})
@@ -114,7 +114,7 @@ func (b *anchorBench) genuine() tpm2.TPMSNVPublic {
 
 func TestNewAnchorTakesTheOwnersRangeOnly(t *testing.T) {
 	for i, ok := range map[uint32]bool{0x0180_0000: true, anchorIndex: true, 0x01BF_FFFF: true, 0: false, 0x017F_FFFF: false, 0x01C0_0000: false, 0x8100_0001: false} {
-		p, err := nv.NewAnchor(i, tpm.Owner{})
+		p, err := nv.NewAnchor(i, keys.Owner{})
 		if (err == nil) != ok || ok && p.Index() != i {
 			t.Errorf("%#08x: %v", i, err)
 		}
@@ -139,7 +139,7 @@ func TestAnchorName(t *testing.T) {
 		}
 		return err
 	})
-	other, err := nv.NewAnchor(anchorIndex+1, tpm.Owner{})
+	other, err := nv.NewAnchor(anchorIndex+1, keys.Owner{})
 	b.ok(err)
 	if name, err := other.Name(b.terms); err != nil || bytes.Equal(name, want) {
 		t.Errorf("two indices have one Name: %x, %v", name, err)
@@ -348,8 +348,8 @@ func TestAnchorWithOwnerAuthorization(t *testing.T) {
 	})
 	path := filepath.Join(t.TempDir(), "owner")
 	b.ok(os.WriteFile(path, []byte(secret+"\n"), 0o600))
-	b.useOwner(tpm.Owner{File: path}) // for the storage root key
-	without, err := nv.NewAnchor(anchorIndex, tpm.Owner{})
+	b.useOwner(keys.Owner{File: path}) // for the storage root key
+	without, err := nv.NewAnchor(anchorIndex, keys.Owner{})
 	b.ok(err)
 	with, err := nv.NewAnchor(anchorIndex, b.owner)
 	b.ok(err)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // DefaultEpochIndex is the epoch counter's NV index, in the range that belongs
@@ -24,12 +25,12 @@ const DefaultEpochIndex = 0x0180_4B01
 // reached, so removing it brings no revoked slot back; it only locks the node.
 type Counter struct {
 	index uint32
-	owner tpm.Owner
+	owner keys.Owner
 	name  tpm2.TPM2BName
 }
 
 // NewCounter returns the counter at an NV index of the owner's range.
-func NewCounter(index uint32, owner tpm.Owner) (*Counter, error) {
+func NewCounter(index uint32, owner keys.Owner) (*Counter, error) {
 	if err := inOwnersRange(index); err != nil {
 		return nil, err
 	}
@@ -77,7 +78,7 @@ func (c *Counter) handle() tpm2.NamedHandle {
 const counterHint = "slots sealed under it no longer open: bring the TPM's state back"
 
 // Read returns the counter's value, authenticated by the TPM.
-func (c *Counter) Read(t transport.TPM, srk *tpm.SRK) (uint64, error) {
+func (c *Counter) Read(t transport.TPM, srk *keys.SRK) (uint64, error) {
 	exists, written, err := c.look(t)
 	if err != nil {
 		return 0, err
@@ -101,7 +102,7 @@ func (c *Counter) Read(t transport.TPM, srk *tpm.SRK) (uint64, error) {
 
 // Ensure defines the counter if the TPM has none, and returns its value. Calling it again,
 // even after a crash between its steps, is harmless.
-func (c *Counter) Ensure(t transport.TPM, srk *tpm.SRK) (uint64, error) {
+func (c *Counter) Ensure(t transport.TPM, srk *keys.SRK) (uint64, error) {
 	exists, written, err := c.look(t)
 	if err != nil {
 		return 0, err
@@ -121,7 +122,7 @@ func (c *Counter) Ensure(t transport.TPM, srk *tpm.SRK) (uint64, error) {
 
 // RaiseTo increments the counter until it is at least value, which ends the epochs below
 // value. It refuses to raise the counter by more than tpm.MaxRaise.
-func (c *Counter) RaiseTo(t transport.TPM, srk *tpm.SRK, value uint64) error {
+func (c *Counter) RaiseTo(t transport.TPM, srk *keys.SRK, value uint64) error {
 	now, err := c.Read(t, srk)
 	if err != nil || now >= value {
 		return err
@@ -176,22 +177,22 @@ func readPublic(t transport.TPM, index uint32) (*tpm2.TPMSNVPublic, error) {
 	return public, nil
 }
 
-func (c *Counter) define(t transport.TPM, srk *tpm.SRK) error {
+func (c *Counter) define(t transport.TPM, srk *keys.SRK) error {
 	return defineSpace(t, srk, c.owner, template(c.index))
 }
 
-func defineSpace(t transport.TPM, srk *tpm.SRK, owner tpm.Owner, public tpm2.TPMSNVPublic) error {
+func defineSpace(t transport.TPM, srk *keys.SRK, owner keys.Owner, public tpm2.TPMSNVPublic) error {
 	handle, err := owner.OwnerHandle(srk)
 	if err != nil {
 		return err
 	}
 	if _, err := (tpm2.NVDefineSpace{AuthHandle: handle, PublicInfo: tpm2.New2B(public)}).Execute(t); err != nil {
-		return fmt.Errorf("TPM2_NV_DefineSpace: %w", tpm.OwnerError(err))
+		return fmt.Errorf("TPM2_NV_DefineSpace: %w", keys.OwnerError(err))
 	}
 	return nil
 }
 
-func (c *Counter) increment(t transport.TPM, srk *tpm.SRK) error {
+func (c *Counter) increment(t transport.TPM, srk *keys.SRK) error {
 	owner, err := c.owner.OwnerHandle(srk)
 	if err != nil {
 		return err
@@ -202,7 +203,7 @@ func (c *Counter) increment(t transport.TPM, srk *tpm.SRK) error {
 	}
 	cmd := tpm2.NVIncrement{AuthHandle: owner, NVIndex: tpm2.NamedHandle{Handle: tpm2.TPMHandle(c.index), Name: r.NVName}}
 	if _, err := cmd.Execute(t); err != nil {
-		return fmt.Errorf("TPM2_NV_Increment: %w", tpm.OwnerError(err))
+		return fmt.Errorf("TPM2_NV_Increment: %w", keys.OwnerError(err))
 	}
 	return nil
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -26,7 +26,7 @@ type bench struct {
 	*testing.T
 	machine *tpmtest.Machine
 	proxy   *tpmtest.Proxy
-	owner   tpm.Owner
+	owner   keys.Owner
 	counter *nv.Counter
 }
 
@@ -34,11 +34,11 @@ func newBench(t *testing.T) *bench {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	b := &bench{T: t, machine: m, proxy: tpmtest.NewProxy(t, m)}
-	b.useOwner(tpm.Owner{})
+	b.useOwner(keys.Owner{})
 	return b
 }
 
-func (b *bench) useOwner(o tpm.Owner) {
+func (b *bench) useOwner(o keys.Owner) {
 	b.Helper()
 	c, err := nv.NewCounter(index, o)
 	if err != nil {
@@ -48,9 +48,9 @@ func (b *bench) useOwner(o tpm.Owner) {
 }
 
 // with runs f with the storage root key.
-func (b *bench) with(f func(transport.TPM, *tpm.SRK) error) error {
+func (b *bench) with(f func(transport.TPM, *keys.SRK) error) error {
 	return b.proxy.TPM(0).Do(b.Context(), func(t transport.TPM) error {
-		return tpm.WithSRK(t, b.owner, nil, func(srk *tpm.SRK) error { return f(t, srk) })
+		return keys.WithSRK(t, b.owner, nil, func(srk *keys.SRK) error { return f(t, srk) })
 	})
 }
 
@@ -62,8 +62,8 @@ func (b *bench) must(f func(transport.TPM) error) {
 	}
 }
 
-func (b *bench) value(call func(transport.TPM, *tpm.SRK) (uint64, error)) (value uint64, err error) {
-	err = b.with(func(t transport.TPM, srk *tpm.SRK) (err error) {
+func (b *bench) value(call func(transport.TPM, *keys.SRK) (uint64, error)) (value uint64, err error) {
+	err = b.with(func(t transport.TPM, srk *keys.SRK) (err error) {
 		value, err = call(t, srk)
 		return err
 	})
@@ -80,7 +80,7 @@ func (b *bench) ensure() uint64 {
 }
 
 func (b *bench) raise(to uint64) error {
-	return b.with(func(t transport.TPM, srk *tpm.SRK) error { return b.counter.RaiseTo(t, srk, to) })
+	return b.with(func(t transport.TPM, srk *keys.SRK) error { return b.counter.RaiseTo(t, srk, to) })
 }
 
 // want demands the typed cause, and a hint with a remedy.
@@ -130,7 +130,7 @@ func TestNewCounterTakesTheOwnersRangeOnly(t *testing.T) {
 		0x0180_0000: true, index: true, 0x01BF_FFFF: true,
 		0: false, 0x017F_FFFF: false, 0x01C0_0000: false, 0x01C0_0002: false, 0x8100_0001: false, 0xFFFF_FFFF: false,
 	} {
-		c, err := nv.NewCounter(i, tpm.Owner{})
+		c, err := nv.NewCounter(i, keys.Owner{})
 		if (err == nil) != ok {
 			t.Errorf("%#08x: %v", i, err)
 		}
@@ -152,7 +152,7 @@ func TestNameIsTheTPMs(t *testing.T) {
 		}
 		return err
 	})
-	other, err := nv.NewCounter(index+1, tpm.Owner{})
+	other, err := nv.NewCounter(index+1, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -386,14 +386,14 @@ func TestOwnerAuthorization(t *testing.T) {
 		_, err := tpm2.HierarchyChangeAuth{AuthHandle: ownerAuth(""), NewAuth: tpm2.TPM2BAuth{Buffer: []byte(secret)}}.Execute(tp)
 		return err
 	})
-	file := func(content string) tpm.Owner {
+	file := func(content string) keys.Owner {
 		path := filepath.Join(t.TempDir(), "owner")
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		return tpm.Owner{File: path}
+		return keys.Owner{File: path}
 	}
-	for name, owner := range map[string]tpm.Owner{"none": {}, "wrong": file("guess"), "empty": file(""), "two newlines": file(secret + "\n\n"),
+	for name, owner := range map[string]keys.Owner{"none": {}, "wrong": file("guess"), "empty": file(""), "two newlines": file(secret + "\n\n"),
 		"too long": file(strings.Repeat("x", 65)), "missing": {File: filepath.Join(t.TempDir(), "none")}} {
 		b.useOwner(owner)
 		_, err := b.value(b.counter.Ensure)

@@ -16,8 +16,9 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 	"golang.org/x/sys/unix"
 
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // The names in a machine's folder. The control socket has the name that tpm2-tools
@@ -95,7 +96,7 @@ func (m *Machine) controlSocket() string   { return m.path(controlName) }
 // Dir returns the machine's folder.
 func (m *Machine) Dir() string { return m.dir }
 
-// Device returns the TPM's address, as tpm.ParseAddress reads it. It stays the
+// Device returns the TPM's address, as device.ParseAddress reads it. It stays the
 // same across boots.
 func (m *Machine) Device() string { return "unix:" + m.socket() }
 
@@ -218,12 +219,12 @@ func writeFile(path string, b []byte) error {
 	return os.Rename(path+".new", path)
 }
 
-func (m *Machine) tpm() *tpm.Device {
-	addr, err := tpm.ParseAddress(m.Device())
+func (m *Machine) tpm() *device.Device {
+	addr, err := device.ParseAddress(m.Device())
 	if err != nil {
 		panic(err) // the folder's path is absolute
 	}
-	return tpm.NewDevice(addr, 0)
+	return device.New(addr, 0)
 }
 
 // PowerOff switches the machine off in an orderly way: it sends TPM2_Shutdown, as a
@@ -323,7 +324,7 @@ var hashes = map[tpm2.TPMAlgID]crypto.Hash{
 
 // activeBanks returns the banks that have PCRs.
 func activeBanks(t transport.TPM) ([]crypto.Hash, error) {
-	active, err := tpm.ActiveBanks(t)
+	active, err := keys.ActiveBanks(t)
 	if err != nil {
 		return nil, err
 	}

@@ -17,7 +17,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -29,7 +29,7 @@ var banks = map[crypto.Hash]tpm2.TPMAlgID{
 }
 
 // readPCRs reads PCR 0 to 15 of a bank from the TPM.
-func readPCRs(t *testing.T, d *tpm.Device, bank crypto.Hash) eventlog.PCRs {
+func readPCRs(t *testing.T, d *device.Device, bank crypto.Hash) eventlog.PCRs {
 	t.Helper()
 	pcrs := eventlog.PCRs{}
 	err := d.Do(t.Context(), func(tp transport.TPM) error {
@@ -190,7 +190,7 @@ func TestUnusedPCRsAreZero(t *testing.T) {
 }
 
 // writeNV defines an NV index with data that only owner and reader know.
-func writeNV(t *testing.T, d *tpm.Device, data string) {
+func writeNV(t *testing.T, d *device.Device, data string) {
 	t.Helper()
 	err := d.Do(t.Context(), func(tp transport.TPM) error {
 		public := tpm2.TPMSNVPublic{NVIndex: nvIndex, NameAlg: tpm2.TPMAlgSHA256, DataSize: uint16(len(data)),
@@ -222,7 +222,7 @@ func readNVPublic(tp transport.TPM) (*tpm2.TPMSNVPublic, tpm2.TPM2BName, error) 
 	return public, r.NVName, err
 }
 
-func readNV(ctx context.Context, d *tpm.Device) (data string, err error) {
+func readNV(ctx context.Context, d *device.Device) (data string, err error) {
 	err = d.Do(ctx, func(tp transport.TPM) error {
 		public, name, err := readNVPublic(tp)
 		if err != nil {

@@ -14,7 +14,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/device"
 )
 
 // Exchange is one command and its response as they crossed the bus, including headers.
@@ -129,11 +129,11 @@ func NewProxy(t testing.TB, m *Machine) *Proxy {
 	return p
 }
 
-// Address returns the proxy's address, as tpm.ParseAddress reads it.
+// Address returns the proxy's address, as device.ParseAddress reads it.
 func (p *Proxy) Address() string { return "unix:" + p.path }
 
 // TPM returns the TPM as seen through the proxy; see [Device].
-func (p *Proxy) TPM(timeout time.Duration) *tpm.Device {
+func (p *Proxy) TPM(timeout time.Duration) *device.Device {
 	p.t.Helper()
 	return Device(p.t, p.Address(), timeout)
 }

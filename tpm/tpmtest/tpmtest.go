@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
@@ -66,15 +66,15 @@ func (m *Machine) Reboot(b simboot.Boot) {
 }
 
 // TPM returns the machine's TPM.
-func (m *Machine) TPM() *tpm.Device { return Device(m.t, m.Device(), 0) }
+func (m *Machine) TPM() *device.Device { return Device(m.t, m.Device(), 0) }
 
 // Device returns the TPM at address, whose operations end after timeout
-// (0: tpm.DefaultTimeout).
-func Device(t testing.TB, address string, timeout time.Duration) *tpm.Device {
+// (0: device.DefaultTimeout).
+func Device(t testing.TB, address string, timeout time.Duration) *device.Device {
 	t.Helper()
-	a, err := tpm.ParseAddress(address)
+	a, err := device.ParseAddress(address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return tpm.NewDevice(a, timeout)
+	return device.New(a, timeout)
 }

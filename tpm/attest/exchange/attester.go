@@ -6,8 +6,8 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Logs returns the logs that explain quoted PCRs: [attest.Logs.Explaining], or a test's
@@ -17,21 +17,21 @@ type Logs func(bank crypto.Hash, quoted eventlog.PCRs) (firmware, userspace []by
 // Machine is the open TPM on the attester's side, with the keys loaded in it.
 type Machine struct {
 	TPM transport.TPM
-	SRK *tpm.SRK
-	AK  *tpm.AK
-	EK  *tpm.EK
+	SRK *keys.SRK
+	AK  *keys.AK
+	EK  *keys.EK
 }
 
 // WithMachine loads an attestation key and the endorsement key beside srk for f.
-func WithMachine(t transport.TPM, srk *tpm.SRK, f func(*Machine) error) error {
-	return tpm.WithAK(t, srk, func(ak *tpm.AK) error {
-		return tpm.WithEK(t, func(ek *tpm.EK) error { return f(&Machine{t, srk, ak, ek}) })
+func WithMachine(t transport.TPM, srk *keys.SRK, f func(*Machine) error) error {
+	return keys.WithAK(t, srk, func(ak *keys.AK) error {
+		return keys.WithEK(t, func(ek *keys.EK) error { return f(&Machine{t, srk, ak, ek}) })
 	})
 }
 
 // Claims returns the machine's claims about itself. The purpose adds its context.
 func (m *Machine) Claims(cluster seal.ClusterID, node string) Claims {
-	return Claims{Cluster: cluster[:], Node: node, EK: m.EK.SPKI, EKCertificate: tpm.EKCertificate(m.TPM, m.EK), AK: m.AK.Public, SRK: m.SRK.Name.Buffer}
+	return Claims{Cluster: cluster[:], Node: node, EK: m.EK.SPKI, EKCertificate: keys.EKCertificate(m.TPM, m.EK), AK: m.AK.Public, SRK: m.SRK.Name.Buffer}
 }
 
 // Respond answers a challenge that has passed Check, on the TLS connection with that

@@ -12,7 +12,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // FuzzKeys: the two keys of a Hello come from anybody. No byte of them ends the
@@ -28,7 +28,7 @@ func FuzzKeys(f *testing.F) {
 		f.Fatal(err)
 	}
 	ak := someAK()
-	if !tpm.IsAK(&ak) {
+	if !keys.IsAK(&ak) {
 		f.Fatal("the seed is no attestation key")
 	}
 	even := &rsa.PublicKey{N: new(big.Int).Sub(r.N, big.NewInt(1)), E: r.E}
@@ -50,7 +50,7 @@ func FuzzKeys(f *testing.F) {
 			return
 		}
 		p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
-		if err != nil || !bytes.Equal(tpm2.Marshal(p), public) || !tpm.IsAK(p) || len(name) != NameSize {
+		if err != nil || !bytes.Equal(tpm2.Marshal(p), public) || !keys.IsAK(p) || len(name) != NameSize {
 			t.Errorf("it is taken for an attestation key: %v", err)
 		}
 	})

@@ -11,10 +11,10 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Check names a check of the verifier that failed.
@@ -106,7 +106,7 @@ func checkAK(public []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !bytes.Equal(tpm2.Marshal(p), public) || !tpm.IsAK(p) {
+	if !bytes.Equal(tpm2.Marshal(p), public) || !keys.IsAK(p) {
 		return nil, errors.New("it is no restricted signing key as kleidi makes it")
 	}
 	return nameOf(p)
@@ -144,7 +144,7 @@ func (p *Pending) Judge(e *Evidence, policy *bootpolicy.BootPolicy) (*attest.Res
 		return nil, Refuse(CheckMessage, HintForged, "%w", err)
 	}
 	evidence := &attest.Evidence{FirmwareLog: e.FirmwareLog, UserspaceLog: e.UserspaceLog,
-		Quote: tpm.Quote{AKPublic: p.claims.AK, Attest: e.Attest, Signature: e.Signature, Bank: p.bank, PCRs: e.PCRs}}
+		Quote: keys.Quote{AKPublic: p.claims.AK, Attest: e.Attest, Signature: e.Signature, Bank: p.bank, PCRs: e.PCRs}}
 	result, err := attest.Verify(evidence, p.digest, p.bank, p.pcrs)
 	if err != nil {
 		return nil, Refuse(CheckEvidence, attest.RemedyOf(err).Hint("the node's boot policy"), "%w", err)

@@ -9,12 +9,14 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Attester proves for the machine that it runs on.
 type Attester struct {
-	Device *tpm.Device
-	Owner  tpm.Owner
+	Device *device.Device
+	Owner  keys.Owner
 	Logs   exchange.Logs
 }
 
@@ -23,7 +25,7 @@ type Attester struct {
 // transcript too, under which the join is ended.
 func (a *Attester) Prove(ctx context.Context, cluster seal.ClusterID, node string, terms Terms, begin func(*Hello) (c *exchange.Challenge, exporter []byte, err error)) (e *exchange.Evidence, transcript []byte, err error) {
 	err = a.Device.Do(ctx, func(t transport.TPM) error {
-		return tpm.WithSRK(t, a.Owner, nil, func(srk *tpm.SRK) error {
+		return keys.WithSRK(t, a.Owner, nil, func(srk *keys.SRK) error {
 			return exchange.WithMachine(t, srk, func(m *exchange.Machine) error {
 				hello, err := NewHello(m, cluster, node, terms)
 				if err != nil {

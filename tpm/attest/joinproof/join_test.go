@@ -24,6 +24,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -62,7 +63,7 @@ func exporter(first byte) []byte {
 func newRig(t *testing.T, b simboot.Boot) *rig {
 	t.Helper()
 	m := tpmtest.New(t, b)
-	counter, err := nv.NewCounter(index, tpm.Owner{})
+	counter, err := nv.NewCounter(index, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,7 +103,7 @@ func (r *rig) policy(pcrs ...int) *bootpolicy.BootPolicy {
 // join is one exchange. It returns the knowledge of both sides afterwards.
 func (r *rig) join() (proven *Proven, theirs, ours []byte, err error) {
 	err = r.machine.TPM().Do(r.Context(), func(t transport.TPM) error {
-		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+		return keys.WithSRK(t, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			return exchange.WithMachine(t, srk, func(m *exchange.Machine) error {
 				if r.wire.machine != nil {
 					r.wire.machine(m)
@@ -210,7 +211,7 @@ func TestAttacks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		q, err := (tpm.Quoter{Device: other.machine.TPM()}).Quote(t.Context(), nil, a.ExtraData.Buffer, crypto.SHA256, []int{0, 4, 7, 11})
+		q, err := (keys.Quoter{Device: other.machine.TPM()}).Quote(t.Context(), nil, a.ExtraData.Buffer, crypto.SHA256, []int{0, 4, 7, 11})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -278,7 +279,7 @@ func TestSRKOfAnotherHierarchy(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		srk := &tpm.SRK{Handle: primary.ObjectHandle, Name: primary.Name, Public: *public}
+		srk := &keys.SRK{Handle: primary.ObjectHandle, Name: primary.Name, Public: *public}
 		return exchange.WithMachine(tp, srk, func(m *exchange.Machine) error {
 			var err error
 			if hello, err = NewHello(m, cluster, "beta", r.terms); err != nil {
@@ -424,7 +425,7 @@ func FuzzChallenge(f *testing.F) {
 	}
 	srk := tpm2.ECCSRKTemplate
 	srk.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{X: tpm2.TPM2BECCParameter{Buffer: point[1:33]}, Y: tpm2.TPM2BECCParameter{Buffer: point[33:]}})
-	approval := &Approval{EK: tpm.EKDigestOf(ek), BootPolicy: &bootpolicy.BootPolicy{Bank: "sha256"}}
+	approval := &Approval{EK: keys.EKDigestOf(ek), BootPolicy: &bootpolicy.BootPolicy{Bank: "sha256"}}
 	v := &Verifier{Cluster: cluster, Format: 2, Approval: func(string) *Approval { return approval }}
 	f.Add("beta", ek, []byte("ak"), tpm2.Marshal(srk), uint32(index), []byte{4, 7}, []byte(nil))
 	f.Add("beta", ek, []byte("ak"), []byte("srk"), uint32(0), []byte{7, 4}, []byte("key"))
@@ -440,7 +441,7 @@ func FuzzChallenge(f *testing.F) {
 			}
 			return
 		}
-		if tpm.EKDigestOf(ek) != approval.EK || len(p.Transcript()) != 32 {
+		if keys.EKDigestOf(ek) != approval.EK || len(p.Transcript()) != 32 {
 			t.Errorf("%+v gets a challenge", h)
 		}
 	})
@@ -460,7 +461,7 @@ func TestChecks(t *testing.T) {
 func (r *rig) srk() (public []byte) {
 	r.Helper()
 	err := r.machine.TPM().Do(r.Context(), func(t transport.TPM) error {
-		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+		return keys.WithSRK(t, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			public = tpm2.Marshal(srk.Public)
 			return nil
 		})

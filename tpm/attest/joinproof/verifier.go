@@ -13,13 +13,14 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootrule"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 )
 
 // Approval is an operator's permission for a named node with a given endorsement key to
 // join, with the demands on that node.
 type Approval struct {
-	EK         string // as tpm.EKDigest returns it
+	EK         string // as keys.EKDigest returns it
 	BootPolicy *bootpolicy.BootPolicy
 	// Phase is the phase of the boot in which slots are made, if systemd measures
 	// phases; "" accepts any phase.
@@ -132,7 +133,7 @@ func (v *Verifier) identify(h *Hello) (*Approval, error) {
 	if approval == nil {
 		return nil, exchange.Refuse(exchange.CheckNode, hintApprove, "node %.64q is not approved", h.Node)
 	}
-	if got := tpm.EKDigestOf(h.EK); got != approval.EK {
+	if got := keys.EKDigestOf(h.EK); got != approval.EK {
 		return nil, exchange.Refuse(exchange.CheckEK, hintApprove, "node %.64q is approved with another endorsement key than %s", h.Node, got)
 	}
 	if v.EKCertificate != nil {
@@ -168,7 +169,7 @@ func (v *Verifier) terms(h *Hello, a *Approval) (*Proven, error) {
 	if err := bootrule.Possible(h.PCRs, demandOf(state.Use, a)); err != nil {
 		return nil, exchange.Refuse(CheckPCRs, "leave tpm.pcrs out on the new node", "%w", err)
 	}
-	counter, err := nv.NewCounter(h.EpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(h.EpochIndex, keys.Owner{})
 	if err != nil {
 		return nil, exchange.Refuse(exchange.CheckMessage, exchange.HintForged, "%w", err)
 	}

@@ -15,9 +15,9 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
@@ -132,14 +132,14 @@ func TestAnotherTPM(t *testing.T) {
 	// The other machine lends its quote to the registered one, over the right
 	// transcript.
 	var digest []byte
-	var lent *tpm.Quote
+	var lent *keys.Quote
 	r.wire.evidence = func(e *Evidence) {
 		a, err := tpm2.Unmarshal[tpm2.TPMSAttest](e.Attest)
 		if err != nil {
 			t.Fatal(err)
 		}
 		digest = a.ExtraData.Buffer
-		if lent, err = (tpm.Quoter{Device: other.machine.TPM()}).Quote(t.Context(), nil, digest, crypto.SHA256, []int{0, 4, 7, 11}); err != nil {
+		if lent, err = (keys.Quoter{Device: other.machine.TPM()}).Quote(t.Context(), nil, digest, crypto.SHA256, []int{0, 4, 7, 11}); err != nil {
 			t.Fatal(err)
 		}
 		e.Attest, e.Signature, e.PCRs = lent.Attest, lent.Signature, lent.PCRs
@@ -162,17 +162,17 @@ func TestAttestationKeyElsewhere(t *testing.T) {
 	if err != nil {
 		t.Fatalf("a key that looks like a TPM's is not told from one yet: %v", err)
 	}
-	activate := func(on *rig, ak func(tp transport.TPM, srk *tpm.SRK, f func(*tpm.AK) error) error) error {
-		return on.session(func(tp transport.TPM, srk *tpm.SRK, _ tpm2.Session) error {
-			return ak(tp, srk, func(ak *tpm.AK) error {
-				return tpm.WithEK(tp, func(ek *tpm.EK) error {
+	activate := func(on *rig, ak func(tp transport.TPM, srk *keys.SRK, f func(*keys.AK) error) error) error {
+		return on.session(func(tp transport.TPM, srk *keys.SRK, _ tpm2.Session) error {
+			return ak(tp, srk, func(ak *keys.AK) error {
+				return keys.WithEK(tp, func(ek *keys.EK) error {
 					_, err := ek.Activate(tp, srk, ak, c.Credential, c.Secret)
 					return err
 				})
 			})
 		})
 	}
-	external := func(tp transport.TPM, _ *tpm.SRK, f func(*tpm.AK) error) error {
+	external := func(tp transport.TPM, _ *keys.SRK, f func(*keys.AK) error) error {
 		p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
 		if err != nil {
 			return err
@@ -183,15 +183,15 @@ func TestAttestationKeyElsewhere(t *testing.T) {
 			return err
 		}
 		defer func() { _, _ = tpm2.FlushContext{FlushHandle: loaded.ObjectHandle}.Execute(tp) }()
-		return f(&tpm.AK{Handle: loaded.ObjectHandle, Name: loaded.Name, Public: public})
+		return f(&keys.AK{Handle: loaded.ObjectHandle, Name: loaded.Name, Public: public})
 	}
-	if err := activate(r, tpm.WithAK); err == nil {
+	if err := activate(r, keys.WithAK); err == nil {
 		t.Error("the TPM activates for another attestation key")
 	}
 	if err := activate(r, external); !errors.Is(err, tpm2.TPMRCAuthUnavailable) {
 		t.Errorf("with the public part alone: %v", err)
 	}
-	if err := activate(other, tpm.WithAK); err == nil {
+	if err := activate(other, keys.WithAK); err == nil {
 		t.Error("another TPM activates")
 	}
 	r.refused("the attestation key is elsewhere", pending.Prove(make([]byte, 32)), CheckProof, "not on the TPM")
@@ -218,8 +218,8 @@ func realAK(t *testing.T) tpm2.TPMTPublic {
 	t.Helper()
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	var p *tpm2.TPMTPublic
-	err := r.session(func(tp transport.TPM, srk *tpm.SRK, _ tpm2.Session) error {
-		return tpm.WithAK(tp, srk, func(ak *tpm.AK) (err error) {
+	err := r.session(func(tp transport.TPM, srk *keys.SRK, _ tpm2.Session) error {
+		return keys.WithAK(tp, srk, func(ak *keys.AK) (err error) {
 			p, err = tpm2.Unmarshal[tpm2.TPMTPublic](ak.Public)
 			return err
 		})
@@ -279,9 +279,9 @@ func TestAttestationKeyTemplate(t *testing.T) {
 // the parent of its attestation key is refused, even if it names that key everywhere.
 func TestStorageRootKeyElsewhere(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
-	err := r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
-		return tpm.WithAK(tp, srk, func(ak *tpm.AK) error {
-			return tpm.WithEK(tp, func(ek *tpm.EK) error {
+	err := r.session(func(tp transport.TPM, srk *keys.SRK, s tpm2.Session) error {
+		return keys.WithAK(tp, srk, func(ak *keys.AK) error {
+			return keys.WithEK(tp, func(ek *keys.EK) error {
 				lie := *srk
 				lie.Name.Buffer = append([]byte{0, 0x0b}, make([]byte, 32)...)
 				_, err := r.attester.exchange(t.Context(), &exchange.Machine{TPM: tp, SRK: &lie, AK: ak, EK: ek}, s.NonceTPM().Buffer)
@@ -298,7 +298,7 @@ func TestEKCertificate(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	var got []byte
 	r.verifier.EKCertificate = func(certificate, key []byte) error {
-		if tpm.EKDigestOf(key) != r.verifier.Nodes["alpha"].EK {
+		if keys.EKDigestOf(key) != r.verifier.Nodes["alpha"].EK {
 			t.Error("it is asked about another key")
 		}
 		if got = certificate; len(certificate) == 0 {

@@ -8,8 +8,8 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Channel is a connection to the verifier, see package grpcserver/verifier.
@@ -41,7 +41,7 @@ type Attester struct {
 // are the policy session, the session that all commands share, and one more to prove
 // the endorsement key. So nothing else may be loaded, and the caller loads the object
 // to unseal afterwards.
-func (a *Attester) Sign(ctx context.Context, t transport.TPM, srk *tpm.SRK, nonceTPM []byte) (tpm2.TPMTSignature, error) {
+func (a *Attester) Sign(ctx context.Context, t transport.TPM, srk *keys.SRK, nonceTPM []byte) (tpm2.TPMTSignature, error) {
 	var signature []byte
 	err := exchange.WithMachine(t, srk, func(m *exchange.Machine) (err error) {
 		signature, err = a.exchange(ctx, m, nonceTPM)

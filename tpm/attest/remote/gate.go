@@ -8,6 +8,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Gate asks the configured verifier of this node.
@@ -18,7 +19,7 @@ type Gate struct {
 }
 
 // Ask is for [tpm.Config]. The slot names the cluster, and the verifier knows its own.
-func (g *Gate) Ask(ctx context.Context, t transport.TPM, srk *tpm.SRK, v tpm.Verifier, nonceTPM []byte) (tpm2.TPMTSignature, error) {
+func (g *Gate) Ask(ctx context.Context, t transport.TPM, srk *keys.SRK, v tpm.Verifier, nonceTPM []byte) (tpm2.TPMTSignature, error) {
 	key, err := authpolicy.Name(v.Key)
 	if err != nil {
 		return tpm2.TPMTSignature{}, err

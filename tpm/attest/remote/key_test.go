@@ -15,8 +15,8 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
@@ -56,7 +56,7 @@ func TestTerm(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
+		err = r.session(func(tp transport.TPM, srk *keys.SRK, s tpm2.Session) error {
 			return authpolicy.Terms{authpolicy.Signed{Key: public, Ref: PolicyRef(cluster, "alpha"), Sign: func(nonceTPM []byte) (tpm2.TPMTSignature, error) {
 				return r.attester.Sign(t.Context(), tp, srk, nonceTPM)
 			}}}.Satisfy(tp, s)
@@ -77,8 +77,8 @@ func TestUnseal(t *testing.T) {
 	}
 	var pcrs authpolicy.PCR
 	var created *tpm2.CreateResponse
-	err = r.session(func(tp transport.TPM, srk *tpm.SRK, _ tpm2.Session) error {
-		values, err := tpm.ReadPCRs(tp, crypto.SHA256, []int{4, 7, 11})
+	err = r.session(func(tp transport.TPM, srk *keys.SRK, _ tpm2.Session) error {
+		values, err := keys.ReadPCRs(tp, crypto.SHA256, []int{4, 7, 11})
 		if err != nil {
 			return err
 		}
@@ -97,7 +97,7 @@ func TestUnseal(t *testing.T) {
 		t.Fatal(err)
 	}
 	unseal := func(with bool) (kek []byte, err error) {
-		err = r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
+		err = r.session(func(tp transport.TPM, srk *keys.SRK, s tpm2.Session) error {
 			terms := authpolicy.Terms{pcrs}
 			if with {
 				terms = append(terms, authpolicy.Signed{Key: public, Ref: PolicyRef(cluster, "alpha"), Sign: func(nonceTPM []byte) (tpm2.TPMTSignature, error) {
@@ -135,7 +135,7 @@ func TestSeveralKeys(t *testing.T) {
 	r.verifier.Keys = []*Key{current, former}
 	for name, key := range map[string]*Key{"current": current, "former": former} {
 		r.attester.Key = key.name
-		err := r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
+		err := r.session(func(tp transport.TPM, srk *keys.SRK, s tpm2.Session) error {
 			signature, err := r.attester.Sign(t.Context(), tp, srk, s.NonceTPM().Buffer)
 			if err != nil {
 				return err

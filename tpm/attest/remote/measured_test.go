@@ -16,6 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -44,12 +45,12 @@ func TestMeasuredMeanwhile(t *testing.T) {
 	}
 	cluster := seal.ClusterID{1}
 	v := &tpm.Verifier{Signer: tpm.Signer{Key: public, Ref: remote.PolicyRef(cluster, "n")}, Cluster: cluster}
-	counter, err := nv.NewCounter(nv.DefaultEpochIndex, tpm.Owner{})
+	counter, err := nv.NewCounter(nv.DefaultEpochIndex, keys.Owner{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	asked, meanwhile := 0, func(transport.TPM) error { return nil }
-	ask := func(_ context.Context, tp transport.TPM, _ *tpm.SRK, v tpm.Verifier, nonce []byte) (tpm2.TPMTSignature, error) {
+	ask := func(_ context.Context, tp transport.TPM, _ *keys.SRK, v tpm.Verifier, nonce []byte) (tpm2.TPMTSignature, error) {
 		asked++
 		hash, err := authpolicy.SignedHash(nonce, v.Ref)
 		if err != nil {
@@ -70,7 +71,7 @@ func TestMeasuredMeanwhile(t *testing.T) {
 	}
 	var values map[int][]byte
 	if err := m.TPM().Do(t.Context(), func(tp transport.TPM) (err error) {
-		values, err = tpm.ReadPCRs(tp, crypto.SHA256, []int{4, 7, 11})
+		values, err = keys.ReadPCRs(tp, crypto.SHA256, []int{4, 7, 11})
 		return err
 	}); err != nil {
 		t.Fatal(err)

@@ -1,8 +1,8 @@
 package remote
 
 import (
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // The parts that the remote gate shares with every exchange.
@@ -50,6 +50,6 @@ func (h *Hello) check() error {
 	})
 }
 
-// EKDigest returns the digest, as tpm.EKDigest does, of the endorsement key that h
+// EKDigest returns the digest, as keys.EKDigest does, of the endorsement key that h
 // claims.
-func EKDigest(h *Hello) string { return tpm.EKDigestOf(h.EK) }
+func EKDigest(h *Hello) string { return keys.EKDigestOf(h.EK) }

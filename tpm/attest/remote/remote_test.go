@@ -10,10 +10,10 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
@@ -26,7 +26,7 @@ func TestSignatureSatisfiesTheTPM(t *testing.T) {
 		r.use(key)
 		ref := PolicyRef(cluster, "alpha")
 		var old tpm2.TPMTSignature
-		err := r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) (err error) {
+		err := r.session(func(tp transport.TPM, srk *keys.SRK, s tpm2.Session) (err error) {
 			if old, err = r.attester.Sign(t.Context(), tp, srk, s.NonceTPM().Buffer); err != nil {
 				return err
 			}
@@ -55,7 +55,7 @@ func TestSignatureSatisfiesTheTPM(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		err = r.session(func(tp transport.TPM, _ *tpm.SRK, s tpm2.Session) error {
+		err = r.session(func(tp transport.TPM, _ *keys.SRK, s tpm2.Session) error {
 			return policySigned(tp, key.Public(), s, ref, old)
 		})
 		if !errors.Is(err, tpm2.TPMRCSignature) {
@@ -103,7 +103,7 @@ func TestThreeSlots(t *testing.T) {
 		if persistent {
 			persistEK(t, r)
 		}
-		err := r.session(func(tp transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
+		err := r.session(func(tp transport.TPM, srk *keys.SRK, s tpm2.Session) error {
 			for range 4 {
 				*r.wire = wire{verifier: r.verifier}
 				if _, err := r.attester.Sign(t.Context(), tp, srk, s.NonceTPM().Buffer); err != nil {

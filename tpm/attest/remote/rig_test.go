@@ -18,10 +18,10 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -55,7 +55,7 @@ func (r *rig) use(k *Key) { r.verifier.Keys, r.attester.Key = []*Key{k}, k.name 
 func ekOf(t *testing.T, m *tpmtest.Machine) (digest string) {
 	t.Helper()
 	err := m.TPM().Do(t.Context(), func(tp transport.TPM) (err error) {
-		digest, err = tpm.EKDigest(tp)
+		digest, err = keys.EKDigest(tp)
 		return err
 	})
 	if err != nil {
@@ -150,9 +150,9 @@ func (w *wire) Attest(_ context.Context, h *Hello, answer func(*Challenge, []byt
 }
 
 // session runs f with a policy session like the one for opening a slot.
-func (r *rig) session(f func(t transport.TPM, srk *tpm.SRK, session tpm2.Session) error) error {
+func (r *rig) session(f func(t transport.TPM, srk *keys.SRK, session tpm2.Session) error) error {
 	return r.machine.TPM().Do(r.Context(), func(t transport.TPM) error {
-		return tpm.WithSRK(t, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+		return keys.WithSRK(t, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			s, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, SessionNonceSize, tpm2.Salted(srk.Handle, srk.Public), tpm2.AESEncryption(128, tpm2.EncryptOut))
 			if err != nil {
 				return err
@@ -165,7 +165,7 @@ func (r *rig) session(f func(t transport.TPM, srk *tpm.SRK, session tpm2.Session
 
 // ask asks the verifier for a new session.
 func (r *rig) ask() error {
-	return r.session(func(t transport.TPM, srk *tpm.SRK, s tpm2.Session) error {
+	return r.session(func(t transport.TPM, srk *keys.SRK, s tpm2.Session) error {
 		_, err := r.attester.Sign(r.Context(), t, srk, s.NonceTPM().Buffer)
 		return err
 	})

@@ -5,11 +5,11 @@ import (
 	"slices"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // Verifier decides for the nodes of one cluster. It keeps nothing between
@@ -28,7 +28,7 @@ type Verifier struct {
 
 // Registration is an operator's entry for a node.
 type Registration struct {
-	EK         string // as tpm.EKDigest returns it
+	EK         string // as keys.EKDigest returns it
 	BootPolicy *bootpolicy.BootPolicy
 }
 
@@ -100,7 +100,7 @@ func (v *Verifier) identify(h *Hello) (Registration, *Key, error) {
 		return Registration{}, nil, exchange.Refuse(CheckKey, "see signingKey and formerSigningKeys in the verifier's configuration, and tpm.verifier.publicKey in the node's",
 			"the slot demands a signature by another key than this verifier has")
 	}
-	if got := tpm.EKDigestOf(h.EK); got != node.EK {
+	if got := keys.EKDigestOf(h.EK); got != node.EK {
 		return Registration{}, nil, exchange.Refuse(CheckEK, hintRegister, "node %.64q is registered with another endorsement key than %s", h.Node, got)
 	}
 	if v.EKCertificate == nil {

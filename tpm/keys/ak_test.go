@@ -1,4 +1,4 @@
-package tpm_test
+package keys_test
 
 import (
 	"bytes"
@@ -11,8 +11,8 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // akFile is a kept attestation key as its JSON.
@@ -31,7 +31,7 @@ func TestKeptAK(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "ak.json")
 	quote := func(n *node) []byte {
 		t.Helper()
-		q, err := tpm.Quoter{Device: n.Device, AK: attest.AKFile(path)}.Quote(t.Context(), nil, []byte("nonce"), crypto.SHA256, []int{7})
+		q, err := keys.Quoter{Device: n.Device, AK: attest.AKFile(path)}.Quote(t.Context(), nil, []byte("nonce"), crypto.SHA256, []int{7})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -111,7 +111,7 @@ func TestKeptAK(t *testing.T) {
 // TestQuoteWithoutAFile: if no key can be kept, each quote has a fresh one.
 func TestQuoteWithoutAFile(t *testing.T) {
 	n := newNode(t)
-	q := tpm.Quoter{Device: n.Device, AK: attest.AKFile(filepath.Join(t.TempDir(), "missing", "ak.json"))}
+	q := keys.Quoter{Device: n.Device, AK: attest.AKFile(filepath.Join(t.TempDir(), "missing", "ak.json"))}
 	var keys [2][]byte
 	for i := range keys {
 		quote, err := q.Quote(t.Context(), nil, []byte("nonce"), crypto.SHA256, []int{7})
@@ -128,8 +128,8 @@ func TestQuoteWithoutAFile(t *testing.T) {
 // createKey has the TPM make a key below its storage root key.
 func (n *node) createKey(public tpm2.TPMTPublic, password string) (pub, priv []byte) {
 	n.Helper()
-	n.must(func(tp transport.TPM) error {
-		return tpm.WithSRK(tp, tpm.Owner{}, nil, func(srk *tpm.SRK) error {
+	n.Must(func(tp transport.TPM) error {
+		return keys.WithSRK(tp, keys.Owner{}, nil, func(srk *keys.SRK) error {
 			r, err := tpm2.Create{
 				ParentHandle: tpm2.AuthHandle{Handle: srk.Handle, Name: srk.Name, Auth: tpm2.PasswordAuth(nil)},
 				InSensitive:  tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{UserAuth: tpm2.TPM2BAuth{Buffer: []byte(password)}}},

@@ -1,4 +1,4 @@
-package tpm
+package keys
 
 import (
 	"bytes"
@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/device"
 )
 
 // Quote is a TPM's signed statement of PCR values, with the key that signed it. A
@@ -30,7 +31,7 @@ const quoteTries = 5
 
 // Quoter quotes PCRs with an attestation key that it may keep.
 type Quoter struct {
-	Device *Device
+	Device *device.Device
 	Owner  Owner
 	// AK keeps the attestation key. If nil, each quote uses a fresh one.
 	AK AKStore
@@ -48,7 +49,7 @@ func (q Quoter) Quote(ctx context.Context, srk, nonce []byte, bank crypto.Hash, 
 		})
 	})
 	if err != nil {
-		return nil, Classify(err)
+		return nil, device.Classify(err)
 	}
 	return quote, nil
 }
@@ -108,7 +109,7 @@ func ReadPCRs(t transport.TPM, bank crypto.Hash, pcrs []int, session ...tpm2.Ses
 			return nil, fmt.Errorf("TPM2_PCR_Read: %w", err)
 		}
 		if len(r.PCRValues.Digests) != n {
-			return nil, missingPCRs(t, bank, rest[:n])
+			return nil, MissingPCRs(t, bank, rest[:n])
 		}
 		for k, i := range rest[:n] {
 			values[i] = r.PCRValues.Digests[k].Buffer
@@ -120,12 +121,12 @@ func ReadPCRs(t transport.TPM, bank crypto.Hash, pcrs []int, session ...tpm2.Ses
 
 // ResetCount returns how often the TPM was reset, once per boot. A session
 // authenticates the answer, because the limit of a suspension depends on it.
-func ResetCount(ctx context.Context, d *Device, owner Owner) (count uint32, err error) {
+func ResetCount(ctx context.Context, d *device.Device, owner Owner) (count uint32, err error) {
 	err = d.Do(ctx, func(t transport.TPM) error {
 		return WithSRK(t, owner, nil, func(srk *SRK) error {
 			count, err = authpolicy.ResetCount(t, srk.Session(tpm2.Audit()))
 			return err
 		})
 	})
-	return count, Classify(err)
+	return count, device.Classify(err)
 }

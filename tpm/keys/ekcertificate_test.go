@@ -1,4 +1,4 @@
-package tpm_test
+package keys_test
 
 import (
 	"bytes"
@@ -20,8 +20,10 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/ekcert"
+	"github.com/beezy-dev/kleidi/tpm/internal/nodetest"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -40,7 +42,7 @@ func store(t *testing.T, m *tpmtest.Machine, index tpm2.TPMHandle, attributes tp
 	t.Helper()
 	err := m.TPM().Do(t.Context(), func(tp transport.TPM) error {
 		public := tpm2.TPMSNVPublic{NVIndex: index, NameAlg: tpm2.TPMAlgSHA256, Attributes: attributes, DataSize: uint16(size)}
-		if _, err := (tpm2.NVDefineSpace{AuthHandle: ownerHandle(), PublicInfo: tpm2.New2B(public)}).Execute(tp); err != nil {
+		if _, err := (tpm2.NVDefineSpace{AuthHandle: nodetest.OwnerHandle(), PublicInfo: tpm2.New2B(public)}).Execute(tp); err != nil {
 			return err
 		}
 		for at := 0; at < len(content); at += 512 {
@@ -49,7 +51,7 @@ func store(t *testing.T, m *tpmtest.Machine, index tpm2.TPMHandle, attributes tp
 				return err
 			}
 			block := content[at:min(at+512, len(content))]
-			write := tpm2.NVWrite{AuthHandle: ownerHandle(), NVIndex: tpm2.NamedHandle{Handle: index, Name: r.NVName},
+			write := tpm2.NVWrite{AuthHandle: nodetest.OwnerHandle(), NVIndex: tpm2.NamedHandle{Handle: index, Name: r.NVName},
 				Data: tpm2.TPM2BMaxNVBuffer{Buffer: block}, Offset: uint16(at)}
 			if _, err := write.Execute(tp); err != nil {
 				return err
@@ -91,7 +93,7 @@ func maker(t *testing.T, ek crypto.PublicKey) (der []byte, bundle *ekcert.Bundle
 func endorsementKey(t *testing.T, m *tpmtest.Machine) (ek crypto.PublicKey) {
 	t.Helper()
 	err := m.TPM().Do(t.Context(), func(tp transport.TPM) error {
-		return tpm.WithEK(tp, func(k *tpm.EK) (err error) {
+		return keys.WithEK(tp, func(k *keys.EK) (err error) {
 			ek, err = tpm2.Pub(k.Public)
 			return err
 		})
@@ -102,12 +104,12 @@ func endorsementKey(t *testing.T, m *tpmtest.Machine) (ek crypto.PublicKey) {
 	return ek
 }
 
-// certificate returns what [tpm.EKCertificate] finds.
-func certificate(t *testing.T, d *tpm.Device) (der []byte) {
+// certificate returns what [keys.EKCertificate] finds.
+func certificate(t *testing.T, d *device.Device) (der []byte) {
 	t.Helper()
 	err := d.Do(t.Context(), func(tp transport.TPM) error {
-		return tpm.WithEK(tp, func(ek *tpm.EK) error {
-			der = tpm.EKCertificate(tp, ek)
+		return keys.WithEK(tp, func(ek *keys.EK) error {
+			der = keys.EKCertificate(tp, ek)
 			return nil
 		})
 	})

@@ -1,4 +1,4 @@
-package tpm_test
+package device_test
 
 import (
 	"bytes"
@@ -16,7 +16,8 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/internal/nodetest"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -202,7 +203,7 @@ func TestDoOpensForAnOperationOnly(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	first, second := m.TPM(), m.TPM()
 	for range 3 {
-		for _, d := range []*tpm.Device{first, second} {
+		for _, d := range []*device.Device{first, second} {
 			if err := d.Do(t.Context(), getRandom); err != nil {
 				t.Fatal(err)
 			}
@@ -277,7 +278,7 @@ func TestDoFlushesWhatAKilledClientLeft(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		tp := plain{c}
+		tp := nodetest.Plain{Conn: c}
 		for range 3 {
 			if _, err := (tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHOwner, InPublic: tpm2.New2B(tpm2.ECCSRKTemplate)}).Execute(tp); err != nil {
 				t.Fatal(err)
@@ -305,18 +306,6 @@ func TestDoFlushesWhatAKilledClientLeft(t *testing.T) {
 			t.Error(err)
 		}
 	}
-}
-
-// plain is a client that does not clean up.
-type plain struct{ net.Conn }
-
-func (p plain) Send(command []byte) ([]byte, error) {
-	if _, err := p.Write(command); err != nil {
-		return nil, err
-	}
-	b := make([]byte, 4096)
-	n, err := p.Read(b)
-	return b[:n], err
 }
 
 // TestTheResponseIsCleared: a response may hold a key, so its buffer is cleared
@@ -348,13 +337,13 @@ func TestTheResponseIsCleared(t *testing.T) {
 
 func TestParseAddress(t *testing.T) {
 	for _, good := range []string{"/dev/tpmrm0", "/dev/tpm0", "unix:/run/swtpm.sock", "tcp:localhost:2321", "tcp:[::1]:2321"} {
-		a, err := tpm.ParseAddress(good)
+		a, err := device.ParseAddress(good)
 		if err != nil || a.String() != good {
 			t.Errorf("%q: %q, %v", good, a, err)
 		}
 	}
 	for _, bad := range []string{"", "tpmrm0", "unix:", "unix:tpm.sock", "unix:@abstract", "tcp:", "tcp:2321", "tcp:localhost:", "tcp::2321", "http://tpm"} {
-		if a, err := tpm.ParseAddress(bad); err == nil {
+		if a, err := device.ParseAddress(bad); err == nil {
 			t.Errorf("%q is read as %q", bad, a)
 		}
 	}

@@ -1,4 +1,4 @@
-package tpm_test
+package credential_test
 
 import (
 	"bytes"
@@ -15,8 +15,11 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/sealtest"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/credential"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/internal/nodetest"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -34,7 +37,7 @@ func (n *node) credential(b string) *seal.Secret {
 
 func (n *node) sealed(s *seal.Secret) (blob []byte) {
 	n.Helper()
-	blob, err := tpm.SealCredential(n.Context(), n.Device, n.Owner, crypto.SHA256, s)
+	blob, err := credential.Seal(n.Context(), n.Device, n.Owner, crypto.SHA256, s)
 	if err != nil {
 		n.Fatal(err)
 	}
@@ -42,7 +45,7 @@ func (n *node) sealed(s *seal.Secret) (blob []byte) {
 }
 
 func (n *node) unseal(blob []byte) (*seal.Secret, error) {
-	return tpm.UnsealCredential(n.Context(), n.Device, n.Owner, n.Memory, blob)
+	return credential.Unseal(n.Context(), n.Device, n.Owner, n.Memory, blob)
 }
 
 // unseals demands that blob holds s.
@@ -50,7 +53,7 @@ func (n *node) unseals(blob []byte, s *seal.Secret) {
 	n.Helper()
 	got, err := n.unseal(blob)
 	if err != nil {
-		n.Errorf("UnsealCredential: %v", err)
+		n.Errorf("Unseal: %v", err)
 		return
 	}
 	defer got.Close()
@@ -68,7 +71,7 @@ func (n *node) unsealsNot(blob []byte, cause seal.Cause, words ...string) error 
 		n.Errorf("it unseals, want %q", cause)
 		return nil
 	}
-	n.want(err, cause, words...)
+	n.Want(err, cause, words...)
 	return err
 }
 
@@ -78,23 +81,23 @@ func TestCredential(t *testing.T) {
 	n := newNode(t)
 	pin := n.credential("73616220")
 	blob := n.sealed(pin)
-	if len(blob) > tpm.MaxSealedCredential/2 || bytes.Contains(blob, []byte("73616220")) || bytes.Contains(blob, []byte(hex.EncodeToString([]byte("73616220")))) {
+	if len(blob) > credential.MaxFile/2 || bytes.Contains(blob, []byte("73616220")) || bytes.Contains(blob, []byte(hex.EncodeToString([]byte("73616220")))) {
 		t.Errorf("the file: %s", blob)
 	}
 	for range 4 { // a TPM without a resource manager has three places
 		n.unseals(blob, pin)
 	}
-	if n.left() != 0 {
+	if n.Left() != 0 {
 		t.Error("a handle is left")
 	}
-	b := n.machine.Current()
+	b := n.Machine.Current()
 	b.Kernel, b.Firmware = "6.13.1", "edk2 2099.01"
-	n.machine.Reboot(b)
+	n.Machine.Reboot(b)
 	n.unseals(blob, pin)
 	if again := n.sealed(pin); bytes.Equal(blob, again) {
 		t.Error("the same object was made twice")
 	}
-	n.must(lockOut)
+	n.Must(nodetest.LockOut)
 	n.unseals(blob, pin)
 }
 
@@ -111,25 +114,25 @@ func TestCredentialInMemory(t *testing.T) {
 	watch.Add("PIN", pin)
 	blob := n.sealed(pin)
 	if found := watch.Find(t); len(found) > 0 {
-		t.Errorf("after SealCredential: %q", found)
+		t.Errorf("after Seal: %q", found)
 	}
 	n.unseals(blob, pin)
 	if found := watch.Find(t); len(found) > 0 {
-		t.Errorf("after UnsealCredential: %q", found)
+		t.Errorf("after Unseal: %q", found)
 	}
 }
 
 // TestCredentialSizes: 1 to 128 bytes.
 func TestCredentialSizes(t *testing.T) {
 	n := newNode(t)
-	for _, size := range []int{1, 2, tpm.MaxCredential} {
+	for _, size := range []int{1, 2, credential.Max} {
 		s := n.credential(strings.Repeat("p", size))
 		n.unseals(n.sealed(s), s)
 	}
 	closed := n.credential("1")
 	closed.Close()
-	for _, s := range []*seal.Secret{closed, n.credential(strings.Repeat("p", tpm.MaxCredential+1))} {
-		if blob, err := tpm.SealCredential(t.Context(), n.Device, n.Owner, crypto.SHA256, s); err == nil || !strings.Contains(err.Error(), "want 1 to 128") {
+	for _, s := range []*seal.Secret{closed, n.credential(strings.Repeat("p", credential.Max+1))} {
+		if blob, err := credential.Seal(t.Context(), n.Device, n.Owner, crypto.SHA256, s); err == nil || !strings.Contains(err.Error(), "want 1 to 128") {
 			t.Errorf("%s, %v", blob, err)
 		}
 	}
@@ -139,7 +142,7 @@ func TestCredentialSizes(t *testing.T) {
 func TestCredentialBanks(t *testing.T) {
 	n := newNode(t)
 	pin := n.credential("73616220")
-	blob, err := tpm.SealCredential(t.Context(), n.Device, n.Owner, crypto.SHA384, pin)
+	blob, err := credential.Seal(t.Context(), n.Device, n.Owner, crypto.SHA384, pin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,7 +158,7 @@ func TestCredentialIsBoundToSecureBoot(t *testing.T) {
 	n := newNode(t)
 	pin := n.credential("73616220")
 	blob := n.sealed(pin)
-	was := n.machine.Current()
+	was := n.Machine.Current()
 	for name, change := range map[string]func(*simboot.Boot){
 		"Secure Boot off": func(b *simboot.Boot) { b.SecureBoot = false },
 		"other keys":      func(b *simboot.Boot) { b.Keys = "somebody else" },
@@ -163,15 +166,15 @@ func TestCredentialIsBoundToSecureBoot(t *testing.T) {
 	} {
 		b := was
 		change(&b)
-		n.machine.Reboot(b)
+		n.Machine.Reboot(b)
 		if err := n.unsealsNot(blob, seal.CauseBootState, "bound to PCR 7", "seal a new one with kleidi pkcs11-pin"); !errors.Is(err, authpolicy.ErrBootState) {
 			t.Errorf("%s: %v", name, err)
 		}
 		// An attacker who talks to the TPM directly has no other way to unseal.
-		n.must(func(tp transport.TPM) error { return unsealsWithout(n, tp, blob) })
+		n.Must(func(tp transport.TPM) error { return unsealsWithout(n, tp, blob) })
 		n.unseals(n.sealed(pin), pin)
 	}
-	n.machine.Reboot(was)
+	n.Machine.Reboot(was)
 	n.unseals(blob, pin)
 }
 
@@ -183,7 +186,7 @@ func unsealsWithout(n *node, tp transport.TPM, blob []byte) error {
 		return err
 	}
 	satisfyNothing := func(transport.TPM, tpm2.TPMISHPolicy, tpm2.TPM2BNonce) error { return nil }
-	return tpm.WithSRK(tp, n.Owner, nil, func(srk *tpm.SRK) error {
+	return keys.WithSRK(tp, n.Owner, nil, func(srk *keys.SRK) error {
 		parent := tpm2.AuthHandle{Handle: srk.Handle, Name: srk.Name, Auth: tpm2.PasswordAuth(nil)}
 		object, err := tpm2.Load{ParentHandle: parent, InPublic: tpm2.BytesAs2B[tpm2.TPMTPublic](c.Public), InPrivate: tpm2.TPM2BPrivate{Buffer: c.Private}}.Execute(tp)
 		if err != nil {
@@ -214,7 +217,7 @@ func TestCredentialOfAnotherTPM(t *testing.T) {
 	// parent.
 	theirs := other.sealed(other.credential("1"))
 	other.unsealsNot(edit(t, blob, "srk", member(t, theirs, "srk")), seal.CauseCredentials, "TPM2_Load", "kleidi pkcs11-pin")
-	if err := n.machine.Clear(t.Context()); err != nil {
+	if err := n.Machine.Clear(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	n.unsealsNot(blob, seal.CauseTPMCleared, "this TPM was cleared after the credential was sealed", "kleidi pkcs11-pin")
@@ -225,15 +228,15 @@ func TestDamagedCredential(t *testing.T) {
 	n := newNode(t)
 	blob := n.sealed(n.credential("73616220"))
 	key, _ := n.newClientKey()
-	kek := n.wrap(n.kek())
-	n.proxy.Forget()
+	kek := n.Sealed(n.KEK())
+	n.Proxy.Forget()
 	zeros, err := json.Marshal(make([]byte, 32))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for name, b := range map[string][]byte{
 		"empty": {}, "no object": []byte("null\n"), "cut": blob[:len(blob)-3], "no newline": blob[:len(blob)-1], "trailing": append(bytes.Clone(blob), '\n'),
-		"large": append(bytes.Clone(blob), bytes.Repeat([]byte(" "), tpm.MaxSealedCredential)...), "unknown member": bytes.Replace(blob, []byte("{"), []byte(`{"x":1,`), 1),
+		"large": append(bytes.Clone(blob), bytes.Repeat([]byte(" "), credential.MaxFile)...), "unknown member": bytes.Replace(blob, []byte("{"), []byte(`{"x":1,`), 1),
 		"twice": bytes.Replace(blob, []byte("{"), []byte(`{"form":"sealed-credential-v1",`), 1), "other form": edit(t, blob, "form", `"sealed-credential-v2"`),
 		"a client key": key, "called one": edit(t, key, "form", `"sealed-credential-v1"`), "a slot": kek.Data,
 		"no parent": edit(t, blob, "srk", `""`), "PCR 7": edit(t, blob, "pcr7", `"`+strings.Repeat("11", 32)+`"`), "all zero": edit(t, blob, "pcr7", `"`+strings.Repeat("00", 32)+`"`),
@@ -244,10 +247,10 @@ func TestDamagedCredential(t *testing.T) {
 			got.Close()
 			t.Errorf("%s: accepted", name)
 		} else {
-			n.want(err, seal.CauseCredentials, "the file of the sealed credential is damaged", "kleidi pkcs11-pin")
+			n.Want(err, seal.CauseCredentials, "the file of the sealed credential is damaged", "kleidi pkcs11-pin")
 		}
 	}
-	if seen := len(n.proxy.Traffic()); seen != 0 {
+	if seen := len(n.Proxy.Traffic()); seen != 0 {
 		t.Errorf("the TPM got %d commands for damaged files", seen)
 	}
 	n.unsealsNot(edit(t, blob, "private", string(zeros)), seal.CauseCredentials, "damaged: TPM2_Load", "kleidi pkcs11-pin")
@@ -284,24 +287,24 @@ func TestCredentialFaults(t *testing.T) {
 		"another credential": {On: tpm2.TPMCCUnseal, Do: flip}, "garbage": {On: tpm2.TPMCCUnseal, Do: tpmtest.Raw([]byte("garbage"))},
 		"PCRs keep changing": {On: tpm2.TPMCCUnseal, Do: tpmtest.Code(tpm2.TPMRCPCRChanged)},
 	} {
-		n.proxy.Inject(f)
+		n.Proxy.Inject(f)
 		if err := n.unsealsNot(blob, seal.CauseUnavailable); err != nil {
 			t.Logf("%s: %v", name, err)
 		}
-		n.proxy.Heal()
+		n.Proxy.Heal()
 		n.unseals(blob, pin)
 	}
-	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCUnseal, Times: 2, Do: extendFirst})
+	n.Proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCUnseal, Times: 2, Do: nodetest.ExtendFirst})
 	n.unseals(blob, pin)
-	n.proxy.Heal()
-	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCPCRRead, Do: flip})
-	if _, err := tpm.SealCredential(t.Context(), n.Device, n.Owner, crypto.SHA256, pin); err == nil {
+	n.Proxy.Heal()
+	n.Proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCPCRRead, Do: flip})
+	if _, err := credential.Seal(t.Context(), n.Device, n.Owner, crypto.SHA256, pin); err == nil {
 		t.Error("it was sealed to a PCR value that was changed on the way")
 	}
-	n.proxy.Heal()
-	n.proxy.Vanish()
+	n.Proxy.Heal()
+	n.Proxy.Vanish()
 	n.unsealsNot(blob, seal.CauseUnavailable, "TPM unix:")
-	n.proxy.Return()
+	n.Proxy.Return()
 	n.unseals(blob, pin)
 }
 
@@ -314,43 +317,43 @@ func TestNoCredentialCrossesTheBus(t *testing.T) {
 	blob := n.sealed(pin)
 	n.unseals(blob, pin)
 	for _, part := range []string{"kleidi-7361", "6220-kleidi"} {
-		if n.proxy.Saw([]byte(part)) {
+		if n.Proxy.Saw([]byte(part)) {
 			t.Errorf("%q crossed the bus in plain", part)
 		}
 	}
-	if n.proxy.Count(tpm2.TPMCCCreate) == 0 || n.proxy.Count(tpm2.TPMCCUnseal) == 0 {
+	if n.Proxy.Count(tpm2.TPMCCCreate) == 0 || n.Proxy.Count(tpm2.TPMCCUnseal) == 0 {
 		t.Error("nothing crossed the bus")
 	}
-	n.proxy.Forget()
+	n.Proxy.Forget()
 	n.unseals(n.sealed(pin), pin)
-	for _, e := range n.proxy.Traffic() {
+	for _, e := range n.Proxy.Traffic() {
 		// An impostor knows the key of a session that is not salted.
 		if salted := e.Command[10:14]; e.Code == tpm2.TPMCCStartAuthSession && bytes.Equal(salted, []byte{0x40, 0, 0, 7}) {
 			t.Error("a session was started without a salt")
 		}
 	}
-	mine, theirs := n.srkPoint(), his.srkPoint()
-	n.proxy.Forget()
-	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCCreatePrimary, Do: tpmtest.Change(func(response []byte) []byte {
+	mine, theirs := n.SRKPoint(), his.SRKPoint()
+	n.Proxy.Forget()
+	n.Proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCCreatePrimary, Do: tpmtest.Change(func(response []byte) []byte {
 		return bytes.Replace(response, mine, theirs, 1)
 	})})
 	n.unsealsNot(blob, seal.CauseTPMCleared)
-	if n.proxy.Count(tpm2.TPMCCStartAuthSession)+n.proxy.Count(tpm2.TPMCCUnseal) != 0 {
+	if n.Proxy.Count(tpm2.TPMCCStartAuthSession)+n.Proxy.Count(tpm2.TPMCCUnseal) != 0 {
 		t.Error("a session with the interposer was started")
 	}
-	n.proxy.Heal()
+	n.Proxy.Heal()
 	n.unseals(blob, pin)
 }
 
-// FuzzSealedCredential: an accepted file has SealCredential's form, and no other file
+// FuzzSealedCredential: an accepted file has Seal's form, and no other file
 // says the same.
 func FuzzSealedCredential(f *testing.F) {
 	f.Add(credentialSeed(f))
 	f.Add([]byte(`{"form":"sealed-credential-v1","srk":"zz"}`))
 	f.Add([]byte("null"))
-	none := tpm.NewDevice(tpm.Address{}, 0)
+	none := device.New(device.Address{}, 0)
 	f.Fuzz(func(t *testing.T, data []byte) {
-		_, err := tpm.UnsealCredential(t.Context(), none, tpm.Owner{}, seal.Memory{}, data)
+		_, err := credential.Unseal(t.Context(), none, keys.Owner{}, seal.Memory{}, data)
 		if seal.CauseOf(err) == seal.CauseUnavailable { // the file was accepted, and there is no TPM
 			var members map[string]any
 			if err := json.Unmarshal(data, &members); err != nil || len(members) != 7 || !bytes.HasPrefix(data, []byte(`{"form":"sealed-credential-v1","srk":"`)) {
@@ -362,7 +365,7 @@ func FuzzSealedCredential(f *testing.F) {
 	})
 }
 
-// credentialSeed is a file like SealCredential's, except for the parts that only a TPM
+// credentialSeed is a file like Seal's, except for the parts that only a TPM
 // can make.
 func credentialSeed(f *testing.F) []byte {
 	f.Helper()
@@ -390,7 +393,7 @@ func credentialSeed(f *testing.F) []byte {
 		f.Fatal(err)
 	}
 	blob = append(blob, '\n')
-	if _, err := tpm.UnsealCredential(f.Context(), tpm.NewDevice(tpm.Address{}, 0), tpm.Owner{}, seal.Memory{}, blob); seal.CauseOf(err) != seal.CauseUnavailable {
+	if _, err := credential.Unseal(f.Context(), device.New(device.Address{}, 0), keys.Owner{}, seal.Memory{}, blob); seal.CauseOf(err) != seal.CauseUnavailable {
 		f.Fatalf("the seed is refused: %v", err)
 	}
 	return blob

@@ -1,4 +1,4 @@
-package tpm
+package credential
 
 import (
 	"bytes"
@@ -16,6 +16,8 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // MaxClientKey bounds the file of a client key, in bytes.
@@ -46,7 +48,7 @@ func clientKeyTemplate(digest []byte) tpm2.TPMTPublic {
 			FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, AdminWithPolicy: true, NoDA: true, SignEncrypt: true,
 		},
 		AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
-		Parameters: akTemplate.Parameters,
+		Parameters: keys.AKTemplate.Parameters,
 	}
 }
 
@@ -54,19 +56,19 @@ func clientKeyTemplate(digest []byte) tpm2.TPMTPublic {
 // only while PCR 7 of the bank keeps its present value: after a change of Secure Boot's
 // state or keys, make another key. blob is the content of the file to keep, at most
 // [MaxClientKey] bytes. Another TPM can't use it, nor can this TPM after TPM2_Clear.
-func NewClientKey(ctx context.Context, d *Device, owner Owner, bank crypto.Hash) (blob []byte, public crypto.PublicKey, err error) {
+func NewClientKey(ctx context.Context, d *device.Device, owner keys.Owner, bank crypto.Hash) (blob []byte, public crypto.PublicKey, err error) {
 	var b bound
 	err = d.Do(ctx, func(t transport.TPM) error {
-		return WithSRK(t, owner, nil, func(srk *SRK) (err error) {
+		return keys.WithSRK(t, owner, nil, func(srk *keys.SRK) (err error) {
 			var digest []byte
 			if b, digest, err = newBound(t, srk, bank, clientKeyKind); err != nil {
 				return err
 			}
-			return b.create(t, tpm2.Create{ParentHandle: srk.auth(srk.Session()), InPublic: tpm2.New2B(clientKeyTemplate(digest))})
+			return b.create(t, tpm2.Create{ParentHandle: srk.Auth(srk.Session()), InPublic: tpm2.New2B(clientKeyTemplate(digest))})
 		})
 	})
 	if err != nil {
-		return nil, nil, Classify(err)
+		return nil, nil, device.Classify(err)
 	}
 	if blob, err = marshalBound(b); err != nil {
 		return nil, nil, err
@@ -121,7 +123,7 @@ func clientPublic(area, digest []byte) (*ecdsa.PublicKey, error) {
 // ClientSigner returns the client key whose file content NewClientKey returned as blob.
 // It signs SHA-256 digests, as ASN.1 ECDSA signatures. It loads nothing yet: each
 // signature opens the TPM, within ctx. A refusal by the TPM is a [*seal.Error].
-func ClientSigner(ctx context.Context, d *Device, owner Owner, blob []byte) (crypto.Signer, error) {
+func ClientSigner(ctx context.Context, d *device.Device, owner keys.Owner, blob []byte) (crypto.Signer, error) {
 	k, err := parseClientKey(blob)
 	if err != nil {
 		return nil, err
@@ -131,8 +133,8 @@ func ClientSigner(ctx context.Context, d *Device, owner Owner, blob []byte) (cry
 
 type clientSigner struct {
 	ctx    context.Context // crypto.Signer has no parameter for it
-	device *Device
-	owner  Owner
+	device *device.Device
+	owner  keys.Owner
 	key    *clientKey
 }
 
@@ -149,12 +151,12 @@ func (s *clientSigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) 
 		return err
 	})
 	switch {
-	case errors.Is(err, errOtherSRK):
+	case errors.Is(err, keys.ErrOtherSRK):
 		return nil, seal.Errorf(seal.CauseCredentials, hintClientKey, "the client key was made in another TPM, or this one was cleared since: %w", err)
 	case errors.Is(err, authpolicy.ErrBootState):
 		return nil, seal.Errorf(seal.CauseCredentials, hintClientKey, "Secure Boot's state or keys have changed since the client key was made, which is bound to PCR 7: %w", err)
 	case err != nil:
-		return nil, Classify(err)
+		return nil, device.Classify(err)
 	}
 	return signature, nil
 }

@@ -1,4 +1,4 @@
-package tpm_test
+package device_test
 
 import (
 	"context"
@@ -13,8 +13,9 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/internal/nodetest"
 	"github.com/beezy-dev/kleidi/tpm/slowtpm"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -24,7 +25,7 @@ func (n *node) unlock(slot seal.Slot) {
 	n.Helper()
 	ctx, release := n.Device.Hold(n.Context())
 	defer release()
-	if err := n.gate.Attest(ctx, []seal.Slot{slot}); err != nil {
+	if err := n.Gate.Attest(ctx, []seal.Slot{slot}); err != nil {
 		n.Fatalf("Attest: %v", err)
 	}
 	kek, err := n.Unwrap(ctx, slot)
@@ -39,32 +40,32 @@ func (n *node) unlock(slot seal.Slot) {
 
 // counted runs f and counts the commands by kind.
 func (n *node) counted(f func()) (all, curve int) {
-	n.proxy.Forget()
+	n.Proxy.Forget()
 	f()
-	for _, e := range n.proxy.Traffic() {
+	for _, e := range n.Proxy.Traffic() {
 		if slowtpm.KindOf(e.Command) == slowtpm.Curve {
 			curve++
 		}
 	}
-	return len(n.proxy.Traffic()), curve
+	return len(n.Proxy.Traffic()), curve
 }
 
 // TestFewCommandsToUnlock counts the TPM commands of an unlock, most of whose time goes
 // into elliptic-curve keys.
 func TestFewCommandsToUnlock(t *testing.T) {
 	n := newNode(t)
-	n.gate.Node = "alpha"
-	n.gate.AK = attest.AKFile(filepath.Join(t.TempDir(), "ak.json"))
-	slot := n.wrap(n.kek())
+	n.Gate.Node = "alpha"
+	n.Gate.AK = attest.AKFile(filepath.Join(t.TempDir(), "ak.json"))
+	slot := n.Sealed(n.KEK())
 	if all, curve := n.counted(func() { n.unlock(slot) }); all > 20 || curve > 4 {
 		t.Errorf("%d commands, %d of them for elliptic curves; want at most 20 and 4", all, curve)
 	}
-	n.must(func(tp transport.TPM) error {
-		r, err := tpm2.CreatePrimary{PrimaryHandle: ownerHandle(), InPublic: tpm2.New2B(tpm2.ECCSRKTemplate)}.Execute(tp)
+	n.Must(func(tp transport.TPM) error {
+		r, err := tpm2.CreatePrimary{PrimaryHandle: nodetest.OwnerHandle(), InPublic: tpm2.New2B(tpm2.ECCSRKTemplate)}.Execute(tp)
 		if err != nil {
 			return err
 		}
-		_, err = tpm2.EvictControl{Auth: ownerHandle(), ObjectHandle: &tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name}, PersistentHandle: 0x81000001}.Execute(tp)
+		_, err = tpm2.EvictControl{Auth: nodetest.OwnerHandle(), ObjectHandle: &tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name}, PersistentHandle: 0x81000001}.Execute(tp)
 		return err
 	})
 	if all, curve := n.counted(func() { n.unlock(slot) }); all > 20 || curve > 3 {
@@ -74,7 +75,7 @@ func TestFewCommandsToUnlock(t *testing.T) {
 
 // leftovers returns the handles that the TPM gave out and nobody flushed.
 func (n *node) leftovers() (handles []uint32) {
-	for _, e := range n.proxy.Traffic() {
+	for _, e := range n.Proxy.Traffic() {
 		switch e.Code {
 		case tpm2.TPMCCCreatePrimary, tpm2.TPMCCLoad, tpm2.TPMCCStartAuthSession:
 			handles = append(handles, binary.BigEndian.Uint32(e.Response[10:]))
@@ -89,10 +90,10 @@ func (n *node) leftovers() (handles []uint32) {
 // TestHoldFlushes: at the end of a hold nothing stays loaded in the TPM.
 func TestHoldFlushes(t *testing.T) {
 	n := newNode(t)
-	n.gate.Node = "alpha"
-	n.gate.AK = attest.AKFile(filepath.Join(t.TempDir(), "ak.json"))
-	slot := n.wrap(n.kek())
-	n.proxy.Forget()
+	n.Gate.Node = "alpha"
+	n.Gate.AK = attest.AKFile(filepath.Join(t.TempDir(), "ak.json"))
+	slot := n.Sealed(n.KEK())
+	n.Proxy.Forget()
 	n.unlock(slot)
 	if left := n.leftovers(); len(left) > 0 {
 		t.Errorf("%x stay loaded", left)
@@ -132,7 +133,7 @@ func TestIdleHoldGivesWay(t *testing.T) {
 	d, other := p.TPM(30*time.Second), p.TPM(30*time.Second)
 	ctx, release := d.Hold(t.Context())
 	defer release()
-	for _, d := range []*tpm.Device{d, other, d} {
+	for _, d := range []*device.Device{d, other, d} {
 		if err := d.Do(ctx, getRandom); err != nil {
 			t.Error(err)
 		}

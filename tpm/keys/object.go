@@ -1,4 +1,4 @@
-package tpm
+package keys
 
 import (
 	"encoding/hex"
@@ -12,17 +12,17 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// sealedAttributes are the object attributes of every sealed object: it never
+// SealedAttributes are the object attributes of every sealed object: it never
 // leaves its TPM, no password opens it (userWithAuth clear), and it plays no
 // part in the dictionary-attack lockout.
-var sealedAttributes = tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true, AdminWithPolicy: true}
+var SealedAttributes = tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true, AdminWithPolicy: true}
 
-// nameSize is the size of a Name with SHA-256: the algorithm, then the digest.
-const nameSize = 2 + 32
+// NameSize is the size of a Name with SHA-256: the algorithm, then the digest.
+const NameSize = 2 + 32
 
-// unsealTries bounds how often an unseal is repeated because a PCR, for instance IMA's,
+// UnsealTries bounds how often an unseal is repeated because a PCR, for instance IMA's,
 // was extended in the meantime.
-const unsealTries = 8
+const UnsealTries = 8
 
 // damaged are the response codes by which TPM2_Load and TPM2_Import blame the object
 // (TPM 2.0 Library, Part 3, 12.2). All other codes mean trouble of the TPM itself.
@@ -31,15 +31,16 @@ var damaged = []tpm2.TPMRC{
 	tpm2.TPMRCScheme, tpm2.TPMRCSymmetric, tpm2.TPMRCBinding, tpm2.TPMRCInsufficient, tpm2.TPMRCSelector, tpm2.TPMRCKDF, tpm2.TPMRCSensitive,
 }
 
-func isDamage(err error) bool {
+// IsDamage reports whether the TPM blames an object that it was to load.
+func IsDamage(err error) bool {
 	return slices.ContainsFunc(damaged, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) })
 }
 
-// load loads an object. If the TPM blames the object, broken makes the error.
-func load(t transport.TPM, srk *SRK, public tpm2.TPM2BPublic, private []byte, broken func(format string, args ...any) error) (object tpm2.NamedHandle, err error) {
-	r, err := tpm2.Load{ParentHandle: srk.auth(srk.Session()), InPrivate: tpm2.TPM2BPrivate{Buffer: private}, InPublic: public}.Execute(t)
+// Load loads an object. If the TPM blames the object, broken makes the error.
+func Load(t transport.TPM, srk *SRK, public tpm2.TPM2BPublic, private []byte, broken func(format string, args ...any) error) (object tpm2.NamedHandle, err error) {
+	r, err := tpm2.Load{ParentHandle: srk.Auth(srk.Session()), InPrivate: tpm2.TPM2BPrivate{Buffer: private}, InPublic: public}.Execute(t)
 	if err != nil {
-		if isDamage(err) {
+		if IsDamage(err) {
 			return object, broken("TPM2_Load: %w", err)
 		}
 		return object, fmt.Errorf("TPM2_Load: %w", err)
@@ -47,9 +48,9 @@ func load(t transport.TPM, srk *SRK, public tpm2.TPM2BPublic, private []byte, br
 	return tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name}, nil
 }
 
-// unseal moves the content of a sealed object into locked memory, if its size fits. The
+// Unseal moves the content of a sealed object into locked memory, if its size fits. The
 // garbage collection erases the copies that go-tpm leaves behind.
-func unseal(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session, mem seal.Memory, fits func(n int) error) (secret *seal.Secret, err error) {
+func Unseal(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session, mem seal.Memory, fits func(n int) error) (secret *seal.Secret, err error) {
 	seal.Erase(func() {
 		var r *tpm2.UnsealResponse
 		r, err = tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
@@ -66,12 +67,14 @@ func unseal(t transport.TPM, object tpm2.NamedHandle, session tpm2.Session, mem 
 	return secret, err
 }
 
-// hexBytes is a byte string that JSON shows in hexadecimal.
-type hexBytes []byte
+// HexBytes is a byte string that JSON shows in hexadecimal.
+type HexBytes []byte
 
-func (h hexBytes) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(h)), nil }
+// MarshalText implements encoding.TextMarshaler.
+func (h HexBytes) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(h)), nil }
 
-func (h *hexBytes) UnmarshalText(b []byte) error {
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (h *HexBytes) UnmarshalText(b []byte) error {
 	*h = make([]byte, hex.DecodedLen(len(b)))
 	_, err := hex.Decode(*h, b)
 	return err

@@ -1,4 +1,4 @@
-package tpm
+package credential
 
 import (
 	"bytes"
@@ -13,6 +13,8 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/device"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // boundPCR holds the state and the keys of Secure Boot. An object bound to it alone
@@ -25,9 +27,9 @@ const boundPCR = 7
 // file is useless to any other TPM.
 type bound struct {
 	Form    string           `json:"form"`
-	SRK     hexBytes         `json:"srk"` // Name of the storage root key
+	SRK     keys.HexBytes    `json:"srk"` // Name of the storage root key
 	Bank    string           `json:"bank"`
-	PCR7    hexBytes         `json:"pcr7"`
+	PCR7    keys.HexBytes    `json:"pcr7"`
 	Public  []byte           `json:"public"`  // TPMT_PUBLIC
 	Private []byte           `json:"private"` // TPM2B_PRIVATE's buffer
 	terms   authpolicy.Terms // from Bank and PCR7
@@ -45,7 +47,7 @@ type boundKind struct {
 
 // newBound returns a new bound for the present value of PCR 7, and the digest of its
 // authorization policy.
-func newBound(t transport.TPM, srk *SRK, bank crypto.Hash, kind *boundKind) (b bound, digest []byte, err error) {
+func newBound(t transport.TPM, srk *keys.SRK, bank crypto.Hash, kind *boundKind) (b bound, digest []byte, err error) {
 	// The audit session authenticates the value: an impostor in the TPM's place must
 	// not choose it.
 	r, err := tpm2.PCRRead{PCRSelectionIn: authpolicy.Selection(bank, []int{boundPCR})}.Execute(t, srk.Session(tpm2.Audit()))
@@ -53,9 +55,9 @@ func newBound(t transport.TPM, srk *SRK, bank crypto.Hash, kind *boundKind) (b b
 		return b, nil, fmt.Errorf("TPM2_PCR_Read: %w", err)
 	}
 	if len(r.PCRValues.Digests) != 1 {
-		return b, nil, missingPCRs(t, bank, []int{boundPCR})
+		return b, nil, keys.MissingPCRs(t, bank, []int{boundPCR})
 	}
-	b = bound{Form: kind.form, SRK: srk.Name.Buffer, Bank: bankName(bank), PCR7: r.PCRValues.Digests[0].Buffer}
+	b = bound{Form: kind.form, SRK: srk.Name.Buffer, Bank: keys.BankName(bank), PCR7: r.PCRValues.Digests[0].Buffer}
 	digest, err = b.authorization()
 	if err != nil {
 		return b, nil, seal.Errorf(seal.CauseBootState, kind.without+"; see that the firmware measures into the bank that tpm.bank names",
@@ -66,7 +68,7 @@ func newBound(t transport.TPM, srk *SRK, bank crypto.Hash, kind *boundKind) (b b
 
 // authorization computes the terms from the bank and PCR 7, and their digest.
 func (b *bound) authorization() ([]byte, error) {
-	bank, err := ParseBank(b.Bank)
+	bank, err := keys.ParseBank(b.Bank)
 	if err != nil {
 		return nil, err
 	}
@@ -107,8 +109,8 @@ func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, e
 	if b.Form != kind.form {
 		return nil, kind.damaged("form %+.40q is not known to this version", b.Form)
 	}
-	if len(b.SRK) != nameSize { // an empty Name would match any key
-		return nil, kind.damaged("the Name of its storage root key has %d bytes, want %d", len(b.SRK), nameSize)
+	if len(b.SRK) != keys.NameSize { // an empty Name would match any key
+		return nil, kind.damaged("the Name of its storage root key has %d bytes, want %d", len(b.SRK), keys.NameSize)
 	}
 	if digest, err = b.authorization(); err != nil {
 		return nil, kind.damaged("%w", err)
@@ -122,11 +124,11 @@ func (b *bound) parse(kind *boundKind, file []byte, whole any) (digest []byte, e
 // useBound runs f with the object loaded, and with a session that satisfies its
 // authorization policy. The session is salted to the storage root key that the file
 // names, so the response provably comes from that TPM.
-func useBound(ctx context.Context, d *Device, owner Owner, b *bound, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts ...tpm2.AuthOption) error {
+func useBound(ctx context.Context, d *device.Device, owner keys.Owner, b *bound, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts ...tpm2.AuthOption) error {
 	return d.Do(ctx, func(t transport.TPM) error {
-		return WithSRK(t, owner, b.SRK, func(srk *SRK) (err error) {
-			for range unsealTries {
-				err = b.use(t, srk, kind, f, append(opts, srk.salted()))
+		return keys.WithSRK(t, owner, b.SRK, func(srk *keys.SRK) (err error) {
+			for range keys.UnsealTries {
+				err = b.use(t, srk, kind, f, append(opts, srk.Salted()))
 				if !errors.Is(err, tpm2.TPMRCPCRChanged) {
 					break
 				}
@@ -137,8 +139,8 @@ func useBound(ctx context.Context, d *Device, owner Owner, b *bound, kind *bound
 }
 
 // use loads the object last: see Wrapper.unsealOnce.
-func (b *bound) use(t transport.TPM, srk *SRK, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts []tpm2.AuthOption) error {
-	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, opts...)
+func (b *bound) use(t transport.TPM, srk *keys.SRK, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts []tpm2.AuthOption) error {
+	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, keys.NonceSize, opts...)
 	if err != nil {
 		return fmt.Errorf("TPM2_StartAuthSession: %w", err)
 	}
@@ -146,10 +148,10 @@ func (b *bound) use(t transport.TPM, srk *SRK, kind *boundKind, f func(transport
 	if err := b.terms.Satisfy(t, session); err != nil {
 		return err
 	}
-	object, err := load(t, srk, tpm2.BytesAs2B[tpm2.TPMTPublic](b.Public), b.Private, kind.damaged)
+	object, err := keys.Load(t, srk, tpm2.BytesAs2B[tpm2.TPMTPublic](b.Public), b.Private, kind.damaged)
 	if err != nil {
 		return err
 	}
-	defer flush(t, object.Handle)
+	defer keys.Flush(t, object.Handle)
 	return f(t, object, session)
 }

@@ -1,4 +1,4 @@
-package tpm_test
+package credential_test
 
 import (
 	"bytes"
@@ -17,8 +17,10 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
+	"github.com/beezy-dev/kleidi/tpm/credential"
+	"github.com/beezy-dev/kleidi/tpm/internal/nodetest"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
@@ -26,7 +28,7 @@ import (
 // newClientKey makes a client key in the machine's TPM.
 func (n *node) newClientKey() (blob []byte, public *ecdsa.PublicKey) {
 	n.Helper()
-	blob, key, err := tpm.NewClientKey(n.Context(), n.Device, n.Owner, crypto.SHA256)
+	blob, key, err := credential.NewClientKey(n.Context(), n.Device, n.Owner, crypto.SHA256)
 	if err != nil {
 		n.Fatal(err)
 	}
@@ -36,7 +38,7 @@ func (n *node) newClientKey() (blob []byte, public *ecdsa.PublicKey) {
 // sign signs with what a client key's file holds.
 func (n *node) sign(blob []byte) (digest, signature []byte, err error) {
 	n.Helper()
-	signer, err := tpm.ClientSigner(n.Context(), n.Device, n.Owner, blob)
+	signer, err := credential.ClientSigner(n.Context(), n.Device, n.Owner, blob)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -64,7 +66,7 @@ func (n *node) signsNot(blob []byte, cause seal.Cause, words ...string) error {
 		n.Errorf("it signs: %x", signature)
 		return nil
 	}
-	n.want(err, cause, words...)
+	n.Want(err, cause, words...)
 	return err
 }
 
@@ -73,21 +75,21 @@ func (n *node) signsNot(blob []byte, cause seal.Cause, words ...string) error {
 func TestClientKey(t *testing.T) {
 	n := newNode(t)
 	blob, public := n.newClientKey()
-	if len(blob) > tpm.MaxClientKey/2 {
-		t.Errorf("the file has %d bytes; %d is too small a limit", len(blob), tpm.MaxClientKey)
+	if len(blob) > credential.MaxClientKey/2 {
+		t.Errorf("the file has %d bytes; %d is too small a limit", len(blob), credential.MaxClientKey)
 	}
 	for range 4 { // a TPM without a resource manager has three places
 		n.signs(blob, public)
 	}
-	b := n.machine.Current()
+	b := n.Machine.Current()
 	b.Kernel, b.Firmware = "6.13.1", "edk2 2099.01"
-	n.machine.Reboot(b)
+	n.Machine.Reboot(b)
 	n.signs(blob, public)
 	another, otherPublic := n.newClientKey()
 	if bytes.Equal(blob, another) || public.Equal(otherPublic) {
 		t.Error("the same key was made twice")
 	}
-	n.must(lockOut)
+	n.Must(nodetest.LockOut)
 	n.signs(blob, public)
 	n.signs(another, otherPublic)
 }
@@ -97,7 +99,7 @@ func TestClientKey(t *testing.T) {
 func TestClientKeyIsBoundToSecureBoot(t *testing.T) {
 	n := newNode(t)
 	blob, public := n.newClientKey()
-	was := n.machine.Current()
+	was := n.Machine.Current()
 	for name, change := range map[string]func(*simboot.Boot){
 		"Secure Boot off": func(b *simboot.Boot) { b.SecureBoot = false },
 		"other keys":      func(b *simboot.Boot) { b.Keys = "somebody else" },
@@ -105,16 +107,16 @@ func TestClientKeyIsBoundToSecureBoot(t *testing.T) {
 	} {
 		b := was
 		change(&b)
-		n.machine.Reboot(b)
+		n.Machine.Reboot(b)
 		if err := n.signsNot(blob, seal.CauseCredentials, "bound to PCR 7", "make a new one with kleidi vault-key"); !errors.Is(err, authpolicy.ErrBootState) {
 			t.Errorf("%s: %v", name, err)
 		}
 		// An attacker who talks to the TPM directly has no other way to sign.
-		n.must(func(tp transport.TPM) error { return signsWithout(n, tp, blob) })
+		n.Must(func(tp transport.TPM) error { return signsWithout(n, tp, blob) })
 		fresh, freshPublic := n.newClientKey()
 		n.signs(fresh, freshPublic)
 	}
-	n.machine.Reboot(was)
+	n.Machine.Reboot(was)
 	n.signs(blob, public)
 }
 
@@ -126,7 +128,7 @@ func signsWithout(n *node, tp transport.TPM, blob []byte) error {
 		return err
 	}
 	satisfyNothing := func(transport.TPM, tpm2.TPMISHPolicy, tpm2.TPM2BNonce) error { return nil }
-	return tpm.WithSRK(tp, n.Owner, nil, func(srk *tpm.SRK) error {
+	return keys.WithSRK(tp, n.Owner, nil, func(srk *keys.SRK) error {
 		parent := tpm2.AuthHandle{Handle: srk.Handle, Name: srk.Name, Auth: tpm2.PasswordAuth(nil)}
 		key, err := tpm2.Load{ParentHandle: parent, InPublic: tpm2.BytesAs2B[tpm2.TPMTPublic](k.Public), InPrivate: tpm2.TPM2BPrivate{Buffer: k.Private}}.Execute(tp)
 		if err != nil {
@@ -160,7 +162,7 @@ func TestClientKeyOfAnotherTPM(t *testing.T) {
 	// parent.
 	theirs, _ := other.newClientKey()
 	other.signsNot(edit(t, blob, "srk", member(t, theirs, "srk")), seal.CauseCredentials, "TPM2_Load", "kleidi vault-key")
-	if err := n.machine.Clear(t.Context()); err != nil {
+	if err := n.Machine.Clear(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	n.signsNot(blob, seal.CauseCredentials, "cleared", "kleidi vault-key")
@@ -170,25 +172,25 @@ func TestClientKeyOfAnotherTPM(t *testing.T) {
 func TestDamagedClientKey(t *testing.T) {
 	n := newNode(t)
 	blob, _ := n.newClientKey()
-	n.proxy.Forget()
+	n.Proxy.Forget()
 	private, err := json.Marshal(make([]byte, 32))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for name, b := range map[string][]byte{
 		"empty": {}, "no object": []byte("null\n"), "cut": blob[:len(blob)-3], "no newline": blob[:len(blob)-1], "trailing": append(bytes.Clone(blob), '\n'),
-		"large": append(bytes.Clone(blob), bytes.Repeat([]byte(" "), tpm.MaxClientKey)...), "unknown member": bytes.Replace(blob, []byte("{"), []byte(`{"x":1,`), 1),
+		"large": append(bytes.Clone(blob), bytes.Repeat([]byte(" "), credential.MaxClientKey)...), "unknown member": bytes.Replace(blob, []byte("{"), []byte(`{"x":1,`), 1),
 		"twice": bytes.Replace(blob, []byte("{"), []byte(`{"form":"client-key-v1",`), 1), "other form": edit(t, blob, "form", `"client-key-v2"`),
 		"no parent": edit(t, blob, "srk", `""`), "PCR 7": edit(t, blob, "pcr7", `"`+strings.Repeat("11", 32)+`"`), "all zero": edit(t, blob, "pcr7", `"`+strings.Repeat("00", 32)+`"`),
 		"bank": edit(t, blob, "bank", `"sha384"`), "no bank": edit(t, blob, "bank", `"sha1"`), "public": edit(t, blob, "public", string(private)),
 	} {
-		if _, err := tpm.ClientSigner(t.Context(), n.Device, n.Owner, b); err == nil {
+		if _, err := credential.ClientSigner(t.Context(), n.Device, n.Owner, b); err == nil {
 			t.Errorf("%s: accepted", name)
 		} else {
-			n.want(err, seal.CauseCredentials, "the file of the client key is damaged", "kleidi vault-key")
+			n.Want(err, seal.CauseCredentials, "the file of the client key is damaged", "kleidi vault-key")
 		}
 	}
-	if seen := len(n.proxy.Traffic()); seen != 0 {
+	if seen := len(n.Proxy.Traffic()); seen != 0 {
 		t.Errorf("the TPM got %d commands for damaged files", seen)
 	}
 	n.signsNot(edit(t, blob, "private", string(private)), seal.CauseCredentials, "damaged: TPM2_Load", "kleidi vault-key")
@@ -233,7 +235,7 @@ func edit(t *testing.T, blob []byte, name, value string) []byte {
 func TestClientKeyFaults(t *testing.T) {
 	n := newNode(t)
 	blob, public := n.newClientKey()
-	signer, err := tpm.ClientSigner(t.Context(), n.Device, n.Owner, blob)
+	signer, err := credential.ClientSigner(t.Context(), n.Device, n.Owner, blob)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -246,21 +248,21 @@ func TestClientKeyFaults(t *testing.T) {
 		"signs wrong": {On: tpm2.TPMCCSign, Do: flip}, "garbage": {On: tpm2.TPMCCSign, Do: tpmtest.Raw([]byte("garbage"))},
 		"PCRs keep changing": {On: tpm2.TPMCCSign, Do: tpmtest.Code(tpm2.TPMRCPCRChanged)},
 	} {
-		n.proxy.Inject(f)
+		n.Proxy.Inject(f)
 		if err := n.signsNot(blob, seal.CauseUnavailable); err != nil {
 			t.Logf("%s: %v", name, err)
 		}
-		n.proxy.Heal()
+		n.Proxy.Heal()
 		n.signs(blob, public)
 	}
-	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCSign, Times: 2, Do: tpmtest.Code(tpm2.TPMRCPCRChanged)})
+	n.Proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCSign, Times: 2, Do: tpmtest.Code(tpm2.TPMRCPCRChanged)})
 	n.signs(blob, public)
-	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCPCRRead, Do: flip})
-	if _, _, err := tpm.NewClientKey(t.Context(), n.Device, n.Owner, crypto.SHA256); err == nil {
+	n.Proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCPCRRead, Do: flip})
+	if _, _, err := credential.NewClientKey(t.Context(), n.Device, n.Owner, crypto.SHA256); err == nil {
 		t.Error("a key was made for a PCR value that was changed on the way")
 	}
-	n.proxy.Heal()
-	n.proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCStartAuthSession, Do: tpmtest.Code(tpm2.TPMRCLockout)})
+	n.Proxy.Heal()
+	n.Proxy.Inject(tpmtest.Fault{On: tpm2.TPMCCStartAuthSession, Do: tpmtest.Code(tpm2.TPMRCLockout)})
 	n.signsNot(blob, seal.CauseLockout, "dictionary-attack lockout")
 }
 
@@ -272,7 +274,7 @@ func FuzzClientKey(f *testing.F) {
 	f.Add([]byte(`{"form":"client-key-v1","srk":"zz"}`))
 	f.Add([]byte("null"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		signer, err := tpm.ClientSigner(t.Context(), nil, tpm.Owner{}, data)
+		signer, err := credential.ClientSigner(t.Context(), nil, keys.Owner{}, data)
 		if err != nil {
 			if seal.CauseOf(err) != seal.CauseCredentials {
 				t.Errorf("%v: cause %q", err, seal.CauseOf(err))
@@ -326,7 +328,7 @@ func clientKeySeed(f *testing.F) []byte {
 		f.Fatal(err)
 	}
 	blob = append(blob, '\n')
-	if _, err := tpm.ClientSigner(f.Context(), nil, tpm.Owner{}, blob); err != nil {
+	if _, err := credential.ClientSigner(f.Context(), nil, keys.Owner{}, blob); err != nil {
 		f.Fatalf("the seed is refused: %v", err)
 	}
 	return blob

@@ -1,4 +1,4 @@
-package tpm
+package device
 
 import (
 	"context"
@@ -27,9 +27,9 @@ type Device struct {
 	holder  atomic.Pointer[hold]
 }
 
-// NewDevice returns the TPM at addr; timeout bounds each operation, 0 means
+// New returns the TPM at addr; timeout bounds each operation, 0 means
 // DefaultTimeout. Nothing is opened yet.
-func NewDevice(addr Address, timeout time.Duration) *Device {
+func New(addr Address, timeout time.Duration) *Device {
 	if timeout == 0 {
 		timeout = DefaultTimeout
 	}
@@ -267,8 +267,8 @@ func flushStale(t transport.TPM) error {
 	return nil
 }
 
-// isTPMError reports whether the TPM itself answered with a response code.
-func isTPMError(err error) bool {
+// IsTPMError reports whether the TPM itself answered with a response code.
+func IsTPMError(err error) bool {
 	_, ok := errors.AsType[tpm2.TPMRC](err)
 	return ok
 }
@@ -281,7 +281,7 @@ func Classify(err error) error {
 	case errors.Is(err, tpm2.TPMRCLockout):
 		return &seal.Error{Cause: seal.CauseLockout, Err: fmt.Errorf("the TPM is in dictionary-attack lockout: %w", err),
 			Hint: "wait for it to end, or clear it with tpm2_dictionarylockout --clear-lockout"}
-	case isTPMError(err):
+	case IsTPMError(err):
 		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM refused: %w", err), Hint: "kleidi serve tries again; see the TPM's state with tpm2_getcap properties-variable"}
 	default:
 		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM's answer makes no sense: %w", err), Hint: "kleidi serve tries again; if it stays so, the TPM or what stands before it is faulty"}

@@ -1,4 +1,4 @@
-package tpm
+package keys
 
 import (
 	"crypto/sha256"
@@ -56,7 +56,7 @@ func WithEK(t transport.TPM, f func(*EK) error) error {
 		if err != nil {
 			continue
 		}
-		defer flush(t, r.ObjectHandle)
+		defer Flush(t, r.ObjectHandle)
 		pub, err := r.OutPublic.Contents()
 		if err != nil {
 			return fmt.Errorf("endorsement key: %w", err)
@@ -87,7 +87,7 @@ func withEK(h tpm2.TPMHandle, pub *tpm2.TPMTPublic, f func(*EK) error) error {
 // loaded, the attestation key with its private part. The secret crosses the bus
 // encrypted, in a session salted to srk.
 func (ek *EK) Activate(t transport.TPM, srk *SRK, ak *AK, credential, encrypted []byte) ([]byte, error) {
-	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, nonceSize, srk.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
+	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, NonceSize, srk.Salted(), tpm2.AESEncryption(128, tpm2.EncryptOut))
 	if err != nil {
 		return nil, fmt.Errorf("TPM2_StartAuthSession: %w", err)
 	}

@@ -1,4 +1,4 @@
-package tpm
+package keys
 
 import (
 	"bytes"
@@ -12,6 +12,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/tpm/device"
 )
 
 // srkHandle is where a provisioned TPM keeps its storage root key (TCG TPM v2.0
@@ -36,7 +37,7 @@ func (o Owner) auth(opts ...tpm2.AuthOption) (tpm2.Session, error) {
 	if err != nil {
 		return nil, seal.Caused(seal.CauseCredentials, "see tpm.ownerAuthFile", "owner authorization", err)
 	}
-	return &ownerSession{tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, append(opts, tpm2.Auth(value))...), value}, nil
+	return &ownerSession{tpm2.HMAC(tpm2.TPMAlgSHA256, NonceSize, append(opts, tpm2.Auth(value))...), value}, nil
 }
 
 // maxOwnerAuth is the longest authorization value in bytes, of a TPM with SHA-512.
@@ -97,7 +98,7 @@ func (o Owner) withSalt(t transport.TPM, f func(...tpm2.AuthOption) error) error
 	if err != nil {
 		return fmt.Errorf("TPM2_CreatePrimary of a key for salts: %w", err)
 	}
-	defer flush(t, r.ObjectHandle)
+	defer Flush(t, r.ObjectHandle)
 	public, err := r.OutPublic.Contents()
 	if err != nil {
 		return fmt.Errorf("key for salts: %w", err)
@@ -107,12 +108,12 @@ func (o Owner) withSalt(t transport.TPM, f func(...tpm2.AuthOption) error) error
 
 // OwnerHandle is TPM_RH_OWNER, authorized in a session salted to srk.
 func (o Owner) OwnerHandle(srk *SRK) (tpm2.AuthHandle, error) {
-	s, err := o.auth(srk.salted())
+	s, err := o.auth(srk.Salted())
 	return tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: s}, err
 }
 
-// nonceSize is the size of a session's caller nonce in bytes.
-const nonceSize = 16
+// NonceSize is the size of a session's caller nonce in bytes.
+const NonceSize = 16
 
 // SRK is the storage root key, loaded for the duration of a WithSRK.
 type SRK struct {
@@ -122,12 +123,13 @@ type SRK struct {
 	shared *sharedSession // nil if there is no session to share
 }
 
-// auth is the SRK itself, authorized by its empty value.
-func (s *SRK) auth(session tpm2.Session) tpm2.AuthHandle {
+// Auth is the SRK itself, authorized by its empty value.
+func (s *SRK) Auth(session tpm2.Session) tpm2.AuthHandle {
 	return tpm2.AuthHandle{Handle: s.Handle, Name: s.Name, Auth: session}
 }
 
-func (s *SRK) salted() tpm2.AuthOption { return tpm2.Salted(s.Handle, s.Public) }
+// Salted is an option that salts a session to the SRK.
+func (s *SRK) Salted() tpm2.AuthOption { return tpm2.Salted(s.Handle, s.Public) }
 
 // Session is an HMAC session salted to the SRK. A response that it authenticates came
 // from this TPM. Without options it is one session for all commands while the SRK is
@@ -137,7 +139,7 @@ func (s *SRK) Session(opts ...tpm2.AuthOption) tpm2.Session {
 	if len(opts) == 0 && s.shared != nil {
 		return s.shared
 	}
-	return tpm2.HMAC(tpm2.TPMAlgSHA256, nonceSize, append(opts, s.salted())...)
+	return tpm2.HMAC(tpm2.TPMAlgSHA256, NonceSize, append(opts, s.Salted())...)
 }
 
 // sharedSession is an HMAC session that is started for the first command that uses it.
@@ -151,15 +153,15 @@ type sharedSession struct {
 func (s *sharedSession) Init(t transport.TPM) (err error) {
 	if s.Session == nil {
 		var started tpm2.Session
-		if started, s.end, err = tpm2.HMACSession(t, tpm2.TPMAlgSHA256, nonceSize, s.salted); err == nil {
+		if started, s.end, err = tpm2.HMACSession(t, tpm2.TPMAlgSHA256, NonceSize, s.salted); err == nil {
 			s.Session = started
 		}
 	}
 	return err
 }
 
-// errOtherSRK says that the TPM's SRK has another Name than the wanted one.
-var errOtherSRK = errors.New("the TPM's storage root key is another one")
+// ErrOtherSRK says that the TPM's SRK has another Name than the wanted one.
+var ErrOtherSRK = errors.New("the TPM's storage root key is another one")
 
 // WithSRK runs f with the storage root key: the TCG's ECC P-256 template in the owner
 // hierarchy. want is the Name that it must have, or nil to take the TPM's own. WithSRK
@@ -176,7 +178,7 @@ func WithSRK(t transport.TPM, owner Owner, want []byte, f func(*SRK) error) erro
 		return err
 	}
 	if want != nil && !bytes.Equal(srk.Name.Buffer, want) {
-		return errOtherSRK
+		return ErrOtherSRK
 	}
 	return f(srk)
 }
@@ -204,7 +206,7 @@ type srks struct{ persistent, transient *SRK }
 // srksOf returns the storage root keys of a held connection, or none for any other
 // connection, and a function that releases them.
 func srksOf(t transport.TPM) (keys *srks, done func()) {
-	shared := Held(t)
+	shared := device.Held(t)
 	if shared == nil {
 		keys = new(srks)
 		return keys, func() { keys.Release(t) }
@@ -256,14 +258,14 @@ func (k *srks) primary(t transport.TPM, owner Owner) (*SRK, error) {
 	}
 	srk, err := newSRK(r.ObjectHandle, &r.OutPublic)
 	if err != nil {
-		flush(t, r.ObjectHandle)
+		Flush(t, r.ObjectHandle)
 		return nil, err
 	}
 	k.transient = srk
 	return srk, nil
 }
 
-// Release implements [Kept]: it ends the sessions and flushes the transient key.
+// Release implements [device.Kept]: it ends the sessions and flushes the transient key.
 func (k *srks) Release(t transport.TPM) {
 	for _, srk := range []*SRK{k.transient, k.persistent} {
 		if srk != nil && srk.shared.Session != nil {
@@ -271,7 +273,7 @@ func (k *srks) Release(t transport.TPM) {
 		}
 	}
 	if k.transient != nil {
-		flush(t, k.transient.Handle)
+		Flush(t, k.transient.Handle)
 	}
 	*k = srks{}
 }
@@ -304,7 +306,7 @@ func newSRK(h tpm2.TPMHandle, public *tpm2.TPM2BPublic) (*SRK, error) {
 		return nil, fmt.Errorf("storage root key: %w", err)
 	}
 	srk := &SRK{Handle: h, Name: *name, Public: *pub}
-	srk.shared = &sharedSession{salted: srk.salted()}
+	srk.shared = &sharedSession{salted: srk.Salted()}
 	return srk, nil
 }
 
@@ -317,6 +319,6 @@ func OwnerError(err error) error {
 	return err
 }
 
-// flush frees a handle. A failed flush does not fail the operation: the next operation
+// Flush frees a handle. A failed flush does not fail the operation: the next operation
 // flushes what is left.
-func flush(t transport.TPM, h tpm2.TPMHandle) { _, _ = tpm2.FlushContext{FlushHandle: h}.Execute(t) }
+func Flush(t transport.TPM, h tpm2.TPMHandle) { _, _ = tpm2.FlushContext{FlushHandle: h}.Execute(t) }

@@ -1,4 +1,4 @@
-package tpm
+package keys
 
 import (
 	"crypto"
@@ -44,8 +44,8 @@ var algorithmNames = map[tpm2.TPMAlgID]string{
 	0x12: "sm3_256", tpm2.TPMAlgSHA3256: "sha3_256", tpm2.TPMAlgSHA3384: "sha3_384", tpm2.TPMAlgSHA3512: "sha3_512",
 }
 
-// missingPCRs says why TPM2_PCR_Read returned fewer values than were asked for.
-func missingPCRs(t transport.TPM, bank crypto.Hash, pcrs []int) error {
+// MissingPCRs says why TPM2_PCR_Read returned fewer values than were asked for.
+func MissingPCRs(t transport.TPM, bank crypto.Hash, pcrs []int) error {
 	active, err := allocated(t)
 	if err != nil {
 		return err
@@ -67,10 +67,10 @@ func missingPCRs(t transport.TPM, bank crypto.Hash, pcrs []int) error {
 	if len(names) == 1 {
 		has += " alone"
 	}
-	return notConfigured(BankHint(bank, usable), "the TPM has no %s bank; it has %s", bankName(bank), has)
+	return notConfigured(BankHint(bank, usable), "the TPM has no %s bank; it has %s", BankName(bank), has)
 }
 
-// missingIn is missingPCRs for a bank that the TPM has.
+// missingIn is MissingPCRs for a bank that the TPM has.
 func missingIn(s tpm2.TPMSPCRSelection, bank crypto.Hash, pcrs []int) error {
 	missing := slices.DeleteFunc(slices.Clone(pcrs), func(i int) bool {
 		return i/8 < len(s.PCRSelect) && s.PCRSelect[i/8]>>(i%8)&1 == 1
@@ -78,7 +78,7 @@ func missingIn(s tpm2.TPMSPCRSelection, bank crypto.Hash, pcrs []int) error {
 	if len(missing) == 0 {
 		return fmt.Errorf("TPM2_PCR_Read: values of PCR %v are missing, which the TPM has", pcrs)
 	}
-	return notConfigured("see tpm.pcrs, and the PCR banks in the firmware's settings", "the TPM's %s bank has no PCR %v", bankName(bank), missing)
+	return notConfigured("see tpm.pcrs, and the PCR banks in the firmware's settings", "the TPM's %s bank has no PCR %v", BankName(bank), missing)
 }
 
 func notConfigured(hint, format string, args ...any) error {
@@ -97,7 +97,7 @@ func algorithmName(id tpm2.TPMAlgID) string {
 func BankHint(bank crypto.Hash, has []crypto.Hash) string {
 	for _, other := range []crypto.Hash{crypto.SHA256, crypto.SHA384} {
 		if slices.Contains(has, other) {
-			return "set tpm.bank: " + bankName(other) + "; to open what was sealed under " + bankName(bank) + ", switch that bank on again in the firmware's settings"
+			return "set tpm.bank: " + BankName(other) + "; to open what was sealed under " + BankName(bank) + ", switch that bank on again in the firmware's settings"
 		}
 	}
 	return "switch on SHA-256 in the firmware's settings of the TPM"
@@ -113,7 +113,8 @@ func ParseBank(s string) (crypto.Hash, error) {
 	return 0, fmt.Errorf("PCR bank %q; want sha256 or sha384", s)
 }
 
-func bankName(h crypto.Hash) string {
+// BankName returns the name of a bank, as tpm.bank names it.
+func BankName(h crypto.Hash) string {
 	for name, hash := range bankNames {
 		if hash == h {
 			return name

@@ -1,4 +1,4 @@
-package tpm
+package keys
 
 import (
 	"bytes"
@@ -7,11 +7,13 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/beezy-dev/kleidi/tpm/device"
 )
 
-// akTemplate is a restricted ECDSA P-256 signing key: it signs only what the
+// AKTemplate is a restricted ECDSA P-256 signing key: it signs only what the
 // TPM itself states.
-var akTemplate = tpm2.TPMTPublic{
+var AKTemplate = tpm2.TPMTPublic{
 	Type:    tpm2.TPMAlgECC,
 	NameAlg: tpm2.TPMAlgSHA256,
 	ObjectAttributes: tpm2.TPMAObject{
@@ -35,7 +37,7 @@ type AK struct {
 // same template. Such a key signs nothing but the TPM's own statements, and needs no
 // authorization other than the TPM's check of the private part.
 func IsAK(public *tpm2.TPMTPublic) bool {
-	want := akTemplate
+	want := AKTemplate
 	want.Unique = public.Unique
 	point, err := public.Unique.ECC()
 	return err == nil && point != nil && bytes.Equal(tpm2.Marshal(want), tpm2.Marshal(public))
@@ -73,7 +75,7 @@ func withKeptAK(t transport.TPM, srk *SRK, keep AKStore, f func(*AK) error) erro
 		return WithAK(t, srk, f)
 	}
 	if kept := parseAK(keep.Load(), srk); kept != nil {
-		if err := kept.with(t, srk, f); !isTPMError(err) {
+		if err := kept.with(t, srk, f); !device.IsTPMError(err) {
 			return err
 		}
 	}
@@ -97,13 +99,13 @@ const maxAK = 4 << 10
 // keptAK is an attestation key that is not loaded, as JSON in a file.
 type keptAK struct {
 	Form    string   `json:"form"`
-	SRK     hexBytes `json:"srk"`     // Name of the storage root key
+	SRK     HexBytes `json:"srk"`     // Name of the storage root key
 	Public  []byte   `json:"public"`  // TPMT_PUBLIC
 	Private []byte   `json:"private"` // TPM2B_PRIVATE's buffer
 }
 
 func createAK(t transport.TPM, srk *SRK) (*keptAK, error) {
-	r, err := tpm2.Create{ParentHandle: srk.auth(srk.Session()), InPublic: tpm2.New2B(akTemplate)}.Execute(t)
+	r, err := tpm2.Create{ParentHandle: srk.Auth(srk.Session()), InPublic: tpm2.New2B(AKTemplate)}.Execute(t)
 	if err != nil {
 		return nil, fmt.Errorf("TPM2_Create of an attestation key: %w", err)
 	}
@@ -134,12 +136,12 @@ func (k *keptAK) marshal() []byte {
 
 // with runs f with the key loaded.
 func (k *keptAK) with(t transport.TPM, srk *SRK, f func(*AK) error) error {
-	r, err := tpm2.Load{ParentHandle: srk.auth(srk.Session()), InPrivate: tpm2.TPM2BPrivate{Buffer: k.Private},
+	r, err := tpm2.Load{ParentHandle: srk.Auth(srk.Session()), InPrivate: tpm2.TPM2BPrivate{Buffer: k.Private},
 		InPublic: tpm2.BytesAs2B[tpm2.TPMTPublic](k.Public)}.Execute(t)
 	if err != nil {
 		return fmt.Errorf("TPM2_Load of an attestation key: %w", err)
 	}
-	defer flush(t, r.ObjectHandle)
+	defer Flush(t, r.ObjectHandle)
 	return f(&AK{Handle: r.ObjectHandle, Name: r.Name, Public: k.Public})
 }
 

@@ -1,4 +1,4 @@
-package tpm
+package keys
 
 import (
 	"bytes"
