@@ -148,6 +148,7 @@ func (k *Keyring) Activate(now time.Time) (*Keyring, error) {
 	}
 	doc := *k.doc
 	doc.Current, doc.Staged = *k.doc.Staged, nil
+	doc.Former = nil
 	doc.Current.Slots = doc.Current.withoutImports(doc.Format)
 	doc.Retired = nil
 	if err := retireInto(k, &doc, newStamp(now)); err != nil {

@@ -22,6 +22,7 @@ type document struct {
 	Staged    *slotted
 	Retired   []retired
 	Nodes     []Node
+	Former    []string
 }
 
 // slotted is a KEK that is held in slots. It is stored so by format 1; format 2 has
@@ -153,6 +154,7 @@ func (b *body2) document() *document {
 	for _, n := range b.Nodes {
 		d.Nodes = append(d.Nodes, Node{Name: n.Name, EK: n.EK, SRK: n.SRK, EpochIndex: n.EpochIndex, Added: n.Added.Time})
 	}
+	d.Former = b.Former
 	return d
 }
 
@@ -168,5 +170,6 @@ func newBody2(d *document) *body2 {
 	for _, n := range d.Nodes {
 		b.Nodes = append(b.Nodes, node2{n.Name, n.EK, n.SRK, n.EpochIndex, newStamp(n.Added)})
 	}
+	b.Former = d.Former
 	return b
 }

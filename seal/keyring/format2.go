@@ -41,6 +41,7 @@ type body2 struct {
 	Staged    *slotted2      `json:"staged,omitempty"`
 	Retired   []retired2     `json:"retired,omitempty"`
 	Nodes     []node2        `json:"nodes"`
+	Former    []string       `json:"former,omitempty"` // removed nodes that know the current KEK
 }
 
 // slotted2 is a KEK that is held in slots: in shared ones, which name no node, and
@@ -95,6 +96,9 @@ func (b *body2) check() error {
 	if err := b.checkCommit(nodes); err != nil {
 		return err
 	}
+	if err := checkFormer(b.Former); err != nil {
+		return err
+	}
 	if err := b.Current.check(nil); err != nil {
 		return fmt.Errorf("current: %w", err)
 	}
@@ -114,6 +118,18 @@ func (b *body2) checkCommit(nodes map[string]bool) error {
 		return fmt.Errorf("a seat beside commit %q", CommitCluster)
 	case b.Commit != CommitLocal && b.Commit != CommitCluster:
 		return fmt.Errorf("commit is %.64q, want %q or %q", string(b.Commit), CommitLocal, CommitCluster)
+	}
+	return nil
+}
+
+func checkFormer(names []string) error {
+	if len(names) > MaxNodes {
+		return fmt.Errorf("%d former nodes, at most %d", len(names), MaxNodes)
+	}
+	for i, name := range names {
+		if !nodeName.MatchString(name) || i > 0 && name <= names[i-1] {
+			return fmt.Errorf("former[%d]: malformed name, or not in order", i)
+		}
 	}
 	return nil
 }

@@ -16,6 +16,8 @@ type Info struct {
 	Staged    *KEKInfo       `json:"staged,omitempty"`
 	Retired   []RetiredInfo  `json:"retired"`
 	Nodes     []Node         `json:"nodes"`
+	// Former are the removed nodes that know the current KEK. A rotation ends that.
+	Former []string `json:"former,omitempty"`
 }
 
 // KEKInfo describes a KEK in slots.
@@ -43,7 +45,7 @@ type RetiredInfo struct {
 func (b *document) info(own *section2) Info {
 	i := Info{
 		ClusterID: b.ClusterID, Revision: b.Revision, Commit: b.Commit, Seat: b.Seat, Current: b.Current.info(own),
-		Retired: []RetiredInfo{}, Nodes: append([]Node{}, b.Nodes...),
+		Retired: []RetiredInfo{}, Nodes: append([]Node{}, b.Nodes...), Former: b.Former,
 	}
 	if b.Staged != nil {
 		staged := b.Staged.info(own)

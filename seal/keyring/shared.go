@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/beezy-dev/kleidi/seal"
@@ -171,18 +172,26 @@ func (k *Keyring) WithNode(n Node, now time.Time) (*Keyring, error) {
 	return revise(k, "add node "+n.Name, doc)
 }
 
-// WithoutNode removes another node, with its import slots.
-func (k *Keyring) WithoutNode(name string) (*Keyring, error) {
-	what := "remove node " + name
-	switch self, _ := k.Self(); {
-	case k.doc.node(name) == nil:
-		return nil, fmt.Errorf("%s: there is no such node", what)
-	case self.Name == name:
-		return nil, fmt.Errorf("%s: this is that node; run it on another one", what)
-	}
-	doc, err := changeNodes(k, what, func(nodes []Node) []Node { return nodes }, name)
-	if err != nil {
-		return nil, err
+// WithoutNode removes other nodes in one revision, with their import slots. The keyring names
+// them as former nodes until another KEK is current: they know this one. They may know a
+// staged KEK too, so the caller aborts it first.
+func (k *Keyring) WithoutNode(names ...string) (*Keyring, error) {
+	what := "remove node " + strings.Join(names, ", ")
+	doc := k.doc
+	for _, name := range names {
+		switch self, _ := k.Self(); {
+		case k.doc.node(name) == nil:
+			return nil, fmt.Errorf("remove node %.64s: there is no such node", name)
+		case self.Name == name:
+			return nil, fmt.Errorf("remove node %s: this is that node; run it on another one", name)
+		}
+		var err error
+		if doc, err = changeNodes(&Keyring{doc: doc}, what, func(nodes []Node) []Node { return nodes }, name); err != nil {
+			return nil, err
+		}
+		if i, known := slices.BinarySearch(doc.Former, name); !known && len(doc.Former) < MaxNodes {
+			doc.Former = slices.Insert(slices.Clone(doc.Former), i, name)
+		}
 	}
 	return revise(k, what, doc)
 }
