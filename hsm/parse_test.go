@@ -128,12 +128,12 @@ func TestPINSource(t *testing.T) {
 	if size(p) != 4 {
 		t.Errorf("%d bytes", size(p))
 	}
-	sealed := seal.Errorf(seal.CauseOtherTPM, "seal it anew", "it is another TPM's")
+	sealed := seal.Errorf(seal.CauseOtherTPM, "seal it again", "it is another TPM's")
 	for _, c := range []struct {
 		err   error
 		cause seal.Cause
 		text  string
-	}{{errors.New("boom"), seal.CauseCredentials, "get the PIN: boom; see"}, {sealed, seal.CauseOtherTPM, "it is another TPM's; seal it anew"}} {
+	}{{errors.New("boom"), seal.CauseCredentials, "get the PIN: boom; see"}, {sealed, seal.CauseOtherTPM, "it is another TPM's; seal it again"}} {
 		w := Config{Module: "/m.so", KeyLabel: "k", PIN: func(context.Context) (*seal.Secret, error) { return nil, c.err }}
 		target, err := w.resolve()
 		if err != nil {

@@ -23,7 +23,7 @@ func TestWrapLikeDoesNotRevive(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = n.WrapLike(t.Context(), kek, old)
-	n.Want(err, seal.CauseEpoch, "what is revoked is not made anew")
+	n.Want(err, seal.CauseEpoch, "a revoked slot is not sealed again")
 	if again, err := n.WrapLike(t.Context(), kek, slot); err != nil {
 		t.Errorf("a slot of the present epoch: %v", err)
 	} else {

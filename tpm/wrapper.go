@@ -209,7 +209,7 @@ func (w *Wrapper) seal(t transport.TPM, srk *keys.SRK, kek *seal.Secret, d *slot
 	}
 	d.SRK = srk.Name.Buffer
 	if w.follows && d.Epoch.AtMost < epoch {
-		return fmt.Errorf("what is revoked is not made anew: %w", authpolicy.ErrEpoch)
+		return fmt.Errorf("a revoked slot is not sealed again: %w", authpolicy.ErrEpoch)
 	}
 	beyond := w.beyond(srk)
 	if beyond > epoch+MaxRaise {

@@ -54,7 +54,7 @@ TPM was cleared, seal the PIN again: keep the PIN with the recovery identity.`,
 
 func printSealedPIN(w io.Writer, p *slots.SealedPIN) {
 	fmt.Fprintf(w, "PIN sealed to this machine's TPM, of use to this machine alone, written to %s\n", p.File)
-	fmt.Fprintf(w, "it unseals while PCR 7 (%s) is what it is now: seal it anew when Secure Boot's state or keys change\n", p.Bank)
+	fmt.Fprintf(w, "it unseals while PCR 7 (%s) is what it is now: seal it again when Secure Boot's state or keys change\n", p.Bank)
 	fmt.Fprintf(w, "next: set pkcs11.sealedPINFile: %s in place of pkcs11.pinFile, restart kleidi serve,\nand see with kleidi slot test that the token takes the PIN\n", p.File)
 	if p.PINFile != "" {
 		fmt.Fprintf(w, "then keep the PIN off this machine, and remove it here: shred -u %s\n", p.PINFile)

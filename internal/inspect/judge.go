@@ -35,7 +35,7 @@ func JudgeLog(policy string, logs attest.Logs, values string) (*bootpolicy.Verdi
 			_, err = attest.VerifyLogs(firmware, userspace, p.Hash(), pcrs)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w; %s", logs.Firmware, err, hintOf(err, "save the log anew, and if it stays it was tampered with"))
+			return nil, fmt.Errorf("%s: %w; %s", logs.Firmware, err, hintOf(err, "save the log again; if the error stays, the log was tampered with"))
 		}
 	}
 	return v, nil

@@ -61,7 +61,7 @@ func Reload(ctx context.Context, n *node.Node, _ admin.ReloadRequest) (admin.Key
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	return n.Result(k, "the keyring was read anew")
+	return n.Result(k, "the keyring was read again")
 }
 
 // NothingToSave is save without a running serve: no process holds a keyring open.

@@ -106,7 +106,7 @@ func (n *Node) otherKey(k *keyring.Keyring, s seal.Slot, err error) error {
 		return err
 	}
 	return &OtherKeyError{fmt.Errorf("its key may be another one, since it does not open the present slot: %w",
-		seal.WithHint(err, HintSameKey+"; if its key was made anew, and you trust it, run kleidi slot rewrap "+slotview.NameOf(k, s)+" --new-key"))}
+		seal.WithHint(err, HintSameKey+"; if its key was replaced, and you trust the new one, run kleidi slot rewrap "+slotview.NameOf(k, s)+" --new-key"))}
 }
 
 // CheckSecondKey refuses to make the TPM's half of a two-of-two again while the second

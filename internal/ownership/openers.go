@@ -84,7 +84,7 @@ func (a accounts) members(gid uint32) (users []string, name string, err error) {
 // user returns an account's name.
 func (a accounts) user(uid uint32) string {
 	id := strconv.FormatUint(uint64(uid), 10)
-	all, _ := lines(a.passwd) // without the file, the number has to do
+	all, _ := lines(a.passwd) // without the file, the number must suffice
 	for _, f := range all {
 		if len(f) >= 3 && f[2] == id {
 			return f[0]

@@ -73,7 +73,7 @@ func addSigned(ctx context.Context, n *node.Node, req admin.AddBootStatesRequest
 		n.Log.Warn("signed boot states", "file", n.Config.BootStates(), "error", err) // none of them opens any more
 	}
 	if n.Config.TPM.BootPolicy != "" {
-		changes = append(changes, "the boot policy "+n.Config.TPM.BootPolicy+" judges these boots too, and has to allow them: see docs/updates.md")
+		changes = append(changes, "the boot policy "+n.Config.TPM.BootPolicy+" judges these boots too, and must allow them: see docs/updates.md")
 	}
 	return append([]string{fmt.Sprintf("%d boot states of key %.16s added", len(file.States()), slotview.Fingerprint(signer))}, changes...), nil
 }

@@ -22,14 +22,14 @@ func (s *Server) watch(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-hup:
-			s.Node.Log.Info("SIGHUP: reading the keyring anew")
+			s.Node.Log.Info("SIGHUP: reading the keyring again")
 			s.Node.Unlocker.Nudge()
 		case err := <-failed: // events may be lost; an unread error would end the watch
-			s.Node.Log.Warn("watching the state folder: reading the keyring anew, in case that it has changed", "error", err)
+			s.Node.Log.Warn("watching the state folder: reading the keyring again, in case it has changed", "error", err)
 			s.Node.Unlocker.Nudge()
 		case e := <-events:
 			if filepath.Base(e.Name) == filepath.Base(s.Node.Config.Keyring()) && s.Node.Unlocker.Changed(ctx) {
-				s.Node.Log.Info("the stored keyring has changed: reading it anew")
+				s.Node.Log.Info("the stored keyring has changed: reading it again")
 				s.Node.Unlocker.Nudge()
 			}
 		}

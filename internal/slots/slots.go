@@ -189,7 +189,7 @@ func Rewrap(ctx context.Context, n *node.Node, req admin.RewrapSlotRequest) (adm
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("slot rewrap %s: %w", req.Name, err)
 	}
-	changes := []string{"the slot is wrapped anew: " + bound}
+	changes := []string{"the slot is wrapped again: " + bound}
 	if req.NewKey {
 		changes = append(changes, "kept copies of the former one still open with the key that made it: run kleidi rotate")
 	}

@@ -108,7 +108,7 @@ func (p *Problems) EachKey(n *yaml.Node, path string, f func(key, value *yaml.No
 		at := join(path, key.Value)
 		switch {
 		case key.Kind != yaml.ScalarNode:
-			p.Add(at, "line %d: a key has to be a word", key.Line)
+			p.Add(at, "line %d: a key must be a word", key.Line)
 		case seen[key.Value]:
 			p.Add(at, "line %d: the key stands twice", key.Line)
 		default:
@@ -172,7 +172,7 @@ func (p *Problems) table(n *yaml.Node, v reflect.Value, path string) {
 		if k.Kind() == reflect.Int {
 			i, err := strconv.Atoi(key.Value)
 			if err != nil || strconv.Itoa(i) != key.Value { // 04 would duplicate 4
-				p.Add(at, "line %d: the key has to be a number", key.Line)
+				p.Add(at, "line %d: the key must be a number", key.Line)
 				return
 			}
 			k.SetInt(int64(i))

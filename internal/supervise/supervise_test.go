@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// TestKeep: what fails is started again and said, what ends well or has to end is not.
+// TestKeep: what fails is started again and said, what ends well or must end is not.
 func TestKeep(t *testing.T) {
 	var text bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&text, nil))

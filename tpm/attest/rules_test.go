@@ -231,7 +231,7 @@ var gateRules = []rule{
 			e.UserspaceLog = bytes.ReplaceAll(e.UserspaceLog, []byte{0x1e}, []byte("\x1e\x1e\n\x1e"))
 			return &e
 		}},
-	{rule: "go-attestation has to agree", says: "go-attestation's replay disagrees",
+	{rule: "go-attestation must agree", says: "go-attestation's replay disagrees",
 		forge: lying(func(l *eventlog.Log) {
 			l.Events = slices.Insert(l.Events, 0, eventlog.Informational(l.Banks, 0, []byte("StartupLocality!\x03")))
 		})},

@@ -6,7 +6,7 @@ import (
 	"strconv"
 )
 
-const header = `# kleidi's boot policy: what this machine's event log has to show.
+const header = `# kleidi's boot policy: what this machine's event log must show.
 # Only the digests decide. Comments say what was measured when they were recorded,
 # as the log claims it. docs/boot-policy.md explains each rule.
 `

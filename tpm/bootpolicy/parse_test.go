@@ -78,7 +78,7 @@ pcrs:
 		"pcrs.8.sequences[0]: line 14: want a list", "pcrs.9.allowed[0]: no digest of PCR 9 backs a command line", "pcrs.9.allowed[1]: line 15: want a digest, or one of",
 		"pcrs.9.allowed[2].digest: line 15: unknown key", "pcrs.9.allowed[3]: line 15: want a digest", "pcrs.9.allowed[4].text: line 15: want text", "pcrs.9.allowed[5]: line 15: want a value of its own",
 		"pcrs.11.allowed: it is empty", "pcrs.12.sequences: it is empty", "pcrs.12.separator: PCR 12 has none", "pcrs.13.sequences[0][0]: PCR 13 measures no certificates",
-		"pcrs.16: PCR 16 does not exist or can be reset", "pcrs.03: line 20: the key has to be a number", "pcrs.x: line 21: the key has to be a number",
+		"pcrs.16: PCR 16 does not exist or can be reset", "pcrs.03: line 20: the key must be a number", "pcrs.x: line 21: the key must be a number",
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("no %q in\n%v", want, err)

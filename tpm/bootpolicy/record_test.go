@@ -13,7 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-var update = flag.Bool("update", false, "write the golden files anew")
+var update = flag.Bool("update", false, "write the golden files again")
 
 // golden compares with a file of testdata.
 func golden(t *testing.T, name string, got []byte) {
@@ -29,7 +29,7 @@ func golden(t *testing.T, name string, got []byte) {
 		t.Fatal(err)
 	}
 	if string(got) != string(want) {
-		t.Errorf("%s differs; look at it, and write it anew with go test -update:\n%s", path, got)
+		t.Errorf("%s differs; look at it, and write it again with go test -update:\n%s", path, got)
 	}
 }
 

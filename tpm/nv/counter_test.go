@@ -311,8 +311,8 @@ func TestMadeAnewStartsAbove(t *testing.T) {
 	if err := b.policy(last); !errors.Is(err, authpolicy.ErrCounter) {
 		t.Errorf("without the counter: %v", err)
 	}
-	if anew := b.ensure(); anew <= last {
-		t.Errorf("made anew, it starts at %d; it was at %d", anew, last)
+	if again := b.ensure(); again <= last {
+		t.Errorf("after it was made again, it starts at %d; it was at %d", again, last)
 	}
 	for v := start; v <= last; v++ {
 		if err := b.policy(v); !errors.Is(err, authpolicy.ErrEpoch) {
