@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"text/tabwriter"
@@ -12,6 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/inspect"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
@@ -188,7 +188,7 @@ line; "claimed" means that only the log says so.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if logs.Firmware == "" && logs.Userspace != "" {
-				return errors.New("--userspace-event-log goes with --event-log; name the firmware's log of the same boot, too")
+				return seal.Errorf("", "name the firmware's log of the same boot, too", "--userspace-event-log goes with --event-log")
 			}
 			cfg, err := a.config()
 			if err != nil {

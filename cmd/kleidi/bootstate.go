@@ -60,7 +60,7 @@ kleidi bootstate add, in systemd's format.`,
 				return err
 			}
 			if s.Systemd && cmd.Flags().Changed("generation") {
-				return errors.New("--systemd excludes --generation: systemd's form has none; give one of them")
+				return seal.Errorf("", "give one of them", "--systemd excludes --generation: systemd's form has none")
 			}
 			state, b, err := s.Sign()
 			if err != nil {
@@ -179,7 +179,7 @@ func newStateList(a *app) *cobra.Command {
 func listStates(paths []string, r admin.StatusReport) ([]stateReport, error) {
 	cluster, err := seal.ParseClusterID(r.ClusterID)
 	if err != nil {
-		return nil, errors.New("there is no keyring; run kleidi init first")
+		return nil, seal.Errorf("", "run kleidi init first", "there is no keyring")
 	}
 	states := []stateReport{}
 	for _, path := range paths {

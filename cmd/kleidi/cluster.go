@@ -55,7 +55,7 @@ run the command again: it leaves alone what works. docs/high-availability.md say
 				return a.show(cmd.OutOrStdout(), m, func(w io.Writer) { fmt.Fprint(w, m.YAML) })
 			}
 			if s.Admin == "" {
-				return errors.New("--kubeconfig is missing; name the kubeconfig of a cluster administrator, such as /etc/kubernetes/admin.conf")
+				return seal.Errorf("", "name the kubeconfig of a cluster administrator, such as /etc/kubernetes/admin.conf", "--kubeconfig is missing")
 			}
 			r, err := n.Access.SetUp(cmd.Context(), s)
 			if err != nil {

@@ -81,6 +81,40 @@ func TestTypeable(t *testing.T) {
 	}
 }
 
+// TestHintsAreFields: a hint is the field of an error, so that -o json gives it apart from
+// the message. In a text of errors.New or fmt.Errorf it would stay in the message.
+func TestHintsAreFields(t *testing.T) {
+	fset := token.NewFileSet()
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range files {
+		if strings.HasSuffix(path, "_test.go") {
+			continue
+		}
+		f, err := parser.ParseFile(fset, path, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok || len(call.Args) == 0 {
+				return true
+			}
+			fun, ok := call.Fun.(*ast.SelectorExpr)
+			if !ok || !slices.Contains([]string{"New", "Errorf"}, fun.Sel.Name) || !slices.Contains([]string{"errors", "fmt"}, fmt.Sprint(fun.X)) {
+				return true
+			}
+			text, _ := folded(call.Args[0])
+			if _, hint, ok := strings.Cut(text, "; "); ok && !slices.Contains([]string{"nothing was changed", "nothing was made", standIn}, hint) {
+				t.Errorf("%s: %q stands in the message; give it to seal.Errorf", fset.Position(call.Pos()), hint)
+			}
+			return true
+		})
+	}
+}
+
 // message is a string in the source.
 type message struct {
 	at    token.Position

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
 
@@ -11,6 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // initFlags are the flags of kleidi init.
@@ -58,15 +58,15 @@ elsewhere.`,
 func (f *initFlags) check(a *app) error {
 	switch {
 	case f.NoRecovery && len(f.Recipients) > 0:
-		return errors.New("--no-recovery and --recovery-recipient exclude each other; give one of them")
+		return seal.Errorf("", "give one of them", "--no-recovery and --recovery-recipient exclude each other")
 	case f.NoRecovery && !f.acceptDataLoss:
-		return errors.New("--no-recovery: if this TPM fails, is cleared, or the machine boots otherwise, every Secret is lost; if that is what you want, add --accept-data-loss")
+		return seal.Errorf("", "if that is what you want, add --accept-data-loss", "--no-recovery: if this TPM fails, is cleared, or the machine boots otherwise, every Secret is lost")
 	case f.acceptDataLoss && !f.NoRecovery:
-		return errors.New("--accept-data-loss goes with --no-recovery; give both, or leave it out")
+		return seal.Errorf("", "give both, or leave it out", "--accept-data-loss goes with --no-recovery")
 	case f.BreakTwoOfTwo && f.NoRecovery:
-		return errors.New("--break-two-of-two is about the recovery slot, which --no-recovery leaves out; give one of them")
+		return seal.Errorf("", "give one of them", "--break-two-of-two is about the recovery slot, which --no-recovery leaves out")
 	case !f.NoRecovery && len(f.Recipients) == 0 && a.output == "json":
-		return errors.New("-o json can't show a recovery identity; add --recovery-recipient age1…")
+		return seal.Errorf("", "add --recovery-recipient age1…", "-o json can't show a recovery identity")
 	}
 	return nil
 }
@@ -98,7 +98,7 @@ func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 		defer token.Close()
 	}
 	if f.anchor != "" && f.anchor != cfg.Anchor.Store {
-		return fmt.Errorf("--anchor %s: anchor.store is %s; set anchor.store in the configuration, so that kleidi serve demands the same", f.anchor, cfg.Anchor.Store)
+		return seal.Errorf("", "set anchor.store in the configuration, so that kleidi serve demands the same", "--anchor %s: anchor.store is %s", f.anchor, cfg.Anchor.Store)
 	}
 	f.Import, f.Prompter = token, newTerminal(cmd)
 	f.Progress = func(step string) { fmt.Fprintln(cmd.ErrOrStderr(), "[init]", step) }

@@ -13,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/members"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
@@ -92,11 +93,11 @@ func source(args []string, verifier, file string) (o members.JoinOptions, err er
 func sameNode(c *config.Config, name string) error {
 	if c.Node == "" {
 		if host, err := os.Hostname(); err != nil || host != name {
-			return fmt.Errorf("--node %s: the host name is %s; set node: %s in the configuration, so that kleidi serve goes by it", name, host, name)
+			return seal.Errorf("", "set node: "+name+" in the configuration, so that kleidi serve goes by it", "--node %s: the host name is %s", name, host)
 		}
 	}
 	if c.Node != "" && c.Node != name {
-		return fmt.Errorf("--node %s: the configuration says node: %s; let both be the same", name, c.Node)
+		return seal.Errorf("", "let both be the same", "--node %s: the configuration says node: %s", name, c.Node)
 	}
 	return nil
 }

@@ -42,7 +42,7 @@ the kubeconfig needs.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			switch {
 			case o.By != "" && o.By != migrate.ByAPI && o.By != migrate.ByPatch:
-				return fmt.Errorf("--by %q; want %s or %s", o.By, migrate.ByAPI, migrate.ByPatch)
+				return seal.Errorf("", "want "+migrate.ByAPI+" or "+migrate.ByPatch, "--by %q", o.By)
 			case o.Workers < 1 || o.Workers > 64:
 				return errors.New("--workers: want 1 to 64")
 			case o.Rate <= 0:
@@ -51,7 +51,7 @@ the kubeconfig needs.`,
 			if kubeconfig == "" {
 				i := slices.IndexFunc(adminKubeconfigs, func(path string) bool { _, err := os.Stat(path); return err == nil })
 				if i < 0 {
-					return errors.New("no kubeconfig is found where kubeadm, RKE2 and k3s keep the administrator's; name one with --kubeconfig")
+					return seal.Errorf("", "name one with --kubeconfig", "no kubeconfig is found where kubeadm, RKE2 and k3s keep the administrator's")
 				}
 				kubeconfig = adminKubeconfigs[i]
 			}

@@ -1,13 +1,12 @@
 package main
 
 import (
-	"errors"
-
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 func registerNextFiles(cmd *cobra.Command, f *reseal.NextFiles) {
@@ -33,7 +32,7 @@ func nextFilesGiven(cmd *cobra.Command, f *reseal.NextFiles) bool {
 // runningAlone refuses files of the running boot where no next boot is to be predicted.
 func runningAlone(cmd *cobra.Command, f *reseal.NextFiles) error {
 	if !nextFilesGiven(cmd, f) && (f.Running != reseal.BootFiles{} || f.HasRunningLine) {
-		return errors.New("--running-… goes with --next-…, to predict the next boot from; name the files of the next boot, or leave it out")
+		return seal.Errorf("", "name the files of the next boot, or leave it out", "--running-… goes with --next-…, to predict the next boot from")
 	}
 	return nil
 }

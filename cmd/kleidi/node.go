@@ -16,6 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/join"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/members"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 func newNode(a *app) *cobra.Command {
@@ -79,6 +80,9 @@ machine writes them below /run/kleidi/bootstrap.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			req.Node = args[0]
+			if req.NoTPM && cmd.Flags().Changed("expires") {
+				return seal.Errorf("", "leave --expires out", "node approve: --no-tpm lists the node at once and for good, so nothing expires")
+			}
 			if policy != "" {
 				if req.BootPolicy, err = files.Read(policy, maxPolicy); err != nil {
 					return fmt.Errorf("--boot-policy: %w", err)
@@ -182,7 +186,7 @@ func ask[Req, Resp any](cmd *cobra.Command, a *app, verb admin.Verb[Req, Resp], 
 	}
 	client, err := admin.Dial(cmd.Context(), cfg.Admin.Socket)
 	if errors.Is(err, admin.ErrNotRunning) {
-		return none, fmt.Errorf("%w; start it (systemctl start kleidi), since only it can answer", err)
+		return none, seal.WithHint(err, "start it (systemctl start kleidi), since only it can answer")
 	}
 	if err != nil {
 		return none, err

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -12,6 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 func newReseal(a *app) *cobra.Command {
@@ -47,7 +47,7 @@ with --break-two-of-two, whatever unlock.order says now.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if nextFilesGiven(cmd, &files) {
 				if req.DropNext || req.NewTPM {
-					return errors.New("--next-… excludes --drop-next and --new-tpm; give one of them")
+					return seal.Errorf("", "give one of them", "--next-… excludes --drop-next and --new-tpm")
 				}
 				r, err := a.resealNext(cmd, &files, req, dryRun)
 				if err != nil {
@@ -59,7 +59,7 @@ with --break-two-of-two, whatever unlock.order says now.`,
 				return err
 			}
 			if dryRun {
-				return errors.New("--dry-run shows what a next boot would be; name its files with --next-…")
+				return seal.Errorf("", "name its files with --next-…", "--dry-run shows what a next boot would be")
 			}
 			s, err := operate(cmd.Context(), a, operation.Reseal, req)
 			if err != nil {

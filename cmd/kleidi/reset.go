@@ -13,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 func newReset(a *app) *cobra.Command {
@@ -58,7 +59,7 @@ func reset(cmd *cobra.Command, n *node.Node, yes string, withoutTPM bool) (*leav
 	c, err := admin.Dial(cmd.Context(), n.Config.Admin.Socket)
 	if err == nil {
 		_ = c
-		return nil, errors.New("reset: kleidi serve runs on this node, and answers kube-apiserver from its memory; stop it (systemctl stop kleidi), then run the command again")
+		return nil, seal.Errorf("", "stop it (systemctl stop kleidi), then run the command again", "reset: kleidi serve runs on this node, and answers kube-apiserver from its memory")
 	}
 	if !errors.Is(err, admin.ErrNotRunning) {
 		return nil, err
@@ -90,7 +91,7 @@ func confirmName(cmd *cobra.Command, name, given string) error {
 	case name:
 		return nil
 	case "":
-		return fmt.Errorf("nobody has confirmed it; give --yes %s", name)
+		return seal.Errorf("", "give --yes "+name, "nobody has confirmed it")
 	}
 	return fmt.Errorf("%q is not the name of the node, which is %s", given, name)
 }

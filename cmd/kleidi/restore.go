@@ -39,7 +39,7 @@ because its wrapper can't be reached, name the slot with --skip-slot. With
 				return errors.New("name a backup file, or --previous")
 			}
 			if identityFile != "" && len(req.SkipSlots) > 0 {
-				return errors.New("--identity-file excludes --skip-slot: with it, what can't be reached is left out without being named; give one of them")
+				return seal.Errorf("", "give one of them", "--identity-file excludes --skip-slot: with it, what can't be reached is left out without being named")
 			}
 			var err error
 			if req.Keyring, err = a.readBackup(cmd.Context(), args); err != nil {

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // results is standard output. It remembers the first failed write, so that no verb
@@ -116,6 +117,8 @@ func afterwards(cmd *cobra.Command, err error) string {
 		return "nothing was changed"
 	case err != nil:
 		return "see with kleidi status what was changed"
+	case strings.HasPrefix(verb, "verifier "):
+		return "the change was made, so that the command need not be run again; see kleidi verifier show"
 	}
 	return "the change was made, so that the command need not be run again; see kleidi status"
 }
@@ -137,5 +140,5 @@ func noVerb(cmd *cobra.Command, args []string) error {
 	if cmd.SuggestionsMinimumDistance = 2; len(cmd.SuggestionsFor(args[0])) > 0 {
 		hint = "did you mean " + strings.Join(cmd.SuggestionsFor(args[0]), " or ") + "?"
 	}
-	return fmt.Errorf("unknown command %q for %q; %s", args[0], cmd.CommandPath(), hint)
+	return seal.Errorf("", hint, "unknown command %q for %q", args[0], cmd.CommandPath())
 }

@@ -4,7 +4,6 @@ import (
 	"crypto/fips140"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -79,11 +78,11 @@ after it has attested the boot.`,
 
 func (a *app) check() error {
 	if a.output != "text" && a.output != "json" {
-		return fmt.Errorf("--output %q; want text or json", a.output)
+		return seal.Errorf("", "want text or json", "--output %q", a.output)
 	}
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(a.logLevel)); a.logLevel != "" && err != nil {
-		return fmt.Errorf("--log-level %q; want debug, info, warn or error", a.logLevel)
+		return seal.Errorf("", "want debug, info, warn or error", "--log-level %q", a.logLevel)
 	}
 	return nil
 }

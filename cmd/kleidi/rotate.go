@@ -36,7 +36,7 @@ somebody who once held the KEK may have added a recovery recipient of their own.
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if req.AcceptDataLoss && len(req.SkipSlots) == 0 {
-				return errors.New("--accept-data-loss goes with --skip-slot; name the recovery slot to skip, or leave it out")
+				return seal.Errorf("", "name the recovery slot to skip, or leave it out", "--accept-data-loss goes with --skip-slot")
 			}
 			if err := confirmSlots(cmd, a, &req, yes); err != nil {
 				return err

@@ -79,7 +79,7 @@ func newSlotAdd(a *app) *cobra.Command {
 				return fmt.Errorf("slot add %s: want one of %s", req.Type, slotview.JoinWords(cmd.ValidArgs))
 			}
 			if req.GenerateKey && req.Type != seal.TypePKCS11 {
-				return fmt.Errorf("slot add %s: --generate-key goes with pkcs11 alone; leave it out", req.Type)
+				return seal.Errorf("", "leave it out", "slot add %s: --generate-key goes with pkcs11 alone", req.Type)
 			}
 			if (req.Type == seal.TypeRecovery) != (len(req.Recipients) > 0) {
 				return fmt.Errorf("slot add %s: --recipient goes with recovery, and recovery with --recipient age1…", req.Type)

@@ -27,13 +27,13 @@ func newTerminal(cmd *cobra.Command) *terminal { return &terminal{cmd, lines(cmd
 func (t *terminal) ShowIdentity(identity *seal.Secret) error {
 	out := t.cmd.OutOrStdout()
 	if r, ok := out.(*results); ok && isRegular(r.file) {
-		return errors.New("standard output is a file, and the recovery identity must not lie on this machine; run kleidi init at a terminal, or give --recovery-recipient; nothing was made")
+		return seal.Errorf("", "run kleidi init at a terminal, or give --recovery-recipient", "standard output is a file, and the recovery identity must not lie on this machine; nothing was made")
 	}
 	fmt.Fprint(out, "\nRecovery identity. It is shown once. Keep it off this machine: it opens the keyring\nwhen the TPM does not, and so it does for anyone who finds it.\n\n  ")
 	identity.With(func(b []byte) { _, _ = out.Write(bytes.TrimSpace(b)) })
 	fmt.Fprint(out, "\n\n")
 	if r, ok := out.(*results); ok && r.err != nil {
-		return errors.New("the recovery identity could not be shown, so nothing was made; run kleidi init at a terminal, or give --recovery-recipient")
+		return seal.Errorf("", "run kleidi init at a terminal, or give --recovery-recipient", "the recovery identity could not be shown, so nothing was made")
 	}
 	return nil
 }
@@ -96,7 +96,7 @@ func readPIN(cmd *cobra.Command, mem seal.Memory, file string) (*seal.Secret, er
 		return nil, fmt.Errorf("read the PIN: %w", err)
 	}
 	if len(b) == 0 {
-		return nil, errors.New("no PIN was given; type it, pipe it in, or name --pin-file")
+		return nil, seal.Errorf("", "type it, pipe it in, or name --pin-file", "no PIN was given")
 	}
 	pin, err := mem.Take(b)
 	if err != nil {
@@ -127,7 +127,7 @@ func sameAgain(mem seal.Memory, read func(prompt string) ([]byte, error), pin *s
 			return nil
 		}
 	}
-	return errors.New("the two PINs differ, nothing was written; run the command again")
+	return seal.Errorf("", "run the command again", "the two PINs differ, nothing was written")
 }
 
 // maxIdentity bounds an identity file, in bytes.
@@ -145,7 +145,7 @@ func readIdentity(cmd *cobra.Command, file string) ([]byte, error) {
 	defer f.Close()
 	b, err := readBounded(f)
 	if errors.Is(err, errNoIdentity) {
-		return nil, fmt.Errorf("--identity-file: %s is empty; name the file with the recovery identity (AGE-SECRET-KEY-…)", file)
+		return nil, seal.Errorf("", "name the file with the recovery identity (AGE-SECRET-KEY-…)", "--identity-file: %s is empty", file)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("--identity-file: %w", err)
@@ -153,7 +153,7 @@ func readIdentity(cmd *cobra.Command, file string) ([]byte, error) {
 	return b, nil
 }
 
-var errNoIdentity = errors.New("no recovery identity was given; type it, pipe it in, or name --identity-file")
+var errNoIdentity = seal.Errorf("", "type it, pipe it in, or name --identity-file", "no recovery identity was given")
 
 // promptSecret reads a line without showing it; without a terminal, all of
 // standard input.
