@@ -1,4 +1,4 @@
-# Targets: build build-pkcs11 build-fips fips demo run test e2e measuredboot lint fuzz bench bench/apiserver image. See CONTRIBUTING.md.
+# Targets: build build-pkcs11 build-fips fips demo run test e2e measuredboot lint fuzz bench bench/apiserver image packages. See CONTRIBUTING.md.
 
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -15,7 +15,7 @@ GOBUILD  = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X github.com/bee
 RACE     = $(if $(and $(shell command -v gcc),$(filter 1,$(shell $(GO) env CGO_ENABLED))),-race)
 PACKAGES = $(shell $(GO) list ./... | grep -v /e2e/)
 
-.PHONY: build build-pkcs11 build-fips fips fetch-demo fetch-test demo run test e2e measuredboot lint fuzz bench bench/apiserver image clean
+.PHONY: build build-pkcs11 build-fips fips fetch-demo fetch-test demo run test e2e measuredboot lint fuzz bench bench/apiserver image packages clean
 
 build:
 	$(GOBUILD) -o bin/kleidi ./cmd/kleidi
@@ -64,7 +64,7 @@ test: fetch-test
 # The needs of e2e/measuredboot, in addition to what its script `parts` fetches.
 BOOT_TOOLS = qemu-system-x86_64 ovmf swtpm_setup sbsign mcopy sfdisk objcopy openssl
 
-E2E_TOOLS = gcc swtpm ip tpm2 softhsm2-util pkcs11-tool nss certutil $(BOOT_TOOLS)
+E2E_TOOLS = gcc swtpm debootstrap systemd-nspawn rpm ip tpm2 softhsm2-util pkcs11-tool nss certutil $(BOOT_TOOLS)
 
 e2e: build
 	.ci/deps $(E2E_TOOLS)
@@ -102,6 +102,10 @@ bench/apiserver: build
 image:
 	.ci/deps buildah swtpm softhsm2-util pkcs11-tool
 	.ci/image $(VERSION)
+
+# A .deb and an .rpm in bin/packages
+packages: build
+	deploy/packages/build bin/kleidi $(VERSION) bin/packages
 
 clean:
 	rm -rf bin

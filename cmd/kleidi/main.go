@@ -1,3 +1,5 @@
+//go:build !manpages
+
 // Command kleidi is a KMS v2 provider for Kubernetes whose key is sealed to the
 // machine's TPM.
 package main

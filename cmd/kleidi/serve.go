@@ -17,16 +17,25 @@ On SIGHUP it reads the keyring again. On SIGTERM it answers the calls in progres
 ends.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := a.config()
+			s, err := a.newServer()
 			if err != nil {
-				return err
-			}
-			s, err := serve.New(cfg, logger(cfg))
-			if err != nil {
-				return err
+				if !serve.Supervised() {
+					return err
+				}
+				printError(cmd.ErrOrStderr(), err) // before the wait
+				serve.HoldBack(cmd.Context(), err)
+				return &exitError{code: 1}
 			}
 			s.Run(cmd.Context())
 			return nil
 		},
 	}
+}
+
+func (a *app) newServer() (*serve.Server, error) {
+	cfg, err := a.config()
+	if err != nil {
+		return nil, err
+	}
+	return serve.New(cfg, logger(cfg))
 }

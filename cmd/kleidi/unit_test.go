@@ -60,7 +60,7 @@ func TestUnit(t *testing.T) {
 	for name, want := range map[string][]string{
 		"Type":                  {"notify"},
 		"ExecStart":             {"/usr/local/bin/kleidi serve"},
-		"ExecReload":            {"/bin/kill -HUP $MAINPID"},
+		"ExecReload":            {"/bin/sh -c 'kill -HUP $MAINPID'"},
 		"CapabilityBoundingSet": {"CAP_DAC_OVERRIDE CAP_CHOWN"},
 		"AmbientCapabilities":   {""},
 		"NoNewPrivileges":       {"yes"},

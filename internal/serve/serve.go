@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
@@ -134,7 +135,7 @@ func (s *Server) serveKMS() error {
 	}
 	s.Node.Log.Info("listening", "socket", c.Socket)
 	<-s.adminTried
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	go s.reportReady()
 	// A call that comes now waits in the socket's queue. After an error kube-apiserver
 	// would wait 10 s before it asks again.
 	select {
@@ -144,6 +145,28 @@ func (s *Server) serveKMS() error {
 	err = s.kms.Serve(l)
 	s.health.setKMS(err)
 	return err
+}
+
+// reportReady tells systemd that the unit is started, once the first attempt to unlock has
+// ended: a status that follows "systemctl start" shows open, or the fault. A slow backend
+// holds up kubelet, which is ordered after the unit, no longer than readyGrace.
+func (s *Server) reportReady() {
+	select {
+	case <-s.Node.Unlocker.Tried():
+	case <-time.After(readyGrace):
+	}
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+}
+
+// Supervised reports whether systemd waits for the word that serve is up.
+func Supervised() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
+
+// HoldBack waits before a supervised serve that could not be set up ends. systemd starts
+// the unit again a second later, without a limit. A few starts a minute are enough to find
+// a corrected configuration.
+func HoldBack(ctx context.Context, err error) {
+	_, _ = daemon.SdNotify(false, "STATUS=can't start: "+strings.ReplaceAll(err.Error(), "\n", " "))
+	pause(ctx, holdBack)
 }
 
 func (s *Server) serveAdmin() error {
@@ -219,6 +242,12 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 	s.http = monitor.New(h.handler())
 	return s, nil
 }
+
+// readyGrace bounds the wait of "systemctl start" for the first attempt to unlock.
+const readyGrace = 15 * time.Second
+
+// holdBack is the time until a serve without a usable configuration ends.
+const holdBack = 10 * time.Second
 
 // startGrace bounds the first calls' wait for the first attempt to unlock; it is less
 // than kube-apiserver's timeout of 3 s.

@@ -1,0 +1,96 @@
+package packages
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	kmsapi "k8s.io/kms/apis/v2"
+)
+
+// apiserver calls kleidi as kube-apiserver does: over the folder of the socket, which it
+// mounted when it started; with a time limit of 3 s for each call; and a call waits until
+// the socket answers.
+type apiserver struct {
+	t      *testing.T
+	folder *os.File
+	kms    kmsapi.KeyManagementServiceClient
+	sealed *kmsapi.EncryptResponse
+	seed   []byte
+}
+
+func (m *machine) apiserver() *apiserver {
+	m.t.Helper()
+	// An open folder behaves like a mounted one: its files come and go, it stays.
+	folder, err := os.Open(m.live("/run/kleidi"))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() { folder.Close() })
+	conn, err := grpc.NewClient(fmt.Sprintf("unix:///proc/self/fd/%d/kms.sock", folder.Fd()),
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() { conn.Close() })
+	a := &apiserver{t: m.t, folder: folder, kms: kmsapi.NewKeyManagementServiceClient(conn), seed: bytes.Repeat([]byte("seed"), 8)}
+	ctx, cancel := context.WithTimeout(m.t.Context(), callTimeout)
+	defer cancel()
+	if a.sealed, err = a.kms.Encrypt(ctx, &kmsapi.EncryptRequest{Plaintext: a.seed, Uid: "first"}); err != nil {
+		m.t.Fatal(err)
+	}
+	return a
+}
+
+// callTimeout is that of the EncryptionConfiguration.
+const callTimeout = 3 * time.Second
+
+// call has the first seed decrypted.
+func (a *apiserver) call() error {
+	ctx, cancel := context.WithTimeout(a.t.Context(), callTimeout)
+	defer cancel()
+	r, err := a.kms.Decrypt(ctx, &kmsapi.DecryptRequest{Ciphertext: a.sealed.Ciphertext, KeyId: a.sealed.KeyId, Annotations: a.sealed.Annotations, Uid: "again"})
+	if err == nil && !bytes.Equal(r.Plaintext, a.seed) {
+		err = fmt.Errorf("another seed comes back")
+	}
+	return err
+}
+
+// during calls without a pause while f runs, and once more afterwards. No call may fail.
+func (a *apiserver) during(what string, f func()) {
+	a.t.Helper()
+	stop := make(chan struct{})
+	var calls int
+	var slowest time.Duration
+	var failed error
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for failed == nil {
+			start := time.Now()
+			failed = a.call()
+			calls++
+			slowest = max(slowest, time.Since(start))
+			select {
+			case <-stop:
+				if failed == nil {
+					failed = a.call()
+				}
+				return
+			default:
+			}
+		}
+	})
+	f()
+	close(stop)
+	wg.Wait()
+	a.t.Logf("%s: %d calls, the slowest took %v", what, calls, slowest.Round(time.Millisecond))
+	if failed != nil {
+		a.t.Errorf("%s: a call of kube-apiserver fails: %v", what, failed)
+	}
+}
