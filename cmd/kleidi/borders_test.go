@@ -184,15 +184,14 @@ func packages(t *testing.T) map[string][]string {
 
 // Bounds of a package and of a type: in larger ones a reader loses the thread.
 const (
-	maxLines   = 1300 // of a package, without tests
+	maxLines   = 1300 // of a package, without tests and generated code
 	maxMethods = 40   // of a type
 )
 
-// larger are the larger packages, with their bounds. The parsers and the document are
-// pure. Each of the others talks to one backend, or has one file for each verb.
+// larger are the larger packages, with their bounds: see docs/decisions/package-sizes.md.
 var larger = map[string]int{
-	"seal/keyring": 2800, "tpm/eventlog": 2500, "tpm/bootpolicy": 1800, "tpm/predict": 2500, "tpm/simboot": 1500, "tpm/attest": 2000,
-	"hsm": 2500, "vault": 2100, "grpcserver/verifier": 2100, "grpcserver/join": 1900, "internal/lifecycle": 1400, "internal/node": 1450, "cmd/kleidi": 4200,
+	"seal/keyring": 2800, "tpm/eventlog": 2500, "tpm/bootpolicy": 1850, "tpm/predict": 2450, "tpm/simboot": 1400, "tpm/attest": 1350,
+	"hsm": 2400, "vault": 2050, "internal/lifecycle": 1400, "internal/node": 1450, "cmd/kleidi": 4200,
 }
 
 func TestPackagesAndTypesStaySmall(t *testing.T) {
@@ -206,7 +205,7 @@ func TestPackagesAndTypesStaySmall(t *testing.T) {
 		if d.IsDir() && (name == "e2e" || name == "testdata" || path != root && strings.HasPrefix(name, ".") && name != "..") {
 			return fs.SkipDir
 		}
-		if !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, "_test.go") {
+		if !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, "_test.go") || strings.HasSuffix(name, ".pb.go") {
 			return nil
 		}
 		files := token.NewFileSet()
