@@ -45,6 +45,14 @@ type Signer struct {
 	Ref []byte          // at most 32 bytes; signed with each boot state
 }
 
+// ParseSigner reads a key as Area returns it. [BootState.Check] judges it.
+func ParseSigner(area, ref []byte) (Signer, error) {
+	return (&slotSigner{Key: area, Ref: ref}).parse()
+}
+
+// Area returns the key's public area, a TPMT_PUBLIC.
+func (s Signer) Area() []byte { return tpm2.Marshal(s.Key) }
+
 // Public returns the signer's key.
 func (s Signer) Public() (crypto.PublicKey, error) { return tpm2.Pub(s.Key) }
 

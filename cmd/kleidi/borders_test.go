@@ -75,19 +75,20 @@ var borders = map[string][]string{
 	"internal/config":           {"grpcserver/verifier", "hsm", "internal/ownership", "internal/strictyaml", "seal", "tpm/attest", "tpm/bootrule", "tpm/device", "tpm/keys", "tpm/nv", "vault"},
 	"internal/files":            {"internal/ownership", "seal", "tpm/bootpolicy", "tpm/bootstate"},
 	"internal/version":          {},
-	"internal/slotview":         {"hsm", "seal", "seal/both", "seal/keyring", "seal/recovery", "tpm", "tpm/bootstate", "tpm/eventlog", "vault"},
+	"internal/slotview":         {"hsm", "seal", "seal/both", "seal/keyring", "seal/recovery", "tpm", "tpm/bootstate", "tpm/eventlog", "tpm/keys", "vault"},
 	"internal/clusteraccess":    {"deploy/cluster", "internal/files", "internal/ownership", "seal", "seal/store/kube", "tpm/attest", "tpm/credential"},
 	"internal/node":             {"grpcserver/admin", "grpcserver/verifier", "hsm", "internal/clusteraccess", "internal/config", "internal/files", "internal/ownership", "internal/slotview", "internal/version", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/replica", "seal/rotation", "seal/store", "seal/store/kube", "seal/unlock", "tpm", "tpm/attest", "tpm/attest/remote", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootrule", "tpm/bootstate", "tpm/credential", "tpm/device", "tpm/keys", "tpm/nv", "vault"},
 	"internal/inspect":          {"internal/files", "internal/slotview", "tpm/attest", "tpm/bootpolicy", "tpm/eventlog"},
 	"internal/reseal":           {"grpcserver/admin", "internal/config", "internal/files", "internal/node", "internal/slotview", "seal", "seal/keyring", "seal/rotation", "seal/store", "tpm", "tpm/attest", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/keys", "tpm/predict"},
 	"internal/status":           {"grpcserver/admin", "internal/node", "internal/slotview", "internal/version", "seal", "seal/keyring", "seal/unlock", "tpm", "tpm/eventlog", "tpm/keys"},
 	"internal/lifecycle":        {"grpcserver/admin", "hsm", "internal/config", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/keyring", "seal/recovery", "seal/rotation", "seal/store", "seal/unlock", "tpm", "tpm/nv"},
+	"internal/rollout":          {"grpcserver/admin", "internal/lifecycle", "internal/node", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/replica", "seal/rotation", "tpm", "tpm/keys", "tpm/nv"},
 	"internal/slots":            {"grpcserver/admin", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/rotation", "tpm", "tpm/credential"},
 	"internal/members":          {"grpcserver/admin", "grpcserver/join", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/attest/joinproof", "tpm/attest/remote", "tpm/bootpolicy", "tpm/nv"},
 	"internal/leaving":          {"internal/config", "internal/node", "internal/slotview", "seal", "seal/keyring", "seal/store", "tpm"},
 	"internal/carry":            {"grpcserver/admin", "internal/node", "seal", "seal/keyring"},
-	"internal/operation":        {"grpcserver/admin", "internal/carry", "internal/lifecycle", "internal/node", "internal/reseal", "internal/slots", "internal/status"},
-	"internal/serve":            {"grpcserver", "grpcserver/admin", "grpcserver/monitor", "internal/config", "internal/members", "internal/node", "internal/operation", "internal/reseal", "internal/slots", "internal/slotview", "internal/status", "internal/supervise", "internal/version", "seal", "seal/replica", "seal/store", "seal/unlock", "tpm"},
+	"internal/operation":        {"grpcserver/admin", "internal/carry", "internal/lifecycle", "internal/node", "internal/reseal", "internal/rollout", "internal/slots", "internal/status"},
+	"internal/serve":            {"grpcserver", "grpcserver/admin", "grpcserver/monitor", "internal/config", "internal/members", "internal/node", "internal/operation", "internal/reseal", "internal/rollout", "internal/slots", "internal/slotview", "internal/status", "internal/supervise", "internal/version", "seal", "seal/replica", "seal/store", "seal/unlock", "tpm"},
 	"internal/verifierd":        {"grpcserver/monitor", "grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/supervise", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
 	"internal/dev":              {"internal/config", "internal/lifecycle", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
 	"internal/encryptionconfig": {},
@@ -190,8 +191,8 @@ const (
 
 // larger are the larger packages, with their bounds: see docs/decisions/package-sizes.md.
 var larger = map[string]int{
-	"seal/keyring": 2800, "tpm/eventlog": 2500, "tpm/bootpolicy": 1850, "tpm/predict": 2450, "tpm/simboot": 1400, "tpm/attest": 1350,
-	"hsm": 2400, "vault": 2050, "internal/lifecycle": 1400, "internal/node": 1450, "cmd/kleidi": 4200,
+	"seal/keyring": 2900, "tpm/eventlog": 2500, "tpm/bootpolicy": 1850, "tpm/predict": 2450, "tpm/simboot": 1400, "tpm/attest": 1350,
+	"hsm": 2400, "vault": 2050, "internal/lifecycle": 1450, "internal/node": 1450, "cmd/kleidi": 4400,
 }
 
 func TestPackagesAndTypesStaySmall(t *testing.T) {

@@ -19,6 +19,7 @@ import (
 func newRotate(a *app) *cobra.Command {
 	var req admin.RotateRequest
 	var yes bool
+	var watch watchOptions
 	cmd := &cobra.Command{
 		Use:   "rotate",
 		Short: "Make a fresh KEK the current one",
@@ -32,18 +33,29 @@ shows the missing slot until kleidi slot add makes it.
 
 The command first shows the slots that get the fresh KEK. If the keyring was changed, but
 by no command on this node, it asks about the difference, and fails without a terminal:
-somebody who once held the KEK may have added a recovery recipient of their own.`,
+somebody who once held the KEK may have added a recovery recipient of their own.
+
+With several nodes, the fresh KEK becomes current once every node has acknowledged it.
+The running kleidi serve of this node drives the rotation; the command only watches it,
+and may be interrupted. The exit code is 0 once every node announces the fresh KEK, and
+3 while the rotation waits for the nodes that the command names. --continue drives it
+from this node instead; --abort ends it before the fresh KEK is current.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if req.AcceptDataLoss && len(req.SkipSlots) == 0 {
 				return seal.Errorf("", "name the recovery slot to skip, or leave it out", "--accept-data-loss goes with --skip-slot")
 			}
-			if err := confirmSlots(cmd, a, &req, yes); err != nil {
-				return err
+			if !req.Continue && !req.Abort {
+				if err := confirmSlots(cmd, a, &req, yes); err != nil {
+					return err
+				}
 			}
 			s, err := operate(cmd.Context(), a, operation.Rotate, req)
 			if err != nil {
 				return err
+			}
+			if s.Rotation != nil {
+				return watchRotation(cmd, a, watch, req, s)
 			}
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
@@ -51,6 +63,12 @@ somebody who once held the KEK may have added a recovery recipient of their own.
 	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "leave out this slot for now, by its name in kleidi slot list; may be repeated")
 	cmd.Flags().BoolVar(&yes, "yes", false, "give the fresh KEK also to slots that no command on this node added, without asking")
 	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
+	cmd.Flags().BoolVar(&req.Continue, "continue", false, "drive the rotation that is going on from this node, and watch it")
+	cmd.Flags().BoolVar(&req.Abort, "abort", false, "end the rotation that is going on; its KEK is retired and never current")
+	cmd.Flags().BoolVar(&watch.wait, "wait", isTerminal(os.Stdout), "with several nodes: watch until every node announces the fresh KEK (default true on a terminal)")
+	cmd.Flags().DurationVar(&watch.timeout, "timeout", 0, "with several nodes: watch no longer than this; the rotation goes on")
+	cmd.Flags().Lookup("wait").DefValue = "false" // the help is the same everywhere
+	cmd.MarkFlagsMutuallyExclusive("continue", "abort", "skip-slot")
 	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.complete(slotNames))
 	return cmd
 }

@@ -213,6 +213,13 @@ type RotateRequest struct {
 	// Confirmed are the IDs of the [OutsideChange]s that the operator was shown and wants.
 	// Any other one refuses the rotation.
 	Confirmed []string `json:"confirmed,omitempty"`
+	// Replace is the key ID of the KEK to replace, so that a request can be repeated; ""
+	// means the current one. Several nodes only, as are Continue and Abort.
+	Replace seal.KeyID `json:"replace,omitempty"`
+	// Continue makes this node drive the rotation that is going on.
+	Continue bool `json:"continue,omitempty"`
+	// Abort ends that rotation, and retires the staged KEK.
+	Abort bool `json:"abort,omitempty"`
 }
 
 // ResealRequest asks to seal to the present boot state, and to revoke the slots of
@@ -372,6 +379,8 @@ type KeyringState struct {
 	Changes []string `json:"changes,omitempty"`
 	// Owed says that a slot was to be revoked, and that copies of it still open.
 	Owed bool `json:"owed,omitempty"`
+	// Rotation says how far a rotation of several nodes is.
+	Rotation *Rotation `json:"rotation,omitempty"`
 }
 
 // Identity is the text of an age identity file. It refuses to be printed or logged. In

@@ -17,13 +17,14 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// Rotate makes a fresh KEK the current one, in the same slots.
+// Rotate makes a fresh KEK the current one, in the same slots. The keyring is of one node; package
+// rollout rotates those of several.
 func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.KeyringState, error) {
 	var former seal.KeyID
 	var before []seal.Slot
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		former, before = k.CurrentID(), k.Slots()
-		if err := checkConfirmed(ctx, n, k, req.Confirmed); err != nil {
+		if err := CheckConfirmed(ctx, n, k, req.Confirmed); err != nil {
 			return nil, err
 		}
 		all, err := addMissing(ctx, n, k, req.SkipSlots)
@@ -50,9 +51,9 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 	return n.Result(former, append(changes, "kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")...)
 }
 
-// checkConfirmed refuses to give a fresh KEK to slots that no command on this node made,
+// CheckConfirmed refuses to give a fresh KEK to slots that no command on this node made,
 // unless the operator was shown each of them. The record takes them then.
-func checkConfirmed(ctx context.Context, n *node.Node, k *keyring.Keyring, confirmed []string) error {
+func CheckConfirmed(ctx context.Context, n *node.Node, k *keyring.Keyring, confirmed []string) error {
 	c := n.Slots.Outside(ctx, k.ClusterID().String(), k.Slots())
 	if c.None() {
 		return nil
@@ -74,8 +75,8 @@ type rotateOptions struct {
 
 // rotateKeyring replaces the KEK in every slot of k except those to skip.
 func rotateKeyring(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOptions) ([]*keyring.Keyring, error) {
-	if nodes := len(k.Nodes()); nodes > 1 {
-		return nil, fmt.Errorf("the keyring has %d nodes, and no version of kleidi rotates with more than one node yet; nothing was changed", nodes)
+	if several(k) {
+		return nil, seal.Errorf("", "start kleidi serve, and run kleidi rotate there", "the keyring has %d nodes, whose KEK only a running kleidi serve replaces; nothing was changed", len(k.Nodes()))
 	}
 	if slotview.Full(k) {
 		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
@@ -119,10 +120,35 @@ func addMissing(ctx context.Context, n *node.Node, k *keyring.Keyring, without [
 	return k.WithSlots(slots)
 }
 
-// wrapLike makes the slots of a new KEK like those of the present one, except the
-// skipped slots. A placeholder records that a slot was left out.
-func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOptions) (rotation.Wrap, error) {
-	slots := k.Slots()
+// WrapShared makes the shared slots of a new KEK of several nodes, as Rotate makes those of
+// one node. What is a node's own is not its concern.
+func WrapShared(ctx context.Context, n *node.Node, k *keyring.Keyring, req admin.RotateRequest) (rotation.Wrap, error) {
+	all, err := addMissing(ctx, n, k, req.SkipSlots)
+	if err != nil {
+		return nil, err
+	}
+	if all != k {
+		defer all.Close()
+	}
+	slots, err := skipSlots(all.Slots(), rotateOptions{Skip: req.SkipSlots, AcceptDataLoss: req.AcceptDataLoss})
+	if err != nil {
+		return nil, err
+	}
+	if slices.ContainsFunc(slots, func(s seal.Slot) bool { return s.Node != "" && s.Type == seal.TypeSkipped }) {
+		return nil, errors.New("--skip-slot: every node keeps its own slots; name a shared one")
+	}
+	wrap := rotation.Like(n.ProvenRewrappers(k), slices.DeleteFunc(slots, func(s seal.Slot) bool { return s.Node != "" }))
+	return func(ctx context.Context, kek *seal.Secret) ([]seal.Slot, error) {
+		made, err := wrap(ctx, kek)
+		if err != nil {
+			return nil, hintSkip(n, k, err, "run kleidi rotate")
+		}
+		return made, rotation.ProveTryable(ctx, kek, made, n.Wrappers())
+	}, nil
+}
+
+// skipSlots puts a placeholder in the place of each slot to skip.
+func skipSlots(slots []seal.Slot, o rotateOptions) ([]seal.Slot, error) {
 	skipped, err := slotview.Places(slots, o.Skip)
 	if err != nil {
 		return nil, fmt.Errorf("--skip-slot: %w", err)
@@ -134,6 +160,16 @@ func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOpt
 		if slots[i], err = slotview.Skip(slots[i]); err != nil {
 			return nil, err
 		}
+	}
+	return slots, nil
+}
+
+// wrapLike makes the slots of a new KEK like those of the present one, except the
+// skipped slots. A placeholder records that a slot was left out.
+func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOptions) (rotation.Wrap, error) {
+	slots, err := skipSlots(k.Slots(), o)
+	if err != nil {
+		return nil, err
 	}
 	if len(o.Skip) > 0 && !n.CanOpen(slots) {
 		return nil, errors.New("--skip-slot: no slot would be left that can open the keyring on this node; skip fewer, or add another one first")

@@ -34,6 +34,12 @@ func replicaOver(n *Node, s replica.Store) *replica.Replica {
 	return replica.New(replica.Config{
 		Store: s, Unlocker: n.Unlocker, Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
 			return wrapStaged(ctx, n, k, kek)
+		}, BootStates: func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error) {
+			own, err := n.Unrevoked(ctx, k.OwnSlots())
+			if err != nil {
+				return nil, err
+			}
+			return n.View.RecordStates(own, k.ClusterID())
 		}, Version: version.String(), Log: n.Log,
 	})
 }

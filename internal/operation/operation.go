@@ -9,6 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/rollout"
 	"github.com/beezy-dev/kleidi/internal/slots"
 	"github.com/beezy-dev/kleidi/internal/status"
 )
@@ -41,12 +42,13 @@ const (
 var (
 	Status = Operation[admin.StatusRequest, admin.StatusReport]{Verb: admin.Status, work: status.Report, alone: status.Alone, keyring: seen}
 
-	Rotate  = Operation[admin.RotateRequest, admin.KeyringState]{Verb: admin.Rotate, work: lifecycle.Rotate, keyring: open}
-	Recover = Operation[admin.RecoverRequest, admin.KeyringState]{Verb: admin.Recover, work: lifecycle.Recover}
-	Restore = Operation[admin.RestoreRequest, admin.KeyringState]{Verb: admin.Restore, work: lifecycle.Restore}
-	Save    = Operation[admin.SaveRequest, admin.KeyringState]{Verb: admin.Save, work: lifecycle.Save, alone: lifecycle.NothingToSave}
-	Verify  = Operation[admin.VerifyRequest, admin.KeyringState]{Verb: admin.Verify, work: lifecycle.Verify}
-	Reload  = Operation[admin.ReloadRequest, admin.KeyringState]{Verb: admin.Reload, work: lifecycle.Reload}
+	Rotate        = Operation[admin.RotateRequest, admin.KeyringState]{Verb: admin.Rotate, work: rollout.Rotate, alone: rollout.RotateAlone, keyring: open}
+	WatchRotation = Operation[admin.WatchRotationRequest, admin.KeyringState]{Verb: admin.WatchRotation, work: rollout.WatchRotation, keyring: seen}
+	Recover       = Operation[admin.RecoverRequest, admin.KeyringState]{Verb: admin.Recover, work: lifecycle.Recover}
+	Restore       = Operation[admin.RestoreRequest, admin.KeyringState]{Verb: admin.Restore, work: lifecycle.Restore}
+	Save          = Operation[admin.SaveRequest, admin.KeyringState]{Verb: admin.Save, work: lifecycle.Save, alone: lifecycle.NothingToSave}
+	Verify        = Operation[admin.VerifyRequest, admin.KeyringState]{Verb: admin.Verify, work: lifecycle.Verify}
+	Reload        = Operation[admin.ReloadRequest, admin.KeyringState]{Verb: admin.Reload, work: lifecycle.Reload}
 
 	ExportKeyring = Operation[admin.ExportKeyringRequest, admin.KeyringExport]{Verb: admin.ExportKeyring, work: carry.Export, keyring: open}
 	ImportKeyring = Operation[admin.ImportKeyringRequest, admin.KeyringState]{Verb: admin.ImportKeyring, work: carry.Import, keyring: open}
@@ -68,7 +70,7 @@ var table = []interface {
 	handle(*admin.Server, *node.Node)
 }{
 	Status,
-	Rotate, Recover, Restore, Save, Verify, Reload, ExportKeyring, ImportKeyring,
+	Rotate, WatchRotation, Recover, Restore, Save, Verify, Reload, ExportKeyring, ImportKeyring,
 	Reseal, Suspend, AddBootStates, RevokeBootStates,
 	AddSlot, RemoveSlot, TestSlots, RewrapSlot, ForgetCopies,
 }

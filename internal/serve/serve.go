@@ -23,6 +23,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/rollout"
 	"github.com/beezy-dev/kleidi/internal/supervise"
 	"github.com/beezy-dev/kleidi/internal/version"
 	"github.com/beezy-dev/kleidi/seal"
@@ -80,6 +81,7 @@ func (s *Server) Run(ctx context.Context) {
 	running.Go(func() { s.Node.Unlocker.Run(ctx) })
 	if s.Node.Replica != nil {
 		running.Go(func() { s.Node.Replica.Run(ctx) })
+		running.Go(func() { rollout.Drive(ctx, s.Node) })
 	}
 	running.Go(func() { s.tidyUp(ctx) })
 	running.Go(func() { s.selfTest(ctx) })

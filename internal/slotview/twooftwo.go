@@ -23,6 +23,17 @@ func Second(kind string) string {
 	return ""
 }
 
+// WithTPM returns the two-of-two of the TPM and this wrapper; "" if there is none.
+func WithTPM(second string) string {
+	switch second {
+	case seal.TypePKCS11:
+		return seal.TypeTPMAndPKCS11
+	case seal.TypeVault:
+		return seal.TypeTPMAndVault
+	}
+	return ""
+}
+
 // TwoOfTwo returns the two-of-two that must open on this node; "" if one wrapper is
 // enough.
 func (r Reader) TwoOfTwo() string {

@@ -26,14 +26,14 @@ func New(cluster seal.ClusterID, kek *seal.Secret, slots []seal.Slot, nodes []No
 
 // Stage adds kek, wrapped in slots, as the staged KEK. Only one KEK is staged at a
 // time: the error is an [*AlreadyStaged] if there is one. Other nodes may have
-// acknowledged that KEK, so no other replaces it until it is activated or aborted. On
-// success the new keyring owns kek.
+// acknowledged that KEK, so no other replaces it until it is activated or aborted. This
+// node drives the rotation; see TakeOver. On success the new keyring owns kek.
 func (k *Keyring) Stage(kek *seal.Secret, slots []seal.Slot, now time.Time) (*Keyring, error) {
 	if s := k.doc.Staged; s != nil {
-		return nil, &AlreadyStaged{KeyID: s.KeyID, Since: s.Created.Time}
+		return nil, &AlreadyStaged{KeyID: s.KeyID, By: s.By, Since: s.Created.Time}
 	}
 	doc := *k.doc
-	doc.Staged = &slotted{KeyID: NewKeyID(doc.ClusterID, kek), Created: newStamp(now), Slots: cloneSlots(slots)}
+	doc.Staged = &slotted{KeyID: NewKeyID(doc.ClusterID, kek), Created: newStamp(now), By: driver(k), Slots: cloneSlots(slots)}
 	next, err := build(doc, k.own, k.kek, share(kek))
 	if err != nil {
 		return nil, fmt.Errorf("stage KEK: %w", err)
@@ -41,15 +41,61 @@ func (k *Keyring) Stage(kek *seal.Secret, slots []seal.Slot, now time.Time) (*Ke
 	return next, nil
 }
 
+// driver returns the name of the node that stages with k. Format 1, which is of one node, does
+// not say it.
+func driver(k *Keyring) string {
+	self, ok := k.Self()
+	if !ok || k.doc.Format == format1 {
+		return ""
+	}
+	return self.Name
+}
+
+// TakeOver returns the revision in which the node of k drives the rotation. It returns k
+// itself if this node drives it already.
+func TakeOver(k *Keyring) (*Keyring, error) {
+	self, ok := k.Self()
+	switch {
+	case k.doc.Staged == nil:
+		return nil, errNothingStaged
+	case !ok || k.doc.Format != format2:
+		return nil, errors.New("take over the rotation: the keyring is of one node, or says not which node this is")
+	case k.doc.Staged.By == self.Name:
+		return k, nil
+	}
+	doc, staged := *k.doc, *k.doc.Staged
+	staged.By = self.Name
+	doc.Staged = &staged
+	return revise(k, "take over the rotation", &doc)
+}
+
+// WithStagedSlots returns the revision after k in which the staged KEK has these slots as
+// well. The KEK must be open, and the caller has wrapped it in them.
+func WithStagedSlots(k *Keyring, more []seal.Slot) (*Keyring, error) {
+	if k.doc.Staged == nil {
+		return nil, errNothingStaged
+	}
+	doc, staged := *k.doc, *k.doc.Staged
+	staged.Slots = append(cloneSlots(staged.Slots), cloneSlots(more)...)
+	doc.Staged = &staged
+	return revise(k, "wrap the staged KEK again", &doc)
+}
+
 // AlreadyStaged says that no KEK can be staged because another one is staged.
 type AlreadyStaged struct {
 	KeyID seal.KeyID
+	// By is the node that drives the rotation; "" in format 1, and if that node was removed.
+	By    string
 	Since time.Time
 }
 
-// Error names the staged KEK and the time since when it is staged.
+// Error names the staged KEK, the node that staged it, and the time since when it is staged.
 func (e *AlreadyStaged) Error() string {
-	return fmt.Sprintf("key ID %s has been staged since %s; activate or abort it first", e.KeyID, e.Since.Format(stampLayout))
+	by := ""
+	if e.By != "" {
+		by = " by node " + e.By
+	}
+	return fmt.Sprintf("key ID %s has been staged%s since %s; activate or abort it first", e.KeyID, by, e.Since.Format(stampLayout))
 }
 
 // OpenStaged returns a keyring that is k with its staged KEK open, so that it can
@@ -149,6 +195,7 @@ func (k *Keyring) Activate(now time.Time) (*Keyring, error) {
 	doc := *k.doc
 	doc.Current, doc.Staged = *k.doc.Staged, nil
 	doc.Former = nil
+	doc.Current.By = ""
 	doc.Current.Slots = doc.Current.withoutImports(doc.Format)
 	doc.Retired = nil
 	if err := retireInto(k, &doc, newStamp(now)); err != nil {

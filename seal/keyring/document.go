@@ -30,6 +30,7 @@ type document struct {
 type slotted struct {
 	KeyID   seal.KeyID  `json:"keyID"`
 	Created stamp       `json:"created"`
+	By      string      `json:"-"` // of a staged KEK: the node that drives the rotation; format 1 is of one node
 	Slots   []seal.Slot `json:"slots"`
 }
 

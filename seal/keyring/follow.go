@@ -22,6 +22,9 @@ var (
 	// ErrStagedClosed: the keyring is under the KEK that the node has staged, which is
 	// not open now. The keyring can't be judged before that KEK is open.
 	ErrStagedClosed = errors.New("the keyring is under the staged KEK, which is not open on this node")
+	// ErrNotAcknowledged: the keyring is under the KEK that the node has staged, and for
+	// which the node has no slots of its own.
+	ErrNotAcknowledged = errors.New("this node has not acknowledged that KEK yet")
 )
 
 const (
@@ -88,7 +91,7 @@ func followedKEK(k *Keyring, remote *Untrusted) (*shared, error) {
 		return nil, seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d has the current key ID %s, which this node (revision %d, key ID %s) has never acknowledged",
 			remote.Revision(), id, k.Revision(), k.CurrentID())
 	case !k.Acknowledged():
-		return nil, seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d makes key ID %s current, which this node has not acknowledged yet", remote.Revision(), id)
+		return nil, seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d makes key ID %s current: %w", remote.Revision(), id, ErrNotAcknowledged)
 	case k.staged == nil:
 		return nil, ErrStagedClosed
 	}

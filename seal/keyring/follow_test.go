@@ -146,7 +146,7 @@ func TestFollowsRefuses(t *testing.T) {
 		"format 1":                     {b, must[*Untrusted](t)(Parse(newKeyring(t, 1).Marshal())), nil, seal.CauseAnchor, "format 2 and 1"},
 		"a format 1 of its own":        {newKeyring(t, 1), published(t, raised), nil, seal.CauseAnchor, "format 1 and 2"},
 		"a KEK never staged":           {b, published(t, active), nil, seal.CauseAnchor, "never acknowledged"},
-		"a KEK not acknowledged":       {bOpened, published(t, active), nil, seal.CauseAnchor, "not acknowledged yet"},
+		"a KEK not acknowledged":       {bOpened, published(t, active), nil, seal.CauseAnchor, "not acknowledged that KEK yet"},
 		"an intruder's KEK":            {b, published(t, forged(a, 200)), nil, seal.CauseAnchor, "never acknowledged"},
 		"an intruder's, while staged":  {bAcknowledged, published(t, forged(a, 200)), nil, seal.CauseAnchor, "never acknowledged"},
 		"another MAC":                  {b, damaged, nil, seal.CauseKeyringCorrupt, "MAC"},

@@ -49,6 +49,7 @@ type body2 struct {
 type slotted2 struct {
 	KeyID   seal.KeyID  `json:"keyID"`
 	Created stamp       `json:"created"`
+	By      string      `json:"by,omitempty"` // of a staged KEK: the node that drives the rotation
 	Slots   []seal.Slot `json:"slots,omitempty"`
 }
 
@@ -164,6 +165,9 @@ func (b *body2) checkRetired() error {
 func (s *slotted2) check(nodes map[string]bool) error {
 	if !validKeyID(s.KeyID) {
 		return fmt.Errorf("malformed key ID")
+	}
+	if s.By != "" && !nodes[s.By] {
+		return fmt.Errorf("by %.64q: no staged KEK, or no such node", s.By)
 	}
 	count := map[string]int{}
 	for i, slot := range s.Slots {

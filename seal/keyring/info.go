@@ -24,7 +24,9 @@ type Info struct {
 type KEKInfo struct {
 	KeyID   seal.KeyID `json:"keyID"`
 	Created time.Time  `json:"created"`
-	Slots   []SlotInfo `json:"slots"`
+	// By is the node that drives the rotation to a staged KEK.
+	By    string     `json:"by,omitempty"`
+	Slots []SlotInfo `json:"slots"`
 }
 
 // SlotInfo describes a slot.
@@ -58,7 +60,7 @@ func (b *document) info(own *section2) Info {
 }
 
 func (s *slotted) info(own *section2) KEKInfo {
-	i := KEKInfo{KeyID: s.KeyID, Created: s.Created.Time, Slots: []SlotInfo{}}
+	i := KEKInfo{KeyID: s.KeyID, Created: s.Created.Time, By: s.By, Slots: []SlotInfo{}}
 	for _, slot := range viewOf(s, own) {
 		i.Slots = append(i.Slots, SlotInfo{Type: slot.Type, Node: slot.Node})
 	}

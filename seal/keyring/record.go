@@ -68,6 +68,7 @@ type RecordedState struct {
 	Signer   *RecordedKey      `json:"signer,omitempty"`   // signs the other PCRs
 	Verifier *RecordedKey      `json:"verifier,omitempty"` // must agree each time
 	AtMost   uint64            `json:"atMost"`             // the last epoch
+	Second   string            `json:"second,omitempty"`   // the other wrapper that must open, too
 }
 
 // RecordedKey is a public key that an authorization policy names.
@@ -219,6 +220,9 @@ func (s *RecordedState) check() error {
 	}
 	if s.Use != "" && !slotType.MatchString(s.Use) {
 		return errors.New("malformed use")
+	}
+	if s.Second != "" && !slotType.MatchString(s.Second) {
+		return errors.New("malformed second wrapper")
 	}
 	for what, k := range map[string]*RecordedKey{"signer": s.Signer, "verifier": s.Verifier} {
 		if k != nil && (len(k.Key) == 0 || len(k.Key) > MaxKeyArea || len(k.Ref) > MaxRef) {

@@ -207,6 +207,9 @@ func changeNodes(k *Keyring, what string, add func([]Node) []Node, without strin
 	if doc.Staged != nil {
 		staged := *doc.Staged
 		staged.Slots = slices.DeleteFunc(slices.Clone(staged.Slots), func(s seal.Slot) bool { return s.Node == without })
+		if doc.node(staged.By) == nil {
+			staged.By = driver(k) // of a node that was removed
+		}
 		doc.Staged = &staged
 	}
 	return &doc, nil

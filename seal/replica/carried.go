@@ -22,6 +22,10 @@ func (r *Replica) Import(ctx context.Context, remote *keyring.Untrusted) (follow
 			followed = true
 		case errors.Is(err, keyring.ErrInStep):
 			return followed, r.acknowledge(ctx)
+		case errors.Is(err, keyring.ErrNotAcknowledged):
+			if err := r.acknowledge(ctx); err != nil {
+				return followed, err
+			}
 		case !errors.Is(err, keyring.ErrStagedClosed):
 			return followed, err
 		default:

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"reflect"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -37,7 +39,7 @@ type Config struct {
 	// state in which the node starts. Each slot was opened once.
 	Wrap func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error)
 	// BootStates returns these boot states, so that other nodes can wrap a KEK for
-	// them.
+	// them. It is called when the own slots have changed.
 	BootStates func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error)
 	Version    string
 	Log        *slog.Logger
@@ -53,9 +55,12 @@ type Replica struct {
 
 	mu         sync.Mutex // held during a round
 	everInStep bool
+	statesOf   []seal.Slot // the own slots that states belong to
+	states     []keyring.RecordedState
 
 	stateMu sync.Mutex
 	state   State
+	round   chan struct{} // closed at the end of a round
 }
 
 // State is a node's knowledge of the cluster store.
@@ -68,11 +73,52 @@ type State struct {
 	InStep bool
 	// Problem is the reason why the last round failed.
 	Problem error
+	// Reports are the nodes' records as they were last read, at ReportsRead.
+	Reports     []Report
+	ReportsRead time.Time
+}
+
+// bootStates asks the TPM only when the own slots have changed: a record is made in every
+// round.
+func (r *Replica) bootStates(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error) {
+	own := k.OwnSlots()
+	if r.cfg.BootStates == nil || r.states != nil && reflect.DeepEqual(own, r.statesOf) {
+		return r.states, nil
+	}
+	states, err := r.cfg.BootStates(ctx, k)
+	if err == nil {
+		r.statesOf, r.states = own, states
+	}
+	return states, err
+}
+
+// Report is a node of the keyring, with its record in the store.
+type Report struct {
+	Node string
+	// Record is nil if there is none that verifies.
+	Record *keyring.VerifiedRecord
+	// Counts says that the record was written after the keyring in the store. Only such a
+	// record counts in a decision.
+	Counts bool
 }
 
 // New returns a Replica that does nothing yet.
 func New(cfg Config) *Replica {
-	return &Replica{cfg: cfg, started: time.Now().UTC().Truncate(time.Second), kick: make(chan struct{}, 1), looked: make(chan struct{})}
+	return &Replica{cfg: cfg, started: time.Now().UTC().Truncate(time.Second), kick: make(chan struct{}, 1), looked: make(chan struct{}), round: make(chan struct{})}
+}
+
+// Round returns a channel that is closed when the next round ends.
+func (r *Replica) Round() <-chan struct{} {
+	r.stateMu.Lock()
+	defer r.stateMu.Unlock()
+	return r.round
+}
+
+func (r *Replica) endRound() {
+	r.stateMu.Lock()
+	defer r.stateMu.Unlock()
+	close(r.round)
+	r.round = make(chan struct{})
 }
 
 // State returns the state after the last round.
@@ -137,10 +183,15 @@ func (r *Replica) Sync(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	k, err := r.cfg.Unlocker.Keyring()
+	if err != nil { // the end of an attempt kicks, before its result can be seen
+		unlock.AwaitAttempt(r.cfg.Unlocker)
+		k, err = r.cfg.Unlocker.Keyring()
+	}
 	if err != nil || k.Shared() == nil {
 		return nil
 	}
-	err = r.round(ctx)
+	defer r.endRound()
+	err = r.getInStep(ctx)
 	r.update(func(s *State) {
 		s.Problem = err
 		if err != nil {
@@ -151,13 +202,20 @@ func (r *Replica) Sync(ctx context.Context) error {
 		unlock.Lock(r.cfg.Unlocker, err)
 		return err
 	}
-	return errors.Join(err, r.record(ctx, err))
+	if seal.CauseOf(err) == seal.CauseUnavailable { // nor can a record be written
+		return err
+	}
+	err = errors.Join(err, r.record(ctx, err))
+	if time.Since(r.State().ReportsRead) >= interval { // for display
+		_, _ = r.Reports(ctx)
+	}
+	return err
 }
 
 // rounds bounds how often a round restarts because another node was faster.
 const rounds = 8
 
-func (r *Replica) round(ctx context.Context) error {
+func (r *Replica) getInStep(ctx context.Context) error {
 	for range rounds {
 		again, err := r.step(ctx)
 		if err != nil {
@@ -199,6 +257,8 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 		return false, nil
 	case errors.Is(err, keyring.ErrStagedClosed):
 		return true, r.cfg.Unlocker.OpenStaged(ctx)
+	case errors.Is(err, keyring.ErrNotAcknowledged): // this node's slots were replaced after it had acknowledged the KEK
+		return true, r.acknowledge(ctx)
 	default: // the keyring may be an older one, under a KEK that this node has retired
 		return true, r.publish(ctx, raw, remote, err)
 	}
@@ -322,36 +382,61 @@ func (r *Replica) sign(ctx context.Context, k *keyring.Keyring, name string, pro
 	if problem = cmp.Or(problem, r.cfg.Unlocker.State().Problem); problem != nil {
 		rec.Problem = seal.OneLine(problem.Error(), keyring.MaxText)
 	}
-	if r.cfg.BootStates != nil {
-		if rec.BootStates, err = r.cfg.BootStates(ctx, k); err != nil {
-			return nil, fmt.Errorf("record: %w", err)
-		}
+	if rec.BootStates, err = r.bootStates(ctx, k); err != nil {
+		return nil, fmt.Errorf("record: %w", err)
 	}
 	return k.SignRecord(rec)
 }
 
 // Records returns the records of the nodes of k that verify and count: those written
 // after the keyring in the store.
-func (r *Replica) Records(ctx context.Context, k *keyring.Keyring) ([]*keyring.VerifiedRecord, error) {
+func (r *Replica) Records(ctx context.Context, k *keyring.Keyring) (counting []*keyring.VerifiedRecord, err error) {
+	reports, err := r.reports(ctx, k)
+	for _, n := range reports {
+		if n.Counts {
+			counting = append(counting, n.Record)
+		}
+	}
+	return counting, err
+}
+
+// Reports reads the records of the nodes of the open keyring, for display.
+func (r *Replica) Reports(ctx context.Context) ([]Report, error) {
+	k, err := r.cfg.Unlocker.Keyring()
+	if err != nil {
+		return nil, err
+	}
+	return r.reports(ctx, k)
+}
+
+func (r *Replica) reports(ctx context.Context, k *keyring.Keyring) ([]Report, error) {
 	var names []string
 	for _, n := range k.Nodes() {
 		names = append(names, n.Name)
 	}
-	all, err := r.cfg.Store.Records(ctx, names...)
+	stored, err := r.cfg.Store.Records(ctx, names...)
 	if err != nil {
 		return nil, fmt.Errorf("records: %w", err)
 	}
-	var verified []*keyring.VerifiedRecord
-	for _, there := range all {
-		u, err := keyring.ParseRecord(there.Bytes)
-		if err != nil || u.Node() != there.Node || !there.AfterKeyring {
-			continue
-		}
-		if v, err := u.Verify(k); err == nil {
-			verified = append(verified, v)
+	all := make([]Report, len(names))
+	for i, name := range names {
+		all[i].Node = name
+		if at := slices.IndexFunc(stored, func(s store.NodeRecord) bool { return s.Node == name }); at >= 0 {
+			all[i].read(k, stored[at])
 		}
 	}
-	return verified, nil
+	r.update(func(s *State) { s.Reports, s.ReportsRead = all, time.Now() })
+	return all, nil
+}
+
+func (n *Report) read(k *keyring.Keyring, there store.NodeRecord) {
+	u, err := keyring.ParseRecord(there.Bytes)
+	if err != nil || u.Node() != there.Node {
+		return
+	}
+	if v, err := u.Verify(k); err == nil {
+		n.Record, n.Counts = v, there.AfterKeyring
+	}
 }
 
 // Commit puts a revision of the shared keyring into the store in place of old. The
@@ -364,12 +449,11 @@ func (r *Replica) Commit(ctx context.Context, old, next *keyring.Keyring) error 
 	if old.Info().Commit == keyring.CommitCluster {
 		from = old.Shared()
 	}
+	defer r.Kick() // the other nodes wait for this one's record, too
 	switch err := r.cfg.Store.Swap(ctx, from, next.Shared()); {
 	case errors.Is(err, store.ErrConflict):
-		r.Kick()
 		return seal.Errorf(seal.CauseStore, "run the command again once this node has followed", "another node has changed the shared keyring meanwhile; nothing was changed: %w", err)
 	case err != nil:
-		r.Kick()
 		return seal.Errorf(seal.CauseUnavailable, "run kleidi status in a moment, then try again if the change is not there", "the cluster store did not answer whether the change was made: %w", err)
 	}
 	return nil

@@ -444,6 +444,13 @@ func (u *Unlocker) retryAt(t time.Time) {
 	u.state.Store(&s)
 }
 
+// AwaitAttempt waits for the end of the attempt or change that is going on, if there is
+// one.
+func AwaitAttempt(u *Unlocker) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+}
+
 // Lock closes u's open keyring because of why, which State shows from then on. A later
 // attempt may open it again.
 func Lock(u *Unlocker, why error) {

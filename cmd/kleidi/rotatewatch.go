@@ -1,0 +1,119 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// watchOptions say how long to watch a rotation of several nodes.
+type watchOptions struct {
+	wait    bool
+	timeout time.Duration
+}
+
+// exitWaiting is the exit code of a rotation that waits for nodes.
+const exitWaiting = 3
+
+// watchEvery is how often the running serve, which has the progress in memory, is asked.
+const watchEvery = 250 * time.Millisecond
+
+// watchRotation shows the progress of a rotation of several nodes, and its result.
+func watchRotation(cmd *cobra.Command, a *app, o watchOptions, req admin.RotateRequest, s admin.KeyringState) error {
+	ctx := cmd.Context()
+	if o.timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, o.timeout)
+		defer cancel()
+	}
+	replaced := s.CurrentKeyID
+	if s.Former != "" {
+		replaced = s.Former
+	}
+	fresh, said := s.Rotation.StagedKeyID, ""
+	for o.wait && s.Rotation.Phase != admin.RotationDone && ctx.Err() == nil {
+		if text := describeProgress(s.Rotation); text != said {
+			fmt.Fprintln(cmd.ErrOrStderr(), text)
+			said = text
+		}
+		select {
+		case <-ctx.Done():
+			continue
+		case <-time.After(watchEvery):
+		}
+		var next admin.KeyringState
+		var err error
+		if fresh == "" && s.CurrentKeyID == replaced && !req.Continue && !req.Abort { // nothing is staged yet
+			req.Replace = replaced
+			next, err = operate(ctx, a, operation.Rotate, req)
+		} else {
+			next, err = operate(ctx, a, operation.WatchRotation, admin.WatchRotationRequest{})
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				break
+			}
+			return err
+		}
+		s = next
+		if fresh == "" {
+			fresh = s.Rotation.StagedKeyID
+		}
+	}
+	if s.CurrentKeyID != replaced {
+		s.Former = replaced
+	}
+	if err := a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printRotation(w, s) }); err != nil {
+		return err
+	}
+	switch {
+	case s.Rotation.Phase != admin.RotationDone:
+		return &exitError{code: exitWaiting}
+	case fresh != "" && s.CurrentKeyID != fresh && !req.Abort:
+		return &seal.Error{Err: errors.New("the rotation was aborted, or replaced by another one"), Hint: "see kleidi keyring show"}
+	}
+	return nil
+}
+
+func describeProgress(r *admin.Rotation) string {
+	text := "waiting for each node to acknowledge the fresh KEK:"
+	switch {
+	case r.Phase == admin.RotationSettling:
+		text = "waiting for each node to announce the current KEK:"
+	case len(r.Waiting) == 0:
+		text = "every node has acknowledged the fresh KEK, which becomes current"
+	}
+	for _, n := range r.Waiting {
+		text += "\n  " + describeWaiting(n)
+	}
+	return text
+}
+
+func describeWaiting(n admin.WaitingNode) string {
+	text := "node " + n.Node + ": " + n.Why
+	if n.Problem != "" {
+		text += "; it says: " + n.Problem
+	}
+	return text
+}
+
+func printRotation(w io.Writer, s admin.KeyringState) {
+	printState(w, s)
+	r := s.Rotation
+	if r.StagedKeyID != "" {
+		fmt.Fprintf(w, "staged key ID   %s\nstaged by       node %s, %s\n", r.StagedKeyID, r.By, r.Since.Local().Format(time.DateTime))
+	}
+	if r.Phase == admin.RotationDone {
+		return
+	}
+	fmt.Fprintln(w, describeProgress(r))
+	fmt.Fprintln(w, "kleidi serve goes on with it; watch it with kleidi rotate --continue --wait")
+}

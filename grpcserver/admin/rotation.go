@@ -1,0 +1,48 @@
+package admin
+
+import (
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// WatchRotation reports how far a rotation of several nodes is.
+const WatchRotation Verb[WatchRotationRequest, KeyringState] = "watch-rotation"
+
+// WatchRotationRequest asks for a [KeyringState] with its Rotation.
+type WatchRotationRequest struct{}
+
+// RotationPhase is how far a rotation is.
+type RotationPhase string
+
+// The phases.
+const (
+	// RotationStaged: nodes have yet to acknowledge the staged KEK.
+	RotationStaged RotationPhase = "staged"
+	// RotationSettling: nothing is staged, and nodes have yet to trust and announce the
+	// current KEK.
+	RotationSettling RotationPhase = "settling"
+	// RotationDone: nothing is staged, and every node announces the current KEK.
+	RotationDone RotationPhase = "done"
+)
+
+// Rotation is the rotation of several nodes.
+type Rotation struct {
+	Phase RotationPhase `json:"phase"`
+	// StagedKeyID is the key ID of the staged KEK. By is the node that drives the rotation, and
+	// Since the time of the staging.
+	StagedKeyID seal.KeyID    `json:"stagedKeyID,omitempty"`
+	By          string        `json:"by,omitempty"`
+	Since       time.Time     `json:"since,omitzero"`
+	Waiting     []WaitingNode `json:"waiting,omitempty"`
+}
+
+// WaitingNode is a node that a rotation waits for.
+type WaitingNode struct {
+	Node string `json:"node"`
+	Why  string `json:"why"`
+	// Revision, Version and Problem are those of the node's last record.
+	Revision uint64 `json:"revision,omitempty"`
+	Version  string `json:"version,omitempty"`
+	Problem  string `json:"problem,omitempty"`
+}
