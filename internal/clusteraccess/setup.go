@@ -139,7 +139,7 @@ func (a *Access) good(ctx context.Context) error {
 }
 
 func (a *Access) ping(ctx context.Context) error {
-	c, err := a.newClient()
+	c, err := a.Client()
 	if err != nil {
 		return err
 	}

@@ -150,6 +150,10 @@ func (r *Replica) Run(ctx context.Context) {
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = time.Second, interval
 	said := ""
+	select { // a round before the first attempt to unlock would do nothing
+	case <-r.cfg.Unlocker.Tried():
+	case <-ctx.Done():
+	}
 	for ctx.Err() == nil {
 		next := interval
 		_, locked := r.cfg.Unlocker.Keyring()
