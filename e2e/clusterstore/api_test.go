@@ -25,6 +25,7 @@ type api struct {
 	binaries   map[string]string
 	etcd       *node.Process
 	etcdArgs   []string
+	etcdURL    string
 	server     *node.Process
 	serverArgs []string
 	kubeconfig string // of an administrator
@@ -32,8 +33,9 @@ type api struct {
 	ca         cluster.ClientCA
 }
 
-// startAPI starts both, and applies the definitions of kleidi's resources.
-func startAPI(t *testing.T) *api {
+// startAPI starts both, and applies the definitions of kleidi's resources. The arguments are
+// added to kube-apiserver's.
+func startAPI(t *testing.T, args ...string) *api {
 	t.Helper()
 	binaries, err := cluster.Built("etcd", "kube-apiserver-1.37", "kube-controller-manager-1.37")
 	if err != nil {
@@ -41,6 +43,7 @@ func startAPI(t *testing.T) *api {
 	}
 	a := &api{t: t, dir: t.TempDir(), binaries: binaries}
 	client, peer, port := "http://127.0.0.1:"+node.FreePort(t), "http://127.0.0.1:"+node.FreePort(t), node.FreePort(t)
+	a.etcdURL = client
 	a.etcdArgs = []string{
 		"--data-dir", a.path("etcd"), "--unsafe-no-fsync", "--log-level", "warn",
 		"--listen-client-urls", client, "--advertise-client-urls", client,
@@ -63,6 +66,7 @@ func startAPI(t *testing.T) *api {
 		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts,
 		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none", "--client-ca-file", a.ca.Certificate,
 	}
+	a.serverArgs = append(a.serverArgs, args...)
 	a.server = node.Start(t, a.path("kube-apiserver.log"), a.binaries["kube-apiserver-1.37"], a.serverArgs...)
 	a.kubeconfig = a.write(t, "admin.conf", cluster.AdminKubeconfig(a.url, a.path("certificates/apiserver.crt"), token))
 	a.waitServing(t)
@@ -121,6 +125,19 @@ func (a *api) client(t *testing.T, wrap func(http.RoundTripper) http.RoundTrippe
 		t.Fatal(err)
 	}
 	return &kube.Store{Client: c}
+}
+
+// stored returns what etcd holds below a prefix.
+func (a *api) stored(t *testing.T, prefix string) map[string][]byte {
+	t.Helper()
+	all, err := (&cluster.Etcd{URL: a.etcdURL}).Get(prefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) == 0 {
+		t.Fatalf("etcd holds nothing below %s", prefix)
+	}
+	return all
 }
 
 // snapshot keeps etcd's data. kube-apiserver runs on when they are put back.

@@ -67,6 +67,9 @@ func (a *Access) SetUp(ctx context.Context, s Setup) (*Result, error) {
 	if err := admin.Apply(ctx, a.Manifests()); err != nil {
 		return nil, a.hintAdmin(err)
 	}
+	if err := a.checkStoredInClear(ctx, admin); err != nil {
+		return nil, err
+	}
 	dir := filepath.Dir(a.Kubeconfig)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err

@@ -37,41 +37,57 @@ type KMS struct {
 	Timeout    string `json:"timeout"`
 }
 
+// ownGroup is the API group of kleidi's own resources, the cluster store.
+const ownGroup = "kleidi.beezy.dev"
+
 // New has a plugin on a socket encrypt resources; what is stored in clear is still read.
+// A wildcard for all groups leaves out kleidi's own resources: the API must be able to
+// read the cluster store before kleidi can decrypt.
 func New(name, socket string, resources []string) EncryptionConfiguration {
 	kms := &KMS{APIVersion: "v2", Name: name, Endpoint: "unix://" + socket, Timeout: "3s"}
-	return EncryptionConfiguration{
-		APIVersion: "apiserver.config.k8s.io/v1", Kind: "EncryptionConfiguration",
-		Resources: []Resources{{resources, []Provider{{KMS: kms}, {Identity: &struct{}{}}}}},
+	e := EncryptionConfiguration{APIVersion: "apiserver.config.k8s.io/v1", Kind: "EncryptionConfiguration"}
+	if slices.Contains(resources, everything) {
+		e.Resources = append(e.Resources, Resources{[]string{"*." + ownGroup}, []Provider{{Identity: &struct{}{}}}})
 	}
+	e.Resources = append(e.Resources, Resources{resources, []Provider{{KMS: kms}, {Identity: &struct{}{}}}})
+	return e
 }
+
+// everything is the wildcard for all resources of all groups.
+const everything = "*.*"
 
 // YAML returns the configuration as a file for people, with its remarks.
 func (e EncryptionConfiguration) YAML() string {
-	var list strings.Builder
-	for _, r := range e.Resources[0].Resources {
-		if strings.HasPrefix(r, "*") {
-			r = "'" + r + "'" // else YAML's alias
+	var b strings.Builder
+	fmt.Fprintf(&b, "apiVersion: %s\nkind: %s\nresources:\n", e.APIVersion, e.Kind)
+	for _, r := range e.Resources {
+		kms := r.Providers[0].KMS
+		if kms == nil {
+			b.WriteString("  # the cluster store, which kleidi must be able to read before it can decrypt;\n  # kube-apiserver takes the first entry that fits, so keep this one first\n")
 		}
-		fmt.Fprintf(&list, "      - %s\n", r)
+		b.WriteString("  - resources:\n")
+		for _, name := range r.Resources {
+			if strings.HasPrefix(name, "*") {
+				name = "'" + name + "'" // else YAML's alias
+			}
+			fmt.Fprintf(&b, "      - %s\n", name)
+		}
+		b.WriteString("    providers:\n")
+		if kms != nil {
+			fmt.Fprintf(&b, provider, kms.Name, kms.Endpoint, kms.Timeout)
+		}
+		b.WriteString("      - identity: {}\n")
 	}
-	kms := e.Resources[0].Providers[0].KMS
-	return fmt.Sprintf(document, list.String(), kms.Name, kms.Endpoint, kms.Timeout)
+	return b.String()
 }
 
-const document = `apiVersion: apiserver.config.k8s.io/v1
-kind: EncryptionConfiguration
-resources:
-  - resources:
-%s    providers:
-      - kms:
+const provider = `      - kms:
           apiVersion: v2
           name: %s
           endpoint: %s
           timeout: %s
       # reads what was stored before encryption was switched on; remove it once
       # all stored objects are rewritten
-      - identity: {}
 `
 
 // resourceName is what kube-apiserver takes: a resource, with its API group behind a dot
@@ -95,6 +111,8 @@ func CheckResources(resources []string) error {
 			return fmt.Errorf("--resources: %s is stored in the core group; write events", r)
 		case group == "extensions":
 			return fmt.Errorf("--resources: %s is of a group that Kubernetes has no longer; name its present group", r)
+		case group == ownGroup:
+			return fmt.Errorf("--resources: %s is of the cluster store, which kleidi must be able to read before it can decrypt; leave it out", r)
 		case slices.Contains(unserved, r):
 			return fmt.Errorf("--resources: kube-apiserver can't encrypt %s; leave it out", r)
 		}

@@ -10,7 +10,13 @@ import (
 
 // TestYAML: the file for people says what the object says.
 func TestYAML(t *testing.T) {
-	e := New("kleidi", "/run/kleidi/kms.sock", []string{"secrets", "*.apps", "*.*"})
+	for _, resources := range [][]string{{"secrets", "*.apps"}, {"*.*"}} {
+		testYAML(t, New("kleidi", "/run/kleidi/kms.sock", resources))
+	}
+}
+
+func testYAML(t *testing.T, e EncryptionConfiguration) {
+	t.Helper()
 	var file, object any
 	if err := yaml.Unmarshal([]byte(e.YAML()), &file); err != nil {
 		t.Fatal(err)
@@ -27,6 +33,17 @@ func TestYAML(t *testing.T) {
 	}
 }
 
+// TestOwnResources: an entry before the wildcard leaves the cluster store unencrypted.
+func TestOwnResources(t *testing.T) {
+	e := New("kleidi", "/run/kleidi/kms.sock", []string{"*.*"})
+	if len(e.Resources) != 2 || e.Resources[0].Resources[0] != "*.kleidi.beezy.dev" || len(e.Resources[0].Providers) != 1 || e.Resources[0].Providers[0].Identity == nil {
+		t.Errorf("%+v", e)
+	}
+	if e := New("kleidi", "/run/kleidi/kms.sock", []string{"secrets", "*.apps"}); len(e.Resources) != 1 {
+		t.Errorf("without a wildcard for all groups: %+v", e)
+	}
+}
+
 // TestCheckResources holds to kube-apiserver's own validation of an EncryptionConfiguration.
 func TestCheckResources(t *testing.T) {
 	for _, good := range [][]string{{"secrets"}, {"secrets", "configmaps"}, {"deployments.apps"}, {"*.apps"}, {"*."}, {"*.*"}, {"widgets.example.com"}, {"deployments.apps", "*."}, {"*.apps", "secrets"}, {"events"}} {
@@ -36,7 +53,7 @@ func TestCheckResources(t *testing.T) {
 	}
 	for _, bad := range [][]string{nil, {""}, {"secrets", ""}, {"Secrets"}, {"*"}, {"secrets secrets"}, {"secrets", "secrets"}, {"-a"}, {"a."}, {"a: b"}, {"*.*.*"},
 		{"secrets.*"}, {"events.events.k8s.io"}, {"ingresses.extensions"}, {"*.extensions"}, {"apiserveripinfo"},
-		{"secrets", "*."}, {"*.", "secrets"}, {"*.*", "secrets"}, {"deployments.apps", "*.apps"}, {"*.*", "*."}} {
+		{"secrets", "*."}, {"*.", "secrets"}, {"*.*", "secrets"}, {"*.kleidi.beezy.dev"}, {"keyrings.kleidi.beezy.dev"}, {"deployments.apps", "*.apps"}, {"*.*", "*."}} {
 		if err := CheckResources(bad); err == nil {
 			t.Errorf("%q is taken", bad)
 		}

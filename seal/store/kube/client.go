@@ -1,7 +1,9 @@
 package kube
 
 import (
+	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -176,6 +178,26 @@ func (c *Client) do(ctx context.Context, method, path, contentType, accept strin
 		return nil
 	}
 	return json.Unmarshal(answer, out)
+}
+
+// Lines calls line for each line of an answer in text, which may be long.
+func (c *Client) Lines(ctx context.Context, path string, line func(string)) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	res, err := c.send(ctx, http.MethodGet, path, "", "text/plain", nil)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if res.StatusCode/100 != 2 {
+		b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+		return cmp.Or(err, refusal(res.StatusCode, b))
+	}
+	s := bufio.NewScanner(res.Body)
+	for s.Scan() {
+		line(s.Text())
+	}
+	return s.Err()
 }
 
 func refusal(code int, answer []byte) error {
