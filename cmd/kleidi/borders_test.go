@@ -87,16 +87,17 @@ var borders = map[string][]string{
 	"internal/members":          {"grpcserver/admin", "grpcserver/join", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/attest/joinproof", "tpm/attest/remote", "tpm/bootpolicy", "tpm/nv"},
 	"internal/leaving":          {"internal/config", "internal/node", "internal/slotview", "seal", "seal/keyring", "seal/store", "tpm"},
 	"internal/carry":            {"grpcserver/admin", "internal/node", "seal", "seal/keyring"},
-	"internal/operation":        {"grpcserver/admin", "internal/carry", "internal/lifecycle", "internal/node", "internal/reseal", "internal/rollout", "internal/slots", "internal/status"},
+	"internal/operation":        {"grpcserver/admin", "internal/carry", "internal/lifecycle", "internal/node", "internal/prune", "internal/reseal", "internal/rollout", "internal/slots", "internal/status"},
 	"internal/serve":            {"grpcserver", "grpcserver/admin", "grpcserver/monitor", "internal/config", "internal/members", "internal/node", "internal/operation", "internal/reseal", "internal/rollout", "internal/slots", "internal/slotview", "internal/status", "internal/supervise", "internal/version", "seal", "seal/replica", "seal/store", "seal/unlock", "tpm"},
 	"internal/verifierd":        {"grpcserver/monitor", "grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/supervise", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
 	"internal/dev":              {"internal/config", "internal/lifecycle", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
 	"internal/encryptionconfig": {},
 	"internal/etcdfile":         {},
+	"internal/prune":            {"grpcserver/admin", "internal/files", "internal/node", "seal", "seal/keyring", "seal/unlock"},
 	"internal/migrate":          {"seal", "seal/store/kube"},
 	"internal/usage":            {"internal/etcdfile", "seal"},
 	"internal/usage/usagetest":  {},
-	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/carry", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/leaving", "internal/lifecycle", "internal/members", "internal/migrate", "internal/node", "internal/operation", "internal/ownership", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "seal/store/kube", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
+	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/carry", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/leaving", "internal/lifecycle", "internal/members", "internal/migrate", "internal/node", "internal/operation", "internal/ownership", "internal/prune", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "seal/store/kube", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
 }
 
 // doors names the folders through which a library enters.

@@ -65,6 +65,7 @@ var resultsOf = map[string][]any{
 	"node identity":       {members.Identity{}},
 	"node list":           {admin.NodeList{}},
 	"pkcs11-pin":          {slots.SealedPIN{}},
+	"prune":               {admin.KeyringState{}},
 	"recover":             {admin.KeyringState{}},
 	"reseal":              {admin.KeyringState{}, reseal.NextResult{}},
 	"reset":               {leaving.ResetResult{}},

@@ -71,7 +71,7 @@ after it has attested the boot.`,
 	root.AddCommand(
 		newInit(a), newServe(a), newStatus(a), newRotate(a), newReseal(a), newSuspend(a), newBootState(a), newSlot(a), newVaultKey(a), newPKCS11PIN(a), newRecover(a), newReset(a), newNode(a), newJoin(a),
 		newCluster(a), newKeyring(a), newBootPolicy(a), newVerifier(a), newEncryptionConfig(a), newDev(a), newVersion(a),
-		newUsage(a), newMigrate(a),
+		newUsage(a), newMigrate(a), newPrune(a),
 	)
 	return root
 }

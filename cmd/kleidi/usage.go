@@ -28,6 +28,8 @@ type stores struct {
 	snapshots                 []string
 	prefix                    string
 	resources                 []string
+	// live says that an etcd is read even if a snapshot is named.
+	live bool
 }
 
 func (s *stores) addFlags(cmd *cobra.Command) {
@@ -38,7 +40,6 @@ func (s *stores) addFlags(cmd *cobra.Command) {
 	f.StringVar(&s.keyFile, "key", "", "PEM file of the client certificate's key")
 	f.StringArrayVar(&s.snapshots, "snapshot", nil, "read the file of an etcd snapshot; may be repeated")
 	f.StringVar(&s.prefix, "prefix", usage.DefaultPrefix, "kube-apiserver's --etcd-prefix")
-	f.StringSliceVar(&s.resources, "resources", []string{"secrets"}, "resources that should be encrypted, even if all of their objects are in clear")
 	for _, name := range []string{"cacert", "cert", "key", "snapshot"} {
 		_ = cmd.MarkFlagFilename(name)
 	}
@@ -75,7 +76,7 @@ func (s *stores) etcd() (all []*usage.Etcd, err error) {
 		return nil, errors.New("--cert and --key go together")
 	}
 	if len(s.etcds) == 0 && s.caFile == "" && s.certFile == "" {
-		if len(s.snapshots) > 0 {
+		if len(s.snapshots) > 0 && !s.live {
 			return nil, nil
 		}
 		found, err := usage.Find("/")
@@ -146,6 +147,7 @@ another.`,
 		},
 	}
 	from.addFlags(cmd)
+	cmd.Flags().StringSliceVar(&from.resources, "resources", []string{"secrets"}, "resources that should be encrypted, even if all of their objects are in clear")
 	cmd.Flags().StringVar(&keyID, "key-id", "", "the key ID that everything should be under (default the current one)")
 	cmd.Flags().BoolVar(&all, "all", false, "list also the resources that are in clear throughout")
 	return cmd

@@ -247,6 +247,8 @@ func TestObjects(t *testing.T) {
 	m.checks(0, before)
 	m.checks(4, before, "--keyring", m.Path("early.json")) // the objects of since then
 
+	m.refused("prune", "holds", "objects under it; run kleidi migrate", m.prune(first))
+
 	t.Run("dry run", m.dryRun)
 	out, code := m.kleidi("migrate", "--kubeconfig", m.kubeconfig, "--by", "patch", "--resources", resources, "--rate", "2000")
 	if code != 0 {
@@ -264,6 +266,7 @@ func TestObjects(t *testing.T) {
 
 	t.Run("again", m.again)
 	t.Run("slipped in", m.slippedIn)
+	t.Run("prune", m.prunes)
 }
 
 func (m *machine) checks(code int, snapshot string, args ...string) {
@@ -313,6 +316,7 @@ func (m *machine) slippedIn(t *testing.T) {
 	if u.Left != 1 {
 		t.Errorf("%d objects are left, want 1", u.Left)
 	}
+	m.refused("prune", "holds 1 object under it", "run kleidi migrate", m.prune(m.Keyring().Retired[0].KeyID))
 	if err := m.etcd.Put(key, []byte("k8s\x00in clear")); err != nil {
 		t.Fatal(err)
 	}
@@ -335,4 +339,50 @@ func (m *machine) oldValue(snapshot, keyID string) []byte {
 		m.t.Fatal("the snapshot holds no value under ", keyID)
 	}
 	return slices.Concat(b[begin:end+len(id)], []byte("\x1a\x04seed"))
+}
+
+func (m *machine) prune(keyID string, args ...string) []string {
+	return append([]string{"prune", keyID, "--etcd", m.etcd.URL, "--yes"}, args...)
+}
+
+// refused runs a command that must fail with a message.
+func (m *machine) refused(what, text, hint string, args []string) {
+	m.t.Helper()
+	before := m.Keyring()
+	out, err := exec.Command(node.Binary(m.t), append([]string{"--config", m.Path("config.yaml")}, args...)...).CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte(text)) || !bytes.Contains(out, []byte(hint)) {
+		m.t.Errorf("%s: %v, want %q and %q: %s", what, err, text, hint, out)
+	}
+	if after := m.Keyring(); after.Revision != before.Revision {
+		m.t.Errorf("%s: the keyring was changed", what)
+	}
+}
+
+// prunes: a retired KEK goes only with proof. The archive has it, and the keyring has it no
+// longer; everything stored reads as before.
+func (m *machine) prunes(t *testing.T) {
+	k := m.Keyring()
+	id, before := k.Retired[0].KeyID, m.Path("before.db")
+	m.refused("prune the current KEK", "is not that of a retired KEK", "kleidi status lists them", m.prune(k.Current.KeyID))
+	m.refused("with a snapshot that needs it", "under it", "keep the KEK as long as you keep the snapshot", m.prune(id, "--snapshot", before))
+	m.refused("an etcd that is away", "etcd http://127.0.0.1:1", "see whether etcd runs", []string{"prune", id, "--etcd", "http://127.0.0.1:1", "--yes"})
+	m.refused("unconfirmed", "nobody has confirmed it", "--yes", m.prune(id)[:4])
+	m.write(m.Path("taken.json"), []byte("{}"))
+	m.refused("an archive that exists", "is no copy of the present keyring", "--archive", m.prune(id, "--archive", m.Path("taken.json")))
+
+	archive := m.Path("archive.json")
+	out, code := m.kleidi(m.prune(id, "--archive", archive, "--snapshot", m.Path("after.db"))...)
+	if code != 0 || len(m.Keyring().Retired) != 0 {
+		t.Fatalf("exit code %d, retired %v: %s", code, m.Keyring().Retired, out)
+	}
+	m.Run("keyring", "verify")
+	m.checks(4, before)
+	m.checks(0, before, "--keyring", archive)
+	m.checks(0, m.Path("after.db"))
+	if s, err := m.api.Secret("o-0"); err != nil || s["password"] != "o-0" {
+		t.Errorf("a Secret after the prune: %v, %v", s, err)
+	}
+	// the way back
+	m.Run("keyring", "restore", archive)
+	m.checks(0, before)
 }

@@ -46,6 +46,8 @@ const (
 	Save Verb[SaveRequest, KeyringState] = "save"
 	// Verify opens the stored keyring with a slot, and checks it against the anchor.
 	Verify Verb[VerifyRequest, KeyringState] = "verify"
+	// Prune removes a retired KEK.
+	Prune Verb[PruneRequest, KeyringState] = "prune"
 	// Reload reads the keyring again. Only a start reads the configuration.
 	Reload Verb[ReloadRequest, KeyringState] = "reload"
 )
@@ -365,6 +367,13 @@ type SaveRequest struct{}
 
 // VerifyRequest asks to check the stored keyring.
 type VerifyRequest struct{}
+
+// PruneRequest asks to remove a retired KEK under which nothing is stored any more.
+type PruneRequest struct {
+	KeyID seal.KeyID `json:"keyID"`
+	// Archived is the SHA-256 digest of the copy of the keyring that was made and read back.
+	Archived []byte `json:"archived"`
+}
 
 // ReloadRequest asks to read the keyring again.
 type ReloadRequest struct{}

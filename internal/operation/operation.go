@@ -8,6 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/carry"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/prune"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/internal/rollout"
 	"github.com/beezy-dev/kleidi/internal/slots"
@@ -48,6 +49,7 @@ var (
 	Restore       = Operation[admin.RestoreRequest, admin.KeyringState]{Verb: admin.Restore, work: lifecycle.Restore}
 	Save          = Operation[admin.SaveRequest, admin.KeyringState]{Verb: admin.Save, work: lifecycle.Save, alone: lifecycle.NothingToSave}
 	Verify        = Operation[admin.VerifyRequest, admin.KeyringState]{Verb: admin.Verify, work: lifecycle.Verify}
+	Prune         = Operation[admin.PruneRequest, admin.KeyringState]{Verb: admin.Prune, work: prune.Remove, alone: prune.NotRunning, keyring: seen}
 	Reload        = Operation[admin.ReloadRequest, admin.KeyringState]{Verb: admin.Reload, work: lifecycle.Reload}
 
 	ExportKeyring = Operation[admin.ExportKeyringRequest, admin.KeyringExport]{Verb: admin.ExportKeyring, work: carry.Export, keyring: open}
@@ -70,7 +72,7 @@ var table = []interface {
 	handle(*admin.Server, *node.Node)
 }{
 	Status,
-	Rotate, WatchRotation, Recover, Restore, Save, Verify, Reload, ExportKeyring, ImportKeyring,
+	Rotate, WatchRotation, Recover, Restore, Save, Verify, Prune, Reload, ExportKeyring, ImportKeyring,
 	Reseal, Suspend, AddBootStates, RevokeBootStates,
 	AddSlot, RemoveSlot, TestSlots, RewrapSlot, ForgetCopies,
 }

@@ -49,6 +49,22 @@ func (r *Report) empty() bool {
 	return !slices.ContainsFunc(r.Resources, func(r Resource) bool { return r.Name != elsewhere })
 }
 
+// Under counts what a KEK may be needed for: the objects under the key ID, whatever the
+// name of the plugin, and those that are encrypted in an unknown way.
+func (r *Report) Under(id string) (under, unknown int) {
+	for _, resource := range r.Resources {
+		for _, c := range resource.Keys {
+			switch {
+			case c.Provider == KMSv2 && c.ID == id:
+				under += c.Objects
+			case c.Provider == Unknown:
+				unknown += c.Objects
+			}
+		}
+	}
+	return under, unknown
+}
+
 // KeyIDs returns how many objects are under each key ID of KMS v2.
 func (r *Report) KeyIDs() map[string]int {
 	ids := map[string]int{}
