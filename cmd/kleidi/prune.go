@@ -140,7 +140,7 @@ func confirmPrune(cmd *cobra.Command, yes bool) error {
 	}
 	in, ok := cmd.InOrStdin().(*os.File)
 	if !ok || !isTerminal(in) {
-		return errors.New("prune: nobody has confirmed it, and there is no terminal to ask at; give --yes")
+		return &seal.Error{Err: errors.New("prune: nobody has confirmed it, and there is no terminal to ask at; nothing was changed"), Hint: "give --yes"}
 	}
 	fmt.Fprint(cmd.ErrOrStderr(), "are these all etcds of kube-apiserver, and all snapshots that you keep? Type yes to remove the KEK: ")
 	answer, err := readLine(in)
