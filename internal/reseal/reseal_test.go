@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
@@ -141,6 +142,34 @@ func TestNextFiles(t *testing.T) {
 	f.Next.Initrd += ".none"
 	if _, err := f.Change(); err == nil || !strings.Contains(err.Error(), "next initrd.none") {
 		t.Errorf("a missing file: %v", err)
+	}
+}
+
+// TestSuspendedBoots: a suspension is for some boots, and for few.
+func TestSuspendedBoots(t *testing.T) {
+	for _, boots := range []int{-1, 0, maxBoots + 1} {
+		if _, err := Suspend(t.Context(), newNode(t), admin.SuspendRequest{Boots: boots}); err == nil || !strings.Contains(err.Error(), "want 1 to 16") {
+			t.Errorf("%d: %v", boots, err)
+		}
+	}
+}
+
+// TestAnchorHolds: while the anchor is in the TPM, a suspension must demand the PCRs that
+// the anchor is bound to.
+func TestAnchorHolds(t *testing.T) {
+	n := newNode(t)
+	for name, row := range map[string]struct {
+		store string
+		pcr   int // that the slot demands
+		holds bool
+	}{
+		"file": {config.AnchorFile, 4, true}, "TPM": {config.AnchorTPM, 7, true}, "TPM, let go": {config.AnchorTPM, 4, false},
+	} {
+		n.Config.Anchor.Store = row.store
+		err := anchorHolds(n, tpm.BootState{PCR: authpolicy.PCR{Values: map[int][]byte{row.pcr: digest(1)}}})
+		if (err == nil) != row.holds || err != nil && !strings.Contains(err.Error(), "bound to PCR 7") {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -120,3 +120,13 @@ func TestCertificateRequest(t *testing.T) {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
+
+// TestNewKey: only a slot that a token or a server made can be made by a new key.
+func TestNewKey(t *testing.T) {
+	n := newNode(t, func(*config.Config) {})
+	for _, kind := range []string{seal.TypeTPM, seal.TypeRecovery, seal.TypePKCS11, seal.TypeVault} { // no backend, or none configured
+		if _, err := rewrapByNewKey(t.Context(), n, nil, seal.Slot{Type: kind}); err == nil || !strings.Contains(err.Error(), "--new-key is for") {
+			t.Errorf("%s: %v", kind, err)
+		}
+	}
+}

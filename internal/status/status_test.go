@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -63,6 +64,8 @@ func TestOnlyAttestation(t *testing.T) {
 func TestSlotsThatAreNotTried(t *testing.T) {
 	cfg := config.Default()
 	cfg.Node, cfg.State.Dir = "cp-1", filepath.Join(t.TempDir(), "state")
+	cfg.Vault.Address, cfg.Vault.Key = "https://vault.invalid:8200", "kleidi"
+	cfg.Vault.Auth.Method, cfg.Vault.Auth.TokenFile = "token", "/etc/kleidi/token"
 	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -88,6 +91,11 @@ func TestSlotsThatAreNotTried(t *testing.T) {
 			t.Errorf("%s: %+v", name, r)
 		}
 	}
+	server := seal.Slot{Type: seal.TypeVault, Data: []byte("{}")}
+	n.Config.Unlock.RequireAttestation = true
+	if r := reportSlot(t.Context(), n, []seal.Slot{server}, server, "k1-a", seal.ClusterID{1}.String(), admin.TryAll, errors.New("refused")); r.Problem == nil || r.Problem.Message != "refused" {
+		t.Errorf("a server's slot, where the gate must pass for it too: %+v", r)
+	}
 	if r := reportAttestation(n, nil); r != nil {
 		t.Errorf("a gate that was never asked: %+v", r)
 	}
@@ -96,5 +104,24 @@ func TestSlotsThatAreNotTried(t *testing.T) {
 	}
 	if s := Suspension(n, []seal.Slot{{Type: seal.TypeTPM, Node: "cp-1", Data: []byte("{}")}, {Type: seal.TypeVault}}); s != nil {
 		t.Errorf("%+v", s)
+	}
+}
+
+// TestAlone: without serve no keyring is open, since no time. A missing keyring is the
+// problem to show, with the way to make one.
+func TestAlone(t *testing.T) {
+	cfg := config.Default()
+	cfg.Node, cfg.State.Dir = "cp-1", filepath.Join(t.TempDir(), "state")
+	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	r, err := Alone(t.Context(), n, admin.StatusRequest{Try: admin.TryAll})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Problem == nil || !strings.Contains(r.Problem.Hint, "kleidi init") || r.State != admin.Locked || !r.Since.IsZero() {
+		t.Errorf("%+v, %+v", r, r.Problem)
 	}
 }

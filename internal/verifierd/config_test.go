@@ -61,6 +61,7 @@ func TestParse(t *testing.T) {
 		"former key for both":  {"/etc/former.key", "/etc/tls.key", "signingKey"},
 		"unknown setting":      {"# the nodes", "policy: x", "policy"},
 		"log":                  {"# the nodes", "log: {format: xml}", "log.format"},
+		"relative HTTP socket": {"# the nodes", "http: {socket: http.sock}", "http.socket"},
 		"no name":              {"name: cp-1", "name: ''", "nodes[0].name"},
 		"a long name":          {"name: cp-1", "name: " + strings.Repeat("x", maxNodeName+1), "nodes[0].name"},
 		"one name for two":     {"name: cp-2", "name: cp-1", "nodes[1].name"},
