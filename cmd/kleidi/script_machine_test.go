@@ -37,6 +37,7 @@ type hardware struct {
 //	machine proxy                            put a proxy before its TPM
 //	machine banks BANK...                    give its TPM PCRs in these banks alone, and boot
 //	machine slow                             make its TPM as slow as a slow discrete one
+//	machine owner SECRET                     give its TPM an owner authorization value
 //	machine undefine INDEX                   remove an NV index, as any boot can
 //	machine files DIR [LOADER] [FIELD=VALUE...]  write the files of such a boot
 func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
@@ -71,6 +72,8 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 		return h.install(tpmtest.New(h.t, simboot.Baseline(simboot.UKI)))
 	case "banks":
 		return h.allocate(args[1:])
+	case "owner":
+		return h.setOwnerAuth(args[1])
 	case "undefine":
 		return h.undefine(args[1])
 	case "files":
@@ -136,6 +139,16 @@ func (h *host) slowDown() error {
 	}
 	h.t.Cleanup(t.Close)
 	return h.lead("unix:" + path)
+}
+
+func (h *host) setOwnerAuth(secret string) error {
+	return h.machine.TPM().Do(h.t.Context(), func(t transport.TPM) error {
+		_, err := tpm2.HierarchyChangeAuth{
+			AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Name: tpm2.HandleName(tpm2.TPMRHOwner), Auth: tpm2.PasswordAuth(nil)},
+			NewAuth:    tpm2.TPM2BAuth{Buffer: []byte(secret)},
+		}.Execute(t)
+		return err
+	})
 }
 
 func (h *host) undefine(index string) error {

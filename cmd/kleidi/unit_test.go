@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/verifierd"
 )
 
 const (
@@ -16,9 +17,11 @@ const (
 )
 
 // unit returns the settings of the unit's [Service], each with its values in order.
-func unit(t testing.TB) map[string][]string {
+func unit(t testing.TB) map[string][]string { return settingsOf(t, unitFile) }
+
+func settingsOf(t testing.TB, file string) map[string][]string {
 	t.Helper()
-	b, err := os.ReadFile(unitFile)
+	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,5 +113,27 @@ func TestUnitLeavesTheFoldersWritable(t *testing.T) {
 		if !made[dir] {
 			t.Errorf("%s does not make %s", tmpfilesFile, dir)
 		}
+	}
+}
+
+// TestVerifierUnit: the verifier's unit names the files and the folders of the code, and
+// asks for no right.
+func TestVerifierUnit(t *testing.T) {
+	u := settingsOf(t, "../../deploy/kleidi-verifier.service")
+	for name, want := range map[string]string{
+		"ExecStart":             "/usr/local/bin/kleidi --config " + verifierd.DefaultPath + " verifier",
+		"RuntimeDirectory":      filepath.Base(filepath.Dir(verifierd.DefaultSocket)),
+		"ReadWritePaths":        filepath.Dir(verifierd.DefaultPath),
+		"CapabilityBoundingSet": "",
+		"NoNewPrivileges":       "yes",
+		"Type":                  "notify",
+		"LimitCORE":             "0",
+	} {
+		if !slices.Equal(u[name], []string{want}) {
+			t.Errorf("%s=%q, want %q", name, u[name], want)
+		}
+	}
+	if len(u["ExecReload"]) == 0 {
+		t.Error("systemctl reload does nothing")
 	}
 }

@@ -86,6 +86,7 @@ func Init(ctx context.Context, n *node.Node, opts InitOptions) (*InitResult, err
 		return nil, err
 	}
 	n.WarnTPM()
+	n.WarnOwner(ctx)
 	if !opts.GenerateKey {
 		return firstKeyring(ctx, n, opts)
 	}

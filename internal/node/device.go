@@ -1,9 +1,11 @@
 package node
 
 import (
+	"context"
 	"strings"
 
 	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
 // TPMOpenTo says who besides root and kleidi's user may use the TPM: "" is nobody, or it
@@ -19,6 +21,17 @@ func (n *Node) TPMOpenTo() string {
 		return "" // no TPM, which others say better
 	}
 	return who
+}
+
+// WarnOwner says that the TPM's owner authorization is empty. It asks the TPM, since the
+// configuration may name a value that the TPM does not demand.
+func (n *Node) WarnOwner(ctx context.Context) {
+	if !n.Attests() {
+		return
+	}
+	if set, err := keys.OwnerAuthSet(ctx, n.Gate.Device); err == nil && !set {
+		n.Log.Warn("the TPM's owner authorization is empty: whoever may use the TPM can remove its counter and the anchor in it", "device", n.Config.TPM.Device)
+	}
 }
 
 // WarnTPM says at the start, and when a keyring is made, who else may use the TPM.

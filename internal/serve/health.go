@@ -111,12 +111,13 @@ func (h *health) remarks() []string {
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descSuspended, descUnrevoked, descOutside, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
+	for _, d := range []*prometheus.Desc{descOpenTPM, descSuspended, descUnrevoked, descOutside, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
 		c <- d
 	}
 }
 
-// Collect implements prometheus.Collector: it reads only memory.
+// Collect implements prometheus.Collector: it reads memory, and who may open the TPM's
+// device.
 func (h *health) Collect(c chan<- prometheus.Metric) {
 	h.mu.Lock()
 	n := h.node
@@ -127,6 +128,11 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
+	openTPM := 0.0
+	if n.TPMOpenTo() != "" {
+		openTPM = 1
+	}
+	gauge(descOpenTPM, openTPM)
 	timing := n.Unlocker.State().Timing
 	for step, d := range map[string]time.Duration{"load": timing.Load, "gate": timing.Gate, "slots": timing.Slots, "total": timing.Total} {
 		gauge(descStep, d.Seconds(), step)
@@ -201,6 +207,7 @@ var (
 	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
 	descUnrevoked = prometheus.NewDesc("kleidi_unrevoked_copies", "TPMs and epoch counters under which kept copies of former slots still open; kleidi status names them.", nil, nil)
 	descOutside   = prometheus.NewDesc("kleidi_slots_changed_outside", "Boot states, token keys and recovery recipients that were added to the keyring or removed by no command on this node; kleidi status names them.", nil, nil)
+	descOpenTPM   = prometheus.NewDesc("kleidi_tpm_open_to_others", "1 if others than root and kleidi's user may use the TPM, 0 else; kleidi status names them.", nil, nil)
 	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if another wrapper than the first of unlock.order opened the keyring, 0 else.", nil, nil)
 	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open when they were last tested, those that a rotation left out, and wrappers of unlock.order without a slot.", nil, nil)
 	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would; 0 if never.", nil, nil)

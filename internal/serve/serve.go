@@ -96,11 +96,14 @@ func (s *Server) Run(ctx context.Context) {
 // tidyUp tidies whenever an attempt has opened the keyring, and tries again after a
 // failure.
 func (s *Server) tidyUp(ctx context.Context) {
-	for {
+	for first := true; ; first = false {
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.opened:
+		}
+		if first { // and not before: a start waits for no command that it can do without
+			s.Node.WarnOwner(ctx)
 		}
 		wait := backoff.NewExponentialBackOff()
 		wait.MaxInterval = time.Hour // a TPM that can't be told to refuse is not asked all day

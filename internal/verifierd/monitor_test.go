@@ -38,6 +38,20 @@ func TestMetricsAreDocumented(t *testing.T) {
 			t.Errorf("%s does not exist", m[1])
 		}
 	}
+	rules, err := os.ReadFile(filepath.Join("..", "..", "deploy", "prometheus-rules-verifier.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range regexp.MustCompile(`kleidi_verifier_\w+`).FindAllString(string(rules), -1) {
+		if !live[name] {
+			t.Errorf("an alert uses %s, which does not exist", name)
+		}
+	}
+	for _, m := range regexp.MustCompile(`alert: (\w+)`).FindAllStringSubmatch(string(rules), -1) {
+		if !strings.Contains(string(page), "| "+m[1]+" |") {
+			t.Errorf("the document does not say what to do about %s", m[1])
+		}
+	}
 	for name := range live {
 		if !documented[name] {
 			t.Errorf("%s is not in the document", name)
