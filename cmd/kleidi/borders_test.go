@@ -84,8 +84,8 @@ var borders = map[string][]string{
 	"internal/lifecycle":        {"grpcserver/admin", "hsm", "internal/config", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/keyring", "seal/recovery", "seal/rotation", "seal/store", "seal/unlock", "tpm", "tpm/nv"},
 	"internal/rollout":          {"grpcserver/admin", "internal/lifecycle", "internal/node", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/replica", "seal/rotation", "tpm", "tpm/keys", "tpm/nv"},
 	"internal/slots":            {"grpcserver/admin", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/rotation", "tpm", "tpm/credential"},
-	"internal/members":          {"grpcserver/admin", "grpcserver/join", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/attest/joinproof", "tpm/attest/remote", "tpm/bootpolicy", "tpm/nv"},
-	"internal/leaving":          {"internal/config", "internal/node", "internal/slotview", "seal", "seal/keyring", "seal/store", "tpm"},
+	"internal/members":          {"grpcserver/admin", "grpcserver/join", "internal/files", "internal/leaving", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/store", "tpm", "tpm/attest", "tpm/attest/exchange", "tpm/attest/joinproof", "tpm/attest/remote", "tpm/bootpolicy", "tpm/nv"},
+	"internal/leaving":          {"grpcserver/admin", "internal/config", "internal/node", "internal/rollout", "internal/slotview", "seal", "seal/keyring", "seal/rotation", "seal/store", "tpm"},
 	"internal/carry":            {"grpcserver/admin", "internal/node", "seal", "seal/keyring"},
 	"internal/operation":        {"grpcserver/admin", "internal/carry", "internal/lifecycle", "internal/node", "internal/prune", "internal/reseal", "internal/rollout", "internal/slots", "internal/status"},
 	"internal/serve":            {"grpcserver", "grpcserver/admin", "grpcserver/monitor", "internal/config", "internal/members", "internal/node", "internal/operation", "internal/reseal", "internal/rollout", "internal/slots", "internal/slotview", "internal/status", "internal/supervise", "internal/version", "seal", "seal/replica", "seal/store", "seal/unlock", "tpm"},
@@ -193,7 +193,7 @@ const (
 // larger are the larger packages, with their bounds: see docs/decisions/package-sizes.md.
 var larger = map[string]int{
 	"seal/keyring": 2900, "tpm/eventlog": 2500, "tpm/bootpolicy": 1850, "tpm/predict": 2450, "tpm/simboot": 1400, "tpm/attest": 1350,
-	"hsm": 2400, "vault": 2050, "internal/lifecycle": 1450, "internal/node": 1450, "cmd/kleidi": 4400,
+	"hsm": 2400, "vault": 2050, "internal/lifecycle": 1450, "internal/node": 1450, "cmd/kleidi": 4800,
 }
 
 func TestPackagesAndTypesStaySmall(t *testing.T) {

@@ -64,6 +64,7 @@ var resultsOf = map[string][]any{
 	"node approve":        {admin.NodeApproval{}},
 	"node identity":       {members.Identity{}},
 	"node list":           {admin.NodeList{}},
+	"node remove":         {admin.NodeRemoval{}},
 	"pkcs11-pin":          {slots.SealedPIN{}},
 	"prune":               {admin.KeyringState{}},
 	"recover":             {admin.KeyringState{}},

@@ -21,10 +21,10 @@ import (
 
 func newNode(a *app) *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "node", Short: "Show this machine, approve others to join, and list the nodes",
+		Use: "node", Short: "Show this machine, approve others to join, list and remove nodes",
 		Args: noVerb, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newNodeIdentity(a), newNodeApprove(a), newNodeList(a))
+	cmd.AddCommand(newNodeIdentity(a), newNodeApprove(a), newNodeList(a), newNodeRemove(a))
 	return cmd
 }
 

@@ -71,14 +71,14 @@ func reset(cmd *cobra.Command, n *node.Node, yes string, withoutTPM bool) (*leav
 	for _, line := range f.Describe(n) {
 		fmt.Fprintln(cmd.ErrOrStderr(), line)
 	}
-	if err := confirmName(cmd, n.Config.Node, yes); err != nil {
+	if err := confirmName(cmd, n.Config.Node, yes, "give --yes "+n.Config.Node); err != nil {
 		return nil, fmt.Errorf("reset: %w; nothing was changed", err)
 	}
 	return leaving.Reset(cmd.Context(), n, f, withoutTPM)
 }
 
-// confirmName asks for a name, unless it was given.
-func confirmName(cmd *cobra.Command, name, given string) error {
+// confirmName asks for a name, unless it was given. how says how to confirm without a terminal.
+func confirmName(cmd *cobra.Command, name, given, how string) error {
 	if in, ok := cmd.InOrStdin().(*os.File); given == "" && ok && isTerminal(in) {
 		fmt.Fprintf(cmd.ErrOrStderr(), "type the name of the node (%s) to go on: ", name)
 		answer, err := readLine(in)
@@ -91,7 +91,7 @@ func confirmName(cmd *cobra.Command, name, given string) error {
 	case name:
 		return nil
 	case "":
-		return seal.Errorf("", "give --yes "+name, "nobody has confirmed it")
+		return seal.Errorf("", how, "nobody has confirmed it")
 	}
 	return fmt.Errorf("%q is not the name of the node, which is %s", given, name)
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/beezy-dev/kleidi/internal/carry"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
 
@@ -163,11 +164,28 @@ func (a *clusterAPI) watch(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// plant puts the keyring of an export into the store, as anybody can who may write it.
+func (a *clusterAPI) plant(export string) error {
+	f, err := carry.ParseFile([]byte(export))
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	at := "/apis/" + kube.APIVersion + "/keyrings/cluster"
+	a.objects[at]["spec"].(map[string]any)["keyring"] = base64.StdEncoding.EncodeToString(f.Keyring)
+	a.put(at, a.objects[at])
+	return nil
+}
+
 // api is `api start|stop|again`: the cluster's API, and its kubeconfig in $KUBECONFIG. It
-// is one of all hosts of a script.
+// is one of all hosts of a script. `api plant EXPORT` has somebody write the keyring there.
 func (h *host) api(ts *testscript.TestScript, args []string) error {
+	if len(args) == 2 && args[0] == "plant" {
+		return h.cluster.plant(ts.ReadFile(args[1]))
+	}
 	if len(args) != 1 {
-		return broken("usage: api start|stop|again")
+		return broken("usage: api start|stop|again, or api plant EXPORT")
 	}
 	switch args[0] {
 	case "start":

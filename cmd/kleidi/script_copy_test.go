@@ -107,7 +107,7 @@ func (h *host) attacker(states string) (*tpm.Wrapper, error) {
 	if err != nil {
 		return nil, err
 	}
-	config := tpm.Config{Device: h.machine.TPM(), Counter: counter, Node: "cp-1"}
+	config := tpm.Config{Device: h.machine.TPM(), Counter: counter, Node: h.name}
 	if states != "" {
 		f, err := files.ReadAnyBootStates(states)
 		if err != nil {

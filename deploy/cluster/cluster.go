@@ -23,3 +23,6 @@ func User(name string) string { return "kleidi:node:" + name }
 // RequestName returns the name of the CertificateSigningRequest of a node. Its role names
 // it.
 func RequestName(name string) string { return "kleidi-node-" + name }
+
+// BindingName returns the name of the ClusterRoleBinding of a node.
+func BindingName(name string) string { return "kleidi-node-" + name }

@@ -113,3 +113,50 @@ type ImportKeyringRequest struct {
 	Keyring []byte `json:"keyring"`
 	Record  []byte `json:"record"`
 }
+
+// RemoveNodes takes the next step of a removal of nodes.
+const RemoveNodes Verb[RemoveNodesRequest, NodeRemoval] = "remove-nodes"
+
+// RemoveNodesRequest names the nodes to remove. It is repeated until the removal is done.
+type RemoveNodesRequest struct {
+	Nodes []string `json:"nodes"`
+	// Begun says that an earlier request of this command has found the nodes.
+	Begun bool `json:"begun,omitempty"`
+	// SkipSlots, AcceptDataLoss and Confirmed are as in [RotateRequest].
+	SkipSlots      []string `json:"skipSlots,omitempty"`
+	AcceptDataLoss bool     `json:"acceptDataLoss,omitempty"`
+	Confirmed      []string `json:"confirmed,omitempty"`
+}
+
+// RemovalPhase is how far a removal is.
+type RemovalPhase string
+
+// The phases.
+const (
+	// RemovalFollowing: the nodes are dropped, and nodes have yet to follow that.
+	RemovalFollowing RemovalPhase = "following"
+	// RemovalStaged: a fresh KEK is staged, and nodes have yet to acknowledge it.
+	RemovalStaged RemovalPhase = "staged"
+	// RemovalSettling: the fresh KEK is current, and nodes have yet to trust it.
+	RemovalSettling RemovalPhase = "settling"
+	// RemovalDone: every node trusts the fresh KEK, and no keyring made with what the removed
+	// nodes know.
+	RemovalDone RemovalPhase = "done"
+)
+
+// NodeRemoval is how far a removal is.
+type NodeRemoval struct {
+	Nodes        []string     `json:"nodes"`
+	Phase        RemovalPhase `json:"phase"`
+	CurrentKeyID seal.KeyID   `json:"currentKeyID"`
+	Revision     uint64       `json:"revision"`
+	// Former are the removed nodes that know the current KEK.
+	Former []string `json:"former,omitempty"`
+	// Trusting are the nodes that still trust what the removed ones know.
+	Trusting []string      `json:"trusting,omitempty"`
+	Waiting  []WaitingNode `json:"waiting,omitempty"`
+	// WaysIn lists what opens the keyring, one line each.
+	WaysIn []string `json:"waysIn,omitempty"`
+	// Changes list what was done, one line each.
+	Changes []string `json:"changes,omitempty"`
+}

@@ -143,6 +143,14 @@ func (b *approvals) spend(e *entry) {
 	e.end()
 }
 
+// forget ends the approval of a node, whether or not a join with it is in progress.
+func (b *approvals) forget(node string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.all[node].end()
+	delete(b.all, node)
+}
+
 // pending returns the names of the nodes that were listed and have not finished.
 func (b *approvals) pending() map[string]bool {
 	b.mu.Lock()

@@ -138,6 +138,9 @@ func (s *Server) Certificate() string { return exchange.Digest(s.certificate.Cer
 // Approve lets a node join once. The server owns the approval's files from now on.
 func (s *Server) Approve(a *Approval) error { return s.approvals.put(a) }
 
+// Forget ends the approval of a node. A join in progress is refused at its next step.
+func (s *Server) Forget(node string) { s.approvals.forget(node) }
+
 // Unfinished returns the listed nodes that have not yet shown that they opened the
 // keyring.
 func (s *Server) Unfinished() map[string]bool { return s.approvals.pending() }

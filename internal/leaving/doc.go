@@ -1,3 +1,3 @@
-// Package leaving takes a node out of a cluster: [Reset] makes the machine itself forget the
-// keyring.
+// Package leaving takes a node out of a cluster: [Remove] on the nodes that remain, and
+// [Reset] on the machine that leaves.
 package leaving

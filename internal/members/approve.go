@@ -11,6 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/grpcserver/join"
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -299,4 +300,16 @@ func list(i keyring.Info, format int, self string, unfinished map[string]bool) a
 		l.Nodes = append(l.Nodes, admin.NodeReport{Node: n.Name, EK: n.EK, Self: n.Name == self, Seat: n.Name == i.Seat, EpochIndex: n.EpochIndex, Added: n.Added, Unfinished: unfinished[n.Name]})
 	}
 	return l
+}
+
+// Remove takes the next step of a removal. Its nodes can't go on with a join any more.
+func (d *Desk) Remove(ctx context.Context, req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
+	for _, name := range req.Nodes {
+		d.server.Forget(name)
+	}
+	r, err := leaving.Remove(ctx, d.node, req)
+	if err == nil && len(r.Changes) > 0 {
+		d.node.Log.Info("nodes are removed", "nodes", req.Nodes, "phase", r.Phase, "revision", r.Revision)
+	}
+	return r, d.node.Advise(ctx, err)
 }

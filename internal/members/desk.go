@@ -50,6 +50,7 @@ func (d *Desk) record(verdicts ...*join.Verdict) error { return files.AppendJSON
 func (d *Desk) Handle(s *admin.Server) {
 	admin.Handle(s, admin.ApproveNode, afterFirstAttempt(d, d.Approve))
 	admin.Handle(s, admin.ListNodes, afterFirstAttempt(d, d.List))
+	admin.Handle(s, admin.RemoveNodes, afterFirstAttempt(d, d.Remove))
 }
 
 // firstAttempt bounds how long a verb waits for the first attempt to unlock.

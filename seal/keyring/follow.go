@@ -30,7 +30,7 @@ var (
 const (
 	hintForged = "find out who else writes the cluster store"
 	hintFork   = "the store was restored in the middle of a change, or somebody writes it who knows a former KEK: compare the two on the nodes that hold them, and decide which one to keep"
-	hintRejoin = "join this node again, with a new approval"
+	hintRejoin = "stop kleidi serve here (systemctl stop kleidi), then run kleidi reset; to be a node again, have another node approve this one, and join"
 )
 
 // Follows returns nil if the node with local replaces it with remote. It demands, in

@@ -1,0 +1,252 @@
+package leaving
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/rollout"
+	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
+)
+
+// Remove takes the next step of a removal, and says how far it is. The first step drops the
+// nodes from the keyring, in one revision. Once every remaining node has followed it and
+// written its record, a fresh KEK is staged, of which the removed nodes know nothing. The
+// removal is over when every remaining node trusts that KEK alone.
+//
+// The keyring names a removed node until another KEK is current, so any node can go on with a
+// removal that broke off.
+func Remove(ctx context.Context, n *node.Node, req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
+	r, err := remove(ctx, n, req)
+	if err != nil {
+		err = fmt.Errorf("remove: %w", err)
+	}
+	return r, err
+}
+
+func remove(ctx context.Context, n *node.Node, req admin.RemoveNodesRequest) (r admin.NodeRemoval, err error) {
+	k, err := inStep(ctx, n)
+	if err != nil {
+		return r, err
+	}
+	known, err := known(k, req.Nodes)
+	if err != nil {
+		return r, err
+	}
+	if len(known.listed) > 0 {
+		if err := checkShared(n, k, known.listed); err != nil {
+			return r, err
+		}
+		if r.Changes, err = drop(ctx, n, known.listed); err != nil {
+			return r, err
+		}
+	}
+	if k, err = n.Unlocker.Keyring(); err != nil {
+		return r, err
+	}
+	if staged := k.StagedID(); len(k.Info().Former) > 0 && staged != "" && !req.Begun {
+		if _, err := rollout.Continue(ctx, n); err != nil { // the node that drove it may be down
+			return r, err
+		}
+	} else if ready, err := allFollow(ctx, n, k); err != nil {
+		return r, err
+	} else if len(k.Info().Former) > 0 && staged == "" && ready {
+		s, err := rollout.Rotate(ctx, n, admin.RotateRequest{Replace: k.CurrentID(), SkipSlots: req.SkipSlots, AcceptDataLoss: req.AcceptDataLoss, Confirmed: req.Confirmed})
+		if err != nil {
+			return r, seal.AddHint(err, "the nodes are no longer in the keyring, and still know its KEK; when the cause is mended, run kleidi node remove "+strings.Join(req.Nodes, " --also ")+" again")
+		}
+		r.Changes = append(r.Changes, s.Changes...)
+	}
+	if err := describe(ctx, n, &r); err != nil {
+		return r, err
+	}
+	if r.Phase == admin.RemovalDone && known.none() && !req.Begun {
+		return r, fmt.Errorf("node %s is not in the keyring, and no removed node knows its current KEK; kleidi node list shows the nodes", strings.Join(req.Nodes, ", "))
+	}
+	r.Nodes = req.Nodes
+	return r, nil
+}
+
+// inStep returns the keyring of a node that has read the cluster store, where there is one.
+func inStep(ctx context.Context, n *node.Node) (*keyring.Keyring, error) {
+	if _, err := n.Unlocker.Keyring(); err != nil {
+		return nil, err
+	}
+	if n.Replica != nil {
+		if err := n.Replica.Sync(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return n.Unlocker.Keyring()
+}
+
+// names are the nodes of a request, by what the keyring says of them.
+type names struct{ listed, former []string }
+
+func (n names) none() bool { return len(n.listed)+len(n.former) == 0 }
+
+func known(k *keyring.Keyring, all []string) (n names, err error) {
+	i := k.Info()
+	self, _ := k.Self()
+	for _, name := range all {
+		switch {
+		case name == self.Name:
+			return n, fmt.Errorf("node %s is this one; run the command on another node, and kleidi reset here", name)
+		case slices.ContainsFunc(i.Nodes, func(n keyring.Node) bool { return n.Name == name }):
+			n.listed = append(n.listed, name)
+		case slices.Contains(i.Former, name):
+			n.former = append(n.former, name)
+		}
+	}
+	return n, nil
+}
+
+// checkShared refuses where several nodes would remain that share no cluster store: their KEK
+// could not be replaced.
+func checkShared(n *node.Node, k *keyring.Keyring, leaving []string) error {
+	if err := keyring.CheckSeat(k); err != nil {
+		return err
+	}
+	if left := len(k.Nodes()) - len(leaving); left > 1 && (n.Replica == nil || k.Info().Commit != keyring.CommitCluster) {
+		return seal.Errorf(seal.CauseConfiguration, "set up the cluster store first, as docs/high-availability.md says; or remove all other nodes at once, with --also NAME for each",
+			"%d nodes would remain, which share no cluster store, so their KEK could not be replaced, and the removed node knows it; nothing was changed", left)
+	}
+	return nil
+}
+
+// drop removes nodes from the keyring, in one revision. They may know a staged KEK as well, so
+// it is retired before.
+func drop(ctx context.Context, n *node.Node, leaving []string) (changes []string, err error) {
+	err = n.Unlocker.Change(ctx, func(k *keyring.Keyring) (revisions []*keyring.Keyring, err error) {
+		defer func() {
+			if err != nil {
+				for _, next := range revisions {
+					next.Close()
+				}
+			}
+		}()
+		if id := k.StagedID(); id != "" {
+			if !k.Holds(id) {
+				return nil, fmt.Errorf("the staged KEK %s is not open here, and the node may know it; run the command on a node where it is open", id)
+			}
+			if k, err = k.Abort(time.Now()); err != nil {
+				return nil, err
+			}
+			revisions = append(revisions, k)
+			changes = append(changes, "the rotation that was going on is aborted: the node may know its KEK "+string(id))
+		}
+		next, err := k.WithoutNode(leaving...)
+		if err != nil {
+			return revisions, err
+		}
+		changes = append(changes, fmt.Sprintf("node %s is no longer in the keyring (revision %d)", slotview.JoinWords(leaving), next.Revision()))
+		return append(revisions, next), nil
+	})
+	return changes, err
+}
+
+// allFollow reports whether every node has followed the present keyring, so that a KEK can be
+// staged for all.
+func allFollow(ctx context.Context, n *node.Node, k *keyring.Keyring) (bool, error) {
+	if len(k.Nodes()) == 1 || n.Replica == nil {
+		return true, nil
+	}
+	records, err := n.Replica.Records(ctx, k)
+	return rotation.Next(k, k.CurrentID(), records).Do == rotation.Stage, err
+}
+
+// describe says how far a removal is, from the keyring and the records.
+func describe(ctx context.Context, n *node.Node, r *admin.NodeRemoval) error {
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		return err
+	}
+	r.CurrentKeyID, r.Revision, r.Former = k.CurrentID(), k.Revision(), k.Info().Former
+	var records []*keyring.VerifiedRecord
+	watched := &admin.Rotation{Phase: admin.RotationDone}
+	if n.Replica != nil && k.Info().Commit == keyring.CommitCluster {
+		if watched, err = rollout.Watch(ctx, n); err != nil {
+			return err
+		}
+		if records, err = n.Replica.Records(ctx, k); err != nil {
+			return err
+		}
+	}
+	r.Phase, r.Waiting = phase(k, watched), watched.Waiting
+	r.Trusting = trusting(k, r)
+	r.WaysIn = waysIn(n, k, records)
+	return nil
+}
+
+func phase(k *keyring.Keyring, r *admin.Rotation) admin.RemovalPhase {
+	switch {
+	case k.StagedID() != "":
+		return admin.RemovalStaged
+	case len(k.Info().Former) > 0:
+		return admin.RemovalFollowing
+	case r.Phase != admin.RotationDone:
+		return admin.RemovalSettling
+	}
+	return admin.RemovalDone
+}
+
+// trusting returns the nodes that still take a keyring made with what a removed node knows.
+func trusting(k *keyring.Keyring, r *admin.NodeRemoval) (names []string) {
+	for _, n := range k.Nodes() {
+		if len(r.Former) > 0 || slices.ContainsFunc(r.Waiting, func(w admin.WaitingNode) bool { return w.Node == n.Name }) {
+			names = append(names, n.Name)
+		}
+	}
+	return names
+}
+
+// waysIn lists what opens the keyring. Whoever was a node may have added one of them, and a
+// rotation wraps the fresh KEK for all.
+func waysIn(n *node.Node, k *keyring.Keyring, records []*keyring.VerifiedRecord) (ways []string) {
+	self, _ := k.Self()
+	for _, other := range k.Nodes() {
+		way := "node " + other.Name + ": no TPM"
+		if other.EK != "" {
+			way = "node " + other.Name + ": TPM with endorsement key " + other.EK
+		}
+		i := slices.IndexFunc(records, func(r *keyring.VerifiedRecord) bool { return r.Node == other.Name })
+		if other.Name != self.Name && i >= 0 && len(records[i].BootStates) > 0 {
+			way += ", " + describeStates(records[i].BootStates)
+		}
+		ways = append(ways, way)
+	}
+	names := slotview.Names(k.Slots())
+	for i, s := range k.Slots() {
+		if s.Type != seal.TypeUnrevoked {
+			ways = append(ways, "slot "+names[i]+": "+n.View.Binding(s))
+		}
+	}
+	return ways
+}
+
+func describeStates(states []keyring.RecordedState) string {
+	text := fmt.Sprintf("%d boot states", len(states))
+	if len(states) == 1 {
+		text = "1 boot state"
+	}
+	var notes []string
+	for _, s := range states {
+		if s.Use != "" && s.Use != "present" && !slices.Contains(notes, s.Use) {
+			notes = append(notes, s.Use)
+		}
+		if s.Signer != nil && !slices.Contains(notes, "signed") {
+			notes = append(notes, "signed")
+		}
+	}
+	if len(notes) > 0 {
+		text += " (also: " + strings.Join(notes, ", ") + ")"
+	}
+	return text
+}
