@@ -29,7 +29,7 @@ func (a *Access) checkStoredInClear(ctx context.Context, admin *kube.Client) err
 	if encryptedWrites(ctx, admin) == before {
 		return nil
 	}
-	return seal.Errorf(seal.CauseConfiguration, "put an entry for '*."+kube.Group+"' with the provider identity before all others in kube-apiserver's EncryptionConfiguration, as kleidi encryption-config --resources '*.*' does, and restart kube-apiserver",
+	return seal.Errorf(seal.CauseConfiguration, "put an entry for '*."+kube.Group+"' with the provider identity before all others in kube-apiserver's EncryptionConfiguration, and restart kube-apiserver",
 		"kube-apiserver encrypts the cluster store itself, so that a node could read it only with the KEK that is in it")
 }
 
