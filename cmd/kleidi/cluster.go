@@ -30,7 +30,7 @@ func newClusterSetup(a *app) *cobra.Command {
 	var s clusteraccess.Setup
 	var dryRun bool
 	cmd := &cobra.Command{
-		Use:   "setup --kubeconfig ADMIN.CONF",
+		Use:   "setup --kubeconfig FILE",
 		Short: "Make this node's access to the cluster store",
 		Long: `Make this node's access to the cluster store, in which the nodes share the keyring. Run
 it on each control-plane node, with the kubeconfig of an administrator. It

@@ -2,7 +2,7 @@
 // client certificate, and a key in the TPM or in a file.
 //
 // [Access.SetUp] makes them with an administrator's rights. A running serve asks for the
-// next certificate with the node's own rights before the present one ends ([Renewal]).
+// next certificate with the node's own rights before the present one ends ([Access.Renew]).
 // Nobody but an administrator may approve a request: who may approve one for this signer
 // may sign a certificate for any user.
 package clusteraccess
@@ -13,19 +13,24 @@ import (
 	"crypto"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/beezy-dev/kleidi/deploy/cluster"
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/credential"
 )
 
-// Access is one node's access to the cluster's API.
+// Access is one node's access to the cluster's API. Its methods may be called
+// concurrently.
 type Access struct {
 	// Node is the node's name.
 	Node string
@@ -34,6 +39,10 @@ type Access struct {
 	Kubeconfig string
 	// Gate has the TPM.
 	Gate *attest.Gate
+
+	mu     sync.Mutex
+	client *kube.Client // of Client
+	state  State
 }
 
 // User returns the user name in the node's client certificate.
@@ -44,8 +53,26 @@ func (a *Access) beside(extension string) string {
 	return strings.TrimSuffix(a.Kubeconfig, filepath.Ext(a.Kubeconfig)) + extension
 }
 
-// Client returns a client with the rights of the kubeconfig's user.
+// Client returns a client with the rights of the kubeconfig's user, always the same one.
 func (a *Access) Client() (*kube.Client, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.client != nil {
+		return a.client, nil
+	}
+	c, err := a.newClient()
+	if err != nil {
+		return nil, err
+	}
+	a.client = c
+	return c, nil
+}
+
+func (a *Access) newClient() (*kube.Client, error) {
+	// The file says which API is believed.
+	if err := ownership.CheckFile(a.Kubeconfig); err != nil {
+		return nil, err
+	}
 	k, err := kube.ReadKubeconfig(a.Kubeconfig)
 	if err != nil {
 		return nil, err
@@ -60,12 +87,9 @@ func (a *Access) Client() (*kube.Client, error) {
 // Certificate reads the client certificate and its key from the files that the
 // kubeconfig names.
 func (a *Access) Certificate(ctx context.Context) (*tls.Certificate, error) {
-	k, err := kube.ReadKubeconfig(a.Kubeconfig)
+	k, err := a.paths()
 	if err != nil {
 		return nil, err
-	}
-	if k.KeyFile == "" || k.CertFile == "" {
-		return nil, fmt.Errorf("kubeconfig %s: its user has no certificate in a file", a.Kubeconfig)
 	}
 	signer, inTPM, err := a.signer(ctx, k.KeyFile)
 	if err != nil {
@@ -83,6 +107,44 @@ func (a *Access) Certificate(ctx context.Context) (*tls.Certificate, error) {
 		c.SupportedSignatureAlgorithms = nil // all that the key can do
 	}
 	return c, nil
+}
+
+// errNoFiles is returned for a kubeconfig that an operator wrote for another kind of user.
+var errNoFiles = errors.New("its user has no certificate in a file")
+
+// paths returns a kubeconfig whose certificate and key are in files.
+func (a *Access) paths() (*kube.Kubeconfig, error) {
+	k, err := kube.ReadKubeconfig(a.Kubeconfig)
+	if err == nil && (k.KeyFile == "" || k.CertFile == "") {
+		err = fmt.Errorf("kubeconfig %s: %w", a.Kubeconfig, errNoFiles)
+	}
+	return k, err
+}
+
+// leaf reads the client certificate. It does not need the key.
+func (a *Access) leaf() (c *x509.Certificate, path string, err error) {
+	k, err := a.paths()
+	if err != nil {
+		return nil, "", err
+	}
+	b, err := files.ReadOwned(k.CertFile, files.MaxCertificates)
+	if err != nil {
+		return nil, "", err
+	}
+	c, err = parseLeaf(b)
+	if err != nil {
+		return nil, "", fmt.Errorf("%s: %w", k.CertFile, err)
+	}
+	return c, k.CertFile, nil
+}
+
+// parseLeaf returns the first of some PEM certificates.
+func parseLeaf(b []byte) (*x509.Certificate, error) {
+	block, _ := pem.Decode(b)
+	if block == nil || block.Type != "CERTIFICATE" {
+		return nil, errors.New("no certificate in PEM")
+	}
+	return x509.ParseCertificate(block.Bytes)
 }
 
 // signer returns the key in a file, or the key in the TPM that the file is for.
@@ -104,9 +166,12 @@ func (a *Access) signer(ctx context.Context, path string) (s crypto.Signer, inTP
 	return s, inTPM, nil
 }
 
+// backdated is how far kube-controller-manager dates the start of a certificate back.
+const backdated = 5 * time.Minute
+
 // margin returns how long before its end a certificate is renewed.
 func margin(c *x509.Certificate) time.Duration {
-	return min(30*24*time.Hour, c.NotAfter.Sub(c.NotBefore)/3)
+	return min(30*24*time.Hour, max(c.NotAfter.Sub(c.NotBefore)-backdated, 0)/3)
 }
 
 // due returns when a certificate is to be renewed.

@@ -174,11 +174,10 @@ func sameKey(a, b crypto.PublicKey) bool {
 
 // checkIssued refuses a certificate that is not of this key, or not for this node alone.
 func (a *Access) checkIssued(b []byte, key crypto.PublicKey) error {
-	block, _ := pem.Decode(b)
-	if block == nil || len(b) > files.MaxCertificates {
-		return errors.New("the API returns no certificate in PEM")
+	if len(b) > files.MaxCertificates {
+		return fmt.Errorf("the API's certificate has more than %d bytes", files.MaxCertificates)
 	}
-	c, err := x509.ParseCertificate(block.Bytes)
+	c, err := parseLeaf(b)
 	if err != nil {
 		return fmt.Errorf("the API's certificate: %w", err)
 	}

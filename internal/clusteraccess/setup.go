@@ -142,7 +142,7 @@ func (a *Access) good(ctx context.Context) error {
 }
 
 func (a *Access) ping(ctx context.Context) error {
-	c, err := a.Client()
+	c, err := a.newClient()
 	if err != nil {
 		return err
 	}

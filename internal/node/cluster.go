@@ -6,7 +6,6 @@ import (
 	"sync"
 
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
-	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/internal/version"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -73,11 +72,8 @@ func (c *clusterStore) store() (*kube.Store, error) {
 	if c.open != nil {
 		return c.open, nil
 	}
-	// The file says which API is believed. That it is missing must not look like a store
-	// without a keyring, so the errors are not wrapped.
-	if err := ownership.CheckFile(c.access.Kubeconfig); err != nil {
-		return nil, fmt.Errorf("%w: cluster.kubeconfig: %v", replica.ErrNoStore, err)
-	}
+	// A missing file must not look like a store without a keyring, so the error is not
+	// wrapped.
 	client, err := c.access.Client()
 	if err != nil {
 		return nil, fmt.Errorf("%w: cluster.kubeconfig: %v", replica.ErrNoStore, err)

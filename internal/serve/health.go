@@ -90,6 +90,9 @@ func (h *health) remarks() []string {
 		if err := n.Replica.State().Problem; err != nil {
 			remarks = append(remarks, fmt.Sprintf("cluster store: %s", err))
 		}
+		if a := n.Access.State(); a.Problem != nil {
+			remarks = append(remarks, fmt.Sprintf("the client certificate for the cluster store ends at %s: %s", a.NotAfter.Format(time.RFC3339), a.Problem))
+		}
 	}
 	if s := status.Suspension(n, k.Slots()); s != nil {
 		remarks = append(remarks, "suspended: "+s.String())
@@ -111,7 +114,7 @@ func (h *health) remarks() []string {
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descOpenTPM, descSuspended, descUnrevoked, descOutside, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep} {
+	for _, d := range []*prometheus.Desc{descOpenTPM, descSuspended, descUnrevoked, descOutside, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep, descClientEnd} {
 		c <- d
 	}
 }
@@ -140,6 +143,11 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	if last := n.Gate.Last(); last != nil {
 		gauge(descAttested, node.Seconds(last.Time))
 	}
+	clientEnd := 0.0
+	if end := n.Access.State().NotAfter; !end.IsZero() {
+		clientEnd = node.Seconds(end)
+	}
+	gauge(descClientEnd, clientEnd)
 	problem := 0.0
 	if n.Unlocker.State().Problem != nil {
 		problem = 1
@@ -220,5 +228,6 @@ var (
 	descAttested  = prometheus.NewDesc("kleidi_attestation_timestamp_seconds", "When evidence of this boot last verified.", nil, nil)
 	descPassed    = prometheus.NewDesc("kleidi_attestation_passed", "1 if the last attestation of this boot verified, 0 if it failed or there was none.", nil, nil)
 	descProblem   = prometheus.NewDesc("kleidi_problem", "1 if the last attempt to unlock or reload, or to end an epoch, failed; kleidi status says why.", nil, nil)
+	descClientEnd = prometheus.NewDesc("kleidi_cluster_certificate_end_timestamp_seconds", "When the client certificate for the cluster store ends; 0 if there is none.", nil, nil)
 	descStep      = prometheus.NewDesc("kleidi_unlock_duration_seconds", "How long the steps of the last attempt to unlock took.", []string{"step"}, nil)
 )

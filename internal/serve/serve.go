@@ -82,6 +82,7 @@ func (s *Server) Run(ctx context.Context) {
 	if s.Node.Replica != nil {
 		running.Go(func() { s.Node.Replica.Run(ctx) })
 		running.Go(func() { rollout.Drive(ctx, s.Node) })
+		running.Go(func() { s.Node.Access.Renew(ctx, s.Node.Log) })
 	}
 	running.Go(func() { s.tidyUp(ctx) })
 	running.Go(func() { s.selfTest(ctx) })
