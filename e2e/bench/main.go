@@ -108,6 +108,9 @@ func run(ctx context.Context, o options) error {
 	if err := printConnections(ctx, subject, nothing); err != nil {
 		return err
 	}
+	if err := printUsage(ctx, dir); err != nil {
+		return err
+	}
 	if o.tunings {
 		if err := printTunings(ctx, o, dir, slices.Max(callers)); err != nil {
 			return err
