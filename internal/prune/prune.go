@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"slices"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
@@ -95,13 +96,16 @@ func NotRunning(context.Context, *node.Node, admin.PruneRequest) (admin.KeyringS
 
 // Archive writes a copy of a stored keyring that still holds the KEK, and reads it back.
 // It returns the copy's digest. A file of the same bytes, which an interrupted prune has
-// left, is as good.
+// left, is as good; a copy that was broken off is never seen under its name.
 func Archive(path string, stored []byte, id seal.KeyID) ([]byte, error) {
-	err := files.WriteNew(path, stored)
-	if err != nil && !errors.Is(err, fs.ErrExist) {
+	_, err := os.Lstat(path)
+	written := errors.Is(err, fs.ErrNotExist)
+	if written {
+		err = write(path, stored)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("archive: %w", err)
 	}
-	written := err == nil
 	b, err := files.Read(path, keyring.MaxSize)
 	if err != nil {
 		return nil, fmt.Errorf("archive: read it back: %w", err)
@@ -124,4 +128,19 @@ func Archive(path string, stored []byte, id seal.KeyID) ([]byte, error) {
 	}
 	sum := sha256.Sum256(b)
 	return sum[:], nil
+}
+
+// write makes a file that appears under its name when it is whole, and is durable then.
+func write(path string, b []byte) error {
+	aside := path + ".new"
+	if err := os.Remove(aside); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := files.WriteNew(aside, b); err != nil {
+		return err
+	}
+	if err := os.Rename(aside, path); err != nil {
+		return errors.Join(err, os.Remove(aside))
+	}
+	return files.SyncFolder(path)
 }
