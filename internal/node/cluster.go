@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/version"
@@ -118,11 +119,19 @@ func (c *clusterStore) PutRecord(ctx context.Context, node string, record []byte
 	return s.PutRecord(ctx, node, record)
 }
 
-// Watch implements replica.Store. Without a kubeconfig it ends; the store is then read at
-// intervals.
+// watchAgain is how often Watch looks for a kubeconfig that was missing or wrong.
+const watchAgain = 2 * time.Second
+
+// Watch implements replica.Store. It watches from when there is a kubeconfig.
 func (c *clusterStore) Watch(ctx context.Context, changed func()) {
-	if s, err := c.store(); err == nil {
-		s.Watch(ctx, changed)
+	for ctx.Err() == nil {
+		if s, err := c.store(); err == nil {
+			s.Watch(ctx, changed)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(watchAgain):
+		}
 	}
 }
 

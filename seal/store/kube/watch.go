@@ -22,7 +22,7 @@ func (s *Store) Watch(ctx context.Context, changed func()) {
 
 func (s *Store) watch(ctx context.Context, path string, changed func()) {
 	wait := backoff.NewExponentialBackOff()
-	wait.InitialInterval, wait.MaxInterval = time.Second, 30*time.Second
+	wait.InitialInterval, wait.MaxInterval = time.Second, 5*time.Second // the API may be the node's own, which starts after kleidi
 	for ctx.Err() == nil {
 		if s.follow(ctx, path, changed) {
 			wait.Reset()
