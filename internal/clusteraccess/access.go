@@ -48,6 +48,11 @@ type Access struct {
 // User returns the user name in the node's client certificate.
 func (a *Access) User() string { return cluster.User(a.Node) }
 
+// Files returns the paths of all files that SetUp may make.
+func (a *Access) Files() []string {
+	return []string{a.Kubeconfig, a.beside(extCertificate), a.beside(extKey), a.beside(extTPMKey)}
+}
+
 // beside returns the path of a file beside the kubeconfig.
 func (a *Access) beside(extension string) string {
 	return strings.TrimSuffix(a.Kubeconfig, filepath.Ext(a.Kubeconfig)) + extension

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 
 	"github.com/beezy-dev/kleidi/internal/config"
@@ -61,10 +62,16 @@ func ToForget(ctx context.Context, n *node.Node) (*Forgettable, error) {
 	}
 	// The keyring goes last: while it is there, a reset that broke off knows which epochs to
 	// end.
-	for _, file := range []*store.File{
+	var all []*store.File
+	for _, path := range n.Access.Files() {
+		if filepath.Dir(path) == filepath.Clean(n.Config.State.Dir) { // elsewhere it is the operator's own
+			all = append(all, store.NewFile(path))
+		}
+	}
+	for _, file := range append(all,
 		store.NewFile(n.Config.SlotRecord()), store.NewFile(n.Config.BootStates()),
 		store.NewFile(n.Config.AnchorPath()).Formerly("pin.json"), store.NewFile(n.Config.Keyring()),
-	} {
+	) {
 		s := stateFile{File: file}
 		for _, path := range file.Paths() {
 			if _, err := os.Lstat(path); err == nil {
