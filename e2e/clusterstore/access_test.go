@@ -3,8 +3,10 @@ package clusterstore
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -60,6 +62,22 @@ func TestSetup(t *testing.T) {
 			t.Errorf("%s: %v, %v", path, info.Mode(), err)
 		}
 	}
+	t.Log("the commands that it prints are run")
+	_, next, found := strings.Cut(string(n.Run("cluster", "setup", "--kubeconfig", a.kubeconfig)), "next, as root:\n")
+	commands, restart, ends := strings.Cut(next, "  systemctl restart kleidi\n")
+	if !found || !ends || restart != "" {
+		t.Fatalf("cluster setup prints no commands to go on with: %s", next)
+	}
+	if out, err := exec.Command("sh", "-ec", commands).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v: %s", commands, err, out)
+	}
+	n.ServeOpen()
+	node.Eventually(t, time.Minute, "kleidi has read the certificate", func() error {
+		if _, body, err := n.Get("/metrics"); err != nil || strings.Contains(body, "kleidi_cluster_certificate_end_timestamp_seconds 0\n") {
+			return fmt.Errorf("it has none: %w", err)
+		}
+		return nil
+	})
 	if r := a.setUp(t, n); len(r.Changes) != 0 {
 		t.Errorf("a second run changes %q", r.Changes)
 	}
