@@ -92,12 +92,13 @@ var borders = map[string][]string{
 	"internal/verifierd":        {"grpcserver/monitor", "grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/supervise", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
 	"internal/dev":              {"internal/config", "internal/lifecycle", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
 	"internal/encryptionconfig": {},
+	"internal/kubeadm":          {"internal/encryptionconfig", "internal/files", "seal"},
 	"internal/etcdfile":         {},
 	"internal/prune":            {"grpcserver/admin", "internal/files", "internal/node", "seal", "seal/keyring", "seal/unlock"},
 	"internal/migrate":          {"seal", "seal/store/kube"},
 	"internal/usage":            {"internal/etcdfile", "seal"},
 	"internal/usage/usagetest":  {},
-	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/carry", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/leaving", "internal/lifecycle", "internal/members", "internal/migrate", "internal/node", "internal/operation", "internal/ownership", "internal/prune", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "seal/store/kube", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
+	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/carry", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/kubeadm", "internal/leaving", "internal/lifecycle", "internal/members", "internal/migrate", "internal/node", "internal/operation", "internal/ownership", "internal/prune", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "seal/store/kube", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
 }
 
 // doors names the folders through which a library enters.
@@ -193,7 +194,7 @@ const (
 // larger are the larger packages, with their bounds: see docs/decisions/package-sizes.md.
 var larger = map[string]int{
 	"seal/keyring": 2900, "tpm/eventlog": 2500, "tpm/bootpolicy": 1850, "tpm/predict": 2450, "tpm/simboot": 1400, "tpm/attest": 1350,
-	"hsm": 2400, "vault": 2050, "internal/lifecycle": 1450, "internal/node": 1450, "cmd/kleidi": 4800,
+	"hsm": 2400, "vault": 2050, "internal/lifecycle": 1450, "internal/node": 1450, "cmd/kleidi": 4900,
 }
 
 func TestPackagesAndTypesStaySmall(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
@@ -19,6 +20,8 @@ type initFlags struct {
 	acceptDataLoss bool
 	importFrom     string // config.json of kleidi 1.x
 	anchor         string // must equal anchor.store
+	// encryptionConfig is the file to write kube-apiserver's EncryptionConfiguration to.
+	encryptionConfig string
 }
 
 func newInit(a *app) *cobra.Command {
@@ -34,7 +37,7 @@ command shows the recovery identity once, and asks you to type it. With
 --recovery-recipient it makes the slot for an age public key whose identity you keep
 elsewhere.`,
 		Example: `  kleidi init
-  kleidi init --recovery-recipient age1…`,
+  kleidi init --recovery-recipient age1… --encryption-config /etc/kubernetes/kleidi-encryption.yaml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := f.check(a); err != nil {
@@ -49,6 +52,8 @@ elsewhere.`,
 	flags.StringVar(&f.importFrom, "import-config", "", "config.json of kleidi 1.x: its token and key also wrap the KEK")
 	_ = cmd.MarkFlagFilename("import-config", "json")
 	flags.BoolVar(&f.GenerateKey, "generate-key", false, "first generate the key in the configured token: AES-256, sensitive, not extractable")
+	flags.StringVar(&f.encryptionConfig, "encryption-config", "", "also write kube-apiserver's EncryptionConfiguration of Secrets to this file, with the folders above it")
+	_ = cmd.MarkFlagFilename("encryption-config", "yaml")
 	flags.StringVar(&f.anchor, "anchor", "", "where to keep the anchor: file or tpm; must equal anchor.store (default anchor.store)")
 	flags.BoolVar(&f.NoRecovery, "no-recovery", false, "make no recovery slot: if the TPM or the machine fails, all Secrets are lost")
 	flags.BoolVar(&f.acceptDataLoss, "accept-data-loss", false, "acknowledge what --no-recovery means")
@@ -100,11 +105,27 @@ func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 	if f.anchor != "" && f.anchor != cfg.Anchor.Store {
 		return seal.Errorf("", "set anchor.store in the configuration, so that kleidi serve demands the same", "--anchor %s: anchor.store is %s", f.anchor, cfg.Anchor.Store)
 	}
+	var encryption encryptionconfig.EncryptionConfiguration
+	if f.encryptionConfig != "" { // checked before there is a keyring
+		if encryption, err = encryptionConfigOf(cmd, cfg, []string{"secrets"}); err == nil {
+			err = checkEncryptionConfig(f.encryptionConfig, encryption)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	f.Import, f.Prompter = token, newTerminal(cmd)
 	f.Progress = func(step string) { fmt.Fprintln(cmd.ErrOrStderr(), "[init]", step) }
 	result, err := a.makeKeyring(cmd, cfg, f.InitOptions)
 	if err != nil {
 		return err
+	}
+	give := "give kube-apiserver what kleidi encryption-config prints"
+	if f.encryptionConfig != "" {
+		if err := writeEncryptionConfig(f.encryptionConfig, encryption); err != nil {
+			return fmt.Errorf("the keyring is made, but not the EncryptionConfiguration: %w", err)
+		}
+		give = "give kube-apiserver " + f.encryptionConfig + " (kleidi kubeadm patch)"
 	}
 	next := "start kleidi serve, and "
 	if client, err := admin.Dial(cmd.Context(), cfg.Admin.Socket); err == nil {
@@ -113,7 +134,7 @@ func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 			return fmt.Errorf("the keyring is made, but the running kleidi serve does not open it: %w", err)
 		}
 	}
-	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { printInit(w, result, token, cfg.Unlock.Order, next) })
+	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { printInit(w, result, token, cfg.Unlock.Order, next+give) })
 }
 
 // makeKeyring makes the keyring, and leaves the state folder to the running serve
@@ -144,7 +165,7 @@ func printInit(w io.Writer, r *lifecycle.InitResult, token *lifecycle.Import, or
 	if token != nil {
 		printImported(w, token, order)
 	}
-	fmt.Fprintf(w, "\nnext: %sgive kube-apiserver what kleidi encryption-config prints\n", next)
+	fmt.Fprintf(w, "\nnext: %s\n", next)
 }
 
 // printImported shows what to put into the configuration.

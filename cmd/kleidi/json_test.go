@@ -50,6 +50,7 @@ var resultsOf = map[string][]any{
 	"bootstate sign":      {signedState{}},
 	"cluster setup":       {clusteraccess.Result{}, clusterManifests{}},
 	"encryption-config":   {encryptionconfig.EncryptionConfiguration{}},
+	"kubeadm patch":       {kubeadmPatch{}},
 	"init":                {lifecycle.InitResult{}},
 	"join":                {members.JoinResult{}},
 	"keyring backup":      {backedUpKeyring{}},

@@ -66,10 +66,10 @@ func newMachine(t *testing.T) *machine {
 	return m
 }
 
-// makeFolders makes the folders that README's installation makes: each task begins after it.
+// makeFolders makes the folders that the installation makes: each task begins after it.
 func (m *machine) makeFolders() {
 	m.t.Helper()
-	for _, b := range blocks(m.t, "../../README.md") {
+	for _, b := range blocks(m.t, "../../docs/operations.md") {
 		if !b.commands || !strings.HasPrefix(b.comment, "not run: needs systemd") {
 			continue
 		}

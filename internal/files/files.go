@@ -131,3 +131,11 @@ func Replace(path string, b []byte) error {
 	}
 	return errors.Join(os.Rename(next, path), SyncFolder(path))
 }
+
+// WriteOver writes a file, new or not, in one step, with the folders above it.
+func WriteOver(path string, b []byte) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return Replace(path, b)
+}

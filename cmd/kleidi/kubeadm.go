@@ -1,0 +1,113 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/kubeadm"
+)
+
+func newKubeadm(a *app) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "kubeadm",
+		Short: "Connect the kube-apiserver that kubeadm runs",
+		Args:  noVerb,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newKubeadmPatch(a))
+	return cmd
+}
+
+// kubeadmPatch is the result of kleidi kubeadm patch.
+type kubeadmPatch struct {
+	Operations []kubeadm.Operation `json:"operations"`
+	// File is the patch or the manifest that was written; empty: nothing had to change.
+	File string `json:"file,omitempty"`
+}
+
+type kubeadmFlags struct {
+	encryptionConfig, manifest, dir string
+	apply, revert, yes              bool
+}
+
+func newKubeadmPatch(a *app) *cobra.Command {
+	var f kubeadmFlags
+	cmd := &cobra.Command{
+		Use:   "patch",
+		Short: "Give kube-apiserver kleidi's EncryptionConfiguration and socket",
+		Long: `Print the patch by which kubeadm gives kube-apiserver the EncryptionConfiguration and
+the folder of kleidi's socket. With --dir, write it into a folder for kubeadm's --patches
+(kubeadm init, join and upgrade). With --apply, change the manifest of the running
+kube-apiserver, which kubelet then restarts; kubeadm upgrade writes a new manifest, so use
+--dir as well. With --revert, take that change back.`,
+		Example: `  kleidi kubeadm patch --dir /etc/kubernetes/patches
+  kleidi kubeadm patch --apply
+  kleidi kubeadm patch --revert`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.kubeadmPatch(cmd, f) },
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&f.encryptionConfig, "encryption-config", defaultEncryptionConfig, "the EncryptionConfiguration that kube-apiserver reads")
+	flags.StringVar(&f.dir, "dir", "", "write the patch into this folder, for kubeadm's --patches")
+	flags.BoolVar(&f.apply, "apply", false, "change the manifest of this node's kube-apiserver")
+	flags.BoolVar(&f.revert, "revert", false, "take the change back")
+	flags.StringVar(&f.manifest, "manifest", kubeadm.Manifest, "the manifest of kube-apiserver")
+	flags.BoolVar(&f.yes, "yes", false, "revert although kube-apiserver still encrypts with kleidi: what is encrypted becomes unreadable")
+	cmd.MarkFlagsMutuallyExclusive("dir", "apply", "revert")
+	_ = cmd.MarkFlagDirname("dir")
+	_ = cmd.MarkFlagFilename("manifest", "yaml")
+	_ = cmd.MarkFlagFilename("encryption-config", "yaml")
+	return cmd
+}
+
+// defaultEncryptionConfig is where README puts the EncryptionConfiguration.
+const defaultEncryptionConfig = "/etc/kubernetes/kleidi-encryption.yaml"
+
+func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
+	c, err := a.config()
+	if err != nil {
+		return err
+	}
+	if !filepath.IsAbs(f.encryptionConfig) {
+		return errors.New("--encryption-config wants an absolute path: it is mounted into kube-apiserver")
+	}
+	p := kubeadm.Patch{EncryptionConfig: f.encryptionConfig, Socket: c.KMS.Socket}
+	result := kubeadmPatch{Operations: p.Operations()}
+	text, err := p.YAML()
+	if err != nil {
+		return err
+	}
+	changed, next := true, ""
+	switch {
+	case f.dir != "":
+		result.File = filepath.Join(f.dir, kubeadm.PatchName)
+		err, next = files.WriteOver(result.File, text), "name the folder in kubeadm's --patches"
+	case f.apply:
+		result.File, next = f.manifest, "kubelet restarts kube-apiserver; then have the stored objects written again: kleidi migrate"
+		changed, err = p.ApplyFile(f.manifest)
+	case f.revert:
+		result.File, next = f.manifest, "kubelet restarts kube-apiserver"
+		changed, err = p.RevertFile(f.manifest, c.KMS.Name, f.yes)
+	}
+	if err != nil {
+		return files.HintRoot(fmt.Errorf("kubeadm patch: %w", err))
+	}
+	if !changed {
+		result.File, next = "", ""
+	}
+	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
+		switch {
+		case next == "" && !changed:
+			fmt.Fprintf(w, "%s is so already; nothing was changed\n", f.manifest)
+		case next == "":
+			_, _ = w.Write(text)
+		default:
+			fmt.Fprintf(w, "%s written\nnext: %s\n", result.File, next)
+		}
+	})
+}
