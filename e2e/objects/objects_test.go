@@ -37,15 +37,16 @@ type machine struct {
 	etcd       *cluster.Etcd
 	api        *cluster.APIServer
 	kubeconfig string
+	binaries   map[string]string
 }
 
 func start(t *testing.T) *machine {
 	t.Helper()
-	binaries, err := cluster.Built("etcd", "kube-apiserver-1.37")
+	binaries, err := cluster.Built("etcd", "kube-apiserver-1.37", "kube-controller-manager-1.37")
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &machine{t: t, Node: node.New(t)}
+	m := &machine{t: t, Node: node.New(t), binaries: binaries}
 	m.etcd = cluster.StartEtcd(t, binaries["etcd"], m.Dir())
 	config := m.Path("encryption.yaml")
 	m.write(config, m.Run("encryption-config", "--resources", resources))
@@ -267,6 +268,7 @@ func TestObjects(t *testing.T) {
 	t.Run("again", m.again)
 	t.Run("slipped in", m.slippedIn)
 	t.Run("prune", m.prunes)
+	t.Run("by the API", m.byAPI)
 }
 
 func (m *machine) checks(code int, snapshot string, args ...string) {
@@ -385,4 +387,28 @@ func (m *machine) prunes(t *testing.T) {
 	// the way back
 	m.Run("keyring", "restore", archive)
 	m.checks(0, before)
+}
+
+// byAPI: where the cluster serves StorageVersionMigration, kube-controller-manager does the
+// work. The restore of the archive has rotated, so that every object is under a retired
+// KEK again.
+func (m *machine) byAPI(t *testing.T) {
+	const crons = "crontabs.stable.example.com"
+	current := m.Keyring().Current.KeyID
+	m.waitEncrypts(current)
+	if left := m.raw()[crons][current]; left != 0 {
+		t.Fatalf("%d CronTabs are under the current key before the migration", left)
+	}
+	node.Start(t, m.Path("kube-controller-manager.log"), m.binaries["kube-controller-manager-1.37"], "--kubeconfig", m.kubeconfig,
+		"--controllers", "storage-version-migrator-controller,garbage-collector-controller", "--leader-elect=false", "--secure-port", "0")
+	out, code := m.kleidi("migrate", "--kubeconfig", m.kubeconfig, "--resources", crons)
+	if code != 0 || !strings.Contains(out, crons+": written again by StorageVersionMigration") {
+		t.Fatalf("exit code %d: %s", code, out)
+	}
+	if got := m.raw()[crons]; len(got) != 1 || got[current] != (*count+19)/20 {
+		t.Errorf("after the migration: %v", got)
+	}
+	if list, err := m.api.Get("/apis/storagemigration.k8s.io/v1/storageversionmigrations"); err != nil || strings.Contains(list, "kleidi-") {
+		t.Errorf("the migration is left behind: %s, %v", list, err)
+	}
 }
