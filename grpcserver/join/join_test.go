@@ -33,10 +33,20 @@ import (
 func TestOrder(t *testing.T) {
 	r := newRig(t)
 	before := ""
-	r.pause = func() { before = r.said() }
+	if all := r.server.Unfinished(); len(all) != 0 {
+		t.Errorf("an approval that nobody has used counts as unfinished: %v", all)
+	}
+	r.pause = func() {
+		if before = r.said(); !r.server.Unfinished()["beta"] {
+			t.Error("a node that is listed, and has not finished, does not count as unfinished")
+		}
+	}
 	g, err := r.join()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if all := r.server.Unfinished(); len(all) != 0 {
+		t.Errorf("a node that has finished counts as unfinished: %v", all)
 	}
 	if before != "listed, recorded granted" || r.said() != "listed, recorded granted, recorded done" {
 		t.Errorf("before the grant %q, in all %q", before, r.said())

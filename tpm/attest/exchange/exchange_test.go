@@ -181,3 +181,19 @@ func TestClaims(t *testing.T) {
 		}
 	}
 }
+
+// TestAKClaims: the attestation key is the template's, byte by byte: bytes that a parser
+// skips would give it another Name.
+func TestAKClaims(t *testing.T) {
+	good := tpm2.Marshal(someAK())
+	if _, err := checkAK(good); err != nil {
+		t.Fatal(err)
+	}
+	other := someAK()
+	other.ObjectAttributes.Restricted = false
+	for name, b := range map[string][]byte{"a byte behind": append(bytes.Clone(good), 0), "truncated": good[:len(good)-1], "none": nil, "unrestricted": tpm2.Marshal(other)} {
+		if _, err := checkAK(b); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}

@@ -326,6 +326,8 @@ func TestOtherBoots(t *testing.T) {
 	r.approvals["beta"].BootPolicy = r.policy(0, 4, 7)
 	r.approvals["beta"].Phase = "sysinit"
 	r.refused("another phase", CheckPhase, `slots are made in phase "sysinit"`)
+	r.approvals["beta"].Phase = "ready"
+	r.accepted("the phase in which slots are made")
 	r.approvals["beta"].Phase = ""
 	r.accepted("any phase")
 	// A boot policy that demands no PCR of the kernel does not admit an unmeasured
