@@ -91,6 +91,8 @@ kleidi bootstate add, in systemd's format.`,
 	f.StringVar(&s.What, "what", "", "a note, only for display")
 	f.StringVar(&s.Out, "out", "", "new file to write to; standard output if empty")
 	registerNextFiles(cmd, &s.Files)
+	a.completeFlag(cmd, "cluster-id", clusterID)
+	completeOneOf(cmd, "bank", "sha256", "sha384")
 	for _, name := range []string{"key", "event-log"} {
 		_ = cmd.MarkFlagRequired(name)
 		_ = cmd.MarkFlagFilename(name)
@@ -227,7 +229,7 @@ func newStateRevoke(a *app) *cobra.Command {
 		Long: `Remove the slot of a key and end its epoch: from then on the TPM refuses the slot and
 every kept copy of it. To revoke only some of the boot states of a key, sign the others
 for a later generation, and add them.`,
-		Args: cobra.ExactArgs(1), ValidArgsFunction: a.complete(signers),
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeArgument(signers),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := operate(cmd.Context(), a, operation.RevokeBootStates, admin.RevokeBootStatesRequest{Key: args[0]})
 			if err != nil {

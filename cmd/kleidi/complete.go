@@ -2,6 +2,7 @@ package main
 
 import (
 	"log/slog"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -53,4 +54,54 @@ func signers(n *node.Node, u *keyring.Untrusted) (all []string) {
 		}
 	}
 	return all
+}
+
+// keyIDs are the key IDs in the keyring, the current one first.
+func keyIDs(_ *node.Node, u *keyring.Untrusted) []string {
+	info := u.Info()
+	all := []string{string(info.Current.KeyID)}
+	for _, r := range info.Retired {
+		all = append(all, string(r.KeyID))
+	}
+	return all
+}
+
+func currentKeyID(_ *node.Node, u *keyring.Untrusted) []string {
+	return []string{string(u.CurrentID())}
+}
+
+func clusterID(_ *node.Node, u *keyring.Untrusted) []string { return []string{u.ClusterID().String()} }
+
+// otherNodes are the names of the nodes in the keyring, except this one.
+func otherNodes(n *node.Node, u *keyring.Untrusted) (all []string) {
+	for _, other := range u.Info().Nodes {
+		if other.Name != n.Config.Node {
+			all = append(all, other.Name)
+		}
+	}
+	return all
+}
+
+func thisNode(n *node.Node, _ *keyring.Untrusted) []string { return []string{n.Config.Node} }
+
+// completeFlag completes a flag's value from the keyring.
+func (a *app) completeFlag(cmd *cobra.Command, flag string, words func(*node.Node, *keyring.Untrusted) []string) {
+	_ = cmd.RegisterFlagCompletionFunc(flag, a.complete(words))
+}
+
+// completeOneOf completes a flag whose values are few.
+func completeOneOf(cmd *cobra.Command, flag string, values ...string) {
+	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// completeArgument completes an argument, unless the verb takes no further one, with what
+// does not stand there already.
+func (a *app) completeArgument(words func(*node.Node, *keyring.Untrusted) []string) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
+		if cmd.ValidateArgs(append(slices.Clone(args), "another")) != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		all, directive := a.complete(words)(cmd, args, toComplete)
+		return slices.DeleteFunc(all, func(w string) bool { return slices.Contains(args, w) }), directive
+	}
 }

@@ -45,6 +45,7 @@ To see kleidi refuse a boot, use another --kernel or --command-line, or
 	flags.StringVar(&d.Dir, "dir", "", "the machine's folder (default $XDG_STATE_HOME/kleidi/dev, or ~/.local/state/kleidi/dev)")
 	flags.BoolVar(&d.Once, "once", false, "stop after the self-check")
 	flags.StringVar(&loader, "loader", string(simboot.UKI), "how the machine boots: uki, grub or efi-stub; direct, which measures nothing, is refused by kleidi init")
+	completeOneOf(cmd, "loader", string(simboot.UKI), string(simboot.GRUB), string(simboot.EFIStub), string(simboot.Direct))
 	flags.StringVar(&d.Boot.Kernel, "kernel", base.Kernel, "the kernel's version")
 	flags.StringVar(&d.Boot.CommandLine, "command-line", base.CommandLine, "the kernel's command line")
 	flags.StringVar(&d.Boot.Initrd, "initrd", base.Initrd, "the initrd's content")

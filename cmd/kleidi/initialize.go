@@ -55,6 +55,7 @@ elsewhere.`,
 	flags.StringVar(&f.encryptionConfig, "encryption-config", "", "also write kube-apiserver's EncryptionConfiguration of Secrets to this file, with the folders above it")
 	_ = cmd.MarkFlagFilename("encryption-config", "yaml")
 	flags.StringVar(&f.anchor, "anchor", "", "where to keep the anchor: file or tpm; must equal anchor.store (default anchor.store)")
+	completeOneOf(cmd, "anchor", "file", "tpm")
 	flags.BoolVar(&f.NoRecovery, "no-recovery", false, "make no recovery slot: if the TPM or the machine fails, all Secrets are lost")
 	flags.BoolVar(&f.acceptDataLoss, "accept-data-loss", false, "acknowledge what --no-recovery means")
 	return cmd

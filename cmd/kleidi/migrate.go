@@ -75,6 +75,7 @@ the kubeconfig needs.`,
 	f.StringVar(&kubeconfig, "kubeconfig", "", "kubeconfig file (default the administrator's on this control-plane node)")
 	f.StringSliceVar(&o.Resources, "resources", []string{"secrets"}, "the resources of the EncryptionConfiguration")
 	f.StringVar(&o.By, "by", "", "api: by StorageVersionMigration; patch: by patches of the command itself (default what the cluster offers)")
+	completeOneOf(cmd, "by", migrate.ByAPI, migrate.ByPatch)
 	f.IntVar(&o.Workers, "workers", 8, "patches at once")
 	f.Float64Var(&o.Rate, "rate", 200, "patches per second at most")
 	f.BoolVar(&o.DryRun, "dry-run", false, "change nothing; count, and print the ClusterRole that is needed")

@@ -110,6 +110,7 @@ machine writes them below /run/kleidi/bootstrap.`,
 	f.BoolVar(&req.Replace, "replace", false, "the machine takes the place of the node of that name")
 	f.DurationVar(&req.Expires, "expires", members.DefaultExpiry, "how long the approval is valid, up to 24h")
 	f.StringArrayVar(&bootstrap, "bootstrap-file", nil, "hand this file to the machine; may be repeated, 64 KiB in all")
+	cmd.ValidArgsFunction = a.completeArgument(otherNodes) // with --replace
 	_ = cmd.MarkFlagFilename("boot-policy", "yaml", "yml")
 	return cmd
 }

@@ -43,5 +43,6 @@ The command asks for the identity, or reads it from standard input or from --ide
 	cmd.Flags().BoolVar(&withoutVerifier, "without-verifier", false, "demand no verifier, because it is gone for good")
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
 	_ = cmd.MarkFlagFilename("identity-file")
+	a.completeFlag(cmd, "trust-key-id", currentKeyID)
 	return cmd
 }

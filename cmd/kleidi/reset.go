@@ -51,6 +51,7 @@ nothing beside a running kleidi serve. If it breaks off, run it again.`,
 		},
 	}
 	cmd.Flags().StringVar(&yes, "yes", "", "this node's name, to forget without being asked")
+	a.completeFlag(cmd, "yes", thisNode)
 	cmd.Flags().BoolVar(&withoutTPM, "without-tpm", false, "forget the files alone: copies of the keyring still open with this machine's TPM")
 	return cmd
 }

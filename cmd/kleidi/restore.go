@@ -65,6 +65,9 @@ because its wrapper can't be reached, name the slot with --skip-slot. With
 	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
 	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, then opens the KEK alone")
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
+	_ = cmd.MarkFlagFilename("identity-file")
+	a.completeFlag(cmd, "skip-slot", slotNames)
+	a.completeFlag(cmd, "trust-key-id", keyIDs)
 	return cmd
 }
 

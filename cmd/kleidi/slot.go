@@ -66,8 +66,9 @@ func orDash(s string) string {
 func newSlotAdd(a *app) *cobra.Command {
 	var req admin.AddSlotRequest
 	cmd := &cobra.Command{
-		Use:   "add pkcs11|vault|recovery",
-		Short: "Wrap the KEK with another wrapper from the configuration",
+		Use:               "add pkcs11|vault|recovery",
+		ValidArgsFunction: cobra.FixedCompletions([]string{"pkcs11", "vault", "recovery"}, cobra.ShellCompDirectiveNoFileComp),
+		Short:             "Wrap the KEK with another wrapper from the configuration",
 		Example: `  kleidi slot add pkcs11 --generate-key
   kleidi slot add vault
   kleidi slot add recovery --recipient age1…`,
@@ -108,7 +109,7 @@ pkcs11 and vault regularly, as often as unlock.selfTest says.
 The command asks the running kleidi serve. Without one, each run is a separate login: a
 wrong PIN counts towards the limit at which the token locks the PIN, and a wrapping
 token in vault.auth.secretIDFile is used up.`,
-		ValidArgsFunction: a.complete(slotNames),
+		ValidArgsFunction: a.completeArgument(slotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := operate(cmd.Context(), a, operation.TestSlots, admin.TestSlotsRequest{Names: args})
 			if err != nil {
@@ -153,7 +154,7 @@ func newSlotRewrap(a *app) *cobra.Command {
 slot: the command refuses another key with the same name, because the owner of that key
 would get the KEK. With --new-key the command trusts the configured key without this
 check; use it after the token or its key was replaced.`,
-		Args: cobra.ExactArgs(1), ValidArgsFunction: a.complete(slotNames),
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeArgument(slotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
 			s, err := operate(cmd.Context(), a, operation.RewrapSlot, req)
@@ -181,7 +182,7 @@ of that type; otherwise the type and the first digits of the slot's ID, such as
 recovery-3f9a. The age1… recipient of a recovery slot is a name too. The ID is a digest
 of the slot's binding. It does not change when other slots are removed or when the KEK
 is rotated.`,
-		Args: cobra.ExactArgs(1), ValidArgsFunction: a.complete(slotNames),
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeArgument(slotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
 			s, err := operate(cmd.Context(), a, operation.RemoveSlot, req)

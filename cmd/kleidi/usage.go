@@ -149,6 +149,7 @@ another.`,
 	from.addFlags(cmd)
 	cmd.Flags().StringSliceVar(&from.resources, "resources", []string{"secrets"}, "resources that should be encrypted, even if all of their objects are in clear")
 	cmd.Flags().StringVar(&keyID, "key-id", "", "the key ID that everything should be under (default the current one)")
+	a.completeFlag(cmd, "key-id", keyIDs)
 	cmd.Flags().BoolVar(&all, "all", false, "list also the resources that are in clear throughout")
 	return cmd
 }
