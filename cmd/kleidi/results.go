@@ -113,6 +113,8 @@ func afterwards(cmd *cobra.Command, err error) string {
 		return "the file was written, so that the command need not be run again"
 	case flagValue(cmd, "dry-run") == "true":
 		return "nothing was changed"
+	case verb == "kubeadm patch" && flagValue(cmd, "dir") == "" && flagValue(cmd, "apply") != "true" && flagValue(cmd, "revert") != "true":
+		return "nothing was changed"
 	case slices.Contains(reading, verb) || verb == cmd.Root().Name():
 		return "nothing was changed"
 	case err != nil:
