@@ -194,7 +194,7 @@ const (
 // larger are the larger packages, with their bounds: see docs/decisions/package-sizes.md.
 var larger = map[string]int{
 	"seal/keyring": 2900, "tpm/eventlog": 2500, "tpm/bootpolicy": 1850, "tpm/predict": 2450, "tpm/simboot": 1400, "tpm/attest": 1350,
-	"hsm": 2400, "vault": 2050, "internal/lifecycle": 1450, "internal/node": 1450, "cmd/kleidi": 4900,
+	"hsm": 2400, "vault": 2050, "internal/lifecycle": 1550, "internal/node": 1550, "cmd/kleidi": 4900,
 }
 
 func TestPackagesAndTypesStaySmall(t *testing.T) {

@@ -54,12 +54,23 @@ func recoverStored(ctx context.Context, n *node.Node, req admin.RecoverRequest) 
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	return recoverFrom(ctx, n, untrusted, version, req)
+	return recoverFrom(ctx, n, untrusted, version, req, checkOwnTPM)
+}
+
+// checkOwnTPM refuses to list another TPM for this node in a stored keyring of several nodes,
+// where a change counts as made in the cluster store. The stored keyring may be behind the
+// store, and its next revision would be a fork. A restored keyring has no store to ask.
+func checkOwnTPM(k, next *keyring.Keyring) error {
+	if several(k) && k.Info().Commit == keyring.CommitCluster && next.Revision() > k.Revision() {
+		self, _ := k.Self()
+		return errOtherTPM(self.Name)
+	}
+	return nil
 }
 
 // recoverFrom replaces the stored keyring of that version with the content of
-// untrusted.
-func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted, version store.Version, req admin.RecoverRequest) (admin.KeyringState, error) {
+// untrusted, if check accepts the last revision.
+func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted, version store.Version, req admin.RecoverRequest, check func(k, next *keyring.Keyring) error) (admin.KeyringState, error) {
 	identity, err := n.Memory.Take(req.Identity)
 	if err != nil {
 		return admin.KeyringState{}, err
@@ -81,7 +92,17 @@ func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 	}
 	changes := reportRenewed(n, old)
 	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		return renew(ctx, n, k, renewOptions{WithoutVerifier: req.WithoutVerifier})
+		revisions, err := renew(ctx, n, k, renewOptions{WithoutVerifier: req.WithoutVerifier})
+		if err != nil {
+			return nil, err
+		}
+		if err := check(k, revisions[len(revisions)-1]); err != nil {
+			for _, next := range revisions {
+				next.Close()
+			}
+			return nil, err
+		}
+		return revisions, nil
 	}
 	before := old.Slots()
 	state, err := adopt(ctx, n, old, unlock.Opener{Wrapper: opener.Type()}, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)

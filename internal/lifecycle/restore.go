@@ -54,7 +54,7 @@ func restoreWith(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 				return admin.KeyringState{}, err
 			}
 		}
-		return recoverFrom(ctx, n, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID, BreakTwoOfTwo: req.BreakTwoOfTwo})
+		return recoverFrom(ctx, n, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID, BreakTwoOfTwo: req.BreakTwoOfTwo}, func(_, _ *keyring.Keyring) error { return nil })
 	}
 	old, by, err := n.Unlocker.OpenUnanchored(ctx, untrusted)
 	if err != nil {

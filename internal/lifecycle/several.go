@@ -66,7 +66,7 @@ func renewAlone(ctx context.Context, n *node.Node, w *tpm.Wrapper, old *keyring.
 	}
 	if !listed.SameTPM(self) {
 		if err := keyring.CheckSeat(old); err != nil {
-			return nil, fmt.Errorf("the keyring lists another TPM for node %s: approve this node again, with kleidi node approve %s --ek EK --replace, and have it join", self.Name, self.Name)
+			return nil, errOtherTPM(self.Name)
 		}
 		next, err := old.WithNode(self, self.Added)
 		if err != nil {
@@ -88,4 +88,8 @@ func renewAlone(ctx context.Context, n *node.Node, w *tpm.Wrapper, old *keyring.
 		return nil, err
 	}
 	return []*keyring.Keyring{here}, nil
+}
+
+func errOtherTPM(node string) error {
+	return fmt.Errorf("the keyring lists another TPM for node %s: approve this node again, with kleidi node approve %s --ek EK --replace, and have it join", node, node)
 }

@@ -1,0 +1,75 @@
+package replica_test
+
+import (
+	"testing"
+
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// evil returns what a former node makes of k, whose KEK it knows: a far later revision under a
+// KEK of its own.
+func evil(t *testing.T, k *keyring.Keyring) []byte {
+	t.Helper()
+	kek, err := seal.Memory{}.NewKEK()
+	must(t, err)
+	k, err = k.Stage(kek, nil, now)
+	must(t, err)
+	k, err = k.WithOwnSlots(k.OwnSlots(), k.OwnSlots())
+	must(t, err)
+	k, err = k.Activate(now)
+	must(t, err)
+	k, err = k.AtLeast(1000)
+	must(t, err)
+	return k.Shared()
+}
+
+// TestRemovedNodeForges: a keyring that a removed node makes with the KEK that it knew, and
+// plants in the store, is announced by nobody and opens nowhere: neither while all anchors are
+// on that KEK, nor after they have moved.
+func TestRemovedNodeForges(t *testing.T) {
+	c := open(t)
+	intruder := c.nodes[2].keyring()
+	forgeries := map[string][]byte{"its own KEK": evil(t, intruder)}
+	next, err := intruder.AtLeast(1000)
+	must(t, err)
+	forgeries["the KEK that it knew"] = next.Shared()
+	refused := func(when, what string, forged []byte) {
+		t.Helper()
+		good, err := c.store.Load(ctx)
+		must(t, err)
+		must(t, c.store.Swap(ctx, good, forged))
+		for _, n := range c.nodes[:2] {
+			before, file := n.keyring().CurrentID(), string(n.file.b)
+			if err := n.Sync(ctx); err == nil || n.keyring().CurrentID() != before || string(n.file.b) != file {
+				t.Errorf("%s, %s: node %s takes it: %v", when, what, n.name, err)
+			}
+			n.start()
+			if got := n.keyring().CurrentID(); got != before {
+				t.Errorf("%s, %s: node %s starts with %s", when, what, n.name, got)
+			}
+		}
+		must(t, c.store.Swap(ctx, forged, good))
+	}
+	refused("before", "its own KEK", forgeries["its own KEK"])
+
+	must(t, c.nodes[0].Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.WithoutNode("c")
+		return []*keyring.Keyring{next}, err
+	}))
+	c.nodes = c.nodes[:2]
+	c.settle(t)
+	refused("dropped", "its own KEK", forgeries["its own KEK"])
+	if former := c.nodes[1].keyring().Info().Former; len(former) != 1 || former[0] != "c" {
+		t.Errorf("former nodes: %q", former)
+	}
+	c.rotate(t, 1)
+	c.settle(t)
+	if former := c.nodes[0].keyring().Info().Former; len(former) != 0 {
+		t.Errorf("former nodes after the rotation: %q", former)
+	}
+	for what, forged := range forgeries {
+		refused("anchors moved", what, forged)
+	}
+	c.settle(t)
+}
