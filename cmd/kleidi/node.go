@@ -172,7 +172,9 @@ func printNodes(w io.Writer, l admin.NodeList) {
 			text += "  added " + n.Added.Local().Format(time.DateTime)
 		}
 		row(w, n.Node, strings.TrimSpace(text))
+		printRecord(w, n.Record)
 	}
+	printCluster(w, l.Cluster)
 	if l.Stored {
 		fmt.Fprintln(w, "kleidi serve does not run: this is the stored keyring, which nothing has verified")
 	}

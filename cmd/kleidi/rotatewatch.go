@@ -117,3 +117,56 @@ func printRotation(w io.Writer, s admin.KeyringState) {
 	fmt.Fprintln(w, describeProgress(r))
 	fmt.Fprintln(w, "kleidi serve goes on with it; watch it with kleidi rotate --continue --wait")
 }
+
+// printCluster shows what a node knows of the cluster store.
+func printCluster(w io.Writer, c *admin.ClusterReport) {
+	if c == nil {
+		return
+	}
+	step := "in step"
+	if !c.InStep {
+		step = "not in step"
+	}
+	if c.Reached.IsZero() {
+		step += ", never read"
+	} else {
+		step += fmt.Sprintf(", read %s, revision %d", c.Reached.Local().Format(time.DateTime), c.Revision)
+	}
+	row(w, "cluster store", step)
+	printProblem(w, c.Problem)
+	for _, n := range c.Behind {
+		row(w, "BEHIND", describeWaiting(n))
+	}
+	r := c.Rotation
+	if r == nil || r.StagedKeyID == "" {
+		return
+	}
+	row(w, "ROTATION", fmt.Sprintf("node %s staged key ID %s, %s", r.By, r.StagedKeyID, r.Since.Local().Format(time.DateTime)))
+	for _, n := range r.Waiting {
+		row(w, "waiting for", describeWaiting(n))
+	}
+}
+
+// printRecord shows what a node last said of itself in the cluster store.
+func printRecord(w io.Writer, r *admin.NodeRecord) {
+	if r == nil {
+		return
+	}
+	fmt.Fprintf(w, "  revision %d, anchored and announced %s, kleidi %s (formats %v), %d boot states, started %s\n",
+		r.Revision, r.Announced, r.Version, r.Formats, r.BootStates, r.Started.Local().Format(time.DateTime))
+	if r.Anchored != r.Announced {
+		fmt.Fprintf(w, "  anchored %s\n", r.Anchored)
+	}
+	if r.Encrypted != "" && r.Encrypted != r.Announced {
+		fmt.Fprintf(w, "  kube-apiserver last encrypted under %s\n", r.Encrypted)
+	}
+	if r.Acknowledged != "" {
+		fmt.Fprintf(w, "  acknowledged %s\n", r.Acknowledged)
+	}
+	if r.Behind != "" {
+		fmt.Fprintf(w, "  %s\n", r.Behind)
+	}
+	if r.Problem != "" {
+		fmt.Fprintf(w, "  it says: %s\n", r.Problem)
+	}
+}

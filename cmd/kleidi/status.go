@@ -57,7 +57,7 @@ const (
 
 // verdict returns the exit code for a status.
 func verdict(r admin.StatusReport) error {
-	problem := r.Problem != nil || r.Fallback != nil || r.Staged != nil || len(r.Unrevoked) > 0 || len(r.ChangedOutside) > 0 || r.Attestation != nil && r.Attestation.Problem != nil ||
+	problem := r.Problem != nil || r.Fallback != nil || r.Staged != nil || len(r.Unrevoked) > 0 || len(r.ChangedOutside) > 0 || r.Cluster != nil && r.Cluster.Problem != nil || r.Attestation != nil && r.Attestation.Problem != nil ||
 		slices.ContainsFunc(r.Slots, func(s admin.SlotReport) bool { return s.Problem != nil })
 	switch {
 	case r.State != admin.Open:
@@ -94,6 +94,7 @@ func printStatus(w io.Writer, r admin.StatusReport) {
 	if r.Staged != nil {
 		printProblem(w, r.Staged)
 	}
+	printCluster(w, r.Cluster)
 	if at := r.Attestation; at != nil {
 		verdict := "passed"
 		if !at.Passed {

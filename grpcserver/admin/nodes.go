@@ -72,6 +72,8 @@ type NodeList struct {
 	Nodes     []NodeReport `json:"nodes"`
 	// Stored says that the list comes from the stored keyring, for which nothing has vouched.
 	Stored bool `json:"stored,omitempty"`
+	// Cluster is what this node knows of the cluster store.
+	Cluster *ClusterReport `json:"cluster,omitempty"`
 }
 
 // NodeReport is one node.
@@ -86,6 +88,8 @@ type NodeReport struct {
 	// Unfinished says that the node received the keyring and has not yet shown that it
 	// opened it.
 	Unfinished bool `json:"unfinished,omitempty"`
+	// Record is the node's last record in the cluster store.
+	Record *NodeRecord `json:"record,omitempty"`
 }
 
 // The verbs that carry the shared keyring to and from a node without access to the cluster

@@ -37,6 +37,36 @@ type Rotation struct {
 	Waiting     []WaitingNode `json:"waiting,omitempty"`
 }
 
+// ClusterReport is what a node knows of the cluster store.
+type ClusterReport struct {
+	// InStep says that the store held the node's keyring at the last read, which was at
+	// Reached. Revision is that of the store.
+	InStep   bool      `json:"inStep"`
+	Reached  time.Time `json:"reached,omitzero"`
+	Revision uint64    `json:"revision,omitempty"`
+	Problem  *Problem  `json:"problem,omitempty"`
+	Rotation *Rotation `json:"rotation,omitempty"`
+	// Behind are the nodes that have not followed the present keyring.
+	Behind []WaitingNode `json:"behind,omitempty"`
+}
+
+// NodeRecord is what a node last said of itself in the cluster store.
+type NodeRecord struct {
+	Revision     uint64     `json:"revision"`
+	Anchored     seal.KeyID `json:"anchored"`
+	Announced    seal.KeyID `json:"announced"`
+	Encrypted    seal.KeyID `json:"encrypted,omitempty"`
+	Acknowledged seal.KeyID `json:"acknowledged,omitempty"`
+	Formats      []int      `json:"formats"`
+	Version      string     `json:"version"`
+	// BootStates is the number of boot states that the node starts in.
+	BootStates int       `json:"bootStates"`
+	Started    time.Time `json:"started"`
+	// Behind says why the node does not follow the present keyring; "" means that it does.
+	Behind  string `json:"behind,omitempty"`
+	Problem string `json:"problem,omitempty"`
+}
+
 // WaitingNode is a node that a rotation waits for.
 type WaitingNode struct {
 	Node string `json:"node"`

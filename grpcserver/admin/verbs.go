@@ -111,6 +111,8 @@ type StatusReport struct {
 	// Staged is the reason why the staged KEK is not open, if there is a staged KEK and
 	// serve runs.
 	Staged *Problem `json:"staged,omitempty"`
+	// Cluster is what the node knows of the cluster store, if there is one.
+	Cluster *ClusterReport `json:"cluster,omitempty"`
 	// Suspension is nil unless the node is suspended.
 	Suspension *Suspension `json:"suspension,omitempty"`
 	// Attestation is the result of the last attestation.

@@ -13,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/rollout"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
@@ -273,13 +274,19 @@ func closeFiles(all []join.SecretFile) {
 }
 
 // List lists the nodes of the keyring.
-func (d *Desk) List(context.Context, admin.ListNodesRequest) (admin.NodeList, error) {
+func (d *Desk) List(ctx context.Context, _ admin.ListNodesRequest) (admin.NodeList, error) {
 	k, err := d.node.Unlocker.Keyring()
 	if err != nil {
 		return admin.NodeList{}, err
 	}
 	self, _ := k.Self()
-	return list(k.Info(), k.Format(), self.Name, d.server.Unfinished()), nil
+	l := list(k.Info(), k.Format(), self.Name, d.server.Unfinished())
+	records := rollout.Records(ctx, d.node, k)
+	for i := range l.Nodes {
+		l.Nodes[i].Record = records[l.Nodes[i].Node]
+	}
+	l.Cluster = rollout.Cluster(d.node, k)
+	return l, nil
 }
 
 // ListStored lists the nodes of the stored keyring, where no serve runs. Nothing has

@@ -32,9 +32,7 @@ func Carrier(n *Node) *replica.Replica {
 
 func replicaOver(n *Node, s replica.Store) *replica.Replica {
 	return replica.New(replica.Config{
-		Store: s, Unlocker: n.Unlocker, Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
-			return wrapStaged(ctx, n, k, kek)
-		}, BootStates: func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error) {
+		Store: s, Unlocker: n.Unlocker, Wrap: wrapStaged(n), BootStates: func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error) {
 			own, err := n.Unrevoked(ctx, k.OwnSlots())
 			if err != nil {
 				return nil, err
@@ -46,16 +44,18 @@ func replicaOver(n *Node, s replica.Store) *replica.Replica {
 
 // wrapStaged seals the staged KEK for each boot state that this node's own slots of the
 // current KEK are for.
-func wrapStaged(ctx context.Context, n *Node, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
-	own, err := n.Unrevoked(ctx, k.OwnSlots())
-	if err != nil {
-		return nil, err
+func wrapStaged(n *Node) func(context.Context, *keyring.Keyring, *seal.Secret) ([]seal.Slot, error) {
+	return func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
+		own, err := n.Unrevoked(ctx, k.OwnSlots())
+		if err != nil {
+			return nil, err
+		}
+		slots, err := rotation.Like(n.ProvenRewrappers(k), own)(ctx, kek)
+		if err == nil {
+			err = rotation.ProveTryable(ctx, kek, slots, n.Openers())
+		}
+		return slots, err
 	}
-	slots, err := rotation.Like(n.ProvenRewrappers(k), own)(ctx, kek)
-	if err != nil {
-		return nil, err
-	}
-	return slots, rotation.ProveTryable(ctx, kek, slots, n.Openers())
 }
 
 // clusterStore is the cluster store once its kubeconfig is there. kleidi starts before the

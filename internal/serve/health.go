@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -12,12 +13,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/grpcserver/monitor"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/rollout"
 	"github.com/beezy-dev/kleidi/internal/slots"
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/internal/status"
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/unlock"
 	"github.com/beezy-dev/kleidi/tpm"
 )
@@ -114,7 +118,7 @@ func (h *health) remarks() []string {
 
 // Describe implements prometheus.Collector.
 func (h *health) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descOpenTPM, descSuspended, descUnrevoked, descOutside, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep, descClientEnd} {
+	for _, d := range []*prometheus.Desc{descOpenTPM, descSuspended, descUnrevoked, descOutside, descFallback, descUnusable, descTested, descOpen, descKeyID, descRevision, descKEKs, descKEKMade, descSlotMade, descAttested, descPassed, descProblem, descStep, descClientEnd, descNodes, descNodeBehind, descRotationWaiting, descReplicaUp, descFork} {
 		c <- d
 	}
 }
@@ -181,6 +185,8 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	gauge(descUnusable, float64(len(slots.Unusable(n, k))))
 	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
 	gauge(descRevision, float64(info.Revision))
+	gauge(descNodes, float64(len(info.Nodes)))
+	collectCluster(n, k, gauge)
 	gauge(descKEKs, 1, "current")
 	gauge(descKEKs, float64(len(info.Retired)), "retired")
 	gauge(descKEKMade, node.Seconds(info.Current.Created))
@@ -195,6 +201,25 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 				gauge(descSlotMade, node.Seconds(d.Made), s.Type, s.Node)
 			}
 		}
+	}
+}
+
+// collectCluster collects what this node knows of the cluster store and of the other nodes.
+func collectCluster(n *node.Node, k *keyring.Keyring, gauge func(*prometheus.Desc, float64, ...string)) {
+	c := rollout.Cluster(n, k)
+	if c == nil {
+		return
+	}
+	number := map[bool]float64{true: 1}
+	state := n.Replica.State()
+	gauge(descReplicaUp, number[rollout.StoreUp(state)])
+	gauge(descFork, number[rollout.Forked(state)])
+	among := func(all []admin.WaitingNode, name string) float64 {
+		return number[slices.ContainsFunc(all, func(w admin.WaitingNode) bool { return w.Node == name })]
+	}
+	for _, entry := range k.Nodes() {
+		gauge(descNodeBehind, among(c.Behind, entry.Name), entry.Name)
+		gauge(descRotationWaiting, among(c.Rotation.Waiting, entry.Name), entry.Name)
 	}
 }
 
@@ -230,4 +255,13 @@ var (
 	descProblem   = prometheus.NewDesc("kleidi_problem", "1 if the last attempt to unlock or reload, or to end an epoch, failed; kleidi status says why.", nil, nil)
 	descClientEnd = prometheus.NewDesc("kleidi_cluster_certificate_end_timestamp_seconds", "When the client certificate for the cluster store ends; 0 if there is none.", nil, nil)
 	descStep      = prometheus.NewDesc("kleidi_unlock_duration_seconds", "How long the steps of the last attempt to unlock took.", []string{"step"}, nil)
+)
+
+// What the cluster store says.
+var (
+	descNodes           = prometheus.NewDesc("kleidi_nodes", "Nodes of the open keyring.", nil, nil)
+	descReplicaUp       = prometheus.NewDesc("kleidi_replica_up", "1 if the cluster store answered at the last read, 0 else.", nil, nil)
+	descFork            = prometheus.NewDesc("kleidi_fork", "1 if the keyring in the cluster store and this node's are a fork: neither follows the other.", nil, nil)
+	descNodeBehind      = prometheus.NewDesc("kleidi_node_behind", "1 if a node has not followed the present keyring, by its last record in the cluster store.", []string{"node"}, nil)
+	descRotationWaiting = prometheus.NewDesc("kleidi_rotation_waiting", "1 if a rotation waits for a node; kleidi status says for what.", []string{"node"}, nil)
 )

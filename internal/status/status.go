@@ -10,6 +10,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/rollout"
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/internal/version"
 	"github.com/beezy-dev/kleidi/seal"
@@ -34,6 +35,7 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 		r.State, r.Memory = admin.Open, k.KEK().Kind()
 		r.Wrapper, r.Fallback, r.Staged = state.Wrapper, admin.ProblemOf(state.Fallback), admin.ProblemOf(state.Staged)
 		describe(&r, k.Info())
+		r.Cluster = rollout.Cluster(n, k)
 		slots = k.Slots()
 	} else if u, _, err := n.Stored(ctx); err == nil {
 		describe(&r, u.Info()) // nothing has vouched for the keyring

@@ -27,6 +27,9 @@ const (
 	// interval is how often the store is read in addition to the watch: a watch that
 	// was open while the store was restored misses changes.
 	interval = 30 * time.Second
+	// readEach bounds how often records are read for display while other nodes follow: each
+	// node reads those of all.
+	readEach = 200 * time.Millisecond
 	// lookWithin bounds how long the first announcement waits for the store.
 	lookWithin = 5 * time.Second
 )
@@ -149,7 +152,7 @@ func (r *Replica) Run(ctx context.Context) {
 	watch.Go(func() { r.cfg.Store.Watch(ctx, r.Kick) })
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = time.Second, interval
-	said := ""
+	said, revision := "", uint64(0)
 	select { // a round before the first attempt to unlock would do nothing
 	case <-r.cfg.Unlocker.Tried():
 	case <-ctx.Done():
@@ -158,8 +161,12 @@ func (r *Replica) Run(ctx context.Context) {
 		next := interval
 		_, locked := r.cfg.Unlocker.Keyring()
 		err := r.Sync(ctx)
+		if now := r.State().Revision; now != revision {
+			revision = now
+			wait.Reset()
+		}
 		switch {
-		case err != nil:
+		case err != nil || r.awaitsOthers():
 			next = wait.NextBackOff()
 		case locked != nil:
 			next = time.Second // an attempt to unlock kicks before its result is visible
@@ -210,10 +217,22 @@ func (r *Replica) Sync(ctx context.Context) error {
 		return err
 	}
 	err = errors.Join(err, r.record(ctx, err))
-	if time.Since(r.State().ReportsRead) >= interval { // for display
+	age := time.Since(r.State().ReportsRead)
+	if age >= interval || r.awaitsOthers() && age >= time.Duration(len(k.Nodes()))*readEach { // for display
 		_, _ = r.Reports(ctx)
 	}
 	return err
+}
+
+// awaitsOthers reports whether a node had not followed the present keyring when the
+// records were last read, or a rotation waited for one.
+func (r *Replica) awaitsOthers() bool {
+	k, err := r.cfg.Unlocker.Keyring()
+	if err != nil || k.Format() == 1 {
+		return false
+	}
+	records := counting(r.State().Reports)
+	return len(rotation.Behind(k, records)) > 0 || rotation.Next(k, "", records).Do == rotation.Wait
 }
 
 // rounds bounds how often a round restarts because another node was faster.
@@ -394,14 +413,18 @@ func (r *Replica) sign(ctx context.Context, k *keyring.Keyring, name string, pro
 
 // Records returns the records of the nodes of k that verify and count: those written
 // after the keyring in the store.
-func (r *Replica) Records(ctx context.Context, k *keyring.Keyring) (counting []*keyring.VerifiedRecord, err error) {
+func (r *Replica) Records(ctx context.Context, k *keyring.Keyring) ([]*keyring.VerifiedRecord, error) {
 	reports, err := r.reports(ctx, k)
+	return counting(reports), err
+}
+
+func counting(reports []Report) (all []*keyring.VerifiedRecord) {
 	for _, n := range reports {
 		if n.Counts {
-			counting = append(counting, n.Record)
+			all = append(all, n.Record)
 		}
 	}
-	return counting, err
+	return all
 }
 
 // Reports reads the records of the nodes of the open keyring, for display.

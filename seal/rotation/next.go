@@ -96,6 +96,17 @@ func Encrypting(k *keyring.Keyring, records []*keyring.VerifiedRecord) []Missing
 	})
 }
 
+// Behind returns the nodes that have not followed the present keyring, or do not trust and
+// announce its KEK.
+func Behind(k *keyring.Keyring, records []*keyring.VerifiedRecord) []Missing {
+	return missing(k, records, func(r *keyring.VerifiedRecord) Why {
+		if r.Revision != k.Revision() {
+			return WhyNotFollowed
+		}
+		return unsettled(k, r)
+	})
+}
+
 // unsettled says why a node does not trust and announce the current KEK yet. The node's
 // record must be under that KEK, because any holder of a former KEK can write any other
 // record.
