@@ -219,7 +219,7 @@ var hints = map[protocol.Check]string{
 	protocol.CheckAK:            hintVersions,
 	protocol.CheckProof:         "if another machine answers in this one's place, or somebody stands between it and that node, find out who; else see that kleidi on both sides is of the same version",
 	protocol.CheckEvidence:      "if a component extends a PCR without logging it, leave that PCR out of the boot policy; else this machine's event log was tampered with",
-	protocol.CheckBootPolicy:    "if this boot is one that you want, kleidi bootpolicy record here, and approve the node again with --boot-policy and that file",
+	protocol.CheckBootPolicy:    "if you want this boot, run kleidi bootpolicy record here, and approve the node again with --boot-policy and that file",
 	joinproof.CheckPhase:        "join while the machine is up",
 	CheckDone:                   hintVersions,
 }

@@ -39,11 +39,11 @@ type Step = exchange.JoinVerdict
 
 // The steps.
 const (
-	// StepGranted comes before the first byte that leads to a KEK leaves.
+	// StepGranted is recorded before the first byte that leads to a KEK leaves this node.
 	StepGranted = "granted"
 	// StepDone follows once the node has shown that it opened the keyring.
 	StepDone = "done"
-	// StepListed is of a node without a TPM, which its operator gives the keyring.
+	// StepListed records a node without a TPM, whose operator carries the keyring to it.
 	StepListed = "listed"
 )
 

@@ -20,7 +20,7 @@ func (a *Access) checkStoredInClear(ctx context.Context, admin *kube.Client) err
 	if before == "" {
 		return nil
 	}
-	// The count is of the time since kube-apiserver's start. A write says how it is now.
+	// The counter starts with kube-apiserver. A write shows the present configuration.
 	path := "/apis/" + kube.APIVersion + "/keyringnodes/" + url.PathEscape(a.Node)
 	note := map[string]any{"metadata": map[string]any{"annotations": map[string]string{kube.Group + "/checked": time.Now().UTC().Format(time.RFC3339Nano)}}}
 	if err := admin.Do(ctx, http.MethodPatch, path, kube.MergePatch, note, nil); err != nil {

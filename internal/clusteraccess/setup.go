@@ -50,7 +50,7 @@ func (a *Access) Manifests() string { return cluster.CRDs + "---\n" + cluster.No
 
 // SetUp applies the resources and this node's role, has a client certificate signed, and
 // writes the kubeconfig. At the end it reads the cluster store with the node's own
-// rights. It leaves alone what is there already and works.
+// rights. It changes nothing that exists already and works.
 func (a *Access) SetUp(ctx context.Context, s Setup) (*Result, error) {
 	admin, err := kube.NewClient(kube.Options{Kubeconfig: s.Admin})
 	if err != nil {
@@ -169,7 +169,7 @@ func (a *Access) reaches(ctx context.Context) error {
 	}
 }
 
-// hintAdmin says who may do what the API refused.
+// hintAdmin adds to a refusal of the API which user has the right.
 func (a *Access) hintAdmin(err error) error {
 	if kube.Refused(err, http.StatusForbidden) || kube.Refused(err, http.StatusUnauthorized) {
 		return seal.Errorf(seal.CauseCredentials, "name the kubeconfig of a cluster administrator in --kubeconfig; kubeadm's is /etc/kubernetes/admin.conf", "%w", err)

@@ -1,4 +1,4 @@
-// Package encryptionconfig writes what kube-apiserver reads to have kleidi encrypt.
+// Package encryptionconfig writes the configuration that makes kube-apiserver encrypt with kleidi.
 package encryptionconfig
 
 import (
@@ -56,7 +56,7 @@ func New(name, socket string, resources []string) EncryptionConfiguration {
 // everything is the wildcard for all resources of all groups.
 const everything = "*.*"
 
-// YAML returns the configuration as a file for people, with its remarks.
+// YAML returns the configuration as a file with comments.
 func (e EncryptionConfiguration) YAML() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "apiVersion: %s\nkind: %s\nresources:\n", e.APIVersion, e.Kind)
@@ -90,12 +90,12 @@ const provider = `      - kms:
       # all stored objects are rewritten
 `
 
-// resourceName is what kube-apiserver takes: a resource, with its API group behind a dot
+// resourceName matches a name that kube-apiserver accepts: a resource, with its API group behind a dot
 // unless that is the core one, or * for all of a group, or for all groups.
 var resourceName = regexp.MustCompile(`^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*|\*\.(\*|[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?)$`)
 
-// CheckResources refuses what kube-apiserver would refuse as the resources of one entry. The
-// error speaks of --resources.
+// CheckResources refuses resources that kube-apiserver would refuse in one entry. The error
+// names --resources.
 func CheckResources(resources []string) error {
 	if len(resources) == 0 {
 		return errors.New("--resources is empty; name what to encrypt, such as secrets")

@@ -67,8 +67,8 @@ type Database struct {
 	seen     []uint64 // bits: a page belongs to one tree only
 }
 
-// Open reads the meta pages of a file of size bytes, without what follows the
-// pages.
+// Open reads the meta pages of a file. size is its size in bytes, without a checksum
+// behind the pages.
 func Open(r io.ReaderAt, size int64) (*Database, error) {
 	d := &Database{r: r}
 	var newest uint64

@@ -108,8 +108,8 @@ func known(k *keyring.Keyring, all []string) (n names, err error) {
 	return n, nil
 }
 
-// checkShared refuses where several nodes would remain that share no cluster store: their KEK
-// could not be replaced.
+// checkShared refuses a removal after which several nodes remain without a shared cluster
+// store: their KEK could not be replaced.
 func checkShared(n *node.Node, k *keyring.Keyring, leaving []string) error {
 	if err := keyring.CheckSeat(k); err != nil {
 		return err
@@ -122,7 +122,7 @@ func checkShared(n *node.Node, k *keyring.Keyring, leaving []string) error {
 }
 
 // drop removes nodes from the keyring, in one revision. They may know a staged KEK as well, so
-// it is retired before.
+// drop retires it first.
 func drop(ctx context.Context, n *node.Node, leaving []string) (changes []string, err error) {
 	err = n.Unlocker.Change(ctx, func(k *keyring.Keyring) (revisions []*keyring.Keyring, err error) {
 		defer func() {
@@ -197,7 +197,7 @@ func phase(k *keyring.Keyring, r *admin.Rotation) admin.RemovalPhase {
 	return admin.RemovalDone
 }
 
-// trusting returns the nodes that still take a keyring made with what a removed node knows.
+// trusting returns the nodes that still accept a keyring under a KEK that a removed node knows.
 func trusting(k *keyring.Keyring, r *admin.NodeRemoval) (names []string) {
 	for _, n := range k.Nodes() {
 		if len(r.Former) > 0 || slices.ContainsFunc(r.Waiting, func(w admin.WaitingNode) bool { return w.Node == n.Name }) {
@@ -207,8 +207,8 @@ func trusting(k *keyring.Keyring, r *admin.NodeRemoval) (names []string) {
 	return names
 }
 
-// waysIn lists what opens the keyring. Whoever was a node may have added one of them, and a
-// rotation wraps the fresh KEK for all.
+// waysIn lists the slots that open the keyring. A former node may have added one of them, and
+// a rotation wraps the fresh KEK for all of them.
 func waysIn(n *node.Node, k *keyring.Keyring, records []*keyring.VerifiedRecord) (ways []string) {
 	self, _ := k.Self()
 	for _, other := range k.Nodes() {

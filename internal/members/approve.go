@@ -90,7 +90,7 @@ func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest)
 	}
 	slots := d.node.OpenSlots()
 	if !slices.ContainsFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypePKCS11 || s.Type == seal.TypeVault }) {
-		return r, errors.New("--no-tpm: no slot is of a token or a server, so such a machine could open nothing; run kleidi slot add pkcs11 or kleidi slot add vault first")
+		return r, errors.New("--no-tpm: no slot belongs to a token or a server, so such a machine could open nothing; run kleidi slot add pkcs11 or kleidi slot add vault first")
 	}
 	upgraded, err := d.upgrade(ctx)
 	if err != nil {
@@ -122,7 +122,7 @@ func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest)
 		return r, fmt.Errorf("audit.file: %w; node %s is listed, and its command is printed once that is on record: run the command again", err, req.Node)
 	}
 	r.Node, r.Trust = req.Node, k.Anchor().Trust()
-	r.Changes = append(r.Changes, "node "+req.Node+" is listed; copy what kleidi keyring backup writes to it, then run this there")
+	r.Changes = append(r.Changes, "node "+req.Node+" is listed; copy the result of kleidi keyring backup FILE to it, then run this there")
 	r.Command = fmt.Sprintf("kleidi join --keyring FILE --node %s --trust %s", req.Node, r.Trust)
 	return r, nil
 }
@@ -222,7 +222,7 @@ func (d *Desk) upgrade(ctx context.Context) (done bool, err error) {
 		}
 		self, ok := k.Self()
 		if !ok {
-			return nil, errors.New("the keyring holds several nodes in a format of one")
+			return nil, errors.New("the keyring holds several nodes in the format for one")
 		}
 		self.Added = time.Now()
 		if self.EK != "" {

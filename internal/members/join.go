@@ -85,13 +85,13 @@ func joinCluster(ctx context.Context, n *node.Node, o JoinOptions) (*JoinResult,
 	}
 	defer j.session.Close()
 	defer grant.Wipe()
-	o.Progress("opening what came, and checking it against --trust")
+	o.Progress("opening the received keyring, and checking it against --trust")
 	k, err := j.open(ctx, grant)
 	if err != nil {
 		return nil, err
 	}
 	defer k.Close()
-	o.Progress("sealing to this boot, and opening what was sealed")
+	o.Progress("sealing to this boot, and opening the new slot")
 	own, err := j.seal(ctx, k, grant)
 	if err != nil {
 		return nil, err
@@ -147,12 +147,12 @@ func (j *joiner) before(ctx context.Context) (*JoinResult, error) {
 	return nil, j.loadAnchor(ctx)
 }
 
-// joined is the result where the keyring that is here opens. It must be the one that
-// --trust vouches for.
+// joined returns the result if the keyring on this machine opens. --trust must vouch for
+// that keyring.
 func (j *joiner) joined(u *keyring.Untrusted) (*JoinResult, error) {
 	i := u.Info()
 	if i.Current.KeyID != j.Trust.KeyID && !slices.ContainsFunc(i.Retired, func(r keyring.RetiredInfo) bool { return r.KeyID == j.Trust.KeyID }) {
-		return nil, seal.Errorf(seal.CauseAnchor, "run the command that was printed when this node was approved", "the keyring here opens, and does not hold key ID %s, which --trust names", j.Trust.KeyID)
+		return nil, seal.Errorf(seal.CauseAnchor, "run the command that was printed when this node was approved", "the keyring here opens, but does not hold key ID %s, which --trust names", j.Trust.KeyID)
 	}
 	return &JoinResult{Node: j.Config.Node, ClusterID: u.ClusterID(), KeyID: u.CurrentID(), Revision: u.Revision(), Keyring: j.Config.Keyring(), Before: true}, nil
 }
@@ -170,7 +170,7 @@ func (j *joiner) stored(ctx context.Context) (*keyring.Untrusted, error) {
 	j.version = version
 	u, err := keyring.Parse(b)
 	if err != nil {
-		return nil, fmt.Errorf("%s is there and can't be read, and join replaces no keyring that it does not know: %w", j.Config.Keyring(), err)
+		return nil, fmt.Errorf("%s exists but can't be read, and join replaces no keyring that it can't read: %w", j.Config.Keyring(), err)
 	}
 	if u.ClusterID() != j.Trust.ClusterID {
 		return nil, fmt.Errorf("%s is of cluster %s, and join never replaces the keyring of another cluster; run kleidi reset if this machine is to leave that cluster", j.Config.Keyring(), u.ClusterID())
@@ -326,7 +326,7 @@ func (j *joiner) check(k *keyring.Keyring) error {
 			"the keyring of revision %d is older than the one that this node last trusted (revision %d, key ID %s)", k.Revision(), a.Revision, a.KeyID)
 	}
 	if !slices.ContainsFunc(k.Nodes(), j.self.SameTPM) {
-		return errors.New("the keyring that came does not list this node with its TPM")
+		return errors.New("the received keyring does not list this node with its TPM")
 	}
 	return nil
 }
@@ -343,7 +343,7 @@ func (j *joiner) explain(err error) error {
 }
 
 func (j *joiner) unwrap(ctx context.Context, slots []seal.Slot) (*seal.Secret, error) {
-	err := error(seal.Errorf(seal.CauseNoSlot, "set unlock.order on this node as it is set on the node that gives the KEK", "what came holds no slot that this node's configuration opens"))
+	err := error(seal.Errorf(seal.CauseNoSlot, "set unlock.order on this node as it is set on the node that gives the KEK", "the received keyring has no slot that this node's configuration opens"))
 	for _, s := range slots {
 		w := j.Wrapper(s.Type)
 		if w == nil || !slices.Contains(j.Config.Unlock.Order, s.Type) {

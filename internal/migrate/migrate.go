@@ -100,7 +100,7 @@ func Run(ctx context.Context, c *kube.Client, o Options) (*Result, error) {
 	return r, nil
 }
 
-const hintAgain = "run kleidi migrate again: what is under the current key is not written again"
+const hintAgain = "run kleidi migrate again: objects under the current key are not written again"
 
 // refused adds the next step to an error of the API.
 func refused(err error) error {
@@ -166,8 +166,8 @@ func (p *patcher) pages(ctx context.Context) error {
 			limit = max(limit/4, 1)
 			continue
 		}
-		// A list that takes longer than etcd keeps its revision goes on at a newer one: what
-		// was made since is under the current key.
+		// If etcd compacts the revision of a list, the list goes on at a newer one: objects
+		// made since then are under the current key.
 		if r, ok := errors.AsType[*kube.Refusal](err); ok && r.Code == http.StatusGone && r.Continue != "" {
 			next = r.Continue
 			continue

@@ -1,7 +1,7 @@
 // Package prune removes a retired KEK from the keyring. The command line has the proof
 // that nothing stored is under it (package usage), and has archived the keyring. This
-// package checks what only the running serve knows, and makes the change. The order is
-// the safety: the archive is on disk and was read back before the keyring without the KEK
+// package checks what only the running serve knows, and makes the change. The order makes
+// it safe: the archive is on disk and was read back before the keyring without the KEK
 // is saved, so that an interruption leaves the KEK in one of the two.
 package prune
 

@@ -39,7 +39,7 @@ func GetInStep(ctx context.Context, n *node.Node) (*keyring.Keyring, error) {
 	return k, nil
 }
 
-// driver returns what drives a rotation from this node. shared wraps the fresh KEK in shared
+// driver returns the driver of a rotation from this node. shared wraps the fresh KEK in shared
 // slots; it is nil where nothing is to be staged.
 func driver(n *node.Node, shared func(context.Context, *keyring.Keyring) (rotation.Wrap, error)) *rotation.Driver {
 	return &rotation.Driver{

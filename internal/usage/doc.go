@@ -8,6 +8,6 @@
 // A count is therefore a proof about a store that nobody has tampered with: it finds the
 // objects that a rotation left behind, not the ones that an attacker hides.
 //
-// etcd's answers are parsed as they come, without etcd's client library: two messages
-// are needed of it, and a page of values need not be copied.
+// The package parses etcd's answers without etcd's client library: it needs only two
+// messages, and copies no page of values.
 package usage

@@ -19,8 +19,8 @@ type layout struct {
 	socket string
 }
 
-// layouts are those of kubeadm, RKE2 and k3s. kubeadm makes a certificate for health
-// checks, which may do everything, as kube-apiserver's own may.
+// layouts are those of kubeadm, RKE2 and k3s. kubeadm's certificate for health
+// checks has all rights, as kube-apiserver's own has.
 var layouts = []layout{
 	{name: "kubeadm", endpoint: "https://127.0.0.1:2379", ca: "etc/kubernetes/pki/etcd/ca.crt", cert: "etc/kubernetes/pki/apiserver-etcd-client.crt", key: "etc/kubernetes/pki/apiserver-etcd-client.key"},
 	{name: "kubeadm", endpoint: "https://127.0.0.1:2379", ca: "etc/kubernetes/pki/etcd/ca.crt", cert: "etc/kubernetes/pki/etcd/healthcheck-client.crt", key: "etc/kubernetes/pki/etcd/healthcheck-client.key"},

@@ -35,7 +35,7 @@ type Key struct {
 // pkg/storage/value.
 const mark = "k8s:enc:"
 
-// prefixes are what stands behind the mark. A name follows, up to a colon.
+// prefixes are the texts that follow the mark. After them comes a name, up to a colon.
 var prefixes = []struct {
 	prefix   []byte
 	provider Provider
