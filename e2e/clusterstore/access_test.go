@@ -44,10 +44,16 @@ func as(t *testing.T, kubeconfig string) *kube.Client {
 	return c
 }
 
-// TestSetup: cluster setup makes a node's access, with the key in the TPM or in a file. A
-// second run changes nothing.
+// TestSetup: cluster setup makes a node's access, with the key in the TPM or in a file, on the
+// oldest and on the newest API. A second run changes nothing.
 func TestSetup(t *testing.T) {
-	a := startAPI(t)
+	for _, version := range []string{oldest, newest} {
+		t.Run(version, func(t *testing.T) { testSetup(t, startVersion(t, version)) })
+	}
+}
+
+func testSetup(t *testing.T, a *api) {
+	t.Helper()
 	cluster.StartControllerManager(t, cluster.Loopback, a.binaries["kube-controller-manager-1.37"], a.dir, a.kubeconfig, a.ca, 365*24*time.Hour)
 	n := node.Make(t, node.Setup{Settings: "node: cp-1\n"})
 	r := a.setUp(t, n)

@@ -23,6 +23,7 @@ type api struct {
 	t          *testing.T // both servers end with it
 	dir        string
 	binaries   map[string]string
+	apiserver  string // path of kube-apiserver
 	etcd       *node.Process
 	etcdArgs   []string
 	etcdURL    string
@@ -33,15 +34,26 @@ type api struct {
 	ca         cluster.ClientCA
 }
 
+// Versions of kube-apiserver.
+const (
+	oldest = "kube-apiserver-1.29"
+	newest = "kube-apiserver-1.37"
+)
+
 // startAPI starts both, and applies the definitions of kleidi's resources. The arguments are
 // added to kube-apiserver's.
 func startAPI(t *testing.T, args ...string) *api {
 	t.Helper()
-	binaries, err := cluster.Built("etcd", "kube-apiserver-1.37", "kube-controller-manager-1.37")
+	return startVersion(t, newest, args...)
+}
+
+func startVersion(t *testing.T, version string, args ...string) *api {
+	t.Helper()
+	binaries, err := cluster.Built("etcd", version, "kube-controller-manager-1.37")
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &api{t: t, dir: t.TempDir(), binaries: binaries}
+	a := &api{t: t, dir: t.TempDir(), binaries: binaries, apiserver: binaries[version]}
 	client, peer, port := "http://127.0.0.1:"+node.FreePort(t), "http://127.0.0.1:"+node.FreePort(t), node.FreePort(t)
 	a.etcdURL = client
 	a.etcdArgs = []string{
@@ -67,7 +79,7 @@ func startAPI(t *testing.T, args ...string) *api {
 		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none", "--client-ca-file", a.ca.Certificate,
 	}
 	a.serverArgs = append(a.serverArgs, args...)
-	a.server = node.Start(t, a.path("kube-apiserver.log"), a.binaries["kube-apiserver-1.37"], a.serverArgs...)
+	a.server = node.Start(t, a.path("kube-apiserver.log"), a.apiserver, a.serverArgs...)
 	a.kubeconfig = a.write(t, "admin.conf", cluster.AdminKubeconfig(a.url, a.path("certificates/apiserver.crt"), token))
 	a.waitServing(t)
 	c, err := kube.NewClient(kube.Options{Kubeconfig: a.kubeconfig})
@@ -98,7 +110,7 @@ func (a *api) waitServing(t *testing.T) {
 // startServer runs a kube-apiserver that was killed again.
 func (a *api) startServer(t *testing.T) {
 	t.Helper()
-	a.server = node.Start(t, a.path("kube-apiserver.log"), a.binaries["kube-apiserver-1.37"], a.serverArgs...)
+	a.server = node.Start(t, a.path("kube-apiserver.log"), a.apiserver, a.serverArgs...)
 	a.waitServing(t)
 }
 

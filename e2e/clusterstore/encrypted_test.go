@@ -57,7 +57,7 @@ func TestColdStart(t *testing.T) {
 			a.server.Kill()
 			otherKernel(n)
 			n.Serve()
-			a.server = node.Start(t, a.path("kube-apiserver.log"), a.binaries["kube-apiserver-1.37"], a.serverArgs...)
+			a.server = node.Start(t, a.path("kube-apiserver.log"), a.apiserver, a.serverArgs...)
 			if resources == "*.*" {
 				node.Eventually(t, 3*time.Minute, "kube-apiserver gives up", func() error {
 					if a.server.Alive() == nil {

@@ -160,8 +160,10 @@ func (a *Access) signer(ctx context.Context, path string) (s crypto.Signer, inTP
 	}
 	defer clear(b)
 	if bytes.HasPrefix(b, []byte("{")) {
-		s, err = credential.ClientSigner(ctx, a.Gate.Device, a.Gate.Owner, b)
-		inTPM = true
+		if s, err = credential.ClientSigner(ctx, a.Gate.Device, a.Gate.Owner, b); err == nil {
+			s = replaceable{s}
+		}
+		err, inTPM = hintSetUp(err), true
 	} else {
 		s, err = parseKey(b)
 	}

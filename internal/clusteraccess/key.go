@@ -12,10 +12,12 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/credential"
 )
 
@@ -48,6 +50,23 @@ func parseKey(b []byte) (crypto.Signer, error) {
 		return nil, fmt.Errorf("a %T can't sign", key)
 	}
 	return signer, nil
+}
+
+// replaceable is a key in the TPM whose refusals say how to replace it here: the key's own
+// hint is for Vault.
+type replaceable struct{ crypto.Signer }
+
+// Sign implements crypto.Signer.
+func (r replaceable) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	signature, err := r.Signer.Sign(rand, digest, opts)
+	return signature, hintSetUp(err)
+}
+
+func hintSetUp(err error) error {
+	if e, ok := errors.AsType[*seal.Error](err); ok && e.Cause == seal.CauseCredentials {
+		return seal.Errorf(e.Cause, "run kleidi cluster setup --kubeconfig FILE on this node", "%w", e.Err)
+	}
+	return err
 }
 
 // key is the node's key and its file.

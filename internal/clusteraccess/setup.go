@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"time"
 
 	"github.com/beezy-dev/kleidi/deploy/cluster"
@@ -52,6 +53,9 @@ func (a *Access) Manifests() string { return cluster.CRDs + "---\n" + cluster.No
 // writes the kubeconfig. At the end it reads the cluster store with the node's own
 // rights. It changes nothing that exists already and works.
 func (a *Access) SetUp(ctx context.Context, s Setup) (*Result, error) {
+	if !objectName.MatchString(a.Node) {
+		return nil, fmt.Errorf("the API takes no object of the name %q; set node to a name in lower case, with letters, digits, dots and hyphens", a.Node)
+	}
 	admin, err := kube.NewClient(kube.Options{Kubeconfig: s.Admin})
 	if err != nil {
 		return nil, err
@@ -91,6 +95,9 @@ func (a *Access) SetUp(ctx context.Context, s Setup) (*Result, error) {
 	}
 	return r, k.removeOther(a)
 }
+
+// objectName is what the API takes as the name of an object, a DNS name.
+var objectName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 
 // settle writes the kubeconfig, and has a certificate signed unless there is a good one.
 func (a *Access) settle(ctx context.Context, admin *kube.Client, to *kube.Kubeconfig, k *key, r *Result) error {
