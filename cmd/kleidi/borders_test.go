@@ -92,13 +92,14 @@ var borders = map[string][]string{
 	"internal/verifierd":        {"grpcserver/monitor", "grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/supervise", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
 	"internal/dev":              {"internal/config", "internal/lifecycle", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
 	"internal/encryptionconfig": {},
+	"internal/doctor":           {"grpcserver/admin", "internal/config", "internal/encryptionconfig", "internal/files", "internal/kubeadm", "internal/slotview", "seal"},
 	"internal/kubeadm":          {"internal/encryptionconfig", "internal/files", "seal"},
 	"internal/etcdfile":         {},
 	"internal/prune":            {"grpcserver/admin", "internal/files", "internal/node", "seal", "seal/keyring", "seal/unlock"},
 	"internal/migrate":          {"seal", "seal/store/kube"},
 	"internal/usage":            {"internal/etcdfile", "seal"},
 	"internal/usage/usagetest":  {},
-	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/carry", "internal/clusteraccess", "internal/config", "internal/dev", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/kubeadm", "internal/leaving", "internal/lifecycle", "internal/members", "internal/migrate", "internal/node", "internal/operation", "internal/ownership", "internal/prune", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "seal/store/kube", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
+	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/carry", "internal/clusteraccess", "internal/config", "internal/dev", "internal/doctor", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/kubeadm", "internal/leaving", "internal/lifecycle", "internal/members", "internal/migrate", "internal/node", "internal/operation", "internal/ownership", "internal/prune", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "seal/store/kube", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
 }
 
 // doors names the folders through which a library enters.

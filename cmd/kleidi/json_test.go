@@ -22,6 +22,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
+	"github.com/beezy-dev/kleidi/internal/doctor"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 	"github.com/beezy-dev/kleidi/internal/inspect"
 	"github.com/beezy-dev/kleidi/internal/leaving"
@@ -50,6 +51,7 @@ var resultsOf = map[string][]any{
 	"bootstate sign":      {signedState{}},
 	"cluster setup":       {clusteraccess.Result{}, clusterManifests{}},
 	"encryption-config":   {encryptionconfig.EncryptionConfiguration{}},
+	"doctor":              {doctor.Report{}},
 	"kubeadm patch":       {kubeadmPatch{}},
 	"init":                {lifecycle.InitResult{}},
 	"join":                {members.JoinResult{}},

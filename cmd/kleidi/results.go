@@ -101,7 +101,7 @@ type failure struct {
 var reading = []string{
 	"bootpolicy check", "bootpolicy diff", "bootpolicy evidence", "bootpolicy explain", "bootpolicy record", "bootpolicy show",
 	"bootstate list", "bootstate sign", "completion bash", "completion fish", "completion powershell", "completion zsh",
-	"encryption-config", "help", "keyring backup", "keyring check", "keyring export", "keyring show", "keyring verify", "node identity", "node list", "slot list", "slot test", "status", "usage",
+	"doctor", "encryption-config", "help", "keyring backup", "keyring check", "keyring export", "keyring show", "keyring verify", "node identity", "node list", "slot list", "slot test", "status", "usage",
 	"verifier show", "version",
 }
 

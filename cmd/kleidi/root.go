@@ -70,7 +70,7 @@ after it has attested the boot.`,
 	_ = root.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(
 		newInit(a), newServe(a), newStatus(a), newRotate(a), newReseal(a), newSuspend(a), newBootState(a), newSlot(a), newVaultKey(a), newPKCS11PIN(a), newRecover(a), newReset(a), newNode(a), newJoin(a),
-		newKubeadm(a),
+		newKubeadm(a), newDoctor(a),
 		newCluster(a), newKeyring(a), newBootPolicy(a), newVerifier(a), newEncryptionConfig(a), newDev(a), newVersion(a),
 		newUsage(a), newMigrate(a), newPrune(a),
 	)

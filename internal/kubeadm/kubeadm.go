@@ -161,14 +161,24 @@ func field(n *yaml.Node, name string) *yaml.Node {
 	return nil
 }
 
-// sameEntry reports whether two entries of a list are the same one: equal words, or equal
-// names.
+// sameEntry reports whether two entries of a list are the same one: equal words, equal
+// names, or the same place under another name.
 func sameEntry(a, b *yaml.Node) bool {
 	if a.Kind == yaml.ScalarNode || b.Kind == yaml.ScalarNode {
 		return a.Kind == b.Kind && a.Value == b.Value
 	}
-	x, y := field(a, "name"), field(b, "name")
-	return x != nil && y != nil && x.Value == y.Value
+	for _, key := range [][]string{{"name"}, {"mountPath"}, {"hostPath", "path"}} {
+		x, y := a, b
+		for _, word := range key {
+			if x != nil && y != nil {
+				x, y = field(x, word), field(y, word)
+			}
+		}
+		if x != nil && y != nil && x.Value == y.Value {
+			return true
+		}
+	}
+	return false
 }
 
 func node(value any) (*yaml.Node, error) {
