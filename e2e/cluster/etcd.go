@@ -3,6 +3,7 @@ package cluster
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -80,6 +81,34 @@ func (e *Etcd) WaitHealthy(t testing.TB) {
 		return err
 	})
 }
+
+// Snapshot copies the data of all members, as it is at one moment.
+func Snapshot(t testing.TB, members []*Etcd) (restore func()) {
+	t.Helper()
+	kept := t.TempDir()
+	for _, e := range members {
+		e.Freeze()
+		defer e.Thaw()
+	}
+	for _, e := range members {
+		if err := os.CopyFS(filepath.Join(kept, e.name()), os.DirFS(e.data())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// restore puts the data back into members that don't run.
+	return func() {
+		t.Helper()
+		for _, e := range members {
+			err := errors.Join(os.RemoveAll(e.data()), os.CopyFS(e.data(), os.DirFS(filepath.Join(kept, e.name()))), os.Chmod(e.data(), 0o700))
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+func (e *Etcd) name() string { return filepath.Base(e.dir) }
+func (e *Etcd) data() string { return filepath.Join(e.dir, "etcd") }
 
 // Leads reports whether this member leads the others.
 func (e *Etcd) Leads() (bool, error) {

@@ -18,6 +18,7 @@ import (
 
 // controlPlane is three nodes over one etcd.
 type controlPlane struct {
+	t     *testing.T // the servers end with it
 	etcd  []*cluster.Etcd
 	nodes []*machine
 }
@@ -35,7 +36,7 @@ type machine struct {
 func newControlPlane(t *testing.T) *controlPlane {
 	t.Helper()
 	dir := t.TempDir()
-	c := &controlPlane{etcd: cluster.NewMembers(network.Hosts, binaries["etcd"], dir)}
+	c := &controlPlane{t: t, etcd: cluster.NewMembers(network.Hosts, binaries["etcd"], dir)}
 	var urls []string
 	for _, e := range c.etcd {
 		e.Start(t)
@@ -146,7 +147,7 @@ func (c *controlPlane) consistent(t *testing.T, nodes ...*machine) {
 			case len(list.Nodes) != len(nodes):
 				return fmt.Errorf("%s lists %+v", m.name, list.Nodes)
 			}
-			if code, body, err := m.Get("/readyz"); err != nil || code != 200 {
+			if code, body, err := m.Get("/readyz"); err != nil || code != 200 || strings.Contains(body, "cluster store: ") {
 				return fmt.Errorf("%s: %d %s %w", m.name, code, body, err)
 			}
 		}

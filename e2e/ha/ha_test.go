@@ -72,28 +72,7 @@ func TestThreeNodes(t *testing.T) {
 	c.everywhere(t, names...)
 
 	t.Log("all machines restart at once")
-	for _, m := range c.nodes {
-		m.api.Kill()
-		m.Serving.Kill()
-	}
-	for _, e := range c.etcd {
-		e.Kill()
-	}
-	for _, m := range c.nodes {
-		m.Reboot(m.Kernel)
-	}
-	for _, e := range c.etcd {
-		e.Start(t)
-	}
-	for _, m := range c.nodes {
-		m.api.Launch(t)
-	}
-	for _, m := range c.nodes {
-		m.ServeOpen()
-	}
-	for _, m := range c.nodes {
-		m.api.WaitServing(t)
-	}
+	c.coldStart(t)
 	for _, m := range c.nodes {
 		node.Eventually(t, 3*time.Minute, m.name+" reads all Secrets", func() error { return m.holds(names...) })
 	}

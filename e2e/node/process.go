@@ -75,6 +75,12 @@ func (p *Process) Stop() { p.signal(syscall.SIGTERM) }
 // Kill ends the server as a crash would.
 func (p *Process) Kill() { p.signal(syscall.SIGKILL) }
 
+// Freeze stops the server in the middle of its work, until Thaw.
+func (p *Process) Freeze() { _ = p.cmd.Process.Signal(syscall.SIGSTOP) }
+
+// Thaw lets the server go on.
+func (p *Process) Thaw() { _ = p.cmd.Process.Signal(syscall.SIGCONT) }
+
 func (p *Process) signal(s os.Signal) {
 	_ = p.cmd.Process.Signal(s) // an error means that the server has ended, as intended
 	<-p.done

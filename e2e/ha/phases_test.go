@@ -1,0 +1,165 @@
+package ha
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/store/kube"
+)
+
+// view is what the cluster store shows of a rotation.
+type view struct {
+	current, staged, former seal.KeyID
+	records                 []keyring.Record
+}
+
+// phase is a phase of a rotation. It has begun once reached is true.
+type phase struct {
+	name    string
+	reached func(view) bool
+}
+
+var phases = []phase{
+	{"stage", func(v view) bool { return v.staged != "" || v.current != v.former }},
+	{"acknowledge", func(v view) bool {
+		return v.current != v.former || v.some(func(r keyring.Record) bool { return v.staged != "" && r.Acknowledged == v.staged })
+	}},
+	{"activate", func(v view) bool { return v.current != v.former }},
+	{"settle", func(v view) bool {
+		return v.current != v.former && v.some(func(r keyring.Record) bool { return r.Announced == v.current })
+	}},
+}
+
+func (v view) some(f func(keyring.Record) bool) bool {
+	for _, r := range v.records {
+		if f(r) {
+			return true
+		}
+	}
+	return false
+}
+
+// store returns the cluster store through the node's kube-apiserver.
+func (m *machine) store(t *testing.T) *kube.Store {
+	t.Helper()
+	client, err := kube.NewClient(kube.Options{Kubeconfig: m.Path("admin.conf")})
+	must(t, err)
+	return &kube.Store{Client: client}
+}
+
+// look reads the cluster store.
+func (c *controlPlane) look(t *testing.T, s *kube.Store, former seal.KeyID) (v view, err error) {
+	raw, err := s.Load(t.Context())
+	if err != nil {
+		return v, err
+	}
+	k, err := keyring.Parse(raw)
+	if err != nil {
+		return v, err
+	}
+	i := k.Info()
+	v.former, v.current = former, i.Current.KeyID
+	if i.Staged != nil {
+		v.staged = i.Staged.KeyID
+	}
+	var names []string
+	for _, m := range c.nodes {
+		names = append(names, m.name)
+	}
+	all, err := s.Records(t.Context(), names...)
+	for _, r := range all {
+		if u, err := keyring.ParseRecord(r.Bytes); err == nil {
+			v.records = append(v.records, u.Claims())
+		}
+	}
+	return v, err
+}
+
+// until returns once a rotation has reached a phase, seen through a node.
+func (c *controlPlane) until(t *testing.T, through *machine, former seal.KeyID, p phase) {
+	t.Helper()
+	s := through.store(t)
+	deadline := time.Now().Add(2 * time.Minute)
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for range tick.C {
+		v, err := c.look(t, s, former)
+		if err == nil && p.reached(v) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the rotation does not reach the phase %q: %+v %v", p.name, v, err)
+		}
+	}
+}
+
+// rotate starts a rotation on a node, and calls do once it has reached a phase.
+func (c *controlPlane) rotate(t *testing.T, by, through *machine, p phase, do func()) {
+	t.Helper()
+	former := seal.KeyID(by.list(t).KeyID)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_, _ = by.Try("rotate") // it ends with its serve, which may be killed
+	}()
+	c.until(t, through, former, p)
+	do()
+	<-ended
+}
+
+// finish ends a rotation from a node, by driving it on or by aborting it.
+func (c *controlPlane) finish(t *testing.T, from *machine, former string, abort bool) {
+	t.Helper()
+	verb := "--continue"
+	if abort {
+		verb = "--abort"
+	}
+	node.Eventually(t, 2*time.Minute, "the rotation is ended by "+verb, func() error {
+		_, err := from.Try("rotate", verb, "--wait", "--timeout", "5s")
+		if abort && err != nil && strings.Contains(err.Error(), "no KEK is staged") {
+			return nil // it was too late to abort
+		}
+		return err
+	})
+	c.consistent(t, c.nodes...)
+	if now := from.list(t).KeyID; now == former && !abort {
+		t.Errorf("the KEK is still %s", now)
+	}
+	c.stored(t)
+}
+
+// stored checks that the cluster store holds the keyring of the nodes, through each API.
+func (c *controlPlane) stored(t *testing.T) {
+	t.Helper()
+	want := c.nodes[0].list(t)
+	for _, m := range c.nodes {
+		s := m.store(t)
+		node.Eventually(t, time.Minute, "the cluster store holds the nodes' keyring", func() error {
+			raw, err := s.Load(t.Context())
+			if err != nil {
+				return err
+			}
+			k, err := keyring.Parse(raw)
+			if err != nil {
+				return err
+			}
+			if k.Revision() != want.Revision || string(k.CurrentID()) != want.KeyID || k.Info().Staged != nil {
+				return fmt.Errorf("it holds revision %d, %s, staged %v; the nodes have %d, %s", k.Revision(), k.CurrentID(), k.Info().Staged, want.Revision, want.KeyID)
+			}
+			return nil
+		})
+	}
+}
+
+// raw returns the shared keyring in the cluster store.
+func (m *machine) raw(t *testing.T) []byte {
+	t.Helper()
+	raw, err := m.store(t).Load(t.Context())
+	must(t, err)
+	return raw
+}

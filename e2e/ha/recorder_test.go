@@ -1,0 +1,136 @@
+package ha
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	kmsapi "k8s.io/kms/apis/v2"
+)
+
+// recorder records the key IDs that a node's KMS socket announces. A key ID that comes
+// again after another one fails the test: kube-apiserver must never see it flip back.
+type recorder struct {
+	of   *machine
+	stop context.CancelFunc
+	done sync.WaitGroup
+	ids  []string
+}
+
+// record starts a recorder on each node. They end with the test.
+func (c *controlPlane) record(t *testing.T) {
+	t.Helper()
+	for _, m := range c.nodes {
+		ctx, cancel := context.WithCancel(context.Background())
+		r := &recorder{of: m, stop: cancel}
+		conn, err := grpc.NewClient("unix://"+m.Path("run/kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
+		must(t, err)
+		r.done.Go(func() {
+			defer conn.Close()
+			r.run(ctx, kmsapi.NewKeyManagementServiceClient(conn))
+		})
+		t.Cleanup(func() { r.end(t) })
+	}
+}
+
+func (r *recorder) run(ctx context.Context, client kmsapi.KeyManagementServiceClient) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		call, cancel := context.WithTimeout(ctx, 10*time.Second)
+		status, err := client.Status(call, &kmsapi.StatusRequest{})
+		cancel()
+		// An error is a node that is down, or waits for the cluster store.
+		if err == nil && (len(r.ids) == 0 || r.ids[len(r.ids)-1] != status.KeyId) {
+			r.ids = append(r.ids, status.KeyId)
+		}
+	}
+}
+
+func (r *recorder) end(t *testing.T) {
+	r.stop()
+	r.done.Wait()
+	t.Logf("%s has announced %d key IDs", r.of.name, len(r.ids))
+	for i, id := range r.ids {
+		if slices.Contains(r.ids[:i], id) {
+			t.Errorf("%s: key ID %s came again: %q", r.of.name, id, r.ids)
+		}
+	}
+	if len(r.ids) < 2 {
+		t.Errorf("%s: no rotation was seen: %q", r.of.name, r.ids)
+	}
+}
+
+// load writes Secrets through each node, and reads each of them through all nodes, until
+// it is ended.
+type load struct {
+	stop           chan struct{}
+	done           sync.WaitGroup
+	written, reads atomic.Int64
+	mu             sync.Mutex
+	failed         []error
+}
+
+func (c *controlPlane) load() *load {
+	l := &load{stop: make(chan struct{})}
+	for _, m := range c.nodes {
+		l.done.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-l.stop:
+					return
+				default:
+				}
+				l.round(c, m, fmt.Sprintf("load-%s-%d", m.name, i))
+			}
+		})
+	}
+	return l
+}
+
+func (l *load) round(c *controlPlane, m *machine, name string) {
+	if err := m.put(name); err != nil {
+		l.fail(fmt.Errorf("write Secret %s: %w", name, err))
+		return
+	}
+	l.written.Add(1)
+	for _, reader := range c.nodes {
+		if err := reader.holds(name); err != nil {
+			l.fail(err)
+			continue
+		}
+		l.reads.Add(1)
+	}
+}
+
+func (l *load) fail(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.failed = append(l.failed, err)
+}
+
+// end stops the load. None of its writes and reads may have failed.
+func (l *load) end(t *testing.T) {
+	t.Helper()
+	close(l.stop)
+	l.done.Wait()
+	t.Logf("%d Secrets were written and %d read meanwhile, and %d calls failed", l.written.Load(), l.reads.Load(), len(l.failed))
+	if len(l.failed) > 0 {
+		t.Error(errors.Join(l.failed[:min(3, len(l.failed))]...))
+	}
+	if l.written.Load() == 0 {
+		t.Error("no Secret was written meanwhile")
+	}
+}
