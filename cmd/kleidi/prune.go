@@ -66,13 +66,19 @@ brings it back. Then the command asks, reads etcd once more, and removes the KEK
 			if err := confirmPrune(cmd, yes); err != nil {
 				return err
 			}
-			// Meanwhile somebody may have stored an object under it.
+			// From this check on kube-apiserver stores nothing under the KEK. Before it,
+			// somebody may have.
+			req := admin.PruneRequest{KeyID: id, Archived: sum, Check: true}
+			if _, err := operate(cmd.Context(), a, operation.Prune, req); err != nil {
+				return err
+			}
 			last := from
 			last.snapshots = nil
 			if err := proveUnused(cmd, &last, id); err != nil {
 				return err
 			}
-			s, err := operate(cmd.Context(), a, operation.Prune, admin.PruneRequest{KeyID: id, Archived: sum})
+			req.Check = false
+			s, err := operate(cmd.Context(), a, operation.Prune, req)
 			if err != nil {
 				return err
 			}

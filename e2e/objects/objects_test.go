@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/beezy-dev/kleidi/e2e/cluster"
 	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/internal/usage"
@@ -372,6 +374,8 @@ func (m *machine) prunes(t *testing.T) {
 	m.write(m.Path("taken.json"), []byte("{}"))
 	m.refused("an archive that exists", "is no copy of the present keyring", "--archive", m.prune(id, "--archive", m.Path("taken.json")))
 
+	m.slippedBetween(t, id)
+
 	archive := m.Path("archive.json")
 	out, code := m.kleidi(m.prune(id, "--archive", archive, "--snapshot", m.Path("after.db"))...)
 	if code != 0 || len(m.Keyring().Retired) != 0 {
@@ -411,4 +415,65 @@ func (m *machine) byAPI(t *testing.T) {
 	if list, err := m.api.Get("/apis/storagemigration.k8s.io/v1/storageversionmigrations"); err != nil || strings.Contains(list, "kleidi-") {
 		t.Errorf("the migration is left behind: %s, %v", list, err)
 	}
+}
+
+// slippedBetween: an object that comes back under the KEK between the proof and the removal
+// is noticed. The command waits for its operator meanwhile, at a terminal.
+func (m *machine) slippedBetween(t *testing.T, keyID string) {
+	key := "/registry/secrets/" + cluster.Namespace + "/slipped"
+	old := m.oldValue(m.Path("before.db"), keyID)
+	master, slave := openTerminal(t)
+	cmd := exec.Command(node.Binary(t), "--config", m.Path("config.yaml"), "prune", keyID, "--etcd", m.etcd.URL, "--archive", m.Path("between.json"))
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	_ = slave.Close()
+	var shown []byte
+	asked := false
+	for b := make([]byte, 4096); ; {
+		n, err := master.Read(b)
+		shown = append(shown, b[:n]...)
+		if !asked && bytes.Contains(shown, []byte("Type yes to remove the KEK: ")) {
+			asked = true
+			if err := m.etcd.Put(key, old); err != nil {
+				t.Error(err)
+			}
+			if _, err := master.WriteString("yes\n"); err != nil {
+				t.Error(err)
+			}
+		}
+		if err != nil { // EIO: the command has ended
+			break
+		}
+	}
+	if err := cmd.Wait(); err == nil || !asked || !bytes.Contains(shown, []byte("holds 1 object under it")) {
+		t.Errorf("asked: %v, %v: %s", asked, err, shown)
+	}
+	if got := m.Keyring().Retired; len(got) != 1 {
+		t.Errorf("retired are %v", got)
+	}
+	if err := m.etcd.Put(key, []byte("k8s\x00in clear")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func openTerminal(t *testing.T) (master, slave *os.File) {
+	t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { master.Close() })
+	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0); err != nil {
+		t.Fatal(err)
+	}
+	return master, slave
 }

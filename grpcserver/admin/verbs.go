@@ -375,6 +375,9 @@ type PruneRequest struct {
 	KeyID seal.KeyID `json:"keyID"`
 	// Archived is the SHA-256 digest of the copy of the keyring that was made and read back.
 	Archived []byte `json:"archived"`
+	// Check asks only whether the KEK could be removed. An object that is stored after a
+	// successful check is not under it, so the check comes before the last look at etcd.
+	Check bool `json:"check,omitempty"`
 }
 
 // ReloadRequest asks to read the keyring again.

@@ -28,6 +28,9 @@ import (
 // under the current KEK; and the archive is a copy of this very keyring, which has a
 // recovery slot.
 func Remove(ctx context.Context, n *node.Node, req admin.PruneRequest) (admin.KeyringState, error) {
+	if req.Check {
+		return couldRemove(n, req)
+	}
 	var current seal.KeyID
 	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		current = k.CurrentID()
@@ -44,6 +47,19 @@ func Remove(ctx context.Context, n *node.Node, req admin.PruneRequest) (admin.Ke
 		return admin.KeyringState{}, fmt.Errorf("prune: %w", err)
 	}
 	return n.Result(current, fmt.Sprintf("the retired KEK %s is not in the keyring any more", req.KeyID))
+}
+
+// couldRemove says whether Remove would do its work. Once it would, kube-apiserver has
+// moved on to the current KEK, and stores nothing under a former one any more.
+func couldRemove(n *node.Node, req admin.PruneRequest) (admin.KeyringState, error) {
+	k, err := n.Unlocker.Keyring()
+	if err == nil {
+		err = check(k, unlock.LastEncrypted(n.Unlocker), req)
+	}
+	if err != nil {
+		return admin.KeyringState{}, fmt.Errorf("prune: %w", err)
+	}
+	return n.Result(k.CurrentID())
 }
 
 func check(k *keyring.Keyring, encrypted seal.KeyID, req admin.PruneRequest) error {
