@@ -86,6 +86,8 @@ func watchRotation(cmd *cobra.Command, a *app, o watchOptions, req admin.RotateR
 func describeProgress(r *admin.Rotation) string {
 	text := "waiting for each node to acknowledge the fresh KEK:"
 	switch {
+	case r.Phase == admin.RotationPreparing:
+		text = "nothing is staged before each node has followed the present keyring:"
 	case r.Phase == admin.RotationSettling:
 		text = "waiting for each node to announce the current KEK:"
 	case len(r.Waiting) == 0:
@@ -115,6 +117,10 @@ func printRotation(w io.Writer, s admin.KeyringState) {
 		return
 	}
 	fmt.Fprintln(w, describeProgress(r))
+	if r.Phase == admin.RotationPreparing {
+		fmt.Fprintln(w, "nothing was changed; run kleidi rotate again when they have")
+		return
+	}
 	fmt.Fprintln(w, "kleidi serve goes on with it; watch it with kleidi rotate --continue --wait")
 }
 

@@ -17,6 +17,9 @@ type RotationPhase string
 
 // The phases.
 const (
+	// RotationPreparing: nothing is staged yet, and nothing was changed, because nodes have no
+	// record after the present keyring.
+	RotationPreparing RotationPhase = "preparing"
 	// RotationStaged: nodes have yet to acknowledge the staged KEK.
 	RotationStaged RotationPhase = "staged"
 	// RotationSettling: nothing is staged, and nodes have yet to trust and announce the

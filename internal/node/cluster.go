@@ -16,11 +16,6 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
 
-// newReplica returns what keeps this node in step with the cluster store.
-func newReplica(n *Node) *replica.Replica {
-	return replicaOver(n, &clusterStore{access: n.Access})
-}
-
 // Carrier returns what takes and gives carried keyrings on this node, which may have no
 // cluster store.
 func Carrier(n *Node) *replica.Replica {

@@ -110,14 +110,14 @@ func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock
 	n.Slots = &SlotRecord{file: n.State.File(cfg.SlotRecord()), view: n.View, log: log}
 	c := unlock.Config{
 		Store: n.Keyring, Anchor: n.Anchor, Ready: n.LockMemory, Gate: preflight{n.Gate, n.Attests()}, Ungated: n.ungated, Wrappers: n.Openers(),
-		Hold: device.Hold, Settle: n.settle, Witness: n.Slots, Log: log, Attempted: attempted,
+		Hold: device.Hold, Settle: n.settle, WrapStaged: wrapStaged(n), Witness: n.Slots, Log: log, Attempted: attempted,
 	}
 	if cfg.Cluster.Kubeconfig != "" {
 		c.Commit = func(ctx context.Context, old, next *keyring.Keyring) error { return n.Replica.Commit(ctx, old, next) }
 	}
 	n.Unlocker = unlock.New(c)
 	if cfg.Cluster.Kubeconfig != "" {
-		n.Replica = newReplica(n)
+		n.Replica = replicaOver(n, &clusterStore{access: n.Access})
 	}
 	return n, nil
 }

@@ -136,7 +136,11 @@ func Start(ctx context.Context, n *node.Node, o Options) (*admin.Rotation, error
 		select {
 		case <-round:
 		case <-limit:
-			return Watch(ctx, n)
+			r, err := Watch(ctx, n)
+			if err == nil && r.StagedKeyID == "" {
+				r.Phase = admin.RotationPreparing
+			}
+			return r, err
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
@@ -210,6 +214,9 @@ func Drive(ctx context.Context, n *node.Node) {
 		round := n.Replica.Round()
 		if k, err := d.Cluster.Keyring(ctx); err == nil && drives(k) {
 			step, err := d.Advance(ctx, "")
+			if err == nil && step.Do == rotation.Wait {
+				err = wrapAnew(ctx, n, k, step.Missing)
+			}
 			text := fmt.Sprint(step, err)
 			switch {
 			case ctx.Err() != nil || text == said:

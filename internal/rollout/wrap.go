@@ -1,7 +1,10 @@
 package rollout
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -10,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/both"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/rotation"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
@@ -69,4 +73,66 @@ func wrapState(ctx context.Context, n *node.Node, peer tpm.Peer, kek *seal.Secre
 	}
 	pair := &both.Wrapper{Kind: kind, Node: peer.Node, Second: w, Memory: n.Memory}
 	return pair.WrapWith(ctx, kek, half, w.Wrap)
+}
+
+// wrapAnew wraps the staged KEK of k for the boot states of missing nodes that it is not wrapped
+// for: the node has booted in another way since it was staged.
+func wrapAnew(ctx context.Context, n *node.Node, k *keyring.Keyring, missing []rotation.Missing) error {
+	kek := keyring.StagedKEK(k)
+	if kek == nil {
+		return nil // the round that opens it has not ended
+	}
+	var more []seal.Slot
+	for _, r := range n.Replica.State().Reports {
+		at := slices.IndexFunc(missing, func(m rotation.Missing) bool { return m.Node == r.Node })
+		entry := slices.IndexFunc(k.Nodes(), func(e keyring.Node) bool { return e.Name == r.Node && e.EK != "" })
+		if !r.Counts || at < 0 || entry < 0 || r.Record.KeyID != k.CurrentID() {
+			continue
+		}
+		slots, err := wrapFor(ctx, n, k.Nodes()[entry], k.ClusterID(), kek, notWrapped(k, k.Nodes()[entry], r.Record.BootStates))
+		if err != nil {
+			return fmt.Errorf("wrap the staged KEK for node %s: %w", r.Node, err)
+		}
+		more = append(more, slots...)
+	}
+	if len(more) == 0 {
+		return nil
+	}
+	n.Log.Info("rotation: a node boots in another way than when the KEK was staged; wrapping the KEK for it", "keyID", k.StagedID(), "slots", len(more))
+	return n.Unlocker.Change(ctx, func(now *keyring.Keyring) ([]*keyring.Keyring, error) {
+		if now.Revision() != k.Revision() {
+			return nil, errors.New("the keyring has changed meanwhile")
+		}
+		next, err := keyring.WithStagedSlots(now, more)
+		return []*keyring.Keyring{next}, err
+	})
+}
+
+// notWrapped returns the boot states that no import slot of the staged KEK is for.
+func notWrapped(k *keyring.Keyring, entry keyring.Node, states []keyring.RecordedState) (all []keyring.RecordedState) {
+	counter, err := nv.NewCounter(entry.EpochIndex, keys.Owner{})
+	if err != nil {
+		return nil
+	}
+	mine := slices.DeleteFunc(k.StagedSlots(), func(s seal.Slot) bool { return s.Node != entry.Name })
+	wrapped, err := slotview.Reader{Node: entry.Name, Counter: counter}.RecordStates(mine, k.ClusterID())
+	for _, s := range states {
+		if err == nil && !slices.ContainsFunc(wrapped, func(w keyring.RecordedState) bool { return sameState(w, s) }) {
+			all = append(all, s)
+		}
+	}
+	return all
+}
+
+// sameState compares boot states; an empty reference is as good as none.
+func sameState(a, b keyring.RecordedState) bool {
+	var text [2][]byte
+	for i, s := range []keyring.RecordedState{a, b} {
+		j, err := json.Marshal(s)
+		if err != nil {
+			return false
+		}
+		text[i] = bytes.ReplaceAll(j, []byte("null"), []byte(`""`))
+	}
+	return bytes.Equal(text[0], text[1])
 }

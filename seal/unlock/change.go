@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"reflect"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -36,8 +37,42 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 			return err
 		}
 	}
+	if err := restage(ctx, u, k, revisions); err != nil {
+		for _, next := range revisions {
+			next.Close()
+		}
+		return err
+	}
 	return u.commit(ctx, SlotChange{Before: k}, revisions, Opener{}, u.anchor, inCluster(u))
 }
+
+// restage replaces the own slots of the staged KEK in the last of revisions if the own slots of
+// the current KEK have changed. The former ones may be revoked, or be for boots that don't
+// come any more. Without a wrapper there are none: the node then withdraws its
+// acknowledgement, and seals the KEK again in the next round of package replica.
+func restage(ctx context.Context, u *Unlocker, before *keyring.Keyring, revisions []*keyring.Keyring) error {
+	last := revisions[len(revisions)-1]
+	kek := keyring.StagedKEK(last)
+	if kek == nil || len(last.OwnStagedSlots()) == 0 || sameSlots(before.OwnSlots(), last.OwnSlots()) || !sameSlots(before.OwnStagedSlots(), last.OwnStagedSlots()) {
+		return nil
+	}
+	var slots []seal.Slot
+	if u.cfg.WrapStaged != nil {
+		var err error
+		if slots, err = u.cfg.WrapStaged(ctx, last, kek); err != nil {
+			return fmt.Errorf("seal the staged KEK as the current one: %w", err)
+		}
+	}
+	next, err := last.WithOwnSlots(last.OwnSlots(), slots)
+	if err != nil {
+		return err
+	}
+	last.Close()
+	revisions[len(revisions)-1] = next
+	return nil
+}
+
+func sameSlots(a, b []seal.Slot) bool { return reflect.DeepEqual(a, b) }
 
 // inCluster returns what commits a revision in the cluster store, if that is where it
 // counts as made.

@@ -80,6 +80,10 @@ type Config struct {
 	// cluster store, in the place of old. Change calls it before it saves the revision,
 	// and saves nothing if it fails.
 	Commit func(ctx context.Context, old, next *keyring.Keyring) error
+	// WrapStaged, if set, returns slots for the staged KEK of k, like the own slots of the
+	// current one. Change calls it when it replaces these, so that the node can also start once
+	// the staged KEK is current.
+	WrapStaged func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error)
 	// Witness may be nil.
 	Witness Witness
 	Log     *slog.Logger
