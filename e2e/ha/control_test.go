@@ -32,8 +32,8 @@ type machine struct {
 }
 
 // newControlPlane starts etcd, and prepares the nodes: the first has a keyring, and the
-// others have none yet.
-func newControlPlane(t *testing.T) *controlPlane {
+// others have none yet. encrypt names the resources that are encrypted.
+func newControlPlane(t *testing.T, encrypt string) *controlPlane {
 	t.Helper()
 	dir := t.TempDir()
 	c := &controlPlane{t: t, etcd: cluster.NewMembers(network.Hosts, binaries["etcd"], dir)}
@@ -53,7 +53,7 @@ func newControlPlane(t *testing.T) *controlPlane {
 		n.Configure(settings + "cluster:\n  kubeconfig: " + n.Path("admin.conf") + "\n")
 		m := &machine{Node: n, name: name, host: h}
 		m.api = cluster.NewAPIServer(t, cluster.APIServerSetup{
-			Binary: binaries[apiserver], Host: h, Dir: n.Dir(), Etcds: urls, EncryptionConfig: n.EncryptionConfig(),
+			Binary: binaries[apiserver], Host: h, Dir: n.Dir(), Etcds: urls, EncryptionConfig: n.EncryptionConfig("--resources", encrypt),
 			ServiceAccounts: accounts, Token: "e2e",
 		})
 		m.api.Kubeconfig(t)

@@ -11,9 +11,9 @@ import (
 
 // TestThreeNodes: two more nodes receive the first node's keyring, one of them while
 // Secrets are written. Every node reads every Secret, whichever node wrote it, and
-// whatever restarts or is cut off.
+// whatever restarts or is cut off. All resources are encrypted but kleidi's own.
 func TestThreeNodes(t *testing.T) {
-	c := newControlPlane(t)
+	c := newControlPlane(t, "*.*")
 	first, second, third := c.nodes[0], c.nodes[1], c.nodes[2]
 	c.share(t)
 	must(t, first.put("before"))
@@ -81,7 +81,7 @@ func TestThreeNodes(t *testing.T) {
 
 // TestOtherBootDoesNotJoin: the machine is the approved one, but its boot is not.
 func TestOtherBootDoesNotJoin(t *testing.T) {
-	c := newControlPlane(t)
+	c := newControlPlane(t, "secrets")
 	first, second := c.nodes[0], c.nodes[1]
 	first.ServeOpen()
 	other := second.Kernel

@@ -19,7 +19,7 @@ import (
 // whole starts a control plane whose three nodes have joined and are in step.
 func whole(t *testing.T) *controlPlane {
 	t.Helper()
-	c := newControlPlane(t)
+	c := newControlPlane(t, "secrets")
 	c.share(t)
 	for _, m := range c.nodes[1:] {
 		c.admit(t, c.nodes[0], m)

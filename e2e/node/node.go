@@ -319,8 +319,8 @@ func (n *Node) Keyring() Keyring {
 
 // EncryptionConfig writes the output of `kleidi encryption-config` into a file for
 // kube-apiserver's --encryption-provider-config, and returns the path of the file.
-func (n *Node) EncryptionConfig() string {
+func (n *Node) EncryptionConfig(args ...string) string {
 	n.t.Helper()
-	n.write("encryption.yaml", string(n.Run("encryption-config")))
+	n.write("encryption.yaml", string(n.Run("encryption-config", args...)))
 	return n.Path("encryption.yaml")
 }
