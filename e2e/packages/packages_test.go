@@ -28,6 +28,7 @@ func build(t *testing.T, version string) string {
 // the .deb holds, less dpkg's hooks. No machine with dnf can be had here: rpm itself
 // unpacks it, into a folder.
 func TestReproducible(t *testing.T) {
+	t.Parallel()
 	first, second := build(t, "v1.0.0"), build(t, "v1.0.0")
 	for _, name := range []string{"kleidi_1.0.0_amd64.deb", "kleidi-1.0.0-1.x86_64.rpm"} {
 		run(t, "cmp", filepath.Join(first, name), filepath.Join(second, name))
@@ -47,6 +48,7 @@ func TestReproducible(t *testing.T) {
 
 // TestPackages is one machine's life, from the installation to the purge.
 func TestPackages(t *testing.T) {
+	t.Parallel()
 	first, second := build(t, "v1.0.0"), build(t, "v1.1.0")
 	m := boot(t)
 	step := func(name string, f func(*testing.T, *machine)) {
@@ -95,11 +97,17 @@ func initialise(t *testing.T, m *machine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.sh("kleidi init --recovery-recipient " + identity.Recipient().String())
+	m.sh("kleidi init --encryption-config /etc/kubernetes/kleidi-encryption.yaml --recovery-recipient " + identity.Recipient().String())
 	m.sh("systemctl enable -q kleidi")
 	if out := m.sh("systemctl start kleidi; kleidi status --quick"); !regexp.MustCompile(`^state +open`).MatchString(out) {
 		t.Errorf("status right after the start: %s", out)
 	}
+	m.sh("mkdir /etc/kubernetes/manifests")
+	m.write("etc/kubernetes/manifests/kube-apiserver.yaml", "spec: {containers: [{command: [kube-apiserver], volumeMounts: []}], volumes: []}\n")
+	if out, err := m.try("kleidi doctor"); err == nil || !strings.Contains(out, "PROBLEM  kube-apiserver") || strings.Count(out, "PROBLEM") != 1 {
+		t.Errorf("kleidi doctor: %v\n%s", err, out)
+	}
+	m.sh("kleidi kubeadm patch --apply; kleidi doctor; kleidi keyring backup /root/keyring.json")
 }
 
 // sandbox: the unit names each protection that systemd-analyze misses, with the reason.
