@@ -195,7 +195,14 @@ func encryptionConfiguration(n *Node) []Finding {
 		return one("in "+n.EncryptionConfig+" kleidi's provider is first for no resource", "kube-apiserver writes with the first provider, so it encrypts nothing with kleidi", "kleidi encryption-config   # put its provider first")
 	}
 	var found []Finding
+	if e.EncryptsStore() {
+		found = one(n.EncryptionConfig+" encrypts the cluster store", "a node could read the shared keyring only with a KEK that is in it",
+			"kleidi encryption-config   # with --resources '*.*' it prints the entry that must stand first")
+	}
 	for _, r := range e.Resources {
+		if r.Own() {
+			continue
+		}
 		for _, p := range r.Providers {
 			if p.KMS != nil && p.KMS.Name == c.Name && p.KMS.Endpoint != "unix://"+c.Socket {
 				found = append(found, one(fmt.Sprintf("%s names the socket %s, and kleidi serves unix://%s", n.EncryptionConfig, p.KMS.Endpoint, c.Socket), "kube-apiserver asks nobody", "kleidi encryption-config   # prints the endpoint")...)

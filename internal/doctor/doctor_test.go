@@ -103,6 +103,7 @@ var faults = []struct {
 		n.edit(t, n.EncryptionConfig, "providers:\n", "providers:\n      - aescbc: {}\n")
 	}},
 	{"encryption-configuration", "names the socket", func(t *testing.T, n *Node) { n.edit(t, n.EncryptionConfig, "/run/kleidi/kms.sock", "/run/other.sock") }},
+	{"encryption-configuration", "encrypts the cluster store", func(t *testing.T, n *Node) { n.edit(t, n.EncryptionConfig, "- secrets", "- '*.*'") }},
 	{"encryption-configuration", "identity", func(t *testing.T, n *Node) {
 		n.edit(t, n.EncryptionConfig, "providers:\n      - kms:\n", "providers:\n      - kms:\n          cachesize: 1\n")
 		b, _ := os.ReadFile(n.path(n.EncryptionConfig))

@@ -44,6 +44,33 @@ func TestOwnResources(t *testing.T) {
 	}
 }
 
+// TestEncryptsStore: the first entry that fits decides.
+func TestEncryptsStore(t *testing.T) {
+	for text, want := range map[string]bool{
+		"[{resources: [secrets], providers: [{kms: {name: k}}]}]":                                                                      false,
+		"[{resources: ['*.*'], providers: [{kms: {name: k}}, {identity: {}}]}]":                                                        true,
+		"[{resources: ['*.kleidi.beezy.dev'], providers: [{kms: {name: k}}]}]":                                                         true,
+		"[{resources: [keyringarchives.kleidi.beezy.dev], providers: [{aescbc: {}}]}]":                                                 true,
+		"[{resources: ['*.*'], providers: [{identity: {}}, {kms: {name: k}}]}]":                                                        false,
+		"[{resources: ['*.kleidi.beezy.dev'], providers: [{identity: {}}]}, {resources: ['*.*'], providers: [{kms: {name: k}}]}]":      false,
+		"[{resources: ['*.*'], providers: [{kms: {name: k}}]}, {resources: ['*.kleidi.beezy.dev'], providers: [{identity: {}}]}]":      true,
+		"[{resources: [keyrings.kleidi.beezy.dev], providers: [{identity: {}}]}, {resources: ['*.*'], providers: [{kms: {name: k}}]}]": true,
+		"[{resources: [keyrings.kleidi.beezy.dev, '*.apps'], providers: [{kms: {name: k}}]}]":                                          true,
+		"[{resources: ['*.apps', '*.'], providers: [{kms: {name: k}}]}]":                                                               false,
+	} {
+		e, err := Parse([]byte("apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources: " + text + "\n"))
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+		} else if got := e.EncryptsStore(); got != want {
+			t.Errorf("%s: %t", text, got)
+		}
+	}
+	own := New("kleidi", "/run/kleidi/kms.sock", []string{"*.*"})
+	if own.EncryptsStore() || !own.Resources[0].Own() || own.Resources[1].Own() {
+		t.Error("kleidi's own configuration encrypts the cluster store")
+	}
+}
+
 // TestCheckResources holds to kube-apiserver's own validation of an EncryptionConfiguration.
 func TestCheckResources(t *testing.T) {
 	for _, good := range [][]string{{"secrets"}, {"secrets", "configmaps"}, {"deployments.apps"}, {"*.apps"}, {"*."}, {"*.*"}, {"widgets.example.com"}, {"deployments.apps", "*."}, {"*.apps", "secrets"}, {"events"}} {
