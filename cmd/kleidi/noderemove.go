@@ -190,7 +190,7 @@ func printRemoval(w io.Writer, r admin.NodeRemoval) {
 	}
 	row(w, "current key ID", string(r.CurrentKeyID))
 	row(w, "revision", fmt.Sprint(r.Revision))
-	fmt.Fprintln(w, "these ways into the keyring stay; whoever was a node may have added one of them:")
+	fmt.Fprintln(w, "these ways into the keyring stay; a removed node may have added one of them:")
 	for _, way := range r.WaysIn {
 		fmt.Fprintf(w, "  %s\n", way)
 	}

@@ -109,7 +109,7 @@ func (a *Access) Certificate(ctx context.Context) (*tls.Certificate, error) {
 		return nil, fmt.Errorf("%s: %w", k.CertFile, err)
 	}
 	if !inTPM {
-		c.SupportedSignatureAlgorithms = nil // all that the key can do
+		c.SupportedSignatureAlgorithms = nil // the key can do no others
 	}
 	return c, nil
 }

@@ -66,7 +66,7 @@ func (a *Access) renew(ctx context.Context, log *slog.Logger) (next time.Duratio
 	c, path, err := a.leaf()
 	if err != nil {
 		a.setEnd(time.Time{})
-		return askEvery, nil // whoever needs the certificate says so
+		return askEvery, nil // a caller that needs the certificate reports the error
 	}
 	a.setEnd(c.NotAfter)
 	if left := time.Until(due(c)); left > 0 {

@@ -4,5 +4,5 @@
 //
 // [Desk] is the end of the node that gives the KEK, in a running serve. [Join] is the
 // end of the joining node, in a separate command. A change of the shared keyring goes
-// through [Reviser], which today is the file of the node that has the seat.
+// through [Reviser]: the unlocker, which commits to the cluster store if there is one.
 package members

@@ -41,7 +41,7 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 		describe(&r, u.Info()) // nothing has vouched for the keyring
 		slots = u.Slots()
 	} else if errors.Is(err, fs.ErrPermission) {
-		return r, err // who asks may not know
+		return r, err // the caller may not know
 	} else {
 		r.Problem = admin.ProblemOf(err)
 	}
