@@ -10,6 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/carry"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 func newKeyringExport(a *app) *cobra.Command {
@@ -41,13 +42,18 @@ lacks the slots of this node's TPM.`,
 }
 
 func newKeyringImport(a *app) *cobra.Command {
-	return &cobra.Command{
+	var trust string
+	cmd := &cobra.Command{
 		Use:   "import FILE",
 		Short: "Take what another node exported",
 		Long: `Take what kleidi keyring export wrote on another node. This node takes the keyring only if
 it would take it from the cluster store: if it is newer, under the KEK that this node
 trusts or has acknowledged, and lists this node. A node with access to the cluster store
-also puts the other node's record there.`,
+also puts the other node's record there.
+
+At the end of a fork, name the current key ID of the keyring that is kept in
+--trust-key-id: this node then takes that keyring although it has left that KEK, if it
+holds it.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			b, err := files.Read(args[0], carry.MaxFile)
@@ -58,11 +64,38 @@ also puts the other node's record there.`,
 			if err != nil {
 				return fmt.Errorf("import: %s: %w", args[0], err)
 			}
-			s, err := operate(cmd.Context(), a, operation.ImportKeyring, admin.ImportKeyringRequest{Keyring: f.Keyring, Record: f.Record})
+			s, err := operate(cmd.Context(), a, operation.ImportKeyring, admin.ImportKeyringRequest{Keyring: f.Keyring, Record: f.Record, TrustKeyID: seal.KeyID(trust)})
 			if err != nil {
 				return err
 			}
 			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
 		},
 	}
+	cmd.Flags().StringVar(&trust, "trust-key-id", "", "at the end of a fork: the current key ID of the keyring that is kept")
+	return cmd
+}
+
+func newKeyringPublish(a *app) *cobra.Command {
+	var req admin.PublishKeyringRequest
+	cmd := &cobra.Command{
+		Use:   "publish",
+		Short: "Put this node's keyring into the cluster store, in place of another one",
+		Long: `Put this node's keyring into the cluster store, in place of another one. It ends a fork:
+run it on a node that has the keyring to keep. The KEKs that only the other keyring holds
+are retired into this node's, so that nothing is lost. The nodes that do not follow by
+themselves take the keyring with kleidi keyring import FILE --trust-key-id KEY_ID.
+
+With --discard the command replaces a keyring that no node takes: a damaged one, or one
+that somebody has planted. Whatever only that keyring holds is lost.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := operate(cmd.Context(), a, operation.PublishKeyring, req)
+			if err != nil {
+				return err
+			}
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+		},
+	}
+	cmd.Flags().BoolVar(&req.Discard, "discard", false, "take no KEK of the keyring in the store")
+	return cmd
 }

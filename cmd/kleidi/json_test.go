@@ -59,6 +59,7 @@ var resultsOf = map[string][]any{
 	"keyring check":       {checkedKeyring{}},
 	"keyring export":      {exportedKeyring{}},
 	"keyring import":      {admin.KeyringState{}},
+	"keyring publish":     {admin.KeyringState{}},
 	"keyring restore":     {admin.KeyringState{}},
 	"keyring save":        {admin.KeyringState{}},
 	"keyring show":        {shownKeyring{}},

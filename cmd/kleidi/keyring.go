@@ -20,7 +20,7 @@ func newKeyring(a *app) *cobra.Command {
 		Use: "keyring", Short: "Show, verify, back up and restore the keyring",
 		Args: noVerb, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newKeyringShow(a), newKeyringVerify(a), newKeyringCheck(a), newKeyringBackup(a), newKeyringRestore(a), newKeyringSave(a), newKeyringExport(a), newKeyringImport(a))
+	cmd.AddCommand(newKeyringShow(a), newKeyringVerify(a), newKeyringCheck(a), newKeyringBackup(a), newKeyringRestore(a), newKeyringSave(a), newKeyringExport(a), newKeyringImport(a), newKeyringPublish(a))
 	return cmd
 }
 

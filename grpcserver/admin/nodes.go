@@ -116,6 +116,18 @@ type KeyringExport struct {
 type ImportKeyringRequest struct {
 	Keyring []byte `json:"keyring"`
 	Record  []byte `json:"record"`
+	// TrustKeyID is the current key ID of the keyring that the operator vouches for, at the end
+	// of a fork. The node must hold its KEK.
+	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
+}
+
+// PublishKeyring puts the node's keyring into the cluster store in place of another one.
+const PublishKeyring Verb[PublishKeyringRequest, KeyringState] = "publish-keyring"
+
+// PublishKeyringRequest says what becomes of the other keyring.
+type PublishKeyringRequest struct {
+	// Discard takes none of its KEKs.
+	Discard bool `json:"discard,omitempty"`
 }
 
 // RemoveNodes takes the next step of a removal of nodes.

@@ -39,6 +39,9 @@ func importFile(ctx context.Context, n *node.Node, req admin.ImportKeyringReques
 	if err != nil {
 		return admin.KeyringState{}, seal.WithHint(err, "export it again with kleidi keyring export FILE")
 	}
+	if req.TrustKeyID != "" {
+		return importTrusted(ctx, n, remote, req.TrustKeyID)
+	}
 	from, err := keyring.ParseRecord(req.Record)
 	if err != nil {
 		return admin.KeyringState{}, err
@@ -91,4 +94,37 @@ func putRecord(ctx context.Context, n *node.Node, from *keyring.UntrustedRecord,
 		return nil, seal.WithHint(fmt.Errorf("the record of node %s: %w", from.Node(), err), "let this node write that record, as \"Nodes without access to the API\" in docs/high-availability.md shows")
 	}
 	return append(changes, "the record of node "+from.Node()+" is in the cluster store"), nil
+}
+
+// importTrusted takes a keyring by an operator's word, at the end of a fork.
+func importTrusted(ctx context.Context, n *node.Node, remote *keyring.Untrusted, trusted seal.KeyID) (admin.KeyringState, error) {
+	former, err := n.Unlocker.CurrentID()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	if err := node.Carrier(n).ImportTrusted(ctx, n.Memory, remote, trusted); err != nil {
+		return admin.KeyringState{}, err
+	}
+	return n.Result(former, fmt.Sprintf("this node has taken the keyring of revision %d, by your word, and sealed its KEK to its own boot states", remote.Revision()))
+}
+
+// Publish puts this node's keyring into the cluster store in place of another one, by an
+// operator's word.
+func Publish(ctx context.Context, n *node.Node, req admin.PublishKeyringRequest) (admin.KeyringState, error) {
+	former, err := n.Unlocker.CurrentID()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	if n.Replica == nil {
+		return admin.KeyringState{}, fmt.Errorf("publish: %w", seal.Errorf(seal.CauseConfiguration, "run the command on a node where cluster.kubeconfig is set", "this node has no access to the cluster store"))
+	}
+	if err := n.Replica.Publish(ctx, n.Memory, req.Discard); err != nil {
+		return admin.KeyringState{}, fmt.Errorf("publish: %w", err)
+	}
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		return admin.KeyringState{}, err
+	}
+	return n.Result(former, fmt.Sprintf("the cluster store holds this node's keyring, as revision %d", k.Revision()),
+		"on each node that does not follow, import what kleidi keyring export FILE writes here: kleidi keyring import FILE --trust-key-id "+string(k.CurrentID()))
 }

@@ -52,8 +52,9 @@ var (
 	Prune         = Operation[admin.PruneRequest, admin.KeyringState]{Verb: admin.Prune, work: prune.Remove, alone: prune.NotRunning, keyring: seen}
 	Reload        = Operation[admin.ReloadRequest, admin.KeyringState]{Verb: admin.Reload, work: lifecycle.Reload}
 
-	ExportKeyring = Operation[admin.ExportKeyringRequest, admin.KeyringExport]{Verb: admin.ExportKeyring, work: carry.Export, keyring: open}
-	ImportKeyring = Operation[admin.ImportKeyringRequest, admin.KeyringState]{Verb: admin.ImportKeyring, work: carry.Import, keyring: open}
+	ExportKeyring  = Operation[admin.ExportKeyringRequest, admin.KeyringExport]{Verb: admin.ExportKeyring, work: carry.Export, keyring: open}
+	ImportKeyring  = Operation[admin.ImportKeyringRequest, admin.KeyringState]{Verb: admin.ImportKeyring, work: carry.Import, keyring: open}
+	PublishKeyring = Operation[admin.PublishKeyringRequest, admin.KeyringState]{Verb: admin.PublishKeyring, work: carry.Publish, keyring: open}
 
 	Reseal           = Operation[admin.ResealRequest, admin.KeyringState]{Verb: admin.Reseal, work: resealAny, keyring: open}
 	Suspend          = Operation[admin.SuspendRequest, admin.KeyringState]{Verb: admin.Suspend, work: reseal.Suspend, keyring: open}
@@ -72,7 +73,7 @@ var table = []interface {
 	handle(*admin.Server, *node.Node)
 }{
 	Status,
-	Rotate, WatchRotation, Recover, Restore, Save, Verify, Prune, Reload, ExportKeyring, ImportKeyring,
+	Rotate, WatchRotation, Recover, Restore, Save, Verify, Prune, Reload, ExportKeyring, ImportKeyring, PublishKeyring,
 	Reseal, Suspend, AddBootStates, RevokeBootStates,
 	AddSlot, RemoveSlot, TestSlots, RewrapSlot, ForgetCopies,
 }

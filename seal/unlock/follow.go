@@ -3,6 +3,7 @@ package unlock
 import (
 	"context"
 
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
@@ -49,4 +50,49 @@ func (u *Unlocker) OpenStaged(ctx context.Context) error {
 	s.Staged = problem
 	u.state.Store(&s)
 	return problem
+}
+
+// OpenFork opens another keyring of this cluster: with a KEK that the open one holds, or else
+// with a slot. It opens its staged KEK too, if it can. The caller closes the keyring.
+func OpenFork(ctx context.Context, u *Unlocker, mem seal.Memory, remote *keyring.Untrusted) (*keyring.Keyring, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	k, err := u.Keyring()
+	if err != nil {
+		return nil, err
+	}
+	other, err := keyring.OpenHeld(k, remote, mem)
+	if err != nil {
+		if slotted, _, slotErr := u.openWith(ctx, remote, nil, &Timing{}); slotErr == nil {
+			return slotted, nil
+		}
+		return nil, err
+	}
+	gate, err := u.attest(ctx, remote.StagedSlots())
+	if err != nil {
+		other.Close()
+		return nil, err
+	}
+	other, _ = u.openStaged(ctx, other, gate)
+	return other, nil
+}
+
+// Resolve replaces the open keyring with what f makes of it, by an operator's word. commit puts
+// it into the cluster store first; nil means that it comes from there.
+func Resolve(ctx context.Context, u *Unlocker, f func(*keyring.Keyring) (*keyring.Keyring, error), commit func(context.Context, *keyring.Keyring) error) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	k, err := u.Keyring()
+	if err != nil {
+		return err
+	}
+	next, err := f(k)
+	if err != nil {
+		return err
+	}
+	cluster := notInCluster
+	if commit != nil {
+		cluster = func(ctx context.Context, _, next *keyring.Keyring) error { return commit(ctx, next) }
+	}
+	return u.commit(ctx, SlotChange{Before: k, Elsewhere: commit == nil}, []*keyring.Keyring{next}, Opener{}, u.anchor, cluster)
 }
