@@ -47,14 +47,16 @@ type KeyID string
 
 // Wrapper types, as they stand in Slot.Type and in configuration.
 const (
-	TypeTPM      = "tpm"
-	TypePKCS11   = "pkcs11"
-	TypeVault    = "vault"
-	TypeRecovery = "recovery"
+	TypeTPM       = "tpm"
+	TypePKCS11    = "pkcs11"
+	TypeVault     = "vault"
+	TypeKMSPlugin = "kms-plugin"
+	TypeRecovery  = "recovery"
 
 	// Two of two: both wrappers are needed to open the slot, see package both.
-	TypeTPMAndPKCS11 = "tpm-and-pkcs11"
-	TypeTPMAndVault  = "tpm-and-vault"
+	TypeTPMAndPKCS11    = "tpm-and-pkcs11"
+	TypeTPMAndVault     = "tpm-and-vault"
+	TypeTPMAndKMSPlugin = "tpm-and-kms-plugin"
 
 	// TypeSkipped marks the place of a slot that could not be made. No wrapper
 	// opens it, and configuration never names it.

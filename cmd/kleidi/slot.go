@@ -73,7 +73,7 @@ func newSlotAdd(a *app) *cobra.Command {
   kleidi slot add vault
   kleidi slot add recovery --recipient age1…`,
 		Args:      cobra.ExactArgs(1),
-		ValidArgs: []string{seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery},
+		ValidArgs: []string{seal.TypePKCS11, seal.TypeVault, seal.TypeKMSPlugin, seal.TypeRecovery},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Type = args[0]
 			if !slices.Contains(cmd.ValidArgs, req.Type) {

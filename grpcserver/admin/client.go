@@ -34,7 +34,9 @@ type Client struct {
 // request may hold the recovery identity, so it goes only to a serve of root or of this
 // process's own user.
 func Dial(ctx context.Context, path string) (*Client, error) {
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return unixsocket.Dial(ctx, path) }
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return unixsocket.Dial(ctx, path, "kleidi serve")
+	}
 	conn, err := dial(ctx, "", "")
 	if err != nil {
 		return nil, dialError(path, err)

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/beezy-dev/kleidi/grpcserver/kmsplugin"
 	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
@@ -44,18 +45,19 @@ type Config struct {
 	APIVersion string `yaml:"apiVersion"`
 	Kind       string `yaml:"kind"`
 	// Node is this machine's name in the keyring; the host name if empty.
-	Node   string `yaml:"node"`
-	State  State  `yaml:"state"`
-	TPM    TPM    `yaml:"tpm"`
-	Anchor Anchor `yaml:"anchor"`
-	Unlock Unlock `yaml:"unlock"`
-	PKCS11 PKCS11 `yaml:"pkcs11"`
-	Vault  Vault  `yaml:"vault"`
-	Memory Memory `yaml:"memory"`
-	KMS    KMS    `yaml:"kms"`
-	Admin  Admin  `yaml:"admin"`
-	HTTP   HTTP   `yaml:"http"`
-	Join   Join   `yaml:"join"`
+	Node      string    `yaml:"node"`
+	State     State     `yaml:"state"`
+	TPM       TPM       `yaml:"tpm"`
+	Anchor    Anchor    `yaml:"anchor"`
+	Unlock    Unlock    `yaml:"unlock"`
+	PKCS11    PKCS11    `yaml:"pkcs11"`
+	Vault     Vault     `yaml:"vault"`
+	KMSPlugin KMSPlugin `yaml:"kmsPlugin"`
+	Memory    Memory    `yaml:"memory"`
+	KMS       KMS       `yaml:"kms"`
+	Admin     Admin     `yaml:"admin"`
+	HTTP      HTTP      `yaml:"http"`
+	Join      Join      `yaml:"join"`
 	// Cluster is the store that all nodes share.
 	Cluster Cluster `yaml:"cluster"`
 	Audit   Audit   `yaml:"audit"`
@@ -166,6 +168,12 @@ type VaultAuth struct {
 	TPMKeyFile string `yaml:"tpmKeyFile"`
 }
 
+// KMSPlugin is another KMS v2 plugin, which wraps the KEK. Without a socket there is none.
+type KMSPlugin struct {
+	Socket  string        `yaml:"socket"`
+	Timeout time.Duration `yaml:"timeout"`
+}
+
 // Memory says what to do if memory can't be locked.
 type Memory struct {
 	Lock string `yaml:"lock"`
@@ -252,15 +260,16 @@ func Default() *Config {
 			EventLog: attest.FirmwareLog, UserspaceEventLog: attest.UserspaceLog, Phase: "ready", Verifier: Verifier{Timeout: 20 * time.Second},
 			BootStates: []string{"/run/systemd/tpm2-pcr-signature.json", "/etc/systemd/tpm2-pcr-signature.json", "/usr/lib/systemd/tpm2-pcr-signature.json", "/.extra/tpm2-pcr-signature.json"},
 		},
-		Anchor: Anchor{Store: AnchorFile, Index: nv.DefaultAnchorIndex, PCRs: []int{7}},
-		Unlock: Unlock{Order: []string{seal.TypeTPM}, RequireAttestation: true, SelfTest: 24 * time.Hour},
-		PKCS11: PKCS11{Timeout: hsm.DefaultTimeout},
-		Vault:  Vault{Mount: "transit", Timeout: 15 * time.Second},
-		Memory: Memory{Lock: LockRequired},
-		KMS:    KMS{Name: "kleidi", Socket: "/run/kleidi/kms.sock", SocketMode: 0o600, SocketUID: -1, SocketGID: -1},
-		Admin:  Admin{Socket: "/run/kleidi/admin.sock"},
-		HTTP:   HTTP{Socket: "/run/kleidi/http.sock", SocketMode: 0o600, SocketGID: -1},
-		Log:    Log{Level: slog.LevelInfo, Format: "text"},
+		Anchor:    Anchor{Store: AnchorFile, Index: nv.DefaultAnchorIndex, PCRs: []int{7}},
+		Unlock:    Unlock{Order: []string{seal.TypeTPM}, RequireAttestation: true, SelfTest: 24 * time.Hour},
+		PKCS11:    PKCS11{Timeout: hsm.DefaultTimeout},
+		Vault:     Vault{Mount: "transit", Timeout: 15 * time.Second},
+		KMSPlugin: KMSPlugin{Timeout: 10 * time.Second},
+		Memory:    Memory{Lock: LockRequired},
+		KMS:       KMS{Name: "kleidi", Socket: "/run/kleidi/kms.sock", SocketMode: 0o600, SocketUID: -1, SocketGID: -1},
+		Admin:     Admin{Socket: "/run/kleidi/admin.sock"},
+		HTTP:      HTTP{Socket: "/run/kleidi/http.sock", SocketMode: 0o600, SocketGID: -1},
+		Log:       Log{Level: slog.LevelInfo, Format: "text"},
 	}
 }
 
@@ -368,6 +377,11 @@ func (c Vault) Wrapper(mem seal.Memory, certificate func(context.Context) (*tls.
 		v.Auth.CertFile, v.Auth.KeyFile, v.Auth.ClientCertificate = "", "", certificate
 	}
 	return v
+}
+
+// Wrapper returns the configuration for package kmsplugin.
+func (c KMSPlugin) Wrapper(mem seal.Memory) kmsplugin.Config {
+	return kmsplugin.Config{Socket: c.Socket, Timeout: c.Timeout, Memory: mem}
 }
 
 // Keyring is the path of the keyring.

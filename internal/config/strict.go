@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/beezy-dev/kleidi/grpcserver/kmsplugin"
 	"github.com/beezy-dev/kleidi/grpcserver/verifier"
 	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
@@ -86,9 +87,13 @@ func (p *problems) validatePCRs(key string, pcrs []int) {
 }
 
 func (p *problems) validateUnlock(c *Config) {
-	configured := map[string]bool{seal.TypeTPM: true, seal.TypePKCS11: c.PKCS11.Configured(), seal.TypeVault: c.Vault.Address != ""}
-	configured[seal.TypeTPMAndPKCS11], configured[seal.TypeTPMAndVault] = configured[seal.TypePKCS11], configured[seal.TypeVault]
-	if len(c.Unlock.Order) > 1 && slices.ContainsFunc(c.Unlock.Order, func(w string) bool { return w == seal.TypeTPMAndPKCS11 || w == seal.TypeTPMAndVault }) {
+	configured := map[string]bool{seal.TypeTPM: true, seal.TypePKCS11: c.PKCS11.Configured(), seal.TypeVault: c.Vault.Address != "", seal.TypeKMSPlugin: c.KMSPlugin.Socket != ""}
+	key := map[string]string{seal.TypePKCS11: "pkcs11.module", seal.TypeVault: "vault.address", seal.TypeKMSPlugin: "kmsPlugin.socket"}
+	pairs := map[string]string{seal.TypeTPMAndPKCS11: seal.TypePKCS11, seal.TypeTPMAndVault: seal.TypeVault, seal.TypeTPMAndKMSPlugin: seal.TypeKMSPlugin}
+	for pair, second := range pairs {
+		configured[pair], key[pair] = configured[second], key[second]
+	}
+	if len(c.Unlock.Order) > 1 && slices.ContainsFunc(c.Unlock.Order, func(w string) bool { return pairs[w] != "" }) {
 		p.Add("unlock.order", "a two-of-two stands alone: any other wrapper beside it would open the keyring without it")
 	}
 	seen := map[string]bool{}
@@ -96,11 +101,11 @@ func (p *problems) validateUnlock(c *Config) {
 		there, known := configured[w]
 		switch path := fmt.Sprintf("unlock.order[%d]", i); {
 		case !known:
-			p.Add(path, "%q; want tpm, pkcs11, vault, tpm-and-pkcs11 or tpm-and-vault", w)
+			p.Add(path, "%q; want tpm, pkcs11, vault, kms-plugin, tpm-and-pkcs11, tpm-and-vault or tpm-and-kms-plugin", w)
 		case seen[w]:
 			p.Add(path, "%s stands twice", w)
 		case !there:
-			p.Add(path, "%s is not configured; set %s", w, map[string]string{seal.TypePKCS11: "pkcs11.module", seal.TypeTPMAndPKCS11: "pkcs11.module", seal.TypeVault: "vault.address", seal.TypeTPMAndVault: "vault.address"}[w])
+			p.Add(path, "%s is not configured; set %s", w, key[w])
 		}
 		seen[w] = true
 	}
@@ -115,6 +120,11 @@ func (p *problems) validateUnlock(c *Config) {
 	}
 	if configured[seal.TypeVault] {
 		p.validateVault(c.Vault)
+	}
+	if configured[seal.TypeKMSPlugin] {
+		if _, err := kmsplugin.New(c.KMSPlugin.Wrapper(seal.Memory{})); err != nil {
+			p.Add("kmsPlugin", "%v", err)
+		}
 	}
 }
 

@@ -154,7 +154,7 @@ func renewSlots(ctx context.Context, n *node.Node, tpmNow *tpm.Wrapper, kek *sea
 		}
 		slots = append(slots, slot)
 	}
-	for _, kind := range []string{seal.TypePKCS11, seal.TypeVault} {
+	for _, kind := range slotview.Secondary {
 		at := slices.IndexFunc(old, func(s seal.Slot) bool { return slotview.TypeOf(s) == kind })
 		if n.View.TwoOfTwo() != "" || at < 0 && !slices.Contains(n.Config.Unlock.Order, kind) {
 			continue

@@ -14,6 +14,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/rollout"
+	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
@@ -89,7 +90,7 @@ func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest)
 		return r, errors.New("--no-tpm: a machine without a TPM proves nothing, so no boot policy judges it and no bootstrap file is handed over")
 	}
 	slots := d.node.OpenSlots()
-	if !slices.ContainsFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypePKCS11 || s.Type == seal.TypeVault }) {
+	if !slices.ContainsFunc(slots, func(s seal.Slot) bool { return slotview.IsSecondary(s.Type) }) {
 		return r, errors.New("--no-tpm: no slot belongs to a token or a server, so such a machine could open nothing; run kleidi slot add pkcs11 or kleidi slot add vault first")
 	}
 	upgraded, err := d.upgrade(ctx)

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/beezy-dev/kleidi/grpcserver/kmsplugin"
 	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/config"
@@ -37,21 +38,23 @@ import (
 // Node is this machine, put together from its configuration. New touches neither disk
 // nor TPM.
 type Node struct {
-	Config   *config.Config
-	Log      *slog.Logger
-	Memory   seal.Memory
-	State    *StateFolder
-	Keyring  LockedFile
-	Anchor   unlock.Anchor
-	Gate     *attest.Gate
-	TPM      *tpm.Wrapper
-	Remote   *RemoteGate
-	HSM      *hsm.Wrapper   // nil if no token is configured
-	Vault    *vault.Wrapper // nil if no server is configured
-	Unlocker *unlock.Unlocker
-	Slots    *SlotRecord
-	Replica  *replica.Replica      // nil where no cluster store is configured
-	Access   *clusteraccess.Access // to the API, whether or not it is configured
+	Config  *config.Config
+	Log     *slog.Logger
+	Memory  seal.Memory
+	State   *StateFolder
+	Keyring LockedFile
+	Anchor  unlock.Anchor
+	Gate    *attest.Gate
+	TPM     *tpm.Wrapper
+	Remote  *RemoteGate
+	HSM     *hsm.Wrapper   // nil if no token is configured
+	Vault   *vault.Wrapper // nil if no server is configured
+	// Secondary are the configured wrappers other than the TPM's.
+	Secondary []both.Part
+	Unlocker  *unlock.Unlocker
+	Slots     *SlotRecord
+	Replica   *replica.Replica      // nil where no cluster store is configured
+	Access    *clusteraccess.Access // to the API, whether or not it is configured
 
 	Replacing sync.Mutex      // see lifecycle's replaceKeyring
 	View      slotview.Reader // reads slots as this node does
@@ -260,7 +263,7 @@ func (n *Node) Openers() []seal.Wrapper {
 // Wrappers returns every configured wrapper, whether it may open at start or not.
 func (n *Node) Wrappers() []seal.Wrapper {
 	var all []seal.Wrapper
-	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault} {
+	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeKMSPlugin, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault, seal.TypeTPMAndKMSPlugin} {
 		if w := n.Wrapper(kind); w != nil && (kind != seal.TypeTPM || n.View.OpensWithTPM()) {
 			all = append(all, w)
 		}
@@ -273,12 +276,13 @@ func (n *Node) Wrapper(kind string) seal.Wrapper {
 	switch {
 	case kind == seal.TypeTPM:
 		return n.TPM
-	case kind == seal.TypePKCS11 && n.HSM != nil:
-		return n.HSM
-	case kind == seal.TypeVault && n.Vault != nil:
-		return n.Vault
 	case slotview.Second(kind) != "":
 		if w := n.TwoOfTwoWrapper(kind, n.TPM); w != nil {
+			return w
+		}
+	}
+	for _, w := range n.Secondary {
+		if w.Type() == kind {
 			return w
 		}
 	}
@@ -288,11 +292,8 @@ func (n *Node) Wrapper(kind string) seal.Wrapper {
 // Rewrappers are the wrappers with which a rotation follows slots.
 func (n *Node) Rewrappers() []rotation.Rewrapper {
 	all := []rotation.Rewrapper{n.TPM, recovery.Rewrapper{Memory: n.Memory}, slotview.KeepMissing{}}
-	if n.HSM != nil {
-		all = append(all, n.HSM)
-	}
-	if n.Vault != nil {
-		all = append(all, n.Vault)
+	for _, w := range n.Secondary {
+		all = append(all, w)
 	}
 	if kind := n.View.TwoOfTwo(); kind != "" {
 		all = append(all, n.TwoOfTwoWrapper(kind, n.TPM))
@@ -330,11 +331,20 @@ func (n *Node) addSecondary() (err error) {
 		if n.HSM, err = hsm.New(n.Config.PKCS11.Wrapper(n.Memory, n.sealedPIN)); err != nil {
 			return fmt.Errorf("pkcs11: %w", err)
 		}
+		n.Secondary = append(n.Secondary, n.HSM)
 	}
 	if n.Config.Vault.Address != "" {
 		if n.Vault, err = vault.New(n.Config.Vault.Wrapper(n.Memory, n.clientCertificate)); err != nil {
 			return err
 		}
+		n.Secondary = append(n.Secondary, n.Vault)
+	}
+	if n.Config.KMSPlugin.Socket != "" {
+		w, err := kmsplugin.New(n.Config.KMSPlugin.Wrapper(n.Memory))
+		if err != nil {
+			return err
+		}
+		n.Secondary = append(n.Secondary, w)
 	}
 	return nil
 }

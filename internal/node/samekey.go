@@ -49,7 +49,7 @@ func (n *Node) UntrustedKeys(ctx context.Context, k *keyring.Keyring) map[string
 	for _, s := range k.Slots() {
 		kind := slotview.TypeOf(s)
 		w := n.Wrapper(kind)
-		if kind != seal.TypePKCS11 && kind != seal.TypeVault || w == nil {
+		if !slotview.IsSecondary(kind) || w == nil {
 			continue
 		}
 		if d, ok := slotview.MissingOf(s); ok {

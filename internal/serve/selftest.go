@@ -13,7 +13,7 @@ import (
 // as configured, give or take a tenth, so that nodes don't all test at once.
 func (s *Server) selfTest(ctx context.Context) {
 	every := s.Node.Config.Unlock.SelfTest
-	if every == 0 || s.Node.HSM == nil && s.Node.Vault == nil {
+	if every == 0 || len(s.Node.Secondary) == 0 {
 		return
 	}
 	wait := every / 10

@@ -75,10 +75,12 @@ func wrapperFor(n *node.Node, req admin.AddSlotRequest) (seal.Wrapper, error) {
 		return nil, errors.New("no token is configured; set pkcs11.module and pkcs11.uri, and restart kleidi serve")
 	case req.Type == seal.TypeVault && n.Vault == nil:
 		return nil, errors.New("no server is configured; set vault.address and vault.key, and restart kleidi serve")
+	case req.Type == seal.TypeKMSPlugin && n.Wrapper(req.Type) == nil:
+		return nil, errors.New("no plugin is configured; set kmsPlugin.socket, and restart kleidi serve")
 	}
 	w := n.Wrapper(req.Type)
 	if w == nil {
-		return nil, errors.New("there is no such wrapper; want pkcs11, vault or recovery")
+		return nil, errors.New("there is no such wrapper; want pkcs11, vault, kms-plugin or recovery")
 	}
 	if req.GenerateKey && req.Type != seal.TypePKCS11 {
 		return nil, errors.New("--generate-key is for pkcs11 alone")

@@ -38,6 +38,11 @@ func Test(ctx context.Context, n *node.Node, req admin.TestSlotsRequest) (admin.
 	return r, nil
 }
 
+// checker is a wrapper that finds what can keep a slot from opening some day.
+type checker interface {
+	Check(ctx context.Context, slot seal.Slot) (warnings []string, err error)
+}
+
 // TestOne opens a slot. Metrics and readyz show the result from then on.
 func TestOne(ctx context.Context, n *node.Node, k *keyring.Keyring, name string, s seal.Slot) admin.SlotTest {
 	start := time.Now()
@@ -49,8 +54,9 @@ func TestOne(ctx context.Context, n *node.Node, k *keyring.Keyring, name string,
 	} else if err := testSecond(ctx, n, k, s); err != nil {
 		t.ForNextBoot, t.Problem = false, admin.ProblemOf(err)
 	}
-	if half := slotview.VaultPart(s); half.Type == seal.TypeVault && n.Vault != nil {
-		warnings, err := n.Vault.Check(ctx, half)
+	part := slotview.BackendPart(s)
+	if w, ok := n.Wrapper(part.Type).(checker); ok {
+		warnings, err := w.Check(ctx, part)
 		if err != nil && t.Opens {
 			warnings = append(warnings, err.Error())
 		}
@@ -79,7 +85,7 @@ func testSecond(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Sl
 // SelfTested reports whether the self-test opens a slot: a slot of a wrapper other than
 // the TPM's, alone or together with the TPM in the running boot.
 func SelfTested(n *node.Node, s seal.Slot) bool {
-	return s.Type == seal.TypePKCS11 || s.Type == seal.TypeVault || slotview.Second(s.Type) != "" && n.View.Use(s) == slotview.UseNames[tpm.UsePresent]
+	return slotview.IsSecondary(s.Type) || slotview.Second(s.Type) != "" && n.View.Use(s) == slotview.UseNames[tpm.UsePresent]
 }
 
 // Unusable returns the self-test's results for the present slots, and the missing

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/beezy-dev/kleidi/grpcserver/kmsplugin"
 	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/both"
@@ -42,7 +43,9 @@ func (r Reader) Binding(s seal.Slot) string {
 		return hsm.Describe(s)
 	case seal.TypeVault:
 		return vault.Describe(s)
-	case seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault:
+	case seal.TypeKMSPlugin:
+		return kmsplugin.Describe(s)
+	case seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault, seal.TypeTPMAndKMSPlugin:
 		first, second, err := both.Parts(s)
 		if err != nil {
 			return "unreadable"
@@ -116,8 +119,14 @@ func (r Reader) ReportReturned(backup, before, after []seal.Slot) (changes []str
 	return changes
 }
 
+// IsSecondary reports whether slots of a type are opened by a token, a server or a plugin alone.
+func IsSecondary(kind string) bool { return slices.Contains(Secondary, kind) }
+
+// Secondary are the types of the slots that a token, a server or a plugin opens alone.
+var Secondary = []string{seal.TypePKCS11, seal.TypeVault, seal.TypeKMSPlugin}
+
 // HasBackend reports whether a token or a server opens slots of a type, alone or together
 // with the TPM.
 func HasBackend(kind string) bool {
-	return kind == seal.TypePKCS11 || kind == seal.TypeVault || Second(kind) != ""
+	return IsSecondary(kind) || Second(kind) != ""
 }

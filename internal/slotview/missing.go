@@ -28,7 +28,7 @@ func Skip(s seal.Slot) (seal.Slot, error) {
 // and is displayed, so only types of slots are accepted.
 func MissingOf(s seal.Slot) (d Missing, ok bool) {
 	ok = s.Type == seal.TypeSkipped && json.Unmarshal(s.Data, &d) == nil &&
-		(slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeRecovery}, d.Type) || Second(d.Type) != "")
+		((d.Type == seal.TypeTPM || d.Type == seal.TypeRecovery || IsSecondary(d.Type)) || Second(d.Type) != "")
 	return d, ok
 }
 
@@ -156,7 +156,7 @@ func (r Reader) ReportStillNamed(slots []seal.Slot, kind string) []string {
 		return nil
 	}
 	warning := "unlock.order still names " + kind + ", so the slot counts as missing; take it out of unlock.order"
-	if kind == seal.TypePKCS11 || kind == seal.TypeVault {
+	if IsSecondary(kind) {
 		warning += ", or the next rotation makes the slot again"
 	}
 	return []string{warning}

@@ -19,10 +19,11 @@ import (
 // survive a rotation, which wraps another KEK for the same TPM, key or recipients. The
 // ID of any other slot is a digest of all its data.
 var bindingMembers = map[string][]string{
-	seal.TypeTPM:      {"bank", "pcrs", "signer", "resets"},
-	seal.TypeRecovery: {"recipients"},
-	seal.TypePKCS11:   {"token", "key"},
-	seal.TypeVault:    {"namespace", "mount", "key"},
+	seal.TypeTPM:       {"bank", "pcrs", "signer", "resets"},
+	seal.TypeRecovery:  {"recipients"},
+	seal.TypePKCS11:    {"token", "key"},
+	seal.TypeVault:     {"namespace", "mount", "key"},
+	seal.TypeKMSPlugin: {"keyID"},
 }
 
 // idSize is the length of an ID in hexadecimal digits, and shortID the minimum number

@@ -61,7 +61,7 @@ func TestPartsOfADamagedTwoOfTwo(t *testing.T) {
 	if s := TPMPart(damaged); s.Type != "" {
 		t.Errorf("the TPM's part: %+v", s)
 	}
-	if s := VaultPart(damaged); s.Type != "" {
+	if s := BackendPart(damaged); s.Type != "" {
 		t.Errorf("Vault's part: %+v", s)
 	}
 	if got := reader().Binding(damaged); got != "unreadable" {

@@ -19,6 +19,8 @@ func Second(kind string) string {
 		return seal.TypePKCS11
 	case seal.TypeTPMAndVault:
 		return seal.TypeVault
+	case seal.TypeTPMAndKMSPlugin:
+		return seal.TypeKMSPlugin
 	}
 	return ""
 }
@@ -58,10 +60,10 @@ func TPMPart(s seal.Slot) seal.Slot {
 	return first
 }
 
-// VaultPart returns the slot of Vault in a slot: the slot itself, or its half of a
-// two-of-two.
-func VaultPart(s seal.Slot) seal.Slot {
-	if Second(s.Type) != seal.TypeVault {
+// BackendPart returns the slot of a token, a server or a plugin in a slot: the slot itself,
+// or its half of a two-of-two; an empty slot if there is none.
+func BackendPart(s seal.Slot) seal.Slot {
+	if IsSecondary(s.Type) {
 		return s
 	}
 	return secondPart(s)

@@ -247,7 +247,7 @@ func permanent(err error) bool {
 // the TPM alone must not talk an operator out of two of two.
 func (u *Unlocker) hintNoSlot(slots []seal.Slot) string {
 	for _, s := range slots {
-		backed := slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault}, s.Type)
+		backed := slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeKMSPlugin, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault, seal.TypeTPMAndKMSPlugin}, s.Type)
 		if backed && !slices.ContainsFunc(u.cfg.Wrappers, func(w seal.Wrapper) bool { return w.Type() == s.Type }) {
 			return "compare unlock.order with what you set up, and mind that nothing vouches for this list; if unlock.order is right, this is not the keyring of this node: run kleidi keyring restore FILE with a backup"
 		}

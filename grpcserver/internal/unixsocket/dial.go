@@ -19,8 +19,9 @@ const dialTimeout = 5 * time.Second
 //  2. the listener's UID, which the kernel recorded at listen(2), is root's or this
 //     process's own.
 //
-// An error that wraps fs.ErrNotExist or ECONNREFUSED means that nobody listens.
-func Dial(ctx context.Context, path string) (net.Conn, error) {
+// server names who should listen, for the error. An error that wraps fs.ErrNotExist or
+// ECONNREFUSED means that nobody listens.
+func Dial(ctx context.Context, path, server string) (net.Conn, error) {
 	if err := checkFolder(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
@@ -29,14 +30,14 @@ func Dial(ctx context.Context, path string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkListener(c.(*net.UnixConn), path); err != nil {
+	if err := checkListener(c.(*net.UnixConn), path, server); err != nil {
 		c.Close()
 		return nil, err
 	}
 	return c, nil
 }
 
-func checkListener(c *net.UnixConn, path string) error {
+func checkListener(c *net.UnixConn, path, server string) error {
 	p, err := peerOf(c)
 	if err != nil {
 		return err
@@ -44,5 +45,5 @@ func checkListener(c *net.UnixConn, path string) error {
 	if p.UID == 0 || int(p.UID) == os.Geteuid() {
 		return nil
 	}
-	return fmt.Errorf("%s answers, but process %d of UID %d listens there instead of kleidi serve, and nothing was sent to it; stop that process, and find out how it came to listen there", path, p.PID, p.UID)
+	return fmt.Errorf("%s answers, but process %d of UID %d listens there instead of %s, and nothing was sent to it; stop that process, and find out how it came to listen there", path, p.PID, p.UID, server)
 }
