@@ -148,18 +148,20 @@ func (u *Untrusted) verify(kek *seal.Secret) error {
 // remote's MAC verifies under the KEK that remote names and local holds, and that
 // remote's revision is lower: the cluster store was then restored from an older
 // snapshot. An error is a [*seal.Error] with cause seal.CauseAnchor, or [ErrInStep], or
-// seal.CauseForked if the revisions are equal, or if remote has a higher revision under
-// a KEK that local has left.
+// seal.CauseForked if the revisions are equal, if remote has a higher revision under
+// a KEK that local has left, or a lower one under the KEK that local has staged.
 func Precedes(remote *Untrusted, local *Keyring) error {
 	if err := checkComparable(local, remote); err != nil {
 		return err
 	}
 	verified := false
-	if id := remote.CurrentID(); id != local.StagedID() {
-		withHeld(local, id, func(kek []byte) { verified = hmac.Equal(bodyMAC(kek, remote.body), remote.mac) })
-	}
+	withHeld(local, remote.CurrentID(), func(kek []byte) { verified = hmac.Equal(bodyMAC(kek, remote.body), remote.mac) })
 	theirs, mine := remote.Revision(), local.Revision()
-	switch {
+	switch staged := remote.CurrentID() == local.StagedID(); {
+	case verified && staged && theirs < mine: // an activation that arrived after the store was restored
+		return seal.Errorf(seal.CauseForked, hintFork, "the keyring of revision %d makes key ID %s current, which this node has staged in revision %d: neither follows the other", theirs, remote.CurrentID(), mine)
+	case staged:
+		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d under key ID %s is not from a KEK that this node has trusted", theirs, remote.CurrentID())
 	case !verified:
 		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d under key ID %s is not from a KEK that this node holds", theirs, remote.CurrentID())
 	case theirs == mine && bytes.Equal(remote.body, local.body):

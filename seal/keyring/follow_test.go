@@ -254,7 +254,7 @@ func TestPrecedes(t *testing.T) {
 	wantRefusal(t, Precedes(published(t, active), b), seal.CauseAnchor, "not from a KEK")
 	wantRefusal(t, Precedes(published(t, ok(a.AtLeast(50))), b), seal.CauseAnchor, "higher revision")
 	wantRefusal(t, Precedes(published(t, otherwise(t, a)), b), seal.CauseForked, "differ")
-	wantRefusal(t, Precedes(published(t, withRevision(t, active, 1)), staged), seal.CauseAnchor, "not from a KEK") // a staged KEK vouches for nothing
+	wantRefusal(t, Precedes(published(t, withRevision(t, active, 1)), staged), seal.CauseForked, "has staged in revision") // nothing is overwritten for a KEK that was only staged
 	damaged := published(t, a)
 	damaged.mac = make([]byte, 32)
 	wantRefusal(t, Precedes(damaged, active), seal.CauseAnchor, "not from a KEK")

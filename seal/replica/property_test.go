@@ -29,18 +29,21 @@ func TestProperties(t *testing.T) {
 		c.settle(t)
 		w := &world{cluster: c, left: map[string]map[seal.KeyID]bool{}, now: map[string]seal.KeyID{}}
 		t.Repeat(map[string]func(*rapid.T){
-			"sync":     func(t *rapid.T) { _ = w.any(t).Sync(ctx) },
-			"restart":  func(t *rapid.T) { w.any(t).start() },
-			"encrypt":  w.encrypt,
-			"advance":  w.advance,
-			"abort":    func(t *rapid.T) { _ = w.any(t).driver().Abort(ctx) },
-			"change":   func(t *rapid.T) { _ = w.any(t).change() },
-			"lose":     func(*rapid.T) { c.store.LoseAnswer() },
-			"delay":    func(*rapid.T) { c.store.Delay() },
-			"arrive":   func(*rapid.T) { c.store.Arrive() },
-			"stale":    func(*rapid.T) { c.store.Stale() },
-			"snapshot": func(*rapid.T) { w.restores = append(w.restores, c.store.Snapshot()) },
-			"restore":  w.restore,
+			"sync":      func(t *rapid.T) { _ = w.any(t).Sync(ctx) },
+			"restart":   func(t *rapid.T) { w.any(t).start() },
+			"encrypt":   w.encrypt,
+			"advance":   w.advance,
+			"abort":     func(t *rapid.T) { _ = w.any(t).driver().Abort(ctx) },
+			"change":    func(t *rapid.T) { _ = w.any(t).change() },
+			"take over": func(t *rapid.T) { _ = w.any(t).takeOver() },
+			"wrap anew": func(t *rapid.T) { _ = w.any(t).wrapAnew(w.any(t).name) },
+			"die":       w.die,
+			"lose":      func(*rapid.T) { c.store.LoseAnswer() },
+			"delay":     func(*rapid.T) { c.store.Delay() },
+			"arrive":    func(*rapid.T) { c.store.Arrive() },
+			"stale":     func(*rapid.T) { c.store.Stale() },
+			"snapshot":  func(*rapid.T) { w.restores = append(w.restores, c.store.Snapshot()) },
+			"restore":   w.restore,
 			"down": func(t *rapid.T) {
 				c.store.SetDown(rapid.SampledFrom([]error{nil, nil, errDown}).Draw(t, "down"))
 			},
@@ -72,6 +75,21 @@ func (w *world) encrypt(t *rapid.T) {
 func (w *world) advance(t *rapid.T) {
 	n := w.any(t)
 	_, _ = n.driver().Advance(ctx, n.keyring().CurrentID())
+}
+
+// die lets a node's process die before it saves its file, or its anchor, whatever it does,
+// and starts it again.
+func (w *world) die(t *rapid.T) {
+	n := w.any(t)
+	d := rapid.SampledFrom([]*disk{&n.file, &n.anchor}).Draw(t, "before it saves")
+	d.dies = true
+	rapid.SampledFrom([]func(){
+		func() { _ = n.Sync(ctx) },
+		func() { _, _ = n.driver().Advance(ctx, n.keyring().CurrentID()) },
+		func() { _ = n.driver().Abort(ctx) },
+		func() { _ = n.takeOver() },
+	}).Draw(t, "during")()
+	n.start()
 }
 
 func (w *world) restore(t *rapid.T) {

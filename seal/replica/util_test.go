@@ -35,9 +35,12 @@ type tb interface {
 
 // disk is a file in memory.
 type disk struct {
-	b []byte
-	n int
+	b    []byte
+	n    int
+	dies bool // at the next save, before it
 }
+
+var errDied = errors.New("the process died")
 
 func (d *disk) Load(context.Context) ([]byte, store.Version, error) {
 	if d.b == nil {
@@ -47,6 +50,10 @@ func (d *disk) Load(context.Context) ([]byte, store.Version, error) {
 }
 
 func (d *disk) Save(_ context.Context, b []byte, old store.Version) (store.Version, error) {
+	if d.dies {
+		d.dies = false
+		return "", errDied
+	}
 	if _, v, _ := d.Load(ctx); v != old {
 		return "", store.ErrConflict
 	}
@@ -111,6 +118,7 @@ func (n *node) start() {
 	if n.Unlocker != nil {
 		n.Unlocker.Close()
 	}
+	n.file.dies, n.anchor.dies = false, false
 	log := slog.New(slog.DiscardHandler)
 	n.Unlocker = unlock.New(unlock.Config{
 		Store: &n.file, Anchor: unlock.FileAnchor{Store: &n.anchor}, Wrappers: []seal.Wrapper{&n.wrapper}, Log: log,
@@ -158,6 +166,28 @@ func (n inStep) Keyring(ctx context.Context) (*keyring.Keyring, error) {
 		return nil, err
 	}
 	return n.Unlocker.Keyring()
+}
+
+// takeOver makes this node drive the rotation; wrapAnew wraps the staged KEK for a node again.
+func (n *node) takeOver() error {
+	return n.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := keyring.TakeOver(k)
+		if next == k {
+			err = errDied // nothing to change
+		}
+		return []*keyring.Keyring{next}, err
+	})
+}
+
+func (n *node) wrapAnew(name string) error {
+	return n.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		kek := keyring.StagedKEK(k)
+		if kek == nil {
+			return nil, errDied
+		}
+		next, err := keyring.WithStagedSlots(k, []seal.Slot{slotFor(name, kek)})
+		return []*keyring.Keyring{next}, err
+	})
 }
 
 // change makes a revision of the shared keyring that changes nothing but its number.
