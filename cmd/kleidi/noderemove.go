@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -60,7 +59,7 @@ Without a cluster store the command works only if this node alone remains.`,
 	f.BoolVar(&o.cutOff, "cut-off", false, "the node can reach neither the cluster's API nor its etcd any more")
 	f.StringArrayVar(&o.rotate.SkipSlots, "skip-slot", nil, "leave out this slot of the fresh KEK for now, by its name in kleidi slot list; may be repeated")
 	f.BoolVar(&o.rotate.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if all TPMs fail, all Secrets are lost")
-	f.BoolVar(&o.wait, "wait", isTerminal(os.Stdout), "watch until every node trusts the fresh KEK (default true on a terminal)")
+	f.BoolVar(&o.wait, "wait", onTerminal(), "watch until every node trusts the fresh KEK (default true on a terminal)")
 	f.DurationVar(&o.timeout, "timeout", 0, "watch no longer than this")
 	f.Lookup("wait").DefValue = "false" // the help is the same everywhere
 	_ = cmd.MarkFlagFilename("kubeconfig")

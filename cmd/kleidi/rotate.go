@@ -65,7 +65,7 @@ from this node instead; --abort ends it before the fresh KEK is current.`,
 	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
 	cmd.Flags().BoolVar(&req.Continue, "continue", false, "drive the rotation that is going on from this node, and watch it")
 	cmd.Flags().BoolVar(&req.Abort, "abort", false, "end the rotation that is going on; its KEK is retired and never current")
-	cmd.Flags().BoolVar(&watch.wait, "wait", isTerminal(os.Stdout), "with several nodes: watch until every node announces the fresh KEK (default true on a terminal)")
+	cmd.Flags().BoolVar(&watch.wait, "wait", onTerminal(), "with several nodes: watch until every node announces the fresh KEK (default true on a terminal)")
 	cmd.Flags().DurationVar(&watch.timeout, "timeout", 0, "with several nodes: watch no longer than this; the rotation goes on")
 	cmd.Flags().Lookup("wait").DefValue = "false" // the help is the same everywhere
 	cmd.MarkFlagsMutuallyExclusive("continue", "abort", "skip-slot")

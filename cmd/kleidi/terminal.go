@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -210,3 +211,6 @@ func readBounded(r io.Reader) ([]byte, error) {
 }
 
 func isTerminal(f *os.File) bool { return term.IsTerminal(int(f.Fd())) }
+
+// onTerminal reports whether standard output is a terminal, where a person watches.
+func onTerminal() bool { return term.IsTerminal(syscall.Stdout) }
