@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -62,6 +63,7 @@ func TestPackages(t *testing.T) {
 	}
 	step("install", install)
 	step("init", initialise)
+	step("slow TPM", slowTPM)
 	step("sandbox", sandbox)
 	step("lives", lives)
 	step("configuration", configuration)
@@ -108,6 +110,22 @@ func initialise(t *testing.T, m *machine) {
 		t.Errorf("kleidi doctor: %v\n%s", err, out)
 	}
 	m.sh("kleidi kubeadm patch --apply; kleidi doctor; kleidi keyring backup /root/keyring.json")
+}
+
+// slowTPM: systemctl start waits until the first attempt to unlock has ended, here in vain.
+func slowTPM(t *testing.T, m *machine) {
+	silent, err := net.Listen("unix", m.path(simulated+"/silent.sock")) // takes commands, and answers none
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	m.sh("systemctl stop kleidi; sed -i 's|/tpm.sock|/silent.sock\\n  timeout: 2s|' /etc/kleidi/config.yaml; systemctl start kleidi")
+	_, body, err := node.Get(m.live("/run/kleidi/http.sock"), "/readyz")
+	if err != nil || !strings.Contains(body, "backend-unavailable") {
+		t.Errorf("after a start with a silent TPM: %v %s", err, body)
+	}
+	m.configure("")
+	m.sh("systemctl restart kleidi; kleidi status --quick")
 }
 
 // sandbox: the unit names each protection that systemd-analyze misses, with the reason.
