@@ -15,6 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
@@ -225,4 +226,44 @@ func (s *seat) approve(ctx context.Context, joiner *shipped, config string) ([]s
 	}
 	command, _, _ = strings.Cut(command, "\n")
 	return strings.Fields(command), nil
+}
+
+// printWrapping compares what the driver of a rotation computes for all nodes, the slots
+// of a fresh KEK for one boot state of each, with the same for one node. The nodes are
+// simulated: each has this machine's storage root key.
+func printWrapping(ctx context.Context, w *tpm.Wrapper, gate *attest.Gate) error {
+	peer, err := w.Self(ctx)
+	if err != nil {
+		return err
+	}
+	state, err := gate.State(ctx)
+	if err != nil {
+		return err
+	}
+	kek, err := seal.Memory{}.NewKEK()
+	if err != nil {
+		return err
+	}
+	defer kek.Close()
+	var one time.Duration
+	fmt.Printf("a fresh KEK wrapped for all nodes of a rotation, median of %d, and the ratio to one node:", tpmRuns)
+	for _, nodes := range []int{1, 3, 50} {
+		took, err := medianOf(func() error {
+			for range nodes {
+				if _, err := tpm.WrapFor(peer, kek, state, 1); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if nodes == 1 {
+			one = took
+		}
+		fmt.Printf(" %d: %.1f ms (× %.1f);", nodes, inMS(took), took.Seconds()/one.Seconds())
+	}
+	fmt.Print("\n\n")
+	return nil
 }

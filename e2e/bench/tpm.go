@@ -77,6 +77,9 @@ func printTPM(ctx context.Context, o options, m *simboot.Machine, dir string) er
 		fmt.Printf(" %s %.1f ms;", step.name, d.Seconds()*1e3)
 	}
 	fmt.Print("\n\n")
+	if err := printWrapping(ctx, wrapper, gate); err != nil {
+		return err
+	}
 	return printOpening(ctx, o, dir, opener{"tpm, swtpm", func(ctx context.Context) (*seal.Secret, error) { return wrapper.Unwrap(ctx, slot) }})
 }
 
