@@ -38,19 +38,18 @@ import (
 // Node is this machine, put together from its configuration. New touches neither disk
 // nor TPM.
 type Node struct {
-	Config  *config.Config
-	Log     *slog.Logger
-	Memory  seal.Memory
-	State   *StateFolder
-	Keyring LockedFile
-	Anchor  unlock.Anchor
-	Gate    *attest.Gate
-	TPM     *tpm.Wrapper
-	Remote  *RemoteGate
-	HSM     *hsm.Wrapper   // nil if no token is configured
-	Vault   *vault.Wrapper // nil if no server is configured
-	// Secondary are the configured wrappers other than the TPM's.
-	Secondary []both.Part
+	Config    *config.Config
+	Log       *slog.Logger
+	Memory    seal.Memory
+	State     *StateFolder
+	Keyring   LockedFile
+	Anchor    unlock.Anchor
+	Gate      *attest.Gate
+	TPM       *tpm.Wrapper
+	Remote    *RemoteGate
+	HSM       *hsm.Wrapper       // nil if no token is configured
+	Vault     *vault.Wrapper     // nil if no server is configured
+	KMSPlugin *kmsplugin.Wrapper // nil if no plugin is configured
 	Unlocker  *unlock.Unlocker
 	Slots     *SlotRecord
 	Replica   *replica.Replica      // nil where no cluster store is configured
@@ -281,7 +280,7 @@ func (n *Node) Wrapper(kind string) seal.Wrapper {
 			return w
 		}
 	}
-	for _, w := range n.Secondary {
+	for _, w := range secondary(n) {
 		if w.Type() == kind {
 			return w
 		}
@@ -289,10 +288,24 @@ func (n *Node) Wrapper(kind string) seal.Wrapper {
 	return nil
 }
 
+// secondary returns the configured wrappers other than the TPM's.
+func secondary(n *Node) (all []both.Part) {
+	if n.HSM != nil {
+		all = append(all, n.HSM)
+	}
+	if n.Vault != nil {
+		all = append(all, n.Vault)
+	}
+	if n.KMSPlugin != nil {
+		all = append(all, n.KMSPlugin)
+	}
+	return all
+}
+
 // Rewrappers are the wrappers with which a rotation follows slots.
 func (n *Node) Rewrappers() []rotation.Rewrapper {
 	all := []rotation.Rewrapper{n.TPM, recovery.Rewrapper{Memory: n.Memory}, slotview.KeepMissing{}}
-	for _, w := range n.Secondary {
+	for _, w := range secondary(n) {
 		all = append(all, w)
 	}
 	if kind := n.View.TwoOfTwo(); kind != "" {
@@ -331,20 +344,16 @@ func (n *Node) addSecondary() (err error) {
 		if n.HSM, err = hsm.New(n.Config.PKCS11.Wrapper(n.Memory, n.sealedPIN)); err != nil {
 			return fmt.Errorf("pkcs11: %w", err)
 		}
-		n.Secondary = append(n.Secondary, n.HSM)
 	}
 	if n.Config.Vault.Address != "" {
 		if n.Vault, err = vault.New(n.Config.Vault.Wrapper(n.Memory, n.clientCertificate)); err != nil {
 			return err
 		}
-		n.Secondary = append(n.Secondary, n.Vault)
 	}
 	if n.Config.KMSPlugin.Socket != "" {
-		w, err := kmsplugin.New(n.Config.KMSPlugin.Wrapper(n.Memory))
-		if err != nil {
+		if n.KMSPlugin, err = kmsplugin.New(n.Config.KMSPlugin.Wrapper(n.Memory)); err != nil {
 			return err
 		}
-		n.Secondary = append(n.Secondary, w)
 	}
 	return nil
 }

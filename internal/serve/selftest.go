@@ -3,17 +3,19 @@ package serve
 import (
 	"context"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/beezy-dev/kleidi/internal/slots"
 	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // selfTest tests regularly until ctx ends: first a while after the start, then as often
 // as configured, give or take a tenth, so that nodes don't all test at once.
 func (s *Server) selfTest(ctx context.Context) {
 	every := s.Node.Config.Unlock.SelfTest
-	if every == 0 || len(s.Node.Secondary) == 0 {
+	if every == 0 || !slices.ContainsFunc(s.Node.Wrappers(), func(w seal.Wrapper) bool { return slotview.IsSecondary(w.Type()) }) {
 		return
 	}
 	wait := every / 10
