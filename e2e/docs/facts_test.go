@@ -46,6 +46,10 @@ func mustContain(t *testing.T, where string, whole, part map[string]bool) {
 	}
 }
 
+// ofSeveralNodes are the metrics that a node shows only with a cluster store. e2e/ha
+// demands them of its nodes.
+var ofSeveralNodes = []string{"kleidi_replica_up", "kleidi_fork", "kleidi_node_behind", "kleidi_rotation_waiting"}
+
 // TestMetricsAreReal compares the names in the documents and in the alerts with the
 // metrics of a serving node.
 func TestMetricsAreReal(t *testing.T) {
@@ -56,6 +60,12 @@ func TestMetricsAreReal(t *testing.T) {
 		t.Fatal(err)
 	}
 	live := set(`(?m)^# TYPE (kleidi_\w+) `, page)
+	for _, name := range ofSeveralNodes {
+		if live[name] {
+			t.Errorf("a node without a cluster store shows %s", name)
+		}
+		live[name] = true
+	}
 	table := set("(?m)^\\| `(kleidi_\\w+)` \\|", read(t, operations))
 	mustContain(t, "live metrics, by operations.md", live, table)
 	mustContain(t, "operations.md", table, live)

@@ -35,6 +35,15 @@ func TestThreeNodes(t *testing.T) {
 		names = append(names, "by-"+m.name)
 	}
 	c.everywhere(t, names...)
+	for _, m := range c.nodes {
+		_, page, err := m.Get("/metrics")
+		must(t, err)
+		for _, want := range []string{"kleidi_nodes 3", "kleidi_replica_up 1", "kleidi_fork 0", "kleidi_node_behind{node=\"" + m.name + "\"}", "kleidi_rotation_waiting{node=\"" + m.name + "\"} 0"} {
+			if !strings.Contains(page, "\n"+want) {
+				t.Errorf("%s: no %s in its metrics", m.name, want)
+			}
+		}
+	}
 	current := first.Keyring().Current.KeyID
 	for _, m := range c.nodes[1:] {
 		if got := m.Keyring().Current.KeyID; got != current {
