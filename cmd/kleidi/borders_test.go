@@ -78,10 +78,12 @@ var borders = map[string][]string{
 	"internal/version":          {},
 	"internal/slotview":         {"grpcserver/kmsplugin", "hsm", "seal", "seal/both", "seal/keyring", "seal/recovery", "tpm", "tpm/bootstate", "tpm/eventlog", "tpm/keys", "vault"},
 	"internal/clusteraccess":    {"deploy/cluster", "internal/files", "internal/ownership", "seal", "seal/store/kube", "tpm/attest", "tpm/credential"},
-	"internal/node":             {"grpcserver/kmsplugin", "grpcserver/admin", "grpcserver/verifier", "hsm", "internal/clusteraccess", "internal/config", "internal/files", "internal/ownership", "internal/slotview", "internal/version", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/replica", "seal/rotation", "seal/store", "seal/store/kube", "seal/unlock", "tpm", "tpm/attest", "tpm/attest/remote", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootrule", "tpm/bootstate", "tpm/credential", "tpm/device", "tpm/keys", "tpm/nv", "vault"},
+	"internal/slotrecord":       {"internal/slotview", "seal", "seal/keyring", "seal/store", "seal/unlock"},
+	"internal/node":             {"internal/slotrecord", "grpcserver/kmsplugin", "grpcserver/admin", "grpcserver/verifier", "hsm", "internal/clusteraccess", "internal/config", "internal/files", "internal/ownership", "internal/slotview", "internal/version", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/replica", "seal/rotation", "seal/store", "seal/store/kube", "seal/unlock", "tpm", "tpm/attest", "tpm/attest/remote", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootrule", "tpm/bootstate", "tpm/credential", "tpm/device", "tpm/keys", "tpm/nv", "vault"},
 	"internal/inspect":          {"internal/files", "internal/slotview", "tpm/attest", "tpm/bootpolicy", "tpm/eventlog"},
 	"internal/reseal":           {"grpcserver/admin", "internal/config", "internal/files", "internal/node", "internal/slotview", "seal", "seal/keyring", "seal/rotation", "seal/store", "tpm", "tpm/attest", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/keys", "tpm/predict"},
 	"internal/status":           {"grpcserver/admin", "internal/node", "internal/rollout", "internal/slotview", "internal/version", "seal", "seal/keyring", "seal/unlock", "tpm", "tpm/eventlog", "tpm/keys"},
+	"internal/founding":         {"hsm", "internal/config", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/keyring", "seal/recovery", "seal/rotation", "tpm/nv"},
 	"internal/lifecycle":        {"grpcserver/admin", "hsm", "internal/config", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/keyring", "seal/recovery", "seal/rotation", "seal/store", "seal/unlock", "tpm", "tpm/nv"},
 	"internal/rollout":          {"grpcserver/admin", "internal/lifecycle", "internal/node", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/replica", "seal/rotation", "tpm", "tpm/keys", "tpm/nv"},
 	"internal/slots":            {"grpcserver/admin", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/rotation", "tpm", "tpm/credential"},
@@ -91,7 +93,7 @@ var borders = map[string][]string{
 	"internal/operation":        {"grpcserver/admin", "internal/carry", "internal/lifecycle", "internal/node", "internal/prune", "internal/reseal", "internal/rollout", "internal/slots", "internal/status"},
 	"internal/serve":            {"grpcserver", "grpcserver/admin", "grpcserver/monitor", "internal/config", "internal/members", "internal/node", "internal/operation", "internal/reseal", "internal/rollout", "internal/slots", "internal/slotview", "internal/status", "internal/supervise", "internal/version", "seal", "seal/keyring", "seal/replica", "seal/store", "seal/unlock", "tpm"},
 	"internal/verifierd":        {"grpcserver/monitor", "grpcserver/verifier", "internal/config", "internal/files", "internal/ownership", "internal/strictyaml", "internal/supervise", "internal/version", "seal", "tpm/attest/remote", "tpm/bootstate", "tpm/ekcert"},
-	"internal/dev":              {"internal/config", "internal/lifecycle", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
+	"internal/dev":              {"internal/config", "internal/founding", "internal/node", "internal/serve", "seal", "seal/recovery", "seal/store", "tpm/simboot"},
 	"internal/encryptionconfig": {},
 	"internal/doctor":           {"grpcserver/admin", "internal/config", "internal/encryptionconfig", "internal/files", "internal/kubeadm", "internal/slotview", "seal"},
 	"internal/kubeadm":          {"internal/encryptionconfig", "internal/files", "seal"},
@@ -100,7 +102,7 @@ var borders = map[string][]string{
 	"internal/migrate":          {"seal", "seal/store/kube"},
 	"internal/usage":            {"internal/etcdfile", "seal"},
 	"internal/usage/usagetest":  {},
-	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/carry", "internal/clusteraccess", "internal/config", "internal/dev", "internal/doctor", "internal/encryptionconfig", "internal/files", "internal/inspect", "internal/kubeadm", "internal/leaving", "internal/lifecycle", "internal/members", "internal/migrate", "internal/node", "internal/operation", "internal/ownership", "internal/prune", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "seal/store/kube", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
+	"cmd/kleidi":                {"grpcserver", "grpcserver/admin", "grpcserver/join", "hsm", "internal/carry", "internal/clusteraccess", "internal/config", "internal/dev", "internal/doctor", "internal/encryptionconfig", "internal/files", "internal/founding", "internal/inspect", "internal/kubeadm", "internal/leaving", "internal/lifecycle", "internal/members", "internal/migrate", "internal/node", "internal/operation", "internal/ownership", "internal/prune", "internal/reseal", "internal/serve", "internal/slots", "internal/slotview", "internal/usage", "internal/verifierd", "internal/version", "seal", "seal/keyring", "seal/store", "seal/store/kube", "tpm", "tpm/attest", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/simboot"},
 }
 
 // doors names the folders through which a library enters.
@@ -215,8 +217,6 @@ var larger = map[string]int{
 	"tpm/attest":         1350,
 	"hsm":                2400,
 	"vault":              2050,
-	"internal/lifecycle": 1550,
-	"internal/node":      1550,
 	"cmd/kleidi":         5100,
 }
 

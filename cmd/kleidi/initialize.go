@@ -9,14 +9,14 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
-	"github.com/beezy-dev/kleidi/internal/lifecycle"
+	"github.com/beezy-dev/kleidi/internal/founding"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 // initFlags are the flags of kleidi init.
 type initFlags struct {
-	lifecycle.InitOptions
+	founding.InitOptions
 	acceptDataLoss bool
 	importFrom     string // config.json of kleidi 1.x
 	anchor         string // must equal anchor.store
@@ -79,14 +79,14 @@ func (f *initFlags) check(a *app) error {
 
 // configOf returns the configuration, and the token of kleidi 1.x that --import-config
 // puts into it.
-func (a *app) configOf(importFrom string) (*config.Config, *lifecycle.Import, error) {
+func (a *app) configOf(importFrom string) (*config.Config, *founding.Import, error) {
 	if importFrom == "" {
 		cfg, err := a.config()
 		return cfg, nil, err
 	}
-	var i *lifecycle.Import
+	var i *founding.Import
 	cfg, err := a.config(func(c *config.Config) (err error) {
-		i, err = lifecycle.ReadImport(importFrom, c)
+		i, err = founding.ReadImport(importFrom, c)
 		return err
 	})
 	if err != nil && i != nil {
@@ -140,13 +140,13 @@ func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 
 // makeKeyring makes the keyring, and leaves the state folder to the running serve
 // again.
-func (a *app) makeKeyring(cmd *cobra.Command, cfg *config.Config, opts lifecycle.InitOptions) (*lifecycle.InitResult, error) {
+func (a *app) makeKeyring(cmd *cobra.Command, cfg *config.Config, opts founding.InitOptions) (*founding.InitResult, error) {
 	n, err := node.New(cfg, logger(cfg), nil)
 	if err != nil {
 		return nil, err
 	}
 	defer n.Close()
-	result, err := lifecycle.Init(cmd.Context(), n, opts)
+	result, err := founding.Init(cmd.Context(), n, opts)
 	n.NoteSpent(cmd.ErrOrStderr())
 	if err != nil {
 		return nil, fmt.Errorf("init: %w", err)
@@ -154,7 +154,7 @@ func (a *app) makeKeyring(cmd *cobra.Command, cfg *config.Config, opts lifecycle
 	return result, nil
 }
 
-func printInit(w io.Writer, r *lifecycle.InitResult, token *lifecycle.Import, order []string, next string) {
+func printInit(w io.Writer, r *founding.InitResult, token *founding.Import, order []string, next string) {
 	node := r.Node
 	if r.EK != "" {
 		node += fmt.Sprintf(" (EK %.23s…)", r.EK)
@@ -170,7 +170,7 @@ func printInit(w io.Writer, r *lifecycle.InitResult, token *lifecycle.Import, or
 }
 
 // printImported shows what to put into the configuration.
-func printImported(w io.Writer, i *lifecycle.Import, order []string) {
+func printImported(w io.Writer, i *founding.Import, order []string) {
 	fmt.Fprintf(w, "\nadd to the configuration, so that kleidi serve can use the token:\n\n  pkcs11:\n    module: %s\n    uri: %s\n    pinFile: %s\n",
 		i.Token.Module, i.Token.URI, i.Token.PINFile)
 	if !i.Opens(order) {

@@ -24,9 +24,9 @@ import (
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/doctor"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
+	"github.com/beezy-dev/kleidi/internal/founding"
 	"github.com/beezy-dev/kleidi/internal/inspect"
 	"github.com/beezy-dev/kleidi/internal/leaving"
-	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/members"
 	"github.com/beezy-dev/kleidi/internal/migrate"
 	"github.com/beezy-dev/kleidi/internal/reseal"
@@ -53,7 +53,7 @@ var resultsOf = map[string][]any{
 	"encryption-config":   {encryptionconfig.EncryptionConfiguration{}},
 	"doctor":              {doctor.Report{}},
 	"kubeadm patch":       {kubeadmPatch{}},
-	"init":                {lifecycle.InitResult{}},
+	"init":                {founding.InitResult{}},
 	"join":                {members.JoinResult{}},
 	"keyring backup":      {backedUpKeyring{}},
 	"keyring check":       {checkedKeyring{}},

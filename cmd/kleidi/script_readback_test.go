@@ -13,7 +13,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 
-	"github.com/beezy-dev/kleidi/internal/lifecycle"
+	"github.com/beezy-dev/kleidi/internal/founding"
 )
 
 // readBack runs a command that shows an identity, and types it: readback [pty] [WRONG]
@@ -111,7 +111,7 @@ func (h *host) converse(t *talk, wrong int) (shown string, err error) {
 		shown += string(buffer[:n])
 		identity := strings.TrimSpace(identityLine.FindString(shown))
 		refused := strings.Count(shown, "does not open the recovery slot")
-		if err == nil && identity != "" && typed == refused && typed < lifecycle.ReadBackTries {
+		if err == nil && identity != "" && typed == refused && typed < founding.ReadBackTries {
 			line := identity
 			if typed < wrong {
 				line = "AGE-SECRET-KEY-1WRONG"

@@ -18,7 +18,7 @@ import (
 	kmsapi "k8s.io/kms/apis/v2"
 
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/lifecycle"
+	"github.com/beezy-dev/kleidi/internal/founding"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/serve"
 	"github.com/beezy-dev/kleidi/seal"
@@ -129,7 +129,7 @@ func (d *Dev) initialize(ctx context.Context, cfg *config.Config) error {
 	if err != nil {
 		return err
 	}
-	r, err := lifecycle.Init(ctx, n, lifecycle.InitOptions{Recipients: []string{recipient}, Progress: func(step string) { fmt.Fprintln(os.Stderr, "[init]", step) }})
+	r, err := founding.Init(ctx, n, founding.InitOptions{Recipients: []string{recipient}, Progress: func(step string) { fmt.Fprintln(os.Stderr, "[init]", step) }})
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,6 @@
-// Package lifecycle makes a node's keyring and replaces it as a whole: init, rotate,
-// recover, restore, a new TPM, and the small operations on the stored file (save,
-// verify, reload).
+// Package lifecycle replaces a node's keyring as a whole: rotate, recover, restore, a new
+// TPM, and the small operations on the stored file (save, verify, reload). Package
+// founding makes the first one.
 //
 // Each operation ends with a keyring that opens, even if a power failure interrupts it:
 // it stores the keyring first, then moves the anchor, and only then announces a new key

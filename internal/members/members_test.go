@@ -13,7 +13,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/lifecycle"
+	"github.com/beezy-dev/kleidi/internal/founding"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -58,7 +58,7 @@ func seat(t *testing.T) (*node.Node, *Desk) {
 		t.Fatal(err)
 	}
 	identity.Close()
-	if _, err := lifecycle.Init(t.Context(), n, lifecycle.InitOptions{Recipients: []string{recipient}}); err != nil {
+	if _, err := founding.Init(t.Context(), n, founding.InitOptions{Recipients: []string{recipient}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := n.Unlocker.Unlock(t.Context()); err != nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/slotrecord"
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/both"
@@ -51,7 +52,7 @@ type Node struct {
 	Vault     *vault.Wrapper     // nil if no server is configured
 	KMSPlugin *kmsplugin.Wrapper // nil if no plugin is configured
 	Unlocker  *unlock.Unlocker
-	Slots     *SlotRecord
+	Slots     *slotrecord.Record
 	Replica   *replica.Replica      // nil where no cluster store is configured
 	Access    *clusteraccess.Access // to the API, whether or not it is configured
 
@@ -109,7 +110,7 @@ func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock
 	if err := n.addSecondary(); err != nil {
 		return nil, err
 	}
-	n.Slots = &SlotRecord{file: n.State.File(cfg.SlotRecord()), view: n.View, log: log}
+	n.Slots = slotrecord.New(readFreely{n.State.File(cfg.SlotRecord())}, n.View, log)
 	c := unlock.Config{
 		Store: n.Keyring, Anchor: n.Anchor, Ready: n.LockMemory, Gate: preflight{n.Gate, n.Attests()}, Ungated: n.ungated, Wrappers: n.Openers(),
 		Hold: device.Hold, Settle: n.settle, WrapStaged: wrapStaged(n), Witness: n.Slots, Log: log, Attempted: attempted,

@@ -84,3 +84,9 @@ func (f LockedFile) Save(ctx context.Context, b []byte, old store.Version) (stor
 	}
 	return f.File.Save(ctx, b, old)
 }
+
+// readFreely is a LockedFile that is read without the lock.
+type readFreely struct{ LockedFile }
+
+// Load reads the file.
+func (f readFreely) Load(ctx context.Context) ([]byte, store.Version, error) { return f.File.Load(ctx) }

@@ -10,7 +10,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/lifecycle"
+	"github.com/beezy-dev/kleidi/internal/founding"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/seal"
@@ -76,7 +76,7 @@ func sealToNext(t *testing.T, cfg *config.Config, next simboot.Boot) {
 		t.Fatal(err)
 	}
 	identity.Close()
-	if _, err := lifecycle.Init(t.Context(), n, lifecycle.InitOptions{Recipients: []string{recipient}}); err != nil {
+	if _, err := founding.Init(t.Context(), n, founding.InitOptions{Recipients: []string{recipient}}); err != nil {
 		t.Fatal(err)
 	}
 	files, err := next.Files()

@@ -1,4 +1,4 @@
-package node
+package slotrecord
 
 import (
 	"context"
@@ -12,29 +12,37 @@ import (
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/store"
 	"github.com/beezy-dev/kleidi/seal/unlock"
 )
 
-// SlotRecord keeps, in a file beside the keyring, the ways into the keyring that commands
-// on this node made or an operator confirmed. Whoever holds the KEK can write a keyring
-// with a way of his own that MAC and anchor accept. Rotation would carry it on, so the
-// difference is announced, and rotate asks. A serve compares with the record in its
-// memory: only who can change the file while no serve runs can forge it.
-//
-// It implements [unlock.Witness].
-type SlotRecord struct {
-	file LockedFile
+// File is where the record is kept.
+type File interface {
+	// Load reads the file. The error is fs.ErrNotExist if there is none.
+	Load(context.Context) ([]byte, store.Version, error)
+	// Save replaces the version old of the file.
+	Save(ctx context.Context, b []byte, old store.Version) (store.Version, error)
+}
+
+// Record is the record of one node. It implements [unlock.Witness].
+type Record struct {
+	file File
 	view slotview.Reader
 	log  *slog.Logger
 
 	mu     sync.Mutex
 	loaded bool
-	record slotRecord // of no cluster if there is none
-	dirty  bool       // the file is older than record
+	record content // of no cluster if there is none
+	dirty  bool    // the file is older than record
 }
 
-// slotRecord is the content of the file.
-type slotRecord struct {
+// New returns the record that file holds, or will hold. It reads nothing yet.
+func New(file File, view slotview.Reader, log *slog.Logger) *Record {
+	return &Record{file: file, view: view, log: log}
+}
+
+// content is the content of the file.
+type content struct {
 	Version   int            `json:"version"`
 	ClusterID string         `json:"clusterID"`
 	Slots     []slotview.Way `json:"slots"`
@@ -43,8 +51,8 @@ type slotRecord struct {
 	Pending []slotview.Way `json:"pending,omitempty"`
 }
 
-// slotRecordVersion is the only version so far.
-const slotRecordVersion = 1
+// formatVersion is the only version so far.
+const formatVersion = 1
 
 // OutsideChange is how the ways into a keyring differ from those on record.
 type OutsideChange struct{ Added, Removed []slotview.Way }
@@ -73,7 +81,7 @@ func (c OutsideChange) IDs() (ids []string) {
 
 // Outside returns how these slots differ from those on record. Without a record, nothing
 // differs.
-func (r *SlotRecord) Outside(ctx context.Context, cluster string, slots []seal.Slot) OutsideChange {
+func (r *Record) Outside(ctx context.Context, cluster string, slots []seal.Slot) OutsideChange {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.load(ctx, cluster)
@@ -83,7 +91,7 @@ func (r *SlotRecord) Outside(ctx context.Context, cluster string, slots []seal.S
 	return r.record.outside(r.view.Ways(slots))
 }
 
-func (c slotRecord) outside(ways []slotview.Way) OutsideChange {
+func (c content) outside(ways []slotview.Way) OutsideChange {
 	return OutsideChange{
 		Added:   slotview.WithoutWays(slotview.WithoutWays(ways, c.Slots), c.Pending),
 		Removed: slotview.WithoutWays(c.certain(), ways),
@@ -91,7 +99,7 @@ func (c slotRecord) outside(ways []slotview.Way) OutsideChange {
 }
 
 // certain returns the ways on record, whether a pending change was saved or not.
-func (c slotRecord) certain() []slotview.Way {
+func (c content) certain() []slotview.Way {
 	if c.Pending == nil {
 		return c.Slots
 	}
@@ -99,24 +107,24 @@ func (c slotRecord) certain() []slotview.Way {
 }
 
 // known returns the ways on record, for a keyring with these ways.
-func (c slotRecord) known(ways []slotview.Way) []slotview.Way {
+func (c content) known(ways []slotview.Way) []slotview.Way {
 	there := slotview.WithoutWays(ways, c.outside(ways).Added)
 	return slotview.WithWays(there, c.certain())
 }
 
 // Confirm has the record take these slots as they are, with the next change.
-func (r *SlotRecord) Confirm(k *keyring.Keyring) {
+func (r *Record) Confirm(k *keyring.Keyring) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.record, r.loaded, r.dirty = r.first(k), true, true
 }
 
-func (r *SlotRecord) first(k *keyring.Keyring) slotRecord {
-	return slotRecord{Version: slotRecordVersion, ClusterID: k.ClusterID().String(), Slots: r.view.Ways(k.Slots())}
+func (r *Record) first(k *keyring.Keyring) content {
+	return content{Version: formatVersion, ClusterID: k.ClusterID().String(), Slots: r.view.Ways(k.Slots())}
 }
 
 // Begin records the slots of a keyring that was just made.
-func (r *SlotRecord) Begin(ctx context.Context, k *keyring.Keyring) error {
+func (r *Record) Begin(ctx context.Context, k *keyring.Keyring) error {
 	r.Confirm(k)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -124,7 +132,7 @@ func (r *SlotRecord) Begin(ctx context.Context, k *keyring.Keyring) error {
 }
 
 // Opened implements [unlock.Witness].
-func (r *SlotRecord) Opened(ctx context.Context, k *keyring.Keyring) {
+func (r *Record) Opened(ctx context.Context, k *keyring.Keyring) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.load(ctx, k.ClusterID().String())
@@ -148,7 +156,7 @@ func (r *SlotRecord) Opened(ctx context.Context, k *keyring.Keyring) {
 }
 
 // Changing implements [unlock.Witness].
-func (r *SlotRecord) Changing(ctx context.Context, change unlock.SlotChange) error {
+func (r *Record) Changing(ctx context.Context, change unlock.SlotChange) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.load(ctx, change.After.ClusterID().String())
@@ -158,7 +166,7 @@ func (r *SlotRecord) Changing(ctx context.Context, change unlock.SlotChange) err
 		r.log.Warn("another node has changed the slots", "added", slotview.DescribeWays(made.Added), "removed", slotview.DescribeWays(made.Removed))
 	}
 	if cluster := change.After.ClusterID().String(); r.record.ClusterID != cluster {
-		r.record = slotRecord{Version: slotRecordVersion, ClusterID: cluster, Slots: before}
+		r.record = content{Version: formatVersion, ClusterID: cluster, Slots: before}
 	}
 	known := r.record.known(before)
 	next := slotview.WithWays(slotview.WithoutWays(known, made.Removed), made.Added)
@@ -177,7 +185,7 @@ func (r *SlotRecord) Changing(ctx context.Context, change unlock.SlotChange) err
 }
 
 // Changed implements [unlock.Witness].
-func (r *SlotRecord) Changed(ctx context.Context) {
+func (r *Record) Changed(ctx context.Context) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.record.Pending == nil {
@@ -191,34 +199,34 @@ func (r *SlotRecord) Changed(ctx context.Context) {
 
 // load reads the file once. Without a file, or with one of another cluster, there is no
 // record. A file that can't be read is a record without any slot.
-func (r *SlotRecord) load(ctx context.Context, cluster string) {
+func (r *Record) load(ctx context.Context, cluster string) {
 	if r.loaded {
 		return
 	}
-	b, _, err := r.file.File.Load(ctx)
+	b, _, err := r.file.Load(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
 		return
 	}
 	if err == nil {
 		err = json.Unmarshal(b, &r.record)
 	}
-	if err == nil && r.record.Version != slotRecordVersion {
-		err = fmt.Errorf("version %d is not %d", r.record.Version, slotRecordVersion)
+	if err == nil && r.record.Version != formatVersion {
+		err = fmt.Errorf("version %d is not %d", r.record.Version, formatVersion)
 	}
 	if err != nil {
 		r.log.Warn("the record of the slots can't be read, so none of them is known", "error", err)
-		r.record = slotRecord{Version: slotRecordVersion, ClusterID: cluster}
+		r.record = content{Version: formatVersion, ClusterID: cluster}
 	}
 	r.loaded = true
 }
 
-func (r *SlotRecord) save(ctx context.Context) error {
+func (r *Record) save(ctx context.Context) error {
 	r.dirty, r.loaded = true, true
 	b, err := json.Marshal(r.record)
 	if err != nil {
 		return err
 	}
-	_, version, err := r.file.File.Load(ctx)
+	_, version, err := r.file.Load(ctx)
 	if errors.Is(err, fs.ErrNotExist) {
 		version, err = "", nil
 	}

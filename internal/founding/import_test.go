@@ -1,6 +1,6 @@
 //go:build cgo
 
-package lifecycle
+package founding
 
 import (
 	"crypto/rand"
