@@ -80,6 +80,9 @@ func confirmSlots(cmd *cobra.Command, a *app, req *admin.RotateRequest, yes bool
 	if err != nil {
 		return err
 	}
+	if len(r.Slots) == 0 { // no keyring, and rotate says so
+		return nil
+	}
 	w := cmd.ErrOrStderr()
 	fmt.Fprintln(w, "the fresh KEK goes to:")
 	for _, s := range r.Slots {

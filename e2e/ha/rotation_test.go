@@ -3,6 +3,7 @@ package ha
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"strings"
 	"sync"
@@ -124,12 +125,43 @@ func TestRotation(t *testing.T) {
 	})
 	step("etcd is restored", func(t *testing.T) { c.restoreEach(t) })
 	step("a forged keyring", func(t *testing.T) { c.forge(t) })
+	step("a node is removed", func(t *testing.T) { c.removeAndAdmit(t, names...) })
 	step("all machines restart at once", func(t *testing.T) {
 		c.turn(t, c.nodes[0])
 		c.coldStart(t)
 		c.consistent(t, c.nodes...)
 		c.readEverywhere(t, names...)
 	})
+}
+
+// removeAndAdmit removes the third node while the others write Secrets. The removed node
+// serves until it restarts. Then its machine forgets what it knew, and joins again.
+func (c *controlPlane) removeAndAdmit(t *testing.T, names ...string) {
+	t.Helper()
+	stay, gone := &controlPlane{etcd: c.etcd, nodes: c.nodes[:2]}, c.nodes[2]
+	former := gone.list(t).KeyID
+	l := stay.load()
+	stay.nodes[0].Run("node", "remove", gone.name, "--yes", "--cut-off", "--wait", "--timeout", "60s")
+	l.end(t)
+	stay.consistent(t, stay.nodes...)
+	if stay.nodes[0].list(t).KeyID == former {
+		t.Error("the nodes that stay still use the KEK that the removed node knows")
+	}
+	must(t, gone.holds(names...))
+	gone.Serving.Kill()
+	gone.Serve()
+	node.Eventually(t, time.Minute, "the removed node locks", func() error {
+		if code, body, err := gone.Get("/readyz"); err != nil || code != http.StatusServiceUnavailable || !strings.Contains(body, "node-removed") {
+			return fmt.Errorf("%d %s %w", code, body, err)
+		}
+		return nil
+	})
+	gone.Serving.Kill()
+	gone.Run("reset", "--yes", gone.name)
+	c.admit(t, stay.nodes[1], gone)
+	gone.ServeOpen()
+	c.consistent(t, c.nodes...)
+	c.readEverywhere(t, names...)
 }
 
 // turn rotates the KEK, and waits until every node has.

@@ -15,6 +15,9 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	kmsapi "k8s.io/kms/apis/v2"
 	"k8s.io/kms/pkg/service"
 
 	"github.com/beezy-dev/kleidi/grpcserver/kmsplugin"
@@ -55,13 +58,16 @@ func (p *plugin) start(t *testing.T) {
 		_ = p.server.ListenAndServe()
 	}()
 	t.Cleanup(func() { p.server.Shutdown(); <-done })
-	for range 500 {
-		if _, err := os.Stat(p.socket); err == nil {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
+	conn, err := grpc.NewClient("unix://"+p.socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("the plugin makes no socket")
+	defer conn.Close()
+	if _, err := kmsapi.NewKeyManagementServiceClient(conn).Status(t.Context(), &kmsapi.StatusRequest{}, grpc.WaitForReady(true)); err != nil {
+		t.Fatal(err)
+	}
+	p.mu.Lock() // after the call: the library's Shutdown and ListenAndServe are not synchronised
+	defer p.mu.Unlock()
 }
 
 // rotate gives the plugin another key. It keeps the former ones.

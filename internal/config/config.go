@@ -398,6 +398,9 @@ func (c *Config) AuditPath() string {
 // BootStates is the path of the added signed boot states.
 func (c *Config) BootStates() string { return filepath.Join(c.State.Dir, "bootstates.json") }
 
+// Removal is the path of the keyring that removed this node.
+func (c *Config) Removal() string { return filepath.Join(c.State.Dir, "removed.json") }
+
 // SlotRecord is the path of the record of the slots that commands on this node made.
 func (c *Config) SlotRecord() string { return filepath.Join(c.State.Dir, "slots.json") }
 

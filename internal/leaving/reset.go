@@ -69,7 +69,7 @@ func ToForget(ctx context.Context, n *node.Node) (*Forgettable, error) {
 		}
 	}
 	for _, file := range append(all,
-		store.NewFile(n.Config.SlotRecord()), store.NewFile(n.Config.BootStates()),
+		store.NewFile(n.Config.SlotRecord()), store.NewFile(n.Config.BootStates()), store.NewFile(n.Config.Removal()),
 		store.NewFile(n.Config.AnchorPath()).Formerly("pin.json"), store.NewFile(n.Config.Keyring()),
 	) {
 		s := stateFile{File: file}

@@ -33,7 +33,7 @@ func replicaOver(n *Node, s replica.Store) *replica.Replica {
 				return nil, err
 			}
 			return n.View.RecordStates(own, k.ClusterID())
-		}, Version: version.String(), Log: n.Log,
+		}, Removal: n.State.File(n.Config.Removal()), Version: version.String(), Log: n.Log,
 	})
 }
 

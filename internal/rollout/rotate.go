@@ -17,7 +17,7 @@ import (
 func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.KeyringState, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {
-		return admin.KeyringState{}, err
+		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
 	}
 	if len(k.Nodes()) > 1 {
 		return rotateSeveral(ctx, n, k.CurrentID(), req)
@@ -31,7 +31,7 @@ func RotateAlone(ctx context.Context, n *node.Node, req admin.RotateRequest) (ad
 	k, err := n.Unlocker.Keyring()
 	switch {
 	case err != nil:
-		return admin.KeyringState{}, err
+		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
 	case len(k.Nodes()) == 1 && (req.Continue || req.Abort):
 		return admin.KeyringState{}, errors.New("rotate: the keyring is of one node, whose rotation ends with its command; nothing is going on that could be continued or aborted")
 	}

@@ -44,8 +44,10 @@ type Config struct {
 	// BootStates returns these boot states, so that other nodes can wrap a KEK for
 	// them. It is called when the own slots have changed.
 	BootStates func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error)
-	Version    string
-	Log        *slog.Logger
+	// Removal keeps the keyring that removed this node; nil keeps none.
+	Removal Removal
+	Version string
+	Log     *slog.Logger
 }
 
 // Replica keeps one node in step. Its methods may be called concurrently.
@@ -58,6 +60,8 @@ type Replica struct {
 
 	mu         sync.Mutex // held during a round
 	everInStep bool
+	last       []byte      // what the store held at the last read
+	removed    error       // why this node is removed, once it is
 	statesOf   []seal.Slot // the own slots that states belong to
 	states     []keyring.RecordedState
 
@@ -202,7 +206,7 @@ func (r *Replica) Sync(ctx context.Context) error {
 		return nil
 	}
 	defer r.endRound()
-	err = r.getInStep(ctx)
+	err = r.remove(ctx, k, r.getInStep(ctx))
 	r.update(func(s *State) {
 		s.Problem = err
 		if err != nil {
@@ -267,6 +271,7 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 	if err != nil {
 		return false, seal.Errorf(seal.CauseUnavailable, "see cluster.kubeconfig and kube-apiserver", "the cluster store: %w", err)
 	}
+	r.last = raw
 	remote, err := keyring.Parse(raw)
 	if err != nil {
 		return false, fmt.Errorf("the cluster store: %w", err)

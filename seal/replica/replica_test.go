@@ -159,6 +159,50 @@ func TestRemoved(t *testing.T) {
 	}
 }
 
+// TestRemovedAndRotated: the others have a KEK that the removed node does not know, so that
+// it can't verify their keyring. It still knows that it was removed, also after a restart,
+// until it has joined again.
+func TestRemovedAndRotated(t *testing.T) {
+	c := open(t)
+	gone := c.nodes[2]
+	before := gone.file.b
+	must(t, c.nodes[0].Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.WithoutNode("c")
+		return []*keyring.Keyring{next}, err
+	}))
+	if err := gone.Sync(ctx); seal.CauseOf(err) != seal.CauseNodeRemoved {
+		t.Error(err)
+	}
+	stay := &cluster{store: c.store, nodes: c.nodes[:2]}
+	stay.rotate(t, 0)
+	for range 2 {
+		if err := gone.Sync(ctx); seal.CauseOf(err) != seal.CauseNodeRemoved {
+			t.Error(err)
+		}
+		gone.keyring()
+	}
+	if gone.file.b != nil && !bytes.Equal(gone.file.b, before) {
+		t.Error("the removed node has changed its keyring")
+	}
+	gone.start()
+	if err := gone.Sync(ctx); seal.CauseOf(err) != seal.CauseNodeRemoved {
+		t.Error(err)
+	}
+	if _, err := gone.Unlocker.Keyring(); seal.CauseOf(err) != seal.CauseNodeRemoved {
+		t.Errorf("a removed node after its start: %v", err)
+	}
+	// A removal that is older than the node's keyring counts for nothing.
+	c.nodes[1].removal = gone.removal
+	c.nodes[1].start()
+	b, err := c.store.Load(ctx)
+	must(t, err)
+	must(t, c.store.Swap(ctx, b, []byte("damaged")))
+	if err := c.nodes[1].Sync(ctx); err == nil || seal.CauseOf(err) == seal.CauseNodeRemoved {
+		t.Error(err)
+	}
+	c.nodes[1].keyring()
+}
+
 // TestRotation: every node follows, no key ID flips back, and a node that is away holds
 // the rotation up by name. Nothing activates before it is back.
 func TestRotation(t *testing.T) {

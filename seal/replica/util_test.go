@@ -107,6 +107,7 @@ type node struct {
 	store   *storetest.Memory
 	file    disk
 	anchor  disk
+	removal disk
 	wrapper plain
 	*unlock.Unlocker
 	*replica.Replica
@@ -127,7 +128,7 @@ func (n *node) start() {
 		},
 	})
 	n.Replica = replica.New(replica.Config{
-		Store: n.store, Unlocker: n.Unlocker, Version: "test", Log: log,
+		Store: n.store, Unlocker: n.Unlocker, Version: "test", Log: log, Removal: &n.removal,
 		Wrap: func(ctx context.Context, _ *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
 			s, err := n.wrapper.Wrap(ctx, kek)
 			return []seal.Slot{s}, err
