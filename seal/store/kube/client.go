@@ -228,7 +228,13 @@ func (c *Client) send(ctx context.Context, method, path, contentType, accept str
 		req.Header.Set("Content-Type", contentType)
 	}
 	req.Header.Set("Accept", accept)
-	return c.http.Do(req)
+	res, err := c.http.Do(req)
+	// The transport may still hand out a connection that Reconnect has closed. A read is
+	// safe to repeat; a write may have arrived.
+	if method == http.MethodGet && errors.Is(err, net.ErrClosed) && ctx.Err() == nil {
+		return c.http.Do(req)
+	}
+	return res, err
 }
 
 // Content types of requests.
