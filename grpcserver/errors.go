@@ -19,13 +19,13 @@ const (
 
 var (
 	errPanic   = status.Error(codes.Internal, "internal error in kleidi; see the log of kleidi serve for the place, and report it")
-	errDecode  = status.Error(codes.InvalidArgument, "the request is no message of KMS v2; is the caller a kube-apiserver?")
+	errDecode  = status.Error(codes.InvalidArgument, "the request is not a KMS v2 message; is the caller a kube-apiserver?")
 	errAnnotes = status.Error(codes.InvalidArgument, "annotations: kleidi writes none; was the object encrypted by another KMS plugin, or by a newer kleidi?")
 )
 
 // statusOf turns an error of Keys into a gRPC status. id is the key ID in a Decrypt
-// request. The second result says whether the error belongs into the log too: only if
-// no caller can be told a remedy.
+// request. The second result reports whether to log the error too: only an error without
+// a remedy for the caller is logged.
 func statusOf(err error, id string) (error, bool) {
 	switch {
 	case errors.Is(err, seal.ErrUnknownKey):

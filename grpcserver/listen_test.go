@@ -19,7 +19,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver"
 )
 
-// listen is Listen in a folder of the test's own; the listener is closed with t.
+// listen calls Listen in the test's own folder. The listener is closed with t.
 func listen(t *testing.T, cfg grpcserver.ListenConfig) net.Listener {
 	t.Helper()
 	l, err := grpcserver.Listen(cfg)
@@ -128,9 +128,9 @@ func TestBadPaths(t *testing.T) {
 	refuse(t, "", "clean absolute path")
 	long := filepath.Join(dir, strings.Repeat("x", grpcserver.MaxSocketPath-len(dir)))
 	refuse(t, long, "has "+strconv.Itoa(grpcserver.MaxSocketPath+1)+" bytes", "room for")
-	refuse(t, file, "is no socket", "move it away")
-	refuse(t, link, "is no socket")
-	refuse(t, folder, "is no socket")
+	refuse(t, file, "is not a socket", "move it away")
+	refuse(t, link, "is not a socket")
+	refuse(t, folder, "is not a socket")
 	if b, err := os.ReadFile(file); err != nil || string(b) != "precious" {
 		t.Errorf("the file is %q, %v", b, err)
 	}
@@ -172,7 +172,7 @@ func TestBadFolders(t *testing.T) {
 	for dir, texts := range map[string][]string{
 		"missing":    {"does not exist", "install -d"},
 		"link":       {"symbolic link"},
-		"file":       {"is no folder"},
+		"file":       {"is not a folder"},
 		"everybody":  {"mode 0757", "chmod go-w"},
 		"group":      {"mode 0775", "chmod go-w"},
 		"foreign":    {"belongs to UID 1000", "chown"},
@@ -211,7 +211,7 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 	if _, err := os.Lstat(path); err != nil {
 		t.Fatalf("no stale socket to test with: %v", err)
 	}
-	// What a process leaves that was killed between bind and rename.
+	// A process that was killed between bind and rename leaves this folder.
 	if err := os.Mkdir(filepath.Join(dir, ".kms.sock.new"), 0o700); err != nil {
 		t.Fatal(err)
 	}

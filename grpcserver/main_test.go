@@ -28,10 +28,11 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// asClient makes the test binary call Status on the named socket and print what it got.
+// asClient makes the test binary call Status on the named socket and print the answer.
 const asClient = "KLEIDI_TEST_CLIENT"
 
-// asListener makes it listen on the named socket, say so, and wait for its standard input to close.
+// asListener makes the test binary listen on the named socket, say so, and wait for its
+// standard input to close.
 const asListener = "KLEIDI_TEST_LISTENER"
 
 func TestMain(m *testing.M) {
@@ -50,7 +51,7 @@ func clientMain(path string) int {
 		fmt.Println(err)
 		return 1
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	_, err = c.Status(ctx, &kmsapi.StatusRequest{})
 	fmt.Printf("%s: %s\n", status.Code(err), status.Convert(err).Message())
@@ -283,7 +284,7 @@ func wantError(t *testing.T, err error, code codes.Code, texts ...string) {
 }
 
 func limited(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

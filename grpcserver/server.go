@@ -152,7 +152,7 @@ func handler[Req, Resp any](s *Server, name string, m *metrics, call func(*Req) 
 	}
 }
 
-// Serve answers on a listener of [Listen] until it is stopped. Stopping is no error.
+// Serve answers on a listener of [Listen] until it is stopped. Stopping is not an error.
 func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(l) }
 
 // GracefulStop closes the listener, lets calls in progress end, and cuts them off

@@ -22,19 +22,6 @@ const (
 	MaxUID = 256
 )
 
-// Keys encrypts and decrypts DEK seeds, in memory, concurrently. While no KEK is open,
-// every method fails with a [*seal.Error]. Otherwise the errors are seal.ErrUnknownKey,
-// seal.ErrMalformed and seal.ErrAuthentication.
-type Keys interface {
-	// CurrentID returns the key ID that Encrypt uses now.
-	CurrentID() (seal.KeyID, error)
-	// Encrypt returns the ciphertext, at most MaxCiphertext bytes, and the key ID of
-	// the KEK that made it. It does not keep plaintext.
-	Encrypt(plaintext []byte) ([]byte, seal.KeyID, error)
-	// Decrypt returns a plaintext that the caller must clear.
-	Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error)
-}
-
 func (s *Server) status(*kmsapi.StatusRequest) (*kmsapi.StatusResponse, error) {
 	id, err := s.keys.CurrentID()
 	if err == nil {

@@ -285,9 +285,9 @@ func TestMetrics(t *testing.T) {
 func TestUncommonCalls(t *testing.T) {
 	r := start(t, newKeys(t, "k1-a"), grpcserver.ListenConfig{})
 	conn := r.conn(t)
-	// Not UTF-8 in a string field: no message of proto3.
+	// Not UTF-8 in a string field, so not a proto3 message.
 	err := conn.Invoke(limited(t), kmsapi.KeyManagementService_Decrypt_FullMethodName, &rawMessage{0x1a, 1, 0xff}, &rawMessage{}, rawCodec())
-	wantError(t, err, codes.InvalidArgument, "no message of KMS v2")
+	wantError(t, err, codes.InvalidArgument, "not a KMS v2 message")
 	err = conn.Invoke(limited(t), "/v2.KeyManagementService/Rotate", &kmsapi.StatusRequest{}, &kmsapi.StatusResponse{})
 	wantError(t, err, codes.Unimplemented)
 	err = conn.Invoke(limited(t), "/v1beta1.KeyManagementService/Version", &kmsapi.StatusRequest{}, &kmsapi.StatusResponse{})

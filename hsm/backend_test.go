@@ -12,10 +12,12 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/cryptoki"
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// backend is a PKCS#11 module with tokens of the test's own.
+// backend is a PKCS#11 module with the test's own tokens.
 type backend struct {
 	name     string
 	module   string
@@ -44,9 +46,9 @@ func firstFile(t *testing.T, paths ...string) string {
 }
 
 // admin runs f with the initialised module, as a call of its own.
-func admin(t *testing.T, module, initArgs string, f func(cryptoki)) {
+func admin(t *testing.T, module, initArgs string, f func(cryptoki.Functions)) {
 	t.Helper()
-	_, err := do(t.Context(), moduleAt(module), initArgs, call[int]{run: func() (int, error) { f(moduleAt(module).p); return 0, nil }})
+	_, err := cryptoki.Do(t.Context(), moduleAt(module), initArgs, cryptoki.Call[int]{Run: func() (int, error) { f(moduleAt(module).Functions); return 0, nil }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +71,7 @@ func ok(t *testing.T, err error) {
 	}
 }
 
-// softHSM returns SoftHSM with two tokens in a folder of the test's own.
+// softHSM returns SoftHSM with two tokens in the test's own folder.
 func softHSM(t *testing.T) *backend {
 	t.Helper()
 	dir := t.TempDir()
@@ -77,7 +79,7 @@ func softHSM(t *testing.T) *backend {
 	conf := filepath.Join(dir, "softhsm2.conf")
 	ok(t, os.WriteFile(conf, []byte("directories.tokendir = "+dir+"/tokens\nlog.level = ERROR\n"), 0o600))
 	t.Setenv("SOFTHSM2_CONF", conf)
-	b := &backend{name: "softhsm", dir: filepath.Join(dir, "tokens"), tokens: []string{"kleidi-a", "kleidi-b"}, only: []string{mechGCM, mechWrapPad},
+	b := &backend{name: "softhsm", dir: filepath.Join(dir, "tokens"), tokens: []string{"kleidi-a", "kleidi-b"}, only: []string{keyslot.MechGCM, keyslot.MechWrapPad},
 		module: firstFile(t, "/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so")}
 	for _, label := range b.tokens {
 		b.initToken(t, label)
@@ -89,15 +91,15 @@ func softHSM(t *testing.T) *backend {
 func (b *backend) initToken(t *testing.T, label string) {
 	t.Helper()
 	var slot uint
-	admin(t, b.module, "", func(p cryptoki) {
+	admin(t, b.module, "", func(p cryptoki.Functions) {
 		slots := must[[]uint](t)(p.GetSlotList(true))
 		slot = slots[len(slots)-1]
-		ok(t, p.(*ctx).InitToken(slot, testSOPIN, label))
-		b.setPIN(t, p.(*ctx), slot, testSOPIN)
+		ok(t, p.(*cryptoki.Binding).InitToken(slot, testSOPIN, label))
+		b.setPIN(t, p.(*cryptoki.Binding), slot, testSOPIN)
 	})
 }
 
-func (b *backend) setPIN(t *testing.T, p *ctx, slot uint, so string) {
+func (b *backend) setPIN(t *testing.T, p *cryptoki.Binding, slot uint, so string) {
 	t.Helper()
 	h := must[pkcs11.SessionHandle](t)(p.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION))
 	ok(t, p.Login(h, pkcs11.CKU_SO, so))
@@ -147,7 +149,7 @@ func (b *backend) aesKey(t *testing.T, w *Wrapper, label string, more ...*pkcs11
 			attribute(pkcs11.CKA_LABEL, label), attribute(pkcs11.CKA_ID, id), attribute(pkcs11.CKA_TOKEN, true), attribute(pkcs11.CKA_PRIVATE, true),
 			attribute(pkcs11.CKA_SENSITIVE, true), attribute(pkcs11.CKA_EXTRACTABLE, false),
 		}, more...)
-		must[pkcs11.ObjectHandle](t)(s.GenerateKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, template))
+		must[pkcs11.ObjectHandle](t)(s.GenerateKey(s.Handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, template))
 	})
 }
 
@@ -160,11 +162,11 @@ func (b *backend) rsaKey(t *testing.T, w *Wrapper, label string) {
 	t.Helper()
 	inSession(t, w, func(s *session) {
 		name := []*pkcs11.Attribute{attribute(pkcs11.CKA_LABEL, label), attribute(pkcs11.CKA_ID, []byte{7}), attribute(pkcs11.CKA_TOKEN, true)}
-		public := append([]*pkcs11.Attribute{attribute(pkcs11.CKA_MODULUS_BITS, minRSA), attribute(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}),
+		public := append([]*pkcs11.Attribute{attribute(pkcs11.CKA_MODULUS_BITS, keyslot.MinRSA), attribute(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}),
 			attribute(pkcs11.CKA_ENCRYPT, true)}, name...)
 		private := append([]*pkcs11.Attribute{attribute(pkcs11.CKA_PRIVATE, true), attribute(pkcs11.CKA_SENSITIVE, true), attribute(pkcs11.CKA_EXTRACTABLE, false),
 			attribute(pkcs11.CKA_DECRYPT, true)}, name...)
-		_, _, err := s.cryptoki.(*ctx).GenerateKeyPair(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, nil)}, public, private)
+		_, _, err := s.Functions.(*cryptoki.Binding).GenerateKeyPair(s.Handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, nil)}, public, private)
 		ok(t, err)
 	})
 }
@@ -174,7 +176,7 @@ func (b *backend) rsaKey(t *testing.T, w *Wrapper, label string) {
 func nss(t *testing.T) *backend {
 	t.Helper()
 	t.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1") // a login costs as little as elsewhere
-	b := &backend{name: "nss", tokens: []string{"kleidi-a", "kleidi-a"}, only: []string{mechGCM, mechKWP, mechKWPKey, mechWrapPad, mechOAEP},
+	b := &backend{name: "nss", tokens: []string{"kleidi-a", "kleidi-a"}, only: []string{keyslot.MechGCM, keyslot.MechKWP, keyslot.MechKWPKey, keyslot.MechWrapPad, keyslot.MechOAEP},
 		module: firstFile(t, "/usr/lib/x86_64-linux-gnu/libsoftokn3.so", "/usr/lib/x86_64-linux-gnu/nss/libsoftokn3.so", "/usr/lib/aarch64-linux-gnu/libsoftokn3.so", "/usr/lib64/libsoftokn3.so")}
 	b.initArgs = b.database(t)
 	return b
@@ -185,10 +187,10 @@ func (b *backend) database(t *testing.T) (initArgs string) {
 	t.Helper()
 	b.dir = t.TempDir()
 	initArgs = fmt.Sprintf("configdir='sql:%s' certPrefix='' keyPrefix='' secmod='' flags=noModDB dbTokenDescription='%s'", b.dir, b.tokens[0])
-	admin(t, b.module, initArgs, func(p cryptoki) {
+	admin(t, b.module, initArgs, func(p cryptoki.Functions) {
 		for _, slot := range must[[]uint](t)(p.GetSlotList(true)) {
-			if info := must[tokenInfo](t)(p.GetTokenInfo(slot)); trim(info.Label) == b.tokens[0] {
-				b.setPIN(t, p.(*ctx), slot, "")
+			if info := must[tokenInfo](t)(p.GetTokenInfo(slot)); keyslot.Trim(info.Label) == b.tokens[0] {
+				b.setPIN(t, p.(*cryptoki.Binding), slot, "")
 			}
 		}
 	})
@@ -204,7 +206,7 @@ func newKEK(t *testing.T) *seal.Secret {
 	return kek
 }
 
-// opens wants slot to open to kek.
+// opens demands that slot opens to kek.
 func opens(t *testing.T, w seal.Wrapper, slot seal.Slot, kek *seal.Secret) {
 	t.Helper()
 	got := must[*seal.Secret](t)(w.Unwrap(t.Context(), slot))
@@ -218,7 +220,7 @@ func opens(t *testing.T, w seal.Wrapper, slot seal.Slot, kek *seal.Secret) {
 func (b *backend) keyFor(t *testing.T, token int, label, mechanism string) *Wrapper {
 	t.Helper()
 	w := newWrapper(t, b.config(t, token, label), mechanism)
-	if mechanism == mechOAEP {
+	if mechanism == keyslot.MechOAEP {
 		b.rsaKey(t, w, label)
 	} else {
 		b.aesKey(t, w, label, permissions(true, true)...)

@@ -25,7 +25,7 @@ import (
 
 // Two-of-two with real backends: a TPM and a token.
 
-// newTPM returns the wrapper of the TPM of a machine of its own.
+// newTPM returns the wrapper of a fresh machine's TPM.
 func newTPM(t *testing.T) (*tpm.Wrapper, *tpmtest.Machine) {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
@@ -127,7 +127,7 @@ func secretsIn(t *testing.T, w *both.Wrapper, slot seal.Slot, kek *seal.Secret) 
 	return secrets
 }
 
-// holdsNone wants text to hold none of the secrets, in no common encoding.
+// holdsNone demands that text holds none of the secrets in any common encoding.
 func holdsNone(t *testing.T, text string, secrets map[string][]byte) {
 	t.Helper()
 	for name, secret := range secrets {

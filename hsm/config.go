@@ -8,20 +8,15 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/cryptoki"
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
+	"github.com/beezy-dev/kleidi/hsm/internal/pinfile"
+	"github.com/beezy-dev/kleidi/hsm/internal/uri"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 // DefaultTimeout is the timeout of an operation if Config.Timeout is zero.
 const DefaultTimeout = 20 * time.Second
-
-// Maximum sizes of the names of tokens and keys in bytes. Those of tokens are PKCS#11's
-// (v2.40, 3.2).
-const (
-	maxTokenLabel  = 32
-	maxTokenSerial = 16
-	maxKeyLabel    = 255
-	maxKeyID       = 255
-)
 
 // Config names the key and the token that wrap KEKs.
 type Config struct {
@@ -39,8 +34,8 @@ type Config struct {
 	TokenLabel  string
 	TokenSerial string
 	SlotID      *uint
-	// KeyLabel (CKA_LABEL) and KeyID (CKA_ID) name the key if URI doesn't. At least one
-	// of them, or URI, must.
+	// KeyLabel (CKA_LABEL) and KeyID (CKA_ID) name the key if URI doesn't. At least one of
+	// KeyLabel, KeyID and URI must name it.
 	KeyLabel string
 	KeyID    []byte
 	// PIN returns the user PIN, which the wrapper closes. It is called for each
@@ -65,16 +60,10 @@ type Config struct {
 // other.
 type target struct {
 	module, initArgs string
-	token            tokenMatch
+	token            cryptoki.TokenMatch
 	key              keyMatch
 	pin              func(context.Context) (*seal.Secret, error) // nil if no PIN is configured
 	timeout          time.Duration
-}
-
-// tokenMatch selects the token. Empty fields match every token.
-type tokenMatch struct {
-	label, serial, manufacturer, model string
-	slotID                             *uint
 }
 
 // keyMatch selects the key. Empty fields match every key.
@@ -97,27 +86,27 @@ func merge(into *string, more, setting, attribute string) error {
 
 // resolve makes every check that does not need the module.
 func (c Config) resolve() (*target, error) {
-	u := &uri{}
+	u := &uri.URI{}
 	if c.URI != "" {
 		var err error
-		if u, err = parseURI(c.URI); err != nil {
+		if u, err = uri.Parse(c.URI); err != nil {
 			return nil, err
 		}
 	}
 	t := &target{module: c.Module, initArgs: c.InitArgs, timeout: c.Timeout,
-		token: tokenMatch{c.TokenLabel, c.TokenSerial, u.manufacturer, u.model, c.SlotID},
-		key:   keyMatch{c.KeyLabel, c.KeyID, u.class}}
+		token: cryptoki.TokenMatch{Label: c.TokenLabel, Serial: c.TokenSerial, Manufacturer: u.Manufacturer, Model: u.Model, SlotID: c.SlotID},
+		key:   keyMatch{c.KeyLabel, c.KeyID, u.Class}}
 	pinFile, id := c.PINFile, string(c.KeyID)
-	if t.token.slotID == nil {
-		t.token.slotID = u.slotID
+	if t.token.SlotID == nil {
+		t.token.SlotID = u.SlotID
 	}
 	err := errors.Join(
-		merge(&t.module, u.modulePath, "module", "module-path"),
-		merge(&t.token.label, u.token, "tokenLabel", "token"),
-		merge(&t.token.serial, u.serial, "tokenSerial", "serial"),
-		merge(&t.key.label, u.object, "keyLabel", "object"),
-		merge(&id, string(u.id), "keyID", "id"),
-		merge(&pinFile, u.pinFile, "pinFile", "pin-source"),
+		merge(&t.module, u.ModulePath, "module", "module-path"),
+		merge(&t.token.Label, u.Token, "tokenLabel", "token"),
+		merge(&t.token.Serial, u.Serial, "tokenSerial", "serial"),
+		merge(&t.key.label, u.Object, "keyLabel", "object"),
+		merge(&id, string(u.ID), "keyID", "id"),
+		merge(&pinFile, u.PINFile, "pinFile", "pin-source"),
 	)
 	if err != nil {
 		return nil, err
@@ -128,7 +117,7 @@ func (c Config) resolve() (*target, error) {
 		t.timeout = DefaultTimeout
 	}
 	if c.PublicKey != nil {
-		if _, err := publicDigest(c.PublicKey); err != nil {
+		if _, err := keyslot.PublicDigest(c.PublicKey); err != nil {
 			return nil, fmt.Errorf("publicKey: %w", err)
 		}
 	}
@@ -149,10 +138,10 @@ func (t *target) check(pinFile string) error {
 		return fmt.Errorf("pinFile %q is not an absolute path; write the whole path, beginning with /", pinFile)
 	case t.key.label == "" && len(t.key.id) == 0:
 		return errors.New("no key is named; set keyLabel, or add object=LABEL or id=%01 to uri")
-	case len(t.token.label) > maxTokenLabel || len(t.token.serial) > maxTokenSerial:
-		return fmt.Errorf("a token's label has at most %d bytes, its serial number %d; see what pkcs11-tool --list-slots shows", maxTokenLabel, maxTokenSerial)
-	case len(t.key.label) > maxKeyLabel || len(t.key.id) > maxKeyID:
-		return fmt.Errorf("a key's label has at most %d bytes here, its id %d; give it shorter ones", maxKeyLabel, maxKeyID)
+	case len(t.token.Label) > keyslot.MaxTokenLabel || len(t.token.Serial) > keyslot.MaxTokenSerial:
+		return fmt.Errorf("a token's label has at most %d bytes, its serial number %d; see what pkcs11-tool --list-slots shows", keyslot.MaxTokenLabel, keyslot.MaxTokenSerial)
+	case len(t.key.label) > keyslot.MaxKeyLabel || len(t.key.id) > keyslot.MaxKeyID:
+		return fmt.Errorf("a key's label has at most %d bytes here, its id %d; give it shorter ones", keyslot.MaxKeyLabel, keyslot.MaxKeyID)
 	case t.timeout < 0:
 		return fmt.Errorf("timeout %s is below zero; leave it out for %s", t.timeout, DefaultTimeout)
 	}
@@ -171,7 +160,19 @@ func (c Config) pinSource(file string) func(context.Context) (*seal.Secret, erro
 			return s, err
 		}
 	case file != "":
-		return func(context.Context) (*seal.Secret, error) { return ReadPIN(c.Memory, file) }
+		return func(context.Context) (*seal.Secret, error) { return pinfile.Read(c.Memory, file) }
 	}
 	return nil
 }
+
+// mayMatch reports whether the key that a keyslot names may be the configured one.
+func (k keyMatch) mayMatch(name keyslot.KeyName) bool {
+	if len(k.id) > 0 && len(name.ID) > 0 {
+		return string(k.id) == string(name.ID)
+	}
+	return k.label == "" || name.Label == "" || len(name.ID) > 0 || k.label == name.Label
+}
+
+// ReadPIN reads a PIN of 1 to 255 bytes from the first line of a file that only its owner
+// may read. Its errors have the cause [seal.CauseCredentials] and do not quote the file.
+func ReadPIN(mem seal.Memory, path string) (*seal.Secret, error) { return pinfile.Read(mem, path) }

@@ -3,13 +3,14 @@ package hsm
 import (
 	"fmt"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Describe returns the key, the token and the mechanism that a keyslot names, in one line.
 // They are untrusted.
 func Describe(slot seal.Slot) string {
-	d, err := parseSlot(slot)
+	d, err := keyslot.Parse(slot)
 	if err != nil {
 		return "unreadable"
 	}

@@ -20,12 +20,14 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/cryptoki"
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 // faulty is a module whose calls a test can change.
 type faulty struct {
-	cryptoki
+	cryptoki.Functions
 	slots       func([]uint) []uint
 	login       func() error
 	flags       uint // added to the flags of the token
@@ -35,7 +37,7 @@ type faulty struct {
 }
 
 func (f *faulty) GetSlotList(present bool) ([]uint, error) {
-	slots, err := f.cryptoki.GetSlotList(present)
+	slots, err := f.Functions.GetSlotList(present)
 	if f.slots != nil {
 		slots = f.slots(slots)
 	}
@@ -43,7 +45,7 @@ func (f *faulty) GetSlotList(present bool) ([]uint, error) {
 }
 
 func (f *faulty) GetTokenInfo(slot uint) (tokenInfo, error) {
-	info, err := f.cryptoki.GetTokenInfo(slot)
+	info, err := f.Functions.GetTokenInfo(slot)
 	info.Flags |= f.flags
 	return info, err
 }
@@ -52,7 +54,7 @@ func (f *faulty) EncryptInit(h pkcs11.SessionHandle, m []*pkcs11.Mechanism, k pk
 	if f.encryptInit != nil {
 		f.encryptInit(h)
 	}
-	return f.cryptoki.EncryptInit(h, m, k)
+	return f.Functions.EncryptInit(h, m, k)
 }
 
 func (f *faulty) Decrypt(h pkcs11.SessionHandle, ciphertext []byte) ([]byte, error) {
@@ -62,26 +64,26 @@ func (f *faulty) Decrypt(h pkcs11.SessionHandle, ciphertext []byte) ([]byte, err
 	if f.fails {
 		return nil, pkcs11.Error(pkcs11.CKR_GENERAL_ERROR)
 	}
-	return f.cryptoki.Decrypt(h, ciphertext)
+	return f.Functions.Decrypt(h, ciphertext)
 }
 
 func (f *faulty) UnwrapKey(h pkcs11.SessionHandle, m []*pkcs11.Mechanism, k pkcs11.ObjectHandle, wrapped []byte, a []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
 	if f.fails {
 		return 0, pkcs11.Error(pkcs11.CKR_GENERAL_ERROR)
 	}
-	return f.cryptoki.UnwrapKey(h, m, k, wrapped, a)
+	return f.Functions.UnwrapKey(h, m, k, wrapped, a)
 }
 
-// fault has w use a faulty module, and returns it.
+// fault makes w use a faulty module, and returns it.
 func fault(w *Wrapper) *faulty {
-	f := &faulty{cryptoki: moduleAt(w.target.module).p}
-	m := newModule(w.target.module, f)
+	f := &faulty{Functions: moduleAt(w.target.module).Functions}
+	m := cryptoki.NewModule(w.target.module, f)
 	w.moduleAt = func(string) *module { return m }
 	return f
 }
 
-// owned replaces w's module by an empty file with this mode, owner and group. It returns a
-// function that brings the module back.
+// owned replaces w's module with an empty file with this mode, owner and group. It returns
+// a function that brings the module back.
 func owned(t *testing.T, b *backend, w *Wrapper, mode os.FileMode, uid, gid int) func() {
 	t.Helper()
 	point := linked(t, w)
@@ -93,7 +95,7 @@ func owned(t *testing.T, b *backend, w *Wrapper, mode os.FileMode, uid, gid int)
 	return func() { point(b.module) }
 }
 
-// linked has w use its module through a symbolic link, and returns a function that
+// linked makes w use its module through a symbolic link, and returns a function that
 // changes the target of the link.
 func linked(t *testing.T, w *Wrapper) (point func(to string)) {
 	t.Helper()
@@ -116,7 +118,7 @@ func relabel(t *testing.T, w *Wrapper, from, to string) {
 	t.Helper()
 	inSession(t, w, func(s *session) {
 		k := must[*key](t)(s.findKey(&keyMatch{label: from}, ""))
-		ok(t, s.cryptoki.(*ctx).SetAttributeValue(s.h, k.handle, []*pkcs11.Attribute{attribute(pkcs11.CKA_LABEL, to)}))
+		ok(t, s.Functions.(*cryptoki.Binding).SetAttributeValue(s.Handle, k.handle, []*pkcs11.Attribute{attribute(pkcs11.CKA_LABEL, to)}))
 	})
 }
 
@@ -162,11 +164,15 @@ func faultRows() []faultRow {
 			ok(t, os.Chmod(open, 0o777))
 			return func() { ok(t, os.Chmod(open, 0o700)); mend() }
 		}},
-		{"module busy", seal.CauseUnavailable, "is busy with a call made", func(_ *testing.T, _ *backend, w *Wrapper, _ Key) func() {
+		{"module busy", seal.CauseUnavailable, "is busy with a call made", func(_ *testing.T, b *backend, w *Wrapper, _ Key) func() {
 			m := moduleAt(w.target.module)
-			m.lock <- struct{}{}
+			started, end := make(chan struct{}), make(chan struct{})
+			go func() {
+				_, _ = cryptoki.Do(context.Background(), m, b.initArgs, cryptoki.Call[int]{Run: func() (int, error) { close(started); <-end; return 0, nil }})
+			}()
+			<-started
 			w.target.timeout = 20 * time.Millisecond
-			return func() { <-m.lock; w.target.timeout = DefaultTimeout }
+			return func() { close(end); w.target.timeout = DefaultTimeout }
 		}},
 		{"no token", seal.CauseUnavailable, "the module shows: none", func(_ *testing.T, _ *backend, w *Wrapper, _ Key) func() {
 			f := fault(w)
@@ -175,7 +181,7 @@ func faultRows() []faultRow {
 		}},
 		{"other token", seal.CauseUnavailable, "the token is not there; the module shows: \"", func(_ *testing.T, _ *backend, w *Wrapper, _ Key) func() {
 			was := w.target.token
-			w.target.token = tokenMatch{label: "elsewhere"}
+			w.target.token = cryptoki.TokenMatch{Label: "elsewhere"}
 			return func() { w.target.token = was }
 		}},
 		{"PIN file missing", seal.CauseCredentials, "no such file", func(t *testing.T, _ *backend, w *Wrapper, _ Key) func() {
@@ -275,7 +281,7 @@ func TestKeyDeleted(t *testing.T) {
 		slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
 		backup := b.dir + ".backup"
 		ok(t, os.CopyFS(backup, os.DirFS(b.dir)))
-		inSession(t, w, func(s *session) { ok(t, s.DestroyObject(s.h, must[*key](t)(s.findKey(&w.target.key, "")).handle)) })
+		inSession(t, w, func(s *session) { ok(t, s.DestroyObject(s.Handle, must[*key](t)(s.findKey(&w.target.key, "")).handle)) })
 		refuses(t, w, slot, seal.CauseKeyMissing, ErrNoKey.Error())
 		if _, err := w.Unwrap(t.Context(), slot); !errors.Is(err, ErrNoKey) {
 			t.Errorf("%v is no ErrNoKey", err)
@@ -296,12 +302,12 @@ func TestKeyWithoutPermission(t *testing.T) {
 		for i, c := range []struct {
 			crypt, wrap bool
 			want        string
-		}{{true, true, mechGCM}, {true, false, mechGCM}, {false, true, b.only[len(b.only)-1]}, {false, false, ""}} {
+		}{{true, true, keyslot.MechGCM}, {true, false, keyslot.MechGCM}, {false, true, b.only[len(b.only)-1]}, {false, false, ""}} {
 			w := newWrapper(t, b.config(t, 0, fmt.Sprint("kek", i)))
 			b.aesKey(t, w, w.target.key.label, permissions(c.crypt, c.wrap)...)
 			k, err := w.Find(t.Context())
-			if b.name == "nss" && c.want == mechOAEP {
-				c.want = mechKWPKey
+			if b.name == "nss" && c.want == keyslot.MechOAEP {
+				c.want = keyslot.MechKWPKey
 			}
 			if k.Mechanism != c.want || (c.want == "") != errors.Is(err, ErrNotPermitted) {
 				t.Errorf("%s: encrypt %v, wrap %v: %q, %v; want %q", b.name, c.crypt, c.wrap, k.Mechanism, err, c.want)
@@ -316,7 +322,7 @@ func TestAllowedMechanisms(t *testing.T) {
 	w := newWrapper(t, b.config(t, 0, "kek"))
 	allowed := binary.NativeEndian.AppendUint64(nil, pkcs11.CKM_AES_KEY_WRAP_PAD)
 	b.aesKey(t, w, "kek", append(permissions(true, true), attribute(pkcs11.CKA_ALLOWED_MECHANISMS, allowed))...)
-	if k := must[Key](t)(w.Find(t.Context())); k.Mechanism != mechWrapPad {
+	if k := must[Key](t)(w.Find(t.Context())); k.Mechanism != keyslot.MechWrapPad {
 		t.Errorf("it uses %s", k.Mechanism)
 	}
 }
@@ -330,9 +336,9 @@ func TestSlotOrToken(t *testing.T) {
 				w := b.keyFor(t, 0, name, name)
 				kek := newKEK(t)
 				slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
-				d := must[*slotData](t)(parseSlot(slot))
+				d := must[*keyslot.Data](t)(keyslot.Parse(slot))
 				d.Ciphertext[len(d.Ciphertext)-1] ^= 1
-				_, err := w.Unwrap(t.Context(), must[seal.Slot](t)(d.slot()))
+				_, err := w.Unwrap(t.Context(), must[seal.Slot](t)(d.Slot()))
 				checkFault(t, err, seal.CauseSlotCorrupt, "it does not open, but a KEK that the same key has just wrapped does")
 				f := fault(w)
 				f.fails = true
@@ -355,7 +361,7 @@ func TestHang(t *testing.T) {
 	f := fault(w)
 	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
 	runtime.GC()
-	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // it would close a forgotten Secret
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // the collector would close a forgotten Secret
 	before := count(t)
 	hangs, release := make(chan struct{}), make(chan struct{})
 	f.decrypt = func(pkcs11.SessionHandle) { f.decrypt = nil; close(hangs); <-release }
@@ -385,7 +391,7 @@ func TestHang(t *testing.T) {
 func TestInitialisedByOthers(t *testing.T) {
 	b := softHSM(t)
 	w := b.generated(t, 0, "kek")
-	other := moduleAt(b.module).p
+	other := moduleAt(b.module).Functions
 	ok(t, other.Initialize())
 	kek := newKEK(t)
 	opens(t, w, must[seal.Slot](t)(w.Wrap(t.Context(), kek)), kek)
@@ -412,11 +418,11 @@ func TestHostileSlots(t *testing.T) {
 		"a PIN":                change(set("pin", "1234")),
 		"another form":         change(set("form", "pkcs11-v2")),
 		"another mechanism":    change(set("mechanism", "aes-ecb")),
-		"the wrong class":      change(set("mechanism", mechOAEP)),
+		"the wrong class":      change(set("mechanism", keyslot.MechOAEP)),
 		"another key":          change(func(d map[string]any) { d["key"] = map[string]any{"label": "other"} }),
 		"no key":               change(func(d map[string]any) { d["key"] = map[string]any{} }),
-		"a long label":         change(func(d map[string]any) { d["key"] = map[string]any{"label": strings.Repeat("a", maxKeyLabel+1)} }),
-		"a long ciphertext":    change(set("ciphertext", make([]byte, maxCiphertext+1))),
+		"a long label":         change(func(d map[string]any) { d["key"] = map[string]any{"label": strings.Repeat("a", keyslot.MaxKeyLabel+1)} }),
+		"a long ciphertext":    change(set("ciphertext", make([]byte, keyslot.MaxCiphertext+1))),
 		"a short ciphertext":   change(set("ciphertext", make([]byte, seal.KEKSize))),
 		"a foreign ciphertext": change(set("ciphertext", make([]byte, seal.KEKSize+gcmTag))),
 		"a short IV":           change(set("iv", make([]byte, 4))),
@@ -432,7 +438,7 @@ func TestHostileSlots(t *testing.T) {
 				continue
 			}
 			if what == "WrapLike" && err == nil && name == "a foreign ciphertext" {
-				continue // it is this key's slot all the same, so the new one is too
+				continue // it is still this key's slot, so the new one is too
 			}
 			if e, _ := errors.AsType[*seal.Error](err); e == nil && name != "control characters" {
 				t.Errorf("%s of a slot with %s: %v", what, name, err)

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -30,8 +31,8 @@ func habits(t *testing.T) (b *backend, triesFile string) {
 	return b, triesFile
 }
 
-// refuses wants w to neither wrap nor open. Its errors have the cause, contain text and
-// show no PIN.
+// refuses demands that w neither wraps nor opens. Its errors have the cause, contain
+// text and show no PIN.
 func refuses(t *testing.T, w *Wrapper, slot seal.Slot, cause seal.Cause, text string) {
 	t.Helper()
 	_, wrapErr := w.Wrap(t.Context(), newKEK(t))
@@ -93,7 +94,7 @@ func TestWrongPIN(t *testing.T) {
 
 	ok(t, os.WriteFile(triesFile, []byte("3\n"), 0o600))
 	refuses(t, w, slot, seal.CauseCredentials, "locked")
-	ok(t, os.WriteFile(triesFile, []byte("0\n"), 0o600)) // the security officer was there
+	ok(t, os.WriteFile(triesFile, []byte("0\n"), 0o600)) // as the security officer resets it
 	opens(t, w, slot, kek)
 }
 
@@ -101,13 +102,13 @@ func TestWrongPIN(t *testing.T) {
 func TestOwnIV(t *testing.T) {
 	b, _ := habits(t)
 	t.Setenv("KLEIDI_TEST_OWN_IV", "1")
-	w := b.generated(t, 0, "kek", mechGCM)
+	w := b.generated(t, 0, "kek", keyslot.MechGCM)
 	kek := newKEK(t)
 	ivs := map[string]bool{}
 	for range 4 {
 		slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
 		opens(t, w, slot, kek)
-		var d slotData
+		var d keyslot.Data
 		ok(t, json.Unmarshal(slot.Data, &d))
 		ivs[string(d.IV)] = true
 	}

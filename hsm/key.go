@@ -12,6 +12,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -19,7 +20,7 @@ import (
 type key struct {
 	handle pkcs11.ObjectHandle
 	class  string
-	name   keyName
+	name   keyslot.KeyName
 	public *rsa.PublicKey // of an RSA key
 }
 
@@ -29,8 +30,8 @@ var classes = []struct {
 	class, typ  uint
 	description string
 }{
-	{classSecret, pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, "AES"},
-	{classPrivate, pkcs11.CKO_PRIVATE_KEY, pkcs11.CKK_RSA, "RSA"},
+	{keyslot.ClassSecret, pkcs11.CKO_SECRET_KEY, pkcs11.CKK_AES, "AES"},
+	{keyslot.ClassPrivate, pkcs11.CKO_PRIVATE_KEY, pkcs11.CKK_RSA, "RSA"},
 }
 
 // findKey returns the one key that matches. If class is not empty, the key must be of
@@ -51,9 +52,9 @@ func (s *session) findKey(want *keyMatch, class string) (*key, error) {
 			return s.readKey(handles[0], c.name)
 		}
 		return nil, seal.Errorf(seal.CauseUnavailable, "name the key with id=… and object=… in pkcs11.uri so that one matches",
-			"token %v has several %s keys that match %v", nameOf(s.token), c.description, want)
+			"token %v has several %s keys that match %v", s.Name(), c.description, want)
 	}
-	return nil, &seal.Error{Cause: seal.CauseKeyMissing, Err: fmt.Errorf("token %v: %w: %v", nameOf(s.token), ErrNoKey, want),
+	return nil, &seal.Error{Cause: seal.CauseKeyMissing, Err: fmt.Errorf("token %v: %w: %v", s.Name(), ErrNoKey, want),
 		Hint: "if it was deleted, restore it from the token's backup, or unlock with another keyslot and run kleidi slot remove NAME for this one; to make a new key, run kleidi slot add pkcs11 --generate-key, or kleidi init --generate-key if there is no keyring yet"}
 }
 
@@ -63,7 +64,7 @@ func (k keyMatch) String() string {
 		parts = append(parts, "type="+k.class)
 	}
 	if k.label != "" {
-		parts = append(parts, fmt.Sprintf("label %q", trim(k.label)))
+		parts = append(parts, fmt.Sprintf("label %q", keyslot.Trim(k.label)))
 	}
 	if len(k.id) > 0 {
 		parts = append(parts, fmt.Sprintf("id %x", k.id))
@@ -72,11 +73,11 @@ func (k keyMatch) String() string {
 }
 
 func (s *session) readKey(h pkcs11.ObjectHandle, class string) (*key, error) {
-	k := &key{handle: h, class: class, name: keyName{Label: trim(string(s.read(h, pkcs11.CKA_LABEL))), ID: s.read(h, pkcs11.CKA_ID)}}
-	if len(k.name.Label) > maxKeyLabel || len(k.name.ID) > maxKeyID {
-		return nil, seal.Errorf(seal.CauseUnavailable, "give the key a shorter label and id", "token %v: the key's label or id is too long", nameOf(s.token))
+	k := &key{handle: h, class: class, name: keyslot.KeyName{Label: keyslot.Trim(string(s.read(h, pkcs11.CKA_LABEL))), ID: s.read(h, pkcs11.CKA_ID)}}
+	if len(k.name.Label) > keyslot.MaxKeyLabel || len(k.name.ID) > keyslot.MaxKeyID {
+		return nil, seal.Errorf(seal.CauseUnavailable, "give the key a shorter label and id", "token %v: the key's label or id is too long", s.Name())
 	}
-	if class != classPrivate {
+	if class != keyslot.ClassPrivate {
 		return k, nil
 	}
 	public, err := s.readPublic(k)
@@ -88,7 +89,7 @@ func (s *session) readKey(h pkcs11.ObjectHandle, class string) (*key, error) {
 
 // setPublic sets the public part of an RSA key, by which the key is named.
 func (k *key) setPublic(public *rsa.PublicKey) error {
-	digest, err := publicDigest(public)
+	digest, err := keyslot.PublicDigest(public)
 	k.public, k.name.Public = public, digest
 	return err
 }
@@ -109,7 +110,7 @@ func (s *session) readPublic(k *key) (*rsa.PublicKey, error) {
 	}
 	exponent := new(big.Int).SetBytes(e)
 	if len(n) == 0 || exponent.BitLen() > 31 {
-		return nil, seal.Errorf(seal.CauseUnavailable, "store the public key object on the token too, with the same label and id", "token %v does not show the public part of the RSA key", nameOf(s.token))
+		return nil, seal.Errorf(seal.CauseUnavailable, "store the public key object on the token too, with the same label and id", "token %v does not show the public part of the RSA key", s.Name())
 	}
 	return &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(exponent.Int64())}, nil
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/rotation"
 )
@@ -24,7 +25,7 @@ func TestGenerateKey(t *testing.T) {
 	for _, b := range []*backend{softHSM(t), nss(t)} {
 		w := newWrapper(t, b.config(t, 0, "kek"))
 		k := must[Key](t)(w.GenerateKey(t.Context()))
-		if k.Label != "kek" || len(k.ID) != 16 || k.TokenLabel != b.tokens[0] || k.Mechanism != mechGCM || k.Extractable {
+		if k.Label != "kek" || len(k.ID) != 16 || k.TokenLabel != b.tokens[0] || k.Mechanism != keyslot.MechGCM || k.Extractable {
 			t.Errorf("%s: %+v", b.name, k)
 		}
 		_, err := w.GenerateKey(t.Context())
@@ -77,16 +78,16 @@ func TestWrapLike(t *testing.T) {
 		}
 	}
 	// The same key on a token with another name
-	moved := must[*slotData](t)(parseSlot(like))
+	moved := must[*keyslot.Data](t)(keyslot.Parse(like))
 	moved.Token.Label, moved.Token.Serial = "was", "elsewhere"
-	opens(t, w[0], must[seal.Slot](t)(moved.slot()), first)
-	opens(t, w[0], must[seal.Slot](t)(w[0].WrapLike(t.Context(), kek, must[seal.Slot](t)(moved.slot()))), kek)
+	opens(t, w[0], must[seal.Slot](t)(moved.Slot()), first)
+	opens(t, w[0], must[seal.Slot](t)(w[0].WrapLike(t.Context(), kek, must[seal.Slot](t)(moved.Slot()))), kek)
 }
 
 // TestPublicKey: with a configured public key, wrapping does not use the token.
 func TestPublicKey(t *testing.T) {
 	b := nss(t)
-	w := b.keyFor(t, 0, "rsa", mechOAEP)
+	w := b.keyFor(t, 0, "rsa", keyslot.MechOAEP)
 	var public *rsa.PublicKey
 	inSession(t, w, func(s *session) { public = must[*key](t)(s.findKey(&w.target.key, "")).public })
 	c := w.config
@@ -96,7 +97,7 @@ func TestPublicKey(t *testing.T) {
 	slot := must[seal.Slot](t)(away.Wrap(t.Context(), kek))
 	opens(t, w, slot, kek)
 	opens(t, w, must[seal.Slot](t)(away.WrapLike(t.Context(), kek, slot)), kek)
-	other := nss(t).keyFor(t, 0, "rsa", mechOAEP)
+	other := nss(t).keyFor(t, 0, "rsa", keyslot.MechOAEP)
 	if _, err := away.WrapLike(t.Context(), kek, must[seal.Slot](t)(other.Wrap(t.Context(), kek))); !errors.Is(err, seal.ErrNotMine) {
 		t.Errorf("%v, want ErrNotMine", err)
 	}
@@ -111,7 +112,7 @@ func TestLegacy(t *testing.T) {
 	b := softHSM(t)
 	// The init container ran pkcs11-tool --keygen --key-type aes:32 --label kleidi-kms-plugin
 	inSession(t, newWrapper(t, b.config(t, 0, "none yet")), func(s *session) {
-		must[pkcs11.ObjectHandle](t)(s.GenerateKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
+		must[pkcs11.ObjectHandle](t)(s.GenerateKey(s.Handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
 			attribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), attribute(pkcs11.CKA_VALUE_LEN, keySize),
 			attribute(pkcs11.CKA_TOKEN, true), attribute(pkcs11.CKA_PRIVATE, true), attribute(pkcs11.CKA_LABEL, LegacyKeyLabel),
 			attribute(pkcs11.CKA_ENCRYPT, true), attribute(pkcs11.CKA_DECRYPT, true), attribute(pkcs11.CKA_EXTRACTABLE, true)}))

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/hsm/internal/cheap"
+	"github.com/beezy-dev/kleidi/hsm/internal/cryptoki"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
@@ -66,10 +67,10 @@ func TestNothingLeftOfManyWraps(t *testing.T) {
 				after := count(t)
 				return after.heap <= before.heap+heapNoise && after.goroutines <= before.goroutines && after.files <= before.files && after.secrets <= before.secrets && after.pages <= before.pages+1
 			})
-			admin(t, b.module, b.initArgs, func(p cryptoki) {
+			admin(t, b.module, b.initArgs, func(p cryptoki.Functions) {
 				for _, slot := range must[[]uint](t)(p.GetSlotList(true)) {
 					if info := must[tokenInfo](t)(p.GetTokenInfo(slot)); info.SessionCount != 0 && info.SessionCount != ^uint(0) {
-						t.Errorf("token %v counts %d sessions", nameOf(info), info.SessionCount)
+						t.Errorf("token %v counts %d sessions", info.Label, info.SessionCount)
 					}
 				}
 			})
@@ -107,7 +108,7 @@ func TestSecretsAreClosed(t *testing.T) {
 // settles waits until goroutines have ended that run on after their result is delivered.
 func settles(t *testing.T, done func() bool) {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); !done(); runtime.Gosched() {
+	for end := time.Now().Add(2 * time.Minute); !done(); runtime.Gosched() {
 		if time.Now().After(end) {
 			t.Fatalf("left behind: %+v", count(t))
 		}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/cryptoki"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -49,7 +50,7 @@ func (f *faulty) Login(h pkcs11.SessionHandle, user uint, pin string) error {
 			return err
 		}
 	}
-	return f.cryptoki.Login(h, user, pin)
+	return f.Functions.Login(h, user, pin)
 }
 
 // TestUnknownAnswerToLogin: the token may have counted an ambiguous answer to C_Login as a
@@ -73,7 +74,7 @@ func TestUnknownAnswerToLogin(t *testing.T) {
 		if given != 1 {
 			t.Errorf("%v: the PIN was given %d times", answer, given)
 		}
-		f.login = func() error { given++; return nil } // mended: nobody knows that
+		f.login = func() error { given++; return nil } // the token works again, but nobody knows that
 		setPIN(t, w, testPIN)
 		refuses(t, w, slot, seal.CauseUnavailable, "restart kleidi, which gives the PIN once more")
 		setPIN(t, w, wrongPIN)
@@ -97,13 +98,13 @@ func TestTroubleAtLogin(t *testing.T) {
 	kek := newKEK(t)
 	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
 	f := fault(w)
-	for _, answer := range append(deviceTrouble, 0x80000105) {
+	for _, answer := range append(cryptoki.DeviceTrouble, 0x80000105) {
 		f.login = func() error { return answer }
 		for range 3 {
 			refuses(t, w, slot, seal.CauseUnavailable, "kleidi tries again by itself")
 		}
 		f.login = nil
-		opens(t, w, slot, kek) // so it is known to be right when the vendor's code comes
+		opens(t, w, slot, kek) // so the PIN is known to be right before the vendor's code comes
 	}
 	f.login = func() error { return pkcs11.Error(pkcs11.CKR_PIN_INCORRECT) } // set again on the token
 	refuses(t, w, slot, seal.CauseCredentials, "PIN")
@@ -128,7 +129,7 @@ func TestTokenGoneAtLogin(t *testing.T) {
 	w := b.generated(t, 0, "kek")
 	kek := newKEK(t)
 	slot := must[seal.Slot](t)(w.Wrap(t.Context(), kek))
-	for _, answer := range pinUnseen {
+	for _, answer := range cryptoki.PINUnseen {
 		given := 0
 		f := fault(w)
 		f.login = func() error { given++; return answer }

@@ -6,26 +6,39 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/cryptoki"
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 const haveCgo = true
 
+// module is a PKCS#11 module of this process.
+type module = cryptoki.Module
+
+func moduleAt(path string) *module { return cryptoki.At(path) }
+
+// errTimeout is the cause of a context that ended because of Config.Timeout.
+func errTimeout(d time.Duration) error {
+	return fmt.Errorf("%w: no answer within %s", context.DeadlineExceeded, d)
+}
+
 // operation is an operation in a session.
 type operation[T any] struct {
 	flags   uint // of C_OpenSession, beside CKF_SERIAL_SESSION
 	run     func(*session) (T, error)
-	discard func(T) // see call
-	cleanup func()  // see call
+	discard func(T) // see cryptoki.Call
+	cleanup func()  // see cryptoki.Call
 }
 
 // do runs an operation in a session of its own.
 func (o operation[T]) do(ctx context.Context, w *Wrapper) (T, error) {
 	var p *seal.Secret
-	c := call[T]{discard: o.discard, cleanup: func() {
+	c := cryptoki.Call[T]{Discard: o.discard, Cleanup: func() {
 		closePIN(p)
 		if o.cleanup != nil {
 			o.cleanup()
@@ -33,7 +46,7 @@ func (o operation[T]) do(ctx context.Context, w *Wrapper) (T, error) {
 	}}
 	var none T
 	if err := ctx.Err(); err != nil {
-		c.end()
+		c.End()
 		return none, err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, w.target.timeout, errTimeout(w.target.timeout))
@@ -41,43 +54,27 @@ func (o operation[T]) do(ctx context.Context, w *Wrapper) (T, error) {
 	if w.target.pin != nil {
 		var err error
 		if p, err = w.target.pin(ctx); err != nil {
-			c.end()
+			c.End()
 			return none, err
 		}
 	}
 	m := w.moduleAt(w.target.module)
-	c.run = func() (T, error) { return withSession(m, w, p, o.flags, o.run) }
-	return do(ctx, m, w.target.initArgs, c)
-}
-
-// withSession finds the token, opens a session, logs in and calls f. Then it logs out and
-// closes the session.
-func withSession[T any](m *module, w *Wrapper, p *seal.Secret, flags uint, f func(*session) (T, error)) (result T, err error) {
-	s := &session{cryptoki: m.p}
-	if s.slot, s.token, err = findToken(m.p, &w.target.token); err != nil {
-		return result, err
+	c.Run = func() (T, error) {
+		return cryptoki.WithSession(m, cryptoki.Login{Token: w.target.token, Flags: o.flags, PIN: p, Memory: w.config.Memory},
+			func(s *cryptoki.Session) (T, error) { return o.run(&session{s}) })
 	}
-	if s.h, err = s.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|flags); err != nil {
-		return result, fmt.Errorf("C_OpenSession: %w", err)
-	}
-	defer func() { _ = s.CloseSession(s.h) }() // it fails for a lost session, which is closed
-	logout, err := s.login(&m.pins, p, w.config.Memory)
-	if err != nil {
-		return result, err
-	}
-	defer logout()
-	return f(s)
+	return cryptoki.Do(ctx, m, w.target.initArgs, c)
 }
 
 // seal wraps kek and closes it. If like is not nil, seal fails unless the same key made
 // that slot.
-func (w *Wrapper) seal(ctx context.Context, kek *seal.Secret, like *slotData) (*slotData, error) {
+func (w *Wrapper) seal(ctx context.Context, kek *seal.Secret, like *keyslot.Data) (*keyslot.Data, error) {
 	closeKEK := func() { _ = kek.Close() }
 	if w.config.PublicKey != nil {
 		defer closeKEK()
 		return w.sealPublic(ctx, kek, like)
 	}
-	return operation[*slotData]{cleanup: closeKEK, run: func(s *session) (*slotData, error) {
+	return operation[*keyslot.Data]{cleanup: closeKEK, run: func(s *session) (*keyslot.Data, error) {
 		k, err := s.findKey(&w.target.key, "")
 		if err != nil {
 			return nil, err
@@ -93,36 +90,36 @@ func (w *Wrapper) seal(ctx context.Context, kek *seal.Secret, like *slotData) (*
 
 // sealPublic wraps with an RSA key whose public part is configured. It does not use the
 // token.
-func (w *Wrapper) sealPublic(ctx context.Context, kek *seal.Secret, like *slotData) (*slotData, error) {
+func (w *Wrapper) sealPublic(ctx context.Context, kek *seal.Secret, like *keyslot.Data) (*keyslot.Data, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	k := &key{class: classPrivate, name: keyName{Label: w.target.key.label, ID: w.target.key.id}}
+	k := &key{class: keyslot.ClassPrivate, name: keyslot.KeyName{Label: w.target.key.label, ID: w.target.key.id}}
 	if err := k.setPublic(w.config.PublicKey); err != nil {
 		return nil, err
 	}
-	if like != nil && !like.Key.same(k.name) {
+	if like != nil && !like.Key.Same(k.name) {
 		return nil, seal.ErrNotMine
 	}
-	d := &slotData{Form: form1, Mechanism: mechOAEP, Token: tokenName{w.target.token.label, w.target.token.serial}, Key: k.name}
+	d := &keyslot.Data{Form: keyslot.Form1, Mechanism: keyslot.MechOAEP, Token: keyslot.TokenName{Label: w.target.token.Label, Serial: w.target.token.Serial}, Key: k.name}
 	var err error
 	kek.With(func(b []byte) { err = sealOAEP(nil, k, nil, b, d) })
 	return d, err
 }
 
-func (s *session) seal(k *key, kek *seal.Secret, w *Wrapper, only []string) (*slotData, error) {
+func (s *session) seal(k *key, kek *seal.Secret, w *Wrapper, only []string) (*keyslot.Data, error) {
 	m, err := s.choose(k, only)
 	if err != nil {
 		return nil, err
 	}
-	d := &slotData{Form: form1, Mechanism: m.name, Token: nameOf(s.token), Key: k.name}
-	return d, withCopy(w.config.Memory, kek, func(b []byte) error { return m.seal(s, k, m, b, d) })
+	d := &keyslot.Data{Form: keyslot.Form1, Mechanism: m.name, Token: s.Name(), Key: k.name}
+	return d, cryptoki.WithCopy(w.config.Memory, kek, func(b []byte) error { return m.seal(s, k, m, b, d) })
 }
 
 // checkMadeBy checks that k made the slot like. It compares their names. If the slot
 // names another token, it opens the slot, because a token may be a copy of another one.
-func (s *session) checkMadeBy(k *key, like *slotData, w *Wrapper) error {
-	if mechanismNamed(like.Mechanism).class == k.class && like.Key.same(k.name) && (k.class == classPrivate || like.Token == nameOf(s.token)) {
+func (s *session) checkMadeBy(k *key, like *keyslot.Data, w *Wrapper) error {
+	if mechanismNamed(like.Mechanism).class == k.class && like.Key.Same(k.name) && (k.class == keyslot.ClassPrivate || like.Token == s.Name()) {
 		return nil
 	}
 	kek, err := s.open(like, w)
@@ -132,7 +129,7 @@ func (s *session) checkMadeBy(k *key, like *slotData, w *Wrapper) error {
 	return err
 }
 
-func (w *Wrapper) open(ctx context.Context, d *slotData) (*seal.Secret, error) {
+func (w *Wrapper) open(ctx context.Context, d *keyslot.Data) (*seal.Secret, error) {
 	return operation[*seal.Secret]{
 		run:     func(s *session) (*seal.Secret, error) { return s.open(d, w) },
 		discard: func(kek *seal.Secret) { _ = kek.Close() },
@@ -142,13 +139,13 @@ func (w *Wrapper) open(ctx context.Context, d *slotData) (*seal.Secret, error) {
 // open opens a slot. Tokens have many answers to a ciphertext that does not authenticate.
 // So if a slot does not open, open wraps and opens a fresh KEK, which shows whether the
 // token or the slot is to blame.
-func (s *session) open(d *slotData, w *Wrapper) (*seal.Secret, error) {
+func (s *session) open(d *keyslot.Data, w *Wrapper) (*seal.Secret, error) {
 	m := mechanismNamed(d.Mechanism)
 	k, err := s.findKey(&w.target.key, m.class)
 	if err != nil {
 		return nil, err
 	}
-	if !d.Key.same(k.name) {
+	if !d.Key.Same(k.name) {
 		return nil, seal.ErrNotMine
 	}
 	b, err := m.open(s, k, m, d)
@@ -157,15 +154,15 @@ func (s *session) open(d *slotData, w *Wrapper) (*seal.Secret, error) {
 	case err == nil && len(b) == seal.KEKSize:
 		return w.config.Memory.Take(b)
 	case err == nil:
-		return nil, corrupt("it holds %d bytes, want %d", len(b), seal.KEKSize)
-	case isLost(err):
+		return nil, keyslot.Corrupt("it holds %d bytes, want %d", len(b), seal.KEKSize)
+	case cryptoki.IsLost(err):
 		return nil, err
 	case s.probe(k, m, w) != nil:
 		return nil, fmt.Errorf("the key does not work: %w", err)
-	case m.class == classSecret && d.Token != nameOf(s.token):
+	case m.class == keyslot.ClassSecret && d.Token != s.Name():
 		return nil, seal.ErrNotMine
 	}
-	return nil, otherKey("it does not open, but a KEK that the same key has just wrapped does: %w", err)
+	return nil, keyslot.OtherKey("it does not open, but a KEK that the same key has just wrapped does: %w", err)
 }
 
 // probe checks that the key works: it wraps a random KEK and opens it.
@@ -209,7 +206,14 @@ func (s *session) describe(k *key, only []string) (Key, error) {
 	if err != nil {
 		return Key{}, err
 	}
-	t := nameOf(s.token)
+	t := s.Name()
 	return Key{TokenLabel: t.Label, TokenSerial: t.Serial, Label: k.name.Label, ID: k.name.ID, Mechanism: m.name,
 		Extractable: !bytes.Equal(s.read(k.handle, pkcs11.CKA_EXTRACTABLE), []byte{0})}, nil
+}
+
+// closePIN closes p unless it is nil.
+func closePIN(p *seal.Secret) {
+	if p != nil {
+		_ = p.Close()
+	}
 }

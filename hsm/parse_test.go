@@ -4,79 +4,12 @@ import (
 	"context"
 	"errors"
 	"os"
-	"path/filepath"
-	"reflect"
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 )
-
-func TestParseURI(t *testing.T) {
-	three := uint(3)
-	for s, want := range map[string]uri{
-		"pkcs11:": {},
-		"pkcs11:token=My%20token;object=kek;id=%01%ff;type=secret-key":         {token: "My token", object: "kek", id: []byte{1, 0xff}, class: classSecret},
-		"pkcs11:serial=1;manufacturer=m;model=o;slot-id=3;type=private":        {serial: "1", manufacturer: "m", model: "o", slotID: &three, class: classPrivate},
-		"pkcs11:object=a&b?module-path=/usr/lib/m.so&pin-source=file:/etc/pin": {object: "a&b", modulePath: "/usr/lib/m.so", pinFile: "/etc/pin"},
-		"pkcs11:object=k?pin-source=file:///etc/pin":                           {object: "k", pinFile: "/etc/pin"},
-		"PKCS11:object=k":                          {object: "k"},
-		"Pkcs11:object=k?pin-source=FILE:/etc/pin": {object: "k", pinFile: "/etc/pin"},
-		"pkcs11:object=k?pin-source=/etc/pin":      {object: "k", pinFile: "/etc/pin"},
-		"pkcs11:model=SoftHSM%20v2;manufacturer=SoftHSM%20project;serial=ab;token=t;id=%61": {model: "SoftHSM v2", manufacturer: "SoftHSM project", serial: "ab", token: "t", id: []byte("a")},
-	} {
-		if got, err := parseURI(s); err != nil || !reflect.DeepEqual(*got, want) {
-			t.Errorf("%s: %+v, %v, want %+v", s, got, err, want)
-		}
-	}
-	const secret = "hunter2"
-	for s, want := range map[string]string{
-		"pkcs11":                                      "begin with pkcs11:",
-		"pkcs12:object=" + secret:                     "begin with pkcs11:",
-		"pkcs11:OBJECT=k":                             "doesn't use",
-		"http:" + secret:                              "begin with pkcs11:",
-		"pkcs11:object=k?pin-value=" + secret:         "does not belong in a configuration",
-		"pkcs11:object=k?pin-value=" + secret + "%zz": "malformed %-escape",
-		"pkcs11:object=k?pin-source=|" + secret:       "kleidi reads and runs nothing else",
-		"pkcs11:object=k?pin-source=file:" + secret:   "file:/absolute/path",
-		"pkcs11:object=k?pin-source=ftp:/etc/pin":     "file:/absolute/path",
-		"pkcs11:object=k?module-name=softhsm":         "does not search for modules by name",
-		"pkcs11:object=k?module-path=m.so":            "absolute path",
-		"pkcs11:object=k;object=l":                    "twice",
-		"pkcs11:object=":                              "empty",
-		"pkcs11:object=k;":                            "doesn't use",
-		"pkcs11:x-vendor=k":                           "doesn't use",
-		"pkcs11:slot-id=-1":                           "want a number",
-		"pkcs11:type=cert":                            "secret-key (AES) or private (RSA)",
-		"pkcs11:object=%ff":                           "UTF-8",
-		"pkcs11:" + strings.Repeat("a", maxURI):       "more than",
-	} {
-		_, err := parseURI(s)
-		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), secret) {
-			t.Errorf("%.80s: %v, want %q", s, err, want)
-		}
-	}
-}
-
-func FuzzParseURI(f *testing.F) {
-	for _, s := range []string{"pkcs11:", "pkcs11:token=t;object=k;id=%01;type=private;slot-id=1?module-path=/m&pin-source=file:/p", "pkcs11:id=%", "pkcs11:a=b?pin-value=1"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		u, err := parseURI(s)
-		if err != nil {
-			if len(err.Error()) > 400 {
-				t.Errorf("an error of %d bytes", len(err.Error()))
-			}
-			return
-		}
-		if u.modulePath != "" && !filepath.IsAbs(u.modulePath) || u.pinFile != "" && !filepath.IsAbs(u.pinFile) {
-			t.Errorf("%q: a relative path", s)
-		}
-	})
-}
 
 func TestConfig(t *testing.T) {
 	good := Config{Module: "/m.so", URI: "pkcs11:token=t;object=k"}
@@ -94,7 +27,7 @@ func TestConfig(t *testing.T) {
 		{"pinFile \"p\" is not an absolute path", func(c *Config) { c.PINFile = "p" }},
 		{"no key is named", func(c *Config) { c.URI = "pkcs11:token=t" }},
 		{"a token's label has at most", func(c *Config) { c.URI, c.KeyLabel, c.TokenLabel = "", "k", strings.Repeat("t", 33) }},
-		{"a key's label has at most", func(c *Config) { c.KeyID = make([]byte, maxKeyID+1) }},
+		{"a key's label has at most", func(c *Config) { c.KeyID = make([]byte, keyslot.MaxKeyID+1) }},
 		{"timeout -1ns", func(c *Config) { c.Timeout = -1 }},
 	} {
 		c := good
@@ -159,41 +92,6 @@ func size(p *seal.Secret) (n int) {
 	return n
 }
 
-func TestPINFile(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "pin")
-	for content, want := range map[string]int{"1234": 4, "1234\n": 4, "1234\r\n": 4, " 12 \n34\n": 4, "": 0, "\n": 0,
-		strings.Repeat("1", maxPIN) + "\n": maxPIN, strings.Repeat("1", maxPIN+1): 0} {
-		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		p, err := ReadPIN(seal.Memory{}, path)
-		if size(p) != want || (err == nil) != (want > 0) {
-			t.Errorf("%.20q: %d bytes, %v", content, size(p), err)
-		}
-		if err != nil && (seal.CauseOf(err) != seal.CauseCredentials || strings.Contains(err.Error(), "1111")) {
-			t.Error(err)
-		}
-		closePIN(p)
-	}
-	for _, mode := range []os.FileMode{0o640, 0o604, 0o660} {
-		if err := os.Chmod(path, mode); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := ReadPIN(seal.Memory{}, path); err == nil {
-			t.Errorf("mode %o is taken", mode)
-		}
-	}
-	fifo := path + ".fifo"
-	if err := unix.Mkfifo(fifo, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for _, other := range []string{fifo, filepath.Dir(path), path + ".missing"} {
-		if _, err := ReadPIN(seal.Memory{}, other); seal.CauseOf(err) != seal.CauseCredentials {
-			t.Errorf("%s: %v", other, err)
-		}
-	}
-}
-
 func TestParseLegacy(t *testing.T) {
 	const good = `{"tokenLabel": "kleidi", "pin": "s3cret", "path": "/usr/lib64/softhsm/libsofthsm.so", "maxSessions": 5}`
 	c, pin, err := ParseLegacy(seal.Memory{}, []byte(good))
@@ -234,63 +132,22 @@ func TestLegacyVaultConfiguration(t *testing.T) {
 	}
 }
 
-const goldenSlot = `{"form":"pkcs11-v1","mechanism":"aes-gcm","token":{"label":"kleidi-a","serial":"ce3c1e1af5af1d86"},"key":{"label":"kek","id":"0102"},` +
-	`"iv":"AAECAwQFBgcICQoL","ciphertext":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"}`
-
-// TestGoldenSlot: kleidi reads this form of a keyslot for ever.
-func TestGoldenSlot(t *testing.T) {
-	d, err := parseSlot(seal.Slot{Type: seal.TypePKCS11, Data: []byte(goldenSlot)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := d.slot()
-	if err != nil || string(s.Data) != goldenSlot {
-		t.Errorf("%s, %v", s.Data, err)
-	}
-}
-
 // TestWhoseSlot: keys are compared by their IDs, or by their labels if one has no ID.
 func TestWhoseSlot(t *testing.T) {
 	for _, row := range []struct {
 		config keyMatch
-		slot   keyName
+		slot   keyslot.KeyName
 		want   bool
 	}{
-		{keyMatch{label: "a"}, keyName{Label: "a"}, true},
-		{keyMatch{label: "a"}, keyName{Label: "b"}, false},
-		{keyMatch{label: "a"}, keyName{Label: "b", ID: hexID{1}}, true}, // renamed, perhaps: the token tells
-		{keyMatch{id: []byte{1}}, keyName{Label: "b", ID: hexID{1}}, true},
-		{keyMatch{label: "b", id: []byte{2}}, keyName{Label: "b", ID: hexID{1}}, false},
-		{keyMatch{id: []byte{2}}, keyName{Label: "b"}, true},
+		{keyMatch{label: "a"}, keyslot.KeyName{Label: "a"}, true},
+		{keyMatch{label: "a"}, keyslot.KeyName{Label: "b"}, false},
+		{keyMatch{label: "a"}, keyslot.KeyName{Label: "b", ID: keyslot.HexID{1}}, true}, // renamed, perhaps: the token tells
+		{keyMatch{id: []byte{1}}, keyslot.KeyName{Label: "b", ID: keyslot.HexID{1}}, true},
+		{keyMatch{label: "b", id: []byte{2}}, keyslot.KeyName{Label: "b", ID: keyslot.HexID{1}}, false},
+		{keyMatch{id: []byte{2}}, keyslot.KeyName{Label: "b"}, true},
 	} {
 		if got := row.config.mayMatch(row.slot); got != row.want {
 			t.Errorf("%v, slot of %+v: %v", row.config, row.slot, got)
 		}
 	}
-}
-
-func FuzzParseSlot(f *testing.F) {
-	f.Add([]byte(goldenSlot))
-	f.Add([]byte(strings.Replace(goldenSlot, "aes-gcm", "aes-kwp", 1)))
-	f.Add([]byte(`{"form":"pkcs11-v1","form":"pkcs11-v1"}`))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		d, err := parseSlot(seal.Slot{Type: seal.TypePKCS11, Data: data})
-		if err != nil {
-			if seal.CauseOf(err) != seal.CauseSlotCorrupt || len(err.Error()) > 1000 {
-				t.Errorf("%v", err)
-			}
-			return
-		}
-		s, err := d.slot()
-		if err != nil {
-			t.Fatalf("what was read can't be written: %v", err)
-		}
-		again, err := parseSlot(s)
-		if err != nil {
-			t.Fatalf("%s: %v", s.Data, err)
-		}
-		if second, err := again.slot(); err != nil || string(second.Data) != string(s.Data) {
-			t.Errorf("%s became %s: %v", s.Data, second.Data, err)
-		}
-	})
 }

@@ -3,18 +3,23 @@
 package hsm
 
 import (
+	"context"
 	"fmt"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/beezy-dev/kleidi/hsm/internal/cryptoki"
 )
 
 // session is an open session with the configured token.
 type session struct {
-	cryptoki
-	h     pkcs11.SessionHandle
-	slot  uint // PKCS#11's slot, in which the token is
-	token pkcs11.TokenInfo
+	*cryptoki.Session
 }
+
+// Settle waits until no call into a PKCS#11 module runs in this process, or until ctx ends. A
+// process calls it before it ends: SoftHSM, for example, loses a token whose files it was
+// writing at that moment.
+func Settle(ctx context.Context) { cryptoki.Settle(ctx) }
 
 func attribute(typ uint, value any) *pkcs11.Attribute { return pkcs11.NewAttribute(typ, value) }
 
@@ -32,14 +37,14 @@ func (s *session) findObjects(want *keyMatch, template ...*pkcs11.Attribute) ([]
 	if len(want.id) > 0 {
 		template = append(template, attribute(pkcs11.CKA_ID, want.id))
 	}
-	if err := s.FindObjectsInit(s.h, template); err != nil {
+	if err := s.FindObjectsInit(s.Handle, template); err != nil {
 		return nil, fmt.Errorf("C_FindObjectsInit: %w", err)
 	}
-	handles, _, err := s.FindObjects(s.h, mostObjects)
+	handles, _, err := s.FindObjects(s.Handle, mostObjects)
 	if err != nil {
 		err = fmt.Errorf("C_FindObjects: %w", err)
 	}
-	if final := s.FindObjectsFinal(s.h); final != nil && err == nil {
+	if final := s.FindObjectsFinal(s.Handle); final != nil && err == nil {
 		err = fmt.Errorf("C_FindObjectsFinal: %w", final)
 	}
 	return handles, err
@@ -48,7 +53,7 @@ func (s *session) findObjects(want *keyMatch, template ...*pkcs11.Attribute) ([]
 // read returns an attribute of an object, or nil if the token doesn't have it or
 // doesn't show it.
 func (s *session) read(o pkcs11.ObjectHandle, typ uint) []byte {
-	a, err := s.GetAttributeValue(s.h, o, []*pkcs11.Attribute{attribute(typ, nil)})
+	a, err := s.GetAttributeValue(s.Handle, o, []*pkcs11.Attribute{attribute(typ, nil)})
 	if err != nil || len(a) != 1 {
 		return nil
 	}
@@ -57,6 +62,6 @@ func (s *session) read(o pkcs11.ObjectHandle, typ uint) []byte {
 
 // offers reports whether the token offers the mechanism.
 func (s *session) offers(m *mechanism) bool {
-	info, err := s.GetMechanismInfo(s.slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(m.ckm, nil)})
+	info, err := s.GetMechanismInfo(s.Slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(m.ckm, nil)})
 	return err == nil && info.Flags&m.offer == m.offer
 }

@@ -16,12 +16,14 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/cryptoki"
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// odd is a real token that deviates as a test says.
+// odd is a real token that deviates in the ways that a test sets.
 type odd struct {
-	cryptoki
+	cryptoki.Functions
 	template  func([]*pkcs11.Attribute) []*pkcs11.Attribute // of C_GenerateKey
 	twice     bool                                          // C_GenerateKey makes two keys
 	hides     []uint                                        // attributes that it doesn't show
@@ -36,11 +38,11 @@ func (o *odd) GenerateKey(h pkcs11.SessionHandle, m []*pkcs11.Mechanism, a []*pk
 		a = o.template(a)
 	}
 	if o.twice {
-		if _, err := o.cryptoki.GenerateKey(h, m, a); err != nil {
+		if _, err := o.Functions.GenerateKey(h, m, a); err != nil {
 			return 0, err
 		}
 	}
-	return o.cryptoki.GenerateKey(h, m, a)
+	return o.Functions.GenerateKey(h, m, a)
 }
 
 func (o *odd) GetAttributeValue(h pkcs11.SessionHandle, k pkcs11.ObjectHandle, a []*pkcs11.Attribute) ([]*pkcs11.Attribute, error) {
@@ -50,18 +52,18 @@ func (o *odd) GetAttributeValue(h pkcs11.SessionHandle, k pkcs11.ObjectHandle, a
 	if slices.Contains(o.hides, a[0].Type) {
 		return nil, pkcs11.Error(pkcs11.CKR_ATTRIBUTE_TYPE_INVALID)
 	}
-	return o.cryptoki.GetAttributeValue(h, k, a)
+	return o.Functions.GetAttributeValue(h, k, a)
 }
 
 func (o *odd) GetMechanismInfo(slot uint, m []*pkcs11.Mechanism) (pkcs11.MechanismInfo, error) {
 	if slices.Contains(o.lacks, m[0].Mechanism) {
 		return pkcs11.MechanismInfo{}, pkcs11.Error(pkcs11.CKR_MECHANISM_INVALID)
 	}
-	return o.cryptoki.GetMechanismInfo(slot, m)
+	return o.Functions.GetMechanismInfo(slot, m)
 }
 
 func (o *odd) Encrypt(h pkcs11.SessionHandle, b []byte) ([]byte, error) {
-	c, err := o.cryptoki.Encrypt(h, b)
+	c, err := o.Functions.Encrypt(h, b)
 	if err == nil && o.encrypted != nil {
 		c = o.encrypted(c)
 	}
@@ -70,13 +72,13 @@ func (o *odd) Encrypt(h pkcs11.SessionHandle, b []byte) ([]byte, error) {
 
 func (o *odd) DestroyObject(h pkcs11.SessionHandle, k pkcs11.ObjectHandle) error {
 	o.destroyed++
-	return o.cryptoki.DestroyObject(h, k)
+	return o.Functions.DestroyObject(h, k)
 }
 
-// with has a session use an odd token.
+// with makes a session use an odd token.
 func (o *odd) with(s *session) *session {
-	o.cryptoki = s.cryptoki
-	s.cryptoki = o
+	o.Functions = s.Functions
+	s.Functions = o
 	return s
 }
 
@@ -88,8 +90,8 @@ func setting(typ uint, value bool) func([]*pkcs11.Attribute) []*pkcs11.Attribute
 	}
 }
 
-// TestKeyThatCouldLeave: a key that the token made in another way than it was told to, or
-// beside another one of the same name, is refused and destroyed.
+// TestKeyThatCouldLeave: a generated key is refused and destroyed if its attributes
+// differ from the template, or if another key has the same name.
 func TestKeyThatCouldLeave(t *testing.T) {
 	b := softHSM(t)
 	for name, row := range map[string]struct {
@@ -102,8 +104,8 @@ func TestKeyThatCouldLeave(t *testing.T) {
 		"doesn't say extractable": {odd{hides: []uint{pkcs11.CKA_EXTRACTABLE}}, "made a key that could leave it", 0},
 		"doesn't say sensitive":   {odd{hides: []uint{pkcs11.CKA_SENSITIVE}}, "made a key that could leave it", 0},
 		"two at the same time":    {odd{twice: true}, "got another key with label", 1},
-		"a label that is long":    {odd{shows: map[uint][]byte{pkcs11.CKA_LABEL: bytes.Repeat([]byte("x"), maxKeyLabel+1)}}, "label or id is too long", 0},
-		"an ID that is long":      {odd{shows: map[uint][]byte{pkcs11.CKA_ID: make([]byte, maxKeyID+1)}}, "label or id is too long", 0},
+		"a label that is long":    {odd{shows: map[uint][]byte{pkcs11.CKA_LABEL: bytes.Repeat([]byte("x"), keyslot.MaxKeyLabel+1)}}, "label or id is too long", 0},
+		"an ID that is long":      {odd{shows: map[uint][]byte{pkcs11.CKA_ID: make([]byte, keyslot.MaxKeyID+1)}}, "label or id is too long", 0},
 	} {
 		inSession(t, newWrapper(t, b.config(t, 0, name)), func(s *session) {
 			_, err := row.o.with(s).generateKey(&keyMatch{label: name})
@@ -155,14 +157,14 @@ func TestChoice(t *testing.T) {
 		shows map[uint][]byte
 		want  string
 	}{
-		"first":           {"kek", classSecret, nil, nil, nil, mechGCM},
-		"the one allowed": {"both", classSecret, []string{mechWrapPad}, nil, nil, mechWrapPad},
-		"not offered":     {"both", classSecret, nil, []uint{pkcs11.CKM_AES_GCM, ckmKWP}, nil, mechWrapPad},
-		"not permitted":   {"kek", classSecret, []string{mechWrapPad}, nil, nil, ""},
-		"of an RSA key":   {"kek", classSecret, []string{mechOAEP}, nil, nil, ""},
-		"of an AES key":   {"kek", classPrivate, []string{mechGCM}, nil, nil, ""},
-		"not listed":      {"kek", classSecret, nil, nil, map[uint][]byte{pkcs11.CKA_ALLOWED_MECHANISMS: {1, 0, 0, 0, 0, 0, 0, 0}}, ""},
-		"a torn list":     {"kek", classSecret, nil, nil, map[uint][]byte{pkcs11.CKA_ALLOWED_MECHANISMS: {1, 0, 0, 0, 0, 0, 0, 0, 0x87}}, ""},
+		"first":           {"kek", keyslot.ClassSecret, nil, nil, nil, keyslot.MechGCM},
+		"the one allowed": {"both", keyslot.ClassSecret, []string{keyslot.MechWrapPad}, nil, nil, keyslot.MechWrapPad},
+		"not offered":     {"both", keyslot.ClassSecret, nil, []uint{pkcs11.CKM_AES_GCM, ckmKWP}, nil, keyslot.MechWrapPad},
+		"not permitted":   {"kek", keyslot.ClassSecret, []string{keyslot.MechWrapPad}, nil, nil, ""},
+		"of an RSA key":   {"kek", keyslot.ClassSecret, []string{keyslot.MechOAEP}, nil, nil, ""},
+		"of an AES key":   {"kek", keyslot.ClassPrivate, []string{keyslot.MechGCM}, nil, nil, ""},
+		"not listed":      {"kek", keyslot.ClassSecret, nil, nil, map[uint][]byte{pkcs11.CKA_ALLOWED_MECHANISMS: {1, 0, 0, 0, 0, 0, 0, 0}}, ""},
+		"a torn list":     {"kek", keyslot.ClassSecret, nil, nil, map[uint][]byte{pkcs11.CKA_ALLOWED_MECHANISMS: {1, 0, 0, 0, 0, 0, 0, 0, 0x87}}, ""},
 	} {
 		inSession(t, w, func(s *session) {
 			k := must[*key](t)(s.findKey(&keyMatch{label: row.key}, ""))
@@ -190,11 +192,11 @@ func TestOwnFormOfGCM(t *testing.T) {
 		"standard":      {nil, []byte("an IV, random"), true},
 		"short":         {func(c []byte) []byte { return c[:len(c)-4] }, []byte("an IV, random"), false},
 		"its IV beside": {func(c []byte) []byte { return append(c, 1) }, []byte("an IV, random"), false},
-		"zero IV":       {nil, make([]byte, minIV), false},
+		"zero IV":       {nil, make([]byte, keyslot.MinIV), false},
 	} {
 		inSession(t, w, func(s *session) {
 			k := must[*key](t)(s.findKey(&w.target.key, ""))
-			err := sealGCMWith((&odd{encrypted: row.encrypted}).with(s), k, mechanismNamed(mechGCM), make([]byte, seal.KEKSize), &slotData{}, row.iv)
+			err := sealGCMWith((&odd{encrypted: row.encrypted}).with(s), k, mechanismNamed(keyslot.MechGCM), make([]byte, seal.KEKSize), &keyslot.Data{}, row.iv)
 			if (err == nil) != row.good || !row.good && !strings.Contains(err.Error(), "not the form of the standard") {
 				t.Errorf("%s: %v", name, err)
 			}
@@ -209,7 +211,7 @@ func TestCarriers(t *testing.T) {
 	b.aesKey(t, w, "both", attribute(pkcs11.CKA_WRAP, true), attribute(pkcs11.CKA_UNWRAP, true))
 	inSession(t, w, func(s *session) {
 		k := must[*key](t)(s.findKey(&keyMatch{label: "both"}, ""))
-		m, o, d := mechanismNamed(mechWrapPad), &odd{}, &slotData{}
+		m, o, d := mechanismNamed(keyslot.MechWrapPad), &odd{}, &keyslot.Data{}
 		o.with(s)
 		kek := bytes.Repeat([]byte{7}, seal.KEKSize)
 		ok(t, m.seal(s, k, m, kek, d))
@@ -223,8 +225,8 @@ func TestCarriers(t *testing.T) {
 	})
 }
 
-// TestPublicPart: the public part of an RSA key is the key's own, or that of the one public
-// key object beside it.
+// TestPublicPart: the public part of an RSA key is read from the key itself, or else from
+// the only public key object beside it.
 func TestPublicPart(t *testing.T) {
 	b := softHSM(t)
 	w := newWrapper(t, b.config(t, 0, "rsa"))
@@ -244,10 +246,10 @@ func TestPublicPart(t *testing.T) {
 	} {
 		inSession(t, w, func(s *session) {
 			private := must[[]pkcs11.ObjectHandle](t)(s.findObjects(&keyMatch{label: "rsa"}, attribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY)))
-			want := must[*key](t)(s.findKey(&keyMatch{label: "rsa"}, classPrivate)).public
+			want := must[*key](t)(s.findKey(&keyMatch{label: "rsa"}, keyslot.ClassPrivate)).public
 			hidden := &hiding{odd: odd{hides: row.hides, shows: row.shows}, of: private[0]}
-			hidden.cryptoki, s.cryptoki = s.cryptoki, hidden
-			k, err := s.readKey(private[0], classPrivate)
+			hidden.Functions, s.Functions = s.Functions, hidden
+			k, err := s.readKey(private[0], keyslot.ClassPrivate)
 			switch {
 			case row.says == "" && (err != nil || !k.public.Equal(want) || len(k.name.Public) != 32):
 				t.Errorf("%s: %v", name, err)
@@ -266,123 +268,23 @@ type hiding struct {
 
 func (o *hiding) GetAttributeValue(h pkcs11.SessionHandle, k pkcs11.ObjectHandle, a []*pkcs11.Attribute) ([]*pkcs11.Attribute, error) {
 	if k != o.of && o.shows == nil {
-		return o.cryptoki.GetAttributeValue(h, k, a)
+		return o.Functions.GetAttributeValue(h, k, a)
 	}
 	return o.odd.GetAttributeValue(h, k, a)
 }
 
-// TestMayRepeat: which PIN may be given to a token again.
-func TestMayRepeat(t *testing.T) {
-	const trouble, refused = pkcs11.Error(pkcs11.CKR_DEVICE_ERROR), pkcs11.Error(pkcs11.CKR_PIN_INCORRECT)
-	name, right, other := tokenName{"t", "1"}, pinMark{1}, pinMark{2}
-	for what, row := range map[string]struct {
-		before func(*pinRecord)
-		answer pkcs11.Error
-		flags  uint
-		want   bool
-	}{
-		"trouble":                       {nil, trouble, 0, true},
-		"trouble, count low":            {nil, trouble, pkcs11.CKF_USER_PIN_COUNT_LOW, false},
-		"trouble, final try":            {nil, trouble, pkcs11.CKF_USER_PIN_FINAL_TRY, false},
-		"trouble, locked":               {nil, trouble, pkcs11.CKF_USER_PIN_LOCKED, false},
-		"refused":                       {nil, refused, 0, false},
-		"unknown answer":                {nil, pkcs11.CKR_ARGUMENTS_BAD, 0, false},
-		"unknown answer, PIN known":     {func(t *pinRecord) { t.succeeded(name, right) }, pkcs11.CKR_ARGUMENTS_BAD, 0, true},
-		"trouble, count low, PIN known": {func(t *pinRecord) { t.succeeded(name, right) }, trouble, pkcs11.CKF_USER_PIN_COUNT_LOW, true},
-		"unknown answer, another PIN":   {func(t *pinRecord) { t.succeeded(name, other) }, pkcs11.CKR_ARGUMENTS_BAD, 0, false},
-		"unknown answer, another's PIN": {func(t *pinRecord) { t.succeeded(tokenName{"u", "2"}, right) }, pkcs11.CKR_ARGUMENTS_BAD, 0, false},
-		"refused, PIN known":            {func(t *pinRecord) { t.succeeded(name, right) }, refused, 0, false},
-		"known until refused":           {func(t *pinRecord) { t.succeeded(name, right); t.failed(name, right, refused) }, pkcs11.CKR_ARGUMENTS_BAD, 0, false},
-		"known in spite of trouble":     {func(t *pinRecord) { t.succeeded(name, right); t.failed(name, right, trouble) }, pkcs11.CKR_ARGUMENTS_BAD, 0, true},
-	} {
-		r := newPINRecord()
-		if row.before != nil {
-			row.before(&r)
-		}
-		if got := r.mayRepeat(name, right, row.answer, row.flags); got != row.want {
-			t.Errorf("%s: %v", what, got)
-		}
-	}
-	r := newPINRecord()
-	if r.mayRepeat(name, pinMark{}, pkcs11.CKR_ARGUMENTS_BAD, 0) {
-		t.Error("a token that accepted no PIN yet")
-	}
-	r.failed(name, right, refused)
-	r.failed(name, other, trouble)
-	r.succeeded(name, other)
-	if len(r.answers) != 0 {
-		t.Errorf("after a login the record still has %v", r.answers)
-	}
-}
-
-// TestMark: a mark depends on the PIN and on the record, and the PIN isn't left beside the
-// key of the marks.
-func TestMark(t *testing.T) {
-	pin := func(text string) *seal.Secret {
-		p := must[*seal.Secret](t)(seal.Memory{}.Take([]byte(text)))
-		t.Cleanup(func() { p.Close() })
-		return p
-	}
-	r, o := newPINRecord(), newPINRecord()
-	mark := func(r *pinRecord, text string) pinMark { return must[pinMark](t)(r.mark(seal.Memory{}, pin(text))) }
-	a := mark(&r, "1234-secret")
-	if a != mark(&r, "1234-secret") || a == mark(&r, "1234-secret ") || a == mark(&r, "1234") || a == mark(&o, "1234-secret") {
-		t.Error("the marks of two PINs or of two records are the same, or those of one differ")
-	}
-	r.key.With(func(b []byte) {
-		if len(bytes.Trim(b[:markKeySize], "\x00")) < markKeySize/2 || len(bytes.Trim(b[markKeySize:], "\x00")) != 0 {
-			t.Error("the key of the marks is not random, or the PIN is left beside it")
-		}
-	})
-}
-
-// TestSlotLimits: each limit of a keyslot's data and of a configuration, at it and over it.
-func TestSlotLimits(t *testing.T) {
+// TestConfigLimits: each limit of a configuration, over it.
+func TestConfigLimits(t *testing.T) {
 	text := func(n int) string { return strings.Repeat("x", n) }
-	good := func() *slotData {
-		return &slotData{Form: form1, Mechanism: mechGCM, Key: keyName{Label: "kek", ID: hexID{1}}, IV: make([]byte, minIV), Ciphertext: make([]byte, seal.KEKSize+gcmTag)}
-	}
-	for name, row := range map[string]struct {
-		change func(*slotData)
-		good   bool
-	}{
-		"as it is":          {func(*slotData) {}, true},
-		"form":              {func(d *slotData) { d.Form = "2" }, false},
-		"token label":       {func(d *slotData) { d.Token.Label = text(maxTokenLabel) }, true},
-		"token label over":  {func(d *slotData) { d.Token.Label = text(maxTokenLabel + 1) }, false},
-		"token serial":      {func(d *slotData) { d.Token.Serial = text(maxTokenSerial) }, true},
-		"token serial over": {func(d *slotData) { d.Token.Serial = text(maxTokenSerial + 1) }, false},
-		"key label over":    {func(d *slotData) { d.Key.Label = text(maxKeyLabel + 1) }, false},
-		"key id over":       {func(d *slotData) { d.Key.ID = make(hexID, maxKeyID+1) }, false},
-		"label only":        {func(d *slotData) { d.Key.ID = nil }, true},
-		"id only":           {func(d *slotData) { d.Key.Label = "" }, true},
-		"no key":            {func(d *slotData) { d.Key.Label, d.Key.ID = "", nil }, false},
-		"short IV":          {func(d *slotData) { d.IV = make([]byte, minIV-1) }, false},
-		"long IV":           {func(d *slotData) { d.IV = make([]byte, maxIV+1) }, false},
-		"a public key":      {func(d *slotData) { d.Key.Public = make(hexID, 32) }, false},
-		"IV of another":     {func(d *slotData) { d.Mechanism = mechKWP }, false},
-		"oaep, no public":   {func(d *slotData) { d.Mechanism, d.IV = mechOAEP, nil }, false},
-		"oaep":              {func(d *slotData) { d.Mechanism, d.IV, d.Key.Public = mechOAEP, nil, make(hexID, 32) }, true},
-		"mechanism":         {func(d *slotData) { d.Mechanism, d.IV = "none", nil }, false},
-		"a KEK in plain":    {func(d *slotData) { d.Ciphertext = make([]byte, seal.KEKSize) }, false},
-		"ciphertext":        {func(d *slotData) { d.Ciphertext = make([]byte, maxCiphertext) }, true},
-		"ciphertext over":   {func(d *slotData) { d.Ciphertext = make([]byte, maxCiphertext+1) }, false},
-	} {
-		d := good()
-		row.change(d)
-		if err := d.check(); (err == nil) != row.good {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
 	slot := uint(3)
 	for name, row := range map[string]struct {
 		change func(*Config)
 		says   string
 	}{
-		"token serial": {func(c *Config) { c.TokenSerial = text(maxTokenSerial + 1) }, "a token's label has at most"},
-		"token label":  {func(c *Config) { c.TokenLabel = text(maxTokenLabel + 1) }, "a token's label has at most"},
-		"key label":    {func(c *Config) { c.KeyLabel = text(maxKeyLabel + 1) }, "a key's label has at most"},
-		"key id":       {func(c *Config) { c.KeyID = make([]byte, maxKeyID+1) }, "a key's label has at most"},
+		"token serial": {func(c *Config) { c.TokenSerial = text(keyslot.MaxTokenSerial + 1) }, "a token's label has at most"},
+		"token label":  {func(c *Config) { c.TokenLabel = text(keyslot.MaxTokenLabel + 1) }, "a token's label has at most"},
+		"key label":    {func(c *Config) { c.KeyLabel = text(keyslot.MaxKeyLabel + 1) }, "a key's label has at most"},
+		"key id":       {func(c *Config) { c.KeyID = make([]byte, keyslot.MaxKeyID+1) }, "a key's label has at most"},
 		"timeout":      {func(c *Config) { c.Timeout = -time.Second }, "is below zero"},
 		"small key": {func(c *Config) {
 			c.PublicKey = &rsa.PublicKey{N: must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 1024)).N, E: 65537}
@@ -399,24 +301,24 @@ func TestSlotLimits(t *testing.T) {
 		if want == slot {
 			c.SlotID = &slot
 		}
-		if r := must[*target](t)(c.resolve()); r.token.slotID == nil || *r.token.slotID != want {
-			t.Errorf("%s: %v, want %d", uri, r.token.slotID, want)
+		if r := must[*target](t)(c.resolve()); r.token.SlotID == nil || *r.token.SlotID != want {
+			t.Errorf("%s: %v, want %d", uri, r.token.SlotID, want)
 		}
 	}
 }
 
 // TestDescribe: what an operator reads about a keyslot and a key.
 func TestDescribe(t *testing.T) {
-	for want, key := range map[string]keyName{`key "kek" of`: {Label: "kek", ID: hexID{1}}, "key 01ff of": {ID: hexID{1, 0xff}}} {
-		d := slotData{Form: form1, Mechanism: mechKWP, Key: key, Ciphertext: make([]byte, 40)}
-		if got := Describe(must[seal.Slot](t)(d.slot())); !strings.HasPrefix(got, want) {
+	for want, key := range map[string]keyslot.KeyName{`key "kek" of`: {Label: "kek", ID: keyslot.HexID{1}}, "key 01ff of": {ID: keyslot.HexID{1, 0xff}}} {
+		d := keyslot.Data{Form: keyslot.Form1, Mechanism: keyslot.MechKWP, Key: key, Ciphertext: make([]byte, 40)}
+		if got := Describe(must[seal.Slot](t)(d.Slot())); !strings.HasPrefix(got, want) {
 			t.Errorf("%q, want %s", got, want)
 		}
 	}
 	if got := Describe(seal.Slot{Type: seal.TypePKCS11, Data: []byte("{}")}); got != "unreadable" {
 		t.Errorf("%q", got)
 	}
-	if got := fmt.Sprint(keyMatch{label: "kek", id: []byte{1, 2}, class: classSecret}); got != `type=secret-key, label "kek", id 0102` {
+	if got := fmt.Sprint(keyMatch{label: "kek", id: []byte{1, 2}, class: keyslot.ClassSecret}); got != `type=secret-key, label "kek", id 0102` {
 		t.Error(got)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/beezy-dev/kleidi/hsm/internal/keyslot"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -78,7 +79,7 @@ func (w *Wrapper) WrapLike(ctx context.Context, kek *seal.Secret, like seal.Slot
 	return w.wrap(ctx, kek, d)
 }
 
-func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, like *slotData) (seal.Slot, error) {
+func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, like *keyslot.Data) (seal.Slot, error) {
 	copied, err := w.copyOf(kek)
 	if err != nil {
 		return seal.Slot{}, err
@@ -87,7 +88,7 @@ func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, like *slotData) (s
 	if err != nil {
 		return seal.Slot{}, w.withName("wrap", err)
 	}
-	return d.slot()
+	return d.Slot()
 }
 
 // copyOf returns a copy of kek. A call into a module can outlast ctx; without a copy, the
@@ -97,7 +98,7 @@ func (w *Wrapper) copyOf(kek *seal.Secret) (*seal.Secret, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = errors.New("wrap with PKCS#11: no KEK to wrap: it is closed or of another size")
+	err = errors.New("wrap with PKCS#11: no KEK to wrap: it is closed or has the wrong size")
 	kek.With(func(b []byte) {
 		if len(b) == seal.KEKSize {
 			copied.With(func(c []byte) { copy(c, b) })
@@ -125,8 +126,8 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 }
 
 // parse parses a slot that may be this wrapper's.
-func (w *Wrapper) parse(slot seal.Slot) (*slotData, error) {
-	d, err := parseSlot(slot)
+func (w *Wrapper) parse(slot seal.Slot) (*keyslot.Data, error) {
+	d, err := keyslot.Parse(slot)
 	if err == nil && !w.target.key.mayMatch(d.Key) {
 		return nil, seal.ErrNotMine
 	}
@@ -147,7 +148,7 @@ func (w *Wrapper) withName(operation string, err error) error {
 		return &seal.Error{Cause: e.Cause, Hint: e.Hint, Err: fmt.Errorf("%s: %w", name, e.Err)}
 	}
 	return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("%s: %s: %w", name, operation, err),
-		Hint: "see whether the token is well (pkcs11-tool --module … --test), and docs/pkcs11.md; kleidi tries again by itself"}
+		Hint: "check whether the token works (pkcs11-tool --module … --test), and docs/pkcs11.md; kleidi tries again by itself"}
 }
 
 // GenerateKey makes the configured key: an AES-256 key that is private, sensitive and not

@@ -2,7 +2,7 @@
 
 package seal
 
-// Erase runs f. Built without GOEXPERIMENT=runtimesecret, it erases nothing: what f
-// leaves on the heap stays there until it is overwritten. The memory of the
-// process is locked and left out of core files; see docs/threat-model.md.
+// Erase runs f. Built without GOEXPERIMENT=runtimesecret, it erases nothing: whatever f
+// leaves on the heap stays there until it is overwritten. The memory of the process is
+// locked and left out of core files; see docs/threat-model.md.
 func Erase(f func()) { f() }

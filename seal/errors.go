@@ -50,7 +50,8 @@ const (
 	CauseKeyringMissing Cause = "keyring-missing"
 	// CauseKeyringCorrupt: the keyring does not parse, or its MAC does not verify.
 	CauseKeyringCorrupt Cause = "keyring-corrupt"
-	// CauseAnchor: the keyring is not the one that this node last trusted.
+	// CauseAnchor: the keyring contradicts the anchor, which names the keyring that this
+	// node last trusted.
 	CauseAnchor Cause = "anchor-mismatch"
 	// CauseNoSlot: the keyring holds no slot that a configured wrapper can open.
 	CauseNoSlot Cause = "no-slot"
@@ -58,9 +59,9 @@ const (
 	CauseMemory Cause = "memory-not-lockable"
 	// CauseStore: the keyring or the anchor could not be read or saved.
 	CauseStore Cause = "store-failed"
-	// CauseNodeRemoved: the shared keyring does not list this node any more.
+	// CauseNodeRemoved: the shared keyring no longer lists this node.
 	CauseNodeRemoved Cause = "node-removed"
-	// CauseForked: two shared keyrings of one cluster exist of which neither follows the
+	// CauseForked: two shared keyrings of one cluster exist, and neither follows the
 	// other.
 	CauseForked Cause = "forked"
 	// CauseStarting: the first attempt to unlock has not ended yet.
@@ -82,8 +83,9 @@ type Error struct {
 	Err error
 	// Hint tells the operator what to do next.
 	Hint string
-	// NoRecovery is the hint for a keyring that no recovery identity opens, if Hint sends the
-	// operator to one; see [Error.OrRecover] and [WithoutRecovery].
+	// NoRecovery is the hint to show in place of Hint if the keyring has no recovery slot
+	// and Hint advises the recovery identity; see [Error.OrRecover] and
+	// [WithoutRecovery].
 	NoRecovery string
 	// Permanent says that a further attempt fails too, until somebody changes the
 	// configuration or restarts the machine.
@@ -161,8 +163,8 @@ func SplitHint(err error) (message, hint string) {
 	return strings.TrimSuffix(message, "; "+e.Hint), e.Hint
 }
 
-// Caused returns err with a cause, and with what before its text. A hint of err's own
-// stays; otherwise it gets this one.
+// Caused returns err with a cause, and with what before its text. If err has a hint, that
+// hint stays; otherwise the result gets the given hint.
 func Caused(cause Cause, hint, what string, err error) *Error {
 	message, own := SplitHint(err)
 	if own != "" {
@@ -171,7 +173,7 @@ func Caused(cause Cause, hint, what string, err error) *Error {
 	return &Error{Cause: cause, Hint: hint, Err: fmt.Errorf("%s: %w", what, &reworded{message, err})}
 }
 
-// AddHint returns err with one more thing to do next, after the hint that it has.
+// AddHint returns err with one more thing to do next, after its present hint.
 func AddHint(err error, hint string) *Error {
 	_, former := SplitHint(err)
 	if former == "" {
@@ -184,8 +186,8 @@ func AddHint(err error, hint string) *Error {
 	return added
 }
 
-// WithHint returns err with another hint in the place of its own. Its cause stays,
-// and so do the errors in its chain.
+// WithHint returns err with this hint in place of its own. Its cause stays, and so
+// do the errors in its chain.
 func WithHint(err error, hint string) *Error {
 	message, _ := SplitHint(err)
 	return &Error{Cause: CauseOf(err), Hint: hint, Err: &reworded{message, err}}

@@ -107,8 +107,8 @@ func dropCapability(capability int) error {
 	return unix.Capset(&header, &sets[0])
 }
 
-// TestNoMemoryToLock: without memory that can be locked there is no Secret, unless
-// the configuration accepts that. Take zeroes its argument all the same.
+// TestNoMemoryToLock: without memory that can be locked there is no Secret, unless the
+// configuration accepts that. Take zeroes its argument in either case.
 func TestNoMemoryToLock(t *testing.T) {
 	withoutLockedMemory(t, func() {
 		plain := bytes.Repeat([]byte{7}, KEKSize)

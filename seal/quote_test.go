@@ -7,7 +7,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestQuote has a shell read what Quote makes.
+// TestQuote lets a shell read the output of Quote.
 func TestQuote(t *testing.T) {
 	for in, want := range map[string]string{
 		"/etc/kleidi/boot-policy.yaml": "/etc/kleidi/boot-policy.yaml",

@@ -13,10 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Memory allocates locked memory. The zero Memory fails where the kernel locks no
-// memory; production uses the zero Memory.
+// Memory allocates locked memory. The zero Memory fails if the kernel locks no memory;
+// production uses the zero Memory.
 type Memory struct {
-	// BestEffort allocates ordinary memory where the kernel locks none
+	// BestEffort allocates ordinary memory if the kernel locks none
 	// (memory.lock: best-effort).
 	BestEffort bool
 }
@@ -226,3 +226,6 @@ func (s *Secret) MarshalText() ([]byte, error) { return nil, errSecret }
 
 // MarshalBinary always fails, and so does gob, which calls it.
 func (s *Secret) MarshalBinary() ([]byte, error) { return nil, errSecret }
+
+// KEKSize is the size of a KEK in bytes.
+const KEKSize = 32

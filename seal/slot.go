@@ -7,9 +7,6 @@ import (
 	"fmt"
 )
 
-// KEKSize is the size of a KEK in bytes.
-const KEKSize = 32
-
 // ClusterID identifies a cluster: 16 random bytes, generated once by init.
 // Everything in a keyring is bound to its cluster ID.
 type ClusterID [16]byte

@@ -365,7 +365,7 @@ func TestManyOperations(t *testing.T) {
 	for range 200 {
 		n.Opens(n.Sealed(kek), kek)
 	}
-	for deadline := time.Now().Add(10 * time.Second); files(t) > before || runtime.NumGoroutine() > goroutines; runtime.Gosched() {
+	for deadline := time.Now().Add(2 * time.Minute); files(t) > before || runtime.NumGoroutine() > goroutines; runtime.Gosched() {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d files and %d goroutines, before %d and %d", files(t), runtime.NumGoroutine(), before, goroutines)
 		}

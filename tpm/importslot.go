@@ -15,26 +15,6 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
-// formImport is the form of a slot that another node made for this node's TPM, from
-// public data alone. Its terms are the same as those of a sealed slot. An attacker who
-// records such a slot and breaks ECDH on P-256 later learns the KEK. So a node seals
-// the KEK again on its own TPM once it has opened an import slot, and keeps no import
-// slot.
-const formImport = "import-v1"
-
-// importAttributes are the object attributes of an imported KEK. fixedTPM is clear,
-// because the object is made outside the TPM. The object still can't be moved on: TPM2
-// never duplicates an object without TPM2_PolicyDuplicationSelect in its authorization
-// policy.
-var importAttributes = tpm2.TPMAObject{NoDA: true, AdminWithPolicy: true}
-
-// EpochIndex is the NV index of a node's epoch counter. The code of this process
-// computes its Name and never takes it from that node.
-type EpochIndex interface {
-	Index() uint32
-	Name() []byte
-}
-
 // Peer is the TPM of another node, as the node's entry in the keyring describes it.
 type Peer struct {
 	Node  string
@@ -101,7 +81,7 @@ func (d *slotData) wrapImport(srkPublic []byte, kek *seal.Secret, digest []byte)
 	if err != nil {
 		return fmt.Errorf("storage root key: %w", err)
 	}
-	err = errors.New("no KEK to wrap: it is closed or of another size")
+	err = errors.New("no KEK to wrap: it is closed or has the wrong size")
 	defer seal.Collect() // the buffers that go-tpm marshalled
 	kek.With(func(b []byte) {
 		if len(b) == seal.KEKSize {

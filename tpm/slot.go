@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 	kjson "sigs.k8s.io/json"
 
 	"github.com/beezy-dev/kleidi/seal"
@@ -245,11 +246,11 @@ func (d *slotData) parse(counter Counter) error {
 	return checkPublic(d.public, attributes, digest)
 }
 
-// checkPublic refuses a sealed object of any other kind than kleidi makes.
+// checkPublic refuses a sealed object of a kind that kleidi does not make.
 func checkPublic(p *tpm2.TPMTPublic, attributes tpm2.TPMAObject, digest []byte) error {
 	switch {
 	case p.Type != tpm2.TPMAlgKeyedHash || p.NameAlg != tpm2.TPMAlgSHA256:
-		return fmt.Errorf("it is no sealed object")
+		return fmt.Errorf("it is not a sealed object")
 	case p.ObjectAttributes != attributes:
 		return fmt.Errorf("its object attributes are not those of a sealed KEK")
 	case !bytes.Equal(p.AuthPolicy.Buffer, digest):
@@ -295,3 +296,32 @@ func DemandOf(slot seal.Slot, counter Counter) (Demand, error) {
 	}
 	return Demand{State: *d.state, AtMost: d.Epoch.AtMost, EK: d.EK, SRK: d.SRK, Made: d.Made}, nil
 }
+
+// Counter is the node's epoch counter, see package nv.
+type Counter interface {
+	Index() uint32
+	Name() []byte
+	Read(transport.TPM, *keys.SRK) (uint64, error)
+	Ensure(transport.TPM, *keys.SRK) (uint64, error)
+	RaiseTo(t transport.TPM, srk *keys.SRK, value uint64) error
+}
+
+// EpochIndex is the NV index of a node's epoch counter. The code of this process
+// computes its Name and never takes it from that node.
+type EpochIndex interface {
+	Index() uint32
+	Name() []byte
+}
+
+// formImport is the form of a slot that another node made for this node's TPM, from
+// public data alone. Its terms are the same as those of a sealed slot. An attacker who
+// records such a slot and breaks ECDH on P-256 later learns the KEK. So a node seals
+// the KEK again on its own TPM once it has opened an import slot, and keeps no import
+// slot.
+const formImport = "import-v1"
+
+// importAttributes are the object attributes of an imported KEK. fixedTPM is clear,
+// because the object is made outside the TPM. The object still can't be moved on: TPM2
+// never duplicates an object without TPM2_PolicyDuplicationSelect in its authorization
+// policy.
+var importAttributes = tpm2.TPMAObject{NoDA: true, AdminWithPolicy: true}

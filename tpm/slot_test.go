@@ -166,7 +166,7 @@ func TestWeakObject(t *testing.T) {
 		"it can be locked out":  {func(p *tpm2.TPMTPublic) { p.ObjectAttributes.NoDA = false }, "object attributes"},
 		"no policy":             {func(p *tpm2.TPMTPublic) { p.AuthPolicy.Buffer = nil }, "authorization policy"},
 		"PCRs alone":            {func(p *tpm2.TPMTPublic) { p.AuthPolicy.Buffer = pcrsOnly }, "authorization policy"},
-		"SHA-384":               {func(p *tpm2.TPMTPublic) { p.NameAlg, p.AuthPolicy.Buffer = tpm2.TPMAlgSHA384, make([]byte, 48) }, "no sealed object"},
+		"SHA-384":               {func(p *tpm2.TPMTPublic) { p.NameAlg, p.AuthPolicy.Buffer = tpm2.TPMAlgSHA384, make([]byte, 48) }, "not a sealed object"},
 	} {
 		public, err := tpm2.Unmarshal[tpm2.TPMTPublic](genuine.Public)
 		if err != nil {
@@ -201,7 +201,7 @@ func TestObjectOfAnotherSize(t *testing.T) {
 	n.Refuses(d.slot(t, slot), seal.CauseSlotCorrupt, "it holds 16 bytes, want 32")
 }
 
-// createObject makes the TPM seal so many bytes below its storage root key.
+// createObject makes the TPM seal this many bytes below its storage root key.
 func createObject(n *node, public tpm2.TPMTPublic, size int) (pub, priv []byte) {
 	n.Helper()
 	n.Must(func(tp transport.TPM) error {

@@ -17,15 +17,6 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
-// Counter is the node's epoch counter, see package nv.
-type Counter interface {
-	Index() uint32
-	Name() []byte
-	Read(transport.TPM, *keys.SRK) (uint64, error)
-	Ensure(transport.TPM, *keys.SRK) (uint64, error)
-	RaiseTo(t transport.TPM, srk *keys.SRK, value uint64) error
-}
-
 // Config is the configuration of a Wrapper.
 type Config struct {
 	Device  *device.Device
@@ -164,7 +155,7 @@ func (w *Wrapper) wrap(ctx context.Context, kek *seal.Secret, state BootState, l
 	var size int
 	kek.With(func(b []byte) { size = len(b) })
 	if size != seal.KEKSize {
-		return seal.Slot{}, errors.New("wrap for the TPM: no KEK to wrap: it is closed or of another size")
+		return seal.Slot{}, errors.New("wrap for the TPM: no KEK to wrap: it is closed or has the wrong size")
 	}
 	if err := state.Check(); err != nil {
 		return seal.Slot{}, seal.Errorf(seal.CauseBootState, "choose other PCRs with tpm.pcrs", "this boot state can't be sealed to: %w", err)

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/vault/internal/client"
 )
 
 // keySettings are the settings of a Transit key.
@@ -48,8 +49,8 @@ func (w *Wrapper) Check(ctx context.Context, slot seal.Slot) (warnings []string,
 }
 
 func (s *session) check(ctx context.Context, path string, version int) ([]string, error) {
-	r := request{path: path, capability: "read"}
-	answer, err := s.call(ctx, r)
+	r := client.Request{Path: path, Capability: "read"}
+	answer, err := s.Call(ctx, r)
 	if forbidden(err) {
 		if _, err := s.capabilities(ctx, path); err != nil {
 			return nil, s.explain(ctx, r, err)
@@ -100,7 +101,7 @@ func (s *session) capabilities(ctx context.Context, path string) ([]string, erro
 	if err != nil {
 		return nil, err
 	}
-	answer, err := s.call(ctx, request{path: "sys/capabilities-self", body: body})
+	answer, err := s.Call(ctx, client.Request{Path: "sys/capabilities-self", Body: body})
 	if err != nil {
 		return nil, err
 	}

@@ -51,7 +51,7 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestCheckFails: settings that can't be read are no clean bill.
+// TestCheckFails: settings that can't be read are not reported as good.
 func TestCheckFails(t *testing.T) {
 	denied := at("transit/keys/kleidi", http.StatusForbidden, `{"errors":["permission denied"]}`)
 	w := newWrapper(t, newFake(t, func(w http.ResponseWriter, r *http.Request, n int) bool {

@@ -10,17 +10,12 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
-	"errors"
 	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
-
-	"github.com/beezy-dev/kleidi/seal"
 )
 
 // newFakeOfAnotherCA returns a file with the certificate of a CA that has issued no
@@ -114,110 +109,6 @@ func TestAllProblemsAtOnce(t *testing.T) {
 			t.Errorf("%v does not name %s", err, setting)
 		}
 	}
-}
-
-func TestCredentialFiles(t *testing.T) {
-	dir := t.TempDir()
-	file := filepath.Join(dir, "credential")
-	for name, row := range map[string]struct {
-		content string
-		mode    os.FileMode
-		allowed readers
-		says    string
-	}{
-		"sound":                {"abc\n", 0o600, ownerOnly, ""},
-		"read-only":            {"abc", 0o400, ownerOnly, ""},
-		"projected":            {"abc", 0o644, anyone, ""},
-		"readable to a group":  {"abc", 0o640, ownerOnly, "mode 0640 lets others read it"},
-		"writable to others":   {"abc", 0o602, ownerOnly, "mode 0602"},
-		"empty":                {"", 0o600, ownerOnly, "it is empty"},
-		"an empty line":        {"\n", 0o600, ownerOnly, "not one line"},
-		"two lines":            {"abc\ndef\n", 0o600, ownerOnly, "not one line"},
-		"a header within":      {"abc\r\nX: y", 0o600, ownerOnly, "not one line"},
-		"no ASCII":             {"abc\xc3\xa9", 0o600, ownerOnly, "not one line"},
-		"as large as may be":   {strings.Repeat("a", maxCredential), 0o600, ownerOnly, ""},
-		"larger than may be":   {strings.Repeat("a", maxCredential+1), 0o600, ownerOnly, "at most 16384"},
-		"a secret is withheld": {"hunter2 hunter2", 0o600, ownerOnly, "not one line"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			_ = os.Remove(file)
-			if err := os.WriteFile(file, []byte(row.content), row.mode); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Chmod(file, row.mode); err != nil {
-				t.Fatal(err)
-			}
-			err := withCredential("auth.tokenFile", file, row.allowed, func(b []byte) error {
-				if string(b) != strings.TrimSpace(row.content) {
-					t.Errorf("read %q", b)
-				}
-				return nil
-			})
-			if row.says == "" {
-				if err != nil {
-					t.Error(err)
-				}
-				return
-			}
-			checkError(t, err, seal.CauseCredentials, nil, "vault.auth.tokenFile", file, row.says)
-			if strings.Contains(err.Error(), "hunter2") {
-				t.Errorf("the error holds the credential: %v", err)
-			}
-		})
-	}
-}
-
-// TestFilesThatOthersMayReplace: public data must be the operator's too, since a CA decides
-// whom kleidi speaks to.
-func TestFilesThatOthersMayReplace(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "open")
-	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, "ca.pem"), []byte("x"), 0o600)); err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range []struct {
-		path string
-		mode os.FileMode
-		says string
-	}{
-		{filepath.Join(dir, "ca.pem"), 0o664, "has mode 0664, so others can change it; chmod go-w "},
-		{dir, 0o777, "has mode 0777, so others can replace what is below it; chmod go-w "},
-	} {
-		info, err := os.Stat(c.path)
-		if err == nil {
-			err = os.Chmod(c.path, c.mode)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, err = roots(filepath.Join(dir, "ca.pem"))
-		checkError(t, err, seal.CauseCredentials, nil, "vault.caFile", c.path, c.says)
-		if err := os.Chmod(c.path, info.Mode()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if _, err := roots(filepath.Join(dir, "ca.pem")); !errors.Is(err, errNoCertificate) {
-		t.Errorf("nobody else may write it: %v", err)
-	}
-}
-
-func TestCredentialIsNoFile(t *testing.T) {
-	fifo := filepath.Join(t.TempDir(), "fifo")
-	if err := unix.Mkfifo(fifo, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for _, path := range []string{fifo, t.TempDir(), "/dev/zero", "/nowhere/at/all"} {
-		err := withCredential("auth.tokenFile", path, ownerOnly, func([]byte) error { return nil })
-		checkError(t, err, seal.CauseCredentials, nil, path)
-	}
-}
-
-func TestCAFile(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(file, []byte("no PEM"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	_, err := roots(file)
-	checkError(t, err, seal.CauseCredentials, errNoCertificate, "vault.caFile", file)
 }
 
 // TestObject: encoding/json decodes the bodies that object encodes.

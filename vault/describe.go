@@ -4,15 +4,16 @@ import (
 	"fmt"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/vault/internal/transitslot"
 )
 
 // Describe returns the Transit key that a slot names, in one line. It is untrusted.
 func Describe(slot seal.Slot) string {
-	d, err := parseSlot(slot)
+	d, err := transitslot.Parse(slot)
 	if err != nil {
 		return "unreadable"
 	}
-	v, err := version(d.Ciphertext)
+	v, err := transitslot.Version(d.Ciphertext)
 	if err != nil {
 		return "unreadable"
 	}

@@ -12,7 +12,7 @@
 // ignored.
 //
 // The KEK travels as base64 inside JSON inside TLS. The buffers of the connection belong
-// to this package, see wire, so that it can clear them. It can't clear buffers that
+// to vault/internal/client, so that it can clear them. It can't clear buffers that
 // crypto/tls replaced by larger ones, nor tokens and secret IDs, which are strings in the
 // client library.
 //

@@ -1,25 +1,21 @@
 package vault
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"slices"
-	"strings"
 	"syscall"
-	"time"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/vault/internal/client"
+	"github.com/beezy-dev/kleidi/vault/internal/transitslot"
 )
 
 // Refusals of the server, for errors.Is. Each comes in a [*seal.Error] with its cause and a
@@ -43,13 +39,12 @@ var (
 	ErrMountMissing = errors.New("nothing is mounted there")
 	// ErrTooOld says that the key's min_decryption_version is above the slot's version.
 	ErrTooOld = errors.New("the key's min_decryption_version is above the slot's version")
-	// ErrNotVault says that another program than Vault has answered.
+	// ErrNotVault says that a program other than Vault has answered.
 	ErrNotVault = errors.New("the answer is not Vault's")
 )
 
 const (
-	hintOtherKey   = "if the Transit key was deleted and made again, run kleidi slot rewrap NAME --new-key, or kleidi slot remove NAME and kleidi slot add vault; else " + hintRestore
-	hintRestore    = "run kleidi keyring restore --previous, or kleidi keyring restore BACKUP"
+	hintOtherKey   = "if the Transit key was deleted and made again, run kleidi slot rewrap NAME --new-key, or kleidi slot remove NAME and kleidi slot add vault; else " + transitslot.HintRestore
 	hintNotVault   = "set vault.address to Vault or OpenBao itself, not to a proxy or another service"
 	hintKeyMissing = "correct vault.key, or restore the key from a backup of the server"
 	hintPaths      = "correct vault.mount or vault.namespace, or enable the engine there"
@@ -58,8 +53,6 @@ const (
 // Texts of Vault and OpenBao by which answers with the same status differ. Whole texts are
 // compared, because other texts may quote parts of them.
 const (
-	textSealed       = "Vault is sealed"
-	textSealedBao    = "OpenBao is sealed"
 	textInvalidToken = "invalid token"
 	textDenied       = "permission denied"
 	textKeyMissing   = "encryption key not found"
@@ -72,38 +65,9 @@ const (
 	statusPerformanceStandby = 473
 )
 
-// refusal is an answer of the server with an error status.
-type refusal struct {
-	status     int
-	texts      []string
-	retryAfter time.Duration
-}
-
-func (r *refusal) Error() string { return fmt.Sprintf("status %d", r.status) }
-
-// lines returns the single errors of a refusal. It splits the lists of go-multierror:
-// "2 errors occurred:\n\t* permission denied\n\t* invalid token\n\n".
-func (r *refusal) lines() (all []string) {
-	for _, text := range r.texts {
-		if heading, list, ok := strings.Cut(text, " occurred:\n"); ok && strings.Contains(heading, "error") {
-			text = list
-		}
-		for line := range strings.Lines(text) {
-			if line = strings.TrimPrefix(strings.TrimSpace(line), "* "); line != "" {
-				all = append(all, line)
-			}
-		}
-	}
-	return all
-}
-
-func (r *refusal) hasLine(text string) bool { return slices.Contains(r.lines(), text) }
-
-func (r *refusal) sealed() bool { return r.hasLine(textSealed) || r.hasLine(textSealedBao) }
-
 // explain turns an error of call into a [*seal.Error].
-func (s *session) explain(ctx context.Context, r request, err error) error {
-	refused, ok := errors.AsType[*refusal](err)
+func (s *session) explain(ctx context.Context, r client.Request, err error) error {
+	refused, ok := errors.AsType[*client.Refusal](err)
 	if !ok {
 		return s.config.explainTransport(err)
 	}
@@ -111,81 +75,81 @@ func (s *session) explain(ctx context.Context, r request, err error) error {
 		return err
 	}
 	switch {
-	case refused.status == http.StatusForbidden:
+	case refused.Status == http.StatusForbidden:
 		return s.explainForbidden(ctx, r, refused)
-	case refused.hasLine(textKeyMissing):
-		return s.config.errorf(seal.CauseKeyMissing, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
-	case refused.status == http.StatusNotFound:
-		return s.config.errorf(seal.CauseUnavailable, hintPaths, "%s: %w", r.path, ErrMountMissing)
+	case refused.HasLine(textKeyMissing):
+		return s.config.errorf(seal.CauseKeyMissing, hintKeyMissing, "%s: %w", r.Path, ErrKeyMissing)
+	case refused.Status == http.StatusNotFound:
+		return s.config.errorf(seal.CauseUnavailable, hintPaths, "%s: %w", r.Path, ErrMountMissing)
 	}
 	return s.config.errorf(seal.CauseUnavailable, "see the server's log for the reason, and check that the Transit key can encrypt without a context",
-		"%s: %s", r.path, s.quote(refused))
+		"%s: %s", r.Path, s.Quote(refused))
 }
 
 // explainServer explains a refusal that any request may get. It returns nil for others.
-func (s *session) explainServer(r *refusal) error {
+func (s *session) explainServer(r *client.Refusal) error {
 	switch {
-	case r.sealed():
+	case r.Sealed():
 		return s.config.errorf(seal.CauseUnavailable, "unseal it; kleidi then opens by itself", "%w", ErrSealed)
-	case r.status == http.StatusTooManyRequests:
+	case r.Status == http.StatusTooManyRequests:
 		return s.config.errorf(seal.CauseUnavailable, "wait, or raise the quota of this path (sys/quotas/rate-limit)",
-			"%w: %s", ErrRateLimited, s.quote(r))
-	case r.status == statusRecoverySecondary, r.status == statusPerformanceStandby:
+			"%w: %s", ErrRateLimited, s.Quote(r))
+	case r.Status == statusRecoverySecondary, r.Status == statusPerformanceStandby:
 		return s.config.errorf(seal.CauseUnavailable, "set vault.address to the active server, or to a load balancer that knows it",
-			"%w (status %d)", ErrStandby, r.status)
-	case r.status == http.StatusRequestEntityTooLarge:
+			"%w (status %d)", ErrStandby, r.Status)
+	case r.Status == http.StatusRequestEntityTooLarge:
 		return s.config.errorf(seal.CauseUnavailable, "raise max_request_size of the server's listener", "it refuses the request as too large")
-	case r.status >= http.StatusInternalServerError:
-		return s.config.errorf(seal.CauseUnavailable, "see the server's log, or run the command again", "it failed: %s", s.quote(r))
+	case r.Status >= http.StatusInternalServerError:
+		return s.config.errorf(seal.CauseUnavailable, "see the server's log, or run the command again", "it failed: %s", s.Quote(r))
 	}
 	return nil
 }
 
 // explainForbidden asks the server which capability is missing. A valid token may ask for
 // its own capabilities.
-func (s *session) explainForbidden(ctx context.Context, r request, refused *refusal) error {
-	if refused.hasLine(textInvalidToken) {
-		return s.config.errorf(seal.CauseCredentials, s.config.Auth.renewHint(), "%s: %w", r.path, ErrToken)
+func (s *session) explainForbidden(ctx context.Context, r client.Request, refused *client.Refusal) error {
+	if refused.HasLine(textInvalidToken) {
+		return s.config.errorf(seal.CauseCredentials, s.config.Auth.renewHint(), "%s: %w", r.Path, ErrToken)
 	}
-	grant := fmt.Sprintf("grant it the capability %q on the path %q", r.capability, r.path)
-	capabilities, err := s.capabilities(ctx, r.path)
+	grant := fmt.Sprintf("grant it the capability %q on the path %q", r.Capability, r.Path)
+	capabilities, err := s.capabilities(ctx, r.Path)
 	switch {
 	case forbidden(err):
 		return s.config.errorf(seal.CauseCredentials, grant+`, and "update" on "sys/capabilities-self"; or renew it, if it has expired`,
-			"%s: %w", r.path, ErrDenied)
-	case err != nil, !slices.Contains(capabilities, r.capability):
-		return s.config.errorf(seal.CauseCredentials, grant, "%s: %w", r.path, ErrDenied)
-	case r.path == s.config.Mount+"/encrypt/"+s.config.Key:
+			"%s: %w", r.Path, ErrDenied)
+	case err != nil, !slices.Contains(capabilities, r.Capability):
+		return s.config.errorf(seal.CauseCredentials, grant, "%s: %w", r.Path, ErrDenied)
+	case r.Path == s.config.Mount+"/encrypt/"+s.config.Key:
 		// if the key doesn't exist, Vault demands the capability create, not update
-		return s.config.errorf(seal.CauseKeyMissing, hintKeyMissing, "%s: %w", r.path, ErrKeyMissing)
+		return s.config.errorf(seal.CauseKeyMissing, hintKeyMissing, "%s: %w", r.Path, ErrKeyMissing)
 	}
 	return s.config.errorf(seal.CauseCredentials, "see the server's audit log; the token has the capability, so another rule (MFA, control group) forbids it",
-		"%s: %w", r.path, ErrDenied)
+		"%s: %w", r.Path, ErrDenied)
 }
 
 func forbidden(err error) bool {
-	r, ok := errors.AsType[*refusal](err)
-	return ok && r.status == http.StatusForbidden
+	r, ok := errors.AsType[*client.Refusal](err)
+	return ok && r.Status == http.StatusForbidden
 }
 
 // explainLogin turns an error of a login into a [*seal.Error].
-func (s *session) explainLogin(r request, err error) error {
-	refused, ok := errors.AsType[*refusal](err)
+func (s *session) explainLogin(r client.Request, err error) error {
+	refused, ok := errors.AsType[*client.Refusal](err)
 	if !ok {
 		return s.config.explainTransport(err)
 	}
 	if err := s.explainServer(refused); err != nil {
 		return err
 	}
-	if refused.status == http.StatusNotFound {
+	if refused.Status == http.StatusNotFound {
 		return s.config.errorf(seal.CauseCredentials, "correct vault.auth.mount or vault.namespace, or enable the auth method there",
-			"%s: %w", r.path, ErrMountMissing)
+			"%s: %w", r.Path, ErrMountMissing)
 	}
 	hint := s.config.Auth.renewHint()
-	if refused.hasLine(textDenied) {
+	if refused.HasLine(textDenied) {
 		hint += ", and that vault.auth.mount is right" // Vault answers the same for a missing mount
 	}
-	return s.config.errorf(seal.CauseCredentials, hint, "%s: %w: %s", r.path, ErrLogin, s.quote(refused))
+	return s.config.errorf(seal.CauseCredentials, hint, "%s: %w: %s", r.Path, ErrLogin, s.Quote(refused))
 }
 
 // renewHint returns the remedy for refused credentials.
@@ -206,69 +170,9 @@ func (a Auth) renewHint() string {
 	return "check that vault.auth.role admits this token's issuer, audience and subject, and that it has not expired"
 }
 
-// maxQuoted is the maximum size of a quotation of an answer in bytes.
-const maxQuoted = 200
-
-// quote returns the status and the text of a refusal. It leaves out a text that repeats a
-// secret.
-func (s *session) quote(r *refusal) string {
-	text := strings.Join(r.lines(), "; ")
-	for _, secret := range s.secrets {
-		if repeats(text, secret) {
-			return fmt.Sprintf("status %d (its text is withheld, because it repeats a secret)", r.status)
-		}
-	}
-	if text == "" {
-		return fmt.Sprintf("status %d", r.status)
-	}
-	if len(text) > maxQuoted {
-		text = text[:maxQuoted] + "…"
-	}
-	return fmt.Sprintf("status %d, %q", r.status, text)
-}
-
-// repeats reports whether text holds secret, in plain, quoted, or in the encodings that
-// servers and loggers use.
-func repeats(text string, secret []byte) (found bool) {
-	if len(secret) == 0 {
-		return false
-	}
-	seal.Erase(func() { // the forms are copies
-		b := []byte(text)
-		found = bytes.Contains(unquoted(b), unquoted(secret)) ||
-			bytes.Contains(bytes.ToLower(b), []byte(hex.EncodeToString(secret))) ||
-			bytes.Contains(b, []byte(base64.RawStdEncoding.EncodeToString(secret))) ||
-			bytes.Contains(b, []byte(base64.RawURLEncoding.EncodeToString(secret)))
-	})
-	return found
-}
-
-// unquoted removes the characters that quoting adds, however often b was quoted.
-func unquoted(b []byte) []byte {
-	return bytes.Map(func(r rune) rune {
-		if r == '\\' || r == '"' {
-			return -1
-		}
-		return r
-	}, b)
-}
-
 // errorf returns an error whose text begins with the address of the server.
 func (c Config) errorf(cause seal.Cause, hint, format string, args ...any) error {
 	return seal.Errorf(cause, hint, "vault: "+c.Address+": "+format, args...)
-}
-
-// temporary reports whether a failure of the transport may be over at the next try. A
-// refused connection is not temporary: a server takes longer to start than the retries.
-func temporary(err error) bool {
-	if e, ok := errors.AsType[*notVault](err); ok {
-		return e.status >= http.StatusInternalServerError || e.status == http.StatusTooManyRequests
-	}
-	return brokeOff(err)
-}
-
-func brokeOff(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // explainTransport turns a failure of the transport into a [*seal.Error].
@@ -285,12 +189,12 @@ func (c Config) explainTransport(err error) error {
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		return c.errorf(seal.CauseUnavailable, "check that it is up and reachable from here, or raise vault.timeout",
 			"no answer within %s: %w", c.Timeout, context.DeadlineExceeded)
-	case errors.Is(err, errOversized), errors.Is(err, errHeaders):
+	case errors.Is(err, client.ErrOversized), errors.Is(err, client.ErrHeaders):
 		return c.errorf(seal.CauseUnavailable, hintNotVault, "%w: %w", ErrNotVault, err)
-	case errors.Is(err, errRedirect), errors.Is(err, errRedirects):
+	case errors.Is(err, client.ErrRedirect), errors.Is(err, client.ErrRedirects):
 		return c.errorf(seal.CauseUnavailable, "set vault.address to the active server, or correct api_addr of the servers", "%w: %w", ErrStandby, err)
 	}
-	if e, ok := errors.AsType[*notVault](err); ok {
+	if e, ok := errors.AsType[*client.NotVault](err); ok {
 		return c.errorf(seal.CauseUnavailable, hintNotVault, "%w: %w", ErrNotVault, e)
 	}
 	if err := c.explainTLS(err); err != nil {
@@ -321,8 +225,8 @@ func (c Config) explainTLS(err error) error {
 		}
 		return c.errorf(cause, "check the TLS settings of the server's listener", "it refuses the TLS connection: %w", e.Err)
 	}
-	if e, ok := errors.AsType[*handshakeError](err); ok && !brokeOff(err) {
-		return c.errorf(cause, "check the TLS settings of the server's listener", "TLS: %w", shortened{e.err})
+	if e, ok := errors.AsType[*client.HandshakeError](err); ok && !client.BrokeOff(err) {
+		return c.errorf(cause, "check the TLS settings of the server's listener", "TLS: %w", shortened{e.Err})
 	}
 	return nil
 }
@@ -338,7 +242,7 @@ func (c Config) explainNetwork(err error) error {
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
 		return c.errorf(cause, "check the network and the firewalls between this machine and the server", "%w", shortened{err})
 	}
-	if brokeOff(err) {
+	if client.BrokeOff(err) {
 		return c.errorf(cause, "check that it is up, and that nothing in between ends connections", "the connection breaks off: %w", shortened{err})
 	}
 	return c.errorf(cause, "check that it is up, and run the command again", "%w", shortened{err})
@@ -349,8 +253,8 @@ type shortened struct{ err error }
 
 func (s shortened) Error() string {
 	text := s.err.Error()
-	if len(text) > maxQuoted {
-		text = text[:maxQuoted] + "…"
+	if len(text) > client.MaxQuoted {
+		text = text[:client.MaxQuoted] + "…"
 	}
 	return text
 }

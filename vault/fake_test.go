@@ -97,7 +97,7 @@ func (f *fake) config() Config {
 			f.t.Fatal(err)
 		}
 	}
-	return Config{Address: f.URL, Key: "kleidi", CAFile: filepath.Join(dir, "ca.pem"), Timeout: 5 * time.Second,
+	return Config{Address: f.URL, Key: "kleidi", CAFile: filepath.Join(dir, "ca.pem"), Timeout: 30 * time.Second,
 		Auth: Auth{Method: MethodAppRole, RoleID: fakeRoleID, SecretIDFile: filepath.Join(dir, "secret-id")}}
 }
 

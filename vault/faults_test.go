@@ -14,6 +14,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/sealtest"
+	"github.com/beezy-dev/kleidi/vault/internal/client"
 )
 
 func isError(err, target error) bool { return errors.Is(err, target) }
@@ -78,7 +79,7 @@ func TestAnswers(t *testing.T) {
 		"no JSON":                 {at(encrypt, 200, `{"data":`), seal.CauseUnavailable, ErrNotVault, "malformed JSON"},
 		"no ciphertext":           {at(encrypt, 200, `{"data":{"ciphertext":"plain"}}`), seal.CauseUnavailable, nil, "holds no ciphertext"},
 		"a huge ciphertext":       {at(encrypt, 200, `{"data":{"ciphertext":"vault:v1:`+strings.Repeat("A", 5000)+`"}}`), seal.CauseUnavailable, nil, "at most 4096"},
-		"a huge answer":           {at(encrypt, 200, strings.Repeat(" ", maxAnswer+1)), seal.CauseUnavailable, ErrNotVault, "more than 65536 bytes"},
+		"a huge answer":           {at(encrypt, 200, strings.Repeat(" ", client.MaxAnswer+1)), seal.CauseUnavailable, ErrNotVault, "more than 65536 bytes"},
 		"a huge refusal":          {at(encrypt, 400, `{"errors":["`+strings.Repeat("no ", 9000)+`"]}`), seal.CauseUnavailable, nil, "…"},
 		"huge headers": {func(w http.ResponseWriter, _ *http.Request, _ int) bool {
 			w.Header().Set("X-Large", strings.Repeat("a", 1<<20))

@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/vault/internal/client"
+	"github.com/beezy-dev/kleidi/vault/internal/credfile"
 )
 
 // login logs in, so that the session has a token.
@@ -20,8 +22,8 @@ func (w *Wrapper) login(ctx context.Context, s *session) error {
 	a := w.config.Auth
 	switch a.Method {
 	case MethodToken:
-		return withCredential("auth.tokenFile", a.TokenFile, ownerOnly, func(token []byte) error {
-			s.useToken(string(token))
+		return credfile.With("auth.tokenFile", a.TokenFile, credfile.OwnerOnly, func(token []byte) error {
+			s.UseToken(string(token))
 			return nil
 		})
 	case MethodAppRole:
@@ -29,9 +31,9 @@ func (w *Wrapper) login(ctx context.Context, s *session) error {
 			return s.loginWith(ctx, field{"role_id", []byte(a.RoleID), false}, field{"secret_id", id, true})
 		})
 	case MethodKubernetes:
-		return s.loginWithJWT(ctx, anyone)
+		return s.loginWithJWT(ctx, credfile.Anyone)
 	case MethodJWT:
-		return s.loginWithJWT(ctx, ownerOnly)
+		return s.loginWithJWT(ctx, credfile.OwnerOnly)
 	}
 	if a.Role == "" {
 		return s.loginWith(ctx)
@@ -39,8 +41,8 @@ func (w *Wrapper) login(ctx context.Context, s *session) error {
 	return s.loginWith(ctx, field{"name", []byte(a.Role), false})
 }
 
-func (s *session) loginWithJWT(ctx context.Context, allowed readers) error {
-	return withCredential("auth.jwtFile", s.config.Auth.JWTFile, allowed, func(jwt []byte) error {
+func (s *session) loginWithJWT(ctx context.Context, allowed credfile.Readers) error {
+	return credfile.With("auth.jwtFile", s.config.Auth.JWTFile, allowed, func(jwt []byte) error {
 		return s.loginWith(ctx, field{"role", []byte(s.config.Auth.Role), false}, field{"jwt", jwt, true})
 	})
 }
@@ -81,11 +83,11 @@ func (s *session) loginWith(ctx context.Context, fields ...field) error {
 	defer clear(body)
 	for _, f := range fields {
 		if f.secret {
-			s.secrets = append(s.secrets, bytes.Clone(f.value))
+			s.Withhold(bytes.Clone(f.value))
 		}
 	}
-	r := request{path: "auth/" + s.config.Auth.Mount + "/login", body: body}
-	answer, err := s.call(ctx, r)
+	r := client.Request{Path: "auth/" + s.config.Auth.Mount + "/login", Body: body}
+	answer, err := s.Call(ctx, r)
 	if err != nil {
 		return s.explainLogin(r, err)
 	}
@@ -97,9 +99,9 @@ func (s *session) loginWith(ctx context.Context, fields ...field) error {
 	err = json.Unmarshal(answer, &parsed)
 	token := parsed.Auth.ClientToken
 	if err != nil || token == "" || strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		return s.config.errorf(seal.CauseUnavailable, hintNotVault, "%s: %w: it holds no token", r.path, ErrNotVault)
+		return s.config.errorf(seal.CauseUnavailable, hintNotVault, "%s: %w: it holds no token", r.Path, ErrNotVault)
 	}
-	s.useToken(token)
+	s.UseToken(token)
 	s.revoke = true
 	return nil
 }
@@ -107,7 +109,7 @@ func (s *session) loginWith(ctx context.Context, fields ...field) error {
 // withSecretID calls use with AppRole's secret ID.
 func (w *Wrapper) withSecretID(ctx context.Context, s *session, use func(id []byte) error) error {
 	a := w.config.Auth
-	return withCredential("auth.secretIDFile", a.SecretIDFile, ownerOnly, func(b []byte) error {
+	return credfile.With("auth.secretIDFile", a.SecretIDFile, credfile.OwnerOnly, func(b []byte) error {
 		if !a.SecretIDWrapped {
 			return use(b)
 		}
@@ -149,8 +151,8 @@ func (w *Wrapper) unwrapOnce(ctx context.Context, s *session, token []byte) ([]b
 	if id := w.cachedSecretID(digest); id != nil {
 		return id, nil
 	}
-	// If the caller goes away now, the secret ID must be cached all the same, because the
-	// server gives it out only once.
+	// If the caller goes away now, the secret ID must still be cached, because the server
+	// gives it out only once.
 	deadline, _ := ctx.Deadline() // withSession sets one
 	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
@@ -202,9 +204,9 @@ func (w *Wrapper) dropSecretID() {
 const hintWrapped = "put a new wrapping token there: each start of kleidi serve takes one, and so does each command that runs without kleidi serve; if none of your people used the last token, somebody else has the secret ID, so destroy that first"
 
 // unwrap unwraps a wrapping token. First it checks where the wrapped value was created: if
-// somebody replaced the token on its way, that is another path.
+// somebody replaced the token on its way, that path differs.
 func (s *session) unwrap(ctx context.Context, token []byte) (*seal.Secret, error) {
-	s.secrets = append(s.secrets, bytes.Clone(token))
+	s.Withhold(bytes.Clone(token))
 	refuse := func(format string, args ...any) error {
 		return s.config.errorf(seal.CauseCredentials, hintWrapped, "vault.auth.secretIDFile: "+format, args...)
 	}
@@ -228,8 +230,8 @@ func (s *session) unwrap(ctx context.Context, token []byte) (*seal.Secret, error
 		} `json:"data"`
 	}
 	// The session has no token yet, so the wrapping token authenticates the request
-	s.useToken(string(token))
-	defer s.client.ClearToken()
+	s.UseToken(string(token))
+	defer s.ClearToken()
 	if err := s.unwrapStep(ctx, "sys/wrapping/unwrap", []byte("{}"), &answer, refuse); err != nil {
 		return nil, err
 	}
@@ -241,12 +243,12 @@ func (s *session) unwrap(ctx context.Context, token []byte) (*seal.Secret, error
 }
 
 func (s *session) unwrapStep(ctx context.Context, path string, body []byte, into any, refuse func(string, ...any) error) error {
-	answer, err := s.call(ctx, request{path: path, body: body})
-	if r, ok := errors.AsType[*refusal](err); ok {
+	answer, err := s.Call(ctx, client.Request{Path: path, Body: body})
+	if r, ok := errors.AsType[*client.Refusal](err); ok {
 		if err := s.explainServer(r); err != nil {
 			return err
 		}
-		return refuse("%s: %w: %s", path, ErrLogin, s.quote(r))
+		return refuse("%s: %w: %s", path, ErrLogin, s.Quote(r))
 	}
 	if err != nil {
 		return s.config.explainTransport(err)
@@ -284,11 +286,11 @@ func keyFailure(err error) error {
 }
 
 func (a Auth) readCertificate() (*tls.Certificate, error) {
-	chain, err := readFile("auth.certFile", a.CertFile, maxPEM, anyone)
+	chain, err := credfile.Read("auth.certFile", a.CertFile, credfile.MaxPEM, credfile.Anyone)
 	if err != nil {
 		return nil, err
 	}
-	key, err := readFile("auth.keyFile", a.KeyFile, maxCredential, ownerOnly)
+	key, err := credfile.Read("auth.keyFile", a.KeyFile, credfile.MaxCredential, credfile.OwnerOnly)
 	if err != nil {
 		return nil, err
 	}

@@ -9,7 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestRewrap: the server rewraps, of this wrapper's own slots only.
+// TestRewrap: the server rewraps this wrapper's own slots and no others.
 func TestRewrap(t *testing.T) {
 	var sent string
 	f := newFake(t, func(w http.ResponseWriter, r *http.Request, n int) bool {

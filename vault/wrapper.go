@@ -9,6 +9,8 @@ import (
 	"sync"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/vault/internal/client"
+	"github.com/beezy-dev/kleidi/vault/internal/transitslot"
 )
 
 // Wrapper wraps KEKs with a Transit key. It implements [seal.Wrapper].
@@ -71,12 +73,12 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (slot seal.Slot, e
 		body = append(body, `"}`...)
 	})
 	if len(body) == 0 {
-		return slot, errors.New("vault: no KEK to wrap: it is closed or of another size")
+		return slot, errors.New("vault: no KEK to wrap: it is closed or has the wrong size")
 	}
-	defer seal.Collect() // the copies of the KEK that crypto/tls leaves, see wire.exchange
+	defer seal.Collect() // the copies of the KEK that crypto/tls leaves, see vault/internal/client
 	err = w.withSession(ctx, func(ctx context.Context, s *session) error {
-		s.secrets = append(s.secrets, body[len(`{"plaintext":"`):len(body)-len(`"}`)])
-		slot, err = s.transit(ctx, request{w.path("encrypt"), body, "update"})
+		s.Withhold(body[len(`{"plaintext":"`) : len(body)-len(`"}`)])
+		slot, err = s.transit(ctx, client.Request{Path: w.path("encrypt"), Body: body, Capability: "update"})
 		return err
 	})
 	return slot, err
@@ -99,15 +101,15 @@ func (w *Wrapper) Rewrap(ctx context.Context, slot seal.Slot) (rewrapped seal.Sl
 		return seal.Slot{}, err
 	}
 	err = w.withSession(ctx, func(ctx context.Context, s *session) error {
-		rewrapped, err = s.transit(ctx, request{w.path("rewrap"), object(field{"ciphertext", []byte(ciphertext), false}), "update"})
+		rewrapped, err = s.transit(ctx, client.Request{Path: w.path("rewrap"), Body: object(field{"ciphertext", []byte(ciphertext), false}), Capability: "update"})
 		return err
 	})
 	return rewrapped, err
 }
 
 // transit sends a request whose answer is a ciphertext, and returns its slot.
-func (s *session) transit(ctx context.Context, r request) (seal.Slot, error) {
-	answer, err := s.call(ctx, r)
+func (s *session) transit(ctx context.Context, r client.Request) (seal.Slot, error) {
+	answer, err := s.Call(ctx, r)
 	if err != nil {
 		return seal.Slot{}, s.explainCiphertext(ctx, r, err)
 	}
@@ -117,7 +119,7 @@ func (s *session) transit(ctx context.Context, r request) (seal.Slot, error) {
 		} `json:"data"`
 	}
 	if err := json.Unmarshal(answer, &parsed); err != nil {
-		return seal.Slot{}, s.config.errorf(seal.CauseUnavailable, hintNotVault, "%s: %w: malformed JSON", r.path, ErrNotVault)
+		return seal.Slot{}, s.config.errorf(seal.CauseUnavailable, hintNotVault, "%s: %w: malformed JSON", r.Path, ErrNotVault)
 	}
 	return s.config.slot(parsed.Data.Ciphertext)
 }
@@ -129,14 +131,14 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (kek *seal.Secret,
 		return nil, err
 	}
 	err = w.withSession(ctx, func(ctx context.Context, s *session) error {
-		kek, err = s.decrypt(ctx, request{w.path("decrypt"), object(field{"ciphertext", []byte(ciphertext), false}), "update"})
+		kek, err = s.decrypt(ctx, client.Request{Path: w.path("decrypt"), Body: object(field{"ciphertext", []byte(ciphertext), false}), Capability: "update"})
 		return err
 	})
 	return kek, err
 }
 
-func (s *session) decrypt(ctx context.Context, r request) (kek *seal.Secret, err error) {
-	answer, err := s.call(ctx, r)
+func (s *session) decrypt(ctx context.Context, r client.Request) (kek *seal.Secret, err error) {
+	answer, err := s.Call(ctx, r)
 	if err != nil {
 		return nil, s.explainCiphertext(ctx, r, err)
 	}
@@ -150,24 +152,24 @@ func (s *session) decrypt(ctx context.Context, r request) (kek *seal.Secret, err
 	plain := parsed.Data.Plaintext
 	defer func() { clear(plain[:cap(plain)]) }()
 	if err != nil {
-		return nil, s.config.errorf(seal.CauseUnavailable, hintNotVault, "%s: %w: malformed JSON", r.path, ErrNotVault)
+		return nil, s.config.errorf(seal.CauseUnavailable, hintNotVault, "%s: %w: malformed JSON", r.Path, ErrNotVault)
 	}
 	if len(plain) != seal.KEKSize {
-		return nil, corrupt(errors.New("it holds no KEK"))
+		return nil, transitslot.Corrupt(errors.New("it holds no KEK"))
 	}
 	return s.config.Memory.Take(plain)
 }
 
 // explainCiphertext turns an error of call into a [*seal.Error], for a request with the
 // ciphertext of a slot. The server may refuse that ciphertext.
-func (s *session) explainCiphertext(ctx context.Context, r request, err error) error {
-	refused, ok := errors.AsType[*refusal](err)
-	if !ok || refused.status != http.StatusBadRequest || refused.hasLine(textKeyMissing) || r.path == s.config.Mount+"/encrypt/"+s.config.Key {
+func (s *session) explainCiphertext(ctx context.Context, r client.Request, err error) error {
+	refused, ok := errors.AsType[*client.Refusal](err)
+	if !ok || refused.Status != http.StatusBadRequest || refused.HasLine(textKeyMissing) || r.Path == s.config.Mount+"/encrypt/"+s.config.Key {
 		return s.explain(ctx, r, err)
 	}
-	if refused.hasLine(textTooOld) {
+	if refused.HasLine(textTooOld) {
 		return s.config.errorf(seal.CauseUnavailable, "lower min_decryption_version of the Transit key, then run kleidi slot rewrap NAME",
-			"%s: %w", r.path, ErrTooOld)
+			"%s: %w", r.Path, ErrTooOld)
 	}
-	return seal.Errorf(seal.CauseSlotCorrupt, hintOtherKey, "vault slot: the server can't decrypt it: %s", s.quote(refused))
+	return seal.Errorf(seal.CauseSlotCorrupt, hintOtherKey, "vault slot: the server can't decrypt it: %s", s.Quote(refused))
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
@@ -11,10 +10,10 @@ import (
 	"github.com/beezy-dev/kleidi/internal/inspect"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
-	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
 func newBootPolicy(a *app) *cobra.Command {
@@ -78,6 +77,8 @@ func newPolicyShow(a *app) *cobra.Command {
 	}
 }
 
+// newPolicyCheck returns the verb bootpolicy check. A refused boot is printed with its
+// findings, and then fails with exit code 1, so that a script need not read them.
 func newPolicyCheck(a *app) *cobra.Command {
 	var policy, values, evidence, nonce string
 	var logs attest.Logs
@@ -102,13 +103,13 @@ the command believes the log: that serves to test a boot policy, and proves noth
 				if err != nil {
 					return err
 				}
-				shown, v, show = judged, judged.Verdict, func(w io.Writer) { printEvidence(w, judged) }
+				shown, v, show = judged, judged.Verdict, func(w io.Writer) { text.Evidence(w, judged) }
 			} else {
 				var err error
 				if v, err = inspect.JudgeLog(policy, logs, values); err != nil {
 					return err
 				}
-				shown, show = v, func(w io.Writer) { printVerdict(w, v, values == "") }
+				shown, show = v, func(w io.Writer) { text.Verdict(w, v, values == "") }
 			}
 			err := a.show(cmd.OutOrStdout(), shown, show)
 			if err == nil && !v.Accepted {
@@ -132,25 +133,6 @@ the command believes the log: that serves to test a boot policy, and proves noth
 	return cmd
 }
 
-func printVerdict(w io.Writer, v *bootpolicy.Verdict, claimed bool) {
-	switch {
-	case v.Accepted && claimed:
-		fmt.Fprintln(w, "accepted, if the log tells the truth: no PCR values were given with --pcrs")
-	case v.Accepted:
-		fmt.Fprintln(w, "accepted")
-	}
-	printFindings(w, v)
-}
-
-func printFindings(w io.Writer, v *bootpolicy.Verdict) {
-	for _, f := range v.Findings {
-		fmt.Fprintln(w, "-", f)
-	}
-	if v.More > 0 {
-		fmt.Fprintf(w, "- and %d more\n", v.More)
-	}
-}
-
 func newPolicyDiff(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "diff A B",
@@ -171,7 +153,7 @@ func newPolicyDiff(a *app) *cobra.Command {
 					fmt.Fprintln(w, c)
 				}
 				if len(changes) == 0 {
-					fmt.Fprintln(w, "they demand the same")
+					fmt.Fprintln(w, "both policies demand the same")
 				}
 			})
 		},
@@ -202,23 +184,10 @@ line; "claimed" means that only the log says so.`,
 				return files.HintRoot(err)
 			}
 			rows := bootpolicy.Explain(log, cfg.Bank())
-			return a.show(cmd.OutOrStdout(), shownLog{cfg.TPM.Bank, rows}, func(w io.Writer) { printEvents(w, rows) })
+			return a.show(cmd.OutOrStdout(), shownLog{cfg.TPM.Bank, rows}, func(w io.Writer) { text.Events(w, rows) })
 		},
 	}
 	cmd.Flags().StringVar(&logs.Firmware, "event-log", "", "a saved firmware event log (default: this machine's logs)")
 	cmd.Flags().StringVar(&logs.Userspace, "userspace-event-log", "", "systemd's log of the same boot, with --event-log")
 	return cmd
-}
-
-func printEvents(w io.Writer, rows []bootpolicy.Row) {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "EVENT\tPCR\tTYPE (CLAIMED)\tDIGEST\tBACKED BY\tWHAT")
-	for _, r := range rows {
-		pcr := fmt.Sprint(r.PCR)
-		if r.PCR == eventlog.NoPCR {
-			pcr = "-"
-		}
-		fmt.Fprintf(t, "%d\t%s\t%s\t%s\t%s\t%s\n", r.Event, pcr, r.UntrustedType, r.Short(), r.Backed, r.What)
-	}
-	_ = t.Flush()
 }

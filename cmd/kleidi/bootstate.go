@@ -5,20 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"slices"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/inspect"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
-	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
 // The paths at which systemd puts the files of a UKI.
@@ -135,24 +133,12 @@ states in the running UKI.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().StringVar(&key, "public-key", "", "the key that signed, in PEM (openssl pkey -pubout)")
 	cmd.Flags().BoolVar(&systemd, "systemd", false, "use "+systemdStates+" and "+systemdKey)
 	return cmd
-}
-
-// stateReport is one signed boot state in the output of list.
-type stateReport struct {
-	File       string `json:"file"`
-	Key        string `json:"key"`
-	Generation uint64 `json:"generation"`
-	Bank       string `json:"bank"`
-	PCRs       []int  `json:"pcrs"`
-	What       string `json:"what,omitempty"`
-	// Counts says whether a slot exists for the key and generation.
-	Counts bool `json:"counts"`
 }
 
 func newStateList(a *app) *cobra.Command {
@@ -169,57 +155,13 @@ func newStateList(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			states, err := listStates(append([]string{cfg.BootStates()}, cfg.TPM.BootStates...), r)
+			states, err := inspect.ListStates(append([]string{cfg.BootStates()}, cfg.TPM.BootStates...), r)
 			if err != nil {
 				return files.HintRoot(fmt.Errorf("list: %w", err))
 			}
-			return a.show(cmd.OutOrStdout(), states, func(w io.Writer) { printStates(w, states) })
+			return a.show(cmd.OutOrStdout(), states, func(w io.Writer) { text.BootStates(w, states) })
 		},
 	}
-}
-
-func listStates(paths []string, r admin.StatusReport) ([]stateReport, error) {
-	cluster, err := seal.ParseClusterID(r.ClusterID)
-	if err != nil {
-		return nil, seal.Errorf("", "run kleidi init first", "there is no keyring")
-	}
-	states := []stateReport{}
-	for _, path := range paths {
-		f, err := files.ReadBootStates(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", path, err)
-		}
-		for _, s := range f.States() {
-			g, known := slotview.Generation(cluster, s.Ref)
-			e := stateReport{File: path, Key: hex.EncodeToString(s.KeyFingerprint[:]), Generation: g, Bank: eventlog.BankName(s.Bank), PCRs: s.PCRs, What: s.What}
-			e.Counts = known && slices.ContainsFunc(r.Slots, func(slot admin.SlotReport) bool { return slot.Signer == e.Key && slot.Generation == g })
-			states = append(states, e)
-		}
-	}
-	return states, nil
-}
-
-func printStates(w io.Writer, states []stateReport) {
-	if len(states) == 0 {
-		fmt.Fprintln(w, "there are no signed boot states; see docs/updates.md")
-		return
-	}
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "KEY\tGENERATION\tPCRS\tA SLOT IS FOR IT\tFILE\tWHAT")
-	for _, s := range states {
-		g, slot := fmt.Sprint(s.Generation), "yes"
-		if s.Generation == 0 {
-			g = "-"
-		}
-		if !s.Counts {
-			slot = "no"
-		}
-		fmt.Fprintf(t, "%.16s\t%s\t%s (%s)\t%s\t%s\t%s\n", s.Key, g, slotview.JoinPCRs(s.PCRs), s.Bank, slot, s.File, s.What)
-	}
-	_ = t.Flush()
 }
 
 func newStateRevoke(a *app) *cobra.Command {
@@ -235,7 +177,7 @@ for a later generation, and add them.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 }

@@ -10,13 +10,14 @@ import (
 	"github.com/beezy-dev/kleidi/internal/carry"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 func newKeyringExport(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "export FILE",
-		Short: "Write what another node needs of this one to a new file",
+		Short: "Write this node's keyring and record to a new file",
 		Long: `Write the keyring that all nodes share, and this node's record, to a new file, for a node
 that has no access to the cluster store, or from such a node. Nothing in the file is
 secret. On the other node, kleidi keyring import reads it. The file is no backup: it
@@ -45,7 +46,7 @@ func newKeyringImport(a *app) *cobra.Command {
 	var trust string
 	cmd := &cobra.Command{
 		Use:   "import FILE",
-		Short: "Take what another node exported",
+		Short: "Take the keyring that another node exported",
 		Long: `Take what kleidi keyring export wrote on another node. This node takes the keyring only if
 it would take it from the cluster store: if it is newer, under the KEK that this node
 trusts or has acknowledged, and lists this node. A node with access to the cluster store
@@ -68,7 +69,7 @@ holds it.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "at the end of a fork: the current key ID of the keyring that is kept")
@@ -93,7 +94,7 @@ that somebody has planted. Whatever only that keyring holds is lost.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().BoolVar(&req.Discard, "discard", false, "take no KEK of the keyring in the store")

@@ -1,19 +1,15 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/url"
-	"os"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -62,7 +58,7 @@ run the command again: it leaves alone what works. docs/high-availability.md say
 				return files.HintRoot(fmt.Errorf("cluster setup: %w", err))
 			}
 			r.Configured = n.Config.Cluster.Kubeconfig != ""
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printClusterSetup(w, r, a.configFile()) })
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.ClusterSetup(w, r, a.configFile()) })
 		},
 	}
 	f := cmd.Flags()
@@ -85,48 +81,4 @@ func (a *app) configFile() string {
 		return a.configPath
 	}
 	return config.DefaultPath
-}
-
-func printClusterSetup(w io.Writer, r *clusteraccess.Result, configFile string) {
-	for _, c := range r.Changes {
-		fmt.Fprintf(w, "- %s\n", c)
-	}
-	if len(r.Changes) == 0 {
-		fmt.Fprintln(w, "nothing to do: the access works")
-	}
-	row(w, "user", r.User)
-	row(w, "server", r.Server)
-	key := r.Key + "  (in the TPM, of use to this machine alone)"
-	if !r.KeyInTPM {
-		key = r.Key + "  (a file: " + r.WhyFile + ")"
-	}
-	row(w, "key", key)
-	row(w, "certificate", fmt.Sprintf("%s  (until %s)", r.Certificate, r.NotAfter.Local().Format(time.DateTime)))
-	row(w, "kubeconfig", r.Kubeconfig)
-	fmt.Fprintf(w, "\nnext, as root:\n")
-	if !r.Configured {
-		if _, err := os.Stat(configFile); errors.Is(err, os.ErrNotExist) {
-			fmt.Fprintf(w, "  printf 'apiVersion: %s\\nkind: %s\\n' >> %s\n", config.APIVersion, config.Kind, seal.Quote(configFile))
-		}
-		fmt.Fprintf(w, "  printf 'cluster:\\n  kubeconfig: %%s\\n' %s >> %s\n", seal.Quote(r.Kubeconfig), seal.Quote(configFile))
-	}
-	fmt.Fprintf(w, "%s  systemctl restart kleidi\n", packetFilter(r.Server))
-}
-
-// packetFilter returns the commands that let the packets of kleidi's unit reach a server
-// on another address than the loopback's.
-func packetFilter(server string) string {
-	u, err := url.Parse(server)
-	if err != nil {
-		return ""
-	}
-	ip := net.ParseIP(u.Hostname())
-	switch {
-	case ip == nil && u.Hostname() != "localhost":
-		return "  # kleidi's unit reaches the loopback only: give the server's address with --server, or allow it with IPAddressAllow=\n"
-	case ip == nil || ip.IsLoopback():
-		return ""
-	}
-	const folder = "/etc/systemd/system/kleidi.service.d"
-	return fmt.Sprintf("  mkdir -p %s\n  printf '[Service]\\nIPAddressAllow=%s\\n' > %s/cluster.conf\n  systemctl daemon-reload\n", folder, ip, folder)
 }

@@ -12,9 +12,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// complete completes what the stored keyring names. It reads one file: a shell that waits
-// for a TPM at each press of a key would be worse than none. Without rights on the file there
-// is nothing to complete.
+// complete completes names in the stored keyring. It reads one file: completion that
+// waits for a TPM at each press of a key would be worse than none. Without rights on the
+// file, it completes nothing.
 func (a *app) complete(words func(*node.Node, *keyring.Untrusted) []string) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 		const none = cobra.ShellCompDirectiveNoFileComp
@@ -89,13 +89,13 @@ func (a *app) completeFlag(cmd *cobra.Command, flag string, words func(*node.Nod
 	_ = cmd.RegisterFlagCompletionFunc(flag, a.complete(words))
 }
 
-// completeOneOf completes a flag whose values are few.
+// completeOneOf completes a flag that has few values.
 func completeOneOf(cmd *cobra.Command, flag string, values ...string) {
 	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 }
 
-// completeArgument completes an argument, unless the verb takes no further one, with what
-// does not stand there already.
+// completeArgument completes an argument, unless the verb takes no further one. It leaves
+// out the words that are already on the command line.
 func (a *app) completeArgument(words func(*node.Node, *keyring.Untrusted) []string) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
 		if cmd.ValidateArgs(append(slices.Clone(args), "another")) != nil {

@@ -1,44 +1,63 @@
 package main
 
 import (
-	"errors"
-	"fmt"
-	"io"
+	"cmp"
+	"os"
 
 	"github.com/spf13/cobra"
 
-	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/clusteraccess"
+	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/doctor"
+	"github.com/beezy-dev/kleidi/internal/doctor/bundle"
+	"github.com/beezy-dev/kleidi/internal/doctor/gather"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/kubeadm"
-	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/version"
 )
 
+// newDoctor returns the verb doctor. A configuration that can't be read becomes a finding
+// rather than an error, because doctor is run when something is wrong. The bundle is
+// written before the report is printed, and the exit code comes last.
 func newDoctor(a *app) *cobra.Command {
 	n := doctor.Node{Version: version.String()}
+	var kubeconfig, file string
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Look this node over: what is wrong, why it matters, and what mends it",
-		Long: `Look this node over: the TPM, the keyslots, the running kleidi serve, kube-apiserver's
-EncryptionConfiguration and manifest, memory, and hooks for updates. Nothing is changed.
+		Short: "Look this node over: what is wrong, why it matters, and how to mend it",
+		Long: `Look this node over: the TPM and the boot, the keyslots, the running kleidi serve, its
+unit, files and memory, kube-apiserver's EncryptionConfiguration, manifest and metrics,
+the other nodes, the clock, and hooks for updates. No KEK is opened, and nothing is changed,
+except that an attestation key is kept for the next time if there is none yet. A check that
+can't be made says so, with the reason.
+
+With --bundle the command also writes a file for a bug report: findings, status, choices of
+the configuration, versions, digests of the event log and messages of the journal. Only what
+stands on a list of things to show is in it, so nothing secret, and no name or path of yours
+but those in the findings.
 
 The exit code is 0 if nothing must be mended, 4 if something must, and 1 if the checks
 could not be made.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if n.ConfigFile = a.configPath; n.ConfigFile == "" {
+				n.ConfigFile = config.DefaultPath
+			}
 			if n.Config, err = a.config(); err != nil {
-				return err
-			}
-			_, err = admin.Dial(cmd.Context(), n.Config.Admin.Socket)
-			if n.Serving = err == nil; err != nil && !errors.Is(err, admin.ErrNotRunning) {
-				return files.HintRoot(err)
-			}
-			if n.Status, err = operate(cmd.Context(), a, operation.Status, admin.StatusRequest{Try: admin.TryTPM}); err != nil {
-				return files.HintRoot(err)
+				n.NoConfig = err.Error()
+			} else {
+				defer sayWaiting(os.Stderr, "", n.Config.TPM.Timeout)()
+				if err := gather.Into(cmd.Context(), &n, cmp.Or(kubeconfig, clusteraccess.AdminKubeconfig())); err != nil {
+					return files.HintRoot(err)
+				}
 			}
 			r := n.Examine()
-			if err := a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printDoctor(w, r) }); err != nil {
+			if file != "" {
+				if err := bundle.WriteFile(cmd.Context(), file, &n, r); err != nil {
+					return err
+				}
+			}
+			if err := a.show(cmd.OutOrStdout(), r, r.Print); err != nil {
 				return err
 			}
 			if !r.Healthy() {
@@ -47,20 +66,14 @@ could not be made.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&n.EncryptionConfig, "encryption-config", defaultEncryptionConfig, "kube-apiserver's EncryptionConfiguration")
-	cmd.Flags().StringVar(&n.Manifest, "manifest", kubeadm.Manifest, "the manifest of kube-apiserver, if kubeadm runs it")
+	f := cmd.Flags()
+	f.StringVar(&n.EncryptionConfig, "encryption-config", kubeadm.DefaultEncryptionConfig, "kube-apiserver's EncryptionConfiguration")
+	f.StringVar(&n.Manifest, "manifest", kubeadm.Manifest, "the manifest of kube-apiserver, if kubeadm runs it")
+	f.StringVar(&kubeconfig, "kubeconfig", "", "kubeconfig that may read kube-apiserver's metrics (default the administrator's on this control-plane node)")
+	f.StringVar(&file, "bundle", "", "write a new file (tar.gz) for a bug report, with nothing secret in it")
+	_ = cmd.MarkFlagFilename("bundle", "tar.gz", "tgz")
 	_ = cmd.MarkFlagFilename("encryption-config", "yaml")
 	_ = cmd.MarkFlagFilename("manifest", "yaml")
+	_ = cmd.MarkFlagFilename("kubeconfig")
 	return cmd
-}
-
-func printDoctor(w io.Writer, r doctor.Report) {
-	for _, f := range r.Findings {
-		level := "PROBLEM"
-		if f.Note {
-			level = "note"
-		}
-		fmt.Fprintf(w, "%-8s %s: %s\n         why: %s\n         -> %s\n", level, f.Check, f.What, f.Why, f.Command)
-	}
-	fmt.Fprintf(w, "%d checks, %d findings\n", len(r.Checks), len(r.Findings))
 }

@@ -1,36 +1,45 @@
 package main
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 
-	"github.com/beezy-dev/kleidi/grpcserver"
-	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
-	"github.com/beezy-dev/kleidi/internal/files"
-	"github.com/beezy-dev/kleidi/internal/ownership"
-	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/internal/kubeadm"
 )
 
 func newEncryptionConfig(a *app) *cobra.Command {
 	var resources []string
 	var file string
+	var m moving
 	cmd := &cobra.Command{
 		Use:   "encryption-config",
 		Short: "Print the EncryptionConfiguration for this node's kube-apiserver",
 		Long: `Print the EncryptionConfiguration for this node's kube-apiserver, or write it with
---file. Name the file in kube-apiserver's --encryption-provider-config.`,
-		Example: "  kleidi encryption-config --file " + defaultEncryptionConfig,
-		Args:    cobra.NoArgs,
+--file. Name the file in kube-apiserver's --encryption-provider-config.
+
+With --from or --to the command takes a cluster from the providers that it has to another
+one, in three steps: with step 1 kube-apiserver also reads with the next provider, with
+step 2 it writes with it, and with step 3 the former providers are gone. Without --step it
+shows the steps. With --step it writes one of them, keeps a copy of the former file, and
+says what to wait for before the next. A step can be taken back by writing the former one.`,
+		Example: "  kleidi encryption-config --file " + kubeadm.DefaultEncryptionConfig + `
+
+  # from aescbc to kleidi: show the steps, then write the first
+  kleidi encryption-config --from /etc/kubernetes/encryption.yaml
+  kleidi encryption-config --from /etc/kubernetes/encryption.yaml --step=1
+
+  # out again
+  kleidi encryption-config --from /etc/kubernetes/encryption.yaml --to=secretbox --step=1`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := encryptionconfig.CheckResources(resources); err != nil {
 				return err
+			}
+			if m.asked() {
+				return m.run(cmd, a, file, resources)
 			}
 			c, err := a.config()
 			if err != nil {
@@ -38,7 +47,7 @@ func newEncryptionConfig(a *app) *cobra.Command {
 			}
 			result, err := encryptionConfigOf(cmd, c, resources)
 			if err == nil && file != "" {
-				err = writeEncryptionConfig(file, result)
+				err = result.WriteNew(file)
 			}
 			if err != nil {
 				return err
@@ -47,45 +56,14 @@ func newEncryptionConfig(a *app) *cobra.Command {
 				if file == "" {
 					fmt.Fprint(w, result.YAML())
 				} else {
-					fmt.Fprintf(w, "%s written\n", file)
+					fmt.Fprintf(w, "%s written\nnext: name it in kube-apiserver's --encryption-provider-config; with kubeadm: %s\n", file, kubeadm.ApplyCommand(file, a.configPath))
 				}
 			})
 		},
 	}
-	cmd.Flags().StringSliceVar(&resources, "resources", []string{"secrets"}, "what to encrypt")
-	cmd.Flags().StringVar(&file, "file", "", "write it to this file, with the folders above it; another file there is kept, and refused")
+	m.addFlags(cmd)
+	cmd.Flags().StringSliceVar(&resources, "resources", []string{"secrets"}, "what to encrypt, if --from names no file")
+	cmd.Flags().StringVar(&file, "file", "", "write it to this file, and make its folders; without --step, an existing file with another content is refused")
 	_ = cmd.MarkFlagFilename("file", "yaml")
 	return cmd
 }
-
-func encryptionConfigOf(cmd *cobra.Command, c *config.Config, resources []string) (e encryptionconfig.EncryptionConfiguration, err error) {
-	if err := grpcserver.CheckSocket(c.KMS.Socket); err != nil {
-		return e, err
-	}
-	if above := ownership.StickyAbove(filepath.Dir(c.KMS.Socket)); above != "" {
-		fmt.Fprintf(cmd.ErrOrStderr(), "warning: kms.socket lies below %s, in which every user may make entries: after a reboot another user could make its folder first, and answer kube-apiserver; choose a path below /run\n", above)
-	}
-	return encryptionconfig.New(c.KMS.Name, c.KMS.Socket, resources), nil
-}
-
-// writeEncryptionConfig writes a file that does not exist, or says the same.
-func writeEncryptionConfig(file string, e encryptionconfig.EncryptionConfiguration) error {
-	if err := checkEncryptionConfig(file, e); err != nil {
-		return err
-	}
-	return files.HintRoot(files.WriteOver(file, []byte(e.YAML())))
-}
-
-func checkEncryptionConfig(file string, e encryptionconfig.EncryptionConfiguration) error {
-	there, err := files.Read(file, maxEncryptionConfig)
-	switch {
-	case errors.Is(err, fs.ErrNotExist) || err == nil && bytes.Equal(there, []byte(e.YAML())):
-		return nil
-	case err != nil:
-		return files.HintRoot(err)
-	}
-	return seal.Errorf("", "add kleidi's provider to it by hand, or name another file; kleidi encryption-config prints it", "%s exists and says something else", file)
-}
-
-// maxEncryptionConfig bounds an EncryptionConfiguration, in bytes.
-const maxEncryptionConfig = 1 << 20

@@ -14,6 +14,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest"
 )
 
+// newPolicyEvidence returns the verb bootpolicy evidence. It verifies the quote here
+// before it writes the file, so that a fault shows on this machine and not at the
+// verifier.
 func newPolicyEvidence(a *app) *cobra.Command {
 	var file, nonce string
 	var pcrs []int
@@ -61,15 +64,4 @@ verifier that needs fresh evidence must choose the nonce.`,
 	cmd.Flags().IntSliceVar(&pcrs, "pcrs", nil, "the PCRs to quote (default: 0 and the PCRs that kleidi seals to)")
 	_ = cmd.MarkFlagRequired("file")
 	return cmd
-}
-
-func printEvidence(w io.Writer, v *inspect.EvidenceVerdict) {
-	if v.Accepted {
-		fmt.Fprintln(w, "accepted, as quoted by attestation key "+v.AttestationKey)
-		fmt.Fprintln(w, "the file does not prove in which TPM that key is")
-		if !v.Fresh {
-			fmt.Fprintln(w, "the file does not prove when it was quoted: no nonce was given with --nonce")
-		}
-	}
-	printFindings(w, v.Verdict)
 }

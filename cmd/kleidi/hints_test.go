@@ -81,7 +81,7 @@ func TestTypeable(t *testing.T) {
 	}
 }
 
-// TestHintsAreFields: a hint is the field of an error, so that -o json gives it apart from
+// TestHintsAreFields: a hint is a field of an error, so that -o json prints it apart from
 // the message. In a text of errors.New or fmt.Errorf it would stay in the message.
 func TestHintsAreFields(t *testing.T) {
 	fset := token.NewFileSet()
@@ -133,7 +133,7 @@ func messages(t *testing.T, dir string) (all []message) {
 			return err
 		case d.IsDir() && slices.Contains([]string{"e2e", ".git", "testdata"}, d.Name()):
 			return filepath.SkipDir
-		case strings.Contains(path, "joinproof"), strings.Contains(path, "grpcserver/join/server.go"), strings.HasSuffix(path, "seal/keyring/labels.go"): // verbs to come, and no commands
+		case strings.Contains(path, "joinproof"), strings.Contains(path, "grpcserver/join/server.go"), strings.HasSuffix(path, "seal/keyring/labels.go"): // future verbs, and strings that are no commands
 			return nil
 		case !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go"):
 			return nil
@@ -167,8 +167,8 @@ func messages(t *testing.T, dir string) (all []message) {
 	return all
 }
 
-// folded returns the text of a string, or of a sum of strings; ok says that a part is
-// constant.
+// folded returns the text of a string, or of a sum of strings; ok says that at least one
+// part is constant.
 func folded(e ast.Expr) (text string, ok bool) {
 	switch e := e.(type) {
 	case *ast.BasicLit:
@@ -185,13 +185,13 @@ func folded(e ast.Expr) (text string, ok bool) {
 	return standIn, false
 }
 
-// mention is what speaks of a command, and has nobody run it.
+// mention matches a text that is about a command, and asks nobody to run it.
 var mention = regexp.MustCompile(`^[a-z0-9-]+( [a-z]+)? (prints|shows|writes|wrote)\b`)
 
 var commandStart = regexp.MustCompile("(run |^|[\\s(`])kleidi ")
 
-// commandsIn returns what stands behind each kleidi in a text that begins a command; after
-// the word run everything is one.
+// commandsIn returns the text after each "kleidi" that begins a command. After the word
+// run, every "kleidi" does.
 func commandsIn(text string) (commands []string) {
 	for _, at := range commandStart.FindAllStringSubmatchIndex(text, -1) {
 		rest := text[at[1]:]
@@ -271,9 +271,9 @@ func typeable(text string, prose bool) error {
 	return complete(cmd, args)
 }
 
-// flagOf returns a flag and marks it as set; NAME… is any one that begins so.
+// flagOf returns a flag and marks it as set; NAME… stands for any flag with that prefix.
 func flagOf(cmd *cobra.Command, name string) (flag *pflag.Flag, err error) {
-	_ = cmd.ParseFlags(nil) // those of the parents, too
+	_ = cmd.ParseFlags(nil) // adds the parents' flags
 	prefix, open := strings.CutSuffix(name, "…")
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
 		if f.Name == name || open && strings.HasPrefix(f.Name, prefix) {
@@ -290,13 +290,13 @@ func flagOf(cmd *cobra.Command, name string) (flag *pflag.Flag, err error) {
 	return flag, nil
 }
 
-// isArgument tells an argument from the prose behind a command: it is in capitals, a path,
-// shortened, a number, or a word that the verb knows.
+// isArgument distinguishes an argument from the prose after a command: an argument is in
+// capitals, a path, shortened, a number, or a word that the verb knows.
 func isArgument(cmd *cobra.Command, word string) bool {
 	return slices.Contains(cmd.ValidArgs, word) || word == "-" || regexp.MustCompile(`^[A-Z][A-Z0-9_-]*$|[/…\d]|\.(txt|json|efi|bin|log|csr|pem|com|booted)$`).MatchString(word)
 }
 
-// complete checks that what a verb needs is there.
+// complete checks that everything that a verb needs is present.
 func complete(cmd *cobra.Command, args []string) error {
 	if !cmd.Runnable() || cmd.HasSubCommands() && cmd.Name() != "verifier" {
 		return errors.New("it only prints its help")
@@ -309,7 +309,7 @@ func complete(cmd *cobra.Command, args []string) error {
 	}
 	set := func(name string) bool { return cmd.Flags().Changed(name) }
 	path := strings.TrimPrefix(cmd.CommandPath(), "kleidi ")
-	switch { // what RunE checks
+	switch { // these are checks of RunE
 	case path == "keyring restore" && len(args) == 0 && !set("previous"):
 		return errors.New("it wants FILE or --previous")
 	case path == "slot add" && slices.Contains(args, "recovery") && !set("recipient"):
@@ -318,7 +318,7 @@ func complete(cmd *cobra.Command, args []string) error {
 		return errors.New("it wants FILE and --public-key, or --systemd")
 	}
 	if slices.Contains(args, standIn) && path == "slot add" {
-		return nil // a type of those that it takes
+		return nil // one of the accepted types
 	}
 	return cmd.ValidateArgs(args)
 }

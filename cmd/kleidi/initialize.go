@@ -10,7 +10,9 @@ import (
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 	"github.com/beezy-dev/kleidi/internal/founding"
+	"github.com/beezy-dev/kleidi/internal/kubeadm"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -32,7 +34,7 @@ func newInit(a *app) *cobra.Command {
 		Long: `Make a KEK and a keyring, and seal the KEK to this machine's TPM and to its present
 boot state. The command never touches an existing keyring.
 
-The KEK also gets a recovery slot, for the day on which the TPM does not open. The
+The KEK also gets a recovery slot, for the day when the TPM does not open. The
 command shows the recovery identity once, and asks you to type it. With
 --recovery-recipient it makes the slot for an age public key whose identity you keep
 elsewhere.`,
@@ -52,7 +54,7 @@ elsewhere.`,
 	flags.StringVar(&f.importFrom, "import-config", "", "config.json of kleidi 1.x: its token and key also wrap the KEK")
 	_ = cmd.MarkFlagFilename("import-config", "json")
 	flags.BoolVar(&f.GenerateKey, "generate-key", false, "first generate the key in the configured token: AES-256, sensitive, not extractable")
-	flags.StringVar(&f.encryptionConfig, "encryption-config", "", "also write kube-apiserver's EncryptionConfiguration of Secrets to this file, with the folders above it")
+	flags.StringVar(&f.encryptionConfig, "encryption-config", "", "also write kube-apiserver's EncryptionConfiguration of Secrets to this file, and make its folders")
 	_ = cmd.MarkFlagFilename("encryption-config", "yaml")
 	flags.StringVar(&f.anchor, "anchor", "", "where to keep the anchor: file or tpm; must equal anchor.store (default anchor.store)")
 	completeOneOf(cmd, "anchor", "file", "tpm")
@@ -66,7 +68,7 @@ func (f *initFlags) check(a *app) error {
 	case f.NoRecovery && len(f.Recipients) > 0:
 		return seal.Errorf("", "give one of them", "--no-recovery and --recovery-recipient exclude each other")
 	case f.NoRecovery && !f.acceptDataLoss:
-		return seal.Errorf("", "if that is what you want, add --accept-data-loss", "--no-recovery: if this TPM fails, is cleared, or the machine boots otherwise, every Secret is lost")
+		return seal.Errorf("", "if that is what you want, add --accept-data-loss", "--no-recovery: if this TPM fails, is cleared, or the machine boots differently, every Secret is lost")
 	case f.acceptDataLoss && !f.NoRecovery:
 		return seal.Errorf("", "give both, or leave it out", "--accept-data-loss goes with --no-recovery")
 	case f.BreakTwoOfTwo && f.NoRecovery:
@@ -95,6 +97,9 @@ func (a *app) configOf(importFrom string) (*config.Config, *founding.Import, err
 	return cfg, i, err
 }
 
+// runInit checks the anchor and the EncryptionConfiguration that it is to write before the
+// keyring exists. From then on an error says that the keyring is made, since a second init
+// would refuse. A running serve reads the keyring last.
 func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 	cfg, token, err := a.configOf(f.importFrom)
 	if err != nil {
@@ -107,39 +112,38 @@ func (a *app) runInit(cmd *cobra.Command, f *initFlags) error {
 		return seal.Errorf("", "set anchor.store in the configuration, so that kleidi serve demands the same", "--anchor %s: anchor.store is %s", f.anchor, cfg.Anchor.Store)
 	}
 	var encryption encryptionconfig.EncryptionConfiguration
-	if f.encryptionConfig != "" { // checked before there is a keyring
+	if f.encryptionConfig != "" { // checked before the keyring exists
 		if encryption, err = encryptionConfigOf(cmd, cfg, []string{"secrets"}); err == nil {
-			err = checkEncryptionConfig(f.encryptionConfig, encryption)
+			err = encryption.CheckNew(f.encryptionConfig)
 		}
 		if err != nil {
 			return err
 		}
 	}
-	f.Import, f.Prompter = token, newTerminal(cmd)
+	f.Import, f.Prompter = token, newPerson(cmd)
 	f.Progress = func(step string) { fmt.Fprintln(cmd.ErrOrStderr(), "[init]", step) }
 	result, err := a.makeKeyring(cmd, cfg, f.InitOptions)
 	if err != nil {
 		return err
 	}
-	give := "give kube-apiserver what kleidi encryption-config prints"
+	give := "make kube-apiserver's EncryptionConfiguration: " + kubeadm.EncryptionConfigCommand(a.configPath)
 	if f.encryptionConfig != "" {
-		if err := writeEncryptionConfig(f.encryptionConfig, encryption); err != nil {
+		if err := encryption.WriteNew(f.encryptionConfig); err != nil {
 			return fmt.Errorf("the keyring is made, but not the EncryptionConfiguration: %w", err)
 		}
-		give = "give kube-apiserver " + f.encryptionConfig + " (kleidi kubeadm patch)"
+		give = "give kube-apiserver " + f.encryptionConfig + "; with kubeadm: " + kubeadm.ApplyCommand(f.encryptionConfig, a.configPath)
 	}
-	next := "start kleidi serve, and "
+	next := "start kleidi serve (systemctl enable --now kleidi), and "
 	if client, err := admin.Dial(cmd.Context(), cfg.Admin.Socket); err == nil {
 		next = ""
 		if _, err := admin.Call(cmd.Context(), client, admin.Reload, admin.ReloadRequest{}); err != nil {
 			return fmt.Errorf("the keyring is made, but the running kleidi serve does not open it: %w", err)
 		}
 	}
-	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { printInit(w, result, token, cfg.Unlock.Order, next+give) })
+	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { text.Init(w, result, token, cfg.Unlock.Order, next+give) })
 }
 
-// makeKeyring makes the keyring, and leaves the state folder to the running serve
-// again.
+// makeKeyring makes the keyring, and returns the state folder to the running serve.
 func (a *app) makeKeyring(cmd *cobra.Command, cfg *config.Config, opts founding.InitOptions) (*founding.InitResult, error) {
 	n, err := node.New(cfg, logger(cfg), nil)
 	if err != nil {
@@ -152,29 +156,4 @@ func (a *app) makeKeyring(cmd *cobra.Command, cfg *config.Config, opts founding.
 		return nil, fmt.Errorf("init: %w", err)
 	}
 	return result, nil
-}
-
-func printInit(w io.Writer, r *founding.InitResult, token *founding.Import, order []string, next string) {
-	node := r.Node
-	if r.EK != "" {
-		node += fmt.Sprintf(" (EK %.23s…)", r.EK)
-	}
-	fmt.Fprintf(w, "\nkeyring %s made\n  cluster ID  %s\n  key ID      %s\n  node        %s\n", r.Keyring, r.ClusterID, r.KeyID, node)
-	for _, s := range r.Slots {
-		fmt.Fprintf(w, "  slot        %s\n", s)
-	}
-	if token != nil {
-		printImported(w, token, order)
-	}
-	fmt.Fprintf(w, "\nnext: %s\n", next)
-}
-
-// printImported shows what to put into the configuration.
-func printImported(w io.Writer, i *founding.Import, order []string) {
-	fmt.Fprintf(w, "\nadd to the configuration, so that kleidi serve can use the token:\n\n  pkcs11:\n    module: %s\n    uri: %s\n    pinFile: %s\n",
-		i.Token.Module, i.Token.URI, i.Token.PINFile)
-	if !i.Opens(order) {
-		fmt.Fprintf(w, "\nthe token opens nothing at start until unlock.order names pkcs11, as in [tpm, pkcs11]\n")
-	}
-	fmt.Fprintf(w, "\n%s holds the PIN as well, for kleidi 1.x: when that is gone, remove the file and change the PIN\n", i.From)
 }

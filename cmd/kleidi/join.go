@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -13,6 +12,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/members"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
@@ -58,7 +58,7 @@ keyring, which the configured token or server opens.`,
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printJoined(w, r) })
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Joined(w, r) })
 		},
 	}
 	cmd.Flags().StringVar(&name, "node", "", "this machine's name in the keyring")
@@ -72,7 +72,7 @@ keyring, which the configured token or server opens.`,
 	return cmd
 }
 
-// source is where the keyring comes from: another node, or a file.
+// source returns the source of the keyring: another node, or a file.
 func source(args []string, verifier, file string) (o members.JoinOptions, err error) {
 	switch {
 	case file == "" && len(args) == 1 && verifier != "":
@@ -88,33 +88,16 @@ func source(args []string, verifier, file string) (o members.JoinOptions, err er
 	return o, err
 }
 
-// sameNode refuses a name with which serve would later find no slot: serve looks for
-// the slots of the node in the configuration, or of the host name.
+// sameNode refuses a name under which serve would later find no slot: serve looks for the
+// slots of the node in the configuration, or of the host name.
 func sameNode(c *config.Config, name string) error {
 	if c.Node == "" {
 		if host, err := os.Hostname(); err != nil || host != name {
-			return seal.Errorf("", "set node: "+name+" in the configuration, so that kleidi serve goes by it", "--node %s: the host name is %s", name, host)
+			return seal.Errorf("", "set node: "+name+" in the configuration, so that kleidi serve uses it", "--node %s: the host name is %s", name, host)
 		}
 	}
 	if c.Node != "" && c.Node != name {
-		return seal.Errorf("", "let both be the same", "--node %s: the configuration says node: %s", name, c.Node)
+		return seal.Errorf("", "use the same name in both", "--node %s: the configuration says node: %s", name, c.Node)
 	}
 	return nil
-}
-
-func printJoined(w io.Writer, r *members.JoinResult) {
-	if r.Before {
-		fmt.Fprintf(w, "node %s has joined cluster %s already: the keyring of revision %d opens here\n", r.Node, r.ClusterID, r.Revision)
-		return
-	}
-	row(w, "cluster ID", r.ClusterID.String())
-	row(w, "current key ID", string(r.KeyID))
-	row(w, "revision", fmt.Sprint(r.Revision))
-	for _, path := range r.Files {
-		row(w, "bootstrap file", path)
-	}
-	for _, note := range r.Notes {
-		fmt.Fprintf(w, "note: %s\n", strings.TrimSpace(note))
-	}
-	fmt.Fprintln(w, "sealed, tested, serve can start")
 }

@@ -7,7 +7,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 )
 
-// The results of verbs that no package below has a type for, as -o json prints them.
+// Results of verbs without a type in the packages below, as -o json prints them.
 
 // shownKeyring is the stored keyring.
 type shownKeyring struct {
@@ -15,7 +15,14 @@ type shownKeyring struct {
 	Slots []seal.Slot `json:"slots"`
 }
 
-// backedUpKeyring is the copy that was made.
+// writtenArchive is the result of keyring archive.
+type writtenArchive struct {
+	File       string     `json:"file"`
+	KeyID      seal.KeyID `json:"keyID"`
+	Recipients []string   `json:"recipients"`
+}
+
+// backedUpKeyring is the copy of the keyring.
 type backedUpKeyring struct {
 	File     string     `json:"file"`
 	KeyID    seal.KeyID `json:"keyID"`
@@ -29,11 +36,11 @@ type checkedKeyring struct {
 
 // shownPolicy is a boot policy.
 type shownPolicy struct {
-	// File is where it was written, if it was.
+	// File is the path to which the boot policy was written, if it was.
 	File       string `json:"file,omitempty"`
 	Bank       string `json:"bank"`
 	SecureBoot string `json:"secureBoot,omitempty"`
-	// PCRs are those that it demands, and YAML is the whole of it.
+	// PCRs are the PCRs that the boot policy demands, and YAML is the whole boot policy.
 	PCRs []int  `json:"pcrs"`
 	YAML string `json:"yaml"`
 }
@@ -42,7 +49,7 @@ func showPolicy(p *bootpolicy.BootPolicy, file string) shownPolicy {
 	return shownPolicy{File: file, Bank: p.Bank, SecureBoot: string(p.SecureBoot), PCRs: p.Demanded(), YAML: string(p.Marshal())}
 }
 
-// policyDiff is what one boot policy demands otherwise than another.
+// policyDiff lists how the demands of one boot policy differ from another's.
 type policyDiff struct {
 	Changes []bootpolicy.Change `json:"changes"`
 }
@@ -72,14 +79,14 @@ type savedEvidence struct {
 	AttestationKey string `json:"attestationKey"`
 }
 
-// shownVersion is this program.
+// shownVersion describes this program.
 type shownVersion struct {
 	Version string `json:"version"`
 	Go      string `json:"go"`
 	OS      string `json:"os"`
 	Arch    string `json:"arch"`
 	PKCS11  bool   `json:"pkcs11"`
-	// FIPS140 is the version of Go's FIPS 140-3 module, if its mode is on.
+	// FIPS140 is the version of Go's FIPS 140-3 module, if FIPS mode is on.
 	FIPS140 string `json:"fips140,omitempty"`
 }
 

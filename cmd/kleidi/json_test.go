@@ -36,62 +36,66 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 )
 
-// resultsOf are what each verb prints with -o json: one of these, or a [failure].
+// resultsOf lists the types that each verb may print with -o json, in addition to a
+// [failure].
 var resultsOf = map[string][]any{
-	"bootpolicy check":    {bootpolicy.Verdict{}, inspect.EvidenceVerdict{}},
-	"bootpolicy diff":     {policyDiff{}},
-	"bootpolicy evidence": {savedEvidence{}},
-	"bootpolicy explain":  {shownLog{}},
-	"bootpolicy narrow":   {reseal.Narrowed{}},
-	"bootpolicy record":   {shownPolicy{}},
-	"bootpolicy show":     {shownPolicy{}},
-	"bootstate add":       {admin.KeyringState{}},
-	"bootstate list":      {[]stateReport{}},
-	"bootstate revoke":    {admin.KeyringState{}},
-	"bootstate sign":      {signedState{}},
-	"cluster setup":       {clusteraccess.Result{}, clusterManifests{}},
-	"encryption-config":   {encryptionconfig.EncryptionConfiguration{}},
-	"doctor":              {doctor.Report{}},
-	"kubeadm patch":       {kubeadmPatch{}},
-	"init":                {founding.InitResult{}},
-	"join":                {members.JoinResult{}},
-	"keyring backup":      {backedUpKeyring{}},
-	"keyring check":       {checkedKeyring{}},
-	"keyring export":      {exportedKeyring{}},
-	"keyring import":      {admin.KeyringState{}},
-	"keyring publish":     {admin.KeyringState{}},
-	"keyring restore":     {admin.KeyringState{}},
-	"keyring save":        {admin.KeyringState{}},
-	"keyring show":        {shownKeyring{}},
-	"keyring verify":      {admin.KeyringState{}},
-	"migrate":             {migrate.Result{}},
-	"node approve":        {admin.NodeApproval{}},
-	"node identity":       {members.Identity{}},
-	"node list":           {admin.NodeList{}},
-	"node remove":         {admin.NodeRemoval{}},
-	"pkcs11-pin":          {slots.SealedPIN{}},
-	"prune":               {admin.KeyringState{}},
-	"recover":             {admin.KeyringState{}},
-	"reseal":              {admin.KeyringState{}, reseal.NextResult{}},
-	"reset":               {leaving.ResetResult{}},
-	"rotate":              {admin.KeyringState{}},
-	"slot add":            {admin.KeyringState{}},
-	"slot forget-copies":  {admin.KeyringState{}},
-	"slot list":           {[]admin.SlotReport{}},
-	"slot remove":         {admin.KeyringState{}},
-	"slot rewrap":         {admin.KeyringState{}},
-	"slot test":           {admin.SlotTests{}},
-	"status":              {admin.StatusReport{}},
-	"suspend":             {admin.KeyringState{}},
-	"usage":               {usage.Usage{}},
-	"vault-key":           {slots.VaultKey{}},
-	"verifier init":       {verifierd.Report{}},
-	"verifier register":   {verifierd.Node{}},
-	"verifier show":       {verifierd.Report{}},
-	"version":             {shownVersion{}},
+	"bootpolicy check":       {bootpolicy.Verdict{}, inspect.EvidenceVerdict{}},
+	"bootpolicy diff":        {policyDiff{}},
+	"bootpolicy evidence":    {savedEvidence{}},
+	"bootpolicy explain":     {shownLog{}},
+	"bootpolicy narrow":      {reseal.Narrowed{}},
+	"bootpolicy record":      {shownPolicy{}},
+	"bootpolicy show":        {shownPolicy{}},
+	"bootstate add":          {admin.KeyringState{}},
+	"bootstate list":         {[]inspect.StateReport{}},
+	"bootstate revoke":       {admin.KeyringState{}},
+	"bootstate sign":         {signedState{}},
+	"cluster setup":          {clusteraccess.Result{}, clusterManifests{}},
+	"encryption-config":      {encryptionconfig.EncryptionConfiguration{}, encryptionconfig.Report{}},
+	"doctor":                 {doctor.Report{}},
+	"kubeadm patch":          {kubeadmPatch{}},
+	"init":                   {founding.InitResult{}},
+	"join":                   {members.JoinResult{}},
+	"keyring archive":        {writtenArchive{}},
+	"keyring backup":         {backedUpKeyring{}},
+	"keyring check":          {checkedKeyring{}},
+	"keyring export":         {exportedKeyring{}},
+	"keyring import":         {admin.KeyringState{}},
+	"keyring import-archive": {admin.KeyringState{}},
+	"keyring publish":        {admin.KeyringState{}},
+	"keyring restore":        {admin.KeyringState{}},
+	"keyring save":           {admin.KeyringState{}},
+	"keyring show":           {shownKeyring{}},
+	"keyring verify":         {admin.KeyringState{}},
+	"migrate":                {migrate.Result{}},
+	"node approve":           {admin.NodeApproval{}},
+	"node identity":          {members.Identity{}},
+	"node list":              {admin.NodeList{}},
+	"node remove":            {admin.NodeRemoval{}},
+	"pkcs11-pin":             {slots.SealedPIN{}},
+	"prune":                  {admin.KeyringState{}},
+	"recover":                {admin.KeyringState{}},
+	"reseal":                 {admin.KeyringState{}, reseal.NextResult{}},
+	"reset":                  {leaving.ResetResult{}},
+	"rotate":                 {admin.KeyringState{}},
+	"slot add":               {admin.KeyringState{}},
+	"slot forget-copies":     {admin.KeyringState{}},
+	"slot list":              {[]admin.SlotReport{}},
+	"slot remove":            {admin.KeyringState{}},
+	"slot rewrap":            {admin.KeyringState{}},
+	"slot test":              {admin.SlotTests{}},
+	"status":                 {admin.StatusReport{}},
+	"suspend":                {admin.KeyringState{}},
+	"usage":                  {usage.Usage{}},
+	"vault-key":              {slots.VaultKey{}},
+	"verifier init":          {verifierd.Report{}},
+	"verifier register":      {verifierd.Node{}},
+	"verifier show":          {verifierd.Report{}},
+	"version":                {shownVersion{}},
 }
 
-// withoutResult are the verbs that print no object: servers, and what is text by its nature.
+// withoutResult are the verbs that print no object: servers, and verbs whose output is
+// text by nature.
 var withoutResult = []string{"completion bash", "completion fish", "completion powershell", "completion zsh", "dev", "help", "serve", "verifier"}
 
 // verbs returns every command that does something, by its name without kleidi.
@@ -105,8 +109,8 @@ func verbs(cmd *cobra.Command) (all []string) {
 	return all
 }
 
-// checkJSON holds what a command has printed with -o json to what it may print. The scripts'
-// kleidi command calls it each time.
+// checkJSON compares a command's output with -o json with the types that the command may
+// print. The scripts' kleidi command calls it each time.
 func checkJSON(args []string, stdout string) error {
 	if at := slices.Index(args, "-o"); at < 0 || at+1 >= len(args) || args[at+1] != "json" {
 		return nil
@@ -153,6 +157,9 @@ func TestResultsAreDocumented(t *testing.T) {
 	doc.Write(head)
 	doc.WriteString(mark)
 	doc.verbs()
+	if doc.unnamed != nil {
+		t.Errorf("give each of these types a heading of its own in headings: %s", doc.unnamed)
+	}
 	if *update {
 		if err := os.WriteFile(file, doc.Bytes(), 0o644); err != nil {
 			t.Fatal(err)
@@ -166,7 +173,8 @@ func TestResultsAreDocumented(t *testing.T) {
 // schema is the part of docs/json.md that is made from the types.
 type schema struct {
 	bytes.Buffer
-	types []reflect.Type
+	types   []reflect.Type
+	unnamed []string // types without a heading
 }
 
 func (d *schema) verbs() {
@@ -181,7 +189,7 @@ func (d *schema) verbs() {
 	d.name(reflect.TypeOf(failure{}))
 	for i := 0; i < len(d.types); i++ {
 		t := d.types[i]
-		fmt.Fprintf(d, "\n### %s\n\n| member | value | |\n|---|---|---|\n", d.title(t))
+		fmt.Fprintf(d, "\n### %s\n\n| member | value | |\n|---|---|---|\n", d.heading(t))
 		d.fields(t)
 	}
 }
@@ -212,8 +220,98 @@ func (d *schema) fields(t reflect.Type) {
 	}
 }
 
-// title is a type's name as a heading: StatusReport. The second type of a name has its
-// package before it.
+// headings are the headings of docs/json.md in words, by type.
+var headings = map[string]string{
+	"Verdict":                 "Verdict of a boot policy",
+	"EvidenceVerdict":         "Verdict on saved evidence",
+	"PolicyDiff":              "Difference of two boot policies",
+	"SavedEvidence":           "Saved evidence",
+	"ShownLog":                "Event log",
+	"Narrowed":                "Narrowed boot policy",
+	"ShownPolicy":             "Boot policy",
+	"KeyringState":            "Keyring after a command",
+	"StateReport":             "Signed boot state",
+	"SignedState":             "New signed boot state",
+	"Result":                  "Access to the cluster",
+	"ClusterManifests":        "Manifests for access to the cluster",
+	"Report":                  "Report of doctor",
+	"EncryptionConfiguration": "EncryptionConfiguration",
+	"EncryptionconfigReport":  "Step of a move to another provider",
+	"InitResult":              "Result of init",
+	"JoinResult":              "Result of join",
+	"WrittenArchive":          "Written archive",
+	"BackedUpKeyring":         "Backup of the keyring",
+	"CheckedKeyring":          "Snapshots that a keyring opens",
+	"ExportedKeyring":         "Exported keyring",
+	"ShownKeyring":            "Stored keyring",
+	"KubeadmPatch":            "Patch for kubeadm",
+	"MigrateResult":           "Result of migrate",
+	"NodeApproval":            "Approved node",
+	"Identity":                "Identity of a machine",
+	"NodeList":                "Nodes of the keyring",
+	"UnusedApproval":          "Approval that no node has used",
+	"NodeRemoval":             "Removal of a node",
+	"SealedPIN":               "Sealed PIN",
+	"NextResult":              "Predicted next boot",
+	"ResetResult":             "Result of reset",
+	"SlotReport":              "Slot of the current KEK",
+	"SlotTests":               "Tests of slots",
+	"StatusReport":            "Status of a node",
+	"Usage":                   "Stored objects by key",
+	"VaultKey":                "Key for Vault",
+	"VerifierdReport":         "Configuration of a verifier",
+	"Node":                    "Node that a verifier knows",
+	"ShownVersion":            "Version of kleidi",
+	"Failure":                 "Failure",
+	"Finding":                 "Rule that does not hold",
+	"Change":                  "Changed rule",
+	"Row":                     "Event of a log",
+	"Rotation":                "Rotation of several nodes",
+	"DoctorFinding":           "Finding of doctor",
+	"Unchecked":               "Check that was not made",
+	"Resources":               "Entry of an EncryptionConfiguration",
+	"Entries":                 "Entries at a step",
+	"TokenSettings":           "Settings of a token",
+	"Opening":                 "Snapshot and the keyring",
+	"KEKInfo":                 "KEK in slots",
+	"RetiredInfo":             "Retired KEK",
+	"KeyringNode":             "Node in the keyring",
+	"Slot":                    "Slot as it is stored",
+	"Operation":               "Operation of a patch",
+	"Migrated":                "Migrated resource",
+	"NodeReport":              "Node in a list",
+	"ClusterReport":           "Cluster store as a node sees it",
+	"WaitingNode":             "Node that a rotation waits for",
+	"Problem":                 "Problem",
+	"SlotTest":                "Test of a slot",
+	"KeyReport":               "KEK in the status",
+	"Unrevoked":               "Former slot that still opens",
+	"OutsideChange":           "Change of the slots from outside",
+	"Suspension":              "Suspension",
+	"AttestationReport":       "Attestation",
+	"Store":                   "Store with its objects",
+	"Provider":                "Provider of an EncryptionConfiguration",
+	"Entry":                   "Entry without its keys",
+	"SnapshotInfo":            "File of a snapshot",
+	"KeyIDUse":                "Key ID and its objects",
+	"SlotInfo":                "Slot in short",
+	"NodeRecord":              "Last record of a node",
+	"Resource":                "Resource and its objects",
+	"KMS":                     "KMS plugin",
+	"Count":                   "Objects under one key",
+}
+
+// heading returns the heading of a type's section, in words.
+func (d *schema) heading(t reflect.Type) string {
+	h := headings[d.title(t)]
+	if h == "" {
+		d.unnamed = append(d.unnamed, d.title(t))
+	}
+	return h
+}
+
+// title returns a type's name: StatusReport. The second type with the same
+// name has its package before it.
 func (d *schema) title(t reflect.Type) string {
 	name := strings.ToUpper(t.Name()[:1]) + t.Name()[1:]
 	first := slices.IndexFunc(d.types, func(o reflect.Type) bool { return strings.EqualFold(o.Name(), t.Name()) })
@@ -224,7 +322,7 @@ func (d *schema) title(t reflect.Type) string {
 	return name
 }
 
-// name describes a type, and has the fields of a struct listed.
+// name describes a type, and lists the fields of a struct.
 func (d *schema) name(t reflect.Type) string {
 	text := reflect.TypeFor[encoding.TextMarshaler]()
 	switch {
@@ -235,7 +333,7 @@ func (d *schema) name(t reflect.Type) string {
 	case t == reflect.TypeFor[json.RawMessage]():
 		return "any JSON"
 	case t.Implements(text) || reflect.PointerTo(t).Implements(text):
-		return "text"
+		return "string"
 	}
 	switch t.Kind() {
 	case reflect.Pointer:
@@ -244,9 +342,9 @@ func (d *schema) name(t reflect.Type) string {
 		if t.Elem().Kind() == reflect.Uint8 {
 			return "base64"
 		}
-		return "list of " + d.name(t.Elem())
+		return "list of " + plural(d.name(t.Elem()))
 	case reflect.Map:
-		return "object of " + d.name(t.Elem())
+		return "object with " + d.name(t.Elem()) + " values"
 	case reflect.Struct:
 		if t.Name() == "" {
 			return "empty object"
@@ -254,16 +352,25 @@ func (d *schema) name(t reflect.Type) string {
 		if !slices.Contains(d.types, t) {
 			d.types = append(d.types, t)
 		}
-		return "[" + d.title(t) + "](#" + strings.ToLower(d.title(t)) + ")"
+		h := d.heading(t)
+		return "[" + h + "](#" + strings.ToLower(strings.ReplaceAll(h, " ", "-")) + ")"
 	case reflect.String:
-		return "text"
+		return "string"
 	case reflect.Bool:
 		return "true or false"
 	}
 	return "number"
 }
 
-// TestReadingVerbsExist: a verb that got another name would claim a change that it can't make.
+// plural is the plural of a type.
+func plural(name string) string {
+	if strings.HasPrefix(name, "[") {
+		return name + " objects"
+	}
+	return name + "s"
+}
+
+// TestReadingVerbsExist: a renamed verb would claim a change that it can't make.
 func TestReadingVerbsExist(t *testing.T) {
 	all := append(verbs(newRoot()), withoutResult...)
 	for _, v := range reading {
@@ -273,7 +380,7 @@ func TestReadingVerbsExist(t *testing.T) {
 	}
 }
 
-// TestOneWriter: what a verb prints past [results] could fail unnoticed.
+// TestOneWriter: output that bypasses [results] could fail unnoticed.
 func TestOneWriter(t *testing.T) {
 	for _, pattern := range []string{"*.go", "../../internal/*/*.go"} {
 		sources, err := filepath.Glob(pattern)
@@ -294,11 +401,11 @@ func TestOneWriter(t *testing.T) {
 }
 
 // notOnFullDisk are the verbs that no script runs with a full disk for standard output:
-// servers, text of cobra's, and those that want a cluster store, an etcd, a snapshot of one, or a kube-apiserver. They share
-// the writer with the others.
-var notOnFullDisk = []string{"completion fish", "completion powershell", "completion zsh", "dev", "help", "keyring check", "keyring publish", "migrate", "prune", "serve", "usage"}
+// servers, cobra's own texts, and verbs that need a cluster store, an etcd, a snapshot,
+// or a kube-apiserver. They share the writer with the others.
+var notOnFullDisk = []string{"completion fish", "completion powershell", "completion zsh", "dev", "help", "keyring archive", "keyring check", "keyring import-archive", "keyring publish", "migrate", "prune", "serve", "usage"}
 
-// TestEveryVerbOnFullDisk: a script runs each verb with a standard output that is full.
+// TestEveryVerbOnFullDisk: a script runs each verb with a full standard output.
 func TestEveryVerbOnFullDisk(t *testing.T) {
 	var all strings.Builder
 	for _, script := range []string{"results", "results_full"} {

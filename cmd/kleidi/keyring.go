@@ -3,15 +3,15 @@ package main
 import (
 	"fmt"
 	"io"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
-	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/text"
+	"github.com/beezy-dev/kleidi/internal/usage"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
@@ -20,7 +20,7 @@ func newKeyring(a *app) *cobra.Command {
 		Use: "keyring", Short: "Show, verify, back up and restore the keyring",
 		Args: noVerb, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newKeyringShow(a), newKeyringVerify(a), newKeyringCheck(a), newKeyringBackup(a), newKeyringRestore(a), newKeyringSave(a), newKeyringExport(a), newKeyringImport(a), newKeyringPublish(a))
+	cmd.AddCommand(newKeyringShow(a), newKeyringVerify(a), newKeyringCheck(a), newKeyringBackup(a), newKeyringRestore(a), newKeyringSave(a), newKeyringExport(a), newKeyringImport(a), newKeyringPublish(a), newKeyringArchive(a), newKeyringImportArchive(a))
 	return cmd
 }
 
@@ -39,26 +39,9 @@ func newKeyringShow(a *app) *cobra.Command {
 				return err
 			}
 			shown := shownKeyring{u.Info(), u.Slots()}
-			return a.show(cmd.OutOrStdout(), shown, func(w io.Writer) { printKeyring(w, u, n) })
+			return a.show(cmd.OutOrStdout(), shown, func(w io.Writer) { text.Keyring(w, u, n.View.Binding) })
 		},
 	}
-}
-
-func printKeyring(w io.Writer, u *keyring.Untrusted, n *node.Node) {
-	i := u.Info()
-	row(w, "cluster ID", i.ClusterID.String())
-	row(w, "revision", fmt.Sprint(i.Revision))
-	row(w, "current KEK", fmt.Sprintf("%s  made %s", i.Current.KeyID, i.Current.Created.Local().Format(time.DateTime)))
-	for _, s := range u.Slots() {
-		row(w, "  slot", s.Type+"  "+s.Node+"  "+n.View.Binding(s))
-	}
-	for _, r := range i.Retired {
-		row(w, "retired KEK", fmt.Sprintf("%s  made %s, retired %s", r.KeyID, r.Created.Local().Format(time.DateTime), r.Retired.Local().Format(time.DateTime)))
-	}
-	for _, node := range i.Nodes {
-		row(w, "node", node.Name+"  EK "+node.EK)
-	}
-	fmt.Fprintln(w, "\nnot verified; kleidi keyring verify does that")
 }
 
 func newKeyringVerify(a *app) *cobra.Command {
@@ -71,25 +54,25 @@ func newKeyringVerify(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 }
 
 func newKeyringBackup(a *app) *cobra.Command {
-	return &cobra.Command{
+	var snapshot, prefix string
+	cmd := &cobra.Command{
 		Use:   "backup FILE",
 		Short: "Copy the stored keyring to a new file",
 		Long: `Copy the stored keyring to a new file. A keyring holds no unencrypted key: it opens
 with this machine's TPM in its boot state, or with the recovery identity. Make a copy
-after every rotation: an etcd backup needs the KEKs under which it was written.`,
+after every rotation: an etcd backup needs the KEKs under which it was written.
+
+With --from-snapshot the command copies the keyring that the nodes shared in the cluster's
+API when the snapshot of etcd was taken. It opens with the recovery identity alone.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			cfg, err := a.config()
-			if err != nil {
-				return err
-			}
-			u, b, err := lifecycle.ReadStored(cmd.Context(), cfg)
+			u, b, err := a.keyringToKeep(cmd, snapshot, prefix)
 			if err != nil {
 				return err
 			}
@@ -102,6 +85,32 @@ after every rotation: an etcd backup needs the KEKs under which it was written.`
 			})
 		},
 	}
+	cmd.Flags().StringVar(&snapshot, "from-snapshot", "", "copy the shared keyring in this file of an etcd snapshot")
+	cmd.Flags().StringVar(&prefix, "prefix", usage.DefaultPrefix, "kube-apiserver's --etcd-prefix")
+	_ = cmd.MarkFlagFilename("from-snapshot")
+	return cmd
+}
+
+// keyringToKeep returns the stored keyring, or the keyring in a snapshot.
+func (a *app) keyringToKeep(cmd *cobra.Command, snapshot, prefix string) (*keyring.Untrusted, []byte, error) {
+	if snapshot == "" {
+		cfg, err := a.config()
+		if err != nil {
+			return nil, nil, err
+		}
+		return lifecycle.ReadStored(cmd.Context(), cfg)
+	}
+	from := stores{snapshots: []string{snapshot}, prefix: prefix}
+	reports, err := from.read(cmd)
+	if err != nil {
+		return nil, nil, err
+	}
+	b, err := reports[0].SharedKeyring()
+	if err != nil {
+		return nil, nil, err
+	}
+	u, err := keyring.Parse(b)
+	return u, b, err
 }
 
 func newKeyringSave(a *app) *cobra.Command {
@@ -117,7 +126,7 @@ not restart kleidi serve: the newest KEKs are only in its memory.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 }

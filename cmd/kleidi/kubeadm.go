@@ -26,7 +26,8 @@ func newKubeadm(a *app) *cobra.Command {
 // kubeadmPatch is the result of kleidi kubeadm patch.
 type kubeadmPatch struct {
 	Operations []kubeadm.Operation `json:"operations"`
-	// File is the patch or the manifest that was written; empty: nothing had to change.
+	// File is the patch or the manifest that was written. It is empty if nothing had to
+	// change.
 	File string `json:"file,omitempty"`
 }
 
@@ -42,9 +43,11 @@ func newKubeadmPatch(a *app) *cobra.Command {
 		Short: "Give kube-apiserver kleidi's EncryptionConfiguration and socket",
 		Long: `Print the patch by which kubeadm gives kube-apiserver the EncryptionConfiguration and
 the folder of kleidi's socket. With --dir, write it into a folder for kubeadm's --patches
-(kubeadm init, join and upgrade). With --apply, change the manifest of the running
+(kubeadm init, join and upgrade), which a configuration file names as patches.directory in
+InitConfiguration and JoinConfiguration. With --apply, change the manifest of the running
 kube-apiserver, which kubelet then restarts; kubeadm upgrade writes a new manifest, so use
---dir as well. With --revert, take that change back.`,
+--dir as well. With --revert, take that change back; kube-apiserver keeps the file if other
+providers encrypt with it.`,
 		Example: `  kleidi kubeadm patch --dir /etc/kubernetes/patches
   kleidi kubeadm patch --apply
   kleidi kubeadm patch --revert`,
@@ -52,12 +55,12 @@ kube-apiserver, which kubelet then restarts; kubeadm upgrade writes a new manife
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.kubeadmPatch(cmd, f) },
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&f.encryptionConfig, "encryption-config", defaultEncryptionConfig, "the EncryptionConfiguration that kube-apiserver reads")
+	flags.StringVar(&f.encryptionConfig, "encryption-config", kubeadm.DefaultEncryptionConfig, "the EncryptionConfiguration that kube-apiserver reads")
 	flags.StringVar(&f.dir, "dir", "", "write the patch into this folder, for kubeadm's --patches")
 	flags.BoolVar(&f.apply, "apply", false, "change the manifest of this node's kube-apiserver")
 	flags.BoolVar(&f.revert, "revert", false, "take the change back")
 	flags.StringVar(&f.manifest, "manifest", kubeadm.Manifest, "the manifest of kube-apiserver")
-	flags.BoolVar(&f.yes, "yes", false, "revert although kube-apiserver still encrypts with kleidi: what is encrypted becomes unreadable")
+	flags.BoolVar(&f.yes, "yes", false, "revert although kube-apiserver still encrypts with kleidi: the encrypted objects become unreadable")
 	cmd.MarkFlagsMutuallyExclusive("dir", "apply", "revert")
 	_ = cmd.MarkFlagDirname("dir")
 	_ = cmd.MarkFlagFilename("manifest", "yaml")
@@ -65,16 +68,15 @@ kube-apiserver, which kubelet then restarts; kubeadm upgrade writes a new manife
 	return cmd
 }
 
-// defaultEncryptionConfig is where README puts the EncryptionConfiguration.
-const defaultEncryptionConfig = "/etc/kubernetes/kleidi-encryption.yaml"
-
+// kubeadmPatch prints the patch unless a flag names a place for it. An --apply or --revert
+// that finds nothing to change writes no file, since each write restarts kube-apiserver.
 func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
 	c, err := a.config()
 	if err != nil {
 		return err
 	}
 	if !filepath.IsAbs(f.encryptionConfig) {
-		return errors.New("--encryption-config wants an absolute path: it is mounted into kube-apiserver")
+		return errors.New("--encryption-config must be an absolute path: it is mounted into kube-apiserver")
 	}
 	p := kubeadm.Patch{EncryptionConfig: f.encryptionConfig, Socket: c.KMS.Socket}
 	result := kubeadmPatch{Operations: p.Operations()}
@@ -82,17 +84,20 @@ func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
 	if err != nil {
 		return err
 	}
-	changed, next := true, ""
+	changed, kept, next := true, false, ""
 	switch {
 	case f.dir != "":
 		result.File = filepath.Join(f.dir, kubeadm.PatchName)
-		err, next = files.WriteOver(result.File, text), "name the folder in kubeadm's --patches"
+		err, next = files.WriteOver(result.File, text), "name the folder in kubeadm's --patches or, with --config, in patches.directory of InitConfiguration and JoinConfiguration"
 	case f.apply:
-		result.File, next = f.manifest, "kubelet restarts kube-apiserver; then have the stored objects written again: kleidi migrate"
+		result.File, next = f.manifest, "kubelet restarts kube-apiserver; then rewrite the stored objects: kleidi migrate"
 		changed, err = p.ApplyFile(f.manifest)
 	case f.revert:
 		result.File, next = f.manifest, "kubelet restarts kube-apiserver"
-		changed, err = p.RevertFile(f.manifest, c.KMS.Name, f.yes)
+		changed, kept, err = p.RevertFile(f.manifest, f.yes)
+		if kept {
+			next = "kubelet restarts kube-apiserver, which keeps " + f.encryptionConfig + ": other providers encrypt with it"
+		}
 	}
 	if err != nil {
 		return files.HintRoot(fmt.Errorf("kubeadm patch: %w", err))
@@ -103,7 +108,7 @@ func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
 	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
 		switch {
 		case next == "" && !changed:
-			fmt.Fprintf(w, "%s is so already; nothing was changed\n", f.manifest)
+			fmt.Fprintf(w, "nothing was changed: %s needs no change\n", f.manifest)
 		case next == "":
 			_, _ = w.Write(text)
 		default:

@@ -11,6 +11,9 @@ import (
 	"syscall"
 )
 
+// main cancels the context on an interrupt or on SIGTERM, and does not end at once: a
+// change of the keyring that has begun is completed. It calls stop itself, because os.Exit
+// runs no deferred call.
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

@@ -8,13 +8,14 @@ import (
 
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/text"
 )
 
 func newPolicyNarrow(a *app) *cobra.Command {
 	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "narrow",
-		Short: "Remove the boots that are over from the boot policy",
+		Short: "Remove superseded boots from the boot policy",
 		Long: `Remove old boots from the boot policy that tpm.bootPolicy names: every boot that is
 neither the running one nor one to which a live slot of this node's TPM is sealed.
 
@@ -36,21 +37,9 @@ sequences stay.`,
 			if err != nil {
 				return files.HintRoot(fmt.Errorf("narrow: %w", err))
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printNarrowed(w, r) })
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Narrowed(w, r) })
 		},
 	}
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show what would be removed, and change nothing")
 	return cmd
-}
-
-func printNarrowed(w io.Writer, r *reseal.Narrowed) {
-	for _, c := range r.Changes {
-		fmt.Fprintln(w, c)
-	}
-	switch {
-	case len(r.Changes) == 0:
-		fmt.Fprintf(w, "%s allows no boot that is over\n", r.File)
-	case !r.DryRun:
-		fmt.Fprintf(w, "%s allows these no longer\n", r.File)
-	}
 }

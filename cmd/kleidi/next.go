@@ -29,7 +29,7 @@ func nextFilesGiven(cmd *cobra.Command, f *reseal.NextFiles) bool {
 	return f.Next != reseal.BootFiles{} || f.Dbx != "" || f.HasLine
 }
 
-// runningAlone refuses files of the running boot where no next boot is to be predicted.
+// runningAlone refuses files of the running boot if no next boot is to be predicted.
 func runningAlone(cmd *cobra.Command, f *reseal.NextFiles) error {
 	if !nextFilesGiven(cmd, f) && (f.Running != reseal.BootFiles{} || f.HasRunningLine) {
 		return seal.Errorf("", "name the files of the next boot, or leave it out", "--running-… goes with --next-…, to predict the next boot from")
@@ -37,6 +37,9 @@ func runningAlone(cmd *cobra.Command, f *reseal.NextFiles) error {
 	return nil
 }
 
+// resealNext predicts the next boot state in this process and has the running serve seal
+// to it: serve receives PCR values, and reads no file that the operator names. With dryRun
+// nothing is sealed.
 func (a *app) resealNext(cmd *cobra.Command, f *reseal.NextFiles, req admin.ResealRequest, dryRun bool) (*reseal.NextResult, error) {
 	n, err := a.node()
 	if err != nil {

@@ -4,11 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"path/filepath"
-	"slices"
-	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -16,6 +12,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/join"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/members"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -45,20 +42,13 @@ nothing.`,
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), id, func(w io.Writer) {
-				row(w, "node", id.Node)
-				row(w, "EK", id.EK+"  (endorsement key)")
-				row(w, "SRK", id.SRK+"  (storage root key)")
-				row(w, "epoch index", fmt.Sprintf("%#08x", id.EpochIndex))
-				row(w, "boot", id.Boot)
-				for _, i := range slices.Sorted(maps.Keys(id.PCRs)) {
-					row(w, fmt.Sprintf("PCR %d", i), id.PCRs[i]+"  ("+id.Bank+")")
-				}
-			})
+			return a.show(cmd.OutOrStdout(), id, func(w io.Writer) { text.Identity(w, id) })
 		},
 	}
 }
 
+// newNodeApprove returns the verb node approve. It needs the running serve, whose memory
+// alone keeps the approval, and reads the bootstrap files with the rights of the caller.
 func newNodeApprove(a *app) *cobra.Command {
 	var req admin.ApproveNodeRequest
 	var policy string
@@ -100,7 +90,7 @@ machine writes them below /run/kleidi/bootstrap.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printApproval(w, r) })
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Approval(w, r) })
 		},
 	}
 	f := cmd.Flags()
@@ -118,22 +108,13 @@ machine writes them below /run/kleidi/bootstrap.`,
 // maxPolicy bounds a boot policy, in bytes.
 const maxPolicy = 1 << 20
 
-func printApproval(w io.Writer, r admin.NodeApproval) {
-	for _, c := range r.Changes {
-		fmt.Fprintf(w, "- %s\n", c)
-	}
-	if !r.Expires.IsZero() {
-		fmt.Fprintf(w, "node %s is approved until %s; run this there, as root:\n\n", r.Node, r.Expires.Local().Format(time.DateTime))
-	}
-	fmt.Fprintf(w, "%s\n", r.Command)
-}
-
 func newNodeList(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "list",
 		Short: "List the nodes that may open the keyring",
-		Long: `List the nodes that may open the keyring. Where no kleidi serve runs, the list is that of
-the stored keyring, which nothing has verified.`,
+		Long: `List the nodes that may open the keyring, and the removed ones that still know its current
+KEK. Where no kleidi serve runs, the list is that of the stored keyring, which nothing has
+verified.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			l, err := ask(cmd, a, admin.ListNodes, admin.ListNodesRequest{})
@@ -147,52 +128,7 @@ the stored keyring, which nothing has verified.`,
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), l, func(w io.Writer) { printNodes(w, l) })
+			return a.show(cmd.OutOrStdout(), l, func(w io.Writer) { text.Nodes(w, l) })
 		},
 	}
-}
-
-func printNodes(w io.Writer, l admin.NodeList) {
-	row(w, "cluster ID", l.ClusterID)
-	row(w, "current key ID", string(l.KeyID))
-	row(w, "revision", fmt.Sprintf("%d (format %d)", l.Revision, l.Format))
-	for _, n := range l.Nodes {
-		var notes []string
-		for note, is := range map[string]bool{"this one": n.Self, "may change what all share": n.Seat, "has not finished joining": n.Unfinished, "no TPM": n.EK == ""} {
-			if is {
-				notes = append(notes, note)
-			}
-		}
-		slices.Sort(notes)
-		text := n.EK
-		if len(notes) > 0 {
-			text += " (" + strings.Join(notes, ", ") + ")"
-		}
-		if !n.Added.IsZero() {
-			text += "  added " + n.Added.Local().Format(time.DateTime)
-		}
-		row(w, n.Node, strings.TrimSpace(text))
-		printRecord(w, n.Record)
-	}
-	printCluster(w, l.Cluster)
-	if l.Stored {
-		fmt.Fprintln(w, "kleidi serve does not run: this is the stored keyring, which nothing has verified")
-	}
-}
-
-// ask runs a verb that only a running serve can answer.
-func ask[Req, Resp any](cmd *cobra.Command, a *app, verb admin.Verb[Req, Resp], req Req) (Resp, error) {
-	var none Resp
-	cfg, err := a.config()
-	if err != nil {
-		return none, err
-	}
-	client, err := admin.Dial(cmd.Context(), cfg.Admin.Socket)
-	if errors.Is(err, admin.ErrNotRunning) {
-		return none, seal.WithHint(err, "start it (systemctl start kleidi), since only it can answer")
-	}
-	if err != nil {
-		return none, err
-	}
-	return admin.Call(cmd.Context(), client, verb, req)
 }

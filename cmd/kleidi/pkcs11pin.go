@@ -8,6 +8,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/slots"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -34,12 +35,12 @@ TPM was cleared, seal the PIN again: keep the PIN with the recovery identity.`,
 			if pinFile == fromStdin {
 				pinFile = ""
 			}
-			p, err := slots.SealPIN(cmd.Context(), n, out, func() (*seal.Secret, error) { return readPIN(cmd, n.Memory, pinFile) })
+			p, err := slots.SealPIN(cmd.Context(), n, out, func() (*seal.Secret, error) { return inputOf(cmd).PIN(cmd.Context(), n.Memory, pinFile) })
 			if err != nil {
 				return files.HintRoot(fmt.Errorf("pkcs11-pin: %w", err))
 			}
 			p.PINFile = pinFile
-			return a.show(cmd.OutOrStdout(), p, func(w io.Writer) { printSealedPIN(w, p) })
+			return a.show(cmd.OutOrStdout(), p, func(w io.Writer) { text.SealedPIN(w, p) })
 		},
 	}
 	flags := cmd.Flags()
@@ -50,14 +51,4 @@ TPM was cleared, seal the PIN again: keep the PIN with the recovery identity.`,
 		_ = cmd.MarkFlagFilename(name)
 	}
 	return cmd
-}
-
-func printSealedPIN(w io.Writer, p *slots.SealedPIN) {
-	fmt.Fprintf(w, "PIN sealed to this machine's TPM, of use to this machine alone, written to %s\n", p.File)
-	fmt.Fprintf(w, "it unseals while PCR 7 (%s) is what it is now: seal it again when Secure Boot's state or keys change\n", p.Bank)
-	fmt.Fprintf(w, "next: set pkcs11.sealedPINFile: %s in place of pkcs11.pinFile, restart kleidi serve,\nand see with kleidi slot test that the token takes the PIN\n", p.File)
-	if p.PINFile != "" {
-		fmt.Fprintf(w, "then keep the PIN off this machine, and remove it here: shred -u %s\n", p.PINFile)
-		fmt.Fprintf(w, "flash, snapshots, journals and backups may hold copies all the same: only another PIN on the token makes them worthless\n")
-	}
 }

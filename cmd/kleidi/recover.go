@@ -7,12 +7,15 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
+// newRecover returns the verb recover. This process reads the identity, since serve has no
+// terminal, and clears it when the operation has ended.
 func newRecover(a *app) *cobra.Command {
 	var file, trust string
-	var withoutVerifier, breaks bool
+	var withoutVerifier, breakTwoOfTwo bool
 	cmd := &cobra.Command{
 		Use:   "recover",
 		Short: "Open a locked keyring with the recovery identity, seal it again and rotate",
@@ -25,21 +28,21 @@ The command asks for the identity, or reads it from standard input or from --ide
   kleidi recover --identity-file /media/usb/kleidi-recovery.txt`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			identity, err := readIdentity(cmd, file)
+			identity, err := inputOf(cmd).Identity(cmd.Context(), file)
 			if err != nil {
 				return err
 			}
 			defer clear(identity)
-			req := admin.RecoverRequest{Identity: identity, TrustKeyID: seal.KeyID(trust), WithoutVerifier: withoutVerifier, BreakTwoOfTwo: breaks}
+			req := admin.RecoverRequest{Identity: identity, TrustKeyID: seal.KeyID(trust), WithoutVerifier: withoutVerifier, BreakTwoOfTwo: breakTwoOfTwo}
 			s, err := operate(cmd.Context(), a, operation.Recover, req)
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().StringVar(&file, "identity-file", "", "file with the recovery identity (AGE-SECRET-KEY-…)")
-	cmd.Flags().BoolVar(&breaks, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, then opens the KEK alone")
+	cmd.Flags().BoolVar(&breakTwoOfTwo, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, then opens the KEK alone")
 	cmd.Flags().BoolVar(&withoutVerifier, "without-verifier", false, "demand no verifier, because it is gone for good")
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
 	_ = cmd.MarkFlagFilename("identity-file")

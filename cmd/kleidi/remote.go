@@ -9,13 +9,17 @@ import (
 	"os"
 	"time"
 
+	"github.com/spf13/cobra"
+
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
-// operate runs an operation in the only process that may write the keyring: in the
-// running serve or, if none runs, in this process, under the lock on the state folder.
+// operate runs an operation in the only process that may write the keyring: in the running
+// serve or, if none runs, in this process, under the lock on the state folder. A serve
+// that is there but fails to answer is an error, and never a reason to work here.
 func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[Req, Resp], req Req) (Resp, error) {
 	var none Resp
 	cfg, err := a.config()
@@ -23,7 +27,7 @@ func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[R
 		return none, err
 	}
 	client, err := admin.Dial(ctx, cfg.Admin.Socket)
-	defer sayWaiting(os.Stderr, cfg.TPM.Timeout)()
+	defer sayWaiting(os.Stderr, o.Awaits, cfg.TPM.Timeout)()
 	if err == nil {
 		return admin.Call(ctx, client, o.Verb, req)
 	}
@@ -47,20 +51,31 @@ func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[R
 const patience = 3 * time.Second
 
 // sayWaiting says once that a command still waits, until it is stopped: a TPM may take as
-// long as tpm.timeout to answer, and looks dead meanwhile.
-func sayWaiting(w io.Writer, limit fmt.Stringer) (stop func() bool) {
+// long as tpm.timeout to answer, and looks dead meanwhile. awaited is what else the operation
+// waits for.
+func sayWaiting(w io.Writer, awaited string, limit fmt.Stringer) (stop func() bool) {
+	text := "no answer yet from the TPM, a token or a server"
+	if awaited != "" {
+		text = "still waiting for " + awaited + ", or for the TPM"
+	}
 	return time.AfterFunc(patience, func() {
-		fmt.Fprintf(w, "[wait] no answer yet from the TPM, a token or a server; the TPM is given up after tpm.timeout, %v\n", limit)
+		fmt.Fprintf(w, "[wait] %s; the TPM is given up after tpm.timeout, %v\n", text, limit)
 	}).Stop
 }
 
-func printState(w io.Writer, s admin.KeyringState) {
-	fmt.Fprintf(w, "current key ID  %s\n", s.CurrentKeyID)
-	if s.Former != "" {
-		fmt.Fprintf(w, "former key ID   %s\n", s.Former)
+// ask runs a verb that only a running serve can answer.
+func ask[Req, Resp any](cmd *cobra.Command, a *app, verb admin.Verb[Req, Resp], req Req) (Resp, error) {
+	var none Resp
+	cfg, err := a.config()
+	if err != nil {
+		return none, err
 	}
-	fmt.Fprintf(w, "revision        %d\n", s.Revision)
-	for _, c := range s.Changes {
-		fmt.Fprintf(w, "- %s\n", c)
+	client, err := admin.Dial(cmd.Context(), cfg.Admin.Socket)
+	if errors.Is(err, admin.ErrNotRunning) {
+		return none, seal.WithHint(err, "start it (systemctl start kleidi), since only kleidi serve can answer")
 	}
+	if err != nil {
+		return none, err
+	}
+	return admin.Call(cmd.Context(), client, verb, req)
 }

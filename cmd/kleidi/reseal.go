@@ -3,21 +3,25 @@ package main
 import (
 	"fmt"
 	"io"
-	"maps"
-	"slices"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/reseal"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
+// resealing holds the flags of reseal.
+type resealing struct {
+	req    admin.ResealRequest
+	files  reseal.NextFiles
+	dryRun bool
+}
+
 func newReseal(a *app) *cobra.Command {
-	var req admin.ResealRequest
-	var files reseal.NextFiles
-	var dryRun bool
+	var o resealing
 	cmd := &cobra.Command{
 		Use:   "reseal",
 		Short: "Seal the KEK to the present boot state, or to the next one before an update",
@@ -44,51 +48,40 @@ with --break-two-of-two, whatever unlock.order says now.`,
       --next-grub-config /boot/grub/grub.cfg --running-grub-config grub.cfg.booted
   kleidi reseal --next-dbx dbxupdate_x64.bin`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if nextFilesGiven(cmd, &files) {
-				if req.DropNext || req.NewTPM {
-					return seal.Errorf("", "give one of them", "--next-… excludes --drop-next and --new-tpm")
-				}
-				r, err := a.resealNext(cmd, &files, req, dryRun)
-				if err != nil {
-					return fmt.Errorf("reseal: %w", err)
-				}
-				return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printNext(w, r) })
-			}
-			if err := runningAlone(cmd, &files); err != nil {
-				return err
-			}
-			if dryRun {
-				return seal.Errorf("", "name its files with --next-…", "--dry-run shows what a next boot would be")
-			}
-			s, err := operate(cmd.Context(), a, operation.Reseal, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
-		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return o.run(cmd, a) },
 	}
-	registerNextFiles(cmd, &files)
-	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show the next boot state, and change nothing")
-	cmd.Flags().BoolVar(&req.WithoutVerifier, "without-verifier", false, "demand no verifier, before you remove tpm.verifier from the configuration")
-	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "seal to the TPM alone although the KEK needs the TPM and another wrapper together")
-	cmd.Flags().BoolVar(&req.NewTPM, "new-tpm", false, "seal a fresh KEK to a replaced or cleared TPM")
-	cmd.Flags().BoolVar(&req.DropNext, "drop-next", false, "revoke the slots for next boots as well")
+	registerNextFiles(cmd, &o.files)
+	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "show the next boot state, and change nothing")
+	cmd.Flags().BoolVar(&o.req.WithoutVerifier, "without-verifier", false, "demand no verifier, before you remove tpm.verifier from the configuration")
+	cmd.Flags().BoolVar(&o.req.BreakTwoOfTwo, "break-two-of-two", false, "seal to the TPM alone although the KEK needs the TPM and another wrapper together")
+	cmd.Flags().BoolVar(&o.req.NewTPM, "new-tpm", false, "seal a fresh KEK to a replaced or cleared TPM")
+	cmd.Flags().BoolVar(&o.req.DropNext, "drop-next", false, "revoke the slots for next boots as well")
 	return cmd
 }
 
-func printNext(w io.Writer, r *reseal.NextResult) {
-	fmt.Fprintf(w, "next boot       %s, %s\n", r.BootType, r.Bank)
-	for _, i := range slices.Sorted(maps.Keys(r.PCRs)) {
-		note := ""
-		if slices.Contains(r.Moved, i) {
-			note = "  changes"
+// run seals to the next boot if its files are named, and else to the present one.
+func (o *resealing) run(cmd *cobra.Command, a *app) error {
+	if nextFilesGiven(cmd, &o.files) {
+		if o.req.DropNext || o.req.NewTPM {
+			return seal.Errorf("", "give one of them", "--next-… excludes --drop-next and --new-tpm")
 		}
-		fmt.Fprintf(w, "  PCR %-2d        %s%s\n", i, r.PCRs[i], note)
+		r, err := a.resealNext(cmd, &o.files, o.req, o.dryRun)
+		if err != nil {
+			return fmt.Errorf("reseal: %w", err)
+		}
+		return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Next(w, r) })
 	}
-	if r.Keyring != nil {
-		printState(w, *r.Keyring)
+	if err := runningAlone(cmd, &o.files); err != nil {
+		return err
 	}
+	if o.dryRun {
+		return seal.Errorf("", "name its files with --next-…", "--dry-run shows what a next boot would be")
+	}
+	s, err := operate(cmd.Context(), a, operation.Reseal, o.req)
+	if err != nil {
+		return err
+	}
+	return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 }
 
 // defaultBoots is the number of boots that a firmware update by capsule takes.
@@ -114,7 +107,7 @@ revokes the slot of the suspension.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().IntVar(&req.Boots, "boots", defaultBoots, "how many boots may open the keyring, 1 to 16")

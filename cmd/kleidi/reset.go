@@ -13,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/terminal"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -52,17 +53,18 @@ nothing beside a running kleidi serve. If it breaks off, run it again.`,
 	}
 	cmd.Flags().StringVar(&yes, "yes", "", "this node's name, to forget without being asked")
 	a.completeFlag(cmd, "yes", thisNode)
-	cmd.Flags().BoolVar(&withoutTPM, "without-tpm", false, "forget the files alone: copies of the keyring still open with this machine's TPM")
+	cmd.Flags().BoolVar(&withoutTPM, "without-tpm", false, "forget only the files: copies of the keyring still open with this machine's TPM")
 	return cmd
 }
 
+// reset refuses to work beside a running serve, which would go on answering from memory.
+// It takes the state folder before it describes what will be forgotten, so that nothing
+// changes between the question and the answer. The answer is the name of the node and not
+// "yes": it shows that the command runs on the intended machine.
 func reset(cmd *cobra.Command, n *node.Node, yes string, withoutTPM bool) (*leaving.ResetResult, error) {
-	c, err := admin.Dial(cmd.Context(), n.Config.Admin.Socket)
-	if err == nil {
-		_ = c
+	if _, err := admin.Dial(cmd.Context(), n.Config.Admin.Socket); err == nil {
 		return nil, seal.Errorf("", "stop it (systemctl stop kleidi), then run the command again", "reset: kleidi serve runs on this node, and answers kube-apiserver from its memory")
-	}
-	if !errors.Is(err, admin.ErrNotRunning) {
+	} else if !errors.Is(err, admin.ErrNotRunning) {
 		return nil, err
 	}
 	f, err := leaving.ToForget(cmd.Context(), n)
@@ -80,9 +82,9 @@ func reset(cmd *cobra.Command, n *node.Node, yes string, withoutTPM bool) (*leav
 
 // confirmName asks for a name, unless it was given. how says how to confirm without a terminal.
 func confirmName(cmd *cobra.Command, name, given, how string) error {
-	if in, ok := cmd.InOrStdin().(*os.File); given == "" && ok && isTerminal(in) {
+	if in, ok := cmd.InOrStdin().(*os.File); given == "" && ok && terminal.Is(in) {
 		fmt.Fprintf(cmd.ErrOrStderr(), "type the name of the node (%s) to go on: ", name)
-		answer, err := readLine(in)
+		answer, err := terminal.ReadLine(in)
 		if err != nil {
 			return err
 		}

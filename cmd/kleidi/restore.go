@@ -3,17 +3,15 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
-	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/seal/keyring"
-	"github.com/beezy-dev/kleidi/seal/store"
 )
 
 func newKeyringRestore(a *app) *cobra.Command {
@@ -47,7 +45,7 @@ because its wrapper can't be reached, name the slot with --skip-slot. With
 			}
 			req.TrustKeyID = seal.KeyID(trust)
 			if identityFile != "" {
-				if req.Identity, err = readIdentity(cmd, identityFile); err != nil {
+				if req.Identity, err = inputOf(cmd).Identity(cmd.Context(), identityFile); err != nil {
 					return err
 				}
 				defer clear(req.Identity)
@@ -56,7 +54,7 @@ because its wrapper can't be reached, name the slot with --skip-slot. With
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().BoolVar(&previous, "previous", false, "restore the previous revision, which kleidi keeps")
@@ -73,22 +71,11 @@ because its wrapper can't be reached, name the slot with --skip-slot. With
 
 func (a *app) readBackup(ctx context.Context, args []string) ([]byte, error) {
 	if len(args) == 1 {
-		b, err := files.Read(args[0], keyring.MaxSize)
-		if err != nil {
-			return nil, err
-		}
-		if _, err := keyring.Parse(b); err != nil && !errors.Is(err, keyring.ErrNewerFormat) {
-			return nil, fmt.Errorf("%s: %w", args[0], seal.WithHint(err, "name a file that kleidi keyring backup wrote, or give --previous"))
-		}
-		return b, nil
+		return lifecycle.ReadBackup(args[0])
 	}
 	cfg, err := a.config()
 	if err != nil {
 		return nil, err
 	}
-	b, err := store.NewFile(cfg.Keyring()).Previous(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("there is no previous revision: %w", files.HintRoot(err))
-	}
-	return b, nil
+	return lifecycle.ReadPrevious(ctx, cfg)
 }

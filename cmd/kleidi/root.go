@@ -1,29 +1,24 @@
 package main
 
 import (
+	"context"
 	"crypto/fips140"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
-	"log/slog"
-	"os"
 
 	"github.com/spf13/cobra"
 
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// app holds the global flags, which all verbs share.
-type app struct {
-	configPath string
-	output     string
-	logLevel   string
-}
-
-// errEnforced is better than what the libraries do in that mode: they panic, and the
-// message would blame the TPM.
+// errEnforced explains the refusal. Without it the libraries would panic in that mode,
+// and the message would blame the TPM.
 var errEnforced = seal.WithHint(errors.New("GODEBUG=fips140=only forbids AES-CFB, which sessions with a TPM need, and X25519, which recovery identities need"),
 	"set GODEBUG=fips140=on")
 
@@ -41,6 +36,9 @@ const example = `  # on a control-plane node: make a KEK and seal it to this mac
 
 func newRoot() *cobra.Command { return newRootOf(&app{}) }
 
+// newRootOf returns the command with all verbs. Before any of them runs, the process is
+// hardened, since each may come to hold a secret. Only version runs under fips140=only, so
+// that a refused program can still be identified.
 func newRootOf(a *app) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "kleidi",
@@ -77,51 +75,34 @@ after it has attested the boot.`,
 	return root
 }
 
-func (a *app) check() error {
-	if a.output != "text" && a.output != "json" {
-		return seal.Errorf("", "want text or json", "--output %q", a.output)
+// run executes the command line and returns the exit code: 0, 1 for an error, or the code
+// of an exitError whose result is already printed. A result that can't be written is an
+// error although the verb succeeded: a script must not take a truncated result for the
+// whole. With -o json the error also goes to standard output, unless a part of a result is
+// there.
+func run(ctx context.Context, out *results, stderr io.Writer, args []string) int {
+	a := &app{}
+	root := newRootOf(a)
+	root.SetArgs(args)
+	root.SetOut(out)
+	cmd, err := root.ExecuteContextC(ctx)
+	if out.err != nil && errors.Is(err, out.err) {
+		err = nil // the verb succeeded; only its output failed
 	}
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(a.logLevel)); a.logLevel != "" && err != nil {
-		return seal.Errorf("", "want debug, info, warn or error", "--log-level %q", a.logLevel)
+	if out.err != nil {
+		err = errors.Join(err, fmt.Errorf("the result could not be written to standard output: %w; %s", out.err, afterwards(cmd, err)))
 	}
-	return nil
-}
-
-// config reads the configuration that the flags name.
-func (a *app) config(amend ...func(*config.Config) error) (*config.Config, error) {
-	c, err := config.Load(a.configPath, amend...)
-	if err == nil && a.logLevel != "" {
-		err = c.Log.Level.UnmarshalText([]byte(a.logLevel))
+	if err == nil {
+		return 0
 	}
-	return c, err
-}
-
-// node puts this machine together from the configuration that the flags name.
-func (a *app) node() (*node.Node, error) {
-	cfg, err := a.config()
-	if err != nil {
-		return nil, err
+	if exit, ok := errors.AsType[*exitError](err); ok && exit.err == nil && out.err == nil {
+		return exit.code
 	}
-	return node.New(cfg, logger(cfg), nil)
-}
-
-// logger writes to stderr, so that stdout holds only results.
-func logger(c *config.Config) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: c.Log.Level}
-	if c.Log.Format == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
-	}
-	return slog.New(slog.NewTextHandler(os.Stderr, opts))
-}
-
-// show prints a result in the format that the operator asked for.
-func (a *app) show(w io.Writer, result any, text func(io.Writer)) error {
-	if a.output == "json" {
-		e := json.NewEncoder(w)
+	if a.output == "json" && !out.written {
+		e := json.NewEncoder(out)
 		e.SetIndent("", "  ")
-		return e.Encode(result)
+		_ = e.Encode(failure{admin.ProblemOf(err)}) // standard error shows it too
 	}
-	text(w)
-	return nil
+	text.Error(stderr, err)
+	return 1
 }

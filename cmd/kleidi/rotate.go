@@ -11,15 +11,21 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/follow"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/internal/terminal"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
+// newRotate returns the verb rotate. It shows the slots before a KEK is made, and asks
+// about those that were changed from outside, because whoever added one would receive the
+// fresh KEK. --continue and --abort add no slot, and ask nothing.
 func newRotate(a *app) *cobra.Command {
 	var req admin.RotateRequest
 	var yes bool
-	var watch watchOptions
+	var watch follow.Options
 	cmd := &cobra.Command{
 		Use:   "rotate",
 		Short: "Make a fresh KEK the current one",
@@ -31,8 +37,8 @@ in unlock.order that has no slot yet. If a wrapper can't be reached, the command
 changes nothing. To go on without that slot, name it with --skip-slot: status then
 shows the missing slot until kleidi slot add makes it.
 
-The command first shows the slots that get the fresh KEK. If the keyring was changed, but
-by no command on this node, it asks about the difference, and fails without a terminal:
+The command first shows the slots that get the fresh KEK. If the keyring was changed, but not
+by a command on this node, it asks about the difference, and fails without a terminal:
 somebody who once held the KEK may have added a recovery recipient of their own.
 
 With several nodes, the fresh KEK becomes current once every node has acknowledged it.
@@ -57,7 +63,7 @@ from this node instead; --abort ends it before the fresh KEK is current.`,
 			if s.Rotation != nil {
 				return watchRotation(cmd, a, watch, req, s)
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "leave out this slot for now, by its name in kleidi slot list; may be repeated")
@@ -65,22 +71,20 @@ from this node instead; --abort ends it before the fresh KEK is current.`,
 	cmd.Flags().BoolVar(&req.AcceptDataLoss, "accept-data-loss", false, "skip the last recovery slot as well: if the TPM or the machine fails, all Secrets are lost")
 	cmd.Flags().BoolVar(&req.Continue, "continue", false, "drive the rotation that is going on from this node, and watch it")
 	cmd.Flags().BoolVar(&req.Abort, "abort", false, "end the rotation that is going on; its KEK is retired and never current")
-	cmd.Flags().BoolVar(&watch.wait, "wait", onTerminal(), "with several nodes: watch until every node announces the fresh KEK (default true on a terminal)")
-	cmd.Flags().DurationVar(&watch.timeout, "timeout", 0, "with several nodes: watch no longer than this; the rotation goes on")
-	cmd.Flags().Lookup("wait").DefValue = "false" // the help is the same everywhere
+	addWatchFlags(cmd, &watch, "with several nodes: watch until every node announces the fresh KEK", "with several nodes: watch no longer than this; the rotation goes on")
 	cmd.MarkFlagsMutuallyExclusive("continue", "abort", "skip-slot")
 	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.complete(slotNames))
 	return cmd
 }
 
-// confirmSlots shows who gets the fresh KEK. Where the slots were changed from outside, it
-// asks, unless yes.
+// confirmSlots shows which slots receive the fresh KEK. If the slots were changed from
+// outside, it asks, unless yes.
 func confirmSlots(cmd *cobra.Command, a *app, req *admin.RotateRequest, yes bool) error {
 	r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
 	if err != nil {
 		return err
 	}
-	if len(r.Slots) == 0 { // no keyring, and rotate says so
+	if len(r.Slots) == 0 { // there is no keyring, as rotate will report
 		return nil
 	}
 	w := cmd.ErrOrStderr()
@@ -93,13 +97,13 @@ func confirmSlots(cmd *cobra.Command, a *app, req *admin.RotateRequest, yes bool
 	if len(r.ChangedOutside) == 0 {
 		return nil
 	}
-	fmt.Fprintln(w, "the keyring was changed from outside, by no command on this node:")
+	fmt.Fprintln(w, "the keyring was changed from outside, and not by a command on this node:")
 	for _, c := range r.ChangedOutside {
 		fmt.Fprintf(w, "  %s: %s\n", c.Change, c.Slot)
 	}
-	if in, ok := cmd.InOrStdin().(*os.File); !yes && ok && isTerminal(in) {
+	if in, ok := cmd.InOrStdin().(*os.File); !yes && ok && terminal.Is(in) {
 		fmt.Fprintln(w, "is each of these slots as you want it? Type yes to rotate:")
-		answer, err := readLine(in)
+		answer, err := terminal.ReadLine(in)
 		if err != nil && !errors.Is(err, io.EOF) {
 			return fmt.Errorf("rotate: %w", err)
 		}

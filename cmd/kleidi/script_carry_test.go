@@ -13,7 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// forgeExport makes of an export what an attacker makes who knows this host's KEK, or none:
+// forgeExport changes an export like an attacker who knows this host's KEK, or no KEK:
 //
 //	forge export flipped IN OUT         one word of the keyring, without its MAC
 //	forge export without NODE IN OUT    a later revision that does not list a node
@@ -38,8 +38,8 @@ func (h *host) forgeExport(ts *testscript.TestScript, args []string) error {
 	return os.WriteFile(h.abs(args[len(args)-1]), b, 0o600)
 }
 
-// revised returns a later revision of this host's shared keyring, under the MAC of whoever
-// knows its KEK.
+// revised returns a later revision of this host's shared keyring, under the MAC of
+// somebody who knows its KEK.
 func (h *host) revised(args []string) ([]byte, error) {
 	u, kek, err := h.unsealCopy(h.path("state/keyring.json"))
 	if err != nil {
@@ -62,7 +62,7 @@ func (h *host) revised(args []string) ([]byte, error) {
 		return nil, err
 	}
 	defer k.Close()
-	late, err := k.AtLeast(1000) // above whatever the others have
+	late, err := k.AtLeast(1000) // higher than any other node's
 	if err != nil {
 		return nil, err
 	}

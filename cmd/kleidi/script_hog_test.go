@@ -15,7 +15,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// Peers that occupy what others need.
+// Peers that occupy resources that others need.
 
 // hogs is the number of peers that hog plays: more than a verifier accepts without a
 // proof.

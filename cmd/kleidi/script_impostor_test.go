@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nobody is a user other than the one that runs kleidi.
+// nobody is a user other than kleidi's.
 const nobody = 65534
 
 // impostor listens on a socket, or on an address, as another user would: impostor
@@ -45,7 +45,8 @@ func (h *host) impostor(_ *testscript.TestScript, args []string) error {
 }
 
 // listenAs makes a socket on which, according to the kernel, a process of that user
-// listens: SO_PEERCRED tells who called listen(2). Only this thread changes its user.
+// listens: SO_PEERCRED reports the caller of listen(2). Only this thread changes its
+// user.
 func listenAs(uid int, path string) (net.Listener, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"os"
@@ -38,6 +39,8 @@ type hardware struct {
 //	machine banks BANK...                    give its TPM PCRs in these banks alone, and boot
 //	machine slow                             make its TPM as slow as a slow discrete one
 //	machine owner SECRET                     give its TPM an owner authorization value
+//	machine guess N                          have a program guess a password N times
+//	machine forgive                          have its TPM forget wrong passwords
 //	machine undefine INDEX                   remove an NV index, as any boot can
 //	machine files DIR [LOADER] [FIELD=VALUE...]  write the files of such a boot
 func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
@@ -74,6 +77,10 @@ func (h *host) machineCommand(ts *testscript.TestScript, args []string) error {
 		return h.allocate(args[1:])
 	case "owner":
 		return h.setOwnerAuth(args[1])
+	case "guess":
+		return h.guess(args[1])
+	case "forgive":
+		return h.machine.TPM().Do(h.t.Context(), forgive)
 	case "undefine":
 		return h.undefine(args[1])
 	case "files":
@@ -151,6 +158,46 @@ func (h *host) setOwnerAuth(secret string) error {
 	})
 }
 
+// guess gives the TPM wrong passwords for an object that is not exempt from its lockout.
+func (h *host) guess(times string) error {
+	n, err := strconv.Atoi(times)
+	if err != nil {
+		return broken("machine guess: %w", err)
+	}
+	return h.machine.TPM().Do(h.t.Context(), func(t transport.TPM) error {
+		made, err := tpm2.CreatePrimary{
+			PrimaryHandle: tpm2.TPMRHNull,
+			InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
+				UserAuth: tpm2.TPM2BAuth{Buffer: []byte("right")}, Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: []byte("x")})}},
+			InPublic: tpm2.New2B(tpm2.TPMTPublic{Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256, ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, UserWithAuth: true}}),
+		}.Execute(t)
+		if err != nil {
+			return err
+		}
+		defer func() { _, _ = tpm2.FlushContext{FlushHandle: made.ObjectHandle}.Execute(t) }()
+		for range n {
+			_, err = tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: made.ObjectHandle, Name: made.Name, Auth: tpm2.PasswordAuth([]byte("wrong"))}}.Execute(t)
+		}
+		if err == nil {
+			return broken("machine guess: the wrong password is accepted")
+		}
+		return nil
+	})
+}
+
+// forgive sends TPM2_DictionaryAttackLockReset with the empty lockout authorization. go-tpm
+// does not have the command.
+func forgive(t transport.TPM) error {
+	answer, err := t.Send([]byte{0x80, 0x02, 0, 0, 0, 27, 0, 0, 0x01, 0x39, 0x40, 0, 0, 0x0a, 0, 0, 0, 9, 0x40, 0, 0, 0x09, 0, 0, 0, 0, 0})
+	if err != nil {
+		return err
+	}
+	if len(answer) < 10 || !bytes.Equal(answer[6:10], make([]byte, 4)) {
+		return broken("TPM2_DictionaryAttackLockReset: %x", answer)
+	}
+	return nil
+}
+
 func (h *host) undefine(index string) error {
 	i, err := strconv.ParseUint(index, 0, 32)
 	if err != nil {
@@ -206,7 +253,7 @@ func (h *host) device() string {
 	return h.machine.Device()
 }
 
-// lead makes the configured paths lead to the machine.
+// lead makes the configured paths lead to the present machine.
 func (h *host) lead(device string) error {
 	for name, target := range map[string]string{
 		"tpm.sock": strings.TrimPrefix(device, "unix:"), "log": h.machine.EventLog(), "userspace": h.machine.UserspaceLog(), "boot": h.machine.Files(),

@@ -16,9 +16,9 @@ import (
 	"github.com/beezy-dev/kleidi/internal/founding"
 )
 
-// readBack runs a command that shows an identity, and types it: readback [pty] [WRONG]
-// ARG..., where WRONG is the number of wrong lines before it. The identity is kept in
-// shown.txt; stdout is everything that a person saw.
+// readBack runs a command that shows an identity, and types the identity: readback [pty]
+// [WRONG] ARG..., where WRONG is the number of wrong lines before it. The identity is
+// kept in shown.txt; stdout is everything that a person saw.
 func (h *host) readBack(ts *testscript.TestScript, args []string) error {
 	terminal := args[0] == "pty"
 	if terminal {
@@ -46,7 +46,7 @@ func (h *host) readBack(ts *testscript.TestScript, args []string) error {
 type talk struct {
 	in  io.WriteCloser
 	out io.Reader
-	// listens returns once typed text is not shown.
+	// listens returns once the terminal no longer echoes typed text.
 	listens func() error
 }
 
@@ -124,7 +124,7 @@ func (h *host) converse(t *talk, wrong int) (shown string, err error) {
 				err = e
 			}
 		}
-		if readErr != nil { // EOF, or EIO of a terminal whose user has gone
+		if readErr != nil { // EOF, or EIO from a terminal whose process has ended
 			return shown, err
 		}
 	}

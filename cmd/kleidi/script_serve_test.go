@@ -25,7 +25,7 @@ import (
 type process struct {
 	cmd   *exec.Cmd
 	log   lockedBuffer
-	seen  int // how much of the log waitfor has looked at
+	seen  int // the part of the log that waitfor has already read
 	ended chan struct{}
 	err   error
 }
@@ -61,8 +61,9 @@ func (p *process) running() bool {
 	}
 }
 
-// serve starts kleidi serve; "serve -modest" as a root that file modes bind,
-// "serve -unit" with what the systemd unit leaves to it, "serve -second" while the first runs on, as what later commands are about.
+// serve starts kleidi serve: "serve -modest" as a root user that file modes bind, "serve
+// -unit" with the rights that the systemd unit leaves, and "serve -second" beside the
+// first one. Later commands are then about the second.
 func (h *host) serve(ts *testscript.TestScript, args []string) error {
 	if len(args) > 0 && args[0] == "-second" {
 		args = args[1:]
@@ -179,7 +180,7 @@ func (h *host) fetch(path string) (int, string, error) {
 	return fetch(h.address, "", path)
 }
 
-// fetch asks at an address, or at a socket if there is one.
+// fetch sends a request to an address, or to a socket if one is given.
 func fetch(address, socket, path string) (int, string, error) {
 	transport := &http.Transport{DisableKeepAlives: true}
 	if socket != "" {
@@ -197,7 +198,7 @@ func fetch(address, socket, path string) (int, string, error) {
 	return r.StatusCode, string(b), err
 }
 
-// get PATH [SOCKET] shows the answers of health and metrics, of serve or at another
+// get PATH [SOCKET] shows the answers of health and metrics, from serve or from another
 // socket; a code other than 200 is a failure.
 func (h *host) get(ts *testscript.TestScript, args []string) error {
 	var code int
@@ -227,8 +228,8 @@ type sealedSeed struct {
 	keyID            string
 }
 
-// kms calls as kube-apiserver does: kms status, kms encrypt NAME, and kms decrypt NAME
-// for what was encrypted under that name.
+// kms makes kube-apiserver's calls: kms status, kms encrypt NAME, and kms decrypt NAME
+// for the seed that was encrypted under that name.
 func (h *host) kms(ts *testscript.TestScript, args []string) error {
 	conn, err := grpc.NewClient("unix://"+h.path("run/kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))

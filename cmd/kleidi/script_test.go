@@ -17,8 +17,10 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/usage/usagetest"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/store/kube/kubetest"
 )
 
 // binary is the built kleidi.
@@ -52,8 +54,8 @@ func build(m *testing.M) (int, error) {
 	return m.Run(), nil
 }
 
-// TestScript runs the binary as testdata/script/*.txtar say. Each script has a separate
-// machine, a configuration for it, and the commands below.
+// TestScript runs the binary in the scenes of testdata/script/*.txtar. Each script has a
+// separate machine, a configuration for it, and the commands below.
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                filepath.Join("testdata", "script"),
@@ -103,14 +105,16 @@ var hostCommands = map[string]hostCommand{
 	"slot":      (*host).slotName,
 	"row":       (*host).row,
 	"snapshot":  (*host).snapshot,
+	"etcd":      (*host).etcdCommand,
 	"exits":     (*host).exits,
+	"retired":   (*host).retired,
 	"table":     (*host).printTable,
 	"approve":   (*host).approve,
 	"join":      (*host).join,
+	"doctor":    (*host).doctorCommand,
 }
 
-// command turns a method into a script command. An error is a failure, or what "!"
-// expects.
+// command turns a method into a script command. An error is a failure, which "!" expects.
 func command(f func(h *host, ts *testscript.TestScript, args []string) error) func(*testscript.TestScript, bool, []string) {
 	return func(ts *testscript.TestScript, neg bool, args []string) {
 		err := f(ts.Value("host").(*host), ts, args)
@@ -133,21 +137,22 @@ func (e *brokenError) Error() string { return e.err.Error() }
 
 func broken(format string, args ...any) error { return &brokenError{fmt.Errorf(format, args...)} }
 
-// host is the machine of a script, with what runs on it.
+// host is the machine of a script, with the processes on it.
 type host struct {
 	t       testing.TB
 	work    string
 	address string // of health and metrics
 	hardware
 	server *process
-	first  *process // where server is the second serve
+	first  *process // the first serve, while a second one runs
 	sealed map[string]sealedSeed
 	copies map[string][]int // the slots of a kept copy of a keyring that opened
 	table  []tableRow
 	name   string           // in the keyring
 	others map[string]*host // by that name
 
-	cluster *clusterAPI
+	cluster *kubetest.API
+	etcd    *usagetest.Etcd
 
 	stopHog func()
 	before  [2]int // the footprint of serve: KiB and files
@@ -179,7 +184,7 @@ func setup(env *testscript.Env) error {
 	}
 	env.Setenv("RECIPIENT", recipient)
 	env.Setenv("KEYRING", h.path("state/keyring.json"))
-	memory, err := os.MkdirTemp("/dev/shm", "kleidi") // which no disk keeps
+	memory, err := os.MkdirTemp("/dev/shm", "kleidi") // never on a disk
 	if err != nil {
 		return err
 	}
@@ -301,7 +306,7 @@ func style(stderr string) error {
 }
 
 // waitTimeout bounds the wait for a condition.
-const waitTimeout = 30 * time.Second
+const waitTimeout = 3 * time.Minute
 
 // eventually waits until ready returns nil, and returns its error if it does not.
 func eventually(ready func() error) error {
@@ -322,7 +327,7 @@ func eventually(ready func() error) error {
 	}
 }
 
-// again compares a file with a copy of it: nothing has overwritten it.
+// again checks that a file still equals its copy, so that nothing has overwritten it.
 func (h *host) again(_ *testscript.TestScript, args []string) error {
 	if len(args) != 2 {
 		return broken("again FILE COPY")

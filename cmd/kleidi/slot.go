@@ -4,15 +4,13 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strings"
-	"text/tabwriter"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -40,37 +38,20 @@ func newSlotList(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), r.Slots, func(w io.Writer) {
-				t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-				fmt.Fprintln(t, "NAME\tNODE\tFOR\tWRAPPED BY")
-				for _, s := range r.Slots {
-					by := s.Binding
-					if s.Type == seal.TypeSkipped && s.Problem != nil {
-						by += "; " + s.Problem.Hint
-					}
-					fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", s.Name, orDash(s.Node), orDash(s.Use), by)
-				}
-				_ = t.Flush()
-			})
+			return a.show(cmd.OutOrStdout(), r.Slots, func(w io.Writer) { text.Slots(w, r.Slots) })
 		},
 	}
-}
-
-func orDash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
 }
 
 func newSlotAdd(a *app) *cobra.Command {
 	var req admin.AddSlotRequest
 	cmd := &cobra.Command{
-		Use:               "add pkcs11|vault|recovery",
-		ValidArgsFunction: cobra.FixedCompletions([]string{"pkcs11", "vault", "recovery"}, cobra.ShellCompDirectiveNoFileComp),
+		Use:               "add pkcs11|vault|kms-plugin|recovery",
+		ValidArgsFunction: cobra.FixedCompletions([]string{"pkcs11", "vault", "kms-plugin", "recovery"}, cobra.ShellCompDirectiveNoFileComp),
 		Short:             "Wrap the KEK with another wrapper from the configuration",
 		Example: `  kleidi slot add pkcs11 --generate-key
   kleidi slot add vault
+  kleidi slot add kms-plugin
   kleidi slot add recovery --recipient age1…`,
 		Args:      cobra.ExactArgs(1),
 		ValidArgs: []string{seal.TypePKCS11, seal.TypeVault, seal.TypeKMSPlugin, seal.TypeRecovery},
@@ -89,7 +70,7 @@ func newSlotAdd(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().BoolVar(&req.GenerateKey, "generate-key", false, "first generate the key in the token: AES-256, sensitive, not extractable")
@@ -98,6 +79,9 @@ func newSlotAdd(a *app) *cobra.Command {
 	return cmd
 }
 
+// newSlotTest returns the verb slot test. It prints every result before it fails with exit
+// code 1 for the first slot that does not open. A slot for the next boot can't open yet,
+// and is no failure.
 func newSlotTest(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "test [NAME]...",
@@ -115,7 +99,7 @@ token in vault.auth.secretIDFile is used up.`,
 			if err != nil {
 				return err
 			}
-			if err := a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printTests(w, r) }); err != nil {
+			if err := a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.SlotTests(w, r) }); err != nil {
 				return err
 			}
 			for _, s := range r.Slots {
@@ -125,23 +109,6 @@ token in vault.auth.secretIDFile is used up.`,
 			}
 			return nil
 		},
-	}
-}
-
-func printTests(w io.Writer, r admin.SlotTests) {
-	for _, s := range r.Slots {
-		verdict := "opens"
-		switch {
-		case s.ForNextBoot:
-			verdict = "for the next boot"
-		case !s.Opens:
-			verdict = "DOES NOT OPEN"
-		}
-		fmt.Fprintf(w, "%-14s %s (%v)\n", s.Name, verdict, s.Duration.Round(time.Millisecond))
-		printProblem(w, s.Problem)
-		for _, warning := range s.Warnings {
-			fmt.Fprintf(w, "%-14s   %s\n", "", strings.Replace(warning, "; ", "\n"+strings.Repeat(" ", 17)+"-> ", 1))
-		}
 	}
 }
 
@@ -161,13 +128,16 @@ check; use it after the token or its key was replaced.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().BoolVar(&req.NewKey, "new-key", false, "trust the configured key, although it does not open the present slot")
 	return cmd
 }
 
+// newSlotRemove returns the verb slot remove. It fails if the slot is gone from the
+// keyring but the TPM has not revoked it yet: a script must not take such a slot for a
+// closed way in.
 func newSlotRemove(a *app) *cobra.Command {
 	var req admin.RemoveSlotRequest
 	cmd := &cobra.Command{
@@ -189,7 +159,7 @@ is rotated.`,
 			if err != nil {
 				return err
 			}
-			if err := a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) }); err != nil {
+			if err := a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) }); err != nil {
 				return err
 			}
 			if s.Owed {
@@ -218,7 +188,7 @@ nothing checks that.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { printState(w, s) })
+			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
 		},
 	}
 	cmd.Flags().StringVar(&req.EK, "ek", "", "digest of the TPM's endorsement key, as kleidi status shows it")

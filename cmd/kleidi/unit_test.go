@@ -20,15 +20,20 @@ const (
 func unit(t testing.TB) map[string][]string { return settingsOf(t, unitFile) }
 
 func settingsOf(t testing.TB, file string) map[string][]string {
+	return sectionOf(t, file, "Service")
+}
+
+// sectionOf returns the settings of one section of a unit, each with its values in order.
+func sectionOf(t testing.TB, file, name string) map[string][]string {
 	t.Helper()
 	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, service, _ := strings.Cut(string(b), "\n[Service]\n")
-	service, _, _ = strings.Cut(service, "\n[")
+	_, section, _ := strings.Cut(string(b), "\n["+name+"]\n")
+	section, _, _ = strings.Cut(section, "\n[")
 	settings := map[string][]string{}
-	for line := range strings.Lines(service) {
+	for line := range strings.Lines(section) {
 		name, value, ok := strings.Cut(strings.TrimSpace(line), "=")
 		if ok && !strings.HasPrefix(name, "#") {
 			settings[name] = append(settings[name], value)
@@ -37,9 +42,9 @@ func settingsOf(t testing.TB, file string) map[string][]string {
 	return settings
 }
 
-// confinement is a command that runs another one with the capabilities of the unit.
-// CAP_IPC_LOCK stands for an infinite LimitMEMLOCK=: to the kernel either means that
-// any amount may be locked, and a container may often not raise limits.
+// confinement returns a command that runs another one with the capabilities of the unit.
+// CAP_IPC_LOCK stands for an infinite LimitMEMLOCK=: to the kernel, either means that any
+// amount may be locked, and a container often may not raise limits.
 func confinement(t testing.TB) []string {
 	t.Helper()
 	u := unit(t)
@@ -117,14 +122,14 @@ func TestUnitLeavesTheFoldersWritable(t *testing.T) {
 }
 
 // TestVerifierUnit: the verifier's unit names the files and the folders of the code, and
-// asks for no right.
+// asks for no capability.
 func TestVerifierUnit(t *testing.T) {
 	u := settingsOf(t, "../../deploy/kleidi-verifier.service")
 	for name, want := range map[string]string{
 		"ExecStart":             "/usr/local/bin/kleidi --config " + verifierd.DefaultPath + " verifier",
 		"RuntimeDirectory":      filepath.Base(filepath.Dir(verifierd.DefaultSocket)),
-		"ReadWritePaths":        filepath.Dir(verifierd.DefaultPath),
-		"CapabilityBoundingSet": "",
+		"ReadWritePaths":        "-" + filepath.Dir(verifierd.DefaultPath),
+		"CapabilityBoundingSet": "CAP_CHOWN", // for http.socketGID
 		"NoNewPrivileges":       "yes",
 		"Type":                  "notify",
 		"LimitCORE":             "0",

@@ -8,6 +8,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/slots"
+	"github.com/beezy-dev/kleidi/internal/text"
 )
 
 func newVaultKey(a *app) *cobra.Command {
@@ -37,7 +38,7 @@ TPM was cleared, make a new key.`,
 			if err := slots.MakeVaultKey(cmd.Context(), n, k); err != nil {
 				return files.HintRoot(fmt.Errorf("vault-key: %w", err))
 			}
-			return a.show(cmd.OutOrStdout(), k, func(w io.Writer) { printVaultKey(w, k) })
+			return a.show(cmd.OutOrStdout(), k, func(w io.Writer) { text.VaultKey(w, k) })
 		},
 	}
 	flags := cmd.Flags()
@@ -49,10 +50,4 @@ TPM was cleared, make a new key.`,
 		_ = cmd.MarkFlagFilename(name)
 	}
 	return cmd
-}
-
-func printVaultKey(w io.Writer, k *slots.VaultKey) {
-	fmt.Fprintf(w, "client key made in the TPM, of use to this machine alone, written to %s\n", k.Key)
-	fmt.Fprintf(w, "certificate request for %q written to %s: have your CA sign it, then set\nvault.auth.tpmKeyFile and vault.auth.certFile\n", k.Name, k.Request)
-	fmt.Fprintf(w, "it signs while PCR 7 (%s) is what it is now: make a new one when Secure Boot's state or keys change\n", k.Bank)
 }

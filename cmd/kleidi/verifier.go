@@ -1,16 +1,18 @@
 package main
 
 import (
-	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/internal/verifierd"
 )
 
+// newVerifier returns the verb verifier, which runs on a machine that is no node, and so
+// reads a configuration of its own.
 func newVerifier(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verifier",
@@ -25,19 +27,30 @@ The verifier has a separate configuration, see kleidi verifier init
 boot policies again; SIGTERM ends it.`,
 		Args: noVerb,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.verifierConfig()
+			s, err := a.newVerifierService()
 			if err != nil {
-				return err
+				return holdBack(cmd, err)
 			}
-			s, err := verifierd.New(c, logger(&config.Config{Log: c.Log}))
-			if err != nil {
-				return files.HintRoot(err)
+			if err := s.Run(cmd.Context()); err != nil { // its address can't be had
+				return holdBack(cmd, err)
 			}
-			return s.Run(cmd.Context())
+			return nil
 		},
 	}
 	cmd.AddCommand(newVerifierInit(a), newVerifierRegister(a), newVerifierShow(a))
 	return cmd
+}
+
+func (a *app) newVerifierService() (*verifierd.Service, error) {
+	c, err := a.verifierConfig()
+	if err != nil {
+		return nil, err
+	}
+	s, err := verifierd.New(c, logger(&config.Config{Log: c.Log}))
+	if err != nil {
+		return nil, files.HintRoot(err)
+	}
+	return s, nil
 }
 
 func newVerifierShow(a *app) *cobra.Command {
@@ -57,18 +70,7 @@ func newVerifierShow(a *app) *cobra.Command {
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { printVerifier(w, r) })
+			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Verifier(w, r) })
 		},
 	}
-}
-
-func printVerifier(w io.Writer, r *verifierd.Report) {
-	row(w, "configuration", r.Config)
-	row(w, "cluster ID", r.ClusterID)
-	row(w, "listens on", r.Listen)
-	row(w, "certificate", r.Certificate)
-	for _, n := range r.Nodes {
-		row(w, "node", fmt.Sprintf("%s  EK %s  %s", n.Name, n.EK, n.BootPolicy))
-	}
-	fmt.Fprintf(w, "\non every node, write this to %s:\n\n%s\nand into its configuration:\n\n%s", verifierd.PublicKeyPath, r.PublicKey, r.NodeConfiguration)
 }

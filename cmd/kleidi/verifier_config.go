@@ -4,10 +4,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/verifierd"
 )
 
-// Limits on a verifier's files, in bytes.
-const ()
-
-// verifierd.Config reads the configuration that the flags name.
+// verifierConfig reads the configuration that the flags name.
 func (a *app) verifierConfig() (*verifierd.Config, error) {
 	path := a.configPath
 	if path == "" {

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/internal/verifierd"
 	"github.com/beezy-dev/kleidi/seal"
 )
@@ -35,7 +36,7 @@ key, no slot that demands its signature opens.`,
 				return err
 			}
 			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) {
-				printVerifier(w, r)
+				text.Verifier(w, r)
 				fmt.Fprintf(w, "\nthen register every node:\n\n  kleidi verifier register NODE --ek sha256:… --boot-policy FILE%s\n", configFlag(c.File()))
 			})
 		},

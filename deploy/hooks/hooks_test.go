@@ -34,7 +34,10 @@ const fake = `#!/bin/sh
 echo "$*" >>ROOT/calls
 case $1 in
 status) cat ROOT/status ;;
-reseal) [ ! -e ROOT/refuse ] || { echo 'error: reseal: PCR 8 of the next boot cannot be predicted' >&2; exit 1; } ;;
+reseal)
+	[ ! -e ROOT/crash ] || kill -9 $$
+	[ ! -e ROOT/refuse ] || { echo 'error: reseal: PCR 8 of the next boot cannot be predicted' >&2; exit 1; }
+	;;
 esac
 `
 
@@ -202,6 +205,7 @@ func TestRefusalsAreLoudAndBreakNothing(t *testing.T) {
 		says    string
 		reseals []string
 	}{
+		"kleidi crashes":            {func(h *host) { h.write("crash", "") }, "kleidi reseal ended without a word, with code 137", []string{toSecond}},
 		"kleidi refuses":            {func(h *host) { h.write("refuse", "") }, "PCR 8 of the next boot cannot be predicted", []string{toSecond}},
 		"boot loader replaced":      {func(h *host) { h.write("boot/efi/EFI/debian/grubx64.efi", "grub 2") }, "the boot loader has changed, and can not be predicted", nil},
 		"boot loader removed":       {func(h *host) { h.remove("boot/efi/EFI/debian/shimx64.efi") }, "shimx64.efi", nil},
@@ -357,4 +361,17 @@ func TestDpkg(t *testing.T) {
 		t.Logf("%s", out)
 	}
 	h.want("", "", "--next-uki /efi/EFI/Linux/token-2.efi")
+}
+
+// TestOneMessage: a boot loader that is replaced together with an image is reported once.
+func TestOneMessage(t *testing.T) {
+	h := newHost(t)
+	h.write("efi/EFI/systemd/systemd-bootx64.efi", "systemd-boot 1")
+	h.run(nil, "kleidi-next-boot", "booted")
+	h.write("efi/EFI/Linux/token-2.efi", "image 2")
+	h.want(h.run(append(ukiEnv(h), inDpkg...), "95-kleidi.install", "add", "2", "", "/boot/vmlinuz-2"), "")
+	h.write("efi/EFI/systemd/systemd-bootx64.efi", "systemd-boot 2")
+	if out := h.run(nil, "kleidi-next-boot", "after-dpkg"); strings.Count(out, loud) != 1 {
+		t.Error(out)
+	}
 }

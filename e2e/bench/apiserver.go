@@ -38,11 +38,13 @@ type apiserver struct {
 	url, token string
 	pid        int
 	stop       func()
+	command    []string
 	client     *http.Client
 	made       int // Secrets
 }
 
-// kmsProvider and the others are entries of an EncryptionConfiguration's providers.
+// kmsProvider and the functions after it return entries of an EncryptionConfiguration's
+// providers.
 func kmsProvider(socket string) string {
 	return fmt.Sprintf("{kms: {apiVersion: v2, name: bench, endpoint: %q, timeout: 3s}}", "unix://"+socket)
 }
@@ -133,20 +135,26 @@ func startAPIServer(ctx context.Context, binary, etcd, dir, name, provider strin
 			return nil, err
 		}
 	}
-	a.pid, a.stop, err = startServer(a.path("log"), binary, "--etcd-servers", etcd, "--etcd-prefix", "/"+name,
+	a.command = []string{binary, "--etcd-servers", etcd, "--etcd-prefix", "/" + name,
 		"--bind-address", "127.0.0.1", "--secure-port", port, "--cert-dir", a.path("certificates"), "--token-auth-file", a.path("users.csv"),
 		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", a.path("accounts.pem"),
 		"--service-account-signing-key-file", a.path("accounts.pem"), "--service-cluster-ip-range", "10.0.0.0/24",
-		"--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none", "--encryption-provider-config", a.path("encryption.yaml"))
+		"--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none", "--encryption-provider-config", a.path("encryption.yaml")}
+	return a, a.start(ctx)
+}
+
+// start runs kube-apiserver, and waits until it is ready.
+func (a *apiserver) start(ctx context.Context) (err error) {
+	a.pid, a.stop, err = startServer(a.path("log"), a.command[0], a.command[1:]...)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := until(ctx, apiserverLimit, func() error { return a.ready(ctx) }); err != nil {
 		a.stop()
 		log, _ := os.ReadFile(a.path("log"))
-		return nil, fmt.Errorf("kube-apiserver with %s: %w\n%s", name, err, log[max(0, len(log)-2000):])
+		return fmt.Errorf("kube-apiserver with %s: %w\n%s", a.name, err, log[max(0, len(log)-2000):])
 	}
-	return a, nil
+	return nil
 }
 
 func (a *apiserver) path(name string) string { return filepath.Join(a.dir, name) }
@@ -163,7 +171,7 @@ func (a *apiserver) ready(ctx context.Context) error {
 		return errors.New("no certificate in apiserver.crt")
 	}
 	a.client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: roots}, MaxIdleConnsPerHost: apiserverCallers}}
+		TLSClientConfig: &tls.Config{RootCAs: roots}, MaxIdleConnsPerHost: max(apiserverCallers, migrateWorkers)}}
 	if err := a.call(ctx, http.MethodGet, "/readyz", nil); err != nil {
 		return err
 	}

@@ -50,8 +50,8 @@ func (k *shipped) makeHistory(ctx context.Context, state string) error {
 	})
 }
 
-// makeKeyring makes a state folder with what change makes of kleidi's keyring and its
-// TPM slot. change closes the keyring that it is given, or returns it.
+// makeKeyring makes a state folder with the keyring that change makes from kleidi's
+// keyring and its TPM slot. change closes the given keyring, or returns it.
 func (k *shipped) makeKeyring(ctx context.Context, state string, change func(*tpm.Wrapper, *keyring.Keyring, seal.Slot) (*keyring.Keyring, error)) error {
 	wrapper, err := k.wrapper()
 	if err != nil {

@@ -1,7 +1,7 @@
-// Command bench measures kleidi against a KMS v2 plugin that does nothing, on
-// the same gRPC stack, called the way kube-apiserver calls: one connection, a
-// seed of 32 bytes. The two are measured in turns, slice by slice, so that
-// whatever else the machine does hits both.
+// Command bench measures kleidi against a KMS v2 plugin that does nothing, on the same
+// gRPC stack, with kube-apiserver's way of calling: one connection, a seed of 32 bytes.
+// The two are measured in turns, slice by slice, so that any other load of the machine
+// hits both.
 //
 //	bench -kleidi bin/kleidi     starts the binary on a simulated machine with a swtpm
 //	bench -socket S [-pid N]     measures a plugin that runs already
@@ -109,6 +109,9 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	if err := printUsage(ctx, dir); err != nil {
+		return err
+	}
+	if err := printLiveUsage(ctx, dir); err != nil {
 		return err
 	}
 	if o.tunings {

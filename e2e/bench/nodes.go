@@ -86,7 +86,7 @@ func (k *shipped) makeNodes(ctx context.Context, state string, nodes, retired in
 		for i := range nodes - 1 {
 			digest := sha256.Sum256(fmt.Append(nil, i))
 			entry.Name, entry.EK = fmt.Sprint("simulated-", i), fmt.Sprintf("sha256:%x", digest)
-			// Another key: the public area ends with a coordinate.
+			// A different key: the public area ends with a coordinate.
 			entry.SRK = append(self.SRK[:len(self.SRK)-len(digest):len(self.SRK)-len(digest)], digest[:]...)
 			if ring, err = replaced(ring)(ring.WithNode(entry, time.Now())); err != nil {
 				return nil, err
@@ -150,7 +150,7 @@ func (k *shipped) printJoins(ctx context.Context, n int) error {
 	return nil
 }
 
-// fromNothing returns how long f takes on a machine without a state folder.
+// fromNothing returns the duration of f on a machine without a state folder.
 func (k *shipped) fromNothing(f func() error) (time.Duration, error) {
 	if err := os.RemoveAll(filepath.Join(k.dir, "state")); err != nil {
 		return 0, err
@@ -228,8 +228,8 @@ func (s *seat) approve(ctx context.Context, joiner *shipped, config string) ([]s
 	return strings.Fields(command), nil
 }
 
-// printWrapping compares what the driver of a rotation computes for all nodes, the slots
-// of a fresh KEK for one boot state of each, with the same for one node. The nodes are
+// printWrapping measures the work of a rotation's driver, which makes the slots of a fresh
+// KEK for one boot state of each node, and compares many nodes with one. The nodes are
 // simulated: each has this machine's storage root key.
 func printWrapping(ctx context.Context, w *tpm.Wrapper, gate *attest.Gate) error {
 	peer, err := w.Self(ctx)

@@ -31,7 +31,7 @@ type nothing struct {
 // nothingID is as long as a key ID of kleidi.
 const nothingID = "k1-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
 
-// Status answers.
+// Status answers with nothingID.
 func (nothing) Status(context.Context, *kmsapi.StatusRequest) (*kmsapi.StatusResponse, error) {
 	return &kmsapi.StatusResponse{Version: "v2", Healthz: "ok", KeyId: nothingID}, nil
 }

@@ -80,6 +80,9 @@ func printTPM(ctx context.Context, o options, m *simboot.Machine, dir string) er
 	if err := printWrapping(ctx, wrapper, gate); err != nil {
 		return err
 	}
+	if err := printRotations(ctx, wrapper, gate); err != nil {
+		return err
+	}
 	return printOpening(ctx, o, dir, opener{"tpm, swtpm", func(ctx context.Context) (*seal.Secret, error) { return wrapper.Unwrap(ctx, slot) }})
 }
 

@@ -27,8 +27,9 @@ const (
 	usageValue = 600
 )
 
-// printUsage compares the count of a snapshot's objects with a walk of bbolt over the same
-// file that does what any count must do: find each key's last revision. They run in turns.
+// printUsage compares the count of a snapshot's objects with a walk of bbolt over the
+// same file that does the minimum of any count: find each key's last revision. They run
+// in turns.
 func printUsage(ctx context.Context, dir string) error {
 	file, bare, err := makeSnapshot(dir)
 	if err != nil {
@@ -78,16 +79,23 @@ func median(all []time.Duration) time.Duration {
 	return slices.Sorted(slices.Values(all))[len(all)/2]
 }
 
+// usageRound returns every object, under the key of a round.
+func usageRound(round int) []usagetest.Change {
+	value := usagetest.Encrypted("kleidi", fmt.Sprintf("k1-%052d", round))
+	value = protowire.AppendTag(value, 15, protowire.BytesType) // a field that is skipped
+	value = protowire.AppendBytes(value, bytes.Repeat([]byte{'x'}, usageValue))
+	objects := make([]usagetest.Change, usageObjects)
+	for i := range objects {
+		objects[i] = usagetest.Change{Key: fmt.Sprintf("/registry/secrets/namespace-%d/secret-%d", i%100, i), Value: value}
+	}
+	return objects
+}
+
 // makeSnapshot returns a snapshot, and the same database without a checksum.
 func makeSnapshot(dir string) (summed, bare string, err error) {
 	changes := make([]usagetest.Change, 0, 2*usageObjects)
 	for round := range 2 {
-		value := usagetest.Encrypted("kleidi", fmt.Sprintf("k1-%052d", round))
-		value = protowire.AppendTag(value, 15, protowire.BytesType) // a field that is skipped
-		value = protowire.AppendBytes(value, bytes.Repeat([]byte{'x'}, usageValue))
-		for i := range usageObjects {
-			changes = append(changes, usagetest.Change{Key: fmt.Sprintf("/registry/secrets/namespace-%d/secret-%d", i%100, i), Value: value})
-		}
+		changes = append(changes, usageRound(round)...)
 	}
 	b, err := usagetest.Database(usagetest.Etcd36, changes...)
 	if err != nil {

@@ -42,8 +42,8 @@ type APIServerSetup struct {
 	Dir string
 	// Etcds are the URLs of the members.
 	Etcds []string
-	// EncryptionConfig is the path of an EncryptionConfiguration, which is reloaded when it
-	// changes if Reload is set.
+	// EncryptionConfig is the path of an EncryptionConfiguration, or empty. It is reloaded
+	// when it changes if Reload is set.
 	EncryptionConfig string
 	Reload           bool
 	// ServiceAccounts is the PEM file of the key that signs tokens, which all servers
@@ -53,6 +53,8 @@ type APIServerSetup struct {
 	ClientCA string
 	// Token is the token of the user with all rights. If empty, a token is made.
 	Token string
+	// Args are further flags.
+	Args []string
 }
 
 // NewAPIServer prepares a kube-apiserver without running it.
@@ -77,8 +79,12 @@ func NewAPIServer(t testing.TB, s APIServerSetup) *APIServer {
 		"--service-account-issuer", "https://kubernetes.default.svc",
 		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts,
 		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC",
-		"--endpoint-reconciler-type", "none", "--encryption-provider-config", s.EncryptionConfig,
+		"--endpoint-reconciler-type", "none",
 	}
+	if s.EncryptionConfig != "" {
+		a.args = append(a.args, "--encryption-provider-config", s.EncryptionConfig)
+	}
+	a.args = append(a.args, s.Args...)
 	if s.ClientCA != "" {
 		a.args = append(a.args, "--client-ca-file", s.ClientCA)
 	}
@@ -108,7 +114,7 @@ func (a *APIServer) write(t testing.TB, name string, b []byte) string {
 
 func (a *APIServer) path(name string) string { return filepath.Join(a.setup.Dir, name) }
 
-// Kubeconfig writes a kubeconfig of the user with all rights, and returns its path.
+// Kubeconfig writes a kubeconfig for the user with all rights, and returns its path.
 func (a *APIServer) Kubeconfig(t testing.TB) string {
 	t.Helper()
 	return a.write(t, "admin.conf", AdminKubeconfig(a.URL, a.path("certificates/apiserver.crt"), a.Token))
@@ -131,7 +137,7 @@ func (a *APIServer) Launch(t testing.TB) {
 // WaitServing returns once kube-apiserver serves unencrypted objects.
 func (a *APIServer) WaitServing(t testing.TB) {
 	t.Helper()
-	node.Eventually(t, 2*time.Minute, "kube-apiserver serves", func() error {
+	node.Eventually(t, 5*time.Minute, "kube-apiserver serves", func() error {
 		if err := a.Alive(); err != nil {
 			t.Fatal(err)
 		}
@@ -155,7 +161,7 @@ func (a *APIServer) trust() error {
 	if !roots.AppendCertsFromPEM(certificates) {
 		return fmt.Errorf("no certificate in apiserver.crt")
 	}
-	a.client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
+	a.client = &http.Client{Timeout: time.Minute, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
 	return nil
 }
 

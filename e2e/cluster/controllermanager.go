@@ -48,7 +48,7 @@ func NewClientCA(t testing.TB, dir string) ClientCA {
 	return ca
 }
 
-// AdminKubeconfig returns a kubeconfig for a token, with a server's certificate as its own
+// AdminKubeconfig returns a kubeconfig for a token. The server's certificate is its own
 // authority.
 func AdminKubeconfig(url, authority, token string) []byte {
 	return fmt.Appendf(nil, `apiVersion: v1

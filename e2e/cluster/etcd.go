@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -70,10 +71,13 @@ func (e *Etcd) Start(t testing.TB) {
 	e.Process = e.host.start(t, filepath.Join(e.dir, "etcd.log"), e.binary, e.args...)
 }
 
+// Upgrade has the next start run another version.
+func (e *Etcd) Upgrade(binary string) { e.binary = binary }
+
 // WaitHealthy returns once the member answers reads, which needs a quorum.
 func (e *Etcd) WaitHealthy(t testing.TB) {
 	t.Helper()
-	node.Eventually(t, time.Minute, "etcd answers", func() error {
+	node.Eventually(t, 2*time.Minute, "etcd answers", func() error {
 		if err := e.Alive(); err != nil {
 			t.Fatal(err)
 		}
@@ -82,7 +86,7 @@ func (e *Etcd) WaitHealthy(t testing.TB) {
 	})
 }
 
-// Snapshot copies the data of all members, as it is at one moment.
+// Snapshot copies the data of all members at one moment.
 func Snapshot(t testing.TB, members []*Etcd) (restore func()) {
 	t.Helper()
 	kept := t.TempDir()
@@ -91,7 +95,7 @@ func Snapshot(t testing.TB, members []*Etcd) (restore func()) {
 		defer e.Thaw()
 	}
 	for _, e := range members {
-		if err := os.CopyFS(filepath.Join(kept, e.name()), os.DirFS(e.data())); err != nil {
+		if err := os.CopyFS(filepath.Join(kept, e.name()), os.DirFS(e.Data())); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -99,7 +103,7 @@ func Snapshot(t testing.TB, members []*Etcd) (restore func()) {
 	return func() {
 		t.Helper()
 		for _, e := range members {
-			err := errors.Join(os.RemoveAll(e.data()), os.CopyFS(e.data(), os.DirFS(filepath.Join(kept, e.name()))), os.Chmod(e.data(), 0o700))
+			err := errors.Join(os.RemoveAll(e.Data()), os.CopyFS(e.Data(), os.DirFS(filepath.Join(kept, e.name()))), os.Chmod(e.Data(), 0o700))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -108,7 +112,16 @@ func Snapshot(t testing.TB, members []*Etcd) (restore func()) {
 }
 
 func (e *Etcd) name() string { return filepath.Base(e.dir) }
-func (e *Etcd) data() string { return filepath.Join(e.dir, "etcd") }
+
+// Data is the member's data folder.
+func (e *Etcd) Data() string { return filepath.Join(e.dir, "etcd") }
+
+// RestoreEnv describes this member to a command that restores a snapshot: its name, the
+// peers' URLs of all members and its own, and its data folder, which must be empty.
+func (e *Etcd) RestoreEnv() []string {
+	at := func(flag string) string { return e.args[slices.Index(e.args, flag)+1] }
+	return []string{"NAME=" + at("--name"), "MEMBERS=" + at("--initial-cluster"), "PEER=" + at("--initial-advertise-peer-urls"), "DATA=" + e.Data()}
+}
 
 // Leads reports whether this member leads the others.
 func (e *Etcd) Leads() (bool, error) {
@@ -118,18 +131,20 @@ func (e *Etcd) Leads() (bool, error) {
 		} `json:"header"`
 		Leader string `json:"leader"`
 	}
-	err := e.call("/v3/maintenance/status", struct{}{}, &status)
+	err := call(gateway, e.URL+"/v3/maintenance/status", struct{}{}, &status)
 	return status.Leader == status.Header.MemberID, err
 }
 
 // Get returns the raw values below a prefix, by key.
-func (e *Etcd) Get(prefix string) (map[string][]byte, error) {
+func (e *Etcd) Get(prefix string) (map[string][]byte, error) { return get(gateway, e.URL, prefix) }
+
+func get(client *http.Client, url, prefix string) (map[string][]byte, error) {
 	end := []byte(prefix)
 	end[len(end)-1]++
 	var answer struct {
 		KVs []struct{ Key, Value []byte }
 	}
-	if err := e.call("/v3/kv/range", map[string][]byte{"key": []byte(prefix), "range_end": end}, &answer); err != nil {
+	if err := call(client, url+"/v3/kv/range", map[string][]byte{"key": []byte(prefix), "range_end": end}, &answer); err != nil {
 		return nil, err
 	}
 	values := map[string][]byte{}
@@ -142,10 +157,11 @@ func (e *Etcd) Get(prefix string) (map[string][]byte, error) {
 // Put stores a raw value, behind kube-apiserver's back.
 func (e *Etcd) Put(key string, value []byte) error {
 	var answer struct{}
-	return e.call("/v3/kv/put", map[string][]byte{"key": []byte(key), "value": value}, &answer)
+	return call(gateway, e.URL+"/v3/kv/put", map[string][]byte{"key": []byte(key), "value": value}, &answer)
 }
 
-// Snapshot writes what `etcdctl snapshot save` writes: the database, and its SHA-256 sum.
+// Snapshot writes a file like that of `etcdctl snapshot save`: the database, and its
+// SHA-256 sum.
 func (e *Etcd) Snapshot(t testing.TB, file string) {
 	t.Helper()
 	res, err := gateway.Post(e.URL+"/v3/maintenance/snapshot", "application/json", strings.NewReader("{}"))
@@ -173,12 +189,12 @@ func (e *Etcd) Snapshot(t testing.TB, file string) {
 var gateway = &http.Client{Timeout: 20 * time.Second}
 
 // call asks etcd's JSON gateway.
-func (e *Etcd) call(path string, request, answer any) error {
+func call(client *http.Client, url string, request, answer any) error {
 	b, err := json.Marshal(request)
 	if err != nil {
 		return err
 	}
-	res, err := gateway.Post(e.URL+path, "application/json", bytes.NewReader(b))
+	res, err := client.Post(url, "application/json", bytes.NewReader(b))
 	if err != nil {
 		return err
 	}
@@ -188,7 +204,7 @@ func (e *Etcd) call(path string, request, answer any) error {
 		return err
 	}
 	if res.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %s: %s", path, res.Status, body)
+		return fmt.Errorf("%s: %s: %s", url, res.Status, body)
 	}
 	return json.Unmarshal(body, answer)
 }

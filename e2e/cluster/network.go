@@ -16,8 +16,8 @@ const inNetwork = "KLEIDI_E2E_NETWORK"
 
 // Isolated starts this program again in network and mount namespaces of its own, and
 // returns that program's exit code. Hosts and links that it makes are gone when it ends,
-// and nothing of them is seen outside. In the program that it started, it returns false.
-// It needs root.
+// and are never visible outside. In the program that it started, it returns false. It
+// needs root.
 func Isolated() (code int, isolated bool) {
 	if os.Getenv(inNetwork) != "" {
 		return 0, false
@@ -96,7 +96,8 @@ func (n *Network) Partition(t testing.TB, host int) (heal func()) {
 	return link("up")
 }
 
-// Command is put before a program to run it on this host, as node.Setup's On.
+// Command returns the words to put before a program to run it on this host, for
+// node.Setup's On.
 func (h Host) Command() []string {
 	if h.Namespace == "" {
 		return nil

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/e2e/cluster"
 	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/seal/store"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
 
@@ -78,12 +80,18 @@ func testSetup(t *testing.T, a *api) {
 		t.Fatalf("%s: %v: %s", commands, err, out)
 	}
 	n.ServeOpen()
-	node.Eventually(t, time.Minute, "kleidi has read the certificate", func() error {
+	node.Eventually(t, 2*time.Minute, "kleidi has read the certificate", func() error {
 		if _, body, err := n.Get("/metrics"); err != nil || strings.Contains(body, "kleidi_cluster_certificate_end_timestamp_seconds 0\n") {
 			return fmt.Errorf("it has none: %w", err)
 		}
 		return nil
 	})
+	t.Log("node remove tries with the node's own rights, which are not enough")
+	for _, want := range []string{"this node may not take them away", "node cp-9 is not in the keyring"} {
+		if _, err := n.Try("node", "remove", "cp-9", "--yes", "--cut-off"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("node remove: want %q: %v", want, err)
+		}
+	}
 	if r := a.setUp(t, n); len(r.Changes) != 0 {
 		t.Errorf("a second run changes %q", r.Changes)
 	}
@@ -95,8 +103,8 @@ func testSetup(t *testing.T, a *api) {
 	}
 }
 
-// TestRights: what the user of a node may do, and what not, is asserted on the real API
-// with the node's own certificate.
+// TestRights asserts, on the real API with the node's own certificate, what a node's user
+// may and may not do.
 func TestRights(t *testing.T) {
 	a := startAPI(t)
 	cluster.StartControllerManager(t, cluster.Loopback, a.binaries["kube-controller-manager-1.37"], a.dir, a.kubeconfig, a.ca, 365*24*time.Hour)
@@ -116,7 +124,20 @@ func TestRights(t *testing.T) {
 		t.Errorf("records: %v, %v", all, err)
 	}
 
-	store := "/apis/" + kube.APIVersion
+	if err := s.CreateArchive(ctx, "k1-x", []byte("archive")); err != nil {
+		t.Error(err)
+	}
+	if err := s.CreateArchive(ctx, "k1-x", []byte("another")); !errors.Is(err, store.ErrConflict) {
+		t.Errorf("a second archive of one KEK: %v", err)
+	}
+	if b, err := s.Archive(ctx, "k1-x"); err != nil || string(b) != "archive" {
+		t.Errorf("the archive: %q, %v", b, err)
+	}
+	if _, err := s.Archive(ctx, "k1-y"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an archive that is not there: %v", err)
+	}
+
+	api := "/apis/" + kube.APIVersion
 	request := map[string]any{"spec": map[string]any{"record": "eA=="}}
 	for _, c := range []struct {
 		what, method, path, kind string
@@ -124,13 +145,16 @@ func TestRights(t *testing.T) {
 	}{
 		{"read Secrets", http.MethodGet, "/api/v1/secrets", "", nil},
 		{"read a Secret", http.MethodGet, "/api/v1/namespaces/default/secrets/x", "", nil},
-		{"write another node's record", http.MethodPatch, store + "/keyringnodes/cp-2", kube.MergePatch, request},
-		{"make a record", http.MethodPost, store + "/keyringnodes", kube.JSON, map[string]any{"apiVersion": kube.APIVersion, "kind": "KeyringNode", "metadata": map[string]string{"name": "cp-9"}, "spec": map[string]any{}}},
-		{"delete the Keyring", http.MethodDelete, store + "/keyrings/cluster", "", nil},
-		{"delete all Keyrings", http.MethodDelete, store + "/keyrings", "", nil},
-		{"delete its record", http.MethodDelete, store + "/keyringnodes/cp-1", "", nil},
-		{"delete another node's record", http.MethodDelete, store + "/keyringnodes/cp-2", "", nil},
-		{"write an archive", http.MethodPost, store + "/keyringarchives", kube.JSON, map[string]any{"apiVersion": kube.APIVersion, "kind": "KeyringArchive", "metadata": map[string]string{"name": "k"}, "spec": map[string]string{"kek": "eA=="}}},
+		{"write another node's record", http.MethodPatch, api + "/keyringnodes/cp-2", kube.MergePatch, request},
+		{"make a record", http.MethodPost, api + "/keyringnodes", kube.JSON, map[string]any{"apiVersion": kube.APIVersion, "kind": "KeyringNode", "metadata": map[string]string{"name": "cp-9"}, "spec": map[string]any{}}},
+		{"delete the Keyring", http.MethodDelete, api + "/keyrings/cluster", "", nil},
+		{"delete all Keyrings", http.MethodDelete, api + "/keyrings", "", nil},
+		{"delete its record", http.MethodDelete, api + "/keyringnodes/cp-1", "", nil},
+		{"delete another node's record", http.MethodDelete, api + "/keyringnodes/cp-2", "", nil},
+		{"change an archive", http.MethodPatch, api + "/keyringarchives/k1-x", kube.MergePatch, map[string]any{"spec": map[string]string{"kek": "eA=="}}},
+		{"delete an archive", http.MethodDelete, api + "/keyringarchives/k1-x", "", nil},
+		{"delete all archives", http.MethodDelete, api + "/keyringarchives", "", nil},
+		{"list archives", http.MethodGet, api + "/keyringarchives", "", nil},
 		{"change its role", http.MethodPatch, "/apis/rbac.authorization.k8s.io/v1/clusterroles/kleidi-node-cp-1", kube.MergePatch, map[string]any{"rules": []any{}}},
 		{"change the definitions", http.MethodPatch, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/keyrings." + kube.Group, kube.MergePatch, map[string]any{"metadata": map[string]any{"labels": map[string]string{"a": "b"}}}},
 		{"list certificate requests", http.MethodGet, "/apis/certificates.k8s.io/v1/certificatesigningrequests", "", nil},
@@ -149,7 +173,7 @@ func TestRights(t *testing.T) {
 	if err := admin.Do(ctx, http.MethodDelete, "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kleidi-node-cp-1", "", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	node.Eventually(t, time.Minute, "the node is cut off", func() error {
+	node.Eventually(t, 2*time.Minute, "the node is cut off", func() error {
 		if _, err := s.Load(ctx); !kube.Refused(err, http.StatusForbidden) {
 			return errors.New("it still reads the Keyring")
 		}

@@ -107,7 +107,7 @@ func (a *api) waitServing(t *testing.T) {
 	})
 }
 
-// startServer runs a kube-apiserver that was killed again.
+// startServer runs a kube-apiserver again after it was killed.
 func (a *api) startServer(t *testing.T) {
 	t.Helper()
 	a.server = node.Start(t, a.path("kube-apiserver.log"), a.apiserver, a.serverArgs...)
@@ -139,7 +139,7 @@ func (a *api) client(t *testing.T, wrap func(http.RoundTripper) http.RoundTrippe
 	return &kube.Store{Client: c}
 }
 
-// stored returns what etcd holds below a prefix.
+// stored returns etcd's content below a prefix.
 func (a *api) stored(t *testing.T, prefix string) map[string][]byte {
 	t.Helper()
 	all, err := (&cluster.Etcd{URL: a.etcdURL}).Get(prefix)
@@ -152,7 +152,7 @@ func (a *api) stored(t *testing.T, prefix string) map[string][]byte {
 	return all
 }
 
-// snapshot keeps etcd's data. kube-apiserver runs on when they are put back.
+// snapshot keeps etcd's data. kube-apiserver runs on while the data is put back.
 func (a *api) snapshot(t *testing.T) (restore func()) {
 	t.Helper()
 	dir, kept := a.path("etcd"), t.TempDir()
@@ -175,5 +175,5 @@ func (a *api) restartEtcd(t *testing.T) {
 	t.Helper()
 	a.startEtcd(a.t)
 	s := a.client(t, nil)
-	node.Eventually(t, time.Minute, "the API reads from etcd again", func() error { return s.Ping(t.Context()) })
+	node.Eventually(t, 2*time.Minute, "the API reads from etcd again", func() error { return s.Ping(t.Context()) })
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
 
-// encrypting starts an API whose kube-apiserver has a node's kleidi encrypt.
+// encrypting starts an API whose kube-apiserver encrypts with a node's kleidi.
 func encrypting(t *testing.T, n *node.Node, configuration []byte) *api {
 	t.Helper()
 	path := n.Path("encryption.yaml")
@@ -25,16 +25,16 @@ func encrypting(t *testing.T, n *node.Node, configuration []byte) *api {
 	return a
 }
 
-// otherKernel boots a node so that its keyring does not open.
+// otherKernel boots a node in a way in which its keyring does not open.
 func otherKernel(n *node.Node) {
 	other := n.Kernel
 	other.Kernel = "6.66-other"
 	n.Reboot(other)
 }
 
-// TestColdStart: kube-apiserver starts while kleidi is locked, with Secrets encrypted. The
-// node then reads the cluster store. With all resources encrypted kube-apiserver comes up
-// once kleidi is open, and the cluster store is still stored in clear.
+// TestColdStart: kube-apiserver starts while kleidi is locked, with Secrets encrypted.
+// The node then reads the cluster store. With all resources encrypted, kube-apiserver
+// becomes ready once kleidi is open, and the cluster store is still stored in the clear.
 func TestColdStart(t *testing.T) {
 	for _, resources := range []string{"secrets", "*.*"} {
 		t.Run(resources, func(t *testing.T) {
@@ -59,7 +59,7 @@ func TestColdStart(t *testing.T) {
 			n.Serve()
 			a.server = node.Start(t, a.path("kube-apiserver.log"), a.apiserver, a.serverArgs...)
 			if resources == "*.*" {
-				node.Eventually(t, 3*time.Minute, "kube-apiserver gives up", func() error {
+				node.Eventually(t, 10*time.Minute, "kube-apiserver gives up", func() error {
 					if a.server.Alive() == nil {
 						return errors.New("it runs")
 					}

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -38,7 +39,7 @@ func newPair(t *testing.T) *pair {
 	p.share(t, p.second, "node: cp-2\n")
 	p.first.Serving.Stop()
 	p.share(t, p.first, settings)
-	node.Eventually(t, time.Minute, "the keyring is in the store", func() error {
+	node.Eventually(t, 2*time.Minute, "the keyring is in the store", func() error {
 		_, err := p.admin.Load(t.Context())
 		return err
 	})
@@ -46,18 +47,17 @@ func newPair(t *testing.T) *pair {
 	return p
 }
 
-// share sets up a node's access, and runs kleidi with it.
+// share sets up a node's access, and restarts kleidi with it.
 func (p *pair) share(t *testing.T, n *node.Node, settings string) {
 	t.Helper()
 	n.Configure(settings + "cluster:\n  kubeconfig: " + p.setUp(t, n).Kubeconfig + "\n")
 	n.ServeOpen()
 }
 
-// inStep returns once both nodes have the same revision, and neither has anything to
-// remark.
+// inStep returns once both nodes have the same revision, and neither reports a remark.
 func (p *pair) inStep(t *testing.T) {
 	t.Helper()
-	node.Eventually(t, time.Minute, "the nodes are in step", func() error {
+	node.Eventually(t, 2*time.Minute, "the nodes are in step", func() error {
 		if a, b := p.first.Keyring().Revision, p.second.Keyring().Revision; a != b {
 			return fmt.Errorf("revisions %d and %d", a, b)
 		}
@@ -70,7 +70,7 @@ func (p *pair) inStep(t *testing.T) {
 	})
 }
 
-// addRecipient makes a change of what all nodes share.
+// addRecipient changes the part of the keyring that all nodes share.
 func addRecipient(t *testing.T, n *node.Node) (recipient string, err error) {
 	t.Helper()
 	identity, err := age.GenerateX25519Identity()
@@ -88,7 +88,7 @@ func (p *pair) change(t *testing.T, on, other *node.Node) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node.Eventually(t, time.Minute, "the other node has followed", func() error {
+	node.Eventually(t, 2*time.Minute, "the other node has followed", func() error {
 		if !strings.Contains(string(other.Run("slot", "list")), recipient) {
 			return errors.New("it does not list " + recipient)
 		}
@@ -97,7 +97,7 @@ func (p *pair) change(t *testing.T, on, other *node.Node) {
 	p.inStep(t)
 }
 
-// newer returns a keyring that claims a newer revision than it has.
+// newer returns a keyring that claims a revision above its real one.
 func newer(t *testing.T, keyring []byte, revision uint64) []byte {
 	t.Helper()
 	var file struct {
@@ -119,8 +119,8 @@ func newer(t *testing.T, keyring []byte, revision uint64) []byte {
 	return append(b, '\n')
 }
 
-// TestServe: two nodes follow each other's changes, whatever happens to the API and to what
-// it stores.
+// TestServe: two nodes follow each other's changes, whatever happens to the API and its
+// stored data.
 func TestServe(t *testing.T) {
 	p := newPair(t)
 	ctx := t.Context()
@@ -173,7 +173,7 @@ func TestServe(t *testing.T) {
 			t.Fatal(what, err)
 		}
 		for _, n := range []*node.Node{p.first, p.second} {
-			node.Eventually(t, time.Minute, "a node refuses "+what, func() error {
+			node.Eventually(t, 2*time.Minute, "a node refuses "+what, func() error {
 				if code, body, err := n.Get("/readyz?verbose"); err != nil || code != http.StatusOK || !strings.Contains(body, "cluster store") {
 					return fmt.Errorf("%d %s %w", code, body, err)
 				}
@@ -192,4 +192,34 @@ func TestServe(t *testing.T) {
 		p.inStep(t)
 	}
 	p.change(t, p.second, p.first)
+
+	t.Log("an administrator deletes the Keyring")
+	const api = "/apis/" + kube.APIVersion
+	if err := p.admin.Do(ctx, http.MethodDelete, api+"/keyrings/cluster", "", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	node.Eventually(t, 2*time.Minute, "a node puts the Keyring back", func() error {
+		_, err := p.admin.Load(ctx)
+		return err
+	})
+	p.inStep(t)
+
+	t.Log("an administrator floods the store with records")
+	strangers := make(chan int)
+	var writers sync.WaitGroup
+	for range 8 {
+		writers.Go(func() {
+			for i := range strangers {
+				if err := p.admin.PutRecord(ctx, fmt.Sprintf("stranger-%d", i), []byte("{}")); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for i := range 2000 {
+		strangers <- i
+	}
+	close(strangers)
+	writers.Wait()
+	p.change(t, p.first, p.second)
 }

@@ -47,7 +47,7 @@ func TestStore(t *testing.T) {
 	})
 }
 
-// harness is a kube.Store whose transport loses, delays and repeats.
+// harness is a kube.Store whose transport loses, delays and repeats requests.
 type harness struct {
 	*kube.Store
 	t   *testing.T
@@ -70,7 +70,7 @@ func (a *api) empty(t *testing.T) *harness {
 		return h
 	})
 	for _, path := range []string{"/apis/" + kube.APIVersion + "/keyrings", "/apis/" + kube.APIVersion + "/keyringnodes"} {
-		node.Eventually(t, time.Minute, "the API serves "+path, func() error {
+		node.Eventually(t, 2*time.Minute, "the API serves "+path, func() error {
 			return h.Do(t.Context(), http.MethodDelete, path, "", nil, nil)
 		})
 	}

@@ -1,8 +1,8 @@
-// Command demo shows on a simulated machine what kleidi does: a KEK sealed to a TPM,
-// DEK seeds encrypted under it, a rotation, another kernel that gets nothing, and the
-// recovery. It runs the kleidi binary as an operator does and calls it as
-// kube-apiserver does. It checks every step, and fails at the first one with another
-// result than it announced.
+// Command demo shows on a simulated machine what kleidi does: a KEK sealed to a TPM, DEK
+// seeds encrypted under it, a rotation, another kernel that gets nothing, and the
+// recovery. It runs the kleidi binary as an operator does and calls it as kube-apiserver
+// does. It checks every step, and stops at the first one whose result is not as
+// announced.
 package main
 
 import (
@@ -268,8 +268,8 @@ func (d *demo) recover(ctx context.Context) error {
 	return d.decryptAll(ctx)
 }
 
-// copyState copies files of the state folder to files with a suffix, as an attacker
-// does who wants to put them back later.
+// copyState copies files of the state folder to files with a suffix, like an attacker who
+// wants to put them back later.
 func (d *demo) copyState(suffix string, names ...string) error {
 	for _, n := range names {
 		if err := copyFile(d.path("state/"+n), d.path(n+"."+suffix)); err != nil {

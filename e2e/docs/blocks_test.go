@@ -10,13 +10,14 @@ import (
 // documents are the documents with commands, relative to this folder.
 var documents = []string{"../../README.md", "../../docs/recovery.md", "../../docs/operations.md", "../../docs/boot-states.md",
 	"../../docs/boot-policy.md", "../../docs/updates.md", "../../docs/remote-attestation.md", "../../docs/pkcs11.md",
-	"../../docs/high-availability.md"}
+	"../../docs/high-availability.md", "../../docs/rotation.md"}
 
 // block is a fenced block of a document, with the comment before it.
 type block struct {
 	line     int // the line of its first fence
 	commands bool
 	comment  string
+	exit     string // the exit code in the comment, if it is not 0
 	text     string
 }
 
@@ -58,8 +59,8 @@ func blocks(t *testing.T, file string) []block {
 	return all
 }
 
-// matcher turns a line that a document shows into what must match: … stands for
-// anything.
+// matcher turns a line of a document into a pattern that the output must match: … stands
+// for anything.
 func matcher(line string) *regexp.Regexp {
 	parts := strings.Split(strings.TrimSpace(line), "…")
 	for i, p := range parts {

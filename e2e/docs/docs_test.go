@@ -35,7 +35,7 @@ type reader struct {
 	ran    int
 }
 
-// turn goes on at another machine of the scene.
+// turn continues at another machine of the scene.
 func (r *reader) turn(name string) {
 	r.t.Helper()
 	if r.m == nil || r.m.cast[name] == nil {
@@ -46,6 +46,7 @@ func (r *reader) turn(name string) {
 
 func (r *reader) follow(b block) {
 	r.t.Helper()
+	b.comment, b.exit, _ = strings.Cut(b.comment, ", exit code ")
 	scene, onScene := strings.CutPrefix(b.comment, "run on: ")
 	next, onNext := strings.CutPrefix(b.comment, "run next on ")
 	configured, onConfigured := strings.CutPrefix(b.comment, "configures ")
@@ -86,8 +87,11 @@ func (r *reader) run(b block) {
 	text := r.fill(b.text)
 	out, err := r.m.shell(text)
 	r.t.Logf("%s:\n%s%s", r.where, text, out)
-	if err != nil {
-		r.t.Fatalf("%s: %v", r.where, err)
+	if b.exit != "" && err != nil && err.Error() == "exit status "+b.exit {
+		err, b.exit = nil, ""
+	}
+	if err != nil || b.exit != "" {
+		r.t.Fatalf("%s: %v, want exit code %q", r.where, err, b.exit)
 	}
 	r.output = out
 	r.said = append(r.said, out)
@@ -98,8 +102,8 @@ func (r *reader) run(b block) {
 // elided is a flag whose value the document shows shortened.
 var elided = regexp.MustCompile(`--([a-z-]+) (\S*)…`)
 
-// fill completes the shortened values from what the scene's commands have printed: after
-// the flag's name, in a table or in a command.
+// fill completes the shortened values from the output of the scene's commands: after the
+// flag's name, in a table or in a command.
 func (r *reader) fill(text string) string {
 	r.t.Helper()
 	return elided.ReplaceAllStringFunc(text, func(short string) string {

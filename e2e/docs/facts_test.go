@@ -13,6 +13,7 @@ const (
 	top        = "../../"
 	operations = top + "docs/operations.md"
 	alertRules = top + "deploy/prometheus-rules.yaml"
+	dashboard  = top + "deploy/helm/kleidi/files/dashboard.json"
 )
 
 func read(t *testing.T, path string) string {
@@ -74,10 +75,15 @@ func TestMetricsAreReal(t *testing.T) {
 		used[strings.TrimSuffix(name, "_bucket")] = true
 	}
 	mustContain(t, "live metrics, by the alerts", live, used)
+	shown := map[string]bool{}
+	for name := range set(`\b(kleidi_\w+)`, read(t, dashboard)) {
+		shown[strings.TrimSuffix(name, "_bucket")] = true
+	}
+	mustContain(t, "live metrics, by the dashboard", live, shown)
 }
 
-// aDistributionHas are commands that need no mention: each Debian or Ubuntu server has
-// them.
+// aDistributionHas are commands that need no mention, because each Debian or Ubuntu
+// server has them.
 var aDistributionHas = strings.Fields("install reboot systemctl systemd-tmpfiles tee sudo")
 
 // TestNeedsNameTheTools: if a task runs a program that a plain machine lacks, the page
@@ -152,7 +158,7 @@ func TestLinksLeadSomewhere(t *testing.T) {
 	}
 }
 
-// anchors are the headings as GitHub links them.
+// anchors returns the headings in the form of GitHub's links.
 func anchors(text string) map[string]bool {
 	all := map[string]bool{}
 	for _, m := range heading.FindAllStringSubmatch(text, -1) {
@@ -161,7 +167,7 @@ func anchors(text string) map[string]bool {
 	return all
 }
 
-// TestThreatModelNamesRealTests: what it says is shown by a test is.
+// TestThreatModelNamesRealTests: each test that the threat model names exists.
 func TestThreatModelNamesRealTests(t *testing.T) {
 	found := 0
 	for _, m := range proof.FindAllStringSubmatch(read(t, top+"docs/threat-model.md"), -1) {

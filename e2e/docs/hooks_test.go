@@ -14,8 +14,8 @@ install -D -m 0755 deploy/hooks/95-kleidi.install /etc/kernel/install.d/95-kleid
 install -D -m 0644 deploy/hooks/dpkg.cfg /etc/dpkg/dpkg.cfg.d/kleidi
 systemctl enable --now kleidi-booted`
 
-// TestHookRefused: if the next boot can't be predicted, the packages are installed all
-// the same, and the hook's advice keeps the node open.
+// TestHookRefused: if the next boot can't be predicted, the packages are still installed,
+// and the hook's advice keeps the node open.
 func TestHookRefused(t *testing.T) {
 	m := newMachine(t)
 	beforeUpdate(simboot.GRUB, newKernel)(m)

@@ -56,7 +56,7 @@ func collectLogLines(t *testing.T, path string, logged map[string]bool) {
 		if !ok {
 			return true
 		}
-		// server.keep logs the failure of what it is to keep going.
+		// server.keep logs the failure of the part that it keeps running.
 		if f.Sel.Name == "keep" && len(call.Args) == 3 {
 			logged["error: "+literal(call.Args[1])+" failed"] = true
 		}
@@ -72,7 +72,7 @@ func collectLogLines(t *testing.T, path string, logged map[string]bool) {
 	})
 }
 
-// isLogger goes by the name: log, s.log, u.cfg.Log.
+// isLogger decides by the name: log, s.log, u.cfg.Log.
 func isLogger(x ast.Expr) bool {
 	switch x := x.(type) {
 	case *ast.Ident:
@@ -83,7 +83,7 @@ func isLogger(x ast.Expr) bool {
 	return false
 }
 
-// literal returns the string that x is written as, or "".
+// literal returns the value of x if x is a string literal, or "".
 func literal(x ast.Expr) string {
 	l, ok := x.(*ast.BasicLit)
 	if !ok || l.Kind != token.STRING {

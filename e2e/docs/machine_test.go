@@ -28,8 +28,8 @@ type machine struct {
 	*tpmtest.Machine
 	t        *testing.T
 	name     string              // of the node
-	address  string              // at which the other machines reach it
-	cast     map[string]*machine // the machines of a scene of several, this one among them
+	address  string              // at which other machines reach this one
+	cast     map[string]*machine // the machines of a scene of several, including this one
 	base     string              // the root folder
 	boot     simboot.Boot
 	next     simboot.Boot   // the boot that an update leads to
@@ -48,13 +48,14 @@ func newMachine(t *testing.T) *machine {
 	boot := simboot.Baseline(simboot.UKI)
 	m := &machine{Machine: tpmtest.New(t, boot), t: t, name: "cp-1", boot: boot, binary: node.Binary(t), settings: map[string]any{}}
 	m.base = filepath.Join(m.Dir(), "r")
-	// Folders of the system, and what the unit's tmpfiles make. The documents make all others.
+	// Folders of the system and of the unit's tmpfiles. The documents make all others.
 	for _, dir := range []string{"bin", "root", "etc", "media/usb", "run/kleidi", "usr/local/bin", "var/lib"} {
 		if err := os.MkdirAll(m.root(dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// The exit codes of kleidi status say what it shows, and are no failure of the command.
+	// kleidi status reports the state in its exit code, which is not a failure of the
+	// command.
 	m.write("bin/sudo", "#!/bin/sh\n\"$@\" && exit\ncode=$?\n[ \"$1 $2\" != 'kleidi status' ] || [ $code -lt 3 ] || exit 0\nexit $code\n", 0o755)
 	m.makeFolders()
 	m.configure()
@@ -66,7 +67,8 @@ func newMachine(t *testing.T) *machine {
 	return m
 }
 
-// makeFolders makes the folders that the installation makes: each task begins after it.
+// makeFolders makes the folders that the installation makes, because each task begins
+// after it.
 func (m *machine) makeFolders() {
 	m.t.Helper()
 	for _, b := range blocks(m.t, "../../docs/operations.md") {
@@ -165,7 +167,7 @@ func build(t *testing.T, pkg, cgo string) string {
 // shell runs a document's commands, all of which must succeed.
 func (m *machine) shell(commands string) (string, error) {
 	m.t.Helper()
-	ctx, cancel := context.WithTimeout(m.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(m.t.Context(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", m.relocate(commands))
 	cmd.Dir = m.root("root")

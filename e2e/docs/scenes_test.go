@@ -154,6 +154,18 @@ kleidi init --break-two-of-two --recovery-recipient "$(age-keygen -y /media/usb/
 		m.remove("var/lib/kleidi")
 		m.makeFolders()
 	},
+	"two nodes that share a cluster store": func(m *machine) { share(m, newMachine(m.t)) },
+	"cp-1, whose rotation waits for cp-2": func(m *machine) {
+		second := newMachine(m.t)
+		share(m, second)
+		stage(m, second)
+	},
+	"cp-2, while cp-1 is down, which drives a rotation": func(m *machine) {
+		first := newMachine(m.t)
+		share(first, m)
+		stage(first, m)
+		first.stop()
+	},
 	"a node whose anchor is lost": func(m *machine) {
 		serving(m)
 		m.stop()

@@ -4,12 +4,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
+	"time"
 
 	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/seal/store/kube/kubetest"
 )
 
-// Scenes of several machines. A document's comment says on which of them its commands
-// run.
+// Scenes of several machines. A comment in the document names the machine for its
+// commands.
 
 const (
 	theSeat       = "the seat"
@@ -62,7 +65,7 @@ func (m *machine) all() (all []*machine) {
 	return all
 }
 
-// inMemory puts /run of the machine into memory, as it is on a real one.
+// inMemory puts the machine's /run into memory, as on a real machine.
 func (m *machine) inMemory() {
 	m.t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "kleidi-docs-")
@@ -76,7 +79,7 @@ func (m *machine) inMemory() {
 	}
 }
 
-// joinSeat joins as the documents say, before a scene begins.
+// joinSeat joins as the documents describe, before a scene begins.
 func (m *machine) joinSeat() {
 	m.t.Helper()
 	r := &reader{t: m.t, where: "the scene", m: m}
@@ -87,5 +90,50 @@ func (m *machine) joinSeat() {
 	} {
 		r.turn(b.on)
 		r.run(block{text: b.commands})
+	}
+}
+
+// share makes two machines the nodes cp-1 and cp-2, in step with a cluster store. The store
+// is the part of an API that kleidi uses; e2e/ha has real ones.
+func share(first, second *machine) {
+	t := first.t
+	t.Helper()
+	serving(first)
+	first.meet(second, "cp-2")
+	first.cast["cp-1"], first.cast["cp-2"] = first, second
+	first.set("join: {listen: 192.0.2.1:9780}")
+	first.must("systemctl restart kleidi; kleidi bootpolicy record --file cp-2.yaml")
+	second.joinSeat()
+	api, err := kubetest.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(api.Stop)
+	both := []*machine{first, second}
+	for _, m := range both {
+		m.stop()
+		m.write("etc/kleidi/kubeconfig", string(api.Kubeconfig()), 0o600)
+		m.set("cluster: {kubeconfig: " + m.root("etc/kleidi/kubeconfig") + "}")
+	}
+	for _, m := range both {
+		m.serveIfPossible()
+	}
+	for _, m := range both {
+		node.Eventually(t, 2*time.Minute, m.name+" is in step", func() error {
+			out, err := m.shell("kleidi node list")
+			if err == nil && (strings.Count(out, "anchored and announced") != 2 || strings.Contains(out, "it has not")) {
+				err = errors.New(out)
+			}
+			return err
+		})
+	}
+}
+
+// stage stages a KEK on cp-1 while cp-2 is down.
+func stage(first, second *machine) {
+	first.t.Helper()
+	second.stop()
+	if out, err := first.shell("kleidi rotate"); err == nil || err.Error() != "exit status 3" {
+		first.t.Fatalf("kleidi rotate without cp-2: %v\n%s", err, out)
 	}
 }

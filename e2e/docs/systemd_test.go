@@ -12,7 +12,7 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
-// systemd: the test itself does what the documents' commands ask of systemd.
+// The test itself does the work that the documents' commands ask of systemd.
 
 // asked is the file in which systemctl writes its request. The test removes it
 // afterwards.
@@ -50,7 +50,6 @@ func (m *machine) obeySystemctl() {
 	m.remove(asked)
 }
 
-// start starts the unit.
 func (m *machine) start() {
 	m.t.Helper()
 	m.useInstalled()
@@ -64,7 +63,7 @@ func (m *machine) start() {
 	m.serving = node.Start(m.t, m.root("root/kleidi.log"), "env", "NOTIFY_SOCKET="+socket, m.binary, "serve", "--config", m.root("etc/kleidi/config.yaml"))
 	message := make([]byte, 4096)
 	for n := 0; !strings.Contains(string(message[:n]), "READY=1"); {
-		if err := errors.Join(m.serving.Alive(), l.SetReadDeadline(time.Now().Add(20*time.Second))); err != nil {
+		if err := errors.Join(m.serving.Alive(), l.SetReadDeadline(time.Now().Add(2*time.Minute))); err != nil {
 			m.t.Fatal(err)
 		}
 		if n, err = l.Read(message); err != nil {
@@ -73,8 +72,8 @@ func (m *machine) start() {
 	}
 }
 
-// serveIfPossible runs the unit, as on a machine that was set up, and waits until
-// kleidi has tried to unlock.
+// serveIfPossible runs the unit, as on a machine that was set up, and waits until kleidi
+// has tried to unlock.
 func (m *machine) serveIfPossible() {
 	m.t.Helper()
 	if m.serving == nil {
@@ -83,7 +82,7 @@ func (m *machine) serveIfPossible() {
 		}
 		m.start()
 	}
-	node.Eventually(m.t, 20*time.Second, "kleidi has tried to unlock", func() error {
+	node.Eventually(m.t, 2*time.Minute, "kleidi has tried to unlock", func() error {
 		code, body, err := m.get("/readyz")
 		if err == nil && code != http.StatusOK && (strings.Contains(body, "starting") || !strings.HasPrefix(body, "locked")) {
 			err = errors.New(body)

@@ -64,7 +64,7 @@ func legacy(m *machine) {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	if err := os.MkdirAll(m.root("opt/kleidi"), 0o755); err != nil { // made by kleidi 1.x's installation
+	if err := os.MkdirAll(m.root("opt/kleidi"), 0o755); err != nil { // the installation of kleidi 1.x made this folder
 		m.t.Fatal(err)
 	}
 	m.write("opt/kleidi/config.json", string(config), 0o644)
@@ -87,7 +87,7 @@ func (m *machine) sources() {
 		m.t.Fatal(err)
 	}
 	m.write("bin/make", fmt.Sprintf("#!/bin/sh\nexec %s -C %s \"$@\"\n", tool, here), 0o755)
-	// A first build takes longer than a document's commands may take.
+	// A first build takes longer than the time limit of a document's commands.
 	if out, err := exec.Command(tool, "-C", here, "build-pkcs11").CombinedOutput(); err != nil {
 		m.t.Fatalf("make build-pkcs11: %v\n%s", err, out)
 	}

@@ -13,10 +13,10 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// Updates: a machine has the files that it boots, a package manager that replaces them
-// with the files of the next boot, and a reboot.
+// Updates: a machine has the files from which it boots, a package manager that replaces
+// them with the files of the next boot, and a reboot.
 
-// beforeUpdate sets up a serving node with the hooks available, whose next boot is the
+// beforeUpdate sets up a serving node with the hooks available. Its next boot is the
 // present one after change.
 func beforeUpdate(loader simboot.Loader, change func(*simboot.Boot)) func(*machine) {
 	return func(m *machine) {
@@ -126,7 +126,7 @@ func (m *machine) rebootIfAsked() {
 		m.must(m.root(nextBoot) + " booted")
 	}
 	m.serveIfPossible()
-	node.Eventually(m.t, 20*time.Second, "the clean-up is done", func() error {
+	node.Eventually(m.t, 2*time.Minute, "the clean-up is done", func() error {
 		var r struct{ Slots []struct{ Use string } }
 		if err := json.Unmarshal([]byte(m.must("sudo kleidi status --quick -o json")), &r); err != nil {
 			return err

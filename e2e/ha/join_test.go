@@ -15,11 +15,12 @@ import (
 
 	"github.com/beezy-dev/kleidi/e2e/cluster"
 	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/e2e/threenodes"
 )
 
-// TestJoinBreaksOff breaks a join off at each packet between the joining machine and the
-// node that admits it. Whatever is left, no machine has the keyring that `node list`
-// doesn't show, and the join can be finished. Package e2e/kill kills the joining machine.
+// TestJoinBreaksOff breaks off a join at each packet between the joining machine and the
+// admitting node. Afterwards no machine has a keyring without being shown by `node list`,
+// and the join can be finished. Package e2e/kill kills the joining machine.
 func TestJoinBreaksOff(t *testing.T) {
 	loopback := func() []cluster.Host { return []cluster.Host{cluster.Loopback, cluster.Loopback} }
 	for _, fault := range []struct {
@@ -29,7 +30,7 @@ func TestJoinBreaksOff(t *testing.T) {
 	}{
 		{"the connection ends", loopback, func(_ *testing.T, b *breaking, _ *net.TCPConn) { b.wire.cut() }},
 		{"the admitting node is killed", loopback, func(_ *testing.T, b *breaking, _ *net.TCPConn) { b.seat.Serving.Kill() }},
-		{"the receiver is cut off for a while", func() []cluster.Host { return network.Hosts }, partitionReceiver},
+		{"the receiver is cut off for a while", func() []cluster.Host { return threenodes.Network.Hosts }, partitionReceiver},
 	} {
 		t.Run(fault.name, func(t *testing.T) {
 			t.Parallel()
@@ -44,14 +45,14 @@ func TestJoinBreaksOff(t *testing.T) {
 	}
 }
 
-// partitionReceiver cuts the host off that a packet is for. It is connected again once
-// the packet was sent in vain.
+// partitionReceiver cuts off the host to which a packet is addressed, and connects it
+// again once the packet was sent in vain.
 func partitionReceiver(t *testing.T, b *breaking, to *net.TCPConn) {
 	host := 1
 	if to.RemoteAddr().String() == b.wire.to {
 		host = 0
 	}
-	heal := network.Partition(t, host)
+	heal := threenodes.Network.Partition(t, host)
 	go func() {
 		defer heal()
 		raw, err := to.SyscallConn()
@@ -85,8 +86,7 @@ func newBreaking(t *testing.T, hosts []cluster.Host) *breaking {
 	b := &breaking{wire: newWire(t, hosts[0].Gateway(), address)}
 	b.seat = node.Make(t, node.Setup{On: hosts[0].Command(), Settings: fmt.Sprintf("node: cp-1\njoin:\n  listen: %s\n  advertise: %s\n", address, b.wire.address())})
 	b.joiner = node.Make(t, node.Setup{On: hosts[1].Command(), Settings: "node: cp-2\n", Uninitialised: true})
-	b.policy = b.seat.Path("policy.yaml")
-	b.seat.Run("bootpolicy", "record", "--file", b.policy)
+	b.policy = b.seat.BootPolicy()
 	var identity struct{ EK string }
 	b.joiner.JSON(&identity, "node", "identity")
 	b.ek = identity.EK
@@ -100,10 +100,10 @@ func newBreaking(t *testing.T, hosts []cluster.Host) *breaking {
 // approve approves the machine, and returns the arguments of the printed command.
 func (b *breaking) approve(t *testing.T) []string {
 	t.Helper()
-	return joinCommand(t, b.seat.Run("node", "approve", "cp-2", "--ek", b.ek, "--boot-policy", b.policy))
+	return b.seat.ApproveEK("cp-2", b.ek, b.policy)
 }
 
-// breakAt breaks a join off at one packet, and finishes it. It reports false if the join
+// breakAt breaks off a join at one packet, and finishes it. It reports false if the join
 // ended before that packet.
 func (b *breaking) breakAt(t *testing.T, packet int, fault func(*testing.T, *breaking, *net.TCPConn)) bool {
 	t.Helper()
@@ -124,7 +124,7 @@ func (b *breaking) breakAt(t *testing.T, packet int, fault func(*testing.T, *bre
 	if b.holds() && !b.listed() {
 		t.Fatalf("packet %d: the machine has the keyring, and node list does not show it", packet)
 	}
-	node.Eventually(t, time.Minute, fmt.Sprintf("the join that broke off at packet %d is finished", packet), func() error {
+	node.Eventually(t, 2*time.Minute, fmt.Sprintf("the join that broke off at packet %d is finished", packet), func() error {
 		_, err := b.joiner.Try("join", args...)
 		return err
 	})
@@ -149,7 +149,7 @@ func (b *breaking) listed() bool {
 	return strings.Contains(string(b.seat.Run("node", "list")), "cp-2")
 }
 
-// reset puts both back into the state before the join.
+// reset restores both to the state before the join.
 func (b *breaking) reset(t *testing.T) {
 	t.Helper()
 	b.seat.Serving.Stop()
@@ -195,7 +195,7 @@ func newWire(t *testing.T, host, to string) *wire {
 func (w *wire) address() string { return w.listener.Addr().String() }
 
 func (w *wire) connect(c *net.TCPConn) {
-	to, err := net.DialTimeout("tcp", w.to, 10*time.Second)
+	to, err := net.DialTimeout("tcp", w.to, time.Minute)
 	if err != nil {
 		c.Close()
 		return
@@ -225,7 +225,7 @@ func (w *wire) pass(from, to *net.TCPConn) {
 	}
 }
 
-// count counts a packet, and makes the fault happen if it is its turn.
+// count counts a packet, and makes the fault happen when its turn comes.
 func (w *wire) count(to *net.TCPConn) {
 	w.mu.Lock()
 	w.seen++
@@ -255,6 +255,13 @@ func (w *wire) breakAt(packet int, fault func(*net.TCPConn)) (fired func() bool)
 		}
 		return happens
 	}
+}
+
+// fired is closed once the fault of breakAt has happened.
+func (w *wire) fired() <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.done
 }
 
 // cut ends all connections.

@@ -15,10 +15,10 @@ import (
 // beforeSeveral is the last commit before format 2.
 const beforeSeveral = "ffba0ec"
 
-// TestOlderBinary: an older binary does not open a keyring of a later format, says why, and
-// never overwrites it. The binary comes from the history of the repository. Where the
+// TestOlderBinary: an older binary does not open a keyring of a later format, says why,
+// and never overwrites it. The binary comes from the history of the repository. If the
 // checkout has no history, this version's binary meets a format of the future instead,
-// which is the same refusal.
+// which leads to the same refusal.
 func TestOlderBinary(t *testing.T) {
 	n := node.Make(t, node.Setup{Settings: "node: cp-1\njoin:\n  listen: 127.0.0.1:" + node.FreePort(t) + "\n"})
 	policy := n.Path("policy.yaml")
@@ -30,21 +30,31 @@ func TestOlderBinary(t *testing.T) {
 	real, err := os.ReadFile(file)
 	must(t, err)
 
-	old, says := olderBinary(t), "section" // the field of format 2 that it does not know
+	old, says := olderBinary(t, beforeSeveral), "section" // the field of format 2 that the older binary does not know
 	if old == "" {
 		old, says = node.Binary(t), "format 3"
 		must(t, os.WriteFile(file, bytes.Replace(real, []byte("eyJmb3JtYXQiOjIs"), []byte("eyJmb3JtYXQiOjMs"), 1), 0o600)) // {"format":2, in base64
 	}
-	stored, err := os.ReadFile(file)
-	must(t, err)
 	// The older binary knows neither join.listen nor http.socket.
 	n.Configure("node: cp-1\n")
 	config, err := os.ReadFile(n.Path("config.yaml"))
 	must(t, err)
 	plain := regexp.MustCompile(`http:\n  socket: .*\n`).ReplaceAll(config, nil)
 	must(t, os.WriteFile(n.Path("older.yaml"), plain, 0o600))
-	for _, line := range []string{"keyring show", "rotate", "reseal", "recover --identity-file " + n.Identity, "init --recovery-recipient age1lggyhqrw2nlhcxprm67z43rta597azn8gknawjehu9d9dl0jq3yqqvfafg"} {
-		out, err := exec.Command(old, append(strings.Fields(line), "--config", n.Path("older.yaml"))...).CombinedOutput()
+	refuses(t, old, n, n.Path("older.yaml"), n.Identity, says)
+	must(t, os.WriteFile(file, real, 0o600))
+	n.ServeOpen()
+}
+
+// refuses demands that a binary does not open the keyring of a node, says why, and never
+// overwrites it.
+func refuses(t *testing.T, binary string, n *node.Node, config, identity, says string) {
+	t.Helper()
+	file := n.Path("state/keyring.json")
+	stored, err := os.ReadFile(file)
+	must(t, err)
+	for _, line := range []string{"keyring show", "rotate", "reseal", "recover --identity-file " + identity, "init --recovery-recipient age1lggyhqrw2nlhcxprm67z43rta597azn8gknawjehu9d9dl0jq3yqqvfafg"} {
+		out, err := exec.Command(binary, append(strings.Fields(line), "--config", config)...).CombinedOutput()
 		if err == nil {
 			t.Errorf("kleidi %s: an older binary succeeds:\n%s", line, out)
 		}
@@ -55,30 +65,28 @@ func TestOlderBinary(t *testing.T) {
 			t.Errorf("kleidi %s has changed the keyring: %v", line, err)
 		}
 	}
-	must(t, os.WriteFile(file, real, 0o600))
-	n.ServeOpen()
 }
 
-// olderBinary builds kleidi as it was before several nodes, or returns "" if the checkout
-// does not have that commit.
-func olderBinary(t *testing.T) string {
+// olderBinary builds kleidi as it was at a commit, or returns "" if the checkout does not
+// have that commit.
+func olderBinary(t *testing.T, commit string) string {
 	t.Helper()
-	if exec.Command("git", "cat-file", "-e", beforeSeveral+"^{commit}").Run() != nil {
-		t.Logf("the checkout has no commit %s", beforeSeveral)
+	if exec.Command("git", "cat-file", "-e", commit+"^{commit}").Run() != nil {
+		t.Logf("the checkout has no commit %s", commit)
 		return ""
 	}
 	cache, err := os.UserCacheDir()
 	must(t, err)
-	binary := filepath.Join(cache, "kleidi", "older", beforeSeveral, "kleidi")
+	binary := filepath.Join(cache, "kleidi", "older", commit, "kleidi")
 	if _, err := os.Stat(binary); err == nil {
 		return binary
 	}
 	dir := t.TempDir()
 	top, err := exec.Command("git", "rev-parse", "--show-toplevel").Output()
 	must(t, err)
-	script := `set -e; git -C "$1" archive ` + beforeSeveral + ` | tar -x -C "$2"; cd "$2"; CGO_ENABLED=0 go build -o "$2/kleidi.new" ./cmd/kleidi; mkdir -p "${3%/*}"; mv "$2/kleidi.new" "$3.$$"; mv "$3.$$" "$3"`
+	script := `set -e; git -C "$1" archive ` + commit + ` | tar -x -C "$2"; cd "$2"; CGO_ENABLED=0 go build -o "$2/kleidi.new" ./cmd/kleidi; mkdir -p "${3%/*}"; mv "$2/kleidi.new" "$3.$$"; mv "$3.$$" "$3"`
 	if out, err := exec.Command("bash", "-c", script, "bash", strings.TrimSpace(string(top)), dir, binary).CombinedOutput(); err != nil {
-		t.Fatalf("build kleidi %s: %v\n%s", beforeSeveral, err, out)
+		t.Fatalf("build kleidi %s: %v\n%s", commit, err, out)
 	}
 	return binary
 }

@@ -7,12 +7,13 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/e2e/threenodes"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
 
-// view is what the cluster store shows of a rotation.
+// view is the state of a rotation as the cluster store shows it.
 type view struct {
 	current, staged, former seal.KeyID
 	records                 []keyring.Record
@@ -45,7 +46,7 @@ func (v view) some(f func(keyring.Record) bool) bool {
 }
 
 // store returns the cluster store through the node's kube-apiserver.
-func (m *machine) store(t *testing.T) *kube.Store {
+func store(t *testing.T, m *machine) *kube.Store {
 	t.Helper()
 	client, err := kube.NewClient(kube.Options{Kubeconfig: m.Path("admin.conf")})
 	must(t, err)
@@ -68,8 +69,8 @@ func (c *controlPlane) look(t *testing.T, s *kube.Store, former seal.KeyID) (v v
 		v.staged = i.Staged.KeyID
 	}
 	var names []string
-	for _, m := range c.nodes {
-		names = append(names, m.name)
+	for _, m := range c.Nodes {
+		names = append(names, m.Name)
 	}
 	all, err := s.Records(t.Context(), names...)
 	for _, r := range all {
@@ -83,8 +84,8 @@ func (c *controlPlane) look(t *testing.T, s *kube.Store, former seal.KeyID) (v v
 // until returns once a rotation has reached a phase, seen through a node.
 func (c *controlPlane) until(t *testing.T, through *machine, former seal.KeyID, p phase) {
 	t.Helper()
-	s := through.store(t)
-	deadline := time.Now().Add(2 * time.Minute)
+	s := store(t, through)
+	deadline := time.Now().Add(5 * time.Minute)
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for range tick.C {
@@ -101,11 +102,11 @@ func (c *controlPlane) until(t *testing.T, through *machine, former seal.KeyID, 
 // rotate starts a rotation on a node, and calls do once it has reached a phase.
 func (c *controlPlane) rotate(t *testing.T, by, through *machine, p phase, do func()) {
 	t.Helper()
-	former := seal.KeyID(by.list(t).KeyID)
+	former := seal.KeyID(by.List().KeyID)
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		_, _ = by.Try("rotate") // it ends with its serve, which may be killed
+		_, _ = by.Try("rotate") // the command ends with its serve, which may be killed
 	}()
 	c.until(t, through, former, p)
 	do()
@@ -119,15 +120,15 @@ func (c *controlPlane) finish(t *testing.T, from *machine, former string, abort 
 	if abort {
 		verb = "--abort"
 	}
-	node.Eventually(t, 2*time.Minute, "the rotation is ended by "+verb, func() error {
-		_, err := from.Try("rotate", verb, "--wait", "--timeout", "5s")
+	node.Eventually(t, 10*time.Minute, "the rotation is ended by "+verb, func() error {
+		_, err := from.Try("rotate", verb, "--wait", "--timeout", "20s")
 		if abort && err != nil && strings.Contains(err.Error(), "no KEK is staged") {
 			return nil // it was too late to abort
 		}
 		return err
 	})
-	c.consistent(t, c.nodes...)
-	if now := from.list(t).KeyID; now == former && !abort {
+	threenodes.InStep(t, c.Nodes...)
+	if now := from.List().KeyID; now == former && !abort {
 		t.Errorf("the KEK is still %s", now)
 	}
 	c.stored(t)
@@ -136,10 +137,10 @@ func (c *controlPlane) finish(t *testing.T, from *machine, former string, abort 
 // stored checks that the cluster store holds the keyring of the nodes, through each API.
 func (c *controlPlane) stored(t *testing.T) {
 	t.Helper()
-	want := c.nodes[0].list(t)
-	for _, m := range c.nodes {
-		s := m.store(t)
-		node.Eventually(t, time.Minute, "the cluster store holds the nodes' keyring", func() error {
+	want := c.Nodes[0].List()
+	for _, m := range c.Nodes {
+		s := store(t, m)
+		node.Eventually(t, 2*time.Minute, "the cluster store holds the nodes' keyring", func() error {
 			raw, err := s.Load(t.Context())
 			if err != nil {
 				return err
@@ -157,9 +158,9 @@ func (c *controlPlane) stored(t *testing.T) {
 }
 
 // raw returns the shared keyring in the cluster store.
-func (m *machine) raw(t *testing.T) []byte {
+func raw(t *testing.T, m *machine) []byte {
 	t.Helper()
-	raw, err := m.store(t).Load(t.Context())
+	raw, err := store(t, m).Load(t.Context())
 	must(t, err)
 	return raw
 }

@@ -15,8 +15,8 @@ import (
 	kmsapi "k8s.io/kms/apis/v2"
 )
 
-// recorder records the key IDs that a node's KMS socket announces. A key ID that comes
-// again after another one fails the test: kube-apiserver must never see it flip back.
+// recorder records the key IDs that a node's KMS socket announces. A former key ID that
+// comes back fails the test: kube-apiserver must never see a key ID flip back.
 type recorder struct {
 	of   *machine
 	stop context.CancelFunc
@@ -27,7 +27,7 @@ type recorder struct {
 // record starts a recorder on each node. They end with the test.
 func (c *controlPlane) record(t *testing.T) {
 	t.Helper()
-	for _, m := range c.nodes {
+	for _, m := range c.Nodes {
 		ctx, cancel := context.WithCancel(context.Background())
 		r := &recorder{of: m, stop: cancel}
 		conn, err := grpc.NewClient("unix://"+m.Path("run/kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
@@ -49,10 +49,10 @@ func (r *recorder) run(ctx context.Context, client kmsapi.KeyManagementServiceCl
 			return
 		case <-tick.C:
 		}
-		call, cancel := context.WithTimeout(ctx, 10*time.Second)
+		call, cancel := context.WithTimeout(ctx, time.Minute)
 		status, err := client.Status(call, &kmsapi.StatusRequest{})
 		cancel()
-		// An error is a node that is down, or waits for the cluster store.
+		// An error means that the node is down, or waits for the cluster store.
 		if err == nil && (len(r.ids) == 0 || r.ids[len(r.ids)-1] != status.KeyId) {
 			r.ids = append(r.ids, status.KeyId)
 		}
@@ -62,14 +62,14 @@ func (r *recorder) run(ctx context.Context, client kmsapi.KeyManagementServiceCl
 func (r *recorder) end(t *testing.T) {
 	r.stop()
 	r.done.Wait()
-	t.Logf("%s has announced %d key IDs", r.of.name, len(r.ids))
+	t.Logf("%s has announced %d key IDs", r.of.Name, len(r.ids))
 	for i, id := range r.ids {
 		if slices.Contains(r.ids[:i], id) {
-			t.Errorf("%s: key ID %s came again: %q", r.of.name, id, r.ids)
+			t.Errorf("%s: key ID %s came again: %q", r.of.Name, id, r.ids)
 		}
 	}
 	if len(r.ids) < 2 {
-		t.Errorf("%s: no rotation was seen: %q", r.of.name, r.ids)
+		t.Errorf("%s: no rotation was seen: %q", r.of.Name, r.ids)
 	}
 }
 
@@ -85,7 +85,7 @@ type load struct {
 
 func (c *controlPlane) load() *load {
 	l := &load{stop: make(chan struct{})}
-	for _, m := range c.nodes {
+	for _, m := range c.Nodes {
 		l.done.Go(func() {
 			for i := 0; ; i++ {
 				select {
@@ -93,7 +93,7 @@ func (c *controlPlane) load() *load {
 					return
 				default:
 				}
-				l.round(c, m, fmt.Sprintf("load-%s-%d", m.name, i))
+				l.round(c, m, fmt.Sprintf("load-%s-%d", m.Name, i))
 			}
 		})
 	}
@@ -101,13 +101,13 @@ func (c *controlPlane) load() *load {
 }
 
 func (l *load) round(c *controlPlane, m *machine, name string) {
-	if err := m.put(name); err != nil {
+	if err := m.Put(name); err != nil {
 		l.fail(fmt.Errorf("write Secret %s: %w", name, err))
 		return
 	}
 	l.written.Add(1)
-	for _, reader := range c.nodes {
-		if err := reader.holds(name); err != nil {
+	for _, reader := range c.Nodes {
+		if err := reader.Holds(name); err != nil {
 			l.fail(err)
 			continue
 		}

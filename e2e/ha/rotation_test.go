@@ -12,28 +12,19 @@ import (
 
 	"github.com/beezy-dev/kleidi/e2e/cluster"
 	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/e2e/threenodes"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
 )
 
-// whole starts a control plane whose three nodes have joined and are in step.
+// whole starts a control plane of three nodes that have joined and are in step, and write.
 func whole(t *testing.T) *controlPlane {
 	t.Helper()
-	c := newControlPlane(t, "secrets")
-	c.share(t)
-	for _, m := range c.nodes[1:] {
-		c.admit(t, c.nodes[0], m)
-		m.ServeOpen()
-		m.api.Launch(c.t)
+	c := &controlPlane{threenodes.Whole(t, "secrets")}
+	for _, m := range c.Nodes {
+		m.PutSoon(t, "ready-"+m.Name)
 	}
-	for _, m := range c.nodes[1:] {
-		m.api.WaitServing(t)
-	}
-	for _, m := range c.nodes {
-		node.Eventually(t, time.Minute, m.name+" writes", func() error { return m.put("ready-" + m.name) })
-	}
-	c.consistent(t, c.nodes...)
 	return c
 }
 
@@ -43,7 +34,7 @@ func TestRotation(t *testing.T) {
 	c := whole(t)
 	c.record(t)
 	names := []string{"before"}
-	must(t, c.nodes[0].put("before"))
+	must(t, c.Nodes[0].Put("before"))
 
 	step := func(name string, f func(*testing.T)) {
 		if !t.Failed() {
@@ -52,185 +43,169 @@ func TestRotation(t *testing.T) {
 	}
 	step("under load", func(t *testing.T) {
 		l := c.load()
-		former := c.nodes[0].list(t).KeyID
+		former := c.Nodes[0].List().KeyID
 		begin := time.Now()
-		c.turn(t, c.nodes[0])
+		c.turn(t, c.Nodes[0])
 		t.Logf("rotated in %s", time.Since(begin).Round(time.Millisecond))
-		c.consistent(t, c.nodes...)
-		if c.nodes[0].list(t).KeyID == former {
+		threenodes.InStep(t, c.Nodes...)
+		if c.Nodes[0].List().KeyID == former {
 			t.Error("the KEK is still the former one")
 		}
 		t.Log("kleidi is killed on each node during a rotation")
-		for i, m := range c.nodes {
-			former := m.list(t).KeyID
-			c.rotate(t, c.nodes[0], m, phases[1+i], func() { m.Serving.Kill() })
+		for i, m := range c.Nodes {
+			former := m.List().KeyID
+			c.rotate(t, c.Nodes[0], m, phases[1+i], func() { m.Serving.Kill() })
 			m.ServeOpen()
-			c.finish(t, c.nodes[(i+1)%3], former, false)
+			c.finish(t, c.Nodes[(i+1)%3], former, false)
 		}
 		l.end(t)
 	})
 	step("a machine is killed", func(t *testing.T) {
 		for _, p := range phases {
-			for i, m := range c.nodes {
-				next := c.nodes[(i+1)%3]
-				name := strings.ToLower(fmt.Sprintf("%s-%s", p.name, m.name))
-				t.Logf("kleidi and etcd of %s are killed in the phase %q", m.name, p.name)
-				must(t, c.nodes[i].eventually(t, name))
+			for i, m := range c.Nodes {
+				next := c.Nodes[(i+1)%3]
+				name := strings.ToLower(fmt.Sprintf("%s-%s", p.name, m.Name))
+				t.Logf("kleidi and etcd of %s are killed in the phase %q", m.Name, p.name)
+				c.Nodes[i].PutSoon(t, name)
 				names = append(names, name)
-				former := m.list(t).KeyID
-				c.rotate(t, c.nodes[0], next, p, func() {
+				former := m.List().KeyID
+				c.rotate(t, c.Nodes[0], next, p, func() {
 					m.Serving.Kill()
-					c.etcd[i].Kill()
+					c.Etcd[i].Kill()
 				})
-				c.etcd[i].Start(c.t)
+				c.Etcd[i].Start(c.T)
 				m.ServeOpen()
 				c.finish(t, next, former, i == 2)
 			}
 		}
-		c.readEverywhere(t, names...)
+		threenodes.HoldSoon(t, c.Nodes, names...)
 	})
 	step("a node is cut off", func(t *testing.T) {
 		for i, p := range phases {
 			cut := i % 3
-			t.Logf("%s is cut off in the phase %q", c.nodes[cut].name, p.name)
-			former := c.nodes[cut].list(t).KeyID
-			// A driver that is cut off waits for the API meanwhile.
-			c.rotate(t, c.nodes[i/2], c.nodes[(cut+1)%3], p, func() {
-				heal := network.Partition(t, cut)
-				other := c.nodes[(cut+1)%3].store(t)
+			t.Logf("%s is cut off in the phase %q", c.Nodes[cut].Name, p.name)
+			former := c.Nodes[cut].List().KeyID
+			// A driver that is cut off waits for the API during this time.
+			c.rotate(t, c.Nodes[i/2], c.Nodes[(cut+1)%3], p, func() {
+				heal := threenodes.Network.Partition(t, cut)
+				other := store(t, c.Nodes[(cut+1)%3])
 				node.Eventually(t, 2*time.Minute, "the others read the cluster store", func() error {
 					_, err := other.Load(t.Context())
 					return err
 				})
 				heal()
 			})
-			c.finish(t, c.nodes[(cut+2)%3], former, false)
+			c.finish(t, c.Nodes[(cut+2)%3], former, false)
 		}
-		c.readEverywhere(t, names...)
+		threenodes.HoldSoon(t, c.Nodes, names...)
 	})
 	step("two operators", func(t *testing.T) {
-		former := c.nodes[0].list(t).KeyID
+		former := c.Nodes[0].List().KeyID
 		errs := make([]error, 2)
 		var both sync.WaitGroup
 		for i := range errs {
-			both.Go(func() { _, errs[i] = c.nodes[i].Try("rotate") })
+			both.Go(func() { _, errs[i] = c.Nodes[i].Try("rotate") })
 		}
 		both.Wait()
 		for i, err := range errs {
 			if err != nil && !strings.Contains(err.Error(), "exit status 3") && !strings.Contains(err.Error(), "another rotation is going on") && !strings.Contains(err.Error(), "meanwhile") {
-				t.Errorf("%s: %v", c.nodes[i].name, err)
+				t.Errorf("%s: %v", c.Nodes[i].Name, err)
 			}
 		}
-		c.finish(t, c.nodes[2], former, false)
+		c.finish(t, c.Nodes[2], former, false)
 	})
 	step("etcd is restored", func(t *testing.T) { c.restoreEach(t) })
 	step("a forged keyring", func(t *testing.T) { c.forge(t) })
 	step("a node is removed", func(t *testing.T) { c.removeAndAdmit(t, names...) })
 	step("all machines restart at once", func(t *testing.T) {
-		c.turn(t, c.nodes[0])
+		c.turn(t, c.Nodes[0])
 		c.coldStart(t)
-		c.consistent(t, c.nodes...)
-		c.readEverywhere(t, names...)
+		threenodes.InStep(t, c.Nodes...)
+		threenodes.HoldSoon(t, c.Nodes, names...)
 	})
 }
 
 // removeAndAdmit removes the third node while the others write Secrets. The removed node
-// serves until it restarts. Then its machine forgets what it knew, and joins again.
+// serves until it restarts. Then its machine is reset, and joins again.
 func (c *controlPlane) removeAndAdmit(t *testing.T, names ...string) {
 	t.Helper()
-	stay, gone := &controlPlane{etcd: c.etcd, nodes: c.nodes[:2]}, c.nodes[2]
-	former := gone.list(t).KeyID
+	stay, gone := &controlPlane{&threenodes.ControlPlane{T: c.T, Etcd: c.Etcd, Nodes: c.Nodes[:2]}}, c.Nodes[2]
+	former := gone.List().KeyID
 	l := stay.load()
-	stay.nodes[0].Run("node", "remove", gone.name, "--yes", "--cut-off", "--wait", "--timeout", "60s")
+	stay.Nodes[0].Run("node", "remove", gone.Name, "--yes", "--cut-off", "--wait", "--timeout", "10m")
 	l.end(t)
-	stay.consistent(t, stay.nodes...)
-	if stay.nodes[0].list(t).KeyID == former {
+	threenodes.InStep(t, stay.Nodes...)
+	if stay.Nodes[0].List().KeyID == former {
 		t.Error("the nodes that stay still use the KEK that the removed node knows")
 	}
-	must(t, gone.holds(names...))
+	must(t, gone.Holds(names...))
 	gone.Serving.Kill()
 	gone.Serve()
-	node.Eventually(t, time.Minute, "the removed node locks", func() error {
+	node.Eventually(t, 2*time.Minute, "the removed node locks", func() error {
 		if code, body, err := gone.Get("/readyz"); err != nil || code != http.StatusServiceUnavailable || !strings.Contains(body, "node-removed") {
 			return fmt.Errorf("%d %s %w", code, body, err)
 		}
 		return nil
 	})
 	gone.Serving.Kill()
-	gone.Run("reset", "--yes", gone.name)
-	c.admit(t, stay.nodes[1], gone)
+	gone.Run("reset", "--yes", gone.Name)
+	c.admit(t, stay.Nodes[1], gone)
 	gone.ServeOpen()
-	c.consistent(t, c.nodes...)
-	c.readEverywhere(t, names...)
+	threenodes.InStep(t, c.Nodes...)
+	threenodes.HoldSoon(t, c.Nodes, names...)
 }
 
-// turn rotates the KEK, and waits until every node has.
+// turn rotates the KEK, and waits until every node has followed.
 func (c *controlPlane) turn(t *testing.T, by *machine) {
 	t.Helper()
-	if _, err := by.Try("rotate", "--wait", "--timeout", "60s"); err != nil {
+	if _, err := by.Try("rotate", "--wait", "--timeout", "10m"); err != nil {
 		t.Fatal(err)
-	}
-}
-
-// eventually writes a Secret through a node. A client tries again while a member of etcd
-// is replaced as the leader.
-func (m *machine) eventually(t *testing.T, name string) error {
-	t.Helper()
-	node.Eventually(t, 2*time.Minute, m.name+" writes "+name, func() error { return m.put(name) })
-	return nil
-}
-
-// readEverywhere checks that each of these Secrets reads through each node, at the latest
-// once kube-apiserver has found the etcd member that leads.
-func (c *controlPlane) readEverywhere(t *testing.T, names ...string) {
-	t.Helper()
-	for _, m := range c.nodes {
-		node.Eventually(t, 2*time.Minute, m.name+" reads all Secrets", func() error { return m.holds(names...) })
 	}
 }
 
 // coldStart cuts the power of all machines at once, and starts them.
 func (c *controlPlane) coldStart(t *testing.T) {
 	t.Helper()
-	for _, m := range c.nodes {
-		m.api.Kill()
+	for _, m := range c.Nodes {
+		m.API.Kill()
 		m.Serving.Kill()
 	}
-	for _, e := range c.etcd {
+	for _, e := range c.Etcd {
 		e.Kill()
 	}
-	for _, m := range c.nodes {
+	for _, m := range c.Nodes {
 		m.Reboot(m.Kernel)
 	}
-	for _, e := range c.etcd {
-		e.Start(c.t)
+	for _, e := range c.Etcd {
+		e.Start(c.T)
 	}
-	for _, m := range c.nodes {
-		m.api.Launch(c.t)
+	for _, m := range c.Nodes {
+		m.API.Launch(c.T)
 	}
-	for _, m := range c.nodes {
+	for _, m := range c.Nodes {
 		m.ServeOpen()
 	}
-	for _, m := range c.nodes {
-		m.api.WaitServing(t)
+	for _, m := range c.Nodes {
+		m.API.WaitServing(t)
 	}
 }
 
-// restoreEach takes a snapshot of etcd in each phase of a rotation, and puts them back
-// one after the other. The nodes' keyring is newer each time, and comes back.
+// restoreEach takes a snapshot of etcd in each phase of a rotation, and puts the
+// snapshots back one after the other. Each time the nodes' keyring is newer, and returns
+// to the store.
 func (c *controlPlane) restoreEach(t *testing.T) {
 	t.Helper()
-	first, second, third := c.nodes[0], c.nodes[1], c.nodes[2]
-	former := seal.KeyID(first.list(t).KeyID)
+	first, second, third := c.Nodes[0], c.Nodes[1], c.Nodes[2]
+	former := seal.KeyID(first.List().KeyID)
 	var restores []func()
 	var names []string
 	snapshot := func(p phase) {
 		t.Helper()
 		name := "snapshot-" + p.name
-		must(t, first.eventually(t, name))
+		first.PutSoon(t, name)
 		names = append(names, name)
 		c.until(t, first, former, p)
-		restores = append(restores, cluster.Snapshot(t, c.etcd))
+		restores = append(restores, cluster.Snapshot(t, c.Etcd))
 	}
 	second.Serving.Kill()
 	third.Serving.Kill()
@@ -245,16 +220,16 @@ func (c *controlPlane) restoreEach(t *testing.T) {
 	third.WaitOpen()
 	snapshot(phases[3])
 	c.finish(t, second, string(former), false)
-	want := first.list(t)
+	want := first.List()
 	for i, restore := range restores {
 		t.Logf("etcd is restored from the phase %q", phases[i].name)
 		c.restore(t, restore)
-		c.consistent(t, c.nodes...)
+		threenodes.InStep(t, c.Nodes...)
 		c.stored(t)
-		if now := first.list(t); now.KeyID != want.KeyID || now.Revision < want.Revision {
+		if now := first.List(); now.KeyID != want.KeyID || now.Revision < want.Revision {
 			t.Errorf("the nodes went back from %+v to %+v", want, now)
 		}
-		c.readEverywhere(t, append(names[:i+1:i+1], "before")...)
+		threenodes.HoldSoon(t, c.Nodes, append(names[:i+1:i+1], "before")...)
 	}
 	c.turn(t, first)
 }
@@ -262,30 +237,25 @@ func (c *controlPlane) restoreEach(t *testing.T) {
 // restore puts a snapshot back as an operator would: with every kube-apiserver stopped.
 func (c *controlPlane) restore(t *testing.T, restore func()) {
 	t.Helper()
-	for _, m := range c.nodes {
-		m.api.Kill()
+	for _, m := range c.Nodes {
+		m.API.Kill()
 	}
-	for _, e := range c.etcd {
+	for _, e := range c.Etcd {
 		e.Kill()
 	}
 	restore()
-	for _, e := range c.etcd {
-		e.Start(c.t)
+	for _, e := range c.Etcd {
+		e.Start(c.T)
 	}
-	for _, m := range c.nodes {
-		m.api.Launch(c.t)
-	}
-	for _, m := range c.nodes {
-		m.api.WaitServing(t)
-	}
+	c.StartAPIs(t, c.Nodes...)
 }
 
-// forge puts keyrings into the cluster store that somebody made who had the KEK: one
-// with a KEK of its own while the nodes trust the KEK that it had, and one after they
-// left that one. No node follows either.
+// forge puts keyrings of a former holder of the KEK into the cluster store: one under a
+// KEK of the forger's own while the nodes still trust the KEK that the forger had, and
+// one after they left that KEK. No node follows either.
 func (c *controlPlane) forge(t *testing.T) {
 	t.Helper()
-	before := c.nodes[0].raw(t)
+	before := raw(t, c.Nodes[0])
 	known := c.leak(t, before)
 	defer known.Close()
 	fresh, err := seal.Memory{}.NewKEK()
@@ -299,20 +269,20 @@ func (c *controlPlane) forge(t *testing.T) {
 	c.refuse(t, before, own.Shared())
 
 	t.Log("the nodes leave the KEK that is known")
-	c.turn(t, c.nodes[0])
-	c.consistent(t, c.nodes...)
+	c.turn(t, c.Nodes[0])
+	threenodes.InStep(t, c.Nodes...)
 	later, err := known.AtLeast(known.Revision() + 1000)
 	must(t, err)
-	c.refuse(t, c.nodes[0].raw(t), later.Shared())
+	c.refuse(t, raw(t, c.Nodes[0]), later.Shared())
 	again, err := own.AtLeast(own.Revision() + 2000)
 	must(t, err)
-	c.refuse(t, c.nodes[0].raw(t), again.Shared())
+	c.refuse(t, raw(t, c.Nodes[0]), again.Shared())
 }
 
 // leak opens a shared keyring with the recovery identity of the first node.
 func (c *controlPlane) leak(t *testing.T, raw []byte) *keyring.Keyring {
 	t.Helper()
-	identity, err := os.ReadFile(c.nodes[0].Identity)
+	identity, err := os.ReadFile(c.Nodes[0].Identity)
 	must(t, err)
 	secret, err := seal.Memory{}.Take(identity)
 	must(t, err)
@@ -333,27 +303,27 @@ func (c *controlPlane) leak(t *testing.T, raw []byte) *keyring.Keyring {
 	return nil
 }
 
-// refuse puts a forged keyring in the place of the real one. Each node says that it is
-// not in step, keeps its keyring, and serves.
+// refuse replaces the real keyring with a forged one. Each node reports that it is not in
+// step, keeps its keyring, and serves.
 func (c *controlPlane) refuse(t *testing.T, real, forged []byte) {
 	t.Helper()
-	want := c.nodes[0].list(t)
-	s := c.nodes[0].store(t)
+	want := c.Nodes[0].List()
+	s := store(t, c.Nodes[0])
 	must(t, s.Swap(t.Context(), real, forged))
-	for _, m := range c.nodes {
-		node.Eventually(t, time.Minute, m.name+" refuses the forged keyring", func() error {
+	for _, m := range c.Nodes {
+		node.Eventually(t, 5*time.Minute, m.Name+" refuses the forged keyring", func() error {
 			_, body, err := m.Get("/readyz")
 			if err == nil && !strings.Contains(body, "cluster store: ") {
 				err = errors.New("it seems to be in step: " + body)
 			}
 			return err
 		})
-		if now := m.list(t); now.KeyID != want.KeyID || now.Revision != want.Revision {
-			t.Errorf("%s follows the forged keyring: it has %+v, and had %+v", m.name, now, want)
+		if now := m.List(); now.KeyID != want.KeyID || now.Revision != want.Revision {
+			t.Errorf("%s follows the forged keyring: it has %+v, and had %+v", m.Name, now, want)
 		}
-		must(t, m.eventually(t, "forged-"+m.name))
+		m.PutSoon(t, "forged-"+m.Name)
 	}
 	must(t, s.Swap(t.Context(), forged, real))
-	c.consistent(t, c.nodes...)
+	threenodes.InStep(t, c.Nodes...)
 	c.stored(t)
 }

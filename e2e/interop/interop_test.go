@@ -45,9 +45,9 @@ func attestation(t *testing.T, e *attest.Evidence) *pb.Attestation {
 	return a
 }
 
-// TestEvidenceOfOthers: kleidi reads the evidence that Google's virtual machines sent
-// to go-tpm-tools. Their quotes cover all PCRs, and no log has IMA's measurements (PCR
-// 10): kleidi refuses them only for that.
+// TestEvidenceOfOthers: kleidi reads the evidence that Google's virtual machines sent to
+// go-tpm-tools. Their quotes cover all PCRs, but no log has IMA's measurements (PCR 10),
+// which is kleidi's only reason to refuse them.
 func TestEvidenceOfOthers(t *testing.T) {
 	for name, c := range map[string]struct {
 		nonce  []byte
@@ -82,7 +82,7 @@ func TestEvidenceOfOthers(t *testing.T) {
 	}
 }
 
-// options trust only the key that signed.
+// options trust only the key that signed the quote.
 func options(t *testing.T, q keys.Quote, nonce []byte, loader simboot.Loader) server.VerifyOpts {
 	t.Helper()
 	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](q.AKPublic)

@@ -51,7 +51,7 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
-// runFull runs the verb on a disk with room for so many more units, and reports whether
+// runFull runs the verb on a disk with room for that many more units, and reports whether
 // the verb was refused.
 func (s *scene) runFull(l limit, more uint64) (refused bool) {
 	s.t.Helper()
@@ -101,7 +101,7 @@ func (s *scene) mount() disk {
 	if err := unix.Mount("kill", d.path, "tmpfs", 0, roomy); err != nil {
 		s.t.Fatalf("mount a small disk, as root: %v", err)
 	}
-	s.t.Cleanup(func() { _ = unix.Unmount(d.path, unix.MNT_DETACH) }) // if the test ended early
+	s.t.Cleanup(func() { _ = unix.Unmount(d.path, unix.MNT_DETACH) }) // in case the test ends early
 	for name, content := range files {
 		s.write("state/"+name, string(content))
 	}
@@ -122,7 +122,7 @@ func (d disk) remount(options string) {
 	}
 }
 
-// limit leaves room for so many more units.
+// limit leaves room for that many more units.
 func (d disk) limit(l limit, more uint64) {
 	d.t.Helper()
 	var now unix.Statfs_t

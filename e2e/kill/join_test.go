@@ -15,18 +15,27 @@ func joining(m *machine) simboot.Boot {
 	m.remove("state")
 	m.Reboot(usual)
 	m.run("bootpolicy record --file DIR/policy.yaml")
+	seat, ek := newSeat(m), m.ek()
+	m.approve = func() string { return seat.approves(m.name, ek, m.path("policy.yaml")) }
+	return usual
+}
+
+// ek returns the digest of the machine's endorsement key.
+func (m *machine) ek() string {
+	m.t.Helper()
 	var id struct{ EK string }
 	if err := json.Unmarshal(m.run("node identity -o json"), &id); err != nil {
 		m.t.Fatal(err)
 	}
-	policy := m.path("policy.yaml")
-	seat := newSeat(m)
-	m.approve = func() string {
-		out := strings.TrimSpace(string(seat.run("node approve one --ek " + id.EK + " --boot-policy " + policy)))
-		lines := strings.Split(out, "\n")
-		return strings.TrimPrefix(lines[len(lines)-1], "kleidi ")
-	}
-	return usual
+	return id.EK
+}
+
+// approves has this node approve another one, and returns the command by which that one
+// joins.
+func (m *machine) approves(name, ek, policy string) string {
+	m.t.Helper()
+	out := strings.TrimSpace(string(m.run("node approve " + name + " --ek " + ek + " --boot-policy " + policy)))
+	return strings.TrimPrefix(out[strings.LastIndex(out, "\n")+1:], "kleidi ")
 }
 
 // loopback is an address that no other process listens on.
@@ -45,26 +54,23 @@ func recordedPolicy(m *machine) simboot.Boot {
 func newSeat(m *machine) *machine {
 	m.t.Helper()
 	seat := newMachine(m.t)
+	seat.name = "seat"
 	seat.configure("join: {listen: " + loopback(9780) + "}\n")
-	b, err := os.ReadFile(seat.path("config.yaml"))
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	seat.write("config.yaml", strings.Replace(string(b), "node: one", "node: seat", 1))
 	seat.Reboot(usual)
 	seat.run("init --recovery-recipient " + seat.identity())
 	m.t.Cleanup(seat.background())
 	return seat
 }
 
-// background starts serve, and returns what ends it.
+// background starts serve, and returns the function that ends it.
 func (m *machine) background() (stop func()) {
 	m.t.Helper()
 	serve := m.command("serve")
 	if err := serve.Start(); err != nil {
 		m.t.Fatal(err)
 	}
-	// Without a serve, kleidi status looks for itself: it says nothing about the serve.
+	// Without a serve, kleidi status inspects the machine itself, which says nothing
+	// about the serve.
 	eventually(m.t, "serve answers on its admin socket", func() error {
 		conn, err := net.Dial("unix", m.path("admin.sock"))
 		if err == nil {
@@ -78,7 +84,7 @@ func (m *machine) background() (stop func()) {
 	}
 }
 
-// inFormat2 has a first approval write the keyring in format 2.
+// inFormat2 makes a first approval write the keyring in format 2.
 func inFormat2(boot simboot.Boot) func(*machine) simboot.Boot {
 	return func(m *machine) simboot.Boot {
 		recordedPolicy(m)
@@ -89,5 +95,5 @@ func inFormat2(boot simboot.Boot) func(*machine) simboot.Boot {
 	}
 }
 
-// approveTwo approves a machine that nobody has.
+// approveTwo approves a machine that does not exist.
 var approveTwo = "node approve two --ek sha256:" + strings.Repeat("0", 64) + " --boot-policy DIR/policy.yaml"

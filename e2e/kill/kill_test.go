@@ -31,7 +31,7 @@ type verb struct {
 	closed bool
 	// asked says that only a running serve can do it.
 	asked bool
-	// over is the verb's message that there is nothing left to do.
+	// over is the verb's message that nothing is left to do.
 	over string
 }
 
@@ -106,6 +106,9 @@ func set(t *testing.T, v verb) *scene {
 	m.configure(v.config)
 	recipient := m.identity()
 	m.Reboot(usual)
+	if v.name != "init" { // one verb stays on a TPM that keeps no endorsement key
+		m.keepEK()
+	}
 	h := newHistory()
 	m.run("init --recovery-recipient " + recipient)
 	m.serving(h, func() {})
@@ -202,7 +205,7 @@ func (s *scene) again() {
 	}
 }
 
-// do runs the verb, beside a serve if only that can do it.
+// do runs the verb, beside a serve if only a serve can do it.
 func (s *scene) do() error {
 	s.t.Helper()
 	if s.asked {
@@ -387,7 +390,7 @@ func (s *scene) askServe(h *history, who victim) ([]step, bool) {
 	return steps, killed
 }
 
-// pollUntil polls until it is stopped or serve has ended.
+// pollUntil polls until stop is called or serve has ended.
 func (c *client) pollUntil(ctx context.Context, p *traced) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan struct{})

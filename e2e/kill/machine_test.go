@@ -29,18 +29,20 @@ import (
 	kmsapi "k8s.io/kms/apis/v2"
 
 	"github.com/beezy-dev/kleidi/e2e/node"
+	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
 // patience bounds one step of a test on a busy machine.
-const patience = time.Minute
+const patience = 3 * time.Minute
 
 // machine is a simulated machine with kleidi on it. It can be reset to an earlier
 // state, including disk and TPM.
 type machine struct {
 	*tpmtest.Machine
 	t      testing.TB
+	name   string // of the node
 	binary string
 	more   string // of the configuration
 	// approve, if set, has another node approve this machine, and returns the command by
@@ -55,7 +57,7 @@ func newMachine(t testing.TB) *machine {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	return &machine{Machine: tpmtest.Attach(t, dir), t: t, binary: node.Binary(t)}
+	return &machine{Machine: tpmtest.Attach(t, dir), t: t, name: "one", binary: node.Binary(t)}
 }
 
 func (m *machine) path(name string) string { return filepath.Join(m.Dir(), name) }
@@ -74,16 +76,16 @@ func (m *machine) configure(more string) {
 	m.more = more
 	m.write("config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
-node: one
+node: %s
 tpm: {device: %q, eventLog: %q}
 state: {dir: %q}
 kms: {socket: %q}
 admin: {socket: %q}
 http: {socket: ""}
-%s`, m.Device(), m.EventLog(), m.stateDir(), m.path("kms.sock"), m.path("admin.sock"), more))
+%s`, m.name, m.Device(), m.EventLog(), m.stateDir(), m.path("kms.sock"), m.path("admin.sock"), more))
 }
 
-// exec runs another program than kleidi.
+// exec runs a program other than kleidi.
 func (m *machine) exec(name string, args ...string) {
 	m.t.Helper()
 	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
@@ -121,16 +123,44 @@ func (m *machine) undefine(index uint32) {
 	}
 }
 
+// keepEK stores the TPM's endorsement key in the TPM, where a manufacturer puts it. A TPM
+// without the stored key makes the key again for each slot: in swtpm, most of the work of
+// a verb.
+func (m *machine) keepEK() {
+	m.t.Helper()
+	err := m.TPM().Do(m.t.Context(), func(t transport.TPM) error {
+		ek, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHEndorsement, InPublic: tpm2.New2B(tpm2.RSAEKTemplate)}.Execute(t)
+		if err != nil {
+			return err
+		}
+		defer keys.Flush(t, ek.ObjectHandle)
+		_, err = tpm2.EvictControl{Auth: tpm2.TPMRHOwner, ObjectHandle: &tpm2.NamedHandle{Handle: ek.ObjectHandle, Name: ek.Name}, PersistentHandle: 0x81010001}.Execute(t)
+		return err
+	})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
 // command returns a kleidi command such as `keyring verify`; DIR stands for the
 // machine's folder.
 func (m *machine) command(verb string) *exec.Cmd {
+	return m.commandUntil(context.Background(), verb)
+}
+
+func (m *machine) commandUntil(ctx context.Context, verb string) *exec.Cmd {
 	args := strings.Fields(strings.ReplaceAll(verb, "DIR", m.Dir()))
-	return exec.Command(m.binary, append(args, "--config", m.path("config.yaml"))...)
+	return exec.CommandContext(ctx, m.binary, append(args, "--config", m.path("config.yaml"))...)
 }
 
 func (m *machine) try(verb string) ([]byte, error) {
+	return m.tryUntil(context.Background(), verb)
+}
+
+// tryUntil runs a verb, and ends it with ctx.
+func (m *machine) tryUntil(ctx context.Context, verb string) ([]byte, error) {
 	var stderr bytes.Buffer
-	cmd := m.command(verb)
+	cmd := m.commandUntil(ctx, verb)
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok && strings.HasPrefix(verb, "status") && exit.ExitCode() > 2 {
@@ -299,7 +329,7 @@ func (m *machine) client(h *history) *client {
 	m.t.Helper()
 	quick := backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.2, MaxDelay: 200 * time.Millisecond}
 	conn, err := grpc.NewClient("unix:"+m.path("kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: quick, MinConnectTimeout: time.Second}))
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: quick, MinConnectTimeout: 20 * time.Second}))
 	if err != nil {
 		m.t.Fatal(err)
 	}

@@ -30,8 +30,8 @@ func TestPowerLoss(t *testing.T) {
 	}
 }
 
-// cutAfter cuts the power after change. Each file of the state folder must be as it was
-// then, and the keyring must open.
+// cutAfter cuts the power after change. Each file of the state folder must have the
+// content that it had then, and the keyring must open.
 func (s *scene) cutAfter(change func(*history)) {
 	s.t.Helper()
 	s.restore(s.start)

@@ -2,63 +2,19 @@ package kill
 
 import (
 	"context"
-	"net"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/beezy-dev/kleidi/internal/usage/usagetest"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// bareEtcd answers as an etcd in which one Secret is stored, under no key of the
-// keyring's.
-func bareEtcd(t *testing.T) (url string) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	field := func(b []byte, n protowire.Number, value []byte) []byte {
-		return protowire.AppendBytes(protowire.AppendTag(b, n, protowire.BytesType), value)
-	}
-	number := func(b []byte, n protowire.Number, value uint64) []byte {
-		return protowire.AppendVarint(protowire.AppendTag(b, n, protowire.VarintType), value)
-	}
-	header := number(number(nil, 1, 7), 3, 9)                                                                     // cluster, revision
-	secret := field(field(nil, 1, []byte("/registry/secrets/a/b")), 5, usagetest.Encrypted("kleidi", "k1-other")) // key, value
-	s := grpc.NewServer(grpc.ForceServerCodec(bytesCodec{}), grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
-		var request []byte
-		if err := stream.RecvMsg(&request); err != nil {
-			return err
-		}
-		answer := field(nil, 1, header)
-		if _, _, n := protowire.ConsumeTag(request); n > 0 {
-			if key, _ := protowire.ConsumeBytes(request[n:]); string(key) == "/registry/" {
-				answer = number(field(answer, 2, secret), 4, 1)
-			}
-		}
-		return stream.SendMsg(&answer)
-	}))
-	go func() { _ = s.Serve(l) }()
-	t.Cleanup(s.Stop)
-	return "http://" + l.Addr().String()
-}
-
-type bytesCodec struct{}
-
-func (bytesCodec) Marshal(v any) ([]byte, error)      { return *v.(*[]byte), nil }
-func (bytesCodec) Unmarshal(data []byte, v any) error { *v.(*[]byte) = data; return nil }
-func (bytesCodec) Name() string                       { return "proto" }
-
-// TestPruneKilled kills serve, and then the command, before each step of a prune. The
-// retired KEK is in the keyring or in the archive at every moment, and the command can be
-// run again.
+// TestPruneKilled kills serve, and then the command, before each step of a prune. At
+// every moment the retired KEK is in the keyring or in the archive, and the command can
+// be run again.
 func TestPruneKilled(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
@@ -69,7 +25,7 @@ func TestPruneKilled(t *testing.T) {
 	old := m.show().Current.KeyID
 	m.run("rotate")
 	start := m.off(usual)
-	verb := "prune " + old + " --etcd " + bareEtcd(t) + " --yes"
+	verb := "prune " + old + " --etcd " + usagetest.StartEtcd(t.Cleanup, usagetest.Change{Key: "/registry/secrets/a/b", Value: usagetest.Encrypted("kleidi", "k1-other")}).URL + " --yes"
 	for _, by := range []string{"serve", "command"} {
 		steps := 0
 		for killed := true; killed; steps++ {
@@ -89,8 +45,8 @@ func TestPruneKilled(t *testing.T) {
 	}
 }
 
-// pruneKilled runs serve, which kube-apiserver asks, and the command; one of the two is
-// killed before a step.
+// pruneKilled runs serve, with calls as from kube-apiserver, and the command. One of the
+// two is killed before a step.
 func (m *machine) pruneKilled(t *testing.T, verb, by string, who victim) (killed bool) {
 	t.Helper()
 	c := m.client(newHistory())
@@ -120,7 +76,7 @@ func (m *machine) pruneKilled(t *testing.T, verb, by string, who victim) (killed
 	return killed
 }
 
-// pruneAgain ends what was interrupted, and runs serve on the result.
+// pruneAgain finishes the interrupted prune, and runs serve on the result.
 func (m *machine) pruneAgain(t *testing.T, verb, old string) {
 	t.Helper()
 	p := release(t, m.path("serve.log"), m.command("serve"))
@@ -130,7 +86,7 @@ func (m *machine) pruneAgain(t *testing.T, verb, old string) {
 	if _, err := m.try(verb); err != nil && !strings.Contains(err.Error(), "is not that of a retired KEK") {
 		t.Errorf("run again: %v", err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if err := c.decrypts(ctx); err != nil {
 		t.Error(err)
@@ -143,24 +99,30 @@ func (m *machine) pruneAgain(t *testing.T, verb, old string) {
 	m.holdsSomewhere(t, old)
 }
 
-// holdsSomewhere: a keyring in the state folder, other than the previous revision, holds
-// the KEK: the stored one, or the archive.
+// holdsSomewhere reports whether the KEK is in the stored keyring or in the archive.
 func (m *machine) holdsSomewhere(t *testing.T, id string) {
 	t.Helper()
 	var found []string
 	for name, b := range m.files("state") {
-		if name != "keyring.json" && !strings.HasPrefix(name, "archive-") || strings.HasSuffix(name, ".new") {
-			continue
-		}
-		u, err := keyring.Parse(b)
-		if err != nil {
-			t.Errorf("%s: %v", name, err)
-			continue
-		}
-		for _, r := range u.Info().Retired {
-			if string(r.KeyID) == id {
-				found = append(found, name)
+		switch {
+		case name == "keyring.json":
+			u, err := keyring.Parse(b)
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+				continue
 			}
+			for _, r := range u.Info().Retired {
+				if string(r.KeyID) == id {
+					found = append(found, name)
+				}
+			}
+		case strings.HasPrefix(name, "archive-") && !strings.HasSuffix(name, ".new"):
+			u, err := keyring.ParseArchive(b)
+			if err != nil || string(u.Info().KeyID) != id {
+				t.Errorf("%s: %v", name, err)
+				continue
+			}
+			found = append(found, name)
 		}
 	}
 	if len(found) == 0 {

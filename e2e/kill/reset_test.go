@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestResetKilled kills kleidi reset before each step. What it leaves either opens or can be
-// reset again. Once the second reset has ended, no copy of the keyring opens.
+// TestResetKilled kills kleidi reset before each step. The remaining state either opens
+// or can be reset again. Once the second reset has ended, no copy of the keyring opens.
 func TestResetKilled(t *testing.T) {
 	table := newTable(t)
 	for name, config := range map[string]string{"reset": "", "reset with the anchor in the TPM": anchorInTPM} {

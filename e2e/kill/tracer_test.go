@@ -52,6 +52,7 @@ type group string
 
 const (
 	onDisk group = "step on the disk"
+	inName group = "step that gives, changes or removes a file's name"
 	inTPM  group = "TPM command"
 	inNV   group = "TPM command that lasts, or after one" // so that a kill comes before and after it
 )
@@ -69,6 +70,8 @@ func (g group) count(steps []step) (n int, last bool) {
 		switch g {
 		case onDisk:
 			last = !s.tpm()
+		case inName:
+			last = slices.Contains([]string{"rename", "link", "unlink"}, s.series)
 		case inTPM:
 			last = s.tpm()
 		case inNV:

@@ -27,7 +27,7 @@ const prefix = "k8s:enc:kms:v2:kleidi:"
 // noticed bounds the time until kube-apiserver notices a changed key ID or a plugin
 // that came back: health checks probe the plugin, but kube-apiserver uses a probe's
 // answer for 20 s.
-const noticed = 90 * time.Second
+const noticed = 4 * time.Minute
 
 // apiserver is the state of a kube-apiserver after it read its EncryptionConfiguration.
 type apiserver struct {
@@ -83,7 +83,7 @@ func (a *apiserver) store(t *testing.T, name string) []byte {
 	return b
 }
 
-// read reports whether the value is stale, that is stored under another key than the
+// read reports whether the value is stale, that is, stored under a key other than the
 // current one.
 func (a *apiserver) read(name string, stored []byte) (stale bool, err error) {
 	plain, stale, err := a.secrets().TransformFromStorage(a.ctx, stored, at(name))

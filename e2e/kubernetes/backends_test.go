@@ -110,7 +110,7 @@ func startVault(t *testing.T) string {
 	roots := x509.NewCertPool()
 	roots.AddCert(certificate)
 	v := &vault{url: "https://127.0.0.1:" + port, client: &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}}
-	node.Eventually(t, time.Minute, "Vault answers", func() error {
+	node.Eventually(t, 2*time.Minute, "Vault answers", func() error {
 		if err := server.Alive(); err != nil {
 			t.Fatal(err)
 		}

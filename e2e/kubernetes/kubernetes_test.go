@@ -55,8 +55,8 @@ func TestSecretInEtcd(t *testing.T) {
 	})
 }
 
-// checkQuiet writes and reads many Secrets. kube-apiserver's DEK seed is enough for
-// them, so the plugin must receive no call.
+// checkQuiet writes and reads many Secrets. kube-apiserver's DEK seed is enough for them,
+// so the plugin must receive no call.
 func (m *machine) checkQuiet(t *testing.T) {
 	t.Helper()
 	encrypts, decrypts := m.Calls("Encrypt"), m.Calls("Decrypt")
@@ -226,7 +226,7 @@ func TestRotation(t *testing.T) {
 		if after.Current.KeyID == before || len(after.Retired) != 1 || after.Retired[0].KeyID != before {
 			t.Fatalf("current %q before, after rotation %+v", before, after)
 		}
-		node.Eventually(t, 90*time.Second, "a new Secret is stored under the new key", func() error {
+		node.Eventually(t, 4*time.Minute, "a new Secret is stored under the new key", func() error {
 			if err := m.api.Ready(); err != nil {
 				return err
 			}

@@ -13,7 +13,7 @@ import (
 
 // reconnect bounds the time until kube-apiserver notices that a plugin is back: gRPC's
 // back-off ends at 92 s, the probe adds 10 s.
-const reconnect = 150 * time.Second
+const reconnect = 5 * time.Minute
 
 // machine is a control-plane node: kleidi, etcd and kube-apiserver.
 type machine struct {

@@ -87,8 +87,8 @@ func (m *machine) tpmSlot(t *testing.T) (s tpmSlot) {
 // sized prefixes b with its 16-bit size, which makes it a TPM2B.
 func sized(b []byte) []byte { return append(binary.BigEndian.AppendUint16(nil, uint16(len(b))), b...) }
 
-// field returns the text after the last of the names, each searched for after the one
-// before.
+// field returns the text after the last of the names. Each name is searched for after the
+// previous one.
 func field(text string, names ...string) string {
 	for _, name := range names {
 		_, after, ok := strings.Cut(text, name)

@@ -120,7 +120,7 @@ func (m *machine) liveThrough(t *testing.T) {
 	if after == before {
 		t.Fatal("the key is not rotated")
 	}
-	node.Eventually(t, 90*time.Second, "a new Secret is stored under the new key", func() error {
+	node.Eventually(t, 4*time.Minute, "a new Secret is stored under the new key", func() error {
 		if err := m.api.Ready(); err != nil {
 			return err
 		}

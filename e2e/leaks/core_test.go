@@ -89,7 +89,7 @@ func unlimitedCores(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = cmd.Process.Signal(syscall.SIGQUIT)
-	_ = cmd.Wait() // the status tells everything
+	_ = cmd.Wait() // the status tells all
 	if !cmd.ProcessState.Sys().(syscall.WaitStatus).CoreDump() {
 		t.Fatal("here no process writes a core, so that kleidi writes none proves nothing; see kernel.core_pattern")
 	}

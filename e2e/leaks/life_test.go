@@ -28,7 +28,7 @@ import (
 )
 
 // patience bounds one step on a busy machine.
-const patience = time.Minute
+const patience = 3 * time.Minute
 
 // life is a machine with kleidi on it, all output of kleidi, and the secrets that the
 // output must not contain.
@@ -276,7 +276,7 @@ func (l *life) admin(verb string, body []byte) {
 	}
 }
 
-// look asks for everything that kleidi shows.
+// look asks for all of kleidi's reports.
 func (l *life) look() {
 	l.t.Helper()
 	for _, path := range []string{"/metrics", "/readyz", "/livez"} {

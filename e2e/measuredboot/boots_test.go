@@ -51,8 +51,7 @@ type boot struct {
 	refused string
 	// discard restores the state folder of before the boot, when the machine is off.
 	discard bool
-	// check makes further checks.
-	check func(*testing.T, *booted)
+	check   func(*testing.T, *booted)
 }
 
 // series runs boots one after the other. The first boot makes the keyring.
@@ -63,7 +62,7 @@ func (m *machine) series(name string, boots []boot) {
 		}
 		row := row{Machine: name, Boot: c.what, Want: c.want}
 		passed := m.t.Run(fmt.Sprintf("%02d %s", n+1, c.what), func(t *testing.T) { m.follow(t, c, &row) })
-		if row.AsExpected = passed; !passed || row.Verdict != "" { // without a verdict, -run left the boot out
+		if row.AsExpected = passed; !passed || row.Verdict != "" { // an empty verdict means that -run left the boot out
 			report.add(row)
 		}
 		if !passed && n == 0 {

@@ -45,10 +45,10 @@ func newSeat(t *testing.T) *seat {
 	return &seat{t: t, node: n, policy: n.Path("machine.yaml")}
 }
 
-// ask are the steps of a machine that shows its EK and its boot.
+// ask lists the steps of a machine that shows its EK and its boot.
 var ask = []wire.Step{kleidi("node", "identity", "-o", "json"), kleidi("bootpolicy", "record")}
 
-// learn reads their results.
+// learn reads the results of these steps.
 func (s *seat) learn(t *testing.T, b *booted) {
 	t.Helper()
 	for _, r := range b.results[1:] {

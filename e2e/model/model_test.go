@@ -8,10 +8,10 @@ import (
 	"testing"
 )
 
-// TestLargeModel runs seal/rotation's TestModelHolds with the large bounds: millions of
-// states, minutes, and some gigabytes of memory.
+// TestLargeModel runs seal/rotation's TestModelHolds and TestModelHeals with the large
+// bounds: millions of states, minutes, and some gigabytes of memory.
 func TestLargeModel(t *testing.T) {
-	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-v", "-timeout", "60m", "-run", "^TestModelHolds$", "./seal/rotation")
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-v", "-timeout", "180m", "-run", "^TestModel(Holds|Heals)$", "./seal/rotation")
 	cmd.Dir = "../.."
 	cmd.Env = append(os.Environ(), "KLEIDI_MODEL=large")
 	out, err := cmd.CombinedOutput()

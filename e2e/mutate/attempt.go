@@ -28,12 +28,12 @@ func (a *attempt) String() string {
 	return fmt.Sprintf("%s, PCR %v (%s), %s: %s", a.source.name, a.demand.pcrs, a.demand.policy.Bank, a.how, strings.Join(a.applied, ", "))
 }
 
-// make mutates a boot. The quote is one of four, by what a forger could have:
+// make mutates a boot. The quote is one of the four that a forger could have:
 //
 //   - the quote of the unmutated boot: the log lies;
 //   - a quote that matches the mutated log: the machine booted that way;
-//   - a quote that matches the mutated log after one more mutation: the machine booted in another
-//     way, and the log hides it;
+//   - a quote that matches the mutated log after one more mutation: the machine booted in
+//     another way, and the log hides it;
 //   - the quote of a machine that extended a PCR without logging it.
 func (a *attempt) make(s *signer) error {
 	a.source = pick(a.dice, a.all)
@@ -75,8 +75,8 @@ func (a *attempt) make(s *signer) error {
 	return err
 }
 
-// signedOf: one attempt of so many has a whole quote, the others only its values. A
-// signature takes more time than a log.
+// signedOf is the number of attempts per whole quote; the others have only the quote's
+// values. A signature takes more time than a log.
 const signedOf = 4
 
 func (a *attempt) mutate(b *boot) {
@@ -125,7 +125,7 @@ func (t *tally) print() {
 	_ = w.Flush()
 }
 
-// check demands that the run could have found something, and that it stayed within the
+// check demands that the run was able to find something, and that it stayed within the
 // limits.
 func (t *tally) check() error {
 	for _, s := range []stage{byParser, byReplay, byPolicy, accepted} {

@@ -45,7 +45,7 @@ const (
 	byReplay   stage = "replay"
 	byOther    stage = "go-attestation"
 	byPolicy   stage = "boot policy"
-	unexpected stage = "quote" // the quotes are in order
+	unexpected stage = "quote" // the quotes themselves are valid
 )
 
 // run takes an attempt through the chain, including the quote if the attempt has one.

@@ -108,7 +108,7 @@ func recordedBoots(s *signer, folder string) ([]*source, error) {
 	return all, nil
 }
 
-// compare demands that the quoted values are those in a file.
+// compare demands that the quoted values equal those in a file.
 func (s *source) compare(path string) error {
 	for _, d := range s.demands {
 		values, err := readValues(path, d.bank)

@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// boot is what a machine measured, or claims to have measured. Mutations replace parts
+// boot holds what a machine measured, or claims to have measured. Mutations replace parts
 // and change nothing in place, because boots share their events with their source.
 type boot struct {
 	log     eventlog.Log

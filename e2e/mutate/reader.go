@@ -20,9 +20,9 @@ type bank struct {
 	name string
 }
 
-// measured are the digests that, according to a log, were extended into each PCR, in
-// their order, and the locality that PCR 0 begins with. This separate reader shares no
-// line with the parser that the oracle judges. It is not strict: it takes what it can.
+// measured holds the digests that, according to a log, were extended into each PCR, in
+// order, and the initial locality of PCR 0. This separate reader shares no line with the
+// parser that the oracle judges. It is not strict: it reads as much as it can.
 type measured struct {
 	digests  map[int][][]byte
 	locality byte

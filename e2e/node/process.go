@@ -75,6 +75,12 @@ func (p *Process) Stop() { p.signal(syscall.SIGTERM) }
 // Kill ends the server as a crash would.
 func (p *Process) Kill() { p.signal(syscall.SIGKILL) }
 
+// Wait waits for the end of the server.
+func (p *Process) Wait() { <-p.done }
+
+// Pid returns the number of the server's process.
+func (p *Process) Pid() int { return p.cmd.Process.Pid }
+
 // Freeze stops the server in the middle of its work, until Thaw.
 func (p *Process) Freeze() { _ = p.cmd.Process.Signal(syscall.SIGSTOP) }
 

@@ -71,8 +71,8 @@ func (a *authority) make(name string, c *x509.Certificate) (*x509.Certificate, *
 	return made, key
 }
 
-// TestEtcdOverTLS: an etcd that demands client certificates is read with those that kubeadm
-// keeps, in pages, even if a page of values is larger than an answer may be.
+// TestEtcdOverTLS: an etcd that demands client certificates is read with those that
+// kubeadm keeps, in pages, even if a page of values is larger than an answer may be.
 func TestEtcdOverTLS(t *testing.T) {
 	binaries, err := cluster.Built("etcd")
 	if err != nil {
@@ -93,7 +93,7 @@ func TestEtcdOverTLS(t *testing.T) {
 		"--listen-client-urls", plain+","+secure, "--advertise-client-urls", secure, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer,
 		"--cert-file", pki+"/server.crt", "--key-file", pki+"/server.key", "--trusted-ca-file", pki+"/ca.crt", "--client-cert-auth")
 	etcd := &cluster.Etcd{URL: plain}
-	node.Eventually(t, time.Minute, "etcd answers", func() error { _, err := etcd.Get("/registry/"); return err })
+	node.Eventually(t, 2*time.Minute, "etcd answers", func() error { _, err := etcd.Get("/registry/"); return err })
 	put := func(key string, value []byte) {
 		t.Helper()
 		if err := etcd.Put(key, value); err != nil {
@@ -141,5 +141,41 @@ func TestEtcdOverTLS(t *testing.T) {
 		if _, err := tc.etcd.Read(t.Context(), prefix, nil); err == nil || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%s: %v, want %q", name, err, tc.want)
 		}
+	}
+}
+
+// TestEtcdVersions: running servers and snapshots of older versions of etcd are counted
+// like those of the newest.
+func TestEtcdVersions(t *testing.T) {
+	binaries, err := cluster.Built("etcd-3.5", "etcd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for want, binary := range map[string]string{"3.5": binaries["etcd-3.5"], "3.6": binaries["etcd"]} {
+		t.Run(want, func(t *testing.T) { countOf(t, binary, want) })
+	}
+}
+
+// countOf counts the objects of an etcd, live and in a snapshot.
+func countOf(t *testing.T, binary, version string) {
+	dir := t.TempDir()
+	etcd := cluster.StartEtcd(t, binary, dir)
+	const secrets = 700
+	for i := range 2 * secrets { // each twice
+		key := fmt.Sprint("/registry/secrets/a/", i%secrets)
+		if err := etcd.Put(key, usagetest.Encrypted("kleidi", fmt.Sprint("k1-round-", i/secrets))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	live := &usage.Etcd{Endpoints: []string{etcd.URL}}
+	r, err := live.Read(t.Context(), usage.DefaultPrefix, nil)
+	if err != nil || len(r.KeyIDs()) != 1 || r.KeyIDs()["k1-round-1"] != secrets {
+		t.Fatalf("live: %+v, %v", r, err)
+	}
+	file := filepath.Join(dir, "snapshot.db")
+	etcd.Snapshot(t, file)
+	r, err = usage.Snapshot(t.Context(), file, usage.DefaultPrefix, nil)
+	if err != nil || len(r.KeyIDs()) != 1 || r.KeyIDs()["k1-round-1"] != secrets || r.Snapshot.Etcd != version || !r.Snapshot.Checked || r.Snapshot.Revisions < 2*secrets {
+		t.Fatalf("snapshot: %+v, %v", r, err)
 	}
 }

@@ -23,9 +23,9 @@ import (
 	"github.com/beezy-dev/kleidi/internal/usage"
 )
 
-// count is how many Secrets the test stores. There are half as many ConfigMaps, and a
-// twentieth of CronTabs.
-var count = flag.Int("objects", 600, "the number of Secrets")
+// count is the number of Secrets that the test stores. There are half as many ConfigMaps,
+// and a twentieth as many CronTabs.
+var count = flag.Int("objects", 10_000, "the number of Secrets")
 
 const (
 	resources = "secrets,configmaps,crontabs.stable.example.com"
@@ -44,12 +44,18 @@ type machine struct {
 
 func start(t *testing.T) *machine {
 	t.Helper()
-	binaries, err := cluster.Built("etcd", "kube-apiserver-1.37", "kube-controller-manager-1.37")
+	return startOn(t, "etcd")
+}
+
+// startOn is start with a version of etcd.
+func startOn(t *testing.T, etcd string) *machine {
+	t.Helper()
+	binaries, err := cluster.Built(etcd, "kube-apiserver-1.37", "kube-controller-manager-1.37")
 	if err != nil {
 		t.Fatal(err)
 	}
 	m := &machine{t: t, Node: node.New(t), binaries: binaries}
-	m.etcd = cluster.StartEtcd(t, binaries["etcd"], m.Dir())
+	m.etcd = cluster.StartEtcd(t, binaries[etcd], m.Dir())
 	config := m.Path("encryption.yaml")
 	m.write(config, m.Run("encryption-config", "--resources", resources))
 	m.api = cluster.NewAPIServer(t, cluster.APIServerSetup{
@@ -57,7 +63,7 @@ func start(t *testing.T) *machine {
 	})
 	m.ServeOpen()
 	m.api.Start(t)
-	node.Eventually(t, time.Minute, "kube-apiserver is ready", m.api.Ready)
+	node.Eventually(t, 2*time.Minute, "kube-apiserver is ready", m.api.Ready)
 	m.kubeconfig = m.Path("admin.conf")
 	m.write(m.kubeconfig, []byte(cluster.AdminKubeconfig(m.api.URL, m.Path("certificates/apiserver.crt"), m.api.Token)))
 	return m
@@ -87,8 +93,8 @@ func (m *machine) kleidi(args ...string) (stdout string, code int) {
 	return out.String(), cmd.ProcessState.ExitCode()
 }
 
-// usage runs kleidi usage, which must end in an exit code, and compares its counts with
-// the raw values.
+// usage runs kleidi usage, which must end with the given exit code, and compares its
+// counts with the raw values.
 func (m *machine) usage(code int, args ...string) usage.Usage {
 	m.t.Helper()
 	out, got := m.kleidi(append([]string{"usage", "-o", "json", "--resources", resources}, args...)...)
@@ -132,7 +138,7 @@ func (m *machine) raw() map[string]map[string]int {
 	return all
 }
 
-// compare holds a report against the raw values.
+// compare compares a report with the raw values.
 func (m *machine) compare(s usage.Store) {
 	m.t.Helper()
 	want := m.raw()
@@ -166,7 +172,7 @@ func (m *machine) store() {
 	if err := m.api.Do(http.MethodPost, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", crd, nil); err != nil {
 		m.t.Fatal(err)
 	}
-	node.Eventually(m.t, time.Minute, "CronTabs are served", func() error { _, err := m.api.Get(cronTabs); return err })
+	node.Eventually(m.t, 2*time.Minute, "CronTabs are served", func() error { _, err := m.api.Get(cronTabs); return err })
 	work := make(chan func() error)
 	var workers sync.WaitGroup
 	for range 8 {
@@ -201,7 +207,7 @@ func (m *machine) cronTab(name string) error {
 func (m *machine) waitEncrypts(keyID string) {
 	m.t.Helper()
 	node.Eventually(m.t, 4*time.Minute, "kube-apiserver encrypts under the current key", func() error {
-		if err := m.api.Ready(); err != nil { // which asks for the plugin's status
+		if err := m.api.Ready(); err != nil { // the health check asks for the plugin's status
 			return err
 		}
 		if err := m.api.Put("secrets", "probe", map[string]string{"at": time.Now().String()}); err != nil {
@@ -217,13 +223,13 @@ func (m *machine) waitEncrypts(keyID string) {
 	})
 }
 
-// TestObjects: every object is found under the key that it is under, before a rotation,
-// after it, in the middle of a migration and after it; live and in snapshots.
+// TestObjects: every object is found under its key before a rotation, after it, in the
+// middle of a migration and after it; live and in snapshots.
 func TestObjects(t *testing.T) {
 	m := start(t)
 	m.store()
 	first := m.Keyring().Current.KeyID
-	// The first Secrets of a kube-apiserver that has just started are encrypted, too.
+	// The first Secrets of a kube-apiserver that has just started are encrypted as well.
 	u := m.usage(0, "--etcd", m.etcd.URL)
 	m.compare(u.Stores[0])
 	if n := u.Stores[0].KeyIDs()[first]; n < *count*3/2 {
@@ -248,7 +254,7 @@ func TestObjects(t *testing.T) {
 		t.Errorf("the snapshot: %+v", info)
 	}
 	m.checks(0, before)
-	m.checks(4, before, "--keyring", m.Path("early.json")) // the objects of since then
+	m.checks(4, before, "--keyring", m.Path("early.json")) // the objects stored since then
 
 	m.refused("prune", "holds", "objects under it; run kleidi migrate", m.prune(first))
 
@@ -295,7 +301,7 @@ func (m *machine) dryRun(t *testing.T) {
 	}
 }
 
-// again: a migration of what is migrated writes nothing.
+// again: a second migration writes nothing.
 func (m *machine) again(t *testing.T) {
 	m.etcd.Snapshot(t, m.Path("1.db"))
 	if out, code := m.kleidi("migrate", "--kubeconfig", m.kubeconfig, "--by", "patch", "--resources", resources, "--rate", "2000"); code != 0 {
@@ -325,11 +331,11 @@ func (m *machine) slippedIn(t *testing.T) {
 		t.Fatal(err)
 	}
 	if u = m.usage(4, "--etcd", m.etcd.URL); u.Left != 1 {
-		t.Errorf("%d objects are left, want 1 in clear", u.Left)
+		t.Errorf("%d objects are left, want 1 in the clear", u.Left)
 	}
 }
 
-// oldValue takes a raw value under a key ID from a snapshot's bytes.
+// oldValue takes a raw value under a key ID from the bytes of a snapshot.
 func (m *machine) oldValue(snapshot, keyID string) []byte {
 	m.t.Helper()
 	b, err := os.ReadFile(snapshot)
@@ -362,8 +368,8 @@ func (m *machine) refused(what, text, hint string, args []string) {
 	}
 }
 
-// prunes: a retired KEK goes only with proof. The archive has it, and the keyring has it no
-// longer; everything stored reads as before.
+// prunes: a retired KEK is removed only with proof. It then is in the archive and no
+// longer in the keyring, and all stored objects can be read as before.
 func (m *machine) prunes(t *testing.T) {
 	k := m.Keyring()
 	id, before := k.Retired[0].KeyID, m.Path("before.db")
@@ -372,7 +378,7 @@ func (m *machine) prunes(t *testing.T) {
 	m.refused("an etcd that is away", "etcd http://127.0.0.1:1", "see whether etcd runs", []string{"prune", id, "--etcd", "http://127.0.0.1:1", "--yes"})
 	m.refused("unconfirmed", "nobody has confirmed it", "--yes", m.prune(id)[:4])
 	m.write(m.Path("taken.json"), []byte("{}"))
-	m.refused("an archive that exists", "is no copy of the present keyring", "--archive", m.prune(id, "--archive", m.Path("taken.json")))
+	m.refused("an archive that exists", "this is no archive of the KEK", "--archive", m.prune(id, "--archive", m.Path("taken.json")))
 
 	m.slippedBetween(t, id)
 
@@ -383,19 +389,21 @@ func (m *machine) prunes(t *testing.T) {
 	}
 	m.Run("keyring", "verify")
 	m.checks(4, before)
-	m.checks(0, before, "--keyring", archive)
+	if out, code := m.kleidi("keyring", "check", "--snapshot", before, "--archive", archive); code != 4 || !strings.Contains(out, "kleidi keyring import-archive "+archive) {
+		t.Errorf("exit code %d: %s", code, out)
+	}
 	m.checks(0, m.Path("after.db"))
 	if s, err := m.api.Secret("o-0"); err != nil || s["password"] != "o-0" {
 		t.Errorf("a Secret after the prune: %v, %v", s, err)
 	}
 	// the way back
-	m.Run("keyring", "restore", archive)
+	m.Run("keyring", "import-archive", archive, "--identity-file", m.Identity)
 	m.checks(0, before)
+	m.Run("rotate")
 }
 
-// byAPI: where the cluster serves StorageVersionMigration, kube-controller-manager does the
-// work. The restore of the archive has rotated, so that every object is under a retired
-// KEK again.
+// byAPI: if the cluster serves StorageVersionMigration, kube-controller-manager does the
+// work. A rotation has put every object under a retired KEK again.
 func (m *machine) byAPI(t *testing.T) {
 	const crons = "crontabs.stable.example.com"
 	current := m.Keyring().Current.KeyID
@@ -417,8 +425,8 @@ func (m *machine) byAPI(t *testing.T) {
 	}
 }
 
-// slippedBetween: an object that comes back under the KEK between the proof and the removal
-// is noticed. The command waits for its operator meanwhile, at a terminal.
+// slippedBetween: an object that comes back under the KEK between the proof and the
+// removal is noticed. Meanwhile the command waits for its operator, at a terminal.
 func (m *machine) slippedBetween(t *testing.T, keyID string) {
 	key := "/registry/secrets/" + cluster.Namespace + "/slipped"
 	old := m.oldValue(m.Path("before.db"), keyID)

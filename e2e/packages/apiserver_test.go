@@ -12,11 +12,13 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	kmsapi "k8s.io/kms/apis/v2"
+
+	"github.com/beezy-dev/kleidi/e2e/nspawn"
 )
 
-// apiserver calls kleidi as kube-apiserver does: over the folder of the socket, which it
-// mounted when it started; with a time limit of 3 s for each call; and a call waits until
-// the socket answers.
+// apiserver calls kleidi as kube-apiserver does: through the folder of the socket, which
+// it mounted when it started, and with a time limit for each call. A call waits until the
+// socket answers.
 type apiserver struct {
 	t      *testing.T
 	folder *os.File
@@ -25,31 +27,32 @@ type apiserver struct {
 	seed   []byte
 }
 
-func (m *machine) apiserver() *apiserver {
-	m.t.Helper()
-	// An open folder behaves like a mounted one: its files come and go, it stays.
-	folder, err := os.Open(m.live("/run/kleidi"))
+func newAPIServer(t *testing.T, m *nspawn.Machine) *apiserver {
+	t.Helper()
+	// An open folder behaves like a mounted one: it stays while its files come and go.
+	folder, err := os.Open(m.Live("/run/kleidi"))
 	if err != nil {
-		m.t.Fatal(err)
+		t.Fatal(err)
 	}
-	m.t.Cleanup(func() { folder.Close() })
+	t.Cleanup(func() { folder.Close() })
 	conn, err := grpc.NewClient(fmt.Sprintf("unix:///proc/self/fd/%d/kms.sock", folder.Fd()),
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 	if err != nil {
-		m.t.Fatal(err)
+		t.Fatal(err)
 	}
-	m.t.Cleanup(func() { conn.Close() })
-	a := &apiserver{t: m.t, folder: folder, kms: kmsapi.NewKeyManagementServiceClient(conn), seed: bytes.Repeat([]byte("seed"), 8)}
-	ctx, cancel := context.WithTimeout(m.t.Context(), callTimeout)
+	t.Cleanup(func() { conn.Close() })
+	a := &apiserver{t: t, folder: folder, kms: kmsapi.NewKeyManagementServiceClient(conn), seed: bytes.Repeat([]byte("seed"), 8)}
+	ctx, cancel := context.WithTimeout(t.Context(), callTimeout)
 	defer cancel()
 	if a.sealed, err = a.kms.Encrypt(ctx, &kmsapi.EncryptRequest{Plaintext: a.seed, Uid: "first"}); err != nil {
-		m.t.Fatal(err)
+		t.Fatal(err)
 	}
 	return a
 }
 
-// callTimeout is that of the EncryptionConfiguration.
-const callTimeout = 3 * time.Second
+// callTimeout is ten times the timeout in the EncryptionConfiguration, so that a call does not
+// fail because this machine is busy.
+const callTimeout = 30 * time.Second
 
 // call has the first seed decrypted.
 func (a *apiserver) call() error {
@@ -62,7 +65,8 @@ func (a *apiserver) call() error {
 	return err
 }
 
-// during calls without a pause while f runs, and once more afterwards. No call may fail.
+// during makes calls without a pause while f runs, and one more afterwards. No call may
+// fail.
 func (a *apiserver) during(what string, f func()) {
 	a.t.Helper()
 	stop := make(chan struct{})

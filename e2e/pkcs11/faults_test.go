@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// The rows that NSS does not have.
+// The rows that do not apply to NSS.
 const tokenRemoved, finalTryLeft = "token removed", "one PIN try left"
 
 // faults are the possible faults of a token, its PIN and its module.
@@ -50,7 +50,7 @@ func (k *token) faults(s *site.Site) []site.Fault {
 		row(tokenRemoved, seal.CauseUnavailable, k.takeOut, k.putBack, "the token is not there", "connect the token", "tries again by itself"),
 		duringUse,
 		shims("slower than the deadline", "slow", "see whether the token's device or service hangs"),
-		shims("device error at login", "trouble", "CKR_DEVICE_ERROR", "see whether the token is well; kleidi tries again by itself"),
+		shims("device error at login", "trouble", "CKR_DEVICE_ERROR", "check whether the token works; kleidi tries again by itself"),
 		shims("session killed each time", "killed", "CKR_SESSION_HANDLE_INVALID", "pkcs11-tool"),
 		wrongPIN,
 		finalTry,
@@ -68,7 +68,7 @@ func TestFaults(t *testing.T) {
 			k := make_(t)
 			s := newSite(t, k, "[pkcs11]")
 			rows := k.faults(s)
-			if name == "NSS" { // NSS makes a missing database, which pkcs11-tool can't open
+			if name == "NSS" { // NSS recreates a missing database, which pkcs11-tool can't open
 				rows = slices.DeleteFunc(rows, func(row site.Fault) bool { return row.Name == tokenRemoved || row.Name == finalTryLeft })
 			}
 			k.testFaults(s, rows)
@@ -84,7 +84,7 @@ func (k *token) testFaults(s *site.Site, rows []site.Fault) {
 	s.SaidNone(secrets)
 }
 
-// TestFaultsOfTwoOfTwo: the same with the TPM and the token together.
+// TestFaultsOfTwoOfTwo is TestFaults with the TPM and the token together.
 func TestFaultsOfTwoOfTwo(t *testing.T) {
 	const kind = "tpm-and-pkcs11"
 	k := newSoftHSM(t)

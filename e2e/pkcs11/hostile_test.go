@@ -8,7 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestHostileSlots: an attacker who can write the keyring's file but can't make its
+// TestHostileSlots plays an attacker who can write the keyring's file but can't make its
 // MAC.
 func TestHostileSlots(t *testing.T) {
 	k := newSoftHSM(t)

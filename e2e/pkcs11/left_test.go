@@ -6,8 +6,8 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/site"
 )
 
-// TestNothingLeftOfTwoOfTwo: after 10,000 wraps with a TPM and a token. (Package hsm
-// tests the token alone.)
+// TestNothingLeftOfTwoOfTwo: 10,000 wraps with a TPM and a token leave nothing behind.
+// (Package hsm tests the token alone.)
 func TestNothingLeftOfTwoOfTwo(t *testing.T) {
 	k := newSoftHSM(t)
 	first, _ := site.NewTPM(t)

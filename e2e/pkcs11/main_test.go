@@ -5,12 +5,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
 // binary is kleidi with PKCS#11. shim is the PKCS#11 module of hsm/testdata/module:
-// SoftHSM's, with faults.
-var binary, shim string
+// SoftHSM's module, with faults. binaryOfPlugin is another KMS v2 plugin.
+var binary, shim, binaryOfPlugin string
 
 func TestMain(m *testing.M) {
 	code, err := run(m)
@@ -36,5 +37,12 @@ func run(m *testing.M) (int, error) {
 			return 0, fmt.Errorf("%q: %w\n%s", command, err, out)
 		}
 	}
+	build := exec.Command("../servers/build", "pkcs11plugin")
+	build.Stderr = os.Stderr
+	path, err := build.Output()
+	if err != nil {
+		return 0, fmt.Errorf("e2e/servers/build: %w", err)
+	}
+	binaryOfPlugin = strings.TrimSpace(string(path))
 	return m.Run(), nil
 }

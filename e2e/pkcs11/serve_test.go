@@ -8,7 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestSessionKilledOnce: kleidi asks a token that ended a session again, in every
+// TestSessionKilledOnce: if a token ends a session, kleidi asks it again, in every
 // operation, and nobody notices.
 func TestSessionKilledOnce(t *testing.T) {
 	k := newSoftHSM(t)
@@ -39,7 +39,7 @@ func TestSkipsSlot(t *testing.T) {
 	s := newSite(t, k, "[tpm, pkcs11]")
 	before := s.Stored()
 	k.fault("removed")
-	s.Refuse("rotate", "wrap the new KEK as the pkcs11 slot is", "the token is not there")
+	s.Refuse("rotate", "wrap the new KEK for the pkcs11 slot", "the token is not there")
 	s.Refuse("rotate --skip-slot tpm", "the token is not there")
 	s.Refuse("rotate --skip-slot tpm --skip-slot pkcs11", "no slot would be left")
 	if !bytes.Equal(before, s.Stored()) {

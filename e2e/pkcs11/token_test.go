@@ -94,7 +94,7 @@ func newToken(t *testing.T, modules ...string) *token {
 // settings are kleidi's settings for this token.
 func (k *token) settings(order string) string {
 	return fmt.Sprintf(`unlock: {order: %s, requireAttestation: %t, selfTest: 1m}
-pkcs11: {module: %s, initArgs: %q, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 4s}
+pkcs11: {module: %s, initArgs: %q, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 10s}
 log: {level: debug}`, order, strings.Contains(order, "tpm"), k.path("module.so"), k.initArgs, k.path("pin"))
 }
 

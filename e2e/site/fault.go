@@ -13,14 +13,15 @@ import (
 	"google.golang.org/grpc/status"
 	kmsapi "k8s.io/kms/apis/v2"
 
+	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Fault is a row of the fault matrix: the fault, the expected messages, and the repair.
 type Fault struct {
 	Name string
-	// Cause is the cause by which a starting kleidi is locked. Says are parts of the
-	// expected text: the fault, and what to do next.
+	// Cause is the reason why a starting kleidi is locked. Says are parts of the expected
+	// text: the fault, and what to do next.
 	Cause seal.Cause
 	Says  []string
 	// Wraps and Opens say which operations fail.
@@ -90,7 +91,7 @@ func (s *Site) run(row Fault, type_ string) line {
 	shown := "-"
 	row.Break()
 	if row.Wraps {
-		s.Refuse("rotate", append([]string{"wrap the new KEK as the " + type_ + " slot is"}, row.Says...)...)
+		s.Refuse("rotate", append([]string{"wrap the new KEK for the " + type_ + " slot"}, row.Says...)...)
 		shown = "rotate: " + row.Says[0]
 	}
 	row.again()
@@ -132,21 +133,22 @@ func (row Fault) again() {
 // shownOf bounds the part of an error in a table, in bytes.
 const shownOf = 160
 
-// isLocked demands that kleidi says in every place that it is locked, and why. It
-// returns the beginning of the text.
+// isLocked demands that kleidi reports everywhere that it is locked, and why. It returns
+// the beginning of the text.
 func (s *Site) isLocked(row Fault) string {
 	s.t.Helper()
 	locked := "locked: " + string(row.Cause)
 	body := s.WaitSays(http.StatusServiceUnavailable, append([]string{locked}, row.Says...)...)
 	s.Do("status --quick", append([]string{"locked"}, row.Says...)...)
 	s.RefusesCalls(append([]string{string(row.Cause)}, row.Says...)...)
-	said := false
-	for l := range strings.Lines(s.Log()) {
-		said = said || strings.Contains(l, "msg=locked cause="+string(row.Cause)) && strings.Contains(l, quoted(row.Says[0]))
-	}
-	if !said {
-		s.t.Errorf("the log has no line of msg=locked with cause %s and %q", row.Cause, row.Says[0])
-	}
+	node.Eventually(s.t, notices, "the log says why", func() error {
+		for l := range strings.Lines(s.Log()) {
+			if strings.Contains(l, "msg=locked cause="+string(row.Cause)) && strings.Contains(l, quoted(row.Says[0])) {
+				return nil
+			}
+		}
+		return fmt.Errorf("it has no line of msg=locked with cause %s and %q", row.Cause, row.Says[0])
+	})
 	body = strings.TrimPrefix(body, "locked: ")
 	return strings.TrimSpace(body[:min(len(body), shownOf)])
 }

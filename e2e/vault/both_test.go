@@ -84,7 +84,7 @@ func TestTwoOfTwoRefuses(t *testing.T) {
 	}
 }
 
-// TestNothingLeftOfTwoOfTwo: after 10,000 wraps with both wrappers.
+// TestNothingLeftOfTwoOfTwo: 10,000 wraps with both wrappers leave nothing behind.
 func TestNothingLeftOfTwoOfTwo(t *testing.T) {
 	s := newServer(t)
 	c := s.config()
@@ -115,7 +115,7 @@ func TestServeTwoOfTwo(t *testing.T) {
 	t.Log("Vault is away")
 	before := string(s.Stored())
 	s.scene.gate.shut()
-	s.Refuse("rotate", "wrap the new KEK as the tpm-and-vault slot is", "connection refused")
+	s.Refuse("rotate", "wrap the new KEK for the tpm-and-vault slot", "connection refused")
 	s.Refuse("rotate --skip-slot tpm-and-vault", "no slot would be left")
 	s.Refuse("reseal", "connection refused")
 	s.Refuse("slot test", "DOES NOT OPEN", "connection refused")
@@ -162,7 +162,7 @@ func TestServeTwoOfTwo(t *testing.T) {
 	s.WaitOpen()
 	s.Decrypts()
 	// The slot of the earlier boot disappears a moment after the opening.
-	node.Eventually(t, time.Minute, "every slot opens", func() error {
+	node.Eventually(t, 2*time.Minute, "every slot opens", func() error {
 		_, err := s.Try("slot", "test")
 		return err
 	})
@@ -183,8 +183,8 @@ func TestServeTwoOfTwo(t *testing.T) {
 	s.SaidNone(secrets)
 }
 
-// TestServeTwoOfTwoStands: kleidi adds no slot that breaks two of two unless the
-// operator says so.
+// TestServeTwoOfTwoStands: kleidi adds no slot that breaks two-of-two unless the operator
+// says so.
 func TestServeTwoOfTwoStands(t *testing.T) {
 	t.Parallel()
 	s := newTwoOfTwo(t)

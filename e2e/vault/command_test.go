@@ -10,14 +10,14 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// commandName is the name under which the test binary acts as Vault's command line, as
-// far as docs/vault.md uses it. The real command line takes a quarter of an hour to
+// commandName is the name under which the test binary acts as the part of Vault's command
+// line that docs/vault.md uses. The real command line takes a quarter of an hour to
 // build.
 const commandName = "vault"
 
 // command runs `vault args` with the real API.
 func command(args []string) error {
-	client, err := api.NewClient(nil) // VAULT_ADDR, VAULT_CACERT and VAULT_TOKEN, as the real one does
+	client, err := api.NewClient(nil) // reads VAULT_ADDR, VAULT_CACERT and VAULT_TOKEN, like the real one
 	if err != nil {
 		return err
 	}

@@ -35,7 +35,7 @@ func blocks(t *testing.T) (all []block) {
 	return all
 }
 
-// documented is where the document's commands are run.
+// documented is the place where the document's commands run.
 type documented struct {
 	*server
 	folder string // stands for /etc/kleidi/vault
@@ -63,7 +63,7 @@ func newDocumented(t *testing.T) *documented {
 	return d
 }
 
-// run runs a block as an operator with the vault command would, and returns what it prints.
+// run runs a block like an operator with the vault command, and returns its output.
 func (d *documented) run(text string, variables ...string) string {
 	d.t.Helper()
 	here := strings.NewReplacer("/etc/kleidi/vault", d.folder, "/etc/systemd", d.path("systemd"))
@@ -113,7 +113,7 @@ func (d *documented) configured(text string) *vault.Wrapper {
 			SecretIDWrapped: a.SecretIDWrapped, TokenFile: a.TokenFile, JWTFile: a.JWTFile, CertFile: a.CertFile, KeyFile: a.KeyFile}})
 }
 
-// prepare makes what the document says the operator has.
+// prepare makes the things that the document expects the operator to have.
 func (d *documented) prepare(method string) (variables []string) {
 	d.t.Helper()
 	switch method {
@@ -194,8 +194,8 @@ func TestDocument(t *testing.T) {
 	t.Logf("%d blocks", ran)
 }
 
-// prints wants every line of text in what was printed. … stands for anything, and a
-// space for any number of them.
+// prints demands every line of text in the output. … stands for anything, and a space for
+// any number of spaces.
 func prints(t *testing.T, printed, text string) {
 	t.Helper()
 	for line := range strings.Lines(text) {
@@ -214,7 +214,7 @@ func lastLine(text string) string {
 	return lines[len(lines)-1]
 }
 
-// raise is the end of a rotation of the Transit key.
+// raise finishes a rotation of the Transit key.
 func (d *documented) raise(w *vault.Wrapper, text string) {
 	d.t.Helper()
 	kek := newKEK(d.t)
@@ -226,7 +226,8 @@ func (d *documented) raise(w *vault.Wrapper, text string) {
 	checkOpens(d.t, w, slot, kek)
 }
 
-// TestMessagesOfTheDocument: what the table of messages shows is what is said.
+// TestMessagesOfTheDocument: the messages in the document's table are those of the
+// program.
 func TestMessagesOfTheDocument(t *testing.T) {
 	b, err := os.ReadFile("../../docs/vault.md")
 	if err != nil {

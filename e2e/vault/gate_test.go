@@ -117,7 +117,7 @@ func (g *gate) forward(c net.Conn) {
 	_, _ = io.Copy(c, to)
 }
 
-// wasAsked is nil once a connection is open.
+// wasAsked returns nil once a connection is open.
 func (g *gate) wasAsked() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()

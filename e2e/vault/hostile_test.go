@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestServeHostileSlots: an attacker who can write the keyring's file but can't make
+// TestServeHostileSlots plays an attacker who can write the keyring's file but can't make
 // its MAC. kleidi never dials the server that a slot names.
 func TestServeHostileSlots(t *testing.T) {
 	t.Parallel()
@@ -61,7 +61,7 @@ func TestServeDownDuringRotation(t *testing.T) {
 	if err := <-refused; err == nil {
 		t.Error("the rotation succeeds")
 	} else {
-		site.WantIn(t, "kleidi rotate", err.Error(), "wrap the new KEK as the vault slot is", "start the server")
+		site.WantIn(t, "kleidi rotate", err.Error(), "wrap the new KEK for the vault slot", "start the server")
 	}
 	if before != string(s.Stored()) {
 		t.Error("the keyring was changed")

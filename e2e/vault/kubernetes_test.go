@@ -82,14 +82,14 @@ func (a *apiserver) ready(s *server) (err error) {
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(a.ca)
-	a.client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true}}
+	a.client = &http.Client{Timeout: time.Minute, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true}}
 	if err := a.do(http.MethodGet, "/readyz", nil, nil); err != nil {
 		return err
 	}
 	return a.do(http.MethodGet, "/api/v1/namespaces/kube-system", nil, nil)
 }
 
-// reviewer makes the service account with which Vault asks.
+// reviewer makes the service account that Vault uses to review tokens.
 func (a *apiserver) reviewer(t *testing.T) {
 	t.Helper()
 	a.account(t, "vault-reviewer")

@@ -64,7 +64,7 @@ func TestNothingLeft(t *testing.T) {
 		})
 	}
 	group.Wait()
-	node.Eventually(t, 20*time.Second, "nothing is left", func() error {
+	node.Eventually(t, 2*time.Minute, "nothing is left", func() error {
 		if g, n, s := open(t); g > goroutines || n > files || s > sockets {
 			return fmt.Errorf("%d goroutines, %d files, %d sockets; before %d, %d, %d", g, n, s, goroutines, files, sockets)
 		}

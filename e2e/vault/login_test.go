@@ -81,7 +81,8 @@ func TestRefusedLogins(t *testing.T) {
 	}
 }
 
-// TestKubernetesRefuses: the wrong service account, and a token for another audience.
+// TestKubernetesRefuses tries the wrong service account, and a token for another
+// audience.
 func TestKubernetesRefuses(t *testing.T) {
 	s := newServer(t)
 	c := s.config()
@@ -98,8 +99,8 @@ func TestKubernetesRefuses(t *testing.T) {
 	checkOpens(t, w, slot, kek)
 }
 
-// TestWrappedSecretID: a wrapping token opens once, and only for the content that it is
-// said to wrap; a new token in the file is used.
+// TestWrappedSecretID: a wrapping token opens once, and only for its declared content. A
+// new token in the file is used.
 func TestWrappedSecretID(t *testing.T) {
 	s := newServer(t)
 	c := s.config()
@@ -131,7 +132,7 @@ func (failing) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
 	return nil, errors.New("TPM2_Sign: the device is gone")
 }
 
-// TestKeyElsewhereFails: the operator reads the message of the key's device.
+// TestKeyElsewhereFails: the operator sees the message of the key's device.
 func TestKeyElsewhereFails(t *testing.T) {
 	s := newServer(t)
 	c := s.config()

@@ -35,9 +35,9 @@ vault:
   caFile: %s
   serverName: %s
   key: kleidi
-  timeout: 2s
+  timeout: %s
   auth: {method: token, tokenFile: %s}
-log: {level: debug}`, order, strings.Contains(order, "tpm"), f.gate.url, f.path("ca.pem"), serverName, f.path("token"))
+log: {level: debug}`, order, strings.Contains(order, "tpm"), f.gate.url, f.path("ca.pem"), serverName, answers, f.path("token"))
 }
 
 // saidNoSecret demands that neither the log nor the output of the commands contains the
@@ -98,7 +98,7 @@ func TestServeSkipsSlot(t *testing.T) {
 	s.Do("slot test", "tpm", "vault")
 	before := s.Stored()
 	s.scene.gate.shut()
-	s.Refuse("rotate", "wrap the new KEK as the vault slot is", "connection refused", "start the server, or correct vault.address")
+	s.Refuse("rotate", "wrap the new KEK for the vault slot", "connection refused", "start the server, or correct vault.address")
 	if !bytes.Equal(before, s.Stored()) {
 		t.Error("a refused rotation changed the keyring")
 	}
@@ -215,8 +215,8 @@ func TestServeVersions(t *testing.T) {
 	s.saidNoSecret(t, s.SlotOf(seal.TypeVault))
 }
 
-// notices bounds the time until kleidi asks for what it needs.
-const notices = 10 * time.Second
+// notices bounds the time until kleidi makes its next request.
+const notices = 2 * time.Minute
 
 // TestServeDownDuringUnlock: the server disappears during the unlock.
 func TestServeDownDuringUnlock(t *testing.T) {

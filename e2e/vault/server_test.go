@@ -69,7 +69,7 @@ func startServer(t *testing.T, args ...string) *server {
 func (s *server) start() {
 	s.t.Helper()
 	s.Process = node.Start(s.t, s.path("vault.log"), binaries["vault"], s.args...)
-	node.Eventually(s.t, time.Minute, "Vault answers", func() error {
+	node.Eventually(s.t, 2*time.Minute, "Vault answers", func() error {
 		if err := s.Alive(); err != nil {
 			s.t.Fatal(err)
 		}

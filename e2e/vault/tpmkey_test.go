@@ -25,7 +25,8 @@ func newInTPM(d *documented) *inTPM {
 	if err := os.WriteFile(filepath.Join(d.bin, "kleidi"), []byte(script), 0o700); err != nil {
 		d.t.Fatal(err)
 	}
-	// The test itself starts what the document restarts, with those settings.
+	// The test itself starts the services that the document restarts, with the document's
+	// settings.
 	for name, script := range map[string]string{"sudo": "exec \"$@\"", "systemctl": "[ \"$*\" = daemon-reload ] || [ \"$*\" = 'restart kleidi' ]"} {
 		if err := os.WriteFile(filepath.Join(d.bin, name), []byte("#!/bin/sh\n"+script+"\n"), 0o700); err != nil {
 			d.t.Fatal(err)
@@ -85,7 +86,7 @@ func (n *inTPM) changed(remove string) {
 	n.opensByVault()
 }
 
-// serve opens the node, and seals to the present boot.
+// serve starts kleidi, opens the keyring, and seals to the present boot.
 func (n *inTPM) serve() {
 	n.d.t.Helper()
 	n.ServeOpen()

@@ -217,7 +217,7 @@ func TestOtherUsersAreRefused(t *testing.T) {
 	if got := as(1000); got != "you may not connect to "+f.path+" (admin.socket); run the command as root, or as the user of kleidi serve" {
 		t.Errorf("by mode: %s", got)
 	}
-	if err := os.Chmod(f.path, 0o666); err != nil { // the mode is not all that protects
+	if err := os.Chmod(f.path, 0o666); err != nil { // the mode is not the only protection
 		t.Fatal(err)
 	}
 	if got := as(1000); got != "UID 1000 may not use the admin socket; run the command as root" {
@@ -359,13 +359,13 @@ func TestBadRequests(t *testing.T) {
 		{"unknown verb", "POST", "/v1/explode", `{}`, 404, "does not know"},
 		{"verb without a handler", "POST", "/v1/rotate", `{}`, 404, "does not know"},
 		{"GET", "GET", "/v1/recover", "", 404, "does not know"},
-		{"empty", "POST", "/v1/recover", "", 400, "no JSON of this verb"},
-		{"not JSON", "POST", "/v1/recover", "AGE-SECRET", 400, "no JSON of this verb"},
-		{"wrong type", "POST", "/v1/recover", `{"identity":["AGE-SECRET"]}`, 400, "no JSON of this verb"},
+		{"empty", "POST", "/v1/recover", "", 400, "not valid JSON for this command"},
+		{"not JSON", "POST", "/v1/recover", "AGE-SECRET", 400, "not valid JSON for this command"},
+		{"wrong type", "POST", "/v1/recover", `{"identity":["AGE-SECRET"]}`, 400, "not valid JSON for this command"},
 		{"unknown field", "POST", "/v1/recover", `{"identity":"QUdF","dryRun":true}`, 400, "dryRun"},
 		{"duplicate field", "POST", "/v1/recover", `{"identity":"QUdF","identity":"QUdF"}`, 400, "identity"},
 		{"other case", "POST", "/v1/recover", `{"Identity":"QUdF"}`, 400, "Identity"},
-		{"trailing bytes", "POST", "/v1/recover", `{"identity":"QUdF"} {}`, 400, "no JSON of this verb"},
+		{"trailing bytes", "POST", "/v1/recover", `{"identity":"QUdF"} {}`, 400, "not valid JSON for this command"},
 		{"oversized", "POST", "/v1/recover", `{"identity":"` + strings.Repeat("QUdF", 1<<19) + `"}`, 400, "larger than 2097152 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

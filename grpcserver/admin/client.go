@@ -28,10 +28,10 @@ type Client struct {
 	http *http.Client
 }
 
-// Dial connects to the admin socket. It returns [ErrNotRunning] if there is no socket
-// or if nothing answers on it. After any other error the caller must not assume that
-// serve does or does not run. Before each request Dial asks the kernel who listens: a
-// request may hold the recovery identity, so it goes only to a serve of root or of this
+// Dial connects to the admin socket. It returns [ErrNotRunning] if there is no socket or
+// if nothing answers on it. After any other error the caller can't tell whether serve
+// runs. Before each request Dial asks the kernel who listens, because a request may hold
+// the recovery identity. The request goes only to a serve that runs as root or as this
 // process's own user.
 func Dial(ctx context.Context, path string) (*Client, error) {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {

@@ -70,13 +70,26 @@ type NodeList struct {
 	Commit    string       `json:"commit,omitempty"`
 	Seat      string       `json:"seat,omitempty"`
 	Nodes     []NodeReport `json:"nodes"`
+	// Former are the removed nodes that know the current KEK, and the names under which
+	// another machine knew it before. A rotation ends that.
+	Former []string `json:"former,omitempty"`
+	// Approvals are the approvals that no node has used since this serve started.
+	Approvals []UnusedApproval `json:"approvals,omitempty"`
 	// Stored says that the list comes from the stored keyring, for which nothing has vouched.
 	Stored bool `json:"stored,omitempty"`
-	// Cluster is what this node knows of the cluster store.
+	// Cluster is this node's knowledge of the cluster store.
 	Cluster *ClusterReport `json:"cluster,omitempty"`
 }
 
-// NodeReport is one node.
+// UnusedApproval is an approval that no node has used.
+type UnusedApproval struct {
+	Node    string    `json:"node"`
+	EK      string    `json:"ek"`
+	Until   time.Time `json:"until"`
+	Expired bool      `json:"expired,omitempty"`
+}
+
+// NodeReport describes one node.
 type NodeReport struct {
 	Node string `json:"node"`
 	EK   string `json:"ek,omitempty"`

@@ -6,19 +6,13 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// WatchRotation reports how far a rotation of several nodes is.
-const WatchRotation Verb[WatchRotationRequest, KeyringState] = "watch-rotation"
-
-// WatchRotationRequest asks for a [KeyringState] with its Rotation.
-type WatchRotationRequest struct{}
-
-// RotationPhase is how far a rotation is.
+// RotationPhase is the progress of a rotation.
 type RotationPhase string
 
 // The phases.
 const (
-	// RotationPreparing: nothing is staged yet, and nothing was changed, because nodes have no
-	// record after the present keyring.
+	// RotationPreparing: nothing is staged yet and nothing was changed, because some
+	// nodes have not yet recorded the present keyring.
 	RotationPreparing RotationPhase = "preparing"
 	// RotationStaged: nodes have yet to acknowledge the staged KEK.
 	RotationStaged RotationPhase = "staged"
@@ -40,10 +34,10 @@ type Rotation struct {
 	Waiting     []WaitingNode `json:"waiting,omitempty"`
 }
 
-// ClusterReport is what a node knows of the cluster store.
+// ClusterReport is a node's knowledge of the cluster store.
 type ClusterReport struct {
 	// InStep says that the store held the node's keyring at the last read, which was at
-	// Reached. Revision is that of the store.
+	// Reached. Revision is the revision of the store's keyring.
 	InStep   bool      `json:"inStep"`
 	Reached  time.Time `json:"reached,omitzero"`
 	Revision uint64    `json:"revision,omitempty"`
@@ -53,7 +47,7 @@ type ClusterReport struct {
 	Behind []WaitingNode `json:"behind,omitempty"`
 }
 
-// NodeRecord is what a node last said of itself in the cluster store.
+// NodeRecord is a node's last record in the cluster store.
 type NodeRecord struct {
 	Revision     uint64     `json:"revision"`
 	Anchored     seal.KeyID `json:"anchored"`

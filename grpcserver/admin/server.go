@@ -81,7 +81,7 @@ func NewServer(opt Options) *Server {
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		respond(w, http.StatusNotFound, &Problem{
 			Message: fmt.Sprintf("the running kleidi serve does not know %.100q", strings.TrimPrefix(r.URL.Path, prefix)),
-			Hint:    "it is of another version than this command: restart it (systemctl restart kleidi)",
+			Hint:    "its version is not that of this command: restart it (systemctl restart kleidi)",
 		})
 	})
 	return s
@@ -111,7 +111,7 @@ func (s *Server) gate(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// Serve answers on a listener of [Listen] until Shutdown. Stopping is no error.
+// Serve answers on a listener of [Listen] until Shutdown. Stopping is not an error.
 func (s *Server) Serve(l net.Listener) error {
 	if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return err
@@ -196,10 +196,10 @@ func decode(body io.Reader, v any) error {
 	var strict []error
 	seal.Erase(func() { strict, err = kjson.UnmarshalStrict(b, v) })
 	if err != nil {
-		return badRequest{errors.New("the request is no JSON of this verb; are kleidi and kleidi serve of the same version?")}
+		return badRequest{errors.New("the request is not valid JSON for this command; are kleidi and kleidi serve the same version?")}
 	}
 	if len(strict) > 0 {
-		return badRequest{fmt.Errorf("the request: %w; are kleidi and kleidi serve of the same version?", errors.Join(strict...))}
+		return badRequest{fmt.Errorf("the request: %w; are kleidi and kleidi serve the same version?", errors.Join(strict...))}
 	}
 	return nil
 }

@@ -48,6 +48,11 @@ const (
 	Verify Verb[VerifyRequest, KeyringState] = "verify"
 	// Prune removes a retired KEK.
 	Prune Verb[PruneRequest, KeyringState] = "prune"
+	// ArchiveKEK makes the archive of a retired KEK, or reads the archive of a removed
+	// one.
+	ArchiveKEK Verb[ArchiveRequest, ArchivedKEK] = "archive"
+	// ImportArchive puts an archived KEK back as a retired one.
+	ImportArchive Verb[ImportArchiveRequest, KeyringState] = "import-archive"
 	// Reload reads the keyring again. Only a start reads the configuration.
 	Reload Verb[ReloadRequest, KeyringState] = "reload"
 )
@@ -98,8 +103,8 @@ type StatusReport struct {
 	Revision     uint64       `json:"revision,omitempty"`
 	Keys         []KeyReport  `json:"keys,omitempty"`
 	Slots        []SlotReport `json:"slots,omitempty"`
-	// Unrevoked are former slots whose TPM still opens kept copies of them, because it
-	// was not there to refuse them.
+	// Unrevoked are removed slots of which the TPM still opens kept copies, because that
+	// TPM was absent when the slots were revoked.
 	Unrevoked []Unrevoked `json:"unrevoked,omitempty"`
 	// ChangedOutside are the differences between the slots and those that commands on this
 	// node made or an operator confirmed.
@@ -111,7 +116,7 @@ type StatusReport struct {
 	// Staged is the reason why the staged KEK is not open, if there is a staged KEK and
 	// serve runs.
 	Staged *Problem `json:"staged,omitempty"`
-	// Cluster is what the node knows of the cluster store, if there is one.
+	// Cluster is the node's knowledge of the cluster store, if there is one.
 	Cluster *ClusterReport `json:"cluster,omitempty"`
 	// Suspension is nil unless the node is suspended.
 	Suspension *Suspension `json:"suspension,omitempty"`
@@ -119,18 +124,9 @@ type StatusReport struct {
 	Attestation *AttestationReport `json:"attestation,omitempty"`
 	// Memory is the kind of memory that holds the KEK, see seal.Secret.Kind.
 	Memory string `json:"memory,omitempty"`
-	// TPMOpenTo says who besides root may use the TPM, and so gets the KEK with a copy of
-	// the keyring.
+	// TPMOpenTo names the users other than root that may use the TPM. With a copy of the
+	// keyring, such a user gets the KEK.
 	TPMOpenTo string `json:"tpmOpenTo,omitempty"`
-}
-
-// Problem is an error in parts.
-type Problem struct {
-	Cause   seal.Cause `json:"cause,omitempty"`
-	Message string     `json:"message"`
-	// Details list what the message announces, for instance each PCR that differs.
-	Details []string `json:"details,omitempty"`
-	Hint    string   `json:"hint,omitempty"`
 }
 
 // KeyReport is one KEK of the keyring.
@@ -170,6 +166,9 @@ type SlotReport struct {
 	Opens *bool `json:"opens,omitempty"`
 	// Problem is the reason why the slot does not open.
 	Problem *Problem `json:"problem,omitempty"`
+	// SelfTest is the result of the last self-test of a token's or a server's slot since
+	// serve started.
+	SelfTest *SlotTest `json:"selfTest,omitempty"`
 }
 
 // Unrevoked is a former slot of which kept copies still open.
@@ -181,12 +180,12 @@ type Unrevoked struct {
 	EpochIndex uint32    `json:"epochIndex"`
 	UpToEpoch  uint64    `json:"upToEpoch"`
 	Since      time.Time `json:"since"`
-	// Message says the same to people, and Hint what to do.
+	// Message says the same in words, and Hint says what to do.
 	Message string `json:"message"`
 	Hint    string `json:"hint"`
 }
 
-// OutsideChange is a way into the keyring that was added or removed, but by no command on
+// OutsideChange is a way into the keyring that was added or removed, but not by a command on
 // this node.
 type OutsideChange struct {
 	// Change is "added" or "removed".
@@ -214,11 +213,11 @@ type RotateRequest struct {
 	SkipSlots []string `json:"skipSlots,omitempty"`
 	// AcceptDataLoss allows a new KEK without any recovery slot.
 	AcceptDataLoss bool `json:"acceptDataLoss,omitempty"`
-	// Confirmed are the IDs of the [OutsideChange]s that the operator was shown and wants.
-	// Any other one refuses the rotation.
+	// Confirmed are the IDs of the [OutsideChange]s that the operator was shown and
+	// wants. An unconfirmed change refuses the rotation.
 	Confirmed []string `json:"confirmed,omitempty"`
 	// Replace is the key ID of the KEK to replace, so that a request can be repeated; ""
-	// means the current one. Several nodes only, as are Continue and Abort.
+	// means the current one. Replace, Continue and Abort are for several nodes only.
 	Replace seal.KeyID `json:"replace,omitempty"`
 	// Continue makes this node drive the rotation that is going on.
 	Continue bool `json:"continue,omitempty"`
@@ -309,8 +308,8 @@ type SlotTest struct {
 	Name string `json:"name"`
 	// Use is as in [SlotReport].
 	Use string `json:"use,omitempty"`
-	// Opens is false if Problem says why, and if ForNextBoot is true. In the second
-	// case the slot is for a prepared boot, and nothing is wrong with it.
+	// Opens is false if the slot failed, for the reason in Problem, or if ForNextBoot is
+	// true: then the slot is for a prepared boot, and nothing is wrong with it.
 	Opens       bool          `json:"opens"`
 	ForNextBoot bool          `json:"forNextBoot,omitempty"`
 	Problem     *Problem      `json:"problem,omitempty"`
@@ -370,15 +369,50 @@ type SaveRequest struct{}
 // VerifyRequest asks to check the stored keyring.
 type VerifyRequest struct{}
 
-// PruneRequest asks to remove a retired KEK under which nothing is stored any more.
+// PruneRequest asks to remove a retired KEK under which nothing is stored.
 type PruneRequest struct {
 	KeyID seal.KeyID `json:"keyID"`
-	// Archived is the SHA-256 digest of the copy of the keyring that was made and read back.
-	Archived []byte `json:"archived"`
+	// Archive is the archive of the KEK as it was read back.
+	Archive []byte `json:"archive,omitempty"`
+	// Records are the records of the other nodes, if no cluster store holds them.
+	Records [][]byte `json:"records,omitempty"`
 	// Check asks only whether the KEK could be removed. An object that is stored after a
-	// successful check is not under it, so the check comes before the last look at etcd.
+	// successful check is not encrypted under that KEK, so the check comes before the
+	// last look at etcd.
 	Check bool `json:"check,omitempty"`
 }
+
+// ArchiveRequest asks for the archive of a retired KEK, or for the archive of a removed
+// KEK from the cluster store.
+type ArchiveRequest struct {
+	KeyID seal.KeyID `json:"keyID"`
+	// ForPrune asks first whether the KEK could be removed. Records are as in [PruneRequest].
+	ForPrune bool     `json:"forPrune,omitempty"`
+	Records  [][]byte `json:"records,omitempty"`
+}
+
+// ArchivedKEK is the archive of a KEK, for the recovery recipients.
+type ArchivedKEK struct {
+	KeyID   seal.KeyID `json:"keyID"`
+	Archive []byte     `json:"archive"`
+	// Recipients are the age recipients that can open the archive.
+	Recipients []string `json:"recipients"`
+}
+
+// ImportArchiveRequest asks to put an archived KEK back as a retired one.
+type ImportArchiveRequest struct {
+	// Archive is the archive. If it is empty, KeyID names one in the cluster store.
+	Archive []byte     `json:"archive,omitempty"`
+	KeyID   seal.KeyID `json:"keyID,omitempty"`
+	// Identity opens the archive.
+	Identity Identity `json:"identity"`
+	// TrustKeyID is the key ID of the archived KEK. With it the operator vouches that the
+	// cluster used that KEK, if the keyring can't tell who made the archive.
+	TrustKeyID seal.KeyID `json:"trustKeyID,omitempty"`
+}
+
+// Wipe clears the identity. [Handle] calls it when the handler has returned.
+func (r *ImportArchiveRequest) Wipe() { clear(r.Identity) }
 
 // ReloadRequest asks to read the keyring again.
 type ReloadRequest struct{}
@@ -475,3 +509,9 @@ func (s *Suspension) String() string {
 	}
 	return text
 }
+
+// WatchRotation reports the progress of a rotation of several nodes.
+const WatchRotation Verb[WatchRotationRequest, KeyringState] = "watch-rotation"
+
+// WatchRotationRequest asks for a [KeyringState] with its Rotation.
+type WatchRotationRequest struct{}

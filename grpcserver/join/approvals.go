@@ -5,8 +5,13 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
@@ -95,6 +100,8 @@ func (b *approvals) check(e *entry) error {
 
 func (b *approvals) usable(e *entry) error {
 	switch {
+	case b.all[e.Node] == nil:
+		return exchange.Refuse(exchange.CheckNode, hintAgain, "the approval of node %q was withdrawn meanwhile", e.Node)
 	case b.all[e.Node] != e:
 		return exchange.Refuse(exchange.CheckNode, hintAgain, "the approval of node %q was replaced meanwhile", e.Node)
 	case e.spent:
@@ -164,6 +171,26 @@ func (b *approvals) pending() map[string]bool {
 	return all
 }
 
+// Approved is an approval that no node has used.
+type Approved struct {
+	Node    string
+	EK      string
+	Until   time.Time
+	Expired bool
+}
+
+// unused returns the approvals that no node has used, by name.
+func (b *approvals) unused() (all []Approved) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(b.all)) {
+		if e := b.all[name]; e.bound == nil && !e.spent {
+			all = append(all, Approved{name, e.EK, e.until, !b.now().Before(e.until)})
+		}
+	}
+	return all
+}
+
 // files returns copies of the files' contents, which the caller clears.
 func (b *approvals) files(e *entry) []File {
 	b.mu.Lock()
@@ -207,3 +234,5 @@ func policyDigest(a *Approval) string {
 	sum := sha256.Sum256(a.BootPolicy.Marshal())
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
+
+var errBusy = status.Error(codes.ResourceExhausted, "another join of this node is in progress; run the command again once it has ended")

@@ -107,6 +107,11 @@ func (s *Session) prove(e *protocol.Evidence) (*Grant, error) {
 	if err := s.send(fromEvidence(e)); err != nil {
 		return nil, err
 	}
+	return s.sendLogs(e)
+}
+
+// sendLogs sends the logs of the evidence, and returns V's grant.
+func (s *Session) sendLogs(e *protocol.Evidence) (*Grant, error) {
 	if err := exchange.Parts(e, func(p *exchange.LogPart) error { return s.send(fromPart(p)) }); err != nil {
 		return nil, err
 	}
@@ -122,7 +127,7 @@ func (s *Session) prove(e *protocol.Evidence) (*Grant, error) {
 	}
 	g := toGrant(m.GetGrant())
 	if err := g.check(s.node); err != nil {
-		return nil, &answerError{"it gives what no kleidi gives: " + err.Error()}
+		return nil, &answerError{"it is not an answer that kleidi gives: " + err.Error()}
 	}
 	return g, nil
 }
@@ -196,10 +201,10 @@ func (e *refusedError) Error() string {
 }
 
 const (
-	hintReach    = "see that kleidi serve runs there with join.listen set, and that the address can be reached"
-	hintTrust    = "the process that printed the command may have been restarted: run kleidi node approve NAME --ek EK there again; if it was not, somebody stands in between"
+	hintReach    = "check that kleidi serve runs there with join.listen set, and that its address can be reached"
+	hintTrust    = "the process that printed the command may have been restarted: run kleidi node approve NAME --ek EK there again; if it was not restarted, somebody is intercepting the connection"
 	hintAsk      = "see the log of kleidi serve on that node"
-	hintVersions = "see that kleidi on both sides is of the same version; if it is, find out what runs in this machine's place"
+	hintVersions = "check that both sides run the same version of kleidi; if they do, find out what runs in this machine's place"
 	hintIdentity = "compare what kleidi node identity shows here with what was approved; run kleidi node approve NAME --ek EK again on that node"
 )
 
@@ -217,7 +222,7 @@ var hints = map[protocol.Check]string{
 	joinproof.CheckPCRs:         "leave tpm.pcrs and tpm.bank out here; see docs/boot-states.md for which PCRs a boot needs",
 	protocol.CheckSRK:           hintVersions,
 	protocol.CheckAK:            hintVersions,
-	protocol.CheckProof:         "if another machine answers in this one's place, or somebody stands between it and that node, find out who; else see that kleidi on both sides is of the same version",
+	protocol.CheckProof:         "if another machine answers in this one's place, or somebody intercepts its connection to that node, find out who; otherwise check that both sides run the same version of kleidi",
 	protocol.CheckEvidence:      "if a component extends a PCR without logging it, leave that PCR out of the boot policy; else this machine's event log was tampered with",
 	protocol.CheckBootPolicy:    "if you want this boot, run kleidi bootpolicy record here, and approve the node again with --boot-policy and that file",
 	joinproof.CheckPhase:        "join while the machine is up",

@@ -8,7 +8,7 @@
 // a node, and after the audit record is flushed. J ends the join with a MAC that shows
 // that it has opened the keyring.
 //
-// Approvals are only in the memory of the process: an attacker can't plant one in a
+// Approvals exist only in the memory of the process: an attacker can't plant one in a
 // file, and a restart forgets them. The same process makes the key of the server's
 // certificate, and the key dies with it.
 package join

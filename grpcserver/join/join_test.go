@@ -102,14 +102,31 @@ func TestExpiresMeanwhile(t *testing.T) {
 	r.evidence = func(*protocol.Evidence) { r.approve() }
 	_, err = r.join()
 	r.refused("it was replaced", err, seal.CauseAttestation, "was replaced meanwhile")
+	r.undisturbed()
+	for what, c := range map[string]struct {
+		happens func()
+		words   string
+	}{
+		"it ran out while the logs came":   {func() { r.pass(2 * time.Hour) }, "has expired"},
+		"it was replaced while they came":  {func() { r.approve() }, "was replaced meanwhile"},
+		"it was withdrawn while they came": {func() { r.server.Forget("beta") }, "was withdrawn meanwhile"},
+	} {
+		r.approve()
+		s, e := r.proveOnly()
+		c.happens()
+		_, err := s.sendLogs(e)
+		r.refused(what, s.failed(err), seal.CauseAttestation, c.words)
+		s.Close()
+	}
 	if strings.Contains(r.said(), "listed") {
 		t.Error(r.said())
 	}
+	r.approve()
 	r.joins("by the newest")
 }
 
-// TestBrokenOff: after a join broke off behind the grant, only the same machine can run
-// it again, until it shows that it has opened the keyring.
+// TestBrokenOff: if a join breaks off after the grant, only the same machine can run it
+// again, until that machine shows that it has opened the keyring.
 func TestBrokenOff(t *testing.T) {
 	r := newRig(t)
 	r.mac = func(mac []byte) []byte { mac[0] ^= 1; return mac }
@@ -188,46 +205,58 @@ func TestNoRecordNoGrant(t *testing.T) {
 	r.joins("once it can be written")
 }
 
-// TestOneAtATime: a node that stops half-way holds its own approval, and nobody else's,
-// until its time is over.
+// TestOneAtATime: a node that stops half-way holds its own approval until it goes away.
 func TestOneAtATime(t *testing.T) {
-	r := newRig(t, func(o *Options) { o.Timeout = 2 * time.Second })
-	r.evidence = func(e *protocol.Evidence) { e.FirmwareLog = nil } // the statement alone is wanted
+	r := newRig(t, func(o *Options) { o.Timeout = 5 * time.Minute })
+	s, _ := r.proveOnly()
+	_, err := r.join()
+	r.refused("meanwhile", err, seal.CauseUnavailable, "another join of this node is in progress")
+	s.Close()
+	r.eventually("the place is free", func() bool { _, err = r.join(); return err == nil })
+}
+
+// TestHoldsItsPlace: a node that stops half-way and stays loses the approval when its time
+// is over.
+func TestHoldsItsPlace(t *testing.T) {
+	r := newRig(t, func(o *Options) { o.Timeout = 5 * time.Second })
+	s, _ := r.proveOnly()
+	defer s.Close()
+	if _, err := s.receive(); status.Code(err) != codes.DeadlineExceeded && status.Code(err) != codes.Canceled {
+		t.Errorf("it goes on: %v", err)
+	}
+	r.eventually("the place is free", func() bool { _, err := r.join(); return err == nil })
+}
+
+// proveOnly begins a join that has sent its proof, holds its approval, and has not sent its
+// logs.
+func (r *rig) proveOnly() (s *Session, e *protocol.Evidence) {
+	r.Helper()
 	client, err := NewClient(r.address, r.server.Certificate())
 	if err != nil {
-		t.Fatal(err)
+		r.Fatal(err)
 	}
 	a := &joinproof.Attester{Device: r.machine.TPM(), Logs: r.logs().Explaining}
-	var s *Session
-	e, _, err := a.Prove(t.Context(), cluster, "beta", r.terms, func(h *joinproof.Hello) (c *protocol.Challenge, exporter []byte, err error) {
-		if s, c, err = client.Begin(t.Context(), h); err == nil {
+	e, _, err = a.Prove(r.Context(), cluster, "beta", r.terms, func(h *joinproof.Hello) (c *protocol.Challenge, exporter []byte, err error) {
+		if s, c, err = client.Begin(r.Context(), h); err == nil {
 			exporter, err = s.Exporter()
 		}
 		return c, exporter, err
 	})
 	if err != nil {
-		t.Fatal(err)
+		r.Fatal(err)
 	}
-	defer s.Close()
-	if err := s.send(fromEvidence(e)); err != nil { // and no logs
-		t.Fatal(err)
+	if err := s.send(fromEvidence(e)); err != nil {
+		r.Fatal(err)
 	}
-	r.undisturbed()
 	r.eventually("the place is taken", func() bool {
 		r.server.approvals.mu.Lock()
 		defer r.server.approvals.mu.Unlock()
 		return r.server.approvals.all["beta"].busy
 	})
-	_, err = r.join()
-	r.refused("meanwhile", err, seal.CauseUnavailable, "another join of this node is in progress")
-	if _, err := s.receive(); status.Code(err) != codes.DeadlineExceeded && status.Code(err) != codes.Canceled {
-		t.Errorf("it goes on: %v", err)
-	}
-	r.eventually("the place is free", func() bool { _, err = r.join(); return err == nil })
+	return s, e
 }
 
-// TestFiles: the files go along in the grant, and disappear from memory with the
-// approval.
+// TestFiles: the files travel in the grant, and disappear from memory with the approval.
 func TestFiles(t *testing.T) {
 	r := newRig(t)
 	secret := func(s string) SecretFile {
@@ -275,7 +304,7 @@ func TestTrust(t *testing.T) {
 	r := newRig(t)
 	other := certificate(t)
 	_, err := r.join(func(_, c *string) { *c = exchange.Digest(other.Certificate[0]) })
-	r.refused("another certificate", err, seal.CauseUnavailable, "not the one that is configured", "somebody stands in between")
+	r.refused("another certificate", err, seal.CauseUnavailable, "not the one that is configured", "somebody is intercepting the connection")
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -305,7 +334,7 @@ func certificate(t *testing.T) tls.Certificate {
 	return *c
 }
 
-// TestRelay: even a relay with a certificate that J trusts can't stand in between.
+// TestRelay: even a relay with a certificate that J trusts can't intercept a join.
 func TestRelay(t *testing.T) {
 	r := newRig(t)
 	forged := certificate(t)
@@ -344,7 +373,10 @@ func TestRelay(t *testing.T) {
 	go func() { _ = s.Serve(l) }()
 	t.Cleanup(s.Stop)
 	_, err = r.join(func(a, c *string) { *a, *c = l.Addr().String(), exchange.Digest(forged.Certificate[0]) })
-	r.refused("a relayed session", err, seal.CauseAttestation, "proof: ", "somebody stands in between")
+	r.refused("a relayed session", err, seal.CauseAttestation, "proof: ", "somebody is intercepting the connection")
+	if v := r.lastVerdict(); v.Finding != string(protocol.FindingOtherTranscript) || strings.Contains(err.Error(), v.Finding) {
+		t.Errorf("%+v; the relay learns %v", v, err)
+	}
 	if strings.Contains(r.said(), "listed") {
 		t.Error(r.said())
 	}

@@ -98,7 +98,7 @@ func newRig(t *testing.T, change ...func(*Options)) *rig {
 	}
 	r.keyring = seat(t)
 	t.Cleanup(func() { r.keyring.Close() })
-	o := Options{Host: r, Record: r.record, Log: slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Timeout: 20 * time.Second, now: r.now}
+	o := Options{Host: r, Record: r.record, Log: slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Timeout: 2 * time.Minute, now: r.now}
 	for _, f := range change {
 		f(&o)
 	}
@@ -235,7 +235,7 @@ func (r *rig) Admit(_ context.Context, p *joinproof.Proven) (*Admission, error) 
 	return &Admission{Grant: Grant{Keyring: next.Shared(), Current: []seal.Slot{slot}}, KeyID: next.CurrentID(), Revision: next.Revision(), Done: next.JoinDone}, nil
 }
 
-// join is one join, up to the end.
+// join runs one whole join.
 func (r *rig) join(change ...func(address, certificate *string)) (*Grant, error) {
 	address, certificate := r.address, r.server.Certificate()
 	for _, f := range change {
@@ -333,7 +333,7 @@ func (r *rig) joins(what string) *Grant {
 // eventually waits until ready.
 func (r *rig) eventually(what string, ready func() bool) {
 	r.Helper()
-	timeout := time.NewTimer(10 * time.Second)
+	timeout := time.NewTimer(2 * time.Minute)
 	defer timeout.Stop()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()

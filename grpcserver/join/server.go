@@ -27,14 +27,11 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
-// DefaultTimeout bounds a join, in which the new node also seals with its TPM.
-const DefaultTimeout = 3 * time.Minute
-
 // Verdict is the result of one join, or of several that were refused for the same
 // reason.
 type Verdict = exchange.Verdict
 
-// Step is what the audit log says of a join beside the evidence.
+// Step holds the audit log's facts about a join, in addition to the evidence.
 type Step = exchange.JoinVerdict
 
 // The steps.
@@ -85,15 +82,9 @@ type Server struct {
 	certificate *tls.Certificate
 	approvals   *approvals
 	tally       exchange.Tally
+	recent      protocol.Recent
 	wire        *exchange.Server
 }
-
-const (
-	serviceName = "kleidi.join.v1.Join"
-	methodName  = "Join"
-)
-
-var service = exchange.Service{Name: serviceName, Method: methodName, File: "join.proto", Exporter: joinproof.ExporterLabel, Program: "kleidi serve"}
 
 // NewServer makes a Server with a new certificate.
 func NewServer(o Options) (*Server, error) {
@@ -145,7 +136,10 @@ func (s *Server) Forget(node string) { s.approvals.forget(node) }
 // keyring.
 func (s *Server) Unfinished() map[string]bool { return s.approvals.pending() }
 
-// Serve answers on l until it is stopped. Stopping is no error.
+// Unused returns the approvals that no node has used.
+func (s *Server) Unused() []Approved { return s.approvals.unused() }
+
+// Serve answers on l until it is stopped. Stopping is not an error.
 func (s *Server) Serve(l net.Listener) error { return s.wire.Serve(l) }
 
 // GracefulStop closes the listener, lets joins in progress end, and cuts them off when
@@ -158,7 +152,6 @@ func (s *Server) GracefulStop(ctx context.Context) {
 
 // Errors of the exchange itself. A fault of the evidence is a refusal.
 var (
-	errBusy   = status.Error(codes.ResourceExhausted, "another join of this node is in progress; run the command again once it has ended")
 	errRecord = status.Error(codes.FailedPrecondition, "the node that gives the KEK can't write its audit log, so the answer is no; see the log of kleidi serve there")
 	errAdmit  = status.Error(codes.FailedPrecondition, "the node that gives the KEK can't list this node; see the log of kleidi serve there")
 	errLocked = status.Error(codes.FailedPrecondition, "the node that gives the KEK is not ready for it; see kleidi status there")
@@ -171,6 +164,8 @@ type session struct {
 	hello  *joinproof.Hello
 	entry  *entry
 	proven bool
+	// finding is for this side's log and audit log alone.
+	finding protocol.Finding
 }
 
 func (s *Server) answer(stream *exchange.Stream) error {
@@ -192,6 +187,7 @@ func (x *session) run() error {
 	if err != nil {
 		return err
 	}
+	x.recent.Add(pending.Pending)
 	evidence, err := x.prove(pending, challenge)
 	if err != nil {
 		return err
@@ -208,11 +204,16 @@ func (x *session) run() error {
 	if err != nil {
 		return err
 	}
+	// The node takes its time over the logs. Meanwhile the operator may have removed it.
+	if err := x.approvals.check(x.entry); err != nil {
+		return err
+	}
 	return x.admit(proven, pending.Transcript())
 }
 
-// challenge demands the same as [joinproof.Verifier.Challenge], and that the approval
-// is still valid. Only the TPM of a spent or expired approval is told so.
+// challenge demands the same as [joinproof.Verifier.Challenge], and that the approval is
+// still valid. Only the TPM that an approval names learns that the approval is spent or
+// expired.
 func (x *session) challenge() (*joinproof.Pending, *protocol.Challenge, error) {
 	m := new(FromJoiner)
 	if err := x.First(m); err != nil {
@@ -224,7 +225,7 @@ func (x *session) challenge() (*joinproof.Pending, *protocol.Challenge, error) {
 	x.hello = toHello(m.GetHello())
 	v, err := x.host.Verifier()
 	if err != nil {
-		x.log.Warn("a node asks to join, and none can", "peer", x.Peer, "error", err)
+		x.log.Warn("a node asks to join, but no node can join now", "peer", x.Peer, "error", err)
 		return nil, nil, errLocked
 	}
 	x.entry = x.approvals.find(x.hello.Node)
@@ -251,6 +252,7 @@ func (x *session) prove(pending *joinproof.Pending, challenge *protocol.Challeng
 	}
 	evidence := exchange.ToEvidence(m.GetStatement())
 	if err := pending.Prove(evidence.Proof); err != nil {
+		x.finding = x.recent.Find(pending.Pending, evidence)
 		return nil, err
 	}
 	x.proven = true
@@ -337,21 +339,21 @@ func (x *session) verdict() *Verdict {
 func (x *session) refuse(r *protocol.Refusal) error {
 	v := x.verdict()
 	sent := exchange.RefusalOf(r)
-	v.Check, v.Reason, v.Hint = sent.Check, sent.Reason, sent.Hint
+	v.Check, v.Reason, v.Hint, v.Finding = sent.Check, sent.Reason, sent.Hint, string(x.finding)
 	first := true
 	if x.proven {
 		if x.audit(v) != nil {
 			return errRecord
 		}
 	} else {
-		k := exchange.Kind{Check: v.Check, From: x.From}
+		k := exchange.Kind{Check: v.Check, Finding: v.Finding, From: x.From}
 		if x.entry != nil {
 			k.Node = x.entry.Node
 		}
 		first = x.tally.Add(k, v)
 	}
 	if first {
-		x.log.Warn("a join is refused", "node", v.Node, "ek", v.EK, "peer", x.Peer, "check", sent.Check, "reason", sent.Reason, "hint", sent.Hint)
+		x.log.Warn("a join is refused", "node", v.Node, "ek", v.EK, "peer", x.Peer, "check", sent.Check, "reason", sent.Reason, "hint", sent.Hint, "finding", x.finding)
 	}
 	return x.SendMsg(&FromVerifier{Message: &FromVerifier_Refusal{sent}})
 }

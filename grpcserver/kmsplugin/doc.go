@@ -10,6 +10,6 @@
 // changed since. KMS v2 binds nothing else to a ciphertext: the key ID and the MAC of the
 // keyring decide which KEK a slot may hold.
 //
-// The KEK passes through buffers of gRPC, which this package can't clear. They are in
-// locked memory, as is everything of kleidi serve.
+// The KEK passes through buffers of gRPC, which this package can't clear. Those buffers
+// are in locked memory, as is all memory of kleidi serve.
 package kmsplugin

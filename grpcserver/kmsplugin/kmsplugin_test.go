@@ -121,7 +121,7 @@ func (p *plugin) Decrypt(_ context.Context, _ string, r *service.DecryptRequest)
 
 func wrapper(t testing.TB, socket string) *kmsplugin.Wrapper {
 	t.Helper()
-	w, err := kmsplugin.New(kmsplugin.Config{Socket: socket, Timeout: 5 * time.Second})
+	w, err := kmsplugin.New(kmsplugin.Config{Socket: socket, Timeout: 30 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +210,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// TestNoKEK: what the plugin decrypts must have a KEK's size.
+// TestNoKEK: the bytes that the plugin decrypts must have the size of a KEK.
 func TestNoKEK(t *testing.T) {
 	p := startPlugin(t)
 	w, kek := wrapper(t, p.socket), newKEK(t)
@@ -223,7 +223,7 @@ func TestNoKEK(t *testing.T) {
 	}
 }
 
-// TestUnhealthy: Check says what keeps the plugin from serving.
+// TestUnhealthy: Check reports why the plugin can't serve.
 func TestUnhealthy(t *testing.T) {
 	p := startPlugin(t)
 	w := wrapper(t, p.socket)
@@ -242,7 +242,7 @@ func TestUnhealthy(t *testing.T) {
 	}
 }
 
-// TestRefused: nobody gets the KEK or a slot who does not listen as root or as this user,
+// TestRefused: a listener that is neither root nor this user receives no KEK and no slot,
 // and a plugin's text is quoted.
 func TestRefused(t *testing.T) {
 	p := startPlugin(t)

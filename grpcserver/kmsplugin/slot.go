@@ -15,8 +15,8 @@ import (
 // slotFormat is the version of slotData. No other version is read.
 const slotFormat = 1
 
-// What kube-apiserver accepts from a KMS v2 plugin, in bytes (k8s.io/apiserver,
-// kmsv2/envelope.go).
+// Limits that kube-apiserver sets on the answers of a KMS v2 plugin, in bytes
+// (k8s.io/apiserver, kmsv2/envelope.go).
 const (
 	maxKeyID       = 1024
 	maxCiphertext  = 1024
@@ -51,20 +51,21 @@ func (d slotData) check() error {
 func slotOf(answer *kmsapi.EncryptResponse) (seal.Slot, error) {
 	d := slotData{slotFormat, answer.KeyId, answer.Ciphertext, answer.Annotations}
 	if err := d.check(); err != nil {
-		return seal.Slot{}, seal.Errorf(seal.CauseUnavailable, hintPlugin, "kms-plugin: its answer makes no sense: %w", err)
+		return seal.Slot{}, seal.Errorf(seal.CauseUnavailable, hintPlugin, "kms-plugin: invalid answer: %w", err)
 	}
 	data, err := json.Marshal(d)
 	return seal.Slot{Type: seal.TypeKMSPlugin, Data: data}, err
 }
 
-// KeyID returns the plugin's key ID that a slot was made under. The error is
+// KeyID returns the plugin's key ID under which a slot was made. The error is
 // seal.ErrNotMine if the slot has another type.
 func KeyID(slot seal.Slot) (string, error) {
 	d, err := parseSlot(slot)
 	return d.KeyID, err
 }
 
-// Describe returns the plugin's key that a slot names, in one line. It is untrusted.
+// Describe describes in one line the plugin's key that a slot names. The result is
+// untrusted.
 func Describe(slot seal.Slot) string {
 	d, err := parseSlot(slot)
 	if err != nil {
@@ -96,3 +97,7 @@ func parseSlot(slot seal.Slot) (d slotData, err error) {
 func corrupt(err error) error {
 	return seal.Errorf(seal.CauseSlotCorrupt, hintRestore, "kms-plugin slot: %w", err)
 }
+
+const hintPlugin = "see whether the plugin at kmsPlugin.socket runs, and read its log"
+
+const hintRestore = "make the slot again with kleidi slot rewrap NAME while another wrapper holds the keyring open, or run kleidi keyring restore FILE"

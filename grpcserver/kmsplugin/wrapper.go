@@ -22,8 +22,6 @@ import (
 )
 
 const (
-	hintPlugin   = "see whether the plugin at kmsPlugin.socket runs, and read its log"
-	hintRestore  = "make the slot again with kleidi slot rewrap NAME while another wrapper holds the keyring open, or run kleidi keyring restore FILE"
 	hintOtherKey = "see whether kmsPlugin.socket is the plugin that made the slot, and whether it still has that key"
 )
 
@@ -34,7 +32,7 @@ const maxMessage = 64 << 10
 type Config struct {
 	// Socket is the path of the plugin's unix socket.
 	Socket string
-	// Timeout bounds one operation, connecting included.
+	// Timeout bounds one operation, including the time to connect.
 	Timeout time.Duration
 	// Memory allocates KEKs.
 	Memory seal.Memory
@@ -57,7 +55,7 @@ func New(c Config) (*Wrapper, error) {
 // Type returns seal.TypeKMSPlugin.
 func (*Wrapper) Type() string { return seal.TypeKMSPlugin }
 
-// Wrap has the plugin encrypt kek.
+// Wrap asks the plugin to encrypt kek.
 func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (slot seal.Slot, err error) {
 	var plain []byte
 	defer func() { clear(plain) }()
@@ -67,7 +65,7 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (slot seal.Slot, e
 		}
 	})
 	if plain == nil {
-		return slot, errors.New("kms-plugin: no KEK to wrap: it is closed or of another size")
+		return slot, errors.New("kms-plugin: no KEK to wrap: it is closed or has the wrong size")
 	}
 	defer seal.Collect() // buffers of gRPC
 	err = w.call(ctx, func(ctx context.Context, c kmsapi.KeyManagementServiceClient) error {

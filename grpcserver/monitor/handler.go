@@ -8,8 +8,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// Handler answers /livez, /readyz and /metrics. Ready says why the process does not do its
-// work; remarks are what is to be mended although it does.
+// Handler answers /livez, /readyz and /metrics. Ready returns the reason why the process
+// can't do its work, or nil. Remarks returns what needs repair although the process does
+// its work.
 func Handler(metrics prometheus.Gatherer, ready func() error, remarks func() []string) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })

@@ -92,7 +92,7 @@ func ListenTCP(address string) (net.Listener, error) {
 	return limit(l), nil
 }
 
-// Serve answers on a listener of this package until Shutdown. Stopping is no error.
+// Serve answers on a listener of this package until Shutdown. Stopping is not an error.
 func (s *Server) Serve(l net.Listener) error {
 	if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return err

@@ -1,7 +1,6 @@
 package monitor
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -37,7 +36,7 @@ func start(t *testing.T, h http.Handler, change ...func(*http.Server)) *rig {
 	done := make(chan error)
 	go func() { done <- r.Serve(l) }()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 		defer cancel()
 		if err := errors.Join(r.Shutdown(ctx), <-done); err != nil {
 			t.Error(err)
@@ -79,7 +78,7 @@ var ok = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fpr
 // ends demands that the server ends a connection.
 func ends(t *testing.T, c net.Conn) string {
 	t.Helper()
-	_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(2 * time.Minute))
 	b, err := io.ReadAll(c)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatal("the connection is still open")
@@ -99,9 +98,10 @@ func TestOneRequestPerConnection(t *testing.T) {
 	}
 }
 
-// TestTimeouts: each alone, with the other two out of reach.
+// TestTimeouts tests each timeout alone, with the other two out of reach.
 func TestTimeouts(t *testing.T) {
-	const short, long = 100 * time.Millisecond, time.Hour
+	// A test sends its request within the short time.
+	const short, long = 2 * time.Second, time.Hour
 	set := func(header, read, write time.Duration) func(*http.Server) {
 		return func(s *http.Server) { s.ReadHeaderTimeout, s.ReadTimeout, s.WriteTimeout = header, read, write }
 	}
@@ -147,7 +147,7 @@ func TestTimeouts(t *testing.T) {
 	})
 }
 
-// TestTimeoutsAreSet in what New makes.
+// TestTimeoutsAreSet: New sets every timeout.
 func TestTimeoutsAreSet(t *testing.T) {
 	s := New(ok).http
 	for what, d := range map[string]time.Duration{"header": s.ReadHeaderTimeout, "read": s.ReadTimeout, "write": s.WriteTimeout} {
@@ -172,15 +172,9 @@ func TestCrowd(t *testing.T) {
 	if err := r.get(); err != nil {
 		t.Errorf("beside silent connections: %v", err)
 	}
-	open := 0
-	for _, c := range held {
-		_ = c.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
-		if _, err := bufio.NewReader(c).ReadByte(); errors.Is(err, os.ErrDeadlineExceeded) {
-			open++
-		}
-	}
-	if open >= MaxConns {
-		t.Errorf("%d silent connections are open", open)
+	// The server has accepted the last one, and has closed one for each beyond the limit.
+	for _, c := range held[:len(held)-MaxConns+1] {
+		ends(t, c)
 	}
 	if n := openFiles(t) - before - len(held); n > MaxConns+8 {
 		t.Errorf("%d file descriptors more than before", n)
@@ -218,7 +212,7 @@ func TestSocketsMode(t *testing.T) {
 	}
 }
 
-// TestLoopback serves the same, by TCP.
+// TestLoopback: the TCP listener serves the same.
 func TestLoopback(t *testing.T) {
 	l, err := ListenTCP("127.0.0.1:0")
 	if err != nil {

@@ -56,7 +56,7 @@ func NewClient(c ClientConfig) (*Client, error) {
 	client := &Client{config: c}
 	switch {
 	case c.Certificate != "" && (c.CAFile != "" || c.ServerName != ""):
-		return nil, errors.New("certificate: the digest stands alone; leave out caFile and serverName, or the digest")
+		return nil, errors.New("certificate: a digest excludes caFile and serverName; leave out one or the other")
 	case c.Certificate != "":
 		b, err := wire.ParseDigest(c.Certificate)
 		if err != nil {
@@ -64,7 +64,7 @@ func NewClient(c ClientConfig) (*Client, error) {
 		}
 		client.digest = b
 	case c.CAFile == "" || c.ServerName == "":
-		return nil, errors.New("certificate: nothing says how the verifier is known; set certificate, or caFile and serverName")
+		return nil, errors.New("certificate: nothing identifies the verifier; set certificate, or caFile and serverName")
 	}
 	return client, nil
 }
@@ -73,8 +73,8 @@ func NewClient(c ClientConfig) (*Client, error) {
 func Digest(certificate []byte) string { return wire.Digest(certificate) }
 
 const (
-	hintReach = "see that kleidi verifier runs at tpm.verifier.address and can be reached"
-	hintTrust = "compare tpm.verifier.certificate (or caFile and serverName) with what kleidi verifier show prints there; if they are the same, somebody stands in between"
+	hintReach = "check that kleidi verifier runs at tpm.verifier.address and can be reached"
+	hintTrust = "compare tpm.verifier.certificate (or caFile and serverName) with what kleidi verifier show prints there; if they are the same, somebody is intercepting the connection"
 	hintAsk   = "see the log of kleidi verifier"
 )
 
@@ -172,14 +172,14 @@ var hints = map[remote.Check]string{
 	remote.CheckEK:            hintRegistered,
 	remote.CheckEKCertificate: "see ekCertificates.folder in the verifier's configuration",
 	remote.CheckAK:            hintVersions,
-	remote.CheckProof:         "if another machine answers in this one's place, or somebody stands between it and the verifier, find out who; else see that kleidi on both sides is of the same version",
+	remote.CheckProof:         "if another machine answers in this one's place, or somebody intercepts its connection to the verifier, find out who; otherwise check that both sides run the same version of kleidi",
 	remote.CheckEvidence:      "if a component extends a PCR without logging it, leave that PCR out of the node's boot policy on the verifier's machine; else this machine's event log was tampered with",
 	remote.CheckSRK:           hintVersions,
 	remote.CheckBootPolicy:    "if this boot is one that you want, run kleidi bootpolicy record here, and let the boot policy on the verifier's machine allow it",
 }
 
 const (
-	hintVersions   = "see that kleidi on both sides is of the same version; if it is, find out what runs in this machine's place"
+	hintVersions   = "check that both sides run the same version of kleidi; if they do, find out what runs in this machine's place"
 	hintRegistered = "compare node and endorsement key that kleidi status shows here with nodes in the verifier's configuration; run kleidi verifier register NODE --ek sha256:… --boot-policy FILE there, if the node is missing"
 )
 

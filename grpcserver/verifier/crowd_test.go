@@ -51,7 +51,7 @@ func TestSilentPeers(t *testing.T) {
 	if err := lastOf(s); status.Code(err) != codes.DeadlineExceeded || !strings.Contains(err.Error(), "no proof within 400ms") {
 		t.Errorf("no proof: %v", err)
 	}
-	r = newRig(t, func(o *Options) { o.Timeout = 2 * time.Second })
+	r = newRig(t, func(o *Options) { o.Timeout = 15 * time.Second })
 	err = r.ask(odd{r, nil})
 	if !strings.Contains(fmt.Sprint(err), "DeadlineExceeded") {
 		t.Errorf("no logs: %v", err)
@@ -92,7 +92,7 @@ func TestSilentPeersKeepNobodyOut(t *testing.T) {
 	}
 }
 
-// TestGarbage: bytes that are no TLS do no harm.
+// TestGarbage: bytes that are not TLS do no harm.
 func TestGarbage(t *testing.T) {
 	r := newRig(t)
 	c, err := net.Dial("tcp", r.address)
@@ -158,7 +158,7 @@ func TestPlacesOfANode(t *testing.T) {
 		}
 		leave = append(leave, l)
 	}
-	r.refused("one too many", r.ask(r.client()), seal.CauseUnavailable, "too many exchanges of this node")
+	r.refused("one too many", r.ask(r.client()), seal.CauseUnavailable, "too many exchanges with this node")
 	if l, ok := r.server.wire.Take("sha256:another"); !ok {
 		t.Error("another node has no place")
 	} else {

@@ -53,7 +53,7 @@ func (r *rig) again(s grpc.BidiStreamingClient[FromAttester, FromVerifier]) (grp
 }
 
 func (r *rig) stream(conn *grpc.ClientConn) (grpc.BidiStreamingClient[FromAttester, FromVerifier], error) {
-	ctx, cancel := context.WithTimeout(r.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(r.Context(), 2*time.Minute)
 	r.Cleanup(cancel)
 	s, err := conn.NewStream(ctx, &grpc.StreamDesc{StreamName: methodName, ServerStreams: true, ClientStreams: true}, "/"+serviceName+"/"+methodName)
 	return &grpc.GenericClientStream[FromAttester, FromVerifier]{ClientStream: s}, err
@@ -241,7 +241,7 @@ func TestRelay(t *testing.T) {
 	m.grpc.RegisterService(&grpc.ServiceDesc{ServiceName: serviceName, Streams: []grpc.StreamDesc{{StreamName: methodName, Handler: m.relay, ServerStreams: true, ClientStreams: true}}}, nil)
 	address := serve(t, m)
 	err := r.ask(r.client(func(c *ClientConfig) { c.Address, c.Certificate = address, Digest(forged.Certificate[0]) }))
-	r.refused("relay", err, seal.CauseAttestation, "proof: ", "somebody stands in between")
+	r.refused("relay", err, seal.CauseAttestation, "proof: ", "somebody is intercepting the connection")
 	r.works("without it")
 }
 

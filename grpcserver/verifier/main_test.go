@@ -96,7 +96,7 @@ func newRig(t *testing.T, change ...func(*Options)) *rig {
 	r.options = Options{
 		Verifier:    &remote.Verifier{Cluster: cluster, Keys: []*remote.Key{signer}, Nodes: map[string]remote.Registration{"alpha": registration}},
 		Certificate: certificate(t, "verifier.example", nil), Record: r.record, Log: slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
-		Timeout: 20 * time.Second,
+		Timeout: 2 * time.Minute,
 	}
 	for _, f := range change {
 		f(&r.options)
@@ -289,7 +289,7 @@ func (r *rig) works(what string) {
 // eventually waits until ready.
 func (r *rig) eventually(what string, ready func() bool) {
 	r.Helper()
-	timeout := time.NewTimer(10 * time.Second)
+	timeout := time.NewTimer(2 * time.Minute)
 	defer timeout.Stop()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()

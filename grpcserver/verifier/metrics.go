@@ -32,7 +32,7 @@ func newMetrics() *metrics {
 		exchanges: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kleidi_verifier_exchanges_total",
 			Help: "Exchanges with nodes, by outcome."}, []string{"outcome"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kleidi_verifier_refusals_total",
-			Help: "Refusals, by the check that found something wanting."}, []string{"check"}),
+			Help: "Refusals, by the check that failed."}, []string{"check"}),
 		drops: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kleidi_verifier_connections_dropped_total",
 			Help: "Connections without a proof that were closed, by reason."}, []string{"reason"}),
 		accepted: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "kleidi_verifier_accepted_timestamp_seconds",
@@ -54,24 +54,3 @@ func newMetrics() *metrics {
 
 func (m *metrics) ended(o outcome)       { m.exchanges.WithLabelValues(string(o)).Inc() }
 func (m *metrics) dropped(reason string) { m.drops.WithLabelValues(reason).Inc() }
-
-// register publishes the metrics; with nil they stay hidden.
-func (s *Server) register(r prometheus.Registerer) error {
-	if r == nil {
-		return nil
-	}
-	gauge := func(name, help string, labels prometheus.Labels, f func() int) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, func() float64 { return float64(f()) })
-	}
-	for _, c := range []prometheus.Collector{
-		s.metrics.exchanges, s.metrics.refusals, s.metrics.drops, s.metrics.accepted, s.metrics.audit,
-		gauge("kleidi_verifier_connections", "Connections, by whether the peer has proven which TPM it is.", prometheus.Labels{"proven": "no"}, s.wire.Unproven),
-		gauge("kleidi_verifier_connections", "Connections, by whether the peer has proven which TPM it is.", prometheus.Labels{"proven": "yes"}, s.wire.Proven),
-		gauge("kleidi_verifier_nodes", "Registered nodes.", nil, func() int { return len(s.current.Load().verifier.Nodes) }),
-	} {
-		if err := r.Register(c); err != nil {
-			return err
-		}
-	}
-	return nil
-}

@@ -38,7 +38,7 @@ type Options struct {
 	Log        *slog.Logger
 	Timeout    time.Duration // of one exchange; 0 is DefaultTimeout
 
-	hello, proof time.Duration // helloTimeout and proofTimeout, if 0
+	hello, proof time.Duration // exchange.HelloTimeout and exchange.ProofTimeout, if 0
 }
 
 // Verdict is the result of one exchange, or of several that were refused for the same
@@ -91,7 +91,7 @@ func (s *Server) Replace(v *remote.Verifier, certificate tls.Certificate) {
 	s.current.Store(&identity{v, certificate})
 }
 
-// Serve answers on l until it is stopped. Stopping is no error.
+// Serve answers on l until it is stopped. Stopping is not an error.
 func (s *Server) Serve(l net.Listener) error { return s.wire.Serve(l) }
 
 // GracefulStop closes the listener, lets exchanges in progress end, and cuts them off
@@ -260,4 +260,25 @@ func (s *Server) audit(verdicts ...*Verdict) error {
 		s.log.Error("the audit log can't be written, so the answer is no", "node", verdicts[0].Node, "peer", verdicts[0].Peer, "error", err)
 	}
 	return err
+}
+
+// register publishes the metrics; with nil they stay hidden.
+func (s *Server) register(r prometheus.Registerer) error {
+	if r == nil {
+		return nil
+	}
+	gauge := func(name, help string, labels prometheus.Labels, f func() int) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, func() float64 { return float64(f()) })
+	}
+	for _, c := range []prometheus.Collector{
+		s.metrics.exchanges, s.metrics.refusals, s.metrics.drops, s.metrics.accepted, s.metrics.audit,
+		gauge("kleidi_verifier_connections", "Connections, by whether the peer has proven which TPM it is.", prometheus.Labels{"proven": "no"}, s.wire.Unproven),
+		gauge("kleidi_verifier_connections", "Connections, by whether the peer has proven which TPM it is.", prometheus.Labels{"proven": "yes"}, s.wire.Proven),
+		gauge("kleidi_verifier_nodes", "Registered nodes.", nil, func() int { return len(s.current.Load().verifier.Nodes) }),
+	} {
+		if err := r.Register(c); err != nil {
+			return err
+		}
+	}
+	return nil
 }

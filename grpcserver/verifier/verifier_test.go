@@ -105,7 +105,7 @@ func TestTrust(t *testing.T) {
 		t.Errorf("by CA: %v", err)
 	}
 	before := len(r.verdicts)
-	r.refused("another digest", r.ask(r.client(func(c *ClientConfig) { c.Certificate = Digest(other.Certificate[0]) })), seal.CauseUnavailable, "not the one that is configured", "somebody stands in between")
+	r.refused("another digest", r.ask(r.client(func(c *ClientConfig) { c.Certificate = Digest(other.Certificate[0]) })), seal.CauseUnavailable, "not the one that is configured", "somebody is intercepting the connection")
 	r.refused("another CA", r.ask(r.client(byCA(pemFile(t, other), "verifier.example"))), seal.CauseUnavailable, "certificate")
 	r.refused("another name", r.ask(r.client(byCA(pemFile(t, ca), "other.example"))), seal.CauseUnavailable, "other.example")
 	loose := filepath.Join(t.TempDir(), "ca.pem")

@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// Export returns what another node needs of this one.
+// Export returns the shared keyring and this node's record, for another node.
 func Export(ctx context.Context, n *node.Node, _ admin.ExportKeyringRequest) (admin.KeyringExport, error) {
 	shared, record, err := node.Carrier(n).Export(ctx)
 	if err != nil {
@@ -24,8 +24,8 @@ func Export(ctx context.Context, n *node.Node, _ admin.ExportKeyringRequest) (ad
 	return admin.KeyringExport{CurrentKeyID: k.CurrentID(), Revision: k.Revision(), Keyring: shared, Record: record}, nil
 }
 
-// Import takes what another node exported: its keyring if it is newer, and its record if this
-// node has access to the cluster store.
+// Import takes the export of another node: its keyring if it is newer, and its record if
+// this node has access to the cluster store.
 func Import(ctx context.Context, n *node.Node, req admin.ImportKeyringRequest) (admin.KeyringState, error) {
 	s, err := importFile(ctx, n, req)
 	if err != nil {
@@ -78,7 +78,8 @@ func importFile(ctx context.Context, n *node.Node, req admin.ImportKeyringReques
 	return n.Result(former, changes...)
 }
 
-// putRecord puts the record of a node without access into the cluster store.
+// putRecord puts the record of a node that has no access to the cluster store into the
+// store.
 func putRecord(ctx context.Context, n *node.Node, from *keyring.UntrustedRecord, record []byte, changes []string) ([]string, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil || n.Replica == nil {
@@ -96,7 +97,7 @@ func putRecord(ctx context.Context, n *node.Node, from *keyring.UntrustedRecord,
 	return append(changes, "the record of node "+from.Node()+" is in the cluster store"), nil
 }
 
-// importTrusted takes a keyring by an operator's word, at the end of a fork.
+// importTrusted takes a keyring at the end of a fork, because an operator vouches for it.
 func importTrusted(ctx context.Context, n *node.Node, remote *keyring.Untrusted, trusted seal.KeyID) (admin.KeyringState, error) {
 	former, err := n.Unlocker.CurrentID()
 	if err != nil {
@@ -105,11 +106,11 @@ func importTrusted(ctx context.Context, n *node.Node, remote *keyring.Untrusted,
 	if err := node.Carrier(n).ImportTrusted(ctx, n.Memory, remote, trusted); err != nil {
 		return admin.KeyringState{}, err
 	}
-	return n.Result(former, fmt.Sprintf("this node has taken the keyring of revision %d, by your word, and sealed its KEK to its own boot states", remote.Revision()))
+	return n.Result(former, fmt.Sprintf("this node has taken the keyring of revision %d, on your authority, and sealed its KEK to its own boot states", remote.Revision()))
 }
 
-// Publish puts this node's keyring into the cluster store in place of another one, by an
-// operator's word.
+// Publish puts this node's keyring into the cluster store in place of another one,
+// because an operator says so.
 func Publish(ctx context.Context, n *node.Node, req admin.PublishKeyringRequest) (admin.KeyringState, error) {
 	former, err := n.Unlocker.CurrentID()
 	if err != nil {

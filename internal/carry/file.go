@@ -15,7 +15,7 @@ const MaxFile = 4*(keyring.MaxSize+keyring.MaxRecordSize)/3 + 1024
 
 const fileFormat = 1
 
-// File is what a node gives away. An attacker may have chosen everything in it.
+// File is the file that a node exports. An attacker may have chosen everything in it.
 type File struct {
 	Format  int    `json:"kleidiExport"`
 	Keyring []byte `json:"keyring"` // the shared keyring

@@ -3,14 +3,12 @@
 //
 // [Access.SetUp] makes them with an administrator's rights. A running serve asks for the
 // next certificate with the node's own rights before the present one ends ([Access.Renew]).
-// Nobody but an administrator may approve a request: who may approve one for this signer
-// may sign a certificate for any user.
+// Only an administrator may approve a request: anyone who may approve requests for this
+// signer can get a certificate for any user.
 package clusteraccess
 
 import (
-	"bytes"
 	"context"
-	"crypto"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
@@ -26,7 +24,6 @@ import (
 	"github.com/beezy-dev/kleidi/internal/ownership"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 	"github.com/beezy-dev/kleidi/tpm/attest"
-	"github.com/beezy-dev/kleidi/tpm/credential"
 )
 
 // Access is one node's access to the cluster's API. Its methods may be called
@@ -37,11 +34,11 @@ type Access struct {
 	// Kubeconfig is the path of the kubeconfig file. The certificate and the key lie
 	// beside it.
 	Kubeconfig string
-	// Gate has the TPM.
+	// Gate provides the TPM.
 	Gate *attest.Gate
 
 	mu     sync.Mutex
-	client *kube.Client // of Client
+	client *kube.Client // the result of Client
 	state  State
 }
 
@@ -74,7 +71,7 @@ func (a *Access) Client() (*kube.Client, error) {
 }
 
 func (a *Access) newClient() (*kube.Client, error) {
-	// The file says which API is believed.
+	// the file decides which API this node believes
 	if err := ownership.CheckFile(a.Kubeconfig); err != nil {
 		return nil, err
 	}
@@ -109,12 +106,13 @@ func (a *Access) Certificate(ctx context.Context) (*tls.Certificate, error) {
 		return nil, fmt.Errorf("%s: %w", k.CertFile, err)
 	}
 	if !inTPM {
-		c.SupportedSignatureAlgorithms = nil // the key can do no others
+		c.SupportedSignatureAlgorithms = nil // the key supports no others
 	}
 	return c, nil
 }
 
-// errNoFiles is returned for a kubeconfig that an operator wrote for another kind of user.
+// errNoFiles is the error for a kubeconfig that an operator wrote for a user without a
+// certificate file.
 var errNoFiles = errors.New("its user has no certificate in a file")
 
 // paths returns a kubeconfig whose certificate and key are in files.
@@ -126,8 +124,9 @@ func (a *Access) paths() (*kube.Kubeconfig, error) {
 	return k, err
 }
 
-// leaf reads the client certificate. It does not need the key.
-func (a *Access) leaf() (c *x509.Certificate, path string, err error) {
+// Leaf reads the client certificate, and returns the path of its file. It does not need the
+// key.
+func (a *Access) Leaf() (c *x509.Certificate, path string, err error) {
 	k, err := a.paths()
 	if err != nil {
 		return nil, "", err
@@ -143,7 +142,7 @@ func (a *Access) leaf() (c *x509.Certificate, path string, err error) {
 	return c, k.CertFile, nil
 }
 
-// parseLeaf returns the first of some PEM certificates.
+// parseLeaf returns the first certificate of a PEM file.
 func parseLeaf(b []byte) (*x509.Certificate, error) {
 	block, _ := pem.Decode(b)
 	if block == nil || block.Type != "CERTIFICATE" {
@@ -152,28 +151,7 @@ func parseLeaf(b []byte) (*x509.Certificate, error) {
 	return x509.ParseCertificate(block.Bytes)
 }
 
-// signer returns the key in a file, or the key in the TPM that the file is for.
-func (a *Access) signer(ctx context.Context, path string) (s crypto.Signer, inTPM bool, err error) {
-	b, err := files.ReadPrivateKey(path)
-	if err != nil {
-		return nil, false, err
-	}
-	defer clear(b)
-	if bytes.HasPrefix(b, []byte("{")) {
-		if s, err = credential.ClientSigner(ctx, a.Gate.Device, a.Gate.Owner, b); err == nil {
-			s = replaceable{s}
-		}
-		err, inTPM = hintSetUp(err), true
-	} else {
-		s, err = parseKey(b)
-	}
-	if err != nil {
-		return nil, false, fmt.Errorf("%s: %w", path, err)
-	}
-	return s, inTPM, nil
-}
-
-// backdated is how far kube-controller-manager dates the start of a certificate back.
+// backdated is by how much kube-controller-manager backdates a certificate.
 const backdated = 5 * time.Minute
 
 // margin returns how long before its end a certificate is renewed.
@@ -194,3 +172,18 @@ func (a *Access) check(c *x509.Certificate) error {
 	}
 	return nil
 }
+
+// State is the state of a running serve's client certificate.
+type State struct {
+	// NotAfter is the end of the certificate. It is zero if there is none in a file.
+	NotAfter time.Time
+	// Problem says why a certificate that ends soon is not renewed yet.
+	Problem error
+}
+
+// Extensions of the files beside the kubeconfig.
+const (
+	extCertificate = ".crt"
+	extKey         = ".key"    // in PEM
+	extTPMKey      = ".tpmkey" // usable only by this TPM
+)

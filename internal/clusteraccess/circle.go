@@ -13,8 +13,8 @@ import (
 
 // checkStoredInClear refuses an API that stores the cluster store encrypted, since its
 // kube-apiserver could then read the keyring only with a KEK from that keyring. The
-// metrics of kube-apiserver tell, if its version labels them with the resource. Only an
-// administrator may read them. Where they don't tell, nothing is refused.
+// metrics of kube-apiserver show that, if its version labels them with the resource.
+// Only an administrator may read them. If they don't show it, nothing is refused.
 func (a *Access) checkStoredInClear(ctx context.Context, admin *kube.Client) error {
 	before := encryptedWrites(ctx, admin)
 	if before == "" {

@@ -12,12 +12,12 @@ import (
 
 const bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/"
 
-// CutCommand returns the command that takes a node's rights in the API away.
+// CutCommand returns the command that takes away a node's rights in the API.
 func CutCommand(node string) string {
 	return "kubectl delete clusterrolebinding " + cluster.BindingName(node)
 }
 
-// Cut takes a node's rights on kleidi's resources away. admin is the kubeconfig of an
+// Cut takes away a node's rights on kleidi's resources. admin is the kubeconfig of an
 // administrator; if it is empty, Cut tries with this node's own rights, which are usually not
 // enough.
 func (a *Access) Cut(ctx context.Context, admin, node string) error {

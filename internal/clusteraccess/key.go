@@ -1,6 +1,7 @@
 package clusteraccess
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -19,13 +20,6 @@ import (
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/credential"
-)
-
-// Extensions of the files beside the kubeconfig.
-const (
-	extCertificate = ".crt"
-	extKey         = ".key"    // in PEM
-	extTPMKey      = ".tpmkey" // of use to this TPM alone
 )
 
 // parseKey reads a private key in PEM.
@@ -79,7 +73,7 @@ type key struct {
 	whyFile string
 }
 
-// takeKey returns the key that the node has, if it still signs, or makes another one.
+// takeKey returns the node's present key if it still signs, or else a new one.
 func (a *Access) takeKey(ctx context.Context, inFile bool) (*key, error) {
 	whyFile := "--key-in-file was given"
 	if !inFile {
@@ -116,7 +110,7 @@ func (a *Access) takeKey(ctx context.Context, inFile bool) (*key, error) {
 	return k, files.WriteNew(k.path, b)
 }
 
-// tpmKey returns the key in the TPM. If there is no TPM that can keep one, the key is nil.
+// tpmKey returns the key in the TPM. The key is nil if no TPM can keep one.
 func (a *Access) tpmKey(ctx context.Context) (*key, error) {
 	k := &key{path: a.beside(extTPMKey), inTPM: true}
 	if signer, _, err := a.signer(ctx, k.path); err == nil && signs(signer) == nil {
@@ -137,7 +131,7 @@ func (a *Access) tpmKey(ctx context.Context) (*key, error) {
 	return k, files.Replace(k.path, blob)
 }
 
-// signs proves that a key signs.
+// signs proves that a key can sign.
 func signs(s crypto.Signer) error {
 	digest := sha256.Sum256([]byte("kleidi"))
 	_, err := s.Sign(rand.Reader, digest[:], crypto.SHA256)
@@ -163,4 +157,25 @@ func (a *Access) request(s crypto.Signer) ([]byte, error) {
 		return nil, fmt.Errorf("certificate request: %w", err)
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), nil
+}
+
+// signer returns the key in a file, or the TPM key that the file describes.
+func (a *Access) signer(ctx context.Context, path string) (s crypto.Signer, inTPM bool, err error) {
+	b, err := files.ReadPrivateKey(path)
+	if err != nil {
+		return nil, false, err
+	}
+	defer clear(b)
+	if bytes.HasPrefix(b, []byte("{")) {
+		if s, err = credential.ClientSigner(ctx, a.Gate.Device, a.Gate.Owner, b); err == nil {
+			s = replaceable{s}
+		}
+		err, inTPM = hintSetUp(err), true
+	} else {
+		s, err = parseKey(b)
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("%s: %w", path, err)
+	}
+	return s, inTPM, nil
 }

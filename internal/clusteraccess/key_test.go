@@ -75,8 +75,8 @@ func TestKey(t *testing.T) {
 	}
 }
 
-// TestRequest: a request is for the node's user alone. One of another key, for another
-// user or for another signer is not the node's.
+// TestRequest: a request is for the node's user alone. A request of another key, for
+// another user or for another signer is not the node's.
 func TestRequest(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	a := newAccess(t, m)

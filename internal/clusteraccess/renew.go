@@ -12,14 +12,6 @@ import (
 	"github.com/beezy-dev/kleidi/internal/files"
 )
 
-// State is what a running serve knows of its client certificate.
-type State struct {
-	// NotAfter is the end of the certificate. It is zero if there is none in a file.
-	NotAfter time.Time
-	// Problem says why a certificate that ends soon is not renewed yet.
-	Problem error
-}
-
 // State returns the state after the last round of Renew.
 func (a *Access) State() State {
 	a.mu.Lock()
@@ -28,12 +20,12 @@ func (a *Access) State() State {
 }
 
 const (
-	// The certificate file is looked at this often, since cluster setup may replace it.
+	// How often Renew reads the certificate file, since cluster setup may replace it.
 	lookEvery = time.Hour
-	// A request that waits for its approval is looked at this often, or more often if the
+	// How often Renew reads a request that waits for its approval; more often if the
 	// certificate is short-lived.
 	askEvery = time.Minute
-	// A certificate that ends soon is logged this often.
+	// How often Renew logs a certificate that ends soon.
 	warnEvery = 24 * time.Hour
 )
 
@@ -63,7 +55,7 @@ func (a *Access) Renew(ctx context.Context, log *slog.Logger) {
 
 // renew makes one round, and returns when the next one is due.
 func (a *Access) renew(ctx context.Context, log *slog.Logger) (next time.Duration, err error) {
-	c, path, err := a.leaf()
+	c, path, err := a.Leaf()
 	if err != nil {
 		a.setEnd(time.Time{})
 		return askEvery, nil // a caller that needs the certificate reports the error
@@ -118,11 +110,11 @@ func (a *Access) collect(ctx context.Context, present *x509.Certificate) ([]byte
 		if err != nil {
 			return nil, err
 		}
-		if err := a.ask(ctx, client, pair.PrivateKey.(crypto.Signer)); err != nil { // CertificateFor's
+		if err := a.ask(ctx, client, pair.PrivateKey.(crypto.Signer)); err != nil { // CertificateFor's key, always a crypto.Signer
 			return nil, err
 		}
 	case !a.isFor(r, present.PublicKey):
-		return nil, fmt.Errorf("certificate request %s is not of this node's key; run kleidi cluster setup --kubeconfig FILE on this node", a.requestName())
+		return nil, fmt.Errorf("certificate request %s is not for this node's key; run kleidi cluster setup --kubeconfig FILE on this node", a.requestName())
 	case r.refused() != nil:
 		return nil, r.refused()
 	case len(r.Status.Certificate) > 0:
@@ -132,7 +124,7 @@ func (a *Access) collect(ctx context.Context, present *x509.Certificate) ([]byte
 		if c, err := parseLeaf(r.Status.Certificate); err == nil && c.NotAfter.After(present.NotAfter) {
 			return r.Status.Certificate, nil
 		}
-		return nil, fmt.Errorf("certificate request %s is the last one's; kube-controller-manager deletes it within the hour", a.requestName())
+		return nil, fmt.Errorf("certificate request %s is left from the last renewal; kube-controller-manager deletes it within the hour", a.requestName())
 	}
 	return nil, fmt.Errorf("certificate request %s waits for an administrator's approval; run kleidi cluster setup --kubeconfig FILE on this node, or check the request and approve it as docs/high-availability.md says", a.requestName())
 }

@@ -101,9 +101,9 @@ func (a *Access) pending(ctx context.Context, c *kube.Client) (*signingRequest, 
 	return r, nil
 }
 
-// obtain has an administrator's client make a request, approve it, and wait for the
-// certificate. An earlier request of that name is deleted, whoever made it: only a
-// request that this process has just made is approved.
+// obtain makes a request with an administrator's client, approves it, and waits for the
+// certificate. It deletes any earlier request of that name, so that it approves only a
+// request that this process has just made.
 func (a *Access) obtain(ctx context.Context, admin *kube.Client, s crypto.Signer) ([]byte, error) {
 	err := admin.Do(ctx, http.MethodDelete, a.requestPath(), "", nil, nil)
 	if err != nil && !kube.Refused(err, http.StatusNotFound) {
@@ -152,7 +152,7 @@ func (a *Access) await(ctx context.Context, c *kube.Client, key crypto.PublicKey
 	}
 }
 
-// isFor reports whether a request is of this key, for the node's user alone.
+// isFor reports whether a request is by this key, for the node's user alone.
 func (a *Access) isFor(r *signingRequest, key crypto.PublicKey) bool {
 	block, _ := pem.Decode(r.Spec.Request)
 	if block == nil || r.Spec.SignerName != signer {
@@ -172,7 +172,7 @@ func sameKey(a, b crypto.PublicKey) bool {
 	return err == nil && bytes.Equal(x, y)
 }
 
-// checkIssued refuses a certificate that is not of this key, or not for this node alone.
+// checkIssued refuses a certificate that is not for this key, or not for this node alone.
 func (a *Access) checkIssued(b []byte, key crypto.PublicKey) error {
 	if len(b) > files.MaxCertificates {
 		return fmt.Errorf("the API's certificate has more than %d bytes", files.MaxCertificates)
@@ -182,7 +182,7 @@ func (a *Access) checkIssued(b []byte, key crypto.PublicKey) error {
 		return fmt.Errorf("the API's certificate: %w", err)
 	}
 	if !sameKey(c.PublicKey, key) {
-		return errors.New("the API returns a certificate of another key")
+		return errors.New("the API returns a certificate for another key")
 	}
 	if err := a.check(c); err != nil {
 		return fmt.Errorf("the API's certificate: %w", err)

@@ -25,7 +25,7 @@ type Setup struct {
 	// Server is the URL of the API for this node. If empty, it is this machine's own
 	// kube-apiserver if one answers, or else the administrator's server.
 	Server string
-	// KeyInFile keeps the key in a file even where there is a TPM.
+	// KeyInFile keeps the key in a file even if there is a TPM.
 	KeyInFile bool
 }
 
@@ -51,10 +51,15 @@ func (a *Access) Manifests() string { return cluster.CRDs + "---\n" + cluster.No
 
 // SetUp applies the resources and this node's role, has a client certificate signed, and
 // writes the kubeconfig. At the end it reads the cluster store with the node's own
-// rights. It changes nothing that exists already and works.
+// rights. It changes nothing that already works.
 func (a *Access) SetUp(ctx context.Context, s Setup) (*Result, error) {
 	if !objectName.MatchString(a.Node) {
-		return nil, fmt.Errorf("the API takes no object of the name %q; set node to a name in lower case, with letters, digits, dots and hyphens", a.Node)
+		return nil, fmt.Errorf("the API accepts no object named %q; set node to a name of lower-case letters, digits, dots and hyphens", a.Node)
+	}
+	if theirs, err := os.Stat(s.Admin); err == nil {
+		if own, err := os.Stat(a.Kubeconfig); err == nil && os.SameFile(theirs, own) {
+			return nil, fmt.Errorf("cluster.kubeconfig is the administrator's kubeconfig, %s, and the command would overwrite it; remove cluster.kubeconfig from the configuration", s.Admin)
+		}
 	}
 	admin, err := kube.NewClient(kube.Options{Kubeconfig: s.Admin})
 	if err != nil {
@@ -96,7 +101,7 @@ func (a *Access) SetUp(ctx context.Context, s Setup) (*Result, error) {
 	return r, k.removeOther(a)
 }
 
-// objectName is what the API takes as the name of an object, a DNS name.
+// objectName matches a name that the API accepts for an object, a DNS name.
 var objectName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 
 // settle writes the kubeconfig, and has a certificate signed unless there is a good one.
@@ -176,7 +181,7 @@ func (a *Access) reaches(ctx context.Context) error {
 	}
 }
 
-// hintAdmin adds to a refusal of the API which user has the right.
+// hintAdmin adds to a refusal of the API a hint that names who has the right.
 func (a *Access) hintAdmin(err error) error {
 	if kube.Refused(err, http.StatusForbidden) || kube.Refused(err, http.StatusUnauthorized) {
 		return seal.Errorf(seal.CauseCredentials, "name the kubeconfig of a cluster administrator in --kubeconfig; kubeadm's is /etc/kubernetes/admin.conf", "%w", err)
@@ -184,7 +189,8 @@ func (a *Access) hintAdmin(err error) error {
 	return err
 }
 
-// chooseServer returns the server of the node's kubeconfig, and what proves it.
+// chooseServer returns the server of the node's kubeconfig, and the proof that it
+// answers.
 func chooseServer(ctx context.Context, from *kube.Kubeconfig, server string) (*kube.Kubeconfig, error) {
 	if server != "" {
 		return from.At(server)

@@ -74,7 +74,7 @@ memory:
 	for _, want := range []string{
 		"apiVersion: \"kleidi.beezy.dev/v2\"", "nodes: line 4: unknown key", "state.dir: \"relative\" is not an absolute path",
 		"tpm.pcrs: line 7: want a list of numbers", "tpm.timeout: line 8: want a duration", "tpm.colour: line 9: unknown key", "tpm.bank: \"md5\"", "tpm.device: \"tpm0\" is no TPM", "tpm.epochIndex: NV index",
-		"kms.socketMode: line 14: want permission bits", "kms.name: line 16: the key stands twice", "kms.name: \"a:b\"",
+		"kms.socketMode: line 14: want permission bits", "kms.name: line 16: duplicate key", "kms.name: \"a:b\"",
 		"http.address: \"0.0.0.0:80\" is not on loopback", "log: line 18: want keys with values", "memory: line 19: want keys",
 	} {
 		if !strings.Contains(err.Error(), want) {
@@ -102,12 +102,12 @@ func TestSocketMode(t *testing.T) {
 
 func TestValuesThatCouldNotWork(t *testing.T) {
 	for text, want := range map[string]string{
-		"tpm: {pcrs: [4, 7, 10]}":             "tpm.pcrs: PCR 10 is extended by IMA for as long as the machine runs; leave it out",
+		"tpm: {pcrs: [4, 7, 10]}":             "tpm.pcrs: IMA extends PCR 10 for as long as the machine runs; leave it out",
 		"tpm: {pcrs: [4, 7, 16]}":             "tpm.pcrs: PCR 16 does not exist or can be reset",
 		"kms: {allowedUIDs: []}":              "kms.allowedUIDs: the list is empty, so nobody could call; leave the key out for root and the socket's owner",
 		"kms: {allowedUIDs: [-1]}":            "kms.allowedUIDs[0]: line 3: want",
 		"kms: {allowedUIDs: [a]}":             "kms.allowedUIDs[0]: line 3: want",
-		"tpm: {pcrs: [4, 7, 0x0a]}":           "PCR 10 is extended by IMA",
+		"tpm: {pcrs: [4, 7, 0x0a]}":           "IMA extends PCR 10",
 		"tpm: {bootPolicy: policy.yaml}":      "tpm.bootPolicy: \"policy.yaml\" is not an absolute path",
 		"tpm: {bootStates: [states.json]}":    "tpm.bootStates: \"states.json\" is not an absolute path",
 		"tpm: {phase: shutdown}":              "tpm.phase: \"shutdown\"",
@@ -154,7 +154,7 @@ func TestSealedPIN(t *testing.T) {
 		"uri: \"pkcs11:object=k\", sealedPINFile: /s, pinFile: /p":                  "pkcs11: pinFile, or the URI's pin-source, names a PIN beside sealedPINFile; remove one of them",
 		"uri: \"pkcs11:object=k?pin-source=file:/p\", sealedPINFile: /s":            "names a PIN beside sealedPINFile",
 		"uri: \"pkcs11:object=k?pin-source=file:/p\", sealedPINFile: \"\"":          "",
-		"uri: \"pkcs11:object=k\", sealedPINFile: /s, sealedPINFile: /t, pinFile: ": "pkcs11.sealedPINFile: line 3: the key stands twice",
+		"uri: \"pkcs11:object=k\", sealedPINFile: /s, sealedPINFile: /t, pinFile: ": "pkcs11.sealedPINFile: line 3: duplicate key",
 	} {
 		_, err := Parse([]byte(head + token + text + "}\n"))
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {

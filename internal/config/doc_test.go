@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"strings"
@@ -106,5 +107,30 @@ func TestExampleHoldsEveryDefault(t *testing.T) {
 		if !regexp.MustCompile(`(?m)^ *(# )?` + name + `:`).Match(b) {
 			t.Errorf("%s does not show %s", exampleFile, key)
 		}
+	}
+}
+
+// TestKindConfigurations: kleidi takes the configurations for kind's clusters.
+func TestKindConfigurations(t *testing.T) {
+	files, err := filepath.Glob("../../deploy/kind/*/*.yaml")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("files %v, error %v", files, err)
+	}
+	parsed := 0
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(b), "\nkind: KleidiConfiguration\n") {
+			continue // kind's or Kubernetes'
+		}
+		if _, err := Parse(b); err != nil {
+			t.Errorf("%s:\n%v", file, err)
+		}
+		parsed++
+	}
+	if parsed < 4 {
+		t.Errorf("%d configurations", parsed)
 	}
 }

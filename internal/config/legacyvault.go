@@ -10,15 +10,16 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// legacyVault is the configuration of Vault of kleidi 1.x. Its first versions had other
-// names, and the address in path. What 1.x read from the environment, such as the CA and
-// the client certificate, is not in the file.
+// legacyVault is the Vault configuration of kleidi 1.x. Its first versions had other
+// names, and the address in path. Settings that 1.x read from the environment, such as
+// the CA and the client certificate, are not in the file.
 type legacyVault struct {
 	Address, Namespace, TransitPath, TransitKey, VaultRole, AuthMethod, AuthPath string
 	Path, Transit, Role                                                          string
 }
 
-// vaultSection is the section vault of the configuration, as far as kleidi 1.x's tells.
+// vaultSection is the section vault of the configuration, as far as the file of kleidi
+// 1.x determines it.
 type vaultSection struct {
 	Vault struct {
 		Address   string `yaml:"address"`
@@ -36,9 +37,9 @@ type vaultSection struct {
 	} `yaml:"vault"`
 }
 
-// LegacyVault tells the operator of kleidi 1.x's configuration of Vault what to write
-// instead. init does not go on: the CA, and the files of a client certificate, are for the
-// operator to name.
+// LegacyVault tells the operator how to write the Vault configuration of kleidi 1.x in
+// the present form. init stops there, because the operator must name the CA and the files
+// of a client certificate.
 func LegacyVault(path string, b []byte) error {
 	var old legacyVault
 	if err := json.Unmarshal(b, &old); err != nil {
@@ -53,11 +54,11 @@ func LegacyVault(path string, b []byte) error {
 	if len(open) > 0 {
 		fill = ", with " + strings.Join(open, ", and ")
 	}
-	return fmt.Errorf("--import-config %s: this is kleidi 1.x's configuration of Vault; put this section into the configuration%s; then run kleidi init without --import-config, and kleidi slot add vault (see docs/vault.md):\n\n%s",
+	return fmt.Errorf("--import-config %s: this is kleidi 1.x's Vault configuration; add this section to the configuration%s; then run kleidi init without --import-config, and kleidi slot add vault (see docs/vault.md):\n\n%s",
 		path, fill, strings.TrimSuffix(string(text), "\n"))
 }
 
-// section translates the settings, and says what the operator must fill in.
+// section translates the settings, and lists those that the operator must fill in.
 func (old legacyVault) section() (s vaultSection, open []string) {
 	v := &s.Vault
 	v.Address, v.CAFile, v.Namespace, v.Mount, v.Key = cmp.Or(old.Address, old.Path), "CA_FILE", old.Namespace, strings.Trim(old.TransitPath, "/"), cmp.Or(old.TransitKey, old.Transit, "KEY")

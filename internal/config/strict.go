@@ -24,7 +24,7 @@ import (
 	"github.com/beezy-dev/kleidi/vault"
 )
 
-// problems adds to what is wrong with the document what is wrong with its values.
+// problems extends the problems of the document with those of its values.
 type problems struct{ strictyaml.Problems }
 
 func (p *problems) validate(c *Config) {
@@ -78,7 +78,7 @@ const imaPCR = 10
 func (p *problems) validatePCRs(key string, pcrs []int) {
 	for _, i := range pcrs {
 		if i == imaPCR {
-			p.Add(key, "PCR %d is extended by IMA for as long as the machine runs; leave it out", i)
+			p.Add(key, "IMA extends PCR %d for as long as the machine runs; leave it out", i)
 		}
 		if i < 0 || i > 15 {
 			p.Add(key, "PCR %d does not exist or can be reset without a reboot; want 0 to 15", i)
@@ -103,7 +103,7 @@ func (p *problems) validateUnlock(c *Config) {
 		case !known:
 			p.Add(path, "%q; want tpm, pkcs11, vault, kms-plugin, tpm-and-pkcs11, tpm-and-vault or tpm-and-kms-plugin", w)
 		case seen[w]:
-			p.Add(path, "%s stands twice", w)
+			p.Add(path, "%s appears twice", w)
 		case !there:
 			p.Add(path, "%s is not configured; set %s", w, key[w])
 		}
@@ -207,7 +207,7 @@ func (p *problems) validateTPM(c *TPM) {
 	}
 }
 
-// validateBinding refuses PCRs that hold no boot, whatever the machine measures.
+// validateBinding refuses PCRs that measure no boot, whatever the machine.
 func (p *problems) validateBinding(c *TPM) {
 	demand, hint := bootrule.WholeBoot, "leave the key out"
 	switch {
@@ -242,7 +242,8 @@ func (c HTTP) Validate(p *strictyaml.Problems) {
 	}
 }
 
-// validateJoin demands addresses with a port, and one that another machine can reach.
+// validateJoin demands addresses with a port, and an address that another machine can
+// reach.
 func (p *problems) validateJoin(c *Config) {
 	if c.Audit.File != "" {
 		p.absolute("audit.file", c.Audit.File)

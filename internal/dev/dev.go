@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -62,6 +63,25 @@ func (d *Dev) Resolve(loader simboot.Loader, secureBootGiven bool) error {
 	var err error
 	d.Dir, err = filepath.Abs(d.Dir)
 	return err
+}
+
+// command is how a shell starts this kleidi: by its name, or by its path if PATH leads to
+// no kleidi, or to another one.
+func command() string {
+	self, err := os.Executable()
+	if err != nil {
+		return "kleidi"
+	}
+	if found, err := exec.LookPath("kleidi"); err == nil && sameFile(found, self) {
+		return "kleidi"
+	}
+	return seal.Quote(self)
+}
+
+func sameFile(a, b string) bool {
+	x, err := os.Stat(a)
+	y, err2 := os.Stat(b)
+	return err == nil && err2 == nil && os.SameFile(x, y)
 }
 
 func (d *Dev) path(name string) string { return filepath.Join(d.Dir, name) }
@@ -134,7 +154,7 @@ func (d *Dev) initialize(ctx context.Context, cfg *config.Config) error {
 		return err
 	}
 	d.Say("[dev] KEK %s sealed: %s", r.KeyID, r.Slots[0])
-	d.Say("[dev] its recovery identity lies in %s: good enough to play, not for real Secrets", d.path("recovery.txt"))
+	d.Say("[dev] its recovery identity lies in %s: good enough for trying out, not for real Secrets", d.path("recovery.txt"))
 	return nil
 }
 
@@ -170,13 +190,13 @@ func (d *Dev) serve(ctx context.Context, cfg *config.Config) error {
 		err = selfCheck(ctx, cfg.KMS.Socket, d.Say)
 	} else {
 		d.Say("[dev] locked: %v", err)
-		d.Say("[dev] to open it again: boot as before, or\n      kleidi --config %s recover --identity-file %s", seal.Quote(d.path("config.yaml")), seal.Quote(d.path("recovery.txt")))
+		d.Say("[dev] to open it again: boot as before, or\n      %s --config %s recover --identity-file %s", command(), seal.Quote(d.path("config.yaml")), seal.Quote(d.path("recovery.txt")))
 	}
 	if d.Once {
 		cancel()
 	} else {
 		d.Say("[dev] serving on unix://%s; end it with Ctrl-C", cfg.KMS.Socket)
-		d.Say("[dev] in another terminal: kleidi --config %s status", seal.Quote(d.path("config.yaml")))
+		d.Say("[dev] in another terminal: %s --config %s status", command(), seal.Quote(d.path("config.yaml")))
 		err = nil
 	}
 	<-ended

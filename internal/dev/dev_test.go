@@ -1,6 +1,7 @@
 package dev
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,7 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 )
 
-// TestResolve: the flags change the loader's ordinary boot, and nothing else of it.
+// TestResolve: the flags change the loader's ordinary boot, and leave the rest of it
+// unchanged.
 func TestResolve(t *testing.T) {
 	t.Setenv("XDG_STATE_HOME", "")
 	t.Setenv("HOME", "/home/someone")
@@ -49,8 +51,27 @@ func TestResolve(t *testing.T) {
 	}
 }
 
-// TestConfig: the written configuration is one that every other command reads, and all of it
-// is in the machine's folder.
+// TestCommand: a printed command begins with the name kleidi only if a shell finds this
+// kleidi by it.
+func TestCommand(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin, other := t.TempDir(), t.TempDir()
+	if err := errors.Join(os.Symlink(self, filepath.Join(bin, "kleidi")), os.WriteFile(filepath.Join(other, "kleidi"), []byte("#!/bin/sh\n"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{bin: "kleidi", other: self, t.TempDir(): self, other + ":" + bin: self} {
+		t.Setenv("PATH", path)
+		if got := command(); got != want {
+			t.Errorf("PATH=%s: %s, want %s", path, got, want)
+		}
+	}
+}
+
+// TestConfig: every other command can read the written configuration, and all of its
+// paths are in the machine's folder.
 func TestConfig(t *testing.T) {
 	d := &Dev{Dir: t.TempDir(), Load: func(path string) (*config.Config, error) { return config.Load(path) }}
 	m, err := simboot.New(d.path("machine"))

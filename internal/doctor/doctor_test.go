@@ -1,11 +1,18 @@
 package doctor
 
 import (
+	"crypto/ed25519"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
@@ -13,7 +20,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-const manifest = `spec:
+const goodManifest = `spec:
   containers:
   - command: [kube-apiserver, --encryption-provider-config=/etc/kubernetes/kleidi-encryption.yaml]
     volumeMounts:
@@ -24,22 +31,43 @@ const manifest = `spec:
   - {name: sockets, hostPath: {path: /run/kleidi, type: Directory}}
 `
 
-// healthy is a node without a fault.
+var now = time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
+
+func is[T any](v T) Known[T] { return Known[T]{Value: &v} }
+
+// healthy returns a node without a fault.
 func healthy(t *testing.T) *Node {
 	t.Helper()
 	c := config.Default()
+	c.Cluster.Kubeconfig = "/etc/kleidi/cluster.kubeconfig"
 	opens := true
 	n := &Node{
-		Config: c, Serving: true, Version: "v1", Root: t.TempDir(), EncryptionConfig: "/etc/kubernetes/kleidi-encryption.yaml", Manifest: "/etc/kubernetes/manifests/kube-apiserver.yaml",
-		Status: admin.StatusReport{Version: "v1", State: admin.Open, Memory: "memfd_secret", Slots: []admin.SlotReport{{Name: "tpm", Type: seal.TypeTPM, Opens: &opens}, {Name: "recovery", Type: seal.TypeRecovery}}},
+		Config: c, ConfigFile: "/etc/kleidi/config.yaml", Serving: true, Version: "v1", Root: t.TempDir(), Now: now,
+		EncryptionConfig: "/etc/kubernetes/kleidi-encryption.yaml", Manifest: "/etc/kubernetes/manifests/kube-apiserver.yaml",
+		Status: admin.StatusReport{Version: "v1", State: admin.Open, Memory: "memfd_secret", Cluster: &admin.ClusterReport{InStep: true},
+			Keys:  []admin.KeyReport{{KeyID: "k1-a", Role: "current", Created: now.Add(-time.Hour)}},
+			Slots: []admin.SlotReport{{Name: "tpm", Type: seal.TypeTPM, Opens: &opens}, {Name: "recovery", Type: seal.TypeRecovery}}},
+		TPM: is(TPM{OwnerAuthSet: true, Most: 32}), Boot: is(Boot{Type: "grub", PCRs: []int{4, 7, 8, 9}, Whole: []int{4, 7, 8, 9}, Phase: "ready"}),
+		Process: is(Process{PID: 7, Locked: 1 << 20, MaxCore: "0"}), Disk: is(Disk{Free: 1 << 40, Inodes: 1}), Synchronised: is(true),
+		API:         is(API{Version: "v1.36.3", Metrics: is(Metrics{Calls: map[string]float64{"OK": 3}, Status: now})}),
+		Nodes:       is(admin.NodeList{Nodes: []admin.NodeReport{{Node: "cp-1", Self: true}, {Node: "cp-2", Record: &admin.NodeRecord{Version: "v1", Started: now}}}}),
+		Certificate: is(Certificate{File: "/etc/kleidi/cluster.crt", Ends: now.Add(300 * 24 * time.Hour), Lives: 365 * 24 * time.Hour}),
 	}
 	encryption := strings.Replace(encryptionconfig.New(c.KMS.Name, c.KMS.Socket, []string{"secrets"}).YAML(), "      - identity: {}\n", "", 1)
 	for file, content := range map[string]string{
-		"/dev/tpmrm0": "", c.TPM.EventLog: "", c.KMS.Socket: "", c.State.Dir + "/keyring.json": "", "/usr/sbin/kleidi-next-boot": "",
-		"/proc/swaps": "Filename Type Size\n/dev/sda2 partition 1\n", n.EncryptionConfig: encryption, n.Manifest: manifest,
+		"/dev/tpmrm0": "", c.TPM.EventLog: "", c.KMS.Socket: "", c.State.Dir + "/keyring.json": "", "/usr/sbin/kleidi-next-boot": "#!/bin/sh\n",
+		"/proc/swaps": "Filename Type Size\n/dev/sda2 partition 1\n", "/proc/cmdline": "BOOT_IMAGE=/vmlinuz roothash=ab\n", "/proc/stat": "cpu 1\nbtime 1793000000\n",
+		"/boot/grub/grub.cfg": "", "/etc/debian_version": "13\n", "/etc/dpkg/dpkg.cfg.d/kleidi": "post-invoke=/usr/sbin/kleidi-next-boot after-dpkg\n",
+		"/etc/kernel/postinst.d/zzz-kleidi": "", "/usr/lib/systemd/system/kleidi.service": "[Service]\n",
+		"/etc/systemd/system/multi-user.target.wants/kleidi.service": "", n.ConfigFile: "", n.EncryptionConfig: encryption, n.Manifest: goodManifest,
 	} {
 		n.write(t, file, content)
 	}
+	n.chmod(t, c.State.Dir, 0o700)
+	for _, f := range []string{"/usr/sbin/kleidi-next-boot", "/etc/kernel/postinst.d/zzz-kleidi"} {
+		n.chmod(t, f, 0o755)
+	}
+	n.touch(t, "/boot/grub/grub.cfg", time.Unix(1792990000, 0))
 	return n
 }
 
@@ -69,89 +97,295 @@ func (n *Node) remove(t *testing.T, file string) {
 	}
 }
 
-// faults are planted one at a time: the check of that name finds it, with these words.
-var faults = []struct {
-	check, want string
-	plant       func(*testing.T, *Node)
-}{
-	{"tpm", "/dev/tpmrm0", func(t *testing.T, n *Node) { n.remove(t, "/dev/tpmrm0") }},
-	{"tpm-users", "group tss", func(_ *testing.T, n *Node) { n.Status.TPMOpenTo = "group tss" }},
-	{"event-log", "securityfs", func(t *testing.T, n *Node) { n.remove(t, n.Config.TPM.EventLog) }},
-	{"folders", "/var/lib/kleidi", func(t *testing.T, n *Node) { n.remove(t, n.Config.State.Dir) }},
-	{"serve", "enable --now", func(_ *testing.T, n *Node) { n.Serving = false }},
-	{"serve", "kms.sock is not there", func(t *testing.T, n *Node) { n.remove(t, n.Config.KMS.Socket) }},
-	{"version", "restart", func(_ *testing.T, n *Node) { n.Version = "v2" }},
-	{"keyring", "PCR 11 differs", func(_ *testing.T, n *Node) {
+func (n *Node) chmod(t *testing.T, file string, mode os.FileMode) {
+	t.Helper()
+	if err := os.Chmod(n.path(file), mode); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// retire gives the keyring this many retired KEKs.
+func (n *Node) retire(count int) {
+	for range count - 1 {
+		n.Status.Keys = append(n.Status.Keys, admin.KeyReport{KeyID: "k1-retired", Role: "retired"})
+	}
+	n.Status.Keys = append(n.Status.Keys, admin.KeyReport{KeyID: "k1-oldest", Role: "retired"})
+}
+
+func (n *Node) touch(t *testing.T, file string, at time.Time) {
+	t.Helper()
+	if err := os.Chtimes(n.path(file), at, at); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (n *Node) kms(key, value string) func(*testing.T) {
+	return func(t *testing.T) {
+		b, _ := os.ReadFile(n.path(n.EncryptionConfig))
+		n.write(t, n.EncryptionConfig, regexp.MustCompile(`(?m)\b`+key+`: \S+$`).ReplaceAllString(string(b), key+": "+value))
+	}
+}
+
+// fault is planted alone: doctor finds id, with these words, and nothing else.
+type fault struct {
+	id, want string
+	plant    func(*testing.T, *Node)
+}
+
+var faults = []fault{
+	{"configuration/refused", "kms.soket", func(_ *testing.T, n *Node) { n.NoConfig = "kms.soket: unknown key" }},
+	{"tpm/missing", "/dev/tpmrm0", func(t *testing.T, n *Node) { n.remove(t, "/dev/tpmrm0") }},
+	{"tpm/version-1.2", "TPM 1.2", func(t *testing.T, n *Node) { n.write(t, versionFile, "1\n") }},
+	{"tpm/silent", "does not answer: timeout", func(_ *testing.T, n *Node) { n.TPM = Known[TPM]{Why: "timeout"} }},
+	{"tpm/lockout", "32 wrong", func(_ *testing.T, n *Node) { n.TPM.Value.InLockout, n.TPM.Value.Failed = true, 32 }},
+	{"tpm/wrong-authorizations", "locks itself out at 32", func(_ *testing.T, n *Node) { n.TPM.Value.Failed = 3 }},
+	{"tpm-users/others", "group tss", func(_ *testing.T, n *Node) { n.Status.TPMOpenTo = "eve, by group tss" }},
+	{"owner-authorization/empty", "changeauth", func(_ *testing.T, n *Node) { n.TPM.Value.OwnerAuthSet = false }},
+	{"event-log/missing", "securityfs", func(t *testing.T, n *Node) { n.remove(t, n.Config.TPM.EventLog) }},
+	{"event-log/unreadable", "is cut short", func(_ *testing.T, n *Node) { n.Boot = is(Boot{LogProblem: "the log is cut short"}) }},
+	{"event-log/differs", "PCR 9", func(_ *testing.T, n *Node) { n.Boot.Value.Mismatch = "PCR 9" }},
+	{"pcrs/open", "command line (PCR 8 is left out)", func(_ *testing.T, n *Node) {
+		n.Boot.Value.PCRs, n.Boot.Value.Open = []int{4, 7}, []string{"command line (PCR 8 is left out)"}
+	}},
+	{"pcrs/unmeasured", "PCR 8, 9", func(_ *testing.T, n *Node) { n.Boot.Value.AtReset = []int{8, 9} }},
+	{"phase/other", `"sysinit"`, func(_ *testing.T, n *Node) { n.Boot.Value.Phase = "sysinit" }},
+	{"phase/restarted", "reboot", func(_ *testing.T, n *Node) { n.Boot.Value.Restart = "kexec" }},
+	{"folders/missing", "/var/lib/kleidi", func(t *testing.T, n *Node) { n.remove(t, n.Config.State.Dir) }},
+	{"files/readable", "keyring.json has mode 0644", func(t *testing.T, n *Node) { n.chmod(t, n.Config.Keyring(), 0o644) }},
+	{"files/readable", "chmod 0600 /etc/kleidi/pin", func(t *testing.T, n *Node) {
+		n.Config.PKCS11.PINFile = "/etc/kleidi/pin"
+		n.write(t, "/etc/kleidi/pin", "")
+		n.chmod(t, "/etc/kleidi/pin", 0o640)
+	}},
+	{"files/writable", "policy.yaml has mode 0620", func(t *testing.T, n *Node) {
+		n.Config.TPM.BootPolicy = "/etc/kleidi/policy.yaml"
+		n.write(t, n.Config.TPM.BootPolicy, "")
+		n.chmod(t, n.Config.TPM.BootPolicy, 0o620)
+	}},
+	{"files/missing", "vault.auth.tokenFile", func(_ *testing.T, n *Node) { n.Config.Vault.Auth.TokenFile = "/etc/kleidi/token" }},
+	{"disk/full", "3 MB", func(_ *testing.T, n *Node) { n.Disk.Value.Free = 3 << 20 }},
+	{"disk/full", "inodes", func(_ *testing.T, n *Node) { n.Disk.Value.Inodes = 0 }},
+	{"unit/weakened", "NoNewPrivileges = no", func(t *testing.T, n *Node) {
+		n.write(t, "/etc/systemd/system/kleidi.service.d/local.conf", "[Service]\n NoNewPrivileges = no\n")
+	}},
+	{"unit/overridden", "replaces", func(t *testing.T, n *Node) { n.write(t, "/etc/systemd/system/kleidi.service", "[Service]\n") }},
+	{"unit/not-enabled", "enable kleidi", func(t *testing.T, n *Node) {
+		n.remove(t, "/etc/systemd/system/multi-user.target.wants/kleidi.service")
+	}},
+	{"serve/stopped", "enable --now", func(_ *testing.T, n *Node) { n.Serving = false }},
+	{"serve/no-socket", "kms.sock is not there", func(t *testing.T, n *Node) { n.remove(t, n.Config.KMS.Socket) }},
+	{"version/restart", "restart", func(_ *testing.T, n *Node) { n.Version = "v2" }},
+	{"keyring/locked", "PCR 11 differs", func(_ *testing.T, n *Node) {
 		n.Status.State, n.Status.Problem = admin.Locked, &admin.Problem{Message: "another boot", Details: []string{"PCR 11 differs"}, Hint: "kleidi recover"}
 	}},
-	{"keyring", "may not open", func(_ *testing.T, n *Node) { n.Status.Fallback = &admin.Problem{Message: "the TPM did not open it"} }},
-	{"keyring", "kleidi init", func(_ *testing.T, n *Node) {
+	{"keyring/locked", "kleidi init", func(_ *testing.T, n *Node) {
 		n.Status.State, n.Status.Problem = admin.Locked, &admin.Problem{Cause: seal.CauseKeyringMissing, Message: "there is no keyring", Hint: "run kleidi init"}
 	}},
-	{"keyslots", "keyslot tpm", func(_ *testing.T, n *Node) { n.Status.Slots[0].Problem = &admin.Problem{Message: "epoch passed"} }},
-	{"recovery", "--recipient", func(_ *testing.T, n *Node) { n.Status.Slots = n.Status.Slots[:1] }},
-	{"suspension", "kleidi reseal", func(_ *testing.T, n *Node) { n.Status.Suspension = &admin.Suspension{Binding: "PCR 7"} }},
-	{"debts", "kept copies", func(_ *testing.T, n *Node) {
+	{"keyring/fallback", "may not open", func(_ *testing.T, n *Node) { n.Status.Fallback = &admin.Problem{Message: "the TPM did not open it"} }},
+	{"retired-keks/many", "192 retired KEKs, and 256 fit", func(_ *testing.T, n *Node) { n.retire(192) }},
+	{"retired-keks/many", "kleidi prune k1-oldest", func(_ *testing.T, n *Node) { n.retire(255) }},
+	{"retired-keks/full", "kleidi prune k1-oldest", func(_ *testing.T, n *Node) { n.retire(256) }},
+	{"keyslots/refused", "keyslot tpm", func(_ *testing.T, n *Node) { n.Status.Slots[0].Problem = &admin.Problem{Message: "epoch passed"} }},
+	{"keyslots/refused", "last tested", func(_ *testing.T, n *Node) { n.addSlot(&admin.SlotTest{Problem: &admin.Problem{Message: "no answer"}}) }},
+	{"keyslots/untested", "slot test vault", func(_ *testing.T, n *Node) { n.addSlot(nil) }},
+	{"keyslots/warning", "deletion", func(_ *testing.T, n *Node) {
+		n.addSlot(&admin.SlotTest{Opens: true, Warnings: []string{"the key allows its deletion"}})
+	}},
+	{"recovery/missing", "--recipient", func(_ *testing.T, n *Node) { n.Status.Slots = n.Status.Slots[:1] }},
+	{"suspension/running", "kleidi reseal", func(_ *testing.T, n *Node) { n.Status.Suspension = &admin.Suspension{Binding: "PCR 7"} }},
+	{"debts/unrevoked", "kept copies", func(_ *testing.T, n *Node) {
 		n.Status.Unrevoked = []admin.Unrevoked{{Message: "kept copies", Hint: "kleidi reseal"}}
 	}},
-	{"changed-outside", "slot remove", func(_ *testing.T, n *Node) { n.Status.ChangedOutside = []admin.OutsideChange{{Change: "added"}} }},
-	{"memory", "LimitMEMLOCK", func(_ *testing.T, n *Node) { n.Status.Memory = "unlocked" }},
-	{"memory", "swapoff", func(_ *testing.T, n *Node) { n.Config.Memory.Lock = config.LockBestEffort }},
-	{"encryption-configuration", "there is no", func(t *testing.T, n *Node) { n.remove(t, n.EncryptionConfig) }},
-	{"encryption-configuration", "kind", func(t *testing.T, n *Node) { n.write(t, n.EncryptionConfig, "kind: Pod") }},
-	{"encryption-configuration", "is first for no resource", func(t *testing.T, n *Node) {
-		n.edit(t, n.EncryptionConfig, "providers:\n", "providers:\n      - aescbc: {}\n")
+	{"changed-outside/slots", "slot remove", func(_ *testing.T, n *Node) { n.Status.ChangedOutside = []admin.OutsideChange{{Change: "added"}} }},
+	{"memory/unlocked", "LimitMEMLOCK", func(_ *testing.T, n *Node) { n.Status.Memory = "unlocked" }},
+	{"memory/swap", "swapoff", func(_ *testing.T, n *Node) { n.Config.Memory.Lock = config.LockBestEffort }},
+	{"memory/process", "process 7", func(_ *testing.T, n *Node) { n.Process.Value.Locked = 0 }},
+	{"memory/core", "unlimited", func(_ *testing.T, n *Node) { n.Process.Value.MaxCore = "unlimited" }},
+	{"root/unverified", "dm-verity", func(t *testing.T, n *Node) { n.write(t, "/proc/cmdline", "root=/dev/sda1 ro\n") }},
+	{"sockets/uid", "UID 65534", func(t *testing.T, n *Node) { n.runAs(t, "65534") }},
+	{"sockets/uid", "kms.socketMode 0600", func(t *testing.T, n *Node) {
+		n.runAs(t, "1000")
+		n.Config.KMS.AllowedUIDs = []uint32{1000}
 	}},
-	{"encryption-configuration", "names the socket", func(t *testing.T, n *Node) { n.edit(t, n.EncryptionConfig, "/run/kleidi/kms.sock", "/run/other.sock") }},
-	{"encryption-configuration", "encrypts the cluster store", func(t *testing.T, n *Node) { n.edit(t, n.EncryptionConfig, "- secrets", "- '*.*'") }},
-	{"encryption-configuration", "identity", func(t *testing.T, n *Node) {
-		n.edit(t, n.EncryptionConfig, "providers:\n      - kms:\n", "providers:\n      - kms:\n          cachesize: 1\n")
+	{"sockets/folder", "chmod o+x /run/kleidi", func(t *testing.T, n *Node) {
+		n.runAs(t, "1000")
+		n.Config.KMS.SocketUID = 1000
+		n.chmod(t, "/run/kleidi", 0o750)
+	}},
+	{"encryption-configuration/missing", "there is no", func(t *testing.T, n *Node) { n.remove(t, n.EncryptionConfig) }},
+	{"encryption-configuration/refused", "kind", func(t *testing.T, n *Node) { n.write(t, n.EncryptionConfig, "kind: Pod") }},
+	{"encryption-configuration/not-first", "is first for no resource", func(t *testing.T, n *Node) {
+		n.edit(t, n.EncryptionConfig, "providers:\n", "providers:\n      - aescbc: {keys: [{name: a, secret: b}]}\n")
+	}},
+	{"encryption-configuration/not-first", "is first for no resource", func(t *testing.T, n *Node) { n.kms("name", "other")(t) }},
+	{"encryption-configuration/endpoint", "names the socket", func(t *testing.T, n *Node) { n.edit(t, n.EncryptionConfig, "/run/kleidi/kms.sock", "/run/other.sock") }},
+	{"encryption-configuration/api-version", `"v1"`, func(t *testing.T, n *Node) { n.edit(t, n.EncryptionConfig, "apiVersion: v2", "apiVersion: v1") }},
+	{"encryption-configuration/timeout", "timeout 20ms", func(t *testing.T, n *Node) { n.kms("timeout", "20ms")(t) }},
+	{"encryption-configuration/timeout", "timeout 5m", func(t *testing.T, n *Node) { n.kms("timeout", "5m")(t) }},
+	{"encryption-configuration/store", "encrypts the cluster store", func(t *testing.T, n *Node) { n.edit(t, n.EncryptionConfig, "- secrets", "- '*.*'") }},
+	{"encryption-configuration/identity", "identity", func(t *testing.T, n *Node) {
 		b, _ := os.ReadFile(n.path(n.EncryptionConfig))
 		n.write(t, n.EncryptionConfig, string(b)+"      - identity: {}\n")
 	}},
-	{"kube-apiserver", "kubeadm patch --apply", func(t *testing.T, n *Node) { n.edit(t, n.Manifest, "--encryption-provider-config=", "--other=") }},
-	{"kube-apiserver", "mount it and the folder", func(t *testing.T, n *Node) {
+	{"encryption-configuration/mode", "0644", func(t *testing.T, n *Node) { n.chmod(t, n.EncryptionConfig, 0o644) }},
+	{"manifest/unpatched", "kubeadm patch --apply", func(t *testing.T, n *Node) { n.edit(t, n.Manifest, "--encryption-provider-config=", "--other=") }},
+	{"manifest/unpatched", "mount it and the folder", func(t *testing.T, n *Node) {
 		n.edit(t, n.Manifest, "path: /run/kleidi,", "path: /run/kleidi/kms.sock,")
 	}},
-	{"kube-apiserver", "already has", func(t *testing.T, n *Node) { n.edit(t, n.Manifest, "config=/etc", "config=/other") }},
-	{"hooks", "updates", func(t *testing.T, n *Node) { n.remove(t, "/usr/sbin/kleidi-next-boot") }},
+	{"manifest/refused", "already has", func(t *testing.T, n *Node) { n.edit(t, n.Manifest, "config=/etc", "config=/other") }},
+	{"kube-apiserver/old", "v1.28.9", func(_ *testing.T, n *Node) { n.API.Value.Version = "v1.28.9" }},
+	{"kube-apiserver/never-called", "never", func(_ *testing.T, n *Node) { n.API.Value.Metrics = is(Metrics{}) }},
+	{"kube-apiserver/stale", "2026-11-01T11:50:00Z", func(_ *testing.T, n *Node) { n.API.Value.Metrics.Value.Status = now.Add(-10 * time.Minute) }},
+	{"kube-apiserver/errors", "2 with Unavailable", func(_ *testing.T, n *Node) { n.API.Value.Metrics.Value.Calls["Unavailable"] = 2 }},
+	{"kube-apiserver/key-ids", "refused 1 key", func(_ *testing.T, n *Node) { n.API.Value.Metrics.Value.Invalid = 1 }},
+	{"kube-apiserver/other-configuration", "sha256:00", func(_ *testing.T, n *Node) { n.API.Value.Metrics.Value.ConfigHash = "sha256:00" }},
+	{"cluster-store/unreachable", "403", func(_ *testing.T, n *Node) {
+		n.Status.Cluster.InStep, n.Status.Cluster.Problem = false, &admin.Problem{Message: "the API answers 403"}
+	}},
+	{"cluster-store/record", "no such object", func(_ *testing.T, n *Node) {
+		n.Status.Cluster.InStep, n.Status.Cluster.Problem = true, &admin.Problem{Message: "record: there is no such object"}
+	}},
+	{"cluster-store/certificate", "kubectl get csr", func(_ *testing.T, n *Node) { n.Certificate.Value.Ends = now.Add(72 * time.Hour) }},
+	{"nodes/behind", "cp-2 is behind", func(_ *testing.T, n *Node) {
+		n.Status.Cluster.Behind = []admin.WaitingNode{{Node: "cp-2", Why: "no record"}}
+	}},
+	{"nodes/unfinished", "cp-2", func(_ *testing.T, n *Node) { n.Nodes.Value.Nodes[1].Unfinished = true }},
+	{"nodes/problem", "locked", func(_ *testing.T, n *Node) { n.Nodes.Value.Nodes[1].Record.Problem = "locked" }},
+	{"nodes/version", "version v0", func(_ *testing.T, n *Node) { n.Nodes.Value.Nodes[1].Record.Version = "v0" }},
+	{"approvals/open", "cp-3 is approved until 2026-11-01T13:00:00Z", func(_ *testing.T, n *Node) {
+		n.Nodes.Value.Approvals = []admin.UnusedApproval{{Node: "cp-3", EK: "sha256:ab", Until: now.Add(time.Hour)}}
+	}},
+	{"approvals/expired", "kleidi node approve cp-3 --ek sha256:ab", func(_ *testing.T, n *Node) {
+		n.Nodes.Value.Approvals = []admin.UnusedApproval{{Node: "cp-3", EK: "sha256:ab", Until: now.Add(-time.Hour), Expired: true}}
+	}},
+	{"vault/certificate", "begins with no certificate", func(t *testing.T, n *Node) {
+		n.Config.Vault.Auth.CertFile = "/etc/kleidi/vault.crt"
+		n.write(t, n.Config.Vault.Auth.CertFile, "a key, maybe\n")
+	}},
+	{"vault/certificate", "vault.crt ends at 2026-11-02T12:00:00Z", func(t *testing.T, n *Node) {
+		n.Config.Vault.Auth.CertFile = "/etc/kleidi/vault.crt"
+		key := ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
+		c := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: now.AddDate(0, -3, 0), NotAfter: now.AddDate(0, 0, 1)}
+		der, err := x509.CreateCertificate(nil, c, c, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.write(t, n.Config.Vault.Auth.CertFile, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	}},
+	{"clock/behind", "cp-2 started", func(_ *testing.T, n *Node) { n.Nodes.Value.Nodes[1].Record.Started = now.Add(time.Hour) }},
+	{"clock/behind", "the keyring was changed at 2027", func(_ *testing.T, n *Node) { n.Status.Keys[0].Created = now.Add(9999 * time.Hour) }},
+	{"clock/unsynchronised", "timedatectl", func(_ *testing.T, n *Node) { n.Synchronised = is(false) }},
+	{"hooks/missing", "updates", func(t *testing.T, n *Node) { n.remove(t, "/usr/sbin/kleidi-next-boot") }},
+	{"hooks/not-executable", "chmod 0755 /etc/kernel", func(t *testing.T, n *Node) { n.chmod(t, "/etc/kernel/postinst.d/zzz-kleidi", 0o644) }},
+	{"hooks/not-called", "95-kleidi.install", func(t *testing.T, n *Node) { n.remove(t, "/etc/kernel/postinst.d/zzz-kleidi") }},
+	{"hooks/not-called", "dpkg.cfg.d/kleidi", func(t *testing.T, n *Node) { n.remove(t, "/etc/dpkg/dpkg.cfg.d/kleidi") }},
+	{"hooks/not-called", "dpkg.cfg.d/kleidi", func(t *testing.T, n *Node) {
+		n.edit(t, "/etc/dpkg/dpkg.cfg.d/kleidi", "post-invoke", "#post-invoke")
+	}},
+	{"encryption-configuration/refused", "*.apps overlap", func(t *testing.T, n *Node) {
+		n.edit(t, n.EncryptionConfig, "- secrets", "- deployments.apps\n      - '*.apps'")
+	}},
+	{"next-boot/unprepared", "kleidi-next-boot grub", func(t *testing.T, n *Node) { n.touch(t, "/boot/grub/grub.cfg", now) }},
+	{"next-boot/unprepared", "uki /efi/EFI/Linux/next.efi", func(t *testing.T, n *Node) { n.write(t, "/efi/EFI/Linux/next.efi", "") }},
+	{"next-boot/unprepared", "next.efi (its boot has other values in PCR 4, 11,", func(t *testing.T, n *Node) {
+		n.write(t, "/efi/EFI/Linux/next.efi", "")
+		n.addNext(Known[Next]{Value: &Next{Moved: []int{4, 11}}}) // the keyslot is for another boot
+	}},
+	{"next-boot/unprepared", "next.efi (its boot is not predicted: no image)", func(t *testing.T, n *Node) {
+		n.write(t, "/efi/EFI/Linux/next.efi", "")
+		n.Next = map[string]Known[Next]{"/efi/EFI/Linux/next.efi": {Why: "no image"}}
+	}},
+	{"leftovers/rotation", "--abort", func(_ *testing.T, n *Node) {
+		n.Status.Keys = append(n.Status.Keys, admin.KeyReport{KeyID: "k1-b", Role: "staged", Created: now.Add(-25 * time.Hour)})
+	}},
+	{"leftovers/temporary", "rm /var/lib/kleidi/.keyring.json.tmp-A", func(t *testing.T, n *Node) {
+		n.write(t, n.Config.State.Dir+"/.keyring.json.tmp-A", "")
+		n.touch(t, n.Config.State.Dir+"/.keyring.json.tmp-A", now.Add(-2*time.Hour))
+	}},
 }
 
-// TestFaults: each check finds its fault, and no other check reports it.
-func TestFaults(t *testing.T) {
+func (n *Node) addSlot(test *admin.SlotTest) {
+	n.Status.Slots = append(n.Status.Slots, admin.SlotReport{Name: "vault", Type: seal.TypeVault, SelfTest: test})
+}
+
+func (n *Node) addNext(next Known[Next]) {
+	n.Status.Slots = append(n.Status.Slots, admin.SlotReport{Name: "next", Type: seal.TypeTPM, Use: "next"})
+	n.Next = map[string]Known[Next]{"/efi/EFI/Linux/next.efi": next}
+}
+
+func (n *Node) runAs(t *testing.T, uid string) {
+	n.edit(t, n.Manifest, "spec:\n", "spec:\n  securityContext: {runAsUser: "+uid+"}\n")
+}
+
+// TestFortyFaults: each check finds its fault, and no other check reports it.
+func TestFortyFaults(t *testing.T) {
 	for _, f := range faults {
-		t.Run(f.check+"/"+f.want, func(t *testing.T) {
+		t.Run(f.id+"/"+f.want, func(t *testing.T) {
 			n := healthy(t)
 			f.plant(t, n)
 			r := n.Examine()
-			if len(r.Findings) != 1 {
-				t.Fatalf("findings %+v", r.Findings)
+			if len(r.Findings) != 1 || len(r.NotChecked) > 0 && !slices.Contains([]string{"configuration/refused", "tpm/silent", "event-log/unreadable"}, f.id) {
+				t.Fatalf("%+v", r)
 			}
 			got := r.Findings[0]
-			if got.Check != f.check || !strings.Contains(got.What+"|"+got.Why+"|"+got.Command, f.want) || got.Command == "" || got.Why == "" {
+			if got.ID != f.id || !strings.HasPrefix(f.id, got.Check+"/") || !strings.Contains(got.What+"|"+got.Why+"|"+got.Command, f.want) || got.Command == "" || got.Why == "" {
 				t.Errorf("%+v", got)
 			}
 			if r.Healthy() != got.Note {
 				t.Errorf("healthy: %v with %+v", r.Healthy(), got)
 			}
+			if out, err := exec.Command("sh", "-n", "-c", got.Command).CombinedOutput(); err != nil {
+				t.Errorf("%q: %s", got.Command, out)
+			}
+			if !regexp.MustCompile(`^(chmod|rm) `).MatchString(got.Command) || f.id == "tpm-users/others" { // serve reports those users
+				return
+			}
+			command := strings.ReplaceAll(got.Command, " /", " "+n.Root+"/")
+			if out, err := exec.Command("sh", "-c", command).CombinedOutput(); err != nil {
+				t.Fatalf("%s: %s", command, out)
+			}
+			if r := n.Examine(); len(r.Findings) > 0 {
+				t.Errorf("after %s: %+v", command, r.Findings)
+			}
 		})
 	}
 }
 
-// TestHealthy: nothing is found on a node without a fault, and each check has a fault above.
+// TestHealthy: nothing is found on a node without a fault, every check is made, and each
+// kind of finding has a fault above.
 func TestHealthy(t *testing.T) {
 	r := healthy(t).Examine()
-	if len(r.Findings) > 0 || !r.Healthy() {
-		t.Errorf("%+v", r.Findings)
+	if len(r.Findings) > 0 || len(r.NotChecked) > 0 || !r.Healthy() {
+		t.Errorf("%+v", r)
+	}
+	var checked []string
+	for id := range kinds {
+		check, _, _ := strings.Cut(id, "/")
+		checked = append(checked, check)
+		if !slices.ContainsFunc(faults, func(f fault) bool { return f.id == id }) {
+			t.Errorf("no fault is planted for %s", id)
+		}
 	}
 	for _, name := range r.Checks {
-		if !slices.ContainsFunc(faults, func(f struct {
-			check, want string
-			plant       func(*testing.T, *Node)
-		}) bool {
-			return f.check == name
-		}) {
-			t.Errorf("no fault is planted for %s", name)
+		if !slices.Contains(checked, name) {
+			t.Errorf("%s finds nothing", name)
+		}
+	}
+}
+
+// TestAsCommand: what doctor prints as a command is one, also where a hint is prose.
+func TestAsCommand(t *testing.T) {
+	for hint, want := range map[string]string{
+		"":                                        "kleidi status",
+		"run kleidi slot add pkcs11":              "kleidi slot add pkcs11",
+		"kleidi reseal --new-tpm":                 "kleidi reseal --new-tpm",
+		"run kleidi slot rewrap NAME":             "kleidi slot rewrap NAME",
+		"run kleidi rotate, and wait":             "kleidi rotate   # and wait",
+		"run kleidi init first":                   "kleidi status   # run kleidi init first",
+		"see that the module's file is\nreadable": "kleidi status   # see that the module's file is readable",
+	} {
+		if got := asCommand(hint, "kleidi status"); got != want {
+			t.Errorf("%q: %q, want %q", hint, got, want)
 		}
 	}
 }

@@ -8,7 +8,7 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// TestYAML: the file for people says what the object says.
+// TestYAML: the YAML file and the object have the same content.
 func TestYAML(t *testing.T) {
 	for _, resources := range [][]string{{"secrets", "*.apps"}, {"*.*"}} {
 		testYAML(t, New("kleidi", "/run/kleidi/kms.sock", resources))
@@ -44,19 +44,18 @@ func TestOwnResources(t *testing.T) {
 	}
 }
 
-// TestEncryptsStore: the first entry that fits decides.
+// TestEncryptsStore: the first matching entry decides.
 func TestEncryptsStore(t *testing.T) {
 	for text, want := range map[string]bool{
-		"[{resources: [secrets], providers: [{kms: {name: k}}]}]":                                                                      false,
-		"[{resources: ['*.*'], providers: [{kms: {name: k}}, {identity: {}}]}]":                                                        true,
-		"[{resources: ['*.kleidi.beezy.dev'], providers: [{kms: {name: k}}]}]":                                                         true,
-		"[{resources: [keyringarchives.kleidi.beezy.dev], providers: [{aescbc: {}}]}]":                                                 true,
-		"[{resources: ['*.*'], providers: [{identity: {}}, {kms: {name: k}}]}]":                                                        false,
-		"[{resources: ['*.kleidi.beezy.dev'], providers: [{identity: {}}]}, {resources: ['*.*'], providers: [{kms: {name: k}}]}]":      false,
-		"[{resources: ['*.*'], providers: [{kms: {name: k}}]}, {resources: ['*.kleidi.beezy.dev'], providers: [{identity: {}}]}]":      true,
-		"[{resources: [keyrings.kleidi.beezy.dev], providers: [{identity: {}}]}, {resources: ['*.*'], providers: [{kms: {name: k}}]}]": true,
-		"[{resources: [keyrings.kleidi.beezy.dev, '*.apps'], providers: [{kms: {name: k}}]}]":                                          true,
-		"[{resources: ['*.apps', '*.'], providers: [{kms: {name: k}}]}]":                                                               false,
+		`[{resources: [secrets], providers: [{kms: {name: k, endpoint: "unix:///k"}}]}]`:                                                                      false,
+		`[{resources: ['*.*'], providers: [{kms: {name: k, endpoint: "unix:///k"}}, {identity: {}}]}]`:                                                        true,
+		`[{resources: ['*.kleidi.beezy.dev'], providers: [{kms: {name: k, endpoint: "unix:///k"}}]}]`:                                                         true,
+		`[{resources: [keyringarchives.kleidi.beezy.dev], providers: [{aescbc: {keys: [{name: a, secret: b}]}}]}]`:                                            true,
+		`[{resources: ['*.*'], providers: [{identity: {}}, {kms: {name: k, endpoint: "unix:///k"}}]}]`:                                                        false,
+		`[{resources: ['*.kleidi.beezy.dev'], providers: [{identity: {}}]}, {resources: ['*.*'], providers: [{kms: {name: k, endpoint: "unix:///k"}}]}]`:      false,
+		`[{resources: [keyrings.kleidi.beezy.dev], providers: [{identity: {}}]}, {resources: ['*.*'], providers: [{kms: {name: k, endpoint: "unix:///k"}}]}]`: true,
+		`[{resources: [keyrings.kleidi.beezy.dev, '*.apps'], providers: [{kms: {name: k, endpoint: "unix:///k"}}]}]`:                                          true,
+		`[{resources: ['*.apps', '*.'], providers: [{kms: {name: k, endpoint: "unix:///k"}}]}]`:                                                               false,
 	} {
 		e, err := Parse([]byte("apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources: " + text + "\n"))
 		if err != nil {
@@ -71,7 +70,8 @@ func TestEncryptsStore(t *testing.T) {
 	}
 }
 
-// TestCheckResources holds to kube-apiserver's own validation of an EncryptionConfiguration.
+// TestCheckResources follows kube-apiserver's own validation of an
+// EncryptionConfiguration.
 func TestCheckResources(t *testing.T) {
 	for _, good := range [][]string{{"secrets"}, {"secrets", "configmaps"}, {"deployments.apps"}, {"*.apps"}, {"*."}, {"*.*"}, {"widgets.example.com"}, {"deployments.apps", "*."}, {"*.apps", "secrets"}, {"events"}} {
 		if err := CheckResources(good); err != nil {

@@ -1,6 +1,6 @@
 // Package etcdfile reads the file of etcd's database, which is bbolt's format. Nothing
-// in the file is trusted: bbolt panics on a damaged file, or walks in circles. The tests
-// compare the two.
+// in the file is trusted. bbolt itself panics on a damaged file, or loops. The tests
+// compare this package with bbolt.
 package etcdfile
 
 import (
@@ -49,11 +49,11 @@ const maxDepth = 64
 // have at most a few MiB.
 const maxOverflow = 64 << 20
 
-// The errors that say more than that the file is damaged.
+// The errors for faults other than damage.
 var (
 	ErrNotDatabase = errors.New("this is not a database of etcd")
 	ErrNoBucket    = errors.New("it has no bucket of this name")
-	// ErrShort: the file ends before its pages do.
+	// ErrShort: the file is shorter than its pages.
 	ErrShort = errors.New("the file is shorter than its database")
 )
 
@@ -64,11 +64,11 @@ type Database struct {
 	root     uint64 // page of the root bucket
 	pages    uint64 // the number of pages
 	buffers  [maxDepth][]byte
-	seen     []uint64 // bits: a page belongs to one tree only
+	seen     []uint64 // bits: a page belongs to one place of one tree only
 }
 
-// Open reads the meta pages of a file. size is its size in bytes, without a checksum
-// behind the pages.
+// Open reads the meta pages of a file. size is its size in bytes, without the checksum
+// after the pages.
 func Open(r io.ReaderAt, size int64) (*Database, error) {
 	d := &Database{r: r}
 	var newest uint64
@@ -113,8 +113,8 @@ func parseMeta(b []byte) (m meta, ok bool) {
 		m.pageSize >= minPageSize && m.pageSize <= maxPageSize && m.pageSize&(m.pageSize-1) == 0
 }
 
-// Each calls f with every pair of a bucket, in the order of the keys. The slices hold
-// until f returns.
+// Each calls f with every pair of a bucket, in the order of the keys. The slices are
+// valid only until f returns.
 func (d *Database) Each(bucket string, f func(key, value []byte) error) error {
 	clear(d.seen)
 	var found []byte
@@ -164,7 +164,7 @@ func (d *Database) walk(id uint64, depth int, f func(key, value []byte, isBucket
 		return fmt.Errorf("page %d: %d elements don't fit", id, count)
 	}
 	for i := range count {
-		// walk uses another buffer for each depth, so that page stays as it is
+		// walk uses another buffer for each depth, so page keeps its content
 		if err := d.walk(binary.LittleEndian.Uint64(page[pageHeaderSize+i*elementSize+8:]), depth+1, f); err != nil {
 			return err
 		}
@@ -178,15 +178,18 @@ func leaf(page []byte, f func(key, value []byte, isBucket bool) error) error {
 	if pageHeaderSize+count*elementSize > len(page) {
 		return fmt.Errorf("page %d: %d elements don't fit", id, count)
 	}
+	room := uint64(len(page) - pageHeaderSize - count*elementSize)
 	for i := range count {
 		at := pageHeaderSize + i*elementSize
 		flags, pos := binary.LittleEndian.Uint32(page[at:]), binary.LittleEndian.Uint32(page[at+4:])
 		keySize, valueSize := binary.LittleEndian.Uint32(page[at+8:]), binary.LittleEndian.Uint32(page[at+12:])
 		start := uint64(at) + uint64(pos)
 		end := start + uint64(keySize) + uint64(valueSize)
-		if end > uint64(len(page)) {
+		// Elements that share their bytes would let a small file hold any amount of work.
+		if end > uint64(len(page)) || uint64(keySize)+uint64(valueSize) > room {
 			return fmt.Errorf("page %d: element %d doesn't fit", id, i)
 		}
+		room -= uint64(keySize) + uint64(valueSize)
 		if err := f(page[start:start+uint64(keySize)], page[start+uint64(keySize):end], flags&bucketLeaf != 0); err != nil {
 			return err
 		}
@@ -194,18 +197,18 @@ func leaf(page []byte, f func(key, value []byte, isBucket bool) error) error {
 	return nil
 }
 
-// page reads a branch or a leaf with its overflow. Each page is read once, so that a
-// walk ends.
+// page reads a branch or a leaf with its overflow. Each page is read once, so that a walk
+// ends, and its memory is bounded by the size of the file.
 func (d *Database) page(id uint64, depth int) ([]byte, error) {
 	switch {
 	case depth == maxDepth:
 		return nil, errors.New("the tree of pages is too deep")
 	case id < 2 || id >= d.pages:
 		return nil, fmt.Errorf("page %d does not exist", id)
-	case d.seen[id/64]>>(id%64)&1 != 0:
-		return nil, fmt.Errorf("page %d belongs to two places", id)
 	}
-	d.seen[id/64] |= 1 << (id % 64)
+	if err := d.mark(id); err != nil {
+		return nil, err
+	}
 	b, err := d.read(id, depth, d.pageSize)
 	if err != nil {
 		return nil, err
@@ -218,10 +221,25 @@ func (d *Database) page(id uint64, depth int) ([]byte, error) {
 		return nil, fmt.Errorf("page %d has flags %#x", id, flags)
 	case overflow >= d.pages-id || size > maxOverflow:
 		return nil, fmt.Errorf("page %d has %d more pages, too many", id, overflow)
-	case overflow > 0:
-		return d.read(id, depth, size)
+	}
+	for next := id + 1; next <= id+overflow; next++ {
+		if err := d.mark(next); err != nil {
+			return nil, err
+		}
+	}
+	if overflow > 0 {
+		return d.read(id, depth, int64(overflow+1)*d.pageSize)
 	}
 	return b, nil
+}
+
+// mark notes that a page is in use. It refuses a page that was in use before.
+func (d *Database) mark(id uint64) error {
+	if d.seen[id/64]>>(id%64)&1 != 0 {
+		return fmt.Errorf("page %d belongs to two places", id)
+	}
+	d.seen[id/64] |= 1 << (id % 64)
+	return nil
 }
 
 func (d *Database) read(id uint64, depth int, size int64) ([]byte, error) {

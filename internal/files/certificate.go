@@ -29,7 +29,7 @@ func CertificateFor(signer crypto.Signer, b []byte) (*tls.Certificate, error) {
 	}
 	key, ok := leaf.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
 	if !ok || !key.Equal(signer.Public()) {
-		return nil, errors.New("its first certificate is of another key")
+		return nil, errors.New("its first certificate is for another key")
 	}
 	c.Leaf = leaf
 	return c, nil

@@ -40,8 +40,8 @@ func TestPowerLoss(t *testing.T) {
 	}
 }
 
-// TestFullDisk: a file that could not be written is not left behind, a line that doesn't
-// fit is taken back whole, and the log works again once there is room.
+// TestFullDisk: no partly written file is left behind, a line that doesn't fit is removed
+// whole, and the log works again once there is room.
 func TestFullDisk(t *testing.T) {
 	dir := t.TempDir()
 	const size = 64 << 10
@@ -126,7 +126,7 @@ func TestRead(t *testing.T) {
 }
 
 // TestFolderNotFlushed: WriteNew flushes the new name too. In a folder that its user may
-// write but not open, that fails, and the file is taken back.
+// write to but not open, that fails, and WriteNew removes the file.
 func TestFolderNotFlushed(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "dir")
 	if err := os.Mkdir(dir, 0o300); err != nil {
@@ -174,7 +174,8 @@ func TestLogOfMany(t *testing.T) {
 	}
 }
 
-// TestHintRoot: only missing rights, and only of another user than root, get the hint.
+// TestHintRoot: only an error about missing rights gets the hint, and only for a user other
+// than root.
 func TestHintRoot(t *testing.T) {
 	hinted := func(err error) bool {
 		_, hint := seal.SplitHint(HintRoot(err))
@@ -188,7 +189,7 @@ func TestHintRoot(t *testing.T) {
 			t.Error("missing rights get no hint")
 		}
 		if hinted(os.ErrNotExist) || HintRoot(nil) != nil {
-			t.Error("something else than missing rights gets the hint")
+			t.Error("something other than missing rights gets the hint")
 		}
 	})
 }

@@ -110,7 +110,7 @@ func ReadPrivateKey(path string) ([]byte, error) {
 		return nil, err
 	}
 	if info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s: mode %04o lets others at a private key; run chmod 0600 on it", path, info.Mode().Perm())
+		return nil, fmt.Errorf("%s: mode %04o lets others use a private key; run chmod 0600 on it", path, info.Mode().Perm())
 	}
 	if err := ownership.CheckOpen(f); err != nil {
 		return nil, err

@@ -20,22 +20,23 @@ type Log struct {
 func (l *Log) Append(lines []byte) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.failed = l.write(lines, false)
+	l.failed = l.write(lines, keep)
 	return l.failed
 }
 
-// Failing returns why the last lines could not be written, if that is so still: it tries
-// with an empty line, and takes it back.
+// Failing returns the reason why the last lines could not be written, if writing still
+// fails: it tries with an empty line, and removes it again.
 func (l *Log) Failing() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.failed != nil {
-		l.failed = l.write([]byte("\n"), true)
+		l.failed = l.write([]byte("\n"), takeBack)
 	}
 	return l.failed
 }
 
-func (l *Log) write(lines []byte, trial bool) error {
+// write appends lines, which finish then keeps or takes back.
+func (l *Log) write(lines []byte, finish func(file *os.File, former int64) error) error {
 	file, err := os.OpenFile(l.Path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
@@ -48,12 +49,12 @@ func (l *Log) write(lines []byte, trial bool) error {
 	if _, err := file.Write(lines); err != nil {
 		return errors.Join(err, file.Truncate(info.Size()))
 	}
-	err = errors.Join(file.Sync(), SyncFolder(l.Path))
-	if trial {
-		err = errors.Join(err, file.Truncate(info.Size()))
-	}
-	return err
+	return errors.Join(file.Sync(), SyncFolder(l.Path), finish(file, info.Size()))
 }
+
+func keep(*os.File, int64) error { return nil }
+
+func takeBack(file *os.File, former int64) error { return file.Truncate(former) }
 
 // AppendJSON appends each record as a line.
 func AppendJSON[T any](l *Log, records []T) error {

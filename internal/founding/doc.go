@@ -1,4 +1,4 @@
 // Package founding makes the first keyring of a cluster: a fresh KEK, sealed to this
-// machine's TPM or wrapped by what the configuration names instead, and by a recovery
-// identity.
+// machine's TPM, or wrapped by the wrappers that the configuration names instead, and
+// wrapped for a recovery identity.
 package founding

@@ -2,16 +2,19 @@ package founding
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"io/fs"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/rotation"
 )
 
@@ -115,4 +118,32 @@ func firstPolicy(ctx context.Context, n *node.Node, opts InitOptions) error {
 	}
 	opts.Progress("recording this boot as the boot policy " + path)
 	return files.WriteNew(path, p.Marshal())
+}
+
+func saveFirst(ctx context.Context, n *node.Node, kek *seal.Secret, slots []seal.Slot, ek string, opts InitOptions) (*InitResult, error) {
+	var cluster seal.ClusterID
+	rand.Read(cluster[:])
+	k, err := keyring.New(cluster, kek, slots, []keyring.Node{{Name: n.Config.Node, EK: ek}}, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	opts.Progress("saving the keyring to " + n.Config.Keyring())
+	if err := n.Anchor.Replace(ctx, k.Anchor()); err != nil {
+		return nil, err
+	}
+	if err := n.Slots.Begin(ctx, k); err != nil {
+		return nil, err
+	}
+	if _, err := n.Keyring.Save(ctx, k.Marshal(), ""); err != nil {
+		return nil, err
+	}
+	r := &InitResult{ClusterID: cluster, KeyID: k.CurrentID(), Keyring: n.Config.Keyring(), Node: n.Config.Node, EK: ek}
+	if opts.Import != nil {
+		r.PKCS11 = &TokenSettings{opts.Import.Token.Module, opts.Import.Token.URI, opts.Import.Token.PINFile}
+	}
+	for _, s := range slots {
+		r.Slots = append(r.Slots, s.Type+": "+n.View.Binding(s))
+	}
+	return r, nil
 }

@@ -33,8 +33,8 @@ func (i *Import) Opens(order []string) bool {
 	return slices.Contains(order, seal.TypePKCS11) || slices.Contains(order, seal.TypeTPMAndPKCS11)
 }
 
-// samePIN refuses an existing file with which the token would not open. The file of an
-// init that was killed holds the same PIN.
+// samePIN refuses an existing PIN file with another PIN. A file that a killed init
+// left holds the same PIN.
 func (i *Import) samePIN(mem seal.Memory) error {
 	b, err := files.ReadSecret(i.Token.PINFile, maxPINFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -55,7 +55,7 @@ func (i *Import) samePIN(mem seal.Memory) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s is there already, and holds another PIN than that; move it away, or correct the pin, and run kleidi init again", i.Token.PINFile)
+	return fmt.Errorf("%s exists already, and holds a different PIN; move it away, or correct the pin, and run kleidi init again", i.Token.PINFile)
 }
 
 // keepPIN writes the PIN into a separate file, beside the keyring.

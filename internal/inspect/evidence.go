@@ -27,7 +27,8 @@ func ParseNonce(s string) ([]byte, error) {
 	return b, nil
 }
 
-// Sizes of a nonce, in bytes: the smallest that can't be guessed, and what a TPM takes.
+// Sizes of a nonce, in bytes: the smallest that can't be guessed, and the largest that a
+// TPM accepts.
 const (
 	minNonce = 16
 	maxNonce = 64
@@ -82,8 +83,8 @@ func JudgeEvidence(policy, file, nonce string) (*EvidenceVerdict, error) {
 	return &EvidenceVerdict{bootpolicy.Judge(p, r.Log, r.PCRs), KeyDigest(e), nonce != ""}, nil
 }
 
-// hintOf returns the remedy for evidence that proves nothing, no matter how often it is
-// saved. Otherwise it returns again, the hint to save the evidence once more.
+// hintOf returns the remedy for evidence that proves nothing however often it is saved.
+// For other evidence it returns again, the hint to save the evidence once more.
 func hintOf(err error, again string) string {
 	if r := attest.RemedyOf(err); r.Permanent {
 		return r.Hint("the boot policy")

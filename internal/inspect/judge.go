@@ -29,7 +29,7 @@ func JudgeLog(policy string, logs attest.Logs, values string) (*bootpolicy.Verdi
 		return nil, err
 	}
 	v := bootpolicy.Judge(p, l, pcrs)
-	if v.Accepted && values != "" { // the second replay, as the gate has it
+	if v.Accepted && values != "" { // the second replay, as in the gate
 		firmware, userspace, err := logs.Bytes()
 		if err == nil {
 			_, err = attest.VerifyLogs(firmware, userspace, p.Hash(), pcrs)

@@ -15,8 +15,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
-// TestCheckReplaysTwice: a saved log that leads to the values only in our own replay is
-// refused, as the gate refuses it.
+// TestCheckReplaysTwice: a saved log that yields the values only in our own replay is
+// refused, as by the gate.
 func TestCheckReplaysTwice(t *testing.T) {
 	banks := []crypto.Hash{crypto.SHA256}
 	log := &eventlog.Log{Banks: banks, Events: []eventlog.Event{

@@ -1,5 +1,5 @@
-// Package kubeadm gives kube-apiserver kleidi's EncryptionConfiguration and socket, where
-// kubeadm runs kube-apiserver: as a static pod whose manifest kubeadm writes.
+// Package kubeadm gives kube-apiserver kleidi's EncryptionConfiguration and socket on a
+// node where kubeadm runs kube-apiserver: as a static pod whose manifest kubeadm writes.
 //
 // One list of operations is both the patch that kubeadm applies whenever it writes the
 // manifest (kubeadm --patches), and the change to the manifest of a running node. It is a
@@ -8,6 +8,7 @@ package kubeadm
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -18,22 +19,23 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// PatchName is a name by which kubeadm knows the target and the kind of a patch.
+// PatchName is the file name by which kubeadm recognises the target and the kind of the
+// patch.
 const PatchName = "kube-apiserver-kleidi+json.yaml"
 
-// Manifest is where kubeadm writes kube-apiserver's pod.
+// Manifest is the path to which kubeadm writes kube-apiserver's pod.
 const Manifest = "/etc/kubernetes/manifests/kube-apiserver.yaml"
 
 const flagName = "--encryption-provider-config"
 
-// Operation is one of a JSON patch (RFC 6902): it appends a value to a list.
+// Operation is an operation of a JSON patch (RFC 6902) that appends a value to a list.
 type Operation struct {
 	Op    string `json:"op" yaml:"op"`
 	Path  string `json:"path" yaml:"path"`
 	Value any    `json:"value" yaml:"value"`
 }
 
-// Patch is what kube-apiserver needs of kleidi.
+// Patch holds kleidi's settings for kube-apiserver.
 type Patch struct {
 	EncryptionConfig string // the file
 	Socket           string
@@ -55,79 +57,196 @@ type hostPath struct {
 	Type string `json:"type" yaml:"type"`
 }
 
-// Operations returns the patch. It mounts the folder of the socket, since kleidi makes a new
-// socket at each start.
+// The lists of the manifest, as paths of a JSON patch that append to them.
+const (
+	commandEnd = "/spec/containers/0/command/-"
+	mountsEnd  = "/spec/containers/0/volumeMounts/-"
+	volumesEnd = "/spec/volumes/-"
+)
+
+// kubeadmFolder holds the credentials that kubeadm writes.
+const kubeadmFolder = "/etc/kubernetes"
+
+// Operations returns the patch.
 func (p Patch) Operations() []Operation {
-	folder := filepath.Dir(p.Socket)
+	configuration, socket := p.configuration(), p.socket()
 	return []Operation{
-		{"add", "/spec/containers/0/command/-", flagName + "=" + p.EncryptionConfig},
-		{"add", "/spec/containers/0/volumeMounts/-", mount{"kleidi-encryption", p.EncryptionConfig, true}},
-		{"add", "/spec/containers/0/volumeMounts/-", mount{"kleidi", folder, false}},
-		{"add", "/spec/volumes/-", volume{"kleidi-encryption", hostPath{p.EncryptionConfig, "File"}}},
-		{"add", "/spec/volumes/-", volume{"kleidi", hostPath{folder, "Directory"}}},
+		{"add", commandEnd, flagName + "=" + p.EncryptionConfig},
+		{"add", mountsEnd, mount{configuration.Name, configuration.HostPath.Path, true}},
+		{"add", mountsEnd, mount{socket.Name, socket.HostPath.Path, false}},
+		{"add", volumesEnd, configuration},
+		{"add", volumesEnd, socket},
 	}
+}
+
+// configuration is the folder of the EncryptionConfiguration: a mounted file stays the
+// former one when a new one takes its place, and then kube-apiserver's automatic reload does
+// not see it. If the folder holds kubeadm's credentials, it is the file alone.
+func (p Patch) configuration() volume {
+	folder := filepath.Dir(p.EncryptionConfig)
+	if below, err := filepath.Rel(folder, kubeadmFolder); err == nil && filepath.IsLocal(below) {
+		return p.configurationFile()
+	}
+	return volume{"kleidi-encryption", hostPath{folder, "Directory"}}
+}
+
+// configurationFile is the EncryptionConfiguration alone, which former versions of kleidi
+// mounted from every folder.
+func (p Patch) configurationFile() volume {
+	return volume{"kleidi-encryption", hostPath{p.EncryptionConfig, "File"}}
+}
+
+// socket is the folder of the socket, because kleidi makes a new socket at each start.
+func (p Patch) socket() volume {
+	return volume{"kleidi", hostPath{filepath.Dir(p.Socket), "Directory"}}
 }
 
 // YAML returns the patch as a file for kubeadm --patches.
 func (p Patch) YAML() ([]byte, error) { return encode(p.Operations()) }
 
 // Apply returns the manifest with the patch. Operations that are already done are left out,
-// so that a second Apply changes nothing.
+// so that a second Apply changes nothing. A volume of a former version of kleidi, which has
+// the same name, is replaced.
 func (p Patch) Apply(manifest []byte) ([]byte, error) {
-	var document yaml.Node
-	if err := yaml.Unmarshal(manifest, &document); err != nil {
-		return nil, err
-	}
-	for i, o := range p.Operations() {
-		list, err := at(&document, o.Path)
-		if err != nil {
-			return nil, err
-		}
-		if i == 0 {
-			if other := given(list); other != "" && other != p.EncryptionConfig {
-				return nil, seal.Errorf("", "put kleidi's provider before the others in that file, or give that file's path with --encryption-config",
-					"kube-apiserver already has %s=%s", flagName, other)
-			}
-		}
-		value, err := node(o.Value)
-		if err != nil {
-			return nil, err
-		}
-		if !slices.ContainsFunc(list.Content, func(n *yaml.Node) bool { return sameEntry(n, value) }) {
-			list.Content = append(list.Content, value)
-		}
-	}
-	return encodeIfChanged(manifest, &document)
+	return p.change(manifest, p.configuration())
 }
 
-// Revert returns the manifest without the patch, whoever applied it.
+// Applied reports whether the manifest has everything that kube-apiserver needs. The
+// file alone counts as well as its folder.
+func (p Patch) Applied(manifest []byte) (bool, error) {
+	for _, v := range []volume{p.configuration(), p.configurationFile()} {
+		after, err := p.change(manifest, v)
+		if err != nil || bytes.Equal(after, manifest) {
+			return err == nil, err
+		}
+	}
+	return false, nil
+}
+
+func (p Patch) change(manifest []byte, configuration volume) ([]byte, error) {
+	return edited(manifest, func(pod *lists) error {
+		var err error
+		switch other := given(pod.command); other {
+		case p.EncryptionConfig:
+		case "":
+			err = put(pod.command, flagName+"="+p.EncryptionConfig, func(*yaml.Node) bool { return false })
+		default:
+			err = seal.Errorf("", "put kleidi's provider before the others in that file, or give that file's path with --encryption-config",
+				"kube-apiserver already has %s=%s", flagName, other)
+		}
+		return errors.Join(err, pod.mount(configuration, mount{ReadOnly: true}), pod.mount(p.socket(), mount{}))
+	})
+}
+
+// Revert returns the manifest without the patch, whichever tool applied it.
 func (p Patch) Revert(manifest []byte) ([]byte, error) {
+	return edited(manifest, func(pod *lists) error {
+		words := pod.command.Content
+		if i := slices.IndexFunc(words, func(n *yaml.Node) bool { return n.Value == flagName }); i >= 0 && i+1 < len(words) && words[i+1].Value == p.EncryptionConfig {
+			pod.command.Content = slices.Delete(words, i, i+2)
+		}
+		remove(pod.command, func(n *yaml.Node) bool { return n.Value == flagName+"="+p.EncryptionConfig })
+		pod.unmount(p.configuration())
+		pod.unmount(p.socket())
+		return nil
+	})
+}
+
+// RevertSocket returns the manifest without the socket. kube-apiserver keeps its
+// EncryptionConfiguration.
+func (p Patch) RevertSocket(manifest []byte) ([]byte, error) {
+	return edited(manifest, func(pod *lists) error {
+		pod.unmount(p.socket())
+		return nil
+	})
+}
+
+// lists are the lists of kube-apiserver's pod that the patch changes.
+type lists struct{ command, mounts, volumes *yaml.Node }
+
+// edited returns the manifest with changed lists, or its own bytes if nothing was changed.
+func edited(manifest []byte, edit func(*lists) error) ([]byte, error) {
 	var document yaml.Node
 	if err := yaml.Unmarshal(manifest, &document); err != nil {
 		return nil, err
 	}
-	for _, o := range p.Operations() {
-		list, err := at(&document, o.Path)
-		if err != nil {
+	var pod lists
+	for _, needed := range []struct {
+		list **yaml.Node
+		path string
+	}{{&pod.command, commandEnd}, {&pod.mounts, mountsEnd}, {&pod.volumes, volumesEnd}} {
+		var err error
+		if *needed.list, err = at(&document, needed.path); err != nil {
 			return nil, err
 		}
-		value, err := node(o.Value)
-		if err != nil {
-			return nil, err
-		}
-		list.Content = slices.DeleteFunc(list.Content, func(n *yaml.Node) bool { return sameEntry(n, value) })
+	}
+	if err := edit(&pod); err != nil {
+		return nil, err
 	}
 	return encodeIfChanged(manifest, &document)
 }
 
-// given returns the file that a command line of kube-apiserver names.
-func given(command *yaml.Node) string {
-	for _, word := range command.Content {
-		if file, ok := strings.CutPrefix(word.Value, flagName+"="); ok {
-			return file
+// mount gives the container a folder or a file of the host at the same path, unless the pod
+// has that already, under any name. as says how; mount fills in the name and the path.
+func (l *lists) mount(v volume, as mount) error {
+	path := filepath.Clean(v.HostPath.Path)
+	as.Name, as.MountPath = v.Name, path
+	there := func(n *yaml.Node) bool { return filepath.Clean(text(n, "mountPath")) == path }
+	if i := slices.IndexFunc(l.mounts.Content, there); i >= 0 && filepath.Clean(l.hostPath(text(l.mounts.Content[i], "name"))) == path {
+		return nil
+	}
+	named := func(n *yaml.Node) bool { return text(n, "name") == v.Name }
+	return errors.Join(
+		put(l.mounts, as, func(n *yaml.Node) bool { return named(n) || there(n) }),
+		put(l.volumes, v, named))
+}
+
+// hostPath returns the host's path of a volume, or nothing.
+func (l *lists) hostPath(name string) string {
+	for _, n := range l.volumes.Content {
+		if h := field(n, "hostPath"); h != nil && text(n, "name") == name {
+			return text(h, "path")
 		}
 	}
 	return ""
+}
+
+func (l *lists) unmount(v volume) {
+	named := func(n *yaml.Node) bool { return text(n, "name") == v.Name }
+	remove(l.mounts, named)
+	remove(l.volumes, named)
+}
+
+// put puts an entry into a list, instead of those that are in its place.
+func put(list *yaml.Node, entry any, inPlace func(*yaml.Node) bool) error {
+	var n yaml.Node
+	if err := n.Encode(entry); err != nil {
+		return err
+	}
+	i := slices.IndexFunc(list.Content, inPlace)
+	if i < 0 {
+		i = len(list.Content)
+	}
+	remove(list, inPlace)
+	list.Content = slices.Insert(list.Content, i, &n)
+	return nil
+}
+
+func remove(list *yaml.Node, unwanted func(*yaml.Node) bool) {
+	list.Content = slices.DeleteFunc(list.Content, unwanted)
+}
+
+// given returns the file that a command line of kube-apiserver names, after the flag or in
+// the next word. The last one counts.
+func given(command *yaml.Node) (file string) {
+	for i, word := range command.Content {
+		if value, ok := strings.CutPrefix(word.Value, flagName+"="); ok {
+			file = value
+		} else if word.Value == flagName && i+1 < len(command.Content) {
+			file = command.Content[i+1].Value
+		}
+	}
+	return file
 }
 
 // at returns the list that a path with a trailing /- names.
@@ -161,33 +280,15 @@ func field(n *yaml.Node, name string) *yaml.Node {
 	return nil
 }
 
-// sameEntry reports whether two entries of a list are the same one: equal words, equal
-// names, or the same place under another name.
-func sameEntry(a, b *yaml.Node) bool {
-	if a.Kind == yaml.ScalarNode || b.Kind == yaml.ScalarNode {
-		return a.Kind == b.Kind && a.Value == b.Value
+// text returns the text of a field, or nothing.
+func text(n *yaml.Node, name string) string {
+	if f := field(n, name); f != nil {
+		return f.Value
 	}
-	for _, key := range [][]string{{"name"}, {"mountPath"}, {"hostPath", "path"}} {
-		x, y := a, b
-		for _, word := range key {
-			if x != nil && y != nil {
-				x, y = field(x, word), field(y, word)
-			}
-		}
-		if x != nil && y != nil && x.Value == y.Value {
-			return true
-		}
-	}
-	return false
+	return ""
 }
 
-func node(value any) (*yaml.Node, error) {
-	var n yaml.Node
-	err := n.Encode(value)
-	return &n, err
-}
-
-// encodeIfChanged keeps the bytes of a manifest in which nothing was changed.
+// encodeIfChanged returns the manifest's own bytes if nothing was changed.
 func encodeIfChanged(before []byte, document *yaml.Node) ([]byte, error) {
 	after, err := encode(document)
 	if err != nil {

@@ -1,13 +1,16 @@
 package kubeadm
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"go.yaml.in/yaml/v3"
 )
 
-// manifest is what kubeadm 1.37 writes, shortened.
+// manifest is a shortened manifest of kubeadm 1.37.
 const manifest = `apiVersion: v1
 kind: Pod
 metadata:
@@ -90,8 +93,124 @@ func mustEncode(t *testing.T, v any) []byte {
 	return b
 }
 
-// TestApplyRefuses: another EncryptionConfiguration is not replaced, and other files are not
-// taken for a manifest.
+// TestFolder: from a folder of its own the EncryptionConfiguration is mounted with the
+// folder, so that automatic reload sees a file that takes its place. A folder with kubeadm's
+// credentials is not mounted.
+func TestFolder(t *testing.T) {
+	for file, want := range map[string]hostPath{
+		"/etc/kubernetes/enc/config.yaml":         {"/etc/kubernetes/enc", "Directory"},
+		"/srv/encryption.yaml":                    {"/srv", "Directory"},
+		"/etc/kubernetes/kleidi-encryption.yaml":  {"/etc/kubernetes/kleidi-encryption.yaml", "File"},
+		"/etc/kubernetes/../encryption.yaml":      {"/etc/kubernetes/../encryption.yaml", "File"},
+		"/encryption.yaml":                        {"/encryption.yaml", "File"},
+		"/etc/kubernetes-other/encryption.yaml":   {"/etc/kubernetes-other", "Directory"},
+		"/etc/kubernetes/pki/etcd/encryption.yml": {"/etc/kubernetes/pki/etcd", "Directory"},
+	} {
+		if got := (Patch{file, "/run/kleidi/kms.sock"}).configuration().HostPath; got != want {
+			t.Errorf("%s: %+v, want %+v", file, got, want)
+		}
+	}
+}
+
+// TestFormerMount: a manifest in which a former version mounted the file alone serves, and
+// Apply makes it mount the folder. A folder that kube-apiserver has already is not mounted
+// again, and stays after the way back.
+func TestFormerMount(t *testing.T) {
+	p := Patch{"/etc/kubernetes/enc/config.yaml", "/run/kleidi/kms.sock"}
+	former, err := p.change([]byte(manifest), p.configurationFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for text, want := range map[string]bool{manifest: false, string(former): true} {
+		if got, err := p.Applied([]byte(text)); err != nil || got != want {
+			t.Errorf("applied: %v %v, want %v, to\n%s", got, err, want, text)
+		}
+	}
+	now, err := p.Apply(former)
+	if fresh, _ := p.Apply([]byte(manifest)); err != nil || string(now) != string(fresh) {
+		t.Errorf("%v: the former manifest became\n%s\nnot\n%s", err, now, fresh)
+	}
+
+	theirs := strings.NewReplacer(
+		"    volumeMounts:\n", "    volumeMounts:\n    - {mountPath: /etc/kubernetes/enc/, name: enc}\n",
+		"  volumes:\n", "  volumes:\n  - {hostPath: {path: /etc/kubernetes/enc}, name: enc}\n").Replace(manifest)
+	got, err := p.Apply([]byte(theirs))
+	if err != nil || strings.Contains(string(got), "kleidi-encryption") {
+		t.Errorf("%v: their folder is mounted twice:\n%s", err, got)
+	}
+	back, err := p.Revert(got)
+	if err != nil || strings.Count(string(back), "/etc/kubernetes/enc") != 2 {
+		t.Errorf("%v: the way back leads to\n%s", err, back)
+	}
+}
+
+// TestRevertFile: kube-apiserver keeps a file by which other providers encrypt, and kleidi's
+// socket as long as the file names it beside them.
+func TestRevertFile(t *testing.T) {
+	const (
+		kms       = `{kms: {apiVersion: v2, name: kleidi-2, endpoint: "unix:///run/kleidi/kms.sock"}}`
+		secretbox = `{secretbox: {keys: [{name: key1, secret: "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}]}}`
+		identity  = `{identity: {}}`
+	)
+	for _, c := range []struct {
+		providers   []string
+		refused     string
+		kept, force bool
+	}{
+		{[]string{kms, identity}, "still makes kube-apiserver encrypt with kleidi", false, false},
+		{[]string{kms, identity}, "", false, true},
+		{[]string{secretbox, kms, identity}, "still makes kube-apiserver read with kleidi", false, false},
+		{[]string{secretbox, kms, identity}, "", false, true},
+		{[]string{secretbox}, "", true, false},
+		{[]string{secretbox}, "", true, true},
+		{[]string{identity, secretbox}, "", true, false},
+		{[]string{identity, kms}, "", false, false},
+		{[]string{identity}, "", false, false},
+	} {
+		dir := t.TempDir()
+		p := Patch{filepath.Join(dir, "enc", "config.yaml"), "/run/kleidi/kms.sock"}
+		file := filepath.Join(dir, "kube-apiserver.yaml")
+		patched, err := p.Apply([]byte(manifest))
+		if err := errors.Join(err, os.Mkdir(filepath.Dir(p.EncryptionConfig), 0o700), os.WriteFile(file, patched, 0o600),
+			os.WriteFile(p.EncryptionConfig, []byte("apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n- resources: [secrets]\n  providers: ["+strings.Join(c.providers, ", ")+"]\n"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		changed, kept, err := p.RevertFile(file, c.force)
+		after, _ := os.ReadFile(file)
+		switch flagged, mounted := strings.Contains(string(after), flagName+"="+p.EncryptionConfig), strings.Contains(string(after), filepath.Dir(p.EncryptionConfig)); {
+		case c.refused != "":
+			if err == nil || !strings.Contains(err.Error(), c.refused) || changed || string(after) != string(patched) {
+				t.Errorf("%s: %v, changed %v", c.providers, err, changed)
+			}
+		case err != nil || !changed || kept != c.kept || flagged != kept || mounted != kept || strings.Contains(string(after), "/run/kleidi"):
+			t.Errorf("%s: %v, changed %v, kept %v\n%s", c.providers, err, changed, kept, after)
+		}
+	}
+}
+
+// TestTwoWords: the flag and its file may be two words of the command line.
+func TestTwoWords(t *testing.T) {
+	two := strings.Replace(manifest, "    image:", "    - --encryption-provider-config\n    - /etc/kubernetes/kleidi-encryption.yaml\n    image:", 1)
+	patched, err := patch.Apply([]byte(two))
+	if err != nil || strings.Contains(string(patched), flagName+"=") || !strings.Contains(string(patched), "path: /run/kleidi\n") {
+		t.Fatalf("%v:\n%s", err, patched)
+	}
+	if applied, err := patch.Applied(patched); err != nil || !applied {
+		t.Errorf("%v, %v", applied, err)
+	}
+	back, err := patch.Revert(patched)
+	if err != nil || strings.Contains(string(back), "encryption") || !strings.Contains(string(back), "--advertise-address=10.99.0.1") {
+		t.Errorf("%v:\n%s", err, back)
+	}
+	other := patch
+	other.EncryptionConfig = "/etc/other.yaml"
+	if _, err := other.Apply([]byte(two)); err == nil || !strings.Contains(err.Error(), "already has") {
+		t.Error(err)
+	}
+}
+
+// TestApplyRefuses: another EncryptionConfiguration is not replaced, and other files are
+// not mistaken for a manifest.
 func TestApplyRefuses(t *testing.T) {
 	for text, want := range map[string]string{
 		strings.Replace(manifest, "    image:", "    - --encryption-provider-config=/etc/other.yaml\n    image:", 1): "already has",

@@ -16,8 +16,8 @@ import (
 // maxManifest bounds the files that are read, in bytes.
 const maxManifest = 1 << 20
 
-// ApplyFile changes a manifest on this node, after which kubelet restarts kube-apiserver. It
-// reports whether anything had to change.
+// ApplyFile changes a manifest on this node, after which kubelet restarts kube-apiserver.
+// It reports whether the manifest changed.
 func (p Patch) ApplyFile(manifest string) (bool, error) {
 	for _, needed := range []struct{ path, hint string }{
 		{p.EncryptionConfig, "make it: kleidi encryption-config --file " + p.EncryptionConfig},
@@ -28,36 +28,59 @@ func (p Patch) ApplyFile(manifest string) (bool, error) {
 			return false, seal.WithHint(err, needed.hint)
 		}
 	}
-	return change(manifest, p.Apply)
+	changed, err := change(manifest, p.Apply)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = seal.WithHint(err, "before kubeadm init or join, write the patch for it: kleidi kubeadm patch --dir /etc/kubernetes/patches; name another manifest with --manifest")
+	}
+	return changed, err
 }
 
-// RevertFile takes the change back. It refuses while kube-apiserver writes Secrets that only
-// kleidi can read, unless forced.
-func (p Patch) RevertFile(manifest, provider string, force bool) (bool, error) {
-	if !force {
-		if err := p.unneeded(provider); err != nil {
-			return false, err
+// RevertFile undoes the change. It refuses while kube-apiserver needs kleidi, unless forced.
+// If other providers encrypt, kube-apiserver keeps the EncryptionConfiguration, and only the
+// socket goes: it could not read what they encrypted without the file. RevertFile reports
+// whether that is so.
+func (p Patch) RevertFile(manifest string, force bool) (changed, kept bool, err error) {
+	e, err := p.read()
+	if err == nil && e != nil {
+		kept = e.EncryptsWithout(p.endpoint()) && !e.Names(p.endpoint())
+		if !force {
+			err = p.unneeded(e)
 		}
 	}
-	return change(manifest, p.Revert)
+	if err != nil && !force {
+		return false, false, err
+	}
+	revert := p.Revert
+	if kept {
+		revert = p.RevertSocket
+	}
+	changed, err = change(manifest, revert)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = seal.WithHint(err, "name the manifest with --manifest; where there is none, there is nothing to take back")
+	}
+	return changed, kept, err
 }
 
-// unneeded returns nil if kube-apiserver writes nothing under kleidi any more.
-func (p Patch) unneeded(provider string) error {
-	b, err := files.Read(p.EncryptionConfig, maxManifest)
+func (p Patch) endpoint() string { return "unix://" + p.Socket }
+
+// read returns the EncryptionConfiguration, or nil if there is none.
+func (p Patch) read() (*encryptionconfig.EncryptionConfiguration, error) {
+	e, err := encryptionconfig.Read(p.EncryptionConfig)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return nil, nil
 	}
-	if err != nil {
-		return err
-	}
-	e, err := encryptionconfig.Parse(b)
-	if err != nil {
-		return fmt.Errorf("%s: %w", p.EncryptionConfig, err)
-	}
-	if e.Encrypts(provider) {
-		return seal.Errorf("", "put identity first in that file, restart kube-apiserver, and have all objects written again (kleidi migrate); then revert. With --yes, what is encrypted becomes unreadable",
-			"%s still has kube-apiserver encrypt with kleidi", p.EncryptionConfig)
+	return e, err
+}
+
+// unneeded returns nil if kube-apiserver can do without kleidi.
+func (p Patch) unneeded(e *encryptionconfig.EncryptionConfiguration) error {
+	switch {
+	case e.Writes(p.endpoint()):
+		return seal.Errorf("", "put identity first in that file, restart kube-apiserver, and have all objects written again (kleidi migrate); then revert. With --yes, the encrypted objects become unreadable",
+			"%s still makes kube-apiserver encrypt with kleidi", p.EncryptionConfig)
+	case e.Names(p.endpoint()) && e.EncryptsWithout(p.endpoint()):
+		return seal.Errorf("", "end the move first: kleidi migrate, kleidi usage, and step 3 of kleidi encryption-config --from "+p.EncryptionConfig+" --to PROVIDER",
+			"%s still makes kube-apiserver read with kleidi, beside another provider", p.EncryptionConfig)
 	}
 	return nil
 }
@@ -74,7 +97,7 @@ func change(manifest string, edit func([]byte) ([]byte, error)) (bool, error) {
 	if bytes.Equal(before, after) {
 		return false, nil
 	}
-	// kubelet runs every file of the folder whose name begins with no dot
+	// kubelet runs every file of the folder whose name does not begin with a dot
 	next := filepath.Join(filepath.Dir(manifest), "."+filepath.Base(manifest)+".kleidi")
 	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err

@@ -16,22 +16,23 @@ import (
 	"github.com/beezy-dev/kleidi/seal/rotation"
 )
 
-// Remove takes the next step of a removal, and says how far it is. The first step drops the
-// nodes from the keyring, in one revision. Once every remaining node has followed it and
-// written its record, a fresh KEK is staged, of which the removed nodes know nothing. The
-// removal is over when every remaining node trusts that KEK alone.
+// Remove takes the next step of a removal, and reports the progress. The first step drops
+// the nodes from the keyring, in one revision. Once every remaining node has followed
+// that revision and written its record, Remove stages a fresh KEK, which the removed
+// nodes don't know. The removal is over when every remaining node trusts that KEK alone.
 //
-// The keyring names a removed node until another KEK is current, so any node can go on with a
-// removal that broke off.
-func Remove(ctx context.Context, n *node.Node, req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
-	r, err := remove(ctx, n, req)
+// The keyring names a removed node until another KEK is current, so any node can continue an
+// interrupted removal. audit writes the records of the audit log. A failure of audit is
+// reported, and does not hold a removal up: the removed node may be in wrong hands.
+func Remove(ctx context.Context, n *node.Node, audit func(...Record) error, req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
+	r, err := remove(ctx, n, audit, req)
 	if err != nil {
 		err = fmt.Errorf("remove: %w", err)
 	}
 	return r, err
 }
 
-func remove(ctx context.Context, n *node.Node, req admin.RemoveNodesRequest) (r admin.NodeRemoval, err error) {
+func remove(ctx context.Context, n *node.Node, audit func(...Record) error, req admin.RemoveNodesRequest) (r admin.NodeRemoval, err error) {
 	k, err := inStep(ctx, n)
 	if err != nil {
 		return r, err
@@ -44,15 +45,20 @@ func remove(ctx context.Context, n *node.Node, req admin.RemoveNodesRequest) (r 
 		if err := checkShared(n, k, known.listed); err != nil {
 			return r, err
 		}
+		listed := k.Nodes()
 		if r.Changes, err = drop(ctx, n, known.listed); err != nil {
 			return r, err
 		}
+		if k, err = n.Unlocker.Keyring(); err != nil {
+			return r, err
+		}
+		r.Changes = append(r.Changes, record(n, audit, records(StepDropped, k, known.listed, listed))...)
 	}
 	if k, err = n.Unlocker.Keyring(); err != nil {
 		return r, err
 	}
 	if staged := k.StagedID(); len(k.Info().Former) > 0 && staged != "" && !req.Begun {
-		if _, err := rollout.Continue(ctx, n); err != nil { // the node that drove it may be down
+		if _, err := rollout.Continue(ctx, n); err != nil { // the node that drove the rotation may be down
 			return r, err
 		}
 	} else if ready, err := allFollow(ctx, n, k); err != nil {
@@ -70,11 +76,17 @@ func remove(ctx context.Context, n *node.Node, req admin.RemoveNodesRequest) (r 
 	if r.Phase == admin.RemovalDone && known.none() && !req.Begun {
 		return r, fmt.Errorf("node %s is not in the keyring, and no removed node knows its current KEK; kleidi node list shows the nodes", strings.Join(req.Nodes, ", "))
 	}
+	if r.Phase == admin.RemovalDone {
+		if k, err = n.Unlocker.Keyring(); err != nil {
+			return r, err
+		}
+		r.Changes = append(r.Changes, record(n, audit, records(StepDone, k, req.Nodes, nil))...)
+	}
 	r.Nodes = req.Nodes
 	return r, nil
 }
 
-// inStep returns the keyring of a node that has read the cluster store, where there is one.
+// inStep returns the keyring after this node has read the cluster store, if there is one.
 func inStep(ctx context.Context, n *node.Node) (*keyring.Keyring, error) {
 	if _, err := n.Unlocker.Keyring(); err != nil {
 		return nil, err
@@ -87,7 +99,7 @@ func inStep(ctx context.Context, n *node.Node) (*keyring.Keyring, error) {
 	return n.Unlocker.Keyring()
 }
 
-// names are the nodes of a request, by what the keyring says of them.
+// names are the nodes of a request, sorted by their place in the keyring.
 type names struct{ listed, former []string }
 
 func (n names) none() bool { return len(n.listed)+len(n.former) == 0 }
@@ -162,7 +174,7 @@ func allFollow(ctx context.Context, n *node.Node, k *keyring.Keyring) (bool, err
 	return rotation.Next(k, k.CurrentID(), records).Do == rotation.Stage, err
 }
 
-// describe says how far a removal is, from the keyring and the records.
+// describe fills in the progress of a removal, from the keyring and the records.
 func describe(ctx context.Context, n *node.Node, r *admin.NodeRemoval) error {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {

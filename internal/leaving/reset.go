@@ -19,7 +19,7 @@ import (
 // ResetResult is the output of reset.
 type ResetResult struct {
 	Node string `json:"node"`
-	// ClusterID, KeyID and Revision are those of the forgotten keyring. They are empty if
+	// ClusterID, KeyID and Revision describe the forgotten keyring. They are empty if
 	// there was none, or if it could not be read.
 	ClusterID string     `json:"clusterID,omitempty"`
 	KeyID     seal.KeyID `json:"keyID,omitempty"`
@@ -30,7 +30,8 @@ type ResetResult struct {
 	Changes []string `json:"changes"`
 }
 
-// Forgettable is what a reset would forget on this node. Nothing vouches for it.
+// Forgettable is the state that a reset would forget on this node. Nothing authenticates
+// it.
 type Forgettable struct {
 	keyring *keyring.Untrusted // nil if there is none, or if it can't be read
 	copies  []tpm.Copies
@@ -40,11 +41,11 @@ type Forgettable struct {
 // stateFile is a file in the state folder that belongs to the keyring.
 type stateFile struct {
 	*store.File
-	paths []string // those that exist
+	paths []string // the existing ones
 }
 
-// ToForget reads what a reset would forget. It takes the state folder, so it fails beside a
-// running serve.
+// ToForget reads the state that a reset would forget. It takes the state folder, so it
+// fails while a serve runs.
 func ToForget(ctx context.Context, n *node.Node) (*Forgettable, error) {
 	if err := n.AcquireState(); err != nil {
 		return nil, fmt.Errorf("reset: %w", err)
@@ -60,11 +61,11 @@ func ToForget(ctx context.Context, n *node.Node) (*Forgettable, error) {
 		}
 		f.copies = append(f.copies, copiesIn(n, append(u.Slots(), u.StagedSlots()...))...)
 	}
-	// The keyring goes last: while it is there, a reset that broke off knows which epochs to
-	// end.
+	// The keyring goes last: while it is there, an interrupted reset still knows which
+	// epochs to end.
 	var all []*store.File
 	for _, path := range n.Access.Files() {
-		if filepath.Dir(path) == filepath.Clean(n.Config.State.Dir) { // elsewhere it is the operator's own
+		if filepath.Dir(path) == filepath.Clean(n.Config.State.Dir) { // a file elsewhere belongs to the operator
 			all = append(all, store.NewFile(path))
 		}
 	}
@@ -95,7 +96,7 @@ func storedKeyrings(ctx context.Context, n *node.Node) (all [][]byte) {
 	return all
 }
 
-// copiesIn returns where copies of this node's TPM slots open.
+// copiesIn returns the places where copies of this node's TPM slots open.
 func copiesIn(n *node.Node, slots []seal.Slot) (all []tpm.Copies) {
 	for _, s := range slotview.TPMParts(slots) {
 		if c, err := tpm.CopiesOf(s); err == nil && s.Type == seal.TypeTPM && s.Node == n.Config.Node {
@@ -113,11 +114,11 @@ func (f *Forgettable) Nothing() bool {
 	return !slices.ContainsFunc(f.files, func(s stateFile) bool { return len(s.paths) > 0 })
 }
 
-// Describe says to the operator what a reset forgets, and what remains.
+// Describe tells the operator what a reset forgets, and what remains.
 func (f *Forgettable) Describe(n *node.Node) (lines []string) {
 	switch {
 	case f.keyring == nil:
-		lines = append(lines, "node "+n.Config.Node+" has no keyring that can be read; what is left of it is forgotten")
+		lines = append(lines, "node "+n.Config.Node+" has no readable keyring, and forgets what is left of it")
 	default:
 		lines = append(lines, fmt.Sprintf("node %s forgets the keyring of cluster %s (revision %d, key ID %s)", n.Config.Node, f.keyring.ClusterID(), f.keyring.Revision(), f.keyring.CurrentID()))
 		if others := f.others(n); len(others) > 0 {
@@ -139,8 +140,8 @@ func (f *Forgettable) others(n *node.Node) (names []string) {
 }
 
 // Reset forgets this node's keyring and anchor, after it has ended the epoch of the TPM, so
-// that kept copies of the keyring no longer open here. It can be repeated after it broke off
-// at any step. With withoutTPM it touches no TPM.
+// that kept copies of the keyring no longer open here. If it is interrupted at any step, it
+// can be repeated. With withoutTPM it touches no TPM.
 func Reset(ctx context.Context, n *node.Node, f *Forgettable, withoutTPM bool) (*ResetResult, error) {
 	ctx = context.WithoutCancel(ctx)
 	r := &ResetResult{Node: n.Config.Node, Removed: []string{}, Changes: []string{}}
@@ -161,7 +162,7 @@ func Reset(ctx context.Context, n *node.Node, f *Forgettable, withoutTPM bool) (
 	}
 	if f.keyring != nil {
 		if others := f.others(n); len(others) > 0 {
-			r.Changes = append(r.Changes, fmt.Sprintf("the other nodes (%s) still list this node, and the KEK is still theirs", slotview.JoinWords(others)))
+			r.Changes = append(r.Changes, fmt.Sprintf("the other nodes (%s) do not learn of this: unless they have removed this node already, run kleidi node remove %s on one of them", slotview.JoinWords(others), n.Config.Node))
 		}
 	}
 	if len(r.Removed) == 0 {
@@ -181,7 +182,7 @@ func (r *ResetResult) forgetInTPM(ctx context.Context, n *node.Node, f *Forgetta
 	}
 	changes, err := endEpochs(ctx, n, f)
 	if err != nil {
-		return seal.AddHint(err, "to forget the files alone, run kleidi reset --without-tpm, after which copies of the keyring still open with that TPM")
+		return seal.AddHint(err, "to forget only the files, run kleidi reset --without-tpm, after which copies of the keyring still open with that TPM")
 	}
 	r.Changes = append(r.Changes, changes...)
 	if anchor, ok := n.Anchor.(interface{ Remove(context.Context) error }); ok {

@@ -2,29 +2,21 @@ package lifecycle
 
 import (
 	"errors"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// TestReplaceAlone: recover and restore take the state folder before they look at anything.
-// Beside another process that has it, they don't read the request, open no slot and raise no
-// counter of the TPM.
+// TestReplaceAlone: recover and restore take the state folder before they look at
+// anything. While another process holds the folder, they don't read the request, open no
+// slot and raise no counter of the TPM.
 func TestReplaceAlone(t *testing.T) {
-	cfg := config.Default()
-	cfg.Node, cfg.State.Dir = "cp-1", filepath.Join(t.TempDir(), "state")
-	cfg.Admin.Socket = filepath.Join(t.TempDir(), "admin.sock")
-	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer n.Close()
+	n := nodetest.New(t, func(c *config.Config) { c.Admin.Socket = filepath.Join(t.TempDir(), "admin.sock") })
 	replace := map[string]func() error{
 		"recover": func() error {
 			_, err := Recover(t.Context(), n, admin.RecoverRequest{Identity: []byte("no identity")})
@@ -35,10 +27,10 @@ func TestReplaceAlone(t *testing.T) {
 			return err
 		},
 	}
-	if err := store.PrepareDir(cfg.State.Dir); err != nil {
+	if err := store.PrepareDir(n.Config.State.Dir); err != nil {
 		t.Fatal(err)
 	}
-	other, err := store.LockDir(cfg.State.Dir)
+	other, err := store.LockDir(n.Config.State.Dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +54,7 @@ func TestReplaceAlone(t *testing.T) {
 	if _, err := replaceKeyring(t.Context(), n, held); err != nil || n.State.Held() {
 		t.Errorf("without a keyring afterwards: %v; the folder is left to init: %v", err, !n.State.Held())
 	}
-	if err := os.WriteFile(cfg.Keyring(), []byte("{}"), 0o600); err != nil {
+	if err := os.WriteFile(n.Config.Keyring(), []byte("{}"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := replaceKeyring(t.Context(), n, held); err != nil || !n.State.Held() {

@@ -2,15 +2,13 @@ package lifecycle
 
 import (
 	"bytes"
-	"log/slog"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
-	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -23,25 +21,18 @@ import (
 // changes nothing, and recover still opens the keyring, but not as a two-of-two.
 func TestFullKeyring(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
-	cfg := config.Default()
-	cfg.Node, cfg.State.Dir = "cp-1", filepath.Join(t.TempDir(), "state")
-	cfg.TPM.Device, cfg.TPM.EventLog, cfg.TPM.UserspaceEventLog = m.Device(), m.EventLog(), m.UserspaceLog()
-	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer n.Close()
-	identity, seeds := fill(t, n)
+	n := nodetest.New(t, nodetest.OnTPM(m))
+	identity, seeds := fill(t, n, keyring.MaxRetired)
 
-	// Two of two needs a fresh KEK, for which there is no room.
-	single := cfg.Unlock.Order
-	cfg.Unlock.Order = []string{seal.TypeTPMAndPKCS11}
-	n.View.Order = cfg.Unlock.Order
-	_, err = Recover(t.Context(), n, admin.RecoverRequest{Identity: bytes.Clone(identity), BreakTwoOfTwo: true})
-	if err == nil || !strings.Contains(err.Error(), "two of two wants a fresh KEK") || !strings.Contains(err.Error(), "set unlock.order to tpm") {
+	// Two-of-two needs a fresh KEK, for which there is no room.
+	single := n.Config.Unlock.Order
+	n.Config.Unlock.Order = []string{seal.TypeTPMAndPKCS11}
+	n.View.Order = n.Config.Unlock.Order
+	_, err := Recover(t.Context(), n, admin.RecoverRequest{Identity: bytes.Clone(identity), BreakTwoOfTwo: true})
+	if err == nil || !strings.Contains(err.Error(), "two of two needs a fresh KEK") || !strings.Contains(err.Error(), "set unlock.order to tpm") {
 		t.Errorf("recover to two of two: %v", err)
 	}
-	cfg.Unlock.Order, n.View.Order = single, single
+	n.Config.Unlock.Order, n.View.Order = single, single
 
 	state, err := Recover(t.Context(), n, admin.RecoverRequest{Identity: identity})
 	if err != nil {
@@ -67,16 +58,39 @@ func TestFullKeyring(t *testing.T) {
 	}
 }
 
-// fill stores a keyring with as many retired KEKs as possible. It returns the recovery
-// identity, and each key ID encrypted under its own KEK.
-func fill(t *testing.T, n *node.Node) (identity []byte, seeds map[seal.KeyID][]byte) {
-	t.Helper()
-	secret, recipient, err := recovery.GenerateIdentity(n.Memory)
-	if err != nil {
-		t.Fatal(err)
+// TestRotateReminds: a rotation warns of the limit while there is still ample room.
+func TestRotateReminds(t *testing.T) {
+	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
+	n := nodetest.New(t, nodetest.OnTPM(m))
+	identity, _ := fill(t, n, 189)
+	reminder := func(s admin.KeyringState, err error) string {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, said := range s.Changes {
+			if strings.Contains(said, "kleidi prune KEYID") {
+				return said
+			}
+		}
+		return ""
 	}
-	defer secret.Close()
-	secret.With(func(b []byte) { identity = bytes.Clone(b) })
+	if said := reminder(Recover(t.Context(), n, admin.RecoverRequest{Identity: identity})); said != "" {
+		t.Errorf("recover, to 190: %s", said)
+	}
+	if said := reminder(Rotate(t.Context(), n, admin.RotateRequest{})); said != "" {
+		t.Errorf("191: %s", said)
+	}
+	if said := reminder(Rotate(t.Context(), n, admin.RotateRequest{})); !strings.Contains(said, "holds 192 retired KEKs, of at most 256") {
+		t.Errorf("192: %q", said)
+	}
+}
+
+// fill stores a keyring with that many retired KEKs. It returns the recovery identity,
+// and each key ID encrypted under its own KEK.
+func fill(t *testing.T, n *node.Node, retired int) (identity []byte, seeds map[seal.KeyID][]byte) {
+	t.Helper()
+	identity, recipient := nodetest.Identity(t)
 	w, err := recovery.NewWrapper(n.Memory, []string{recipient})
 	if err != nil {
 		t.Fatal(err)
@@ -94,7 +108,7 @@ func fill(t *testing.T, n *node.Node) (identity []byte, seeds map[seal.KeyID][]b
 		t.Fatal(err)
 	}
 	seeds = map[seal.KeyID][]byte{}
-	for range keyring.MaxRetired {
+	for range retired {
 		if seeds[k.CurrentID()], _, err = k.Encrypt([]byte(k.CurrentID())); err != nil {
 			t.Fatal(err)
 		}

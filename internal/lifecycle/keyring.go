@@ -9,6 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/store"
 )
@@ -28,7 +29,7 @@ func Save(ctx context.Context, n *node.Node, _ admin.SaveRequest) (admin.Keyring
 	return n.Result(id, "the open keyring is stored again; what it replaced, if it could be read, is the previous revision")
 }
 
-// ReadStored reads a keyring file for display; nothing has vouched for it.
+// ReadStored reads a keyring file for display. Nothing has authenticated it.
 func ReadStored(ctx context.Context, cfg *config.Config) (*keyring.Untrusted, []byte, error) {
 	b, _, err := store.NewFile(cfg.Keyring()).Load(ctx)
 	if err != nil {
@@ -36,6 +37,27 @@ func ReadStored(ctx context.Context, cfg *config.Config) (*keyring.Untrusted, []
 	}
 	u, err := keyring.Parse(b)
 	return u, b, err
+}
+
+// ReadBackup reads a file to restore the keyring from. Nothing has authenticated it.
+func ReadBackup(file string) ([]byte, error) {
+	b, err := files.Read(file, keyring.MaxSize)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := keyring.Parse(b); err != nil && !errors.Is(err, keyring.ErrNewerFormat) {
+		return nil, fmt.Errorf("%s: %w", file, seal.WithHint(err, "name a file that kleidi keyring backup wrote, or give --previous"))
+	}
+	return b, nil
+}
+
+// ReadPrevious reads the previous revision, which the store of files keeps.
+func ReadPrevious(ctx context.Context, cfg *config.Config) ([]byte, error) {
+	b, err := store.NewFile(cfg.Keyring()).Previous(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("there is no previous revision: %w", files.HintRoot(err))
+	}
+	return b, nil
 }
 
 // Verify proves the stored keyring: a slot opens, the MAC verifies and the anchor
@@ -64,7 +86,8 @@ func Reload(ctx context.Context, n *node.Node, _ admin.ReloadRequest) (admin.Key
 	return n.Result(k, "the keyring was read again")
 }
 
-// NothingToSave is save without a running serve: no process holds a keyring open.
+// NothingToSave replaces Save without a running serve, because no process holds a keyring
+// open.
 func NothingToSave(context.Context, *node.Node, admin.SaveRequest) (admin.KeyringState, error) {
 	return admin.KeyringState{}, errors.New("kleidi serve does not run, so nothing holds a keyring open; to bring one back, run kleidi keyring restore --previous, or kleidi keyring restore BACKUP")
 }

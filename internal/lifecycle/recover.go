@@ -31,8 +31,8 @@ func Recover(ctx context.Context, n *node.Node, req admin.RecoverRequest) (admin
 }
 
 // replaceKeyring runs f, which replaces the stored keyring, and lets only one such
-// operation run at a time. If there is no keyring afterwards, and this process had left
-// the state folder to init before, it leaves it to init again.
+// operation run at a time. If this process did not hold the state folder before, and there
+// is no keyring afterwards, it leaves the folder to init again.
 func replaceKeyring(ctx context.Context, n *node.Node, f func() (admin.KeyringState, error)) (admin.KeyringState, error) {
 	n.Replacing.Lock()
 	defer n.Replacing.Unlock()
@@ -54,12 +54,13 @@ func recoverStored(ctx context.Context, n *node.Node, req admin.RecoverRequest) 
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	return recoverFrom(ctx, n, untrusted, version, req, checkOwnTPM)
+	return recoverFrom(ctx, n, source{untrusted: untrusted, replaces: version}, req)
 }
 
-// checkOwnTPM refuses to list another TPM for this node in a stored keyring of several nodes,
-// where a change counts as made in the cluster store. The stored keyring may be behind the
-// store, and its next revision would be a fork. A restored keyring has no store to ask.
+// checkOwnTPM refuses to list another TPM for this node in a stored keyring of several
+// nodes whose changes count as made in the cluster store. The stored keyring may be
+// behind the store, and its next revision would be a fork. A restored keyring has no
+// store to ask.
 func checkOwnTPM(k, next *keyring.Keyring) error {
 	if several(k) && k.Info().Commit == keyring.CommitCluster && next.Revision() > k.Revision() {
 		self, _ := k.Self()
@@ -68,9 +69,15 @@ func checkOwnTPM(k, next *keyring.Keyring) error {
 	return nil
 }
 
-// recoverFrom replaces the stored keyring of that version with the content of
-// untrusted, if check accepts the last revision.
-func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted, version store.Version, req admin.RecoverRequest, check func(k, next *keyring.Keyring) error) (admin.KeyringState, error) {
+// source is the keyring that a recovery starts from.
+type source struct {
+	untrusted *keyring.Untrusted
+	replaces  store.Version // of the stored keyring
+	restored  bool          // untrusted is not the stored keyring itself
+}
+
+// recoverFrom replaces the stored keyring with the content of the source.
+func recoverFrom(ctx context.Context, n *node.Node, from source, req admin.RecoverRequest) (admin.KeyringState, error) {
 	identity, err := n.Memory.Take(req.Identity)
 	if err != nil {
 		return admin.KeyringState{}, err
@@ -80,7 +87,10 @@ func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	old, err := openWith(ctx, untrusted, opener)
+	old, err := openWith(ctx, from.untrusted, opener)
+	if err == nil && from.restored {
+		old, err = asThisNode(n, old)
+	}
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
@@ -91,12 +101,18 @@ func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 		}
 	}
 	changes := reportRenewed(n, old)
+	if several(old) {
+		changes = []string{sealedAlone}
+	}
 	renew := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		revisions, err := renew(ctx, n, k, renewOptions{WithoutVerifier: req.WithoutVerifier})
 		if err != nil {
 			return nil, err
 		}
-		if err := check(k, revisions[len(revisions)-1]); err != nil {
+		if from.restored {
+			return revisions, nil
+		}
+		if err := checkOwnTPM(k, revisions[len(revisions)-1]); err != nil {
 			for _, next := range revisions {
 				next.Close()
 			}
@@ -105,7 +121,10 @@ func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 		return revisions, nil
 	}
 	before := old.Slots()
-	state, err := adopt(ctx, n, old, unlock.Opener{Wrapper: opener.Type()}, []seal.Wrapper{opener}, version, req.TrustKeyID, renew, changes...)
+	state, err := adopt(ctx, n, adoption{
+		opened: old, by: unlock.Opener{Wrapper: opener.Type()}, openers: []seal.Wrapper{opener},
+		replaces: from.replaces, trusted: req.TrustKeyID, revise: renew, changes: changes,
+	})
 	if err != nil {
 		return state, err
 	}
@@ -114,6 +133,20 @@ func recoverFrom(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 		state.Changes = slices.Concat(state.Changes, n.View.ReportMissing(k.Slots()), slotview.ReportDropped(before, k.Slots()), reseal.ReportRevoked(ctx, n, before, reseal.EarlierEpoch))
 	}
 	return state, err
+}
+
+// asThisNode returns a keyring of several nodes with an empty own section of this node in
+// place of another node's, if the keyring lists this node. The cluster store's keyring
+// has no own section at all.
+func asThisNode(n *node.Node, k *keyring.Keyring) (*keyring.Keyring, error) {
+	name := n.Config.Node
+	self, known := k.Self()
+	listed := slices.ContainsFunc(k.Nodes(), func(other keyring.Node) bool { return other.Name == name })
+	if !several(k) || !listed || known && self.Name == name {
+		return k, nil
+	}
+	defer k.Close()
+	return k.OnNode(name, nil, nil)
 }
 
 func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recovery.Wrapper) (*keyring.Keyring, error) {
@@ -135,26 +168,40 @@ func openWith(ctx context.Context, untrusted *keyring.Untrusted, opener *recover
 		"no recovery slot of the keyring opens with this identity")
 }
 
-// adopt makes a keyring that was opened without the anchor this node's keyring, once it
-// is vouched for, and lets turn rotate it, so that no key ID flips back.
-func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock.Opener, openers []seal.Wrapper, version store.Version, trusted seal.KeyID,
-	turn func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error), changes ...string) (admin.KeyringState, error) {
+// adoption is a keyring that was opened without the anchor, to become this node's keyring.
+type adoption struct {
+	opened   *keyring.Keyring
+	by       unlock.Opener  // the wrapper that opened it
+	openers  []seal.Wrapper // they also open its staged KEK
+	replaces store.Version  // of the stored keyring
+	trusted  seal.KeyID     // the key ID that the operator vouches for, or ""
+	// revise returns the revisions to save. With a fresh KEK, no key ID flips back.
+	revise  func(context.Context, *keyring.Keyring) ([]*keyring.Keyring, error)
+	changes []string // reported unless there is no room for a fresh KEK
+}
+
+// adopt makes a keyring this node's keyring, once something vouches for it.
+func adopt(ctx context.Context, n *node.Node, a adoption) (admin.KeyringState, error) {
+	opened, changes := a.opened, a.changes
 	defer opened.Close()
 	if err := n.CheckAnchorable(ctx); err != nil {
 		return admin.KeyringState{}, err
 	}
-	old, err := opened, error(nil)
-	if !several(opened) { // all nodes together decide whether to activate a staged KEK
-		old, err = rotation.Complete(ctx, opened, openers, time.Now())
+	open := rotation.OpenStaged // all nodes together decide whether to activate a staged KEK
+	if !several(opened) {
+		open = func(ctx context.Context, k *keyring.Keyring, openers []seal.Wrapper) (*keyring.Keyring, error) {
+			return rotation.Complete(ctx, k, openers, time.Now())
+		}
 	}
-	if err != nil && trusted == opened.CurrentID() && seal.CauseOf(err) != seal.CauseUnavailable { // the operator goes on without it
+	old, err := open(ctx, opened, a.openers)
+	if err != nil && (several(opened) || a.trusted == opened.CurrentID() && seal.CauseOf(err) != seal.CauseUnavailable) { // other nodes hold the staged KEK, or the operator vouches: go on without it
 		old, err = opened, nil
 	}
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
 	defer old.Close()
-	revision, err := vouch(ctx, n, old, opened.CurrentID(), trusted)
+	revision, err := vouch(ctx, n, old, opened.CurrentID(), a.trusted)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
@@ -165,17 +212,14 @@ func adopt(ctx context.Context, n *node.Node, opened *keyring.Keyring, by unlock
 	if raised != old {
 		defer raised.Close()
 	}
-	revisions, err := turn(ctx, raised)
+	revisions, err := a.revise(ctx, raised)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	switch same := revisions[len(revisions)-1].CurrentID() == old.CurrentID(); {
-	case same && several(old):
-		changes = []string{sealedAlone}
-	case same:
-		changes = []string{"the keyring opens again, under the KEK that it had: it has no room for another retired one"}
+	if revisions[len(revisions)-1].CurrentID() == old.CurrentID() && !several(old) {
+		changes = []string{"the keyring opens again under its former KEK: it has no room for another retired KEK"}
 	}
-	if err := n.Unlocker.Adopt(ctx, version, by, opened, revisions); err != nil {
+	if err := n.Unlocker.Adopt(ctx, a.replaces, a.by, opened, revisions); err != nil {
 		return admin.KeyringState{}, err
 	}
 	return n.Result(old.CurrentID(), changes...)
@@ -196,10 +240,10 @@ func raise(old *keyring.Keyring, revision uint64) (*keyring.Keyring, error) {
 	return old.AtLeast(revision)
 }
 
-// vouch returns what vouches for the recovered keyring: the anchor and, if a keyring is
-// open, the open keyring, whose KEK it must hold; otherwise the operator, who names id,
-// the current key ID of the given keyring. It returns the revision that the next one
-// must not be below.
+// vouch checks that something vouches for the recovered keyring: the anchor and, if a
+// keyring is open, the open keyring, whose KEK it must hold; otherwise the operator, who
+// names id, the current key ID of the given keyring. It returns the lowest revision that
+// the next keyring may have.
 func vouch(ctx context.Context, n *node.Node, k *keyring.Keyring, id, trusted seal.KeyID) (uint64, error) {
 	revision, err := vouchByAnchor(ctx, n, k, id, trusted)
 	if err != nil {

@@ -47,7 +47,7 @@ func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (a
 		if last.CurrentID() == former && several(k) {
 			changes[0] = sealedAlone
 		} else if last.CurrentID() == former {
-			changes[0] = "the KEK that it had is sealed to this machine's present boot state: the keyring has no room for another retired one"
+			changes[0] = "the former KEK is sealed to this machine's present boot state: the keyring has no room for another retired KEK"
 		}
 		changes = slices.Concat(changes, n.View.ReportMissing(last.Slots()), slotview.ReportDropped(k.Slots(), last.Slots()))
 		return revisions, nil
@@ -99,7 +99,7 @@ func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptio
 	if err := n.View.CheckFreshKEK(old); err != nil {
 		return nil, err
 	}
-	v, err := n.Remote.Demand(old.ClusterID(), o.WithoutVerifier)
+	v, err := n.Remote.DemandUnless(o.WithoutVerifier, old.ClusterID())
 	if err != nil {
 		return nil, err
 	}
@@ -186,19 +186,6 @@ func renewSlots(ctx context.Context, n *node.Node, tpmNow *tpm.Wrapper, kek *sea
 	}
 	rewrapped, err := rotation.Like(n.Rewrappers(), kept)(ctx, kek)
 	return append(slots, rewrapped...), err
-}
-
-// wrapSecondary wraps a KEK with the token or the server.
-func wrapSecondary(ctx context.Context, n *node.Node, kind string, kek *seal.Secret) (seal.Slot, error) {
-	w := n.Wrapper(kind)
-	if w == nil {
-		return seal.Slot{}, seal.Errorf(seal.CauseNoSlot, "configure "+kind+", and run kleidi slot add "+kind, "%s is not configured on this node", kind)
-	}
-	slot, err := w.Wrap(ctx, kek)
-	if err == nil {
-		err = rotation.Prove(ctx, kek, []seal.Slot{slot}, []seal.Wrapper{w})
-	}
-	return slot, err
 }
 
 // reportRenewed describes what renew does to a keyring.

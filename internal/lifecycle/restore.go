@@ -45,8 +45,8 @@ func restoreFrom(ctx context.Context, n *node.Node, req admin.RestoreRequest) (a
 	return state, err
 }
 
-// restoreWith replaces the stored keyring of that version. The new keyring opens with
-// the recovery identity, or with any wrapper of this node that opens it.
+// restoreWith replaces the stored keyring of that version. The new keyring opens with the
+// recovery identity, or with any wrapper of this node.
 func restoreWith(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted, version store.Version, req admin.RestoreRequest) (admin.KeyringState, error) {
 	if len(req.Identity) > 0 {
 		if !req.BreakTwoOfTwo {
@@ -54,16 +54,24 @@ func restoreWith(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 				return admin.KeyringState{}, err
 			}
 		}
-		return recoverFrom(ctx, n, untrusted, version, admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID, BreakTwoOfTwo: req.BreakTwoOfTwo}, func(_, _ *keyring.Keyring) error { return nil })
+		return recoverFrom(ctx, n, source{untrusted: untrusted, replaces: version, restored: true},
+			admin.RecoverRequest{Identity: req.Identity, TrustKeyID: req.TrustKeyID, BreakTwoOfTwo: req.BreakTwoOfTwo})
 	}
 	old, by, err := n.Unlocker.OpenUnanchored(ctx, untrusted)
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	turn := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
+	revise := func(ctx context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		return rotateIfRoom(ctx, n, k, req)
 	}
-	state, err := adopt(ctx, n, old, by, n.Openers(), version, req.TrustKeyID, turn, "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt")
+	change := "the keyring is restored; a fresh KEK is current, and all earlier ones still decrypt"
+	if several(old) {
+		revise = func(_ context.Context, k *keyring.Keyring) ([]*keyring.Keyring, error) { return asItWas(n, k, req) }
+		change = "the keyring is restored as it was; all nodes keep its KEK, and no other node is affected"
+	}
+	state, err := adopt(ctx, n, adoption{
+		opened: old, by: by, openers: n.Openers(), replaces: version, trusted: req.TrustKeyID, revise: revise, changes: []string{change},
+	})
 	if err != nil {
 		return state, err
 	}
@@ -72,6 +80,24 @@ func restoreWith(ctx context.Context, n *node.Node, untrusted *keyring.Untrusted
 		state.Changes = append(state.Changes, n.View.ReportMissing(k.Slots())...)
 	}
 	return state, err
+}
+
+// asItWas returns a restored keyring of several nodes unchanged: all nodes together rotate
+// its KEK.
+func asItWas(n *node.Node, k *keyring.Keyring, req admin.RestoreRequest) ([]*keyring.Keyring, error) {
+	if len(req.SkipSlots) > 0 {
+		return nil, errors.New("--skip-slot: the keyring has several nodes, and comes back in the slots that it has; leave --skip-slot out, and remove the slot afterwards")
+	}
+	if self, ok := k.Self(); !ok || self.Name != n.Config.Node {
+		return nil, seal.Errorf("", "restore it with --identity-file, which takes the copy of any node", "the keyring is the copy of another node than %s", n.Config.Node)
+	}
+	if !req.BreakTwoOfTwo {
+		if err := n.View.CheckRestore(k, nil); err != nil {
+			return nil, err
+		}
+	}
+	same, err := k.WithOwnSlots(k.OwnSlots(), k.OwnStagedSlots())
+	return []*keyring.Keyring{same}, err
 }
 
 // rotateIfRoom rotates a restored keyring in its slots, except those to skip. If there
@@ -89,7 +115,7 @@ func rotateIfRoom(ctx context.Context, n *node.Node, k *keyring.Keyring, req adm
 	if !slotview.Full(k) {
 		revisions, err := rotateKeyring(ctx, n, k, rotateOptions{
 			Skip: req.SkipSlots, BreakTwoOfTwo: req.BreakTwoOfTwo,
-			AcceptDataLoss: req.AcceptDataLoss || n.View.TwoOfTwo() != "", // a recovery slot would break two of two, and is left out
+			AcceptDataLoss: req.AcceptDataLoss || n.View.TwoOfTwo() != "", // a recovery slot would break two-of-two, and is left out
 		})
 		return revisions, hintIdentity(hintSkip(n, k, err, "run it again with"))
 	}
@@ -97,24 +123,10 @@ func rotateIfRoom(ctx context.Context, n *node.Node, k *keyring.Keyring, req adm
 	return []*keyring.Keyring{next}, err
 }
 
-// replacedSlots returns the slots of the replaced keyring: the open one, or else the
-// stored one, for which nothing vouches. The slots are only compared. It returns none
-// if that keyring is lost.
-func replacedSlots(ctx context.Context, n *node.Node) []seal.Slot {
-	if k, err := n.Unlocker.Keyring(); err == nil {
-		return k.Slots()
-	}
-	u, _, err := n.Stored(ctx)
-	if err != nil {
-		return nil
-	}
-	return u.Slots()
-}
-
 // hintIdentity adds a hint for a keyring that is being restored and is not open yet.
 func hintIdentity(err error) error {
 	if _, ok := errors.AsType[*node.OtherKeyError](err); !ok {
 		return err
 	}
-	return seal.WithHint(err, node.HintSameKey+"; or restore with --identity-file, which trusts the one that is there")
+	return seal.WithHint(err, node.HintSameKey+"; or restore with --identity-file, which trusts the present one")
 }

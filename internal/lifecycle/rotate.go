@@ -17,8 +17,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// Rotate makes a fresh KEK the current one, in the same slots. The keyring is of one node; package
-// rollout rotates those of several.
+// Rotate makes a fresh KEK the current one, in the same slots. The keyring must have one
+// node; package rollout rotates those of several.
 func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.KeyringState, error) {
 	var former seal.KeyID
 	var before []seal.Slot
@@ -47,12 +47,12 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 	if err != nil {
 		return admin.KeyringState{}, err
 	}
-	changes := slices.Concat([]string{"a fresh KEK is current; the former one is retired and still decrypts"}, n.View.ReportCompleted(before, k.Slots()), n.View.ReportMissing(k.Slots()))
-	return n.Result(former, append(changes, "kube-apiserver notices within about a minute; then rewrite stored Secrets: kubectl get secrets -A -o json | kubectl replace -f -")...)
+	changes := slices.Concat([]string{"a fresh KEK is current; the former one is retired and still decrypts"}, n.View.ReportCompleted(before, k.Slots()), n.View.ReportMissing(k.Slots()), slotview.ReportRoom(k))
+	return n.Result(former, append(changes, "kube-apiserver encrypts under it within three minutes; then rewrite the stored objects: kleidi migrate")...)
 }
 
 // CheckConfirmed refuses to give a fresh KEK to slots that no command on this node made,
-// unless the operator was shown each of them. The record takes them then.
+// unless the operator has seen and confirmed each of them. The record then includes them.
 func CheckConfirmed(ctx context.Context, n *node.Node, k *keyring.Keyring, confirmed []string) error {
 	c := n.Slots.Outside(ctx, k.ClusterID().String(), k.Slots())
 	if c.None() {
@@ -79,7 +79,7 @@ func rotateKeyring(ctx context.Context, n *node.Node, k *keyring.Keyring, o rota
 		return nil, seal.Errorf("", "start kleidi serve, and run kleidi rotate there", "the keyring has %d nodes, whose KEK only a running kleidi serve replaces; nothing was changed", len(k.Nodes()))
 	}
 	if slotview.Full(k) {
-		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving, and recover and reseal go on working (see docs/operations.md)",
+		return nil, seal.Errorf(seal.CauseStore, "remove a retired KEK with kleidi prune KEYID; until then the keyring goes on serving, and recover and reseal go on working (see docs/operations.md)",
 			"the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
 	}
 	wrap, err := wrapLike(ctx, n, k, o)
@@ -89,11 +89,10 @@ func rotateKeyring(ctx context.Context, n *node.Node, k *keyring.Keyring, o rota
 	return rotation.Rotate(ctx, n.Memory, k, wrap, n.Wrappers(), time.Now())
 }
 
-// addMissing returns a keyring with a slot, or a placeholder for a skipped one, for
-// each wrapper of unlock.order that has none, because a rotation follows the existing
-// slots. It leaves the TPM to reseal, which trusts a new TPM only when told so, and
-// adds nothing beside a two-of-two that would open alone. If nothing is missing, it
-// returns k itself.
+// addMissing adds a slot, or a placeholder for a skipped one, for each wrapper of
+// unlock.order that has none, because a rotation follows the existing slots. It leaves
+// the TPM to reseal, which trusts a new TPM only when told so. Beside a two-of-two it
+// adds nothing that would open alone. If nothing is missing, it returns k itself.
 func addMissing(ctx context.Context, n *node.Node, k *keyring.Keyring, without []string) (*keyring.Keyring, error) {
 	slots := k.Slots()
 	all := n.View.WithMissing(slots)
@@ -120,8 +119,8 @@ func addMissing(ctx context.Context, n *node.Node, k *keyring.Keyring, without [
 	return k.WithSlots(slots)
 }
 
-// WrapShared makes the shared slots of a new KEK of several nodes, as Rotate makes those of
-// one node. What is a node's own is not its concern.
+// WrapShared makes the slots of a new KEK that several nodes share, as Rotate makes the
+// slots of one node. Each node makes its own slots.
 func WrapShared(ctx context.Context, n *node.Node, k *keyring.Keyring, req admin.RotateRequest) (rotation.Wrap, error) {
 	all, err := addMissing(ctx, n, k, req.SkipSlots)
 	if err != nil {
@@ -192,7 +191,7 @@ func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOpt
 	if err := n.CheckSecondKey(ctx, k); err != nil {
 		return nil, err
 	}
-	v, err := n.Remote.Demand(k.ClusterID(), false)
+	v, err := n.Remote.Demand(k.ClusterID())
 	if err != nil {
 		return nil, err
 	}
@@ -210,8 +209,7 @@ func wrapLike(ctx context.Context, n *node.Node, k *keyring.Keyring, o rotateOpt
 	}, nil
 }
 
-// hintSkip adds to the refusal of a rotation that the slot can be left out, and how to
-// tell the command so.
+// hintSkip adds to the refusal of a rotation that the slot can be left out, and how.
 func hintSkip(n *node.Node, k *keyring.Keyring, err error, how string) error {
 	e, ok := errors.AsType[*rotation.SlotError](err)
 	if !ok {

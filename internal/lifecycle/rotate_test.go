@@ -1,12 +1,11 @@
 package lifecycle
 
 import (
-	"log/slog"
 	"testing"
 	"time"
 
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
@@ -15,24 +14,18 @@ import (
 // that opens alone. It makes no slot of the TPM either, because it would trust whatever
 // TPM is present.
 func TestNothingBesideBoth(t *testing.T) {
-	cfg := config.Default()
-	cfg.Unlock.Order = []string{seal.TypeTPM, seal.TypePKCS11}
-	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer n.Close()
+	n := nodetest.New(t, func(c *config.Config) { c.Unlock.Order = []string{seal.TypeTPM, seal.TypePKCS11} })
 	for kind, refused := range map[string]bool{seal.TypeTPMAndPKCS11: false, seal.TypeRecovery: true} {
 		kek, err := n.Memory.NewKEK()
 		if err != nil {
 			t.Fatal(err)
 		}
-		k, err := keyring.New(seal.ClusterID{1}, kek, []seal.Slot{{Type: kind, Node: cfg.Node, Data: []byte("{}")}}, nil, time.Now())
+		k, err := keyring.New(seal.ClusterID{1}, kek, []seal.Slot{{Type: kind, Node: n.Config.Node, Data: []byte("{}")}}, []keyring.Node{{Name: n.Config.Node}}, time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer k.Close()
-		// No token is configured, so a try to make that slot fails.
+		// No token is configured, so an attempt to make that slot fails.
 		if got, err := addMissing(t.Context(), n, k, nil); (err != nil) != refused || !refused && got != k {
 			t.Errorf("beside %s: %v, %v", kind, got, err)
 		}

@@ -12,13 +12,13 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
-// Recovery and a new TPM on one node of several: they concern that node alone. The KEK
-// and the other nodes stay in the keyring, because the other nodes hold the KEK.
+// Recovery, or a new TPM, on one node of several concerns that node alone. The KEK and the
+// other nodes stay in the keyring, because the other nodes hold the KEK.
 
-// several reports whether a keyring has other nodes than this one.
+// several reports whether a keyring has nodes other than this one.
 func several(k *keyring.Keyring) bool { return len(k.Nodes()) > 1 }
 
-const sealedAlone = "the KEK is sealed to this machine's present boot state; it stays the one of all nodes, and no other node is touched"
+const sealedAlone = "the KEK is sealed to this machine's present boot state; all nodes keep that KEK, and no other node is affected"
 
 // describeSelf returns this machine's entry in a keyring of that format.
 func describeSelf(ctx context.Context, n *node.Node, format int) (keyring.Node, error) {
@@ -53,16 +53,17 @@ func onThisMachine(old *keyring.Keyring, self keyring.Node, slots []seal.Slot) (
 	return listed.WithSlots(slots)
 }
 
-// renewAlone seals the KEK to this machine's present boot state in its own section. If
-// the machine has another TPM than the keyring lists, the seat changes its own entry;
-// any other node needs a new approval.
+// renewAlone seals the KEK to this machine's present boot state in its own section, and
+// with it the staged KEK, if that is open: the node could not end the rotation otherwise. If
+// the machine's TPM is not the one that the keyring lists, the seat changes its own
+// entry; any other node needs a new approval.
 func renewAlone(ctx context.Context, n *node.Node, w *tpm.Wrapper, old *keyring.Keyring, self keyring.Node, owing []seal.Slot) ([]*keyring.Keyring, error) {
 	if !n.View.OpensWithTPM() {
 		return nil, reseal.ErrNoTPM
 	}
 	listed, ok := old.Self()
 	if !ok || listed.Name != self.Name {
-		return nil, fmt.Errorf("the keyring is not that of node %s: approve this node and have it join", self.Name)
+		return nil, fmt.Errorf("the keyring is not node %s's: approve this node and have it join", self.Name)
 	}
 	if !listed.SameTPM(self) {
 		if err := keyring.CheckSeat(old); err != nil {
@@ -75,15 +76,20 @@ func renewAlone(ctx context.Context, n *node.Node, w *tpm.Wrapper, old *keyring.
 		defer next.Close()
 		old = next
 	}
-	slot, err := reseal.SealPresent(ctx, n, w, old.KEK())
-	if err != nil {
-		return nil, err
+	var own [2][]seal.Slot // of the current KEK and of the staged one
+	for i, kek := range []*seal.Secret{old.KEK(), keyring.StagedKEK(old)} {
+		if kek == nil {
+			continue
+		}
+		slot, err := reseal.SealPresent(ctx, n, w, kek)
+		if err != nil {
+			return nil, err
+		}
+		if own[i], err = n.View.Owing(owing, []seal.Slot{slot}); err != nil {
+			return nil, err
+		}
 	}
-	own, err := n.View.Owing(owing, []seal.Slot{slot})
-	if err != nil {
-		return nil, err
-	}
-	here, err := old.WithOwnSlots(own, nil)
+	here, err := old.WithOwnSlots(own[0], own[1])
 	if err != nil {
 		return nil, err
 	}

@@ -80,11 +80,11 @@ func (d *Desk) approve(ctx context.Context, req admin.ApproveNodeRequest) (r adm
 	return r, nil
 }
 
-const upgradedNote = "the keyring is written in format 2 from now on, which several nodes share; versions of kleidi before this one can't read it"
+const upgradedNote = "the keyring is written in format 2 from now on, which several nodes share; earlier versions of kleidi can't read it"
 
-// listWithoutTPM lists a node that has no TPM, and so can prove nothing: it opens the
-// keyring by a token or a server that all nodes share, and its operator carries the
-// keyring there.
+// listWithoutTPM lists a node that has no TPM, and so can prove nothing. The node
+// opens the keyring with a token or a server that all nodes share, and the operator
+// carries the keyring there.
 func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest) (r admin.NodeApproval, err error) {
 	if len(req.Files) > 0 || len(req.BootPolicy) > 0 {
 		return r, errors.New("--no-tpm: a machine without a TPM proves nothing, so no boot policy judges it and no bootstrap file is handed over")
@@ -207,7 +207,7 @@ func (d *Desk) approval(k *keyring.Keyring, req admin.ApproveNodeRequest) (*join
 // verifierOf returns the remote verifier that a node's slots must demand, if one is
 // configured here.
 func (d *Desk) verifierOf(cluster seal.ClusterID, name string) (*tpm.Verifier, error) {
-	v, err := d.node.Remote.Demand(cluster, false)
+	v, err := d.node.Remote.Demand(cluster)
 	if v != nil {
 		v.Ref = remote.PolicyRef(cluster, name)
 	}
@@ -244,6 +244,9 @@ func (d *Desk) upgrade(ctx context.Context) (done bool, err error) {
 	})
 	if errors.Is(err, errNothing) {
 		return false, nil
+	}
+	if err == nil && d.node.Replica != nil {
+		d.node.Replica.Kick() // only a keyring of this format can be handed over to the cluster store
 	}
 	return err == nil, err
 }
@@ -282,6 +285,9 @@ func (d *Desk) List(ctx context.Context, _ admin.ListNodesRequest) (admin.NodeLi
 	}
 	self, _ := k.Self()
 	l := list(k.Info(), k.Format(), self.Name, d.server.Unfinished())
+	for _, a := range d.server.Unused() {
+		l.Approvals = append(l.Approvals, admin.UnusedApproval(a))
+	}
 	records := rollout.Records(ctx, d.node, k)
 	for i := range l.Nodes {
 		l.Nodes[i].Record = records[l.Nodes[i].Node]
@@ -290,8 +296,8 @@ func (d *Desk) List(ctx context.Context, _ admin.ListNodesRequest) (admin.NodeLi
 	return l, nil
 }
 
-// ListStored lists the nodes of the stored keyring, where no serve runs. Nothing has
-// vouched for it.
+// ListStored lists the nodes of the stored keyring if no serve runs. Nothing
+// authenticates that keyring.
 func ListStored(ctx context.Context, n *node.Node) (admin.NodeList, error) {
 	u, _, err := n.Stored(ctx)
 	if err != nil {
@@ -303,19 +309,21 @@ func ListStored(ctx context.Context, n *node.Node) (admin.NodeList, error) {
 }
 
 func list(i keyring.Info, format int, self string, unfinished map[string]bool) admin.NodeList {
-	l := admin.NodeList{ClusterID: i.ClusterID.String(), KeyID: i.Current.KeyID, Revision: i.Revision, Format: format, Commit: string(i.Commit), Seat: i.Seat, Nodes: []admin.NodeReport{}}
+	l := admin.NodeList{ClusterID: i.ClusterID.String(), KeyID: i.Current.KeyID, Revision: i.Revision, Format: format, Commit: string(i.Commit), Seat: i.Seat, Nodes: []admin.NodeReport{}, Former: i.Former}
 	for _, n := range i.Nodes {
 		l.Nodes = append(l.Nodes, admin.NodeReport{Node: n.Name, EK: n.EK, Self: n.Name == self, Seat: n.Name == i.Seat, EpochIndex: n.EpochIndex, Added: n.Added, Unfinished: unfinished[n.Name]})
 	}
 	return l
 }
 
-// Remove takes the next step of a removal. Its nodes can't go on with a join any more.
+// Remove takes the next step of a removal. The removed nodes can no longer go on with a
+// join.
 func (d *Desk) Remove(ctx context.Context, req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
 	for _, name := range req.Nodes {
 		d.server.Forget(name)
 	}
-	r, err := leaving.Remove(ctx, d.node, req)
+	audit := func(all ...leaving.Record) error { return files.AppendJSON(&d.audit, all) }
+	r, err := leaving.Remove(ctx, d.node, audit, req)
 	if err == nil && len(r.Changes) > 0 {
 		d.node.Log.Info("nodes are removed", "nodes", req.Nodes, "phase", r.Phase, "revision", r.Revision)
 	}

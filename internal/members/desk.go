@@ -21,8 +21,8 @@ import (
 )
 
 // Reviser makes a revision of the shared keyring. It calls f with the open keyring, and
-// commits the revisions that f returns, one after the other. Once it returns, they
-// count as made.
+// commits the revisions that f returns, one after the other. Once it returns, they count
+// as made.
 type Reviser interface {
 	Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyring.Keyring, error)) error
 }
@@ -134,7 +134,8 @@ func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven) (*join.Admission,
 	return a, nil
 }
 
-// withNode returns the revision that lists the node; listed says that k does.
+// withNode returns the revision that lists the node. listed says that k already lists
+// it.
 func withNode(k *keyring.Keyring, p *joinproof.Proven) (next *keyring.Keyring, listed bool, err error) {
 	if err := keyring.CheckSeat(k); err != nil {
 		return nil, false, err
@@ -168,7 +169,7 @@ func (d *Desk) grant(ctx context.Context, k *keyring.Keyring, p *joinproof.Prove
 	return nil
 }
 
-// wrapFor makes an import slot for the node's TPM. If two of two must open together,
+// wrapFor makes an import slot for the node's TPM. If two wrappers must open together,
 // the shared wrapper makes the other half of the slot.
 func (d *Desk) wrapFor(ctx context.Context, kek *seal.Secret, p *joinproof.Proven) (seal.Slot, error) {
 	kind := d.node.View.TwoOfTwo()

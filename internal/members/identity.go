@@ -11,7 +11,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest"
 )
 
-// Identity is what an operator needs in order to approve a machine.
+// Identity holds the facts that an operator needs in order to approve a machine.
 type Identity struct {
 	Node string `json:"node"`
 	// EK is the digest of the endorsement key, which the operator approves.

@@ -29,10 +29,10 @@ type JoinOptions struct {
 	Address  string
 	Verifier string         // digest of the certificate of the node that gives the KEK
 	Trust    keyring.Anchor // the node's first anchor
-	// Keyring is a copy of the keyring, where this machine has no TPM and proves nothing;
-	// nil where Address gives it.
+	// Keyring is a copy of the keyring for a machine without a TPM, which proves nothing.
+	// It is nil if Address provides the keyring.
 	Keyring []byte
-	// Progress receives each step.
+	// Progress is told each step, for display.
 	Progress func(step string)
 }
 
@@ -45,15 +45,14 @@ type JoinResult struct {
 	Keyring   string         `json:"keyring"`
 	// Before says that the node had joined before, and nothing was done.
 	Before bool `json:"before,omitempty"`
-	// Files are the bootstrap files that came along, by path.
+	// Files are the paths of the bootstrap files that came with the keyring.
 	Files []string `json:"files,omitempty"`
 	Notes []string `json:"notes,omitempty"`
 }
 
 // Join makes this machine a node of the cluster. Until its last step only the TPM's
-// epoch counter exists here, and the command can be run again after it broke off at any
-// step: it saves the anchor before the keyring, and an anchor without a keyring means
-// nothing.
+// epoch counter exists here, and an interrupted command can be run again: it saves the
+// anchor before the keyring, and an anchor without a keyring means nothing.
 func Join(ctx context.Context, n *node.Node, o JoinOptions) (*JoinResult, error) {
 	r, err := joinCluster(ctx, n, o)
 	if err != nil {
@@ -208,8 +207,8 @@ func (j *joiner) loadAnchor(ctx context.Context) error {
 	return nil
 }
 
-// look is the preflight: it finds anything that would later keep this node from opening
-// its keyring, before it asks anybody.
+// look is the preflight: before it asks another machine, it finds anything that would
+// later keep this node from opening its keyring.
 func (j *joiner) look(ctx context.Context) error {
 	if !j.View.OpensWithTPM() {
 		return reseal.ErrNoTPM
@@ -225,7 +224,7 @@ func (j *joiner) look(ctx context.Context) error {
 	if err := j.recordPolicy(ctx); err != nil {
 		return err
 	}
-	if j.verifier, err = j.Remote.Demand(j.Trust.ClusterID, false); err != nil {
+	if j.verifier, err = j.Remote.Demand(j.Trust.ClusterID); err != nil {
 		return err
 	}
 	if j.state, err = j.Gate.State(ctx); err != nil {
@@ -331,7 +330,7 @@ func (j *joiner) check(k *keyring.Keyring) error {
 	return nil
 }
 
-// explain says what it means that --trust does not vouch for a keyring.
+// explain says why --trust may not vouch for a keyring.
 func (j *joiner) explain(err error) error {
 	if seal.CauseOf(err) != seal.CauseAnchor {
 		return err

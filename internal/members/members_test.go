@@ -25,7 +25,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// machine is one with its configuration.
+// machine returns a machine with its configuration.
 func machine(t *testing.T, name string, change ...func(*config.Config)) *node.Node {
 	t.Helper()
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
@@ -46,13 +46,13 @@ func machine(t *testing.T, name string, change ...func(*config.Config)) *node.No
 }
 
 // seat is a node with an open keyring, and its desk, which listens.
-func seat(t *testing.T) (*node.Node, *Desk) {
+func seat(t *testing.T, change ...func(*config.Config)) (*node.Node, *Desk) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := machine(t, "alpha", func(c *config.Config) { c.Join.Listen = l.Addr().String() })
+	n := machine(t, "alpha", append(change, func(c *config.Config) { c.Join.Listen = l.Addr().String() })...)
 	identity, recipient, err := recovery.GenerateIdentity(seal.Memory{})
 	if err != nil {
 		t.Fatal(err)
@@ -149,8 +149,8 @@ func TestJoinWhileStaged(t *testing.T) {
 	}
 }
 
-// TestStagedClosed: a node whose staged KEK does not open gives no keyring away that lacks
-// it, and lists nobody.
+// TestStagedClosed: a node whose staged KEK does not open hands out no keyring that
+// lacks this KEK, and adds no node.
 func TestStagedClosed(t *testing.T) {
 	n, d := seat(t)
 	j := machine(t, "beta")

@@ -14,7 +14,7 @@ import (
 const migrations = "/apis/storagemigration.k8s.io/v1/storageversionmigrations"
 
 // choose returns the way that this cluster offers. Only v1 of StorageVersionMigration
-// counts: earlier ones are switched off by default.
+// counts: earlier versions are disabled by default.
 func choose(ctx context.Context, c *kube.Client) (string, error) {
 	err := c.Do(ctx, http.MethodGet, "/apis/storagemigration.k8s.io/v1", "", nil, nil)
 	switch {
@@ -57,58 +57,101 @@ type condition struct {
 	Message string `json:"message"`
 }
 
-// Times of the wait for a migration.
-const (
-	pollEvery = time.Second
-	// unnoticed bounds the time until kube-controller-manager begins. It first waits for the
-	// garbage collector's caches.
-	unnoticed = 90 * time.Second
-)
-
-// later moves the deadline on while a migration is under way.
-func later(deadline time.Time, begun bool) time.Time {
-	if begun {
-		return time.Now().Add(unnoticed)
-	}
-	return deadline
+// patience is how long a migration may take to begin. kube-controller-manager waits until
+// its garbage collector's cache of the resource is as new as the request. On a quiet
+// cluster the cache moves on only with the watch's bookmarks, about once a minute.
+type patience struct {
+	poll time.Duration
+	// explain is the time after which the operator is told why nothing happens.
+	explain time.Duration
+	// unnoticed is the time after which no controller is believed to run.
+	unnoticed time.Duration
 }
 
-// byAPI makes a StorageVersionMigration, waits for its end, and removes it.
-func byAPI(ctx context.Context, c *kube.Client, r resource) error {
+// usualPatience gives up late: a healthy cluster was seen to begin after 88 seconds.
+var usualPatience = patience{poll: time.Second, explain: 5 * time.Second, unnoticed: 5 * time.Minute}
+
+// request is a StorageVersionMigration that kube-controller-manager is asked for.
+type request struct {
+	client   *kube.Client
+	resource resource
+	patience patience
+	// waiting is told once why nothing happens, if the migration does not begin soon.
+	waiting func(message string)
+
+	made      migration
+	begun     bool
+	since     time.Time // the creation, then the last answer after the beginning
+	explained bool
+}
+
+func (q *request) path() string { return migrations + "/" + q.made.Metadata.Name }
+
+// run makes the StorageVersionMigration, waits for its end, and removes it.
+func (q *request) run(ctx context.Context) error {
 	m := migration{APIVersion: "storagemigration.k8s.io/v1", Kind: "StorageVersionMigration",
-		Metadata: migrationMetadata{GenerateName: "kleidi-" + r.name + "-"}, Spec: migrationSpec{migrationResource{r.group, r.name}}}
-	if err := c.Do(ctx, http.MethodPost, migrations, kube.JSON, m, &m); err != nil {
+		Metadata: migrationMetadata{GenerateName: "kleidi-" + q.resource.name + "-"}, Spec: migrationSpec{migrationResource{q.resource.group, q.resource.name}}}
+	if err := q.client.Do(ctx, http.MethodPost, migrations, kube.JSON, m, &q.made); err != nil {
 		return err
 	}
-	path := migrations + "/" + m.Metadata.Name
-	begun := false
-	deadline := time.Now().Add(unnoticed)
+	q.since = time.Now()
 	for {
-		var answered *kube.Refusal
-		if err := c.Do(ctx, http.MethodGet, path, "", nil, &m); errors.As(err, &answered) {
+		if ended, err := q.look(ctx); ended || err != nil {
 			return err
-		} else if err != nil && time.Now().After(deadline) { // kube-apiserver may restart
-			return err
-		} else if err == nil {
-			deadline = later(deadline, begun)
 		}
-		for _, s := range m.Status.Conditions {
-			switch begun = true; {
-			case s.Status != "True":
-			case s.Type == "Succeeded":
-				return c.Do(ctx, http.MethodDelete, path, "", nil, nil)
-			case s.Type == "Failed":
-				return &seal.Error{Err: fmt.Errorf("StorageVersionMigration %s has failed: %s", m.Metadata.Name, seal.OneLine(s.Message, 300)), Hint: "run kleidi migrate --by=patch"}
-			}
-		}
-		if !begun && time.Now().After(deadline) {
-			err := errors.Join(fmt.Errorf("kube-controller-manager has not begun with StorageVersionMigration %s", m.Metadata.Name), c.Do(ctx, http.MethodDelete, path, "", nil, nil))
-			return &seal.Error{Err: err, Hint: "run kleidi migrate --by=patch"}
-		}
+		q.explain()
 		select {
-		case <-time.After(pollEvery):
+		case <-time.After(q.patience.poll):
 		case <-ctx.Done():
-			return &seal.Error{Err: ctx.Err(), Hint: "StorageVersionMigration " + m.Metadata.Name + " goes on without kleidi"}
+			return &seal.Error{Err: ctx.Err(), Hint: "StorageVersionMigration " + q.made.Metadata.Name + " goes on without kleidi"}
 		}
 	}
+}
+
+// look reads the state of the migration once.
+func (q *request) look(ctx context.Context) (ended bool, err error) {
+	late := time.Since(q.since) > q.patience.unnoticed
+	var answered *kube.Refusal
+	if err := q.client.Do(ctx, http.MethodGet, q.path(), "", nil, &q.made); errors.As(err, &answered) || err != nil && late {
+		return false, err
+	} else if err != nil {
+		return false, nil // kube-apiserver may restart
+	}
+	for _, s := range q.made.Status.Conditions {
+		q.begun, q.since = true, time.Now()
+		switch {
+		case s.Status != "True":
+		case s.Type == "Succeeded":
+			return true, q.client.Do(ctx, http.MethodDelete, q.path(), "", nil, nil)
+		case s.Type == "Failed":
+			return false, &seal.Error{Err: fmt.Errorf("StorageVersionMigration %s has failed: %s", q.made.Metadata.Name, seal.OneLine(s.Message, 300)), Hint: "run kleidi migrate --by=patch"}
+		}
+	}
+	if !q.begun && late {
+		err := fmt.Errorf("kube-controller-manager has not begun with StorageVersionMigration %s in %v", q.made.Metadata.Name, q.patience.unnoticed)
+		return false, &seal.Error{Err: errors.Join(err, q.client.Do(ctx, http.MethodDelete, q.path(), "", nil, nil)), Hint: "run kleidi migrate --by=patch"}
+	}
+	return false, nil
+}
+
+// explain tells the operator once why nothing happens.
+func (q *request) explain() {
+	if q.begun || q.explained || q.waiting == nil || time.Since(q.since) < q.patience.explain {
+		return
+	}
+	q.explained = true
+	q.waiting(fmt.Sprintf("%s: waiting for kube-controller-manager, up to %v: it begins only when its garbage collector's cache is as new as the request, which takes a minute or two on a quiet cluster; --by=patch does not wait",
+		seal.OneLine(q.resource.String(), 100), q.patience.unnoticed))
+}
+
+// refused adds the next step to an error of the API.
+func refused(err error) error {
+	var e *seal.Error
+	switch {
+	case errors.As(err, &e):
+		return err
+	case kube.Refused(err, http.StatusForbidden):
+		return &seal.Error{Err: err, Hint: "kleidi migrate --dry-run shows the ClusterRole that the user in the kubeconfig needs"}
+	}
+	return &seal.Error{Err: err, Hint: hintAgain}
 }

@@ -7,17 +7,16 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
 
-// resource is one that the API serves.
+// resource is a resource that the API serves.
 type resource struct {
 	group, version, name string
 	namespaced           bool
 }
 
-// String returns the name as an EncryptionConfiguration has it.
+// String returns the name in the form of an EncryptionConfiguration.
 func (r resource) String() string {
 	if r.group == "" {
 		return r.name
@@ -33,7 +32,7 @@ func (r resource) api() string {
 	return "/apis/" + r.group + "/" + r.version
 }
 
-// path returns the path of an object, or of the list of all without a name.
+// path returns the path of an object or, without a name, of the list of all objects.
 func (r resource) path(namespace, name string) string {
 	p := r.api()
 	if namespace != "" {
@@ -60,11 +59,11 @@ type resourceList struct {
 }
 
 // discover returns the resources that names stand for, each in the version that the API
-// prefers.
-func discover(ctx context.Context, c *kube.Client, names []string) (all []resource, err error) {
+// prefers, and the names for which the API serves no resource.
+func discover(ctx context.Context, c *kube.Client, names []string) (all []resource, unserved []string, err error) {
 	var groups groupList
 	if err := c.Do(ctx, http.MethodGet, "/apis", "", nil, &groups); err != nil {
-		return nil, fmt.Errorf("migrate: the API's groups: %w", err)
+		return nil, nil, fmt.Errorf("migrate: the API's groups: %w", err)
 	}
 	versions := map[string]string{"": "v1"}
 	for _, g := range groups.Groups {
@@ -73,7 +72,10 @@ func discover(ctx context.Context, c *kube.Client, names []string) (all []resour
 	for _, name := range sorted(slices.Clone(names)) {
 		found, err := named(ctx, c, name, versions)
 		if err != nil {
-			return nil, fmt.Errorf("migrate: %w", err)
+			return nil, nil, fmt.Errorf("migrate: %w", err)
+		}
+		if len(found) == 0 {
+			unserved = append(unserved, name)
 		}
 		for _, r := range found {
 			if !slices.Contains(all, r) {
@@ -81,10 +83,10 @@ func discover(ctx context.Context, c *kube.Client, names []string) (all []resour
 			}
 		}
 	}
-	return all, nil
+	return all, unserved, nil
 }
 
-// named returns the resources of one name, which may be a wildcard.
+// named returns the resources of one name, which may be a wildcard. There may be none.
 func named(ctx context.Context, c *kube.Client, name string, versions map[string]string) (found []resource, err error) {
 	kind, group, _ := strings.Cut(name, ".")
 	groups := []string{group}
@@ -98,7 +100,7 @@ func named(ctx context.Context, c *kube.Client, name string, versions map[string
 	for _, g := range groups {
 		version, ok := versions[g]
 		if !ok {
-			return nil, &seal.Error{Err: fmt.Errorf("the API serves no group %s", g), Hint: "name the resources of the EncryptionConfiguration with --resources"}
+			continue
 		}
 		var list resourceList
 		if err := c.Do(ctx, http.MethodGet, resource{group: g, version: version}.api(), "", nil, &list); err != nil {
@@ -110,9 +112,6 @@ func named(ctx context.Context, c *kube.Client, name string, versions map[string
 				found = append(found, resource{g, version, r.Name, r.Namespaced})
 			}
 		}
-	}
-	if len(found) == 0 {
-		return nil, &seal.Error{Err: fmt.Errorf("the API serves no resource %s", name), Hint: "name the resources of the EncryptionConfiguration with --resources"}
 	}
 	return found, nil
 }
@@ -137,4 +136,10 @@ func ClusterRole(by string, resources []resource) string {
 		fmt.Fprintf(&b, "  - apiGroups: [%q]\n    resources: [%s]\n    verbs: [list, patch]\n", g, strings.Join(sorted(byGroup[g]), ", "))
 	}
 	return b.String()
+}
+
+// sorted returns names without duplicates.
+func sorted(names []string) []string {
+	slices.Sort(names)
+	return slices.Compact(names)
 }

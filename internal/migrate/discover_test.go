@@ -21,8 +21,8 @@ func TestResource(t *testing.T) {
 	}
 }
 
-// TestClusterRole: the role allows what the way needs and nothing else; the API's way needs
-// no right on any object.
+// TestClusterRole: the role allows what the way of migrating needs, and nothing else. The
+// API's way needs no right on any object.
 func TestClusterRole(t *testing.T) {
 	all := []resource{{version: "v1", name: "secrets"}, {version: "v1", name: "configmaps"}, {group: "apps", version: "v1", name: "deployments"}}
 	role := ClusterRole(ByPatch, all)
@@ -39,7 +39,7 @@ func TestClusterRole(t *testing.T) {
 	}
 }
 
-// TestSorted: names come sorted, once each.
+// TestSorted: the names are sorted, without duplicates.
 func TestSorted(t *testing.T) {
 	if got := sorted([]string{"b", "a", "b"}); !slices.Equal(got, []string{"a", "b"}) {
 		t.Error(got)

@@ -1,18 +1,17 @@
-// Package migrate has kube-apiserver write stored objects again, so that they come under
-// the current key. It changes none of them: where the cluster serves
-// StorageVersionMigration, kube-controller-manager does the work; elsewhere each object
-// gets an empty patch. kube-apiserver writes an unchanged object only if it is stored
-// under another key, so that a migration that was interrupted goes on where it was when
-// it is run again.
+// Package migrate makes kube-apiserver rewrite stored objects under the current key. It
+// changes no object: if the cluster serves StorageVersionMigration,
+// kube-controller-manager does the work; otherwise each object gets an empty patch.
+// kube-apiserver writes an unchanged object only if it is stored under another key, so an
+// interrupted migration that is run again continues where it stopped.
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,56 +22,16 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
 
-// The ways to migrate.
-const (
-	// ByAPI leaves the work to StorageVersionMigration.
-	ByAPI = "api"
-	// ByPatch patches each object.
-	ByPatch = "patch"
-)
-
-// Options say what to migrate, and how.
-type Options struct {
-	// Resources are as in an EncryptionConfiguration: secrets, or *.stable.example.com.
-	Resources []string
-	// By is ByAPI or ByPatch. If empty, the API is used where it is served.
-	By string
-	// Workers patch side by side, all of them together at most Rate objects per second.
-	Workers int
-	Rate    float64
-	// DryRun counts, and changes nothing.
-	DryRun bool
-	// Progress is told after each object.
-	Progress func(resource string, done int)
-}
-
-// Result says what was done.
-type Result struct {
-	DryRun    bool       `json:"dryRun,omitempty"`
-	By        string     `json:"by"`
-	Resources []Migrated `json:"resources"`
-	// ClusterRole is what the user in the kubeconfig needs, as YAML.
-	ClusterRole string `json:"clusterRole,omitempty"`
-}
-
-// Migrated is one resource.
-type Migrated struct {
-	Name string `json:"name"`
-	// Objects is missing if the API does the work, which counts none.
-	Objects int `json:"objects,omitempty"`
-	// Conflicts counts the retries of objects that somebody else wrote meanwhile. Gone
-	// counts those that were deleted.
-	Conflicts int `json:"conflicts,omitempty"`
-	Gone      int `json:"gone,omitempty"`
-}
-
-// Run migrates.
+// Run migrates the named resources.
 func Run(ctx context.Context, c *kube.Client, o Options) (*Result, error) {
-	resources, err := discover(ctx, c, o.Resources)
+	resources, unserved, err := discover(ctx, c, o.Resources)
+	if err == nil && len(unserved) > 0 && (!o.SkipUnserved || len(resources) == 0) {
+		err = seal.Errorf("", "name the resources of the EncryptionConfiguration with --resources", "migrate: the API serves no resource %s", seal.OneLine(unserved[0], 100))
+	}
 	if err != nil {
 		return nil, err
 	}
-	r := &Result{DryRun: o.DryRun, By: o.By, Resources: []Migrated{}}
+	r := &Result{DryRun: o.DryRun, By: o.By, Resources: []Migrated{}, Unserved: unserved}
 	if r.By == "" {
 		if r.By, err = choose(ctx, c); err != nil {
 			return nil, err
@@ -81,37 +40,29 @@ func Run(ctx context.Context, c *kube.Client, o Options) (*Result, error) {
 	if o.DryRun {
 		r.ClusterRole = ClusterRole(r.By, resources)
 	}
+	var left error // the first resource of which objects are left
 	limit := rate.NewLimiter(rate.Limit(o.Rate), max(o.Workers, 1))
 	for _, resource := range resources {
 		m := Migrated{Name: resource.String()}
 		switch {
 		case r.By == ByAPI && o.DryRun:
 		case r.By == ByAPI:
-			err = byAPI(ctx, c, resource)
+			q := &request{client: c, resource: resource, patience: usualPatience, waiting: o.Waiting}
+			err = q.run(ctx)
 		default:
 			p := &patcher{client: c, resource: resource, limit: limit, options: o}
 			m, err = p.run(ctx)
 		}
 		r.Resources = append(r.Resources, m)
 		if err != nil {
-			return r, fmt.Errorf("migrate %s: %w", resource, refused(err))
+			err = fmt.Errorf("migrate %s: %w", resource, refused(err))
+			if m.Refused == 0 || m.Objects == 0 && m.Refused >= allRefused {
+				return r, err
+			}
+			left = cmp.Or(left, err)
 		}
 	}
-	return r, nil
-}
-
-const hintAgain = "run kleidi migrate again: objects under the current key are not written again"
-
-// refused adds the next step to an error of the API.
-func refused(err error) error {
-	if kube.Refused(err, http.StatusForbidden) {
-		return &seal.Error{Err: err, Hint: "kleidi migrate --dry-run shows the ClusterRole that the user in the kubeconfig needs"}
-	}
-	var e *seal.Error
-	if errors.As(err, &e) {
-		return err
-	}
-	return &seal.Error{Err: err, Hint: hintAgain}
+	return r, left
 }
 
 // patcher patches the objects of one resource.
@@ -123,8 +74,10 @@ type patcher struct {
 
 	conflicts, gone atomic.Int64
 
-	mu   sync.Mutex // held while Progress is told
-	done int
+	mu      sync.Mutex // held while Progress is told
+	done    int
+	refused int
+	first   error // the first refusal
 }
 
 // Limits of a page of a list.
@@ -149,7 +102,13 @@ type object struct {
 
 func (p *patcher) run(ctx context.Context) (Migrated, error) {
 	err := p.pages(ctx)
-	return Migrated{p.resource.String(), p.done, int(p.conflicts.Load()), int(p.gone.Load())}, err
+	if err == nil && p.refused > 0 {
+		err = fmt.Errorf("%s refused by the API; the first is %w", counted(p.refused, "object"), p.first)
+		if p.done > 0 || !kube.Refused(err, http.StatusForbidden) {
+			err = &seal.Error{Err: err, Hint: "correct these objects, or the admission policy that refuses them, and run kleidi migrate again"}
+		}
+	}
+	return Migrated{p.resource.String(), p.done, int(p.conflicts.Load()), int(p.gone.Load()), p.refused}, err
 }
 
 // pages lists the metadata of all objects, and patches those of each page.
@@ -196,8 +155,13 @@ func (p *patcher) patchAll(ctx context.Context, items []object) error {
 	for range max(p.options.Workers, 1) {
 		workers.Go(func() {
 			for o := range work {
-				if err := p.patch(ctx, o); err != nil {
-					cancel(fmt.Errorf("%s: %w", p.resource.path(o.Metadata.Namespace, o.Metadata.Name), err))
+				err := p.patch(ctx, o)
+				if err == nil {
+					continue
+				}
+				err = fmt.Errorf("%s: %w", p.resource.path(o.Metadata.Namespace, o.Metadata.Name), err)
+				if !p.goOn(err) {
+					cancel(err)
 				}
 			}
 		})
@@ -222,15 +186,33 @@ func (p *patcher) count(n int) {
 	}
 }
 
-// patch has one object written again. An empty patch changes nothing, so it never
-// overwrites what somebody else writes, and it makes no object that was deleted.
+// allRefused is the number of refusals after which a migration ends, unless some other
+// object of the resource was written.
+const allRefused = 20
+
+// goOn notes an error, and reports whether the other objects are still tried: an object
+// that the API refuses must not hold up the others.
+func (p *patcher) goOn(err error) bool {
+	r, ok := errors.AsType[*kube.Refusal](err)
+	if !ok || r.Code >= 500 || r.Code == http.StatusUnauthorized || r.Code == http.StatusTooManyRequests || r.Code == http.StatusConflict {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refused++
+	p.first = cmp.Or(p.first, err)
+	return p.done > 0 || p.refused < allRefused
+}
+
+// patch makes kube-apiserver rewrite one object. An empty patch changes nothing, so it
+// never overwrites somebody else's write, and it does not recreate a deleted object.
 func (p *patcher) patch(ctx context.Context, o object) error {
 	path := p.resource.path(o.Metadata.Namespace, o.Metadata.Name) + "?fieldManager=kleidi-migrate"
 	for try := 1; ; try++ {
 		if err := p.limit.Wait(ctx); err != nil {
 			return err
 		}
-		err := p.client.Do(ctx, http.MethodPatch, path, kube.MergePatch, struct{}{}, nil)
+		err := p.client.Rewrite(ctx, path)
 		r, answered := errors.AsType[*kube.Refusal](err)
 		switch {
 		case err == nil:
@@ -253,7 +235,7 @@ func (p *patcher) patch(ctx context.Context, o object) error {
 	}
 }
 
-// pause waits longer at each try.
+// pause waits longer after each attempt.
 func pause(ctx context.Context, try int) error {
 	select {
 	case <-time.After(50 * time.Millisecond << try):
@@ -261,10 +243,4 @@ func pause(ctx context.Context, try int) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-}
-
-// sorted returns names without duplicates.
-func sorted(names []string) []string {
-	slices.Sort(names)
-	return slices.Compact(names)
 }

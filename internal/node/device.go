@@ -8,9 +8,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/keys"
 )
 
-// TPMOpenTo says who besides root and kleidi's user may use the TPM: "" is nobody, or it
-// is not known. With a copy of the keyring they have the KEK: the TPM asks who booted, and
-// not which user sends the command.
+// TPMOpenTo says which users other than root and kleidi's own may use the TPM; "" means
+// none, or unknown. With a copy of the keyring, such a user has the KEK: the TPM checks
+// the boot, not which user sends the command.
 func (n *Node) TPMOpenTo() string {
 	device := n.Config.TPM.Device
 	if !n.Attests() || strings.HasPrefix(device, "tcp:") {
@@ -18,13 +18,13 @@ func (n *Node) TPMOpenTo() string {
 	}
 	who, err := ownership.Openers(strings.TrimPrefix(device, "unix:"))
 	if err != nil {
-		return "" // no TPM, which others say better
+		return "" // no TPM, which other checks report better
 	}
 	return who
 }
 
-// WarnOwner says that the TPM's owner authorization is empty. It asks the TPM, since the
-// configuration may name a value that the TPM does not demand.
+// WarnOwner warns that the TPM's owner authorization is empty. It asks the TPM, because
+// the configuration may name a value that the TPM does not demand.
 func (n *Node) WarnOwner(ctx context.Context) {
 	if !n.Attests() {
 		return
@@ -34,10 +34,11 @@ func (n *Node) WarnOwner(ctx context.Context) {
 	}
 }
 
-// WarnTPM says at the start, and when a keyring is made, who else may use the TPM.
+// WarnTPM warns, at the start and when a keyring is made, that other users may use the
+// TPM.
 func (n *Node) WarnTPM() {
 	if who := n.TPMOpenTo(); who != "" {
-		n.Log.Warn("others than root may use the TPM, and get the KEK with a copy of the keyring", "device", n.Config.TPM.Device, "who", who,
+		n.Log.Warn("users other than root may use the TPM, and get the KEK with a copy of the keyring", "device", n.Config.TPM.Device, "who", who,
 			"ownerAuthorization", n.Config.TPM.OwnerAuthFile != "")
 	}
 }

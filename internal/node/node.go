@@ -7,15 +7,14 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/kmsplugin"
 	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/slotrecord"
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
@@ -28,9 +27,6 @@ import (
 	"github.com/beezy-dev/kleidi/seal/unlock"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/attest"
-	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
-	"github.com/beezy-dev/kleidi/tpm/bootrule"
-	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/keys"
 	"github.com/beezy-dev/kleidi/tpm/nv"
 	"github.com/beezy-dev/kleidi/vault"
@@ -53,76 +49,13 @@ type Node struct {
 	KMSPlugin *kmsplugin.Wrapper // nil if no plugin is configured
 	Unlocker  *unlock.Unlocker
 	Slots     *slotrecord.Record
-	Replica   *replica.Replica      // nil where no cluster store is configured
+	Replica   *replica.Replica      // nil if no cluster store is configured
+	Archives  Archives              // nil if no cluster store is configured
 	Access    *clusteraccess.Access // to the API, whether or not it is configured
 
 	Replacing sync.Mutex      // see lifecycle's replaceKeyring
 	View      slotview.Reader // reads slots as this node does
 	SelfTests SelfTests
-}
-
-func New(cfg *config.Config, log *slog.Logger, attempted func(seal.Cause, unlock.Timing)) (*Node, error) {
-	addr, err := device.ParseAddress(cfg.TPM.Device)
-	if err != nil {
-		return nil, fmt.Errorf("tpm.device: %w", err)
-	}
-	owner := keys.Owner{File: cfg.TPM.OwnerAuthFile}
-	counter, err := nv.NewCounter(cfg.TPM.EpochIndex, owner)
-	if err != nil {
-		return nil, fmt.Errorf("tpm.epochIndex: %w", err)
-	}
-	device := device.New(addr, cfg.TPM.Timeout)
-	n := &Node{View: slotview.Reader{Node: cfg.Node, Order: cfg.Unlock.Order, Counter: counter}, Config: cfg, Log: log, Memory: MemoryOf(cfg), State: &StateFolder{dir: cfg.State.Dir}}
-	n.Keyring = LockedFile{store.NewFile(cfg.Keyring()).Keep(parses), n.State}
-	n.Anchor = unlock.FileAnchor{Store: LockedFile{store.NewFile(cfg.AnchorPath()).Formerly("pin.json"), n.State}}
-	if cfg.Anchor.Store == config.AnchorTPM {
-		index, err := nv.NewAnchor(cfg.Anchor.Index, owner)
-		if err != nil {
-			return nil, fmt.Errorf("anchor.index: %w", err)
-		}
-		n.Anchor = tpmAnchor{&nv.AnchorStore{Anchor: index, Device: device, Owner: owner, Bank: cfg.Bank(), PCRs: cfg.Anchor.PCRs, Holds: n.CheckAnchorable}}
-	}
-	n.Gate = &attest.Gate{
-		Attester: attest.Attester{Device: device, Owner: owner, AK: attest.AKFile(filepath.Join(cfg.State.Dir, "ak.json")),
-			Logs: attest.Logs{Firmware: cfg.TPM.EventLog, Userspace: cfg.TPM.UserspaceEventLog}},
-		Node: cfg.Node, Counter: counter, Bank: cfg.Bank(), PCRs: cfg.TPM.PCRs, Phase: cfg.TPM.Phase, Always: cfg.Unlock.RequireAttestation,
-	}
-	if cfg.TPM.AnySignedBoot {
-		n.Gate.AnySigned = func(b bootrule.Binding) {
-			log.Warn("sealing to less than the whole boot, as tpm.anySignedBoot allows", "open", b.Describe(), "pcrs", b.PCRs)
-		}
-	}
-	n.Access = &clusteraccess.Access{Node: cfg.Node, Kubeconfig: cfg.Kubeconfig(), Gate: n.Gate}
-	if cfg.TPM.BootPolicy != "" {
-		n.Gate.BootPolicyFile = cfg.TPM.BootPolicy
-		n.Gate.BootPolicy = func() (*bootpolicy.BootPolicy, error) { return files.ReadBootPolicy(cfg.TPM.BootPolicy) }
-	}
-	n.Remote, err = newRemoteGate(cfg, n.Gate.Logs.Explaining)
-	if err != nil {
-		return nil, err
-	}
-	n.TPM = tpm.NewWrapper(tpm.Config{
-		Device: device, Owner: owner, Counter: counter, Memory: n.Memory, Node: cfg.Node, State: n.Gate.State, Signed: n.signed,
-	})
-	if n.Remote != nil {
-		n.TPM.Ask = n.Remote.Ask
-	}
-	if err := n.addSecondary(); err != nil {
-		return nil, err
-	}
-	n.Slots = slotrecord.New(readFreely{n.State.File(cfg.SlotRecord())}, n.View, log)
-	c := unlock.Config{
-		Store: n.Keyring, Anchor: n.Anchor, Ready: n.LockMemory, Gate: preflight{n.Gate, n.Attests()}, Ungated: n.ungated, Wrappers: n.Openers(),
-		Hold: device.Hold, Settle: n.settle, WrapStaged: wrapStaged(n), Witness: n.Slots, Log: log, Attempted: attempted,
-	}
-	if cfg.Cluster.Kubeconfig != "" {
-		c.Commit = func(ctx context.Context, old, next *keyring.Keyring) error { return n.Replica.Commit(ctx, old, next) }
-	}
-	n.Unlocker = unlock.New(c)
-	if cfg.Cluster.Kubeconfig != "" {
-		n.Replica = replicaOver(n, &clusterStore{access: n.Access})
-	}
-	return n, nil
 }
 
 func parses(b []byte) bool {
@@ -160,8 +93,8 @@ func KeyringMissing(err error) error {
 	return err
 }
 
-// NoteSpent says what a command without serve has used up: the unwrapped secret is only
-// in its memory, and ends with it.
+// NoteSpent reports the credentials that a command without serve has used up: the
+// unwrapped secret exists only in its memory, and is lost when the command ends.
 func (n *Node) NoteSpent(w io.Writer) {
 	if n.Vault != nil && n.Vault.Unwrapped() {
 		fmt.Fprintf(w, "note: the wrapping token in vault.auth.secretIDFile is spent, and the secret ID that it held ends with this command; put a new wrapping token into %s before kleidi serve starts, or the next command without it\n", n.Config.Vault.Auth.SecretIDFile)
@@ -200,7 +133,7 @@ func (n *Node) AcquireState() error {
 	}
 	err := n.State.acquire()
 	if errors.Is(err, store.ErrLocked) {
-		return fmt.Errorf("%w; nothing answers on %s: see that both use the same configuration", err, n.Config.Admin.Socket)
+		return fmt.Errorf("%w; nothing answers on %s: check that both use the same configuration", err, n.Config.Admin.Socket)
 	}
 	if err != nil {
 		return seal.Caused(seal.CauseStore, "see state.dir and its disk", "the state folder can't be changed", err)
@@ -208,8 +141,14 @@ func (n *Node) AcquireState() error {
 	return nil
 }
 
+// settleTimeout bounds Close's wait for a token that answers no more.
+const settleTimeout = 3 * time.Second
+
 func (n *Node) Close() {
 	n.Unlocker.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), settleTimeout)
+	defer cancel()
+	hsm.Settle(ctx)
 	if n.Vault != nil {
 		_ = n.Vault.Close()
 	}
@@ -226,7 +165,7 @@ func (n *Node) Stored(ctx context.Context) (*keyring.Untrusted, store.Version, e
 	return u, version, err
 }
 
-// Advise returns err for the operator of the open or stored keyring: without a recovery
+// Advise returns err with hints that fit the open or stored keyring: without a recovery
 // slot, no hint mentions a recovery identity.
 func (n *Node) Advise(ctx context.Context, err error) error {
 	if err == nil || seal.WithoutRecovery(err) == err {
@@ -260,7 +199,7 @@ func (n *Node) Openers() []seal.Wrapper {
 	return all
 }
 
-// Wrappers returns every configured wrapper, whether it may open at start or not.
+// Wrappers returns every configured wrapper, whether or not it may open at start.
 func (n *Node) Wrappers() []seal.Wrapper {
 	var all []seal.Wrapper
 	for _, kind := range []string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeKMSPlugin, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault, seal.TypeTPMAndKMSPlugin} {
@@ -303,7 +242,7 @@ func secondary(n *Node) (all []both.Part) {
 	return all
 }
 
-// Rewrappers are the wrappers with which a rotation follows slots.
+// Rewrappers are the wrappers that wrap a KEK like existing slots in a rotation.
 func (n *Node) Rewrappers() []rotation.Rewrapper {
 	all := []rotation.Rewrapper{n.TPM, recovery.Rewrapper{Memory: n.Memory}, slotview.KeepMissing{}}
 	for _, w := range secondary(n) {
@@ -339,22 +278,11 @@ func (n *Node) ungated(kind string) bool {
 	return !n.Config.Unlock.RequireAttestation && kind != seal.TypeTPM && slotview.Second(kind) == ""
 }
 
-// addSecondary makes the configured wrappers other than the TPM's.
-func (n *Node) addSecondary() (err error) {
-	if n.Config.PKCS11.Configured() {
-		if n.HSM, err = hsm.New(n.Config.PKCS11.Wrapper(n.Memory, n.sealedPIN)); err != nil {
-			return fmt.Errorf("pkcs11: %w", err)
-		}
-	}
-	if n.Config.Vault.Address != "" {
-		if n.Vault, err = vault.New(n.Config.Vault.Wrapper(n.Memory, n.clientCertificate)); err != nil {
-			return err
-		}
-	}
-	if n.Config.KMSPlugin.Socket != "" {
-		if n.KMSPlugin, err = kmsplugin.New(n.Config.KMSPlugin.Wrapper(n.Memory)); err != nil {
-			return err
-		}
-	}
-	return nil
+// Archives are the archives of pruned KEKs in the cluster store, by key ID.
+type Archives interface {
+	// Archive returns the archive of a KEK; the error is fs.ErrNotExist if there is none.
+	Archive(ctx context.Context, keyID string) ([]byte, error)
+	// CreateArchive stores the archive of a KEK; the error is [store.ErrConflict] if
+	// there is one already.
+	CreateArchive(ctx context.Context, keyID string, archive []byte) error
 }

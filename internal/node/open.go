@@ -117,10 +117,9 @@ func (n *Node) CanOpen(slots []seal.Slot) bool {
 	})
 }
 
-// RequireOpener opens slots until one opens whose wrapper may open the keyring at
-// start. Otherwise it says why the last one did not open, or that there is none. A
-// suspension does not count, because it ends. A slot for a next boot opens only in that
-// boot.
+// RequireOpener opens slots until one opens whose wrapper may open the keyring at start.
+// Otherwise it says why the last one did not open, or that there is none. A suspension
+// does not count, because it ends. A slot for a next boot opens only in that boot.
 func (n *Node) RequireOpener(ctx context.Context, k *keyring.Keyring, slots []seal.Slot) error {
 	refusal := errors.New("it is the last slot that can open the keyring on this node; add another one first")
 	for _, s := range slots {
@@ -136,8 +135,8 @@ func (n *Node) RequireOpener(ctx context.Context, k *keyring.Keyring, slots []se
 	return refusal
 }
 
-// RunningSlot returns the place of the slot that names the whole running boot, and its
-// demand; -1 if there is none.
+// RunningSlot returns the index of the slot that names the whole running boot, and its
+// demand; the index is -1 if there is none.
 func (n *Node) RunningSlot(slots []seal.Slot) (int, tpm.Demand) {
 	demands := n.View.Demands(slots)
 	for _, i := range slices.Sorted(maps.Keys(demands)) {

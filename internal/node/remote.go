@@ -19,10 +19,18 @@ type RemoteGate struct {
 	publicKey string
 }
 
+// DemandUnless is Demand, but returns nil if the operator goes on without the verifier.
+func (g *RemoteGate) DemandUnless(without bool, cluster seal.ClusterID) (*tpm.Verifier, error) {
+	if without {
+		return nil, nil
+	}
+	return g.Demand(cluster)
+}
+
 // Demand returns what new slots of a cluster demand of the verifier; nil if there is no
-// verifier or the operator goes on without it.
-func (g *RemoteGate) Demand(cluster seal.ClusterID, without bool) (*tpm.Verifier, error) {
-	if g == nil || without {
+// verifier.
+func (g *RemoteGate) Demand(cluster seal.ClusterID) (*tpm.Verifier, error) {
+	if g == nil {
 		return nil, nil
 	}
 	b, err := files.ReadOwned(g.publicKey, files.MaxPublicKey)

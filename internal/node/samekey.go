@@ -16,7 +16,7 @@ import (
 
 const HintSameKey = "bring back the token, or the server, whose key made the slot"
 
-// OtherKeyError says that the configured token or server may hold another key than the
+// OtherKeyError says that the configured token or server may hold a key other than the
 // one that made the slot. Only the operator can decide whether to trust it.
 type OtherKeyError struct{ error }
 
@@ -30,7 +30,7 @@ func proveKey(ctx context.Context, w seal.Wrapper, kek *seal.Secret, s seal.Slot
 	}
 	got, err := w.Unwrap(ctx, s)
 	if errors.Is(err, seal.ErrNotMine) {
-		return seal.Errorf(seal.CauseNoSlot, HintSameKey, "the token, or the server, that is configured did not make it")
+		return seal.Errorf(seal.CauseNoSlot, HintSameKey, "the configured token or server did not make this slot")
 	}
 	if err != nil {
 		return err
@@ -105,7 +105,7 @@ func (n *Node) otherKey(k *keyring.Keyring, s seal.Slot, err error) error {
 	if cause := seal.CauseOf(err); cause != seal.CauseSlotCorrupt && cause != seal.CauseNoSlot {
 		return err
 	}
-	return &OtherKeyError{fmt.Errorf("its key may be another one, since it does not open the present slot: %w",
+	return &OtherKeyError{fmt.Errorf("its key may have been replaced, since it does not open the present slot: %w",
 		seal.WithHint(err, HintSameKey+"; if its key was replaced, and you trust the new one, run kleidi slot rewrap "+slotview.NameOf(k, s)+" --new-key"))}
 }
 

@@ -62,4 +62,14 @@ func (r *SelfTests) Failed(slots []seal.Slot) (failed []admin.SlotTest) {
 	return failed
 }
 
+// Of returns the result of a slot, or nil.
+func (r *SelfTests) Of(s seal.Slot) *admin.SlotTest {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if t, ok := r.results[slotview.Identity(s)]; ok {
+		return &t
+	}
+	return nil
+}
+
 func Seconds(t time.Time) float64 { return float64(t.UnixMilli()) / 1000 }

@@ -21,9 +21,9 @@ func TestRecord(t *testing.T) {
 	}{
 		{a, false, []seal.Slot{a, b}, 1},
 		{b, false, []seal.Slot{a, b}, 2},
-		{a, true, []seal.Slot{a, b}, 1}, // began before b was there
+		{a, true, []seal.Slot{a, b}, 1}, // the test began before b was added
 		{a, true, []seal.Slot{a}, 0},
-		{a, true, []seal.Slot{a, b}, 0}, // b is forgotten
+		{a, true, []seal.Slot{a, b}, 0}, // b was removed
 	} {
 		open = step.open
 		r.Record(func() []seal.Slot { return open }, step.tested, admin.SlotTest{Opens: step.opens})

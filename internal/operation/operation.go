@@ -18,19 +18,21 @@ import (
 // Operation is a verb with its work.
 type Operation[Req, Resp any] struct {
 	Verb admin.Verb[Req, Resp]
-	// work does it in the running serve.
+	// work does the work in the running serve.
 	work func(context.Context, *node.Node, Req) (Resp, error)
 	// alone does the work in a separate command, if no serve runs; nil means work.
 	alone func(context.Context, *node.Node, Req) (Resp, error)
 	// keyring says what the work expects of the keyring.
 	keyring expectation
+	// Awaits is what the work may wait for apart from devices and servers; often "".
+	Awaits string
 }
 
 // expectation is what an operation expects of the keyring.
 type expectation int
 
 const (
-	// asItIs: the operation opens what it needs itself, or works on a locked one.
+	// asItIs: the operation opens what it needs itself, or works on a locked keyring.
 	asItIs expectation = iota
 	// seen: serve first waits for the end of its first attempt to unlock, because the
 	// operation shows the result.
@@ -38,6 +40,9 @@ const (
 	// open: like seen; a command without serve also opens the keyring first.
 	open
 )
+
+// awaitsRecords is what removing a KEK waits for in a cluster of several nodes.
+const awaitsRecords = "the records of other nodes, which say under which KEK their kube-apiserver encrypts"
 
 // The operations.
 var (
@@ -49,7 +54,9 @@ var (
 	Restore       = Operation[admin.RestoreRequest, admin.KeyringState]{Verb: admin.Restore, work: lifecycle.Restore}
 	Save          = Operation[admin.SaveRequest, admin.KeyringState]{Verb: admin.Save, work: lifecycle.Save, alone: lifecycle.NothingToSave}
 	Verify        = Operation[admin.VerifyRequest, admin.KeyringState]{Verb: admin.Verify, work: lifecycle.Verify}
-	Prune         = Operation[admin.PruneRequest, admin.KeyringState]{Verb: admin.Prune, work: prune.Remove, alone: prune.NotRunning, keyring: seen}
+	Prune         = Operation[admin.PruneRequest, admin.KeyringState]{Verb: admin.Prune, work: prune.Remove, alone: prune.NotRunning, keyring: seen, Awaits: awaitsRecords}
+	ArchiveKEK    = Operation[admin.ArchiveRequest, admin.ArchivedKEK]{Verb: admin.ArchiveKEK, work: prune.ArchiveKEK, alone: prune.ArchiveAlone, keyring: open, Awaits: awaitsRecords}
+	ImportArchive = Operation[admin.ImportArchiveRequest, admin.KeyringState]{Verb: admin.ImportArchive, work: prune.ImportArchive, keyring: open}
 	Reload        = Operation[admin.ReloadRequest, admin.KeyringState]{Verb: admin.Reload, work: lifecycle.Reload}
 
 	ExportKeyring  = Operation[admin.ExportKeyringRequest, admin.KeyringExport]{Verb: admin.ExportKeyring, work: carry.Export, keyring: open}
@@ -73,7 +80,7 @@ var table = []interface {
 	handle(*admin.Server, *node.Node)
 }{
 	Status,
-	Rotate, WatchRotation, Recover, Restore, Save, Verify, Prune, Reload, ExportKeyring, ImportKeyring, PublishKeyring,
+	Rotate, WatchRotation, Recover, Restore, Save, Verify, Prune, ArchiveKEK, ImportArchive, Reload, ExportKeyring, ImportKeyring, PublishKeyring,
 	Reseal, Suspend, AddBootStates, RevokeBootStates,
 	AddSlot, RemoveSlot, TestSlots, RewrapSlot, ForgetCopies,
 }

@@ -3,36 +3,32 @@ package operation
 import (
 	"context"
 	"errors"
-	"log/slog"
+	"math"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// newNode returns a node with an empty state folder.
-func newNode(t *testing.T) *node.Node {
-	t.Helper()
-	cfg := config.Default()
-	cfg.Node, cfg.State.Dir, cfg.Admin.Socket = "cp-1", filepath.Join(t.TempDir(), "state"), filepath.Join(t.TempDir(), "admin.sock")
-	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(n.Close)
-	return n
+// elsewhere is an amendment: the admin socket is in a folder of the test, and nothing
+// answers on it.
+func elsewhere(t *testing.T) func(*config.Config) {
+	socket := filepath.Join(t.TempDir(), "admin.sock")
+	return func(c *config.Config) { c.Admin.Socket = socket }
 }
 
-// TestAlone: without serve, an operation that needs the open keyring takes the state folder
-// and opens the keyring before it works. The others work on what is there.
+// TestAlone: without serve, an operation that needs the open keyring takes the state
+// folder and opens the keyring before it works. Other operations work on the keyring as
+// it is.
 func TestAlone(t *testing.T) {
 	for name, row := range map[string]struct {
 		keyring      expectation
 		locked       bool // another process has the folder
-		works, alone bool // which of the two works runs
+		works, alone bool // which of the two functions runs
 	}{
 		"as it is":         {asItIs, false, true, false},
 		"as it is, locked": {asItIs, true, true, false},
@@ -42,7 +38,7 @@ func TestAlone(t *testing.T) {
 		"its own way":      {asItIs, false, false, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := newNode(t)
+			n := nodetest.New(t, elsewhere(t))
 			if row.locked {
 				if err := store.PrepareDir(n.Config.State.Dir); err != nil {
 					t.Fatal(err)
@@ -69,15 +65,24 @@ func TestAlone(t *testing.T) {
 	}
 }
 
+// fastest returns the shortest time of several tries, of which a busy machine may delay some.
+func fastest(try func()) time.Duration {
+	least := time.Duration(math.MaxInt64)
+	for range 5 {
+		start := time.Now()
+		try()
+		least = min(least, time.Since(start))
+	}
+	return least
+}
+
 // TestFirstAttempt: an operation waits for the first attempt to unlock only as long as its
 // caller does.
 func TestFirstAttempt(t *testing.T) {
-	n := newNode(t)
+	n := nodetest.New(t, elsewhere(t))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	start := time.Now()
-	awaitFirstAttempt(ctx, n)
-	if waited := time.Since(start); waited >= firstAttempt {
+	if waited := fastest(func() { awaitFirstAttempt(ctx, n) }); waited >= firstAttempt {
 		t.Errorf("it waits %v for a caller that has gone away", waited)
 	}
 	if err := n.Unlocker.Unlock(t.Context()); err == nil {

@@ -9,7 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/reseal"
 )
 
-// resealAny is the reseal that a request asks for.
+// resealAny dispatches a request to the reseal that it asks for.
 func resealAny(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.KeyringState, error) {
 	switch {
 	case req.Next != nil:

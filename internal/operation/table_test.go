@@ -14,9 +14,10 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 )
 
-// TestTableIsWhole: serve answers each operation of this package, and each of them once.
+// TestTableIsWhole: serve answers each operation of this package exactly once.
 func TestTableIsWhole(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), "operation.go", nil, 0)
 	if err != nil {
@@ -51,9 +52,9 @@ func TestTableIsWhole(t *testing.T) {
 }
 
 // TestServeWaits: serve begins an operation that shows the keyring only after the first
-// attempt to unlock, or after a moment; any other at once.
+// attempt to unlock, or after a moment, and any other operation at once.
 func TestServeWaits(t *testing.T) {
-	n := newNode(t)
+	n := nodetest.New(t, elsewhere(t))
 	dir, err := os.MkdirTemp("", "kleidi") // the path of a socket must be short
 	if err != nil {
 		t.Fatal(err)
@@ -80,32 +81,32 @@ func TestServeWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	took := func(v admin.Verb[admin.StatusRequest, admin.StatusReport]) time.Duration {
-		start := time.Now()
+	call := func(v admin.Verb[admin.StatusRequest, admin.StatusReport]) {
 		if r, err := admin.Call(t.Context(), c, v, admin.StatusRequest{}); err != nil || r.Node != "cp-1" {
 			t.Errorf("%+v, %v", r, err)
 		}
-		return time.Since(start)
 	}
-	if before := took(admin.Status); before < firstAttempt {
+	start := time.Now()
+	call(admin.Status)
+	if before := time.Since(start); before < firstAttempt {
 		t.Errorf("without an attempt it waits %v", before)
 	}
 	if err := n.Unlocker.Unlock(t.Context()); err == nil {
 		t.Fatal("there is a keyring")
 	}
-	if at := took(again) + took(admin.Status); at >= firstAttempt {
+	if at := fastest(func() { call(again); call(admin.Status) }); at >= firstAttempt {
 		t.Errorf("after the attempt, the two wait %v", at)
 	}
 }
 
-// TestResealAny: the request decides to what the KEK is sealed.
+// TestResealAny: the request decides which boot state the KEK is sealed to.
 func TestResealAny(t *testing.T) {
 	for says, req := range map[string]admin.ResealRequest{
 		"reseal: PCR bank": {Next: &admin.BootState{Bank: "none"}, NewTPM: true},
 		"reseal --new-tpm": {NewTPM: true},
 		"reseal: ":         {},
 	} {
-		_, err := resealAny(t.Context(), newNode(t), req)
+		_, err := resealAny(t.Context(), nodetest.New(t, elsewhere(t)), req)
 		if err == nil || !strings.HasPrefix(err.Error(), says) || says == "reseal: " && strings.Contains(err.Error(), "bank") {
 			t.Errorf("%s: %v", says, err)
 		}

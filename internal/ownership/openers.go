@@ -11,17 +11,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// accounts are the files that say who is in a group.
+// accounts are the files that list the members of groups.
 type accounts struct{ passwd, group string }
 
-// Openers says who besides root and this process's user may open the device or the socket
-// at path: "" is nobody. A group counts where it has members, as /etc/group and /etc/passwd
-// say; an account with the group's own name, such as tss, is that of a service.
+// Openers names the users other than root and this process's own that may open the device
+// or the socket at path; "" means nobody. A group counts if it has members, according to
+// /etc/group and /etc/passwd. An account with the group's own name, such as tss, is a
+// service account and does not count.
 func Openers(path string) (string, error) {
 	return accounts{"/etc/passwd", "/etc/group"}.openers(path)
 }
 
-// openBits let others open it: a device by reading it, a socket by writing to it.
+// openBits are the mode bits that let other users open the file: a device by reading it,
+// a socket by writing to it.
 func openBits(mode uint32) uint32 {
 	if mode&unix.S_IFMT == unix.S_IFSOCK {
 		return 0o022
@@ -52,8 +54,8 @@ func (a accounts) openers(path string) (string, error) {
 	return strings.Join(all, "; "), nil
 }
 
-// members returns the accounts in a group, other than root and the group's own, and the
-// group's name.
+// members returns the accounts in a group, without root and the group's own account, and
+// the group's name.
 func (a accounts) members(gid uint32) (users []string, name string, err error) {
 	id := strconv.FormatUint(uint64(gid), 10)
 	groups, err := lines(a.group)
@@ -84,7 +86,7 @@ func (a accounts) members(gid uint32) (users []string, name string, err error) {
 // user returns an account's name.
 func (a accounts) user(uid uint32) string {
 	id := strconv.FormatUint(uint64(uid), 10)
-	all, _ := lines(a.passwd) // without the file, the number must suffice
+	all, _ := lines(a.passwd) // without the file, the number must do
 	for _, f := range all {
 		if len(f) >= 3 && f[2] == id {
 			return f[0]
@@ -93,7 +95,7 @@ func (a accounts) user(uid uint32) string {
 	return "UID " + id
 }
 
-// lines returns the fields of each line. A file that is missing, as in a container without
+// lines returns the fields of each line. A missing file, as in a container without
 // accounts, has none.
 func lines(path string) (all [][]string, err error) {
 	b, err := os.ReadFile(path)

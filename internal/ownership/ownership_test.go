@@ -112,7 +112,7 @@ func TestCheckFile(t *testing.T) {
 	r.file("good/foreign", 0o600, stranger)
 	r.link("link", "good/f", stranger) // its owner can't replace it
 	r.link("linkout", "foreign/f", 0)
-	r.link("foreign/out", "../good/f", 0) // but here one can
+	r.link("foreign/out", "../good/f", 0) // here the owner can
 	r.link("sticky/mine", "../good/f", 0)
 	r.link("sticky/theirs", "../good/f", stranger)
 	r.link("up", "good/../good/./f", 0)
@@ -121,7 +121,7 @@ func TestCheckFile(t *testing.T) {
 	r.folder("foreign/deep", 0o755, 0)
 	r.link("good/away", "../foreign/deep", 0)
 	for name, texts := range map[string][]string{
-		"good/away/../f": {"folder " + r.path("foreign") + " belongs to UID 1000"}, // and not good/f
+		"good/away/../f": {"folder " + r.path("foreign") + " belongs to UID 1000"}, // not good/f
 		"good/f":         nil, "link": nil, "up": nil, "sticky/f": nil, "sticky/mine": nil, "good//../good/f": nil,
 		"good/group":      {"good/group has mode 0664", "chmod go-w " + r.path("good/group")},
 		"good/all":        {"has mode 0646"},
@@ -166,7 +166,7 @@ func TestCheckOpen(t *testing.T) {
 	}
 }
 
-// TestRemedyIsACommand: it can be copied into a shell, whatever the path is.
+// TestRemedyIsACommand: the remedy can be copied into a shell, whatever the path.
 func TestRemedyIsACommand(t *testing.T) {
 	r := newTree(t)
 	for _, name := range []string{"plain.yaml", "with space", "it's", "$(reboot)", "*", "new\nline"} {

@@ -1,152 +1,92 @@
-// Package prune removes a retired KEK from the keyring. The command line has the proof
-// that nothing stored is under it (package usage), and has archived the keyring. This
-// package checks what only the running serve knows, and makes the change. The order makes
-// it safe: the archive is on disk and was read back before the keyring without the KEK
-// is saved, so that an interruption leaves the KEK in one of the two.
+// Package prune removes a retired KEK from the keyring. The command line has already
+// proved that no stored object is under that KEK (package usage), and has kept an archive
+// of it. This package makes the archive, checks the facts that only the running serve
+// knows, and makes the change. The order makes it safe: the archive is on disk and was
+// read back before the keyring without the KEK is saved, so that after an interruption
+// the KEK is in at least one of the two.
 package prune
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
-	"github.com/beezy-dev/kleidi/seal/unlock"
 )
 
 // Remove removes a retired KEK from the keyring of the running serve, if in this order:
-// the keyring has one node; the KEK is a retired one; kube-apiserver's last Encrypt was
-// under the current KEK; and the archive is a copy of this very keyring, which has a
-// recovery slot.
+// the KEK is retired, and no rotation is going on; every node has reported that its
+// kube-apiserver's last Encrypt was under the current KEK; the archive holds this KEK,
+// for the keyring's recovery recipients; and the cluster store, if there is one, also
+// holds an archive. The other nodes follow the new keyring like any other.
 func Remove(ctx context.Context, n *node.Node, req admin.PruneRequest) (admin.KeyringState, error) {
-	if req.Check {
-		return couldRemove(n, req)
-	}
-	var current seal.KeyID
-	err := n.Unlocker.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		current = k.CurrentID()
-		if err := check(k, unlock.LastEncrypted(n.Unlocker), req); err != nil {
-			return nil, err
-		}
-		next, err := k.Prune(req.KeyID)
-		if err != nil {
-			return nil, err
-		}
-		return []*keyring.Keyring{next}, nil
-	})
+	s, err := remove(ctx, n, req)
 	if err != nil {
-		return admin.KeyringState{}, fmt.Errorf("prune: %w", err)
+		err = fmt.Errorf("prune: %w", err)
 	}
-	return n.Result(current, fmt.Sprintf("the retired KEK %s is not in the keyring any more", req.KeyID))
+	return s, err
 }
 
-// couldRemove says whether Remove would do its work. Once it would, kube-apiserver has
-// moved on to the current KEK, and stores nothing under a former one any more.
-func couldRemove(n *node.Node, req admin.PruneRequest) (admin.KeyringState, error) {
-	k, err := n.Unlocker.Keyring()
+func remove(ctx context.Context, n *node.Node, req admin.PruneRequest) (admin.KeyringState, error) {
+	k, err := unused(ctx, n, req.KeyID, req.Records)
 	if err == nil {
-		err = check(k, unlock.LastEncrypted(n.Unlocker), req)
+		err = check(k, req)
 	}
-	if err != nil {
-		return admin.KeyringState{}, fmt.Errorf("prune: %w", err)
+	if err == nil && !req.Check {
+		err = archiveInStore(ctx, n, k, req)
 	}
-	return n.Result(k.CurrentID())
+	if err != nil || req.Check {
+		return stateOf(n, k, err)
+	}
+	err = n.Unlocker.Change(ctx, func(now *keyring.Keyring) ([]*keyring.Keyring, error) {
+		if now.Revision() != k.Revision() || now.CurrentID() != k.CurrentID() {
+			return nil, errors.New("the keyring has changed meanwhile; nothing was changed; run the command again")
+		}
+		next, err := now.Prune(req.KeyID)
+		return []*keyring.Keyring{next}, err
+	})
+	return stateOf(n, k, err, fmt.Sprintf("the retired KEK %s is no longer in the keyring", req.KeyID))
 }
 
-func check(k *keyring.Keyring, encrypted seal.KeyID, req admin.PruneRequest) error {
-	sum := sha256.Sum256(k.Marshal())
-	switch {
-	case len(k.Nodes()) > 1:
-		return fmt.Errorf("the keyring has %d nodes, and no version of kleidi prunes with more than one node yet; nothing was changed", len(k.Nodes()))
-	case CheckRetired(k.Info(), req.KeyID) != nil:
-		return CheckRetired(k.Info(), req.KeyID)
-	case encrypted == "":
-		return &seal.Error{
-			Err:  errors.New("kube-apiserver has not encrypted anything since kleidi serve started, so nobody knows which KEK it uses; nothing was changed"),
-			Hint: "restart kube-apiserver, and run the command again",
-		}
-	case encrypted != k.CurrentID():
-		return &seal.Error{
-			Err:  fmt.Errorf("kube-apiserver's last DEK seed is under %s, not under the current KEK; nothing was changed", encrypted),
-			Hint: "wait three minutes after a rotation, or restart kube-apiserver; then run kleidi migrate",
-		}
-	case !hasRecovery(k.Slots()):
-		return errNoRecovery
-	case !bytes.Equal(sum[:], req.Archived):
-		return &seal.Error{Err: errors.New("the archive is no copy of the keyring that kleidi serve holds open; nothing was changed"), Hint: "run the command again with another --archive"}
+// check refuses unless the request has an archive of the KEK that this keyring made since
+// its last rotation, for the present recovery recipients.
+func check(k *keyring.Keyring, req admin.PruneRequest) error {
+	u, err := checkArchive(k, req.KeyID, req.Archive)
+	if err == nil && u.Info().By != k.CurrentID() {
+		err = errors.New("it was made before the last rotation")
+	}
+	if err != nil {
+		return &seal.Error{Err: fmt.Errorf("this is no archive of the KEK: %w; nothing was changed", err), Hint: "run the command again with another --archive"}
 	}
 	return nil
 }
 
-var errNoRecovery error = &seal.Error{
-	Err:  errors.New("the keyring has no recovery slot, so that no archive of it would open on another machine; nothing was changed"),
-	Hint: "run kleidi slot add recovery --recipient age1…",
-}
-
-// CheckRetired refuses a key ID that is not that of a retired KEK.
-func CheckRetired(i keyring.Info, id seal.KeyID) error {
-	if slices.ContainsFunc(i.Retired, func(r keyring.RetiredInfo) bool { return r.KeyID == id }) {
-		return nil
-	}
-	return &seal.Error{Err: fmt.Errorf("key ID %s is not that of a retired KEK; nothing was changed", seal.OneLine(string(id), 100)), Hint: "kleidi status lists them"}
-}
-
-func hasRecovery(slots []seal.Slot) bool {
-	return slices.ContainsFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery })
-}
-
-// NotRunning is prune without a running serve, which alone knows what kube-apiserver
-// encrypts under.
-func NotRunning(context.Context, *node.Node, admin.PruneRequest) (admin.KeyringState, error) {
-	return admin.KeyringState{}, errors.New("prune: kleidi serve does not run, and it alone knows under which KEK kube-apiserver encrypts; start it, and restart kube-apiserver")
-}
-
-// Archive writes a copy of a stored keyring that still holds the KEK, and reads it back.
-// It returns the copy's digest. A file of the same bytes, which an interrupted prune has
-// left, is as good; a copy that was broken off is never seen under its name.
-func Archive(path string, stored []byte, id seal.KeyID) ([]byte, error) {
+// Keep writes an archive to a file, and returns what it reads back. If the file exists,
+// because an interrupted prune may have left it, Keep returns its content: the running
+// serve decides whether it is an archive of the KEK. A partly written file never appears
+// under its name.
+func Keep(path string, archive []byte) ([]byte, error) {
 	_, err := os.Lstat(path)
-	written := errors.Is(err, fs.ErrNotExist)
-	if written {
-		err = write(path, stored)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = write(path, archive)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("archive: %w", err)
 	}
-	b, err := files.Read(path, keyring.MaxSize)
+	b, err := files.Read(path, keyring.MaxArchiveSize)
 	if err != nil {
 		return nil, fmt.Errorf("archive: read it back: %w", err)
 	}
-	switch {
-	case !bytes.Equal(b, stored) && written:
-		return nil, fmt.Errorf("archive: %s does not hold what was written to it; name another file with --archive", path)
-	case !bytes.Equal(b, stored):
-		return nil, fmt.Errorf("archive: %s exists, and is no copy of the present keyring; name another file with --archive", path)
-	}
-	u, err := keyring.Parse(b)
-	if err != nil {
-		return nil, fmt.Errorf("archive: %w", err)
-	}
-	if err := CheckRetired(u.Info(), id); err != nil {
-		return nil, err
-	}
-	if !hasRecovery(u.Slots()) {
-		return nil, errNoRecovery
-	}
-	sum := sha256.Sum256(b)
-	return sum[:], nil
+	return b, nil
 }
 
-// write makes a file that appears under its name when it is whole, and is durable then.
+// write makes a file that appears under its name only when it is complete and durable.
 func write(path string, b []byte) error {
 	aside := path + ".new"
 	if err := os.Remove(aside); err != nil && !errors.Is(err, fs.ErrNotExist) {

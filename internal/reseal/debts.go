@@ -16,8 +16,8 @@ import (
 // EarlierEpoch is the report of a command that has ended an epoch of this TPM.
 const EarlierEpoch = "slots of the earlier epoch no longer open, kept copies included"
 
-// ReportRevoked reports on the TPM slots that before has and the open keyring lacks. It
-// returns revoked if the TPM that sealed them has raised its counter and confirmed it.
+// ReportRevoked reports on the TPM slots that are in before but not in the open keyring.
+// It returns revoked if the TPM that sealed them has raised its counter and confirmed it.
 // Otherwise it says where copies of them still open. It is called after the change, and
 // first tries to pay the debts of the open keyring.
 func ReportRevoked(ctx context.Context, n *node.Node, before []seal.Slot, revoked string) []string {
@@ -41,7 +41,7 @@ func ReportRevoked(ctx context.Context, n *node.Node, before []seal.Slot, revoke
 // PayDebts makes this machine's TPM refuse the copies that the open keyring lists as
 // still open, and removes the refused ones from the keyring. The error is that of the
 // last debt that may concern this TPM but could not be paid. Without a debt, or with
-// debts of another TPM only, the keyring does not change.
+// debts only of another TPM, the keyring does not change.
 func PayDebts(ctx context.Context, n *node.Node) error {
 	var failure error
 	var paid []slotview.Debt

@@ -57,8 +57,8 @@ func NarrowPolicy(ctx context.Context, n *node.Node, dryRun bool) (*Narrowed, er
 	return r, err
 }
 
-// storedSlots returns the stored slots of the current KEK. Nothing vouches for them
-// here: a slot too many keeps a boot in the boot policy, and no slot adds one. The
+// storedSlots returns the stored slots of the current KEK. Nothing authenticates them
+// here, but an extra slot only keeps a boot in the boot policy; no slot adds one. The
 // running serve keeps its lock on the file meanwhile.
 func storedSlots(ctx context.Context, n *node.Node) ([]seal.Slot, error) {
 	k, _, err := n.Stored(ctx)
@@ -94,7 +94,7 @@ func narrow(ctx context.Context, n *node.Node, p *bootpolicy.BootPolicy, running
 }
 
 // allowsTooMuch reports whether the boot policy allows boots to which none of these
-// slots is sealed any more.
+// slots is still sealed.
 func allowsTooMuch(ctx context.Context, n *node.Node, slots []seal.Slot) bool {
 	last := n.Gate.Last()
 	if n.Gate.BootPolicy == nil || last == nil {

@@ -26,7 +26,7 @@ func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.
 		}
 		if _, err := n.TPM.Epoch(ctx); err != nil && len(n.View.Demands(k.Slots())) == 0 {
 			reason, _ := seal.SplitHint(err)
-			return nil, fmt.Errorf("no slot of this node is sealed to a TPM, and %s; run kleidi reseal --new-tpm, which seals to the TPM that is there", reason)
+			return nil, fmt.Errorf("no slot of this node is sealed to a TPM, and %s; run kleidi reseal --new-tpm, which seals to the present TPM", reason)
 		}
 		present, err := n.Gate.State(ctx)
 		if err != nil {
@@ -44,7 +44,7 @@ func Present(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.
 		for _, s := range live {
 			states = append(states, refreshed(s, present))
 		}
-		v, err := n.Remote.Demand(k.ClusterID(), req.WithoutVerifier)
+		v, err := n.Remote.DemandUnless(req.WithoutVerifier, k.ClusterID())
 		if err != nil {
 			return nil, err
 		}
@@ -108,7 +108,7 @@ func Next(ctx context.Context, n *node.Node, req admin.ResealRequest) (admin.Key
 		}
 		bound, notes = n.View.OpensIn(slot), n.View.ReportBroken(slots)
 		if oldest != nil {
-			notes = append(notes, "the oldest slot for a next boot, made "+n.View.MadeAt(*oldest)+", had to go: there are at most "+fmt.Sprint(slotview.MaxNext))
+			notes = append(notes, "the oldest slot for a next boot, made "+n.View.MadeAt(*oldest)+", was dropped: there are at most "+fmt.Sprint(slotview.MaxNext))
 		}
 		return []*keyring.Keyring{next}, nil
 	})

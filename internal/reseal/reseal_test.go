@@ -6,7 +6,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,7 +14,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
@@ -24,8 +23,8 @@ import (
 
 func digest(b byte) []byte { return bytes.Repeat([]byte{b}, 32) }
 
-// TestRefreshed: of a signed boot state the PCRs that it demands literally follow the running
-// boot. Nothing is added to them, and no other state changes.
+// TestRefreshed: the PCRs that a signed boot state demands literally follow the running
+// boot. No PCR is added, and no other state changes.
 func TestRefreshed(t *testing.T) {
 	present := tpm.BootState{PCR: authpolicy.PCR{Bank: crypto.SHA256, Values: map[int][]byte{4: digest(1), 7: digest(2)}}}
 	for name, row := range map[string]struct {
@@ -78,7 +77,7 @@ func TestOneGeneration(t *testing.T) {
 		"systemd's":       {[]bootstate.State{sign(key, nil)}, 0, ""},
 		"none":            {nil, 0, "holds no signed boot state"},
 		"two generations": {[]bootstate.State{sign(key, bootstate.Ref(cluster, 3)), sign(key, bootstate.Ref(cluster, 4))}, 0, "several generations"},
-		"another cluster": {[]bootstate.State{sign(key, bootstate.Ref(other, 3))}, 0, "signed for another cluster"},
+		"another cluster": {[]bootstate.State{sign(key, bootstate.Ref(other, 3))}, 0, "signed for a cluster other than"},
 		"another key":     {[]bootstate.State{sign(key, nil), sign(another, nil)}, 0, "sign"},
 	} {
 		ref, g, err := oneGeneration(cluster, row.states, key.Public())
@@ -91,9 +90,9 @@ func TestOneGeneration(t *testing.T) {
 	}
 }
 
-// TestRecordedPCRs: PCRs that are named are recorded once each, in their order.
+// TestRecordedPCRs: the named PCRs are recorded once each, in ascending order.
 func TestRecordedPCRs(t *testing.T) {
-	n := newNode(t)
+	n := nodetest.New(t)
 	for _, row := range []struct{ given, want []int }{
 		{[]int{7, 4, 7}, []int{4, 7}}, {[]int{23, 0}, []int{0, 23}}, {[]int{24}, nil}, {[]int{0, -1}, nil},
 	} {
@@ -104,8 +103,8 @@ func TestRecordedPCRs(t *testing.T) {
 	}
 }
 
-// TestNextFiles: each file reaches the boot that it belongs to, and a missing one is an
-// error. A command line that isn't given is no empty one.
+// TestNextFiles: each file reaches the boot that it belongs to, and a missing file is an
+// error. A command line that isn't given is not an empty one.
 func TestNextFiles(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name string) string {
@@ -145,10 +144,10 @@ func TestNextFiles(t *testing.T) {
 	}
 }
 
-// TestSuspendedBoots: a suspension is for some boots, and for few.
+// TestSuspendedBoots: a suspension covers at least one boot, and few.
 func TestSuspendedBoots(t *testing.T) {
 	for _, boots := range []int{-1, 0, maxBoots + 1} {
-		if _, err := Suspend(t.Context(), newNode(t), admin.SuspendRequest{Boots: boots}); err == nil || !strings.Contains(err.Error(), "want 1 to 16") {
+		if _, err := Suspend(t.Context(), nodetest.New(t), admin.SuspendRequest{Boots: boots}); err == nil || !strings.Contains(err.Error(), "want 1 to 16") {
 			t.Errorf("%d: %v", boots, err)
 		}
 	}
@@ -157,10 +156,10 @@ func TestSuspendedBoots(t *testing.T) {
 // TestAnchorHolds: while the anchor is in the TPM, a suspension must demand the PCRs that
 // the anchor is bound to.
 func TestAnchorHolds(t *testing.T) {
-	n := newNode(t)
+	n := nodetest.New(t)
 	for name, row := range map[string]struct {
 		store string
-		pcr   int // that the slot demands
+		pcr   int // the PCR that the slot demands
 		holds bool
 	}{
 		"file": {config.AnchorFile, 4, true}, "TPM": {config.AnchorTPM, 7, true}, "TPM, let go": {config.AnchorTPM, 4, false},
@@ -171,17 +170,4 @@ func TestAnchorHolds(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-}
-
-// newNode returns a node whose TPM is never asked.
-func newNode(t *testing.T) *node.Node {
-	t.Helper()
-	cfg := config.Default()
-	cfg.Node, cfg.State.Dir = "cp-1", filepath.Join(t.TempDir(), "state")
-	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(n.Close)
-	return n
 }

@@ -16,8 +16,8 @@ import (
 )
 
 // sealStates seals kek to each of the boot states, and opens each new slot before
-// anything relies on it. Slots for other boots than the running one can't be tried;
-// opened says whether any could.
+// anything relies on it. Slots for boots other than the running one can't be tried.
+// opened reports whether any slot was opened.
 func sealStates(ctx context.Context, n *node.Node, w *tpm.Wrapper, kek *seal.Secret, states []tpm.BootState) (slots []seal.Slot, opened bool, err error) {
 	for _, s := range states {
 		slot, err := SealState(ctx, n, w, kek, s)
@@ -42,16 +42,16 @@ func ReplaceBootStates(ctx context.Context, n *node.Node, k *keyring.Keyring, st
 	if err := n.View.CheckSeal(k.Slots()); err != nil {
 		return nil, nil, err
 	}
-	v, err := n.Remote.Demand(k.ClusterID(), false)
+	v, err := n.Remote.Demand(k.ClusterID())
 	if err != nil {
 		return nil, nil, err
 	}
 	return replaceUnder(ctx, n, k, v, states)
 }
 
-// replaceUnder returns that revision, with slots that need the agreement of this
-// verifier (nil means none). The caller has checked that sealing to the TPM breaks no
-// two-of-two.
+// replaceUnder returns the revision that ReplaceBootStates describes, with slots that
+// need the agreement of this verifier (nil means none). The caller has checked that
+// sealing to the TPM breaks no two-of-two.
 func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.Verifier, states []tpm.BootState) (*keyring.Keyring, []seal.Slot, error) {
 	if err := n.CheckSecondKey(ctx, k); err != nil {
 		return nil, nil, err
@@ -83,7 +83,7 @@ func replaceUnder(ctx context.Context, n *node.Node, k *keyring.Keyring, v *tpm.
 // It revokes nothing, but removes the slot in drop from the keyring, unless drop is
 // nil. The caller has checked that sealing to the TPM breaks no two-of-two.
 func addBootState(ctx context.Context, n *node.Node, k *keyring.Keyring, state tpm.BootState, drop *seal.Slot) (*keyring.Keyring, seal.Slot, error) {
-	v, err := n.Remote.Demand(k.ClusterID(), false)
+	v, err := n.Remote.Demand(k.ClusterID())
 	if err != nil {
 		return nil, seal.Slot{}, err
 	}

@@ -56,7 +56,7 @@ func addSigned(ctx context.Context, n *node.Node, req admin.AddBootStatesRequest
 	if newest := newestGeneration(n, k, signer); g != 0 && g < newest {
 		return nil, fmt.Errorf("generation %d of that key was revoked by generation %d; sign the boot states with --generation %d", g, newest, newest)
 	}
-	// A boot state too many opens nothing, but a missing one locks the node out. So
+	// An extra boot state opens nothing, but a missing one locks the node out. So
 	// none is removed before the slot for the new ones exists.
 	if err := keepStates(ctx, n, file.States(), func(bootstate.State) bool { return true }); err != nil {
 		return nil, err
@@ -70,12 +70,12 @@ func addSigned(ctx context.Context, n *node.Node, req admin.AddBootStatesRequest
 		return s.KeyFingerprint != file.States()[0].KeyFingerprint || known && (old == g || old == 0 || g == 0)
 	})
 	if err != nil {
-		n.Log.Warn("signed boot states", "file", n.Config.BootStates(), "error", err) // none of them opens any more
+		n.Log.Warn("signed boot states", "file", n.Config.BootStates(), "error", err) // no slot opens with them any more
 	}
 	if n.Config.TPM.BootPolicy != "" {
 		changes = append(changes, "the boot policy "+n.Config.TPM.BootPolicy+" judges these boots too, and must allow them: see docs/updates.md")
 	}
-	return append([]string{fmt.Sprintf("%d boot states of key %.16s added", len(file.States()), slotview.Fingerprint(signer))}, changes...), nil
+	return append([]string{fmt.Sprintf("%s of key %.16s added", slotview.Count(len(file.States()), "boot state"), slotview.Fingerprint(signer))}, changes...), nil
 }
 
 // newestGeneration returns the latest generation of a signer's key for which a slot
@@ -114,7 +114,7 @@ func oneGeneration(cluster seal.ClusterID, states []bootstate.State, pub crypto.
 	}
 	g, known := slotview.Generation(cluster, states[0].Ref)
 	if !known {
-		return nil, 0, fmt.Errorf("the boot states are signed for another cluster than %s; sign them with --cluster-id %s", cluster, cluster)
+		return nil, 0, fmt.Errorf("the boot states are signed for a cluster other than %s; sign them with --cluster-id %s", cluster, cluster)
 	}
 	return states[0].Ref, g, nil
 }
@@ -251,7 +251,7 @@ func RevokeBootStates(ctx context.Context, n *node.Node, req admin.RevokeBootSta
 	changes := ReportRevoked(ctx, n, before, "what that key signed no longer opens, kept copies included")
 	err = keepStates(ctx, n, nil, func(s bootstate.State) bool { return !gone[hex.EncodeToString(s.KeyFingerprint[:])] })
 	if err != nil {
-		return admin.KeyringState{}, fmt.Errorf("revoke: the slots are revoked, and the boot states are still in the file: %w", err)
+		return admin.KeyringState{}, fmt.Errorf("revoke: the slots are revoked, but the boot states are still in the file: %w", err)
 	}
 	return n.Unchanged(changes...)
 }

@@ -44,11 +44,11 @@ func Suspend(ctx context.Context, n *node.Node, req admin.SuspendRequest) (admin
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("suspend: %w", err)
 	}
-	return n.Unchanged("SUSPENDED: the KEK is sealed to "+bound, "anyone who boots this machine so gets it; when the work is done, run kleidi reseal, which ends this")
+	return n.Unchanged("SUSPENDED: the KEK is sealed to "+bound, "anyone who boots this machine in that way gets it; when the work is done, run kleidi reseal, which ends this")
 }
 
-// addSuspension seals to a suspension in addition. It revokes an earlier suspension,
-// which may be the weaker one.
+// addSuspension also seals the KEK to a suspension. It revokes an earlier
+// suspension, which may be the weaker one.
 func addSuspension(ctx context.Context, n *node.Node, k *keyring.Keyring, state tpm.BootState) (*keyring.Keyring, seal.Slot, error) {
 	if !slices.ContainsFunc(k.Slots(), n.View.Suspends) {
 		if err := n.View.CheckSeal(k.Slots()); err != nil {
@@ -77,13 +77,13 @@ func anchorHolds(n *node.Node, s tpm.BootState) error {
 	}
 	for _, i := range n.Config.Anchor.PCRs {
 		if s.Values[i] == nil {
-			return fmt.Errorf("the anchor in the TPM is bound to PCR %d, which this slot would let go: a boot that changes it needs kleidi recover with the recovery identity all the same; see docs/threat-model.md", i)
+			return fmt.Errorf("the anchor in the TPM is bound to PCR %d, which this slot would leave out: a boot that changes this PCR would still need kleidi recover with the recovery identity; see docs/threat-model.md", i)
 		}
 	}
 	return nil
 }
 
-// spent returns the places of the suspensions that are used up.
+// spent returns the indexes of the suspensions that are used up.
 func spent(ctx context.Context, n *node.Node, slots []seal.Slot) (map[int]bool, error) {
 	spent := map[int]bool{}
 	for i, d := range n.View.Demands(slots) {

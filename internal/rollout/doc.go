@@ -3,6 +3,7 @@
 // once every node has acknowledged it. Package replica makes each node acknowledge and
 // follow.
 //
-// The running serve of the node that staged the KEK, or took the rotation over, drives
-// it. The keyring in the store names that node, so a rotation goes on after a restart.
+// The node that staged the KEK, or took over the rotation, drives the rotation in its
+// running serve. The keyring in the store names that node, so a rotation goes on after a
+// restart.
 package rollout

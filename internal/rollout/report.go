@@ -2,6 +2,7 @@ package rollout
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
@@ -12,11 +13,11 @@ import (
 	"github.com/beezy-dev/kleidi/seal/rotation"
 )
 
-// readWithin bounds a report's read of the cluster store. A report without an answer
-// comes from memory.
+// readWithin bounds a report's read of the cluster store. If the store does not answer,
+// the report comes from memory.
 const readWithin = 3 * time.Second
 
-// Watch reports how far the rotation is.
+// Watch reports the progress of the rotation.
 func Watch(ctx context.Context, n *node.Node) (*admin.Rotation, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {
@@ -32,15 +33,24 @@ func Watch(ctx context.Context, n *node.Node) (*admin.Rotation, error) {
 	return describe(k, reports), nil
 }
 
-// Cluster reports what this node knows of the others, from memory; nil if it shares nothing
-// with them.
+// Cluster reports this node's knowledge of the other nodes, from memory. It is nil if
+// this node shares nothing with them.
 func Cluster(n *node.Node, k *keyring.Keyring) *admin.ClusterReport {
 	if n.Replica == nil || k.Format() == 1 {
 		return nil
 	}
-	s := n.Replica.State()
-	return &admin.ClusterReport{InStep: s.InStep, Reached: s.Reached, Revision: s.Revision, Problem: admin.ProblemOf(s.Problem),
-		Rotation: describe(k, s.Reports), Behind: Behind(k, s.Reports)}
+	return report(n.Replica.State(), k)
+}
+
+func report(s replica.State, k *keyring.Keyring) *admin.ClusterReport {
+	r := &admin.ClusterReport{InStep: s.InStep, Reached: s.Reached, Revision: s.Revision, Problem: admin.ProblemOf(s.Problem), Rotation: describe(k, s.Reports)}
+	switch seal.CauseOf(s.Problem) {
+	case seal.CauseAnchor, seal.CauseForked, seal.CauseNodeRemoved:
+		// The others have another keyring than this node, whose records this node can't verify.
+	default:
+		r.Behind = Behind(k, s.Reports)
+	}
+	return r
 }
 
 // Records returns the last record of each node of k, read now if the store answers.
@@ -55,7 +65,7 @@ func Records(ctx context.Context, n *node.Node, k *keyring.Keyring) map[string]*
 		reports = n.Replica.State().Reports
 	}
 	all := map[string]*admin.NodeRecord{}
-	for _, r := range reports {
+	for _, r := range ofThisLife(k, reports) {
 		if v := r.Record; v != nil {
 			all[r.Node] = &admin.NodeRecord{Revision: v.Revision, Anchored: v.Anchored, Announced: v.Announced, Encrypted: v.Encrypted, Acknowledged: v.Acknowledged,
 				Formats: v.Formats, Version: v.Version, BootStates: len(v.BootStates), Problem: v.Problem, Started: v.Started}
@@ -71,7 +81,13 @@ func Records(ctx context.Context, n *node.Node, k *keyring.Keyring) map[string]*
 
 // Behind returns the nodes that have not followed the present keyring.
 func Behind(k *keyring.Keyring, reports []replica.Report) []admin.WaitingNode {
-	return waiting(rotation.Behind(k, counting(reports)), reports, rotation.WhyNotFollowed)
+	return waiting(rotation.Behind(k, counting(reports)), ofThisLife(k, reports), rotation.WhyNotFollowed)
+}
+
+// Encrypting returns the nodes whose kube-apiserver may still encrypt under a KEK other than
+// the current one.
+func Encrypting(k *keyring.Keyring, reports []replica.Report) []admin.WaitingNode {
+	return waiting(rotation.Encrypting(k, counting(reports)), ofThisLife(k, reports), rotation.WhyNotFollowed)
 }
 
 func counting(reports []replica.Report) (all []*keyring.VerifiedRecord) {
@@ -83,7 +99,24 @@ func counting(reports []replica.Report) (all []*keyring.VerifiedRecord) {
 	return all
 }
 
-// describe says what a rotation waits for.
+// ofThisLife returns the reports without what a node said before it was removed and joined
+// again: "run kleidi reset" is no advice for the machine that has joined. It reads the clocks
+// of two machines, so it is for display only.
+func ofThisLife(k *keyring.Keyring, reports []replica.Report) []replica.Report {
+	all := slices.Clone(reports)
+	for _, n := range k.Nodes() {
+		for i, r := range all {
+			if r.Node == n.Name && r.Record != nil && !r.Counts && r.Record.Started.Before(n.Added) {
+				silent := *r.Record
+				silent.Problem = ""
+				all[i].Record = &silent
+			}
+		}
+	}
+	return all
+}
+
+// describe says which nodes a rotation waits for, and why.
 func describe(k *keyring.Keyring, reports []replica.Report) *admin.Rotation {
 	step := rotation.Next(k, "", counting(reports))
 	r, older := &admin.Rotation{Phase: admin.RotationDone}, rotation.WhyNotFollowed
@@ -93,12 +126,12 @@ func describe(k *keyring.Keyring, reports []replica.Report) *admin.Rotation {
 	} else if step.Do != rotation.Settled {
 		r.Phase = admin.RotationSettling
 	}
-	r.Waiting = waiting(step.Missing, reports, older)
+	r.Waiting = waiting(step.Missing, ofThisLife(k, reports), older)
 	return r
 }
 
-// waiting adds what the missing nodes said last. A record from before the present keyring
-// counts as none; the reason is then older.
+// waiting adds the last record of each missing node. A record from before the present
+// keyring counts as none, and the reason then says so.
 func waiting(missing []rotation.Missing, reports []replica.Report, older rotation.Why) (all []admin.WaitingNode) {
 	for _, m := range missing {
 		w := admin.WaitingNode{Node: m.Node, Why: string(m.Why)}

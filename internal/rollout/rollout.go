@@ -15,8 +15,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/rotation"
 )
 
-// GetInStep makes this node follow the cluster store, and returns its keyring. It refuses where
-// several nodes share no cluster store.
+// GetInStep makes this node follow the cluster store, and returns its keyring. It refuses if
+// several nodes have no cluster store in common.
 func GetInStep(ctx context.Context, n *node.Node) (*keyring.Keyring, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {
@@ -39,8 +39,8 @@ func GetInStep(ctx context.Context, n *node.Node) (*keyring.Keyring, error) {
 	return k, nil
 }
 
-// driver returns the driver of a rotation from this node. shared wraps the fresh KEK in shared
-// slots; it is nil where nothing is to be staged.
+// driver returns the driver of a rotation from this node. shared wraps the fresh KEK in
+// shared slots; it is nil if nothing is to be staged.
 func driver(n *node.Node, shared func(context.Context, *keyring.Keyring) (rotation.Wrap, error)) *rotation.Driver {
 	return &rotation.Driver{
 		Cluster: cluster{n}, Memory: n.Memory,
@@ -87,22 +87,22 @@ func (c cluster) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyrin
 	return c.node.Unlocker.Change(ctx, f)
 }
 
-// gather bounds how long Start waits for records of the present keyring. A node that is up
+// gather bounds how long Start waits for records of the present keyring. A running node
 // writes its own within moments of a change.
 const gather = 10 * time.Second
 
 // Options say how Start rotates.
 type Options struct {
-	// Shared wraps the fresh KEK in the slots that any node can open. Nil means like the
-	// present ones.
+	// Shared wraps the fresh KEK in the slots that any node can open. If it is nil, the
+	// KEK is wrapped like the present ones.
 	Shared func(context.Context, *keyring.Keyring) (rotation.Wrap, error)
 	// Replace is the key ID of the KEK to replace; "" means the current one.
 	Replace seal.KeyID
 }
 
-// Start stages a fresh KEK in the place of the current one. It returns once the KEK is staged,
-// or is replaced already, or nodes are missing without which it can't be staged. The running
-// serve does the rest: see Drive.
+// Start stages a fresh KEK in place of the current one. It returns once the KEK is staged
+// or already replaced, or once it finds that the KEK can't be staged because nodes are
+// missing. The running serve does the rest: see Drive.
 func Start(ctx context.Context, n *node.Node, o Options) (*admin.Rotation, error) {
 	k, err := GetInStep(ctx, n)
 	if err != nil {
@@ -147,7 +147,7 @@ func Start(ctx context.Context, n *node.Node, o Options) (*admin.Rotation, error
 	}
 }
 
-// whoWon names the rotation of another node if that is why this one failed.
+// whoWon names another node's rotation, if that rotation is the reason for the failure.
 func whoWon(ctx context.Context, n *node.Node, failed error) error {
 	if err := n.Replica.Sync(ctx); err != nil {
 		return failed
@@ -209,7 +209,7 @@ func inStep(ctx context.Context, n *node.Node, f func(*keyring.Keyring) (*keyrin
 
 // Drive takes the steps of the rotations that this node drives, until ctx ends.
 func Drive(ctx context.Context, n *node.Node) {
-	d, said := driver(n, nil), ""
+	d, logged := driver(n, nil), ""
 	for ctx.Err() == nil {
 		round := n.Replica.Round()
 		if k, err := d.Cluster.Keyring(ctx); err == nil && drives(k) {
@@ -219,7 +219,7 @@ func Drive(ctx context.Context, n *node.Node) {
 			}
 			text := fmt.Sprint(step, err)
 			switch {
-			case ctx.Err() != nil || text == said:
+			case ctx.Err() != nil || text == logged:
 			case err != nil:
 				n.Log.Error("rotation: the next step failed; it is tried again", "keyID", k.StagedID(), "cause", seal.CauseOf(err), "error", err)
 			case step.Do == rotation.Wait:
@@ -227,7 +227,7 @@ func Drive(ctx context.Context, n *node.Node) {
 			case step.Do == rotation.Activate:
 				n.Log.Info("rotation: every node has the fresh KEK, which is current now", "keyID", k.StagedID())
 			}
-			said = text
+			logged = text
 		}
 		select {
 		case <-ctx.Done():

@@ -8,12 +8,14 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/rotation"
 )
 
-// Rotate rotates the KEK of one node, or has the running serve rotate that of several.
+// Rotate rotates the KEK of one node, or makes the running serve rotate the KEK of
+// several nodes.
 func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.KeyringState, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {
@@ -25,8 +27,8 @@ func Rotate(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.K
 	return RotateAlone(ctx, n, req)
 }
 
-// RotateAlone rotates the KEK of one node, and refuses any other: the rotation of several
-// lasts as long as the slowest node needs.
+// RotateAlone rotates the KEK of one node, and refuses a keyring of several nodes, whose
+// rotation takes as long as the slowest node needs.
 func RotateAlone(ctx context.Context, n *node.Node, req admin.RotateRequest) (admin.KeyringState, error) {
 	k, err := n.Unlocker.Keyring()
 	switch {
@@ -42,24 +44,27 @@ func RotateAlone(ctx context.Context, n *node.Node, req admin.RotateRequest) (ad
 // that is going on.
 func rotateSeveral(ctx context.Context, n *node.Node, before seal.KeyID, req admin.RotateRequest) (admin.KeyringState, error) {
 	var r *admin.Rotation
-	var said []string
+	var notes []string
 	err := error(nil)
 	switch {
 	case req.Abort:
-		said = []string{"the rotation is aborted; its KEK is retired, and nothing is encrypted under it"}
+		notes = []string{"the rotation is aborted; its KEK is retired, and nothing is encrypted under it"}
 		err = Abort(ctx, n)
 	case req.Continue:
 		r, err = Continue(ctx, n)
 		if err == nil && r.Phase == admin.RotationDone {
-			said = []string{"no rotation is going on"}
+			notes = []string{"no rotation is going on"}
 		}
 	default:
 		r, err = confirmAndStart(ctx, n, req)
+		if k, openErr := n.Unlocker.Keyring(); openErr == nil {
+			notes = append(notes, slotview.ReportRoom(k)...)
+		}
 	}
 	if err != nil {
 		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
 	}
-	return withRotation(n, before, r, said...)
+	return withRotation(n, before, r, notes...)
 }
 
 func confirmAndStart(ctx context.Context, n *node.Node, req admin.RotateRequest) (*admin.Rotation, error) {
@@ -75,7 +80,7 @@ func confirmAndStart(ctx context.Context, n *node.Node, req admin.RotateRequest)
 	}})
 }
 
-// WatchRotation reports how far a rotation of several nodes is.
+// WatchRotation reports the progress of a rotation of several nodes.
 func WatchRotation(ctx context.Context, n *node.Node, _ admin.WatchRotationRequest) (admin.KeyringState, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {
@@ -88,8 +93,8 @@ func WatchRotation(ctx context.Context, n *node.Node, _ admin.WatchRotationReque
 	return withRotation(n, k.CurrentID(), r)
 }
 
-func withRotation(n *node.Node, before seal.KeyID, r *admin.Rotation, said ...string) (admin.KeyringState, error) {
-	s, err := n.Result(before, said...)
+func withRotation(n *node.Node, before seal.KeyID, r *admin.Rotation, notes ...string) (admin.KeyringState, error) {
+	s, err := n.Result(before, notes...)
 	s.Rotation = r
 	return s, err
 }

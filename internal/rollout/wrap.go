@@ -60,8 +60,8 @@ func wrapFor(ctx context.Context, n *node.Node, entry keyring.Node, cluster seal
 	return all, nil
 }
 
-// wrapState wraps a KEK with the TPM alone or, where the node demands two of two, splits
-// it: this node's second wrapper, which all nodes share, holds the other half.
+// wrapState wraps a KEK with the TPM alone or, if the node demands two-of-two, splits it:
+// this node's second wrapper, which all nodes share, holds the other half.
 func wrapState(ctx context.Context, n *node.Node, peer tpm.Peer, kek *seal.Secret, second string, half both.Wrap) (seal.Slot, error) {
 	if second == "" {
 		return half(ctx, kek)
@@ -75,12 +75,12 @@ func wrapState(ctx context.Context, n *node.Node, peer tpm.Peer, kek *seal.Secre
 	return pair.WrapWith(ctx, kek, half, w.Wrap)
 }
 
-// wrapAnew wraps the staged KEK of k for the boot states of missing nodes that it is not wrapped
-// for: the node has booted in another way since it was staged.
+// wrapAnew wraps the staged KEK of k for those boot states of missing nodes that have no
+// slot yet: such a node has booted in another way since the KEK was staged.
 func wrapAnew(ctx context.Context, n *node.Node, k *keyring.Keyring, missing []rotation.Missing) error {
 	kek := keyring.StagedKEK(k)
 	if kek == nil {
-		return nil // the round that opens it has not ended
+		return nil // the round that opens the staged KEK has not ended
 	}
 	var more []seal.Slot
 	for _, r := range n.Replica.State().Reports {
@@ -108,7 +108,7 @@ func wrapAnew(ctx context.Context, n *node.Node, k *keyring.Keyring, missing []r
 	})
 }
 
-// notWrapped returns the boot states that no import slot of the staged KEK is for.
+// notWrapped returns the boot states for which the staged KEK has no import slot.
 func notWrapped(k *keyring.Keyring, entry keyring.Node, states []keyring.RecordedState) (all []keyring.RecordedState) {
 	counter, err := nv.NewCounter(entry.EpochIndex, keys.Owner{})
 	if err != nil {
@@ -124,7 +124,7 @@ func notWrapped(k *keyring.Keyring, entry keyring.Node, states []keyring.Recorde
 	return all
 }
 
-// sameState compares boot states; an empty reference is as good as none.
+// sameState compares boot states. An empty reference equals a missing one.
 func sameState(a, b keyring.RecordedState) bool {
 	var text [2][]byte
 	for i, s := range []keyring.RecordedState{a, b} {

@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/unlock"
 )
 
-// keysOf is what answers kube-apiserver.
+// keysOf returns the Keys that answer kube-apiserver.
 func keysOf(n *node.Node) grpcserver.Keys {
 	if n.Replica == nil {
 		return n.Unlocker
@@ -20,7 +20,7 @@ func keysOf(n *node.Node) grpcserver.Keys {
 
 // lookingKeys look into the cluster store before they announce a key ID for the first
 // time, so that a node that was down does not write under a KEK that the others have
-// left. Decrypt does not wait: the store's API may wait for it.
+// left. Decrypt does not wait, because the store's API may be waiting for it.
 type lookingKeys struct {
 	*unlock.Unlocker
 	replica *replica.Replica

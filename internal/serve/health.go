@@ -123,8 +123,20 @@ func (h *health) Describe(c chan<- *prometheus.Desc) {
 	}
 }
 
-// Collect implements prometheus.Collector: it reads memory, and who may open the TPM's
-// device.
+// setGauge sends the value of a gauge.
+type setGauge func(d *prometheus.Desc, v float64, labels ...string)
+
+// flag sends 1 if something is so, and 0 else.
+func (set setGauge) flag(d *prometheus.Desc, is bool) {
+	v := 0.0
+	if is {
+		v = 1
+	}
+	set(d, v)
+}
+
+// Collect implements prometheus.Collector: it reads memory, and checks who may open the
+// TPM's device.
 func (h *health) Collect(c chan<- prometheus.Metric) {
 	h.mu.Lock()
 	n := h.node
@@ -132,16 +144,23 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	if n == nil {
 		return
 	}
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+	gauge := setGauge(func(d *prometheus.Desc, v float64, labels ...string) {
 		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	})
+	collectMachine(n, gauge)
+	k, err := n.Unlocker.Keyring()
+	gauge.flag(descOpen, err == nil)
+	if err == nil {
+		collectKeyring(n, k, gauge)
+		collectCluster(n, k, gauge)
 	}
-	openTPM := 0.0
-	if n.TPMOpenTo() != "" {
-		openTPM = 1
-	}
-	gauge(descOpenTPM, openTPM)
-	timing := n.Unlocker.State().Timing
-	for step, d := range map[string]time.Duration{"load": timing.Load, "gate": timing.Gate, "slots": timing.Slots, "total": timing.Total} {
+}
+
+// collectMachine collects what is known even while the keyring is locked.
+func collectMachine(n *node.Node, gauge setGauge) {
+	gauge.flag(descOpenTPM, n.TPMOpenTo() != "")
+	state := n.Unlocker.State()
+	for step, d := range map[string]time.Duration{"load": state.Timing.Load, "gate": state.Timing.Gate, "slots": state.Timing.Slots, "total": state.Timing.Total} {
 		gauge(descStep, d.Seconds(), step)
 	}
 	if last := n.Gate.Last(); last != nil {
@@ -152,33 +171,15 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 		clientEnd = node.Seconds(end)
 	}
 	gauge(descClientEnd, clientEnd)
-	problem := 0.0
-	if n.Unlocker.State().Problem != nil {
-		problem = 1
-	}
-	gauge(descProblem, problem)
-	passed := 0.0
-	if n.Gate.Passed() {
-		passed = 1
-	}
-	gauge(descPassed, passed)
-	k, err := n.Unlocker.Keyring()
-	if err != nil {
-		gauge(descOpen, 0)
-		return
-	}
+	gauge.flag(descProblem, state.Problem != nil)
+	gauge.flag(descPassed, n.Gate.Passed())
+}
+
+// collectKeyring collects what the open keyring says of its KEKs and slots.
+func collectKeyring(n *node.Node, k *keyring.Keyring, gauge setGauge) {
 	info := k.Info()
-	gauge(descOpen, 1)
-	suspended := 0.0
-	if status.Suspension(n, k.Slots()) != nil {
-		suspended = 1
-	}
-	gauge(descSuspended, suspended)
-	fallback := 0.0
-	if n.Unlocker.State().Fallback != nil {
-		fallback = 1
-	}
-	gauge(descFallback, fallback)
+	gauge.flag(descSuspended, status.Suspension(n, k.Slots()) != nil)
+	gauge.flag(descFallback, n.Unlocker.State().Fallback != nil)
 	gauge(descUnrevoked, float64(len(n.View.Debts(k.Slots()))))
 	gauge(descOutside, float64(len(n.Slots.Outside(context.Background(), k.ClusterID().String(), k.Slots()).IDs())))
 	gauge(descTested, n.SelfTests.Seconds())
@@ -186,7 +187,6 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 	gauge(descKeyID, 1, fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(info.Current.KeyID))))
 	gauge(descRevision, float64(info.Revision))
 	gauge(descNodes, float64(len(info.Nodes)))
-	collectCluster(n, k, gauge)
 	gauge(descKEKs, 1, "current")
 	gauge(descKEKs, float64(len(info.Retired)), "retired")
 	gauge(descKEKMade, node.Seconds(info.Current.Created))
@@ -196,16 +196,16 @@ func (h *health) Collect(c chan<- prometheus.Metric) {
 			continue
 		}
 		seen[[2]string{s.Type, s.Node}] = true
-		if half := slotview.TPMPart(s); half.Type == seal.TypeTPM { // other slots don't record when they were made
-			if d, err := tpm.DemandOf(half, n.Gate.Counter); err == nil {
+		if part := slotview.TPMPart(s); part.Type == seal.TypeTPM { // other slots don't record when they were made
+			if d, err := tpm.DemandOf(part, n.Gate.Counter); err == nil {
 				gauge(descSlotMade, node.Seconds(d.Made), s.Type, s.Node)
 			}
 		}
 	}
 }
 
-// collectCluster collects what this node knows of the cluster store and of the other nodes.
-func collectCluster(n *node.Node, k *keyring.Keyring, gauge func(*prometheus.Desc, float64, ...string)) {
+// collectCluster collects this node's knowledge of the cluster store and of the other nodes.
+func collectCluster(n *node.Node, k *keyring.Keyring, gauge setGauge) {
 	c := rollout.Cluster(n, k)
 	if c == nil {
 		return
@@ -237,13 +237,13 @@ func newHealth(registry *prometheus.Registry) *health {
 }
 
 var (
-	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets other boots than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
+	descSuspended = prometheus.NewDesc("kleidi_suspended", "1 if a suspension lets boots other than the sealed ones open, 0 else; kleidi reseal ends it.", nil, nil)
 	descUnrevoked = prometheus.NewDesc("kleidi_unrevoked_copies", "TPMs and epoch counters under which kept copies of former slots still open; kleidi status names them.", nil, nil)
-	descOutside   = prometheus.NewDesc("kleidi_slots_changed_outside", "Boot states, token keys and recovery recipients that were added to the keyring or removed by no command on this node; kleidi status names them.", nil, nil)
-	descOpenTPM   = prometheus.NewDesc("kleidi_tpm_open_to_others", "1 if others than root and kleidi's user may use the TPM, 0 else; kleidi status names them.", nil, nil)
-	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if another wrapper than the first of unlock.order opened the keyring, 0 else.", nil, nil)
+	descOutside   = prometheus.NewDesc("kleidi_slots_changed_outside", "Boot states, token keys and recovery recipients that were added to or removed from the keyring, but not by a command on this node; kleidi status names them.", nil, nil)
+	descOpenTPM   = prometheus.NewDesc("kleidi_tpm_open_to_others", "1 if users other than root and kleidi's own may use the TPM, 0 else; kleidi status names them.", nil, nil)
+	descFallback  = prometheus.NewDesc("kleidi_fallback", "1 if a wrapper other than the first of unlock.order opened the keyring, 0 else.", nil, nil)
 	descUnusable  = prometheus.NewDesc("kleidi_self_test_failed_slots", "Slots of pkcs11 and vault that did not open when they were last tested, those that a rotation left out, and wrappers of unlock.order without a slot.", nil, nil)
-	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to see that they would; 0 if never.", nil, nil)
+	descTested    = prometheus.NewDesc("kleidi_self_test_timestamp_seconds", "When the slots of pkcs11 and vault were last opened to check that they still open; 0 if never.", nil, nil)
 	descOpen      = prometheus.NewDesc("kleidi_open", "1 if the KEK is open, 0 if kleidi is locked.", nil, nil)
 	descKeyID     = prometheus.NewDesc("kleidi_current_key_id_info", "The current key ID's hash, in the form of kube-apiserver's key_id_hash.", []string{"key_id_hash"}, nil)
 	descRevision  = prometheus.NewDesc("kleidi_keyring_revision", "Revision of the open keyring.", nil, nil)

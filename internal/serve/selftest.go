@@ -28,16 +28,6 @@ func (s *Server) selfTest(ctx context.Context) {
 	}
 }
 
-// pause waits, and reports whether ctx is still alive.
-func pause(ctx context.Context, d time.Duration) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(d):
-		return true
-	}
-}
-
 // awaitOpen waits until the keyring is open, and notices that within the given time. So
 // a test that is due while kleidi is locked runs as soon as it opens.
 func (s *Server) awaitOpen(ctx context.Context, within time.Duration) bool {
@@ -46,7 +36,7 @@ func (s *Server) awaitOpen(ctx context.Context, within time.Duration) bool {
 			return ctx.Err() == nil
 		}
 		if !said {
-			s.Node.Log.Info("self-test: due, and waits until the keyring is open")
+			s.Node.Log.Info("self-test: due, waiting until the keyring is open")
 		}
 		if !pause(ctx, within/2+rand.N(within/2+1)) {
 			return false

@@ -103,7 +103,7 @@ func (s *Server) tidyUp(ctx context.Context) {
 			return
 		case <-s.opened:
 		}
-		if first { // and not before: a start waits for no command that it can do without
+		if first { // not earlier: a start waits for no TPM command that it can do without
 			s.Node.WarnOwner(ctx)
 		}
 		wait := backoff.NewExponentialBackOff()
@@ -164,10 +164,10 @@ func (s *Server) reportReady() {
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 }
 
-// Supervised reports whether systemd waits for the word that serve is up.
+// Supervised reports whether systemd waits to be told that the service is up.
 func Supervised() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
 
-// HoldBack waits before a supervised serve that could not be set up ends. systemd starts
+// HoldBack waits before a supervised service that could not be set up ends. systemd starts
 // the unit again a second later, without a limit. A few starts a minute are enough to find
 // a corrected configuration.
 func HoldBack(ctx context.Context, err error) {
@@ -252,7 +252,7 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 // readyGrace bounds the wait of "systemctl start" for the first attempt to unlock.
 const readyGrace = 15 * time.Second
 
-// holdBack is the time until a serve without a usable configuration ends.
+// holdBack is the time until a service without a usable configuration ends.
 const holdBack = 10 * time.Second
 
 // startGrace bounds the first calls' wait for the first attempt to unlock; it is less
@@ -268,3 +268,13 @@ func orDefault(id, own int) int {
 
 // stopTimeout bounds the calls in progress.
 const stopTimeout = 5 * time.Second
+
+// pause waits, and reports whether ctx is still alive.
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}

@@ -38,7 +38,7 @@ func TestTidyWaitsForTheOpening(t *testing.T) {
 	var err error
 	s.Node, err = node.New(cfg, slog.New(slog.DiscardHandler), func(seal.Cause, unlock.Timing) {
 		s.opened <- struct{}{}
-		<-time.After(100 * time.Millisecond) // in which a clean-up that does not wait gives up
+		<-time.After(100 * time.Millisecond) // a clean-up that does not wait gives up in this time
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -101,7 +101,7 @@ func sealToNext(t *testing.T, cfg *config.Config, next simboot.Boot) {
 // waitUntil waits until ready returns nil, and returns its error if it does not.
 func waitUntil(t *testing.T, ready func() error) error {
 	t.Helper()
-	timeout := time.After(30 * time.Second)
+	timeout := time.After(2 * time.Minute)
 	for {
 		err := ready()
 		if err == nil {

@@ -8,7 +8,8 @@ import (
 	"github.com/beezy-dev/kleidi/internal/node"
 )
 
-// TestUpAfterTheAdminSocket: serve answers nobody over HTTP before a command could find it.
+// TestUpAfterTheAdminSocket: serve answers nobody over HTTP before a command can find the
+// admin socket.
 func TestUpAfterTheAdminSocket(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &Server{Node: &node.Node{Config: &config.Config{}}, adminTried: make(chan struct{})}

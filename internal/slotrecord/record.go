@@ -46,8 +46,8 @@ type content struct {
 	Version   int            `json:"version"`
 	ClusterID string         `json:"clusterID"`
 	Slots     []slotview.Way `json:"slots"`
-	// Pending are the ways after a change that may have been saved or not. The process
-	// that makes the change may die in between.
+	// Pending are the ways after a change. The process that makes the change may die
+	// before or after it saves the keyring.
 	Pending []slotview.Way `json:"pending,omitempty"`
 }
 
@@ -60,7 +60,7 @@ type OutsideChange struct{ Added, Removed []slotview.Way }
 // None reports whether nothing differs.
 func (c OutsideChange) None() bool { return len(c.Added)+len(c.Removed) == 0 }
 
-// Describe lists what differs for people.
+// Describe lists the differences for an operator.
 func (c OutsideChange) Describe() (all []string) {
 	for _, w := range c.Added {
 		all = append(all, "added "+w.Slot)
@@ -112,7 +112,7 @@ func (c content) known(ways []slotview.Way) []slotview.Way {
 	return slotview.WithWays(there, c.certain())
 }
 
-// Confirm has the record take these slots as they are, with the next change.
+// Confirm makes the record accept these slots as they are, with the next change.
 func (r *Record) Confirm(k *keyring.Keyring) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -138,20 +138,20 @@ func (r *Record) Opened(ctx context.Context, k *keyring.Keyring) {
 	r.load(ctx, k.ClusterID().String())
 	if r.record.ClusterID != k.ClusterID().String() { // an earlier version kept none, or somebody deleted it
 		r.record = r.first(k)
-		r.log.Warn("there was no record of the slots, so those in the keyring are taken as they are; compare them with kleidi slot list", "slots", slotview.DescribeWays(r.record.Slots))
-		_ = r.save(ctx) // on a read-only disk, a serve remembers it all the same
+		r.log.Warn("there was no record of the slots, so the slots in the keyring are accepted as they are; compare them with kleidi slot list", "slots", slotview.DescribeWays(r.record.Slots))
+		_ = r.save(ctx) // on a read-only disk, serve still remembers it
 		return
 	}
 	ways := r.view.Ways(k.Slots())
 	c := r.record.outside(ways)
-	if c.None() && r.record.Pending != nil { // the process that made the change died before its end
+	if c.None() && r.record.Pending != nil { // the process that made the change died before the end
 		r.record.Slots, r.record.Pending = ways, nil
 		_ = r.save(ctx)
 	}
 	if c.None() {
 		return
 	}
-	_ = r.save(ctx) // whoever changed the keyring may have changed the record too
+	_ = r.save(ctx) // a person who changed the keyring may have changed the record too
 	r.log.Warn("the keyring was changed from outside", "added", slotview.DescribeWays(c.Added), "removed", slotview.DescribeWays(c.Removed))
 }
 

@@ -40,7 +40,7 @@ func (d *disk) Save(_ context.Context, b []byte, old store.Version) (store.Versi
 	return store.Version(b), nil
 }
 
-// process is a serve or a command with the record of a disk, and what it logs.
+// process starts a serve or a command with the record of a disk, and returns its log.
 func process(d *disk) (*Record, *bytes.Buffer) {
 	log := &bytes.Buffer{}
 	return New(d, slotview.Reader{Node: "cp-1"}, slog.New(slog.NewTextHandler(log, nil))), log
@@ -89,9 +89,9 @@ func outside(t *testing.T, r *Record, k *keyring.Keyring) string {
 	return strings.Join(r.Outside(t.Context(), k.ClusterID().String(), k.Slots()).Describe(), "; ")
 }
 
-// TestOutside: what a command of this node changes is on record, also where the process
-// died before the end of the change. Whatever else changes is announced at each start
-// until somebody confirms it.
+// TestOutside: a change by a command of this node is on record, even if the process died
+// before the end of the change. Any other change is announced at each start until
+// somebody confirms it.
 func TestOutside(t *testing.T) {
 	d := &disk{}
 	k := keyringOf(t, "a", "b")
@@ -119,7 +119,7 @@ func TestOutside(t *testing.T) {
 	}
 
 	planted := with(t, byCommand, "a", "c", "evil")
-	for range 2 { // the first start does not take it for known
+	for range 2 { // the first start does not accept it as known
 		r, log = process(d)
 		r.Opened(t.Context(), planted)
 		if got := outside(t, r, planted); got != "added evil: ; removed b: " {
@@ -129,7 +129,7 @@ func TestOutside(t *testing.T) {
 			t.Errorf("log: %s", log)
 		}
 	}
-	// A command beside it does not confirm it.
+	// A command that makes another change does not confirm it.
 	after := with(t, planted, "a", "c", "evil", "d")
 	must(t, r.Changing(t.Context(), unlock.SlotChange{Before: planted, After: after}))
 	r.Changed(t.Context())
@@ -157,7 +157,7 @@ func TestNoRecord(t *testing.T) {
 	}
 }
 
-// TestUnreadable: of a record that can't be read, no slot is known.
+// TestUnreadable: if the record can't be read, no slot is known.
 func TestUnreadable(t *testing.T) {
 	for _, b := range []string{"{", `{"version":2}`} {
 		r, log := process(&disk{b: []byte(b)})
@@ -179,7 +179,7 @@ func TestNotSaved(t *testing.T) {
 	if err := r.Changing(t.Context(), unlock.SlotChange{Before: k, After: with(t, k, "a", "b")}); seal.CauseOf(err) != seal.CauseStore {
 		t.Errorf("want store-failed: %v", err)
 	}
-	// A change that leaves the slots as they are needs no record.
+	// A change that leaves the slots unchanged needs no record.
 	r, _ = process(&disk{b: d.b, full: true})
 	r.Opened(t.Context(), k)
 	must(t, r.Changing(t.Context(), unlock.SlotChange{Before: k, After: with(t, k, "a")}))

@@ -60,7 +60,7 @@ func provePIN(ctx context.Context, n *node.Node, blob []byte, pin *seal.Secret) 
 	}
 	defer got.Close()
 	if !got.Equal(pin) {
-		return errors.New("the TPM unseals something else than what was sealed, nothing was written; see whether the TPM is faulty")
+		return errors.New("the TPM did not return what it sealed; nothing was written; check whether the TPM is faulty")
 	}
 	return nil
 }

@@ -2,8 +2,8 @@
 // credentials that a slot's backend needs: a PIN sealed to the TPM, a client key for
 // Vault.
 //
-// A slot is stored only after the configured wrapper has opened it (recovery, whose
-// identity is elsewhere, is the exception), and a removal is refused if nothing would be
-// left that opens the keyring. The rules that need no hardware, such as those of two of
-// two, are in package slotview.
+// A slot is stored only after the configured wrapper has opened it (except a recovery
+// slot, whose identity is elsewhere). A removal is refused if no remaining slot would
+// open the keyring. The rules that need no hardware, such as those of two-of-two, are in
+// package slotview.
 package slots

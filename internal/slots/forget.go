@@ -22,7 +22,7 @@ func ForgetCopies(ctx context.Context, n *node.Node, req admin.ForgetCopiesReque
 	}
 	var changes []string
 	for _, d := range forgotten {
-		changes = append(changes, "forgotten, by your word alone: copies that "+d.Describe())
+		changes = append(changes, "forgotten, on your authority alone: copies that "+d.Describe())
 	}
 	return n.Unchanged(changes...)
 }

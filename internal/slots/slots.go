@@ -145,10 +145,11 @@ func Remove(ctx context.Context, n *node.Node, req admin.RemoveSlotRequest) (adm
 	return state, err
 }
 
-// reportRemoved says what the removal of a slot means that does not belong to this TPM.
+// reportRemoved explains the consequences of removing a slot that does not belong to this
+// TPM.
 func reportRemoved(gone seal.Slot, rest []seal.Slot) []string {
 	if gone.Type == seal.TypeSkipped {
-		return []string{"the place is gone from the keyring; there was no slot in it"}
+		return []string{"the placeholder is gone from the keyring; it held no slot"}
 	}
 	changes := []string{"the slot is gone from the keyring; kept copies of it still open the KEK: run kleidi rotate"}
 	if gone.Type == seal.TypeRecovery && !slices.ContainsFunc(rest, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery }) {
@@ -170,7 +171,7 @@ func Rewrap(ctx context.Context, n *node.Node, req admin.RewrapSlotRequest) (adm
 			return nil, err
 		}
 		if d, ok := slotview.MissingOf(slots[i]); ok {
-			return nil, errors.New("a rotation did without it, so there is nothing to rewrap; " + n.View.Remedy(d, slots))
+			return nil, errors.New("a rotation skipped this slot, so there is nothing to rewrap; " + n.View.Remedy(d, slots))
 		}
 		wrap := wrapAgain
 		if req.NewKey {

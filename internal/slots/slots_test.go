@@ -6,40 +6,27 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
-	"log/slog"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/recovery"
 )
 
-func newNode(t *testing.T, amend func(*config.Config)) *node.Node {
-	t.Helper()
-	cfg := config.Default()
-	cfg.Node, cfg.State.Dir = "cp-1", filepath.Join(t.TempDir(), "state")
-	amend(cfg)
-	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(n.Close)
-	return n
-}
-
-// TestWrapperFor: which requests to add a slot find a wrapper, and what the others lack.
+// TestWrapperFor: which requests to add a slot find a wrapper, and what the other
+// requests lack.
 func TestWrapperFor(t *testing.T) {
 	secret, recipient, err := recovery.GenerateIdentity(seal.Memory{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer secret.Close()
-	bare := newNode(t, func(*config.Config) {})
-	withVault := newNode(t, func(c *config.Config) {
+	bare := nodetest.New(t)
+	withVault := nodetest.New(t, func(c *config.Config) {
 		c.Vault.Address, c.Vault.Key = "https://vault.example:8200", "kleidi"
 		c.Vault.Auth.Method, c.Vault.Auth.TokenFile = "token", "/etc/kleidi/token"
 	})
@@ -68,8 +55,8 @@ func TestWrapperFor(t *testing.T) {
 	}
 }
 
-// TestReportRemoved: a removed slot is never said to be revoked, and the last recovery slot
-// is missed.
+// TestReportRemoved: a removed slot is never reported as revoked, and the loss of the
+// last recovery slot is reported.
 func TestReportRemoved(t *testing.T) {
 	slot := func(kind string) seal.Slot { return seal.Slot{Type: kind} }
 	for name, row := range map[string]struct {
@@ -78,7 +65,7 @@ func TestReportRemoved(t *testing.T) {
 		says []string
 	}{
 		"vault":         {slot(seal.TypeVault), nil, []string{"kept copies of it still open the KEK"}},
-		"placeholder":   {slot(seal.TypeSkipped), nil, []string{"there was no slot in it"}},
+		"placeholder":   {slot(seal.TypeSkipped), nil, []string{"it held no slot"}},
 		"recovery":      {slot(seal.TypeRecovery), []seal.Slot{slot(seal.TypeTPM), slot(seal.TypeRecovery)}, []string{"kept copies"}},
 		"last recovery": {slot(seal.TypeRecovery), []seal.Slot{slot(seal.TypeTPM)}, []string{"kept copies", "NO RECOVERY SLOT IS LEFT"}},
 	} {
@@ -94,9 +81,9 @@ func TestReportRemoved(t *testing.T) {
 	}
 }
 
-// TestSelfTested: the self-test opens what depends on a token or a server.
+// TestSelfTested: the self-test opens the slots that depend on a token or a server.
 func TestSelfTested(t *testing.T) {
-	n := newNode(t, func(*config.Config) {})
+	n := nodetest.New(t)
 	for kind, want := range map[string]bool{seal.TypePKCS11: true, seal.TypeVault: true, seal.TypeTPM: false, seal.TypeRecovery: false, seal.TypeSkipped: false} {
 		if got := SelfTested(n, seal.Slot{Type: kind}); got != want {
 			t.Errorf("%s: %v", kind, got)
@@ -121,10 +108,10 @@ func TestCertificateRequest(t *testing.T) {
 	}
 }
 
-// TestNewKey: only a slot that a token or a server made can be made by a new key.
+// TestNewKey: only a slot that a token or a server made can be remade with a new key.
 func TestNewKey(t *testing.T) {
-	n := newNode(t, func(*config.Config) {})
-	for _, kind := range []string{seal.TypeTPM, seal.TypeRecovery, seal.TypePKCS11, seal.TypeVault} { // no backend, or none configured
+	n := nodetest.New(t)
+	for _, kind := range []string{seal.TypeTPM, seal.TypeRecovery, seal.TypePKCS11, seal.TypeVault} { // no backend, or no configured one
 		if _, err := rewrapByNewKey(t.Context(), n, nil, seal.Slot{Type: kind}); err == nil || !strings.Contains(err.Error(), "--new-key is for") {
 			t.Errorf("%s: %v", kind, err)
 		}

@@ -38,7 +38,7 @@ func Test(ctx context.Context, n *node.Node, req admin.TestSlotsRequest) (admin.
 	return r, nil
 }
 
-// checker is a wrapper that finds what can keep a slot from opening some day.
+// checker is a wrapper that finds faults that may keep a slot from opening in the future.
 type checker interface {
 	Check(ctx context.Context, slot seal.Slot) (warnings []string, err error)
 }
@@ -68,8 +68,8 @@ func TestOne(ctx context.Context, n *node.Node, k *keyring.Keyring, name string,
 	return t
 }
 
-// testSecond lets the second wrapper of a two-of-two open its half if the TPM can't
-// open the other half yet.
+// testSecond lets the second wrapper of a two-of-two open its half if the TPM can't open
+// the other half yet.
 func testSecond(ctx context.Context, n *node.Node, k *keyring.Keyring, s seal.Slot) error {
 	pair, ok := n.Wrapper(s.Type).(*both.Wrapper)
 	if !ok {

@@ -12,7 +12,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 )
 
-// Demands returns the demands of this node's TPM slots, each by its place among slots.
+// Demands returns the demands of this node's TPM slots, by their indexes in slots.
 func (r Reader) Demands(slots []seal.Slot) map[int]tpm.Demand {
 	all := map[int]tpm.Demand{}
 	for i, s := range slots {
@@ -100,7 +100,7 @@ func (r Reader) Signer(s seal.Slot, cluster string) (fingerprint string, g uint6
 	return Fingerprint(*d.State.Signer), g
 }
 
-// Generation finds the generation of a policyRef: 0 is systemd's form, which has none.
+// Generation finds the generation of a policyRef; 0 is systemd's form, which has none.
 func Generation(cluster seal.ClusterID, ref []byte) (uint64, bool) {
 	if len(ref) == 0 {
 		return 0, true

@@ -62,7 +62,7 @@ func (r Reader) Binding(s seal.Slot) string {
 	}
 }
 
-// Use returns the purpose of a slot; "" for slots of other wrappers than the TPM's.
+// Use returns the purpose of a slot; it is "" for slots of wrappers other than the TPM's.
 func (r Reader) Use(s seal.Slot) string {
 	if d, err := tpm.DemandOf(TPMPart(s), r.Counter); TPMPart(s).Type == seal.TypeTPM && err == nil {
 		return UseNames[d.State.Use]
@@ -96,15 +96,13 @@ func JoinPCRs(pcrs []int) string {
 	return strings.Trim(strings.ReplaceAll(fmt.Sprint(pcrs), " ", ", "), "[]")
 }
 
-func JoinWords(words []string) string { return strings.Join(words, ", ") }
-
 // SameBinding reports whether two slots have the same wrapper and the same recipients.
 func (r Reader) SameBinding(a, b seal.Slot) bool {
 	return a.Type == b.Type && (a.Type != seal.TypeRecovery || r.Binding(a) == r.Binding(b))
 }
 
-// ReportReturned lists the slots of the backup that the restored keyring has and the
-// replaced one had not. It returns nothing if the replaced slots are unknown.
+// ReportReturned lists the slots of the backup that are in the restored keyring but were
+// not in the replaced one. It returns nothing if the replaced slots are unknown.
 func (r Reader) ReportReturned(backup, before, after []seal.Slot) (changes []string) {
 	if before == nil {
 		return nil
@@ -118,12 +116,6 @@ func (r Reader) ReportReturned(backup, before, after []seal.Slot) (changes []str
 	}
 	return changes
 }
-
-// IsSecondary reports whether slots of a type are opened by a token, a server or a plugin alone.
-func IsSecondary(kind string) bool { return slices.Contains(Secondary, kind) }
-
-// Secondary are the types of the slots that a token, a server or a plugin opens alone.
-var Secondary = []string{seal.TypePKCS11, seal.TypeVault, seal.TypeKMSPlugin}
 
 // HasBackend reports whether a token or a server opens slots of a type, alone or together
 // with the TPM.

@@ -1,7 +1,6 @@
 package slotview
 
 import (
-	"context"
 	"encoding/json"
 	"slices"
 	"time"
@@ -9,49 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Missing is the data of a placeholder for a missing slot. Nothing opens it.
-type Missing struct {
-	Type  string    `json:"type"`
-	Since time.Time `json:"since,omitzero"` // when a slot was left out; zero if there never was one
-}
-
-// Skip returns the placeholder for a slot; an existing placeholder stays.
-func Skip(s seal.Slot) (seal.Slot, error) {
-	if s.Type == seal.TypeSkipped {
-		return s, nil
-	}
-	data, err := json.Marshal(Missing{TypeOf(s), time.Now().UTC().Truncate(time.Second)})
-	return seal.Slot{Type: seal.TypeSkipped, Node: s.Node, Data: data}, err
-}
-
-// MissingOf reads a placeholder. It may come from a keyring that nothing vouches for,
-// and is displayed, so only types of slots are accepted.
-func MissingOf(s seal.Slot) (d Missing, ok bool) {
-	ok = s.Type == seal.TypeSkipped && json.Unmarshal(s.Data, &d) == nil &&
-		((d.Type == seal.TypeTPM || d.Type == seal.TypeRecovery || IsSecondary(d.Type)) || Second(d.Type) != "")
-	return d, ok
-}
-
-// KeepMissing keeps placeholders, and debts, in the rotations that follow.
-type KeepMissing struct{}
-
-// WrapLike implements rotation.Rewrapper.
-func (KeepMissing) WrapLike(_ context.Context, _ *seal.Secret, like seal.Slot) (seal.Slot, error) {
-	if like.Type != seal.TypeSkipped && like.Type != seal.TypeUnrevoked {
-		return seal.Slot{}, seal.ErrNotMine
-	}
-	return like, nil
-}
-
-// TypeOf returns the type of a slot; for a placeholder, the type of the missing slot.
-func TypeOf(s seal.Slot) string {
-	if d, ok := MissingOf(s); ok {
-		return d.Type
-	}
-	return s.Type
-}
-
-// ReportDropped lists the slots that a recovery neither made again nor replaced by a
+// ReportDropped lists the slots that a recovery neither made again nor replaced with a
 // placeholder.
 func ReportDropped(before, after []seal.Slot) (changes []string) {
 	var said []string
@@ -61,7 +18,7 @@ func ReportDropped(before, after []seal.Slot) (changes []string) {
 			continue
 		}
 		said = append(said, kind)
-		changes = append(changes, "there is no slot of "+kind+" any more, since unlock.order does not want it; kept copies of the former one still open what it held")
+		changes = append(changes, "the "+kind+" slot is gone, since unlock.order does not name it; kept copies of it still open the KEK that it held")
 	}
 	return changes
 }
@@ -96,7 +53,7 @@ func (r Reader) Remedy(d Missing, slots []seal.Slot) string {
 		return "run kleidi slot add recovery --recipient age1…"
 	}
 	command := "kleidi slot add " + d.Type
-	if ofTPM := d.Type == seal.TypeTPM || Second(d.Type) != ""; ofTPM && len(r.Demands(slots)) == 0 { // reseal follows what is sealed to this TPM
+	if ofTPM := d.Type == seal.TypeTPM || Second(d.Type) != ""; ofTPM && len(r.Demands(slots)) == 0 { // reseal follows the slots of this TPM
 		command = "kleidi reseal --new-tpm"
 	} else if ofTPM {
 		command = "kleidi reseal"
@@ -107,7 +64,7 @@ func (r Reader) Remedy(d Missing, slots []seal.Slot) string {
 	case command == "kleidi reseal":
 		return "run " + command + ", which seals to the running boot"
 	case command == "kleidi reseal --new-tpm":
-		return "run " + command + ", which seals to the TPM that is there"
+		return "run " + command + ", which seals to the present TPM"
 	}
 	return "run " + command + " once its backend answers, and is configured here"
 }
@@ -116,12 +73,12 @@ func (r Reader) Remedy(d Missing, slots []seal.Slot) string {
 func (r Reader) WhyMissing(d Missing, slots []seal.Slot) error {
 	if d.Since.IsZero() {
 		hint := r.Remedy(d, slots)
-		if slices.ContainsFunc(slots, func(s seal.Slot) bool { return TypeOf(s) == d.Type && s.Node != "" && s.Node != r.Node }) { // of another node
+		if slices.ContainsFunc(slots, func(s seal.Slot) bool { return TypeOf(s) == d.Type && s.Node != "" && s.Node != r.Node }) { // a slot of another node
 			hint = "if this machine was renamed, set node to its former name; else " + hint
 		}
 		return seal.Errorf(seal.CauseNoSlot, hint, "unlock.order names %s, and the keyring holds no slot of it for this node", d.Type)
 	}
-	return seal.Errorf(seal.CauseNoSlot, r.Remedy(d, slots), "the rotation of %s did without this slot", d.Since.Local().Format(time.DateTime))
+	return seal.Errorf(seal.CauseNoSlot, r.Remedy(d, slots), "the rotation of %s skipped this slot", d.Since.Local().Format(time.DateTime))
 }
 
 // ReportMissing lists the missing slots, each with its remedy.

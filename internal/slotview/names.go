@@ -55,7 +55,7 @@ func bindingID(s seal.Slot) string {
 	return dataID(s)
 }
 
-// bindingOf returns what a slot is bound to, or false if its data can't be read.
+// bindingOf returns the binding of a slot, or false if its data can't be read.
 func bindingOf(s seal.Slot) (binding []string, ok bool) {
 	binding = []string{s.Type, s.Node}
 	for _, part := range []seal.Slot{TPMPart(s), secondPart(s)} {
@@ -120,7 +120,7 @@ func uniqueLength(slots []seal.Slot, ids []string, i int) int {
 	return n
 }
 
-// Find returns the place of the slot with that name: as in [Names], with more digits of
+// Find returns the index of the slot with that name: as in [Names], with more digits of
 // its ID, or an age recipient.
 func Find(slots []seal.Slot, name string) (int, error) {
 	var found []int
@@ -143,7 +143,7 @@ func Find(slots []seal.Slot, name string) (int, error) {
 	return found[0], nil
 }
 
-// Places returns the places of several named slots.
+// Places returns the indexes of several named slots.
 func Places(slots []seal.Slot, names []string) (at []int, err error) {
 	for _, name := range names {
 		i, err := Find(slots, name)
@@ -155,8 +155,8 @@ func Places(slots []seal.Slot, names []string) (at []int, err error) {
 	return at, nil
 }
 
-// IsLastRecovery reports whether only the slots at these places are for a recovery
-// identity.
+// IsLastRecovery reports whether the slots at these indexes are the only ones for a
+// recovery identity.
 func IsLastRecovery(slots []seal.Slot, at ...int) bool {
 	gone, stays := false, false
 	for i, s := range slots {
@@ -167,8 +167,8 @@ func IsLastRecovery(slots []seal.Slot, at ...int) bool {
 	return gone && !stays
 }
 
-// ErrLastRecovery is the refusal to remove that slot.
-var ErrLastRecovery = errors.New("it is the last recovery slot: if this TPM fails, is cleared, or the machine boots otherwise, every Secret is lost; if that is what you want, add --accept-data-loss, else run kleidi slot add recovery --recipient age1… first")
+// ErrLastRecovery is the refusal to remove the last recovery slot.
+var ErrLastRecovery = errors.New("it is the last recovery slot: if this TPM fails, is cleared, or the machine boots differently, every Secret is lost; if that is what you want, add --accept-data-loss, else run kleidi slot add recovery --recipient age1… first")
 
 // named reports whether a name may mean a slot.
 func named(s seal.Slot, name string) bool {
@@ -197,3 +197,5 @@ func NameOf(k *keyring.Keyring, s seal.Slot) string {
 	}
 	return s.Type
 }
+
+func JoinWords(words []string) string { return strings.Join(words, ", ") }

@@ -13,8 +13,8 @@ const (
 	vaultAnd = seal.TypeTPMAndVault
 )
 
-// of returns slots of these types for node cp-1, or for every node where the type
-// says so. "-tpm" is the place of a TPM slot that a rotation left out.
+// of returns slots of these types for node cp-1, or for every node if the type says so.
+// "-tpm" is the placeholder of a TPM slot that a rotation left out.
 func of(t *testing.T, kinds ...string) (slots []seal.Slot) {
 	t.Helper()
 	for _, kind := range kinds {

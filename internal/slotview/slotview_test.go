@@ -38,7 +38,7 @@ func TestNames(t *testing.T) {
 	for _, tc := range []struct{ slots, want []string }{
 		{[]string{"tpm@cp-1", "recovery"}, []string{`tpm`, `recovery`}},
 		{[]string{"tpm@cp-1", "recovery", "tpm@cp-1", "recovery"}, []string{`tpm-[0-9a-f]{4}`, `recovery-[0-9a-f]{4}`, `tpm-[0-9a-f]{4}`, `recovery-[0-9a-f]{4}`}},
-		{[]string{"recovery", "-recovery", "-pkcs11"}, []string{`recovery-[0-9a-f]{4}`, `recovery-[0-9a-f]{4}`, `pkcs11`}}, // a slot that was left out is of its type still
+		{[]string{"recovery", "-recovery", "-pkcs11"}, []string{`recovery-[0-9a-f]{4}`, `recovery-[0-9a-f]{4}`, `pkcs11`}}, // a slot that was left out keeps its type
 	} {
 		list := slots(t, tc.slots...)
 		names := slotview.Names(list)
@@ -118,7 +118,7 @@ func TestMissingOf(t *testing.T) {
 		`{"type":"tpm"` + since + `}`:               "tpm",
 		`{"type":"tpm-and-vault"` + since + `}`:     "tpm-and-vault",
 		`{"type":"recovery"}`:                       "recovery",
-		`{"type":"` + strings.Repeat("x", 9) + `"}`: "", // no type of ours: nothing vouches for these bytes, and they are shown
+		`{"type":"` + strings.Repeat("x", 9) + `"}`: "", // not a type of ours: these unauthenticated bytes would be shown
 		`{"type":"skipped"}`:                        "",
 		`{}`:                                        "",
 		`[`:                                         "",
@@ -159,15 +159,15 @@ func TestSkip(t *testing.T) {
 	}
 }
 
-// TestWithMissing: each wrapper of unlock.order is shown, whether this node has a slot
-// of it or not.
+// TestWithMissing: each wrapper of unlock.order is shown, whether or not this node has a
+// slot of it.
 func TestWithMissing(t *testing.T) {
 	for _, tc := range []struct{ order, slots, want []string }{
 		{[]string{"tpm"}, []string{"tpm@cp-1", "recovery"}, nil},
 		{[]string{"tpm", "pkcs11"}, []string{"tpm@cp-1"}, []string{"pkcs11"}},
 		{[]string{"tpm"}, []string{"tpm@cp-2"}, []string{"tpm@cp-1"}}, // another node's slot is not this node's
 		{[]string{"tpm-and-vault"}, []string{"tpm@cp-1"}, []string{"tpm-and-vault@cp-1"}},
-		{[]string{"tpm", "pkcs11"}, []string{"tpm@cp-1", "-pkcs11"}, nil}, // left out is known already
+		{[]string{"tpm", "pkcs11"}, []string{"tpm@cp-1", "-pkcs11"}, nil}, // a slot that was left out is already known
 		{[]string{"vault"}, nil, []string{"vault"}},
 	} {
 		list := slots(t, tc.slots...)
@@ -217,7 +217,7 @@ func TestWhyMissing(t *testing.T) {
 		t.Error(err)
 	}
 	left := slotview.Missing{Type: seal.TypeVault, Since: time.Now()}
-	if err := reader("tpm").WhyMissing(left, slots(t, "tpm@cp-1")); seal.CauseOf(err) != seal.CauseNoSlot || !strings.Contains(err.Error(), "did without this slot; run kleidi slot add vault") {
+	if err := reader("tpm").WhyMissing(left, slots(t, "tpm@cp-1")); seal.CauseOf(err) != seal.CauseNoSlot || !strings.Contains(err.Error(), "skipped this slot; run kleidi slot add vault") {
 		t.Error(err)
 	}
 }
@@ -234,10 +234,10 @@ func TestTwoOfTwoRules(t *testing.T) {
 	}{
 		{"tpm", []string{"tpm@cp-1", "recovery"}, verdict{true, true, true, true}},
 		{both, []string{both + "@cp-1"}, verdict{false, true, true, true}},
-		{both, []string{"-" + both + "@cp-1"}, verdict{false, true, true, true}},                 // left out counts as held
-		{"tpm", []string{both + "@cp-1"}, verdict{false, true, false, false}},                    // unlock.order has lost it
+		{both, []string{"-" + both + "@cp-1"}, verdict{false, true, true, true}},                 // a slot that was left out counts as held
+		{"tpm", []string{both + "@cp-1"}, verdict{false, true, false, false}},                    // unlock.order no longer names it
 		{both, []string{"tpm@cp-1", "recovery"}, verdict{false, true, false, true}},              // not two of two yet
-		{"pkcs11", []string{"pkcs11", "tpm-and-vault@cp-2"}, verdict{false, true, false, false}}, // another node's counts, too
+		{"pkcs11", []string{"pkcs11", "tpm-and-vault@cp-2"}, verdict{false, true, false, false}}, // another node's slot counts too
 	} {
 		r, list := reader(tc.order), slots(t, tc.slots...)
 		got := verdict{r.CheckAdd(seal.TypeRecovery, list) == nil, r.CheckAdd(both, list) == nil, r.CheckRecovery(list) == nil, r.CheckSeal(list) == nil}
@@ -270,7 +270,7 @@ func TestReports(t *testing.T) {
 		"not completed":        {reader("tpm").ReportCompleted(list("tpm@cp-1", "-vault"), list("tpm@cp-1", "vault")), ""},
 		"still named":          {reader("tpm", "vault").ReportStillNamed(list("tpm@cp-1"), "vault"), "or the next rotation makes the slot again"},
 		"not named":            {reader("tpm").ReportStillNamed(list("tpm@cp-1"), "vault"), ""},
-		"dropped":              {slotview.ReportDropped(list("tpm@cp-1", "vault", "vault"), list("tpm@cp-1")), "there is no slot of vault any more"},
+		"dropped":              {slotview.ReportDropped(list("tpm@cp-1", "vault", "vault"), list("tpm@cp-1")), "the vault slot is gone"},
 		"not dropped":          {slotview.ReportDropped(list("tpm@cp-1", "vault"), list("tpm@cp-1", "-vault")), ""},
 		"returned":             {reader().ReportReturned(list("vault"), list("tpm@cp-1"), list("tpm@cp-1", "vault")), "slot vault is back, which the replaced keyring did not have"},
 		"nothing replaced":     {reader().ReportReturned(list("vault"), nil, list("vault")), ""},

@@ -7,23 +7,8 @@ import (
 	"strings"
 
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/seal/both"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
-
-// Second returns the second wrapper of a two-of-two, by its name in unlock.order; ""
-// for other types.
-func Second(kind string) string {
-	switch kind {
-	case seal.TypeTPMAndPKCS11:
-		return seal.TypePKCS11
-	case seal.TypeTPMAndVault:
-		return seal.TypeVault
-	case seal.TypeTPMAndKMSPlugin:
-		return seal.TypeKMSPlugin
-	}
-	return ""
-}
 
 // WithTPM returns the two-of-two of the TPM and this wrapper; "" if there is none.
 func WithTPM(second string) string {
@@ -47,19 +32,6 @@ func (r Reader) TwoOfTwo() string {
 	return ""
 }
 
-// TPMPart returns the slot of the TPM in a slot: the slot itself, or its half of a
-// two-of-two.
-func TPMPart(s seal.Slot) seal.Slot {
-	if Second(s.Type) == "" {
-		return s
-	}
-	first, _, err := both.Parts(s)
-	if err != nil {
-		return seal.Slot{}
-	}
-	return first
-}
-
 // BackendPart returns the slot of a token, a server or a plugin in a slot: the slot itself,
 // or its half of a two-of-two; an empty slot if there is none.
 func BackendPart(s seal.Slot) seal.Slot {
@@ -67,19 +39,6 @@ func BackendPart(s seal.Slot) seal.Slot {
 		return s
 	}
 	return secondPart(s)
-}
-
-// secondPart returns the half of a two-of-two that is not the TPM's; an empty slot for
-// any other slot.
-func secondPart(s seal.Slot) seal.Slot {
-	if Second(s.Type) == "" {
-		return seal.Slot{}
-	}
-	_, second, err := both.Parts(s)
-	if err != nil {
-		return seal.Slot{}
-	}
-	return second
 }
 
 // TPMParts returns slots with the TPM's half in place of each two-of-two. The gate, the
@@ -125,7 +84,7 @@ func (r Reader) ReportSingles(backup, slots []seal.Slot) (changes []string) {
 }
 
 // CheckRestore refuses to bring back, beside a two-of-two, a slot that opens the KEK
-// alone and may have been removed since.
+// alone and may have been removed in the meantime.
 func (r Reader) CheckRestore(k *keyring.Keyring, without []string) error {
 	if r.TwoOfTwo() == "" && !HasTwoOfTwo(k.Slots()) {
 		return nil
@@ -139,7 +98,7 @@ func (r Reader) CheckRestore(k *keyring.Keyring, without []string) error {
 		return nil
 	}
 	hint := "if that is what you want, add --break-two-of-two"
-	if !Full(k) { // otherwise no fresh KEK is made that could lack them
+	if !Full(k) { // otherwise no fresh KEK without them is made
 		hint += ", else --skip-slot " + strings.Join(names, " --skip-slot ")
 	}
 	return fmt.Errorf("slots that may have been removed would come back, open the KEK alone, and break two of two: %s; %s", JoinWords(names), hint)
@@ -157,8 +116,8 @@ func (r Reader) CheckAdd(kind string, slots []seal.Slot) error {
 	return errors.New("a slot of " + kind + " would open the KEK alone, and break two of two; if that is what you want, add --break-two-of-two")
 }
 
-// CheckRecovery refuses a recovery that leaves a new single way to open beside a
-// two-of-two, or makes one wrapper enough although two were needed.
+// CheckRecovery refuses a recovery that leaves a new single way to open the keyring
+// beside a two-of-two, or makes one wrapper enough although two were needed.
 func (r Reader) CheckRecovery(old []seal.Slot) error {
 	had := HasTwoOfTwo(old)
 	switch wants := r.TwoOfTwo() != ""; {
@@ -167,12 +126,12 @@ func (r Reader) CheckRecovery(old []seal.Slot) error {
 	case wants:
 		return r.CheckAdd(seal.TypeRecovery, old)
 	default:
-		return errors.New("the keyring needs two wrappers together, and unlock.order has one open it; set unlock.order to that two-of-two, or add --break-two-of-two")
+		return errors.New("the keyring needs two wrappers together, and unlock.order lets one open it; set unlock.order to that two-of-two, or add --break-two-of-two")
 	}
 }
 
 // CheckSeal refuses to seal to the TPM alone beside or in place of a two-of-two:
-// unlock.order may have lost the two-of-two since.
+// unlock.order may no longer name the two-of-two.
 func (r Reader) CheckSeal(slots []seal.Slot) error {
 	if r.TwoOfTwo() != "" || !HasTwoOfTwo(slots) {
 		return nil
@@ -195,6 +154,6 @@ func (r Reader) CheckFreshKEK(k *keyring.Keyring) error {
 	if r.TwoOfTwo() == "" || HasTwoOfTwo(k.Slots()) || !Full(k) {
 		return nil
 	}
-	return seal.Errorf(seal.CauseStore, "set unlock.order to tpm, or to what else opened this keyring, and run the command again; it can't become two of two (see docs/operations.md)",
-		"two of two wants a fresh KEK, and the keyring holds %d retired ones: no more fit", keyring.MaxRetired)
+	return seal.Errorf(seal.CauseStore, "set unlock.order to tpm, or to the other wrapper that opened this keyring, and run the command again; it can't become two of two (see docs/operations.md)",
+		"two of two needs a fresh KEK, but the keyring holds %d retired KEKs already, and no more fit", keyring.MaxRetired)
 }

@@ -24,7 +24,7 @@ func (d Debt) Describe() string {
 	return fmt.Sprintf("still open with the TPM of endorsement key %s, up to its epoch %d", d.EK, d.AtMost)
 }
 
-// Remedy says what ends the debt.
+// Remedy says how to end the debt.
 func (d Debt) Remedy() string {
 	return "clear that TPM or destroy it, then run kleidi slot forget-copies --ek " + d.EK + "; see \"The former board\" in docs/recovery.md"
 }
@@ -54,7 +54,8 @@ func WithoutDebts(slots []seal.Slot) []seal.Slot {
 	return slices.DeleteFunc(slices.Clone(slots), func(s seal.Slot) bool { return s.Type == seal.TypeUnrevoked })
 }
 
-// WithDebts returns slots with these debts of this node in place of its former ones.
+// WithDebts returns slots with these debts of this node in place of the node's former
+// ones.
 func (r Reader) WithDebts(slots []seal.Slot, all []Debt) ([]seal.Slot, error) {
 	slots = slices.DeleteFunc(slices.Clone(slots), func(s seal.Slot) bool { return s.Type == seal.TypeUnrevoked && s.Node == r.Node })
 	if len(all) == 0 {
@@ -66,11 +67,11 @@ func (r Reader) WithDebts(slots []seal.Slot, all []Debt) ([]seal.Slot, error) {
 	return append(slots, seal.Slot{Type: seal.TypeUnrevoked, Node: r.Node, Data: data}), err
 }
 
-// Owing returns after, the slots that replace before, together with the debts: the
-// former ones, and one for each of this node's TPM slots that is gone without a later
-// slot on the same counter. If there is a later slot, the counter is raised when it is
-// stored, and at every start. A TPM that was cleared since owes nothing, because its
-// storage root key is gone.
+// Owing returns after, the slots that replace before, together with the debts: the former
+// ones, and one for each of this node's TPM slots that is gone without a later slot on
+// the same counter. If there is a later slot, the counter is raised when that slot is
+// stored, and at every start. A TPM that was cleared in the meantime owes nothing,
+// because its storage root key is gone.
 func (r Reader) Owing(before, after []seal.Slot) ([]seal.Slot, error) {
 	var owed []Debt
 	for _, d := range r.Debts(before) { // the same debt may be in several keyrings
@@ -105,7 +106,7 @@ func gone(before, after []seal.Slot) []seal.Slot {
 	})
 }
 
-// copies returns where copies of this node's TPM slots open.
+// copies returns the places where copies of this node's TPM slots open.
 func (r Reader) copies(slots []seal.Slot) []tpm.Copies {
 	var all []tpm.Copies
 	for _, s := range TPMParts(slots) {
@@ -120,8 +121,8 @@ func (r Reader) copies(slots []seal.Slot) []tpm.Copies {
 	return all
 }
 
-// Revokes reports whether TPM slots of before are missing in after and owed by no debt.
-// Then a TPM refuses every copy of them, once the counter is raised.
+// Revokes reports whether TPM slots of before are missing in after without a debt for
+// them. Then a TPM refuses every copy of them, once the counter is raised.
 func (r Reader) Revokes(before, after []seal.Slot) bool {
 	owed, gone := r.Debts(after), r.copies(gone(before, after))
 	return len(gone) > 0 && !slices.ContainsFunc(gone, func(c tpm.Copies) bool {

@@ -62,7 +62,7 @@ func owedBy(r Reader, slots []seal.Slot) (owed string) {
 	return owed
 }
 
-// TestDebtsAreBounded: a keyring does not outgrow its slot by them, and the latest stay.
+// TestDebtsAreBounded: the debts do not outgrow their slot, and the latest ones stay.
 func TestDebtsAreBounded(t *testing.T) {
 	r := Reader{Node: "a"}
 	var slots []seal.Slot

@@ -16,7 +16,7 @@ import (
 type Way struct {
 	// ID is a digest of the TPM, key or recipient. A rotation does not change it.
 	ID string `json:"id"`
-	// Slot describes the way to people.
+	// Slot describes the way in words.
 	Slot string `json:"slot"`
 }
 
@@ -60,27 +60,27 @@ func (r Reader) way(s seal.Slot) Way {
 }
 
 func wayID(parts ...string) string {
-	b, _ := json.Marshal(parts) // strings can't fail
+	b, _ := json.Marshal(parts) // strings always encode
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
 }
 
 // HintOutside says what to do with a keyring that was changed from outside.
-const HintOutside = "take a slot that you don't know away with kleidi slot remove NAME; if all are as you want them, run kleidi rotate --yes"
+const HintOutside = "remove a slot that you don't know with kleidi slot remove NAME; if all slots are as you want them, run kleidi rotate --yes"
 
 func hasWay(ways []Way, w Way) bool {
 	return slices.ContainsFunc(ways, func(other Way) bool { return other.ID == w.ID })
 }
 
-// WithoutWays returns the ways that are in a and not in b.
+// WithoutWays returns the ways that are in a but not in b.
 func WithoutWays(a, b []Way) []Way {
 	return slices.DeleteFunc(slices.Clone(a), func(w Way) bool { return hasWay(b, w) })
 }
 
-// WithWays returns the ways of both.
+// WithWays returns the ways of a and b.
 func WithWays(a, b []Way) []Way { return append(slices.Clone(a), WithoutWays(b, a)...) }
 
-// DescribeWays lists ways for people.
+// DescribeWays describes each way in words.
 func DescribeWays(ways []Way) (all []string) {
 	for _, w := range ways {
 		all = append(all, w.Slot)

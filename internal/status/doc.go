@@ -2,6 +2,6 @@
 // with its binding and whether it opens now, what attestation says, and what an operator
 // should do.
 //
-// A report changes nothing. How much it tries is the caller's choice, because asking a token
-// or a server takes time: nothing, the TPM, or every wrapper.
+// A report changes nothing. The caller chooses what it tries, because asking a token or a
+// server takes time: nothing, the TPM, or every wrapper.
 package status

@@ -38,10 +38,10 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 		r.Cluster = rollout.Cluster(n, k)
 		slots = k.Slots()
 	} else if u, _, err := n.Stored(ctx); err == nil {
-		describe(&r, u.Info()) // nothing has vouched for the keyring
+		describe(&r, u.Info()) // nothing has authenticated the keyring
 		slots = u.Slots()
 	} else if errors.Is(err, fs.ErrPermission) {
-		return r, err // the caller may not know
+		return r, err // the caller may not know the reason
 	} else {
 		r.Problem = admin.ProblemOf(err)
 	}
@@ -70,9 +70,12 @@ func Report(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.S
 			report.Problem = admin.ProblemOf(unready)
 		}
 		report.Name, report.ID = names[i], ids[i]
+		if report.SelfTest = n.SelfTests.Of(s); report.SelfTest != nil {
+			report.SelfTest.Name = report.Name // the name depends on the other slots
+		}
 		r.Slots = append(r.Slots, report)
 	}
-	if attestation == nil { // else the one of now, and not the one of the last attempt as well
+	if attestation == nil { // otherwise this one is newer than the last attempt's
 		attestation = onlyAttestation(state.Problem)
 	}
 	r.Attestation = reportAttestation(n, attestation)
@@ -90,7 +93,7 @@ func unrevoked(n *node.Node, slots []seal.Slot) (all []admin.Unrevoked) {
 	return all
 }
 
-// changedOutside returns what no command on this node has done to the slots.
+// changedOutside returns the changes of the slots that no command on this node made.
 func changedOutside(ctx context.Context, n *node.Node, cluster string, slots []seal.Slot) (all []admin.OutsideChange) {
 	if cluster == "" {
 		return nil
@@ -105,8 +108,8 @@ func changedOutside(ctx context.Context, n *node.Node, cluster string, slots []s
 	return all
 }
 
-// bootsLeft returns how many more boots a suspension lasts, or nil if the TPM does not
-// tell.
+// bootsLeft returns the number of boots that a suspension still lasts, or nil if the TPM
+// does not say.
 func bootsLeft(ctx context.Context, n *node.Node, slots []seal.Slot) *int64 {
 	states := n.View.BootStates(slots, tpm.UseSuspend)
 	count, err := keys.ResetCount(ctx, n.Gate.Device, n.Gate.Owner)
@@ -178,8 +181,8 @@ func reportAttestation(n *node.Node, problem error) *admin.AttestationReport {
 	return r
 }
 
-// Suspension returns what opens this node's keyring while it is suspended, or nil. It
-// asks no TPM.
+// Suspension describes the slot that opens this node's keyring while it is suspended, or
+// returns nil. It asks no TPM.
 func Suspension(n *node.Node, slots []seal.Slot) *admin.Suspension {
 	for _, s := range slots {
 		if n.View.Suspends(s) {
@@ -189,7 +192,7 @@ func Suspension(n *node.Node, slots []seal.Slot) *admin.Suspension {
 	return nil
 }
 
-// Alone is status without a running serve: no keyring is open, and that is not a
+// Alone is Report without a running serve. No keyring is open then, which is not a
 // problem to show. It tries no token and no server, because a try has a price, and the
 // next call would repeat it.
 func Alone(ctx context.Context, n *node.Node, req admin.StatusRequest) (admin.StatusReport, error) {

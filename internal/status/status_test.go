@@ -2,15 +2,13 @@ package status
 
 import (
 	"errors"
-	"log/slog"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
@@ -42,8 +40,8 @@ func TestDescribeKeys(t *testing.T) {
 	}
 }
 
-// TestOnlyAttestation: of what keeps a keyring locked, only a refusal by the gate is one of
-// the attestation.
+// TestOnlyAttestation: of the reasons why a keyring is locked, only a refusal by the gate
+// is a problem of the attestation.
 func TestOnlyAttestation(t *testing.T) {
 	for cause, want := range map[seal.Cause]bool{seal.CauseAttestation: true, seal.CauseBootPolicy: true, seal.CauseBootState: false, seal.CauseUnavailable: false, "": false} {
 		var err error = seal.Errorf(cause, "", "no")
@@ -59,18 +57,13 @@ func TestOnlyAttestation(t *testing.T) {
 	}
 }
 
-// TestSlotsThatAreNotTried: what status says of a slot that it doesn't try is neither that it
+// TestSlotsThatAreNotTried: for a slot that it doesn't try, status says neither that it
 // opens nor that it doesn't. A missing slot doesn't open.
 func TestSlotsThatAreNotTried(t *testing.T) {
-	cfg := config.Default()
-	cfg.Node, cfg.State.Dir = "cp-1", filepath.Join(t.TempDir(), "state")
-	cfg.Vault.Address, cfg.Vault.Key = "https://vault.invalid:8200", "kleidi"
-	cfg.Vault.Auth.Method, cfg.Vault.Auth.TokenFile = "token", "/etc/kleidi/token"
-	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer n.Close()
+	n := nodetest.New(t, func(c *config.Config) {
+		c.Vault.Address, c.Vault.Key = "https://vault.invalid:8200", "kleidi"
+		c.Vault.Auth.Method, c.Vault.Auth.TokenFile = "token", "/etc/kleidi/token"
+	})
 	for name, row := range map[string]struct {
 		slot  seal.Slot
 		try   admin.Try
@@ -107,16 +100,10 @@ func TestSlotsThatAreNotTried(t *testing.T) {
 	}
 }
 
-// TestAlone: without serve no keyring is open, since no time. A missing keyring is the
-// problem to show, with the way to make one.
+// TestAlone: without serve no keyring is open, and Since is zero. A missing keyring is
+// the problem to show, with the way to make one.
 func TestAlone(t *testing.T) {
-	cfg := config.Default()
-	cfg.Node, cfg.State.Dir = "cp-1", filepath.Join(t.TempDir(), "state")
-	n, err := node.New(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer n.Close()
+	n := nodetest.New(t)
 	r, err := Alone(t.Context(), n, admin.StatusRequest{Try: admin.TryAll})
 	if err != nil {
 		t.Fatal(err)

@@ -54,11 +54,11 @@ type Unmarshaler interface {
 	UnmarshalNode(n *yaml.Node, path string, p *Problems)
 }
 
-// Decode fills the struct that into points to from the only document in b, whose size
-// the caller bounds. It keeps fields that the document does not name. The tag yaml
-// names a field; the tag want may say what a scalar should look like. Maps have keys
-// that are strings or int. Decode returns an error only if b is not one YAML document
-// at all; p has all other problems.
+// Decode fills the struct that into points to from the only document in b, whose size the
+// caller bounds. It keeps fields that the document does not name. The tag yaml names a
+// field; the tag want may describe the expected form of a scalar. Maps have keys that are
+// strings or int. Decode returns an error only if b is not one YAML document at all; all
+// other problems are in p.
 func Decode(b []byte, into any, p *Problems) error {
 	var doc yaml.Node
 	d := yaml.NewDecoder(bytes.NewReader(b))
@@ -110,7 +110,7 @@ func (p *Problems) EachKey(n *yaml.Node, path string, f func(key, value *yaml.No
 		case key.Kind != yaml.ScalarNode:
 			p.Add(at, "line %d: a key must be a word", key.Line)
 		case seen[key.Value]:
-			p.Add(at, "line %d: the key stands twice", key.Line)
+			p.Add(at, "line %d: duplicate key", key.Line)
 		default:
 			seen[key.Value] = true
 			f(key, value, at)
@@ -118,7 +118,7 @@ func (p *Problems) EachKey(n *yaml.Node, path string, f func(key, value *yaml.No
 	}
 }
 
-// join appends a key to a path. It quotes a key that the document invents, because the
+// join appends a key to a path. It quotes a key that comes from the document, because the
 // path goes to a terminal.
 func join(path, key string) string {
 	if key == "" || len(key) > 64 || strings.ContainsFunc(key, func(r rune) bool { return !unicode.IsPrint(r) || r == ' ' || r == utf8.RuneError }) {
@@ -184,7 +184,7 @@ func (p *Problems) table(n *yaml.Node, v reflect.Value, path string) {
 	})
 }
 
-// wanted says what a value should have been.
+// wanted describes the expected form of a value.
 func wanted(v reflect.Value, want string) string {
 	switch {
 	case want != "":

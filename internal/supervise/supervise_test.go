@@ -9,7 +9,8 @@ import (
 	"testing"
 )
 
-// TestKeep: what fails is started again and said, what ends well or must end is not.
+// TestKeep: a part that fails is logged and started again; a part that ends well, or must
+// end, is not.
 func TestKeep(t *testing.T) {
 	var text bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&text, nil))

@@ -21,9 +21,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Etcd is how to reach an etcd.
+// Etcd says how to reach an etcd.
 type Etcd struct {
-	// Endpoints are the URLs of its members, any of which answers.
+	// Endpoints are the URLs of its members. Any of them may answer.
 	Endpoints []string
 	// CAFile, CertFile and KeyFile are PEM files. All are empty for an etcd without TLS.
 	CAFile, CertFile, KeyFile string
@@ -128,7 +128,7 @@ func target(endpoint string) (name string, useTLS bool, err error) {
 	return "", false, fmt.Errorf("endpoint %q; want one such as https://127.0.0.1:2379", endpoint)
 }
 
-// credentials are those of a client of etcd.
+// credentials returns the credentials of a client of etcd.
 func (e *Etcd) credentials() (credentials.TransportCredentials, error) {
 	c := &tls.Config{MinVersion: tls.VersionTLS12}
 	if e.CAFile != "" {
@@ -192,7 +192,7 @@ func (s *scan) read(ctx context.Context, from, end string) error {
 	}
 }
 
-// page asks for a page, at the other members as well if one does not answer.
+// page asks for a page, and tries the other members if one does not answer.
 func (s *scan) page(ctx context.Context, from, end string) (*page, error) {
 	var failed error
 	for try := 0; try < attempts*len(s.members); try++ {
@@ -220,7 +220,7 @@ func (s *scan) page(ctx context.Context, from, end string) (*page, error) {
 	return nil, describe(failed)
 }
 
-// accept checks that a page is of the same etcd as the first one.
+// accept checks that a page comes from the same etcd as the first one.
 func (s *scan) accept(p *page) error {
 	switch {
 	case s.revision == 0 && p.revision > 0:
@@ -249,7 +249,8 @@ func describe(err error) error {
 	case code == codes.Unavailable && strings.Contains(text, "tls:"):
 		hint = "name etcd's CA with --cacert, and a client certificate with --cert and --key"
 	case code == codes.Unavailable:
-		hint = "see whether etcd runs, and name its members with --etcd"
+		// A member that wants a client certificate may also just close the connection.
+		hint = "see whether etcd runs, name its members with --etcd, and a client certificate with --cert and --key if etcd asks for one"
 	}
 	return &seal.Error{Err: errors.New(seal.OneLine(text, 400)), Hint: hint}
 }

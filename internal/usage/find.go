@@ -15,8 +15,10 @@ type layout struct {
 	ca       string
 	cert     string
 	key      string
-	// socket is there instead of the files where k3s keeps its objects in another database.
-	socket string
+	// socket is k3s's, if it keeps its objects in another database. The certificate exists
+	// then as well, and the socket outlives a change from SQLite to etcd, so the socket
+	// counts only while there is no etcdName.
+	socket, etcdName string
 }
 
 // layouts are those of kubeadm, RKE2 and k3s. kubeadm's certificate for health
@@ -25,8 +27,8 @@ var layouts = []layout{
 	{name: "kubeadm", endpoint: "https://127.0.0.1:2379", ca: "etc/kubernetes/pki/etcd/ca.crt", cert: "etc/kubernetes/pki/apiserver-etcd-client.crt", key: "etc/kubernetes/pki/apiserver-etcd-client.key"},
 	{name: "kubeadm", endpoint: "https://127.0.0.1:2379", ca: "etc/kubernetes/pki/etcd/ca.crt", cert: "etc/kubernetes/pki/etcd/healthcheck-client.crt", key: "etc/kubernetes/pki/etcd/healthcheck-client.key"},
 	{name: "RKE2", endpoint: "https://127.0.0.1:2379", ca: "var/lib/rancher/rke2/server/tls/etcd/server-ca.crt", cert: "var/lib/rancher/rke2/server/tls/etcd/client.crt", key: "var/lib/rancher/rke2/server/tls/etcd/client.key"},
+	{name: "k3s without etcd", socket: "var/lib/rancher/k3s/server/kine.sock", etcdName: "var/lib/rancher/k3s/server/db/etcd/name"},
 	{name: "k3s", endpoint: "https://127.0.0.1:2379", ca: "var/lib/rancher/k3s/server/tls/etcd/server-ca.crt", cert: "var/lib/rancher/k3s/server/tls/etcd/client.crt", key: "var/lib/rancher/k3s/server/tls/etcd/client.key"},
-	{name: "k3s without etcd", socket: "var/lib/rancher/k3s/server/kine.sock"},
 }
 
 // Find returns the etcd of this machine's control plane below root, which is "/". It
@@ -39,7 +41,7 @@ func Find(root string) (*Etcd, error) {
 		return err == nil
 	}
 	for _, l := range layouts {
-		if l.socket != "" && there(l.socket) {
+		if l.socket != "" && there(l.socket) && !there(l.etcdName) {
 			return &Etcd{Endpoints: []string{"unix://" + filepath.Join(root, l.socket)}}, nil
 		}
 		if l.socket == "" && there(l.ca) && there(l.cert) && there(l.key) {

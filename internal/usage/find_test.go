@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestFind: the certificates of each distribution are found where it keeps them.
+// TestFind: the certificates of each distribution are found in their usual place.
 func TestFind(t *testing.T) {
 	for name, tc := range map[string]struct {
 		files []string
@@ -22,7 +22,12 @@ func TestFind(t *testing.T) {
 		"k3s": {[]string{"var/lib/rancher/k3s/server/tls/etcd/server-ca.crt", "var/lib/rancher/k3s/server/tls/etcd/client.crt", "var/lib/rancher/k3s/server/tls/etcd/client.key"},
 			"var/lib/rancher/k3s/server/tls/etcd/client.crt"},
 		"k3s with another database": {[]string{"var/lib/rancher/k3s/server/kine.sock"}, "unix://var/lib/rancher/k3s/server/kine.sock"},
-		"half of kubeadm":           {[]string{"etc/kubernetes/pki/etcd/ca.crt"}, ""},
+		// k3s makes the certificate although there is no etcd
+		"k3s with SQLite": {[]string{"var/lib/rancher/k3s/server/kine.sock", "var/lib/rancher/k3s/server/tls/etcd/server-ca.crt",
+			"var/lib/rancher/k3s/server/tls/etcd/client.crt", "var/lib/rancher/k3s/server/tls/etcd/client.key"}, "unix://var/lib/rancher/k3s/server/kine.sock"},
+		"k3s that was moved from SQLite to etcd": {[]string{"var/lib/rancher/k3s/server/kine.sock", "var/lib/rancher/k3s/server/db/etcd/name", "var/lib/rancher/k3s/server/tls/etcd/server-ca.crt",
+			"var/lib/rancher/k3s/server/tls/etcd/client.crt", "var/lib/rancher/k3s/server/tls/etcd/client.key"}, "var/lib/rancher/k3s/server/tls/etcd/client.crt"},
+		"half of kubeadm": {[]string{"etc/kubernetes/pki/etcd/ca.crt"}, ""},
 	} {
 		root := t.TempDir()
 		for _, f := range tc.files {

@@ -19,18 +19,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// SnapshotInfo describes the file of a snapshot.
-type SnapshotInfo struct {
-	// Etcd is the version of etcd's storage: 3.4, 3.5 or 3.6.
-	Etcd string `json:"etcd"`
-	// Checked says that the file ends in a checksum, and that it is right. A copy of etcd's
-	// database file has none.
-	Checked bool `json:"checked"`
-	// Revisions counts those in the file, former ones and deletions included.
-	Revisions int `json:"revisions"`
-}
-
-// Progress is told how much was read, of how much. The total is 0 while it is unknown.
+// Progress reports how much of the total was read. The total is 0 while it is unknown.
 type Progress func(read, total int64)
 
 func (p Progress) tell(read, total int64) {
@@ -53,7 +42,7 @@ const (
 // right; every page in use is read once and fits; the revisions ascend; and the file did
 // not change meanwhile.
 func Snapshot(ctx context.Context, file, prefix string, progress Progress) (*Report, error) {
-	f, err := os.Open(file)
+	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0) // a named pipe is refused, not waited for
 	if err != nil {
 		return nil, fmt.Errorf("snapshot: %w", err)
 	}
@@ -79,8 +68,8 @@ func Snapshot(ctx context.Context, file, prefix string, progress Progress) (*Rep
 }
 
 // beingWritten reports whether a process has f open for writing. The kernel grants a
-// lease only on a file that nobody writes. On file systems without leases it can't tell, and
-// a change during the reading is found all the same.
+// lease only on a file that nobody writes. On file systems without leases beingWritten
+// can't tell, but a change during the reading is still found.
 func beingWritten(f *os.File) bool {
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_RDLCK); err != nil {
 		return errors.Is(err, unix.EAGAIN)
@@ -89,7 +78,7 @@ func beingWritten(f *os.File) bool {
 	return false
 }
 
-// The reasons why a file is no snapshot to rely on.
+// The reasons why a file is not a reliable snapshot.
 var (
 	errTruncated = errors.New("it is truncated")
 	errChecksum  = errors.New("its checksum is wrong")
@@ -147,18 +136,18 @@ func readSnapshot(ctx context.Context, r io.ReaderAt, size int64, prefix string,
 		return nil, err
 	}
 	l := newLive(prefix)
-	var own error // of the callback, unlike one of the database
+	var listErr error // of the callback, unlike one of the database
 	err = d.Each("key", func(key, value []byte) error {
-		own = l.add(key, value)
-		if own == nil && l.revisions%4096 == 0 {
+		listErr = l.add(key, value)
+		if listErr == nil && l.revisions%4096 == 0 {
 			progress.tell(int64(l.revisions), 0)
-			own = ctx.Err()
+			listErr = ctx.Err()
 		}
-		return own
+		return listErr
 	})
 	switch {
-	case own != nil:
-		return nil, own
+	case listErr != nil:
+		return nil, listErr
 	case errors.Is(err, etcdfile.ErrNoBucket):
 		return nil, err
 	case err != nil:
@@ -168,11 +157,12 @@ func readSnapshot(ctx context.Context, r io.ReaderAt, size int64, prefix string,
 	if report.empty() {
 		return nil, fmt.Errorf("%w %s", errNothing, prefix)
 	}
+	report.keyring = l.keyring
 	report.Snapshot = &SnapshotInfo{Etcd: version, Checked: sum > 0, Revisions: l.revisions}
 	return &report, nil
 }
 
-// errNothing stands before a prefix.
+// errNothing is followed by the prefix.
 var errNothing = errors.New("no object of Kubernetes is stored below")
 
 const hintPrefix = "name kube-apiserver's --etcd-prefix with --prefix"
@@ -230,18 +220,21 @@ func storageVersion(d *etcdfile.Database) (string, error) {
 	}
 }
 
-// live keeps the kind of the last revision of each key. Keys are kept as digests, so
-// that a key takes 20 bytes whatever its length, and no other key has the same one.
+// live keeps the kind of the last revision of each key. Keys are kept as digests, so that
+// each key takes 20 bytes whatever its length, and no two keys share a digest.
 type live struct {
 	*tally
 	seeds     [2]maphash.Seed
 	last      map[[2]uint64]int32
 	revision  [2]uint64
 	revisions int
+	// keyring is the last value of the key of kleidi's shared keyring, whose key is at.
+	keyring []byte
+	at      string
 }
 
 func newLive(prefix string) *live {
-	return &live{tally: newTally(prefix), seeds: [2]maphash.Seed{maphash.MakeSeed(), maphash.MakeSeed()}, last: map[[2]uint64]int32{}}
+	return &live{tally: newTally(prefix), seeds: [2]maphash.Seed{maphash.MakeSeed(), maphash.MakeSeed()}, last: map[[2]uint64]int32{}, at: prefix + keyringKey}
 }
 
 // Sizes of a key of etcd's bucket: a revision and a sub-revision with an underscore
@@ -269,9 +262,15 @@ func (l *live) add(bucketKey, message []byte) error {
 	}
 	l.revision = revision
 	l.revisions++
+	if len(message) == 0 { // etcdutl snapshot restore --bump-revision writes an empty revision
+		return nil
+	}
 	key, value, err := keyValue(message)
 	if err != nil || len(key) == 0 {
 		return fmt.Errorf("%w: revision %d holds no key", errDamaged, revision[0])
+	}
+	if string(key) == l.at {
+		l.keyring = bytes.Clone(value) // nil if it is deleted
 	}
 	digest := [2]uint64{maphash.Bytes(l.seeds[0], key), maphash.Bytes(l.seeds[1], key)}
 	if deletes {

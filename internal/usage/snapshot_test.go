@@ -3,6 +3,7 @@ package usage
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -14,6 +15,7 @@ import (
 	"testing"
 
 	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/beezy-dev/kleidi/internal/etcdfile"
 	"github.com/beezy-dev/kleidi/internal/usage/usagetest"
@@ -66,6 +68,9 @@ func TestSnapshot(t *testing.T) {
 		put("/bootstrap/0a1b", []byte("k3s")),
 		put("/kubernetes/secrets/a/b", encrypted("kleidi", old)),
 		put("compact_rev_key", []byte("7")),
+		change{}, // a restore with --bump-revision
+		put("/registry/kleidi.beezy.dev/keyrings/cluster", []byte(`{"spec":{"keyring":"b2xk"}}`)),
+		put("/registry/kleidi.beezy.dev/keyrings/cluster", []byte(`{"spec":{"keyring":"bmV3"}}`)),
 	)
 	r, err := Snapshot(t.Context(), writeFile(t, summed(db)), DefaultPrefix, nil)
 	if err != nil {
@@ -75,12 +80,16 @@ func TestSnapshot(t *testing.T) {
 		{"(elsewhere)", 1, []Count{{Key{KMSv2, "kleidi", old}, 1}}},
 		{"configmaps", 1, []Count{{Key{Provider: Identity}, 1}}},
 		{"crontabs.stable.example.com", 1, []Count{{Key{AESCBC, "", "key1"}, 1}}},
+		{"keyrings.kleidi.beezy.dev", 1, []Count{{Key{Provider: Identity}, 1}}},
 		{"secrets", 4, []Count{{Key{KMSv2, "kleidi", current}, 2}, {Key{Provider: Identity}, 1}, {Key{KMSv2, "kleidi", old}, 1}}},
+	}
+	if b, err := r.SharedKeyring(); err != nil || string(b) != "new" {
+		t.Errorf("the shared keyring: %q, %v", b, err)
 	}
 	if !reflect.DeepEqual(r.Resources, want) {
 		t.Errorf("resources %+v\nwant      %+v", r.Resources, want)
 	}
-	if r.Revision != 15 || r.Objects != 7 || r.Others != 2 || *r.Snapshot != (SnapshotInfo{"3.6", true, 14}) {
+	if r.Revision != 18 || r.Objects != 8 || r.Others != 2 || *r.Snapshot != (SnapshotInfo{"3.6", true, 17}) {
 		t.Errorf("%+v, %+v", r, r.Snapshot)
 	}
 	// elsewhere, the CronTab, and two Secrets
@@ -92,7 +101,7 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
-// TestSnapshotVersions: etcd 3.4, 3.5 and 3.6 write other things beside the keys.
+// TestSnapshotVersions: etcd 3.4, 3.5 and 3.6 store different data beside the keys.
 func TestSnapshotVersions(t *testing.T) {
 	secret := put("/registry/secrets/a/b", encrypted("kleidi", "k1-a"))
 	for want, meta := range map[string]map[string]string{
@@ -111,7 +120,7 @@ func TestSnapshotVersions(t *testing.T) {
 	}
 }
 
-// TestBadSnapshots: each way of being no snapshot has an error of its own, with a next step.
+// TestBadSnapshots: each fault of a snapshot has its own error, with a next step.
 func TestBadSnapshots(t *testing.T) {
 	var changes []change
 	for i := range 1000 {
@@ -120,8 +129,12 @@ func TestBadSnapshots(t *testing.T) {
 	good := makeDatabase(t, etcd36, changes...)
 	flipped := summed(good)
 	flipped[len(good)/2] ^= 1
-	half := summed(good[:len(good)/2/4096*4096]) // its own checksum is right
+	half := summed(good[:len(good)/2/4096*4096]) // its checksum is correct
 	dir := t.TempDir()
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, tc := range map[string]struct {
 		file string
 		want error
@@ -129,6 +142,7 @@ func TestBadSnapshots(t *testing.T) {
 	}{
 		"missing":      {filepath.Join(dir, "none"), os.ErrNotExist, "snapshot: open"},
 		"folder":       {dir, nil, "is not a regular file; name the file that etcdctl"},
+		"named pipe":   {pipe, nil, "is not a regular file; name the file that etcdctl"},
 		"empty":        {writeFile(t, nil), etcdfile.ErrNotDatabase, "name the file that etcdctl"},
 		"text":         {writeFile(t, []byte(strings.Repeat("no database\n", 4096))), etcdfile.ErrNotDatabase, "name the file"},
 		"no bucket":    {writeFile(t, summed(emptyDatabase(t))), etcdfile.ErrNoBucket, "name the file"},
@@ -163,8 +177,8 @@ func emptyDatabase(t testing.TB) []byte {
 	return b
 }
 
-// TestSnapshotBeingWritten: a file that a process has open for writing, or changes, is not
-// read.
+// TestSnapshotBeingWritten: a file that a process has open for writing, or that changes,
+// is not accepted.
 func TestSnapshotBeingWritten(t *testing.T) {
 	db := summed(makeDatabase(t, etcd36, put("/registry/secrets/a/b", encrypted("kleidi", "k1-a"))))
 	refused := func(name, file string, progress Progress, text string) {
@@ -197,8 +211,9 @@ func TestSnapshotBeingWritten(t *testing.T) {
 	}, "changed while it was read")
 }
 
-// TestDamagedDatabases: whatever bits of a database are flipped, and however its sum is
-// made right, the reader ends without a panic, and counts what bbolt counts or refuses.
+// TestDamagedDatabases: whatever bits of a database are flipped, and with a checksum that
+// matches, the reader ends without a panic, and either counts the same as bbolt or
+// refuses.
 func TestDamagedDatabases(t *testing.T) {
 	var changes []change
 	for i := range 3000 {
@@ -218,7 +233,7 @@ func TestDamagedDatabases(t *testing.T) {
 		bad := bytes.Clone(good)
 		for range 1 + rnd.IntN(3) {
 			page := rnd.IntN(len(bad) / 4096)
-			at := page*4096 + rnd.IntN(64) // headers and elements rather than values
+			at := page*4096 + rnd.IntN(64) // prefer headers and elements to values
 			bad[at] ^= byte(1 << rnd.IntN(8))
 		}
 		if _, err := readSnapshot(t.Context(), bytes.NewReader(bad), int64(len(bad)), DefaultPrefix, nil); err != nil {
@@ -227,6 +242,29 @@ func TestDamagedDatabases(t *testing.T) {
 	}
 	if refused == 0 {
 		t.Error("no damage was noticed")
+	}
+}
+
+// TestRevisionsAscend: no revision stands twice or out of order, since the last one of a key
+// counts.
+func TestRevisionsAscend(t *testing.T) {
+	at := func(main, sub uint64) []byte {
+		return binary.BigEndian.AppendUint64(append(binary.BigEndian.AppendUint64(nil, main), '_'), sub)
+	}
+	for name, tc := range map[string]struct {
+		second []byte
+		good   bool
+	}{
+		"next": {at(6, 0), true}, "next of the same": {at(5, 2), true}, "the same": {at(5, 1), false}, "an earlier of the same": {at(5, 0), false},
+		"earlier": {at(4, 2), false}, "a letter more": {append(at(6, 0), 'x'), false}, "no underscore": {bytes.ReplaceAll(at(6, 0), []byte("_"), []byte(".")), false},
+	} {
+		l := newLive(DefaultPrefix)
+		if err := l.add(at(5, 1), nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.add(tc.second, nil); tc.good != (err == nil) || !tc.good && !errors.Is(err, errDamaged) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 
@@ -277,4 +315,27 @@ func FuzzSnapshot(f *testing.F) {
 			t.Errorf("%d objects in %d bytes", r.Objects, len(b))
 		}
 	})
+}
+
+// TestSharedKeyring: a snapshot without a readable shared keyring yields an error that
+// says so.
+func TestSharedKeyring(t *testing.T) {
+	const key = "/registry/kleidi.beezy.dev/keyrings/cluster"
+	for name, tc := range map[string]struct {
+		changes []change
+		want    string
+	}{
+		"none":      {[]change{put("/registry/secrets/a/b", []byte("x"))}, "holds no keyring of kleidi"},
+		"deleted":   {[]change{put("/registry/secrets/a/b", []byte("x")), put(key, []byte(`{"spec":{"keyring":"bmV3"}}`)), deleted(key)}, "holds no keyring of kleidi"},
+		"encrypted": {[]change{put(key, encrypted("kleidi", "k1-x"))}, "encrypted, or not in a form"},
+		"empty":     {[]change{put(key, []byte(`{"spec":{}}`))}, "encrypted, or not in a form"},
+	} {
+		r, err := Snapshot(t.Context(), writeFile(t, summed(makeDatabase(t, etcd36, tc.changes...))), DefaultPrefix, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.SharedKeyring(); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: %v, want %q", name, err, tc.want)
+		}
+	}
 }

@@ -13,20 +13,24 @@ type Report struct {
 	Source string `json:"source"`
 	// Revision is etcd's revision at which everything was read.
 	Revision int64 `json:"revision"`
-	// Objects counts what is stored below the prefix, and what is stored elsewhere and
-	// encrypted.
+	// Objects counts the values stored below the prefix, and the encrypted values stored
+	// elsewhere.
 	Objects int `json:"objects"`
-	// Others counts what is stored elsewhere in clear, which is not kube-apiserver's.
+	// Others counts values that are stored elsewhere in the clear. They do not belong to
+	// kube-apiserver.
 	Others int `json:"others,omitempty"`
 	// Resources are sorted by name.
 	Resources []Resource `json:"resources"`
 	// Snapshot describes the file, if the source is one.
 	Snapshot *SnapshotInfo `json:"snapshot,omitempty"`
+
+	keyring []byte // the object of kleidi's shared keyring, if the source is a snapshot
 }
 
-// Resource is what is stored of one resource.
+// Resource counts the stored objects of one resource.
 type Resource struct {
-	// Name is as in an EncryptionConfiguration: secrets, or crontabs.stable.example.com.
+	// Name is in the form of an EncryptionConfiguration: secrets, or
+	// crontabs.stable.example.com.
 	Name    string `json:"name"`
 	Objects int    `json:"objects"`
 	// Keys are sorted by the number of their objects.
@@ -46,11 +50,11 @@ func (r *Resource) Encrypted() bool {
 
 // empty reports whether nothing lies below the prefix.
 func (r *Report) empty() bool {
-	return !slices.ContainsFunc(r.Resources, func(r Resource) bool { return r.Name != elsewhere })
+	return !slices.ContainsFunc(r.Resources, func(r Resource) bool { return r.Name != Elsewhere })
 }
 
-// Under counts what a KEK may be needed for: the objects under the key ID, whatever the
-// name of the plugin, and those that are encrypted in an unknown way.
+// Under counts the objects that may need a KEK: the objects under the key ID, whatever
+// the name of the plugin, and those that are encrypted in an unknown way.
 func (r *Report) Under(id string) (under, unknown int) {
 	for _, resource := range r.Resources {
 		for _, c := range resource.Keys {
@@ -78,9 +82,9 @@ func (r *Report) KeyIDs() map[string]int {
 	return ids
 }
 
-// Left counts the objects that are under another key than the KMS v2 key id. It counts
-// in the resources that are encrypted: those that are named, and each of which at least
-// one object is stored encrypted.
+// Left counts the objects that are under a key other than the KMS v2 key id. It counts
+// the resources that are encrypted: the named ones, and every resource of which at
+// least one object is stored encrypted.
 func (r *Report) Left(id string, named []string) (objects int) {
 	for _, resource := range r.Resources {
 		if !resource.Encrypted() && !slices.Contains(named, resource.Name) {
@@ -95,8 +99,8 @@ func (r *Report) Left(id string, named []string) (objects int) {
 	return objects
 }
 
-// maxKinds bounds the different rows of a report. A store in which more keys are named was
-// filled to exhaust this program's memory.
+// maxKinds bounds the different rows of a report. A store that names more keys was filled
+// to exhaust this program's memory.
 const maxKinds = 10_000
 
 var errTooManyKinds = errors.New("more than 10000 different resources and keys are stored; no cluster has that many, and the values may have been made up")
@@ -120,10 +124,10 @@ func newTally(prefix string) *tally {
 	return &tally{prefix: prefix, kinds: map[kind]int{}, strings: map[string]string{}}
 }
 
-// elsewhere is the folder of encrypted values that do not lie below the prefix.
-const elsewhere = "(elsewhere)"
+// Elsewhere is the folder of encrypted values that do not lie below the prefix.
+const Elsewhere = "(elsewhere)"
 
-// notAnObject is the kind of a value that is stored elsewhere in clear.
+// notAnObject is the kind of a value that is stored elsewhere in the clear.
 const notAnObject = -1
 
 // kindOf returns the index of a value's kind.
@@ -134,7 +138,7 @@ func (t *tally) kindOf(key, value []byte) (int, error) {
 		if h.provider == Identity {
 			return notAnObject, nil
 		}
-		folder = []byte(elsewhere)
+		folder = []byte(Elsewhere)
 	}
 	k := kind{t.intern(folder), Key{h.provider, t.intern(h.name), t.intern(h.id)}}
 	i, ok := t.kinds[k]
@@ -168,7 +172,7 @@ func (t *tally) count(kind, n int) {
 	t.counts[kind] += n
 }
 
-// report returns what was counted, without empty kinds.
+// report returns the counts, without empty kinds.
 func (t *tally) report() Report {
 	r := Report{Others: t.others, Resources: []Resource{}}
 	byName := map[string]*Resource{}
@@ -195,4 +199,15 @@ func (t *tally) report() Report {
 		r.Resources = append(r.Resources, *resource)
 	}
 	return r
+}
+
+// SnapshotInfo describes the file of a snapshot.
+type SnapshotInfo struct {
+	// Etcd is the version of etcd's storage: 3.4, 3.5 or 3.6.
+	Etcd string `json:"etcd"`
+	// Checked says that the file ends in a correct checksum. A copy of etcd's database
+	// file has none.
+	Checked bool `json:"checked"`
+	// Revisions counts the revisions in the file, including former ones and deletions.
+	Revisions int `json:"revisions"`
 }

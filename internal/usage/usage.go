@@ -5,15 +5,19 @@ import (
 	"slices"
 )
 
-// Usage is what several stores hold, compared with the keys of a keyring.
+// Usage is the content of several stores, compared with the keys of a keyring.
 type Usage struct {
 	// KeyID is the key ID that every object of an encrypted resource should be under. It is
 	// empty if none is known, and then nothing is compared.
 	KeyID string `json:"keyID,omitempty"`
+	// EncryptionConfig is the file that says how each resource should be stored, if one was
+	// named.
+	EncryptionConfig string `json:"encryptionConfig,omitempty"`
 	// Stores are in the order in which they were named.
 	Stores []Store `json:"stores"`
-	// Left counts the objects of encrypted resources that are under another key than KeyID,
-	// or in clear.
+	// Left counts the objects of encrypted resources that are under a key other than KeyID,
+	// or in the clear. With EncryptionConfig it counts the objects that kube-apiserver
+	// would now write differently.
 	Left int `json:"left"`
 }
 
@@ -23,8 +27,8 @@ type Store struct {
 	Left int `json:"left"`
 }
 
-// Compare compares reports with the key ID that is current. Resources that are named
-// count as encrypted even if all of their objects are in clear.
+// Compare compares reports with the key ID that is current. The named resources
+// count as encrypted even if all of their objects are in the clear.
 func Compare(reports []*Report, keyID string, named []string) Usage {
 	u := Usage{KeyID: keyID, Stores: []Store{}}
 	for _, r := range reports {
@@ -62,6 +66,9 @@ type KeyIDUse struct {
 	// Role is "current", "staged" or "retired", or empty if the keyring does not hold the
 	// key ID.
 	Role string `json:"role,omitempty"`
+	// Archive says where to find the archive of a KEK that the keyring does not hold: a
+	// file, or the key ID, if the cluster store keeps it.
+	Archive string `json:"archive,omitempty"`
 }
 
 // kleidiKeyID is the form of kleidi's key IDs, see docs/keyring-format.md.
@@ -97,8 +104,8 @@ func (o *Opening) add(c Count, role string) {
 	o.KeyIDs[i].Objects += c.Objects
 }
 
-// Foreign reports whether the snapshot has objects under kleidi's key IDs, and the
-// keyring holds none of these: it is of another cluster.
+// Foreign reports whether the snapshot has objects under kleidi's key IDs of which the
+// keyring holds none: it then belongs to another cluster.
 func (o *Opening) Foreign() bool {
 	return len(o.KeyIDs) > 0 && !slices.ContainsFunc(o.KeyIDs, func(u KeyIDUse) bool { return u.Role != "" })
 }

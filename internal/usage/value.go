@@ -11,18 +11,18 @@ type Provider string
 
 // The providers.
 const (
-	Identity  Provider = "identity" // in clear
+	Identity  Provider = "identity" // in the clear
 	AESCBC    Provider = "aescbc"
 	AESGCM    Provider = "aesgcm"
 	Secretbox Provider = "secretbox"
 	KMSv1     Provider = "kms-v1"
 	KMSv2     Provider = "kms-v2"
-	// Unknown wrote a value that is marked as encrypted in a way that this version of kleidi
-	// does not know, or that is damaged behind the mark.
+	// Unknown wrote a value that is marked as encrypted in a way that this version of
+	// kleidi does not know, or that is damaged after the mark.
 	Unknown Provider = "unknown"
 )
 
-// Key is what a stored value says of the key that encrypted it.
+// Key names the key that encrypted a stored value, according to the value.
 type Key struct {
 	Provider Provider `json:"provider"`
 	// Name is the name of the KMS plugin in the EncryptionConfiguration.
@@ -31,7 +31,7 @@ type Key struct {
 	ID string `json:"id,omitempty"`
 }
 
-// mark begins every value that is not stored in clear; see k8s.io/apiserver
+// mark begins every value that is not stored in the clear; see k8s.io/apiserver
 // pkg/storage/value.
 const mark = "k8s:enc:"
 
@@ -72,7 +72,7 @@ func parseHeader(value []byte) header {
 		case !ok || len(name) == 0 || len(name) > maxName || len(encrypted) == 0:
 			return header{provider: Unknown}
 		case p.provider == KMSv1:
-			return header{KMSv1, name, nil} // the plugin alone knows the key
+			return header{KMSv1, name, nil} // only the plugin knows the key
 		case p.provider != KMSv2:
 			return header{p.provider, nil, name}
 		}
@@ -92,8 +92,8 @@ const (
 	fieldKeyID         protowire.Number = 2
 )
 
-// keyIDOf returns the key ID of an EncryptedObject. The object must parse as a whole:
-// kube-apiserver could not read any other one.
+// keyIDOf returns the key ID of an EncryptedObject. The object must parse as a whole,
+// since kube-apiserver could not read it otherwise.
 func keyIDOf(object []byte) (id []byte, ok bool) {
 	data := false
 	err := eachField(object, func(field protowire.Number, value []byte, _ uint64) error {
@@ -101,7 +101,7 @@ func keyIDOf(object []byte) (id []byte, ok bool) {
 		case fieldEncryptedData:
 			data = len(value) > 0
 		case fieldKeyID:
-			id = value // the last one counts, as protobuf has it
+			id = value // the last one counts, as in protobuf
 		}
 		return nil
 	})

@@ -52,8 +52,8 @@ type Config struct {
 	// FormerSigningKeys are earlier keys that some nodes' slots still demand.
 	FormerSigningKeys []string `yaml:"formerSigningKeys"`
 	Audit             Audit    `yaml:"audit"`
-	// EKCertificates demands of every TPM a certificate for which one of these CAs
-	// vouches, in addition to the registered digest.
+	// EKCertificates demands a certificate of every TPM, issued by one of these CAs, in
+	// addition to the registered digest.
 	EKCertificates CAs `yaml:"ekCertificates"`
 	// HTTP is where health and metrics answer.
 	HTTP  config.HTTP `yaml:"http"`
@@ -116,7 +116,7 @@ func (c *Config) validateNodes(p *strictyaml.Problems) {
 		names[n.Name], keys[n.EK] = true, true
 		digest, ok := strings.CutPrefix(n.EK, "sha256:")
 		if b, err := hex.DecodeString(digest); !ok || err != nil || len(b) != 32 || digest != strings.ToLower(digest) {
-			p.Add(path+"ek", "%.80q is no digest; want sha256: and 64 lower-case hexadecimal digits, as kleidi keyring show prints them", n.EK)
+			p.Add(path+"ek", "%.80q is not a digest; want sha256: and 64 lower-case hexadecimal digits, as kleidi keyring show prints them", n.EK)
 		}
 		absolutePath(p, path+"bootPolicy", n.BootPolicy)
 	}
@@ -266,3 +266,7 @@ func privatePEM(key *ecdsa.PrivateKey) ([]byte, error) {
 	defer clear(der)
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
 }
+
+// DefaultSocket is the socket for health and metrics. The folder is the verifier's own:
+// on a machine that runs both, kleidi serve has another one.
+const DefaultSocket = "/run/kleidi-verifier/http.sock"

@@ -36,7 +36,7 @@ nodes:
 `
 )
 
-// TestParse: each setting that can't work is a problem with its own path.
+// TestParse: each unusable setting is a problem with its own path.
 func TestParse(t *testing.T) {
 	for name, row := range map[string]struct{ old, new, says string }{
 		"good":                 {"", "", ""},
@@ -82,8 +82,8 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// TestSetNode: a node is added once, replaced only on demand, and the rest of the document
-// stays.
+// TestSetNode: a node is added once and replaced only on demand, and the rest of the
+// document stays.
 func TestSetNode(t *testing.T) {
 	other := Node{Name: "cp-1", EK: "sha256:" + strings.Repeat("c", 64), BootPolicy: "/etc/new.yaml"}
 	third := Node{Name: "cp-3", EK: other.EK, BootPolicy: "/etc/new.yaml"}
@@ -146,8 +146,8 @@ func TestAddress(t *testing.T) {
 	}
 }
 
-// TestRemarks: a reload that failed leaves the former nodes in force, and says so until one
-// succeeds.
+// TestRemarks: after a failed reload the former nodes stay in force, and a remark says so
+// until a reload succeeds.
 func TestRemarks(t *testing.T) {
 	h := newHealth(&auditFile{files.Log{Path: filepath.Join(t.TempDir(), "audit.log")}}, 0)
 	says := func(failed float64, want ...string) {
@@ -164,7 +164,7 @@ func TestRemarks(t *testing.T) {
 	}
 	says(0, "no node is registered")
 	h.reloaded(nil, errors.New("torn file"))
-	says(1, "no node is registered", "the former configuration counts: torn file")
+	says(1, "no node is registered", "the former configuration stays in force: torn file")
 	h.reloaded(&Config{Nodes: make([]Node, 2)}, nil)
 	says(0)
 	h.reloaded(nil, errors.New("torn file"))

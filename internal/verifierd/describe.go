@@ -9,8 +9,8 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/verifier"
 )
 
-// Report is what nodes must know about a verifier, and the nodes that the verifier
-// knows.
+// Report holds the facts that nodes must know about a verifier, and the nodes that the
+// verifier knows.
 type Report struct {
 	Config      string `json:"config"`
 	ClusterID   string `json:"clusterID"`
@@ -22,7 +22,7 @@ type Report struct {
 	NodeConfiguration string `json:"nodeConfiguration"`
 }
 
-// PublicKeyPath is where nodes should keep the verifier's public key.
+// PublicKeyPath is the path at which nodes should keep the verifier's public key.
 const PublicKeyPath = "/etc/kleidi/verifier.pub"
 
 // Describe reads certificate and key; address is what nodes dial, "" if unknown.

@@ -12,7 +12,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
 
-// TestMetricsAreDocumented compares docs/remote-attestation.md with what is served.
+// TestMetricsAreDocumented compares docs/remote-attestation.md with the served metrics.
 func TestMetricsAreDocumented(t *testing.T) {
 	h := newHealth(&auditFile{files.Log{Path: filepath.Join(t.TempDir(), "audit.log")}}, 0)
 	if _, err := verifier.NewServer(verifier.Options{Verifier: &remote.Verifier{}, Registerer: h.registry}); err != nil {
@@ -26,7 +26,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	live, documented := map[string]bool{"kleidi_verifier_accepted_timestamp_seconds": true}, map[string]bool{} // that one has no series yet
+	live, documented := map[string]bool{"kleidi_verifier_accepted_timestamp_seconds": true}, map[string]bool{} // this metric has no series yet
 	for _, f := range families {
 		if strings.HasPrefix(f.GetName(), "kleidi_") {
 			live[f.GetName()] = true

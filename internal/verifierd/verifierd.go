@@ -10,6 +10,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -61,7 +62,7 @@ func New(c *Config, log *slog.Logger) (*Service, error) {
 func (s *Service) Run(ctx context.Context) error {
 	l, err := net.Listen("tcp", s.config.Listen)
 	if err != nil {
-		return fmt.Errorf("listen: %w; see that nothing else listens there", err)
+		return fmt.Errorf("listen: %w; check that nothing else listens there", err)
 	}
 	s.log.Info("verifier listening", "version", version.String(), "address", l.Addr().String(), "cluster", s.config.ClusterID, "nodes", len(s.config.Nodes))
 	if len(s.config.Nodes) == 0 {
@@ -119,7 +120,7 @@ func (s *Service) reload() {
 	}
 	s.health.reloaded(c, err)
 	if err != nil {
-		s.log.Error("reload failed: the former configuration goes on to count", "error", err)
+		s.log.Error("reload failed: the former configuration stays in force", "error", err)
 		return
 	}
 	s.log.Info("SIGHUP: the configuration was read again", "nodes", len(c.Nodes))
@@ -137,7 +138,7 @@ func (s *Service) replace(c *Config) error {
 	return nil
 }
 
-// identity reads what a running verifier can replace.
+// identity reads the parts that a running verifier can replace.
 func (c *Config) identity() (*tls.Certificate, *remote.Verifier, error) {
 	certificate, err := c.tls()
 	if err != nil {
@@ -147,7 +148,7 @@ func (c *Config) identity() (*tls.Certificate, *remote.Verifier, error) {
 	return certificate, v, err
 }
 
-// Verifier puts the signing keys, the CAs and the registered nodes together.
+// Verifier combines the signing keys, the CAs and the registered nodes.
 func (c *Config) Verifier() (*remote.Verifier, error) {
 	keys, err := c.keys()
 	if err != nil {
@@ -165,4 +166,22 @@ func (c *Config) Verifier() (*remote.Verifier, error) {
 		v.Nodes[n.Name] = remote.Registration{EK: n.EK, BootPolicy: p}
 	}
 	return v, nil
+}
+
+func (s *Service) serveHTTPSocket() error {
+	c := s.config.HTTP
+	l, err := monitor.ListenSocket(monitor.SocketConfig{Path: c.Socket, Mode: fs.FileMode(c.SocketMode), GID: c.SocketGID, Log: s.log})
+	return s.serveHTTP(l, err)
+}
+
+func (s *Service) serveHTTPAddress() error {
+	l, err := monitor.ListenTCP(s.config.HTTP.Address)
+	return s.serveHTTP(l, err)
+}
+
+func (s *Service) serveHTTP(l net.Listener, err error) error {
+	if err != nil {
+		return err
+	}
+	return s.http.Serve(l)
 }

@@ -4,7 +4,7 @@ import (
 	"runtime/debug"
 )
 
-// String is the release, or the revision that this was built from.
+// String returns the release, or the revision from which this binary was built.
 func String() string {
 	if build != "" {
 		return build

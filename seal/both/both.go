@@ -125,7 +125,7 @@ func (w *Wrapper) xor(a, b *seal.Secret) (*seal.Secret, error) {
 	})
 	if sizes != 2*seal.KEKSize {
 		clear(out)
-		return nil, errors.New("no KEK to split: it is closed or of another size")
+		return nil, errors.New("no KEK to split: it is closed or has the wrong size")
 	}
 	return w.Memory.Take(out)
 }

@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// forge returns a keyring of this body with a MAC that verifies under kek, as an
-// attacker who knows kek would write it.
+// forge returns a keyring of this body with a MAC that verifies under kek, as an attacker
+// who knows kek would write it.
 func forge(t testing.TB, body []byte, kek *seal.Secret) []byte {
 	t.Helper()
 	var sum []byte
@@ -232,8 +232,8 @@ func TestRefusalNamesTheField(t *testing.T) {
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "unknown field", "extra")
 }
 
-// TestRefusalsOfParseNameTheRemedy: a damaged keyring is restored, and a keyring of a
-// later format takes a later kleidi.
+// TestRefusalsOfParseNameTheRemedy: the remedy for a damaged keyring is a restore, and
+// the remedy for a later format is a later kleidi.
 func TestRefusalsOfParseNameTheRemedy(t *testing.T) {
 	newer := bytes.Replace(edited(t, func(*document) {}), []byte(`{"format":1,`), []byte(`{"format":9,`), 1)
 	_, err := Parse(forge(t, newer, newKEK(t, 0x81)))
@@ -255,12 +255,13 @@ func TestSwaps(t *testing.T) {
 	wantRefusal(t, err, seal.CauseKeyringCorrupt, "MAC")
 	_, err = open(withOldMAC(edited(t, func(b *document) { b.ClusterID[0] ^= 1 })), kek, nil)
 	wantRefusal(t, err, seal.CauseSlotCorrupt, "cluster 01010203")
-	// The slot opens, and holds the KEK of another keyring, or the staged or a retired one.
+	// The slot opens, but holds the KEK of another keyring, or the staged or a retired
+	// one.
 	for _, first := range []byte{0x01, 0x41, 0xc1, 0x05} {
 		_, err = open(golden(t, "keyring.json"), newKEK(t, first), nil)
 		wantRefusal(t, err, seal.CauseSlotCorrupt, string(u.CurrentID()))
 	}
-	// The MAC verifies, and two retired KEKs have changed places.
+	// The MAC verifies, but two retired KEKs have changed places.
 	_, err = open(forge(t, edited(t, func(b *document) {
 		b.Retired[0].Sealed, b.Retired[1].Sealed = b.Retired[1].Sealed, b.Retired[0].Sealed
 	}), kek), kek, nil)

@@ -41,8 +41,8 @@ func (k *Keyring) Stage(kek *seal.Secret, slots []seal.Slot, now time.Time) (*Ke
 	return next, nil
 }
 
-// driver returns the name of the node that stages with k. Format 1, which is of one node, does
-// not say it.
+// driver returns the name of the node that stages with k. Format 1 does not record it,
+// because it has only one node.
 func driver(k *Keyring) string {
 	self, ok := k.Self()
 	if !ok || k.doc.Format == format1 {
@@ -59,7 +59,7 @@ func TakeOver(k *Keyring) (*Keyring, error) {
 	case k.doc.Staged == nil:
 		return nil, errNothingStaged
 	case !ok || k.doc.Format != format2:
-		return nil, errors.New("take over the rotation: the keyring is of one node, or says not which node this is")
+		return nil, errors.New("take over the rotation: the keyring is a single node's, or does not say which node this is")
 	case k.doc.Staged.By == self.Name:
 		return k, nil
 	}
@@ -69,8 +69,8 @@ func TakeOver(k *Keyring) (*Keyring, error) {
 	return revise(k, "take over the rotation", &doc)
 }
 
-// WithStagedSlots returns the revision after k in which the staged KEK has these slots as
-// well. The KEK must be open, and the caller has wrapped it in them.
+// WithStagedSlots returns the revision after k in which the staged KEK also has the slots
+// more. The KEK must be open, and the caller has wrapped it in those slots.
 func WithStagedSlots(k *Keyring, more []seal.Slot) (*Keyring, error) {
 	if k.doc.Staged == nil {
 		return nil, errNothingStaged
@@ -84,7 +84,7 @@ func WithStagedSlots(k *Keyring, more []seal.Slot) (*Keyring, error) {
 // AlreadyStaged says that no KEK can be staged because another one is staged.
 type AlreadyStaged struct {
 	KeyID seal.KeyID
-	// By is the node that drives the rotation; "" in format 1, and if that node was removed.
+	// By is the node that drives the rotation; "" in format 1.
 	By    string
 	Since time.Time
 }
@@ -125,9 +125,10 @@ func (k *Keyring) StagedID() seal.KeyID {
 	return k.doc.Staged.KeyID
 }
 
-// Abort ends a rotation before it is activated: it retires the staged KEK, which
-// must be open. Format 2 notes that it was never current. The KEK stays readable because a node that is ahead of this keyring,
-// after the store was restored from an older snapshot, may have activated it already.
+// Abort ends a rotation before it is activated: it retires the staged KEK, which must be
+// open. Format 2 notes that the KEK was never current. The KEK stays readable because
+// another node may have activated it already: a node that is ahead of this keyring after
+// the store was restored from an older snapshot.
 func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
 	switch {
 	case k.doc.Staged == nil:
@@ -231,15 +232,15 @@ func (k *Keyring) WithSlots(slots []seal.Slot) (*Keyring, error) {
 	return k.WithNodes(k.doc.Nodes, slots)
 }
 
-// WithNodes replaces the nodes and the slots of the current KEK. In format 2 the slots
-// of this node are the own section's, and a change of these alone keeps the revision;
-// which nodes there are is for WithNode and WithoutNode.
+// WithNodes replaces the nodes and the slots of the current KEK. In format 2 the slots of
+// this node are in the node's own section, and a change of that section alone keeps the
+// revision. WithNode and WithoutNode add and remove nodes in format 2.
 func (k *Keyring) WithNodes(nodes []Node, slots []seal.Slot) (*Keyring, error) {
 	doc, own := *k.doc, k.own
 	doc.Nodes, doc.Current.Slots = slices.Clone(nodes), cloneSlots(slots)
 	if k.doc.Format == format2 {
 		if !slices.EqualFunc(nodes, k.doc.Nodes, Node.SameTPM) {
-			return nil, errors.New("replace slots: other nodes than those of the keyring")
+			return nil, errors.New("replace slots: the nodes differ from those in the keyring")
 		}
 		doc.Nodes = k.doc.Nodes
 		var err error
@@ -271,8 +272,8 @@ func (k *Keyring) AtLeast(revision uint64) (*Keyring, error) {
 	return next, nil
 }
 
-// build returns the keyring of doc's next revision, with what remains of an own section
-// beside it. The keyring shares kek, and staged unless it is nil.
+// build returns the keyring of doc's next revision, with the remaining part of the node's
+// own section. The keyring shares kek, and staged unless it is nil.
 func build(doc document, own *section2, kek, staged *shared) (*Keyring, error) {
 	doc.Revision++
 	body, err := encodeBody(&doc)
@@ -282,9 +283,9 @@ func build(doc document, own *section2, kek, staged *shared) (*Keyring, error) {
 	return assemble(body, own.beside(&doc), kek, staged)
 }
 
-// assemble makes the keyring of a body and an own section, which may be nil. It reads
-// back what it is about to write, so that nothing is written that Parse or Open would
-// refuse.
+// assemble makes the keyring of a body and the node's own section, which may be nil. It
+// parses and opens its own result, so that it never writes a keyring that Parse or Open
+// would refuse.
 func assemble(body []byte, own *section2, kek, staged *shared) (*Keyring, error) {
 	e := envelope{Body: body}
 	if own != nil {

@@ -67,7 +67,9 @@ func withKeyIDMatcher(cluster seal.ClusterID, f func(matches func(id seal.KeyID,
 	return err
 }
 
-// validKeyID reports whether id has the form that NewKeyID returns.
+// ValidKeyID reports whether id has the form that NewKeyID returns.
+func ValidKeyID(id seal.KeyID) bool { return validKeyID(id) }
+
 func validKeyID(id seal.KeyID) bool {
 	if len(id) != len(keyIDPrefix)+keyIDEncoding.EncodedLen(sha256.Size) || id[:len(keyIDPrefix)] != keyIDPrefix {
 		return false
@@ -97,7 +99,7 @@ func derive(kek []byte, label string, f func(key []byte)) {
 	scrubbed(func(h func() hash.Hash) {
 		var err error
 		if key, err = hkdf.Key(h, kek, nil, label, 32); err != nil {
-			panic(fmt.Sprintf("hkdf: %v", err)) // it fails for other sizes only
+			panic(fmt.Sprintf("hkdf: %v", err)) // possible only for other sizes
 		}
 	})
 	defer clear(key)
@@ -124,7 +126,7 @@ func aead(kek []byte, label string) (c cipher.AEAD) {
 			c, err = cipher.NewGCMWithRandomNonce(block)
 		}
 		if err != nil {
-			panic(fmt.Sprintf("aes-gcm: %v", err)) // it fails for other sizes only
+			panic(fmt.Sprintf("aes-gcm: %v", err)) // possible only for other sizes
 		}
 	})
 	return c
@@ -135,7 +137,7 @@ func aead(kek []byte, label string) (c cipher.AEAD) {
 // written to it, and the extract step of HKDF writes the KEK itself.
 func scrubbed(f func(h func() hash.Hash)) {
 	var states []hash.Hash
-	wipeStack() // to grow the stack now: a stack that grows later leaves a copy behind
+	wipeStack() // grow the stack now: a stack that grows later leaves a copy behind
 	f(func() hash.Hash {
 		s := sha256.New()
 		states = append(states, s)

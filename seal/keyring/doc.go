@@ -14,10 +14,10 @@
 // verifies under that KEK; and if the node's [Anchor] names a KEK of this keyring.
 // Hence only someone who knows the anchored KEK can write that node's keyring.
 //
-// In format 2 all nodes share one keyring. Each node keeps the slots that only its own
-// TPM opens in an own section, which never leaves the node. In a [Record] it tells the
-// other nodes what it trusts. [Follows] and [Precedes] are the rules by which it accepts
-// a keyring that another node has changed.
+// In format 2 all nodes share one keyring. The slots that only one node's TPM opens are
+// in the node's own section, which never leaves the node. A node tells the others in a
+// [Record] which keyring it trusts. [Follows] and [Precedes] are the rules by which a
+// node accepts a keyring that another node has changed.
 //
 // The formats are frozen. docs/keyring-format.md describes them for other readers, and
 // testdata holds test vectors. A new format is a new version in a new file beside

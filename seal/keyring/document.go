@@ -10,8 +10,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// document is what the body of a keyring says, in any format. What format 1 does not
-// have is empty there. Files format1.go and format2.go hold what is stored.
+// document is the body of a keyring, in any format. A member that format 1 lacks is empty
+// there. The stored forms are in format1.go and format2.go.
 type document struct {
 	Format    int
 	ClusterID seal.ClusterID
@@ -25,8 +25,8 @@ type document struct {
 	Former    []string
 }
 
-// slotted is a KEK that is held in slots. It is stored so by format 1; format 2 has
-// some of the slots in the own section.
+// slotted is a KEK that is held in slots. Format 1 stores all of the slots together;
+// format 2 stores some of them in the node's own section.
 type slotted struct {
 	KeyID   seal.KeyID  `json:"keyID"`
 	Created stamp       `json:"created"`
@@ -58,13 +58,13 @@ type Node struct {
 	Added time.Time `json:"added,omitzero"`
 }
 
-// SameTPM reports whether two entries are of one machine.
+// SameTPM reports whether two entries describe one machine.
 func (n Node) SameTPM(other Node) bool {
 	return n.Name == other.Name && n.EK == other.EK && n.EpochIndex == other.EpochIndex && bytes.Equal(n.SRK, other.SRK)
 }
 
-// parseBody reads a body of any format that this version knows. The format is looked
-// at alone first: it decides how the rest reads.
+// parseBody reads a body of any format that this version knows. It reads the format
+// first, because the format decides how to read the rest.
 func parseBody(b []byte) (*document, error) {
 	format, err := formatOf(b)
 	if err != nil {
@@ -87,8 +87,8 @@ func parseBody(b []byte) (*document, error) {
 	return nil, fmt.Errorf("%w %d, this version reads %d and %d", ErrNewerFormat, format, format1, format2)
 }
 
-// formatOf reads the format alone. What is written starts with it, and a second one
-// is refused with the rest.
+// formatOf reads only the format. A stored body begins with it, and parsing the
+// rest refuses a second one.
 func formatOf(body []byte) (int, error) {
 	for _, format := range []int{format1, format2} {
 		if bytes.HasPrefix(body, fmt.Appendf(nil, `{"format":%d,`, format)) {

@@ -18,28 +18,35 @@ var (
 	ErrInStep = errors.New("the keyring is the one that this node has")
 	// ErrOlder: the revision is lower. [Precedes] says whether the node's own keyring
 	// replaces it.
-	ErrOlder = errors.New("the keyring is of a lower revision than this node's")
+	ErrOlder = errors.New("the keyring has a lower revision than this node's")
 	// ErrStagedClosed: the keyring is under the KEK that the node has staged, which is
 	// not open now. The keyring can't be judged before that KEK is open.
 	ErrStagedClosed = errors.New("the keyring is under the staged KEK, which is not open on this node")
-	// ErrNotAcknowledged: the keyring is under the KEK that the node has staged, and for
-	// which the node has no slots of its own.
+	// ErrNotAcknowledged: the keyring is under the KEK that the node has staged, but the
+	// node's own section has no slots for that KEK.
 	ErrNotAcknowledged = errors.New("this node has not acknowledged that KEK yet")
 )
 
 const (
-	hintForged = "find out who else writes the cluster store"
-	hintFork   = "the store was restored in the middle of a change, or somebody writes it who knows a former KEK: compare the two on the nodes that hold them, and decide which one to keep"
+	hintForged = "find out who else writes to the cluster store"
+	// hintMissed is for a newer keyring. To a node that was down during its own removal, the
+	// keyring of the others looks as a forged one does.
+	hintMissed = "if this node was removed while it was down, stop kleidi serve here (systemctl stop kleidi) and run kleidi reset; otherwise " + hintForged
+	// hintPruned is for an older keyring. Once a KEK is pruned, a keyring under it looks as
+	// a forged one does.
+	hintPruned = "if etcd was restored from a snapshot that is older than the prune of that KEK, bring the KEK back with kleidi keyring import-archive FILE and the recovery identity; otherwise " + hintForged
+	hintFork   = "the store was restored in the middle of a change, or somebody who knows a former KEK writes to it: compare the two on the nodes that hold them, and decide which one to keep"
 	hintRejoin = "stop kleidi serve here (systemctl stop kleidi), then run kleidi reset; to be a node again, have another node approve this one, and join"
 )
 
-// Follows returns nil if the node with local replaces it with remote. It demands, in
-// this order:
+// Follows returns nil if the node with local replaces it with remote. It demands, in this
+// order:
 //
 //  1. both are of format 2, and of the same cluster;
-//  2. remote's current KEK is local's current one, or the staged one that this node has acknowledged. An honest rotation
-//     can't do otherwise, because it waits for this node. So a keyring with an intruder's own KEK is refused, although
-//     the intruder knows the anchored KEK;
+//  2. remote's current KEK is local's current one, or the staged one that this node has
+//     acknowledged. An honest rotation always satisfies this, because it waits for this
+//     node. So a keyring with an intruder's own KEK is refused, even if the intruder
+//     knows the anchored KEK;
 //  3. that KEK opens remote: key ID, MAC and retired KEKs, as in [Untrusted.Open];
 //  4. remote's revision is higher;
 //  5. local's current KEK is among remote's;
@@ -88,7 +95,11 @@ func followedKEK(k *Keyring, remote *Untrusted) (*shared, error) {
 	case id == k.CurrentID():
 		return k.kek, nil
 	case id != k.StagedID():
-		return nil, seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d has the current key ID %s, which this node (revision %d, key ID %s) has never acknowledged",
+		hint := hintPruned
+		if remote.Revision() > k.Revision() {
+			hint = hintMissed
+		}
+		return nil, seal.Errorf(seal.CauseAnchor, hint, "the keyring of revision %d has the current key ID %s, which this node (revision %d, key ID %s) has never acknowledged",
 			remote.Revision(), id, k.Revision(), k.CurrentID())
 	case !k.Acknowledged():
 		return nil, seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d makes key ID %s current: %w", remote.Revision(), id, ErrNotAcknowledged)
@@ -126,7 +137,7 @@ func checkFollowed(k *Keyring, remote *Untrusted, kek *shared) error {
 		return err
 	}
 	if self, ok := k.Self(); !ok {
-		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "the keyring of this node says not which node it is")
+		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "the keyring of this node does not say which node it is")
 	} else if now := remote.doc.node(self.Name); now == nil || !now.SameTPM(self) {
 		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "revision %d of the keyring does not hold this node, %s, with its TPM", remote.Revision(), self.Name)
 	}
@@ -136,7 +147,7 @@ func checkFollowed(k *Keyring, remote *Untrusted, kek *shared) error {
 	return nil
 }
 
-// verify makes the checks of Open that need no anchor, and keeps no KEK.
+// verify makes those checks of Open that need no anchor, and keeps no KEK.
 func (u *Untrusted) verify(kek *seal.Secret) error {
 	err := ErrClosed
 	withKEK(kek, func(b []byte) { err = u.open(newOpen(u), b) })
@@ -161,9 +172,9 @@ func Precedes(remote *Untrusted, local *Keyring) error {
 	case verified && staged && theirs < mine: // an activation that arrived after the store was restored
 		return seal.Errorf(seal.CauseForked, hintFork, "the keyring of revision %d makes key ID %s current, which this node has staged in revision %d: neither follows the other", theirs, remote.CurrentID(), mine)
 	case staged:
-		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d under key ID %s is not from a KEK that this node has trusted", theirs, remote.CurrentID())
+		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d under key ID %s is not authenticated by a KEK that this node has trusted", theirs, remote.CurrentID())
 	case !verified:
-		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d under key ID %s is not from a KEK that this node holds", theirs, remote.CurrentID())
+		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d under key ID %s is not authenticated by a KEK that this node holds", theirs, remote.CurrentID())
 	case theirs == mine && bytes.Equal(remote.body, local.body):
 		return ErrInStep
 	case theirs == mine:
@@ -171,7 +182,7 @@ func Precedes(remote *Untrusted, local *Keyring) error {
 	case theirs > mine && remote.CurrentID() != local.CurrentID():
 		return seal.Errorf(seal.CauseForked, hintFork, "the keyring of revision %d is under key ID %s, which this node (revision %d, key ID %s) has left: neither follows the other", theirs, remote.CurrentID(), mine, local.CurrentID())
 	case theirs > mine:
-		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring of revision %d is of a higher revision than this node's, %d", theirs, mine)
+		return seal.Errorf(seal.CauseAnchor, hintForged, "the keyring has a higher revision, %d, than this node's, %d", theirs, mine)
 	}
 	return nil
 }

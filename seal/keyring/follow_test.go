@@ -8,7 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// published is what the cluster store holds of a keyring.
+// published returns the shared part of a keyring, as the cluster store holds it.
 func published(t testing.TB, k *Keyring) *Untrusted {
 	t.Helper()
 	return must[*Untrusted](t)(Parse(k.Shared()))
@@ -19,7 +19,7 @@ func imports() []seal.Slot {
 	return append(append(tpmSlots("cp-1", "i1"), tpmSlots("cp-2", "i2")...), sharedSlots("s")...)
 }
 
-// acknowledge is what a node does that has opened the staged KEK.
+// acknowledge opens the staged KEK on a node and gives it slots of the node's own.
 func acknowledge(t testing.TB, k *Keyring, first byte) *Keyring {
 	t.Helper()
 	ok := must[*Keyring](t)
@@ -30,8 +30,8 @@ func acknowledge(t testing.TB, k *Keyring, first byte) *Keyring {
 	return ok(k.WithOwnSlots(k.OwnSlots(), tpmSlots(self.Name, "sealed")))
 }
 
-// TestFollow takes a node through a rotation that another one drives, and never
-// touches a slot but for the staged KEK.
+// TestFollow takes a node through a rotation that another node drives. The node opens a
+// slot only for the staged KEK.
 func TestFollow(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, b := cluster2(t)
@@ -83,7 +83,7 @@ func TestFollow(t *testing.T) {
 	if !b.Holds(staged.StagedID()) || b.StagedID() != "" || len(b.own.Slots) != 1 {
 		t.Errorf("%+v", b.Info())
 	}
-	// What b keeps open is its own: the keyrings that it left are closed.
+	// b's KEKs stay open after the keyrings that b left are closed.
 	for _, k := range []*Keyring{a, staged, active} {
 		k.Close()
 	}
@@ -95,7 +95,7 @@ func TestFollow(t *testing.T) {
 	}
 }
 
-// TestFollowsRefuses leaves out one condition after the other.
+// TestFollowsRefuses violates one condition after the other.
 func TestFollowsRefuses(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, b := cluster2(t)
@@ -107,16 +107,16 @@ func TestFollowsRefuses(t *testing.T) {
 	restarted := reopen(t, bAcknowledged, newKEK(t, 1), nil)
 	active := ok(staged.Activate(now))
 
-	// Of another cluster, by a KEK with the same bytes.
+	// Another cluster, and a KEK with the same bytes.
 	first := ok(New(seal.ClusterID{9}, newKEK(t, 1), append(tpmSlots("cp-1", "one"), sharedSlots("one")...), nodes, now))
 	foreign := ok(ok(first.Upgrade(entry("cp-1", "a"))).WithNode(entry("cp-2", "b"), now))
 
-	// With the KEK of somebody who knows the current one.
+	// The own KEK of an intruder who knows the current one.
 	forged := func(of *Keyring, first byte) *Keyring {
 		f := acknowledge(t, ok(ok(of.AtLeast(1000)).Stage(newKEK(t, first), imports(), now)), first)
 		return ok(f.Activate(now))
 	}
-	// With a MAC under another KEK than the one that it names.
+	// A MAC under a KEK other than the named one.
 	damaged := published(t, raised)
 	damaged.mac = bytes.Clone(damaged.mac)
 	damaged.mac[0] ^= 1
@@ -126,7 +126,7 @@ func TestFollowsRefuses(t *testing.T) {
 	doc := *raised.doc
 	doc.Commit, doc.Seat = CommitLocal, "cp-1"
 	back := ok(build(doc, raised.own, raised.kek, nil))
-	// One for which a retired KEK is not what it says.
+	// A retired KEK that does not match its key ID.
 	doc = *active.doc
 	doc.Retired = []retired{doc.Retired[0]}
 	doc.Retired[0].Sealed = bytes.Repeat([]byte{1}, 60)
@@ -145,7 +145,8 @@ func TestFollowsRefuses(t *testing.T) {
 		"another cluster":              {b, published(t, foreign), nil, seal.CauseAnchor, "of cluster 09"},
 		"format 1":                     {b, must[*Untrusted](t)(Parse(newKeyring(t, 1).Marshal())), nil, seal.CauseAnchor, "format 2 and 1"},
 		"a format 1 of its own":        {newKeyring(t, 1), published(t, raised), nil, seal.CauseAnchor, "format 1 and 2"},
-		"a KEK never staged":           {b, published(t, active), nil, seal.CauseAnchor, "never acknowledged"},
+		"a KEK never staged":           {b, published(t, active), nil, seal.CauseAnchor, "never acknowledged; if this node was removed while it was down"},
+		"an older, of another KEK":     {ok(b.AtLeast(2000)), published(t, forged(a, 200)), nil, seal.CauseAnchor, "never acknowledged; if etcd was restored from a snapshot that is older than the prune"},
 		"a KEK not acknowledged":       {bOpened, published(t, active), nil, seal.CauseAnchor, "not acknowledged that KEK yet"},
 		"an intruder's KEK":            {b, published(t, forged(a, 200)), nil, seal.CauseAnchor, "never acknowledged"},
 		"an intruder's, while staged":  {bAcknowledged, published(t, forged(a, 200)), nil, seal.CauseAnchor, "never acknowledged"},
@@ -188,7 +189,7 @@ func withEK(n Node, digit string) Node { n.EK = "sha256:" + hex64(digit); return
 
 func withSRK(n Node, digit string) Node { n.SRK = bytes.Repeat([]byte(digit), 90); return n }
 
-// withRevision is k under another revision.
+// withRevision returns k under another revision.
 func withRevision(t testing.TB, k *Keyring, revision uint64) *Keyring {
 	t.Helper()
 	doc := *k.doc
@@ -196,20 +197,20 @@ func withRevision(t testing.TB, k *Keyring, revision uint64) *Keyring {
 	return must[*Keyring](t)(build(doc, k.own, k.kek, k.staged))
 }
 
-// otherwise is another keyring of k's revision.
+// otherwise returns another keyring of k's revision.
 func otherwise(t testing.TB, k *Keyring) *Keyring {
 	t.Helper()
 	return withRevision(t, must[*Keyring](t)(k.WithNode(Node{Name: "cp-9"}, now)), k.Revision())
 }
 
-// TestRemovedNodesKeyring: a removed node, which kept the KEK, writes a keyring with a
-// KEK of its own before the anchors of the others have moved. With the anchor alone
-// it was accepted, announced, and barred the real one.
+// TestRemovedNodesKeyring: a removed node kept the KEK, and writes a keyring with a KEK
+// of its own before the anchors of the others have moved. Checked by the anchor alone,
+// that keyring would be accepted and announced, and would bar the real one.
 func TestRemovedNodesKeyring(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, b := cluster2(t)
 	anchor := b.Anchor()
-	x := ok(open(a.Shared(), newKEK(t, 1), nil)) // what it knows
+	x := ok(open(a.Shared(), newKEK(t, 1), nil)) // the keyring that the removed node knows
 	x = ok(x.OnNode("cp-1", nil, nil))
 	x = ok(ok(x.AtLeast(1000)).Stage(newKEK(t, 200), sharedSlots("x"), now))
 	forged := published(t, ok(x.Activate(now)))
@@ -217,12 +218,13 @@ func TestRemovedNodesKeyring(t *testing.T) {
 		t.Fatalf("the anchor alone refuses it, so that the test shows nothing: %v", err)
 	}
 	wantRefusal(t, Follows(b, forged), seal.CauseAnchor, "never acknowledged", string(b.CurrentID()))
-	wantRefusal(t, Precedes(forged, b), seal.CauseAnchor, "not from a KEK that this node holds")
-	// The real one goes on.
+	wantRefusal(t, Precedes(forged, b), seal.CauseAnchor, "not authenticated by a KEK that this node holds")
+	// The real rotation goes on.
 	staged := acknowledge(t, ok(a.Stage(newKEK(t, 60), imports(), now)), 60)
 	b = acknowledge(t, ok(b.Follow(published(t, staged))), 60)
 	b = ok(b.Follow(published(t, ok(staged.Activate(now)))))
-	// Afterwards nothing that it writes with what it knows is taken.
+	// Afterwards no node follows a keyring that the removed node makes from its
+	// knowledge.
 	for what, forged := range map[string]*Keyring{
 		"its KEK current":       ok(x.Activate(now)),
 		"its KEK staged":        x,
@@ -251,15 +253,18 @@ func TestPrecedes(t *testing.T) {
 	if err := Precedes(snapshot, b); err != ErrInStep {
 		t.Error(err)
 	}
-	wantRefusal(t, Precedes(published(t, active), b), seal.CauseAnchor, "not from a KEK")
+	wantRefusal(t, Precedes(published(t, active), b), seal.CauseAnchor, "not authenticated by a KEK")
 	wantRefusal(t, Precedes(published(t, ok(a.AtLeast(50))), b), seal.CauseAnchor, "higher revision")
 	wantRefusal(t, Precedes(published(t, otherwise(t, a)), b), seal.CauseForked, "differ")
-	wantRefusal(t, Precedes(published(t, withRevision(t, active, 1)), staged), seal.CauseForked, "has staged in revision") // nothing is overwritten for a KEK that was only staged
+	wantRefusal(t, Precedes(published(t, withRevision(t, active, 1)), staged), seal.CauseForked, "has staged in revision") // a staged KEK does not justify overwriting the store
 	damaged := published(t, a)
 	damaged.mac = make([]byte, 32)
-	wantRefusal(t, Precedes(damaged, active), seal.CauseAnchor, "not from a KEK")
+	wantRefusal(t, Precedes(damaged, active), seal.CauseAnchor, "not authenticated by a KEK")
+	damaged = published(t, withRevision(t, active, 1))
+	damaged.mac = make([]byte, 32)
+	wantRefusal(t, Precedes(damaged, staged), seal.CauseAnchor, "not authenticated by a KEK") // anybody may write the name of a staged KEK
 	pruned := ok(active.Prune(a.CurrentID()))
-	wantRefusal(t, Precedes(snapshot, pruned), seal.CauseAnchor, "not from a KEK")
+	wantRefusal(t, Precedes(snapshot, pruned), seal.CauseAnchor, "not authenticated by a KEK")
 }
 
 // rotate2 rotates a keyring of format 2 on one node.

@@ -9,8 +9,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// What ends a fork: an operator has one keyring retire the KEKs of the other, and the nodes of
-// the other one take it.
+// To end a fork, an operator has one keyring retire the KEKs of the other. The nodes that
+// hold the other keyring then take the first.
 
 // OpenHeld opens a keyring whose current KEK k holds, even if k has left it or never used it.
 // It proves only who could have made remote.
@@ -33,8 +33,8 @@ func OpenHeld(k *Keyring, remote *Untrusted, mem seal.Memory) (*Keyring, error) 
 	return other, err
 }
 
-// Absorb returns a revision after both k and other, a keyring of the same cluster: k, with the
-// KEKs that only other holds retired into it, so that nothing is forgotten.
+// Absorb returns a revision after both k and other, a keyring of the same cluster. It is
+// k with the KEKs that only other holds as retired KEKs, so that no KEK is forgotten.
 func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 	if s := other.doc.Staged; s != nil && other.staged == nil && !holds(k, s.KeyID) {
 		return nil, fmt.Errorf("absorb: the other keyring's staged KEK %s is not open here", s.KeyID)
@@ -71,9 +71,9 @@ func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 // holds reports whether k has the KEK, open or staged.
 func holds(k *Keyring, id seal.KeyID) bool { return k.Holds(id) || k.StagedID() == id }
 
-// FollowTrusted returns remote, without an own section, if k may follow it by an operator's
-// word: as [Follows] demands, but under any KEK that k holds, of which the operator names the
-// key ID.
+// FollowTrusted returns remote, without the node's own section, if k may follow it
+// because an operator vouches for it. It demands the same as [Follows], except that the
+// current KEK may be any KEK that k holds and whose key ID the operator names.
 func FollowTrusted(k *Keyring, remote *Untrusted, trusted seal.KeyID, mem seal.Memory) (*Keyring, error) {
 	if id := remote.CurrentID(); id != trusted {
 		return nil, seal.Errorf(seal.CauseAnchor, "compare it with the nodes whose keyring is to be kept", "the keyring's current key ID is %s, and %s is to be trusted", id, trusted)

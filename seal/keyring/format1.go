@@ -29,8 +29,8 @@ const (
 
 const format1 = 1
 
-// envelope is the stored document. Only format 2 has an own section, and only in the
-// file of a node.
+// envelope is the stored document. Only a node's file has the node's own section, and only
+// in format 2.
 type envelope struct {
 	Body       []byte `json:"body"`
 	MAC        []byte `json:"mac"`
@@ -90,8 +90,8 @@ func encode(v any) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
 }
 
-// decode parses the result of encode. It accepts no other form: no unknown, duplicate
-// or differently spelled member, no white space, no other base64 of the same bytes,
+// decode parses the result of encode. It accepts no other form: no unknown, duplicate or
+// differently spelled member, no white space, no other base64 encoding of the same bytes,
 // no trailing bytes.
 func decode(b []byte, v any) error {
 	if !utf8.Valid(b) {
@@ -208,7 +208,7 @@ func checkSlot(s seal.Slot, nodes map[string]bool) error {
 	case len(s.Data) > seal.MaxSlotData:
 		return fmt.Errorf("data has %d bytes, at most %d", len(s.Data), seal.MaxSlotData)
 	case len(s.Data) == 0 || s.Data[0] != '{':
-		return fmt.Errorf("data is no JSON object")
+		return fmt.Errorf("data is not a JSON object")
 	}
 	return nil
 }

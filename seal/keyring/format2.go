@@ -22,7 +22,7 @@ const format2 = 2
 // Commit says where a change of the shared keyring counts as made.
 type Commit string
 
-// The values of Commit. Once it is CommitCluster it is never CommitLocal again.
+// The values of Commit. CommitCluster never goes back to CommitLocal.
 const (
 	// CommitLocal: in the file of the node that has the seat.
 	CommitLocal Commit = "local"
@@ -44,8 +44,8 @@ type body2 struct {
 	Former    []string       `json:"former,omitempty"` // removed nodes that know the current KEK
 }
 
-// slotted2 is a KEK that is held in slots: in shared ones, which name no node, and
-// where it is staged in import slots, each of which names its node.
+// slotted2 is a KEK that is held in slots: in shared slots, which name no node, and,
+// while it is staged, in import slots, each of which names its node.
 type slotted2 struct {
 	KeyID   seal.KeyID  `json:"keyID"`
 	Created stamp       `json:"created"`
@@ -161,7 +161,7 @@ func (b *body2) checkRetired() error {
 	return nil
 }
 
-// check allows import slots for these nodes, nil being none.
+// check allows import slots for the given nodes; nil allows none.
 func (s *slotted2) check(nodes map[string]bool) error {
 	if !validKeyID(s.KeyID) {
 		return fmt.Errorf("malformed key ID")

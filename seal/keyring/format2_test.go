@@ -13,7 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestBody2 is about bodies whose MAC verifies: the parser doesn't rely on it.
+// TestBody2 tests bodies whose MAC verifies, because the parser must not rely on the MAC.
 func TestBody2(t *testing.T) {
 	kek := newKEK(t, 0x81)
 	body := string(must[*Untrusted](t)(Parse(golden2(t, "shared.json"))).body)
@@ -99,7 +99,7 @@ func TestBody2(t *testing.T) {
 	}
 }
 
-// TestLimitsOfFormat2AreInclusive: what stands at a limit parses.
+// TestLimitsOfFormat2AreInclusive: a keyring exactly at a limit parses.
 func TestLimitsOfFormat2AreInclusive(t *testing.T) {
 	u := must[*Untrusted](t)(Parse(golden2(t, "shared.json")))
 	d := u.doc
@@ -109,7 +109,7 @@ func TestLimitsOfFormat2AreInclusive(t *testing.T) {
 	for range MaxSlots {
 		d.Staged.Slots = append(d.Staged.Slots, seal.Slot{Type: "tpm", Node: "cp-1", Data: []byte("{}")}, seal.Slot{Type: "vault", Data: []byte("{}")})
 	}
-	d.Current.Slots = nil // a cluster whose nodes have TPMs alone, and no recovery
+	d.Current.Slots = nil // a cluster whose nodes have only their TPMs, and no recovery
 	if _, err := Parse(forge(t, must[[]byte](t)(encodeBody(d)), newKEK(t, 0x81))); err != nil {
 		t.Error(err)
 	}
@@ -124,7 +124,7 @@ func forge2(t testing.TB, body, section []byte, kek *seal.Secret) []byte {
 	return append(must[[]byte](t)(encode(e)), '\n')
 }
 
-// TestSection2 is about own sections whose MAC verifies.
+// TestSection2 tests own sections whose MAC verifies.
 func TestSection2(t *testing.T) {
 	kek := newKEK(t, 0x81)
 	u := must[*Untrusted](t)(Parse(golden2(t, "keyring.json")))
@@ -173,7 +173,7 @@ func TestSection2(t *testing.T) {
 	if _, err := open(forge2(t, u.body, u.section, kek), kek, nil); err != nil {
 		t.Errorf("the section that these were made from: %v", err)
 	}
-	// Around it.
+	// The envelope around the section.
 	mac := base64.StdEncoding.EncodeToString(u.sectionMAC)
 	file := string(golden2(t, "keyring.json"))
 	one := must[*Untrusted](t)(Parse(golden(t, "keyring.json")))
@@ -207,7 +207,7 @@ func TestPlantedSection(t *testing.T) {
 	}
 }
 
-// tpmSlots are slots of one node's TPM.
+// tpmSlots returns slots of one node's TPM.
 func tpmSlots(node string, texts ...string) (out []seal.Slot) {
 	for _, text := range texts {
 		data, _ := json.Marshal(map[string]string{"name": text})
@@ -221,7 +221,7 @@ func sharedSlots(text string) []seal.Slot {
 	return []seal.Slot{{Type: seal.TypeRecovery, Data: data}}
 }
 
-// entry is the entry of a node whose TPM is told from others by a digit.
+// entry returns the entry of a node whose TPM is identified by a digit.
 func entry(name, digit string) Node {
 	return Node{Name: name, EK: "sha256:" + hex64(digit), SRK: bytes.Repeat([]byte(digit), 90), EpochIndex: 0x01804b01, Added: now}
 }
@@ -238,8 +238,8 @@ func cluster2(t testing.TB) (a, b *Keyring) {
 	return a, ok(b.OnNode("cp-2", tpmSlots("cp-2", "two"), nil))
 }
 
-// TestUpgrade: format 1 becomes format 2 with everything that it holds, and opens on the
-// same node under the same anchor.
+// TestUpgrade: format 1 becomes format 2 with all of its content, and opens on the same
+// node under the same anchor.
 func TestUpgrade(t *testing.T) {
 	ok := must[*Keyring](t)
 	one := rotate(t, ok(New(cluster, newKEK(t, 1), append(tpmSlots("cp-1", "one"), sharedSlots("one")...), nodes, now)), 40)
@@ -283,8 +283,8 @@ func TestUpgrade(t *testing.T) {
 	}
 }
 
-// TestOwnSectionIsLocal: what a node changes in its own section leaves the shared
-// keyring as it is, revision and MAC included.
+// TestOwnSectionIsLocal: a change of a node's own section leaves the shared keyring
+// unchanged, including its revision and MAC.
 func TestOwnSectionIsLocal(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, b := cluster2(t)
@@ -325,7 +325,7 @@ func TestOwnSectionIsLocal(t *testing.T) {
 	}
 }
 
-// TestNodes adds, replaces and removes them.
+// TestNodes adds, replaces and removes nodes.
 func TestNodes(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, _ := cluster2(t)
@@ -366,8 +366,8 @@ func TestNodes(t *testing.T) {
 	}
 }
 
-// TestRotationOfFormat2: import slots go with the activation, own slots of the staged
-// KEK become those of the current one, and both are in one file.
+// TestRotationOfFormat2: activation drops the import slots, the node's own slots of the
+// staged KEK become slots of the current one, and both are in one file.
 func TestRotationOfFormat2(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, _ := cluster2(t)
@@ -413,7 +413,7 @@ func TestRotationOfFormat2(t *testing.T) {
 	}
 }
 
-// TestFullSection: the whole file stays under the limit, or is not written.
+// TestFullSection: a file over the limit is not written.
 func TestFullSection(t *testing.T) {
 	a, _ := cluster2(t)
 	big := strings.Repeat("x", seal.MaxSlotData-64)
@@ -430,7 +430,8 @@ func TestFullSection(t *testing.T) {
 	}
 }
 
-// TestJoinDone: both sides compute it, and nobody without the current KEK does.
+// TestJoinDone: both sides compute the same value, and nobody can without the current
+// KEK.
 func TestJoinDone(t *testing.T) {
 	a, b := cluster2(t)
 	sum := a.JoinDone([]byte("transcript"))

@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// The files in testdata/format2 were written by another implementation, after
-// docs/keyring-format.md. They must open for ever.
+// Another implementation, written from docs/keyring-format.md, made the files in
+// testdata/format2. They must open for ever.
 
 func golden2(t testing.TB, name string) []byte {
 	t.Helper()

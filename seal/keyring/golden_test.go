@@ -11,9 +11,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// The files in testdata/format1 are never written again. Another implementation
-// checked them, and they must open for ever. Their KEKs are the bytes 0x01… and 0x41…
-// (retired), 0x81… (current) and 0xc1… (staged).
+// The files in testdata/format1 are never written again. Another implementation checked
+// them, and they must open for ever. Their KEKs are the bytes 0x01… and 0x41… (retired),
+// 0x81… (current) and 0xc1… (staged).
 
 func golden(t testing.TB, name string) []byte {
 	t.Helper()

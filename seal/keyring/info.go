@@ -16,7 +16,8 @@ type Info struct {
 	Staged    *KEKInfo       `json:"staged,omitempty"`
 	Retired   []RetiredInfo  `json:"retired"`
 	Nodes     []Node         `json:"nodes"`
-	// Former are the removed nodes that know the current KEK. A rotation ends that.
+	// Former are the removed nodes that know the current KEK, and the names under which
+	// another machine knew it before. A rotation ends that.
 	Former []string `json:"former,omitempty"`
 }
 
@@ -40,7 +41,7 @@ type RetiredInfo struct {
 	KeyID   seal.KeyID `json:"keyID"`
 	Created time.Time  `json:"created"`
 	Retired time.Time  `json:"retired"`
-	// Unused says that it was staged and never current. Format 1 does not say so.
+	// Unused says that the KEK was staged and never current. Format 1 does not record it.
 	Unused bool `json:"unused,omitempty"`
 }
 

@@ -13,11 +13,11 @@ import (
 // concurrently; a change returns a new Keyring. A Keyring and its successors share
 // their KEKs. Each must be closed.
 type Keyring struct {
-	raw     []byte // body, MAC and, if there is one, own section, as stored
+	raw     []byte // body, MAC and, if there is one, the node's own section, as stored
 	body    []byte
 	mac     []byte
 	doc     *document
-	own     *section2 // nil in format 1, and in what the cluster store holds
+	own     *section2 // nil in format 1, and in the cluster store's keyring
 	kek     *shared
 	staged  *shared // nil if no KEK is staged, or the staged one is not open
 	seeds   map[seal.KeyID]*dekSeeds
@@ -53,7 +53,7 @@ func (k *Keyring) Marshal() []byte { return bytes.Clone(k.raw) }
 func (k *Keyring) KEK() *seal.Secret { return k.kek.secret }
 
 // StagedKEK returns the staged KEK, or nil if none is staged or it is not open. The
-// keyring owns it as it does the current one.
+// keyring owns it: the caller must neither close it nor use it after Close.
 func StagedKEK(k *Keyring) *seal.Secret {
 	if k.staged == nil {
 		return nil
@@ -76,7 +76,7 @@ func (k *Keyring) Slots() []seal.Slot { return viewOf(&k.doc.Current, k.own) }
 // StagedSlots returns the slots of the staged KEK, or nil if no KEK is staged.
 func (k *Keyring) StagedSlots() []seal.Slot { return viewOf(k.doc.Staged, k.own) }
 
-// Nodes returns the nodes.
+// Nodes returns the nodes in the keyring.
 func (k *Keyring) Nodes() []Node { return slices.Clone(k.doc.Nodes) }
 
 // Anchor returns the anchor of a node that trusts this keyring.
@@ -84,7 +84,7 @@ func (k *Keyring) Anchor() Anchor {
 	return Anchor{ClusterID: k.doc.ClusterID, KeyID: k.doc.Current.KeyID, Revision: k.doc.Revision}
 }
 
-// Info describes the keyring.
+// Info describes the keyring for display.
 func (k *Keyring) Info() Info { return k.doc.info(k.own) }
 
 // Holds reports whether the keyring holds the KEK with this ID, open.
@@ -138,7 +138,7 @@ type shared struct {
 	refs   atomic.Int32
 }
 
-// share returns s as a shared Secret of no keyring yet.
+// share returns s as a shared Secret that no keyring holds yet.
 func share(s *seal.Secret) *shared { return &shared{secret: s} }
 
 func (h *shared) retain() *shared {

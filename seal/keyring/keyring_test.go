@@ -223,7 +223,7 @@ func TestStagedKEKDecryptsBeforeItIsCurrent(t *testing.T) {
 	}
 }
 
-func errOf(_ *Keyring, err error) error { return err }
+func errOf[T any](_ T, err error) error { return err }
 
 func TestChangesLeaveTheOldKeyring(t *testing.T) {
 	ok := must[*Keyring](t)

@@ -13,4 +13,5 @@ const (
 	labelRecord       = "kleidi node record mac v1"
 	labelAcknowledged = "kleidi acknowledgement v1"
 	labelJoinDone     = "kleidi join done v1"
+	labelArchive      = "kleidi archive mac v1"
 )

@@ -45,6 +45,7 @@ func TestLimitsAreDocumented(t *testing.T) {
 		"public area of a key in a record": fmt.Sprintf("%d bytes", keyring.MaxKeyArea),
 		"`ref` of a key in a record":       fmt.Sprintf("%d bytes", keyring.MaxRef),
 		"anchor":                           fmt.Sprintf("%d bytes", keyring.MaxAnchorSize),
+		"archive":                          fmt.Sprintf("%d KiB", keyring.MaxArchiveSize>>10),
 		"recipients of a recovery slot":    fmt.Sprint(recovery.MaxRecipients),
 	}
 	for what, limit := range limits {

@@ -8,8 +8,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
-// TestNoKEKOutsideLockedMemory2 is TestNoKEKOutsideLockedMemory for what format 2 adds:
-// own sections, following, records, KEKs that are used once they have retired.
+// TestNoKEKOutsideLockedMemory2 is TestNoKEKOutsideLockedMemory for the additions of
+// format 2: own sections, following, records, and retired KEKs that are used once.
 func TestNoKEKOutsideLockedMemory2(t *testing.T) {
 	watch := sealtest.NewWatch()
 	random := func(name string) *seal.Secret {

@@ -30,9 +30,9 @@ const (
 
 const recordFormat1 = 1
 
-// Record is a node's report about itself in the cluster store: what it trusts, what it
-// announces, what it has acknowledged, and the boot states for which a KEK must be
-// wrapped.
+// Record is a node's report about itself in the cluster store: the keyring that it
+// trusts, the key ID that it announces, the KEK that it has acknowledged, and the boot
+// states for which a KEK must be wrapped.
 type Record struct {
 	Node string
 	// Formats are the keyring formats that the node's binary reads, ascending.
@@ -82,7 +82,7 @@ type record1 struct {
 	Format       int             `json:"format"`
 	ClusterID    seal.ClusterID  `json:"clusterID"`
 	Node         string          `json:"node"`
-	KeyID        seal.KeyID      `json:"keyID"` // of the KEK whose MAC covers it
+	KeyID        seal.KeyID      `json:"keyID"` // key ID of the KEK whose MAC covers the record
 	Formats      []int           `json:"formats"`
 	Version      string          `json:"version"`
 	Revision     uint64          `json:"revision"`
@@ -102,10 +102,10 @@ type recordEnvelope struct {
 	MAC    []byte `json:"mac"`
 }
 
-// UntrustedRecord is a record that parses, and nothing more: an attacker who can write
-// the cluster store may have chosen everything in it.
+// UntrustedRecord is a record that parses. Nothing in it is authenticated: an attacker
+// who can write to the cluster store may have chosen all of its content.
 type UntrustedRecord struct {
-	raw []byte // the record as stored, what the MAC covers
+	raw []byte // the record as stored; the MAC covers it
 	mac []byte
 	doc *record1
 }
@@ -276,8 +276,8 @@ func (k *Keyring) SignRecord(r Record) ([]byte, error) {
 //  2. the MAC verifies under a KEK that k holds;
 //  3. if k holds the acknowledged KEK, the proof verifies under it.
 //
-// If the acknowledged KEK is another one, or not open here, the record acknowledges
-// nothing. An error is a [*seal.Error] with cause seal.CauseRecord.
+// If k does not hold the acknowledged KEK open, the record acknowledges nothing. An error
+// is a [*seal.Error] with cause seal.CauseRecord.
 func (u *UntrustedRecord) Verify(k *Keyring) (*VerifiedRecord, error) {
 	d := u.doc
 	switch {

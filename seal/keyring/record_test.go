@@ -10,7 +10,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// recordOf is the record of a node that is in step and trusts k.
+// recordOf returns the record of a node that is in step and trusts k.
 func recordOf(k *Keyring) Record {
 	self, _ := k.Self()
 	return Record{Node: self.Name, Formats: Formats(), Version: "v1", Revision: k.Revision(), Anchored: k.CurrentID(), Announced: k.CurrentID(), Started: now,
@@ -22,8 +22,8 @@ func signed(t testing.TB, k *Keyring, r Record) *UntrustedRecord {
 	return must[*UntrustedRecord](t)(ParseRecord(must[[]byte](t)(k.SignRecord(r))))
 }
 
-// TestRecords: what a node says of itself is read by the other one, before a rotation
-// and in each of its phases.
+// TestRecords: each node reads the other's record, before a rotation and in each of its
+// phases.
 func TestRecords(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, b := cluster2(t)
@@ -53,7 +53,7 @@ func TestRecords(t *testing.T) {
 	if v := must[*VerifiedRecord](t)(signed(t, ahead, r).Verify(staged)); !v.Proven || v.KeyID != staged.StagedID() {
 		t.Errorf("%+v", v)
 	}
-	// Where the staged KEK is closed nothing is proven, and nothing refuted.
+	// If the staged KEK is not open, the proof is neither accepted nor refuted.
 	closed := reopen(t, staged, newKEK(t, 1), nil)
 	r = recordOf(bStaged)
 	r.Acknowledged = staged.StagedID()
@@ -121,7 +121,7 @@ func proofBy(t testing.TB, first byte, r *record1) (sum []byte) {
 	return sum
 }
 
-// TestRecordParsing is about records whose MAC verifies.
+// TestRecordParsing tests records whose MAC verifies.
 func TestRecordParsing(t *testing.T) {
 	kek := newKEK(t, 0x81)
 	u := must[*UntrustedRecord](t)(ParseRecord(golden2(t, "record.json")))
@@ -215,7 +215,7 @@ func ascending(n int) (out []int) {
 	return out
 }
 
-// TestRecordsAreNotWritten that nobody would read.
+// TestRecordsAreNotWritten: SignRecord refuses a record that nobody could read.
 func TestRecordsAreNotWritten(t *testing.T) {
 	a, _ := cluster2(t)
 	for name, change := range map[string]func(*Record){
@@ -283,7 +283,7 @@ func FuzzRecord(f *testing.F) {
 	})
 }
 
-// FuzzSection: what is taken for an own section is written back byte by byte.
+// FuzzSection: a section that parses is written back byte by byte.
 func FuzzSection(f *testing.F) {
 	u := must[*Untrusted](f)(Parse(golden2(f, "keyring.json")))
 	f.Add(u.section)

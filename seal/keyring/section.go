@@ -7,24 +7,24 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// section2 is the own section of format 2: the slots that one node alone writes and
-// needs. It stays on that node. Members stand in this order.
+// section2 is a node's own section in format 2: the slots that only this node writes and
+// needs. It stays on the node. Its members are stored in this order.
 type section2 struct {
 	Format    int            `json:"format"`
 	ClusterID seal.ClusterID `json:"clusterID"`
 	Node      string         `json:"node"`
-	KeyID     seal.KeyID     `json:"keyID"` // of the KEK whose MAC covers it
+	KeyID     seal.KeyID     `json:"keyID"` // key ID of the KEK whose MAC covers the section
 	Slots     []ownSlot      `json:"slots,omitempty"`
 }
 
-// ownSlot is a slot of the own section, and the key ID of the KEK in it: the current
-// one or, once the node has acknowledged it, the staged one.
+// ownSlot is a slot of the node's own section, and the key ID of the KEK in it: the
+// current KEK or, once the node has acknowledged it, the staged KEK.
 type ownSlot struct {
 	KeyID seal.KeyID `json:"keyID"`
 	Slot  seal.Slot  `json:"slot"`
 }
 
-// parseSection2 reads an own section and checks everything that can be checked
+// parseSection2 reads a node's own section and checks everything that can be checked
 // without the shared keyring.
 func parseSection2(b []byte) (*section2, error) {
 	s := new(section2)
@@ -83,7 +83,7 @@ func (s *section2) checkBeside(b *document) error {
 	return nil
 }
 
-// of returns the slots of one KEK; no section has none.
+// of returns the slots of one KEK. A nil section has none.
 func (s *section2) of(id seal.KeyID) (slots []seal.Slot) {
 	if s == nil {
 		return nil
@@ -96,8 +96,8 @@ func (s *section2) of(id seal.KeyID) (slots []seal.Slot) {
 	return cloneSlots(slots)
 }
 
-// with returns the section with these slots in the place of those of one KEK. The
-// others stand before them.
+// with returns the section with the given slots in place of one KEK's former slots. The
+// slots of other KEKs come first.
 func (s *section2) with(id seal.KeyID, slots []seal.Slot) *section2 {
 	next := *s
 	next.Slots = slices.DeleteFunc(slices.Clone(s.Slots), func(o ownSlot) bool { return o.KeyID == id })
@@ -108,7 +108,7 @@ func (s *section2) with(id seal.KeyID, slots []seal.Slot) *section2 {
 }
 
 // beside returns the section as it stands beside a shared keyring: covered by its
-// current KEK, and without slots of other KEKs than the current and the staged one.
+// current KEK, and without slots of KEKs other than the current and the staged one.
 func (s *section2) beside(d *document) *section2 {
 	if s == nil {
 		return nil
@@ -121,8 +121,8 @@ func (s *section2) beside(d *document) *section2 {
 	return &next
 }
 
-// viewOf returns all slots of a KEK, nil being none: those of the own section stand
-// first.
+// viewOf returns all slots of a KEK, first those of the node's own section. A nil KEK has
+// no slots.
 func viewOf(s *slotted, own *section2) []seal.Slot {
 	if s == nil {
 		return nil

@@ -11,17 +11,17 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// What format 2 adds: a keyring is shared by all nodes, but for each node's own
-// section.
+// Format 2: all nodes share a keyring, except for each node's own section.
 
 // Formats are the formats that this version reads.
 func Formats() []int { return []int{format1, format2} }
 
-// Format returns the format.
+// Format returns the format of the keyring.
 func (k *Keyring) Format() int { return k.doc.Format }
 
-// Shared returns what the cluster store holds of a keyring of format 2: body and MAC,
-// and no own section. It is nil in format 1, whose slots are one node's.
+// Shared returns the part of a format 2 keyring that the cluster store holds: body and
+// MAC, without the node's own section. It is nil in format 1, whose slots belong to one
+// node.
 func (k *Keyring) Shared() []byte {
 	if k.doc.Format != format2 {
 		return nil
@@ -33,8 +33,8 @@ func (k *Keyring) Shared() []byte {
 	return append(b, '\n')
 }
 
-// Self returns this node's entry: the one that the own section names or, in format 1,
-// the only one.
+// Self returns this node's entry: the entry that the node's own section names or, in
+// format 1, the only entry.
 func (k *Keyring) Self() (Node, bool) {
 	if k.own != nil {
 		return *k.doc.node(k.own.Node), true
@@ -45,22 +45,22 @@ func (k *Keyring) Self() (Node, bool) {
 	return Node{}, false
 }
 
-// OwnSlots returns the own section's slots of the current KEK.
+// OwnSlots returns the slots of the current KEK in the node's own section.
 func (k *Keyring) OwnSlots() []seal.Slot { return k.own.of(k.doc.Current.KeyID) }
 
-// OwnStagedSlots returns the own section's slots of the staged KEK.
+// OwnStagedSlots returns the slots of the staged KEK in the node's own section.
 func (k *Keyring) OwnStagedSlots() []seal.Slot { return k.own.of(k.StagedID()) }
 
 // Acknowledged reports whether this node could start once the staged KEK is current.
-// In format 2 that takes slots of its own for it, where it has some for the current
-// one; in format 1 all slots are staged with the KEK.
+// In format 2 a node that has own slots for the current KEK needs own slots for the staged
+// one. In format 1 all slots are staged with the KEK.
 func (k *Keyring) Acknowledged() bool {
 	return k.doc.Staged != nil && (len(k.OwnSlots()) == 0 || len(k.OwnStagedSlots()) > 0)
 }
 
 // Upgrade returns the next revision in format 2, committed in the file of self, which
-// must be the only node. Slots of that node become its own section. A rotation must
-// be over.
+// must be the only node. The slots of that node become the node's own section. No
+// rotation may be going on.
 func (k *Keyring) Upgrade(self Node) (*Keyring, error) {
 	switch only, ok := k.Self(); {
 	case k.doc.Format != format1:
@@ -84,9 +84,9 @@ func (k *Keyring) Upgrade(self Node) (*Keyring, error) {
 	return next, nil
 }
 
-// OnNode returns the shared keyring with an own section for a node: what that node
-// keeps in its file after it has joined. The slots are those of the current and of the
-// staged KEK. The revision stays.
+// OnNode returns the shared keyring with the own section of a node, as the node keeps both
+// in its file after it has joined. The slots are those of the current and of the staged
+// KEK. The revision stays.
 func (k *Keyring) OnNode(name string, current, staged []seal.Slot) (*Keyring, error) {
 	if k.doc.Format != format2 || k.doc.node(name) == nil {
 		return nil, fmt.Errorf("own section: node %s is not in a keyring of format %d", name, format2)
@@ -95,7 +95,7 @@ func (k *Keyring) OnNode(name string, current, staged []seal.Slot) (*Keyring, er
 	return withOwnSlots(k, own, current, staged)
 }
 
-// WithOwnSlots replaces the slots of the own section. The revision stays.
+// WithOwnSlots replaces the slots of the node's own section. The revision stays.
 func (k *Keyring) WithOwnSlots(current, staged []seal.Slot) (*Keyring, error) {
 	if k.own == nil {
 		return nil, errors.New("own section: the keyring has none")
@@ -147,7 +147,7 @@ func (s *section2) splitFrom(doc *document) (*section2, error) {
 	return s.with(doc.Current.KeyID, own), nil
 }
 
-// sameBody reports whether doc is what the keyring's body says.
+// sameBody reports whether doc encodes to the keyring's body.
 func sameBody(k *Keyring, doc *document) (bool, error) {
 	b, err := encodeBody(doc)
 	return bytes.Equal(b, k.body), err
@@ -162,12 +162,16 @@ func (s *slotted) withoutImports(format int) []seal.Slot {
 	return slices.DeleteFunc(slices.Clone(s.Slots), func(slot seal.Slot) bool { return slot.Node != "" })
 }
 
-// WithNode adds a node, or replaces the entry of that name.
+// WithNode adds a node, or replaces the entry of that name. If the entry was another
+// machine's, the keyring names that machine as a former node, as WithoutNode does.
 func (k *Keyring) WithNode(n Node, now time.Time) (*Keyring, error) {
 	n.Added = now
 	doc, err := changeNodes(k, "add node "+n.Name, func(nodes []Node) []Node { return append(nodes, n) }, n.Name)
 	if err != nil {
 		return nil, err
+	}
+	if before := k.doc.node(n.Name); before != nil && before.EK != n.EK {
+		doc.addFormer(n.Name)
 	}
 	return revise(k, "add node "+n.Name, doc)
 }
@@ -186,18 +190,22 @@ func (k *Keyring) WithoutNode(names ...string) (*Keyring, error) {
 			return nil, fmt.Errorf("remove node %s: this is that node; run it on another one", name)
 		}
 		var err error
-		if doc, err = changeNodes(&Keyring{doc: doc}, what, func(nodes []Node) []Node { return nodes }, name); err != nil {
+		if doc, err = changeNodes(&Keyring{doc: doc, own: k.own}, what, func(nodes []Node) []Node { return nodes }, name); err != nil {
 			return nil, err
 		}
-		if i, known := slices.BinarySearch(doc.Former, name); !known && len(doc.Former) < MaxNodes {
-			doc.Former = slices.Insert(slices.Clone(doc.Former), i, name)
-		}
+		doc.addFormer(name)
 	}
 	return revise(k, what, doc)
 }
 
-// changeNodes returns the document without a node, and with what add makes of the
-// others.
+func (b *document) addFormer(name string) {
+	if i, known := slices.BinarySearch(b.Former, name); !known && len(b.Former) < MaxNodes {
+		b.Former = slices.Insert(slices.Clone(b.Former), i, name)
+	}
+}
+
+// changeNodes returns the document without the node named without, and with the list of
+// nodes that add returns.
 func changeNodes(k *Keyring, what string, add func([]Node) []Node, without string) (*document, error) {
 	if k.doc.Format != format2 {
 		return nil, fmt.Errorf("%s: a keyring of format %d is of one node", what, k.doc.Format)
@@ -208,15 +216,15 @@ func changeNodes(k *Keyring, what string, add func([]Node) []Node, without strin
 		staged := *doc.Staged
 		staged.Slots = slices.DeleteFunc(slices.Clone(staged.Slots), func(s seal.Slot) bool { return s.Node == without })
 		if doc.node(staged.By) == nil {
-			staged.By = driver(k) // of a node that was removed
+			staged.By = driver(k) // the driver was removed: this node takes over
 		}
 		doc.Staged = &staged
 	}
 	return &doc, nil
 }
 
-// InCluster returns the revision from which on a change counts as made once it is in
-// the cluster store. There is no way back.
+// InCluster returns the revision from which on a change counts as made once it is in the
+// cluster store. There is no way back.
 func (k *Keyring) InCluster() (*Keyring, error) {
 	if k.doc.Format != format2 || k.doc.Commit != CommitLocal {
 		return nil, errors.New("hand over to the cluster store: the keyring is not committed by a node with the seat")
@@ -226,8 +234,8 @@ func (k *Keyring) InCluster() (*Keyring, error) {
 	return revise(k, "hand over to the cluster store", &doc)
 }
 
-// Prune lets a retired KEK go. What is stored under it can't be read any more: the
-// caller has the proof that nothing is, and has archived the KEK.
+// Prune removes a retired KEK. Nothing under it can be read any longer: the caller
+// has proof that nothing is stored under it, and has archived the KEK.
 func (k *Keyring) Prune(id seal.KeyID) (*Keyring, error) {
 	doc := *k.doc
 	doc.Retired = slices.DeleteFunc(slices.Clone(doc.Retired), func(r retired) bool { return r.KeyID == id })
@@ -245,9 +253,9 @@ func revise(k *Keyring, what string, doc *document) (*Keyring, error) {
 	return next, nil
 }
 
-// JoinDone returns what ends a join, 32 bytes: an HMAC of the join's transcript under the
-// current KEK. It proves to the node that gave the KEK that the new one has opened it.
-// It is nil on a closed keyring.
+// JoinDone returns the 32 bytes that end a join: an HMAC of the join's transcript under
+// the current KEK. It proves to the node that gave the KEK that the new node has opened
+// it. The result is nil on a closed keyring.
 func (k *Keyring) JoinDone(transcript []byte) (sum []byte) {
 	withKEK(k.kek.secret, func(kek []byte) {
 		derive(kek, labelJoinDone, func(key []byte) { sum = mac(key, transcript) })

@@ -10,8 +10,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestOneKEKIsStagedAtATime: other nodes may have acknowledged what is staged, so a
-// second Stage forgets nothing.
+// TestOneKEKIsStagedAtATime: other nodes may have acknowledged the staged KEK, so a
+// second Stage is refused.
 func TestOneKEKIsStagedAtATime(t *testing.T) {
 	staged := must[*Keyring](t)(newKeyring(t, 1).Stage(newKEK(t, 60), slots("next"), now))
 	before := staged.Marshal()
@@ -25,7 +25,7 @@ func TestOneKEKIsStagedAtATime(t *testing.T) {
 			t.Errorf("%q does not say %q", err, s)
 		}
 	}
-	// It holds as well where the staged KEK is not open.
+	// The same holds while the staged KEK is not open.
 	if _, err := reopen(t, staged, newKEK(t, 1), nil).Stage(newKEK(t, 100), slots("again"), now); !errors.As(err, &e) {
 		t.Error(err)
 	}
@@ -34,7 +34,7 @@ func TestOneKEKIsStagedAtATime(t *testing.T) {
 	}
 }
 
-// TestAbortRetires: what was staged stays readable, now and after a restart.
+// TestAbortRetires: the aborted KEK stays readable, now and after a restart.
 func TestAbortRetires(t *testing.T) {
 	ok := must[*Keyring](t)
 	k := rotate(t, newKeyring(t, 1), 40)
@@ -73,7 +73,7 @@ func TestAbortRetires(t *testing.T) {
 }
 
 // TestAbortNeedsTheKEK: a staged KEK that is not open can't be retired. It is dropped
-// only where no other node may use it.
+// only if no other node may use it.
 func TestAbortNeedsTheKEK(t *testing.T) {
 	ok := must[*Keyring](t)
 	k := newKeyring(t, 1)
@@ -99,7 +99,8 @@ func TestAbortNeedsTheKEK(t *testing.T) {
 	}
 }
 
-// TestRoom: a rotation retires the current KEK, and what an interrupted one left.
+// TestRoom: a rotation retires the current KEK and the KEK that an interrupted rotation
+// left staged.
 func TestRoom(t *testing.T) {
 	k := newKeyring(t, 1)
 	fill := func(retired int) *Keyring {

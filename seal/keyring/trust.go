@@ -9,7 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Trust returns the anchor as an operator hands it to a joining node:
+// Trust returns the anchor in the form that an operator hands to a joining node:
 // CLUSTER/KEYID/REVISION. Nothing in it is secret.
 func (p Anchor) Trust() string { return fmt.Sprintf("%s/%s/%d", p.ClusterID, p.KeyID, p.Revision) }
 
@@ -28,7 +28,7 @@ func ParseTrust(s string) (Anchor, error) {
 		return Anchor{}, fmt.Errorf("%.32q is no revision", parts[2])
 	}
 	if !validKeyID(seal.KeyID(parts[1])) {
-		return Anchor{}, fmt.Errorf("%.80q is no key ID", parts[1])
+		return Anchor{}, fmt.Errorf("%.80q is not a key ID", parts[1])
 	}
 	return Anchor{ClusterID: cluster, KeyID: seal.KeyID(parts[1]), Revision: revision}, nil
 }
@@ -53,7 +53,7 @@ func (n Node) Check() error {
 	return (&node2{Name: n.Name, EK: n.EK, SRK: n.SRK, EpochIndex: n.EpochIndex}).check()
 }
 
-// CheckSeat refuses to revise the shared keyring on a node without the seat, while a
+// CheckSeat refuses to revise the shared keyring on a node without the seat, as long as a
 // change counts as made in the seat's file. Otherwise two nodes could make two keyrings
 // of one revision.
 func CheckSeat(k *Keyring) error {

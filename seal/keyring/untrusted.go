@@ -75,7 +75,7 @@ func parse(b []byte) (*Untrusted, error) {
 	return u, nil
 }
 
-// parseBeside parses the own section beside a shared keyring.
+// parseBeside parses the node's own section beside a shared keyring.
 func parseBeside(e *envelope, doc *document) (*section2, error) {
 	switch {
 	case doc.Format != format2:
@@ -108,7 +108,7 @@ func (u *Untrusted) StagedSlots() []seal.Slot { return viewOf(u.doc.Staged, u.ow
 // Info describes the keyring. Nothing in it is authenticated.
 func (u *Untrusted) Info() Info { return u.doc.info(u.own) }
 
-// Format returns the format.
+// Format returns the format that the keyring claims.
 func (u *Untrusted) Format() int { return u.doc.Format }
 
 // Open returns u as a [Keyring]. kek was unwrapped from a slot. Open accepts it only
@@ -117,7 +117,7 @@ func (u *Untrusted) Format() int { return u.doc.Format }
 //  1. kek matches the key ID of the current KEK in this cluster;
 //  2. the MAC over the body as stored verifies under kek;
 //  3. every retired KEK decrypts under kek and matches its own key ID, and the MAC
-//     over the own section, if there is one, verifies under kek;
+//     over the node's own section, if there is one, verifies under kek;
 //  4. the anchored cluster is this one, and the anchored KEK is the current one or
 //     among the retired ones;
 //  5. the revision is not below the anchored one.
@@ -168,7 +168,7 @@ func (u *Untrusted) open(k *Keyring, kek []byte) error {
 	return nil
 }
 
-// ifMine adds to the hint of e what the operator who made the change does.
+// ifMine adds to the hint of e the advice for an operator who made the change.
 func ifMine(e *seal.Error) error {
 	e.NoRecovery = e.Hint
 	e.Hint += "; if it was, run kleidi recover --trust-key-id KEY_ID with the recovery identity"

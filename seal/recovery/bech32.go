@@ -33,7 +33,7 @@ func encodeIdentity(dst, key []byte) {
 }
 
 // bech32Prefix returns the state of the checksum after the human-readable part, which
-// is counted in lower case.
+// enters the checksum in lower case.
 func bech32Prefix(hrp string) uint32 {
 	lower := make([]byte, len(hrp))
 	for i := range hrp {
@@ -63,3 +63,5 @@ func bech32Step(sum uint32, value byte) uint32 {
 	}
 	return sum
 }
+
+const prefixX25519 = "AGE-SECRET-KEY-1"

@@ -6,12 +6,12 @@ import (
 	"unsafe"
 
 	"filippo.io/age"
+
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Prefixes of age identities.
 const (
-	prefixX25519      = "AGE-SECRET-KEY-1"
 	prefixPostQuantum = "AGE-SECRET-KEY-PQ-1"
 )
 

@@ -23,8 +23,8 @@ import (
 
 // Limits.
 const (
-	// MaxRecipients is the maximum number of recipients of a slot: so many
-	// post-quantum ones fit into seal.MaxSlotData.
+	// MaxRecipients is the maximum number of recipients of a slot. This many post-quantum
+	// recipients fit into seal.MaxSlotData.
 	MaxRecipients = 6
 	// maxRecipient is the maximum size of a recipient in characters; a post-quantum
 	// one has 1959.
@@ -144,17 +144,18 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 	if err := ctx.Err(); err != nil {
 		return seal.Slot{}, unavailable(err)
 	}
-	var file bytes.Buffer
-	err := errors.New("no KEK to wrap: it is closed or of another size")
+	var file []byte
+	err := errors.New("no KEK to wrap: it is closed or has the wrong size")
 	kek.With(func(b []byte) {
 		if len(b) == seal.KEKSize {
-			err = encrypt(&file, b, w.recipients)
+			file, err = encrypt(b, w.recipients)
 		}
 	})
 	if err != nil {
 		return seal.Slot{}, fmt.Errorf("wrap for recovery: %w", err)
 	}
-	data, err := json.Marshal(slotData{Recipients: w.names, Age: file.Bytes()})
+	debug.FreeOSMemory() // as in Unwrap
+	data, err := json.Marshal(slotData{Recipients: w.names, Age: file})
 	if err != nil {
 		return seal.Slot{}, fmt.Errorf("wrap for recovery: %w", err)
 	}
@@ -164,16 +165,55 @@ func (w *Wrapper) Wrap(ctx context.Context, kek *seal.Secret) (seal.Slot, error)
 	return seal.Slot{Type: seal.TypeRecovery, Data: data}, nil
 }
 
-func encrypt(dst io.Writer, kek []byte, recipients []age.Recipient) error {
-	w, err := age.Encrypt(dst, recipients...)
+// encrypt encrypts kek to the recipients, and decrypts the result with the file key that
+// age gave each of them to wrap. Without an identity, nothing more can be proven.
+func encrypt(kek []byte, recipients []age.Recipient) ([]byte, error) {
+	witnessed := slices.Clone(recipients)
+	first := &witness{Recipient: recipients[0]}
+	defer func() { clear(first.fileKey) }()
+	witnessed[0] = first
+	var file bytes.Buffer
+	w, err := age.Encrypt(&file, witnessed...)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if _, err := w.Write(kek); err != nil {
-		return err
+		return nil, err
 	}
-	return w.Close() // Close encrypts in place, so no plaintext stays in the buffer
+	if err := w.Close(); err != nil { // it encrypts in place, so no plaintext stays in the buffer
+		return nil, err
+	}
+	r, err := age.Decrypt(bytes.NewReader(file.Bytes()), first)
+	if err != nil {
+		return nil, fmt.Errorf("read back: %w", err)
+	}
+	plain := make([]byte, len(kek)+1)
+	defer clear(plain)
+	if n, err := io.ReadFull(r, plain); !errors.Is(err, io.ErrUnexpectedEOF) || !bytes.Equal(plain[:n], kek) {
+		return nil, errors.New("read back: the age file does not hold the KEK")
+	}
+	return file.Bytes(), nil
 }
+
+// witness is a recipient that keeps the file key of the file encrypted to it, and opens
+// the file with that key.
+type witness struct {
+	age.Recipient
+	fileKey []byte
+}
+
+// WrapWithLabels implements age.RecipientWithLabels. Post-quantum recipients have labels.
+func (w *witness) WrapWithLabels(fileKey []byte) ([]*age.Stanza, []string, error) {
+	w.fileKey = bytes.Clone(fileKey)
+	if r, ok := w.Recipient.(age.RecipientWithLabels); ok {
+		return r.WrapWithLabels(fileKey)
+	}
+	stanzas, err := w.Wrap(fileKey)
+	return stanzas, nil, err
+}
+
+// Unwrap implements age.Identity.
+func (w *witness) Unwrap([]*age.Stanza) ([]byte, error) { return bytes.Clone(w.fileKey), nil }
 
 // Unwrap opens a slot with the identity. The error is seal.ErrNotMine if w has no
 // identity, or if the slot is not wrapped to it. It has the cause
@@ -197,8 +237,8 @@ func (w *Wrapper) Unwrap(ctx context.Context, slot seal.Slot) (*seal.Secret, err
 	if err != nil {
 		return nil, err
 	}
-	// age decrypts into buffers of 64 KiB, which can't be erased from here. Collecting
-	// them gives them, with the KEK in them, back to the kernel.
+	// age decrypts into buffers of 64 KiB, which this package can't erase. Collecting
+	// them returns them, with the KEK in them, to the kernel.
 	debug.FreeOSMemory()
 	return kek, nil
 }

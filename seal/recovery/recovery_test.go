@@ -99,43 +99,45 @@ func TestAnyRecipientOpens(t *testing.T) {
 		return id.Recipient().String(), id, id.String()
 	}
 	for name, generate := range map[string]func() (string, age.Identity, string){"classic": classic, "post-quantum": postQuantum} {
-		var recipients, texts []string
-		var ids []age.Identity
-		for range recovery.MaxRecipients {
-			r, id, s := generate()
-			recipients, ids, texts = append(recipients, r), append(ids, id), append(texts, s)
-		}
-		w, err := recovery.NewWrapper(seal.Memory{}, recipients)
-		if err != nil {
-			t.Fatal(err)
-		}
-		kek := newKEK(t)
-		slot, err := w.Wrap(t.Context(), kek)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got, err := recovery.Recipients(slot); err != nil || !slices.Equal(got, recipients) {
-			t.Errorf("%s: recipients %v, %v", name, got, err)
-		}
-		for i, s := range texts {
-			s = []string{s, s + "\n", "# created: today\n# public key: " + recipients[i] + "\n\n" + s + "\r\n"}[i%3]
-			opener, err := w.WithIdentity(identityOf(t, s))
+		t.Run(name, func(t *testing.T) {
+			var recipients, texts []string
+			var ids []age.Identity
+			for range recovery.MaxRecipients {
+				r, id, s := generate()
+				recipients, ids, texts = append(recipients, r), append(ids, id), append(texts, s)
+			}
+			w, err := recovery.NewWrapper(seal.Memory{}, recipients)
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := opener.Unwrap(t.Context(), slot)
+			kek := newKEK(t)
+			slot, err := w.Wrap(t.Context(), kek)
 			if err != nil {
-				t.Fatalf("%s: identity %d: %v", name, i, err)
+				t.Fatal(err)
 			}
-			if !got.Equal(kek) {
-				t.Errorf("%s: identity %d opens another KEK", name, i)
+			if got, err := recovery.Recipients(slot); err != nil || !slices.Equal(got, recipients) {
+				t.Errorf("recipients %v, %v", got, err)
 			}
-			got.Close()
-			openWithAge(t, slot, ids[i], kek)
-		}
-		if _, err := w.Unwrap(t.Context(), slot); !errors.Is(err, seal.ErrNotMine) {
-			t.Errorf("%s: without an identity: %v", name, err)
-		}
+			for i, s := range texts {
+				s = []string{s, s + "\n", "# created: today\n# public key: " + recipients[i] + "\n\n" + s + "\r\n"}[i%3]
+				opener, err := w.WithIdentity(identityOf(t, s))
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, err := opener.Unwrap(t.Context(), slot)
+				if err != nil {
+					t.Fatalf("identity %d: %v", i, err)
+				}
+				if !got.Equal(kek) {
+					t.Errorf("identity %d opens another KEK", i)
+				}
+				got.Close()
+				openWithAge(t, slot, ids[i], kek)
+			}
+			if _, err := w.Unwrap(t.Context(), slot); !errors.Is(err, seal.ErrNotMine) {
+				t.Errorf("without an identity: %v", err)
+			}
+		})
 	}
 }
 
@@ -324,8 +326,8 @@ func TestSlotForm(t *testing.T) {
 	}
 }
 
-// TestNothingOutsideLockedMemory: neither the KEK nor the text of the identity stays
-// in memory that a core file would show.
+// TestNothingOutsideLockedMemory: neither the KEK nor the text of the identity stays in
+// memory that a core file would show.
 func TestNothingOutsideLockedMemory(t *testing.T) {
 	watch := sealtest.NewWatch()
 	identity, _, err := recovery.GenerateIdentity(seal.Memory{})

@@ -7,12 +7,13 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// A node without access to the cluster store takes and gives keyrings that an operator
-// carries. Its Replica needs no Store.
+// An operator carries keyrings to and from a node without access to the cluster store.
+// The Replica of such a node needs no Store.
 
-// Import takes a keyring that was carried here as a round takes the one in the store: the
-// same rules decide. It then opens and seals a staged KEK. followed says that the keyring
-// was newer than the node's. The error is [keyring.ErrOlder] for an older one.
+// Import takes a keyring that an operator carried here, by the same rules as a round
+// takes the keyring in the store. It then opens and seals a staged KEK. followed says
+// that the keyring was newer than the node's. The error is [keyring.ErrOlder] for an
+// older one.
 func (r *Replica) Import(ctx context.Context, remote *keyring.Untrusted) (followed bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -9,7 +9,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/rotation"
 )
 
-// carry brings what node from exports to node to, which has no access to the store.
+// carry brings the export of node from to node to, which has no access to the store.
 func (c *cluster) carry(t *testing.T, from, to int) error {
 	t.Helper()
 	shared, _, err := c.nodes[from].Export(ctx)
@@ -32,8 +32,8 @@ func (c *cluster) back(t *testing.T, from, to int) {
 	must(t, c.nodes[to].PutRecord(ctx, u.Node(), record))
 }
 
-// TestCarried: a node without access to the store takes part in a rotation by files. The KEK
-// becomes current only once its acknowledgement was carried back.
+// TestCarried: a node without access to the store takes part in a rotation by files. The
+// KEK becomes current only once the node's acknowledgement was carried back.
 func TestCarried(t *testing.T) {
 	c := newCluster(t)
 	t.Cleanup(c.close)
@@ -75,7 +75,7 @@ func TestCarried(t *testing.T) {
 	}
 }
 
-// TestCarriedForgery: a file is judged by the rules of the store.
+// TestCarriedForgery: a carried file is judged by the same rules as the store.
 func TestCarriedForgery(t *testing.T) {
 	c := open(t)
 	n := c.nodes[2]

@@ -12,9 +12,9 @@ import (
 	"github.com/beezy-dev/kleidi/seal/unlock"
 )
 
-// Publish puts this node's keyring into the store in place of whatever is there, by an
-// operator's word: the keyring of a fork, with its KEKs retired into this node's; or with
-// discard one that no node takes, without its KEKs.
+// Publish replaces the keyring in the store with this node's, because an operator says
+// so. The KEKs of a fork's keyring become retired KEKs of this node's keyring. With
+// discard, for a keyring that no node takes, they are dropped.
 func (r *Replica) Publish(ctx context.Context, mem seal.Memory, discard bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -45,7 +45,7 @@ func (r *Replica) Publish(ctx context.Context, mem seal.Memory, discard bool) er
 	})
 }
 
-// after returns the revision of k that replaces what the store holds.
+// after returns the revision of k that replaces the store's keyring.
 func (r *Replica) after(ctx context.Context, mem seal.Memory, k *keyring.Keyring, raw []byte, discard bool) (*keyring.Keyring, error) {
 	if raw == nil {
 		return k.AtLeast(0)
@@ -59,7 +59,7 @@ func (r *Replica) after(ctx context.Context, mem seal.Memory, k *keyring.Keyring
 	}
 	switch err := keyring.Follows(k, remote); {
 	case err == nil:
-		return nil, errors.New("the cluster store holds a newer keyring, which this node takes; nothing is to be published")
+		return nil, errors.New("the cluster store holds a newer keyring, which this node will take; there is nothing to publish")
 	case errors.Is(err, keyring.ErrInStep):
 		return k.AtLeast(0)
 	}
@@ -79,8 +79,8 @@ func (r *Replica) after(ctx context.Context, mem seal.Memory, k *keyring.Keyring
 
 const hintDiscard = "if no node takes that keyring, replace it with kleidi keyring publish --discard; what is encrypted under KEKs that only it holds is then lost"
 
-// ImportTrusted takes a keyring that was carried here and whose current KEK this node holds, by
-// an operator's word, and seals that KEK for this node.
+// ImportTrusted takes a carried keyring whose current KEK this node holds, because an
+// operator vouches for it, and seals that KEK for this node.
 func (r *Replica) ImportTrusted(ctx context.Context, mem seal.Memory, remote *keyring.Untrusted, trusted seal.KeyID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -36,7 +36,7 @@ func forked(t *testing.T) (c *cluster, former, fresh seal.KeyID) {
 	return c, former, fresh
 }
 
-// take has node to import what node from exports, by an operator's word.
+// take has node to import the export of node from, with an operator's word.
 func (c *cluster) take(t *testing.T, from, to int, trusted seal.KeyID) error {
 	t.Helper()
 	shared, _, err := c.nodes[from].Export(ctx)
@@ -89,7 +89,8 @@ func TestPublishFork(t *testing.T) {
 	})
 }
 
-// TestPublishAbsorbs: the KEK that only the other keyring has staged is retired, not lost.
+// TestPublishAbsorbs: the KEK that only the other keyring has staged is retired, not
+// lost.
 func TestPublishAbsorbs(t *testing.T) {
 	c := open(t)
 	a, b := c.nodes[0], c.nodes[1]
@@ -108,8 +109,8 @@ func TestPublishAbsorbs(t *testing.T) {
 	c.whole(t, former, former, staged)
 }
 
-// TestPublishDiscards: a keyring that no node takes is replaced only by an operator's word, and
-// nothing of it is taken.
+// TestPublishDiscards: a keyring that no node takes is replaced only by an operator's
+// word, and none of its KEKs are taken over.
 func TestPublishDiscards(t *testing.T) {
 	for what, planted := range map[string]func(c *cluster) []byte{
 		"damaged": func(*cluster) []byte { return []byte("{}\n") },

@@ -18,37 +18,49 @@ type stored struct {
 
 // TestProperties makes three real Unlockers do anything that they may do, in any order,
 // over a store that loses answers, delays swaps, returns stale data, is restored, and
-// is written by an intruder. At every moment each open node decrypts everything that
-// was encrypted (I1), no node announces a KEK that it has left (I2), and the announced
-// KEK is in its file and anchor (I4). In the end, with every node up, the nodes are in
-// step or show a fork (I3, I8).
+// in half of the runs is written by an intruder, who knows the KEKs that a node held at
+// some time. At every moment each open node decrypts everything that was encrypted (I1),
+// no node announces a KEK that it has left (I2), the announced KEK is in its file and
+// anchor (I4), and a KEK is current only after each node has sealed it (I5). In the end,
+// with every node up, the nodes are in step or show a fork (I3, I8). I1 and I2 are not
+// demanded of a node whose KEK the intruder knows. Of a node whose KEK the intruder does
+// not know, nothing else is demanded because of the intruder, but that it takes nothing of
+// the intruder's.
 func TestProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		c := newCluster(t)
 		defer c.close()
 		c.settle(t)
-		w := &world{cluster: c, left: map[string]map[seal.KeyID]bool{}, now: map[string]seal.KeyID{}}
-		t.Repeat(map[string]func(*rapid.T){
-			"sync":      func(t *rapid.T) { _ = w.any(t).Sync(ctx) },
-			"restart":   func(t *rapid.T) { w.any(t).start() },
-			"encrypt":   w.encrypt,
-			"advance":   w.advance,
-			"abort":     func(t *rapid.T) { _ = w.any(t).driver().Abort(ctx) },
-			"change":    func(t *rapid.T) { _ = w.any(t).change() },
-			"take over": func(t *rapid.T) { _ = w.any(t).takeOver() },
-			"wrap anew": func(t *rapid.T) { _ = w.any(t).wrapAnew(w.any(t).name) },
-			"die":       w.die,
-			"lose":      func(*rapid.T) { c.store.LoseAnswer() },
-			"delay":     func(*rapid.T) { c.store.Delay() },
-			"arrive":    func(*rapid.T) { c.store.Arrive() },
-			"stale":     func(*rapid.T) { c.store.Stale() },
-			"snapshot":  func(*rapid.T) { w.restores = append(w.restores, c.store.Snapshot()) },
-			"restore":   w.restore,
+		w := &world{cluster: c, first: c.nodes[0].keyring().CurrentID(), left: map[string]map[seal.KeyID]bool{}, now: map[string]seal.KeyID{}, shared: map[string]string{}}
+		actions := map[string]func(*rapid.T){
+			"sync":         func(t *rapid.T) { _ = w.any(t).Sync(ctx) },
+			"restart":      func(t *rapid.T) { w.any(t).start() },
+			"encrypt":      w.encrypt,
+			"advance":      w.advance,
+			"abort":        func(t *rapid.T) { _ = w.any(t).driver().Abort(ctx) },
+			"change":       func(t *rapid.T) { _ = w.any(t).change() },
+			"take over":    func(t *rapid.T) { _ = w.any(t).takeOver() },
+			"wrap anew":    func(t *rapid.T) { _ = w.any(t).wrapAnew(w.any(t).name) },
+			"rotate":       w.rotateAll,
+			"die":          w.die,
+			"lose":         func(*rapid.T) { c.store.LoseAnswer() },
+			"delay":        func(*rapid.T) { c.store.Delay() },
+			"arrive":       func(*rapid.T) { c.store.Arrive() },
+			"stale":        func(*rapid.T) { c.store.Stale() },
+			"snapshot":     func(*rapid.T) { w.restores = append(w.restores, c.store.Snapshot()) },
+			"restore":      w.restore,
+			"fail to seal": w.failToSeal,
 			"down": func(t *rapid.T) {
 				c.store.SetDown(rapid.SampledFrom([]error{nil, nil, errDown}).Draw(t, "down"))
 			},
 			"": w.check,
-		})
+		}
+		if rapid.Bool().Draw(t, "an intruder") {
+			w.intruder = &intruder{known: map[seal.KeyID]bool{}, forged: map[string]bool{}}
+			defer w.intruder.close()
+			actions["learn"], actions["write"], actions["write a record"], actions["campaign"] = w.learn, w.write, w.writeRecord, w.campaign
+		}
+		t.Repeat(actions)
 		w.end(t)
 	})
 }
@@ -59,6 +71,9 @@ type world struct {
 	restores []func()
 	left     map[string]map[seal.KeyID]bool // by node: key IDs that it announced and left
 	now      map[string]seal.KeyID
+	shared   map[string]string // by node: the body of the keyring at the last check
+	first    seal.KeyID        // the KEK of the beginning
+	intruder *intruder         // nil: none
 }
 
 func (w *world) any(t *rapid.T) *node {
@@ -77,8 +92,20 @@ func (w *world) advance(t *rapid.T) {
 	_, _ = n.driver().Advance(ctx, n.keyring().CurrentID())
 }
 
-// die lets a node's process die before it saves its file, or its anchor, whatever it does,
-// and starts it again.
+// rotateAll makes as many steps of a rotation as possible, with every node up.
+func (w *world) rotateAll(t *rapid.T) {
+	n := w.any(t)
+	former := n.keyring().CurrentID()
+	for range 4 {
+		_, _ = n.driver().Advance(ctx, former)
+		for _, n := range w.nodes {
+			_ = n.Sync(ctx)
+		}
+	}
+}
+
+// die ends a node's process before it saves its file, or its anchor, whatever it does,
+// and starts the process again.
 func (w *world) die(t *rapid.T) {
 	n := w.any(t)
 	d := rapid.SampledFrom([]*disk{&n.file, &n.anchor}).Draw(t, "before it saves")
@@ -92,6 +119,11 @@ func (w *world) die(t *rapid.T) {
 	n.start()
 }
 
+// failToSeal makes a node fail to seal a staged KEK, or succeed again.
+func (w *world) failToSeal(t *rapid.T) {
+	w.any(t).fails = rapid.SampledFrom([]error{nil, errDown}).Draw(t, "seals")
+}
+
 func (w *world) restore(t *rapid.T) {
 	if len(w.restores) > 0 {
 		w.restores[rapid.IntRange(0, len(w.restores)-1).Draw(t, "snapshot")]()
@@ -100,7 +132,13 @@ func (w *world) restore(t *rapid.T) {
 
 func (w *world) check(t *rapid.T) {
 	for _, n := range w.nodes {
+		w.unlock(t, n)
 		k := n.keyring()
+		w.checkIntruder(t, n)
+		if w.intruder.knows(k.CurrentID()) {
+			w.now[n.name] = k.CurrentID()
+			continue
+		}
 		for i, o := range w.objects {
 			if b, err := n.Decrypt(o.id, o.ciphertext); err != nil || string(b) != fmt.Sprintf("seed %d", i) {
 				t.Fatalf("I1: node %s (revision %d, key ID %s) does not decrypt what is under %s: %v", n.name, k.Revision(), k.CurrentID(), o.id, err)
@@ -125,9 +163,12 @@ func (w *world) check(t *rapid.T) {
 	}
 }
 
-// end has everybody up, and wants the nodes in step or a fork shown.
+// end starts every node, and demands that the nodes are in step or show a fork.
 func (w *world) end(t *rapid.T) {
 	w.store.SetDown(nil)
+	for _, n := range w.nodes {
+		n.fails = nil
+	}
 	w.store.Arrive()
 	_ = w.store.Swap(ctx, []byte("x"), nil) // ends a fault that waits for a swap
 	_, _ = w.store.Load(ctx)                // or for a load
@@ -136,6 +177,10 @@ func (w *world) end(t *rapid.T) {
 		for _, n := range w.nodes {
 			forked = seal.CauseOf(n.Sync(ctx)) == seal.CauseForked || forked
 		}
+	}
+	if w.intruder != nil {
+		w.endIntruder(t)
+		return
 	}
 	if forked {
 		return

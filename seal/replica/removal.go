@@ -7,19 +7,11 @@ import (
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
-	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// Removal is where a node keeps the keyring that removed it. Once the others have a KEK
-// that the node does not know, the store tells it nothing that it can verify.
-type Removal interface {
-	// Load returns the keyring. The error is fs.ErrNotExist if there is none.
-	Load(context.Context) ([]byte, store.Version, error)
-	Save(ctx context.Context, b []byte, old store.Version) (store.Version, error)
-}
-
-// remove remembers that a keyring of this node's own KEK removed it, and returns why the
-// node is removed, or err if it is not. A round that ends in step proves the opposite.
+// remove remembers that a keyring under this node's own KEK has removed the node. It
+// returns the reason, or err if the node is not removed. A round that ends in step proves
+// that the node is not removed.
 func (r *Replica) remove(ctx context.Context, k *keyring.Keyring, err error) error {
 	if err == nil {
 		r.removed = nil
@@ -51,12 +43,12 @@ func (r *Replica) saveRemoval(ctx context.Context) {
 		_, err = r.cfg.Removal.Save(ctx, r.last, version)
 	}
 	if err != nil { // the next start can still read it from the store, unless the KEK was rotated
-		r.cfg.Log.Warn("this node is removed, and can't keep that on its disk", "error", err)
+		r.cfg.Log.Warn("this node was removed, but can't record that on its disk", "error", err)
 	}
 }
 
-// loadRemoval returns nil if there is no keyring on the disk that removes this node. One
-// from before the node joined again is older than the node's keyring.
+// loadRemoval returns nil if no keyring on the disk removes this node. A keyring that was
+// saved before the node joined again is older than the node's keyring, and does not count.
 func (r *Replica) loadRemoval(ctx context.Context, k *keyring.Keyring) error {
 	if r.cfg.Removal == nil {
 		return nil

@@ -7,8 +7,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// evil returns what a former node makes of k, whose KEK it knows: a far later revision under a
-// KEK of its own.
+// evil returns the keyring that a former node, which knows k's KEK, makes of k: a far
+// later revision under a KEK of its own.
 func evil(t *testing.T, k *keyring.Keyring) []byte {
 	t.Helper()
 	kek, err := seal.Memory{}.NewKEK()
@@ -24,9 +24,9 @@ func evil(t *testing.T, k *keyring.Keyring) []byte {
 	return k.Shared()
 }
 
-// TestRemovedNodeForges: a keyring that a removed node makes with the KEK that it knew, and
-// plants in the store, is announced by nobody and opens nowhere: neither while all anchors are
-// on that KEK, nor after they have moved.
+// TestRemovedNodeForges: a removed node makes a keyring with its old KEK and plants it in
+// the store. No node announces that keyring or opens it, neither while all anchors name
+// the old KEK nor after they have moved.
 func TestRemovedNodeForges(t *testing.T) {
 	c := open(t)
 	intruder := c.nodes[2].keyring()

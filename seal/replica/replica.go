@@ -28,7 +28,7 @@ const (
 	// was open while the store was restored misses changes.
 	interval = 30 * time.Second
 	// readEach bounds how often records are read for display while other nodes follow: each
-	// node reads those of all.
+	// node reads the records of all nodes.
 	readEach = 200 * time.Millisecond
 	// lookWithin bounds how long the first announcement waits for the store.
 	lookWithin = 5 * time.Second
@@ -42,8 +42,11 @@ type Config struct {
 	// state in which the node starts. Each slot was opened once.
 	Wrap func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error)
 	// BootStates returns these boot states, so that other nodes can wrap a KEK for
-	// them. It is called when the own slots have changed.
+	// them. It is called when the node's own slots have changed.
 	BootStates func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error)
+	// Archives returns what may be the archive of a pruned KEK, by the argument that kleidi
+	// keyring import-archive needs to read it; nil finds none.
+	Archives func(ctx context.Context, id seal.KeyID) map[string][]byte
 	// Removal keeps the keyring that removed this node; nil keeps none.
 	Removal Removal
 	Version string
@@ -53,15 +56,16 @@ type Config struct {
 // Replica keeps one node in step. Its methods may be called concurrently.
 type Replica struct {
 	cfg     Config
-	started time.Time
+	started time.Time // for the record
+	began   time.Time // with a monotonic reading
 	kick    chan struct{}
 	looked  chan struct{} // closed once the store was read or found unreachable
 	look    sync.Once
 
 	mu         sync.Mutex // held during a round
 	everInStep bool
-	last       []byte      // what the store held at the last read
-	removed    error       // why this node is removed, once it is
+	last       []byte      // the store's content at the last read
+	removed    error       // the reason why this node is removed, if it is
 	statesOf   []seal.Slot // the own slots that states belong to
 	states     []keyring.RecordedState
 
@@ -78,15 +82,17 @@ type State struct {
 	Revision uint64
 	// InStep says that the keyring in the store was the open one.
 	InStep bool
-	// Problem is the reason why the last round failed.
+	// Problem is the reason why the last round failed. A node can be in step and yet fail
+	// to write its record.
 	Problem error
-	// Reports are the nodes' records as they were last read, at ReportsRead.
+	// Reports are the nodes' records as they were last read, at ReportsRead, and this
+	// node's own as it was last written.
 	Reports     []Report
 	ReportsRead time.Time
 }
 
-// bootStates asks the TPM only when the own slots have changed: a record is made in every
-// round.
+// bootStates asks the TPM only when this node's own slots have changed, since every round
+// makes a record.
 func (r *Replica) bootStates(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error) {
 	own := k.OwnSlots()
 	if r.cfg.BootStates == nil || r.states != nil && reflect.DeepEqual(own, r.statesOf) {
@@ -102,7 +108,7 @@ func (r *Replica) bootStates(ctx context.Context, k *keyring.Keyring) ([]keyring
 // Report is a node of the keyring, with its record in the store.
 type Report struct {
 	Node string
-	// Record is nil if there is none that verifies.
+	// Record is nil if no record verifies.
 	Record *keyring.VerifiedRecord
 	// Counts says that the record was written after the keyring in the store. Only such a
 	// record counts in a decision.
@@ -111,7 +117,8 @@ type Report struct {
 
 // New returns a Replica that does nothing yet.
 func New(cfg Config) *Replica {
-	return &Replica{cfg: cfg, started: time.Now().UTC().Truncate(time.Second), kick: make(chan struct{}, 1), looked: make(chan struct{}), round: make(chan struct{})}
+	now := time.Now()
+	return &Replica{cfg: cfg, started: now.UTC().Truncate(time.Second), began: now, kick: make(chan struct{}, 1), looked: make(chan struct{}), round: make(chan struct{})}
 }
 
 // Round returns a channel that is closed when the next round ends.
@@ -157,6 +164,7 @@ func (r *Replica) Run(ctx context.Context) {
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = time.Second, interval
 	said, revision := "", uint64(0)
+	var p pace
 	select { // a round before the first attempt to unlock would do nothing
 	case <-r.cfg.Unlocker.Tried():
 	case <-ctx.Done():
@@ -178,16 +186,26 @@ func (r *Replica) Run(ctx context.Context) {
 			wait.Reset()
 		}
 		if text := fmt.Sprint(err); text != said && ctx.Err() == nil && (err != nil || locked == nil) {
-			if said = text; err != nil {
-				r.cfg.Log.Error("not in step with the cluster store; this node goes on serving", "cause", seal.CauseOf(err), "error", err)
-			} else {
+			_, lockedNow := r.cfg.Unlocker.Keyring()
+			switch {
+			case err != nil && lockedNow != nil: // the round has locked the node, which is in the log
+			case err != nil:
+				said = text
+				r.cfg.Log.Error("not in step with the cluster store; this node keeps serving", "cause", seal.CauseOf(err), "error", err)
+			default:
+				said = text
 				r.cfg.Log.Info("in step with the cluster store", "revision", r.State().Revision)
 			}
 		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(next):
+		case <-unlock.NewlyEncrypted(r.cfg.Unlocker): // the node's record names that KEK
 		case <-r.kick:
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(p.wait(time.Now())): // the store may change without end
 		}
 	}
 }
@@ -198,7 +216,7 @@ func (r *Replica) Sync(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	k, err := r.cfg.Unlocker.Keyring()
-	if err != nil { // the end of an attempt kicks, before its result can be seen
+	if err != nil { // an attempt kicks at its end, before its result is visible
 		unlock.AwaitAttempt(r.cfg.Unlocker)
 		k, err = r.cfg.Unlocker.Keyring()
 	}
@@ -207,20 +225,22 @@ func (r *Replica) Sync(ctx context.Context) error {
 	}
 	defer r.endRound()
 	err = r.remove(ctx, k, r.getInStep(ctx))
-	r.update(func(s *State) {
-		s.Problem = err
-		if err != nil {
-			s.InStep = false
-		}
-	})
+	if err != nil {
+		r.update(func(s *State) { s.Problem, s.InStep = err, false })
+	}
 	if seal.CauseOf(err) == seal.CauseNodeRemoved && !r.everInStep {
 		unlock.Lock(r.cfg.Unlocker, err)
 		return err
 	}
-	if seal.CauseOf(err) == seal.CauseUnavailable { // nor can a record be written
+	if seal.CauseOf(err) == seal.CauseUnavailable { // a record can't be written either
 		return err
 	}
-	err = errors.Join(err, r.record(ctx, err))
+	if recordErr := r.record(ctx, err); err == nil {
+		err = recordErr // the node is in step, but the others wait for its record
+	} else {
+		err = errors.Join(err, recordErr)
+	}
+	r.update(func(s *State) { s.Problem = err })
 	age := time.Since(r.State().ReportsRead)
 	if age >= interval || r.awaitsOthers() && age >= time.Duration(len(k.Nodes()))*readEach { // for display
 		_, _ = r.Reports(ctx)
@@ -269,7 +289,7 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 		}
 	}
 	if err != nil {
-		return false, seal.Errorf(seal.CauseUnavailable, "see cluster.kubeconfig and kube-apiserver", "the cluster store: %w", err)
+		return false, seal.Caused(seal.CauseUnavailable, "see cluster.kubeconfig and kube-apiserver", "the cluster store", err)
 	}
 	r.last = raw
 	remote, err := keyring.Parse(raw)
@@ -293,7 +313,7 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 }
 
 // create puts the keyring into an empty store. The node with the seat thereby hands the
-// keyring over. An empty store after that was restored from an early snapshot.
+// keyring over. A store that is empty later was restored from an early snapshot.
 func (r *Replica) create(ctx context.Context) (again bool, err error) {
 	k, err := r.cfg.Unlocker.Keyring()
 	if err != nil {
@@ -315,8 +335,8 @@ func (r *Replica) create(ctx context.Context) (again bool, err error) {
 	return true, err
 }
 
-// publish puts the node's own keyring in place of an older one. If the other one is not
-// older, unfollowed is the reason why it was not followed either.
+// publish replaces an older keyring in the store with the node's own. If the store's
+// keyring is not older, unfollowed is the reason why the node did not follow it.
 func (r *Replica) publish(ctx context.Context, raw []byte, remote *keyring.Untrusted, unfollowed error) error {
 	k, err := r.cfg.Unlocker.Keyring()
 	if err != nil {
@@ -325,7 +345,7 @@ func (r *Replica) publish(ctx context.Context, raw []byte, remote *keyring.Untru
 	if err := keyring.Precedes(remote, k); seal.CauseOf(err) == seal.CauseForked {
 		return fmt.Errorf("the cluster store: %w", err)
 	} else if err != nil {
-		return fmt.Errorf("the cluster store: %w", unfollowed)
+		return fmt.Errorf("the cluster store: %w", cmp.Or(r.pruned(ctx, k, remote), unfollowed))
 	}
 	if k.Info().Commit != keyring.CommitCluster {
 		return fmt.Errorf("the cluster store holds revision %d, which is before this node's (%d); node %s hands the keyring over to it", remote.Revision(), k.Revision(), k.Info().Seat)
@@ -336,6 +356,26 @@ func (r *Replica) publish(ctx context.Context, raw []byte, remote *keyring.Untru
 		r.cfg.Log.Warn("the cluster store was older than this node's keyring, as after a restore; published this node's", "theirs", remote.Revision(), "own", k.Revision())
 	}
 	return conflictIsNews(err)
+}
+
+// pruned returns an error if the store's keyring is under a pruned KEK: etcd was then
+// restored from a snapshot that is older than the prune.
+func (r *Replica) pruned(ctx context.Context, k *keyring.Keyring, remote *keyring.Untrusted) error {
+	id := remote.CurrentID()
+	if r.cfg.Archives == nil || remote.ClusterID() != k.ClusterID() || k.Holds(id) || id == k.StagedID() {
+		return nil
+	}
+	archive := ""
+	for argument, b := range r.cfg.Archives(ctx, id) {
+		if u, err := keyring.ParseArchive(b); err == nil && u.Info().KeyID == id && u.Verify(k) == nil {
+			archive = max(archive, argument) // the cluster store's, if both are there
+		}
+	}
+	if archive == "" {
+		return nil
+	}
+	return seal.Errorf(seal.CauseAnchor, "if etcd was restored from a snapshot that is older than the prune, bring the KEK back with kleidi keyring import-archive "+archive+" and the recovery identity; otherwise find out who else writes to the cluster store",
+		"the keyring of revision %d is under key ID %s, whose KEK this cluster has pruned", remote.Revision(), id)
 }
 
 // conflictIsNews turns a conflict into nil: the caller reads the store again.
@@ -388,13 +428,33 @@ func (r *Replica) record(ctx context.Context, problem error) error {
 	if err != nil {
 		return fmt.Errorf("record: %w", err)
 	}
-	if len(there) == 1 && there[0].AfterKeyring && bytes.Equal(there[0].Bytes, b) {
-		return nil
+	if len(there) != 1 || !there[0].AfterKeyring || !bytes.Equal(there[0].Bytes, b) {
+		if err := r.cfg.Store.PutRecord(ctx, self.Name, b); err != nil {
+			r.remember(k, self.Name, there)
+			return fmt.Errorf("record: %w", err)
+		}
 	}
-	if err := r.cfg.Store.PutRecord(ctx, self.Name, b); err != nil {
-		return fmt.Errorf("record: %w", err)
-	}
+	r.remember(k, self.Name, []store.NodeRecord{{Node: self.Name, Bytes: b, AfterKeyring: true}})
 	return nil
+}
+
+// remember puts the store's present record of this node, if there is one, among the
+// reports: the next read of all records may be interval away, and until then status and the
+// metrics would tell of a former record.
+func (r *Replica) remember(k *keyring.Keyring, self string, present []store.NodeRecord) {
+	mine := Report{Node: self}
+	if len(present) == 1 {
+		mine.read(k, present[0])
+	}
+	r.update(func(s *State) {
+		all := slices.Clone(s.Reports) // readers hold the former slice
+		if at := slices.IndexFunc(all, func(n Report) bool { return n.Node == self }); at >= 0 {
+			all[at] = mine
+		} else {
+			all = append(all, mine)
+		}
+		s.Reports = all
+	})
 }
 
 // sign returns the record of this node, the one with that name.
@@ -481,10 +541,12 @@ func (r *Replica) Commit(ctx context.Context, old, next *keyring.Keyring) error 
 	if old.Info().Commit == keyring.CommitCluster {
 		from = old.Shared()
 	}
-	defer r.Kick() // the other nodes wait for this one's record, too
+	defer r.Kick() // the other nodes wait for this node's record, too
 	switch err := r.cfg.Store.Swap(ctx, from, next.Shared()); {
 	case errors.Is(err, store.ErrConflict):
 		return seal.Errorf(seal.CauseStore, "run the command again once this node has followed", "another node has changed the shared keyring meanwhile; nothing was changed: %w", err)
+	case seal.CauseOf(err) == seal.CauseCredentials || seal.CauseOf(err) == seal.CauseConfiguration:
+		return fmt.Errorf("nothing was changed: the cluster store: %w", err)
 	case err != nil:
 		return seal.Errorf(seal.CauseUnavailable, "run kleidi status in a moment, then try again if the change is not there", "the cluster store did not answer whether the change was made: %w", err)
 	}
@@ -519,10 +581,19 @@ func (r *Replica) Look(ctx context.Context) {
 	if err != nil || len(k.Nodes()) < 2 {
 		return
 	}
-	ctx, cancel := context.WithDeadline(ctx, time.Now().Add(lookWithin-min(lookWithin, time.Since(r.started))))
+	ctx, cancel := context.WithDeadline(ctx, r.began.Add(lookWithin))
 	defer cancel()
 	select {
 	case <-r.looked:
 	case <-ctx.Done():
 	}
+}
+
+// Removal is the place where a node keeps the keyring that removed it. Once the other
+// nodes have a KEK that this node does not know, this node can no longer verify anything
+// in the store.
+type Removal interface {
+	// Load returns the keyring. The error is fs.ErrNotExist if there is none.
+	Load(context.Context) ([]byte, store.Version, error)
+	Save(ctx context.Context, b []byte, old store.Version) (store.Version, error)
 }

@@ -4,14 +4,16 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/replica"
 	"github.com/beezy-dev/kleidi/seal/rotation"
 	"github.com/beezy-dev/kleidi/seal/store"
 )
@@ -39,7 +41,7 @@ func TestHandOver(t *testing.T) {
 	}
 }
 
-// TestChange: a change on any node is made in the store first (rule 1).
+// TestChange: a node makes a change in the store first (rule 1).
 func TestChange(t *testing.T) {
 	c := open(t)
 	n := c.nodes[1]
@@ -72,7 +74,7 @@ func TestChange(t *testing.T) {
 	}
 }
 
-// TestLostAnswer: a change whose answer was lost is made, and every node takes it.
+// TestLostAnswer: a change whose answer was lost counts as made, and every node takes it.
 func TestLostAnswer(t *testing.T) {
 	c := open(t)
 	c.store.LoseAnswer()
@@ -113,8 +115,8 @@ func TestRestored(t *testing.T) {
 	}
 }
 
-// TestFork: of two keyrings of one revision neither is overwritten, and both nodes say
-// so.
+// TestFork: neither of two keyrings of one revision is overwritten, and both nodes report
+// the fork.
 func TestFork(t *testing.T) {
 	c := open(t)
 	restore := c.store.Snapshot()
@@ -137,7 +139,7 @@ func TestFork(t *testing.T) {
 	}
 }
 
-// TestRemoved: a node that is not listed any more goes on serving, and locks at its
+// TestRemoved: a node that is no longer listed goes on serving, and locks at its
 // next start (rule 12).
 func TestRemoved(t *testing.T) {
 	c := open(t)
@@ -159,9 +161,41 @@ func TestRemoved(t *testing.T) {
 	}
 }
 
-// TestRemovedAndRotated: the others have a KEK that the removed node does not know, so that
-// it can't verify their keyring. It still knows that it was removed, also after a restart,
-// until it has joined again.
+// TestRemovedLog: a removed node says that it goes on serving only while it does.
+func TestRemovedLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t)
+		gone := c.nodes[2]
+		var log bytes.Buffer
+		gone.log = slog.NewTextHandler(&log, nil)
+		said := func() bool {
+			log.Reset()
+			run, cancel := context.WithTimeout(ctx, time.Minute)
+			defer cancel()
+			gone.Replica.Run(run)
+			return strings.Contains(log.String(), "keeps serving")
+		}
+		gone.start()
+		if said() {
+			t.Errorf("it is in step: %s", log.String())
+		}
+		must(t, c.nodes[0].Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+			next, err := k.WithoutNode("c")
+			return []*keyring.Keyring{next}, err
+		}))
+		if !said() {
+			t.Errorf("it was removed while it serves: %s", log.String())
+		}
+		gone.start()
+		if said() {
+			t.Errorf("it is locked since its start: %s", log.String())
+		}
+	})
+}
+
+// TestRemovedAndRotated: the other nodes have a KEK that the removed node does not know,
+// so the removed node can't verify their keyring. It still knows that it was removed,
+// even after a restart, until it has joined again.
 func TestRemovedAndRotated(t *testing.T) {
 	c := open(t)
 	gone := c.nodes[2]
@@ -191,7 +225,7 @@ func TestRemovedAndRotated(t *testing.T) {
 	if _, err := gone.Unlocker.Keyring(); seal.CauseOf(err) != seal.CauseNodeRemoved {
 		t.Errorf("a removed node after its start: %v", err)
 	}
-	// A removal that is older than the node's keyring counts for nothing.
+	// A removal that is older than the node's keyring does not count.
 	c.nodes[1].removal = gone.removal
 	c.nodes[1].start()
 	b, err := c.store.Load(ctx)
@@ -203,8 +237,8 @@ func TestRemovedAndRotated(t *testing.T) {
 	c.nodes[1].keyring()
 }
 
-// TestRotation: every node follows, no key ID flips back, and a node that is away holds
-// the rotation up by name. Nothing activates before it is back.
+// TestRotation: every node follows, no key ID flips back, and a rotation waits for a node
+// that is away, and names it. The KEK is not activated before that node is back.
 func TestRotation(t *testing.T) {
 	c := open(t)
 	a, away := c.nodes[0], c.nodes[2]
@@ -221,7 +255,7 @@ func TestRotation(t *testing.T) {
 	if err != nil || step.Do != rotation.Wait || rotation.Describe(step.Missing) != "node c: "+string(rotation.WhyNoRecord) {
 		t.Errorf("%+v, %v", step, err)
 	}
-	err = a.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) { // rule 5, whoever asks
+	err = a.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) { // rule 5, for any caller
 		next, err := k.Activate(now)
 		return []*keyring.Keyring{next}, err
 	})
@@ -297,12 +331,55 @@ func TestForged(t *testing.T) {
 	}
 }
 
-// TestLook: a node of several waits for the store before it announces a key ID, but not
-// where the store refuses connections, and not for ever (rule 13).
+// TestPruned: a store that was restored from before a prune holds a keyring under a KEK
+// that no node knows. The nodes name the archive that brings the KEK back, if they find one
+// that their keyring vouches for.
+func TestPruned(t *testing.T) {
+	archive := func(c *cluster, id seal.KeyID) []byte {
+		b, err := keyring.Archive(c.nodes[0].keyring(), id, []seal.Slot{{Type: seal.TypeRecovery, Data: []byte("{}")}})
+		must(t, err)
+		return b
+	}
+	c, other := open(t), open(t)
+	former, others := c.nodes[0].keyring().CurrentID(), other.nodes[0].keyring().CurrentID()
+	restore := c.store.Snapshot()
+	c.rotate(t, 0)
+	other.rotate(t, 0)
+	real, foreign := archive(c, former), archive(other, others)
+	must(t, c.nodes[0].Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.Prune(former)
+		return []*keyring.Keyring{next}, err
+	}))
+	c.settle(t)
+	restore()
+	n := c.nodes[1]
+	for _, row := range []struct {
+		archives   map[string][]byte
+		says, hint string
+	}{
+		{nil, "never acknowledged", "kleidi keyring import-archive FILE"},
+		{map[string][]byte{"FILE.json": foreign, "k1-none": nil}, "never acknowledged", "kleidi keyring import-archive FILE"},
+		{map[string][]byte{"FILE.json": real, "k1-none": nil}, "whose KEK this cluster has pruned", "kleidi keyring import-archive FILE.json and"},
+		{map[string][]byte{"FILE.json": real, string(former): real}, "whose KEK this cluster has pruned", "kleidi keyring import-archive " + string(former)},
+	} {
+		n.archives = row.archives
+		err := n.Sync(ctx)
+		var cause *seal.Error
+		if !errors.As(err, &cause) || cause.Cause != seal.CauseAnchor || !strings.Contains(err.Error(), row.says) || !strings.Contains(cause.Hint, row.hint) {
+			t.Errorf("with %d archives: %v (%+v), want %q and %q", len(row.archives), err, cause, row.says, row.hint)
+		}
+	}
+}
+
+// TestLook: one of several nodes waits for the store before it announces a key ID, but
+// not if the store refuses connections (rule 13).
 func TestLook(t *testing.T) {
 	c := open(t)
 	n := c.nodes[0]
 	n.start()
+	if !replica.Monotonic(n.Replica) { // the clock of synctest, in TestLookEnds, does not tell
+		t.Error("Look measures its time by the wall clock")
+	}
 	ended := make(chan struct{})
 	go func() {
 		n.Look(ctx)
@@ -313,7 +390,7 @@ func TestLook(t *testing.T) {
 		t.Fatal("Look does not wait")
 	case <-time.After(50 * time.Millisecond):
 	}
-	c.store.SetDown(errDown) // connected, and no answer
+	c.store.SetDown(errDown) // connected, but no answer
 	_ = n.Sync(ctx)
 	select {
 	case <-ended:
@@ -324,39 +401,108 @@ func TestLook(t *testing.T) {
 	_ = n.Sync(ctx)
 	select {
 	case <-ended:
-	case <-time.After(2 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("Look waits for a store that refuses connections")
 	}
-	c.store.SetDown(errDown)
-	n.start()
-	start := time.Now()
-	n.Look(ctx)
-	if d := time.Since(start); d > 7*time.Second {
-		t.Errorf("Look took %s", d)
-	}
+}
+
+// TestLookEnds: a store that accepts connections and does not answer delays the first
+// announcement by seconds, even if the wall clock was set back by a day meanwhile (I9).
+func TestLookEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t)
+		n := c.nodes[0]
+		c.store.SetDown(errDown)
+		n.start()
+		replica.SetClockBack(n.Replica, 24*time.Hour)
+		start := time.Now()
+		n.Look(ctx)
+		if d := time.Since(start); d < time.Second || d > 10*time.Second {
+			t.Errorf("Look took %s", d)
+		}
+	})
 }
 
 // TestRun: the watch tells a running node of a change at once.
 func TestRun(t *testing.T) {
-	c := open(t)
-	run, cancel := context.WithCancel(ctx)
-	var ended atomic.Bool
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		c.nodes[1].Replica.Run(run)
-		ended.Store(true)
-	}()
-	must(t, c.nodes[0].change())
-	want := c.nodes[0].keyring().Revision()
-	for deadline := time.Now().Add(10 * time.Second); c.nodes[1].keyring().Revision() != want; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the change does not arrive")
+	synctest.Test(t, func(t *testing.T) {
+		c := open(t)
+		run, cancel := context.WithCancel(ctx)
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			c.nodes[1].Replica.Run(run)
+		}()
+		synctest.Wait()
+		began := time.Now()
+		must(t, c.nodes[0].change())
+		synctest.Wait() // no time passes before all is quiet
+		if want := c.nodes[0].keyring().Revision(); c.nodes[1].keyring().Revision() != want || time.Since(began) != 0 {
+			t.Errorf("revision %d, want %d, after %s", c.nodes[1].keyring().Revision(), want, time.Since(began))
 		}
-	}
-	cancel()
-	<-done
-	if !ended.Load() {
-		t.Error("Run does not end")
+		cancel()
+		<-ended
+	})
+}
+
+// rarely is a store whose watch never tells of anything. It notes when it is read.
+type rarely struct {
+	replica.Store
+	reads []time.Time
+}
+
+// Load implements replica.Store.
+func (s *rarely) Load(ctx context.Context) ([]byte, error) {
+	s.reads = append(s.reads, time.Now())
+	return s.Store.Load(ctx)
+}
+
+// Watch implements replica.Store.
+func (s *rarely) Watch(ctx context.Context, _ func()) { <-ctx.Done() }
+
+// TestRunPace: without a word from the watch a node reads the store every half minute. It
+// reads the store again after a second, and then less and less often, if the store did not
+// answer, or if another node has not followed yet. The log says once how things stand.
+func TestRunPace(t *testing.T) {
+	for name, row := range map[string]struct {
+		down   error
+		behind bool
+		first  time.Duration // the longest time to the second read
+	}{
+		"in step":                   {nil, false, 30 * time.Second},
+		"no answer":                 {errDown, false, 2 * time.Second},
+		"another node is not there": {nil, true, 2 * time.Second},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c := open(t)
+			n := c.nodes[0]
+			if row.behind {
+				must(t, n.change())
+			}
+			c.store.SetDown(row.down)
+			store, log := &rarely{Store: c.store}, &bytes.Buffer{}
+			n.Replica = replica.New(replica.Config{Store: store, Unlocker: n.Unlocker, Log: slog.New(slog.NewTextHandler(log, nil))})
+			began := time.Now()
+			run, cancel := context.WithTimeout(ctx, 10*time.Minute)
+			defer cancel()
+			n.Replica.Run(run)
+			if len(store.reads) < 15 || len(store.reads) > 60 {
+				t.Fatalf("%s: %d reads in ten minutes", name, len(store.reads))
+			}
+			if said := strings.Count(log.String(), "in step with the cluster store"); said != 1 || strings.Contains(log.String(), "not in step") != (row.down != nil) {
+				t.Errorf("%s: not said once in the log:\n%s", name, log)
+			}
+			var gaps []time.Duration
+			last := began
+			for _, at := range store.reads {
+				if at != last { // a round reads more than once
+					gaps = append(gaps, at.Sub(last))
+				}
+				last = at
+			}
+			if early := row.first < 30*time.Second; gaps[0] > row.first || early == (gaps[0] > 2*time.Second) || gaps[len(gaps)-1] < 10*time.Second || gaps[len(gaps)-1] > 50*time.Second {
+				t.Errorf("%s: %v", name, gaps)
+			}
+		})
 	}
 }

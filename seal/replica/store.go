@@ -7,7 +7,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
-// ErrNoStore says that there is no way to the store yet: nothing was connected to.
+// ErrNoStore says that there is no way to the store yet: no connection was attempted.
 var ErrNoStore = errors.New("it can't be reached from here")
 
 // Store is the cluster store: one shared keyring, and a record of each node. It is
@@ -20,6 +20,8 @@ type Store interface {
 	// means no keyring. The error is [store.ErrConflict] if the store holds other
 	// bytes; then nothing has happened, and nothing will. After any other error the
 	// swap may have happened, and may still happen.
+	// After an error with the cause seal.CauseCredentials or seal.CauseConfiguration
+	// it did not: the store refuses this node, or this keyring.
 	Swap(ctx context.Context, old, next []byte) error
 	// Records returns the records of these nodes, in their order, without nodes that
 	// have none.

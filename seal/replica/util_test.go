@@ -2,6 +2,7 @@ package replica_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,7 +27,7 @@ var (
 	now = time.Unix(1_790_000_000, 0)
 )
 
-// tb is what *testing.T and *rapid.T have in common.
+// tb is the common part of *testing.T and *rapid.T.
 type tb interface {
 	Helper()
 	Fatalf(format string, args ...any)
@@ -109,6 +110,11 @@ type node struct {
 	anchor  disk
 	removal disk
 	wrapper plain
+	sealed  map[seal.KeyID]bool // the KEKs that it has sealed
+	fails   error               // the reason why it can't seal a staged KEK; nil if it can
+	// archives are what the node finds for a pruned KEK.
+	archives map[string][]byte
+	log      slog.Handler // nil discards
 	*unlock.Unlocker
 	*replica.Replica
 }
@@ -120,7 +126,7 @@ func (n *node) start() {
 		n.Unlocker.Close()
 	}
 	n.file.dies, n.anchor.dies = false, false
-	log := slog.New(slog.DiscardHandler)
+	log := slog.New(cmp.Or(n.log, slog.DiscardHandler))
 	n.Unlocker = unlock.New(unlock.Config{
 		Store: &n.file, Anchor: unlock.FileAnchor{Store: &n.anchor}, Wrappers: []seal.Wrapper{&n.wrapper}, Log: log,
 		Commit: func(ctx context.Context, old, next *keyring.Keyring) error {
@@ -129,10 +135,15 @@ func (n *node) start() {
 	})
 	n.Replica = replica.New(replica.Config{
 		Store: n.store, Unlocker: n.Unlocker, Version: "test", Log: log, Removal: &n.removal,
-		Wrap: func(ctx context.Context, _ *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
+		Wrap: func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error) {
+			if n.fails != nil {
+				return nil, n.fails
+			}
 			s, err := n.wrapper.Wrap(ctx, kek)
+			n.sealed[keyring.NewKeyID(k.ClusterID(), kek)] = true
 			return []seal.Slot{s}, err
 		},
+		Archives:   func(context.Context, seal.KeyID) map[string][]byte { return n.archives },
 		BootStates: func(context.Context, *keyring.Keyring) ([]keyring.RecordedState, error) { return nil, nil },
 	})
 	if err := n.Unlock(ctx); err != nil {
@@ -159,7 +170,7 @@ func (n *node) driver() *rotation.Driver {
 	}}
 }
 
-// inStep is a node as the driver sees it.
+// inStep is a node as seen by the driver.
 type inStep struct{ *node }
 
 func (n inStep) Keyring(ctx context.Context) (*keyring.Keyring, error) {
@@ -169,7 +180,8 @@ func (n inStep) Keyring(ctx context.Context) (*keyring.Keyring, error) {
 	return n.Unlocker.Keyring()
 }
 
-// takeOver makes this node drive the rotation; wrapAnew wraps the staged KEK for a node again.
+// takeOver makes this node drive the rotation; wrapAnew wraps the staged KEK for a node
+// again.
 func (n *node) takeOver() error {
 	return n.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		next, err := keyring.TakeOver(k)
@@ -199,7 +211,7 @@ func (n *node) change() error {
 	})
 }
 
-// cluster is three nodes, of which the first has the seat, and their store.
+// cluster is three nodes and their store. The first node has the seat.
 type cluster struct {
 	store *storetest.Memory
 	nodes []*node
@@ -227,7 +239,7 @@ func newCluster(t tb) *cluster {
 	for _, name := range names {
 		here, err := k.OnNode(name, []seal.Slot{slotFor(name, kek)}, nil)
 		must(t, err)
-		n := &node{t: t, name: name, store: c.store, file: disk{b: here.Marshal()}, anchor: disk{b: here.Anchor().Marshal()}, wrapper: plain{node: name}}
+		n := &node{t: t, name: name, store: c.store, file: disk{b: here.Marshal()}, anchor: disk{b: here.Anchor().Marshal()}, wrapper: plain{node: name}, sealed: map[seal.KeyID]bool{}}
 		n.start()
 		c.nodes = append(c.nodes, n)
 	}
@@ -256,7 +268,7 @@ func open(t *testing.T) *cluster {
 	return c
 }
 
-// settle has every node make rounds until nothing changes.
+// settle makes rounds on every node until nothing changes.
 func (c *cluster) settle(t tb) {
 	t.Helper()
 	for range 3 {

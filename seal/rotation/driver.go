@@ -64,7 +64,7 @@ func (d *Driver) Abort(ctx context.Context) error {
 	return d.change(ctx, k.Revision(), func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.Abort(time.Now()) })
 }
 
-// change makes one revision after the one that was judged.
+// change makes the revision that directly follows the judged one.
 func (d *Driver) change(ctx context.Context, judged uint64, f func(*keyring.Keyring) (*keyring.Keyring, error)) error {
 	return d.Cluster.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		if k.Revision() != judged {
@@ -80,7 +80,7 @@ func (d *Driver) change(ctx context.Context, judged uint64, f func(*keyring.Keyr
 
 func (d *Driver) stage(ctx context.Context, k *keyring.Keyring, records []*keyring.VerifiedRecord) (*keyring.Keyring, error) {
 	if !k.HasRoom() {
-		return nil, seal.Errorf(seal.CauseStore, "keep this keyring; it goes on serving", "the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
+		return nil, seal.Errorf(seal.CauseStore, "remove a retired KEK with kleidi prune KEYID; until then the keyring goes on serving", "the keyring holds %d retired KEKs, and no more fit", keyring.MaxRetired)
 	}
 	kek, err := d.Memory.NewKEK()
 	if err != nil {

@@ -11,8 +11,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal/rotation"
 )
 
-// reality holds a real keyring for each that the model speaks of, made by the real
-// operations, and has the real rules decide.
+// reality holds a real keyring for each keyring of the model, made by the real
+// operations, and asks the real rules to decide.
 type reality struct {
 	t         testing.TB
 	ids       map[uint8]seal.KeyID
@@ -23,13 +23,13 @@ type reality struct {
 	decisions int
 }
 
-// file is what a node keeps.
+// file is a node's file.
 type file struct {
 	kept
 	node uint8
 }
 
-// choice is a file and what the store holds.
+// choice is a file and the content of the store.
 type choice struct {
 	file
 	store doc
@@ -64,7 +64,7 @@ func nodeName(i uint8) string { return string('a' + rune(i)) }
 // realRevision leaves room between two revisions of the model.
 func realRevision(rev uint8) uint64 { return 20 * uint64(rev) }
 
-// kek is the KEK of that number.
+// kek returns the KEK with that number.
 func (r *reality) kek(k uint8) *seal.Secret {
 	s, err := mem.Take(bytes.Repeat([]byte{k + 1}, seal.KEKSize))
 	if err != nil {
@@ -87,7 +87,7 @@ func (r *reality) ok(k *keyring.Keyring, err error) *keyring.Keyring {
 	return k
 }
 
-// publish notes the real keyring of a doc, and sees that it is what the model says.
+// publish notes the real keyring of a doc, and checks that it matches the model.
 func (r *reality) publish(d doc, k *keyring.Keyring) {
 	r.t.Helper()
 	u, err := keyring.Parse(k.Shared())
@@ -110,6 +110,9 @@ func (r *reality) publish(d doc, k *keyring.Keyring) {
 	for _, n := range i.Nodes {
 		members |= bit(n.Name[0] - 'a')
 	}
+	if d.by != 0 && i.Staged.By != nodeName(d.by-1) {
+		r.t.Fatalf("the model says %+v, the keyring is driven by %q", d, i.Staged.By)
+	}
 	if i.Revision != realRevision(d.rev) || i.Current.KeyID != r.ids[d.cur] || k.StagedID() != staged || retired != d.retired || members != d.members {
 		r.t.Fatalf("the model says %+v, the keyring is %+v", d, i)
 	}
@@ -125,7 +128,7 @@ func (r *reality) of(l kept, i uint8) *keyring.Keyring {
 	return k
 }
 
-// change makes the keyring d of what a node that is in step has.
+// change makes the keyring d from the keyring of a node that is in step.
 func (r *reality) change(l kept, i uint8, d doc, what string) {
 	r.t.Helper()
 	if r.published[d] != nil {
@@ -142,6 +145,10 @@ func (r *reality) change(l kept, i uint8, d doc, what string) {
 		next = r.ok(k.Abort(at))
 	case "remove":
 		next = r.ok(k.WithoutNode(nodeName(only(l.members &^ d.members))))
+	case "take":
+		next = r.ok(keyring.TakeOver(k))
+	case "wrap":
+		next = r.ok(keyring.WithStagedSlots(k, ownSlots(i)))
 	case "add":
 		next = r.ok(k.WithNode(keyring.Node{Name: nodeName(only(d.members &^ l.members))}, at))
 	case "prune":
@@ -155,6 +162,16 @@ func (r *reality) change(l kept, i uint8, d doc, what string) {
 	raised.Close()
 }
 
+// discard makes the keyring that a node publishes in place of a keyring that no node
+// takes.
+func (r *reality) discard(l kept, i uint8, d doc) {
+	if r.published[d] == nil {
+		k := r.ok(r.of(l, i).AtLeast(realRevision(d.rev)))
+		r.publish(d, k)
+		k.Close()
+	}
+}
+
 // only returns the one element of a set.
 func only(b bits) (i uint8) {
 	for b != bit(i) {
@@ -163,7 +180,7 @@ func only(b bits) (i uint8) {
 	return i
 }
 
-// seal is what a node does that has opened the staged KEK.
+// seal opens the staged KEK on a node and seals it there.
 func (r *reality) seal(l kept, i uint8) {
 	key := file{kept{l.doc, true}, i}
 	if r.local[key] != nil {
@@ -175,7 +192,7 @@ func (r *reality) seal(l kept, i uint8) {
 	opened.Close()
 }
 
-// join is what a node has that was given this keyring.
+// join makes the file of a node that received this keyring.
 func (r *reality) join(k kept, i uint8) {
 	if r.local[file{k, i}] != nil {
 		return
@@ -192,7 +209,7 @@ func (r *reality) join(k kept, i uint8) {
 	opened.Close()
 }
 
-// follows has the real rule decide, and keeps what the node then has.
+// follows asks the real rule, and keeps the node's resulting keyring.
 func (r *reality) follows(l kept, i uint8, store doc) bool {
 	key := choice{file{l, i}, store}
 	if is, known := r.followed[key]; known {
@@ -217,6 +234,12 @@ func (r *reality) follows(l kept, i uint8, store doc) bool {
 	return true
 }
 
+// removed asks the real rule whether a keyring says that the node is removed.
+func (r *reality) removed(l kept, i uint8, store doc) bool {
+	r.decisions++
+	return seal.CauseOf(keyring.Follows(r.of(l, i), r.published[store])) == seal.CauseNodeRemoved
+}
+
 func (r *reality) precedes(l kept, i uint8, store doc) bool {
 	key := choice{file{l, i}, store}
 	is, known := r.preceded[key]
@@ -228,11 +251,12 @@ func (r *reality) precedes(l kept, i uint8, store doc) bool {
 	return is
 }
 
-// records are those of the store as a node reads them that holds k: what it can't
-// verify is none.
+// records returns the store's records as a node with k reads them: a record that it can't
+// verify is ignored, and a record that is older in the store than the keyring does not
+// count.
 func (r *reality) records(s *state, k *keyring.Keyring) (out []*keyring.VerifiedRecord) {
 	for i, rec := range s.r {
-		if rec.said == 0 || !k.Holds(r.ids[rec.said]) {
+		if rec.said == 0 || !rec.counts || !k.Holds(r.ids[rec.said]) {
 			continue
 		}
 		v := &keyring.VerifiedRecord{KeyID: r.ids[rec.said], Record: keyring.Record{Node: nodeName(uint8(i)), Formats: keyring.Formats(), Revision: realRevision(rec.rev),
@@ -252,7 +276,7 @@ func (r *reality) forge(x, d doc) {
 	}
 	k, err := r.published[x].Open(r.kek(x.cur), nil)
 	r.ok(k, err)
-	step := func(next *keyring.Keyring, err error) { // of what was made before, nothing is needed
+	step := func(next *keyring.Keyring, err error) { // the earlier keyring is no longer needed
 		r.ok(next, err)
 		k.Close()
 		k = next
@@ -298,7 +322,7 @@ func cut(what string) (word, rest string, found bool) {
 	return what, "", false
 }
 
-// What the model decides, and sees that the real rules decide alike.
+// The decisions of the model, compared with those of the real rules.
 
 func (m *model) agree(what string, s *state, i uint8, is, real bool) bool {
 	if m.real == nil {
@@ -315,12 +339,18 @@ func (m *model) decideFollow(s *state, i uint8) bool {
 	return m.agree("follow", s, i, m.follows(l, s.etcd, i), m.real != nil && m.real.follows(l, i, s.etcd))
 }
 
+func (m *model) decideRemoved(s *state, i uint8) bool {
+	l := s.n[i].local
+	return m.agree("removed", s, i, m.removed(l, s.etcd, i), m.real != nil && m.real.removed(l, i, s.etcd))
+}
+
 func (m *model) decidePublish(s *state, i uint8) bool {
 	l := s.n[i].local
 	return m.agree("publish", s, i, m.precedes(s.etcd, l), m.real != nil && m.real.precedes(l, i, s.etcd))
 }
 
-// decideNext says whether a node that is in step may stage, and whether it may activate.
+// decideNext reports whether a node that is in step may stage, and whether it may
+// activate.
 func (m *model) decideNext(s *state, i uint8) (stage, activate bool) {
 	l := s.n[i].local
 	stage, activate = l.staged == 0 || m.stageOverStaged, l.staged != 0 && l.sealed
@@ -329,7 +359,7 @@ func (m *model) decideNext(s *state, i uint8) (stage, activate bool) {
 			continue
 		}
 		r := s.r[j]
-		verifies := l.holds(r.said) || l.sealed && r.said == l.staged && r.said != 0
+		verifies := r.counts && (l.holds(r.said) || l.sealed && r.said == l.staged && r.said != 0)
 		stage = stage && verifies && r.said == l.cur && r.anchored == l.cur && r.rev == l.rev
 		activate = activate && (verifies && r.acked == l.staged || m.activateBlind)
 	}
@@ -342,7 +372,7 @@ func (m *model) decideNext(s *state, i uint8) (stage, activate bool) {
 	return m.agree("stage", s, i, stage, do == rotation.Stage), m.agree("activate", s, i, activate, do == rotation.Activate)
 }
 
-// decideEncrypting says whether every kube-apiserver encrypts under the current KEK.
+// decideEncrypting reports whether every kube-apiserver encrypts under the current KEK.
 func (m *model) decideEncrypting(s *state, i uint8) bool {
 	l := s.n[i].local
 	if m.pruneBlind {
@@ -351,7 +381,7 @@ func (m *model) decideEncrypting(s *state, i uint8) bool {
 	all := true
 	for j := range uint8(modelNodes) {
 		if r := s.r[j]; l.members.has(j) {
-			all = all && r.said == l.cur && r.anchored == l.cur && r.encrypted == l.cur
+			all = all && r.counts && (r.rev == l.rev || m.pruneUnfollowed) && r.said == l.cur && r.anchored == l.cur && r.encrypted == l.cur
 		}
 	}
 	if m.real == nil {

@@ -8,13 +8,13 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// Action is what the driver of a rotation over several nodes does next.
+// Action is the next thing that the driver of a rotation over several nodes does.
 type Action string
 
 // The actions.
 const (
 	// Stage: nothing is staged, and every node has followed the present revision, so that
-	// its record names the boot states to wrap a fresh KEK for.
+	// its record names the boot states for which to wrap a fresh KEK.
 	Stage Action = "stage"
 	// Wait: for the nodes that Step names.
 	Wait Action = "wait"
@@ -24,7 +24,7 @@ const (
 	Settled Action = "settled"
 )
 
-// Step is what a rotation needs next.
+// Step is the next step of a rotation.
 type Step struct {
 	Do Action
 	// Missing are the nodes to wait for, in the keyring's order.
@@ -37,7 +37,7 @@ type Missing struct {
 	Why  Why
 }
 
-// Why says what a rotation waits for on a node.
+// Why is the reason why a rotation waits for a node.
 type Why string
 
 // The reasons.
@@ -80,12 +80,17 @@ func Next(k *keyring.Keyring, replace seal.KeyID, records []*keyring.VerifiedRec
 	return stepOrWait(k, records, Settled, func(r *keyring.VerifiedRecord) Why { return unsettled(k, r) })
 }
 
-// Encrypting returns the nodes whose kube-apiserver may still write under another KEK
+// Encrypting returns the nodes whose kube-apiserver may still write under a KEK other
 // than the current one. A retired KEK may be pruned only if there are none: a
 // kube-apiserver keeps using its former seed for minutes after it was told of a new
-// KEK.
+// KEK. Each node must also have followed the present revision: a node that still has an
+// aborted KEK staged could make that KEK current after the KEK was pruned and etcd was
+// restored.
 func Encrypting(k *keyring.Keyring, records []*keyring.VerifiedRecord) []Missing {
 	return missing(k, records, func(r *keyring.VerifiedRecord) Why {
+		if r.Revision != k.Revision() {
+			return WhyNotFollowed
+		}
 		if why := unsettled(k, r); why != "" {
 			return why
 		}

@@ -34,7 +34,7 @@ func keeper(t testing.TB) func(*keyring.Keyring, error) *keyring.Keyring {
 	}
 }
 
-// in says what a node's record says that is in step and settled on k.
+// in returns the record of a node that is in step and settled on k.
 func in(k *keyring.Keyring, node string) *keyring.VerifiedRecord {
 	id := k.CurrentID()
 	return &keyring.VerifiedRecord{KeyID: id, Record: keyring.Record{Node: node, Formats: []int{1, 2}, Revision: k.Revision(), Anchored: id, Announced: id, Encrypted: id}}
@@ -124,6 +124,9 @@ func TestNext(t *testing.T) {
 		if m := rotation.Encrypting(active, all(active, change)); len(m) != 1 || m[0] != (rotation.Missing{Node: "b", Why: why}) {
 			t.Errorf("%v, want %s", m, why)
 		}
+	}
+	if m := rotation.Encrypting(active, all(active, func(r *keyring.VerifiedRecord) { r.Revision-- })); len(m) != 1 || m[0] != (rotation.Missing{Node: "b", Why: rotation.WhyNotFollowed}) {
+		t.Errorf("a node that has not followed the present revision: %v", m)
 	}
 	if m := rotation.Encrypting(active, all(active, nil)[:1]); len(m) != 2 {
 		t.Errorf("%v", m)

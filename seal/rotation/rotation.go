@@ -51,7 +51,7 @@ type SlotError struct {
 
 // Error implements error.
 func (e *SlotError) Error() string {
-	return fmt.Sprintf("wrap the new KEK as the %s slot is: %v", e.Slot.Type, e.Err)
+	return fmt.Sprintf("wrap the new KEK for the %s slot: %v", e.Slot.Type, e.Err)
 }
 
 // Unwrap returns the reason.
@@ -130,7 +130,7 @@ func stage(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap,
 	own, common := slots[:0:0], slots[:0:0]
 	for _, s := range slots {
 		if k.Format() > 1 && s.Node != "" && s.Node == self.Name {
-			own = append(own, s) // the own section holds them, not the shared keyring
+			own = append(own, s) // they are in the node's own section, not in the shared keyring
 		} else {
 			common = append(common, s)
 		}
@@ -148,8 +148,25 @@ func stage(ctx context.Context, k *keyring.Keyring, kek *seal.Secret, wrap Wrap,
 // that KEK. Complete returns k itself if no KEK is staged or no opener made a staged
 // slot, and an error if the staged KEK does not open.
 func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, now time.Time) (*keyring.Keyring, error) {
+	staged, err := OpenStaged(ctx, k, opener)
+	if err != nil {
+		return nil, err
+	}
+	if staged != k {
+		defer staged.Close()
+	}
+	if id := staged.StagedID(); id == "" || !staged.Holds(id) {
+		return k, nil
+	}
+	return staged.Activate(now)
+}
+
+// OpenStaged returns k with its staged KEK open, if a wrapper opens it. It returns k itself
+// if that KEK is open, if none is staged, or if no opener made a staged slot, and an error if
+// the staged KEK does not open.
+func OpenStaged(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper) (*keyring.Keyring, error) {
 	if id := k.StagedID(); id != "" && k.Holds(id) {
-		return k.Activate(now)
+		return k, nil
 	}
 	var refusal error
 	for _, s := range k.StagedSlots() {
@@ -167,8 +184,7 @@ func Complete(ctx context.Context, k *keyring.Keyring, opener []seal.Wrapper, no
 				kek.Close()
 				return nil, err
 			}
-			defer staged.Close()
-			return staged.Activate(now)
+			return staged, nil
 		}
 	}
 	if refusal != nil {

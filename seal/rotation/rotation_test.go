@@ -186,8 +186,8 @@ func TestRotateRefuses(t *testing.T) {
 	}{
 		{"a slot does not open", func(_ *testing.T, a, _ *wrapper) { a.unwrapErr = seal.Errorf(seal.CauseSlotCorrupt, "x", "bad") }, "new tpm slot does not open, nothing was changed", seal.CauseSlotCorrupt},
 		{"a slot holds another KEK", func(t *testing.T, a, _ *wrapper) { a.swapped = newKEK(t) }, "another KEK", seal.CauseSlotCorrupt},
-		{"a slot can't be made", func(_ *testing.T, _, b *wrapper) { b.wrapErr = seal.Errorf(seal.CauseUnavailable, "x", "down") }, "wrap the new KEK as the recovery slot is: down", seal.CauseUnavailable},
-		{"no wrapper follows a slot", func(_ *testing.T, _, b *wrapper) { b.name = "vault" }, "wrap the new KEK as the recovery slot is: no configured wrapper made it", seal.CauseNoSlot},
+		{"a slot can't be made", func(_ *testing.T, _, b *wrapper) { b.wrapErr = seal.Errorf(seal.CauseUnavailable, "x", "down") }, "wrap the new KEK for the recovery slot: down", seal.CauseUnavailable},
+		{"no wrapper follows a slot", func(_ *testing.T, _, b *wrapper) { b.name = "vault" }, "wrap the new KEK for the recovery slot: no configured wrapper made it", seal.CauseNoSlot},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			a, b := &wrapper{name: "tpm"}, &wrapper{name: "recovery"}
@@ -283,9 +283,9 @@ func TestComplete(t *testing.T) {
 	}
 }
 
-// TestCompleteOfWhatDoesNotOpen: if the staged KEK does not open, it is an error and not
-// forgotten, and another KEK does not replace it. A keyring whose staged slots no
-// opener made stays as it is.
+// TestCompleteOfWhatDoesNotOpen: a staged KEK that does not open is an error. It is not
+// forgotten, and no other KEK replaces it. A keyring whose staged slots no opener made
+// stays unchanged.
 func TestCompleteOfWhatDoesNotOpen(t *testing.T) {
 	a, other := &wrapper{name: "tpm"}, &wrapper{name: "vault"}
 	k, fresh := stagedKeyring(t, a)

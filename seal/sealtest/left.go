@@ -1,11 +1,8 @@
 package sealtest
 
 import (
-	"bytes"
-	"context"
 	"encoding/base64"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"os"
 	"runtime"
@@ -66,39 +63,6 @@ func NoSecretLeft(t testing.TB, f func()) {
 	f()
 	if after := secrets(t); after > before {
 		t.Errorf("%d KiB of Secrets before, %d KiB after", before, after)
-	}
-}
-
-// testNothingLeft: once the caller has closed the KEKs that it got, successful and failed
-// calls leave nothing behind: no goroutine, no open file, no Secret.
-func testNothingLeft(t *testing.T, h Harness) {
-	kek := h.newKEK(t)
-	slot := h.wrap(t, kek) // after the first call the backend has everything that it keeps
-	h.unwrap(t, slot).Close()
-	damaged := slot
-	damaged.Data = bytes.Replace(slot.Data, []byte("A"), []byte("B"), 1)
-	before := count(t)
-	for range 4 {
-		h.roundTrip(t, kek)
-		for _, data := range []json.RawMessage{damaged.Data, slot.Data[:len(slot.Data)/2], nil} {
-			damaged.Data = data
-			if kek, err := h.Wrapper.Unwrap(t.Context(), damaged); err == nil {
-				kek.Close()
-			}
-		}
-		if kek, err := h.Other.Unwrap(t.Context(), slot); err == nil {
-			kek.Close()
-		}
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), settle)
-	defer cancel()
-	after := count(t)
-	for after.goroutines > before.goroutines || after.files > before.files || after.secrets > before.secrets {
-		if ctx.Err() != nil {
-			t.Fatalf("before: %+v, after: %+v", before, after)
-		}
-		runtime.Gosched()
-		after = count(t)
 	}
 }
 

@@ -3,9 +3,11 @@
 package sealtest
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -13,7 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Harness is what the suite tests.
+// Harness holds the objects under test.
 type Harness struct {
 	// Wrapper is the wrapper under test.
 	Wrapper seal.Wrapper
@@ -134,7 +136,7 @@ func testSlotHoldsNoKEK(t *testing.T, h Harness) {
 	slot := h.wrap(t, kek)
 	var object map[string]json.RawMessage
 	if err := json.Unmarshal(slot.Data, &object); err != nil {
-		t.Errorf("the data is no JSON object: %v", err)
+		t.Errorf("the data is not a JSON object: %v", err)
 	}
 	if len(slot.Data) > seal.MaxSlotData {
 		t.Errorf("the data has %d bytes, at most %d", len(slot.Data), seal.MaxSlotData)
@@ -311,5 +313,38 @@ func (h Harness) roundTrip(t *testing.T, kek *seal.Secret) {
 	defer got.Close()
 	if !got.Equal(kek) {
 		t.Error("Unwrap returned the KEK of another caller")
+	}
+}
+
+// testNothingLeft: once the caller has closed the KEKs that it got, successful and failed
+// calls leave nothing behind: no goroutine, no open file, no Secret.
+func testNothingLeft(t *testing.T, h Harness) {
+	kek := h.newKEK(t)
+	slot := h.wrap(t, kek) // after the first call the backend has all of its lasting state
+	h.unwrap(t, slot).Close()
+	damaged := slot
+	damaged.Data = bytes.Replace(slot.Data, []byte("A"), []byte("B"), 1)
+	before := count(t)
+	for range 4 {
+		h.roundTrip(t, kek)
+		for _, data := range []json.RawMessage{damaged.Data, slot.Data[:len(slot.Data)/2], nil} {
+			damaged.Data = data
+			if kek, err := h.Wrapper.Unwrap(t.Context(), damaged); err == nil {
+				kek.Close()
+			}
+		}
+		if kek, err := h.Other.Unwrap(t.Context(), slot); err == nil {
+			kek.Close()
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), settle)
+	defer cancel()
+	after := count(t)
+	for after.goroutines > before.goroutines || after.files > before.files || after.secrets > before.secrets {
+		if ctx.Err() != nil {
+			t.Fatalf("before: %+v, after: %+v", before, after)
+		}
+		runtime.Gosched()
+		after = count(t)
 	}
 }

@@ -44,9 +44,9 @@ type File struct {
 // NewFile returns the File at path. The file need not exist.
 func NewFile(path string) *File { return &File{path: filepath.Clean(path)} }
 
-// Keep has Save keep the content that it replaces as the previous content only if
-// keep returns true for it. A damaged file then does not replace an undamaged
-// previous one. Keep returns f.
+// Keep makes Save keep the content that it replaces as the previous content, but
+// only if keep returns true for it. A damaged file then does not replace an
+// undamaged previous one. Keep returns f.
 func (f *File) Keep(keep func(content []byte) bool) *File {
 	f.keep = keep
 	return f
@@ -210,9 +210,9 @@ func (f *File) keepPrevious() error {
 	return err
 }
 
-// Remove removes the file and all that earlier versions of it left: the previous content,
-// temporary files, and files of the former name. The file itself goes last, so that Remove
-// can be repeated after a crash. A file that does not exist is no error.
+// Remove removes the file and everything that earlier versions of it left: the previous
+// content, temporary files, and files of the former name. The file itself goes last, so
+// that Remove can be repeated after a crash. A missing file is not an error.
 func (f *File) Remove(ctx context.Context) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -51,7 +51,7 @@ func TestPowerLossWithoutNews(t *testing.T) {
 	path := filepath.Join(dir, "keyring.json")
 	f := store.NewFile(path)
 	version := save(t, f, "one", "")
-	// A save that failed to flush the folder leaves this
+	// A save that failed to flush the folder leaves this file behind.
 	file, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE, 0o600)
 	if err != nil {
 		t.Fatal(err)

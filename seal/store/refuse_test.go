@@ -30,7 +30,7 @@ func TestFileMode(t *testing.T) {
 	}
 }
 
-// TestFolders: in such folders neither a file nor a lock is safe.
+// TestFolders: neither a file nor a lock is safe in these folders.
 func TestFolders(t *testing.T) {
 	for _, test := range []struct {
 		name, says string

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// TestRemove: nothing of a file is left, whatever a crash or an earlier version left behind.
+// TestRemove: Remove leaves no file, whatever a crash or an earlier version left behind.
 func TestRemove(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Chmod(dir, 0o700); err != nil {

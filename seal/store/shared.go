@@ -1,7 +1,7 @@
 package store
 
 // NodeRecord is the record of one node, as a cluster store holds it. An attacker who
-// can write the store may have chosen everything in it.
+// can write to the store may have chosen everything in it.
 type NodeRecord struct {
 	Node  string
 	Bytes []byte

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io/fs"
 
-	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
@@ -56,11 +55,4 @@ func (p FileAnchor) Save(ctx context.Context, anchor keyring.Anchor) error {
 // Replace implements [Anchor].
 func (p FileAnchor) Replace(ctx context.Context, anchor keyring.Anchor) error {
 	return p.Save(ctx, anchor)
-}
-
-func storeError(what string, err error) error {
-	if seal.CauseOf(err) != "" {
-		return err
-	}
-	return seal.Errorf(seal.CauseStore, "see the state folder's disk and permissions", "%s: %w", what, err)
 }

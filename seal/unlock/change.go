@@ -16,8 +16,9 @@ import (
 // Change calls f with the open keyring, saves the revisions that f returns, one after
 // the other, and announces the last one. If Change fails before it has saved the first
 // revision, nothing has changed. If it fails later, a new revision is on disk, and
-// Change nudges Run to open it. If f fails, it closes the keyrings that it made. A new
-// revision of what several nodes share is refused on a node that has not the seat.
+// Change nudges Run to open it. If f fails, it closes the keyrings that it made.
+// Change refuses a new revision of the shared keyring on a node that does not have the
+// seat.
 func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyring.Keyring, error)) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -46,10 +47,11 @@ func (u *Unlocker) Change(ctx context.Context, f func(*keyring.Keyring) ([]*keyr
 	return u.commit(ctx, SlotChange{Before: k}, revisions, Opener{}, u.anchor, inCluster(u))
 }
 
-// restage replaces the own slots of the staged KEK in the last of revisions if the own slots of
-// the current KEK have changed. The former ones may be revoked, or be for boots that don't
-// come any more. Without a wrapper there are none: the node then withdraws its
-// acknowledgement, and seals the KEK again in the next round of package replica.
+// restage replaces the node's own slots of the staged KEK in the last of revisions, if
+// the own slots of the current KEK have changed. The former staged slots may be revoked,
+// or may be for boots that no longer happen. Without a wrapper there are no new slots:
+// the node then withdraws its acknowledgement, and seals the KEK again in the next round
+// of package replica.
 func restage(ctx context.Context, u *Unlocker, before *keyring.Keyring, revisions []*keyring.Keyring) error {
 	last := revisions[len(revisions)-1]
 	kek := keyring.StagedKEK(last)
@@ -74,8 +76,8 @@ func restage(ctx context.Context, u *Unlocker, before *keyring.Keyring, revision
 
 func sameSlots(a, b []seal.Slot) bool { return reflect.DeepEqual(a, b) }
 
-// inCluster returns what commits a revision in the cluster store, if that is where it
-// counts as made.
+// inCluster returns the function that commits a revision in the cluster store, for a
+// keyring whose changes count as made there.
 func inCluster(u *Unlocker) committing {
 	return func(ctx context.Context, old, next *keyring.Keyring) error {
 		switch {
@@ -88,9 +90,9 @@ func inCluster(u *Unlocker) committing {
 	}
 }
 
-// Adopt saves and announces revisions as Change does. They are of the keyring from, which
-// the caller opened: with the recovery identity, for instance, as by says. version is the
-// version of the stored keyring that they replace.
+// Adopt saves and announces revisions as Change does. They are revisions of the keyring
+// from, which the caller opened, for instance with the recovery identity; by says how.
+// version is the version of the stored keyring that they replace.
 func (u *Unlocker) Adopt(ctx context.Context, version store.Version, by Opener, from *keyring.Keyring, revisions []*keyring.Keyring) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -121,7 +123,7 @@ func (u *Unlocker) commit(ctx context.Context, change SlotChange, revisions []*k
 	}
 	unsettled := u.settle(ctx, last)
 	u.announce(last, by, Timing{})
-	if u.cfg.Witness != nil { // not before: until then the former keyring is the open one
+	if u.cfg.Witness != nil { // not earlier: until here the former keyring is the open one
 		u.cfg.Witness.Changed(ctx)
 	}
 	if unsettled != nil {
@@ -130,7 +132,7 @@ func (u *Unlocker) commit(ctx context.Context, change SlotChange, revisions []*k
 	return nil
 }
 
-// tell tells a witness, if there is one, of a change to come.
+// tell tells a witness, if there is one, of an upcoming change.
 func tell(ctx context.Context, w Witness, change SlotChange) error {
 	if w == nil {
 		return nil
@@ -174,8 +176,8 @@ func (u *Unlocker) nudged(err error) error {
 	return err
 }
 
-// whileOpen adds a better remedy to err if a keyring is open and the stored one is
-// missing, damaged or another one: to store the open one again.
+// whileOpen adds a better remedy to err if a keyring is open and the stored keyring is
+// missing, damaged or a different one: to store the open keyring again.
 func (u *Unlocker) whileOpen(ctx context.Context, err error) error {
 	e, ok := errors.AsType[*seal.Error](err)
 	if u.open.Load() == nil || !ok {

@@ -149,8 +149,8 @@ func TestPreviousOfARotation(t *testing.T) {
 	}
 }
 
-// TestConflict: a change does not overwrite a keyring that somebody else saved in the
-// meantime. The next reload opens that keyring.
+// TestConflict: a change does not overwrite a keyring that somebody else has saved since.
+// The next reload opens that keyring.
 func TestConflict(t *testing.T) {
 	n := opened(t)
 	k, _ := n.Keyring()
@@ -237,7 +237,7 @@ func (r records) Handle(context.Context, slog.Record) error {
 // until waits until reached returns true. It calls reached after each log record.
 func (n *node) until(what string, log records, reached func() bool) {
 	n.t.Helper()
-	timeout := time.After(30 * time.Second)
+	timeout := time.After(2 * time.Minute)
 	for !reached() {
 		select {
 		case <-log.told:
@@ -374,7 +374,7 @@ func TestReloadOvertakesADecrypt(t *testing.T) {
 	calls.Wait()
 }
 
-// witness says which key ID is announced when it is told of a change.
+// witness records which key ID is announced when it is told of a change.
 type witness struct{ n *node }
 
 func (w witness) Opened(context.Context, *keyring.Keyring) {}
@@ -389,9 +389,10 @@ func (w witness) tell(what string) error {
 	return err
 }
 
-// TestWitnessOfAChange: a witness is told of a change before it is saved, and that it is
-// made once the new keyring is the open one. Told earlier, it would take the former slots,
-// which are still those of the open keyring, for another's.
+// TestWitnessOfAChange: a witness is told of a change before the change is saved, and is
+// told that the change is made once the new keyring is the open one. If it were told
+// earlier, it would take the former slots, which are still those of the open keyring, for
+// somebody else's.
 func TestWitnessOfAChange(t *testing.T) {
 	n := newNode(t)
 	n.cfg.Witness = witness{n}

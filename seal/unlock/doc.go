@@ -7,8 +7,7 @@
 // keyring changes and does not verify, the problem is reported, and the open keyring
 // still serves, because the cluster must go on.
 //
-// An Unlocker is the only writer of a node's keyring. Every change goes the same
-// way: save, anchor, end the epochs that are over, and only then announce, so that
-// a crash between any two steps leaves a keyring that opens and no key ID that
-// is forgotten.
+// An Unlocker is the only writer of a node's keyring. Every change goes the same way:
+// save, anchor, end the epochs that are over, and only then announce. So a crash between
+// any two steps leaves a keyring that opens, and no announced key ID is forgotten.
 package unlock

@@ -13,7 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/sealtest"
 )
 
-// logs has the node write its log to the buffer.
+// logs makes the node write its log to the buffer.
 func (n *node) logs() *bytes.Buffer {
 	log := new(bytes.Buffer)
 	n.cfg.Log = slog.New(slog.NewTextHandler(log, nil))
@@ -78,11 +78,11 @@ func TestFirstMissingSlotIsNamed(t *testing.T) {
 }
 
 // TestHintForSlotsOfOtherWrappers: if the keyring has a slot of a type that unlock.order
-// does not name, the hint doubts the keyring. It never says to name the type: whoever
-// writes the keyring chooses it.
+// does not name, the hint doubts the keyring. It never says to name the type, because the
+// writer of the keyring chooses it.
 func TestHintForSlotsOfOtherWrappers(t *testing.T) {
 	for kind, hint := range map[string]string{
-		seal.TypeVault: "nothing vouches for this list", seal.TypeRecovery: "if this machine was renamed",
+		seal.TypeVault: "nothing authenticates this list", seal.TypeRecovery: "if this machine was renamed",
 	} {
 		n := newNode(t)
 		n.makeWith(&openWrapper{name: kind, steps: &n.steps})

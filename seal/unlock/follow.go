@@ -52,8 +52,9 @@ func (u *Unlocker) OpenStaged(ctx context.Context) error {
 	return problem
 }
 
-// OpenFork opens another keyring of this cluster: with a KEK that the open one holds, or else
-// with a slot. It opens its staged KEK too, if it can. The caller closes the keyring.
+// OpenFork opens another keyring of this cluster, with a KEK that the open keyring holds
+// or else with a slot. It also opens the staged KEK of that keyring, if it can. The
+// caller closes the keyring.
 func OpenFork(ctx context.Context, u *Unlocker, mem seal.Memory, remote *keyring.Untrusted) (*keyring.Keyring, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -77,8 +78,9 @@ func OpenFork(ctx context.Context, u *Unlocker, mem seal.Memory, remote *keyring
 	return other, nil
 }
 
-// Resolve replaces the open keyring with what f makes of it, by an operator's word. commit puts
-// it into the cluster store first; nil means that it comes from there.
+// Resolve replaces the open keyring with the result of f, because an operator says so.
+// commit puts the result into the cluster store first; nil means that the result comes
+// from there.
 func Resolve(ctx context.Context, u *Unlocker, f func(*keyring.Keyring) (*keyring.Keyring, error), commit func(context.Context, *keyring.Keyring) error) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()

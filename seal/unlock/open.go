@@ -52,8 +52,8 @@ func (u *Unlocker) openWith(ctx context.Context, untrusted *keyring.Untrusted, a
 	return k, by, nil
 }
 
-// attest returns what the gate says of this boot; err is what keeps any KEK from being
-// opened, whatever the gate says.
+// attest returns the gate's verdict on this boot. err is a reason not to open any KEK,
+// whatever the gate says.
 func (u *Unlocker) attest(ctx context.Context, slots []seal.Slot) (gate, err error) {
 	if u.cfg.Ready != nil {
 		if err := u.cfg.Ready(); err != nil {
@@ -173,8 +173,8 @@ func (u *Unlocker) unwrap(ctx context.Context, slots []seal.Slot, gate error) (*
 	return nil, Opener{}, failure
 }
 
-// withoutRecovery returns an error of a keyring with these slots: none sends the operator to a
-// recovery identity that opens nothing.
+// withoutRecovery returns err, without the advice to use a recovery identity if none of
+// these slots is a recovery slot.
 func withoutRecovery(slots []seal.Slot, err error) error {
 	if slices.ContainsFunc(slots, func(s seal.Slot) bool { return s.Type == seal.TypeRecovery }) {
 		return err
@@ -182,7 +182,8 @@ func withoutRecovery(slots []seal.Slot, err error) error {
 	return seal.WithoutRecovery(err)
 }
 
-// noSlot says that a configured wrapper can't open the keyring for want of a slot.
+// noSlot says that a configured wrapper can't open the keyring because it has no slot
+// there.
 func noSlot(kind string) error {
 	hint := "run kleidi slot add " + kind
 	if kind == seal.TypeTPM {
@@ -242,14 +243,14 @@ func permanent(err error) bool {
 }
 
 // hintNoSlot returns the remedy for a keyring without a usable slot: either unlock.order
-// leaves out the type of a slot, or the slots are for other nodes. It advises nothing that
-// the slots say: no slot opened, so nothing vouches for them. A forged keyring with a slot of
-// the TPM alone must not talk an operator out of two of two.
+// leaves out the type of a slot, or the slots are for other nodes. It never advises what
+// the slots suggest: no slot opened, so nothing authenticates them. A forged keyring with
+// only a slot of the TPM must not talk an operator out of two-of-two.
 func (u *Unlocker) hintNoSlot(slots []seal.Slot) string {
 	for _, s := range slots {
 		backed := slices.Contains([]string{seal.TypeTPM, seal.TypePKCS11, seal.TypeVault, seal.TypeKMSPlugin, seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault, seal.TypeTPMAndKMSPlugin}, s.Type)
 		if backed && !slices.ContainsFunc(u.cfg.Wrappers, func(w seal.Wrapper) bool { return w.Type() == s.Type }) {
-			return "compare unlock.order with what you set up, and mind that nothing vouches for this list; if unlock.order is right, this is not the keyring of this node: run kleidi keyring restore FILE with a backup"
+			return "compare unlock.order with what you set up (nothing authenticates this list of slots); if unlock.order is right, this is not this node's keyring: run kleidi keyring restore FILE with a backup"
 		}
 	}
 	return "if this machine was renamed, set node to its former name"
@@ -272,9 +273,9 @@ func owners(slots []seal.Slot) string {
 }
 
 // moreSpecific reports whether err explains the refusal better than an error that only
-// says that the boot state is wrong: the TPM checks the PCRs first, so a slot that got
-// further tells more. A revoked slot means an old keyring; a verifier that refuses, or
-// can't be reached, is what the operator must mend.
+// says that the boot state is wrong. The TPM checks the PCRs first, so an error from a
+// later check tells more. A revoked slot means an old keyring; a verifier that refuses,
+// or can't be reached, is the thing to repair.
 func moreSpecific(err, than error) bool {
 	further := []seal.Cause{seal.CauseEpoch, seal.CauseBootPolicy, seal.CauseAttestation, seal.CauseUnavailable, seal.CauseKeyMissing, seal.CauseCredentials}
 	return seal.CauseOf(than) == seal.CauseBootState && slices.Contains(further, seal.CauseOf(err))

@@ -29,7 +29,7 @@ func TestFallbackWithoutASlot(t *testing.T) {
 	wantRefusal(t, s.Fallback, seal.CauseNoSlot, "the keyring holds no tpm slot for this node", "set node to its former name")
 	second.set(seal.Errorf(seal.CauseUnavailable, "wait", "away"))
 	n.restart()
-	wantRefusal(t, n.Unlock(ctx), seal.CauseUnavailable, "away") // the wrapper that has a slot is the one to mend
+	wantRefusal(t, n.Unlock(ctx), seal.CauseUnavailable, "away") // the wrapper with a slot is the one to repair
 	second.set(nil)
 	n.cfg.Wrappers = []seal.Wrapper{second, n.wrapper}
 	n.restart()
@@ -101,7 +101,7 @@ func (s suspended) Overrules(slot seal.Slot) bool {
 	return bytes.Contains(slot.Data, []byte(s.text))
 }
 
-// TestOverruledGate: a suspension opens its own slot where the boot policy refuses
+// TestOverruledGate: a suspension opens its own slot although the boot policy refuses
 // the boot. No other slot of the TPM is tried, although it would open.
 func TestOverruledGate(t *testing.T) {
 	n := newNode(t)
@@ -133,8 +133,8 @@ func TestOverruledGate(t *testing.T) {
 	wantSteps(t, n.steps.take(), "gate", "slot tpm suspension", "anchor 1", "settle while nothing is announced")
 }
 
-// TestPermanentFailuresAreNotTriedAgain: what only a restart or another configuration
-// mends is no outage. A fallback that is away is one.
+// TestPermanentFailuresAreNotTriedAgain: a failure that only a restart or another
+// configuration repairs is not an outage. A fallback that can't be reached is an outage.
 func TestPermanentFailuresAreNotTriedAgain(t *testing.T) {
 	lasting := &seal.Error{Cause: seal.CauseConfiguration, Hint: "set tpm.bank", Permanent: true, Err: errors.New("no such bank")}
 	away := seal.Errorf(seal.CauseUnavailable, "wait", "away")

@@ -7,8 +7,8 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// TestOwnersArePrintableAndBounded: the list of slots is quoted from a keyring that nothing
-// vouches for.
+// TestOwnersArePrintableAndBounded: the list of slots quotes a keyring that nothing
+// authenticates.
 func TestOwnersArePrintableAndBounded(t *testing.T) {
 	var slots []seal.Slot
 	for range 100 {

@@ -51,7 +51,7 @@ type Witness interface {
 
 // SlotChange is a change of the keyring by this process.
 type SlotChange struct {
-	// Before is the keyring that the change began with. Its slots may be known or not.
+	// Before is the keyring before the change. A Witness may or may not know its slots.
 	Before, After *keyring.Keyring
 	// Elsewhere says that another node made the change, and this node follows.
 	Elsewhere bool
@@ -70,8 +70,8 @@ type Config struct {
 	Ungated func(kind string) bool
 	// Wrappers may open slots, in this order.
 	Wrappers []seal.Wrapper
-	// Hold, if set, has what is done within the returned context share what it opens,
-	// until release is called; it is called for each attempt.
+	// Hold, if set, lets all work within the returned context share what it opens,
+	// until release is called. It is called for each attempt.
 	Hold func(context.Context) (held context.Context, release func())
 	// Settle, if set, ends the epochs before the epoch of these slots. It is called
 	// after every save and after every opening.
@@ -80,9 +80,9 @@ type Config struct {
 	// cluster store, in the place of old. Change calls it before it saves the revision,
 	// and saves nothing if it fails.
 	Commit func(ctx context.Context, old, next *keyring.Keyring) error
-	// WrapStaged, if set, returns slots for the staged KEK of k, like the own slots of the
-	// current one. Change calls it when it replaces these, so that the node can also start once
-	// the staged KEK is current.
+	// WrapStaged, if set, returns slots for the staged KEK of k, like the own slots of
+	// the current one. Change calls it when it replaces the own slots of the current KEK,
+	// so that the node can also start once the staged KEK is current.
 	WrapStaged func(ctx context.Context, k *keyring.Keyring, kek *seal.Secret) ([]seal.Slot, error)
 	// Witness may be nil.
 	Witness Witness
@@ -108,6 +108,8 @@ type Unlocker struct {
 	state atomic.Pointer[State]
 	// encrypted is the key ID of the last Encrypt.
 	encrypted atomic.Pointer[seal.KeyID]
+	// newly has a value once that key ID has changed.
+	newly chan struct{}
 
 	mu      sync.Mutex // held during an attempt or a change
 	version store.Version
@@ -141,7 +143,7 @@ type State struct {
 
 // New returns a locked Unlocker.
 func New(cfg Config) *Unlocker {
-	u := &Unlocker{cfg: cfg, nudge: make(chan struct{}, 1), tried: make(chan struct{})}
+	u := &Unlocker{cfg: cfg, newly: make(chan struct{}, 1), nudge: make(chan struct{}, 1), tried: make(chan struct{})}
 	u.state.Store(&State{Since: time.Now(), Problem: seal.Errorf(seal.CauseStarting, "wait a moment", "the first attempt to unlock has not ended")})
 	return u
 }
@@ -184,8 +186,16 @@ func noteEncrypted(u *Unlocker, id seal.KeyID) {
 	if last := u.encrypted.Load(); last == nil || *last != id {
 		noted := id
 		u.encrypted.Store(&noted)
+		select {
+		case u.newly <- struct{}{}:
+		default: // another notice is already waiting
+		}
 	}
 }
+
+// NewlyEncrypted returns a channel that has a value after the first Encrypt under a KEK
+// other than that of the previous Encrypt. It is for one reader.
+func NewlyEncrypted(u *Unlocker) <-chan struct{} { return u.newly }
 
 // LastEncrypted returns the key ID of u's last Encrypt, or "" if there was none.
 func LastEncrypted(u *Unlocker) seal.KeyID {
@@ -387,13 +397,13 @@ func (u *Unlocker) failed(err error, timing Timing) {
 	s.Attempts++
 	u.state.Store(&s)
 	if s.Open {
-		u.cfg.Log.Error("attempt failed; the open keyring goes on serving", "cause", seal.CauseOf(err), "error", err)
+		u.cfg.Log.Error("attempt failed; still serving the open keyring", "cause", seal.CauseOf(err), "error", err)
 	} else {
 		u.cfg.Log.Error("locked", "cause", seal.CauseOf(err), "error", err, "attempt", s.Attempts)
 	}
 }
 
-// Nudge has Run make an attempt now. On an open keyring the attempt is a reload.
+// Nudge makes Run attempt to unlock now. On an open keyring the attempt is a reload.
 func (u *Unlocker) Nudge() {
 	select {
 	case u.nudge <- struct{}{}:
@@ -409,8 +419,8 @@ const (
 )
 
 // Run makes attempts until the keyring is open. From then on it reloads the keyring
-// when it is nudged. A permanent failure has Run wait for a nudge. Run returns when ctx
-// ends.
+// when it is nudged. After a permanent failure Run waits for a nudge. Run returns when
+// ctx ends.
 func (u *Unlocker) Run(ctx context.Context) {
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = retryFirst, retryMost

@@ -240,8 +240,8 @@ func TestOpenNeverGoesBack(t *testing.T) {
 	n.decrypts(e)
 }
 
-// TestOpenNeverGoesBackARevision: the same for an older revision with the same KEK. A
-// removed slot would be in it.
+// TestOpenNeverGoesBackARevision: the same holds for an older revision with the same KEK,
+// because that revision still holds a removed slot.
 func TestOpenNeverGoesBackARevision(t *testing.T) {
 	n := opened(t)
 	older, olderAnchor := n.read("keyring.json"), n.read("anchor.json")
@@ -291,7 +291,7 @@ func TestAnchor(t *testing.T) {
 	wantSteps(t, n.steps.take(), "gate", "slot tpm", "anchor 3", "settle while nothing is announced")
 	n.decrypts(e)
 
-	// The older keyring is refused while a newer one is open, too.
+	// The older keyring is also refused while a newer one is open.
 	n.put(first)
 	wantRefusal(t, n.Unlock(ctx), seal.CauseAnchor)
 	n.decrypts(e)
@@ -385,7 +385,8 @@ func TestSlotsInOrder(t *testing.T) {
 	}
 	wantSteps(t, n.steps.take(), "gate", "slot tpm revoked", "slot tpm earlier", "slot tpm broken", "slot vault", "anchor 1", "settle while nothing is announced")
 
-	// if the fallback fails as well, the error tells both failures, and the remedy of the first
+	// If the fallback fails as well, the error names both failures, and the remedy of the
+	// first.
 	vault.set(seal.Errorf(seal.CauseUnavailable, "start the server", "connection refused"))
 	n.restart()
 	err = n.Unlock(ctx)

@@ -31,7 +31,7 @@ func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
 	if err != nil {
 		return tpm.BootState{}, err
 	}
-	if err := g.holds(r.Log, pcrs); err != nil {
+	if err := g.checkPCRs(r.Log, pcrs); err != nil {
 		return tpm.BootState{}, err
 	}
 	return r.state(pcrs, tpm.UsePresent)
@@ -39,7 +39,7 @@ func (g *Gate) State(ctx context.Context) (tpm.BootState, error) {
 
 // Next returns the boot state that a predicted log leads to.
 func (g *Gate) Next(log *eventlog.Log, pcrs []int) (tpm.BootState, error) {
-	if err := g.holds(log, pcrs); err != nil {
+	if err := g.checkPCRs(log, pcrs); err != nil {
 		return tpm.BootState{}, err
 	}
 	return Predicted(log, g.Bank, pcrs)
@@ -73,7 +73,7 @@ func (g *Gate) Suspended(ctx context.Context, letGo []int) (tpm.BootState, error
 		return len(letGo) == 0 && i != secureBootPCR || slices.Contains(letGo, i)
 	})
 	if len(kept) == 0 {
-		return tpm.BootState{}, errors.New("nothing would be left to seal to; let fewer PCRs go with --weaken, or rely on the recovery identity")
+		return tpm.BootState{}, errors.New("nothing would be left to seal to; name fewer PCRs in --weaken, or rely on the recovery identity")
 	}
 	err = bootrule.Check(r.Log, kept, bootrule.SignedBoot)
 	if err != nil && !slices.Contains(pcrs, handOverPCR) { // it holds the command line if PCR 7 is let go
@@ -84,7 +84,7 @@ func (g *Gate) Suspended(ctx context.Context, letGo []int) (tpm.BootState, error
 		}
 	}
 	if err != nil {
-		return tpm.BootState{}, seal.Errorf(seal.CauseBootState, "let fewer PCRs go with --weaken, switch Secure Boot on, or rely on the recovery identity",
+		return tpm.BootState{}, seal.Errorf(seal.CauseBootState, "name fewer PCRs in --weaken, switch Secure Boot on, or rely on the recovery identity",
 			"the keyring would open for every system that is booted: %w", err)
 	}
 	s, err := r.state(kept, tpm.UseSuspend)
@@ -106,7 +106,7 @@ func (g *Gate) Signable(ctx context.Context) (tpm.BootState, error) {
 	}
 	kept := slices.DeleteFunc(slices.Clone(pcrs), func(i int) bool { return !slices.Contains(keep, i) })
 	if err := bootrule.Check(r.Log, kept, bootrule.SignedBoot); err != nil {
-		return tpm.BootState{}, seal.Errorf(seal.CauseBootState, "switch Secure Boot on, and have PCR 7 among tpm.pcrs",
+		return tpm.BootState{}, seal.Errorf(seal.CauseBootState, "switch Secure Boot on, and name PCR 7 in tpm.pcrs",
 			"any system could extend PCR 11 to a signed value: %w", err)
 	}
 	s, err := r.state(kept, tpm.UseSigned)
@@ -116,8 +116,8 @@ func (g *Gate) Signable(ctx context.Context) (tpm.BootState, error) {
 
 // Holds refuses PCRs of the running boot that hold neither the boot nor Secure Boot's
 // keys. It is for objects that must outlive updates, and does not ask the boot policy.
-// use says what any boot could do with the object; without is a hint: how to do without
-// it.
+// use says what any boot could do with the object; without is the hint that says how to
+// do without it.
 func (g *Gate) Holds(ctx context.Context, use string, pcrs []int, without string) error {
 	unjudged := Gate{Attester: g.Attester, Bank: g.Bank}
 	r, err := unjudged.AttestPCRs(ctx, pcrs)
@@ -144,9 +144,9 @@ func (g *Gate) present(ctx context.Context) (*Result, []int, error) {
 	return r, pcrs, g.CheckPhase(r.Log)
 }
 
-// holds refuses PCRs that leave a part of the boot open, unless any signed boot is
+// checkPCRs refuses PCRs that leave a part of the boot open, unless any signed boot is
 // accepted.
-func (g *Gate) holds(log *eventlog.Log, pcrs []int) error {
+func (g *Gate) checkPCRs(log *eventlog.Log, pcrs []int) error {
 	b, demand := bootrule.Of(log, pcrs), bootrule.WholeBoot
 	if g.AnySigned != nil {
 		demand = bootrule.SignedBoot

@@ -44,7 +44,7 @@ func (l Logs) userspaceFlag() string {
 func (l Logs) Bytes() (firmware, userspace []byte, err error) {
 	if firmware, err = readBounded(l.Firmware); err != nil {
 		return nil, nil, seal.Errorf(seal.CauseAttestation,
-			"see that securityfs is mounted and that tpm.eventLog names the firmware's log; a machine that measures nothing can't be attested",
+			"check that securityfs is mounted and that tpm.eventLog names the firmware's log; a machine that measures nothing can't be attested",
 			"firmware event log: %w", err)
 	}
 	userspace, err = readUserspace(l.Userspace)
@@ -151,12 +151,6 @@ func parseLogs(firmware, userspace []byte) (*eventlog.Log, error) {
 	log.Append(events)
 	return log, nil
 }
-
-// userspaceError is a fault of systemd's log.
-type userspaceError struct{ err error }
-
-func (u *userspaceError) Error() string { return "userspace event log: " + u.err.Error() }
-func (u *userspaceError) Unwrap() error { return u.err }
 
 // Evidence is a machine's claim of how it booted. Believe nothing in it before Verify.
 type Evidence struct {

@@ -37,10 +37,10 @@ type Gate struct {
 	BootPolicy func() (*bootpolicy.BootPolicy, error)
 	// BootPolicyFile is the file of the boot policy, for hints.
 	BootPolicyFile string
-	// Always attests the machine before slots of other types than the TPM's, too.
+	// Always demands that the machine is attested before any slot, not only before the TPM's.
 	Always bool
-	// Phase is the phase of the boot in which slots are made, if systemd measures
-	// phases: PCR 11 has another value in each.
+	// Phase is the phase of the boot in which slots are made, if systemd measures phases:
+	// PCR 11 has a different value in each.
 	Phase string
 
 	last   atomic.Pointer[Result]
@@ -187,9 +187,8 @@ type overruled struct {
 // Unwrap returns the refusal.
 func (o *overruled) Unwrap() error { return o.error }
 
-// Overrules reports whether a slot may be tried all the same: only the slot of a
-// suspension, whose boots the TPM counts. The TPM, not this check, enforces what the
-// slot says.
+// Overrules reports whether a slot may still be tried: only the slot of a suspension,
+// whose boots the TPM counts. The TPM, not this check, enforces what the slot says.
 func (o *overruled) Overrules(s seal.Slot) bool {
 	d, err := tpm.DemandOf(s, o.gate.Counter)
 	return s.Type == seal.TypeTPM && s.Node == o.gate.Node && err == nil && d.State.Use == tpm.UseSuspend
@@ -200,7 +199,7 @@ func (o *overruled) Overrules(s seal.Slot) bool {
 func (g *Gate) CheckPhase(log *eventlog.Log) error {
 	phases := log.Phases()
 	if restart := log.Restarted(); restart != eventlog.NoRestart {
-		return seal.Errorf(seal.CauseAttestation, hintReboot, "what is sealed now would not open after the next boot: %v", restart)
+		return seal.Errorf(seal.CauseAttestation, hintReboot, "a KEK sealed now would not open after the next boot: %v", restart)
 	}
 	if g.Phase == "" || len(phases) == 0 || phases[len(phases)-1] == g.Phase {
 		return nil

@@ -76,7 +76,7 @@ func TestLockedForGood(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "locked for 2s by another process") || !strings.Contains(err.Error(), "try again") {
 		t.Error(err)
 	}
-	if took := time.Since(begin); took < time.Second || took > 20*time.Second {
+	if took := time.Since(begin); took < time.Second || took > 2*time.Minute {
 		t.Errorf("it took %s", took)
 	}
 }

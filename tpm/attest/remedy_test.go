@@ -19,8 +19,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
 )
 
-// told demands that a refusal has this cause and contains all of these words. It must
-// not suspect tampering, an outage or a broken TPM.
+// told demands that a refusal has this cause and contains all of these words. The
+// refusal must not suspect tampering, an outage or a broken TPM.
 func told(t *testing.T, what string, err error, cause seal.Cause, permanent bool, words ...string) {
 	t.Helper()
 	if err == nil {
@@ -186,7 +186,7 @@ func TestRestartWithoutAReset(t *testing.T) {
 				}
 			}
 			_, err = n.gate.State(t.Context())
-			told(t, phases+", to seal", err, seal.CauseAttestation, false, "what is sealed now would not open after the next boot", c.name, "reboot fully")
+			told(t, phases+", to seal", err, seal.CauseAttestation, false, "a KEK sealed now would not open after the next boot", c.name, "reboot fully")
 		}
 	}
 }
@@ -224,8 +224,8 @@ func TestResumeFromHibernation(t *testing.T) {
 	told(t, "without a userspace log", n.refusal(slot), seal.CauseBootState, false, "boot phase is gone", "or the machine resumed from hibernation: reboot fully")
 }
 
-// TestRemedyNamesTheSetting: a verifier leaves a PCR out with another setting than the
-// node.
+// TestRemedyNamesTheSetting: the setting that leaves a PCR out differs between a
+// verifier and a node; the remedy names the right one.
 func TestRemedyNamesTheSetting(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	e := collect(t, m, ordinary)

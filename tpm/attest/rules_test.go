@@ -89,7 +89,7 @@ func anything(pcrs ...int) func(*bootpolicy.BootPolicy) {
 	}
 }
 
-// saidBefore is honest evidence, with other evidence of the same machine.
+// saidBefore is honest evidence, and further evidence of the same machine.
 type saidBefore struct {
 	honest, earlier, otherPCRs, otherBank *attest.Evidence
 	later                                 *attest.Evidence // after one more boot phase

@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/beezy-dev/kleidi/tpm/attest/internal/readonce"
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 	"github.com/beezy-dev/kleidi/tpm/keys"
@@ -43,7 +44,7 @@ func (e *Evidence) Marshal() ([]byte, error) {
 }
 
 // ParseEvidence reads saved evidence of at most [MaxEvidence] bytes. It refuses bytes
-// that two readers could read in two ways, see [readOnce]. There must be exactly one
+// that two readers could read in two ways, see [readonce.Check]. There must be exactly one
 // quote over bank; ParseEvidence ignores quotes over other banks, and fields that
 // Evidence has no place for, such as a certificate of the attestation key. Do not
 // believe the result before [Verify].
@@ -52,7 +53,7 @@ func ParseEvidence(b []byte, bank crypto.Hash) (*Evidence, error) {
 		return nil, fmt.Errorf("saved evidence: more than %d bytes", MaxEvidence)
 	}
 	saved := &attest.Attestation{}
-	if err := readOnce(b, saved.ProtoReflect().Descriptor()); err != nil {
+	if err := readonce.Check(b, saved.ProtoReflect().Descriptor()); err != nil {
 		return nil, fmt.Errorf("saved evidence: %w", err)
 	}
 	if err := proto.Unmarshal(b, saved); err != nil {

@@ -61,17 +61,6 @@ func VerifyLogs(firmware, userspace []byte, bank crypto.Hash, quoted eventlog.PC
 	return log, nil
 }
 
-// quoteError is a fault of a quote.
-type quoteError struct{ err error }
-
-func (q *quoteError) Error() string { return "quote: " + q.err.Error() }
-func (q *quoteError) Unwrap() error { return q.err }
-
-// disagreement is go-attestation's objection to logs that our own parser accepts.
-type disagreement struct{ error }
-
-func (d *disagreement) Unwrap() error { return d.error }
-
 func checkAK(public []byte) error {
 	p, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
 	if err != nil {
@@ -82,7 +71,7 @@ func checkAK(public []byte) error {
 	}
 	a := p.ObjectAttributes
 	if !a.Restricted || !a.SignEncrypt || a.Decrypt || !a.FixedTPM || !a.FixedParent || !a.SensitiveDataOrigin {
-		return errors.New("it is no restricted signing key that its TPM made")
+		return errors.New("it is not a restricted signing key that its TPM made")
 	}
 	return nil
 }

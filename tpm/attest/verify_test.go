@@ -75,8 +75,8 @@ func TestForgedKey(t *testing.T) {
 	}
 }
 
-// TestForgedQuote: it is a TPM's, by that key, over the nonce and exactly the
-// demanded PCRs of the bank.
+// TestForgedQuote: the quote is a TPM's, made with that key, over the nonce and
+// exactly the demanded PCRs of the bank.
 func TestForgedQuote(t *testing.T) {
 	e := collect(t, tpmtest.New(t, simboot.Baseline(simboot.UKI)), ordinary)
 	const notFresh, notExactly, noStatement = "it is not fresh", "not over exactly the demanded PCRs", "no statement of a TPM"
@@ -121,7 +121,7 @@ func TestForgedQuote(t *testing.T) {
 	refused(t, "empty nonce demanded", demand{nil, crypto.SHA256, ordinary.pcrs}.verify(forge(t, e, func(f *forger) { f.attest.ExtraData.Buffer = nil })), "nonce")
 }
 
-// TestForgedSignature: it is that key's, over that statement.
+// TestForgedSignature: the signature is that key's, over that statement.
 func TestForgedSignature(t *testing.T) {
 	m := tpmtest.New(t, simboot.Baseline(simboot.UKI))
 	e, other := collect(t, m, ordinary), collect(t, m, ordinary)

@@ -15,13 +15,6 @@ import (
 // ErrNoSignedState says that no boot state is signed for the present PCR values.
 var ErrNoSignedState = errors.New("no signed boot state has the present PCR values")
 
-// ErrSignature says that a signature does not verify under the demanded key.
-var ErrSignature = errors.New("the signature does not verify")
-
-// MaxRef is how long a reference may be, in bytes: one SHA-256 digest. TPMs take
-// at least that much for a policyRef.
-const MaxRef = sha256.Size
-
 // Authorized is the condition that the PCRs are in a state that the holder of a key has
 // signed: TPM2_PolicyAuthorize. The authorization policy depends on Key and Ref alone, so
 // states can be signed later. A signed state cannot be unsigned: only an [Epoch] revokes it.
@@ -102,21 +95,6 @@ func AuthorizedHash(approved, ref []byte) ([]byte, error) {
 		return nil, err
 	}
 	return hash(approved, ref), nil
-}
-
-func checkRef(ref []byte) error {
-	if len(ref) > MaxRef {
-		return fmt.Errorf("a reference of %d bytes, at most %d fit", len(ref), MaxRef)
-	}
-	return nil
-}
-
-func hash(parts ...[]byte) []byte {
-	h := sha256.New()
-	for _, p := range parts {
-		h.Write(p)
-	}
-	return h.Sum(nil)
 }
 
 func (a Authorized) command() (tpm2.PolicyAuthorize, error) {

@@ -44,8 +44,8 @@ func trial(tp transport.TPM, f func(tpm2.Session) error) ([]byte, error) {
 	return r.PolicyDigest.Buffer, nil
 }
 
-// TestAuthorizedDigestIsTheTPMs: also for keys that this TPM can't load, since in
-// a trial session it needs no more than a Name.
+// TestAuthorizedDigestIsTheTPMs: the digest computed here is the TPM's, even for keys
+// that this TPM can't load, since a trial session needs no more than a Name.
 func TestAuthorizedDigestIsTheTPMs(t *testing.T) {
 	seen := map[string]bool{}
 	withCounter(t, func(tp transport.TPM, counter *nv.Counter, epoch uint64) error {
@@ -194,7 +194,7 @@ func noneLeft(t testing.TB, tp transport.TPM) {
 	}
 }
 
-// TestAuthorizedIsFirst: anywhere else it would undo the terms before it.
+// TestAuthorizedIsFirst: anywhere else, Authorized would undo the terms before it.
 func TestAuthorizedIsFirst(t *testing.T) {
 	op := ecdsaSigner(t, elliptic.P256())
 	a := authpolicy.Authorized{Key: op.public}
@@ -272,8 +272,8 @@ func TestLongReference(t *testing.T) {
 	}
 }
 
-// TestApprovedDigest: it is TPM2_PolicyPCR alone, PCR 11 alone included, and
-// nothing that a reset or an unmeasured PCR would undo.
+// TestApprovedDigest: the digest is that of TPM2_PolicyPCR alone. PCR 11 alone is
+// accepted, but no PCR that can be reset or that nothing was measured into.
 func TestApprovedDigest(t *testing.T) {
 	withCounter(t, func(tp transport.TPM, _ *nv.Counter, _ uint64) error {
 		for bank := range authpolicy.Banks {

@@ -254,8 +254,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestResettablePCRs: those that Check calls resettable are those that the TPM
-// lets be reset, or that it starts with ones for a dynamic launch.
+// TestResettablePCRs: Check calls exactly those PCRs resettable that the TPM allows to
+// be reset, or that it starts with ones for a dynamic launch.
 func TestResettablePCRs(t *testing.T) {
 	withCounter(t, func(tp transport.TPM, _ *nv.Counter, _ uint64) error {
 		var reset []int

@@ -65,7 +65,7 @@ func ecdsaPublic(key *ecdsa.PublicKey) (tpm2.TPMTPublic, error) {
 	if !ok {
 		return tpm2.TPMTPublic{}, errors.New("an ECDSA key of an unsupported curve; want P-256 or P-384")
 	}
-	point, err := key.Bytes() // 4, x, y; an error for what is no point of the curve
+	point, err := key.Bytes() // 4, x, y; it fails if that is not a point on the curve
 	if err != nil {
 		return tpm2.TPMTPublic{}, fmt.Errorf("an ECDSA key: %w", err)
 	}
@@ -188,3 +188,6 @@ func signatureError(command string, err error) error {
 func isAny(err error, codes []tpm2.TPMRC) bool {
 	return slices.ContainsFunc(codes, func(rc tpm2.TPMRC) bool { return errors.Is(err, rc) })
 }
+
+// ErrSignature says that a signature does not verify under the demanded key.
+var ErrSignature = errors.New("the signature does not verify")

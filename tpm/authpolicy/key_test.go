@@ -172,7 +172,8 @@ func FuzzSignature(f *testing.F) {
 	})
 }
 
-// TestSignatureOfAnotherKey: and a TPM that fails otherwise is no bad signature.
+// TestSignatureOfAnotherKey: another key's signature is refused, and another failure
+// of the TPM is not taken for a bad signature.
 func TestSignatureOfAnotherKey(t *testing.T) {
 	if _, err := authpolicy.Signature(ed25519.PublicKey{}, nil); err == nil {
 		t.Error("a signature by Ed25519 is accepted")

@@ -2,7 +2,6 @@ package authpolicy
 
 import (
 	"fmt"
-	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -54,36 +53,6 @@ func (s Signed) extend(calc *tpm2.PolicyCalculator) error {
 		AuthObject: tpm2.NamedHandle{Name: tpm2.TPM2BName{Buffer: name}},
 		PolicyRef:  tpm2.TPM2BNonce{Buffer: s.Ref},
 	}.Update(calc)
-}
-
-func isSigned(t Term) bool { _, ok := t.(Signed); return ok }
-
-// ask obtains every signer's agreement to the session, and returns the terms with their
-// signatures.
-func (ts Terms) ask(session tpm2.Session) (Terms, error) {
-	agreed := slices.Clone(ts)
-	for i, term := range ts {
-		s, ok := term.(Signed)
-		if !ok {
-			continue
-		}
-		if err := checkRef(s.Ref); err != nil {
-			return nil, err
-		}
-		if s.Sign == nil {
-			return nil, fmt.Errorf("%w: there is no signer to ask", ErrSignature)
-		}
-		signature, err := s.Sign(session.NonceTPM().Buffer)
-		if err != nil {
-			return nil, err
-		}
-		if err := checkSignature(signature); err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrSignature, err)
-		}
-		s.signature = signature
-		agreed[i] = s
-	}
-	return agreed, nil
 }
 
 func (s Signed) satisfy(t transport.TPM, session tpm2.Session) error {

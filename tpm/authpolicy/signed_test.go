@@ -148,8 +148,8 @@ func TestSignerFails(t *testing.T) {
 	})
 }
 
-// TestThreeSlots: with two transient objects loaded, a third is all that the
-// terms take, and it is free again for the command that they authorize.
+// TestThreeSlots: with two transient objects loaded, the terms need room for only one
+// more, and free it for the command that they authorize.
 func TestThreeSlots(t *testing.T) {
 	op, verifier := rsaSigner(t), ecdsaSigner(t, elliptic.P256())
 	withCounter(t, func(tp transport.TPM, _ *nv.Counter, _ uint64) error {

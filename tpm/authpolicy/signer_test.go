@@ -83,7 +83,7 @@ func (s *signer) state(pcr authpolicy.PCR, ref []byte) authpolicy.SignedState {
 	return state
 }
 
-// agree signs what a session's nonce and ref come to.
+// agree signs the hash of a session's nonce and ref.
 func (s *signer) agree(ref []byte) func([]byte) (tpm2.TPMTSignature, error) {
 	return func(nonce []byte) (tpm2.TPMTSignature, error) { return s.sign(authpolicy.SignedHash(nonce, ref)), nil }
 }

@@ -28,10 +28,10 @@ var measured = []string{".linux\x00", "a kernel", ".osrel\x00", "ID=example\n", 
 
 var algorithms = map[string]crypto.Hash{"sha256": crypto.SHA256, "sha384": crypto.SHA384}
 
-// TestSystemdSignature: what systemd signed authorizes on a TPM whose PCR 11 the
-// stub and systemd have extended, in that phase and in no later one. Up to 259,
-// systemd signed the states of the SHA-384 bank by SHA-384, which it never
-// accepted itself; they stand in no other's way.
+// TestSystemdSignature: what systemd signed authorizes on a TPM whose PCR 11 the stub
+// and systemd have extended, in that phase and in no later one. Up to 259, systemd
+// signed the states of the SHA-384 bank by SHA-384, which it never accepted itself;
+// such states do not get in the way of others.
 func TestSystemdSignature(t *testing.T) {
 	raw, err := os.ReadFile("testdata/systemd252.pcrsig")
 	if err != nil {

@@ -44,8 +44,10 @@ func Diff(a, b *BootPolicy) []Change {
 		switch {
 		case inA && inB:
 			d.rule(path, pcr, was, now)
-		case inA || inB:
-			d.value(path, presence(was, inA), presence(now, inB))
+		case inA:
+			d.value(path, summary(was), "")
+		case inB:
+			d.value(path, "", summary(now))
 		}
 	}
 	return *d
@@ -77,10 +79,8 @@ func (r Rule) kind() string {
 	return "sequences"
 }
 
-func presence(r Rule, has bool) string {
-	if !has {
-		return ""
-	}
+// summary says what kind of rule stands in a policy, and how many entries it has.
+func summary(r Rule) string {
 	n := len(r.Allowed)
 	for _, list := range r.Sequences {
 		n += len(list)
@@ -105,7 +105,7 @@ func (d *changes) versions(was, now []string) {
 func (d *changes) rule(path string, pcr int, was, now Rule) {
 	d.value(path+".separator", fmt.Sprint(was.wantsSeparator(pcr)), fmt.Sprint(now.wantsSeparator(pcr)))
 	if was.kind() != now.kind() {
-		d.value(path, presence(was, true), presence(now, true))
+		d.value(path, summary(was), summary(now))
 		return
 	}
 	d.set(path+".allowed", was.Allowed, now.Allowed)

@@ -23,7 +23,7 @@ const (
 	NotMeasured Backing = "not measured"
 )
 
-// Row is one event of a log, for people.
+// Row is one event of a log in readable form.
 type Row struct {
 	// Event is its index in the log, from 0.
 	Event int `json:"event"`

@@ -61,9 +61,9 @@ func mutate(r *rand.Rand, l *eventlog.Log) {
 }
 
 // TestMutatedLogs: a mutated log is accepted only if the digests of the judged PCRs,
-// and their order, are still those of the log that was recorded, whether the quote
-// is that of the recorded boot (the log lies) or fits the mutated log (the machine
-// booted so).
+// and their order, are still those of the recorded log. This holds with the recorded
+// boot's quote (the log lies) and with a quote that fits the mutated log (the machine
+// really booted this way).
 func TestMutatedLogs(t *testing.T) {
 	for _, name := range realLogs {
 		t.Run(name, func(t *testing.T) {
@@ -218,8 +218,8 @@ func TestUnjudgedIsRefused(t *testing.T) {
 	}
 }
 
-// TestDifferences: what is found turns one list into the other, and nothing is found
-// only between equal ones.
+// TestDifferences: the differences found turn one list into the other, and only equal
+// lists have none.
 func TestDifferences(t *testing.T) {
 	r := rand.New(rand.NewPCG(5, 6))
 	for range 20_000 {

@@ -71,10 +71,10 @@ pcrs:
 		t.Fatal("accepted")
 	}
 	for _, want := range []string{
-		`apiVersion: "kleidi.beezy.dev/v2"; want`, `kind: "Policy"; want BootPolicy`, `bank: "sha1"; want sha256 or sha384`, "bank: line 5: the key stands twice",
+		`apiVersion: "kleidi.beezy.dev/v2"; want`, `kind: "Policy"; want BootPolicy`, `bank: "sha1"; want sha256 or sha384`, "bank: line 5: duplicate key",
 		`secureBoot: "on"; want enabled or disabled`, "secureBoot: nothing proves it without PCR 7", "secureboot: line 7: unknown key",
 		"firmware: nothing proves it without PCR 0", "firmware.startupLocality: 9", "firmware.versions: line 8: want a version in quotes",
-		"pcrs.4: want one of any: true, allowed and sequences", "pcrs.5: want one of", "pcrs.5: line 12: the key stands twice", "pcrs.6.any: line 13: want true or false",
+		"pcrs.4: want one of any: true, allowed and sequences", "pcrs.5: want one of", "pcrs.5: line 12: duplicate key", "pcrs.6.any: line 13: want true or false",
 		"pcrs.8.sequences[0]: line 14: want a list", "pcrs.9.allowed[0]: no digest of PCR 9 backs a command line", "pcrs.9.allowed[1]: line 15: want a digest, or one of",
 		"pcrs.9.allowed[2].digest: line 15: unknown key", "pcrs.9.allowed[3]: line 15: want a digest", "pcrs.9.allowed[4].text: line 15: want text", "pcrs.9.allowed[5]: line 15: want a value of its own",
 		"pcrs.11.allowed: it is empty", "pcrs.12.sequences: it is empty", "pcrs.12.separator: PCR 12 has none", "pcrs.13.sequences[0][0]: PCR 13 measures no certificates",
@@ -133,7 +133,7 @@ func TestDiff(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	// Short ones: Go minimises what it finds for minutes if they are long.
+	// Short seeds: Go spends minutes on minimising long ones.
 	f.Add([]byte(head + "secureBoot: enabled\nfirmware: {startupLocality: 0, versions: [\"F2\"]}\npcrs:\n  0: {any: true}\n  7:\n    separator: false\n    sequences:\n      - - " + someDigest + "  # x\n      - []\n"))
 	f.Add([]byte(head + "pcrs:\n  4:\n    allowed:\n      - text: \"a\\x00\\u2028\"  # note\n      - commandLine: ''\n"))
 	f.Add([]byte(head + "pcrs: {7: {allowed: [{certificate: " + someDigest + "}]}}"))

@@ -56,7 +56,7 @@ func Record(log *eventlog.Log, bank crypto.Hash, pcrs []int) (*BootPolicy, error
 // recordRule lists the events of a PCR. It demands no separator if the firmware measured
 // none, or if another event has the bytes of one: the boot order 0001, 0000 has the bytes of
 // a separator that reports an error, and some firmware measures four zeros into PCR 0. The
-// list holds these events all the same.
+// list still holds these events.
 func recordRule(pcr int, events []event) Rule {
 	list := make([]Entry, 0, len(events))
 	separated, alike := false, false

@@ -145,3 +145,18 @@ func (s State) String() string {
 	}
 	return name
 }
+
+func bankName(bank crypto.Hash) string {
+	for _, b := range banks {
+		if b.bank == bank {
+			return b.name
+		}
+	}
+	return bank.String()
+}
+
+// banks are the banks that are read and written, in the order of writing.
+var banks = []struct {
+	name string
+	bank crypto.Hash
+}{{"sha256", crypto.SHA256}, {"sha384", crypto.SHA384}}

@@ -9,26 +9,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
-	"strconv"
 	"unicode/utf8"
 
 	kjson "sigs.k8s.io/json"
 )
-
-// banks are the banks that are read and written, in the order of writing.
-var banks = []struct {
-	name string
-	bank crypto.Hash
-}{{"sha256", crypto.SHA256}, {"sha384", crypto.SHA384}}
-
-func bankName(bank crypto.Hash) string {
-	for _, b := range banks {
-		if b.bank == bank {
-			return b.name
-		}
-	}
-	return bank.String()
-}
 
 // File is a set of states.
 type File struct {
@@ -110,13 +94,6 @@ func decode(b []byte, v any) error {
 		return fmt.Errorf("%s", clip(err.Error()))
 	}
 	return nil
-}
-
-// clip shortens and quotes text from a file for a message.
-func clip(s string) string {
-	const most = 200
-	q := strconv.Quote(s[:min(len(s), most)])
-	return q[1 : len(q)-1]
 }
 
 func (e entry) state(bank crypto.Hash) (State, error) {

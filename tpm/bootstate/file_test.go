@@ -143,8 +143,8 @@ func many(n int) []bootstate.State {
 	return all
 }
 
-// TestLimits: as many states of the largest size as may be are written and read
-// again; one more is neither.
+// TestLimits: the maximum number of states of the largest size is written and read
+// again; one more is refused both times.
 func TestLimits(t *testing.T) {
 	b := marshal(t, file(t, many(bootstate.MaxStates)...))
 	if len(b) > bootstate.MaxSize {

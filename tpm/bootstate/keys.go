@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/beezy-dev/kleidi/tpm/authpolicy"
@@ -114,4 +115,11 @@ func onlyBlock(file []byte) (*pem.Block, error) {
 		return nil, errors.New("something follows the key; give a file that holds one key in PEM")
 	}
 	return block, nil
+}
+
+// clip shortens and quotes text from a file for a message.
+func clip(s string) string {
+	const most = 200
+	q := strconv.Quote(s[:min(len(s), most)])
+	return q[1 : len(q)-1]
 }

@@ -17,7 +17,7 @@ import (
 )
 
 var (
-	// ErrOtherKey: the state claims a signature by another key than the given one.
+	// ErrOtherKey: the state claims a signature by a key other than the given one.
 	ErrOtherKey = errors.New("signed by another key")
 	// ErrSignature: the signature is not a signature of the given key over this boot
 	// state.

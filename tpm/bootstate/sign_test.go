@@ -73,7 +73,7 @@ func TestVerifyRefuses(t *testing.T) {
 	}
 }
 
-// TestSignRefuses: nothing that protects nothing is signed.
+// TestSignRefuses: a state that protects nothing is not signed.
 func TestSignRefuses(t *testing.T) {
 	zero, short := values(crypto.SHA256, 4, 11), values(crypto.SHA256, 4, 11)
 	zero.Values[11] = make([]byte, 32)

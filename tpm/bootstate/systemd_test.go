@@ -11,9 +11,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/bootstate"
 )
 
-// TestSystemdMeasure: what systemd-measure signed is read, its digests are those
-// of its PCR values, and its signatures verify where a TPM accepts them: this
-// version signs the SHA-384 bank's with SHA-384, which none does.
+// TestSystemdMeasure: what systemd-measure signed is read, its digests are those of
+// its PCR values, and its signatures verify where a TPM accepts them: this version
+// signs the SHA-384 bank's states with SHA-384, which no TPM accepts.
 func TestSystemdMeasure(t *testing.T) {
 	for _, name := range []string{"rsa", "ecdsa"} {
 		pub := publicKey(t, "systemd-252-"+name+".pub.pem")

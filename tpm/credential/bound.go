@@ -60,7 +60,7 @@ func newBound(t transport.TPM, srk *keys.SRK, bank crypto.Hash, kind *boundKind)
 	b = bound{Form: kind.form, SRK: srk.Name.Buffer, Bank: keys.BankName(bank), PCR7: r.PCRValues.Digests[0].Buffer}
 	digest, err = b.authorization()
 	if err != nil {
-		return b, nil, seal.Errorf(seal.CauseBootState, kind.without+"; see that the firmware measures into the bank that tpm.bank names",
+		return b, nil, seal.Errorf(seal.CauseBootState, kind.without+"; check that the firmware measures into the bank that tpm.bank names",
 			"no %s can be bound to this boot: %w", kind.name, err)
 	}
 	return b, digest, nil

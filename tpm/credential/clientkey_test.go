@@ -78,7 +78,7 @@ func TestClientKey(t *testing.T) {
 	if len(blob) > credential.MaxClientKey/2 {
 		t.Errorf("the file has %d bytes; %d is too small a limit", len(blob), credential.MaxClientKey)
 	}
-	for range 4 { // a TPM without a resource manager has three places
+	for range 4 { // a TPM without a resource manager has room for three objects
 		n.signs(blob, public)
 	}
 	b := n.Machine.Current()

@@ -104,7 +104,7 @@ func parseCredential(blob []byte) (*sealedCredential, error) {
 		return nil, err
 	}
 	if sum, ok := strings.CutPrefix(c.EK, "sha256:"); !ok || len(sum) != 2*crypto.SHA256.Size() || strings.ToLower(sum) != sum {
-		return nil, credentialKind.damaged("%+.40q is no digest of an endorsement key", c.EK)
+		return nil, credentialKind.damaged("%+.40q is not a digest of an endorsement key", c.EK)
 	} else if _, err := hex.DecodeString(sum); err != nil {
 		return nil, credentialKind.damaged("digest of the endorsement key: %w", err)
 	}

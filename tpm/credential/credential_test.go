@@ -84,7 +84,7 @@ func TestCredential(t *testing.T) {
 	if len(blob) > credential.MaxFile/2 || bytes.Contains(blob, []byte("73616220")) || bytes.Contains(blob, []byte(hex.EncodeToString([]byte("73616220")))) {
 		t.Errorf("the file: %s", blob)
 	}
-	for range 4 { // a TPM without a resource manager has three places
+	for range 4 { // a TPM without a resource manager has room for three objects
 		n.unseals(blob, pin)
 	}
 	if n.Left() != 0 {

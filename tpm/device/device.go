@@ -125,9 +125,9 @@ func hintFor(a Address, err error) string {
 	case errors.Is(err, context.DeadlineExceeded):
 		return "see whether another program holds the TPM; kleidi serve tries again"
 	case a.network == "device":
-		return "see that the firmware has the TPM switched on, that its driver is loaded (ls /dev/tpm*), and that tpm.device names it; kleidi serve tries again"
+		return "check that the firmware has the TPM switched on, that its driver is loaded (ls /dev/tpm*), and that tpm.device names it; kleidi serve tries again"
 	default:
-		return "see that swtpm runs and that tpm.device names its socket; kleidi serve tries again"
+		return "check that swtpm runs and that tpm.device names its socket; kleidi serve tries again"
 	}
 }
 

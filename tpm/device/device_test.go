@@ -69,7 +69,7 @@ func TestDoRetries(t *testing.T) {
 func TestDoRetriesUntilTheDeadline(t *testing.T) {
 	_, p := newProxy(t)
 	p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Do: tpmtest.Code(tpm2.TPMRCRetry)})
-	err := p.TPM(500*time.Millisecond).Do(t.Context(), getRandom)
+	err := p.TPM(3*time.Second).Do(t.Context(), getRandom)
 	wantUnavailable(t, err, "deadline")
 	if !errors.Is(err, tpm2.TPMRCRetry) {
 		t.Errorf("%v hides the response code", err)
@@ -100,10 +100,10 @@ func TestDoEndsWithAHangingTPM(t *testing.T) {
 	for name, action := range map[string]tpmtest.Action{"before": tpmtest.Hang, "after": tpmtest.HangAfter} {
 		t.Run(name, func(t *testing.T) {
 			p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Do: action})
-			wantUnavailable(t, p.TPM(50*time.Millisecond).Do(t.Context(), getRandom), "no answer", "another program")
+			wantUnavailable(t, p.TPM(500*time.Millisecond).Do(t.Context(), getRandom), "no answer", "another program")
 
 			d := p.TPM(0)
-			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 			defer cancel()
 			wantUnavailable(t, d.Do(ctx, getRandom), "no answer", "another program")
 
@@ -129,7 +129,7 @@ func TestDoEndsWithAHangingTPM(t *testing.T) {
 // it in Do. An answer that can't be a response is the device's fault.
 func TestDoSurvivesGarbage(t *testing.T) {
 	_, p := newProxy(t)
-	d := p.TPM(time.Second)
+	d := p.TPM(10 * time.Second)
 	for name, garbage := range tpmtest.Garbage() {
 		for _, code := range []tpm2.TPMCC{tpm2.TPMCCGetRandom, tpm2.TPMCCGetCapability} {
 			p.Inject(tpmtest.Fault{On: code, Do: tpmtest.Raw(garbage.Answer)})
@@ -153,7 +153,7 @@ func TestDoWithTruncatedAnswers(t *testing.T) {
 	_, p := newProxy(t)
 	for _, n := range []int{0, 1, 9, 10, 11} {
 		p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Do: tpmtest.Truncate(n)})
-		wantUnavailable(t, p.TPM(time.Second).Do(t.Context(), getRandom), "read a response")
+		wantUnavailable(t, p.TPM(10*time.Second).Do(t.Context(), getRandom), "read a response")
 	}
 }
 
@@ -162,7 +162,7 @@ func TestDoWithTruncatedAnswers(t *testing.T) {
 func TestDoSendsNothingAfterAFault(t *testing.T) {
 	_, p := newProxy(t)
 	p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Times: 1, Do: tpmtest.Truncate(11)})
-	err := p.TPM(time.Second).Do(t.Context(), func(tp transport.TPM) error {
+	err := p.TPM(10*time.Second).Do(t.Context(), func(tp transport.TPM) error {
 		if err := getRandom(tp); err == nil {
 			t.Error("a truncated answer is accepted")
 		}
@@ -176,13 +176,13 @@ func TestDoSendsNothingAfterAFault(t *testing.T) {
 
 func TestDoWithoutTPM(t *testing.T) {
 	m, p := newProxy(t)
-	d := p.TPM(time.Second)
+	d := p.TPM(10 * time.Second)
 	err := d.Do(t.Context(), func(tp transport.TPM) error {
 		p.Vanish()
 		return getRandom(tp)
 	})
-	wantUnavailable(t, err, "see that swtpm runs")
-	wantUnavailable(t, d.Do(t.Context(), getRandom), "see that swtpm runs", p.Address())
+	wantUnavailable(t, err, "check that swtpm runs")
+	wantUnavailable(t, d.Do(t.Context(), getRandom), "check that swtpm runs", p.Address())
 	p.Return()
 	if err := d.Do(t.Context(), getRandom); err != nil {
 		t.Errorf("after it came back: %v", err)

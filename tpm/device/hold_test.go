@@ -104,7 +104,7 @@ func TestHoldFlushes(t *testing.T) {
 // ends, or until another operation wants the TPM, which then gets it.
 func TestHoldIsOneConnection(t *testing.T) {
 	_, p := newProxy(t)
-	d := p.TPM(10 * time.Second)
+	d := p.TPM(0)
 	ctx, release := d.Hold(t.Context())
 	do := func(name string, ctx context.Context, opens int) {
 		t.Helper()
@@ -130,7 +130,7 @@ func TestHoldIsOneConnection(t *testing.T) {
 // goes on afterwards.
 func TestIdleHoldGivesWay(t *testing.T) {
 	_, p := newProxy(t)
-	d, other := p.TPM(30*time.Second), p.TPM(30*time.Second)
+	d, other := p.TPM(2*time.Minute), p.TPM(2*time.Minute)
 	ctx, release := d.Hold(t.Context())
 	defer release()
 	for _, d := range []*device.Device{d, other, d} {
@@ -143,7 +143,7 @@ func TestIdleHoldGivesWay(t *testing.T) {
 // TestHoldAmongMany: operations of holds and other operations succeed at the same time.
 func TestHoldAmongMany(t *testing.T) {
 	_, p := newProxy(t)
-	d := p.TPM(30 * time.Second)
+	d := p.TPM(2 * time.Minute)
 	var all sync.WaitGroup
 	for i := range 6 {
 		all.Go(func() {
@@ -166,7 +166,7 @@ func TestHoldAmongMany(t *testing.T) {
 // used again, and the next operation opens a new one.
 func TestHoldSurvivesAFault(t *testing.T) {
 	_, p := newProxy(t)
-	d := p.TPM(200 * time.Millisecond)
+	d := p.TPM(3 * time.Second)
 	ctx, release := d.Hold(t.Context())
 	defer release()
 	faults := map[string]tpmtest.Action{"drop": tpmtest.Drop, "hang": tpmtest.Hang, "truncated": tpmtest.Truncate(11)}
@@ -187,7 +187,7 @@ func TestHoldSurvivesAFault(t *testing.T) {
 // TestHoldOutlivesAnOperationsContext: the deadline of one operation is not the next one's.
 func TestHoldOutlivesAnOperationsContext(t *testing.T) {
 	_, p := newProxy(t)
-	d := p.TPM(10 * time.Second)
+	d := p.TPM(0)
 	ctx, release := d.Hold(t.Context())
 	defer release()
 	for range 3 {

@@ -19,7 +19,7 @@ const MaxSize = 8 << 10
 var (
 	// ErrMalformed: it does not parse.
 	ErrMalformed = errors.New("the EK certificate does not parse")
-	// ErrOtherKey: it is a certificate of another key than the EK.
+	// ErrOtherKey: the certificate is for a key other than the EK.
 	ErrOtherKey = errors.New("the EK certificate is not this endorsement key's")
 	// ErrNotEK: the certificate was not issued for an EK.
 	ErrNotEK = errors.New("the certificate is not one for an endorsement key")
@@ -80,7 +80,7 @@ func (b *Bundle) Verify(nv []byte, ek crypto.PublicKey, now time.Time) (*Verifie
 	}
 	at := slices.IndexFunc(chains, forEK)
 	if at < 0 {
-		return nil, fmt.Errorf("%w: neither it nor its issuer has the extended key usage %v, or a CA between is limited to others; see that it was read from the EK's NV index, %s", ErrNotEK, oidEK, byDigest)
+		return nil, fmt.Errorf("%w: neither it nor its issuer has the extended key usage %v, or a CA between is limited to others; check that it was read from the EK's NV index, %s", ErrNotEK, oidEK, byDigest)
 	}
 	v.Chain = chains[at]
 	return v, nil
@@ -88,11 +88,11 @@ func (b *Bundle) Verify(nv []byte, ek crypto.PublicKey, now time.Time) (*Verifie
 
 func read(nv []byte) (*Verified, error) {
 	if len(nv) > MaxSize {
-		return nil, fmt.Errorf("%w: it has %d bytes, want at most %d; see that it was read from the EK's NV index", ErrMalformed, len(nv), MaxSize)
+		return nil, fmt.Errorf("%w: it has %d bytes, want at most %d; check that it was read from the EK's NV index", ErrMalformed, len(nv), MaxSize)
 	}
 	c, quirks, err := parse(nv)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w; see that it was read from the EK's NV index whole, %s", ErrMalformed, err, byDigest)
+		return nil, fmt.Errorf("%w: %w; check that it was read from the EK's NV index whole, %s", ErrMalformed, err, byDigest)
 	}
 	quirks = append(quirks, applied(contentQuirks, c)...)
 	return &Verified{Certificate: c.cert, Quirks: quirks}, nil
@@ -115,12 +115,12 @@ func checkKey(cert *x509.Certificate, ek crypto.PublicKey) error {
 		return fmt.Errorf("%w: a key of type %T, want RSA or ECDSA; %s", ErrNotEK, cert.PublicKey, replace)
 	}
 	if !same {
-		return fmt.Errorf("%w: its key is another; see that it belongs to this TPM and this kind of key (RSA, P-256, P-384)", ErrOtherKey)
+		return fmt.Errorf("%w: its key differs; check that it belongs to this TPM and this kind of key (RSA, P-256, P-384)", ErrOtherKey)
 	}
 	return nil
 }
 
-const replace = "see that the certificate is an endorsement key's"
+const replace = "check that the certificate is an endorsement key's"
 
 // certifies are the key usages that would let an EK vouch for others.
 const certifies = x509.KeyUsageCertSign | x509.KeyUsageCRLSign

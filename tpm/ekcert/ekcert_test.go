@@ -231,9 +231,9 @@ func TestSwtpm(t *testing.T) {
 	}
 }
 
-// TestGoogle: Google's vTPMs, from go-tpm-tools' test data, have no extended key
-// usage; that of the issuing CA says what they are. The AKs that the same CA
-// certifies are no EKs.
+// TestGoogle: the EK certificates of Google's vTPMs, from go-tpm-tools' test data,
+// have no extended key usage; that of the issuing CA says that they are for EKs. The
+// same CA's certificates for AKs are refused.
 func TestGoogle(t *testing.T) {
 	in := func(name string) []byte { return must(os.ReadFile("testdata/google/" + name)) }
 	b := load(t, fstest.MapFS{

@@ -54,7 +54,7 @@ type ca struct {
 	key  crypto.Signer
 }
 
-// template is a CA's certificate that expires with the last.
+// template is the certificate of a CA, valid from start to end.
 func template(name string) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: big.NewInt(7), Subject: pkix.Name{CommonName: name}, NotBefore: start, NotAfter: end,
@@ -153,7 +153,7 @@ func asPEM(certs ...[]byte) []byte {
 	return b
 }
 
-// bundle is one of these CAs.
+// bundle returns a bundle of these CAs.
 func bundle(t testing.TB, cas ...*ca) *ekcert.Bundle {
 	t.Helper()
 	var all [][]byte

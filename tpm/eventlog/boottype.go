@@ -214,3 +214,17 @@ func isInitrd(e Event) bool {
 
 // isProvenText recognises text in UTF-16 whose hash is the digest.
 func isProvenText(e Event) bool { return isUTF16(e.UntrustedData) && e.Proves(e.UntrustedData) }
+
+// isUTF16 recognises little-endian text that is mostly ASCII.
+func isUTF16(b []byte) bool {
+	if len(b) < 2 {
+		return false
+	}
+	high := 0
+	for i := 1; i < len(b); i += 2 {
+		if b[i] == 0 {
+			high++
+		}
+	}
+	return b[0] != 0 && high > len(b)/4 // an odd last byte is dropped
+}

@@ -14,20 +14,6 @@ const (
 	maxDifferences = 6
 )
 
-// Difference is one change between two boots, for display. It explains a refusal and
-// decides nothing.
-type Difference struct {
-	PCR int `json:"pcr"`
-	// Event names the measured thing: "kernel command line".
-	Event string `json:"event"`
-	// Was and Now are its values when the slot was made and now; "" if it was not
-	// measured in that boot.
-	Was string `json:"was,omitempty"`
-	Now string `json:"now,omitempty"`
-	// Cause is the usual reason for such a change, or "".
-	Cause string `json:"cause,omitempty"`
-}
-
 // String returns a line such as
 //
 //	PCR 8: kernel command line changed: was "/vmlinuz a", now "/vmlinuz b" (usually the command line was edited)
@@ -117,13 +103,6 @@ func secureBootWhat(summaries []Summary) string {
 // sameDigest compares only the digests, because only they are proven.
 func sameDigest(a, b Summary) bool { return a.Digest == b.Digest }
 
-// circumstances are facts about a change that the events of other PCRs show.
-type circumstances struct {
-	uki        bool // a unified kernel image was or is booted
-	secureBoot bool // Secure Boot was switched on or off
-	restart    Restart
-}
-
 // phasesOf returns the phases of a boot, as [Log.Phases] does.
 func phasesOf(summaries []Summary) []string {
 	var found []string
@@ -134,9 +113,6 @@ func phasesOf(summaries []Summary) []string {
 	}
 	return found
 }
-
-// change is an event that was replaced, removed (now is nil) or added (was is nil).
-type change struct{ was, now *Summary }
 
 func (c change) either() *Summary {
 	if c.now != nil {
@@ -293,12 +269,4 @@ func unversioned(name string) string {
 		}
 		return r
 	}, name)
-}
-
-// short abbreviates a digest or PCR value.
-func short(digest string) string {
-	if len(digest) > 12 {
-		digest = digest[:12] + "…"
-	}
-	return printable(digest, 13)
 }

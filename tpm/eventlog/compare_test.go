@@ -243,7 +243,7 @@ func TestCompareIsBounded(t *testing.T) {
 	}
 	start := time.Now()
 	got := Compare(long("a"), long("b"), nil, nil)
-	if took := time.Since(start); took > 10*time.Second {
+	if took := time.Since(start); took > 2*time.Minute {
 		t.Errorf("took %v", took)
 	}
 	if len(got) != maxDifferences+1 || got[maxDifferences].String() != "PCR 8: 506 more events differ" {

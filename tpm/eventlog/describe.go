@@ -260,20 +260,6 @@ func text(data []byte) string {
 	return s
 }
 
-// isUTF16 recognises little-endian text that is mostly ASCII.
-func isUTF16(b []byte) bool {
-	if len(b) < 2 {
-		return false
-	}
-	high := 0
-	for i := 1; i < len(b); i += 2 {
-		if b[i] == 0 {
-			high++
-		}
-	}
-	return b[0] != 0 && high > len(b)/4 // an odd last byte is dropped
-}
-
 // printable makes a line of untrusted text safe for a terminal or a log: no control or
 // formatting characters, single spaces, at most n runes. It cuts the middle out of a
 // longer line, because command lines usually differ at their ends.

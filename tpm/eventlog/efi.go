@@ -84,11 +84,11 @@ func certificates(db []byte) (certs [][]byte, others int, err error) {
 }
 
 // imageLoad holds the used parts of the data of an image's event
-// (UEFI_IMAGE_LOAD_EVENT). The digest of such an event is that of the image, so these
-// parts are never proven.
+// (UEFI_IMAGE_LOAD_EVENT). The digest of such an event is the image's digest, so it
+// never proves these parts.
 type imageLoad struct {
 	// path is the path of the file, such as \EFI\BOOT\BOOTX64.EFI. It is empty for an
-	// image that was loaded from memory, as GRUB does it.
+	// image that was loaded from memory, as GRUB does.
 	path string
 	// size is the size of the image, in bytes.
 	size uint64

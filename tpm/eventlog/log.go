@@ -205,3 +205,12 @@ func sum(bank crypto.Hash, parts ...[]byte) []byte {
 	}
 	return h.Sum(nil)
 }
+
+// specID is the rest of the Spec ID event, TCG_EfiSpecIDEvent.
+type specID struct {
+	platformClass uint32
+	minor, major  uint8
+	errata        uint8
+	uintnSize     uint8
+	vendorInfo    []byte
+}

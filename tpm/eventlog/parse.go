@@ -12,15 +12,6 @@ import (
 // signature begins the data of the first event in a crypto-agile log.
 const signature = "Spec ID Event03\x00"
 
-// specID is the rest of that event, TCG_EfiSpecIDEvent.
-type specID struct {
-	platformClass uint32
-	minor, major  uint8
-	errata        uint8
-	uintnSize     uint8
-	vendorInfo    []byte
-}
-
 // orDefault supplies a header for logs that are built by hand.
 func (s specID) orDefault() specID {
 	if s.major == 0 {

@@ -125,7 +125,7 @@ func TestQuoteWithoutAFile(t *testing.T) {
 	}
 }
 
-// createKey has the TPM make a key below its storage root key.
+// createKey makes the TPM create a key below its storage root key.
 func (n *node) createKey(public tpm2.TPMTPublic, password string) (pub, priv []byte) {
 	n.Helper()
 	n.Must(func(tp transport.TPM) error {

@@ -171,8 +171,8 @@ func TestEKCertificateUnreadable(t *testing.T) {
 	}
 }
 
-// oneLess takes a byte of the data away, which follow the header, the size of the
-// parameters and their own size.
+// oneLess drops one byte of the data, which follows the header, the size of the
+// parameters and its own size.
 func oneLess(response []byte) []byte {
 	const parameters, data = 10, 14
 	binary.BigEndian.PutUint32(response[parameters:], binary.BigEndian.Uint32(response[parameters:])-1)

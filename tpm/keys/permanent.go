@@ -2,7 +2,7 @@ package keys
 
 import (
 	"context"
-	"errors"
+	"crypto"
 	"fmt"
 
 	"github.com/google/go-tpm/tpm2"
@@ -14,27 +14,63 @@ import (
 // OwnerAuthSet reports whether the owner hierarchy has an authorization value, as the TPM
 // says without a proof (TPMA_PERMANENT, TPM 2.0 Library, Part 2, 8.6).
 func OwnerAuthSet(ctx context.Context, d *device.Device) (set bool, err error) {
-	err = d.Do(ctx, func(t transport.TPM) error {
-		set, err = ownerAuthSet(t)
-		return err
-	})
-	return set, err
+	p, err := ReadPermanent(ctx, d)
+	return p.OwnerAuthSet, err
 }
 
-func ownerAuthSet(t transport.TPM) (bool, error) {
-	r, err := tpm2.GetCapability{Capability: tpm2.TPMCapTPMProperties, Property: uint32(tpm2.TPMPTPermanent), PropertyCount: 1}.Execute(t)
+// Permanent is what a TPM says, without a proof, of its owner and of its protection from
+// dictionary attacks.
+type Permanent struct {
+	OwnerAuthSet, InLockout bool
+	// Failed are the wrong authorizations that it has counted; Most locks it out.
+	Failed, Most uint32
+}
+
+// Bits of TPMA_PERMANENT.
+const (
+	ownerAuthSet = 1 << 0
+	inLockout    = 1 << 9
+)
+
+// ReadPermanent asks for these properties. It uses no authorization.
+func ReadPermanent(ctx context.Context, d *device.Device) (p Permanent, err error) {
+	err = d.Do(ctx, func(t transport.TPM) error {
+		bits, err := property(t, tpm2.TPMPTPermanent)
+		if err != nil {
+			return err
+		}
+		p.OwnerAuthSet, p.InLockout = bits&ownerAuthSet != 0, bits&inLockout != 0
+		if p.Failed, err = property(t, tpm2.TPMPTLockoutCounter); err != nil {
+			return err
+		}
+		p.Most, err = property(t, tpm2.TPMPTMaxAuthFail)
+		return err
+	})
+	return p, err
+}
+
+func property(t transport.TPM, which tpm2.TPMPT) (uint32, error) {
+	r, err := tpm2.GetCapability{Capability: tpm2.TPMCapTPMProperties, Property: uint32(which), PropertyCount: 1}.Execute(t)
 	if err != nil {
-		return false, fmt.Errorf("TPM2_GetCapability: %w", err)
+		return 0, fmt.Errorf("TPM2_GetCapability: %w", err)
 	}
 	properties, err := r.CapabilityData.Data.TPMProperties()
 	if err != nil {
-		return false, fmt.Errorf("TPM2_GetCapability: %w", err)
+		return 0, fmt.Errorf("TPM2_GetCapability: %w", err)
 	}
-	const ownerBit = 1 << 0
 	for _, p := range properties.TPMProperty {
-		if p.Property == tpm2.TPMPTPermanent {
-			return p.Value&ownerBit != 0, nil
+		if p.Property == which {
+			return p.Value, nil
 		}
 	}
-	return false, errors.New("TPM2_GetCapability: the TPM does not tell its permanent attributes")
+	return 0, fmt.Errorf("TPM2_GetCapability: the TPM does not tell property %#x", uint32(which))
+}
+
+// PCRs returns PCR values, which nothing authenticates.
+func PCRs(ctx context.Context, d *device.Device, bank crypto.Hash, pcrs []int) (values map[int][]byte, err error) {
+	err = d.Do(ctx, func(t transport.TPM) error {
+		values, err = ReadPCRs(t, bank, pcrs)
+		return err
+	})
+	return values, err
 }

@@ -86,7 +86,8 @@ func (s *ownerSession) CleanupFailure(t transport.TPM) error {
 
 // withSalt runs f with an option that salts a session to a key of the null hierarchy, where
 // nobody has an authorization value to give away. Without a salt, whoever listens could try
-// values against the session's HMAC. Without a value of the owner's there is nothing to hide.
+// values against the session's HMAC. If the owner has no authorization value, there is
+// nothing to hide.
 func (o Owner) withSalt(t transport.TPM, f func(...tpm2.AuthOption) error) error {
 	if o.File == "" {
 		return f()

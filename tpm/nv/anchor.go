@@ -28,8 +28,8 @@ var (
 	// ErrAnchorUnwritten: the index was defined and never written. Either a crash came
 	// between the two steps, or someone removed the anchor and defined its index again.
 	ErrAnchorUnwritten = errors.New("it was never written")
-	// ErrAnchorReplaced: another index has its number, or its authorization policy is
-	// another.
+	// ErrAnchorReplaced: another index has its number, or the index has another
+	// authorization policy.
 	ErrAnchorReplaced = errors.New("another NV index has its place")
 )
 

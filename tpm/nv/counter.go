@@ -155,7 +155,7 @@ func (c *Counter) look(t transport.TPM) (exists, written bool, err error) {
 	if !bytes.Equal(name.Buffer, c.name.Buffer) {
 		return false, false, seal.Errorf(seal.CauseEpoch,
 			"if another program owns that index, set tpm.epochIndex before kleidi init; if it was kleidi's, someone replaced it: "+counterHint,
-			"NV index %#08x holds something else than the epoch counter", c.index).OrRecover()
+			"NV index %#08x holds something other than the epoch counter", c.index).OrRecover()
 	}
 	return true, written, nil
 }

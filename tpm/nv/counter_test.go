@@ -252,10 +252,10 @@ func TestForeignIndex(t *testing.T) {
 			b := newBench(t)
 			b.must(func(tp transport.TPM) error { return define(tp, "", public) })
 			_, err := b.value(b.counter.Ensure)
-			b.want(err, seal.CauseEpoch, "something else", "tpm.epochIndex", "0x01804b01")
+			b.want(err, seal.CauseEpoch, "something other", "tpm.epochIndex", "0x01804b01")
 			_, err = b.value(b.counter.Read)
-			b.want(err, seal.CauseEpoch, "something else")
-			b.want(b.raise(1), seal.CauseEpoch, "something else")
+			b.want(err, seal.CauseEpoch, "something other")
+			b.want(b.raise(1), seal.CauseEpoch, "something other")
 			for _, code := range []tpm2.TPMCC{tpm2.TPMCCNVDefineSpace, tpm2.TPMCCNVUndefineSpace, tpm2.TPMCCNVIncrement, tpm2.TPMCCNVWrite} {
 				if n := b.proxy.Count(code); n != 0 {
 					t.Errorf("%d times %v", n, code)

@@ -137,7 +137,7 @@ func TestStubVersions(t *testing.T) {
 			}
 			want := next.boot(t, true, want.sections, "quiet root=/dev/sda1", []byte(want.initrd))
 			wantSame(t, got, want)
-			// And from there back, where only the running image explains the initrd.
+			// The opposite update: only the running image explains the initrd.
 			_, err = Predict(want, Change{Next: Files{UKI: base.build(t)}, PCRs: []int{9}})
 			wantRefusal(t, err, "PCR 9", "another initrd than the image's own")
 			got, err = Predict(want, Change{Next: Files{UKI: base.build(t)}, Running: Files{UKI: next.build(t)}, PCRs: []int{4, 7, 9, 11}})
@@ -247,8 +247,8 @@ func TestCommandLineOfUKI(t *testing.T) {
 	old.kernel = "5.10.0-1-amd64"
 	_, err := Predict(base.boot252(t, true), Change{Next: Files{UKI: old.build(t)}, PCRs: []int{4, 9}})
 	wantRefusal(t, err, "PCR 9", "EFI stub of the new kernel")
-	// Without its own command line the image takes the boot entry's, so 9 decides the
-	// boot that 11 decided before.
+	// Without its own command line the image takes the boot entry's, so PCR 9 decides the
+	// boot, as PCR 11 did before.
 	next := base
 	next.cmdline = ""
 	_, err = Predict(base.boot252(t, true), Change{Next: Files{UKI: next.build(t)}})

@@ -218,3 +218,11 @@ func newc(files ...file) []byte {
 	copy(b[at-16:], "0000000B")
 	return b
 }
+
+// writeFile replaces a file in one step.
+func writeFile(path string, b []byte) error {
+	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}

@@ -19,6 +19,7 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 	"github.com/beezy-dev/kleidi/tpm/keys"
+	"github.com/beezy-dev/kleidi/tpm/simboot/internal/swtpm"
 )
 
 // The names in a machine's folder. The control socket has the name that tpm2-tools
@@ -39,6 +40,9 @@ const (
 // terminating zero).
 const maxSocketPath = 107
 
+// ErrNoSwtpm says that swtpm is not installed.
+var ErrNoSwtpm = swtpm.ErrMissing
+
 // ErrInUse says that another process, or another Machine, runs a TPM over the folder.
 var ErrInUse = errors.New("the machine's folder is in use")
 
@@ -47,8 +51,8 @@ type Machine struct {
 	dir string
 
 	mu      sync.Mutex
-	proc    *process // nil while the machine is off
-	lock    *os.File // held while the machine is on
+	proc    *swtpm.Process // nil while the machine is off
+	lock    *os.File       // held while the machine is on
 	current Boot
 }
 
@@ -93,6 +97,10 @@ func (m *Machine) path(name string) string { return filepath.Join(m.dir, name) }
 func (m *Machine) socket() string          { return m.path(socketName) }
 func (m *Machine) controlSocket() string   { return m.path(controlName) }
 
+func (m *Machine) paths() swtpm.Paths {
+	return swtpm.Paths{State: m.path(stateName), Socket: m.socket(), Control: m.controlSocket(), Log: m.path(logName)}
+}
+
 // Dir returns the machine's folder.
 func (m *Machine) Dir() string { return m.dir }
 
@@ -135,7 +143,7 @@ func (m *Machine) Boot(ctx context.Context, b Boot) (err error) {
 	if m.lock, err = lockFile(ctx, m.path(lockName)); err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}
-	if m.proc, err = startProcess(ctx, m, m.lock); err == nil {
+	if m.proc, err = swtpm.Start(ctx, m.paths(), m.lock); err == nil {
 		err = m.measure(ctx, b)
 	}
 	if err != nil {
@@ -211,14 +219,6 @@ func (m *Machine) record(b Boot, log, userspaceLog []byte) error {
 	return nil
 }
 
-// writeFile replaces a file in one step.
-func writeFile(path string, b []byte) error {
-	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(path+".new", path)
-}
-
 func (m *Machine) tpm() *device.Device {
 	addr, err := device.ParseAddress(m.Device())
 	if err != nil {
@@ -236,19 +236,18 @@ func (m *Machine) PowerOff() error {
 }
 
 // shutdownTimeout is how long TPM2_Shutdown may wait for another client of the TPM.
-const shutdownTimeout = time.Second
+const shutdownTimeout = 3 * time.Second
 
 func (m *Machine) powerOff() (err error) {
 	if m.proc != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 		defer cancel()
-		// A TPM without a shutdown starts all the same, and counts the missing
-		// shutdown.
+		// A TPM without a shutdown still starts, and counts the missing shutdown.
 		_ = m.tpm().Do(ctx, func(t transport.TPM) error {
 			_, err := tpm2.Shutdown{ShutdownType: tpm2.TPMSUClear}.Execute(t)
 			return err
 		})
-		err = m.proc.stop()
+		err = m.proc.Stop()
 	}
 	m.forget()
 	return err
@@ -259,7 +258,7 @@ func (m *Machine) CutPower() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.proc != nil {
-		m.proc.kill()
+		m.proc.Kill()
 	}
 	m.forget()
 }
@@ -289,6 +288,9 @@ func (m *Machine) Clear(ctx context.Context) error {
 	})
 }
 
+// inUseTimeout is how long lockFile waits for another process.
+const inUseTimeout = 5 * time.Second
+
 // lockFile takes the lock, which swtpm holds too. A swtpm whose parent was killed ends
 // at once, so lockFile waits a moment.
 func lockFile(ctx context.Context, path string) (*os.File, error) {
@@ -296,7 +298,7 @@ func lockFile(ctx context.Context, path string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+	ctx, cancel := context.WithTimeout(ctx, inUseTimeout)
 	defer cancel()
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)

@@ -75,7 +75,7 @@ func kindOfNew(body []byte) Kind {
 	return Other
 }
 
-// skip drops n bytes and then a field with a size of so many bytes in front.
+// skip drops n bytes and the field after them, whose length is in its first size bytes.
 func skip(b []byte, n, size int) (rest []byte, ok bool) {
 	if len(b) < n+size {
 		return nil, false
@@ -90,3 +90,5 @@ func skip(b []byte, n, size int) (rest []byte, ok bool) {
 	}
 	return b[size+length:], true
 }
+
+const headerSize = 10

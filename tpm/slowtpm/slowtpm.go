@@ -142,8 +142,6 @@ func (t *TPM) count(k Kind) time.Duration {
 	return t.model.Takes[k]
 }
 
-const headerSize = 10
-
 func readMessage(r io.Reader) ([]byte, error) {
 	b := make([]byte, headerSize)
 	if _, err := io.ReadFull(r, b); err != nil {

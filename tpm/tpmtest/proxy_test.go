@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"testing"
-	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -66,7 +65,7 @@ func TestProxyRecords(t *testing.T) {
 // TestFaultIsAimed: a fault hits its command, after and as often as it says.
 func TestFaultIsAimed(t *testing.T) {
 	p := tpmtest.NewProxy(t, tpmtest.New(t, simboot.Baseline(simboot.UKI)))
-	d := p.TPM(time.Second)
+	d := p.TPM(0)
 	p.Inject(tpmtest.Fault{On: tpm2.TPMCCHash, After: 1, Times: 2, Do: tpmtest.Code(tpm2.TPMRCLockout)})
 	for i, wantFault := range []bool{false, true, true, false} {
 		err := d.Do(t.Context(), hash)

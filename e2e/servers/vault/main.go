@@ -70,7 +70,7 @@ func run(addr, standby, certificate, key, dir string) error {
 		addrs = append(addrs, standby)
 	}
 	failed := make(chan error)
-	for _, a := range addrs {
+	for i, a := range addrs {
 		core, err := newCore(storage, a, logger)
 		if err != nil {
 			return err
@@ -78,9 +78,27 @@ func run(addr, standby, certificate, key, dir string) error {
 		if err := open(core, dir); err != nil {
 			return err
 		}
+		if i == 0 {
+			if err := waitActive(core); err != nil {
+				return err
+			}
+		}
 		go func() { failed <- serve(core, a, pair) }()
 	}
 	return <-failed
+}
+
+// waitActive returns once the core serves. An unsealed core takes the lock of the active
+// core in the background, so on a busy machine the second core could take it before the
+// first.
+func waitActive(core *vault.Core) error {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for ; ; <-tick.C {
+		if standby, err := core.Standby(); err != nil || !standby {
+			return err
+		}
+	}
 }
 
 // storage is on the disk, or in memory if two cores share it.

@@ -28,14 +28,14 @@ func ParseDigest(s string) ([]byte, error) {
 	digest, ok := strings.CutPrefix(s, "sha256:")
 	b, err := hex.DecodeString(digest)
 	if !ok || err != nil || len(b) != sha256.Size {
-		return nil, fmt.Errorf("%.80q is no digest; want sha256: and 64 hexadecimal digits", s)
+		return nil, fmt.Errorf("%.80q is not a digest; want sha256: and 64 hexadecimal digits", s)
 	}
 	return b, nil
 }
 
-// Pin accepts only the certificate with that digest, with any name and any dates. It
-// stores the refusal of another certificate in refused, because gRPC reports the
-// refusal only as text.
+// Pin makes config accept only the certificate with the given digest, whatever its names
+// and dates. It stores the refusal of any other certificate in refused, because gRPC
+// reports the refusal only as text.
 func Pin(config *tls.Config, digest []byte, refused *error) {
 	config.InsecureSkipVerify = true // VerifyConnection checks instead
 	config.VerifyConnection = func(s tls.ConnectionState) error {

@@ -24,13 +24,13 @@ const (
 	maxKnown     = 1024 // remembered peers that gave a proof
 )
 
-// Limits in time.
+// Time limits.
 const (
-	// helloTimeout bounds the time from the start of a connection to its first message.
-	helloTimeout = 3 * time.Second
-	// proofTimeout bounds the time from the challenge to the proof. A discrete TPM
+	// HelloTimeout bounds the time from the start of a connection to its first message.
+	HelloTimeout = 3 * time.Second
+	// ProofTimeout bounds the time from the challenge to the proof. A discrete TPM
 	// needs seconds for it; the keys are made before the node connects.
-	proofTimeout = 15 * time.Second
+	ProofTimeout = 15 * time.Second
 	// lingerTimeout bounds the sending of the last message after the end of an
 	// exchange.
 	lingerTimeout = 2 * time.Second

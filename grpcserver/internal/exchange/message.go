@@ -42,7 +42,7 @@ func BankOf(name string) crypto.Hash {
 	return 0
 }
 
-// ToChallenge reads a message.
+// ToChallenge converts a challenge from its message.
 func ToChallenge(c *Challenge) *protocol.Challenge {
 	out := &protocol.Challenge{Nonce: c.GetNonce(), Credential: c.GetCredential(), Secret: c.GetEncryptedSecret(), Bank: BankOf(c.GetBank())}
 	for _, i := range c.GetPcrs() {
@@ -51,7 +51,7 @@ func ToChallenge(c *Challenge) *protocol.Challenge {
 	return out
 }
 
-// FromChallenge makes a message.
+// FromChallenge converts a challenge to its message.
 func FromChallenge(c *protocol.Challenge) *Challenge {
 	out := &Challenge{Nonce: c.Nonce, Credential: c.Credential, EncryptedSecret: c.Secret, Bank: bankNames[c.Bank]}
 	for _, i := range c.PCRs {
@@ -123,3 +123,5 @@ func ReadLogs(e *protocol.Evidence, next func() (*LogPart, error)) error {
 func RefusalOf(r *protocol.Refusal) *Refusal {
 	return &Refusal{Check: string(r.Check), Reason: seal.OneLine(r.Err.Error(), MaxReason), Hint: seal.OneLine(r.Hint, MaxHint)}
 }
+
+var ErrOrder = status.Error(codes.InvalidArgument, "a message arrived out of order; is the caller the same version of kleidi?")

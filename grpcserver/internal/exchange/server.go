@@ -69,7 +69,7 @@ type Server struct {
 
 // NewServer makes a Server.
 func NewServer(o Options) *Server {
-	o.Timeout, o.Hello, o.Proof = cmp.Or(o.Timeout, DefaultTimeout), cmp.Or(o.Hello, helloTimeout), cmp.Or(o.Proof, proofTimeout)
+	o.Timeout, o.Hello, o.Proof = cmp.Or(o.Timeout, DefaultTimeout), cmp.Or(o.Hello, HelloTimeout), cmp.Or(o.Proof, ProofTimeout)
 	s := &Server{options: o, crowd: newCrowd(o.Dropped, o.Hello)}
 	tls := credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true,
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return o.Certificate(), nil }})
@@ -78,7 +78,7 @@ func NewServer(o Options) *Server {
 		grpc.MaxRecvMsgSize(MaxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(1),
-		grpc.ConnectionTimeout(helloTimeout),
+		grpc.ConnectionTimeout(HelloTimeout),
 		grpc.InTapHandle(s.limitTime),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingWait}),
 	)
@@ -89,7 +89,7 @@ func NewServer(o Options) *Server {
 	return s
 }
 
-// Serve answers on l until it is stopped. Stopping is no error.
+// Serve answers on l until it is stopped. Stopping is not an error.
 func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(listener{l, s.crowd}) }
 
 // GracefulStop closes the listener, lets exchanges in progress end, and cuts them
@@ -120,10 +120,9 @@ func (s *Server) limitTime(ctx context.Context, _ *tap.Info) (context.Context, e
 
 // Errors of the exchange itself. A fault of the evidence is a refusal.
 var (
-	ErrBusy   = status.Error(codes.ResourceExhausted, "too many exchanges of this node at a time; ask again later")
+	ErrBusy   = status.Error(codes.ResourceExhausted, "too many exchanges with this node at once; try again later")
 	ErrTLS    = status.Error(codes.Unauthenticated, "the connection is not TLS 1.3")
-	errSecond = status.Error(codes.ResourceExhausted, "a connection carries one exchange; connect again")
-	ErrOrder  = status.Error(codes.InvalidArgument, "a message came out of its order; is the caller a kleidi of this version?")
+	errSecond = status.Error(codes.ResourceExhausted, "a connection carries only one exchange; connect again")
 )
 
 // known are TLS credentials that let a handler see its connection.

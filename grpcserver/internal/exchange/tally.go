@@ -29,9 +29,10 @@ type Tally struct {
 
 // Kind is a kind of refusal.
 type Kind struct {
-	Check string
-	Node  string // the claimed name if it is known, else ""
-	From  netip.Prefix
+	Check   string
+	Finding string // see Verdict
+	Node    string // the claimed name if it is known, else ""
+	From    netip.Prefix
 }
 
 // Add counts a refusal, and reports whether it is the first of its kind in this interval.
@@ -55,6 +56,9 @@ func (t *Tally) Add(k Kind, v *Verdict) (first bool) {
 	}
 	sum.Count++
 	sum.Time = v.Time
+	if sum.Finding != v.Finding {
+		sum.Finding = "" // too many kinds to tell them apart
+	}
 	if sum.Peer = "several"; k.From.IsValid() {
 		sum.Peer = peerName(k.From)
 	}

@@ -23,6 +23,8 @@ type Verdict struct {
 	Check  string `json:"check,omitempty"`
 	Reason string `json:"reason,omitempty"`
 	Hint   string `json:"hint,omitempty"`
+	// Finding is more about a proof that did not verify. The peer does not learn it.
+	Finding string `json:"finding,omitempty"`
 	// Bank and PCRs are the quoted values, by index, of accepted evidence.
 	Bank string         `json:"bank,omitempty"`
 	PCRs map[int]string `json:"pcrs,omitempty"`
@@ -34,7 +36,7 @@ type Verdict struct {
 
 // JoinVerdict holds the audit log's facts of a join, in addition to the evidence.
 type JoinVerdict struct {
-	// Step says what came of it; see the constants of package join.
+	// Step is the outcome; see the constants of package join.
 	Step string `json:"step"`
 	// KeyID and Revision are those of the keyring that the node receives.
 	KeyID    seal.KeyID `json:"keyID"`

@@ -33,7 +33,7 @@ func checkFolder(dir string) error {
 	case unix.S_IFDIR:
 		return ownership.CheckFolder(dir)
 	}
-	return fmt.Errorf("%s is no folder; give a path in one", dir)
+	return fmt.Errorf("%s is not a folder; give a path in one", dir)
 }
 
 // silent keeps an error for errors.Is if the message already contains its text.
@@ -48,7 +48,7 @@ func (s silent) Unwrap() error { return s.error }
 // checkWritable verifies that this process can make a socket in dir.
 func checkWritable(dir string) error {
 	if err := unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
-		return fmt.Errorf("folder %s can't be written by UID %d: %w; chown it, or have its owner run kleidi", dir, os.Geteuid(), err)
+		return fmt.Errorf("folder %s can't be written by UID %d: %w; chown it, or let its owner run kleidi", dir, os.Geteuid(), err)
 	}
 	return nil
 }

@@ -20,15 +20,6 @@ import (
 // NUL (unix(7)), and the private folder's name takes its share.
 const MaxPath = 107 - len("/..new/s") + len("/")
 
-// Limits of simultaneous connections.
-const (
-	// MaxConns bounds the connections of allowed peers.
-	MaxConns = 256
-	// MaxStrangers bounds the connections of other peers, which stay open only to be
-	// told that they are refused.
-	MaxStrangers = 16
-)
-
 // probeTimeout bounds the wait for an answer on an existing socket.
 const probeTimeout = time.Second
 
@@ -162,7 +153,7 @@ func checkOccupant(path string) error {
 		return err
 	}
 	if fi.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("%s exists and is no socket (%s); move it away, kleidi replaces nothing but its own stale socket", path, fi.Mode())
+		return fmt.Errorf("%s exists and is not a socket (%s); move it away, kleidi replaces nothing but its own stale socket", path, fi.Mode())
 	}
 	c, err := net.DialTimeout("unix", path, probeTimeout)
 	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
@@ -192,7 +183,7 @@ func bind(cfg Config) (*net.UnixListener, inode, error) {
 		return nil, inode{}, err
 	}
 	ul.SetUnlinkOnClose(false) // Close removes the file, if the path is still ours
-	ino, err := place(cfg, tmp)
+	ino, err := installSocket(cfg, tmp)
 	if err != nil {
 		os.Remove(tmp)
 		ul.Close()
@@ -220,10 +211,10 @@ func privateFolder(dir, tmp string) error {
 	return nil
 }
 
-// place gives the socket its mode and owner, in this order: changing the mode of
+// installSocket gives the socket its mode and owner, in this order: changing the mode of
 // somebody else's file would need CAP_FOWNER. Until the socket is moved to its path,
 // nobody else can reach it.
-func place(cfg Config, tmp string) (inode, error) {
+func installSocket(cfg Config, tmp string) (inode, error) {
 	if err := os.Chmod(tmp, cfg.Mode.Perm()); err != nil {
 		return inode{}, err
 	}
@@ -264,3 +255,23 @@ func (l *Listener) Close() error {
 
 // Addr returns the address that clients dial, not the bound address.
 func (l *Listener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }
+
+// Accept returns the next connection, a [*Conn]. Connections above the limits
+// are closed at once.
+func (l *Listener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		p, err := peerOf(c)
+		if err != nil {
+			c.Close()
+			continue
+		}
+		if conn := l.seats.take(c, p); conn != nil {
+			return conn, nil
+		}
+		c.Close()
+	}
+}

@@ -52,26 +52,6 @@ func peerOf(c *net.UnixConn) (Peer, error) {
 	return Peer{UID: cred.Uid, GID: cred.Gid, PID: cred.Pid}, nil
 }
 
-// Accept returns the next connection, a [*Conn]. Connections above the limits
-// are closed at once.
-func (l *Listener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.AcceptUnix()
-		if err != nil {
-			return nil, err
-		}
-		p, err := peerOf(c)
-		if err != nil {
-			c.Close()
-			continue
-		}
-		if conn := l.seats.take(c, p); conn != nil {
-			return conn, nil
-		}
-		c.Close()
-	}
-}
-
 // seats counts connections, with a separate count for strangers, so that strangers
 // can't keep the allowed peers out.
 type seats struct {
@@ -130,3 +110,10 @@ func OverflowUID() uint32 {
 	}
 	return uint32(n)
 }
+
+// MaxConns bounds the connections of allowed peers.
+const MaxConns = 256
+
+// MaxStrangers bounds the connections of other peers, which stay open only to be
+// told that they are refused.
+const MaxStrangers = 16

@@ -15,7 +15,8 @@ import (
 // Etcd36 is the bucket meta of etcd 3.6.
 var Etcd36 = map[string]string{"consistent_index": "12345678", "term": "12345678", "storageVersion": "3.6.0"}
 
-// Change is one revision. A nil value deletes the key.
+// Change is one revision. A nil value deletes the key. With neither key nor value,
+// nothing is stored, as by etcdutl snapshot restore --bump-revision.
 type Change struct {
 	Key   string
 	Value []byte
@@ -67,7 +68,7 @@ func Database(meta map[string]string, changes ...Change) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	var b bytes.Buffer // as etcd's own Snapshot
+	var b bytes.Buffer // as etcd's own Snapshot does
 	err = db.View(func(tx *bbolt.Tx) error { _, err := tx.WriteTo(&b); return err })
 	return b.Bytes(), err
 }
@@ -76,7 +77,7 @@ func Database(meta map[string]string, changes ...Change) ([]byte, error) {
 func (c Change) at(revision uint64) []byte {
 	k := binary.BigEndian.AppendUint64(nil, revision)
 	k = binary.BigEndian.AppendUint64(append(k, '_'), 0)
-	if c.Value == nil {
+	if c.Value == nil && c.Key != "" {
 		k = append(k, 't')
 	}
 	return k
@@ -84,6 +85,9 @@ func (c Change) at(revision uint64) []byte {
 
 // message returns the mvccpb.KeyValue.
 func (c Change) message() []byte {
+	if c.Key == "" {
+		return nil
+	}
 	b := protowire.AppendString(protowire.AppendTag(nil, 1, protowire.BytesType), c.Key)
 	if c.Value != nil {
 		b = protowire.AppendBytes(protowire.AppendTag(b, 5, protowire.BytesType), c.Value)

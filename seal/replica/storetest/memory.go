@@ -23,6 +23,7 @@ type Memory struct {
 	clock    uint64
 	watchers map[*func()]bool
 	down     error
+	lacking  error // of a record that is not there
 	next     fault
 	late     []func() // swaps that have not arrived yet
 }
@@ -130,6 +131,9 @@ func (m *Memory) PutRecord(_ context.Context, node string, record []byte) error 
 	if m.down != nil {
 		return m.down
 	}
+	if _, ok := m.now.records[node]; !ok && m.lacking != nil {
+		return m.lacking
+	}
 	m.clock++
 	records := maps.Clone(m.now.records)
 	if records == nil {
@@ -141,6 +145,23 @@ func (m *Memory) PutRecord(_ context.Context, node string, record []byte) error 
 	return nil
 }
 
+// RefuseRecords makes the store answer err when a node writes a record in the place of none;
+// nil ends that. A node's role in the API gives no right to make one.
+func (m *Memory) RefuseRecords(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.lacking = err
+}
+
+// DeleteRecord deletes the record of a node, as an intruder who can write the store does.
+func (m *Memory) DeleteRecord(node string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.now.records = maps.Clone(m.now.records)
+	delete(m.now.records, node)
+	m.changed()
+}
+
 // Watch implements replica.Store.
 func (m *Memory) Watch(ctx context.Context, changed func()) {
 	m.mu.Lock()
@@ -149,7 +170,7 @@ func (m *Memory) Watch(ctx context.Context, changed func()) {
 	}
 	m.watchers[&changed] = true
 	m.mu.Unlock()
-	changed() // as one that has just connected
+	changed() // as a watch that has just connected
 	<-ctx.Done()
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -1,5 +1,5 @@
-// Package storetest holds the conformance tests that every cluster store passes, and a
-// store in memory with the faults of a real one.
+// Package storetest holds the conformance tests that every cluster store must pass, and
+// an in-memory store with the faults of a real one.
 package storetest
 
 import (
@@ -48,8 +48,7 @@ func Test(t *testing.T, open func(*testing.T) Harness) {
 	}
 }
 
-// keyringOf returns size bytes that stand for a keyring. Every byte value is among
-// them.
+// keyringOf returns size bytes that stand for a keyring. They include every byte value.
 func keyringOf(name string, size int) []byte {
 	b := []byte(name)
 	for i := len(b); i < size; i++ {
@@ -86,7 +85,7 @@ func conflicts(t *testing.T, s replica.Store, old, next []byte) {
 	}
 }
 
-// unknown demands an error after which nobody knows whether the swap has happened.
+// unknown demands an error that leaves open whether the swap has happened.
 func unknown(t *testing.T, err error) {
 	t.Helper()
 	if err == nil || errors.Is(err, store.ErrConflict) {
@@ -182,7 +181,7 @@ func testAfterKeyring(t *testing.T, s Harness) {
 	if r := records(t, s); r["a"].AfterKeyring || !r["b"].AfterKeyring {
 		t.Errorf("%+v", r)
 	}
-	put(t, s, "a", "one") // the same bytes once more
+	put(t, s, "a", "one") // the same bytes again
 	swap(t, s, []byte("k"), []byte("l"))
 	put(t, s, "a", "one")
 	if r := records(t, s); !r["a"].AfterKeyring || r["b"].AfterKeyring {
@@ -203,7 +202,7 @@ func testWatch(t *testing.T, s Harness) {
 		})
 	}()
 	old := []byte(nil)
-	for i := range 3 { // the first one may come before the watch has begun
+	for i := range 3 { // the first may come before the watch has begun
 		next := fmt.Appendf(nil, "%d", i)
 		deadline := time.After(soon)
 		for told := false; !told; {

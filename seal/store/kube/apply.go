@@ -24,8 +24,8 @@ var collections = map[string]string{
 // servedWithin bounds how long the API takes to serve a resource after its definition.
 const servedWithin = 30 * time.Second
 
-// Apply makes the objects of a YAML file, or brings them up to date. It returns when
-// the API serves what a CustomResourceDefinition defines. Other managers' fields stay.
+// Apply creates the objects of a YAML file, or updates them. It returns when the API
+// serves the resource of each CustomResourceDefinition. Fields of other managers stay.
 func (c *Client) Apply(ctx context.Context, file string) error {
 	for d := yaml.NewDecoder(strings.NewReader(file)); ; {
 		var o map[string]any

@@ -23,7 +23,7 @@ import (
 )
 
 const (
-	// callTimeout bounds one request, but for a watch.
+	// callTimeout bounds one request, except a watch.
 	callTimeout = 10 * time.Second
 	// maxAnswer bounds the answer to one request, in bytes. The largest is an object
 	// with a keyring of [store.MaxSize] in base64, with kube-apiserver's own fields.
@@ -115,11 +115,11 @@ type Refusal struct {
 	// answer does not come from an API that knows the resource.
 	Reason  string `json:"reason"`
 	Message string `json:"message"`
-	// Continue goes on with a list whose revision is gone, at a newer one.
+	// Continue continues a list whose revision is gone, at a newer revision.
 	Continue string `json:"-"`
 }
 
-// Error says what the API said.
+// Error quotes the API's answer.
 func (r *Refusal) Error() string { return fmt.Sprintf("the API answers %d: %.300s", r.Code, r.Message) }
 
 // Refused reports whether err is the API's answer with this code.
@@ -135,17 +135,23 @@ func certain(err error) bool {
 	return ok && r.Code/100 == 4 && r.Code != http.StatusRequestTimeout
 }
 
-// ErrTooLarge says that an answer is larger than what this client reads.
+// ErrTooLarge says that an answer is larger than this client reads.
 var ErrTooLarge = fmt.Errorf("the API's answer has more than %d bytes", maxAnswer)
 
-// Do sends in, if it is not nil, and reads the answer into out, if that is not nil.
+// Do sends in and reads the answer into out. Either may be nil.
 func (c *Client) Do(ctx context.Context, method, path, contentType string, in, out any) error {
 	return c.do(ctx, method, path, contentType, JSON, in, out)
 }
 
-// Metadata reads a list without anything but the metadata of its objects.
+// Metadata reads only the metadata of the objects of a list.
 func (c *Client) Metadata(ctx context.Context, path string, out any) error {
 	return c.do(ctx, http.MethodGet, path, "", JSON+";as=PartialObjectMetadataList;g=meta.k8s.io;v=v1", nil, out)
+}
+
+// Rewrite makes the API write an object unchanged, by an empty patch. The answer holds only
+// the object's metadata: a Secret's values don't leave the API.
+func (c *Client) Rewrite(ctx context.Context, path string) error {
+	return c.do(ctx, http.MethodPatch, path, MergePatch, JSON+";as=PartialObjectMetadata;g=meta.k8s.io;v=v1", struct{}{}, nil)
 }
 
 func (c *Client) do(ctx context.Context, method, path, contentType, accept string, in, out any) error {
@@ -171,7 +177,7 @@ func (c *Client) do(ctx context.Context, method, path, contentType, accept strin
 		return ErrTooLarge
 	case res.StatusCode/100 != 2:
 		if res.StatusCode == http.StatusUnauthorized {
-			c.Reconnect() // the certificate of this connection may have ended
+			c.Reconnect() // the certificate of this connection may have expired
 		}
 		return refusal(res.StatusCode, answer)
 	case out == nil:

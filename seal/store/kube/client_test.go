@@ -61,7 +61,8 @@ func certificate(t *testing.T, serial int64) *tls.Certificate {
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
-// TestKubeconfig: what is written is read back, at this machine's address or at another.
+// TestKubeconfig: a kubeconfig that was written is read back, with this machine's address
+// or another.
 func TestKubeconfig(t *testing.T) {
 	k := &Kubeconfig{Server: "https://192.0.2.1:6443", CA: []byte("ca")}
 	local := k.Local()

@@ -56,8 +56,8 @@ func ReadKubeconfig(path string) (*Kubeconfig, error) {
 	return k, nil
 }
 
-// At returns the same API at another URL. Its certificate must still have the name that
-// it has at the present one.
+// At returns the same API at another URL. The API's certificate must still have the
+// name that it has at the present URL.
 func (k *Kubeconfig) At(server string) (*Kubeconfig, error) {
 	u, err := url.Parse(server)
 	if err != nil || u.Scheme != "https" || u.Host == "" {
@@ -73,7 +73,8 @@ func (k *Kubeconfig) At(server string) (*Kubeconfig, error) {
 	return &at, nil
 }
 
-// Local returns the same API on this machine's loopback, or nil if it is there already.
+// Local returns the same API on this machine's loopback, or nil if k has that address
+// already.
 func (k *Kubeconfig) Local() *Kubeconfig {
 	if ip := net.ParseIP(k.hostname()); ip != nil && ip.IsLoopback() || k.hostname() == "localhost" {
 		return nil
@@ -103,7 +104,7 @@ func (k *Kubeconfig) Address() string {
 	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "443"))
 }
 
-// Dial proves that the API answers there.
+// Dial proves that the API answers at k's address.
 func (k *Kubeconfig) Dial(ctx context.Context) error {
 	c := &tls.Config{ServerName: cmp.Or(k.ServerName, k.hostname()), MinVersion: tls.VersionTLS12}
 	if len(k.CA) > 0 {

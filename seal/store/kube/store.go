@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"strconv"
 
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/store"
 )
 
@@ -32,7 +33,7 @@ type Store struct {
 	Summary, RecordSummary func([]byte) map[string]any
 }
 
-// object holds the common parts of both resources.
+// object holds the common parts of the resources.
 type object struct {
 	APIVersion string   `json:"apiVersion,omitempty"`
 	Kind       string   `json:"kind,omitempty"`
@@ -48,6 +49,7 @@ type metadata struct {
 type spec struct {
 	Keyring []byte `json:"keyring,omitempty"` // of a Keyring
 	Record  []byte `json:"record,omitempty"`  // of a KeyringNode
+	KEK     []byte `json:"kek,omitempty"`     // of a KeyringArchive
 	// KeyringVersion is the resourceVersion of the Keyring before the record was
 	// written. It makes the API store a record even if the rest of the record has not
 	// changed.
@@ -68,12 +70,12 @@ func (s *Store) Load(ctx context.Context) ([]byte, error) {
 	return b, err
 }
 
-// load returns the resourceVersion, too.
+// load is Load, and also returns the resourceVersion.
 func (s *Store) load(ctx context.Context) ([]byte, string, error) {
 	var o object
 	err := s.get(ctx, theKeyring, &o)
 	if err != nil {
-		return nil, "", fmt.Errorf("read Keyring %s: %w", keyringName, err)
+		return nil, "", fmt.Errorf("read Keyring %s: %w", keyringName, lacking("get", "keyrings", err))
 	}
 	if len(o.Spec.Keyring) > store.MaxSize {
 		return nil, "", fmt.Errorf("read Keyring %s: it has more than %d bytes", keyringName, store.MaxSize)
@@ -89,6 +91,17 @@ func (s *Store) Ping(ctx context.Context) error {
 		return nil
 	}
 	return err
+}
+
+const hintRights = "run kleidi cluster setup --kubeconfig FILE on this node, unless it was removed from the cluster"
+
+// lacking names the right that the node lacks, if that is why the API has refused a request.
+// The cause is then [seal.CauseCredentials].
+func lacking(verb, resource string, err error) error {
+	if !Refused(err, http.StatusForbidden) || seal.CauseOf(err) != "" {
+		return err
+	}
+	return seal.Errorf(seal.CauseCredentials, hintRights, "this node lacks the right to %s %s: %w", verb, resource, err)
 }
 
 // get reads an object. The error is fs.ErrNotExist if the API knows the resource and
@@ -123,33 +136,56 @@ func (s *Store) Swap(ctx context.Context, old, next []byte) error {
 	return err
 }
 
+// swapAttempts bounds how often a swap begins again because other parts of the object have
+// changed.
+const swapAttempts = 8
+
 func (s *Store) swap(ctx context.Context, old, next []byte) error {
-	b, version, err := s.load(ctx)
-	switch absent := errors.Is(err, fs.ErrNotExist); {
-	case absent && old == nil:
-		return s.create(ctx, next)
-	case err != nil && !absent:
-		return err
-	case absent || old == nil || !bytes.Equal(b, old):
-		return fmt.Errorf("resource Keyring %s: %w", keyringName, store.ErrConflict)
+	var refused error
+	refusedAt := "" // the resourceVersion
+	for range swapAttempts {
+		b, version, err := s.load(ctx)
+		switch absent := errors.Is(err, fs.ErrNotExist); {
+		case absent && old == nil:
+			return s.create(ctx, next)
+		case err != nil && !absent && refused == nil:
+			return err
+		case err != nil || old == nil || !bytes.Equal(b, old):
+			return fmt.Errorf("resource Keyring %s: %w", keyringName, store.ErrConflict)
+		case version == refusedAt: // no test of the patch has failed
+			return unwanted(refused)
+		}
+		if refused = s.patch(ctx, version, old, next); !testFailed(refused) {
+			return refused
+		}
+		refusedAt = version
 	}
-	err = s.Do(ctx, http.MethodPatch, theKeyring, JSONPatch, []patch{
+	return unwanted(refused)
+}
+
+func (s *Store) patch(ctx context.Context, version string, old, next []byte) error {
+	err := s.Do(ctx, http.MethodPatch, theKeyring, JSONPatch, []patch{
 		{"test", "/metadata/resourceVersion", version},
 		{"test", "/spec/keyring", old},
 		{"replace", "/spec/keyring", next},
 		{"add", "/spec/summary", summary(s.Summary, next)},
 	}, nil)
-	// A failed test is "unprocessable"; a keyring that was deleted meanwhile is not found.
-	if Refused(err, http.StatusUnprocessableEntity) || Refused(err, http.StatusConflict) || Refused(err, http.StatusNotFound) {
-		if now, _, err := s.load(ctx); err == nil && bytes.Equal(now, old) {
-			return s.swap(ctx, old, next) // only other parts of the object have changed
-		}
-		return fmt.Errorf("resource Keyring %s: %w", keyringName, store.ErrConflict)
-	}
 	if err != nil {
-		return fmt.Errorf("write Keyring %s: %w", keyringName, err)
+		return fmt.Errorf("write Keyring %s: %w", keyringName, lacking("patch", "keyrings", err))
 	}
 	return nil
+}
+
+// testFailed reports whether the API's answer may mean that a test of a patch has failed. A
+// failed test is "unprocessable"; a keyring that was deleted meanwhile is not found. An
+// admission policy gives the same answers.
+func testFailed(err error) bool {
+	return Refused(err, http.StatusUnprocessableEntity) || Refused(err, http.StatusConflict) || Refused(err, http.StatusNotFound)
+}
+
+// unwanted gives err the cause and the hint for an object that the API refuses.
+func unwanted(err error) error {
+	return seal.Caused(seal.CauseConfiguration, "see which admission policy or webhook of the cluster refuses it, and exempt the resources of "+Group, "the API refuses the keyring", err)
 }
 
 func (s *Store) create(ctx context.Context, next []byte) error {
@@ -159,9 +195,12 @@ func (s *Store) create(ctx context.Context, next []byte) error {
 		return fmt.Errorf("resource Keyring %s: %w", keyringName, store.ErrConflict)
 	}
 	if err != nil {
-		return fmt.Errorf("create Keyring %s: %w", keyringName, err)
+		err = fmt.Errorf("create Keyring %s: %w", keyringName, lacking("create", "keyrings", err))
 	}
-	return nil
+	if Refused(err, http.StatusUnprocessableEntity) {
+		return unwanted(err)
+	}
+	return err
 }
 
 func summary(f func([]byte) map[string]any, b []byte) map[string]any {
@@ -185,7 +224,7 @@ func (s *Store) Records(ctx context.Context, names ...string) ([]store.NodeRecor
 		case errors.Is(err, fs.ErrNotExist):
 			continue
 		case err != nil:
-			return nil, fmt.Errorf("read KeyringNode %s: %w", name, err)
+			return nil, fmt.Errorf("read KeyringNode %s: %w", name, lacking("get", "keyringnodes", err))
 		}
 		if len(o.Spec.Record) > 0 && len(o.Spec.Record) <= store.MaxSize { // the cluster's set-up makes the object without a record
 			all = append(all, store.NodeRecord{Node: name, Bytes: o.Spec.Record, AfterKeyring: later(o.Metadata.ResourceVersion, version)})
@@ -213,11 +252,11 @@ func (s *Store) PutRecord(ctx context.Context, node string, record []byte) error
 		o.APIVersion, o.Kind, o.Metadata.Name = APIVersion, "KeyringNode", node
 		err = s.Do(ctx, http.MethodPost, nodes, JSON, o, nil)
 		if Refused(err, http.StatusForbidden) {
-			err = fmt.Errorf("there is no such object: %w", err)
+			err = seal.Errorf(seal.CauseCredentials, hintRights, "there is no such object: %w", err)
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("write KeyringNode %s: %w", node, err)
+		return fmt.Errorf("write KeyringNode %s: %w", node, lacking("patch", "keyringnodes", err))
 	}
 	return nil
 }

@@ -53,7 +53,7 @@ func Refuse(c Check, hint, format string, args ...any) error {
 }
 
 // HintForged is the hint for a message that no kleidi of this version sends.
-const HintForged = "see that kleidi on both sides is of the same version; if it is, find out what runs in the node's place"
+const HintForged = "check that both sides run the same version of kleidi; if they do, find out what runs in the node's place"
 
 // Pending is an exchange after its challenge. It can be answered once.
 type Pending struct {
@@ -63,9 +63,11 @@ type Pending struct {
 	pcrs    []int
 	digest  []byte // of the transcript
 	akName  []byte
-	secret  []byte
-	proven  bool
-	spent   bool
+	// transcript is what digest covers.
+	transcript Transcript
+	secret     []byte
+	proven     bool
+	spent      bool
 }
 
 // Begin makes the challenge of an exchange on a TLS connection with that exporter
@@ -93,8 +95,9 @@ func (p Purpose) Begin(c *Claims, exporter []byte, bank crypto.Hash, pcrs []int)
 	if challenge.Credential, challenge.Secret, err = makeCredential(ek, akName, pending.secret); err != nil {
 		return nil, nil, err
 	}
-	pending.digest = p.Digest(&Transcript{Cluster: seal.ClusterID(c.Cluster), Node: c.Node, Nonce: challenge.Nonce, Exporter: exporter, Context: c.Context,
-		EK: c.EK, AK: akName, SRK: c.SRK})
+	pending.transcript = Transcript{Cluster: seal.ClusterID(c.Cluster), Node: c.Node, Nonce: bytes.Clone(challenge.Nonce), Exporter: exporter, Context: c.Context,
+		EK: c.EK, AK: akName, SRK: c.SRK}
+	pending.digest = p.Digest(&pending.transcript)
 	return pending, challenge, nil
 }
 
@@ -107,7 +110,7 @@ func checkAK(public []byte) ([]byte, error) {
 		return nil, err
 	}
 	if !bytes.Equal(tpm2.Marshal(p), public) || !keys.IsAK(p) {
-		return nil, errors.New("it is no restricted signing key as kleidi makes it")
+		return nil, errors.New("it is not a restricted signing key as kleidi makes it")
 	}
 	return nameOf(p)
 }
@@ -124,7 +127,7 @@ func (p *Pending) Prove(answer []byte) error {
 	}
 	p.spent = true
 	if !hmac.Equal(p.purpose.Answer(p.secret, p.digest), answer) {
-		return Refuse(CheckProof, HintForged, "the attestation key is not on the TPM with that endorsement key, or somebody stands in between")
+		return Refuse(CheckProof, HintForged, "the attestation key is not on the TPM with that endorsement key, or somebody is intercepting the connection")
 	}
 	p.proven = true
 	return nil
@@ -172,7 +175,7 @@ func (p *Pending) checkSRK(quote []byte) error {
 		return err
 	}
 	if !bytes.Equal(a.QualifiedSigner.Buffer, qualifiedName(p.claims.SRK, p.akName)) {
-		return errors.New("the attestation key does not hang from it in the owner hierarchy")
+		return errors.New("the attestation key is not a child of it in the owner hierarchy")
 	}
 	return nil
 }

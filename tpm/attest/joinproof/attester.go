@@ -20,9 +20,10 @@ type Attester struct {
 	Logs   exchange.Logs
 }
 
-// Prove makes a hello, has begin say it, and answers the challenge that begin returns with
-// the TLS connection's value. The TPM is open for as long. It returns the digest of the
-// transcript too, under which the join is ended.
+// Prove makes a hello, passes it to begin, which sends it, and answers the challenge that
+// begin returns together with the TLS connection's exporter value. The TPM stays open
+// meanwhile. Prove also returns the digest of the transcript, which the last message of
+// the join repeats.
 func (a *Attester) Prove(ctx context.Context, cluster seal.ClusterID, node string, terms Terms, begin func(*Hello) (c *exchange.Challenge, exporter []byte, err error)) (e *exchange.Evidence, transcript []byte, err error) {
 	err = a.Device.Do(ctx, func(t transport.TPM) error {
 		return keys.WithSRK(t, a.Owner, nil, func(srk *keys.SRK) error {
@@ -43,7 +44,8 @@ func (a *Attester) Prove(ctx context.Context, cluster seal.ClusterID, node strin
 	return e, transcript, err
 }
 
-// VerifierKey is how the key of a remote verifier stands in [Terms]; nil is none.
+// VerifierKey returns a remote verifier's key in the form that [Terms] has; nil means
+// no verifier.
 func VerifierKey(v *tpm.Verifier) []byte {
 	if v == nil {
 		return nil

@@ -72,8 +72,8 @@ func (t *Terms) Context() []byte {
 		binary.BigEndian.AppendUint32(nil, t.EpochIndex), binary.BigEndian.AppendUint64(nil, t.Epoch), t.Verifier, t.Signer, t.Ref)
 }
 
-// check refuses terms in any other form than a joining node sends, so that equal terms
-// have one context.
+// check refuses terms in any form but the one that a joining node sends, so that equal
+// terms have one context.
 func (t *Terms) check() error {
 	if err := exchange.CheckSizes([]exchange.Size{
 		{What: "list of formats", N: len(t.Formats), Low: 1, High: maxFormats}, {What: "verifier's key", N: len(t.Verifier), High: exchange.MaxKey},
@@ -133,7 +133,7 @@ func NewHello(m *exchange.Machine, cluster seal.ClusterID, node string, t Terms)
 // returns the digest of the transcript, which identifies this join in its last message.
 func Respond(m *exchange.Machine, h *Hello, c *exchange.Challenge, exporter []byte, logs exchange.Logs) (e *exchange.Evidence, transcript []byte, err error) {
 	if err := c.Check(); err != nil {
-		return nil, nil, seal.Errorf(seal.CauseUnavailable, "see that the address leads to kleidi serve of this version", "the challenge of the node that gives the KEK: %w", err)
+		return nil, nil, seal.Errorf(seal.CauseUnavailable, "check that the address leads to kleidi serve of this version", "the challenge of the node that gives the KEK: %w", err)
 	}
 	claims, err := h.claims()
 	if err != nil {

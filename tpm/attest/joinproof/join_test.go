@@ -43,6 +43,8 @@ type rig struct {
 	approvals map[string]*Approval
 	terms     Terms
 	wrapper   *tpm.Wrapper
+	recent    exchange.Recent
+	finding   exchange.Finding
 	wire
 }
 
@@ -123,6 +125,7 @@ func (r *rig) join() (proven *Proven, theirs, ours []byte, err error) {
 				if err != nil {
 					return err
 				}
+				r.recent.Add(pending.Pending)
 				if r.challenge != nil {
 					r.challenge(c)
 				}
@@ -138,6 +141,7 @@ func (r *rig) join() (proven *Proven, theirs, ours []byte, err error) {
 					r.evidence(e)
 				}
 				if err := pending.Prove(e.Proof); err != nil {
+					r.finding = r.recent.Find(pending.Pending, e)
 					return err
 				}
 				theirs, ours = pending.Transcript(), transcript
@@ -217,6 +221,18 @@ func TestAttacks(t *testing.T) {
 		}
 		e.Attest, e.Signature, e.PCRs = q.Attest, q.Signature, q.PCRs
 	}
+	// What the verifier's log says of a proof that does not verify. Its answer does not.
+	findings := map[string]exchange.Finding{
+		"replayed evidence":              exchange.FindingReplay,
+		"a stale nonce":                  exchange.FindingStaleNonce,
+		"a proof of somebody else":       exchange.FindingNoSecret,
+		"a relayed session":              exchange.FindingOtherTranscript,
+		"the terms' PCRs altered":        exchange.FindingOtherTranscript,
+		"the terms' epoch altered":       exchange.FindingOtherTranscript,
+		"the terms' epoch index altered": exchange.FindingOtherTranscript,
+		"the terms' formats altered":     exchange.FindingOtherTranscript,
+		"another machine's SRK":          exchange.FindingOtherTranscript,
+	}
 	for name, c := range map[string]struct {
 		wire  wire
 		check exchange.Check
@@ -229,19 +245,20 @@ func TestAttacks(t *testing.T) {
 		"replayed evidence":                {wire{evidence: func(e *exchange.Evidence) { *e = *kept }}, exchange.CheckProof, "not on the TPM"},
 		"a replayed quote":                 {wire{evidence: func(e *exchange.Evidence) { e.Attest, e.Signature = kept.Attest, kept.Signature }}, exchange.CheckEvidence, "not fresh"},
 		"a quote from another TPM":         {wire{evidence: lend}, exchange.CheckEvidence, "quote"},
-		"a relayed session":                {wire{exporter: exporter(2)}, exchange.CheckProof, "stands in between"},
-		"a stale nonce":                    {wire{challenge: func(c *exchange.Challenge) { c.Nonce = keptNonce }}, exchange.CheckProof, "stands in between"},
+		"a proof of somebody else":         {wire{evidence: func(e *exchange.Evidence) { e.Proof[0] ^= 1 }}, exchange.CheckProof, "not on the TPM"},
+		"a relayed session":                {wire{exporter: exporter(2)}, exchange.CheckProof, "is intercepting"},
+		"a stale nonce":                    {wire{challenge: func(c *exchange.Challenge) { c.Nonce = keptNonce }}, exchange.CheckProof, "is intercepting"},
 		"a forged log":                     {wire{evidence: func(e *exchange.Evidence) { cut(t, e) }}, exchange.CheckEvidence, "PCR"},
 		"no log":                           {wire{evidence: func(e *exchange.Evidence) { e.FirmwareLog = nil }}, exchange.CheckEvidence, "firmware event log"},
 		"fewer PCRs":                       {wire{challenge: func(c *exchange.Challenge) { c.PCRs = []int{4, 7} }}, exchange.CheckEvidence, "not over exactly"},
-		"the terms' PCRs altered":          {wire{hello: func(h *Hello) { h.PCRs = []int{4, 7} }}, exchange.CheckProof, "stands in between"},
-		"the terms' epoch altered":         {wire{hello: func(h *Hello) { h.Epoch++ }}, exchange.CheckProof, "stands in between"},
-		"the terms' epoch index altered":   {wire{hello: func(h *Hello) { h.EpochIndex++ }}, exchange.CheckProof, "stands in between"},
-		"the terms' formats altered":       {wire{hello: func(h *Hello) { h.Formats = []int{2} }}, exchange.CheckProof, "stands in between"},
-		"another machine's SRK":            {wire{hello: func(h *Hello) { h.SRK = other.srk() }}, exchange.CheckProof, "stands in between"},
-		"another machine's SRK, claimed":   {wire{claim: func(h *Hello) { h.SRK = other.srk() }}, exchange.CheckSRK, "does not hang from it"},
+		"the terms' PCRs altered":          {wire{hello: func(h *Hello) { h.PCRs = []int{4, 7} }}, exchange.CheckProof, "is intercepting"},
+		"the terms' epoch altered":         {wire{hello: func(h *Hello) { h.Epoch++ }}, exchange.CheckProof, "is intercepting"},
+		"the terms' epoch index altered":   {wire{hello: func(h *Hello) { h.EpochIndex++ }}, exchange.CheckProof, "is intercepting"},
+		"the terms' formats altered":       {wire{hello: func(h *Hello) { h.Formats = []int{2} }}, exchange.CheckProof, "is intercepting"},
+		"another machine's SRK":            {wire{hello: func(h *Hello) { h.SRK = other.srk() }}, exchange.CheckProof, "is intercepting"},
+		"another machine's SRK, claimed":   {wire{claim: func(h *Hello) { h.SRK = other.srk() }}, exchange.CheckSRK, "is not a child of it"},
 		"an SRK of another template":       {wire{hello: func(h *Hello) { h.SRK = weaken(t, h.SRK) }}, exchange.CheckSRK, "not of the TCG's"},
-		"an AK with wrong attributes":      {wire{hello: func(h *Hello) { h.AK = weaken(t, h.AK) }}, exchange.CheckAK, "no restricted signing key"},
+		"an AK with wrong attributes":      {wire{hello: func(h *Hello) { h.AK = weaken(t, h.AK) }}, exchange.CheckAK, "not a restricted signing key"},
 		"a format that it does not read":   {wire{claim: func(h *Hello) { h.Formats = []int{1} }}, CheckFormat, "of format 2"},
 		"a remote verifier of its own":     {wire{claim: func(h *Hello) { h.Verifier = []byte("key") }}, CheckVerifier, "another remote verifier"},
 		"a signer that nobody approved":    {wire{claim: func(h *Hello) { h.Signer = []byte("key") }}, CheckSigner, "nobody approved"},
@@ -258,8 +275,15 @@ func TestAttacks(t *testing.T) {
 		"a long key":                       {wire{hello: func(h *Hello) { h.Verifier = make([]byte, exchange.MaxKey+1) }}, exchange.CheckMessage, "verifier's key"},
 		"a node without a name":            {wire{hello: func(h *Hello) { h.Node = "" }}, exchange.CheckMessage, "node name"},
 	} {
-		r.wire = c.wire
+		r.wire, r.finding = c.wire, ""
 		r.refused(name, c.check, c.words)
+		if r.finding != findings[name] {
+			t.Errorf("%s: the finding is %q, want %q", name, r.finding, findings[name])
+		}
+		delete(findings, name)
+	}
+	if len(findings) > 0 {
+		t.Errorf("no such attacks: %v", findings)
 	}
 	r.accepted("undisturbed, after all of them")
 }
@@ -305,8 +329,8 @@ func TestSRKOfAnotherHierarchy(t *testing.T) {
 	}
 }
 
-// TestOtherBoots: another boot than the approved one, a boot in another phase, and a
-// boot that measured nothing.
+// TestOtherBoots: a boot other than the approved one, a boot in another phase, and a
+// boot that measured nothing are refused.
 func TestOtherBoots(t *testing.T) {
 	r := newRig(t, simboot.Baseline(simboot.UKI))
 	for name, change := range map[string]func(*simboot.Boot){
@@ -333,11 +357,21 @@ func TestOtherBoots(t *testing.T) {
 	// A boot policy that demands no PCR of the kernel does not admit an unmeasured
 	// kernel.
 	r.machine.Reboot(simboot.Baseline(simboot.UKI))
+	r.approvals["beta"].Phase = "ready"
+	r.accepted("a boot whose phases nobody measures")
+	r.approvals["beta"].Phase = ""
 	r.approvals["beta"].BootPolicy = r.policy(4, 7)
 	r.terms.PCRs = []int{4, 7, 14}
 	r.refused("nothing was measured into PCR 14", CheckPCRs, "kernel")
 	r.terms.PCRs = []int{4, 7}
 	r.refused("the kernel is left out", CheckPCRs, "kernel")
+	r.machine.Reboot(simboot.Baseline(simboot.Direct))
+	for name, pcrs := range map[string][]int{"as it would seal by itself": {4, 7, 11}, "as GRUB's machines": {4, 7, 8, 9}, "all of the firmware": {0, 1, 2, 3, 4, 5, 6, 7}} {
+		r.terms.PCRs, r.approvals["beta"].BootPolicy = pcrs, r.policy(0)
+		r.refused("the hypervisor started a kernel that nothing measured, and PCRs "+name, CheckPCRs, "PCR 4 has no image")
+	}
+	r.machine.Reboot(simboot.Baseline(simboot.UKI))
+	r.terms.PCRs, r.approvals["beta"].BootPolicy = []int{4, 7}, r.policy(4, 7)
 	r.approvals["beta"].AnySigned = true
 	if p := r.accepted("what Secure Boot's keys let start"); len(p.State.Values) != 2 {
 		t.Errorf("%+v", p.State)
@@ -365,9 +399,12 @@ func TestApprovedTerms(t *testing.T) {
 	}
 	r.approvals["beta"].Signers = []tpm.Signer{{Key: key(), Ref: signer.Ref}, signer}
 	r.terms.Signer, r.terms.Ref, r.terms.PCRs = tpm2.Marshal(signer.Key), signer.Ref, []int{7}
-	if p := r.accepted("an approved signer"); p.State.Use != tpm.UseSigned || !bytes.Equal(p.State.Signer.Ref, signer.Ref) || len(p.State.Values) != 1 {
+	if p := r.accepted("an approved signer"); p.State.Use != tpm.UseSigned || !bytes.Equal(p.State.Signer.Ref, signer.Ref) || !bytes.Equal(tpm2.Marshal(p.State.Signer.Key), tpm2.Marshal(signer.Key)) || len(p.State.Values) != 1 {
 		t.Errorf("%+v", p.State)
 	}
+	r.terms.Signer = tpm2.Marshal(key())
+	r.refused("another key for the same generation", CheckSigner, "nobody approved")
+	r.terms.Signer = tpm2.Marshal(signer.Key)
 	r.terms.Ref = []byte("generation 0")
 	r.refused("another generation", CheckSigner, "nobody approved")
 	r.terms.Ref = signer.Ref

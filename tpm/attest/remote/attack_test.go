@@ -40,10 +40,10 @@ func TestAttacks(t *testing.T) {
 		"replayed evidence":                      {wire{evidence: func(e *Evidence) { *e = *kept }}, CheckProof, "not on the TPM"},
 		"replayed quote":                         {wire{evidence: func(e *Evidence) { e.Attest, e.Signature = kept.Attest, kept.Signature }}, CheckEvidence, "not fresh"},
 		"replayed signature":                     {wire{evidence: func(e *Evidence) { e.Signature = kept.Signature }}, CheckEvidence, "quote"},
-		"relay from another TLS connection":      {wire{exporter: exporter(2)}, CheckProof, "stands in between"},
-		"the verifier's nonce replaced":          {wire{challenge: func(c *Challenge) { c.Nonce[0] ^= 1 }}, CheckProof, "stands in between"},
-		"the session's nonce replaced":           {wire{hello: func(h *Hello) { h.NonceTPM = make([]byte, SessionNonceSize) }}, CheckProof, "stands in between"},
-		"the SRK's Name replaced":                {wire{hello: func(h *Hello) { h.SRK = make([]byte, exchange.NameSize) }}, CheckProof, "stands in between"},
+		"relay from another TLS connection":      {wire{exporter: exporter(2)}, CheckProof, "is intercepting"},
+		"the verifier's nonce replaced":          {wire{challenge: func(c *Challenge) { c.Nonce[0] ^= 1 }}, CheckProof, "is intercepting"},
+		"the session's nonce replaced":           {wire{hello: func(h *Hello) { h.NonceTPM = make([]byte, SessionNonceSize) }}, CheckProof, "is intercepting"},
+		"the SRK's Name replaced":                {wire{hello: func(h *Hello) { h.SRK = make([]byte, exchange.NameSize) }}, CheckProof, "is intercepting"},
 		"a proof guessed":                        {wire{evidence: func(e *Evidence) { e.Proof = make([]byte, 32) }}, CheckProof, "not on the TPM"},
 		"no proof":                               {wire{evidence: func(e *Evidence) { e.Proof = nil }}, CheckProof, "not on the TPM"},
 		"another cluster":                        {wire{hello: func(h *Hello) { h.Cluster = make([]byte, 16) }}, CheckCluster, "is of cluster"},
@@ -71,7 +71,7 @@ func TestAttacks(t *testing.T) {
 		"a session nonce of 32 bytes":            {wire{hello: func(h *Hello) { h.NonceTPM = make([]byte, 32) }}, CheckMessage, "session nonce"},
 		"no session nonce":                       {wire{hello: func(h *Hello) { h.NonceTPM = nil }}, CheckMessage, "session nonce"},
 		"an SRK's Name of another size":          {wire{hello: func(h *Hello) { h.SRK = h.SRK[:33] }}, CheckMessage, "storage root key"},
-		"an attestation key with a byte behind":  {wire{hello: func(h *Hello) { h.AK = append(h.AK, 0) }}, CheckAK, "no restricted signing key"},
+		"an attestation key with a byte behind":  {wire{hello: func(h *Hello) { h.AK = append(h.AK, 0) }}, CheckAK, "not a restricted signing key"},
 		"an attestation key that makes no sense": {wire{hello: func(h *Hello) { h.AK = h.AK[:20] }}, CheckAK, "attestation key"},
 	} {
 		c.wire.verifier = r.verifier
@@ -289,7 +289,7 @@ func TestStorageRootKeyElsewhere(t *testing.T) {
 			})
 		})
 	})
-	r.refused("another storage root key", err, CheckSRK, "does not hang from it")
+	r.refused("another storage root key", err, CheckSRK, "is not a child of it")
 }
 
 // TestEKCertificate: if certificates are demanded, a node whose certificate does not

@@ -52,7 +52,7 @@ func (a *Attester) Sign(ctx context.Context, t transport.TPM, srk *keys.SRK, non
 	}
 	s, err := tpm2.Unmarshal[tpm2.TPMTSignature](signature)
 	if err != nil {
-		return tpm2.TPMTSignature{}, seal.Errorf(seal.CauseUnavailable, "see that tpm.verifier.address leads to kleidi verifier", "the verifier's signature: %w", err)
+		return tpm2.TPMTSignature{}, seal.Errorf(seal.CauseUnavailable, "check that tpm.verifier.address leads to kleidi verifier", "the verifier's signature: %w", err)
 	}
 	return *s, nil
 }
@@ -65,7 +65,7 @@ func (a *Attester) exchange(ctx context.Context, m *exchange.Machine, nonceTPM [
 	}
 	return a.Channel.Attest(ctx, hello, func(c *Challenge, exporter []byte) (*Evidence, error) {
 		if err := c.Check(); err != nil {
-			return nil, seal.Errorf(seal.CauseUnavailable, "see that tpm.verifier.address leads to kleidi verifier of this version", "the verifier's challenge: %w", err)
+			return nil, seal.Errorf(seal.CauseUnavailable, "check that tpm.verifier.address leads to kleidi verifier of this version", "the verifier's challenge: %w", err)
 		}
 		e, _, err := purpose.Respond(m, hello.claims(), c, exporter, a.Logs)
 		return e, err

@@ -77,7 +77,7 @@ func signedDigest(t *testing.T, key *Key, ref []byte) []byte {
 	return digest
 }
 
-// TestBoots: every way to boot, and measuring user space, is accepted.
+// TestBoots: every way to boot is accepted, with and without measurements by user space.
 func TestBoots(t *testing.T) {
 	phased := simboot.Baseline(simboot.UKI)
 	phased.Phases = simboot.AllPhases
@@ -114,7 +114,7 @@ func TestThreeSlots(t *testing.T) {
 					t.Error("a damaged credential is accepted")
 				}
 			}
-			for first, want := range map[uint32]int{0x80000000: 1, 0x02000000: 2} { // the storage root key; the policy session and the one that is shared
+			for first, want := range map[uint32]int{0x80000000: 1, 0x02000000: 2} { // the storage root key; the policy session and the shared session
 				if n := handles(t, tp, first); n != want {
 					t.Errorf("persistent: %v: %d handles from %#x on, want %d", persistent, n, first, want)
 				}

@@ -145,7 +145,7 @@ func OwnerHandle() tpm2.AuthHandle {
 
 // LockOut guesses an object's authorization until the TPM locks out.
 func LockOut(t transport.TPM) error {
-	// TPM2_DictionaryAttackParameters, which go-tpm has not: two tries, an hour each.
+	// TPM2_DictionaryAttackParameters, which go-tpm lacks: two tries, an hour each.
 	r0, err := t.Send([]byte{0x80, 2, 0, 0, 0, 39, 0, 0, 1, 0x3a, 0x40, 0, 0, 0x0a, 0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0,
 		0, 0, 0, 2, 0, 0, 0x0e, 0x10, 0, 0, 0x0e, 0x10})
 	if err != nil || !bytes.Equal(r0[6:10], make([]byte, 4)) {

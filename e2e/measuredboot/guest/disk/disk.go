@@ -10,9 +10,9 @@ import (
 )
 
 // Open opens the disk with this serial number. The kernel may still be looking for its
-// disks; it has a minute.
+// disks; on a busy host it has five minutes.
 func Open(serial string, flag int) (*os.File, error) {
-	deadline := time.NewTimer(time.Minute)
+	deadline := time.NewTimer(5 * time.Minute)
 	defer deadline.Stop()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

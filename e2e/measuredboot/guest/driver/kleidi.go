@@ -22,7 +22,7 @@ const (
 	socket  = "unix:///run/kleidi/kms.sock"
 	logFile = "/run/serve.log"
 	// patience bounds one step; the machine is emulated, on a host that may be busy.
-	patience = 2 * time.Minute
+	patience = 5 * time.Minute
 )
 
 // serving is a running kleidi serve. If cmd is nil, it is a unit of systemd.
@@ -128,8 +128,7 @@ func (s *serving) tried(r *wire.Result) error {
 	}
 }
 
-// early reports whether kleidi was asked before it listened or before its first
-// attempt.
+// early reports whether kleidi was asked before it listened, or before its first attempt.
 func early(err error) bool {
 	s := err.Error()
 	return strings.Contains(s, "connection error") || strings.Contains(s, "first attempt to unlock has not ended")

@@ -200,8 +200,8 @@ func tools() error {
 	return disk.Unpack(files, root)
 }
 
-// unpackDisk unpacks a disk that nothing vouches for, such as the disk with kleidi's
-// state folder. Root on a running machine does what the request disk asks for.
+// unpackDisk unpacks a disk that nothing authenticates, such as the disk with kleidi's
+// state folder. The request disk's steps run as root on a running machine.
 func unpackDisk(serial string) error {
 	f, err := disk.Open(serial, os.O_RDONLY)
 	if err != nil {

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// app holds the global flags, which all verbs share.
+type app struct {
+	configPath string
+	output     string
+	logLevel   string
+}
+
+// check refuses wrong global flags before a verb touches the machine.
+func (a *app) check() error {
+	if a.output != "text" && a.output != "json" {
+		return seal.Errorf("", "want text or json", "--output %q", a.output)
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(a.logLevel)); a.logLevel != "" && err != nil {
+		return seal.Errorf("", "want debug, info, warn or error", "--log-level %q", a.logLevel)
+	}
+	return nil
+}
+
+// config reads the configuration that the flags name.
+func (a *app) config(amend ...func(*config.Config) error) (*config.Config, error) {
+	c, err := config.Load(a.configPath, amend...)
+	if err == nil && a.logLevel != "" {
+		err = c.Log.Level.UnmarshalText([]byte(a.logLevel))
+	}
+	return c, err
+}
+
+// node puts this machine together from the configuration that the flags name.
+func (a *app) node() (*node.Node, error) {
+	cfg, err := a.config()
+	if err != nil {
+		return nil, err
+	}
+	return node.New(cfg, logger(cfg), nil)
+}
+
+// logger writes to stderr, so that stdout holds only results.
+func logger(c *config.Config) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: c.Log.Level}
+	if c.Log.Format == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+}
+
+// show prints a result in the format that the operator asked for.
+func (a *app) show(w io.Writer, result any, text func(io.Writer)) error {
+	if a.output == "json" {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		return e.Encode(result)
+	}
+	text(w)
+	return nil
+}
+
+// noVerb refuses the arguments of a command that only has subcommands: none, or a
+// misspelt one.
+func noVerb(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	hint := cmd.CommandPath() + " --help lists them"
+	if cmd.SuggestionsMinimumDistance = 2; len(cmd.SuggestionsFor(args[0])) > 0 {
+		hint = "did you mean " + strings.Join(cmd.SuggestionsFor(args[0]), " or ") + "?"
+	}
+	return seal.Errorf("", hint, "unknown command %q for %q", args[0], cmd.CommandPath())
+}

@@ -1,0 +1,77 @@
+package cluster
+
+import (
+	"bytes"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
+)
+
+// TestExistingCluster brings kleidi into a cluster that stores its Secrets in clear, and
+// out of it again, as docs/operations.md says.
+func TestExistingCluster(t *testing.T) {
+	t.Parallel()
+	n := NewKubeNode(t, KubeNodeSetup{Name: "cp-1", Address: "10.99.0.1"})
+	commands := Readme(t)
+	n.ShFor(15*time.Minute, "kubeadm init --config /root/kubeadm.yaml")
+	createSecret(n)
+	inClear(t, n)
+
+	n.Sh("mkdir -p /media/usb")
+	n.CopyPackage()
+	n.Sh(commands[0])
+	n.Configure("")
+	initialise(t, n, commands[1])
+	n.Sh(commands[2])
+	n.Sh(commands[3])
+	restarted(t, n, true)
+	if out, err := n.Try("kleidi usage"); err == nil {
+		t.Errorf("a Secret is in clear, and kleidi usage is content: %s", out)
+	}
+	n.ShFor(10*time.Minute, "kleidi migrate --by patch; kleidi usage; kleidi doctor")
+	n.Sh(commands[5])
+	allEncrypted(t, n)
+	readable(t, n)
+
+	const file = "/etc/kubernetes/kleidi-encryption.yaml"
+	if out, err := n.Try("kleidi kubeadm patch --revert"); err == nil {
+		t.Errorf("reverted while Secrets are encrypted: %s", out)
+	}
+	// One kube-apiserver can take the second step at once: no other would have to read what it
+	// writes.
+	n.Sh("kleidi encryption-config --from=" + file + " --to=identity --step=2")
+	n.StopPod("kube-apiserver")
+	n.StartPod("kube-apiserver")
+	readable(t, n)
+	n.Sh("kleidi migrate --by patch --encryption-config=" + file + "; kleidi usage --encryption-config=" + file)
+	n.Sh("kleidi encryption-config --from=" + file + " --to=identity --step=3; kleidi kubeadm patch --revert")
+	restarted(t, n, false)
+	n.Sh("systemctl disable -q --now kleidi")
+	inClear(t, n)
+	readable(t, n)
+}
+
+// inClear: the Secret is in clear in etcd.
+func inClear(t *testing.T, n *KubeNode) {
+	t.Helper()
+	if value := n.Stored(labKey)[labKey]; !bytes.Contains(value, []byte(password)) {
+		t.Errorf("the Secret is stored as %q", value)
+	}
+}
+
+// restarted waits for the kube-apiserver of the changed manifest, with or without kleidi.
+func restarted(t *testing.T, n *KubeNode, kleidi bool) {
+	t.Helper()
+	node.Eventually(t, 10*time.Minute, "kubelet has restarted kube-apiserver", func() error {
+		if out, err := n.Try("pgrep -f '^kube-apiserver.*encryption-provider-config'"); (err == nil) != kleidi {
+			return errors.New("kube-apiserver's flags, process " + out)
+		}
+		out, err := n.TryKubectl("get --raw /readyz")
+		if err != nil {
+			return errors.New(out)
+		}
+		return nil
+	})
+}

@@ -1,0 +1,38 @@
+package threenodes
+
+import (
+	"fmt"
+	"os"
+	"testing"
+
+	"github.com/beezy-dev/kleidi/e2e/cluster"
+)
+
+const (
+	apiserver         = "kube-apiserver-1.37"
+	controllerManager = "kube-controller-manager-1.37"
+)
+
+// Binaries are the paths of the servers by name, and Network has the three hosts. Main
+// sets both.
+var (
+	Binaries map[string]string
+	Network  *cluster.Network
+)
+
+// Main runs the tests of a suite in a network of three hosts, and returns the exit code.
+// It builds etcd, kube-apiserver and the named servers.
+func Main(m *testing.M, servers ...string) int {
+	if code, isolated := cluster.Isolated(); isolated {
+		return code
+	}
+	var err error
+	if Binaries, err = cluster.Built(append(servers, "etcd", apiserver, controllerManager)...); err == nil {
+		Network, err = cluster.NewNetwork(3)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}

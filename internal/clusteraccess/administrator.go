@@ -1,0 +1,14 @@
+package clusteraccess
+
+import "os"
+
+// AdminKubeconfig returns the administrator's kubeconfig on this node where kubeadm, RKE2
+// or k3s keeps it, or "".
+func AdminKubeconfig() string {
+	for _, path := range []string{"/etc/kubernetes/admin.conf", "/etc/rancher/rke2/rke2.yaml", "/etc/rancher/k3s/k3s.yaml"} {
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+	}
+	return ""
+}

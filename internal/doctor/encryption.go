@@ -1,0 +1,73 @@
+package doctor
+
+import (
+	"os"
+	"time"
+
+	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
+)
+
+// Bounds of the timeout of a call in an EncryptionConfiguration. kleidi answers from memory;
+// kube-apiserver's own requests end after a minute.
+const (
+	leastTimeout = time.Second
+	mostTimeout  = 30 * time.Second
+)
+
+func encryptionConfiguration(n *Node) []Finding {
+	file := n.EncryptionConfig
+	b, err := n.read(file)
+	if os.IsNotExist(err) {
+		return found("encryption-configuration/missing", "kleidi encryption-config --file "+file, "there is no %s", file)
+	}
+	if os.IsPermission(err) {
+		return notChecked("%v", err)
+	}
+	var e *encryptionconfig.EncryptionConfiguration
+	if err == nil {
+		e, err = encryptionconfig.Parse(b)
+	}
+	if err != nil {
+		return found("encryption-configuration/refused", "kleidi encryption-config   # prints a good one", "%s: %v", file, err)
+	}
+	if !e.Encrypts(n.Config.KMS.Name) {
+		return found("encryption-configuration/not-first", "kleidi encryption-config   # put its provider first", "in %s kleidi's provider is first for no resource", file)
+	}
+	var all []Finding
+	if e.EncryptsStore() {
+		all = found("encryption-configuration/store", "kleidi encryption-config   # with --resources '*.*' it prints the entry that must stand first", "%s encrypts the cluster store", file)
+	}
+	if st, err := os.Stat(n.path(file)); err == nil && st.Mode().Perm()&0o077 != 0 {
+		all = append(all, found("encryption-configuration/mode", "chmod 0600 "+file, "%s has mode %04o", file, st.Mode().Perm())...)
+	}
+	for _, r := range e.Resources {
+		if r.Own() {
+			continue
+		}
+		for _, p := range r.Providers {
+			all = append(all, n.provider(p)...)
+		}
+	}
+	return all
+}
+
+// provider judges one provider of the EncryptionConfiguration.
+func (n *Node) provider(p encryptionconfig.Provider) (all []Finding) {
+	file, c := n.EncryptionConfig, n.Config.KMS
+	if p.Identity != nil {
+		return found("encryption-configuration/identity", "kleidi migrate   # then remove the provider identity", "%s still reads what is stored in the clear (identity)", file)
+	}
+	if p.KMS == nil || p.KMS.Name != c.Name {
+		return nil
+	}
+	if p.KMS.APIVersion != "v2" {
+		all = found("encryption-configuration/api-version", "kleidi encryption-config   # prints the line apiVersion: v2", "in %s kleidi's provider has apiVersion %q", file, p.KMS.APIVersion)
+	}
+	if p.KMS.Endpoint != "unix://"+c.Socket {
+		all = append(all, found("encryption-configuration/endpoint", "kleidi encryption-config   # prints the endpoint", "%s names the socket %s, and kleidi serves unix://%s", file, p.KMS.Endpoint, c.Socket)...)
+	}
+	if d, err := time.ParseDuration(p.KMS.Timeout); p.KMS.Timeout != "" && (err != nil || d < leastTimeout || d > mostTimeout) {
+		all = append(all, found("encryption-configuration/timeout", "kleidi encryption-config   # prints the line timeout: 3s", "in %s kleidi's provider has the timeout %s", file, p.KMS.Timeout)...)
+	}
+	return all
+}

@@ -1,0 +1,138 @@
+// Package follow watches what several nodes do together, a rotation or the removal of a
+// node, until every node has done its part. It asks the running serve again and again, and
+// says what it waits for whenever that changes.
+package follow
+
+import (
+	"context"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/text"
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+// every is how often the running serve is asked, which keeps the progress in memory.
+const every = 250 * time.Millisecond
+
+// removalStart is how long even a command that does not wait gives the other nodes to
+// follow. A KEK is staged only after the running nodes have followed.
+const removalStart = 10 * time.Second
+
+// Options say how long to watch.
+type Options struct {
+	// Wait says to watch until the end.
+	Wait bool
+	// Timeout bounds the time, unless it is 0.
+	Timeout time.Duration
+	// Say shows a person what is waited for.
+	Say func(message string)
+}
+
+// within returns a context that ends after the timeout.
+func (o Options) within(ctx context.Context) (context.Context, context.CancelFunc) {
+	if o.Timeout > 0 {
+		return context.WithTimeout(ctx, o.Timeout)
+	}
+	return context.WithCancel(ctx)
+}
+
+// news returns a function that says a message, unless it was the last one said.
+func (o Options) news() func(message string) {
+	last := ""
+	return func(message string) {
+		if message != last {
+			o.Say(message)
+			last = message
+		}
+	}
+}
+
+// pause waits until it is time to ask again. It reports whether ctx is still open.
+func pause(ctx context.Context) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(every):
+		return true
+	}
+}
+
+// Serve is the running serve that drives a rotation.
+type Serve struct {
+	// Rotate asks for the rotation again.
+	Rotate func(context.Context, admin.RotateRequest) (admin.KeyringState, error)
+	// Progress reads how far the rotation is.
+	Progress func(context.Context) (admin.KeyringState, error)
+}
+
+// Rotation watches a rotation of several nodes, which req asked for and s began, and
+// returns its last state. While nothing is staged it asks for the rotation again, always in
+// place of the KEK that was current at first, so that no repetition rotates twice. replaced
+// reports that another KEK than the watched one is current at the end.
+func Rotation(ctx context.Context, o Options, serve Serve, req admin.RotateRequest, s admin.KeyringState) (last admin.KeyringState, replaced bool, err error) {
+	ctx, cancel := o.within(ctx)
+	defer cancel()
+	former := s.CurrentKeyID
+	if s.Former != "" {
+		former = s.Former
+	}
+	fresh, say := s.Rotation.StagedKeyID, o.news()
+	for o.Wait && s.Rotation.Phase != admin.RotationDone && ctx.Err() == nil {
+		say(text.Progress(s.Rotation))
+		if !pause(ctx) {
+			break
+		}
+		next, err := serve.next(ctx, req, former, fresh, s)
+		if err != nil {
+			if ctx.Err() != nil {
+				break
+			}
+			return s, false, err
+		}
+		s = next
+		if fresh == "" {
+			fresh = s.Rotation.StagedKeyID
+		}
+	}
+	if s.CurrentKeyID != former {
+		s.Former = former
+	}
+	replaced = s.Rotation.Phase == admin.RotationDone && fresh != "" && s.CurrentKeyID != fresh && !req.Abort
+	return s, replaced, nil
+}
+
+// next asks for the rotation again while nothing is staged, and else for its progress.
+func (serve Serve) next(ctx context.Context, req admin.RotateRequest, former, fresh seal.KeyID, s admin.KeyringState) (admin.KeyringState, error) {
+	if fresh == "" && s.CurrentKeyID == former && !req.Continue && !req.Abort {
+		req.Replace = former
+		return serve.Rotate(ctx, req)
+	}
+	return serve.Progress(ctx)
+}
+
+// Removal takes the steps of a removal until it is done, or until it is no longer waited
+// for, and returns the last state with the changes of every step.
+func Removal(ctx context.Context, o Options, step func(admin.RemoveNodesRequest) (admin.NodeRemoval, error), req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
+	ctx, cancel := o.within(ctx)
+	defer cancel()
+	var changes []string
+	say, begun := o.news(), time.Now()
+	for {
+		r, err := step(req)
+		if err != nil {
+			return r, err
+		}
+		req.Begun = true
+		changes = append(changes, r.Changes...)
+		r.Changes = changes
+		starts := r.Phase == admin.RemovalFollowing && time.Since(begun) < removalStart
+		if r.Phase == admin.RemovalDone || !o.Wait && !starts || ctx.Err() != nil {
+			return r, nil
+		}
+		say(text.Removing(r))
+		if !pause(ctx) {
+			return r, nil
+		}
+	}
+}

@@ -1,0 +1,157 @@
+package leaving
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/node"
+	"github.com/beezy-dev/kleidi/internal/node/nodetest"
+	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
+)
+
+// TestDrop: the nodes leave in one revision. A staged KEK, which they may know, is retired
+// before, so that it can never become current.
+func TestDrop(t *testing.T) {
+	whole := threeNodes(t)
+	staged, err := whole.Stage(newKEK(t), recoverySlots, time.Now())
+	must(t, staged, err)
+	for name, row := range map[string]struct {
+		k       *keyring.Keyring
+		changes int
+		retired int
+	}{"no rotation": {whole, 1, 0}, "during a rotation": {staged, 2, 1}} {
+		n := nodetest.Holding(t, "cp-1", row.k)
+		changes, err := drop(t.Context(), n, []string{"cp-2", "cp-3"})
+		if err != nil || len(changes) != row.changes || !strings.HasPrefix(changes[len(changes)-1], "node cp-2, cp-3 is no longer in the keyring") {
+			t.Errorf("%s: %q, %v", name, changes, err)
+		}
+		k, err := n.Unlocker.Keyring()
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := k.Info()
+		if len(i.Nodes) != 1 || i.Staged != nil || len(i.Retired) != row.retired || !slices.Equal(i.Former, []string{"cp-2", "cp-3"}) || k.CurrentID() != whole.CurrentID() {
+			t.Errorf("%s: %+v", name, i)
+		}
+	}
+}
+
+// TestRemove: what a removal refuses, without a change.
+func TestRemove(t *testing.T) {
+	k := threeNodes(t)
+	n := nodetest.Holding(t, "cp-1", k)
+	silent := func(...Record) error { t.Error("the audit log records a refusal"); return nil }
+	for name, row := range map[string]struct {
+		nodes []string
+		says  string
+	}{
+		"itself":       {[]string{"cp-1"}, "remove: node cp-1 is this one"},
+		"not enough":   {[]string{"cp-3"}, "remove: 2 nodes would remain, which share no cluster store"},
+		"unknown node": {[]string{"cp-9"}, "remove: node cp-9 is not in the keyring, and no removed node knows its current KEK"},
+	} {
+		if _, err := Remove(t.Context(), n, silent, admin.RemoveNodesRequest{Nodes: row.nodes}); err == nil || !strings.Contains(err.Error(), row.says) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if now, err := n.Unlocker.Keyring(); err != nil || now.Revision() != k.Revision() {
+			t.Errorf("%s: the keyring was changed", name)
+		}
+	}
+}
+
+// TestInterrupted: if no fresh KEK can be made, the nodes have left the keyring all the same,
+// and the refusal names the command that goes on. The audit log has the first step alone.
+// Without an audit log the removal goes as far.
+func TestInterrupted(t *testing.T) {
+	k := threeNodes(t)
+	for name, auditFails := range map[string]error{"recorded": nil, "not recorded": errors.New("disk full")} {
+		n := nodetest.Holding(t, "cp-1", k)
+		var steps []string
+		audit := func(all ...Record) error {
+			for _, r := range all {
+				steps = append(steps, r.Removal.Step+" "+r.Node)
+			}
+			return auditFails
+		}
+		r, err := Remove(t.Context(), n, audit, admin.RemoveNodesRequest{Nodes: []string{"cp-2", "cp-3"}})
+		if err == nil || !strings.Contains(err.Error(), "remove: rotate: ") || !strings.HasSuffix(err.Error(), "run kleidi node remove cp-2 --also cp-3 again") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if !slices.Equal(steps, []string{"dropped cp-2", "dropped cp-3"}) {
+			t.Errorf("%s: %q", name, steps)
+		}
+		if got := slices.ContainsFunc(r.Changes, func(c string) bool { return strings.HasPrefix(c, "THE AUDIT LOG DOES NOT RECORD THIS") }); got != (auditFails != nil) {
+			t.Errorf("%s: %q", name, r.Changes)
+		}
+		now, err := n.Unlocker.Keyring()
+		if err != nil || len(now.Nodes()) != 1 || !slices.Equal(now.Info().Former, []string{"cp-2", "cp-3"}) || now.CurrentID() != k.CurrentID() {
+			t.Errorf("%s: %+v, %v", name, now.Info(), err)
+		}
+	}
+}
+
+// TestRecords: a line of the audit log has the EK that was listed, and the keyring at that
+// moment.
+func TestRecords(t *testing.T) {
+	k := threeNodes(t)
+	all := records(StepDropped, k, []string{"cp-2", "cp-9"}, []keyring.Node{{Name: "cp-1", EK: "sha256:1"}, {Name: "cp-2", EK: "sha256:2"}})
+	if len(all) != 2 || all[0].Node != "cp-2" || all[0].EK != "sha256:2" || all[1].Node != "cp-9" || all[1].EK != "" {
+		t.Fatalf("%+v", all)
+	}
+	for _, r := range all {
+		if r.Removal != (Step{StepDropped, k.CurrentID(), k.Revision()}) || r.Time.IsZero() {
+			t.Errorf("%+v", r)
+		}
+	}
+}
+
+// TestWaysIn: every slot that opens something is a way into the keyring; records of kept
+// copies are not. Another node's unusual boot states are named.
+func TestWaysIn(t *testing.T) {
+	whole := threeNodes(t)
+	k, err := whole.WithSlots(append(slices.Clone(recoverySlots), seal.Slot{Type: seal.TypeVault, Data: []byte("{}")}, seal.Slot{Type: seal.TypeUnrevoked, Data: []byte("{}")}))
+	must(t, k, err)
+	record := &keyring.VerifiedRecord{}
+	record.Node, record.BootStates = "cp-2", []keyring.RecordedState{{Use: "present"}, {Use: "suspension"}}
+	own := &keyring.VerifiedRecord{}
+	own.Node, own.BootStates = "cp-1", record.BootStates
+	ways := waysIn(nodetest.Holding(t, "cp-1", whole), k, []*keyring.VerifiedRecord{own, record})
+	want := []string{"node cp-1: no TPM", "node cp-2: no TPM, 2 boot states (also: suspension)", "node cp-3: no TPM", "slot recovery: ", "slot vault: "}
+	if len(ways) != len(want) {
+		t.Fatalf("%q", ways)
+	}
+	for i, way := range ways {
+		if way != want[i] && (!strings.HasSuffix(want[i], ": ") || !strings.HasPrefix(way, want[i])) {
+			t.Errorf("%q, want %q", way, want[i])
+		}
+	}
+}
+
+// TestDescribe: before a reset, the operator reads which other nodes keep the keyring, or
+// that none does.
+func TestDescribe(t *testing.T) {
+	for name, row := range map[string]struct {
+		k    *keyring.Keyring
+		says string
+	}{
+		"of three nodes": {threeNodes(t), "these nodes keep it: cp-2, cp-3"},
+		"the last one": {func() *keyring.Keyring {
+			k, err := threeNodes(t).WithoutNode("cp-2", "cp-3")
+			return must(t, k, err)
+		}(), "no other node has it: Secrets in etcd can be read afterwards only with a backup"},
+	} {
+		f, err := ToForget(t.Context(), nodetest.Holding(t, "cp-1", row.k))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := &node.Node{Config: &config.Config{Node: "cp-1"}}
+		if lines := strings.Join(f.Describe(n), "\n"); f.Nothing() || !strings.Contains(lines, row.says) || !strings.Contains(lines, "node cp-1 forgets the keyring of cluster "+row.k.ClusterID().String()) {
+			t.Errorf("%s: %s", name, lines)
+		}
+	}
+}

@@ -1,0 +1,29 @@
+package replica
+
+import "time"
+
+// Whoever can write the store makes every node start a round with each write. A node makes
+// burst rounds at once, which is more than a rotation needs, and then perSecond: so its
+// log, its load and its questions to the API stay bounded.
+const (
+	burst     = 200
+	perSecond = 4
+)
+
+// pace says when the next round may begin.
+type pace struct {
+	left float64 // rounds that may begin at once; below zero, rounds that wait
+	at   time.Time
+}
+
+// wait counts a round, and returns how long to wait before it.
+func (p *pace) wait(now time.Time) time.Duration {
+	if p.at.IsZero() {
+		p.left = burst
+	} else {
+		p.left = min(burst, p.left+perSecond*now.Sub(p.at).Seconds())
+	}
+	p.at = now
+	p.left--
+	return max(0, time.Duration(-p.left*float64(time.Second)/perSecond))
+}
