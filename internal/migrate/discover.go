@@ -3,6 +3,7 @@ package migrate
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -43,11 +44,14 @@ func (r resource) path(namespace, name string) string {
 
 type groupList struct {
 	Groups []struct {
-		Name             string `json:"name"`
-		PreferredVersion struct {
-			Version string `json:"version"`
-		} `json:"preferredVersion"`
+		Name             string         `json:"name"`
+		PreferredVersion groupVersion   `json:"preferredVersion"`
+		Versions         []groupVersion `json:"versions"`
 	} `json:"groups"`
+}
+
+type groupVersion struct {
+	Version string `json:"version"`
 }
 
 type resourceList struct {
@@ -58,16 +62,22 @@ type resourceList struct {
 	} `json:"resources"`
 }
 
-// discover returns the resources that names stand for, each in the version that the API
-// prefers, and the names for which the API serves no resource.
+// discover returns the resources that names stand for, each in the first version that
+// serves it, and the names for which the API serves no resource.
 func discover(ctx context.Context, c *kube.Client, names []string) (all []resource, unserved []string, err error) {
 	var groups groupList
 	if err := c.Do(ctx, http.MethodGet, "/apis", "", nil, &groups); err != nil {
 		return nil, nil, fmt.Errorf("migrate: the API's groups: %w", err)
 	}
-	versions := map[string]string{"": "v1"}
+	versions := map[string][]string{"": {"v1"}}
 	for _, g := range groups.Groups {
-		versions[g.Name] = g.PreferredVersion.Version
+		// The preferred version need not serve every resource of its group.
+		versions[g.Name] = []string{g.PreferredVersion.Version}
+		for _, v := range g.Versions {
+			if v != g.PreferredVersion {
+				versions[g.Name] = append(versions[g.Name], v.Version)
+			}
+		}
 	}
 	for _, name := range sorted(slices.Clone(names)) {
 		found, err := named(ctx, c, name, versions)
@@ -87,29 +97,25 @@ func discover(ctx context.Context, c *kube.Client, names []string) (all []resour
 }
 
 // named returns the resources of one name, which may be a wildcard. There may be none.
-func named(ctx context.Context, c *kube.Client, name string, versions map[string]string) (found []resource, err error) {
+func named(ctx context.Context, c *kube.Client, name string, versions map[string][]string) (found []resource, err error) {
 	kind, group, _ := strings.Cut(name, ".")
 	groups := []string{group}
 	if kind == "*" && group == "*" {
-		groups = nil
-		for g := range versions {
-			groups = append(groups, g)
-		}
-		slices.Sort(groups)
+		groups = slices.Sorted(maps.Keys(versions))
 	}
 	for _, g := range groups {
-		version, ok := versions[g]
-		if !ok {
-			continue
-		}
-		var list resourceList
-		if err := c.Do(ctx, http.MethodGet, resource{group: g, version: version}.api(), "", nil, &list); err != nil {
-			return nil, err
-		}
-		for _, r := range list.Resources {
-			stored := slices.Contains(r.Verbs, "list") && slices.Contains(r.Verbs, "patch") && !strings.Contains(r.Name, "/")
-			if stored && (kind == "*" || kind == r.Name) {
-				found = append(found, resource{g, version, r.Name, r.Namespaced})
+		seen := map[string]bool{}
+		for _, version := range versions[g] {
+			var list resourceList
+			if err := c.Do(ctx, http.MethodGet, resource{group: g, version: version}.api(), "", nil, &list); err != nil {
+				return nil, err
+			}
+			for _, r := range list.Resources {
+				stored := slices.Contains(r.Verbs, "list") && slices.Contains(r.Verbs, "patch") && !strings.Contains(r.Name, "/")
+				if stored && !seen[r.Name] && (kind == "*" || kind == r.Name) {
+					seen[r.Name] = true
+					found = append(found, resource{g, version, r.Name, r.Namespaced})
+				}
 			}
 		}
 	}

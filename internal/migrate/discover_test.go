@@ -1,6 +1,8 @@
 package migrate
 
 import (
+	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +19,38 @@ func TestResource(t *testing.T) {
 	} {
 		if got != want {
 			t.Errorf("%s, want %s", got, want)
+		}
+	}
+}
+
+// TestVersions: a resource that the preferred version of its group lacks is found in
+// another, by its name and by wildcards. A resource of several versions is found once, in
+// the preferred one.
+func TestVersions(t *testing.T) {
+	answers := map[string]string{
+		"/apis": `{"groups": [{"name": "gateway.networking.k8s.io", "preferredVersion": {"version": "v1"},
+			"versions": [{"version": "v1alpha2"}, {"version": "v1"}, {"version": "v1beta1"}]}]}`,
+		"/api/v1":                                  `{"resources": [{"name": "secrets", "verbs": ["list", "patch"]}]}`,
+		"/apis/gateway.networking.k8s.io/v1":       `{"resources": [{"name": "gateways", "verbs": ["list", "patch"]}]}`,
+		"/apis/gateway.networking.k8s.io/v1beta1":  `{"resources": [{"name": "gateways", "verbs": ["list", "patch"]}]}`,
+		"/apis/gateway.networking.k8s.io/v1alpha2": `{"resources": [{"name": "tcproutes", "verbs": ["list", "patch"]}, {"name": "tcproutes/status", "verbs": ["patch"]}]}`,
+	}
+	c := client(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, answers[r.URL.Path]) }))
+	gateways, routes := "/apis/gateway.networking.k8s.io/v1/gateways", "/apis/gateway.networking.k8s.io/v1alpha2/tcproutes"
+	for name, want := range map[string][]string{
+		"tcproutes.gateway.networking.k8s.io": {routes},
+		"gateways.gateway.networking.k8s.io":  {gateways},
+		"*.gateway.networking.k8s.io":         {gateways, routes},
+		"*.*":                                 {"/api/v1/secrets", gateways, routes},
+		"*.example.com":                       nil,
+	} {
+		found, unserved, err := discover(t.Context(), c, []string{name})
+		var paths []string
+		for _, r := range found {
+			paths = append(paths, r.path("", ""))
+		}
+		if err != nil || !slices.Equal(paths, want) || (len(unserved) > 0) != (want == nil) {
+			t.Errorf("%s: %v, %v, %v", name, paths, unserved, err)
 		}
 	}
 }
