@@ -67,6 +67,8 @@ func (d *disk) Save(_ context.Context, b []byte, old store.Version) (store.Versi
 type plain struct {
 	node string
 	err  error
+	// unwrapping is called before the node opens a slot; nil does nothing.
+	unwrapping func()
 }
 
 func (w *plain) Type() string { return seal.TypeTPM }
@@ -89,6 +91,9 @@ func slotFor(node string, kek *seal.Secret) (s seal.Slot) {
 func (w *plain) Unwrap(_ context.Context, s seal.Slot) (*seal.Secret, error) {
 	if s.Node != w.node {
 		return nil, seal.ErrNotMine
+	}
+	if w.unwrapping != nil {
+		w.unwrapping()
 	}
 	if w.err != nil {
 		return nil, w.err
@@ -114,7 +119,9 @@ type node struct {
 	fails   error               // the reason why it can't seal a staged KEK; nil if it can
 	// archives are what the node finds for a pruned KEK.
 	archives map[string][]byte
-	log      slog.Handler // nil discards
+	// states are the node's boot states; nil means none.
+	states func(context.Context, *keyring.Keyring) ([]keyring.RecordedState, error)
+	log    slog.Handler // nil discards
 	*unlock.Unlocker
 	*replica.Replica
 }
@@ -143,8 +150,13 @@ func (n *node) start() {
 			n.sealed[keyring.NewKeyID(k.ClusterID(), kek)] = true
 			return []seal.Slot{s}, err
 		},
-		Archives:   func(context.Context, seal.KeyID) map[string][]byte { return n.archives },
-		BootStates: func(context.Context, *keyring.Keyring) ([]keyring.RecordedState, error) { return nil, nil },
+		Archives: func(context.Context, seal.KeyID) map[string][]byte { return n.archives },
+		BootStates: func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error) {
+			if n.states == nil {
+				return nil, nil
+			}
+			return n.states(ctx, k)
+		},
 	})
 	if err := n.Unlock(ctx); err != nil {
 		n.t.Fatalf("node %s: %v", n.name, err)
