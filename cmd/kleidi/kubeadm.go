@@ -42,7 +42,8 @@ func newKubeadmPatch(a *app) *cobra.Command {
 		Use:   "patch",
 		Short: "Give kube-apiserver kleidi's EncryptionConfiguration and socket",
 		Long: `Print the patch by which kubeadm gives kube-apiserver the EncryptionConfiguration and
-the folder of kleidi's socket. With --dir, write it into a folder for kubeadm's --patches
+the folder of kleidi's socket. It leaves out what the present manifest mounts under
+another name, since kubeadm mounts that again. With --dir, write it into a folder for kubeadm's --patches
 (kubeadm init, join and upgrade), which a configuration file names as patches.directory in
 InitConfiguration and JoinConfiguration. With --apply, change the manifest of the running
 kube-apiserver, which kubelet then restarts; kubeadm upgrade writes a new manifest, so use
@@ -79,8 +80,15 @@ func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
 		return errors.New("--encryption-config must be an absolute path: it is mounted into kube-apiserver")
 	}
 	p := kubeadm.Patch{EncryptionConfig: f.encryptionConfig, Socket: c.KMS.Socket}
-	result := kubeadmPatch{Operations: p.Operations()}
-	text, err := p.YAML()
+	operations, err := p.OperationsFor(f.manifest)
+	if f.revert {
+		operations, err = p.Operations(nil)
+	}
+	if err != nil {
+		return files.HintRoot(fmt.Errorf("kubeadm patch: %w", err))
+	}
+	result := kubeadmPatch{Operations: operations}
+	text, err := kubeadm.YAML(operations)
 	if err != nil {
 		return err
 	}

@@ -128,6 +128,14 @@ func (h *host) pod() pod {
 	return pod{c.Command, byName(c.VolumeMounts), byName(m.Spec.Volumes)}
 }
 
+// mountedOnce: the API refuses a pod that mounts a path twice.
+func (h *host) mountedOnce(path string) {
+	h.t.Helper()
+	if n := strings.Count(h.read(manifest), "mountPath: "+path+"\n"); n != 1 {
+		h.t.Errorf("kube-apiserver's pod mounts %s %d times:\n%s", path, n, h.read(manifest))
+	}
+}
+
 func byName(list []map[string]any) map[string]any {
 	named := map[string]any{}
 	for _, entry := range list {
@@ -200,4 +208,38 @@ func TestOwnFolder(t *testing.T) {
 	if now := h.pod(); !reflect.DeepEqual(now, patched) {
 		t.Errorf("kleidi makes\n%v\nkubeadm\n%v", now, patched)
 	}
+}
+
+// TestClusterConfiguration: a ClusterConfiguration that names the file and mounts its folder,
+// as a cluster with another provider has it, goes together with the patch. So does a file in
+// the folder that kubeadm itself mounts.
+func TestClusterConfiguration(t *testing.T) {
+	const file, folder = "/etc/kubernetes/enc/encryption.yaml", "/etc/kubernetes/enc"
+	h := newHost(t)
+	h.run("kleidi", "encryption-config", "--file", file)
+	h.write("/kubeadm.yaml", config+`apiServer:
+  extraArgs: [{name: encryption-provider-config, value: `+file+`}]
+  extraVolumes: [{name: enc, hostPath: `+folder+`, mountPath: `+folder+`, readOnly: true, pathType: DirectoryOrCreate}]
+`)
+	for _, patched := range []bool{false, true} {
+		if err := os.MkdirAll(filepath.Join(h.root, "etc/kubernetes/patches"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		h.apiserver("--config=/kubeadm.yaml")
+		h.mountedOnce(folder)
+		if patched {
+			h.mountedOnce("/run/kleidi")
+		}
+		h.run("kleidi", "kubeadm", "patch", "--dir", "/etc/kubernetes/patches", "--encryption-config", file)
+	}
+	text := h.read(manifest)
+	h.run("kleidi", "kubeadm", "patch", "--apply", "--encryption-config", file)
+	if h.read(manifest) != text {
+		t.Error("the manifest that kubeadm has patched lacks something")
+	}
+
+	h = newHost(t)
+	h.run("kleidi", "kubeadm", "patch", "--dir", "/etc/kubernetes/patches", "--encryption-config", "/etc/kubernetes/pki/encryption.yaml")
+	h.apiserver(append(flags, "--patches=/etc/kubernetes/patches")...)
+	h.mountedOnce("/etc/kubernetes/pki")
 }

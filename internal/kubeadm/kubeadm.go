@@ -64,19 +64,56 @@ const (
 	volumesEnd = "/spec/volumes/-"
 )
 
-// kubeadmFolder holds the credentials that kubeadm writes.
-const kubeadmFolder = "/etc/kubernetes"
+// kubeadmFolder holds the credentials that kubeadm writes. kubeadm mounts its folder pki into
+// every kube-apiserver.
+const (
+	kubeadmFolder = "/etc/kubernetes"
+	kubeadmPKI    = kubeadmFolder + "/pki"
+)
 
-// Operations returns the patch.
-func (p Patch) Operations() []Operation {
-	configuration, socket := p.configuration(), p.socket()
-	return []Operation{
-		{"add", commandEnd, flagName + "=" + p.EncryptionConfig},
-		{"add", mountsEnd, mount{configuration.Name, configuration.HostPath.Path, true}},
-		{"add", mountsEnd, mount{socket.Name, socket.HostPath.Path, false}},
-		{"add", volumesEnd, configuration},
-		{"add", volumesEnd, socket},
+// Operations returns the patch for the manifests that kubeadm will write. present is the
+// manifest that it wrote last, or nil. kubeadm writes the mounts of other names again, so the
+// patch leaves out the paths that they mount: a path that is mounted twice makes the pod
+// invalid. It never leaves out the flag, of which kube-apiserver takes the last.
+func (p Patch) Operations(present []byte) ([]Operation, error) {
+	others, err := p.others(present)
+	if err != nil {
+		return nil, err
 	}
+	ops := []Operation{{"add", commandEnd, flagName + "=" + p.EncryptionConfig}}
+	var volumes []Operation
+	for _, v := range []struct {
+		volume
+		readOnly bool
+	}{{p.configuration(), true}, {p.socket(), false}} {
+		path := filepath.Clean(v.HostPath.Path)
+		switch from, mounted := others[path]; {
+		case !mounted:
+			ops = append(ops, Operation{"add", mountsEnd, mount{v.Name, path, v.readOnly}})
+			volumes = append(volumes, Operation{"add", volumesEnd, v.volume})
+		case from != path:
+			return nil, seal.Errorf("", "remove that mount from the ClusterConfiguration (apiServer.extraVolumes)",
+				"kube-apiserver's %s is not the host's, which kleidi needs there", path)
+		}
+	}
+	return append(ops, volumes...), nil
+}
+
+// others returns the host's path of each mount that kubeadm makes without kleidi's patch.
+func (p Patch) others(present []byte) (map[string]string, error) {
+	if present == nil {
+		return map[string]string{kubeadmPKI: kubeadmPKI}, nil
+	}
+	others := map[string]string{}
+	_, err := edited(present, func(pod *lists) error {
+		for _, m := range pod.mounts.Content {
+			if name := text(m, "name"); name != p.configuration().Name && name != p.socket().Name {
+				others[filepath.Clean(text(m, "mountPath"))] = filepath.Clean(pod.hostPath(name))
+			}
+		}
+		return p.sameFile(given(pod.command))
+	})
+	return others, err
 }
 
 // configuration is the folder of the EncryptionConfiguration: a mounted file stays the
@@ -101,8 +138,8 @@ func (p Patch) socket() volume {
 	return volume{"kleidi", hostPath{filepath.Dir(p.Socket), "Directory"}}
 }
 
-// YAML returns the patch as a file for kubeadm --patches.
-func (p Patch) YAML() ([]byte, error) { return encode(p.Operations()) }
+// YAML returns the operations as a file for kubeadm --patches.
+func YAML(patch []Operation) ([]byte, error) { return encode(patch) }
 
 // Apply returns the manifest with the patch. Operations that are already done are left out,
 // so that a second Apply changes nothing. A volume of a former version of kleidi, which has
@@ -125,17 +162,22 @@ func (p Patch) Applied(manifest []byte) (bool, error) {
 
 func (p Patch) change(manifest []byte, configuration volume) ([]byte, error) {
 	return edited(manifest, func(pod *lists) error {
-		var err error
-		switch other := given(pod.command); other {
-		case p.EncryptionConfig:
-		case "":
+		file := given(pod.command)
+		err := p.sameFile(file)
+		if file == "" {
 			err = put(pod.command, flagName+"="+p.EncryptionConfig, func(*yaml.Node) bool { return false })
-		default:
-			err = seal.Errorf("", "put kleidi's provider before the others in that file, or give that file's path with --encryption-config",
-				"kube-apiserver already has %s=%s", flagName, other)
 		}
 		return errors.Join(err, pod.mount(configuration, mount{ReadOnly: true}), pod.mount(p.socket(), mount{}))
 	})
+}
+
+// sameFile refuses a kube-apiserver that has another EncryptionConfiguration.
+func (p Patch) sameFile(given string) error {
+	if given == "" || given == p.EncryptionConfig {
+		return nil
+	}
+	return seal.Errorf("", "put kleidi's provider before the others in that file, or give that file's path with --encryption-config",
+		"kube-apiserver already has %s=%s", flagName, given)
 }
 
 // Revert returns the manifest without the patch, whichever tool applied it.

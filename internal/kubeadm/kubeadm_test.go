@@ -224,9 +224,67 @@ func TestApplyRefuses(t *testing.T) {
 	}
 }
 
+// TestOperations: the patch has a mount unless kubeadm makes it without the patch. The
+// manifest may have kleidi's own mounts, which kubeadm does not make again.
+func TestOperations(t *testing.T) {
+	with := func(mount, volume string) []byte {
+		return []byte(strings.NewReplacer("    volumeMounts:\n", "    volumeMounts:\n    - "+mount+"\n", "  volumes:\n", "  volumes:\n  - "+volume+"\n").Replace(manifest))
+	}
+	enc := Patch{"/etc/kubernetes/enc/config.yaml", "/run/kleidi/kms.sock"}
+	pki := Patch{"/etc/kubernetes/pki/config.yaml", "/run/kleidi/kms.sock"}
+	applied, err := enc.Apply([]byte(manifest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	flagged := strings.Replace(manifest, "    image:", "    - --encryption-provider-config=/etc/other.yaml\n    image:", 1)
+	for name, c := range map[string]struct {
+		patch   Patch
+		present []byte
+		want    string // the mounts
+		refused string
+	}{
+		"no manifest":            {enc, nil, "/etc/kubernetes/enc /run/kleidi", ""},
+		"kubeadm's":              {enc, []byte(manifest), "/etc/kubernetes/enc /run/kleidi", ""},
+		"kleidi's":               {enc, applied, "/etc/kubernetes/enc /run/kleidi", ""},
+		"their folder":           {enc, with("{mountPath: /etc/kubernetes/enc/, name: enc}", "{hostPath: {path: /etc/kubernetes/enc}, name: enc}"), "/run/kleidi", ""},
+		"their socket":           {enc, with("{mountPath: /run/kleidi, name: kms}", "{hostPath: {path: /run/kleidi}, name: kms}"), "/etc/kubernetes/enc", ""},
+		"another folder there":   {enc, with("{mountPath: /run/kleidi, name: kms}", "{hostPath: {path: /run/other}, name: kms}"), "", "kube-apiserver's /run/kleidi is not the host's"},
+		"no folder there":        {enc, with("{mountPath: /run/kleidi, name: kms}", "{emptyDir: {}, name: kms}"), "", "kube-apiserver's /run/kleidi is not the host's"},
+		"in pki":                 {pki, []byte(manifest), "/run/kleidi", ""},
+		"in pki, no manifest":    {pki, nil, "/run/kleidi", ""},
+		"another configuration":  {enc, []byte(flagged), "", "already has --encryption-provider-config=/etc/other.yaml"},
+		"not a manifest at all":  {enc, []byte("kind: Pod"), "", "has no /spec"},
+		"an empty manifest file": {enc, []byte{}, "", "empty"},
+	} {
+		operations, err := c.patch.Operations(c.present)
+		if c.refused != "" {
+			if err == nil || !strings.Contains(err.Error(), c.refused) {
+				t.Errorf("%s: %v", name, err)
+			}
+			continue
+		}
+		var mounts, volumes []string
+		for _, o := range operations {
+			switch value := o.Value.(type) {
+			case mount:
+				mounts = append(mounts, value.MountPath)
+			case volume:
+				volumes = append(volumes, value.HostPath.Path)
+			}
+		}
+		if got := strings.Join(mounts, " "); err != nil || got != c.want || strings.Join(volumes, " ") != c.want || len(operations) != 1+2*len(mounts) {
+			t.Errorf("%s: %v, %+v, want %s", name, err, operations, c.want)
+		}
+	}
+}
+
 // TestYAML: the file is a JSON patch of additions.
 func TestYAML(t *testing.T) {
-	b, err := patch.YAML()
+	operations, err := patch.Operations(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := YAML(operations)
 	if err != nil {
 		t.Fatal(err)
 	}

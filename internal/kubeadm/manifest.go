@@ -16,6 +16,19 @@ import (
 // maxManifest bounds the files that are read, in bytes.
 const maxManifest = 1 << 20
 
+// OperationsFor returns the patch for kubeadm on this node. The manifest need not exist yet.
+func (p Patch) OperationsFor(manifest string) ([]Operation, error) {
+	present, err := files.Read(manifest, maxManifest)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	patch, err := p.Operations(present)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", manifest, err)
+	}
+	return patch, nil
+}
+
 // ApplyFile changes a manifest on this node, after which kubelet restarts kube-apiserver.
 // It reports whether the manifest changed.
 func (p Patch) ApplyFile(manifest string) (bool, error) {
