@@ -50,7 +50,12 @@ func (e *Etcd) Read(ctx context.Context, prefix string, progress Progress) (*Rep
 	// asks for, and comes first: its count is the total for the progress.
 	folder := prefix + "/"
 	after := prefix + "0" // the byte after the slash
-	for _, r := range [][2]string{{folder, after}, {"\x00", folder}, {after, "\x00"}} {
+	for i, r := range [][2]string{{folder, after}, {"\x00", folder}, {after, "\x00"}} {
+		// Only kine, which stores kube-apiserver's keys in another database, names no
+		// cluster. PostgreSQL refuses the other two ranges, whose bounds hold a zero byte.
+		if i > 0 && s.cluster == 0 {
+			break
+		}
 		if err := s.read(ctx, r[0], r[1]); err != nil {
 			return nil, fmt.Errorf("etcd %s: %w", strings.Join(e.Endpoints, ","), err)
 		}

@@ -42,6 +42,24 @@ func TestMalformedPages(t *testing.T) {
 	}
 }
 
+// TestKine: kine over PostgreSQL answers only within kube-apiserver's prefix. An etcd also
+// tells what lies outside it.
+func TestKine(t *testing.T) {
+	stored := []usagetest.Change{put("/registry/secrets/a/b", encrypted("kleidi", "k1-a")), put("/bootstrap/c", []byte("k3s's"))}
+	for name, tc := range map[string]struct {
+		server *usagetest.Etcd
+		others int
+	}{
+		"etcd": {usagetest.StartEtcd(t.Cleanup, stored...), 1},
+		"kine": {usagetest.StartKine(t.Cleanup, stored...), 0},
+	} {
+		r, err := (&Etcd{Endpoints: []string{tc.server.URL}}).Read(t.Context(), DefaultPrefix, nil)
+		if err != nil || r.KeyIDs()["k1-a"] != 1 || r.Others != tc.others {
+			t.Errorf("%s: %+v, %v", name, r, err)
+		}
+	}
+}
+
 // TestTooManyKeys: a store that names more keys than any cluster has can't fill the memory.
 func TestTooManyKeys(t *testing.T) {
 	keys := newTally(DefaultPrefix)

@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -14,25 +17,40 @@ import (
 type Etcd struct {
 	URL string
 
-	mu     sync.Mutex
-	all    []Change
-	script [][]byte
+	cluster uint64
+	mu      sync.Mutex
+	all     []Change
+	script  [][]byte
 }
 
 // StartEtcd starts an etcd with the content of the changes, and stops it in a clean-up.
 func StartEtcd(cleanup func(func()), stored ...Change) *Etcd {
+	return start(7, cleanup, stored)
+}
+
+// StartKine is StartEtcd for kine over PostgreSQL. kine names no cluster, and passes the
+// bounds of a range to PostgreSQL, which refuses a zero byte in a string. kine removes
+// such a byte only from the end of the first key.
+func StartKine(cleanup func(func()), stored ...Change) *Etcd {
+	return start(0, cleanup, stored)
+}
+
+func start(cluster uint64, cleanup func(func()), stored []Change) *Etcd {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		panic(err) // only tests call this
 	}
-	e := &Etcd{URL: "http://" + l.Addr().String()}
+	e := &Etcd{URL: "http://" + l.Addr().String(), cluster: cluster}
 	e.Put(stored...)
 	s := grpc.NewServer(grpc.ForceServerCodec(bytesCodec{}), grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
 		var request []byte
 		if err := stream.RecvMsg(&request); err != nil {
 			return err
 		}
-		answer := e.answer(request)
+		answer, err := e.answer(request)
+		if err != nil {
+			return err
+		}
 		return stream.SendMsg(&answer)
 	}))
 	go func() { _ = s.Serve(l) }()
@@ -79,13 +97,13 @@ func answered(cluster, revision uint64, found []Change) []byte {
 }
 
 // answer answers a range request with the keys from the first one up to the end.
-func (e *Etcd) answer(request []byte) []byte {
+func (e *Etcd) answer(request []byte) ([]byte, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if len(e.script) > 0 {
 		next := e.script[0]
 		e.script = e.script[1:]
-		return next
+		return next, nil
 	}
 	var from, end string
 	for b := request; len(b) > 0; {
@@ -104,8 +122,11 @@ func (e *Etcd) answer(request []byte) []byte {
 		}
 		b = b[n:]
 	}
+	if e.cluster == 0 && strings.Contains(strings.TrimSuffix(from, "\x00")+end, "\x00") {
+		return nil, status.Error(codes.Unknown, `ERROR: invalid byte sequence for encoding "UTF8": 0x00 (SQLSTATE 22021)`)
+	}
 	found := slices.DeleteFunc(slices.Clone(e.all), func(c Change) bool { return c.Key < from || c.Key >= end && end != "\x00" })
-	return Answer(7, 9, found...)
+	return Answer(e.cluster, 9, found...), nil
 }
 
 func field(b []byte, n protowire.Number, value []byte) []byte {
