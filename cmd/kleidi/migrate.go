@@ -42,8 +42,8 @@ Begin once every kube-apiserver encrypts under the current key, which takes up t
 minutes after a rotation. If the command is interrupted, run it again: what is under the
 current key is not written again. Then kleidi usage says whether anything is left.
 
-With --dry-run the command counts the objects, and prints the ClusterRole that the user in
-the kubeconfig needs.`,
+With --dry-run the command changes nothing. It names the resources, counts the objects if
+it would patch them itself, and prints the ClusterRole that the user in the kubeconfig needs.`,
 		Example: `  kleidi migrate --dry-run
   kleidi migrate
   kleidi usage`,
@@ -60,7 +60,7 @@ the kubeconfig needs.`,
 	completeOneOf(cmd, "by", migrate.ByAPI, migrate.ByPatch)
 	f.IntVar(&o.Workers, "workers", 8, "patches at once")
 	f.Float64Var(&o.Rate, "rate", 200, "patches per second at most")
-	f.BoolVar(&o.DryRun, "dry-run", false, "change nothing; count, and print the ClusterRole that is needed")
+	f.BoolVar(&o.DryRun, "dry-run", false, "change nothing; name what would be written again, and print the ClusterRole that is needed")
 	_ = cmd.MarkFlagFilename("kubeconfig")
 	return cmd
 }

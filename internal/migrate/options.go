@@ -19,7 +19,7 @@ type Options struct {
 	// Workers patch side by side, all of them together at most Rate objects per second.
 	Workers int
 	Rate    float64
-	// DryRun counts, and changes nothing.
+	// DryRun changes nothing. By patch it counts the objects.
 	DryRun bool
 	// Progress is told after each object.
 	Progress func(resource string, done int)
