@@ -126,6 +126,12 @@ func (n *Node) kms(key, value string) func(*testing.T) {
 	}
 }
 
+// second adds an entry for ConfigMaps.
+func (n *Node) second(t *testing.T, providers ...string) {
+	b, _ := os.ReadFile(n.path(n.EncryptionConfig))
+	n.write(t, n.EncryptionConfig, string(b)+"  - resources: [configmaps]\n    providers:\n      - "+strings.Join(providers, "\n      - ")+"\n")
+}
+
 // fault is planted alone: doctor finds id, with these words, and nothing else.
 type fault struct {
 	id, want string
@@ -226,6 +232,16 @@ var faults = []fault{
 	{"encryption-configuration/identity", "identity", func(t *testing.T, n *Node) {
 		b, _ := os.ReadFile(n.path(n.EncryptionConfig))
 		n.write(t, n.EncryptionConfig, string(b)+"      - identity: {}\n")
+	}},
+	// kleidi's further entries are judged as its first one is
+	{"encryption-configuration/not-first", "kleidi-2 is not the first for configmaps", func(t *testing.T, n *Node) {
+		n.second(t, "aescbc: {keys: [{name: a, secret: AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=}]}", "kms: {apiVersion: v2, name: kleidi-2, endpoint: unix:///run/kleidi/kms.sock}")
+	}},
+	{"encryption-configuration/endpoint", "names the socket unix:///run/other.sock for kleidi-2", func(t *testing.T, n *Node) {
+		n.second(t, "kms: {apiVersion: v2, name: kleidi-2, endpoint: unix:///run/other.sock}")
+	}},
+	{"encryption-configuration/timeout", "kleidi's provider by-another-name has the timeout 5m", func(t *testing.T, n *Node) {
+		n.second(t, "kms: {apiVersion: v2, name: by-another-name, endpoint: unix:///run/kleidi/kms.sock, timeout: 5m}")
 	}},
 	{"encryption-configuration/mode", "0644", func(t *testing.T, n *Node) { n.chmod(t, n.EncryptionConfig, 0o644) }},
 	{"manifest/unpatched", "kubeadm patch --apply", func(t *testing.T, n *Node) { n.edit(t, n.Manifest, "--encryption-provider-config=", "--other=") }},

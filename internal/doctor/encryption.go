@@ -2,6 +2,8 @@ package doctor
 
 import (
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
@@ -44,11 +46,25 @@ func encryptionConfiguration(n *Node) []Finding {
 		if r.Own() {
 			continue
 		}
-		for _, p := range r.Providers {
+		for i, p := range r.Providers {
 			all = append(all, n.provider(p)...)
+			if i > 0 && n.own(p.KMS) {
+				all = append(all, found("encryption-configuration/not-first", "kleidi encryption-config   # put its provider first", "in %s kleidi's provider %s is not the first for %s", file, p.KMS.Name, strings.Join(r.Resources, ", "))...)
+			}
 		}
 	}
 	return all
+}
+
+// own reports whether a plugin is kleidi's. Each entry of an EncryptionConfiguration needs
+// another name, so the further ones are kleidi-2 and so on.
+func (n *Node) own(p *encryptionconfig.KMS) bool {
+	if p == nil {
+		return false
+	}
+	suffix, numbered := strings.CutPrefix(p.Name, n.Config.KMS.Name+"-")
+	_, err := strconv.Atoi(suffix)
+	return p.Name == n.Config.KMS.Name || numbered && err == nil || p.Endpoint == "unix://"+n.Config.KMS.Socket
 }
 
 // provider judges one provider of the EncryptionConfiguration.
@@ -57,17 +73,17 @@ func (n *Node) provider(p encryptionconfig.Provider) (all []Finding) {
 	if p.Identity != nil {
 		return found("encryption-configuration/identity", "kleidi migrate   # then remove the provider identity", "%s still reads what is stored in the clear (identity)", file)
 	}
-	if p.KMS == nil || p.KMS.Name != c.Name {
+	if !n.own(p.KMS) {
 		return nil
 	}
 	if p.KMS.APIVersion != "v2" {
-		all = found("encryption-configuration/api-version", "kleidi encryption-config   # prints the line apiVersion: v2", "in %s kleidi's provider has apiVersion %q", file, p.KMS.APIVersion)
+		all = found("encryption-configuration/api-version", "kleidi encryption-config   # prints the line apiVersion: v2", "in %s kleidi's provider %s has apiVersion %q", file, p.KMS.Name, p.KMS.APIVersion)
 	}
 	if p.KMS.Endpoint != "unix://"+c.Socket {
-		all = append(all, found("encryption-configuration/endpoint", "kleidi encryption-config   # prints the endpoint", "%s names the socket %s, and kleidi serves unix://%s", file, p.KMS.Endpoint, c.Socket)...)
+		all = append(all, found("encryption-configuration/endpoint", "kleidi encryption-config   # prints the endpoint", "%s names the socket %s for %s, and kleidi serves unix://%s", file, p.KMS.Endpoint, p.KMS.Name, c.Socket)...)
 	}
 	if d, err := time.ParseDuration(p.KMS.Timeout); p.KMS.Timeout != "" && (err != nil || d < leastTimeout || d > mostTimeout) {
-		all = append(all, found("encryption-configuration/timeout", "kleidi encryption-config   # prints the line timeout: 3s", "in %s kleidi's provider has the timeout %s", file, p.KMS.Timeout)...)
+		all = append(all, found("encryption-configuration/timeout", "kleidi encryption-config   # prints the line timeout: 3s", "in %s kleidi's provider %s has the timeout %s", file, p.KMS.Name, p.KMS.Timeout)...)
 	}
 	return all
 }
