@@ -221,7 +221,7 @@ func storageVersion(d *etcdfile.Database) (string, error) {
 }
 
 // live keeps the kind of the last revision of each key. Keys are kept as digests, so that
-// each key takes 20 bytes whatever its length, and no two keys share a digest.
+// each live key takes 35 to 60 bytes whatever its length, and no two keys share a digest.
 type live struct {
 	*tally
 	seeds     [2]maphash.Seed
