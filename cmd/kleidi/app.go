@@ -61,6 +61,11 @@ func logger(c *config.Config) *slog.Logger {
 }
 
 // show prints a result in the format that the operator asked for.
+func show[T any](cmd *cobra.Command, a *app, result T, print func(io.Writer, T)) error {
+	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) { print(w, result) })
+}
+
+// show is as the function above, for a text that needs more than the result.
 func (a *app) show(w io.Writer, result any, text func(io.Writer)) error {
 	if a.output == "json" {
 		e := json.NewEncoder(w)
@@ -69,6 +74,30 @@ func (a *app) show(w io.Writer, result any, text func(io.Writer)) error {
 	}
 	text(w)
 	return nil
+}
+
+// group returns a command that only has subcommands.
+func group(use, short, long string, verbs ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: use, Short: short, Long: long,
+		Args: noVerb, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(verbs...)
+	return cmd
+}
+
+// required demands flags.
+func required(cmd *cobra.Command, flags ...string) {
+	for _, flag := range flags {
+		_ = cmd.MarkFlagRequired(flag) // the flag exists
+	}
+}
+
+// fileFlags completes flags with the names of files.
+func fileFlags(cmd *cobra.Command, flags ...string) {
+	for _, flag := range flags {
+		_ = cmd.MarkFlagFilename(flag)
+	}
 }
 
 // noVerb refuses the arguments of a command that only has subcommands: none, or a

@@ -8,9 +8,9 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/operation"
-	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
@@ -39,7 +39,7 @@ cluster store keeps.`,
 			})
 		},
 	}
-	cmd.ValidArgsFunction = a.complete(retiredIDs)
+	cmd.ValidArgsFunction = a.complete(completion.RetiredKeyIDs)
 	return cmd
 }
 
@@ -79,11 +79,7 @@ If the keyring holds no KEK that says who made the archive, name the archived ke
 			}
 			defer clear(identity)
 			req.Identity = identity
-			s, err := operate(cmd.Context(), a, operation.ImportArchive, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.ImportArchive, req)
 		},
 	}
 	cmd.Flags().StringVar(&identityFile, "identity-file", "", "file with the recovery identity (AGE-SECRET-KEY-…)")

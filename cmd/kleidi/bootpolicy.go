@@ -17,17 +17,9 @@ import (
 )
 
 func newBootPolicy(a *app) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "bootpolicy",
-		Short: "Record, show, compare and test boot policies, and explain event logs",
-		Long: `A boot policy is a file that says what the event log of a boot must contain. You can
+	return group("bootpolicy", "Record, show, compare and test boot policies, and explain event logs", `A boot policy is a file that says what the event log of a boot must contain. You can
 read and edit it; docs/boot-policy.md describes it.`,
-		Args: noVerb,
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	cmd.AddCommand(newPolicyRecord(a), newPolicyShow(a), newPolicyCheck(a), newPolicyDiff(a), newPolicyNarrow(a), newPolicyExplain(a),
-		newPolicyEvidence(a))
-	return cmd
+		newPolicyRecord(a), newPolicyShow(a), newPolicyCheck(a), newPolicyDiff(a), newPolicyNarrow(a), newPolicyExplain(a), newPolicyEvidence(a))
 }
 
 func newPolicyRecord(a *app) *cobra.Command {
@@ -148,14 +140,7 @@ func newPolicyDiff(a *app) *cobra.Command {
 				return err
 			}
 			changes := bootpolicy.Diff(first, second)
-			return a.show(cmd.OutOrStdout(), policyDiff{changes}, func(w io.Writer) {
-				for _, c := range changes {
-					fmt.Fprintln(w, c)
-				}
-				if len(changes) == 0 {
-					fmt.Fprintln(w, "both policies demand the same")
-				}
-			})
+			return a.show(cmd.OutOrStdout(), policyDiff{changes}, func(w io.Writer) { text.PolicyChanges(w, changes) })
 		},
 	}
 }

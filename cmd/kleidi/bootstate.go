@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/inspect"
 	"github.com/beezy-dev/kleidi/internal/operation"
@@ -26,18 +27,11 @@ const (
 )
 
 func newBootState(a *app) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "bootstate",
-		Short: "Sign, add, list and revoke boot states with an operator's key",
-		Long: `An operator's key, kept on another machine, signs the PCR values of a boot before the
+	return group("bootstate", "Sign, add, list and revoke boot states with an operator's key", `An operator's key, kept on another machine, signs the PCR values of a boot before the
 boot is rolled out. A node that knows the public key opens in every boot state signed
 by the key, as long as Secure Boot does not change. systemd's signed PCR 11 values
 (.pcrsig) are such boot states.`,
-		Args: noVerb,
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	cmd.AddCommand(newStateSign(a), newStateAdd(a), newStateList(a), newStateRevoke(a))
-	return cmd
+		newStateSign(a), newStateAdd(a), newStateList(a), newStateRevoke(a))
 }
 
 func newStateSign(a *app) *cobra.Command {
@@ -89,12 +83,10 @@ kleidi bootstate add, in systemd's format.`,
 	f.StringVar(&s.What, "what", "", "a note, only for display")
 	f.StringVar(&s.Out, "out", "", "new file to write to; standard output if empty")
 	registerNextFiles(cmd, &s.Files)
-	a.completeFlag(cmd, "cluster-id", clusterID)
+	a.completeFlag(cmd, "cluster-id", completion.ClusterID)
 	completeOneOf(cmd, "bank", "sha256", "sha384")
-	for _, name := range []string{"key", "event-log"} {
-		_ = cmd.MarkFlagRequired(name)
-		_ = cmd.MarkFlagFilename(name)
-	}
+	required(cmd, "key", "event-log")
+	fileFlags(cmd, "key", "event-log")
 	return cmd
 }
 
@@ -129,11 +121,7 @@ states in the running UKI.`,
 			if req.PublicKey, err = files.Read(key, files.MaxPublicKey); err != nil {
 				return fmt.Errorf("add: %w", err)
 			}
-			s, err := operate(cmd.Context(), a, operation.AddBootStates, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.AddBootStates, req)
 		},
 	}
 	cmd.Flags().StringVar(&key, "public-key", "", "the key that signed, in PEM (openssl pkey -pubout)")
@@ -159,7 +147,7 @@ func newStateList(a *app) *cobra.Command {
 			if err != nil {
 				return files.HintRoot(fmt.Errorf("list: %w", err))
 			}
-			return a.show(cmd.OutOrStdout(), states, func(w io.Writer) { text.BootStates(w, states) })
+			return show(cmd, a, states, text.BootStates)
 		},
 	}
 }
@@ -171,13 +159,9 @@ func newStateRevoke(a *app) *cobra.Command {
 		Long: `Remove the slot of a key and end its epoch: from then on the TPM refuses the slot and
 every kept copy of it. To revoke only some of the boot states of a key, sign the others
 for a later generation, and add them.`,
-		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeArgument(signers),
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeArgument(completion.Signers),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s, err := operate(cmd.Context(), a, operation.RevokeBootStates, admin.RevokeBootStatesRequest{Key: args[0]})
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.RevokeBootStates, admin.RevokeBootStatesRequest{Key: args[0]})
 		},
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"github.com/beezy-dev/kleidi/internal/carry"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/operation"
-	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -65,11 +64,7 @@ holds it.`,
 			if err != nil {
 				return fmt.Errorf("import: %s: %w", args[0], err)
 			}
-			s, err := operate(cmd.Context(), a, operation.ImportKeyring, admin.ImportKeyringRequest{Keyring: f.Keyring, Record: f.Record, TrustKeyID: seal.KeyID(trust)})
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.ImportKeyring, admin.ImportKeyringRequest{Keyring: f.Keyring, Record: f.Record, TrustKeyID: seal.KeyID(trust)})
 		},
 	}
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "at the end of a fork: the current key ID of the keyring that is kept")
@@ -90,11 +85,7 @@ With --discard the command replaces a keyring that no node takes: a damaged one,
 that somebody has planted. Whatever only that keyring holds is lost.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, operation.PublishKeyring, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.PublishKeyring, req)
 		},
 	}
 	cmd.Flags().BoolVar(&req.Discard, "discard", false, "take no KEK of the keyring in the store")

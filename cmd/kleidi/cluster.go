@@ -14,12 +14,8 @@ import (
 )
 
 func newCluster(a *app) *cobra.Command {
-	cmd := &cobra.Command{
-		Use: "cluster", Short: "Let this node share the keyring through the cluster's API",
-		Args: noVerb, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	cmd.AddCommand(newClusterSetup(a))
-	return cmd
+	return group("cluster", "Let this node share the keyring through the cluster's API", "",
+		newClusterSetup(a))
 }
 
 func newClusterSetup(a *app) *cobra.Command {

@@ -13,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/doctor/gather"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/kubeadm"
+	"github.com/beezy-dev/kleidi/internal/terminal"
 	"github.com/beezy-dev/kleidi/internal/version"
 )
 
@@ -46,7 +47,7 @@ could not be made.`,
 			if n.Config, err = a.config(); err != nil {
 				n.NoConfig = err.Error()
 			} else {
-				defer sayWaiting(os.Stderr, "", n.Config.TPM.Timeout)()
+				defer terminal.SayWaiting(os.Stderr, "", n.Config.TPM.Timeout)()
 				if err := gather.Into(cmd.Context(), &n, cmp.Or(kubeconfig, clusteraccess.AdminKubeconfig())); err != nil {
 					return files.HintRoot(err)
 				}

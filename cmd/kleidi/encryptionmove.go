@@ -26,8 +26,7 @@ func (m *moving) addFlags(cmd *cobra.Command) {
 	f.StringVar(&m.to, "to", "kleidi", "the provider to move to: kleidi, identity, aescbc, aesgcm, secretbox, or kms:NAME for another plugin")
 	f.StringVar(&m.source, "provider-from", "", "take that provider, with its keys, from this EncryptionConfiguration")
 	f.IntVar(&m.step, "step", 0, "write this step, 1 to 3, to --file (default --from)")
-	_ = cmd.MarkFlagFilename("from")
-	_ = cmd.MarkFlagFilename("provider-from")
+	fileFlags(cmd, "from", "provider-from")
 	completeOneOf(cmd, "to", "kleidi", "identity", "aescbc", "aesgcm", "secretbox")
 	completeOneOf(cmd, "step", "1", "2", "3")
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -58,7 +57,7 @@ keyring, which the configured token or server opens.`,
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Joined(w, r) })
+			return show(cmd, a, r, text.Joined)
 		},
 	}
 	cmd.Flags().StringVar(&name, "node", "", "this machine's name in the keyring")
@@ -66,9 +65,7 @@ keyring, which the configured token or server opens.`,
 	cmd.Flags().StringVar(&trust, "trust", "", "the keyring to trust: cluster ID, key ID and revision")
 	cmd.Flags().StringVar(&file, "keyring", "", "on a machine without a TPM: a copy of the keyring")
 	_ = cmd.MarkFlagFilename("keyring")
-	for _, flag := range []string{"node", "trust"} {
-		_ = cmd.MarkFlagRequired(flag)
-	}
+	required(cmd, "node", "trust")
 	return cmd
 }
 

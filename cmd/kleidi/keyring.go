@@ -16,12 +16,8 @@ import (
 )
 
 func newKeyring(a *app) *cobra.Command {
-	cmd := &cobra.Command{
-		Use: "keyring", Short: "Show, verify, back up and restore the keyring",
-		Args: noVerb, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	cmd.AddCommand(newKeyringShow(a), newKeyringVerify(a), newKeyringCheck(a), newKeyringBackup(a), newKeyringRestore(a), newKeyringSave(a), newKeyringExport(a), newKeyringImport(a), newKeyringPublish(a), newKeyringArchive(a), newKeyringImportArchive(a))
-	return cmd
+	return group("keyring", "Show, verify, back up and restore the keyring", "",
+		newKeyringShow(a), newKeyringVerify(a), newKeyringCheck(a), newKeyringBackup(a), newKeyringRestore(a), newKeyringSave(a), newKeyringExport(a), newKeyringImport(a), newKeyringPublish(a), newKeyringArchive(a), newKeyringImportArchive(a))
 }
 
 func newKeyringShow(a *app) *cobra.Command {
@@ -50,11 +46,7 @@ func newKeyringVerify(a *app) *cobra.Command {
 		Short: "Open the stored keyring with the TPM and check it against MAC and anchor",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, operation.Verify, admin.VerifyRequest{})
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.Verify, admin.VerifyRequest{})
 		},
 	}
 }
@@ -122,11 +114,7 @@ this if the stored keyring was lost, damaged or replaced by an older one. Until 
 not restart kleidi serve: the newest KEKs are only in its memory.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, operation.Save, admin.SaveRequest{})
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.Save, admin.SaveRequest{})
 		},
 	}
 }

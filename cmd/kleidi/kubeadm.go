@@ -13,14 +13,8 @@ import (
 )
 
 func newKubeadm(a *app) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "kubeadm",
-		Short: "Connect the kube-apiserver that kubeadm runs",
-		Args:  noVerb,
-		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	cmd.AddCommand(newKubeadmPatch(a))
-	return cmd
+	return group("kubeadm", "Connect the kube-apiserver that kubeadm runs", "",
+		newKubeadmPatch(a))
 }
 
 // kubeadmPatch is the result of kleidi kubeadm patch.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 
 	"github.com/spf13/cobra"
 
@@ -37,7 +36,7 @@ sequences stay.`,
 			if err != nil {
 				return files.HintRoot(fmt.Errorf("narrow: %w", err))
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Narrowed(w, r) })
+			return show(cmd, a, r, text.Narrowed)
 		},
 	}
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "show what would be removed, and change nothing")

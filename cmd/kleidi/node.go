@@ -3,13 +3,13 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/grpcserver/join"
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/members"
 	"github.com/beezy-dev/kleidi/internal/text"
@@ -17,12 +17,8 @@ import (
 )
 
 func newNode(a *app) *cobra.Command {
-	cmd := &cobra.Command{
-		Use: "node", Short: "Show this machine, approve others to join, list and remove nodes",
-		Args: noVerb, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	cmd.AddCommand(newNodeIdentity(a), newNodeApprove(a), newNodeList(a), newNodeRemove(a))
-	return cmd
+	return group("node", "Show this machine, approve others to join, list and remove nodes", "",
+		newNodeIdentity(a), newNodeApprove(a), newNodeList(a), newNodeRemove(a))
 }
 
 func newNodeIdentity(a *app) *cobra.Command {
@@ -42,7 +38,7 @@ nothing.`,
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), id, func(w io.Writer) { text.Identity(w, id) })
+			return show(cmd, a, id, text.Identity)
 		},
 	}
 }
@@ -90,7 +86,7 @@ machine writes them below /run/kleidi/bootstrap.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Approval(w, r) })
+			return show(cmd, a, r, text.Approval)
 		},
 	}
 	f := cmd.Flags()
@@ -100,7 +96,7 @@ machine writes them below /run/kleidi/bootstrap.`,
 	f.BoolVar(&req.Replace, "replace", false, "the machine takes the place of the node of that name")
 	f.DurationVar(&req.Expires, "expires", members.DefaultExpiry, "how long the approval is valid, up to 24h")
 	f.StringArrayVar(&bootstrap, "bootstrap-file", nil, "hand this file to the machine; may be repeated, 64 KiB in all")
-	cmd.ValidArgsFunction = a.completeArgument(otherNodes) // with --replace
+	cmd.ValidArgsFunction = a.completeArgument(completion.OtherNodes) // with --replace
 	_ = cmd.MarkFlagFilename("boot-policy", "yaml", "yml")
 	return cmd
 }
@@ -128,7 +124,7 @@ verified.`,
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), l, func(w io.Writer) { text.Nodes(w, l) })
+			return show(cmd, a, l, text.Nodes)
 		},
 	}
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -82,7 +81,7 @@ func (o *removal) run(cmd *cobra.Command, a *app, name string) error {
 	if !o.yes {
 		fmt.Fprintln(cmd.ErrOrStderr(), "is each node to remove cut off, as described above?")
 		for _, name := range names {
-			if err := confirmName(cmd, name, "", "give --yes --cut-off once the node is cut off"); err != nil {
+			if err := inputOf(cmd).ConfirmNode(name, "", "give --yes --cut-off once the node is cut off"); err != nil {
 				return fmt.Errorf("remove: the keyring was not changed: %w", err)
 			}
 		}
@@ -101,7 +100,7 @@ func (o *removal) follow(cmd *cobra.Command, a *app, req admin.RemoveNodesReques
 	if err != nil {
 		return err
 	}
-	if err := a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Removal(w, r) }); err != nil {
+	if err := show(cmd, a, r, text.Removal); err != nil {
 		return err
 	}
 	if r.Phase != admin.RemovalDone {

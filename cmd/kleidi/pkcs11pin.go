@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 
 	"github.com/spf13/cobra"
 
@@ -40,15 +39,13 @@ TPM was cleared, seal the PIN again: keep the PIN with the recovery identity.`,
 				return files.HintRoot(fmt.Errorf("pkcs11-pin: %w", err))
 			}
 			p.PINFile = pinFile
-			return a.show(cmd.OutOrStdout(), p, func(w io.Writer) { text.SealedPIN(w, p) })
+			return show(cmd, a, p, text.SealedPIN)
 		},
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&pinFile, "pin-file", "", "file with the PIN on its first line, readable only by its owner; - asks for the PIN or reads standard input")
 	flags.StringVar(&out, "out", "", "new file for the sealed PIN; name it in pkcs11.sealedPINFile")
-	for _, name := range []string{"pin-file", "out"} {
-		_ = cmd.MarkFlagRequired(name)
-		_ = cmd.MarkFlagFilename(name)
-	}
+	required(cmd, "pin-file", "out")
+	fileFlags(cmd, "pin-file", "out")
 	return cmd
 }

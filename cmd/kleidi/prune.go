@@ -3,22 +3,18 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
-	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/prune"
 	"github.com/beezy-dev/kleidi/internal/terminal"
 	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
 // pruning holds the flags of prune.
@@ -55,7 +51,7 @@ too. Then the command asks, reads etcd once more, and removes the KEK.`,
 	cmd.Flags().BoolVar(&o.yes, "yes", false, "do not ask")
 	_ = cmd.MarkFlagFilename("archive", "json")
 	_ = cmd.MarkFlagFilename("record")
-	cmd.ValidArgsFunction = a.complete(retiredIDs)
+	cmd.ValidArgsFunction = a.complete(completion.RetiredKeyIDs)
 	return cmd
 }
 
@@ -89,7 +85,7 @@ func (o *pruning) run(cmd *cobra.Command, a *app, id seal.KeyID) error {
 		return err
 	}
 	s.Changes = append(s.Changes, "the archive still holds it, for the recovery identity: "+o.archive)
-	if err := a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) }); err != nil {
+	if err := show(cmd, a, s, text.State); err != nil {
 		return err
 	}
 	if err := proveUnused(cmd, &last, id); err != nil {
@@ -133,13 +129,6 @@ func (o *pruning) archiveUnused(cmd *cobra.Command, a *app, id seal.KeyID) (req 
 	return req, nil
 }
 
-func retiredIDs(_ *node.Node, u *keyring.Untrusted) (all []string) {
-	for _, r := range u.Info().Retired {
-		all = append(all, string(r.KeyID))
-	}
-	return all
-}
-
 // proveUnused reads every store, and refuses if an object is or may be under a key ID.
 func proveUnused(cmd *cobra.Command, from *stores, id seal.KeyID) error {
 	reports, err := from.read(cmd)
@@ -154,16 +143,13 @@ func confirmPrune(cmd *cobra.Command, yes bool) error {
 	if yes {
 		return nil
 	}
-	in, ok := cmd.InOrStdin().(*os.File)
-	if !ok || !terminal.Is(in) {
-		return &seal.Error{Err: errors.New("prune: nobody has confirmed it, and there is no terminal to ask at; nothing was changed"), Hint: "give --yes"}
-	}
-	fmt.Fprint(cmd.ErrOrStderr(), "are these all etcds of kube-apiserver, and all snapshots that you keep? Type yes to remove the KEK: ")
-	answer, err := terminal.ReadLine(in)
-	if err != nil {
+	answer, asked, err := inputOf(cmd).Ask("are these all etcds of kube-apiserver, and all snapshots that you keep? Type yes to remove the KEK: ")
+	switch {
+	case err != nil:
 		return fmt.Errorf("prune: %w", err)
-	}
-	if strings.TrimSpace(string(answer)) != "yes" {
+	case !asked:
+		return seal.Errorf("", "give --yes", "prune: nobody has confirmed it, and there is no terminal to ask at; nothing was changed")
+	case answer != "yes":
 		return errors.New("prune: not confirmed; nothing was changed")
 	}
 	return nil

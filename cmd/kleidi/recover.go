@@ -1,13 +1,11 @@
 package main
 
 import (
-	"io"
-
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/operation"
-	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -34,11 +32,7 @@ The command asks for the identity, or reads it from standard input or from --ide
 			}
 			defer clear(identity)
 			req := admin.RecoverRequest{Identity: identity, TrustKeyID: seal.KeyID(trust), WithoutVerifier: withoutVerifier, BreakTwoOfTwo: breakTwoOfTwo}
-			s, err := operate(cmd.Context(), a, operation.Recover, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.Recover, req)
 		},
 	}
 	cmd.Flags().StringVar(&file, "identity-file", "", "file with the recovery identity (AGE-SECRET-KEY-…)")
@@ -46,6 +40,6 @@ The command asks for the identity, or reads it from standard input or from --ide
 	cmd.Flags().BoolVar(&withoutVerifier, "without-verifier", false, "demand no verifier, because it is gone for good")
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
 	_ = cmd.MarkFlagFilename("identity-file")
-	a.completeFlag(cmd, "trust-key-id", currentKeyID)
+	a.completeFlag(cmd, "trust-key-id", completion.CurrentKeyID)
 	return cmd
 }

@@ -3,17 +3,16 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"log/slog"
 	"os"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
+	"github.com/beezy-dev/kleidi/internal/terminal"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -27,7 +26,7 @@ func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[R
 		return none, err
 	}
 	client, err := admin.Dial(ctx, cfg.Admin.Socket)
-	defer sayWaiting(os.Stderr, o.Awaits, cfg.TPM.Timeout)()
+	defer terminal.SayWaiting(os.Stderr, o.Awaits, cfg.TPM.Timeout)()
 	if err == nil {
 		return admin.Call(ctx, client, o.Verb, req)
 	}
@@ -47,20 +46,13 @@ func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[R
 	return o.Alone(ctx, n, req)
 }
 
-// patience is how long a command is silent.
-const patience = 3 * time.Second
-
-// sayWaiting says once that a command still waits, until it is stopped: a TPM may take as
-// long as tpm.timeout to answer, and looks dead meanwhile. awaited is what else the operation
-// waits for.
-func sayWaiting(w io.Writer, awaited string, limit fmt.Stringer) (stop func() bool) {
-	text := "no answer yet from the TPM, a token or a server"
-	if awaited != "" {
-		text = "still waiting for " + awaited + ", or for the TPM"
+// operateAndShow runs an operation on the keyring, and shows the keyring afterwards.
+func operateAndShow[Req any](cmd *cobra.Command, a *app, o operation.Operation[Req, admin.KeyringState], req Req) error {
+	s, err := operate(cmd.Context(), a, o, req)
+	if err != nil {
+		return err
 	}
-	return time.AfterFunc(patience, func() {
-		fmt.Fprintf(w, "[wait] %s; the TPM is given up after tpm.timeout, %v\n", text, limit)
-	}).Stop
+	return show(cmd, a, s, text.State)
 }
 
 // ask runs a verb that only a running serve can answer.

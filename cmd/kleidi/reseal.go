@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 
 	"github.com/spf13/cobra"
 
@@ -69,7 +68,7 @@ func (o *resealing) run(cmd *cobra.Command, a *app) error {
 		if err != nil {
 			return fmt.Errorf("reseal: %w", err)
 		}
-		return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Next(w, r) })
+		return show(cmd, a, r, text.Next)
 	}
 	if err := runningAlone(cmd, &o.files); err != nil {
 		return err
@@ -77,11 +76,7 @@ func (o *resealing) run(cmd *cobra.Command, a *app) error {
 	if o.dryRun {
 		return seal.Errorf("", "name its files with --next-…", "--dry-run shows what a next boot would be")
 	}
-	s, err := operate(cmd.Context(), a, operation.Reseal, o.req)
-	if err != nil {
-		return err
-	}
-	return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+	return operateAndShow(cmd, a, operation.Reseal, o.req)
 }
 
 // defaultBoots is the number of boots that a firmware update by capsule takes.
@@ -103,11 +98,7 @@ revokes the slot of the suspension.`,
   kleidi suspend --boots 3 --weaken 7`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, operation.Suspend, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.Suspend, req)
 		},
 	}
 	cmd.Flags().IntVar(&req.Boots, "boots", defaultBoots, "how many boots may open the keyring, 1 to 16")

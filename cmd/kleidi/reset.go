@@ -3,17 +3,15 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/node"
-	"github.com/beezy-dev/kleidi/internal/terminal"
+	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -41,18 +39,11 @@ nothing beside a running kleidi serve. If it breaks off, run it again.`,
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) {
-				for _, path := range r.Removed {
-					fmt.Fprintf(w, "- removed %s\n", path)
-				}
-				for _, c := range r.Changes {
-					fmt.Fprintf(w, "- %s\n", c)
-				}
-			})
+			return show(cmd, a, r, text.Reset)
 		},
 	}
 	cmd.Flags().StringVar(&yes, "yes", "", "this node's name, to forget without being asked")
-	a.completeFlag(cmd, "yes", thisNode)
+	a.completeFlag(cmd, "yes", completion.ThisNode)
 	cmd.Flags().BoolVar(&withoutTPM, "without-tpm", false, "forget only the files: copies of the keyring still open with this machine's TPM")
 	return cmd
 }
@@ -74,27 +65,8 @@ func reset(cmd *cobra.Command, n *node.Node, yes string, withoutTPM bool) (*leav
 	for _, line := range f.Describe(n) {
 		fmt.Fprintln(cmd.ErrOrStderr(), line)
 	}
-	if err := confirmName(cmd, n.Config.Node, yes, "give --yes "+n.Config.Node); err != nil {
+	if err := inputOf(cmd).ConfirmNode(n.Config.Node, yes, "give --yes "+n.Config.Node); err != nil {
 		return nil, fmt.Errorf("reset: %w; nothing was changed", err)
 	}
 	return leaving.Reset(cmd.Context(), n, f, withoutTPM)
-}
-
-// confirmName asks for a name, unless it was given. how says how to confirm without a terminal.
-func confirmName(cmd *cobra.Command, name, given, how string) error {
-	if in, ok := cmd.InOrStdin().(*os.File); given == "" && ok && terminal.Is(in) {
-		fmt.Fprintf(cmd.ErrOrStderr(), "type the name of the node (%s) to go on: ", name)
-		answer, err := terminal.ReadLine(in)
-		if err != nil {
-			return err
-		}
-		given = strings.TrimSpace(string(answer))
-	}
-	switch given {
-	case name:
-		return nil
-	case "":
-		return seal.Errorf("", how, "nobody has confirmed it")
-	}
-	return fmt.Errorf("%q is not the name of the node, which is %s", given, name)
 }

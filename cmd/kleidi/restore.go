@@ -3,14 +3,13 @@ package main
 import (
 	"context"
 	"errors"
-	"io"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
 	"github.com/beezy-dev/kleidi/internal/operation"
-	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -50,11 +49,7 @@ because its wrapper can't be reached, name the slot with --skip-slot. With
 				}
 				defer clear(req.Identity)
 			}
-			s, err := operate(cmd.Context(), a, operation.Restore, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.Restore, req)
 		},
 	}
 	cmd.Flags().BoolVar(&previous, "previous", false, "restore the previous revision, which kleidi keeps")
@@ -64,8 +59,8 @@ because its wrapper can't be reached, name the slot with --skip-slot. With
 	cmd.Flags().BoolVar(&req.BreakTwoOfTwo, "break-two-of-two", false, "go on although one wrapper, or the recovery identity, then opens the KEK alone")
 	cmd.Flags().StringVar(&trust, "trust-key-id", "", "trust the keyring with this current key ID although the anchor does not vouch for it")
 	_ = cmd.MarkFlagFilename("identity-file")
-	a.completeFlag(cmd, "skip-slot", slotNames)
-	a.completeFlag(cmd, "trust-key-id", keyIDs)
+	a.completeFlag(cmd, "skip-slot", completion.SlotNames)
+	a.completeFlag(cmd, "trust-key-id", completion.KeyIDs)
 	return cmd
 }
 

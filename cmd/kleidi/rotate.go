@@ -4,17 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/follow"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/slotview"
-	"github.com/beezy-dev/kleidi/internal/terminal"
 	"github.com/beezy-dev/kleidi/internal/text"
 	"github.com/beezy-dev/kleidi/seal"
 )
@@ -63,7 +60,7 @@ from this node instead; --abort ends it before the fresh KEK is current.`,
 			if s.Rotation != nil {
 				return watchRotation(cmd, a, watch, req, s)
 			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return show(cmd, a, s, text.State)
 		},
 	}
 	cmd.Flags().StringArrayVar(&req.SkipSlots, "skip-slot", nil, "leave out this slot for now, by its name in kleidi slot list; may be repeated")
@@ -73,7 +70,7 @@ from this node instead; --abort ends it before the fresh KEK is current.`,
 	cmd.Flags().BoolVar(&req.Abort, "abort", false, "end the rotation that is going on; its KEK is retired and never current")
 	addWatchFlags(cmd, &watch, "with several nodes: watch until every node announces the fresh KEK", "with several nodes: watch no longer than this; the rotation goes on")
 	cmd.MarkFlagsMutuallyExclusive("continue", "abort", "skip-slot")
-	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.complete(slotNames))
+	_ = cmd.RegisterFlagCompletionFunc("skip-slot", a.complete(completion.SlotNames))
 	return cmd
 }
 
@@ -87,27 +84,16 @@ func confirmSlots(cmd *cobra.Command, a *app, req *admin.RotateRequest, yes bool
 	if len(r.Slots) == 0 { // there is no keyring, as rotate will report
 		return nil
 	}
-	w := cmd.ErrOrStderr()
-	fmt.Fprintln(w, "the fresh KEK goes to:")
-	for _, s := range r.Slots {
-		if !slices.Contains(req.SkipSlots, s.Name) {
-			fmt.Fprintf(w, "  %s  %s\n", s.Name, s.Binding)
-		}
-	}
+	text.Receivers(cmd.ErrOrStderr(), r, req.SkipSlots)
 	if len(r.ChangedOutside) == 0 {
 		return nil
 	}
-	fmt.Fprintln(w, "the keyring was changed from outside, and not by a command on this node:")
-	for _, c := range r.ChangedOutside {
-		fmt.Fprintf(w, "  %s: %s\n", c.Change, c.Slot)
-	}
-	if in, ok := cmd.InOrStdin().(*os.File); !yes && ok && terminal.Is(in) {
-		fmt.Fprintln(w, "is each of these slots as you want it? Type yes to rotate:")
-		answer, err := terminal.ReadLine(in)
+	if !yes {
+		answer, _, err := inputOf(cmd).Ask("is each of these slots as you want it? Type yes to rotate:\n")
 		if err != nil && !errors.Is(err, io.EOF) {
 			return fmt.Errorf("rotate: %w", err)
 		}
-		yes = strings.TrimSpace(string(answer)) == "yes"
+		yes = answer == "yes"
 	}
 	if !yes {
 		return &seal.Error{Err: errors.New("rotate: the keyring was changed from outside, and nobody has confirmed that; nothing was changed"), Hint: slotview.HintOutside}

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"io"
 
 	"github.com/spf13/cobra"
 
@@ -40,7 +39,7 @@ func watchRotation(cmd *cobra.Command, a *app, o follow.Options, req admin.Rotat
 	if err != nil {
 		return err
 	}
-	if err := a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.Rotation(w, s) }); err != nil {
+	if err := show(cmd, a, s, text.Rotation); err != nil {
 		return err
 	}
 	if s.Rotation.Phase != admin.RotationDone {

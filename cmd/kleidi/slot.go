@@ -2,12 +2,12 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"slices"
 
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/internal/text"
@@ -15,17 +15,10 @@ import (
 )
 
 func newSlot(a *app) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "slot",
-		Short: "List, add, test, rewrap and remove slots, the ways to open the KEK",
-		Long: `The keyring holds the KEK once for each way to open it. It has a slot for this
+	return group("slot", "List, add, test, rewrap and remove slots, the ways to open the KEK", `The keyring holds the KEK once for each way to open it. It has a slot for this
 machine's TPM. You can add slots for a key in a PKCS#11 token, for a key in Vault or
 OpenBao, and for recovery identities.`,
-		Args: noVerb,
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	cmd.AddCommand(newSlotList(a), newSlotAdd(a), newSlotTest(a), newSlotRewrap(a), newSlotRemove(a), newSlotForgetCopies(a))
-	return cmd
+		newSlotList(a), newSlotAdd(a), newSlotTest(a), newSlotRewrap(a), newSlotRemove(a), newSlotForgetCopies(a))
 }
 
 func newSlotList(a *app) *cobra.Command {
@@ -38,7 +31,7 @@ func newSlotList(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.show(cmd.OutOrStdout(), r.Slots, func(w io.Writer) { text.Slots(w, r.Slots) })
+			return show(cmd, a, r.Slots, text.Slots)
 		},
 	}
 }
@@ -66,11 +59,7 @@ func newSlotAdd(a *app) *cobra.Command {
 			if (req.Type == seal.TypeRecovery) != (len(req.Recipients) > 0) {
 				return fmt.Errorf("slot add %s: --recipient goes with recovery, and recovery with --recipient age1…", req.Type)
 			}
-			s, err := operate(cmd.Context(), a, operation.AddSlot, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.AddSlot, req)
 		},
 	}
 	cmd.Flags().BoolVar(&req.GenerateKey, "generate-key", false, "first generate the key in the token: AES-256, sensitive, not extractable")
@@ -93,13 +82,13 @@ pkcs11 and vault regularly, as often as unlock.selfTest says.
 The command asks the running kleidi serve. Without one, each run is a separate login: a
 wrong PIN counts towards the limit at which the token locks the PIN, and a wrapping
 token in vault.auth.secretIDFile is used up.`,
-		ValidArgsFunction: a.completeArgument(slotNames),
+		ValidArgsFunction: a.completeArgument(completion.SlotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := operate(cmd.Context(), a, operation.TestSlots, admin.TestSlotsRequest{Names: args})
 			if err != nil {
 				return err
 			}
-			if err := a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.SlotTests(w, r) }); err != nil {
+			if err := show(cmd, a, r, text.SlotTests); err != nil {
 				return err
 			}
 			for _, s := range r.Slots {
@@ -121,14 +110,10 @@ func newSlotRewrap(a *app) *cobra.Command {
 slot: the command refuses another key with the same name, because the owner of that key
 would get the KEK. With --new-key the command trusts the configured key without this
 check; use it after the token or its key was replaced.`,
-		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeArgument(slotNames),
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeArgument(completion.SlotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
-			s, err := operate(cmd.Context(), a, operation.RewrapSlot, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.RewrapSlot, req)
 		},
 	}
 	cmd.Flags().BoolVar(&req.NewKey, "new-key", false, "trust the configured key, although it does not open the present slot")
@@ -152,14 +137,14 @@ of that type; otherwise the type and the first digits of the slot's ID, such as
 recovery-3f9a. The age1… recipient of a recovery slot is a name too. The ID is a digest
 of the slot's binding. It does not change when other slots are removed or when the KEK
 is rotated.`,
-		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeArgument(slotNames),
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeArgument(completion.SlotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Name = args[0]
 			s, err := operate(cmd.Context(), a, operation.RemoveSlot, req)
 			if err != nil {
 				return err
 			}
-			if err := a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) }); err != nil {
+			if err := show(cmd, a, s, text.State); err != nil {
 				return err
 			}
 			if s.Owed {
@@ -184,15 +169,11 @@ nothing checks that.`,
 		Example: "  kleidi slot forget-copies --ek sha256:5d0f…",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := operate(cmd.Context(), a, operation.ForgetCopies, req)
-			if err != nil {
-				return err
-			}
-			return a.show(cmd.OutOrStdout(), s, func(w io.Writer) { text.State(w, s) })
+			return operateAndShow(cmd, a, operation.ForgetCopies, req)
 		},
 	}
 	cmd.Flags().StringVar(&req.EK, "ek", "", "digest of the TPM's endorsement key, as kleidi status shows it")
 	_ = cmd.MarkFlagRequired("ek") // the flag exists
-	_ = cmd.RegisterFlagCompletionFunc("ek", a.complete(unrevokedEKs))
+	_ = cmd.RegisterFlagCompletionFunc("ek", a.complete(completion.UnrevokedEKs))
 	return cmd
 }

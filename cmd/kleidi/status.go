@@ -1,7 +1,6 @@
 package main
 
 import (
-	"io"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -35,7 +34,7 @@ the KEK is open and something needs an operator, and 1 if kleidi could not be as
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			if err := a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Status(w, r) }); err != nil {
+			if err := show(cmd, a, r, text.Status); err != nil {
 				return err
 			}
 			return verdict(r)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/beezy-dev/kleidi/internal/completion"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/lifecycle"
@@ -38,9 +39,7 @@ func (s *stores) addFlags(cmd *cobra.Command) {
 	f.StringVar(&s.keyFile, "key", "", "PEM file of the client certificate's key")
 	f.StringArrayVar(&s.snapshots, "snapshot", nil, "read the file of an etcd snapshot; may be repeated")
 	f.StringVar(&s.prefix, "prefix", usage.DefaultPrefix, "kube-apiserver's --etcd-prefix")
-	for _, name := range []string{"cacert", "cert", "key", "snapshot"} {
-		_ = cmd.MarkFlagFilename(name)
-	}
+	fileFlags(cmd, "cacert", "cert", "key", "snapshot")
 }
 
 // read reads every named store, or this machine's etcd.
@@ -133,7 +132,7 @@ in the clear if no entry names the resource.`,
 	o.from.addFlags(cmd)
 	cmd.Flags().StringSliceVar(&o.from.resources, "resources", []string{"secrets"}, "resources that should be encrypted, even if all of their objects are in the clear")
 	cmd.Flags().StringVar(&o.keyID, "key-id", "", "the key ID that everything should be under (default the current one)")
-	a.completeFlag(cmd, "key-id", keyIDs)
+	a.completeFlag(cmd, "key-id", completion.KeyIDs)
 	cmd.Flags().StringVar(&o.file, "encryption-config", "", "compare with how kube-apiserver writes with this EncryptionConfiguration")
 	cmd.MarkFlagsMutuallyExclusive("encryption-config", "resources")
 	_ = cmd.MarkFlagFilename("encryption-config")

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 
 	"github.com/spf13/cobra"
 
@@ -38,16 +37,14 @@ TPM was cleared, make a new key.`,
 			if err := slots.MakeVaultKey(cmd.Context(), n, k); err != nil {
 				return files.HintRoot(fmt.Errorf("vault-key: %w", err))
 			}
-			return a.show(cmd.OutOrStdout(), k, func(w io.Writer) { text.VaultKey(w, k) })
+			return show(cmd, a, k, text.VaultKey)
 		},
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&out, "out", "", "new file for the key; name it in vault.auth.tpmKeyFile")
 	flags.StringVar(&csr, "csr", "", "new file for the certificate request, in PEM")
 	flags.StringVar(&name, "name", "", "common name in the request (default: this node's name)")
-	for _, name := range []string{"out", "csr"} {
-		_ = cmd.MarkFlagRequired(name)
-		_ = cmd.MarkFlagFilename(name)
-	}
+	required(cmd, "out", "csr")
+	fileFlags(cmd, "out", "csr")
 	return cmd
 }

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"io"
-
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/internal/config"
@@ -70,7 +68,20 @@ func newVerifierShow(a *app) *cobra.Command {
 			if err != nil {
 				return files.HintRoot(err)
 			}
-			return a.show(cmd.OutOrStdout(), r, func(w io.Writer) { text.Verifier(w, r) })
+			return show(cmd, a, r, text.Verifier)
 		},
 	}
+}
+
+// verifierConfig reads the configuration that the flags name.
+func (a *app) verifierConfig() (*verifierd.Config, error) {
+	path := a.configPath
+	if path == "" {
+		path = verifierd.DefaultPath
+	}
+	c, err := verifierd.Load(path)
+	if err == nil && a.logLevel != "" {
+		err = c.Log.Level.UnmarshalText([]byte(a.logLevel))
+	}
+	return c, err
 }

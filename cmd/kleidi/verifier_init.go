@@ -46,8 +46,7 @@ key, no slot that demands its signature opens.`,
 	flags.StringVar(&s.Cluster, "cluster-id", "", "the cluster, as kleidi status on a node shows it")
 	flags.StringVar(&s.Name, "name", "", "name or IP address by which nodes reach the verifier")
 	flags.StringVar(&s.Listen, "listen", "0.0.0.0:9781", "address to listen on")
-	_ = cmd.MarkFlagRequired("cluster-id")
-	_ = cmd.MarkFlagRequired("name")
+	required(cmd, "cluster-id", "name")
 	return cmd
 }
 
@@ -89,7 +88,6 @@ SIGHUP.`,
 	cmd.Flags().StringVar(&n.EK, "ek", "", "digest of the endorsement key, from kleidi keyring show on the node")
 	cmd.Flags().StringVar(&n.BootPolicy, "boot-policy", "", "the file that kleidi bootpolicy record wrote on the node")
 	cmd.Flags().BoolVar(&replace, "replace", false, "replace the node's registration")
-	_ = cmd.MarkFlagRequired("ek")
-	_ = cmd.MarkFlagRequired("boot-policy")
+	required(cmd, "ek", "boot-policy")
 	return cmd
 }

@@ -1,5 +1,6 @@
 // Package terminal reads secrets from a person: hidden at a terminal, otherwise from
-// standard input. It also shows there how far a long read is.
+// standard input. It also asks a person there to confirm a change, and shows how far a long
+// read is.
 package terminal
 
 import (

@@ -96,6 +96,16 @@ func Next(w io.Writer, r *reseal.NextResult) {
 	}
 }
 
+// PolicyChanges prints how the demands of one boot policy differ from another's.
+func PolicyChanges(w io.Writer, changes []bootpolicy.Change) {
+	for _, c := range changes {
+		fmt.Fprintln(w, c)
+	}
+	if len(changes) == 0 {
+		fmt.Fprintln(w, "both policies demand the same")
+	}
+}
+
 // Narrowed prints the boots that the boot policy no longer allows.
 func Narrowed(w io.Writer, r *reseal.Narrowed) {
 	for _, c := range r.Changes {

@@ -65,3 +65,21 @@ func TestNext(t *testing.T) {
 	r.Keyring = &admin.KeyringState{CurrentKeyID: "k1-a", Revision: 2}
 	renders(t, "sealed", func(w io.Writer) { Next(w, r) }, append(head, "current key ID  k1-a", "revision        2")...)
 }
+
+// TestPolicyChanges: two policies with the same demands say so.
+func TestPolicyChanges(t *testing.T) {
+	renders(t, "same", func(w io.Writer) { PolicyChanges(w, nil) }, "both policies demand the same")
+	c := bootpolicy.Change{Path: "secureBoot", Was: "on", Now: "off"}
+	renders(t, "one", func(w io.Writer) { PolicyChanges(w, []bootpolicy.Change{c}) }, c.String())
+}
+
+// TestNarrowed: only a boot policy that was written "no longer allows" a boot.
+func TestNarrowed(t *testing.T) {
+	c := bootpolicy.Change{Path: "pcrs.4.sequences[0]", Was: "aa"}
+	r := &reseal.Narrowed{File: "policy.yaml"}
+	renders(t, "nothing", func(w io.Writer) { Narrowed(w, r) }, "policy.yaml allows no superseded boot")
+	r.Changes = []bootpolicy.Change{c}
+	renders(t, "written", func(w io.Writer) { Narrowed(w, r) }, c.String(), "policy.yaml no longer allows these:")
+	r.DryRun = true
+	renders(t, "dry run", func(w io.Writer) { Narrowed(w, r) }, c.String())
+}

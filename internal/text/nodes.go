@@ -9,8 +9,19 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/members"
 )
+
+// Reset prints what a machine has forgotten.
+func Reset(w io.Writer, r *leaving.ResetResult) {
+	for _, path := range r.Removed {
+		fmt.Fprintf(w, "- removed %s\n", path)
+	}
+	for _, c := range r.Changes {
+		fmt.Fprintf(w, "- %s\n", c)
+	}
+}
 
 // Identity prints what an operator needs in order to approve a machine.
 func Identity(w io.Writer, id *members.Identity) {

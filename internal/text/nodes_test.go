@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/leaving"
 	"github.com/beezy-dev/kleidi/internal/members"
 	"github.com/beezy-dev/kleidi/seal"
 )
@@ -144,4 +145,20 @@ func TestIdentity(t *testing.T) {
 		Identity(w, &members.Identity{Node: "cp-2", EK: "sha256:e", SRK: "sha256:s", EpochIndex: 0x1804b00, Boot: "uki", Bank: "sha256", PCRs: map[int]string{11: "bb", 4: "aa"}})
 	}, "node           cp-2", "EK             sha256:e  (endorsement key)", "SRK            sha256:s  (storage root key)", "epoch index    0x01804b00", "boot           uki",
 		"PCR 4          aa  (sha256)", "PCR 11         bb  (sha256)")
+}
+
+// TestReset: each forgotten file has a line, and each change in the TPM.
+func TestReset(t *testing.T) {
+	renders(t, "reset", func(w io.Writer) {
+		Reset(w, &leaving.ResetResult{Removed: []string{"/k"}, Changes: []string{"epoch ended"}})
+	}, "- removed /k", "- epoch ended")
+}
+
+// TestReceivers: a skipped slot receives no fresh KEK, and a change from outside is named.
+func TestReceivers(t *testing.T) {
+	r := admin.StatusReport{Slots: []admin.SlotReport{{Name: "tpm", Binding: "PCR 7"}, {Name: "vault", Binding: "transit"}}}
+	renders(t, "inside", func(w io.Writer) { Receivers(w, r, []string{"vault"}) }, "the fresh KEK goes to:", "  tpm  PCR 7")
+	r.ChangedOutside = []admin.OutsideChange{{Change: "added", Slot: "recovery age1x"}}
+	renders(t, "outside", func(w io.Writer) { Receivers(w, r, nil) }, "the fresh KEK goes to:", "  tpm  PCR 7", "  vault  transit",
+		"the keyring was changed from outside, and not by a command on this node:", "  added: recovery age1x")
 }

@@ -3,6 +3,7 @@ package text
 import (
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
@@ -50,6 +51,23 @@ func Rotation(w io.Writer, s admin.KeyringState) {
 		return
 	}
 	fmt.Fprintln(w, "kleidi serve goes on with it; watch it with kleidi rotate --continue --wait")
+}
+
+// Receivers prints the slots that receive a fresh KEK, and the changes of the keyring that
+// no command on this node made. skipped are the names of slots that receive none.
+func Receivers(w io.Writer, r admin.StatusReport, skipped []string) {
+	fmt.Fprintln(w, "the fresh KEK goes to:")
+	for _, s := range r.Slots {
+		if !slices.Contains(skipped, s.Name) {
+			fmt.Fprintf(w, "  %s  %s\n", s.Name, s.Binding)
+		}
+	}
+	if len(r.ChangedOutside) > 0 {
+		fmt.Fprintln(w, "the keyring was changed from outside, and not by a command on this node:")
+	}
+	for _, c := range r.ChangedOutside {
+		fmt.Fprintf(w, "  %s: %s\n", c.Change, c.Slot)
+	}
 }
 
 // cluster prints a node's knowledge of the cluster store.
