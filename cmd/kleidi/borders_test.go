@@ -413,7 +413,6 @@ var circles = map[string]string{
 	"hsm":          "a key, its mechanism and the session on the token name each other, on both sides of cgo",
 	"seal/keyring": "the document, its two frozen formats and the open keyring are one proof in several files",
 	"seal/unlock":  "the methods of Unlocker are in a file for each job, and use its types",
-	"tpm/device":   "a device knows the hold on it, and the hold its device",
 	"vault":        "login, errors and session explain an error together, as docs/decisions/package-sizes.md says",
 }
 

@@ -23,8 +23,8 @@ const DefaultTimeout = 30 * time.Second
 type Device struct {
 	addr    Address
 	timeout time.Duration
-	turn    chan struct{} // holds one token; a mutex that a context can end
-	holder  atomic.Pointer[hold]
+	busy    mutex
+	holder  atomic.Pointer[hold] // of the open connection, if a hold keeps it open
 }
 
 // New returns the TPM at addr; timeout bounds each operation, 0 means
@@ -33,9 +33,7 @@ func New(addr Address, timeout time.Duration) *Device {
 	if timeout == 0 {
 		timeout = DefaultTimeout
 	}
-	d := &Device{addr: addr, timeout: timeout, turn: make(chan struct{}, 1)}
-	d.turn <- struct{}{}
-	return d
+	return &Device{addr: addr, timeout: timeout, busy: newMutex()}
 }
 
 // Do opens the TPM, runs f and closes the TPM. Commands are retried on TPM_RC_RETRY,
@@ -50,7 +48,7 @@ func (d *Device) Do(ctx context.Context, f func(t transport.TPM) error) (err err
 		return d.unavailable(err)
 	}
 	defer leave()
-	return c.blame(d, guard(func() error { return f(c) }))
+	return d.blame(c, guard(func() error { return f(c) }))
 }
 
 // enter opens the TPM for an operation, or takes the connection that ctx holds, see
@@ -67,20 +65,45 @@ func (d *Device) enter(ctx context.Context) (c *conn, leave func(), err error) {
 	return c, func() { d.disconnect(c) }, nil
 }
 
-// connect waits for the device's turn, opens the TPM, and flushes the objects and
+// Hold lets the operations of the returned context share one connection, one storage
+// root key and one session salted to that key. Making the key takes most of an
+// operation's time, and an unlock is three operations. Operations with another context
+// may use the TPM in between. The caller calls release at the end.
+func (d *Device) Hold(ctx context.Context) (held context.Context, release func()) {
+	h := &hold{busy: newMutex(), releaseIn: min(releaseTimeout, d.timeout)}
+	h.open = func(ctx context.Context) (*conn, error) {
+		c, err := d.connect(ctx)
+		if err == nil {
+			d.holder.Store(h)
+		}
+		return c, err
+	}
+	h.close = func(c *conn) {
+		d.holder.CompareAndSwap(h, nil)
+		d.disconnect(c)
+	}
+	return context.WithValue(ctx, holdKey{d}, h), h.release
+}
+
+type holdKey struct{ *Device }
+
+func (d *Device) heldBy(ctx context.Context) *hold {
+	h, _ := ctx.Value(holdKey{d}).(*hold)
+	return h
+}
+
+// connect waits until no other operation runs, opens the TPM, and flushes the objects and
 // sessions that a killed client left in it.
 func (d *Device) connect(ctx context.Context) (*conn, error) {
 	if h := d.holder.Load(); h != nil {
 		h.giveWay(ctx)
 	}
-	select {
-	case <-d.turn:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("wait for an earlier TPM operation: %w", context.Cause(ctx))
+	if err := d.busy.lock(ctx); err != nil {
+		return nil, err
 	}
 	s, err := open(ctx, d.addr)
 	if err != nil {
-		d.turn <- struct{}{}
+		d.busy.unlock()
 		return nil, err
 	}
 	c := &conn{ctx: ctx, stream: s}
@@ -95,93 +118,16 @@ func (d *Device) connect(ctx context.Context) (*conn, error) {
 
 func (d *Device) disconnect(c *conn) {
 	c.close()
-	d.turn <- struct{}{}
-}
-
-// guard turns a panic into an error. go-tpm unmarshals responses by reflection, and a
-// TPM that answers garbage must not end the process.
-func guard(f func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = &panicError{p}
-		}
-	}()
-	return f()
-}
-
-type panicError struct{ value any }
-
-// Error names only the type: the value could hold parts of the response.
-func (e *panicError) Error() string {
-	return fmt.Sprintf("the TPM's answer could not be read (%T)", e.value)
+	d.busy.unlock()
 }
 
 func (d *Device) unavailable(err error) error {
 	return seal.Errorf(seal.CauseUnavailable, hintFor(d.addr, err), "TPM %s: %w", d.addr, err)
 }
 
-func hintFor(a Address, err error) string {
-	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		return "see whether another program holds the TPM; kleidi serve tries again"
-	case a.network == "device":
-		return "check that the firmware has the TPM switched on, that its driver is loaded (ls /dev/tpm*), and that tpm.device names it; kleidi serve tries again"
-	default:
-		return "check that swtpm runs and that tpm.device names its socket; kleidi serve tries again"
-	}
-}
-
-// conn is one open TPM and one operation's transport.TPM.
-type conn struct {
-	ctx    context.Context
-	stream stream
-	last   []byte // the last response handed out; cleared when nobody needs it any more
-	broken error  // the first fault of the stream; nothing is sent after it
-	held   bool   // for several operations, which share kept
-	kept   Kept   // nil if they share nothing yet
-}
-
-// Kept is what the operations of a held connection share.
-type Kept interface {
-	// Release frees it in the TPM, before the connection is closed.
-	Release(transport.TPM)
-}
-
-// Held returns the place for what the operations of a held connection share, or nil if
-// t is not one, see [Device.Hold].
-func Held(t transport.TPM) *Kept {
-	if c, ok := t.(*conn); ok && c.held {
-		return &c.kept
-	}
-	return nil
-}
-
-// bind ties an open connection to the context of another operation.
-func (c *conn) bind(ctx context.Context) error {
-	err := c.stream.bind(ctx)
-	if err == nil {
-		c.ctx = ctx
-	}
-	return err
-}
-
-// unbind ends an operation on a connection that stays open.
-func (c *conn) unbind() {
-	clear(c.last)
-	c.last = nil
-	if err := c.bind(context.WithoutCancel(c.ctx)); err != nil && c.broken == nil {
-		c.broken = err
-	}
-}
-
-func (c *conn) close() {
-	clear(c.last)
-	_ = c.stream.Close()
-}
-
 // blame turns an error of the stream, or an unreadable response, into a fault of the
 // device.
-func (c *conn) blame(d *Device, err error) error {
+func (d *Device) blame(c *conn, err error) error {
 	if err == nil {
 		return nil
 	}
@@ -195,76 +141,15 @@ func (c *conn) blame(d *Device, err error) error {
 	return err
 }
 
-// After these response codes the same command is sent again (TPM 2.0 Library, Part 2,
-// table 17, warning codes).
-var again = map[tpm2.TPMRC]bool{
-	tpm2.TPMRCRetry:   true,
-	tpm2.TPMRCYielded: true,
-	tpm2.TPMRCTesting: true,
-	tpm2.TPMRCNVRate:  true,
-}
-
-const (
-	retryFirst = 5 * time.Millisecond
-	retryMost  = 500 * time.Millisecond
-)
-
-// Send implements transport.TPM. The response is cleared at the next Send and
-// at the end of the operation; go-tpm copies what it unmarshals.
-func (c *conn) Send(command []byte) ([]byte, error) {
-	clear(c.last)
-	c.last = nil
-	if c.broken != nil {
-		return nil, c.broken
+func hintFor(a Address, err error) string {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return "see whether another program holds the TPM; kleidi serve tries again"
+	case a.network == "device":
+		return "check that the firmware has the TPM switched on, that its driver is loaded (ls /dev/tpm*), and that tpm.device names it; kleidi serve tries again"
+	default:
+		return "check that swtpm runs and that tpm.device names its socket; kleidi serve tries again"
 	}
-	var busy error // the TPM's last answer
-	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
-		response, rc, err := roundTrip(c.ctx, c.stream, command)
-		if err != nil {
-			if busy != nil && errors.Is(err, context.DeadlineExceeded) {
-				err = untilTheDeadline(busy)
-			}
-			c.broken = err
-			return nil, err
-		}
-		if !again[rc] {
-			c.last = response
-			return response, nil
-		}
-		busy = rc
-		select {
-		case <-time.After(wait):
-		case <-c.ctx.Done():
-			c.broken = untilTheDeadline(busy)
-			return nil, c.broken
-		}
-	}
-}
-
-func untilTheDeadline(rc error) error {
-	return fmt.Errorf("the TPM answered %w until the deadline", rc)
-}
-
-// flushStale flushes the transient objects and sessions that a killed client
-// left in a TPM without resource manager: three of either exhaust a swtpm. Such
-// a TPM has one client at a time, so no living client owns them.
-func flushStale(t transport.TPM) error {
-	for _, first := range []uint32{uint32(tpm2.TPMHTTransient) << 24, uint32(tpm2.TPMHTLoadedSession) << 24} {
-		r, err := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: first, PropertyCount: 64}.Execute(t)
-		if err != nil {
-			return fmt.Errorf("TPM2_GetCapability: %w", err)
-		}
-		handles, err := r.CapabilityData.Data.Handles()
-		if err != nil {
-			return fmt.Errorf("TPM2_GetCapability: %w", err)
-		}
-		for _, h := range handles.Handle {
-			if _, err := (tpm2.FlushContext{FlushHandle: h}).Execute(t); err != nil {
-				return fmt.Errorf("TPM2_FlushContext: %w", err)
-			}
-		}
-	}
-	return nil
 }
 
 // IsTPMError reports whether the TPM itself answered with a response code.
