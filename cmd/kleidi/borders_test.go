@@ -412,7 +412,6 @@ func receiver(e ast.Expr) string {
 var circles = map[string]string{
 	"hsm":          "a key, its mechanism and the session on the token name each other, on both sides of cgo",
 	"seal/keyring": "the document, its two frozen formats and the open keyring are one proof in several files",
-	"seal/unlock":  "the methods of Unlocker are in a file for each job, and use its types",
 	"vault":        "login, errors and session explain an error together, as docs/decisions/package-sizes.md says",
 }
 

@@ -8,17 +8,6 @@ import (
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
-// Anchor keeps the anchor of this node.
-type Anchor interface {
-	// Load returns the anchor, or nil if there is none.
-	Load(context.Context) (*keyring.Anchor, error)
-	// Save replaces the anchor durably.
-	Save(context.Context, keyring.Anchor) error
-	// Replace replaces the anchor even if the present one is damaged, because an
-	// operator has vouched for the keyring.
-	Replace(context.Context, keyring.Anchor) error
-}
-
 // FileAnchor keeps the anchor in a file beside the keyring. It stops an attacker who can
 // write the keyring, through etcd for instance, but not one who can write the whole
 // disk.

@@ -195,8 +195,6 @@ func (u *Unlocker) whileOpen(ctx context.Context, err error) error {
 	return &better
 }
 
-const hintSave = "store the open one again with kleidi keyring save, and don't restart kleidi serve before that"
-
 // Save replaces the stored keyring, whatever it is, with the open one.
 func (u *Unlocker) Save(ctx context.Context) error {
 	u.mu.Lock()

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"slices"
 	"strings"
@@ -86,18 +85,6 @@ func (u *Unlocker) openStaged(ctx context.Context, k *keyring.Keyring, gate erro
 	cause := cmp.Or(seal.CauseOf(err), seal.CauseUnavailable)
 	message, _ := seal.SplitHint(err)
 	return k, seal.Errorf(cause, "this node goes on serving; when the cause is mended, send it a SIGHUP, or run kleidi rotate, which stages a fresh KEK", "the staged KEK %s does not open: %s", id, message)
-}
-
-// Opener says how a keyring was opened.
-type Opener struct {
-	// Wrapper is the type of the wrapper that opened a slot.
-	Wrapper string
-	// Fallback says why the wrappers before it in the order did not. It is nil if
-	// Wrapper is the first one.
-	Fallback error
-	// Staged says why the staged KEK is not open. It is nil if that KEK is open, or if
-	// no KEK is staged.
-	Staged error
 }
 
 func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Anchor, store.Version, error) {
@@ -213,33 +200,6 @@ func (u *Unlocker) openedBy(w seal.Wrapper, gate, earlier error) Opener {
 		return Opener{Wrapper: w.Type()}
 	}
 	return Opener{Wrapper: w.Type(), Fallback: earlier}
-}
-
-// joinFailures keeps the first failure's cause and appends the fallback's message:
-// the operator may find the fallback easier to mend.
-func joinFailures(failure error, kind string, next error) error {
-	if failure == nil || next == nil {
-		return cmp.Or(failure, next)
-	}
-	text, hint := seal.SplitHint(failure)
-	return &seal.Error{Cause: seal.CauseOf(failure), Hint: hint, Err: &failures{failure, next, fmt.Sprintf("%s; %s does not open either: %s", text, kind, next)}}
-}
-
-// failures is the first of several failures. Its text names all of them.
-type failures struct {
-	first, next error
-	text        string
-}
-
-func (f *failures) Error() string { return f.text }
-func (f *failures) Unwrap() error { return f.first }
-
-// permanent reports whether no wrapper would open at a further attempt either.
-func permanent(err error) bool {
-	if f, ok := errors.AsType[*failures](err); ok {
-		return permanent(f.first) && permanent(f.next)
-	}
-	return seal.IsPermanent(err)
 }
 
 // hintNoSlot returns the remedy for a keyring without a usable slot: either unlock.order
