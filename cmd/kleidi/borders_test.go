@@ -70,7 +70,7 @@ var borders = map[string][]string{
 	"grpcserver/monitor":             {"grpcserver/internal/unixsocket"},
 	"grpcserver/verifier":            {"seal", "grpcserver/internal/exchange", "internal/ownership", "tpm/attest/remote"},
 	"grpcserver/kmsplugin":           {"seal", "grpcserver/internal/unixsocket"},
-	"grpcserver/join":                {"grpcserver/internal/exchange", "seal", "tpm/attest/exchange", "tpm/attest/joinproof", "tpm/keys"},
+	"grpcserver/join":                {"grpcserver/internal/exchange", "seal", "seal/keyring", "tpm/attest/exchange", "tpm/attest/joinproof", "tpm/keys"},
 	"grpcserver/internal/exchange":   {"seal", "grpcserver/internal/panics", "tpm/attest", "tpm/attest/exchange"},
 	"deploy/hooks":                   {},
 	"hsm":                            {"hsm/internal/cryptoki", "hsm/internal/keyslot", "hsm/internal/legacy", "hsm/internal/pinfile", "hsm/internal/uri", "seal"},

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 )
@@ -24,6 +25,9 @@ type Approval struct {
 	Node string
 	// Expires is how long the approval is valid, by the monotonic clock.
 	Expires time.Duration
+	// Listed is the node's entry in the keyring that the operator saw, or nil if there was
+	// none. Only a machine that takes the place of this entry may join.
+	Listed *keyring.Node
 	// Files go to the node in the grant. The server closes their contents once the
 	// approval is spent, has expired or is replaced.
 	Files []SecretFile
@@ -58,6 +62,9 @@ type entry struct {
 	// bound is the machine that was listed as a node by this approval: its storage root
 	// key and epoch index. Only this machine can run the join again.
 	bound []byte
+	// listed is the entry that the keyring must still have: what the operator saw, or the
+	// machine that bound names.
+	listed *keyring.Node
 }
 
 func newApprovals(now func() time.Time) *approvals {
@@ -74,7 +81,7 @@ func (b *approvals) put(a *Approval) error {
 		return fmt.Errorf("%d nodes were approved since kleidi serve started, and no more are remembered; restart it", maxApprovals)
 	}
 	former.end()
-	e := &entry{Approval: a, until: b.now().Add(a.Expires)}
+	e := &entry{Approval: a, until: b.now().Add(a.Expires), listed: a.Listed}
 	e.timer = time.AfterFunc(a.Expires, func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -136,11 +143,29 @@ func (b *approvals) take(e *entry, h *joinproof.Hello) (leave func(), err error)
 }
 
 // bind notes that the node is listed.
-func (b *approvals) bind(e *entry, h *joinproof.Hello) error {
+func (b *approvals) bind(e *entry, h *joinproof.Hello, listed keyring.Node) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	e.bound = machineOf(h)
+	e.bound, e.listed = machineOf(h), &listed
 	return b.usable(e)
+}
+
+// demanded returns the entry that the keyring must have, as [Host] says.
+func (b *approvals) demanded(e *entry) *keyring.Node {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return e.listed
+}
+
+// withdraw ends an approval that the keyring no longer bears out. An approval that has
+// replaced it stays.
+func (b *approvals) withdraw(e *entry) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e.end()
+	if b.all[e.Node] == e {
+		delete(b.all, e.Node)
+	}
 }
 
 // spend ends the approval: the node has shown that it opened the keyring.

@@ -23,6 +23,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
 	protocol "github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
@@ -147,6 +148,47 @@ func TestBrokenOff(t *testing.T) {
 	if len(r.server.Unfinished()) != 0 {
 		t.Error("the node has finished")
 	}
+}
+
+// TestListedMeanwhile: the host is told which entry the keyring must have: what the operator
+// saw, and once the machine is listed, that machine. A refusal by that demand ends the
+// approval, with its files.
+func TestListedMeanwhile(t *testing.T) {
+	r := newRig(t)
+	seen := &keyring.Node{Name: "beta", EK: "another"}
+	token, err := seal.Memory{}.Take([]byte("token"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &Approval{Node: "beta", Expires: time.Hour, Listed: seen, Files: []SecretFile{{Name: "token", Content: token}}, Approval: joinproof.Approval{EK: r.ek, BootPolicy: r.policy}}
+	if err := r.server.Approve(a); err != nil {
+		t.Fatal(err)
+	}
+	r.mac = func([]byte) []byte { return nil }
+	_, err = r.join()
+	r.refused("not done", err, seal.CauseAttestation, string(CheckDone))
+	if r.demanded != seen {
+		t.Errorf("at first: %+v", r.demanded)
+	}
+	r.noAdmit = protocol.Refuse(protocol.CheckEK, "see node list", "no longer")
+	_, err = r.join()
+	r.refused("for another reason", err, seal.CauseAttestation, "no longer")
+	if r.demanded == nil || r.demanded.EK != r.ek || r.demanded.EpochIndex != r.terms.EpochIndex || len(r.server.Unfinished()) != 1 {
+		t.Errorf("once it is listed: %+v, unfinished %v", r.demanded, r.server.Unfinished())
+	}
+	r.noAdmit = protocol.Refuse(protocol.CheckNode, "approve it again", "it was removed")
+	_, err = r.join()
+	r.refused("removed", err, seal.CauseAttestation, "it was removed")
+	r.noAdmit = nil
+	_, err = r.join()
+	r.refused("after that", err, seal.CauseAttestation, "is not approved")
+	kept := false
+	token.With(func(b []byte) { kept = b != nil })
+	if len(r.server.Unfinished()) != 0 || kept {
+		t.Errorf("unfinished %v, or the file is still there", r.server.Unfinished())
+	}
+	r.approve()
+	r.joins("approved again")
 }
 
 // TestAttacks makes some attacks over the wire; package joinproof tests all of them,

@@ -45,6 +45,7 @@ type rig struct {
 	verdicts []*Verdict
 	noRecord error
 	noAdmit  error
+	demanded *keyring.Node // the entry that the server last demanded of the host
 	clock    time.Time
 
 	// Changes of J's messages by an intruder, or by a broken machine.
@@ -215,13 +216,15 @@ func (r *rig) Verifier() (*joinproof.Verifier, error) {
 }
 
 // Admit implements Host.
-func (r *rig) Admit(_ context.Context, p *joinproof.Proven) (*Admission, error) {
+func (r *rig) Admit(_ context.Context, p *joinproof.Proven, listed *keyring.Node) (*Admission, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.demanded = listed
 	if r.noAdmit != nil {
 		return nil, r.noAdmit
 	}
-	next, err := r.keyring.WithNode(keyring.Node{Name: p.Peer.Node, EK: p.Peer.EK, SRK: p.Peer.SRK, EpochIndex: p.Peer.Epoch.Index()}, time.Now())
+	n := keyring.Node{Name: p.Peer.Node, EK: p.Peer.EK, SRK: p.Peer.SRK, EpochIndex: p.Peer.Epoch.Index()}
+	next, err := r.keyring.WithNode(n, time.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -232,7 +235,7 @@ func (r *rig) Admit(_ context.Context, p *joinproof.Proven) (*Admission, error) 
 		return nil, err
 	}
 	r.events = append(r.events, "listed")
-	return &Admission{Grant: Grant{Keyring: next.Shared(), Current: []seal.Slot{slot}}, KeyID: next.CurrentID(), Revision: next.Revision(), Done: next.JoinDone}, nil
+	return &Admission{Grant: Grant{Keyring: next.Shared(), Current: []seal.Slot{slot}}, Node: n, KeyID: next.CurrentID(), Revision: next.Revision(), Done: next.JoinDone}, nil
 }
 
 // join runs one whole join.

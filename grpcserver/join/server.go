@@ -22,6 +22,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	"github.com/beezy-dev/kleidi/seal"
+	"github.com/beezy-dev/kleidi/seal/keyring"
 	protocol "github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 	"github.com/beezy-dev/kleidi/tpm/keys"
@@ -49,13 +50,18 @@ type Host interface {
 	// Verifier returns what a node must prove now; the server supplies its Approval. An
 	// error says why no node can join.
 	Verifier() (*joinproof.Verifier, error)
-	// Admit durably lists a proven node, and returns what the node receives.
-	Admit(context.Context, *joinproof.Proven) (*Admission, error)
+	// Admit durably lists a proven node, and returns what the node receives. The keyring
+	// must list either that machine already, or exactly the entry listed under the node's
+	// name (nil for none). Otherwise the node was removed or replaced since the approval,
+	// perhaps on another node, and the error is a [*protocol.Refusal] by
+	// [protocol.CheckNode].
+	Admit(ctx context.Context, p *joinproof.Proven, listed *keyring.Node) (*Admission, error)
 }
 
 // Admission is a listed node.
 type Admission struct {
 	Grant
+	Node     keyring.Node
 	KeyID    seal.KeyID
 	Revision uint64
 	// Done returns the MAC by which the node shows that it has opened the keyring.
@@ -281,14 +287,21 @@ func (x *session) logParts() func() (*exchange.LogPart, error) {
 }
 
 // admit durably lists the node, then flushes the audit record, and only then sends the
-// grant. So every holder of a KEK is in the list of nodes.
+// grant. So every holder of a KEK is in the list of nodes. An approval that the keyring
+// contradicts ends: the operator who gave it did not know what has happened since.
 func (x *session) admit(proven *joinproof.Proven, transcript []byte) error {
-	admission, err := x.host.Admit(x.Context(), proven)
+	admission, err := x.host.Admit(x.Context(), proven, x.approvals.demanded(x.entry))
+	if refusal, ok := errors.AsType[*protocol.Refusal](err); ok {
+		if refusal.Check == protocol.CheckNode {
+			x.approvals.withdraw(x.entry)
+		}
+		return refusal
+	}
 	if err != nil {
 		x.log.Error("a node has proven its TPM and its boot, and can't be listed", "node", proven.Peer.Node, "error", err)
 		return errAdmit
 	}
-	if err := x.approvals.bind(x.entry, x.hello); err != nil {
+	if err := x.approvals.bind(x.entry, x.hello, admission.Node); err != nil {
 		return err
 	}
 	admission.Files = x.approvals.files(x.entry)

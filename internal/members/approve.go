@@ -100,17 +100,7 @@ func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest)
 	if upgraded {
 		r.Changes = append(r.Changes, upgradedNote)
 	}
-	err = d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		n := keyring.Node{Name: req.Node}
-		if slices.ContainsFunc(k.Nodes(), n.SameTPM) {
-			return nil, errNothing
-		}
-		next, err := k.WithNode(n, time.Now())
-		if err != nil {
-			return nil, err
-		}
-		return []*keyring.Keyring{next}, nil
-	})
+	err = d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) { return withoutTPM(k, req) })
 	if err != nil && !errors.Is(err, errNothing) {
 		return r, err
 	}
@@ -126,6 +116,23 @@ func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest)
 	r.Changes = append(r.Changes, "node "+req.Node+" is listed; copy the result of kleidi keyring backup FILE to it, then run this there")
 	r.Command = fmt.Sprintf("kleidi join --keyring FILE --node %s --trust %s", req.Node, r.Trust)
 	return r, nil
+}
+
+// withoutTPM returns the revision that lists the node. Another node may have listed a machine
+// under its name since the keyring was looked at.
+func withoutTPM(k *keyring.Keyring, req admin.ApproveNodeRequest) ([]*keyring.Keyring, error) {
+	if err := checkApproval(k, req); err != nil {
+		return nil, err
+	}
+	n := keyring.Node{Name: req.Node}
+	if slices.ContainsFunc(k.Nodes(), n.SameTPM) {
+		return nil, errNothing
+	}
+	next, err := k.WithNode(n, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	return []*keyring.Keyring{next}, nil
 }
 
 // address returns the address that a joining node calls.
@@ -181,7 +188,7 @@ func checkApproval(k *keyring.Keyring, req admin.ApproveNodeRequest) error {
 // demands of this node.
 func (d *Desk) approval(k *keyring.Keyring, req admin.ApproveNodeRequest) (*join.Approval, error) {
 	c := d.node.Config.TPM
-	a := &join.Approval{Node: req.Node, Expires: req.Expires, Approval: joinproof.Approval{EK: req.EK, Phase: c.Phase, AnySigned: c.AnySignedBoot}}
+	a := &join.Approval{Node: req.Node, Expires: req.Expires, Listed: listedAs(k, req.Node), Approval: joinproof.Approval{EK: req.EK, Phase: c.Phase, AnySigned: c.AnySignedBoot}}
 	var err error
 	switch {
 	case len(req.BootPolicy) > 0:

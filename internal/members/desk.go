@@ -17,6 +17,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal/both"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/tpm"
+	"github.com/beezy-dev/kleidi/tpm/attest/exchange"
 	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 )
 
@@ -102,10 +103,10 @@ var errNothing = errors.New("nothing to change")
 
 // Admit implements [join.Host]. It wraps the KEKs for the node before it lists the
 // node. The result leaves this process only afterwards.
-func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven) (*join.Admission, error) {
-	a := &join.Admission{}
+func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven, demanded *keyring.Node) (*join.Admission, error) {
+	a := &join.Admission{Node: entryOf(p)}
 	err := d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		next, listed, err := withNode(k, p)
+		next, listed, err := withNode(k, a.Node, demanded)
 		if err != nil {
 			return nil, err
 		}
@@ -134,18 +135,47 @@ func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven) (*join.Admission,
 	return a, nil
 }
 
+func entryOf(p *joinproof.Proven) keyring.Node {
+	return keyring.Node{Name: p.Peer.Node, EK: p.Peer.EK, SRK: p.Peer.SRK, EpochIndex: p.Peer.Epoch.Index()}
+}
+
 // withNode returns the revision that lists the node. listed says that k already lists
-// it.
-func withNode(k *keyring.Keyring, p *joinproof.Proven) (next *keyring.Keyring, listed bool, err error) {
+// it. k is the revision that the swap replaces, so nothing comes between.
+func withNode(k *keyring.Keyring, n keyring.Node, demanded *keyring.Node) (next *keyring.Keyring, listed bool, err error) {
 	if err := keyring.CheckSeat(k); err != nil {
 		return nil, false, err
 	}
-	n := keyring.Node{Name: p.Peer.Node, EK: p.Peer.EK, SRK: p.Peer.SRK, EpochIndex: p.Peer.Epoch.Index()}
 	if slices.ContainsFunc(k.Nodes(), n.SameTPM) {
 		return k, true, nil
 	}
+	if err := checkListed(n, listedAs(k, n.Name), demanded); err != nil {
+		return nil, false, err
+	}
 	next, err = k.WithNode(n, time.Now())
 	return next, false, err
+}
+
+// checkListed refuses a machine whose approval is older than a change of the entry under
+// its name: the approval does not say that the machine may come back after a removal, or
+// that it may take the place of a node that has joined since.
+func checkListed(n keyring.Node, present, demanded *keyring.Node) error {
+	again := "approve the node again, if that machine is to join: run kleidi node approve " + n.Name + " --ek " + n.EK
+	switch {
+	case present == nil && demanded != nil:
+		return exchange.Refuse(exchange.CheckNode, again, "node %q was removed after this approval", n.Name)
+	case present != nil && (demanded == nil || !present.SameTPM(*demanded)):
+		return exchange.Refuse(exchange.CheckNode, again+" --replace", "another machine has become node %q since the approval", n.Name)
+	}
+	return nil
+}
+
+// listedAs returns the keyring's entry under a name, or nil.
+func listedAs(k *keyring.Keyring, name string) *keyring.Node {
+	nodes := k.Nodes()
+	if i := slices.IndexFunc(nodes, func(n keyring.Node) bool { return n.Name == name }); i >= 0 {
+		return &nodes[i]
+	}
+	return nil
 }
 
 // grant wraps the KEKs of an open keyring for the node.

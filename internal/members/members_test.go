@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/grpcserver/join"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/founding"
 	"github.com/beezy-dev/kleidi/internal/node"
@@ -80,7 +81,7 @@ func seat(t *testing.T, change ...func(*config.Config)) (*node.Node, *Desk) {
 }
 
 // approve approves a machine, and returns what it joins with.
-func approve(t *testing.T, d *Desk, n *node.Node) JoinOptions {
+func approve(t *testing.T, d *Desk, n *node.Node, change ...func(*admin.ApproveNodeRequest)) JoinOptions {
 	t.Helper()
 	id, err := Identify(t.Context(), n)
 	if err != nil {
@@ -94,7 +95,11 @@ func approve(t *testing.T, d *Desk, n *node.Node) JoinOptions {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := d.Approve(t.Context(), admin.ApproveNodeRequest{Node: id.Node, EK: id.EK, BootPolicy: p.Marshal(), Expires: time.Hour})
+	req := admin.ApproveNodeRequest{Node: id.Node, EK: id.EK, BootPolicy: p.Marshal(), Expires: time.Hour}
+	for _, f := range change {
+		f(&req)
+	}
+	r, err := d.Approve(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,6 +108,102 @@ func approve(t *testing.T, d *Desk, n *node.Node) JoinOptions {
 		t.Fatal(err)
 	}
 	return JoinOptions{Address: r.Address, Verifier: r.Certificate, Trust: trust, Progress: func(string) {}}
+}
+
+// half joins up to the received keyring. The other node does not learn that it was opened.
+func half(t *testing.T, n *node.Node, o JoinOptions) (*keyring.Keyring, error) {
+	t.Helper()
+	j := &joiner{Node: n, JoinOptions: o}
+	client, err := join.NewClient(o.Address, o.Verifier)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	grant, err := j.prove(t.Context(), client)
+	if err != nil {
+		return nil, err
+	}
+	defer j.session.Close()
+	k, err := j.open(t.Context(), grant)
+	if err == nil {
+		t.Cleanup(k.Close)
+	}
+	return k, err
+}
+
+// change makes revisions as another node of the cluster does, and this node follows.
+func change(t *testing.T, n *node.Node, f func(k *keyring.Keyring) (*keyring.Keyring, error)) {
+	t.Helper()
+	err := n.Unlocker.Change(t.Context(), func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := f(k)
+		return []*keyring.Keyring{next}, err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRemovedElsewhere: a node that another node has removed receives nothing by the approval
+// with which it joined, even if it never said that it was done.
+func TestRemovedElsewhere(t *testing.T) {
+	n, d := seat(t)
+	j := machine(t, "beta")
+	o := approve(t, d, j)
+	for _, what := range []string{"at first", "again, before it is removed"} {
+		if _, err := half(t, j, o); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+	change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.WithoutNode("beta") })
+	for _, words := range []string{"node 'beta' was removed after this approval", "node 'beta' is not approved"} {
+		if _, err := half(t, j, o); err == nil || !strings.Contains(err.Error(), words) || !strings.Contains(err.Error(), "kleidi node approve") {
+			t.Errorf("the removed node joins again: %v; want %s", err, words)
+		}
+	}
+	if k, err := n.Unlocker.Keyring(); err != nil || len(k.Nodes()) != 1 || len(d.server.Unfinished()) != 0 {
+		t.Errorf("unfinished %v, %v", d.server.Unfinished(), err)
+	}
+	if _, err := half(t, j, approve(t, d, j)); err != nil {
+		t.Errorf("approved again: %v", err)
+	}
+}
+
+// TestNameTaken: a machine that was approved for a name does not take the place of a machine
+// that another node has listed under that name since.
+func TestNameTaken(t *testing.T) {
+	n, d := seat(t)
+	j := machine(t, "beta")
+	o := approve(t, d, j)
+	first := keyring.Node{Name: "beta", EK: "sha256:" + strings.Repeat("1", 64), SRK: []byte("first"), EpochIndex: keyring.FirstEpochIndex}
+	other := first
+	other.EK = "sha256:" + strings.Repeat("2", 64)
+	list := func(m keyring.Node) {
+		change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.WithNode(m, time.Now()) })
+	}
+	refused := func(what string) {
+		t.Helper()
+		if _, err := half(t, j, o); err == nil || !strings.Contains(err.Error(), "another machine has become node 'beta' since the approval") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	list(first)
+	refused("no node had that name")
+	o = approve(t, d, j, func(r *admin.ApproveNodeRequest) { r.Replace = true })
+	list(other)
+	refused("the operator replaced another machine")
+	o = approve(t, d, j, func(r *admin.ApproveNodeRequest) { r.Replace = true })
+	if _, err := half(t, j, o); err != nil {
+		t.Errorf("the operator has seen the machine: %v", err)
+	}
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := withoutTPM(k, admin.ApproveNodeRequest{Node: "beta", NoTPM: true, Expires: time.Hour}); err == nil || !strings.Contains(err.Error(), "give --replace") {
+		t.Errorf("a machine without a TPM: %v", err)
+	}
 }
 
 // TestJoinWhileStaged: a node that joins during a rotation is given the staged KEK too, and
