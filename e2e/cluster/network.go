@@ -18,9 +18,16 @@ const inNetwork = "KLEIDI_E2E_NETWORK"
 // returns that program's exit code. Hosts and links that it makes are gone when it ends,
 // and are never visible outside. In the program that it started, it returns false. It
 // needs root.
-func Isolated() (code int, isolated bool) {
+//
+// The network of its own reaches no registry, so fetch runs before, and brings whatever the
+// tests need into the caches.
+func Isolated(fetch func() error) (code int, isolated bool) {
 	if os.Getenv(inNetwork) != "" {
 		return 0, false
+	}
+	if err := fetch(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1, true
 	}
 	self := exec.Command("/proc/self/exe", os.Args[1:]...)
 	self.Stdin, self.Stdout, self.Stderr = os.Stdin, os.Stdout, os.Stderr

@@ -21,7 +21,12 @@ import (
 
 // TestMain gives the tests a network of their own, for the bridge of the machines.
 func TestMain(m *testing.M) {
-	code, isolated := Isolated()
+	code, isolated := Isolated(func() error {
+		if _, err := Built(kubernetes...); err != nil {
+			return err
+		}
+		return nspawn.Fetch()
+	})
 	if !isolated {
 		code = m.Run()
 	}

@@ -2,6 +2,7 @@ package ha
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -67,26 +68,39 @@ func refuses(t *testing.T, binary string, n *node.Node, config, identity, says s
 	}
 }
 
-// olderBinary builds kleidi as it was at a commit, or returns "" if the checkout does not
-// have that commit.
+// olderBinary returns kleidi as it was at a commit, or "" if the checkout does not have that
+// commit.
 func olderBinary(t *testing.T, commit string) string {
 	t.Helper()
-	if exec.Command("git", "cat-file", "-e", commit+"^{commit}").Run() != nil {
+	binary, err := buildOlder(commit)
+	must(t, err)
+	if binary == "" {
 		t.Logf("the checkout has no commit %s", commit)
-		return ""
-	}
-	cache, err := os.UserCacheDir()
-	must(t, err)
-	binary := filepath.Join(cache, "kleidi", "older", commit, "kleidi")
-	if _, err := os.Stat(binary); err == nil {
-		return binary
-	}
-	dir := t.TempDir()
-	top, err := exec.Command("git", "rev-parse", "--show-toplevel").Output()
-	must(t, err)
-	script := `set -e; git -C "$1" archive ` + commit + ` | tar -x -C "$2"; cd "$2"; CGO_ENABLED=0 go build -o "$2/kleidi.new" ./cmd/kleidi; mkdir -p "${3%/*}"; mv "$2/kleidi.new" "$3.$$"; mv "$3.$$" "$3"`
-	if out, err := exec.Command("bash", "-c", script, "bash", strings.TrimSpace(string(top)), dir, binary).CombinedOutput(); err != nil {
-		t.Fatalf("build kleidi %s: %v\n%s", commit, err, out)
 	}
 	return binary
+}
+
+// buildOlder builds it, once, into the cache folder.
+func buildOlder(commit string) (binary string, err error) {
+	if exec.Command("git", "cat-file", "-e", commit+"^{commit}").Run() != nil {
+		return "", nil
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	binary = filepath.Join(cache, "kleidi", "older", commit, "kleidi")
+	if _, err := os.Stat(binary); err == nil {
+		return binary, nil
+	}
+	dir, err := os.MkdirTemp("", "kleidi-older")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(dir)
+	script := `set -e; git -C "$(git rev-parse --show-toplevel)" archive "$1" | tar -x -C "$2"; cd "$2"; CGO_ENABLED=0 go build -o "$2/kleidi.new" ./cmd/kleidi; mkdir -p "${3%/*}"; mv "$2/kleidi.new" "$3.$$"; mv "$3.$$" "$3"`
+	if out, err := exec.Command("bash", "-c", script, "bash", commit, dir, binary).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build kleidi %s: %w\n%s", commit, err, out)
+	}
+	return binary, nil
 }

@@ -13,6 +13,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	kmsapi "k8s.io/kms/apis/v2"
+
+	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
 // recorder records the key IDs that a node's KMS socket announces. A former key ID that
@@ -81,10 +83,13 @@ type load struct {
 	written, reads atomic.Int64
 	mu             sync.Mutex
 	failed         []error
+	// outages counts, by node, how often its kleidi went down or came back: an odd number
+	// means that it is down.
+	outages map[string]int
 }
 
 func (c *controlPlane) load() *load {
-	l := &load{stop: make(chan struct{})}
+	l := &load{stop: make(chan struct{}), outages: map[string]int{}}
 	for _, m := range c.Nodes {
 		l.done.Go(func() {
 			for i := 0; ; i++ {
@@ -101,17 +106,56 @@ func (c *controlPlane) load() *load {
 }
 
 func (l *load) round(c *controlPlane, m *machine, name string) {
-	if err := m.Put(name); err != nil {
+	if err := l.call(m, func() error { return m.Put(name) }); err != nil {
 		l.fail(fmt.Errorf("write Secret %s: %w", name, err))
 		return
 	}
 	l.written.Add(1)
 	for _, reader := range c.Nodes {
-		if err := reader.Holds(name); err != nil {
+		if err := l.call(reader, func() error { return reader.Holds(name) }); err != nil {
 			l.fail(err)
 			continue
 		}
 		l.reads.Add(1)
+	}
+}
+
+// kill kills a node's kleidi.
+func (l *load) kill(m *machine) {
+	l.mu.Lock()
+	l.outages[m.Name]++
+	l.mu.Unlock()
+	m.Serving.Kill()
+}
+
+// back says that a killed kleidi serves again.
+func (l *load) back(t *testing.T, m *machine) {
+	t.Helper()
+	node.Eventually(t, 2*time.Minute, m.Name+"'s kube-apiserver is ready", m.API.Ready)
+	l.mu.Lock()
+	l.outages[m.Name]++
+	l.mu.Unlock()
+}
+
+// call makes a call through a node. Its error counts only if the node's kleidi was up the whole time:
+// nothing saves a Decrypt during which kleidi is killed. Such a call is made again.
+func (l *load) call(m *machine, call func() error) error {
+	outages := func() int {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.outages[m.Name]
+	}
+	for {
+		before := outages()
+		err := call()
+		if err == nil || before%2 == 0 && outages() == before {
+			return err
+		}
+		select {
+		case <-l.stop:
+			return err
+		case <-time.After(50 * time.Millisecond):
+		}
 	}
 }
 

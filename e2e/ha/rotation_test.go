@@ -54,8 +54,9 @@ func TestRotation(t *testing.T) {
 		t.Log("kleidi is killed on each node during a rotation")
 		for i, m := range c.Nodes {
 			former := m.List().KeyID
-			c.rotate(t, c.Nodes[0], m, phases[1+i], func() { m.Serving.Kill() })
+			c.rotate(t, c.Nodes[0], m, phases[1+i], func() { l.kill(m) })
 			m.ServeOpen()
+			l.back(t, m)
 			c.finish(t, c.Nodes[(i+1)%3], former, false)
 		}
 		l.end(t)

@@ -295,6 +295,22 @@ tpm:
 %[3]s`, Simulated, m.setup.Name, more))
 }
 
+// Fetch brings what machines and packages are made of into the caches, for a test whose
+// network reaches no registry: it makes the root file systems, and a package that it discards.
+func Fetch() error {
+	discarded, err := os.MkdirTemp("", "kleidi-package")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(discarded)
+	for _, args := range [][]string{{"../../.ci/base"}, {"../../deploy/packages/build", os.Getenv("KLEIDI"), "v1.0.0", discarded}} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w\n%s", args[0], err, out)
+		}
+	}
+	return nil
+}
+
 // Package makes the packages of a version of kleidi in a new folder, and returns that
 // folder.
 func Package(t testing.TB, version string) string {

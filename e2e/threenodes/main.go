@@ -21,13 +21,21 @@ var (
 )
 
 // Main runs the tests of a suite in a network of three hosts, and returns the exit code.
-// It builds etcd, kube-apiserver and the named servers.
-func Main(m *testing.M, servers ...string) int {
-	if code, isolated := cluster.Isolated(); isolated {
+// Before, where the registries can be reached, it builds etcd, kube-apiserver and the named
+// servers, and runs fetch.
+func Main(m *testing.M, fetch func() error, servers ...string) int {
+	servers = append(servers, "etcd", apiserver, controllerManager)
+	code, isolated := cluster.Isolated(func() error {
+		if _, err := cluster.Built(servers...); err != nil {
+			return err
+		}
+		return fetch()
+	})
+	if isolated {
 		return code
 	}
 	var err error
-	if Binaries, err = cluster.Built(append(servers, "etcd", apiserver, controllerManager)...); err == nil {
+	if Binaries, err = cluster.Built(servers...); err == nil {
 		Network, err = cluster.NewNetwork(3)
 	}
 	if err != nil {

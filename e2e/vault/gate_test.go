@@ -7,6 +7,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -42,13 +43,19 @@ func reserve(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(fd) })
-	// Listeners of package net set this option too, and so may share the port
-	err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1), unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	// Not SO_REUSEADDR: listeners of package net set it, and those that ask for any port could
+	// get this one
+	err = errors.Join(sharePort(fd), unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
 	name, nameErr := unix.Getsockname(fd)
 	if err := errors.Join(err, nameErr); err != nil {
 		t.Fatal(err)
 	}
 	return fmt.Sprintf("127.0.0.1:%d", name.(*unix.SockaddrInet4).Port)
+}
+
+// sharePort allows sockets of the same user that ask for it too to have the port.
+func sharePort(fd int) error {
+	return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 }
 
 // open lets all connections through.
@@ -82,7 +89,12 @@ func (g *gate) shut() {
 func (g *gate) listen(serve func(net.Conn)) {
 	g.t.Helper()
 	g.shut()
-	l, err := net.Listen("tcp", g.address)
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var shared error
+		err := c.Control(func(fd uintptr) { shared = sharePort(int(fd)) })
+		return errors.Join(err, shared)
+	}}
+	l, err := config.Listen(g.t.Context(), "tcp", g.address)
 	if err != nil {
 		g.t.Fatal(err)
 	}
