@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/e2e/site"
@@ -94,7 +95,7 @@ func newToken(t *testing.T, modules ...string) *token {
 // settings are kleidi's settings for this token.
 func (k *token) settings(order string) string {
 	return fmt.Sprintf(`unlock: {order: %s, requireAttestation: %t, selfTest: 1m}
-pkcs11: {module: %s, initArgs: %q, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 10s}
+pkcs11: {module: %s, initArgs: %q, uri: "pkcs11:token=kleidi;object=kek", pinFile: %s, timeout: 20s}
 log: {level: debug}`, order, strings.Contains(order, "tpm"), k.path("module.so"), k.initArgs, k.path("pin"))
 }
 
@@ -112,7 +113,7 @@ func newSite(t *testing.T, k *token, order string) *site.Site {
 // wrapper is the token's wrapper in the test's own process.
 func (k *token) wrapper() *hsm.Wrapper {
 	k.t.Helper()
-	w, err := hsm.New(hsm.Config{Module: k.module, InitArgs: k.initArgs, URI: "pkcs11:token=kleidi;object=kek", PINFile: k.path("pin")})
+	w, err := hsm.New(hsm.Config{Module: k.module, InitArgs: k.initArgs, URI: "pkcs11:token=kleidi;object=kek", PINFile: k.path("pin"), Timeout: 2 * time.Minute})
 	if err != nil {
 		k.t.Fatal(err)
 	}

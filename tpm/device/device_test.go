@@ -129,7 +129,7 @@ func TestDoEndsWithAHangingTPM(t *testing.T) {
 // it in Do. An answer that can't be a response is the device's fault.
 func TestDoSurvivesGarbage(t *testing.T) {
 	_, p := newProxy(t)
-	d := p.TPM(10 * time.Second)
+	d := p.TPM(2 * time.Minute)
 	for name, garbage := range tpmtest.Garbage() {
 		for _, code := range []tpm2.TPMCC{tpm2.TPMCCGetRandom, tpm2.TPMCCGetCapability} {
 			p.Inject(tpmtest.Fault{On: code, Do: tpmtest.Raw(garbage.Answer)})
@@ -153,7 +153,7 @@ func TestDoWithTruncatedAnswers(t *testing.T) {
 	_, p := newProxy(t)
 	for _, n := range []int{0, 1, 9, 10, 11} {
 		p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Do: tpmtest.Truncate(n)})
-		wantUnavailable(t, p.TPM(10*time.Second).Do(t.Context(), getRandom), "read a response")
+		wantUnavailable(t, p.TPM(2*time.Minute).Do(t.Context(), getRandom), "read a response")
 	}
 }
 
@@ -162,7 +162,7 @@ func TestDoWithTruncatedAnswers(t *testing.T) {
 func TestDoSendsNothingAfterAFault(t *testing.T) {
 	_, p := newProxy(t)
 	p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Times: 1, Do: tpmtest.Truncate(11)})
-	err := p.TPM(10*time.Second).Do(t.Context(), func(tp transport.TPM) error {
+	err := p.TPM(2*time.Minute).Do(t.Context(), func(tp transport.TPM) error {
 		if err := getRandom(tp); err == nil {
 			t.Error("a truncated answer is accepted")
 		}
@@ -176,7 +176,7 @@ func TestDoSendsNothingAfterAFault(t *testing.T) {
 
 func TestDoWithoutTPM(t *testing.T) {
 	m, p := newProxy(t)
-	d := p.TPM(10 * time.Second)
+	d := p.TPM(2 * time.Minute)
 	err := d.Do(t.Context(), func(tp transport.TPM) error {
 		p.Vanish()
 		return getRandom(tp)

@@ -51,7 +51,7 @@ func New(t *testing.T, change ...func(*tpm.Config)) *Node {
 func On(t *testing.T, m *tpmtest.Machine, change ...func(*tpm.Config)) *Node {
 	t.Helper()
 	n := &Node{T: t, Machine: m, Proxy: tpmtest.NewProxy(t, m)}
-	c := tpm.Config{Device: n.Proxy.TPM(10 * time.Second), Node: "alpha", State: func(ctx context.Context) (tpm.BootState, error) { return n.Gate.State(ctx) }}
+	c := tpm.Config{Device: n.Proxy.TPM(2 * time.Minute), Node: "alpha", State: func(ctx context.Context) (tpm.BootState, error) { return n.Gate.State(ctx) }}
 	for _, f := range change {
 		f(&c)
 	}
