@@ -32,7 +32,7 @@ const (
 	// A client that stopped answering is noticed after pingAfter + pingWait.
 	pingAfter = 30 * time.Second
 	pingWait  = 10 * time.Second
-	// minPing is how often a client may ping.
+	// minPing is the shortest time between two pings of a client.
 	minPing = 10 * time.Second
 	// maxIdle is well above a minute, the interval at which kube-apiserver polls
 	// Status.

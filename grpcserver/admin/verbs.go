@@ -274,7 +274,7 @@ type RevokeBootStatesRequest struct {
 
 // AddSlotRequest asks for a slot of one wrapper.
 type AddSlotRequest struct {
-	// Type is pkcs11, vault or recovery.
+	// Type is pkcs11, vault, kms-plugin or recovery.
 	Type string `json:"type"`
 	// GenerateKey makes the token generate the key first.
 	GenerateKey bool `json:"generateKey,omitempty"`

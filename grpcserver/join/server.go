@@ -71,7 +71,8 @@ type Admission struct {
 // Options configure a Server. Timeout is optional.
 type Options struct {
 	Host Host
-	// Record records verdicts. A node receives nothing before Record has returned.
+	// Record records verdicts before the node learns of them. If it fails, the answer
+	// is no. Refusals before a proof are counted and recorded later.
 	Record  func(...*Verdict) error
 	Log     *slog.Logger
 	Timeout time.Duration // of one join; 0 is DefaultTimeout
@@ -218,8 +219,8 @@ func (x *session) run() error {
 }
 
 // challenge demands the same as [joinproof.Verifier.Challenge], and that the approval is
-// still valid. Only the TPM that an approval names learns that the approval is spent or
-// expired.
+// still valid. Only a peer that claims the approved endorsement key learns that the
+// approval is spent or expired.
 func (x *session) challenge() (*joinproof.Pending, *protocol.Challenge, error) {
 	m := new(FromJoiner)
 	if err := x.First(m); err != nil {

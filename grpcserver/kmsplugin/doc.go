@@ -10,6 +10,7 @@
 // changed since. KMS v2 binds nothing else to a ciphertext: the key ID and the MAC of the
 // keyring decide which KEK a slot may hold.
 //
-// The KEK passes through buffers of gRPC, which this package can't clear. Those buffers
-// are in locked memory, as is all memory of kleidi serve.
+// The KEK passes through buffers of gRPC, which this package can't clear. kleidi serve
+// locks those buffers with the rest of its memory, and starts without that lock only if
+// swap is off or memory.lock is best-effort.
 package kmsplugin

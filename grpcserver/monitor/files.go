@@ -17,8 +17,9 @@ const otherFiles = 128
 // listeners of health and metrics hold as many connections as they admit.
 const files = 2*(unixsocket.MaxConns+unixsocket.MaxStrangers) + 2*(MaxConns+1) + otherFiles
 
-// CheckFiles verifies that the process may open as many files as all of its sockets
-// admit together, so that no socket can take the descriptors of another.
+// CheckFiles verifies that the process may open as many files as these sockets admit
+// together, so that none of them can take the descriptors of another. It does not count
+// the connections of the listener for joins.
 func CheckFiles() error {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {

@@ -7,10 +7,10 @@
 // KMS and admin sockets need. A new connection closes the oldest one; an honest client
 // has its answer within milliseconds.
 //
-// The mode of the unix socket admits only this machine's administrator. A loopback port
-// admits every local user. Each user can take the port before this process does, and
-// then answer "ok" for a kleidi that is locked. Each user can also crowd the others
-// out.
+// The mode of the unix socket says who may connect: by default, only root and this
+// process's own user. A loopback port admits every local user. Each user can take the
+// port before this process does, and then answer "ok" for a kleidi that is locked. Each
+// user can also crowd the others out.
 package monitor
 
 import (

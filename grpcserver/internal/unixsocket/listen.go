@@ -120,8 +120,9 @@ func checkPath(path string) error {
 	return nil
 }
 
-// takeLock makes two processes that start at the same time take turns. The file stays
-// after the lock is released: removing it would let two processes hold one lock each.
+// takeLock lets only one of two processes that start at the same time make the socket. It
+// does not wait. The file stays after the lock is released: removing it would let two
+// processes hold one lock each.
 func takeLock(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
