@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Memory allocates locked memory. The zero Memory fails if the kernel locks no memory;
-// production uses the zero Memory.
+// Memory allocates locked memory. The zero Memory fails if the kernel locks no memory. It
+// is the default of the configuration.
 type Memory struct {
 	// BestEffort allocates ordinary memory if the kernel locks none
 	// (memory.lock: best-effort).

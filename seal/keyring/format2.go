@@ -53,8 +53,7 @@ type slotted2 struct {
 	Slots   []seal.Slot `json:"slots,omitempty"`
 }
 
-// retired2 is a KEK that is encrypted under the current one, in the order in which
-// they retired.
+// retired2 is a retired KEK, encrypted under the current one.
 type retired2 struct {
 	KeyID   seal.KeyID `json:"keyID"`
 	Created stamp      `json:"created"`

@@ -25,11 +25,10 @@ type Keyring struct {
 	closed  atomic.Bool
 }
 
-// ErrClosed says that the keyring was closed before the cipher of a retired KEK was
-// made.
+// ErrClosed says that the keyring is closed, so that its KEKs can't be used any longer.
 var ErrClosed = errors.New("the keyring is closed")
 
-// add adds the cipher of a KEK.
+// addSeeds adds the cipher of a KEK.
 func addSeeds(k *Keyring, id seal.KeyID, c *seedCipher) {
 	d := new(dekSeeds)
 	d.cipher.Store(c)
@@ -64,7 +63,7 @@ func StagedKEK(k *Keyring) *seal.Secret {
 // CurrentID returns the key ID of the current KEK.
 func (k *Keyring) CurrentID() seal.KeyID { return k.doc.Current.KeyID }
 
-// Revision returns the revision, which every change raises.
+// Revision returns the revision, which every change of the body raises.
 func (k *Keyring) Revision() uint64 { return k.doc.Revision }
 
 // ClusterID returns the cluster that the keyring belongs to.

@@ -277,7 +277,7 @@ func (k *Keyring) SignRecord(r Record) ([]byte, error) {
 //  3. if k holds the acknowledged KEK, the proof verifies under it.
 //
 // If k does not hold the acknowledged KEK open, the record acknowledges nothing. An error
-// is a [*seal.Error] with cause seal.CauseRecord.
+// has no cause: the record counts as missing.
 func (u *UntrustedRecord) Verify(k *Keyring) (*VerifiedRecord, error) {
 	d := u.doc
 	switch {

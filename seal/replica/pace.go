@@ -2,9 +2,9 @@ package replica
 
 import "time"
 
-// Whoever can write the store makes every node start a round with each write. A node makes
-// burst rounds at once, which is more than a rotation needs, and then perSecond: so its
-// log, its load and its questions to the API stay bounded.
+// Anyone who can write to the store makes every node start a round with each write. A node
+// makes burst rounds at once, which is more than a rotation needs, and after that at most
+// perSecond rounds in a second. This bounds its log, its load and its requests to the API.
 const (
 	burst     = 200
 	perSecond = 4

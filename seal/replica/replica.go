@@ -457,7 +457,7 @@ func (r *Replica) remember(k *keyring.Keyring, self string, present []store.Node
 	})
 }
 
-// sign returns the record of this node, the one with that name.
+// sign returns the record of this node, whose name is name.
 func (r *Replica) sign(ctx context.Context, k *keyring.Keyring, name string, problem error) (b []byte, err error) {
 	rec := keyring.Record{
 		Node: name, Formats: keyring.Formats(), Version: r.cfg.Version, Revision: k.Revision(),

@@ -1,7 +1,7 @@
 // Package rotation changes the KEK of a keyring and the slots that hold it.
 //
 // Its functions return new keyrings and save none, so a change that fails half-way
-// has no effect.
+// has no effect. A [Driver] makes its changes through its [Cluster].
 package rotation
 
 import (

@@ -79,8 +79,8 @@ func OpenFork(ctx context.Context, u *Unlocker, mem seal.Memory, remote *keyring
 }
 
 // Resolve replaces the open keyring with the result of f, because an operator says so.
-// commit puts the result into the cluster store first; nil means that the result comes
-// from there.
+// commit puts the result into the cluster store first; nil means that another node made
+// the result.
 func Resolve(ctx context.Context, u *Unlocker, f func(*keyring.Keyring) (*keyring.Keyring, error), commit func(context.Context, *keyring.Keyring) error) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()

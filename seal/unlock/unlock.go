@@ -44,7 +44,7 @@ type Unlocker struct {
 // State describes the state of an Unlocker, for display.
 type State struct {
 	Open bool `json:"open"`
-	// Since is the time when the keyring was last opened, or when the process started.
+	// Since is the time at which the keyring was opened or locked.
 	Since time.Time `json:"since"`
 	// Wrapper is the type of the wrapper that opened the keyring.
 	Wrapper string `json:"wrapper,omitempty"`
