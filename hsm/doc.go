@@ -14,10 +14,10 @@
 // modules don't survive being unloaded.
 //
 // kleidi does not give a token a PIN again that the token has refused, however often it
-// tries to unlock, and however often the file is written, until the PIN changes. A PIN
-// is not retried after an ambiguous answer either, because the token may have counted it
-// as a failed attempt, unless that PIN has worked before. kleidi leaves the last attempt
-// before a lock-out to the operator.
+// tries to unlock, and however often the file is written, until the PIN changes or kleidi
+// is restarted. A PIN is not retried after an ambiguous answer either, because the token
+// may have counted it as a failed attempt, unless that PIN has worked before. kleidi
+// leaves the last attempt before a lock-out to the operator.
 //
 // Copies of PINs and KEKs outside locked memory are overwritten, as far as this package
 // can do so: in the blocks and registers that a call used. The tests check that with two

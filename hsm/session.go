@@ -23,7 +23,7 @@ func Settle(ctx context.Context) { cryptoki.Settle(ctx) }
 
 func attribute(typ uint, value any) *pkcs11.Attribute { return pkcs11.NewAttribute(typ, value) }
 
-// mostObjects is how many objects findObjects returns: enough to find out that
+// mostObjects bounds how many objects findObjects returns: enough to find out that
 // several match.
 const mostObjects = 4
 
