@@ -24,7 +24,8 @@ type keySettings struct {
 // Check finds settings of the Transit key that can keep the slot from opening some day, or
 // that let others open it. It returns a warning for each: a sentence that ends in a
 // remedy. Check does not open the slot. It needs the capability read on the key, which
-// wrapping and unwrapping don't need. Without it, that is the only warning.
+// wrapping and unwrapping don't need. Without that capability, a warning asks for it, and
+// the settings of the key are not checked.
 func (w *Wrapper) Check(ctx context.Context, slot seal.Slot) (warnings []string, err error) {
 	if _, err := w.config.ciphertext(slot); err != nil {
 		return nil, err

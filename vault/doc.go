@@ -3,9 +3,10 @@
 // made, and decrypts it when the slot is opened.
 //
 // Each operation has a TLS connection of its own: it logs in, encrypts or decrypts,
-// revokes its token, and closes the connection. Nothing outlives the operation, so no
-// token must be renewed, and a wrapper that was made while the server was down works
-// once the server is up.
+// revokes the token of the login, and closes the connection. No token outlives the
+// operation, so none must be renewed, and a wrapper that was made while the server was
+// down works once the server is up. Only a secret ID that came response-wrapped is kept,
+// in locked memory, because it can be unwrapped only once.
 //
 // A slot names its Transit key, so that a wrapper recognises its own slots. The address
 // and the credentials come from [Config] alone. The environment (VAULT_*, HTTPS_PROXY) is
