@@ -75,6 +75,7 @@ func (r Reader) MadeAt(s seal.Slot) string {
 	return r.Demands([]seal.Slot{s})[0].Made.Local().Format(time.DateTime)
 }
 
+// Fingerprint returns the fingerprint of a signer's key, in hexadecimal, or "unreadable".
 func Fingerprint(s tpm.Signer) string {
 	pub, err := s.Public()
 	if err != nil {

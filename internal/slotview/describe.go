@@ -92,6 +92,7 @@ func (r Reader) OpensIn(s seal.Slot) string {
 // UseNames are the names of the purposes of slots, for display.
 var UseNames = map[tpm.Use]string{tpm.UsePresent: "present", tpm.UseNext: "next", tpm.UseSuspend: "suspend", tpm.UseSigned: "signed"}
 
+// JoinPCRs lists PCRs for display: "4, 7, 11".
 func JoinPCRs(pcrs []int) string {
 	return strings.Trim(strings.ReplaceAll(fmt.Sprint(pcrs), " ", ", "), "[]")
 }
@@ -117,8 +118,8 @@ func (r Reader) ReportReturned(backup, before, after []seal.Slot) (changes []str
 	return changes
 }
 
-// HasBackend reports whether a token or a server opens slots of a type, alone or together
-// with the TPM.
+// HasBackend reports whether a token, a server or a plugin opens slots of a type, alone or
+// together with the TPM.
 func HasBackend(kind string) bool {
 	return IsSecondary(kind) || Second(kind) != ""
 }

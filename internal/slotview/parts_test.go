@@ -34,6 +34,17 @@ func of(t *testing.T, kinds ...string) (slots []seal.Slot) {
 	return slots
 }
 
+func TestEveryBackendHasATwoOfTwo(t *testing.T) {
+	for _, kind := range Secondary {
+		if got := Second(WithTPM(kind)); got != kind {
+			t.Errorf("the two-of-two with %s: second wrapper %q", kind, got)
+		}
+	}
+	if got := WithTPM(seal.TypeRecovery); got != "" {
+		t.Errorf("a two-of-two with recovery: %q", got)
+	}
+}
+
 func reader(order ...string) Reader { return Reader{Node: "cp-1", Order: order} }
 
 func TestSinglesOfABackupOfTwo(t *testing.T) {

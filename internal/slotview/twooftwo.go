@@ -12,11 +12,10 @@ import (
 
 // WithTPM returns the two-of-two of the TPM and this wrapper; "" if there is none.
 func WithTPM(second string) string {
-	switch second {
-	case seal.TypePKCS11:
-		return seal.TypeTPMAndPKCS11
-	case seal.TypeVault:
-		return seal.TypeTPMAndVault
+	for _, kind := range []string{seal.TypeTPMAndPKCS11, seal.TypeTPMAndVault, seal.TypeTPMAndKMSPlugin} {
+		if Second(kind) == second {
+			return kind
+		}
 	}
 	return ""
 }
