@@ -108,13 +108,13 @@ func PolicyChanges(w io.Writer, changes []bootpolicy.Change) {
 
 // Narrowed prints the boots that the boot policy no longer allows.
 func Narrowed(w io.Writer, r *reseal.Narrowed) {
-	for _, c := range r.Changes {
-		fmt.Fprintln(w, c)
-	}
 	switch {
 	case len(r.Changes) == 0:
 		fmt.Fprintf(w, "%s allows no superseded boot\n", r.File)
 	case !r.DryRun:
 		fmt.Fprintf(w, "%s no longer allows these:\n", r.File)
+	}
+	for _, c := range r.Changes {
+		fmt.Fprintln(w, c)
 	}
 }

@@ -57,6 +57,16 @@ func TestBootStates(t *testing.T) {
 		"0123456789abcdef  -           11 (sha256)     no          b.json  ")
 }
 
+// TestNarrowed: the heading comes before the removals; a dry run has none.
+func TestNarrowed(t *testing.T) {
+	r := &reseal.Narrowed{File: "bp.yaml"}
+	renders(t, "nothing", func(w io.Writer) { Narrowed(w, r) }, "bp.yaml allows no superseded boot")
+	r.Changes = []bootpolicy.Change{{Path: "pcrs.11.sequences[0]", Was: "x"}}
+	renders(t, "narrowed", func(w io.Writer) { Narrowed(w, r) }, "bp.yaml no longer allows these:", "pcrs.11.sequences[0]: gone: was x")
+	r.DryRun = true
+	renders(t, "dry run", func(w io.Writer) { Narrowed(w, r) }, "pcrs.11.sequences[0]: gone: was x")
+}
+
 // TestNext: the PCRs come in their order, and those that change are marked.
 func TestNext(t *testing.T) {
 	r := &reseal.NextResult{BootType: "uki", Bank: "sha256", PCRs: map[int]string{11: "bb", 4: "aa"}, Moved: []int{11}}
