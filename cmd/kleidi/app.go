@@ -100,8 +100,8 @@ func fileFlags(cmd *cobra.Command, flags ...string) {
 	}
 }
 
-// noVerb refuses the arguments of a command that only has subcommands: none, or a
-// misspelt one.
+// noVerb refuses the arguments of a command that has subcommands: an argument can only be
+// a misspelt subcommand. The hint names the nearest ones.
 func noVerb(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil

@@ -33,9 +33,9 @@ except that an attestation key is kept for the next time if there is none yet. A
 can't be made says so, with the reason.
 
 With --bundle the command also writes a file for a bug report: findings, status, choices of
-the configuration, versions, digests of the event log and messages of the journal. Only what
-stands on a list of things to show is in it, so nothing secret, and no name or path of yours
-but those in the findings.
+the configuration, versions, digests of the event log and messages of the journal. It holds
+only what a list allows: nothing secret, and no name or path of yours except those in the
+findings.
 
 The exit code is 0 if nothing must be mended, 4 if something must, and 1 if the checks
 could not be made.`,

@@ -29,7 +29,7 @@ saves anything, it seals the KEK to its own TPM and opens it once. If the comman
 breaks off at any step, run it again. It never replaces the keyring of another cluster.
 
 A machine without a TPM can prove nothing. It joins with --keyring and a copy of the
-keyring, which the configured token or server opens.`,
+keyring, which the configured token, server or KMS plugin opens.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o, err := source(args, verifier, file)

@@ -57,11 +57,13 @@ func newKeyringBackup(a *app) *cobra.Command {
 		Use:   "backup FILE",
 		Short: "Copy the stored keyring to a new file",
 		Long: `Copy the stored keyring to a new file. A keyring holds no unencrypted key: it opens
-with this machine's TPM in its boot state, or with the recovery identity. Make a copy
-after every rotation: an etcd backup needs the KEKs under which it was written.
+only in its slots, as with this machine's TPM in its boot state or with the recovery
+identity. Make a copy after every rotation: an etcd backup needs the KEKs under which it
+was written.
 
 With --from-snapshot the command copies the keyring that the nodes shared in the cluster's
-API when the snapshot of etcd was taken. It opens with the recovery identity alone.`,
+API when the snapshot of etcd was taken. It lacks the slots of every node's TPM: restore it
+with the recovery identity.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			u, b, err := a.keyringToKeep(cmd, snapshot, prefix)

@@ -19,9 +19,9 @@ func newPolicyNarrow(a *app) *cobra.Command {
 neither the running one nor one to which a live slot of this node's TPM is sealed.
 
 kleidi reseal --next-… adds boots to the boot policy. After the next boot has opened
-the keyring, the TPM's slots for the earlier boot are revoked. But the slots of a token
-or a server are protected only by the boot policy, and would still open in the earlier
-boot.
+the keyring, the TPM's slots for the earlier boot are revoked. But the slots of a token,
+a server or a KMS plugin are protected only by the boot policy, and would still open in
+the earlier boot.
 
 The command removes only sequences of digests. Your own text and rules without
 sequences stay.`,

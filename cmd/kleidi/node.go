@@ -92,7 +92,7 @@ machine writes them below /run/kleidi/bootstrap.`,
 	f := cmd.Flags()
 	f.StringVar(&req.EK, "ek", "", "the machine's endorsement key, as kleidi node identity shows it")
 	f.StringVar(&policy, "boot-policy", "", "the boot policy for the machine's boot (default: tpm.bootPolicy of this node)")
-	f.BoolVar(&req.NoTPM, "no-tpm", false, "the machine has no TPM, and opens the keyring with a token or a server")
+	f.BoolVar(&req.NoTPM, "no-tpm", false, "the machine has no TPM, and opens the keyring with a token, a server or a KMS plugin")
 	f.BoolVar(&req.Replace, "replace", false, "the machine takes the place of the node of that name")
 	f.DurationVar(&req.Expires, "expires", members.DefaultExpiry, "how long the approval is valid, up to 24h")
 	f.StringArrayVar(&bootstrap, "bootstrap-file", nil, "hand this file to the machine; may be repeated, 64 KiB in all")

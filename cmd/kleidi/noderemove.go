@@ -39,8 +39,8 @@ prints the commands. It then asks whether the node no longer has a way to etcd; 
 Then it drops the node from the keyring, waits until every remaining node has followed,
 makes them take a fresh KEK, and waits until each of them trusts that KEK alone. A node
 that was down may be removed in the same step, with --also. While nodes are missing, the
-command names them; it may be interrupted, and run again on any remaining node. It ends
-in 0 when all is done, and in 3 while it waits.
+command names them; it may be interrupted, and run again on any remaining node. The exit
+code is 0 once the removal is complete, and 3 while it waits for nodes.
 
 Without a cluster store the command works only if this node alone remains.`,
 		Args: cobra.ExactArgs(1),
@@ -48,7 +48,7 @@ Without a cluster store the command works only if this node alone remains.`,
 	}
 	f := cmd.Flags()
 	f.StringArrayVar(&o.also, "also", nil, "remove this node too; may be repeated")
-	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig of an administrator, who takes the node's rights away")
+	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig of an administrator, to take the node's rights away with")
 	f.BoolVar(&o.yes, "yes", false, "do not ask; goes with --cut-off")
 	f.BoolVar(&o.cutOff, "cut-off", false, "the node can no longer reach the cluster's API or its etcd")
 	f.StringArrayVar(&o.rotate.SkipSlots, "skip-slot", nil, "leave out this slot of the fresh KEK for now, by its name in kleidi slot list; may be repeated")

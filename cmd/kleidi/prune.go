@@ -68,8 +68,7 @@ func (o *pruning) run(cmd *cobra.Command, a *app, id seal.KeyID) error {
 	if err := confirmPrune(cmd, o.yes); err != nil {
 		return err
 	}
-	// After this check kube-apiserver stores nothing under the KEK. Before it, somebody
-	// may have.
+	// After this check kube-apiserver stores nothing under the KEK. Before it, it may have.
 	if _, err := operate(cmd.Context(), a, operation.Prune, req); err != nil {
 		return err
 	}

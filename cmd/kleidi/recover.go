@@ -19,7 +19,8 @@ func newRecover(a *app) *cobra.Command {
 		Short: "Open a locked keyring with the recovery identity, seal it again and rotate",
 		Long: `Open the keyring with the recovery identity, seal a fresh KEK to this machine's
 present boot state and make it current. All earlier KEKs are retired and still
-decrypt, so nothing is lost. Slots of the earlier boot state are revoked.
+decrypt, so nothing is lost. Slots of the earlier boot state are revoked. If several
+nodes share the keyring, they keep their KEK, and only this node seals it again.
 
 The command asks for the identity, or reads it from standard input or from --identity-file.`,
 		Example: `  kleidi recover

@@ -22,8 +22,8 @@ func newReset(a *app) *cobra.Command {
 		Use:   "reset",
 		Short: "Make this machine forget its keyring",
 		Long: `Make this machine forget its keyring and its anchor. The epoch of the TPM ends first, so
-that no kept copy of the keyring opens on this machine, whoever has it. A backup still
-opens with the recovery identity, a token or a server.
+that no kept copy of the keyring opens with this machine's TPM. A backup still opens with the
+recovery identity, a token, a server or a KMS plugin.
 
 Run it on a machine that leaves the cluster. On the other nodes, kleidi node list still
 shows it. The command asks for the name of the node, or takes it from --yes. It does

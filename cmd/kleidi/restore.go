@@ -21,8 +21,9 @@ func newKeyringRestore(a *app) *cobra.Command {
 		Use:   "restore [FILE | --previous]",
 		Short: "Replace the keyring with a backup or with the previous revision, and rotate",
 		Long: `Replace the stored keyring with a backup or with the previous revision. The new keyring
-must open, with the TPM or with --identity-file, and hold the KEK that this node last
-trusted. The command then rotates the KEK, so that no key ID ever flips back.
+must open, with a wrapper in unlock.order or with --identity-file, and hold the KEK that
+this node last trusted. The command then rotates the KEK, so that no key ID ever flips
+back. A keyring that several nodes share comes back as it was, and keeps its KEK.
 
 The fresh KEK gets a slot for every slot of the restored KEK. Slots that were removed
 since the backup come back; the command names them. To leave out a slot, for instance

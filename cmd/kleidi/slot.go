@@ -17,7 +17,7 @@ import (
 func newSlot(a *app) *cobra.Command {
 	return group("slot", "List, add, test, rewrap and remove slots, the ways to open the KEK", `The keyring holds the KEK once for each way to open it. It has a slot for this
 machine's TPM. You can add slots for a key in a PKCS#11 token, for a key in Vault or
-OpenBao, and for recovery identities.`,
+OpenBao, for another KMS v2 plugin, and for recovery identities.`,
 		newSlotList(a), newSlotAdd(a), newSlotTest(a), newSlotRewrap(a), newSlotRemove(a), newSlotForgetCopies(a))
 }
 
@@ -77,7 +77,7 @@ func newSlotTest(a *app) *cobra.Command {
 		Short: "Really open slots, and compare the KEK with the key ID",
 		Long: `Really open slots, and compare the KEK with the key ID. Without names, the command
 opens all slots that are configured on this machine. kleidi serve tests the slots of
-pkcs11 and vault regularly, as often as unlock.selfTest says.
+pkcs11, vault and kms-plugin regularly, as often as unlock.selfTest says.
 
 The command asks the running kleidi serve. Without one, each run is a separate login: a
 wrong PIN counts towards the limit at which the token locks the PIN, and a wrapping

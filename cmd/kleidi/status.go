@@ -20,7 +20,7 @@ func newStatus(a *app) *cobra.Command {
 		Short: "Show the slots, what they are sealed to, and whether the TPM would open them now",
 		Long: `Show the slots, what they are sealed to, which KEK is current, and whether the TPM
 would open it now, or why not. The command asks the running kleidi serve. Without one
-it checks itself, but tries no slot of pkcs11 or vault; kleidi slot test does.
+it checks itself, but tries no slot of pkcs11, vault or kms-plugin; kleidi slot test does.
 
 The exit code is 0 if the KEK is open and nothing is wrong, 3 if kleidi is locked, 4 if
 the KEK is open and something needs an operator, and 1 if kleidi could not be asked.`,
@@ -44,7 +44,8 @@ the KEK is open and something needs an operator, and 1 if kleidi could not be as
 	return cmd
 }
 
-// Exit codes of status. 2 belongs to the shell and to flag parsers.
+// Exit codes of status; exitProblem is also that of doctor, usage and keyring check. 2
+// belongs to the shell and to flag parsers.
 const (
 	exitLocked  = 3
 	exitProblem = 4

@@ -15,7 +15,7 @@ import (
 func newVersion(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
-		Short: "Show the version, and whether PKCS#11 and the FIPS 140-3 module are in it",
+		Short: "Show the version, whether PKCS#11 is in it, and the FIPS 140-3 module if FIPS mode is on",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			v := shownVersion{Version: version.String(), Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH, PKCS11: hsm.Available}

@@ -73,7 +73,7 @@ const (
 	// TryTPM opens only the TPM's slots: a token counts wrong PINs, and a server may
 	// need credentials that can be used only once.
 	TryTPM Try = "tpm"
-	// TryAll also opens the slots of tokens and servers.
+	// TryAll also opens the slots of tokens, servers and KMS plugins.
 	TryAll Try = "all"
 )
 

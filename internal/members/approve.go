@@ -83,15 +83,15 @@ func (d *Desk) approve(ctx context.Context, req admin.ApproveNodeRequest) (r adm
 const upgradedNote = "the keyring is written in format 2 from now on, which several nodes share; earlier versions of kleidi can't read it"
 
 // listWithoutTPM lists a node that has no TPM, and so can prove nothing. The node
-// opens the keyring with a token or a server that all nodes share, and the operator
-// carries the keyring there.
+// opens the keyring with a token, a server or a KMS plugin that all nodes share, and the
+// operator carries the keyring there.
 func (d *Desk) listWithoutTPM(ctx context.Context, req admin.ApproveNodeRequest) (r admin.NodeApproval, err error) {
 	if len(req.Files) > 0 || len(req.BootPolicy) > 0 {
 		return r, errors.New("--no-tpm: a machine without a TPM proves nothing, so no boot policy judges it and no bootstrap file is handed over")
 	}
 	slots := d.node.OpenSlots()
 	if !slices.ContainsFunc(slots, func(s seal.Slot) bool { return slotview.IsSecondary(s.Type) }) {
-		return r, errors.New("--no-tpm: no slot belongs to a token or a server, so such a machine could open nothing; run kleidi slot add pkcs11 or kleidi slot add vault first")
+		return r, errors.New("--no-tpm: no slot belongs to a token or a server, so such a machine could open nothing; run kleidi slot add pkcs11, kleidi slot add vault or kleidi slot add kms-plugin first")
 	}
 	upgraded, err := d.upgrade(ctx)
 	if err != nil {
