@@ -189,8 +189,8 @@ func (a *Access) hintAdmin(err error) error {
 	return err
 }
 
-// chooseServer returns the server of the node's kubeconfig, and the proof that it
-// answers.
+// chooseServer returns the API at the server for the node's kubeconfig: the named one, or
+// this machine's own kube-apiserver if it answers, or else that of from.
 func chooseServer(ctx context.Context, from *kube.Kubeconfig, server string) (*kube.Kubeconfig, error) {
 	if server != "" {
 		return from.At(server)

@@ -107,7 +107,8 @@ const (
 
 // Unlock says which wrappers may open the keyring.
 type Unlock struct {
-	// Order names wrappers: tpm, pkcs11, vault.
+	// Order names wrappers: tpm, pkcs11, vault and kms-plugin; or one two-of-two, such as
+	// tpm-and-pkcs11.
 	Order []string `yaml:"order"`
 	// RequireAttestation demands that the gate passes before any wrapper is tried.
 	RequireAttestation bool `yaml:"requireAttestation"`

@@ -40,7 +40,8 @@ func ReadOwned(path string, limit int64) ([]byte, error) {
 // MaxPublicKey bounds a file with a public key, in bytes.
 const MaxPublicKey = 64 << 10
 
-// HintRoot puts the usual reason before a permission error.
+// HintRoot gives a permission error the hint to run the command as root, unless root runs
+// it already.
 func HintRoot(err error) error {
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
 		return seal.WithHint(err, "run the command as root")
@@ -118,6 +119,7 @@ func ReadPrivateKey(path string) ([]byte, error) {
 	return readInOne(f, MaxPrivateKey)
 }
 
+// MaxPrivateKey bounds a file with a private key, in bytes.
 const MaxPrivateKey = 64 << 10
 
 // Replace replaces a file in one step.

@@ -67,6 +67,8 @@ func (i *Import) keepPIN() (err error) {
 	return err
 }
 
+// TokenSettings are the settings of a token, as section pkcs11 of the configuration names
+// them.
 type TokenSettings struct {
 	Module  string `json:"module"`
 	URI     string `json:"uri"`

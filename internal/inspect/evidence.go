@@ -49,6 +49,9 @@ type EvidenceVerdict struct {
 	Fresh bool `json:"fresh"`
 }
 
+// JudgeEvidence judges the evidence in a file by the boot policy in another one. Unless
+// nonce is empty, the quote must have been made for it. An error means that the evidence
+// proves nothing; a refused boot is no error.
 func JudgeEvidence(policy, file, nonce string) (*EvidenceVerdict, error) {
 	p, err := files.ReadAnyBootPolicy(policy)
 	if err != nil {

@@ -12,6 +12,9 @@ import (
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
 )
 
+// JudgeLog judges event logs by the boot policy in a file. values names a JSON file of PCR
+// values by bank; if it is empty, the logs themselves say what the values are. A refused
+// boot is no error.
 func JudgeLog(policy string, logs attest.Logs, values string) (*bootpolicy.Verdict, error) {
 	p, err := files.ReadAnyBootPolicy(policy)
 	if err != nil {
@@ -60,4 +63,5 @@ func readPCRs(path string, p *bootpolicy.BootPolicy) (eventlog.PCRs, error) {
 	return pcrs, nil
 }
 
+// ErrRefused is the error of a command whose verdict is a refusal.
 var ErrRefused = errors.New("the boot policy refuses this boot; see what changed with kleidi bootpolicy explain, and docs/boot-policy.md")

@@ -21,7 +21,8 @@ import (
 )
 
 // Recover opens the stored keyring with the recovery identity, seals a fresh KEK
-// to the present boot state and makes it current.
+// to the present boot state and makes it current. In a keyring of several nodes it seals
+// the present KEK instead.
 func Recover(ctx context.Context, n *node.Node, req admin.RecoverRequest) (admin.KeyringState, error) {
 	state, err := replaceKeyring(ctx, n, func() (admin.KeyringState, error) { return recoverStored(ctx, n, req) })
 	if err != nil {

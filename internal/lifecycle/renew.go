@@ -94,7 +94,8 @@ type renewOptions struct {
 
 // renew rotates to a fresh KEK that is sealed to the present boot state; the recovery
 // slots stay. If the keyring has no room for another retired KEK, renew seals the same
-// KEK again without rotating, because a keyring that opens is more important.
+// KEK again without rotating, because a keyring that opens is more important. In a keyring
+// of several nodes the KEK stays too, see renewAlone.
 func renew(ctx context.Context, n *node.Node, old *keyring.Keyring, o renewOptions) ([]*keyring.Keyring, error) {
 	if err := n.View.CheckFreshKEK(old); err != nil {
 		return nil, err

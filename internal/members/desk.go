@@ -46,8 +46,7 @@ func NewDesk(n *node.Node) (*Desk, error) {
 
 func (d *Desk) record(verdicts ...*join.Verdict) error { return files.AppendJSON(&d.audit, verdicts) }
 
-// Handle registers the operations that only a running serve can do with the admin
-// socket.
+// Handle makes the admin socket answer the operations that only a running serve can do.
 func (d *Desk) Handle(s *admin.Server) {
 	admin.Handle(s, admin.ApproveNode, afterFirstAttempt(d, d.Approve))
 	admin.Handle(s, admin.ListNodes, afterFirstAttempt(d, d.List))

@@ -2,8 +2,8 @@
 // wrappers in the order of unlock.order, the gate, the stores of the keyring and of the
 // anchor, and the unlocker that holds the open keyring.
 //
-// Node has methods about the machine alone. The operations on it are in packages
-// reseal, slots, lifecycle and status. They read the slots of a keyring through
+// Node has methods about the machine alone. The operations on it are in packages of their
+// own, such as reseal, slots and lifecycle. They read the slots of a keyring through
 // Node.View, which is pure.
 //
 // The package keeps one rule for every operation: before a slot is sealed again, the

@@ -86,6 +86,7 @@ func (p preflight) Attest(ctx context.Context, slots []seal.Slot) error {
 	return err
 }
 
+// KeyringMissing gives fs.ErrNotExist the cause and the hint for a missing keyring.
 func KeyringMissing(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return seal.Errorf(seal.CauseKeyringMissing, unlock.HintMissing, "there is no keyring: %w", err)
@@ -144,6 +145,8 @@ func (n *Node) AcquireState() error {
 // settleTimeout bounds Close's wait for a token that answers no more.
 const settleTimeout = 3 * time.Second
 
+// Close locks the keyring, waits a moment for calls into PKCS#11 modules, and releases the
+// state folder.
 func (n *Node) Close() {
 	n.Unlocker.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), settleTimeout)
@@ -185,7 +188,8 @@ func (n *Node) Advise(ctx context.Context, err error) error {
 	return seal.WithoutRecovery(err)
 }
 
-// LockMemory ensures that nothing secret can reach the swap.
+// LockMemory keeps the process out of swap. If that fails while swap is on, the error has
+// the cause seal.CauseMemory, unless memory.lock is best-effort.
 func (n *Node) LockMemory() error { return lockProcess(n.Memory, n.Log) }
 
 // Openers are the wrappers that may open the keyring at start, in their order.

@@ -44,6 +44,8 @@ func (n *Node) Unchanged(changes ...string) (admin.KeyringState, error) {
 	return n.Result(k, changes...)
 }
 
+// Result is the result of an operation: the open keyring's state, and former if another KEK
+// is current now.
 func (n *Node) Result(former seal.KeyID, changes ...string) (admin.KeyringState, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {

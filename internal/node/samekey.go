@@ -14,6 +14,8 @@ import (
 	"github.com/beezy-dev/kleidi/tpm"
 )
 
+// HintSameKey is the hint if the configured token or server may have another key than the
+// one that made a slot.
 const HintSameKey = "bring back the token, or the server, whose key made the slot"
 
 // OtherKeyError says that the configured token or server may hold a key other than the

@@ -72,4 +72,5 @@ func (r *SelfTests) Of(s seal.Slot) *admin.SlotTest {
 	return nil
 }
 
+// Seconds returns t in seconds since 1970, for a metric.
 func Seconds(t time.Time) float64 { return float64(t.UnixMilli()) / 1000 }

@@ -37,12 +37,14 @@ func (s *StateFolder) acquire() error {
 	return files.HintRoot(err)
 }
 
+// Held reports whether this process holds the lock on the folder.
 func (s *StateFolder) Held() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.lock != nil
 }
 
+// Release releases the lock, if this process holds it.
 func (s *StateFolder) Release() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

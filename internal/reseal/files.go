@@ -16,6 +16,7 @@ type NextFiles struct {
 	HasLine, HasRunningLine bool
 }
 
+// Change reads the files.
 func (f *NextFiles) Change() (c predict.Change, err error) {
 	read := func(to *[]byte, path string) {
 		if path == "" || err != nil {
@@ -43,4 +44,5 @@ func (f *NextFiles) Change() (c predict.Change, err error) {
 	return c, err
 }
 
+// BootFiles are the paths of the files of one boot; "" means that the flag was not given.
 type BootFiles struct{ Uki, Kernel, Initrd, GrubConfig string }

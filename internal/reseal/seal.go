@@ -119,6 +119,7 @@ func refreshed(s, present tpm.BootState) tpm.BootState {
 
 var errNothing = errors.New("nothing to do")
 
+// ErrNoTPM is the refusal to seal to a TPM that may not open the keyring.
 var ErrNoTPM = errors.New("unlock.order names no TPM; add tpm to it, and restart kleidi serve")
 
 // SealPresent seals kek to the present boot state, and opens the new slot before

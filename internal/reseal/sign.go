@@ -25,6 +25,7 @@ type Signing struct {
 	Files                         NextFiles
 }
 
+// Sign signs the boot state, and returns it together with the file that holds it.
 func (s *Signing) Sign() (state bootstate.State, file []byte, err error) {
 	ref, err := s.ref()
 	if err != nil {

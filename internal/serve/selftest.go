@@ -12,7 +12,7 @@ import (
 )
 
 // selfTest tests regularly until ctx ends: first a while after the start, then as often
-// as configured, give or take a tenth, so that nodes don't all test at once.
+// as configured, or up to a tenth sooner, so that nodes don't all test at once.
 func (s *Server) selfTest(ctx context.Context) {
 	every := s.Node.Config.Unlock.SelfTest
 	if every == 0 || !slices.ContainsFunc(s.Node.Wrappers(), func(w seal.Wrapper) bool { return slotview.IsSecondary(w.Type()) }) {

@@ -180,5 +180,5 @@ func readBounded(r io.Reader) ([]byte, error) {
 	return b[:n], nil
 }
 
-// Is reports whether a person is at the other end of f.
+// Is reports whether f is a terminal.
 func Is(f *os.File) bool { return term.IsTerminal(int(f.Fd())) }

@@ -103,7 +103,7 @@ func furtherProblem(w io.Writer, r admin.StatusReport, p *admin.Problem) {
 	}
 }
 
-// keys prints the retired KEKs in one line: there may be 255.
+// keys prints the retired KEKs in one line: there may be [slotview.MostRetired].
 func keys(w io.Writer, keys []admin.KeyReport) {
 	var retired []admin.KeyReport
 	for _, k := range keys {

@@ -182,20 +182,25 @@ func (c *Config) endorsements() (func(certificate, spki []byte) error, error) {
 	}, nil
 }
 
+// Audit says where to record verdicts.
 type Audit struct {
 	File string `yaml:"file"`
 }
 
+// CAs is a folder of manufacturers' CA certificates; see package tpm/ekcert.
 type CAs struct {
 	Folder string `yaml:"folder"`
 }
 
+// Node is a registered node: the digest of its endorsement key, and the file of its boot
+// policy.
 type Node struct {
 	Name       string `yaml:"name" json:"name"`
 	EK         string `yaml:"ek" json:"ek"`
 	BootPolicy string `yaml:"bootPolicy" json:"bootPolicy"` // file
 }
 
+// Load reads the configuration file, which nobody but root and this user may change.
 func Load(path string) (*Config, error) {
 	b, err := files.ReadOwned(path, maxConfig)
 	if errors.Is(err, fs.ErrNotExist) {

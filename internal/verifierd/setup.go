@@ -21,7 +21,7 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 )
 
-// Setup is the result of kleidi verifier init.
+// Setup holds the arguments of kleidi verifier init.
 type Setup struct {
 	Dir     string
 	Cluster string
@@ -29,6 +29,7 @@ type Setup struct {
 	Listen  string
 }
 
+// Make writes the keys, the certificate and the configuration. It replaces no file.
 func (s *Setup) Make() (*Config, error) {
 	cluster, err := seal.ParseClusterID(s.Cluster)
 	if err != nil {
