@@ -90,8 +90,8 @@ func (w *Wrapper) With(o SealOptions) (*Wrapper, error) {
 func (w *Wrapper) Type() string { return seal.TypeTPM }
 
 // Provision creates the epoch counter in the TPM if it is missing, and returns the
-// machine's EK digest. Only init and recover call it: anywhere else a missing counter
-// is a fault.
+// machine's EK digest. Only what seals to a TPM for the first time calls it (init, recover,
+// join and reseal --new-tpm): anywhere else a missing counter is a fault.
 func (w *Wrapper) Provision(ctx context.Context) (ek string, err error) {
 	err = w.Device.Do(ctx, func(t transport.TPM) error {
 		if ek, err = w.digest(t); err != nil {
@@ -315,9 +315,9 @@ func (w *Wrapper) Settle(ctx context.Context, slots []seal.Slot) error {
 	return err
 }
 
-// Revoke ends the epochs of authenticated slots that no slot of this node follows. The
-// caller calls it before it saves the keyring without them. After a crash in between,
-// the slots are still in the keyring, refused, and can be removed again.
+// Revoke ends the epochs of authenticated slots that no slot of this node follows. Call it
+// before the keyring is saved without them. After a crash in between, the slots are still
+// in the keyring, refused, and can be removed again.
 func (w *Wrapper) Revoke(ctx context.Context, slots []seal.Slot) error {
 	own, err := w.With(SealOptions{NextEpoch: true, Revoke: slots, SameTPMAs: slots})
 	if err != nil {

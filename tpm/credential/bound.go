@@ -138,7 +138,7 @@ func useBound(ctx context.Context, d *device.Device, owner keys.Owner, b *bound,
 	})
 }
 
-// use loads the object last: see Wrapper.unsealOnce.
+// use loads the object last, as package tpm's Wrapper.unsealOnce does.
 func (b *bound) use(t transport.TPM, srk *keys.SRK, kind *boundKind, f func(transport.TPM, tpm2.NamedHandle, tpm2.Session) error, opts []tpm2.AuthOption) error {
 	session, done, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, keys.NonceSize, opts...)
 	if err != nil {

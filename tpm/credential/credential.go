@@ -38,7 +38,7 @@ type sealedCredential struct {
 	EK string `json:"ek"` // digest of the endorsement key, see keys.EKDigest
 }
 
-// credentialTemplate is a sealed object like that of a KEK, see sealedAttributes.
+// credentialTemplate is a sealed object like that of a KEK, see [keys.SealedAttributes].
 func credentialTemplate(digest []byte) tpm2.TPMTPublic {
 	return tpm2.TPMTPublic{
 		Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256,

@@ -22,7 +22,8 @@ func OwnerAuthSet(ctx context.Context, d *device.Device) (set bool, err error) {
 // dictionary attacks.
 type Permanent struct {
 	OwnerAuthSet, InLockout bool
-	// Failed are the wrong authorizations that it has counted; Most locks it out.
+	// Failed is the number of wrong authorizations that the TPM has counted. At Most it
+	// locks itself out.
 	Failed, Most uint32
 }
 

@@ -270,7 +270,7 @@ func (k *srks) primary(t transport.TPM, owner Owner) (*SRK, error) {
 func (k *srks) Release(t transport.TPM) {
 	for _, srk := range []*SRK{k.transient, k.persistent} {
 		if srk != nil && srk.shared.Session != nil {
-			_ = srk.shared.end() // see flush
+			_ = srk.shared.end() // see Flush
 		}
 	}
 	if k.transient != nil {

@@ -8,16 +8,16 @@ import (
 )
 
 // Finding says why a proof did not verify, as far as the verifier can tell. It is for the
-// verifier's own log and audit log. The other side learns only that the proof failed: if
-// somebody intercepts the connection, it is that somebody who reads the answer.
+// verifier's own log and audit log. The other side learns only that the proof failed,
+// because somebody who intercepts the connection would read more.
 type Finding string
 
 // The findings.
 const (
 	// FindingReplay: the answer is the right one of an earlier exchange.
 	FindingReplay Finding = "the answer was recorded in an earlier exchange"
-	// FindingStaleNonce: only the TPM with the endorsement key knows the present secret, so it
-	// is that TPM that answered, but to a challenge with a nonce of before.
+	// FindingStaleNonce: the TPM answered to a challenge with the nonce of an earlier exchange.
+	// It is the right TPM: only the one with the endorsement key knows the present secret.
 	FindingStaleNonce Finding = "the right TPM answered to the nonce of an earlier exchange: somebody altered the challenge on the way"
 	// FindingOtherTranscript: the same, and the TPM's side saw another TLS connection, or
 	// another hello or challenge. The transcript is a hash, so it does not say which.
@@ -53,8 +53,8 @@ func (r *Recent) Add(p *Pending) {
 	r.next = (r.next + 1) % recentMax
 }
 
-// Find says why the proof in e did not verify in the exchange p. The exchange has ended
-// then: it decides nothing.
+// Find says why the proof in e did not verify in the exchange p. Nothing depends on the
+// finding: the exchange has already failed.
 func (r *Recent) Find(p *Pending, e *Evidence) Finding {
 	r.mu.Lock()
 	defer r.mu.Unlock()
