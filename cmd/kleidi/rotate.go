@@ -29,8 +29,8 @@ func newRotate(a *app) *cobra.Command {
 		Long: `Make a fresh KEK the current one, sealed like the present one. The former KEK is
 retired: it stays in the keyring and still decrypts.
 
-The fresh KEK gets a slot for every slot of the present KEK, and for each wrapper in
-unlock.order that has no slot yet. If a wrapper can't be reached, the command
+The fresh KEK gets a slot for every slot of the present KEK, and for a token, server or
+KMS plugin in unlock.order that has no slot yet. If a wrapper can't be reached, the command
 changes nothing. To go on without that slot, name it with --skip-slot: status then
 shows the missing slot until kleidi slot add makes it.
 
