@@ -14,3 +14,18 @@ type Keys interface {
 	// Decrypt returns a plaintext that the caller must clear.
 	Decrypt(id seal.KeyID, ciphertext []byte) ([]byte, error)
 }
+
+// Callers is told what each connection learns of the key ID. A connection is a comparable
+// value without a meaning of its own.
+type Callers interface {
+	// Answered is told of the key ID in an answer to Status or Encrypt.
+	Answered(conn any, id seal.KeyID, encrypted bool)
+	// Ended is told that a connection is closed.
+	Ended(conn any)
+}
+
+// noCallers is told for nothing.
+type noCallers struct{}
+
+func (noCallers) Answered(any, seal.KeyID, bool) {}
+func (noCallers) Ended(any)                      {}

@@ -224,6 +224,12 @@ func (b *safeBuffer) String() string {
 
 func start(t testing.TB, keys grpcserver.Keys, cfg grpcserver.ListenConfig) *running {
 	t.Helper()
+	return startFor(t, keys, nil, cfg)
+}
+
+// startFor is start with callers.
+func startFor(t testing.TB, keys grpcserver.Keys, callers grpcserver.Callers, cfg grpcserver.ListenConfig) *running {
+	t.Helper()
 	r := &running{path: filepath.Join(openDir(t), "kms.sock"), reg: prometheus.NewRegistry(), log: &safeBuffer{}}
 	log := slog.New(slog.NewJSONHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	cfg.Path, cfg.Log = r.path, log
@@ -231,7 +237,7 @@ func start(t testing.TB, keys grpcserver.Keys, cfg grpcserver.ListenConfig) *run
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.srv, err = grpcserver.New(keys, grpcserver.Options{Registerer: r.reg, Log: log})
+	r.srv, err = grpcserver.New(keys, grpcserver.Options{Registerer: r.reg, Log: log, Callers: callers})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,7 +14,21 @@ import (
 )
 
 // peerCredentials carries the peer that Accept found into gRPC.
-type peerCredentials struct{}
+type peerCredentials struct {
+	callers Callers
+}
+
+// watchedConn is a connection whose end the callers learn.
+type watchedConn struct {
+	*unixsocket.Conn
+	ended func()
+}
+
+// Close closes the connection.
+func (c *watchedConn) Close() error {
+	c.ended()
+	return c.Conn.Close()
+}
 
 type authInfo struct {
 	credentials.CommonAuthInfo
@@ -29,15 +43,16 @@ var errNotOurListener = errors.New("the connection was not accepted by grpcserve
 
 // ServerHandshake admits strangers too: a refused RPC can say why, a closed connection
 // can't.
-func (peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (p peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	c, ok := raw.(*unixsocket.Conn)
 	if !ok {
 		return nil, nil, errNotOurListener
 	}
-	return c, &authInfo{
+	info := &authInfo{
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
 		peer:           c.Peer, allowed: c.Allowed,
-	}, nil
+	}
+	return &watchedConn{c, func() { p.callers.Ended(info) }}, info, nil
 }
 
 // ClientHandshake refuses: these are a server's credentials.
@@ -56,21 +71,22 @@ func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
 // OverrideServerName implements credentials.TransportCredentials.
 func (peerCredentials) OverrideServerName(string) error { return nil }
 
-// checkPeer answers PermissionDenied to peers that are not allowed.
-func checkPeer(ctx context.Context) error {
+// checkPeer returns the connection of a call. It answers PermissionDenied to peers that are
+// not allowed.
+func checkPeer(ctx context.Context) (*authInfo, error) {
 	p, _ := peer.FromContext(ctx)
 	if p == nil {
-		return status.Error(codes.PermissionDenied, errNotOurListener.Error())
+		return nil, status.Error(codes.PermissionDenied, errNotOurListener.Error())
 	}
 	a, ok := p.AuthInfo.(*authInfo)
 	switch {
 	case !ok:
-		return status.Error(codes.PermissionDenied, errNotOurListener.Error())
+		return nil, status.Error(codes.PermissionDenied, errNotOurListener.Error())
 	case a.allowed:
-		return nil
+		return a, nil
 	case overflow(a.peer.UID):
-		return status.Errorf(codes.PermissionDenied, "UID %d may not use this socket: it is the overflow UID, which every user has that a user namespace does not map; "+
+		return nil, status.Errorf(codes.PermissionDenied, "UID %d may not use this socket: it is the overflow UID, which every user has that a user namespace does not map; "+
 			"run kube-apiserver under a mapped user, or list %[1]d in kms.allowedUIDs, which admits all of them", a.peer.UID)
 	}
-	return status.Errorf(codes.PermissionDenied, "UID %d may not use this socket; if kube-apiserver runs as that user, add %[1]d to kms.allowedUIDs", a.peer.UID)
+	return nil, status.Errorf(codes.PermissionDenied, "UID %d may not use this socket; if kube-apiserver runs as that user, add %[1]d to kms.allowedUIDs", a.peer.UID)
 }

@@ -15,6 +15,7 @@ import (
 	kmsapi "k8s.io/kms/apis/v2"
 
 	"github.com/beezy-dev/kleidi/grpcserver/internal/panics"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Bounds of a connection.
@@ -45,13 +46,16 @@ type Options struct {
 	Registerer prometheus.Registerer
 	// Log receives panics (type and place, never the value) and internal errors.
 	Log *slog.Logger
+	// Callers is told what each connection learns of the key ID.
+	Callers Callers
 }
 
 // Server is the KMS v2 service.
 type Server struct {
-	keys Keys
-	log  *slog.Logger
-	grpc *grpc.Server
+	keys    Keys
+	callers Callers
+	log     *slog.Logger
+	grpc    *grpc.Server
 }
 
 // New makes a Server. It fails only if the metrics can't be registered.
@@ -60,11 +64,15 @@ func New(keys Keys, opt Options) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("register KMS metrics: %w", err)
 	}
-	s := &Server{keys: keys, log: opt.Log}
+	s := &Server{keys: keys, callers: opt.Callers, log: opt.Log}
+	if s.callers == nil {
+		s.callers = noCallers{}
+	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	s.grpc = grpc.NewServer(append(TransportOptions(), pace()...)...)
+	options := append(TransportOptions(), grpc.Creds(peerCredentials{s.callers}))
+	s.grpc = grpc.NewServer(append(options, pace()...)...)
 	s.grpc.RegisterService(&grpc.ServiceDesc{
 		ServiceName: kmsapi.KeyManagementService_ServiceDesc.ServiceName,
 		Metadata:    kmsapi.KeyManagementService_ServiceDesc.Metadata,
@@ -81,7 +89,7 @@ func New(keys Keys, opt Options) (*Server, error) {
 // measure a plugin without work on the same stack.
 func TransportOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
-		grpc.Creds(peerCredentials{}),
+		grpc.Creds(peerCredentials{noCallers{}}),
 		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxSendMsgSize(maxMessage),
@@ -138,7 +146,8 @@ func handler[Req, Resp any](s *Server, name string, m *metrics, call func(*Req) 
 			}
 			mm.observe(time.Since(start), err)
 		}()
-		if err := checkPeer(ctx); err != nil {
+		conn, err := checkPeer(ctx)
+		if err != nil {
 			return nil, err
 		}
 		var in request[Req]
@@ -148,7 +157,17 @@ func handler[Req, Resp any](s *Server, name string, m *metrics, call func(*Req) 
 		if in.err != nil {
 			return nil, errDecode
 		}
-		return call(&in.message)
+		answer, err := call(&in.message)
+		if err != nil {
+			return nil, err
+		}
+		switch a := any(answer).(type) {
+		case *kmsapi.StatusResponse:
+			s.callers.Answered(conn, seal.KeyID(a.KeyId), false)
+		case *kmsapi.EncryptResponse:
+			s.callers.Answered(conn, seal.KeyID(a.KeyId), true)
+		}
+		return answer, nil
 	}
 }
 

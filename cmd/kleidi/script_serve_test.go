@@ -229,14 +229,27 @@ type sealedSeed struct {
 }
 
 // kms makes kube-apiserver's calls: kms status, kms encrypt NAME, and kms decrypt NAME
-// for the seed that was encrypted under that name.
+// for the seed that was encrypted under that name. After kms hold, which also asks for
+// the status, kms held makes the call on the same connection.
 func (h *host) kms(ts *testscript.TestScript, args []string) error {
+	if args[0] == "held" {
+		return h.kmsOn(ts, h.held, args[1:])
+	}
 	conn, err := grpc.NewClient("unix://"+h.path("run/kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 	if err != nil {
 		return broken("%w", err)
 	}
+	if args[0] == "hold" {
+		h.held = conn
+		h.t.Cleanup(func() { conn.Close() })
+		return h.kmsOn(ts, conn, []string{"status"})
+	}
 	defer conn.Close()
+	return h.kmsOn(ts, conn, args)
+}
+
+func (h *host) kmsOn(ts *testscript.TestScript, conn *grpc.ClientConn, args []string) error {
 	ctx, cancel := context.WithTimeout(h.t.Context(), waitTimeout)
 	defer cancel()
 	out, err := h.call(ctx, kmsapi.NewKeyManagementServiceClient(conn), args)

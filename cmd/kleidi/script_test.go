@@ -15,6 +15,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"go.yaml.in/yaml/v3"
+	"google.golang.org/grpc"
 
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/usage/usagetest"
@@ -151,6 +152,7 @@ type host struct {
 	name   string           // in the keyring
 	others map[string]*host // by that name
 
+	held    *grpc.ClientConn // of a second provider
 	cluster *kubetest.API
 	etcd    *usagetest.Etcd
 

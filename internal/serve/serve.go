@@ -237,7 +237,7 @@ func New(cfg *config.Config, log *slog.Logger) (*Server, error) {
 	s := &Server{Node: n, health: h, opened: opened, adminTried: make(chan struct{})}
 	h.bind(n)
 	replicated = n.Replica
-	if s.kms, err = grpcserver.New(keysOf(n), grpcserver.Options{Registerer: registry, Log: log}); err != nil {
+	if s.kms, err = grpcserver.New(keysOf(n), grpcserver.Options{Registerer: registry, Log: log, Callers: unlock.CallersOf(n.Unlocker)}); err != nil {
 		return nil, err
 	}
 	s.admin = admin.NewServer(admin.Options{Log: log})

@@ -45,7 +45,8 @@ type Record struct {
 	Anchored seal.KeyID
 	// Announced is the key ID that the node tells kube-apiserver.
 	Announced seal.KeyID
-	// Encrypted is the key ID of the last Encrypt; "" means none since the start.
+	// Encrypted is the key ID of the last Encrypt, or of a KEK under which another
+	// connection still encrypts; "" means no Encrypt since the start.
 	Encrypted seal.KeyID
 	// Acknowledged is the key ID of the staged KEK that the node has opened, sealed for
 	// each of its boot states and saved; "" means none.

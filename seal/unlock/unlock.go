@@ -29,7 +29,8 @@ type Unlocker struct {
 	state atomic.Pointer[State]
 	// encrypted is the key ID of the last Encrypt.
 	encrypted atomic.Pointer[seal.KeyID]
-	// newly has a value once that key ID has changed.
+	callers   Callers
+	// newly has a value once the result of LastEncrypted may have changed.
 	newly chan struct{}
 
 	mu      sync.Mutex // held during an attempt or a change
@@ -65,6 +66,7 @@ type State struct {
 // New returns a locked Unlocker.
 func New(cfg Config) *Unlocker {
 	u := &Unlocker{cfg: cfg, newly: make(chan struct{}, 1), nudge: make(chan struct{}, 1), tried: make(chan struct{})}
+	u.callers = Callers{conns: map[any]caller{}, changed: func() { noteNewly(u) }}
 	u.state.Store(&State{Since: time.Now(), Problem: seal.Errorf(seal.CauseStarting, "wait a moment", "the first attempt to unlock has not ended")})
 	return u
 }
@@ -107,23 +109,38 @@ func noteEncrypted(u *Unlocker, id seal.KeyID) {
 	if last := u.encrypted.Load(); last == nil || *last != id {
 		noted := id
 		u.encrypted.Store(&noted)
-		select {
-		case u.newly <- struct{}{}:
-		default: // another notice is already waiting
-		}
+		noteNewly(u)
 	}
 }
 
-// NewlyEncrypted returns a channel that has a value after the first Encrypt under a KEK
-// other than that of the previous Encrypt. It is for one reader.
+func noteNewly(u *Unlocker) {
+	select {
+	case u.newly <- struct{}{}:
+	default: // another notice is already waiting
+	}
+}
+
+// CallersOf returns what u notes of kube-apiserver's connections.
+func CallersOf(u *Unlocker) *Callers { return &u.callers }
+
+// NewlyEncrypted returns a channel that has a value once the result of [LastEncrypted] may
+// have changed. It is for one reader.
 func NewlyEncrypted(u *Unlocker) <-chan struct{} { return u.newly }
 
-// LastEncrypted returns the key ID of u's last Encrypt, or "" if there was none.
+// LastEncrypted returns the key ID of u's last Encrypt, or "" if there was none. While a
+// connection of kube-apiserver may encrypt under a KEK other than the current one,
+// LastEncrypted returns the key ID of that KEK.
 func LastEncrypted(u *Unlocker) seal.KeyID {
-	if id := u.encrypted.Load(); id != nil {
-		return *id
+	last := u.encrypted.Load()
+	if last == nil {
+		return ""
 	}
-	return ""
+	if k := u.open.Load(); k != nil && k.CurrentID() == *last {
+		if other := u.callers.other(*last); other != "" {
+			return other
+		}
+	}
+	return *last
 }
 
 // Decrypt decrypts a DEK seed under the named KEK.
