@@ -62,13 +62,15 @@ var reading = []string{
 func afterwards(cmd *cobra.Command, err error) string {
 	verb := strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name()+" ")
 	switch {
-	case err == nil && (verb == "keyring backup" || verb == "keyring export" || flagValue(cmd, "file") != "" || strings.Trim(flagValue(cmd, "step"), "0") != "" || flagValue(cmd, "out") != ""):
+	case flagValue(cmd, "help") == "true" || cmd.HasSubCommands() && verb != "verifier": // it only showed its help
+		return "nothing was changed"
+	case err == nil && (verb == "keyring backup" || verb == "keyring export" || verb == "keyring archive" || flagValue(cmd, "file") != "" || strings.Trim(flagValue(cmd, "step"), "0") != "" || flagValue(cmd, "out") != ""):
 		return "the file was written; there is no need to run the command again"
 	case flagValue(cmd, "dry-run") == "true":
 		return "nothing was changed"
 	case verb == "kubeadm patch" && flagValue(cmd, "dir") == "" && flagValue(cmd, "apply") != "true" && flagValue(cmd, "revert") != "true":
 		return "nothing was changed"
-	case slices.Contains(reading, verb) || verb == cmd.Root().Name():
+	case slices.Contains(reading, verb):
 		return "nothing was changed"
 	case err != nil:
 		return "run kleidi status to see what was changed"
