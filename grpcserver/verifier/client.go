@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"time"
 
 	"google.golang.org/grpc"
@@ -17,6 +16,7 @@ import (
 
 	wire "github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/internal/regular"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
 )
@@ -101,7 +101,7 @@ func (c *Client) tlsConfig() (*tls.Config, *error, error) {
 // readCAs reads a file that nobody else may change: with another CA an attacker could
 // pose as the verifier.
 func (c *Client) readCAs() ([]byte, error) {
-	f, err := os.Open(c.config.CAFile)
+	f, err := regular.Open(c.config.CAFile)
 	if err == nil {
 		defer f.Close()
 		err = ownership.CheckOpen(f)

@@ -111,7 +111,7 @@ func (a *Access) settle(ctx context.Context, admin *kube.Client, to *kube.Kubeco
 	if err != nil {
 		return err
 	}
-	if old, err := os.ReadFile(a.Kubeconfig); err != nil || !bytes.Equal(old, kubeconfig) {
+	if old, err := files.Read(a.Kubeconfig, int64(2*len(kubeconfig))); err != nil || !bytes.Equal(old, kubeconfig) {
 		if err := files.Replace(a.Kubeconfig, kubeconfig); err != nil {
 			return err
 		}

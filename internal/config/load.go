@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/internal/regular"
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
 )
 
@@ -46,7 +47,7 @@ func Load(path string, amend ...func(*Config) error) (*Config, error) {
 // read reads the file. Nobody else may change it, because it decides what kleidi loads,
 // dials and believes.
 func read(name string) ([]byte, error) {
-	f, err := os.Open(name)
+	f, err := regular.OpenArgument(name)
 	if err != nil {
 		return nil, fmt.Errorf("%w; name another file with --config", err)
 	}

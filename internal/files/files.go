@@ -9,13 +9,14 @@ import (
 	"path/filepath"
 
 	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/internal/regular"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Read reads at most limit bytes, and one more byte of a longer file, which the parser
 // then refuses.
 func Read(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := regular.OpenArgument(path)
 	if err != nil {
 		return nil, err
 	}
@@ -26,7 +27,7 @@ func Read(path string, limit int64) ([]byte, error) {
 // ReadOwned is Read for a file that decides something. It refuses a file that users
 // other than root and this process's user may change or replace.
 func ReadOwned(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := regular.OpenArgument(path)
 	if err != nil {
 		return nil, err
 	}
@@ -51,7 +52,7 @@ func HintRoot(err error) error {
 
 // ReadSecret reads a file of at most limit bytes. The caller clears it.
 func ReadSecret(path string, limit int) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := regular.OpenArgument(path)
 	if err != nil {
 		return nil, err
 	}
@@ -101,7 +102,7 @@ func SyncFolder(path string) error {
 
 // ReadPrivateKey reads a file that nobody else may read or replace. The caller clears it.
 func ReadPrivateKey(path string) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := regular.OpenArgument(path)
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/beezy-dev/kleidi/hsm"
+	"github.com/beezy-dev/kleidi/internal/regular"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -109,7 +110,7 @@ func (i Input) Identity(ctx context.Context, file string) ([]byte, error) {
 	if file == "" {
 		return i.Secret(ctx, "recovery identity (AGE-SECRET-KEY-…, not shown): ")
 	}
-	f, err := os.Open(file)
+	f, err := regular.OpenArgument(file)
 	if err != nil {
 		return nil, fmt.Errorf("--identity-file: %w", err)
 	}

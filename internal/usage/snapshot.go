@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/beezy-dev/kleidi/internal/etcdfile"
+	"github.com/beezy-dev/kleidi/internal/regular"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -42,17 +44,19 @@ const (
 // right; every page in use is read once and fits; the revisions ascend; and the file did
 // not change meanwhile.
 func Snapshot(ctx context.Context, file, prefix string, progress Progress) (*Report, error) {
-	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0) // a named pipe is refused, not waited for
+	f, err := regular.Open(file)
 	if err != nil {
-		return nil, fmt.Errorf("snapshot: %w", err)
+		err = fmt.Errorf("snapshot: %w", err)
+		if !errors.Is(err, fs.ErrPermission) {
+			err = seal.WithHint(err, hintAnother)
+		}
+		return nil, err
 	}
 	defer f.Close()
 	before, err := f.Stat()
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("snapshot: %w", err)
-	case !before.Mode().IsRegular():
-		return nil, &seal.Error{Err: fmt.Errorf("snapshot: %s is not a regular file", file), Hint: hintAnother}
 	case strings.HasSuffix(file, ".part") || beingWritten(f):
 		return nil, &seal.Error{Err: fmt.Errorf("snapshot: %s is still being written", file), Hint: hintWriting}
 	}

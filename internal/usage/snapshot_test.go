@@ -141,8 +141,8 @@ func TestBadSnapshots(t *testing.T) {
 		text string
 	}{
 		"missing":      {filepath.Join(dir, "none"), os.ErrNotExist, "snapshot: open"},
-		"folder":       {dir, nil, "is not a regular file; name the file that etcdctl"},
-		"named pipe":   {pipe, nil, "is not a regular file; name the file that etcdctl"},
+		"folder":       {dir, nil, "it is a folder, not a file; name the file that etcdctl"},
+		"named pipe":   {pipe, nil, "it is a named pipe, not a file; name the file that etcdctl"},
 		"empty":        {writeFile(t, nil), etcdfile.ErrNotDatabase, "name the file that etcdctl"},
 		"text":         {writeFile(t, []byte(strings.Repeat("no database\n", 4096))), etcdfile.ErrNotDatabase, "name the file"},
 		"no bucket":    {writeFile(t, summed(emptyDatabase(t))), etcdfile.ErrNoBucket, "name the file"},

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/beezy-dev/kleidi/internal/regular"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/device"
 	"github.com/beezy-dev/kleidi/tpm/eventlog"
@@ -62,7 +63,7 @@ const lockTimeout = 2 * time.Second
 // record. systemd sets the sticky bit while it writes. A sticky bit without a lock
 // means that a writer ended too early and that a measurement may be missing.
 func readUserspace(path string) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := regular.OpenArgument(path)
 	if err != nil {
 		return nil, err
 	}
@@ -96,7 +97,7 @@ func lockShared(f *os.File, timeout time.Duration) error {
 }
 
 func readBounded(path string) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := regular.OpenArgument(path)
 	if err != nil {
 		return nil, err
 	}

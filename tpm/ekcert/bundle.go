@@ -101,13 +101,9 @@ func (b *Bundle) Roots() int { return b.numRoots }
 func (b *Bundle) Intermediates() int { return b.numIntermediates }
 
 func (b *Bundle) addFile(fsys fs.FS, name string) error {
-	f, err := fsys.Open(name)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	// Kubernetes makes links to folders beside a ConfigMap's files.
-	if info, err := f.Stat(); err != nil {
+	// Before the file is opened: opening a named pipe would wait for a writer. Kubernetes
+	// makes links to folders beside a ConfigMap's files.
+	if info, err := fs.Stat(fsys, name); err != nil {
 		return err
 	} else if !info.Mode().IsRegular() {
 		if info.IsDir() {
@@ -115,6 +111,11 @@ func (b *Bundle) addFile(fsys fs.FS, name string) error {
 		}
 		return errors.New("not a regular file; replace it by one")
 	}
+	f, err := fsys.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
 	content, err := io.ReadAll(io.LimitReader(f, MaxFile+1))
 	if err != nil {
 		return err

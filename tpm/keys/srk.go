@@ -5,12 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/internal/regular"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/device"
 )
@@ -45,7 +45,7 @@ const maxOwnerAuth = 64
 
 // read returns the value, which nobody else may change. The caller clears it.
 func (o Owner) read() ([]byte, error) {
-	f, err := os.Open(o.File)
+	f, err := regular.Open(o.File)
 	if err != nil {
 		return nil, err
 	}

@@ -8,9 +8,8 @@ import (
 	"io/fs"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/internal/regular"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -20,7 +19,7 @@ const MaxPIN = 255
 // Read reads a PIN of 1 to 255 bytes from the first line of a file that only its owner
 // may read. Its errors have the cause [seal.CauseCredentials] and do not quote the file.
 func Read(mem seal.Memory, path string) (*seal.Secret, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // opening a FIFO must not block
+	f, err := regular.Open(path)
 	if err != nil {
 		return nil, badPIN(path, err)
 	}
@@ -49,17 +48,14 @@ func badPIN(path string, err error) error {
 		"read the PIN file "+path, err)
 }
 
-// checkPINFile demands a regular file that belongs to root or to this user, that nobody
+// checkPINFile demands a file that belongs to root or to this user, that nobody
 // else may read, and that nobody else may change or replace.
 func checkPINFile(f *os.File) error {
 	info, err := f.Stat()
 	if err != nil {
 		return err
 	}
-	switch {
-	case !info.Mode().IsRegular():
-		return errors.New("it is not a regular file")
-	case info.Mode().Perm()&0o077 != 0:
+	if info.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("its mode is %04o: users other than its owner may use it", info.Mode().Perm())
 	}
 	return ownership.CheckOpen(f)

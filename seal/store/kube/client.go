@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/transport"
 	"k8s.io/client-go/util/connrotation"
 )
@@ -52,7 +51,7 @@ type Client struct {
 
 // NewClient reads the kubeconfig. It does not connect.
 func NewClient(o Options) (*Client, error) {
-	c, err := clientcmd.BuildConfigFromFlags("", o.Kubeconfig)
+	c, err := load(o.Kubeconfig)
 	if err != nil {
 		return nil, fmt.Errorf("kubeconfig %s: %w", o.Kubeconfig, err)
 	}

@@ -8,12 +8,16 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/url"
 	"os"
 
 	"go.yaml.in/yaml/v3"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/beezy-dev/kleidi/internal/regular"
 )
 
 // Kubeconfig is the part of a kubeconfig file that kleidi copies or replaces.
@@ -31,10 +35,39 @@ type Kubeconfig struct {
 	CertFile, KeyFile string
 }
 
+// load reads a kubeconfig. client-go opens the files itself, also those that the kubeconfig
+// names, so load first refuses a path that would block it.
+func load(path string) (*rest.Config, error) {
+	if err := openable(path); err != nil {
+		return nil, err
+	}
+	c, err := clientcmd.BuildConfigFromFlags("", path)
+	if err != nil {
+		return nil, err
+	}
+	return c, openable(c.CAFile, c.CertFile, c.KeyFile, c.BearerTokenFile)
+}
+
+func openable(paths ...string) error {
+	for _, path := range paths {
+		if path == "" {
+			continue
+		}
+		f, err := regular.OpenArgument(path)
+		switch {
+		case err == nil:
+			f.Close()
+		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission): // client-go says those, if it needs the file
+			return err
+		}
+	}
+	return nil
+}
+
 // ReadKubeconfig reads a kubeconfig file, and the file of the certificate authority
 // that it names.
 func ReadKubeconfig(path string) (*Kubeconfig, error) {
-	c, err := clientcmd.BuildConfigFromFlags("", path)
+	c, err := load(path)
 	if err != nil {
 		return nil, fmt.Errorf("kubeconfig %s: %w", path, err)
 	}

@@ -10,9 +10,8 @@ import (
 	"io"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/beezy-dev/kleidi/internal/ownership"
+	"github.com/beezy-dev/kleidi/internal/regular"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -45,8 +44,7 @@ func Read(setting, path string, limit int, allowed Readers) ([]byte, error) {
 }
 
 func readRegular(path string, limit int, allowed Readers) ([]byte, error) {
-	// O_NONBLOCK: opening a FIFO must not block
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	f, err := regular.Open(path)
 	if err != nil {
 		return nil, withoutPath(err)
 	}
@@ -56,8 +54,6 @@ func readRegular(path string, limit int, allowed Readers) ([]byte, error) {
 		return nil, withoutPath(err)
 	}
 	switch {
-	case !info.Mode().IsRegular():
-		return nil, errors.New("not a regular file")
 	case allowed == OwnerOnly && info.Mode().Perm()&0o077 != 0:
 		return nil, fmt.Errorf("mode %04o lets others read it (run chmod 600)", info.Mode().Perm())
 	case info.Size() > int64(limit):
