@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -297,5 +298,32 @@ func TestLaterFormat(t *testing.T) {
 	s := seal.Slot{Type: seal.TypeKMSPlugin, Data: []byte(`{"format":2,"keyID":"k","ciphertext":"AA=="}`)}
 	if _, err := kmsplugin.KeyID(s); seal.CauseOf(err) != seal.CauseSlotCorrupt || !strings.Contains(err.Error(), "format 2") {
 		t.Error(err)
+	}
+}
+
+// TestSilentPlugin: a plugin that accepts a connection and says nothing is given up.
+func TestSilentPlugin(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "kms.sock")
+	l, err := net.Listen("unix", socket) // the kernel accepts, and nobody answers
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	w, err := kmsplugin.New(kmsplugin.Config{Socket: socket, Timeout: time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kek, err := seal.Memory{}.Take(make([]byte, seal.KEKSize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kek.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	if _, err := w.Wrap(ctx, kek); seal.CauseOf(err) != seal.CauseUnavailable {
+		t.Errorf("%v, want the cause %s", err, seal.CauseUnavailable)
+	}
+	if ctx.Err() != nil {
+		t.Error("only the caller's own limit ended the call")
 	}
 }

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"slices"
@@ -51,6 +52,38 @@ func TestVersions(t *testing.T) {
 		}
 		if err != nil || !slices.Equal(paths, want) || (len(unserved) > 0) != (want == nil) {
 			t.Errorf("%s: %v, %v, %v", name, paths, unserved, err)
+		}
+	}
+}
+
+// TestDiscoverStored: a resource is migrated only if it can be listed and patched. A
+// subresource never is: its objects are those of the resource itself.
+func TestDiscoverStored(t *testing.T) {
+	verbs := map[string][]string{
+		"secrets": {"create", "list", "patch"}, "secrets/status": {"list", "patch"},
+		"bindings": {"create"}, "listed": {"list"}, "patched": {"patch"},
+	}
+	api := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		all := []any{}
+		for name, verbs := range verbs {
+			all = append(all, map[string]any{"name": name, "namespaced": true, "verbs": verbs})
+		}
+		_ = json.NewEncoder(w).Encode(map[string]any{"groups": []any{}, "resources": all})
+	})
+	secrets := []resource{{version: "v1", name: "secrets", namespaced: true}}
+	for _, want := range []struct {
+		names    []string
+		found    []resource
+		unserved []string
+	}{
+		{[]string{"*."}, secrets, nil},
+		{[]string{"*.*"}, secrets, nil},
+		{[]string{"secrets", "*."}, secrets, nil},
+		{[]string{"listed", "patched", "bindings", "secrets/status"}, nil, []string{"bindings", "listed", "patched", "secrets/status"}},
+	} {
+		found, unserved, err := discover(t.Context(), client(t, api), want.names)
+		if err != nil || !slices.Equal(found, want.found) || !slices.Equal(unserved, want.unserved) {
+			t.Errorf("%s: %v, unserved %s, %v", want.names, found, unserved, err)
 		}
 	}
 }

@@ -165,3 +165,22 @@ func TestPages(t *testing.T) {
 		t.Errorf("pages of %v, want %v", limits, want)
 	}
 }
+
+// TestConflicts: an object that somebody else writes at the same time is patched again, and
+// counted once.
+func TestConflicts(t *testing.T) {
+	tries := map[string]int{} // under the server's lock
+	s := &server{objects: 3, refuse: func(name string) int {
+		if tries[name]++; name == "secrets-1" && tries[name] < 3 {
+			return http.StatusConflict
+		}
+		return 0
+	}}
+	r, err := s.run(t)
+	if err != nil || len(r.Resources) != 2 || r.Resources[1].Objects != 3 || r.Resources[1].Conflicts != 2 || r.Resources[1].Refused != 0 || r.Resources[0].Conflicts != 0 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if len(s.patched) != 6 || tries["secrets-1"] != 3 {
+		t.Errorf("%d patched, %d tries", len(s.patched), tries["secrets-1"])
+	}
+}

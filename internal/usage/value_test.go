@@ -14,6 +14,12 @@ func keyOf(value []byte) Key {
 
 func TestParseHeader(t *testing.T) {
 	whole := string(encrypted("kleidi", "k1-abc"))
+	field := func(number protowire.Number, value string) string {
+		return string(protowire.AppendString(protowire.AppendTag(nil, number, protowire.BytesType), value))
+	}
+	object := func(fields ...string) string { return "k8s:enc:kms:v2:kleidi:" + strings.Join(fields, "") }
+	fixed := string(protowire.AppendFixed32(protowire.AppendTag(nil, 9, protowire.Fixed32Type), 1))
+	longest := strings.Repeat("k", maxName)
 	noData := "k8s:enc:kms:v2:kleidi:" + string(protowire.AppendString(protowire.AppendTag(nil, 2, protowire.BytesType), "k1-abc"))
 	for value, want := range map[string]Key{
 		"k8s\x00\n\x0bplain":                    {Provider: Identity},
@@ -35,7 +41,18 @@ func TestParseHeader(t *testing.T) {
 		whole[:len(whole)-1]:                    {Provider: Unknown}, // kube-apiserver could not read it
 		noData:                                  {Provider: Unknown},
 		string(encrypted("kleidi", "")):         {Provider: Unknown},
-		string(encrypted("kleidi", strings.Repeat("k", 1025))): {Provider: Unknown},
+		// As in protobuf, the order of the fields does not matter, the last value of a field
+		// counts, and other fields say nothing about the key.
+		object(field(2, "k1-abc"), field(1, "x")):                                              {KMSv2, "kleidi", "k1-abc"},
+		object(field(1, "x"), field(2, "k1-old"), field(2, "k1-abc")):                          {KMSv2, "kleidi", "k1-abc"},
+		object(field(1, "x"), field(2, "k1-abc"), field(3, "k1-no"), field(4, "k1-no"), fixed): {KMSv2, "kleidi", "k1-abc"},
+		object(field(1, "x"), field(3, "k1-no"), field(4, "k1-no")):                            {Provider: Unknown},
+		object(field(1, "x"), field(2, "k1-abc"), field(2, "")):                                {Provider: Unknown},
+		object(field(1, "x"), field(2, "k1-abc"), field(1, "")):                                {Provider: Unknown},
+		object(field(1, "x"), field(2, longest)):                                               {KMSv2, "kleidi", longest},
+		"k8s:enc:aescbc:v1:" + longest + ":x":                                                  {AESCBC, "", longest},
+		"k8s:enc:aescbc:v1:k" + longest + ":x":                                                 {Provider: Unknown},
+		string(encrypted("kleidi", strings.Repeat("k", 1025))):                                 {Provider: Unknown},
 	} {
 		if got := keyOf([]byte(value)); got != want {
 			t.Errorf("%.40q: %+v, want %+v", value, got, want)
