@@ -93,7 +93,7 @@ func (o *pruning) run(cmd *cobra.Command, a *app, id seal.KeyID) error {
 }
 
 // archiveUnused proves that nothing is stored under a retired KEK, archives the KEK, and
-// returns the request that checks whether it may go.
+// has serve check the archive. It returns the request that checks whether the KEK may go.
 func (o *pruning) archiveUnused(cmd *cobra.Command, a *app, id seal.KeyID) (req admin.PruneRequest, err error) {
 	cfg, err := a.config()
 	if err != nil {
@@ -123,7 +123,11 @@ func (o *pruning) archiveUnused(cmd *cobra.Command, a *app, id seal.KeyID) (req 
 	if req.Archive, err = prune.Keep(o.archive, made.Archive); err != nil {
 		return req, files.HintRoot(fmt.Errorf("prune: %w", err))
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "nothing is stored under %s\narchived and read back: %s\n", id, o.archive)
+	// The file may be older than this command: serve says whether it is an archive.
+	if _, err := operate(cmd.Context(), a, operation.Prune, req); err != nil {
+		return req, err
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "nothing is stored under %s\nthe archive was read back, and holds it: %s\n", id, o.archive)
 	return req, nil
 }
 
