@@ -244,9 +244,17 @@ func TestParseRefuses(t *testing.T) {
 			t.Errorf("%s: %v, want %q", text, err, want)
 		}
 	}
-	for _, text := range []string{"", "kind: Pod", "a: &" + key + "\n  b", "{"} {
-		if _, err := Parse([]byte(text)); err == nil || strings.Contains(err.Error(), key) {
-			t.Errorf("%q: %v", text, err)
+	for text, want := range map[string]string{
+		"":                            "it names no kind; name the file in kube-apiserver's --encryption-provider-config",
+		"a text, and no YAML":         "it names no kind; name the file",
+		"{kind: Pod, apiVersion: v1}": `its kind is "Pod" of "v1"; name the file in kube-apiserver's --encryption-provider-config`,
+		"kind: " + kind:               `its kind is "EncryptionConfiguration" of ""`,
+		"a: &" + key + "\n  b":        "it is no EncryptionConfiguration",
+		"{":                           "it is no EncryptionConfiguration: yaml: ",
+		"\x00\x01":                    "it is no EncryptionConfiguration: yaml: ",
+	} {
+		if _, err := Parse([]byte(text)); err == nil || strings.Contains(err.Error(), key) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", text, err, want)
 		}
 	}
 	if s := fmt.Sprintf("%v %+v %#v %s", Key{"a", key}, Key{"a", key}, Key{"a", key}, Secret(key)); strings.Contains(s, key) {

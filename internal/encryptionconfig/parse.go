@@ -8,6 +8,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/beezy-dev/kleidi/internal/strictyaml"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Parse reads an EncryptionConfiguration as strictly as kube-apiserver does. Its error
@@ -16,13 +17,13 @@ func Parse(b []byte) (*EncryptionConfiguration, error) {
 	var e EncryptionConfiguration
 	var p strictyaml.Problems
 	if err := strictyaml.Decode(b, &e, &p); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("it is no %s: %w", kind, err)
 	}
 	if e.Kind == "EncryptionConfig" && e.APIVersion == "v1" { // the former name, which kube-apiserver still takes
 		e.APIVersion, e.Kind = apiVersion, kind
 	}
 	if e.Kind != kind || e.APIVersion != apiVersion {
-		return nil, fmt.Errorf("kind %q of %q; want %s of %s", e.Kind, e.APIVersion, kind, apiVersion)
+		return nil, e.wrongKind()
 	}
 	if p.Err() == nil {
 		e.validate(&p)
@@ -31,6 +32,15 @@ func Parse(b []byte) (*EncryptionConfiguration, error) {
 		return nil, fmt.Errorf("no valid %s: %s", kind, strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n  ", ", "))
 	}
 	return &e, nil
+}
+
+// wrongKind says what a file is instead, such as the manifest of kube-apiserver.
+func (e *EncryptionConfiguration) wrongKind() error {
+	const hint = "name the file in kube-apiserver's --encryption-provider-config"
+	if e.Kind == "" {
+		return seal.Errorf("", hint, "it is no %s: it names no kind", kind)
+	}
+	return seal.Errorf("", hint, "it is no %s of %s: its kind is %q of %q", kind, apiVersion, e.Kind, e.APIVersion)
 }
 
 // validate applies those of kube-apiserver's own rules on which a step of a move depends.
