@@ -8,7 +8,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -301,15 +300,13 @@ func TestLaterFormat(t *testing.T) {
 	}
 }
 
-// TestSilentPlugin: a plugin that accepts a connection and says nothing is given up.
+// TestSilentPlugin: a plugin that takes a call and does not answer is given up.
 func TestSilentPlugin(t *testing.T) {
-	socket := filepath.Join(t.TempDir(), "kms.sock")
-	l, err := net.Listen("unix", socket) // the kernel accepts, and nobody answers
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	w, err := kmsplugin.New(kmsplugin.Config{Socket: socket, Timeout: time.Second})
+	p := startPlugin(t)
+	end := make(chan struct{})
+	defer close(end)
+	p.answer = func(*service.EncryptResponse) { <-end }
+	w, err := kmsplugin.New(kmsplugin.Config{Socket: p.socket, Timeout: time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
