@@ -22,6 +22,7 @@ var opensFiles = map[string]string{
 	"internal/regular/regular.go":            "the one place",
 	"seal/store/dir.go":                      "opens a folder, to flush it",
 	"seal/store/kube/kubeconfig.go":          "reads a file that package regular has accepted",
+	"internal/usage/etcd.go":                 "reads files that package regular has accepted",
 	"tpm/simboot/internal/swtpm/swtpm.go":    "reads the log of its own child",
 	"tpm/simboot/machine.go":                 "reads its own files",
 	"tpm/attest/akfile.go":                   "follows no link, and refuses what is no file",

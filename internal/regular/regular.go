@@ -7,6 +7,7 @@
 package regular
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -20,6 +21,21 @@ func Open(path string) (*os.File, error) { return open(path, false) }
 // OpenArgument is Open for a file that an operator names. It also takes the pipe of a
 // shell's <(command), and /dev/stdin at the end of a pipe.
 func OpenArgument(path string) (*os.File, error) { return open(path, true) }
+
+// Check is OpenArgument for files that a library opens. It leaves to the library what is
+// missing or may not be read, and an empty path.
+func Check(paths ...string) error {
+	for _, path := range paths {
+		f, err := OpenArgument(path)
+		switch {
+		case err == nil:
+			f.Close()
+		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission):
+			return err
+		}
+	}
+	return nil
+}
 
 func open(path string, pipes bool) (*os.File, error) {
 	var system unix.Statfs_t

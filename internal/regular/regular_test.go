@@ -41,6 +41,17 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestCheck: one path that is no file is enough, and a library may say itself what is missing.
+func TestCheck(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "missing")
+	if err := Check("", missing, "/proc/self/status"); err != nil {
+		t.Error(err)
+	}
+	if err := Check("", missing, "/proc/self/status", "/dev/null"); err == nil || err.Error() != "open /dev/null: it is a device, not a file" {
+		t.Error(err)
+	}
+}
+
 // TestOpen: a file opens under its name and under a link's.
 func TestOpen(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")

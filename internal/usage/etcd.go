@@ -6,8 +6,8 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"math"
+	"os"
 	"strings"
 	"time"
 
@@ -134,36 +134,14 @@ func target(endpoint string) (name string, useTLS bool, err error) {
 	return "", false, fmt.Errorf("endpoint %q; want one such as https://127.0.0.1:2379", endpoint)
 }
 
-// maxPEM bounds a file of certificates or of a key, in bytes.
-const maxPEM = 1 << 20
-
-func readPEM(path string) ([]byte, error) {
-	f, err := regular.OpenArgument(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxPEM))
-}
-
-func (e *Etcd) certificate() (tls.Certificate, error) {
-	cert, err := readPEM(e.CertFile)
-	if err != nil {
-		return tls.Certificate{}, err
-	}
-	key, err := readPEM(e.KeyFile)
-	if err != nil {
-		return tls.Certificate{}, err
-	}
-	defer clear(key)
-	return tls.X509KeyPair(cert, key)
-}
-
 // credentials returns the credentials of a client of etcd.
 func (e *Etcd) credentials() (credentials.TransportCredentials, error) {
 	c := &tls.Config{MinVersion: tls.VersionTLS12}
+	if err := regular.Check(e.CAFile, e.CertFile, e.KeyFile); err != nil {
+		return nil, err
+	}
 	if e.CAFile != "" {
-		b, err := readPEM(e.CAFile)
+		b, err := os.ReadFile(e.CAFile)
 		if err != nil {
 			return nil, err
 		}
@@ -173,7 +151,7 @@ func (e *Etcd) credentials() (credentials.TransportCredentials, error) {
 		}
 	}
 	if e.CertFile != "" || e.KeyFile != "" {
-		pair, err := e.certificate()
+		pair, err := tls.LoadX509KeyPair(e.CertFile, e.KeyFile)
 		if err != nil {
 			return nil, fmt.Errorf("client certificate: %w", err)
 		}

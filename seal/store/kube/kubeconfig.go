@@ -8,7 +8,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/url"
 	"os"
@@ -38,30 +37,14 @@ type Kubeconfig struct {
 // load reads a kubeconfig. client-go opens the files itself, also those that the kubeconfig
 // names, so load first refuses a path that would block it.
 func load(path string) (*rest.Config, error) {
-	if err := openable(path); err != nil {
+	if err := regular.Check(path); err != nil {
 		return nil, err
 	}
 	c, err := clientcmd.BuildConfigFromFlags("", path)
 	if err != nil {
 		return nil, err
 	}
-	return c, openable(c.CAFile, c.CertFile, c.KeyFile, c.BearerTokenFile)
-}
-
-func openable(paths ...string) error {
-	for _, path := range paths {
-		if path == "" {
-			continue
-		}
-		f, err := regular.OpenArgument(path)
-		switch {
-		case err == nil:
-			f.Close()
-		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission): // client-go says those, if it needs the file
-			return err
-		}
-	}
-	return nil
+	return c, regular.Check(c.CAFile, c.CertFile, c.KeyFile, c.BearerTokenFile)
 }
 
 // ReadKubeconfig reads a kubeconfig file, and the file of the certificate authority
