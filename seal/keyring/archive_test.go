@@ -86,7 +86,7 @@ func TestArchiveRefused(t *testing.T) {
 		"the KEK is there":   {errOf(Unarchive(k, u, newKEK(t, 0x01))), "the keyring holds key ID"},
 		"another KEK":        {errOf(Unarchive(pruned, u, newKEK(t, 0x02))), "holds a KEK other than"},
 		"another cluster":    {errors.Join(u.Verify(foreign), errOf(Unarchive(foreign, u, newKEK(t, 0x01)))), "of cluster"},
-		"no room":            {errOf(Unarchive(full, u, newKEK(t, 0x01))), fmt.Sprint(MaxRetired)},
+		"no room":            {errOf(Unarchive(full, u, newKEK(t, 0x01))), fmt.Sprintf("holds %d retired KEKs, and no more fit", MaxRetired)},
 		"of the current KEK": {errOf(Archive(k, k.CurrentID(), u.Slots())), "not that of a retired KEK"},
 		"without slots":      {errOf(Archive(k, id, nil)), "0 slots"},
 		"of another wrapper": {errOf(Archive(k, id, []seal.Slot{{Type: "vault", Data: []byte("{}")}})), "no recovery slot"},
