@@ -51,8 +51,5 @@ func Find(root string) (*Etcd, error) {
 	if denied {
 		return nil, &seal.Error{Err: errors.New("etcd's client certificate can be read by root only"), Hint: "run the command as root, or name a file with --snapshot"}
 	}
-	return nil, &seal.Error{
-		Err:  errors.New("no client certificate for etcd is found where kubeadm, RKE2 and k3s keep it"),
-		Hint: "name etcd with --etcd, --cacert, --cert and --key, or a file with --snapshot",
-	}
+	return nil, seal.Errorf("", "name etcd with --etcd, --cacert, --cert and --key, or a file with --snapshot", "no client certificate for etcd is found where kubeadm, RKE2 and k3s keep it")
 }

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io"
-	"io/fs"
 	"os"
 	"strings"
 
@@ -46,11 +45,7 @@ const (
 func Snapshot(ctx context.Context, file, prefix string, progress Progress) (*Report, error) {
 	f, err := regular.Open(file)
 	if err != nil {
-		err = fmt.Errorf("snapshot: %w", err)
-		if !errors.Is(err, fs.ErrPermission) {
-			err = seal.WithHint(err, hintAnother)
-		}
-		return nil, err
+		return nil, seal.WithHint(fmt.Errorf("snapshot: %w", err), hintAnother)
 	}
 	defer f.Close()
 	before, err := f.Stat()
