@@ -69,7 +69,7 @@ If the keyring holds no KEK that says who made the archive, name the archived ke
 					return files.HintRoot(fmt.Errorf("import-archive: %w", err))
 				}
 				if _, err := keyring.ParseArchive(b); err != nil {
-					return fmt.Errorf("import-archive: %s: %w", args[0], err)
+					return seal.WithHint(fmt.Errorf("import-archive: %s: %w", args[0], err), "name the archive of a KEK, such as one that kleidi keyring archive KEYID FILE has written")
 				}
 				req.Archive = b
 			}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -18,6 +19,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/usage"
 	"github.com/beezy-dev/kleidi/internal/usage/usagetext"
 	"github.com/beezy-dev/kleidi/internal/usage/wanted"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // stores holds the flags that name the stores to read.
@@ -280,8 +282,12 @@ func (o *checking) run(cmd *cobra.Command, a *app) error {
 // rolesIn returns the key IDs of a copy of a keyring or, without a file, of this
 // machine's keyring.
 func (a *app) rolesIn(ctx context.Context, file string) (map[string]string, error) {
-	if file == "" {
-		return a.keyRoles(ctx)
+	if file != "" {
+		return lifecycle.RolesIn(file)
 	}
-	return lifecycle.RolesIn(file)
+	roles, err := a.keyRoles(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = seal.WithHint(err, "name a copy of the keyring with --keyring, such as one that kleidi keyring backup FILE has written")
+	}
+	return roles, err
 }

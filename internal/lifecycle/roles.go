@@ -8,6 +8,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/files"
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 )
 
@@ -64,7 +65,7 @@ func RolesIn(file string) (map[string]string, error) {
 	}
 	u, err := keyring.Parse(b)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", file, err)
+		return nil, seal.WithHint(fmt.Errorf("%s: %w", file, err), "name a file that kleidi keyring backup FILE has written")
 	}
 	return RolesOf(u), nil
 }

@@ -41,7 +41,10 @@ func load(path string) (*rest.Config, error) {
 		return nil, err
 	}
 	c, err := clientcmd.BuildConfigFromFlags("", path)
-	if err != nil {
+	switch {
+	case clientcmd.IsEmptyConfig(err):
+		return nil, errors.New("it names no cluster") // client-go speaks of a variable that kleidi does not read
+	case err != nil:
 		return nil, err
 	}
 	return c, regular.Check(c.CAFile, c.CertFile, c.KeyFile, c.BearerTokenFile)
