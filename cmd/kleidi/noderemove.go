@@ -58,9 +58,7 @@ Without a cluster store the command works only if this node alone remains.`,
 	return cmd
 }
 
-// run cuts the nodes off and asks whether they are, before it changes the keyring: a node
-// that knows the KEK and still writes the API or etcd can lead the others astray. Slots
-// from outside are confirmed as for rotate, since they receive the fresh KEK.
+// run refuses names that are no nodes before it prints or does anything.
 func (o *removal) run(cmd *cobra.Command, a *app, name string) error {
 	names := append([]string{name}, o.also...)
 	slices.Sort(names)
@@ -68,6 +66,27 @@ func (o *removal) run(cmd *cobra.Command, a *app, name string) error {
 	if o.yes != o.cutOff {
 		return errors.New("remove: --yes and --cut-off go together: without being asked, you say that the node no longer has a way to the cluster's API and to its etcd")
 	}
+	l, err := ask(cmd, a, admin.ListNodes, admin.ListNodesRequest{})
+	if err != nil {
+		return err
+	}
+	joined, err := leaving.ToCutOff(l, names)
+	if err != nil {
+		return err
+	}
+	if len(joined) > 0 {
+		if err := o.cut(cmd, a, joined); err != nil {
+			return err
+		}
+	}
+	req := admin.RemoveNodesRequest{Nodes: names, SkipSlots: o.rotate.SkipSlots, AcceptDataLoss: o.rotate.AcceptDataLoss, Confirmed: o.rotate.Confirmed}
+	return o.follow(cmd, a, req)
+}
+
+// cut cuts the nodes off and asks whether they are, before the keyring is changed: a node
+// that knows the KEK and still writes the API or etcd can lead the others astray. Slots
+// from outside are confirmed as for rotate, since they receive the fresh KEK.
+func (o *removal) cut(cmd *cobra.Command, a *app, names []string) error {
 	n, err := a.node()
 	if err != nil {
 		return err
@@ -78,16 +97,16 @@ func (o *removal) run(cmd *cobra.Command, a *app, name string) error {
 	if err := confirmSlots(cmd, a, &o.rotate, o.yes); err != nil {
 		return err
 	}
-	if !o.yes {
-		fmt.Fprintln(cmd.ErrOrStderr(), "is each node to remove cut off, as described above?")
-		for _, name := range names {
-			if err := inputOf(cmd).ConfirmNode(name, "", "give --yes --cut-off once the node is cut off"); err != nil {
-				return fmt.Errorf("remove: the keyring was not changed: %w", err)
-			}
+	if o.yes {
+		return nil
+	}
+	fmt.Fprintln(cmd.ErrOrStderr(), "is each node to remove cut off, as described above?")
+	for _, name := range names {
+		if err := inputOf(cmd).ConfirmNode(name, "", "give --yes --cut-off once the node is cut off"); err != nil {
+			return fmt.Errorf("remove: the keyring was not changed: %w", err)
 		}
 	}
-	req := admin.RemoveNodesRequest{Nodes: names, SkipSlots: o.rotate.SkipSlots, AcceptDataLoss: o.rotate.AcceptDataLoss, Confirmed: o.rotate.Confirmed}
-	return o.follow(cmd, a, req)
+	return nil
 }
 
 // follow takes the steps of a removal, and shows the result. The exit code is exitWaiting

@@ -175,6 +175,7 @@ const (
 
 // NodeRemoval is how far a removal is.
 type NodeRemoval struct {
+	// Nodes are the removed nodes; none if the names were only approved to join.
 	Nodes        []string     `json:"nodes"`
 	Phase        RemovalPhase `json:"phase"`
 	CurrentKeyID seal.KeyID   `json:"currentKeyID"`

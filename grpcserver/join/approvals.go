@@ -72,10 +72,18 @@ func newApprovals(now func() time.Time) *approvals {
 }
 
 // put adds an approval, which replaces the node's former one. A join in progress with
-// the former approval is refused at its next step.
+// the former approval is refused at its next step. A machine is approved under one name: it
+// would join under the name that its own operator chooses, and the other approval, with
+// its bootstrap files, would wait for a node that never comes.
 func (b *approvals) put(a *Approval) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	for name, e := range b.all {
+		if name != a.Node && e.EK == a.EK && b.usable(e) == nil {
+			return seal.Errorf("", "approve it under that name again (run kleidi node approve "+name+" --ek "+a.EK+"), or withdraw that approval first: run kleidi node remove "+name,
+				"the machine with that endorsement key is approved as node %s", name)
+		}
+	}
 	former := b.all[a.Node]
 	if former == nil && len(b.all) >= maxApprovals {
 		return fmt.Errorf("%d nodes were approved since kleidi serve started, and no more are remembered; restart it", maxApprovals)

@@ -93,6 +93,58 @@ func TestApprovals(t *testing.T) {
 	r.joins("approved once more")
 }
 
+// TestOneName: a machine is approved under one name, until that approval is used, withdrawn
+// or expired.
+func TestOneName(t *testing.T) {
+	r := newRig(t)
+	approve := func(name string) error {
+		return r.server.Approve(&Approval{Node: name, Expires: time.Hour, Approval: joinproof.Approval{EK: r.ek, BootPolicy: r.policy}})
+	}
+	refused := func(what string) {
+		t.Helper()
+		err := approve("gamma")
+		if err == nil || !strings.HasPrefix(err.Error(), "the machine with that endorsement key is approved as node beta; ") ||
+			!strings.Contains(err.Error(), "run kleidi node approve beta --ek "+r.ek+"), or withdraw that approval first: run kleidi node remove beta") {
+			t.Errorf("%s: %v", what, err)
+		}
+		if all := r.server.Unused(); len(all) != 1 || all[0].Node != "beta" {
+			t.Errorf("%s: %+v", what, all)
+		}
+	}
+	refused("approved as beta")
+	r.approve()
+	refused("approved as beta again")
+	r.server.Forget("beta")
+	if err := approve("gamma"); err != nil {
+		t.Errorf("withdrawn: %v", err)
+	}
+	r.server.Forget("gamma")
+	r.approve()
+	r.pass(2 * time.Hour)
+	if err := approve("gamma"); err != nil {
+		t.Errorf("expired: %v", err)
+	}
+	r.server.Forget("gamma")
+	r.approve()
+	r.joins("as beta")
+	if err := approve("gamma"); err != nil {
+		t.Errorf("used: the keyring, and not the approval, says which machines are nodes: %v", err)
+	}
+}
+
+// TestAdmitRefuses: the machine learns why the keyring does not list it.
+func TestAdmitRefuses(t *testing.T) {
+	r := newRig(t)
+	r.noAdmit = protocol.Refuse(protocol.CheckEK, "remove it first", "it is node gamma already")
+	_, err := r.join()
+	r.refused("listed under another name", err, seal.CauseAttestation, "endorsement key: ", "it is node gamma already")
+	if v := r.lastVerdict(); v.Accepted || v.Check != string(protocol.CheckEK) || v.Hint != "remove it first" {
+		t.Errorf("%+v", v)
+	}
+	r.noAdmit = nil
+	r.joins("once it is removed")
+}
+
 // TestExpiresMeanwhile: an approval that runs out, or is replaced, during a join ends it.
 func TestExpiresMeanwhile(t *testing.T) {
 	r := newRig(t)
@@ -547,15 +599,18 @@ func TestHostileVerifier(t *testing.T) {
 func TestManyApprovals(t *testing.T) {
 	b := newApprovals(time.Now)
 	t.Cleanup(b.close)
+	put := func(name string) error {
+		return b.put(&Approval{Node: name, Expires: time.Hour, Approval: joinproof.Approval{EK: "sha256:" + name}})
+	}
 	for i := range maxApprovals {
-		if err := b.put(&Approval{Node: fmt.Sprint(i), Expires: time.Hour}); err != nil {
+		if err := put(fmt.Sprint(i)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := b.put(&Approval{Node: "one more", Expires: time.Hour}); err == nil {
+	if err := put("one more"); err == nil {
 		t.Error("there is no end")
 	}
-	if err := b.put(&Approval{Node: "7", Expires: time.Hour}); err != nil {
+	if err := put("7"); err != nil {
 		t.Errorf("in the place of a former one: %v", err)
 	}
 }

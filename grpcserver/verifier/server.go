@@ -53,6 +53,7 @@ type Server struct {
 	wire    *wire.Server
 	metrics *metrics
 	tally   wire.Tally
+	recent  remote.Recent
 }
 
 // identity holds what Replace replaces.
@@ -115,7 +116,9 @@ type session struct {
 	verifier *remote.Verifier
 	hello    *remote.Hello
 	proven   bool
-	outcome  outcome
+	// finding is for the verifier's log and audit log alone.
+	finding remote.Finding
+	outcome outcome
 }
 
 // answer is one exchange. A panic counts as a failed exchange.
@@ -140,6 +143,7 @@ func (x *session) run() error {
 	if err != nil {
 		return err
 	}
+	x.recent.Add(pending.Pending)
 	evidence, err := x.prove(pending, challenge)
 	if err != nil {
 		return err
@@ -182,6 +186,7 @@ func (x *session) prove(pending *remote.Pending, challenge *remote.Challenge) (*
 	}
 	evidence := wire.ToEvidence(m.GetStatement())
 	if err := pending.Prove(evidence.Proof); err != nil {
+		x.finding = x.recent.Find(pending.Pending, evidence)
 		return nil, err
 	}
 	x.proven = true
@@ -225,7 +230,7 @@ func (x *session) accept(passed *remote.Passed) error {
 func (x *session) refuse(r *remote.Refusal) error {
 	v := x.verdict()
 	sent := wire.RefusalOf(r)
-	v.Check, v.Reason, v.Hint = sent.Check, sent.Reason, sent.Hint
+	v.Check, v.Reason, v.Hint, v.Finding = sent.Check, sent.Reason, sent.Hint, string(x.finding)
 	x.metrics.refusals.WithLabelValues(v.Check).Inc()
 	first := true
 	if x.proven {
@@ -239,13 +244,13 @@ func (x *session) refuse(r *remote.Refusal) error {
 		first = x.tally.Add(x.kind(v), v)
 	}
 	if first {
-		x.log.Warn("evidence refused", "node", v.Node, "ek", v.EK, "peer", x.Peer, "check", sent.Check, "reason", sent.Reason, "hint", sent.Hint)
+		x.log.Warn("evidence refused", "node", v.Node, "ek", v.EK, "peer", x.Peer, "check", sent.Check, "reason", sent.Reason, "hint", sent.Hint, "finding", x.finding)
 	}
 	return x.SendMsg(&FromVerifier{Message: &FromVerifier_Refusal{sent}})
 }
 
 func (x *session) kind(v *Verdict) wire.Kind {
-	k := wire.Kind{Check: v.Check, From: x.From}
+	k := wire.Kind{Check: v.Check, Finding: v.Finding, From: x.From}
 	if _, ok := x.verifier.Nodes[x.hello.Node]; ok {
 		k.Node = x.hello.Node
 	}

@@ -46,21 +46,45 @@ func TestDrop(t *testing.T) {
 func TestRemove(t *testing.T) {
 	k := threeNodes(t)
 	n := nodetest.Holding(t, "cp-1", k)
-	silent := func(...Record) error { t.Error("the audit log records a refusal"); return nil }
+	s := Serve{
+		Audit:    func(...Record) error { t.Error("the audit log records a refusal"); return nil },
+		Approved: func() []string { return []string{"cp-8"} },
+		Forget:   func(name string) { t.Errorf("the approval of %s is withdrawn", name) },
+	}
 	for name, row := range map[string]struct {
 		nodes []string
 		says  string
 	}{
 		"itself":       {[]string{"cp-1"}, "remove: node cp-1 is this one"},
 		"not enough":   {[]string{"cp-3"}, "remove: 2 nodes would remain, which share no cluster store"},
-		"unknown node": {[]string{"cp-9"}, "remove: node cp-9 is not in the keyring, and no removed node knows its current KEK"},
+		"unknown node": {[]string{"cp-9"}, "remove: node cp-9 is not in the keyring, and no removed node of that name knows its current KEK; the nodes are cp-1, cp-2, cp-3"},
+		"misspelt":     {[]string{"cp-2", "cp-3", "cp-8", "cp-9"}, "remove: node cp-9 is not in the keyring"},
 	} {
-		if _, err := Remove(t.Context(), n, silent, admin.RemoveNodesRequest{Nodes: row.nodes}); err == nil || !strings.Contains(err.Error(), row.says) {
+		if _, err := Remove(t.Context(), n, s, admin.RemoveNodesRequest{Nodes: row.nodes}); err == nil || !strings.Contains(err.Error(), row.says) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if now, err := n.Unlocker.Keyring(); err != nil || now.Revision() != k.Revision() {
 			t.Errorf("%s: the keyring was changed", name)
 		}
+	}
+}
+
+// TestWithdraw: a name that was only approved loses its approval, and the keyring stays as it is.
+func TestWithdraw(t *testing.T) {
+	k := threeNodes(t)
+	n := nodetest.Holding(t, "cp-1", k)
+	var forgotten []string
+	s := Serve{
+		Audit:    func(...Record) error { t.Error("the audit log records a removal"); return nil },
+		Approved: func() []string { return []string{"cp-8"} },
+		Forget:   func(name string) { forgotten = append(forgotten, name) },
+	}
+	r, err := Remove(t.Context(), n, s, admin.RemoveNodesRequest{Nodes: []string{"cp-8"}})
+	if err != nil || r.Phase != admin.RemovalDone || r.Nodes == nil || len(r.Nodes) > 0 || !slices.Equal(r.Changes, []string{"the approval of node cp-8 is withdrawn"}) || r.CurrentKeyID != k.CurrentID() {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if now, err := n.Unlocker.Keyring(); err != nil || now.Revision() != k.Revision() || !slices.Equal(forgotten, []string{"cp-8"}) {
+		t.Errorf("%q are forgotten, %v", forgotten, err)
 	}
 }
 
@@ -78,7 +102,8 @@ func TestInterrupted(t *testing.T) {
 			}
 			return auditFails
 		}
-		r, err := Remove(t.Context(), n, audit, admin.RemoveNodesRequest{Nodes: []string{"cp-2", "cp-3"}})
+		s := Serve{Audit: audit, Approved: func() []string { return nil }, Forget: func(string) {}}
+		r, err := Remove(t.Context(), n, s, admin.RemoveNodesRequest{Nodes: []string{"cp-2", "cp-3"}})
 		if err == nil || !strings.Contains(err.Error(), "remove: rotate: ") || !strings.HasSuffix(err.Error(), "run kleidi node remove cp-2 --also cp-3 again") {
 			t.Errorf("%s: %v", name, err)
 		}

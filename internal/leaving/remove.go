@@ -16,74 +16,119 @@ import (
 	"github.com/beezy-dev/kleidi/seal/rotation"
 )
 
+// Serve is what a removal needs of the serve that lets nodes join.
+type Serve struct {
+	// Audit writes records of the audit log.
+	Audit func(...Record) error
+	// Approved returns the names whose approval no machine has used. Forget ends the approval
+	// of a name.
+	Approved func() []string
+	Forget   func(name string)
+}
+
 // Remove takes the next step of a removal, and reports the progress. The first step drops
 // the nodes from the keyring, in one revision. Once every remaining node has followed
 // that revision and written its record, Remove stages a fresh KEK, which the removed
 // nodes don't know. The removal is over when every remaining node trusts that KEK alone.
+// A name that was only approved loses its approval, and nothing else is due.
 //
 // The keyring names a removed node until another KEK is current, so any node can continue an
-// interrupted removal. audit writes the records of the audit log. A failure of audit is
-// reported, and does not hold a removal up: the removed node may be in wrong hands.
-func Remove(ctx context.Context, n *node.Node, audit func(...Record) error, req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
-	r, err := remove(ctx, n, audit, req)
+// interrupted removal. A failure of the audit log is reported, and does not hold a removal
+// up: the removed node may be in wrong hands.
+func Remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
+	r, err := remove(ctx, n, s, req)
 	if err != nil {
 		err = fmt.Errorf("remove: %w", err)
 	}
 	return r, err
 }
 
-func remove(ctx context.Context, n *node.Node, audit func(...Record) error, req admin.RemoveNodesRequest) (r admin.NodeRemoval, err error) {
+func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesRequest) (r admin.NodeRemoval, err error) {
 	k, err := inStep(ctx, n)
 	if err != nil {
 		return r, err
 	}
-	known, err := known(k, req.Nodes)
+	approved := s.Approved()
+	known, err := known(k, approved, req.Nodes)
 	if err != nil {
 		return r, err
+	}
+	if !req.Begun {
+		if err := refuseUnknown(ctx, n, known); err != nil {
+			return r, err
+		}
 	}
 	if len(known.listed) > 0 {
 		if err := checkShared(n, k, known.listed); err != nil {
 			return r, err
 		}
+	}
+	for _, name := range req.Nodes {
+		s.Forget(name)
+	}
+	for _, name := range known.approved {
+		r.Changes = append(r.Changes, "the approval of node "+name+" is withdrawn")
+	}
+	if len(known.approved) == len(req.Nodes) {
+		r.Nodes, r.Phase, r.CurrentKeyID, r.Revision = []string{}, admin.RemovalDone, k.CurrentID(), k.Revision()
+		return r, nil
+	}
+	if len(known.listed) > 0 {
 		listed := k.Nodes()
-		if r.Changes, err = drop(ctx, n, known.listed); err != nil {
+		changes, err := drop(ctx, n, known.listed)
+		r.Changes = append(r.Changes, changes...)
+		if err != nil {
 			return r, err
 		}
 		if k, err = n.Unlocker.Keyring(); err != nil {
 			return r, err
 		}
-		r.Changes = append(r.Changes, record(n, audit, records(StepDropped, k, known.listed, listed))...)
+		r.Changes = append(r.Changes, record(n, s.Audit, records(StepDropped, k, known.listed, listed))...)
 	}
-	if k, err = n.Unlocker.Keyring(); err != nil {
-		return r, err
+	return r, goOn(ctx, n, s, req, &r)
+}
+
+// goOn takes the next step after the nodes are dropped.
+func goOn(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesRequest, r *admin.NodeRemoval) error {
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		return err
 	}
 	if staged := k.StagedID(); len(k.Info().Former) > 0 && staged != "" && !req.Begun {
 		if _, err := rollout.Continue(ctx, n); err != nil { // the node that drove the rotation may be down
-			return r, err
+			return err
 		}
 	} else if ready, err := allFollow(ctx, n, k); err != nil {
-		return r, err
+		return err
 	} else if len(k.Info().Former) > 0 && staged == "" && ready {
-		s, err := rollout.Rotate(ctx, n, admin.RotateRequest{Replace: k.CurrentID(), SkipSlots: req.SkipSlots, AcceptDataLoss: req.AcceptDataLoss, Confirmed: req.Confirmed})
+		state, err := rollout.Rotate(ctx, n, admin.RotateRequest{Replace: k.CurrentID(), SkipSlots: req.SkipSlots, AcceptDataLoss: req.AcceptDataLoss, Confirmed: req.Confirmed})
 		if err != nil {
-			return r, seal.AddHint(err, "the nodes are no longer in the keyring, and still know its KEK; when the cause is mended, run kleidi node remove "+strings.Join(req.Nodes, " --also ")+" again")
+			return seal.AddHint(err, "the nodes are no longer in the keyring, and still know its KEK; when the cause is mended, run kleidi node remove "+strings.Join(req.Nodes, " --also ")+" again")
 		}
-		r.Changes = append(r.Changes, s.Changes...)
+		r.Changes = append(r.Changes, state.Changes...)
 	}
-	if err := describe(ctx, n, &r); err != nil {
-		return r, err
-	}
-	if r.Phase == admin.RemovalDone && known.none() && !req.Begun {
-		return r, fmt.Errorf("node %s is not in the keyring, and no removed node knows its current KEK; kleidi node list shows the nodes", strings.Join(req.Nodes, ", "))
+	if err := describe(ctx, n, r); err != nil {
+		return err
 	}
 	if r.Phase == admin.RemovalDone {
 		if k, err = n.Unlocker.Keyring(); err != nil {
-			return r, err
+			return err
 		}
-		r.Changes = append(r.Changes, record(n, audit, records(StepDone, k, req.Nodes, nil))...)
+		r.Changes = append(r.Changes, record(n, s.Audit, records(StepDone, k, req.Nodes, nil))...)
 	}
 	r.Nodes = req.Nodes
-	return r, nil
+	return nil
+}
+
+func refuseUnknown(ctx context.Context, n *node.Node, all names) error {
+	if len(all.unknown) == 0 {
+		return nil
+	}
+	var r admin.NodeRemoval
+	if err := describe(ctx, n, &r); err != nil {
+		return err
+	}
+	return all.refuse(r.Phase == admin.RemovalSettling)
 }
 
 // inStep returns the keyring after this node has read the cluster store, if there is one.
@@ -97,27 +142,6 @@ func inStep(ctx context.Context, n *node.Node) (*keyring.Keyring, error) {
 		}
 	}
 	return n.Unlocker.Keyring()
-}
-
-// names are the nodes of a request, sorted by their place in the keyring.
-type names struct{ listed, former []string }
-
-func (n names) none() bool { return len(n.listed)+len(n.former) == 0 }
-
-func known(k *keyring.Keyring, all []string) (n names, err error) {
-	i := k.Info()
-	self, _ := k.Self()
-	for _, name := range all {
-		switch {
-		case name == self.Name:
-			return n, fmt.Errorf("node %s is this one; run the command on another node, and kleidi reset here", name)
-		case slices.ContainsFunc(i.Nodes, func(n keyring.Node) bool { return n.Name == name }):
-			n.listed = append(n.listed, name)
-		case slices.Contains(i.Former, name):
-			n.former = append(n.former, name)
-		}
-	}
-	return n, nil
 }
 
 // checkShared refuses a removal after which several nodes remain without a shared cluster

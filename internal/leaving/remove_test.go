@@ -1,6 +1,7 @@
 package leaving
 
 import (
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -47,32 +48,65 @@ func threeNodes(t *testing.T) *keyring.Keyring {
 	return k
 }
 
-// TestKnown: which names of a request are nodes to remove.
+// TestKnown: what the names of a request are to the cluster.
 func TestKnown(t *testing.T) {
 	whole := threeNodes(t)
 	without, err := whole.WithoutNode("cp-3")
 	must(t, without, err)
 	for name, row := range map[string]struct {
-		k              *keyring.Keyring
-		ask            []string
-		listed, former []string
-		says           string
+		k    *keyring.Keyring
+		ask  []string
+		want names
+		says string
 	}{
-		"this node":          {whole, []string{"cp-2", "cp-1"}, nil, nil, "node cp-1 is this one; run the command on another node"},
-		"a node":             {whole, []string{"cp-3"}, []string{"cp-3"}, nil, ""},
-		"no node":            {whole, []string{"cp-9"}, nil, nil, ""},
-		"a removed node":     {without, []string{"cp-3"}, nil, []string{"cp-3"}, ""},
-		"removed and listed": {without, []string{"cp-3", "cp-2"}, []string{"cp-2"}, []string{"cp-3"}, ""},
+		"this node":          {whole, []string{"cp-2", "cp-1"}, names{}, "node cp-1 is this one; run the command on another node"},
+		"a node":             {whole, []string{"cp-3"}, names{listed: []string{"cp-3"}}, ""},
+		"no node":            {whole, []string{"cp-9"}, names{unknown: []string{"cp-9"}}, ""},
+		"an approved name":   {whole, []string{"cp-8"}, names{approved: []string{"cp-8"}}, ""},
+		"approved again":     {whole, []string{"cp-2"}, names{listed: []string{"cp-2"}}, ""},
+		"a removed node":     {without, []string{"cp-3"}, names{former: []string{"cp-3"}}, ""},
+		"removed and listed": {without, []string{"cp-3", "cp-2"}, names{listed: []string{"cp-2"}, former: []string{"cp-3"}}, ""},
 	} {
-		got, err := known(row.k, row.ask)
+		got, err := known(row.k, []string{"cp-2", "cp-8"}, row.ask)
 		if row.says != "" {
 			if err == nil || !strings.Contains(err.Error(), row.says) {
 				t.Errorf("%s: %v", name, err)
 			}
 			continue
 		}
-		if err != nil || !slices.Equal(got.listed, row.listed) || !slices.Equal(got.former, row.former) || got.none() != (len(row.listed)+len(row.former) == 0) {
+		got.nodes = nil
+		if err != nil || !reflect.DeepEqual(got, row.want) {
 			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+	}
+}
+
+// TestToCutOff: a command asks to cut off only the nodes that it will remove. While nodes have
+// yet to trust a fresh KEK, a name may be that of a removed node.
+func TestToCutOff(t *testing.T) {
+	settling := &admin.ClusterReport{Rotation: &admin.Rotation{Phase: admin.RotationSettling}}
+	l := admin.NodeList{
+		Nodes: []admin.NodeReport{{Node: "cp-1", Self: true}, {Node: "cp-2"}}, Former: []string{"cp-3"},
+		Approvals: []admin.UnusedApproval{{Node: "cp-8"}}, Cluster: &admin.ClusterReport{Rotation: &admin.Rotation{Phase: admin.RotationStaged}},
+	}
+	for name, row := range map[string]struct {
+		cluster *admin.ClusterReport
+		ask     []string
+		cut     []string
+		says    string
+	}{
+		"nodes":             {l.Cluster, []string{"cp-2", "cp-3"}, []string{"cp-2", "cp-3"}, ""},
+		"with an approval":  {nil, []string{"cp-2", "cp-8"}, []string{"cp-2"}, ""},
+		"only an approval":  {nil, []string{"cp-8"}, []string{}, ""},
+		"this node":         {nil, []string{"cp-1"}, nil, "remove: node cp-1 is this one"},
+		"no store":          {nil, []string{"cp-2", "cp-9"}, nil, "remove: node cp-9 is not in the keyring, and no removed node of that name knows its current KEK; the nodes are cp-1, cp-2; kleidi node list shows the nodes"},
+		"during a rotation": {l.Cluster, []string{"cp-9"}, nil, "remove: node cp-9 is not in the keyring"},
+		"settling":          {settling, []string{"cp-9"}, []string{"cp-9"}, ""},
+	} {
+		l.Cluster = row.cluster
+		cut, err := ToCutOff(l, row.ask)
+		if (err == nil) != (row.says == "") || err != nil && !strings.HasPrefix(err.Error(), row.says) || !slices.Equal(cut, row.cut) {
+			t.Errorf("%s: %q, %v", name, cut, err)
 		}
 	}
 }

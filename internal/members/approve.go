@@ -173,7 +173,7 @@ func checkApproval(k *keyring.Keyring, req admin.ApproveNodeRequest) error {
 		case n.Name == req.Node && n.EK != req.EK && !req.Replace:
 			return fmt.Errorf("node %s is listed with the endorsement key %s; give --replace if another machine takes its place", n.Name, n.EK)
 		case n.Name != req.Node && n.EK == req.EK && req.EK != "":
-			return fmt.Errorf("the machine with that endorsement key is node %s already", n.Name)
+			return otherName(n)
 		}
 	}
 	size := 0
@@ -323,14 +323,18 @@ func list(i keyring.Info, format int, self string, unfinished map[string]bool) a
 	return l
 }
 
+func (d *Desk) approved() (names []string) {
+	for _, a := range d.server.Unused() {
+		names = append(names, a.Node)
+	}
+	return names
+}
+
 // Remove takes the next step of a removal. The removed nodes can no longer go on with a
 // join.
 func (d *Desk) Remove(ctx context.Context, req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
-	for _, name := range req.Nodes {
-		d.server.Forget(name)
-	}
-	audit := func(all ...leaving.Record) error { return files.AppendJSON(&d.audit, all) }
-	r, err := leaving.Remove(ctx, d.node, audit, req)
+	s := leaving.Serve{Audit: func(all ...leaving.Record) error { return files.AppendJSON(&d.audit, all) }, Approved: d.approved, Forget: d.server.Forget}
+	r, err := leaving.Remove(ctx, d.node, s, req)
 	if err == nil && len(r.Changes) > 0 {
 		d.node.Log.Info("nodes are removed", "nodes", req.Nodes, "phase", r.Phase, "revision", r.Revision)
 	}

@@ -139,7 +139,8 @@ func entryOf(p *joinproof.Proven) keyring.Node {
 }
 
 // withNode returns the revision that lists the node. listed says that k already lists
-// it. k is the revision that the swap replaces, so nothing comes between.
+// it. k is the revision that the swap replaces, so nothing comes between: no other node has
+// listed the machine under another name since its approval.
 func withNode(k *keyring.Keyring, n keyring.Node, demanded *keyring.Node) (next *keyring.Keyring, listed bool, err error) {
 	if err := keyring.CheckSeat(k); err != nil {
 		return nil, false, err
@@ -150,8 +151,20 @@ func withNode(k *keyring.Keyring, n keyring.Node, demanded *keyring.Node) (next 
 	if err := checkListed(n, listedAs(k, n.Name), demanded); err != nil {
 		return nil, false, err
 	}
+	for _, other := range k.Nodes() {
+		if other.Name != n.Name && other.EK == n.EK {
+			e := otherName(other)
+			return nil, false, exchange.Refuse(exchange.CheckEK, e.Hint, "%w", e.Err)
+		}
+	}
 	next, err = k.WithNode(n, time.Now())
 	return next, false, err
+}
+
+// otherName refuses a machine that is a node under another name, n.
+func otherName(n keyring.Node) *seal.Error {
+	return seal.Errorf("", "to let it join again, run kleidi node approve "+n.Name+" --ek "+n.EK+"; to give it another name, run kleidi node remove "+n.Name+" first",
+		"the machine with that endorsement key is node %s already", n.Name)
 }
 
 // checkListed refuses a machine whose approval is older than a change of the entry under

@@ -206,6 +206,32 @@ func TestNameTaken(t *testing.T) {
 	}
 }
 
+// TestOneName: a machine is a node under one name. The refusal names that node, and what to do.
+// A machine that became a node under another name since its approval is refused when it joins.
+func TestOneName(t *testing.T) {
+	n, d := seat(t)
+	second := machine(t, "beta")
+	if _, err := Join(t.Context(), second, approve(t, d, second)); err != nil {
+		t.Fatal(err)
+	}
+	id, err := Identify(t.Context(), second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = d.Approve(t.Context(), admin.ApproveNodeRequest{Node: "gamma", EK: id.EK, Expires: time.Hour})
+	if err == nil || !strings.Contains(err.Error(), "approve: the machine with that endorsement key is node beta already; to let it join again, run kleidi node approve beta --ek "+id.EK+
+		"; to give it another name, run kleidi node remove beta first") {
+		t.Error(err)
+	}
+	if _, _, err := withNode(k, keyring.Node{Name: "gamma", EK: id.EK, EpochIndex: keyring.FirstEpochIndex}, nil); err == nil || !strings.Contains(err.Error(), "is node beta already") {
+		t.Errorf("listed since the approval: %v", err)
+	}
+}
+
 // TestJoinWhileStaged: a node that joins during a rotation is given the staged KEK too, and
 // keeps slots of its own for both, so that it can acknowledge.
 func TestJoinWhileStaged(t *testing.T) {

@@ -41,15 +41,21 @@ const (
 	open
 )
 
-// awaitsRecords is what removing a KEK waits for in a cluster of several nodes.
-const awaitsRecords = "the records of other nodes, which say under which KEK their kube-apiserver encrypts"
+const (
+	// awaitsRecords is what removing a KEK waits for in a cluster of several nodes.
+	awaitsRecords = "the records of other nodes, which say under which KEK their kube-apiserver encrypts"
+	// awaitsNodes is what a rotation waits for: with several nodes, their records of the
+	// present keyring, and with one, the devices and servers alone.
+	awaitsNodes = "the other nodes, if there are any, for a token or a server"
+	awaitsStore = "the cluster store"
+)
 
 // The operations.
 var (
 	Status = Operation[admin.StatusRequest, admin.StatusReport]{Verb: admin.Status, work: status.Report, alone: status.Alone, keyring: seen}
 
-	Rotate        = Operation[admin.RotateRequest, admin.KeyringState]{Verb: admin.Rotate, work: rollout.Rotate, alone: rollout.RotateAlone, keyring: open}
-	WatchRotation = Operation[admin.WatchRotationRequest, admin.KeyringState]{Verb: admin.WatchRotation, work: rollout.WatchRotation, keyring: seen}
+	Rotate        = Operation[admin.RotateRequest, admin.KeyringState]{Verb: admin.Rotate, work: rollout.Rotate, alone: rollout.RotateAlone, keyring: open, Awaits: awaitsNodes}
+	WatchRotation = Operation[admin.WatchRotationRequest, admin.KeyringState]{Verb: admin.WatchRotation, work: rollout.WatchRotation, keyring: seen, Awaits: awaitsStore}
 	Recover       = Operation[admin.RecoverRequest, admin.KeyringState]{Verb: admin.Recover, work: lifecycle.Recover}
 	Restore       = Operation[admin.RestoreRequest, admin.KeyringState]{Verb: admin.Restore, work: lifecycle.Restore}
 	Save          = Operation[admin.SaveRequest, admin.KeyringState]{Verb: admin.Save, work: lifecycle.Save, alone: lifecycle.NothingToSave}
@@ -61,7 +67,7 @@ var (
 
 	ExportKeyring  = Operation[admin.ExportKeyringRequest, admin.KeyringExport]{Verb: admin.ExportKeyring, work: carry.Export, keyring: open}
 	ImportKeyring  = Operation[admin.ImportKeyringRequest, admin.KeyringState]{Verb: admin.ImportKeyring, work: carry.Import, keyring: open}
-	PublishKeyring = Operation[admin.PublishKeyringRequest, admin.KeyringState]{Verb: admin.PublishKeyring, work: carry.Publish, keyring: open}
+	PublishKeyring = Operation[admin.PublishKeyringRequest, admin.KeyringState]{Verb: admin.PublishKeyring, work: carry.Publish, keyring: open, Awaits: awaitsStore}
 
 	Reseal           = Operation[admin.ResealRequest, admin.KeyringState]{Verb: admin.Reseal, work: resealAny, keyring: open}
 	Suspend          = Operation[admin.SuspendRequest, admin.KeyringState]{Verb: admin.Suspend, work: reseal.Suspend, keyring: open}

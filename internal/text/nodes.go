@@ -58,6 +58,9 @@ func Removal(w io.Writer, r admin.NodeRemoval) {
 	}
 	row(w, "current key ID", string(r.CurrentKeyID))
 	row(w, "revision", fmt.Sprint(r.Revision))
+	if len(r.Nodes) == 0 { // only approvals were withdrawn
+		return
+	}
 	fmt.Fprintln(w, "these ways into the keyring stay; a removed node may have added one of them:")
 	for _, way := range r.WaysIn {
 		fmt.Fprintf(w, "  %s\n", way)

@@ -101,12 +101,15 @@ func TestNodes(t *testing.T) {
 }
 
 // TestRemoval: a removal ends with "done" only in its last phase. In any other phase, the
-// last line is the command that continues it, with every node.
+// last line is the command that continues it, with every node. If only approvals were
+// withdrawn, it does not speak of a fresh KEK.
 func TestRemoval(t *testing.T) {
 	r := admin.NodeRemoval{Nodes: []string{"cp-2", "cp-3"}, CurrentKeyID: "k1-a", Revision: 4, WaysIn: []string{"slot recovery"}, Changes: []string{"one"}}
 	head := []string{"- one", "current key ID k1-a", "revision       4", "these ways into the keyring stay; a removed node may have added one of them:", "  slot recovery"}
 	r.Phase = admin.RemovalDone
 	renders(t, "done", func(w io.Writer) { Removal(w, r) }, append(head, "done: node cp-2, cp-3 opens no keyring of this cluster, and every node trusts the fresh KEK")...)
+	withdrawn := admin.NodeRemoval{Nodes: []string{}, Phase: admin.RemovalDone, CurrentKeyID: "k1-a", Revision: 4, Changes: []string{"one"}}
+	renders(t, "only approved", func(w io.Writer) { Removal(w, withdrawn) }, head[:3]...)
 	r.Waiting, r.Trusting = []admin.WaitingNode{{Node: "cp-1", Why: "slow"}}, []string{"cp-1", "cp-4"}
 	for phase, first := range map[admin.RemovalPhase]string{
 		admin.RemovalFollowing: "waiting for each remaining node to follow the keyring without the removed one:",

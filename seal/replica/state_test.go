@@ -5,6 +5,7 @@ import (
 	"errors"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -55,11 +56,13 @@ func TestBootStates(t *testing.T) {
 func TestSyncAwaitsUnlock(t *testing.T) {
 	c := open(t)
 	n := c.nodes[1]
-	trying, goOn := make(chan struct{}), make(chan struct{})
+	trying, held := make(chan struct{}), make(chan struct{})
+	goOn := sync.OnceFunc(func() { close(held) })
+	t.Cleanup(goOn) // or the cluster does not end
 	n.wrapper.unwrapping = func() {
 		n.wrapper.unwrapping = nil
 		close(trying)
-		<-goOn
+		<-held
 	}
 	started, synced := make(chan struct{}), make(chan error, 1)
 	go func() {
@@ -75,7 +78,7 @@ func TestSyncAwaitsUnlock(t *testing.T) {
 		default:
 		}
 	}
-	close(goOn)
+	goOn()
 	<-started
 	if err := <-synced; err != nil || !n.Replica.State().InStep {
 		t.Errorf("after the attempt: in step: %v, %v", n.Replica.State().InStep, err)

@@ -15,6 +15,10 @@ type (
 	Check = exchange.Check
 	// Refusal is the reason why a verifier does not sign.
 	Refusal = exchange.Refusal
+	// Finding says why a proof did not verify; Recent finds it.
+	Finding = exchange.Finding
+	// Recent holds the last exchanges of a verifier.
+	Recent = exchange.Recent
 	// Logs returns the bytes of both event logs that explain quoted PCRs, the second empty
 	// if there is none.
 	Logs = exchange.Logs
