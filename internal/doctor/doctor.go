@@ -87,5 +87,5 @@ func (n *Node) refused() []diagnosis.Finding {
 	if f := n.writable(n.ConfigFile); f != nil {
 		return f
 	}
-	return diagnosis.Found("configuration/refused", "kleidi status   # repeat until it names no key: then the file is good", "%s", strings.Join(strings.Fields(n.NoConfig), " "))
+	return diagnosis.Found("configuration/refused", "kleidi status   # repeat until it no longer complains of the configuration", "%s", strings.Join(strings.Fields(n.NoConfig), " "))
 }
