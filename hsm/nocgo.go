@@ -28,3 +28,4 @@ func (w *Wrapper) seal(_ context.Context, kek *seal.Secret, _ *keyslot.Data) (*k
 func (w *Wrapper) open(context.Context, *keyslot.Data) (*seal.Secret, error) { return nil, ErrNoCgo }
 func (w *Wrapper) generate(context.Context) (Key, error)                     { return Key{}, ErrNoCgo }
 func (w *Wrapper) findKey(context.Context) (Key, error)                      { return Key{}, ErrNoCgo }
+func (w *Wrapper) readPIN(context.Context) (PIN, error)                      { return PIN{}, ErrNoCgo }

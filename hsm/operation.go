@@ -201,6 +201,18 @@ func (w *Wrapper) findKey(ctx context.Context) (Key, error) {
 	}}.do(ctx, w)
 }
 
+// readPIN needs neither the PIN nor a session.
+func (w *Wrapper) readPIN(ctx context.Context) (PIN, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, w.target.timeout, errTimeout(w.target.timeout))
+	defer cancel()
+	m := w.moduleAt(w.target.module)
+	return cryptoki.Do(ctx, m, w.target.initArgs, cryptoki.Call[PIN]{Run: func() (PIN, error) {
+		t, err := cryptoki.ReadToken(m, &w.target.token)
+		return PIN{Module: w.target.module, TokenLabel: keyslot.Trim(t.Label), Locked: t.Flags&pkcs11.CKF_USER_PIN_LOCKED != 0,
+			FinalTry: t.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0, CountLow: t.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0}, err
+	}})
+}
+
 func (s *session) describe(k *key, only []string) (Key, error) {
 	m, err := s.choose(k, only)
 	if err != nil {

@@ -2,12 +2,16 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/node"
@@ -111,4 +115,35 @@ func noVerb(cmd *cobra.Command, args []string) error {
 		hint = "did you mean " + strings.Join(cmd.SuggestionsFor(args[0]), " or ") + "?"
 	}
 	return seal.Errorf("", hint, "unknown command %q for %q", args[0], cmd.CommandPath())
+}
+
+// explainArguments makes the commands say in kleidi's words which arguments and flags they take.
+func explainArguments(cmd *cobra.Command) {
+	for _, sub := range cmd.Commands() {
+		explainArguments(sub)
+	}
+	if accepts := cmd.Args; accepts != nil && !cmd.HasSubCommands() {
+		cmd.Args = func(cmd *cobra.Command, args []string) error {
+			if accepts(cmd, args) == nil {
+				return excludeEachOther(cmd)
+			}
+			return seal.Errorf("", "see "+cmd.CommandPath()+" --help", "the command is %s, and it got %s", cmd.UseLine(), seal.Count(len(args), "argument"))
+		}
+	}
+}
+
+// excludeEachOther reports flags that were given together and exclude each other.
+func excludeEachOther(cmd *cobra.Command) error {
+	together := map[string][]string{}
+	cmd.Flags().Visit(func(f *pflag.Flag) {
+		for _, group := range f.Annotations["cobra_annotation_mutually_exclusive"] {
+			together[group] = append(together[group], "--"+f.Name)
+		}
+	})
+	for _, group := range slices.Sorted(maps.Keys(together)) {
+		if flags := together[group]; len(flags) > 1 {
+			return fmt.Errorf("%s exclude each other: give one of them", strings.Join(flags, " and "))
+		}
+	}
+	return nil
 }

@@ -3,9 +3,11 @@ package main
 import (
 	"cmp"
 	"os"
+	"runtime"
 
 	"github.com/spf13/cobra"
 
+	"github.com/beezy-dev/kleidi/hsm"
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/doctor"
@@ -21,7 +23,7 @@ import (
 // rather than an error, because doctor is run when something is wrong. The bundle is
 // written before the report is printed, and the exit code comes last.
 func newDoctor(a *app) *cobra.Command {
-	n := doctor.Node{Version: version.String()}
+	n := doctor.Node{Version: version.String(), Package: packageFile()}
 	var kubeconfig, file string
 	cmd := &cobra.Command{
 		Use:   "doctor",
@@ -77,4 +79,13 @@ could not be made.`,
 	_ = cmd.MarkFlagFilename("manifest", "yaml")
 	_ = cmd.MarkFlagFilename("kubeconfig")
 	return cmd
+}
+
+// packageFile returns the name of Debian's package of this build.
+func packageFile() string {
+	name := "kleidi"
+	if hsm.Available {
+		name = "kleidi-pkcs11"
+	}
+	return name + "_VERSION_" + runtime.GOARCH + ".deb"
 }

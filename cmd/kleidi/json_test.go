@@ -22,7 +22,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/clusteraccess"
-	"github.com/beezy-dev/kleidi/internal/doctor"
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 	"github.com/beezy-dev/kleidi/internal/founding"
 	"github.com/beezy-dev/kleidi/internal/inspect"
@@ -52,7 +52,7 @@ var resultsOf = map[string][]any{
 	"bootstate sign":         {signedState{}},
 	"cluster setup":          {clusteraccess.Result{}, clusterManifests{}},
 	"encryption-config":      {encryptionconfig.EncryptionConfiguration{}, encryptionconfig.Report{}},
-	"doctor":                 {doctor.Report{}},
+	"doctor":                 {diagnosis.Report{}},
 	"kubeadm patch":          {kubeadmPatch{}},
 	"init":                   {founding.InitResult{}},
 	"join":                   {members.JoinResult{}},
@@ -267,7 +267,7 @@ var headings = map[string]string{
 	"Change":                  "Changed rule",
 	"Row":                     "Event of a log",
 	"Rotation":                "Rotation of several nodes",
-	"DoctorFinding":           "Finding of doctor",
+	"DiagnosisFinding":        "Finding of doctor",
 	"Unchecked":               "Check that was not made",
 	"Resources":               "Entry of an EncryptionConfiguration",
 	"Entries":                 "Entries at a step",

@@ -72,6 +72,7 @@ after it has attested the boot.`,
 		newCluster(a), newKeyring(a), newBootPolicy(a), newVerifier(a), newEncryptionConfig(a), newDev(a), newVersion(a),
 		newUsage(a), newMigrate(a), newPrune(a),
 	)
+	explainArguments(root)
 	return root
 }
 

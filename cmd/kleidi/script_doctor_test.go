@@ -12,7 +12,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/beezy-dev/kleidi/internal/doctor"
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 )
 
 // ofTestMachine are the kinds of findings about the machine on which the tests run. A scene
@@ -51,7 +51,7 @@ func (h *host) doctorCommand(ts *testscript.TestScript, args []string) error {
 	if err := only(r, args[1:2]); err != nil {
 		return err
 	}
-	i := slices.IndexFunc(r.Findings, func(f doctor.Finding) bool { return f.ID == args[1] })
+	i := slices.IndexFunc(r.Findings, func(f diagnosis.Finding) bool { return f.ID == args[1] })
 	// The only word that an operator fills in
 	printed := strings.ReplaceAll(r.Findings[i].Command, " RECIPIENT", " "+ts.Getenv("RECIPIENT"))
 	command := exec.Command("sh", "-c", printed)
@@ -73,7 +73,7 @@ func (h *host) doctorCommand(ts *testscript.TestScript, args []string) error {
 }
 
 // doctor runs kleidi doctor, whose exit code must suit its findings.
-func (h *host) doctor(ts *testscript.TestScript) (r doctor.Report, err error) {
+func (h *host) doctor(ts *testscript.TestScript) (r diagnosis.Report, err error) {
 	command := exec.Command(binary, "--config", h.path("config.yaml"), "doctor", "-o", "json", "--encryption-config", h.path("encryption.yaml"), "--manifest", h.path("manifest.yaml"))
 	command.Env = append(os.Environ(), "SOFTHSM2_CONF="+ts.Getenv("SOFTHSM2_CONF"))
 	out, err := command.Output()
@@ -87,7 +87,7 @@ func (h *host) doctor(ts *testscript.TestScript) (r doctor.Report, err error) {
 }
 
 // only checks that exactly these kinds were found.
-func only(r doctor.Report, want []string) error {
+func only(r diagnosis.Report, want []string) error {
 	var got []string
 	for _, f := range r.Findings {
 		if !slices.Contains(got, f.ID) && !slices.Contains(ofTestMachine, f.ID) {

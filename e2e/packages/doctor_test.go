@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -109,7 +110,7 @@ func (m *doctor) fault(f fault) {
 		m.Sh(f.restore)
 	} else {
 		for _, f := range found {
-			m.Sh(strings.ReplaceAll(f.Command, "./kleidi_VERSION_amd64.deb", "./1.deb"))
+			m.Sh(strings.ReplaceAll(f.Command, "./kleidi_VERSION_"+runtime.GOARCH+".deb", "./1.deb"))
 		}
 	}
 	if strings.Contains(f.plant, userOf) {

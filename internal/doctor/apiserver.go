@@ -12,23 +12,24 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 	"github.com/beezy-dev/kleidi/internal/kubeadm"
 )
 
 // manifest finds kube-apiserver's manifest only if kubeadm runs kube-apiserver.
-func manifest(n *Node) []Finding {
+func manifest(n *Node) []diagnosis.Finding {
 	b, err := n.read(n.Manifest)
 	if err != nil {
-		return notChecked("%v: something other than kubeadm starts kube-apiserver", err)
+		return diagnosis.NotChecked("%v: something other than kubeadm starts kube-apiserver", err)
 	}
 	applied, err := kubeadm.Patch{EncryptionConfig: n.EncryptionConfig, Socket: n.Config.KMS.Socket}.Applied(b)
 	if err != nil {
-		return found("manifest/refused", "kleidi encryption-config   # put its provider first in the file that the manifest names, and give doctor that file with --encryption-config", "%s: %v", n.Manifest, err)
+		return diagnosis.Found("manifest/refused", "kleidi encryption-config   # put its provider first in the file that the manifest names, and give doctor that file with --encryption-config", "%s: %v", n.Manifest, err)
 	}
 	if applied {
 		return nil
 	}
-	return found("manifest/unpatched", n.patch(), "%s does not name kleidi's EncryptionConfiguration, or does not mount it and the folder of the socket", n.Manifest)
+	return diagnosis.Found("manifest/unpatched", n.patch(), "%s does not name kleidi's EncryptionConfiguration, or does not mount it and the folder of the socket", n.Manifest)
 }
 
 // patch returns the command that repairs the manifest.
@@ -81,23 +82,23 @@ func (n *Node) apiserverUser() (uid, gid int, err error) {
 }
 
 // sockets compares the socket and its folder with kube-apiserver's user.
-func sockets(n *Node) (all []Finding) {
+func sockets(n *Node) (all []diagnosis.Finding) {
 	uid, gid, err := n.apiserverUser()
 	if err != nil {
-		return notChecked("the user of kube-apiserver is not known: %v", err)
+		return diagnosis.NotChecked("the user of kube-apiserver is not known: %v", err)
 	}
 	if uid == 0 {
 		return nil // root can open every socket, and is always allowed
 	}
 	c := n.Config.KMS
 	if c.SocketUID != uid && !slices.Contains(c.AllowedUIDs, uint32(uid)) {
-		all = found("sockets/uid", fmt.Sprintf("systemctl restart kleidi   # after kms.socketUID: %d is in the configuration", uid), "kube-apiserver runs as UID %d, which kms.socketUID and kms.allowedUIDs do not name", uid)
+		all = diagnosis.Found("sockets/uid", fmt.Sprintf("systemctl restart kleidi   # after kms.socketUID: %d is in the configuration", uid), "kube-apiserver runs as UID %d, which kms.socketUID and kms.allowedUIDs do not name", uid)
 	} else if mode := fs.FileMode(c.SocketMode); c.SocketUID != uid && (c.SocketGID != gid || mode&0o020 == 0) {
-		all = found("sockets/uid", fmt.Sprintf("systemctl restart kleidi   # after kms.socketUID: %d is in the configuration", uid), "kube-apiserver runs as UID %d and GID %d, and kms.socketMode %04o does not let it connect", uid, gid, mode)
+		all = diagnosis.Found("sockets/uid", fmt.Sprintf("systemctl restart kleidi   # after kms.socketUID: %d is in the configuration", uid), "kube-apiserver runs as UID %d and GID %d, and kms.socketMode %04o does not let it connect", uid, gid, mode)
 	}
 	for dir := filepath.Dir(c.Socket); dir != "/" && dir != "."; dir = filepath.Dir(dir) {
 		if st, err := os.Stat(n.path(dir)); err == nil && st.Mode().Perm()&0o001 == 0 {
-			all = append(all, found("sockets/folder", "chmod o+x "+dir, "%s has mode %04o, and kube-apiserver runs as UID %d", dir, st.Mode().Perm(), uid)...)
+			all = append(all, diagnosis.Found("sockets/folder", "chmod o+x "+dir, "%s has mode %04o, and kube-apiserver runs as UID %d", dir, st.Mode().Perm(), uid)...)
 		}
 	}
 	return all
@@ -112,20 +113,20 @@ const (
 )
 
 // apiserver checks what the running kube-apiserver reports about itself.
-func apiserver(n *Node) (all []Finding) {
+func apiserver(n *Node) (all []diagnosis.Finding) {
 	api := n.API.Value
 	if api == nil {
-		return notChecked("%s", n.API.Why)
+		return diagnosis.NotChecked("%s", n.API.Why)
 	}
 	var major, minor int
 	if _, err := fmt.Sscanf(api.Version, "v%d.%d", &major, &minor); err != nil {
-		all = notChecked("kube-apiserver's version is %q", api.Version)
+		all = diagnosis.NotChecked("kube-apiserver's version is %q", api.Version)
 	} else if major == 1 && minor < oldest {
-		all = found("kube-apiserver/old", "kubeadm upgrade plan", "kube-apiserver is version %s", api.Version)
+		all = diagnosis.Found("kube-apiserver/old", "kubeadm upgrade plan", "kube-apiserver is version %s", api.Version)
 	}
 	m := api.Metrics.Value
 	if m == nil {
-		return append(all, notChecked("kube-apiserver's metrics: %s", api.Metrics.Why)...)
+		return append(all, diagnosis.NotChecked("kube-apiserver's metrics: %s", api.Metrics.Why)...)
 	}
 	const see = "kubectl get --raw /metrics | grep apiserver_envelope_encryption"
 	calls, failed := 0.0, []string{}
@@ -137,18 +138,18 @@ func apiserver(n *Node) (all []Finding) {
 	}
 	slices.Sort(failed)
 	if calls == 0 {
-		all = append(all, found("kube-apiserver/never-called", n.patch(), "kube-apiserver has never called kleidi's provider")...)
+		all = append(all, diagnosis.Found("kube-apiserver/never-called", n.patch(), "kube-apiserver has never called kleidi's provider")...)
 	} else if !m.Status.IsZero() && n.Now.Sub(m.Status) > maxStale {
-		all = append(all, found("kube-apiserver/stale", "systemctl restart kleidi   # then "+see, "kube-apiserver last saw kleidi's key ID at %s", m.Status.UTC().Format(time.RFC3339))...)
+		all = append(all, diagnosis.Found("kube-apiserver/stale", "systemctl restart kleidi   # then "+see, "kube-apiserver last saw kleidi's key ID at %s", m.Status.UTC().Format(time.RFC3339))...)
 	}
 	if len(failed) > 0 {
-		all = append(all, found("kube-apiserver/errors", see, "kube-apiserver counts failed calls to kleidi: %s", strings.Join(failed, ", "))...)
+		all = append(all, diagnosis.Found("kube-apiserver/errors", see, "kube-apiserver counts failed calls to kleidi: %s", strings.Join(failed, ", "))...)
 	}
 	if m.Invalid > 0 {
-		all = append(all, found("kube-apiserver/key-ids", see, "kube-apiserver has refused %g key IDs of kleidi", m.Invalid)...)
+		all = append(all, diagnosis.Found("kube-apiserver/key-ids", see, "kube-apiserver has refused %g key IDs of kleidi", m.Invalid)...)
 	}
 	if b, err := n.read(n.EncryptionConfig); err == nil && m.ConfigHash != "" && m.ConfigHash != fmt.Sprintf("sha256:%x", sha256.Sum256(b)) {
-		all = append(all, found("kube-apiserver/other-configuration", "crictl stop $(crictl ps --quiet --name kube-apiserver)   # kubelet starts it again", "the running kube-apiserver uses another EncryptionConfiguration (%s) than %s", m.ConfigHash, n.EncryptionConfig)...)
+		all = append(all, diagnosis.Found("kube-apiserver/other-configuration", "crictl stop $(crictl ps --quiet --name kube-apiserver)   # kubelet starts it again", "the running kube-apiserver uses another EncryptionConfiguration (%s) than %s", m.ConfigHash, n.EncryptionConfig)...)
 	}
 	return all
 }

@@ -8,43 +8,45 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 )
 
-func eventLog(n *Node) []Finding {
+func eventLog(n *Node) []diagnosis.Finding {
 	log := n.Config.TPM.EventLog
 	boot := n.Boot.Value
 	switch {
 	case !n.usesTPM():
 		return nil
 	case !n.exists(log):
-		return found("event-log/missing", "mount -t securityfs securityfs /sys/kernel/security   # still none: boot in UEFI mode", "there is no event log %s", log)
+		return diagnosis.Found("event-log/missing", "mount -t securityfs securityfs /sys/kernel/security   # still none: boot in UEFI mode", "there is no event log %s", log)
 	case boot == nil:
-		return notChecked("the event logs were not compared with the TPM: %s", n.Boot.Why)
+		return diagnosis.NotChecked("the event logs were not compared with the TPM: %s", n.Boot.Why)
 	case boot.LogProblem != "":
-		return found("event-log/unreadable", "kleidi bootpolicy explain   # shows what can be read", "%s", boot.LogProblem)
+		return diagnosis.Found("event-log/unreadable", "kleidi bootpolicy explain   # shows what can be read", "%s", boot.LogProblem)
 	case boot.Mismatch != "":
-		return found("event-log/differs", "kleidi bootpolicy explain   # shows the log; then reboot, since a log can't be corrected", "the event logs and the TPM disagree: %s", boot.Mismatch)
+		return diagnosis.Found("event-log/differs", "kleidi bootpolicy explain   # shows the log; then reboot, since a log can't be corrected", "the event logs and the TPM disagree: %s", boot.Mismatch)
 	}
 	return nil
 }
 
-func pcrs(n *Node) (all []Finding) {
+func pcrs(n *Node) (all []diagnosis.Finding) {
 	boot := n.Boot.Value
 	switch {
 	case !n.usesTPM():
 		return nil
 	case boot == nil || boot.LogProblem != "":
-		return notChecked("the event logs do not tell how the machine booted")
+		return diagnosis.NotChecked("the event logs do not tell how the machine booted")
 	}
 	command := "systemctl restart kleidi && kleidi reseal   # after tpm.pcrs is removed from the configuration"
 	if len(boot.Whole) > 0 {
 		command = fmt.Sprintf("systemctl restart kleidi && kleidi reseal   # after tpm.pcrs: [%s] is in the configuration", list(boot.Whole))
 	}
 	if len(boot.Open) > 0 && !n.Config.TPM.AnySignedBoot {
-		all = append(all, found("pcrs/open", command, "PCR %s, which the KEK is sealed to, do not hold all of a boot of type %s: %s", list(boot.PCRs), boot.Type, strings.Join(boot.Open, "; "))...)
+		all = append(all, diagnosis.Found("pcrs/open", command, "PCR %s, which the KEK is sealed to, do not hold all of a boot of type %s: %s", list(boot.PCRs), boot.Type, strings.Join(boot.Open, "; "))...)
 	}
 	if len(boot.AtReset) > 0 {
-		all = append(all, found("pcrs/unmeasured", command, "nothing was measured into PCR %s, which the KEK is sealed to", list(boot.AtReset))...)
+		all = append(all, diagnosis.Found("pcrs/unmeasured", command, "nothing was measured into PCR %s, which the KEK is sealed to", list(boot.AtReset))...)
 	}
 	return all
 }
@@ -57,34 +59,34 @@ func list(pcrs []int) string {
 	return strings.Join(words, ", ")
 }
 
-func phase(n *Node) []Finding {
+func phase(n *Node) []diagnosis.Finding {
 	boot := n.Boot.Value
 	switch {
 	case !n.usesTPM():
 		return nil
 	case boot == nil || boot.LogProblem != "":
-		return notChecked("the event logs do not tell the phase of the boot")
+		return diagnosis.NotChecked("the event logs do not tell the phase of the boot")
 	case boot.Restart != "":
-		return found("phase/restarted", "systemctl reboot", "%s", boot.Restart)
+		return diagnosis.Found("phase/restarted", "systemctl reboot", "%s", boot.Restart)
 	case boot.Phase != "" && n.Config.TPM.Phase != "" && boot.Phase != n.Config.TPM.Phase:
-		return found("phase/other", "systemctl is-system-running --wait   # then look again; if it stays so, set tpm.phase", "the boot is in phase %q, and slots are made in phase %q", boot.Phase, n.Config.TPM.Phase)
+		return diagnosis.Found("phase/other", "systemctl is-system-running --wait   # then look again; if it stays so, set tpm.phase", "the boot is in phase %q, and slots are made in phase %q", boot.Phase, n.Config.TPM.Phase)
 	}
 	return nil
 }
 
 // rootVerified looks for verification by the kernel itself: dm-verity below the root file
 // system, or an IMA policy that appraises executed files.
-func rootVerified(n *Node) []Finding {
+func rootVerified(n *Node) []diagnosis.Finding {
 	line := " " + n.line("/proc/cmdline") + " "
 	if line == "  " {
-		return notChecked("the kernel's command line can't be read")
+		return diagnosis.NotChecked("the kernel's command line can't be read")
 	}
 	for _, word := range []string{" roothash=", " systemd.verity_root_data=", " ima_appraise=enforce ", " verity.root="} {
 		if strings.Contains(line, word) {
 			return nil
 		}
 	}
-	return found("root/unverified", "cat /proc/cmdline   # roothash= is wanted; else encrypt the disk with systemd-cryptenroll --tpm2-device=auto", "the boot does not verify the root file system (no dm-verity, no IMA appraisal on the kernel's command line)")
+	return diagnosis.Found("root/unverified", "cat /proc/cmdline   # roothash= is wanted; else encrypt the disk with systemd-cryptenroll --tpm2-device=auto", "the boot does not verify the root file system (no dm-verity, no IMA appraisal on the kernel's command line)")
 }
 
 // bootFiles are the files from which the machine boots.
@@ -93,7 +95,7 @@ var bootFiles = []string{"/boot/grub/grub.cfg", "/boot/vmlinuz-*", "/boot/initrd
 
 // nextBoot finds that no keyslot is for the next boot. The values of a unified kernel image
 // are predicted; of other files it is known only that they changed since the running boot.
-func nextBoot(n *Node) []Finding {
+func nextBoot(n *Node) []diagnosis.Finding {
 	has := func(use string) bool {
 		return slices.ContainsFunc(n.Status.Slots, func(s slot) bool { return s.Use == use })
 	}
@@ -102,7 +104,7 @@ func nextBoot(n *Node) []Finding {
 	}
 	files, ok := n.NewBootFiles()
 	if !ok {
-		return notChecked("/proc/stat does not tell when the machine booted")
+		return diagnosis.NotChecked("/proc/stat does not tell when the machine booted")
 	}
 	var command string
 	var changed []string
@@ -126,7 +128,7 @@ func nextBoot(n *Node) []Finding {
 	if changed == nil {
 		return nil
 	}
-	return found("next-boot/unprepared", command, "since this boot %s has changed", strings.Join(changed, ", "))
+	return diagnosis.Found("next-boot/unprepared", command, "since this boot %s has changed", strings.Join(changed, ", "))
 }
 
 // NewBootFiles returns the files from which the machine boots that are newer than the

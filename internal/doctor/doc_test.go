@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 )
 
 var update = flag.Bool("update", false, "write the tables of docs/doctor.md")
@@ -28,16 +30,16 @@ func TestDocumented(t *testing.T) {
 		t.Fatalf("%s has no %q", file, end)
 	}
 	table := "\n| finding | level | why it matters | the command, for example |\n|---|---|---|---|\n"
-	for _, id := range slices.Sorted(maps.Keys(kinds)) {
+	for _, id := range slices.Sorted(maps.Keys(diagnosis.Kinds)) {
 		at := slices.IndexFunc(faults, func(f fault) bool { return f.id == id })
 		n := healthy(t)
 		faults[at].plant(t, n)
 		level := "PROBLEM"
-		if kinds[id].note {
+		if diagnosis.Kinds[id].Note {
 			level = "note"
 		}
 		command := strings.ReplaceAll(n.Examine().Findings[0].Command, "|", "\\|")
-		table += fmt.Sprintf("| `%s` | %s | %s | `%s` |\n", id, level, kinds[id].why, command)
+		table += fmt.Sprintf("| `%s` | %s | %s | `%s` |\n", id, level, diagnosis.Kinds[id].Why, command)
 	}
 	page := before + begin + table + "\n" + end + after
 	if *update {

@@ -3,8 +3,9 @@
 //
 // The facts are gathered in one place (package gather) and handed to the checks as a
 // [Node]. A check is a small function over these facts and over files; it changes
-// nothing, and asks no device and no server. The root of the files is a parameter, so
-// that each check is tested with the fault that it looks for, and on a node without one.
+// nothing, and asks no device and no server. Package diagnosis has the words of the
+// findings. The root of the files is a parameter, so that each check is tested with the
+// fault that it looks for, and on a node without one.
 //
 // A fact that could not be gathered carries the reason. A check that needs the fact then
 // reports that it was not made, and why: silence means that nothing was found.
@@ -12,49 +13,14 @@ package doctor
 
 import (
 	"strings"
+
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 )
-
-// Unchecked is a check that was not made, or not in full.
-type Unchecked struct {
-	Check  string `json:"check"`
-	Reason string `json:"reason"`
-}
-
-// Report is the result of all checks.
-type Report struct {
-	// Checks are the names of all checks, in their order.
-	Checks   []string  `json:"checks"`
-	Findings []Finding `json:"findings"`
-	// NotChecked are the checks that could not be made, with the reason.
-	NotChecked []Unchecked `json:"notChecked"`
-}
-
-// Healthy reports whether nothing was found that an operator must repair.
-func (r Report) Healthy() bool {
-	for _, f := range r.Findings {
-		if !f.Note {
-			return false
-		}
-	}
-	return true
-}
-
-// Unmade returns NotChecked, with consecutive checks of the same reason combined.
-func (r Report) Unmade() (all []Unchecked) {
-	for _, u := range r.NotChecked {
-		if last := len(all) - 1; last >= 0 && all[last].Reason == u.Reason {
-			all[last].Check += ", " + u.Check
-			continue
-		}
-		all = append(all, u)
-	}
-	return all
-}
 
 // check finds one kind of fault.
 type check struct {
 	name string
-	find func(*Node) []Finding
+	find func(*Node) []diagnosis.Finding
 }
 
 // checks are in the order in which an operator repairs faults: a check comes before those
@@ -88,7 +54,8 @@ var checks = []check{
 	{"cluster-store", clusterStore},
 	{"nodes", nodes},
 	{"approvals", approvals},
-	{"vault", vaultCertificate},
+	{"token", token},
+	{"vault", vault},
 	{"clock", clock},
 	{"hooks", hooks},
 	{"next-boot", nextBoot},
@@ -96,36 +63,29 @@ var checks = []check{
 }
 
 // Examine makes all checks, in their order.
-func (n *Node) Examine() Report {
-	r := Report{Findings: []Finding{}, NotChecked: []Unchecked{}}
+func (n *Node) Examine() diagnosis.Report {
+	r := diagnosis.Report{Findings: []diagnosis.Finding{}, NotChecked: []diagnosis.Unchecked{}}
 	for _, c := range checks {
 		r.Checks = append(r.Checks, c.name)
 		if n.NoConfig != "" {
-			r.NotChecked = append(r.NotChecked, Unchecked{c.name, "the configuration can't be read"})
+			r.Add(c.name, diagnosis.NotChecked("the configuration can't be read"))
 			continue
 		}
-		for _, f := range c.find(n) {
-			if f.unchecked {
-				r.NotChecked = append(r.NotChecked, Unchecked{c.name, f.What})
-				continue
-			}
-			f.Check = c.name
-			r.Findings = append(r.Findings, f)
-		}
+		r.Add(c.name, c.find(n))
 	}
 	if n.NoConfig != "" {
 		f := n.refused()
-		f.Check, _, _ = strings.Cut(f.ID, "/")
-		r.Findings = append(r.Findings, f)
+		check, _, _ := strings.Cut(f[0].ID, "/")
+		r.Add(check, f)
 	}
 	return r
 }
 
 // refused returns why there is no configuration. If others can write the file, kleidi reads
 // nothing in it.
-func (n *Node) refused() Finding {
+func (n *Node) refused() []diagnosis.Finding {
 	if f := n.writable(n.ConfigFile); f != nil {
-		return f[0]
+		return f
 	}
-	return found("configuration/refused", "kleidi status   # repeat until it names no key: then the file is good", "%s", strings.Join(strings.Fields(n.NoConfig), " "))[0]
+	return diagnosis.Found("configuration/refused", "kleidi status   # repeat until it no longer complains of the configuration", "%s", strings.Join(strings.Fields(n.NoConfig), " "))
 }

@@ -3,7 +3,9 @@ package doctor
 import (
 	"crypto/ed25519"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"os"
 	"os/exec"
@@ -16,6 +18,8 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/doctor/credential"
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 	"github.com/beezy-dev/kleidi/seal"
 )
@@ -42,7 +46,7 @@ func healthy(t *testing.T) *Node {
 	c.Cluster.Kubeconfig = "/etc/kleidi/cluster.kubeconfig"
 	opens := true
 	n := &Node{
-		Config: c, ConfigFile: "/etc/kleidi/config.yaml", Serving: true, Version: "v1", Root: t.TempDir(), Now: now,
+		Config: c, ConfigFile: "/etc/kleidi/config.yaml", Serving: true, Version: "v1", Package: "kleidi_VERSION_amd64.deb", Root: t.TempDir(), Now: now,
 		EncryptionConfig: "/etc/kubernetes/kleidi-encryption.yaml", Manifest: "/etc/kubernetes/manifests/kube-apiserver.yaml",
 		Status: admin.StatusReport{Version: "v1", State: admin.Open, Memory: "memfd_secret", Cluster: &admin.ClusterReport{InStep: true},
 			Keys:  []admin.KeyReport{{KeyID: "k1-a", Role: "current", Created: now.Add(-time.Hour)}},
@@ -274,19 +278,47 @@ var faults = []fault{
 	{"approvals/expired", "kleidi node approve cp-3 --ek sha256:ab", func(_ *testing.T, n *Node) {
 		n.Nodes.Value.Approvals = []admin.UnusedApproval{{Node: "cp-3", EK: "sha256:ab", Until: now.Add(-time.Hour), Expired: true}}
 	}},
+	{"token/pin-locked", "--token-label kleidi --login --login-type so --init-pin", func(_ *testing.T, n *Node) {
+		n.Token = is(credential.Token{Module: "/usr/lib/module.so", Label: "kleidi", Locked: true})
+	}},
+	{"token/pin-final-try", "one try left", func(_ *testing.T, n *Node) {
+		n.Token = is(credential.Token{Module: "/usr/lib/module.so", Label: "kleidi", FinalTry: true, CountLow: true})
+	}},
+	{"token/pin-count-low", "--token-label 'our token' --login --list-objects", func(_ *testing.T, n *Node) {
+		n.Token = is(credential.Token{Module: "/usr/lib/module.so", Label: "our token", CountLow: true})
+	}},
+	{"vault/token", `VAULT_ADDR=https://vault.example VAULT_TOKEN="$(cat /etc/kleidi/token)" vault token renew`, func(t *testing.T, n *Node) {
+		n.vaultBy(t, &n.Config.Vault.Auth.TokenFile, "/etc/kleidi/token", "hvs.x\n")
+		n.VaultToken = is(credential.VaultToken{Ends: now.Add(9 * time.Minute), Lives: time.Hour, Renewable: true})
+	}},
+	{"vault/token", "ends at 2026-11-14T12:00:00Z, and can't be renewed", func(t *testing.T, n *Node) {
+		n.vaultBy(t, &n.Config.Vault.Auth.TokenFile, "/etc/kleidi/token", "hvs.x\n")
+		n.VaultToken = is(credential.VaultToken{Ends: now.AddDate(0, 0, 13), Lives: 8760 * time.Hour})
+	}},
+	{"vault/token", "refuses the token", func(t *testing.T, n *Node) {
+		n.vaultBy(t, &n.Config.Vault.Auth.TokenFile, "/etc/kleidi/token", "hvs.x\n")
+		n.VaultToken = is(credential.VaultToken{Invalid: true})
+	}},
+	{"vault/token", "ends after 1 more use|", func(t *testing.T, n *Node) {
+		n.vaultBy(t, &n.Config.Vault.Auth.TokenFile, "/etc/kleidi/token", "hvs.x\n")
+		n.VaultToken = is(credential.VaultToken{Uses: 1})
+	}},
+	{"vault/jwt", "ends at 2026-11-01T12:09:00Z", func(t *testing.T, n *Node) { n.jwt(t, now.Add(-51*time.Minute), now.Add(9*time.Minute)) }},
+	{"vault/jwt", "ends at 2026-11-01T11:59:00Z", func(t *testing.T, n *Node) { n.jwt(t, time.Unix(0, 0), now.Add(-time.Minute)) }},
+	{"vault/jwt", "holds no JSON Web Token", func(t *testing.T, n *Node) {
+		n.vaultBy(t, &n.Config.Vault.Auth.JWTFile, "/etc/kleidi/jwt", "hvs.x\n")
+	}},
 	{"vault/certificate", "begins with no certificate", func(t *testing.T, n *Node) {
-		n.Config.Vault.Auth.CertFile = "/etc/kleidi/vault.crt"
-		n.write(t, n.Config.Vault.Auth.CertFile, "a key, maybe\n")
+		n.vaultBy(t, &n.Config.Vault.Auth.CertFile, "/etc/kleidi/vault.crt", "a key, maybe\n")
 	}},
 	{"vault/certificate", "vault.crt ends at 2026-11-02T12:00:00Z", func(t *testing.T, n *Node) {
-		n.Config.Vault.Auth.CertFile = "/etc/kleidi/vault.crt"
 		key := ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
 		c := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: now.AddDate(0, -3, 0), NotAfter: now.AddDate(0, 0, 1)}
 		der, err := x509.CreateCertificate(nil, c, c, key.Public(), key)
 		if err != nil {
 			t.Fatal(err)
 		}
-		n.write(t, n.Config.Vault.Auth.CertFile, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+		n.vaultBy(t, &n.Config.Vault.Auth.CertFile, "/etc/kleidi/vault.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
 	}},
 	{"clock/behind", "cp-2 started", func(_ *testing.T, n *Node) { n.Nodes.Value.Nodes[1].Record.Started = now.Add(time.Hour) }},
 	{"clock/behind", "the keyring was changed at 2027", func(_ *testing.T, n *Node) { n.Status.Keys[0].Created = now.Add(9999 * time.Hour) }},
@@ -327,6 +359,18 @@ func (n *Node) addSlot(test *admin.SlotTest) {
 func (n *Node) addNext(next Known[Next]) {
 	n.Status.Slots = append(n.Status.Slots, admin.SlotReport{Name: "next", Type: seal.TypeTPM, Use: "next"})
 	n.Next = map[string]Known[Next]{"/efi/EFI/Linux/next.efi": next}
+}
+
+// vaultBy makes kleidi log in to Vault with a file.
+func (n *Node) vaultBy(t *testing.T, key *string, file, content string) {
+	n.Config.Vault.Address, *key = "https://vault.example", file
+	n.write(t, file, content)
+}
+
+// jwt makes kleidi log in to Vault with a token that lives from one time to another.
+func (n *Node) jwt(t *testing.T, issued, ends time.Time) {
+	claims := fmt.Sprintf(`{"iat":%d,"exp":%d}`, issued.Unix(), ends.Unix())
+	n.vaultBy(t, &n.Config.Vault.Auth.JWTFile, "/etc/kleidi/jwt", "e30."+base64.RawURLEncoding.EncodeToString([]byte(claims))+".c2ln\n")
 }
 
 func (n *Node) runAs(t *testing.T, uid string) {
@@ -375,7 +419,7 @@ func TestHealthy(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	var checked []string
-	for id := range kinds {
+	for id := range diagnosis.Kinds {
 		check, _, _ := strings.Cut(id, "/")
 		checked = append(checked, check)
 		if !slices.ContainsFunc(faults, func(f fault) bool { return f.id == id }) {
@@ -385,6 +429,35 @@ func TestHealthy(t *testing.T) {
 	for _, name := range r.Checks {
 		if !slices.Contains(checked, name) {
 			t.Errorf("%s finds nothing", name)
+		}
+	}
+}
+
+// TestCredentialsThatLast: what is renewed in time, or never ends, is no finding. What can't be
+// known is said.
+func TestCredentialsThatLast(t *testing.T) {
+	for name, plant := range map[string]func(*Node){
+		"a token that never ends": func(n *Node) { n.VaultToken = is(credential.VaultToken{}) },
+		"a token with time left": func(n *Node) {
+			n.VaultToken = is(credential.VaultToken{Ends: now.Add(11 * time.Minute), Lives: time.Hour})
+		},
+		"a JWT with time left":        func(n *Node) { n.jwt(t, now.Add(-49*time.Minute), now.Add(11*time.Minute)) },
+		"a PIN that nobody mistyped":  func(n *Node) { n.Token = is(credential.Token{Module: "/usr/lib/module.so", Label: "kleidi"}) },
+		"-a token that is not there":  func(n *Node) { n.Token.Why = "the token is not there" },
+		"-a Vault that does not tell": func(n *Node) { n.VaultToken.Why = "permission denied" },
+		"-a secret ID": func(n *Node) {
+			n.Config.Vault.Auth.TokenFile = ""
+			n.vaultBy(t, &n.Config.Vault.Auth.SecretIDFile, "/etc/kleidi/secret-id", "x\n")
+		},
+	} {
+		n := healthy(t)
+		n.vaultBy(t, &n.Config.Vault.Auth.TokenFile, "/etc/kleidi/token", "hvs.x\n")
+		if strings.Contains(name, "JWT") {
+			n.Config.Vault.Auth.TokenFile = ""
+		}
+		plant(n)
+		if r := n.Examine(); len(r.Findings) > 0 || strings.HasPrefix(name, "-") != (len(r.NotChecked) == 1) {
+			t.Errorf("%s: %+v", name, r)
 		}
 	}
 }

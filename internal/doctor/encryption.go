@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 	"github.com/beezy-dev/kleidi/internal/encryptionconfig"
 )
 
@@ -16,31 +17,31 @@ const (
 	mostTimeout  = 30 * time.Second
 )
 
-func encryptionConfiguration(n *Node) []Finding {
+func encryptionConfiguration(n *Node) []diagnosis.Finding {
 	file := n.EncryptionConfig
 	b, err := n.read(file)
 	if os.IsNotExist(err) {
-		return found("encryption-configuration/missing", "kleidi encryption-config --file "+file, "there is no %s", file)
+		return diagnosis.Found("encryption-configuration/missing", "kleidi encryption-config --file "+file, "there is no %s", file)
 	}
 	if os.IsPermission(err) {
-		return notChecked("%v", err)
+		return diagnosis.NotChecked("%v", err)
 	}
 	var e *encryptionconfig.EncryptionConfiguration
 	if err == nil {
 		e, err = encryptionconfig.Parse(b)
 	}
 	if err != nil {
-		return found("encryption-configuration/refused", "kleidi encryption-config   # prints a good one", "%s: %v", file, err)
+		return diagnosis.Found("encryption-configuration/refused", "kleidi encryption-config   # prints a good one", "%s: %v", file, err)
 	}
 	if !e.Encrypts(n.Config.KMS.Name) {
-		return found("encryption-configuration/not-first", "kleidi encryption-config   # put its provider first", "in %s kleidi's provider is first for no resource", file)
+		return diagnosis.Found("encryption-configuration/not-first", "kleidi encryption-config   # put its provider first", "in %s kleidi's provider is first for no resource", file)
 	}
-	var all []Finding
+	var all []diagnosis.Finding
 	if e.EncryptsStore() {
-		all = found("encryption-configuration/store", "kleidi encryption-config   # with --resources '*.*' it prints the entry that must stand first", "%s encrypts the cluster store", file)
+		all = diagnosis.Found("encryption-configuration/store", "kleidi encryption-config   # with --resources '*.*' it prints the entry that must stand first", "%s encrypts the cluster store", file)
 	}
 	if st, err := os.Stat(n.path(file)); err == nil && st.Mode().Perm()&0o077 != 0 {
-		all = append(all, found("encryption-configuration/mode", "chmod 0600 "+file, "%s has mode %04o", file, st.Mode().Perm())...)
+		all = append(all, diagnosis.Found("encryption-configuration/mode", "chmod 0600 "+file, "%s has mode %04o", file, st.Mode().Perm())...)
 	}
 	for _, r := range e.Resources {
 		if r.Own() {
@@ -49,7 +50,7 @@ func encryptionConfiguration(n *Node) []Finding {
 		for i, p := range r.Providers {
 			all = append(all, n.provider(p)...)
 			if i > 0 && n.own(p.KMS) {
-				all = append(all, found("encryption-configuration/not-first", "kleidi encryption-config   # put its provider first", "in %s kleidi's provider %s is not the first for %s", file, p.KMS.Name, strings.Join(r.Resources, ", "))...)
+				all = append(all, diagnosis.Found("encryption-configuration/not-first", "kleidi encryption-config   # put its provider first", "in %s kleidi's provider %s is not the first for %s", file, p.KMS.Name, strings.Join(r.Resources, ", "))...)
 			}
 		}
 	}
@@ -68,22 +69,22 @@ func (n *Node) own(p *encryptionconfig.KMS) bool {
 }
 
 // provider judges one provider of the EncryptionConfiguration.
-func (n *Node) provider(p encryptionconfig.Provider) (all []Finding) {
+func (n *Node) provider(p encryptionconfig.Provider) (all []diagnosis.Finding) {
 	file, c := n.EncryptionConfig, n.Config.KMS
 	if p.Identity != nil {
-		return found("encryption-configuration/identity", "kleidi migrate   # then remove the provider identity", "%s still reads what is stored in the clear (identity)", file)
+		return diagnosis.Found("encryption-configuration/identity", "kleidi migrate   # then remove the provider identity", "%s still reads what is stored in the clear (identity)", file)
 	}
 	if !n.own(p.KMS) {
 		return nil
 	}
 	if p.KMS.APIVersion != "v2" {
-		all = found("encryption-configuration/api-version", "kleidi encryption-config   # prints the line apiVersion: v2", "in %s kleidi's provider %s has apiVersion %q", file, p.KMS.Name, p.KMS.APIVersion)
+		all = diagnosis.Found("encryption-configuration/api-version", "kleidi encryption-config   # prints the line apiVersion: v2", "in %s kleidi's provider %s has apiVersion %q", file, p.KMS.Name, p.KMS.APIVersion)
 	}
 	if p.KMS.Endpoint != "unix://"+c.Socket {
-		all = append(all, found("encryption-configuration/endpoint", "kleidi encryption-config   # prints the endpoint", "%s names the socket %s for %s, and kleidi serves unix://%s", file, p.KMS.Endpoint, p.KMS.Name, c.Socket)...)
+		all = append(all, diagnosis.Found("encryption-configuration/endpoint", "kleidi encryption-config   # prints the endpoint", "%s names the socket %s for %s, and kleidi serves unix://%s", file, p.KMS.Endpoint, p.KMS.Name, c.Socket)...)
 	}
 	if d, err := time.ParseDuration(p.KMS.Timeout); p.KMS.Timeout != "" && (err != nil || d < leastTimeout || d > mostTimeout) {
-		all = append(all, found("encryption-configuration/timeout", "kleidi encryption-config   # prints the line timeout: 3s", "in %s kleidi's provider %s has the timeout %s", file, p.KMS.Name, p.KMS.Timeout)...)
+		all = append(all, diagnosis.Found("encryption-configuration/timeout", "kleidi encryption-config   # prints the line timeout: 3s", "in %s kleidi's provider %s has the timeout %s", file, p.KMS.Name, p.KMS.Timeout)...)
 	}
 	return all
 }

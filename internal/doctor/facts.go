@@ -5,6 +5,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/doctor/credential"
 )
 
 // Known is a fact, or the reason why it is not known. If it has neither, the fact does
@@ -44,6 +45,13 @@ type Node struct {
 	Nodes Known[admin.NodeList]
 	// Certificate is the client certificate for the cluster store.
 	Certificate Known[Certificate]
+
+	// Token is the configured PKCS#11 token. VaultToken is the token in vault.auth.tokenFile.
+	Token      Known[credential.Token]
+	VaultToken Known[credential.VaultToken]
+
+	// Package is the file name of the package of this variant of kleidi.
+	Package string
 
 	// Digests are the events of the firmware's and systemd's logs, for a bundle.
 	Digests []Digest

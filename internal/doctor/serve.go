@@ -8,30 +8,31 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 	"github.com/beezy-dev/kleidi/internal/slotview"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 type slot = admin.SlotReport
 
-func serving(n *Node) []Finding {
+func serving(n *Node) []diagnosis.Finding {
 	if !n.Serving {
-		return found("serve/stopped", "systemctl enable --now kleidi   # if it ends again: journalctl -u kleidi", "kleidi serve does not run")
+		return diagnosis.Found("serve/stopped", "systemctl enable --now kleidi   # if it ends again: journalctl -u kleidi", "kleidi serve does not run")
 	}
 	if !n.exists(n.Config.KMS.Socket) {
-		return found("serve/no-socket", "systemctl restart kleidi", "kleidi serve runs, but %s is not there", n.Config.KMS.Socket)
+		return diagnosis.Found("serve/no-socket", "systemctl restart kleidi", "kleidi serve runs, but %s is not there", n.Config.KMS.Socket)
 	}
 	return nil
 }
 
-func version(n *Node) []Finding {
+func version(n *Node) []diagnosis.Finding {
 	if !n.Serving || n.Status.Version == n.Version {
 		return nil
 	}
-	return found("version/restart", "systemctl restart kleidi", "kleidi serve is version %s, and the installed one is %s", n.Status.Version, n.Version)
+	return diagnosis.Found("version/restart", "systemctl restart kleidi", "kleidi serve is version %s, and the installed one is %s", n.Status.Version, n.Version)
 }
 
-func open(n *Node) []Finding {
+func open(n *Node) []diagnosis.Finding {
 	problem := n.Status.Problem
 	// Without a cause, the problem is that serve does not run, which another check
 	// reports.
@@ -45,11 +46,11 @@ func open(n *Node) []Finding {
 	if problem == nil {
 		problem = n.Status.Fallback
 	}
-	return found(id, remedy(problem, "kleidi status"), "%s", told(problem))
+	return diagnosis.Found(id, remedy(problem, "kleidi status"), "%s", told(problem))
 }
 
 // retired finds a keyring that is filling up with retired KEKs. It is the same on every node.
-func retired(n *Node) []Finding {
+func retired(n *Node) []diagnosis.Finding {
 	var ids []seal.KeyID // the newest first
 	for _, k := range n.Status.Keys {
 		if k.Role == "retired" {
@@ -63,25 +64,25 @@ func retired(n *Node) []Finding {
 	case len(ids) >= slotview.MostRetired:
 		id = "retired-keks/full"
 	}
-	return found(id, "kleidi prune "+string(ids[len(ids)-1])+"   # the oldest; then the next, which kleidi keyring show lists",
+	return diagnosis.Found(id, "kleidi prune "+string(ids[len(ids)-1])+"   # the oldest; then the next, which kleidi keyring show lists",
 		"the keyring holds %d retired KEKs, and %d fit", len(ids), slotview.MostRetired)
 }
 
-func keyslots(n *Node) (all []Finding) {
+func keyslots(n *Node) (all []diagnosis.Finding) {
 	for _, s := range n.Status.Slots {
 		switch {
 		case s.Type == seal.TypeTPM && n.noBootEvidence():
 			continue // the checks of the TPM and of its event log say why
 		case s.Problem != nil && !same(s.Problem, n.Status.Problem) && !same(s.Problem, n.Status.Fallback):
-			all = append(all, found("keyslots/refused", remedy(s.Problem, "kleidi slot list"), "keyslot %s does not open: %s", s.Name, told(s.Problem))...)
+			all = append(all, diagnosis.Found("keyslots/refused", remedy(s.Problem, "kleidi slot list"), "keyslot %s does not open: %s", s.Name, told(s.Problem))...)
 		case s.SelfTest != nil && !s.SelfTest.Opens && s.SelfTest.Problem != nil:
-			all = append(all, found("keyslots/refused", remedy(s.SelfTest.Problem, "kleidi slot test "+s.Name), "keyslot %s did not open when it was last tested: %s", s.Name, told(s.SelfTest.Problem))...)
+			all = append(all, diagnosis.Found("keyslots/refused", remedy(s.SelfTest.Problem, "kleidi slot test "+s.Name), "keyslot %s did not open when it was last tested: %s", s.Name, told(s.SelfTest.Problem))...)
 		case n.Serving && n.Status.State == admin.Open && s.SelfTest == nil && s.Opens == nil && slotview.IsSecondary(s.Type):
-			all = append(all, found("keyslots/untested", "kleidi slot test "+s.Name, "keyslot %s was never tested since kleidi serve started", s.Name)...)
+			all = append(all, diagnosis.Found("keyslots/untested", "kleidi slot test "+s.Name, "keyslot %s was never tested since kleidi serve started", s.Name)...)
 		}
 		if s.SelfTest != nil {
 			for _, w := range s.SelfTest.Warnings {
-				all = append(all, found("keyslots/warning", "kleidi slot test "+s.Name, "keyslot %s: %s", s.Name, w)...)
+				all = append(all, diagnosis.Found("keyslots/warning", "kleidi slot test "+s.Name, "keyslot %s: %s", s.Name, w)...)
 			}
 		}
 	}
@@ -96,54 +97,54 @@ func (n *Node) noBootEvidence() bool {
 	return n.TPM.Why != "" || n.Boot.Value != nil && (n.Boot.Value.LogProblem != "" || n.Boot.Value.Mismatch != "")
 }
 
-func recoverySlot(n *Node) []Finding {
+func recoverySlot(n *Node) []diagnosis.Finding {
 	if len(n.Status.Slots) == 0 || slices.ContainsFunc(n.Status.Slots, func(s slot) bool { return s.Type == seal.TypeRecovery }) {
 		return nil
 	}
-	return found("recovery/missing", "kleidi slot add recovery --recipient RECIPIENT", "there is no recovery slot")
+	return diagnosis.Found("recovery/missing", "kleidi slot add recovery --recipient RECIPIENT", "there is no recovery slot")
 }
 
-func suspension(n *Node) []Finding {
+func suspension(n *Node) []diagnosis.Finding {
 	if n.Status.Suspension == nil {
 		return nil
 	}
-	return found("suspension/running", "kleidi reseal", "this node is suspended: %s", n.Status.Suspension)
+	return diagnosis.Found("suspension/running", "kleidi reseal", "this node is suspended: %s", n.Status.Suspension)
 }
 
-func debts(n *Node) (all []Finding) {
+func debts(n *Node) (all []diagnosis.Finding) {
 	for _, d := range n.Status.Unrevoked {
-		all = append(all, found("debts/unrevoked", asCommand(d.Hint, "kleidi status"), "%s", d.Message)...)
+		all = append(all, diagnosis.Found("debts/unrevoked", asCommand(d.Hint, "kleidi status"), "%s", d.Message)...)
 	}
 	return all
 }
 
-func changedOutside(n *Node) []Finding {
+func changedOutside(n *Node) []diagnosis.Finding {
 	if len(n.Status.ChangedOutside) == 0 {
 		return nil
 	}
-	return found("changed-outside/slots", "kleidi slot list   # then kleidi slot remove NAME for one that you do not know; if all are as you want them, kleidi rotate --yes", "%d slots were added or removed, but not by a command on this node", len(n.Status.ChangedOutside))
+	return diagnosis.Found("changed-outside/slots", "kleidi slot list   # then kleidi slot remove NAME for one that you do not know; if all are as you want them, kleidi rotate --yes", "%s added or removed outside kleidi's commands on this node", seal.Count(len(n.Status.ChangedOutside), "slot"))
 }
 
-func memory(n *Node) (all []Finding) {
+func memory(n *Node) (all []diagnosis.Finding) {
 	if n.Status.Memory == "unlocked" {
-		all = found("memory/unlocked", "systemctl edit kleidi   # LimitMEMLOCK=infinity, below [Service]", "the KEK lies in memory that is not locked")
+		all = diagnosis.Found("memory/unlocked", "systemctl edit kleidi   # LimitMEMLOCK=infinity, below [Service]", "the KEK lies in memory that is not locked")
 	}
 	swaps, _ := n.read("/proc/swaps")
 	swap := bytes.Count(swaps, []byte("\n")) > 1
 	if swap && n.Config.Memory.Lock == config.LockBestEffort {
-		all = append(all, found("memory/swap", "swapoff -a   # and remove it from /etc/fstab", "swap is on, and memory.lock is best-effort")...)
+		all = append(all, diagnosis.Found("memory/swap", "swapoff -a   # and remove it from /etc/fstab", "swap is on, and memory.lock is best-effort")...)
 	}
 	p := n.Process.Value
 	switch {
 	case p == nil && n.Process.Why != "":
-		return append(all, notChecked("%s", n.Process.Why)...)
+		return append(all, diagnosis.NotChecked("%s", n.Process.Why)...)
 	case p == nil:
 		return all
 	case p.Locked == 0 && swap && n.Config.Memory.Lock != config.LockBestEffort:
-		all = append(all, found("memory/process", "systemctl edit kleidi   # LimitMEMLOCK=infinity, below [Service]", "no memory of kleidi serve (process %d) is locked, and swap is on", p.PID)...)
+		all = append(all, diagnosis.Found("memory/process", "systemctl edit kleidi   # LimitMEMLOCK=infinity, below [Service]", "no memory of kleidi serve (process %d) is locked, and swap is on", p.PID)...)
 	}
 	if p.MaxCore != "0" {
-		all = append(all, found("memory/core", "systemctl restart kleidi", "kleidi serve (process %d) may write a core file of %s bytes", p.PID, p.MaxCore)...)
+		all = append(all, diagnosis.Found("memory/core", "systemctl restart kleidi", "kleidi serve (process %d) may write a core file of %s bytes", p.PID, p.MaxCore)...)
 	}
 	return all
 }

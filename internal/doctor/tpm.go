@@ -3,6 +3,7 @@ package doctor
 import (
 	"strings"
 
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -23,42 +24,42 @@ func (n *Node) devicePath() string {
 // versionFile is the file in which Linux reports the version of the first TPM.
 const versionFile = "/sys/class/tpm/tpm0/tpm_version_major"
 
-func tpmThere(n *Node) []Finding {
+func tpmThere(n *Node) []diagnosis.Finding {
 	device := n.devicePath()
 	switch {
 	case !n.usesTPM():
 		return nil
 	case n.line(versionFile) == "1" && strings.HasPrefix(device, "/dev/"):
-		return found("tpm/version-1.2", "cat "+versionFile+"   # 2 is wanted: choose TPM 2.0 in the firmware's settings", "the machine's TPM is a TPM 1.2")
+		return diagnosis.Found("tpm/version-1.2", "cat "+versionFile+"   # 2 is wanted: choose TPM 2.0 in the firmware's settings", "the machine's TPM is a TPM 1.2")
 	case device != "" && !n.exists(device):
-		return found("tpm/missing", "ls /dev/tpm*   # none: switch the TPM on in the firmware's settings; another: set tpm.device", "there is no %s", device)
+		return diagnosis.Found("tpm/missing", "ls /dev/tpm*   # none: switch the TPM on in the firmware's settings; another: set tpm.device", "there is no %s", device)
 	case n.TPM.Value == nil && n.TPM.Why != "":
-		return found("tpm/silent", "systemctl restart kleidi   # if it stays silent, reset the machine; journalctl -k shows what the driver says", "the TPM %s does not answer: %s", n.Config.TPM.Device, n.TPM.Why)
+		return diagnosis.Found("tpm/silent", "systemctl restart kleidi   # if it stays silent, reset the machine; journalctl -k shows what the driver says", "the TPM %s does not answer: %s", n.Config.TPM.Device, n.TPM.Why)
 	case n.TPM.Value == nil:
 		return nil
 	case n.TPM.Value.InLockout:
-		return found("tpm/lockout", "tpm2_dictionarylockout --clear-lockout", "the TPM is locked out after %d wrong authorizations", n.TPM.Value.Failed)
+		return diagnosis.Found("tpm/lockout", "tpm2_dictionarylockout --clear-lockout", "the TPM is locked out after %s", seal.Count(int(n.TPM.Value.Failed), "wrong authorization"))
 	case n.TPM.Value.Failed > 0:
-		return found("tpm/wrong-authorizations", "tpm2_dictionarylockout --clear-lockout", "the TPM has counted %d wrong authorizations; it locks itself out at %d", n.TPM.Value.Failed, n.TPM.Value.Most)
+		return diagnosis.Found("tpm/wrong-authorizations", "tpm2_dictionarylockout --clear-lockout", "the TPM has counted %s; it locks itself out at %d", seal.Count(int(n.TPM.Value.Failed), "wrong authorization"), n.TPM.Value.Most)
 	}
 	return nil
 }
 
-func tpmUsers(n *Node) []Finding {
+func tpmUsers(n *Node) []diagnosis.Finding {
 	if n.Status.TPMOpenTo == "" {
 		return nil
 	}
-	return found("tpm-users/others", "chmod 0600 "+n.devicePath()+"   # and a udev rule, so that it stays so after the next boot", "the TPM is open to %s", n.Status.TPMOpenTo)
+	return diagnosis.Found("tpm-users/others", "chmod 0600 "+n.devicePath()+"   # and a udev rule, so that it stays so after the next boot", "the TPM is open to %s", n.Status.TPMOpenTo)
 }
 
-func ownerAuthorization(n *Node) []Finding {
+func ownerAuthorization(n *Node) []diagnosis.Finding {
 	switch {
 	case !n.usesTPM():
 		return nil
 	case n.TPM.Value == nil:
-		return notChecked("the TPM did not say whether its owner authorization is empty")
+		return diagnosis.NotChecked("the TPM did not say whether its owner authorization is empty")
 	case n.TPM.Value.OwnerAuthSet:
 		return nil
 	}
-	return found("owner-authorization/empty", `(umask 077; openssl rand -hex 16 | tr -d '\n' >/etc/kleidi/owner-auth); tpm2_changeauth -c owner file:/etc/kleidi/owner-auth   # then tpm.ownerAuthFile: /etc/kleidi/owner-auth, and a restart`, "the TPM's owner authorization is empty")
+	return diagnosis.Found("owner-authorization/empty", `(umask 077; openssl rand -hex 16 | tr -d '\n' >/etc/kleidi/owner-auth); tpm2_changeauth -c owner file:/etc/kleidi/owner-auth   # then tpm.ownerAuthFile: /etc/kleidi/owner-auth, and a restart`, "the TPM's owner authorization is empty")
 }

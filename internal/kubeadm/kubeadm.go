@@ -60,6 +60,7 @@ type hostPath struct {
 // The lists of the manifest, as paths of a JSON patch that append to them.
 const (
 	commandEnd = "/spec/containers/0/command/-"
+	argsEnd    = "/spec/containers/0/args/-"
 	mountsEnd  = "/spec/containers/0/volumeMounts/-"
 	volumesEnd = "/spec/volumes/-"
 )
@@ -111,7 +112,7 @@ func (p Patch) others(present []byte) (map[string]string, error) {
 				others[filepath.Clean(text(m, "mountPath"))] = filepath.Clean(pod.hostPath(name))
 			}
 		}
-		return p.sameFile(given(pod.command))
+		return p.sameFile(given(pod.commandLine()))
 	})
 	return others, err
 }
@@ -162,10 +163,10 @@ func (p Patch) Applied(manifest []byte) (bool, error) {
 
 func (p Patch) change(manifest []byte, configuration volume) ([]byte, error) {
 	return edited(manifest, func(pod *lists) error {
-		file := given(pod.command)
+		file := given(pod.commandLine())
 		err := p.sameFile(file)
 		if file == "" {
-			err = put(pod.command, flagName+"="+p.EncryptionConfig, func(*yaml.Node) bool { return false })
+			err = put(pod.words[len(pod.words)-1], flagName+"="+p.EncryptionConfig, func(*yaml.Node) bool { return false })
 		}
 		return errors.Join(err, pod.mount(configuration, mount{ReadOnly: true}), pod.mount(p.socket(), mount{}))
 	})
@@ -183,11 +184,18 @@ func (p Patch) sameFile(given string) error {
 // Revert returns the manifest without the patch, whichever tool applied it.
 func (p Patch) Revert(manifest []byte) ([]byte, error) {
 	return edited(manifest, func(pod *lists) error {
-		words := pod.command.Content
-		if i := slices.IndexFunc(words, func(n *yaml.Node) bool { return n.Value == flagName }); i >= 0 && i+1 < len(words) && words[i+1].Value == p.EncryptionConfig {
-			pod.command.Content = slices.Delete(words, i, i+2)
+		var gone []*yaml.Node
+		line := pod.commandLine()
+		for i, word := range line {
+			if word.Value == flagName+"="+p.EncryptionConfig {
+				gone = append(gone, word)
+			} else if word.Value == flagName && i+1 < len(line) && line[i+1].Value == p.EncryptionConfig {
+				gone = append(gone, word, line[i+1])
+			}
 		}
-		remove(pod.command, func(n *yaml.Node) bool { return n.Value == flagName+"="+p.EncryptionConfig })
+		for _, list := range pod.words {
+			remove(list, func(n *yaml.Node) bool { return slices.Contains(gone, n) })
+		}
 		pod.unmount(p.configuration())
 		pod.unmount(p.socket())
 		return nil
@@ -204,7 +212,20 @@ func (p Patch) RevertSocket(manifest []byte) ([]byte, error) {
 }
 
 // lists are the lists of kube-apiserver's pod that the patch changes.
-type lists struct{ command, mounts, volumes *yaml.Node }
+type lists struct {
+	// words are the lists of the command line: command, args or both.
+	words           []*yaml.Node
+	mounts, volumes *yaml.Node
+}
+
+// commandLine returns the words of kube-apiserver's command line: Kubernetes puts those of
+// args behind those of command.
+func (l *lists) commandLine() (line []*yaml.Node) {
+	for _, list := range l.words {
+		line = append(line, list.Content...)
+	}
+	return line
+}
 
 // edited returns the manifest with changed lists, or its own bytes if nothing was changed.
 func edited(manifest []byte, edit func(*lists) error) ([]byte, error) {
@@ -213,11 +234,14 @@ func edited(manifest []byte, edit func(*lists) error) ([]byte, error) {
 		return nil, err
 	}
 	var pod lists
+	var err error
+	if pod.words, err = wordLists(&document); err != nil {
+		return nil, err
+	}
 	for _, needed := range []struct {
 		list **yaml.Node
 		path string
-	}{{&pod.command, commandEnd}, {&pod.mounts, mountsEnd}, {&pod.volumes, volumesEnd}} {
-		var err error
+	}{{&pod.mounts, mountsEnd}, {&pod.volumes, volumesEnd}} {
 		if *needed.list, err = at(&document, needed.path); err != nil {
 			return nil, err
 		}
@@ -226,6 +250,24 @@ func edited(manifest []byte, edit func(*lists) error) ([]byte, error) {
 		return nil, err
 	}
 	return encodeIfChanged(manifest, &document)
+}
+
+// wordLists returns the lists of the command line, in their order.
+func wordLists(document *yaml.Node) (all []*yaml.Node, err error) {
+	command, err := at(document, commandEnd)
+	args, argsErr := at(document, argsEnd)
+	if err != nil && argsErr != nil {
+		return nil, err
+	}
+	for _, list := range []*yaml.Node{command, args} {
+		if list != nil && list.Kind == yaml.SequenceNode {
+			all = append(all, list)
+		}
+	}
+	if all == nil {
+		return nil, fmt.Errorf("the manifest's %s is not a list", commandEnd)
+	}
+	return all, nil
 }
 
 // mount gives the container a folder or a file of the host at the same path, unless the pod
@@ -280,12 +322,12 @@ func remove(list *yaml.Node, unwanted func(*yaml.Node) bool) {
 
 // given returns the file that a command line of kube-apiserver names, after the flag or in
 // the next word. The last one counts.
-func given(command *yaml.Node) (file string) {
-	for i, word := range command.Content {
+func given(line []*yaml.Node) (file string) {
+	for i, word := range line {
 		if value, ok := strings.CutPrefix(word.Value, flagName+"="); ok {
 			file = value
-		} else if word.Value == flagName && i+1 < len(command.Content) {
-			file = command.Content[i+1].Value
+		} else if word.Value == flagName && i+1 < len(line) {
+			file = line[i+1].Value
 		}
 	}
 	return file

@@ -209,6 +209,43 @@ func TestTwoWords(t *testing.T) {
 	}
 }
 
+// TestArgs: kube-apiserver's flags may be in args, and a flag may be the last word of command
+// with its file as the first of args.
+func TestArgs(t *testing.T) {
+	const command = "  - command:\n    - kube-apiserver\n    - --advertise-address=10.99.0.1\n"
+	const file = "/etc/kubernetes/kleidi-encryption.yaml"
+	for name, c := range map[string]struct{ words, want string }{
+		"args alone":        {"  - args:\n    - --advertise-address=10.99.0.1\n", "args:\n    - --advertise-address=10.99.0.1\n    - " + flagName + "=" + file + "\n"},
+		"both":              {"  - args:\n    - --v=2\n    command:\n    - kube-apiserver\n", "args:\n    - --v=2\n    - " + flagName + "=" + file + "\n"},
+		"empty args":        {"  - args: []\n    command: [kube-apiserver]\n", "args: [" + flagName + "=" + file + "]\n"},
+		"no args":           {"  - args:\n    command: [kube-apiserver]\n", "command: [kube-apiserver, " + flagName + "=" + file + "]\n"},
+		"given in args":     {"  - args: [--v=2, " + flagName + "=" + file + "]\n    command: [kube-apiserver]\n", "command: [kube-apiserver]\n"},
+		"given in command":  {"  - args: [--v=2]\n    command: [kube-apiserver, " + flagName + ", " + file + "]\n", "args: [--v=2]\n"},
+		"given across both": {"  - args: [" + file + "]\n    command: [kube-apiserver, " + flagName + "]\n", "args: [" + file + "]\n"},
+	} {
+		text := strings.Replace(manifest, command, c.words, 1)
+		patched, err := patch.Apply([]byte(text))
+		if err != nil || !strings.Contains(oneLine(string(patched)), oneLine(c.want)) || strings.Count(string(patched), flagName) != 1 {
+			t.Errorf("%s: %v\n%s", name, err, patched)
+			continue
+		}
+		if applied, err := patch.Applied(patched); err != nil || !applied {
+			t.Errorf("%s: applied: %v, %v", name, applied, err)
+		}
+		back, err := patch.Revert(patched)
+		if err != nil || strings.Contains(string(back), "encryption") {
+			t.Errorf("%s: the way back: %v\n%s", name, err, back)
+		}
+		other := patch
+		other.EncryptionConfig = "/etc/other.yaml"
+		if _, err := other.Apply(patched); err == nil || !strings.Contains(err.Error(), "already has "+flagName+"="+file) {
+			t.Errorf("%s: another file: %v", name, err)
+		}
+	}
+}
+
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+
 // TestApplyRefuses: another EncryptionConfiguration is not replaced, and other files are
 // not mistaken for a manifest.
 func TestApplyRefuses(t *testing.T) {
@@ -216,7 +253,8 @@ func TestApplyRefuses(t *testing.T) {
 		strings.Replace(manifest, "    image:", "    - --encryption-provider-config=/etc/other.yaml\n    image:", 1): "already has",
 		"":          "empty",
 		"kind: Pod": "has no /spec",
-		"a: [":      "yaml",
+		"spec: {containers: [{command: kube-apiserver, volumeMounts: []}], volumes: []}": "is not a list",
+		"a: [": "yaml",
 	} {
 		if _, err := patch.Apply([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", text, err)

@@ -268,10 +268,7 @@ func waysIn(n *node.Node, k *keyring.Keyring, records []*keyring.VerifiedRecord)
 }
 
 func describeStates(states []keyring.RecordedState) string {
-	text := fmt.Sprintf("%d boot states", len(states))
-	if len(states) == 1 {
-		text = "1 boot state"
-	}
+	text := seal.Count(len(states), "boot state")
 	var notes []string
 	for _, s := range states {
 		if s.Use != "" && s.Use != "present" && !slices.Contains(notes, s.Use) {

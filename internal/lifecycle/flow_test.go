@@ -378,7 +378,7 @@ func TestSave(t *testing.T) {
 		t.Fatal(err)
 	}
 	s, err := Verify(t.Context(), n, admin.VerifyRequest{})
-	if err != nil || s.CurrentKeyID != open(t, n).CurrentID() || !has(s.Changes, "1 retired KEKs open") {
+	if err != nil || s.CurrentKeyID != open(t, n).CurrentID() || !has(s.Changes, "opened: 1 retired KEK") {
 		t.Errorf("verify: %+v, %v", s, err)
 	}
 	whole := stored(t, n)

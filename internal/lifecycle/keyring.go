@@ -70,7 +70,7 @@ func Verify(ctx context.Context, n *node.Node, _ admin.VerifyRequest) (admin.Key
 	defer k.Close()
 	return admin.KeyringState{CurrentKeyID: k.CurrentID(), Revision: k.Revision(), Changes: []string{
 		"the stored keyring opens, its MAC verifies and the anchor agrees",
-		fmt.Sprintf("%d retired KEKs open", len(k.Info().Retired)),
+		"opened: " + seal.Count(len(k.Info().Retired), "retired KEK"),
 	}}, nil
 }
 

@@ -103,7 +103,7 @@ type object struct {
 func (p *patcher) run(ctx context.Context) (Migrated, error) {
 	err := p.pages(ctx)
 	if err == nil && p.refused > 0 {
-		err = fmt.Errorf("%s refused by the API; the first is %w", counted(p.refused, "object"), p.first)
+		err = fmt.Errorf("%s refused by the API; the first is %w", seal.Count(p.refused, "object"), p.first)
 		if p.done > 0 || !kube.Refused(err, http.StatusForbidden) {
 			err = &seal.Error{Err: err, Hint: "correct these objects, or the admission policy that refuses them, and run kleidi migrate again"}
 		}

@@ -20,9 +20,9 @@ func (r *Result) Print(w io.Writer) {
 		case r.By == ByAPI:
 			fmt.Fprintf(w, "%s: written again by StorageVersionMigration\n", seal.OneLine(m.Name, 100))
 		case r.DryRun:
-			fmt.Fprintf(w, "%s: %s would be patched\n", seal.OneLine(m.Name, 100), counted(m.Objects, "object"))
+			fmt.Fprintf(w, "%s: %s would be patched\n", seal.OneLine(m.Name, 100), seal.Count(m.Objects, "object"))
 		default:
-			fmt.Fprintf(w, "%s: %s written again where needed%s\n", seal.OneLine(m.Name, 100), counted(m.Objects, "object"), meanwhile(m))
+			fmt.Fprintf(w, "%s: %s written again where needed%s\n", seal.OneLine(m.Name, 100), seal.Count(m.Objects, "object"), meanwhile(m))
 		}
 	}
 	if r.DryRun {
@@ -47,11 +47,4 @@ func meanwhile(m Migrated) string {
 		return ""
 	}
 	return " (" + strings.Join(all, ", ") + ")"
-}
-
-func counted(n int, what string) string {
-	if n == 1 {
-		return "1 " + what
-	}
-	return fmt.Sprintf("%d %ss", n, what)
 }

@@ -15,10 +15,10 @@ func Unused(reports []*usage.Report, id seal.KeyID) error {
 	for _, r := range reports {
 		under, unknown := r.Under(string(id))
 		if under > 0 {
-			all = append(all, fmt.Sprintf("%s holds %s under it", seal.OneLine(r.Source, 200), counted(under, "object")))
+			all = append(all, fmt.Sprintf("%s holds %s under it", seal.OneLine(r.Source, 200), seal.Count(under, "object")))
 		}
 		if unknown > 0 {
-			all = append(all, fmt.Sprintf("%s holds %s that may be under it: damaged, or encrypted in a way that kleidi does not know", seal.OneLine(r.Source, 200), counted(unknown, "object")))
+			all = append(all, fmt.Sprintf("%s holds %s that may be under it: damaged, or encrypted in a way that kleidi does not know", seal.OneLine(r.Source, 200), seal.Count(unknown, "object")))
 		}
 		if r.Snapshot != nil && under+unknown > 0 {
 			snapshots++
@@ -35,11 +35,4 @@ func Unused(reports []*usage.Report, id seal.KeyID) error {
 		hint = "keep the KEK as long as you keep the snapshot"
 	}
 	return &seal.Error{Err: fmt.Errorf("prune: %s is needed: %s", seal.OneLine(string(id), 100), strings.Join(all, "; ")), Hint: hint}
-}
-
-func counted(n int, what string) string {
-	if n == 1 {
-		return "1 " + what
-	}
-	return fmt.Sprintf("%d %ss", n, what)
 }

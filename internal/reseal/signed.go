@@ -75,7 +75,7 @@ func addSigned(ctx context.Context, n *node.Node, req admin.AddBootStatesRequest
 	if n.Config.TPM.BootPolicy != "" {
 		changes = append(changes, "the boot policy "+n.Config.TPM.BootPolicy+" judges these boots too, and must allow them: see docs/updates.md")
 	}
-	return append([]string{fmt.Sprintf("%s of key %.16s added", slotview.Count(len(file.States()), "boot state"), slotview.Fingerprint(signer))}, changes...), nil
+	return append([]string{fmt.Sprintf("%s of key %.16s added", seal.Count(len(file.States()), "boot state"), slotview.Fingerprint(signer))}, changes...), nil
 }
 
 // newestGeneration returns the latest generation of a signer's key for which a slot

@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
-	"github.com/beezy-dev/kleidi/internal/slotview"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Progress says which nodes a rotation waits for.
@@ -105,7 +105,7 @@ func record(w io.Writer, r *admin.NodeRecord) {
 		return
 	}
 	fmt.Fprintf(w, "  revision %d, anchored and announced %s, kleidi %s (formats %v), %s, started %s\n",
-		r.Revision, r.Announced, r.Version, r.Formats, slotview.Count(r.BootStates, "boot state"), r.Started.Local().Format(time.DateTime))
+		r.Revision, r.Announced, r.Version, r.Formats, seal.Count(r.BootStates, "boot state"), r.Started.Local().Format(time.DateTime))
 	if r.Anchored != r.Announced {
 		fmt.Fprintf(w, "  anchored %s\n", r.Anchored)
 	}

@@ -85,7 +85,7 @@ func summary(r Rule) string {
 	for _, list := range r.Sequences {
 		n += len(list)
 	}
-	return fmt.Sprintf("%s, %d entries", r.kind(), n)
+	return r.kind() + ", " + entries(n)
 }
 
 // versions compares sets.
@@ -170,7 +170,14 @@ func identities(list []Entry) string {
 	return strings.Join(s, "\n")
 }
 
-func listing(list []Entry) string { return fmt.Sprintf("a list of %d entries", len(list)) }
+func listing(list []Entry) string { return "a list of " + entries(len(list)) }
+
+func entries(n int) string {
+	if n == 1 {
+		return "1 entry"
+	}
+	return fmt.Sprintf("%d entries", n)
+}
 
 func (d *changes) sequence(path string, was, now []Entry) {
 	for _, p := range differences(len(was), len(now), func(i, k int) bool { return was[i].identity() == now[k].identity() }) {

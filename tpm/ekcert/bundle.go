@@ -75,7 +75,7 @@ func LoadBundle(fsys fs.FS) (*Bundle, error) {
 		return nil, fmt.Errorf("EK CA bundle: %w", err)
 	}
 	if b.numRoots == 0 {
-		return nil, fmt.Errorf("EK CA bundle: no self-signed CA certificate in it (%d others); add the root of each TPM maker, as *.pem, *.crt, *.cer or *.der", b.numIntermediates)
+		return nil, fmt.Errorf("EK CA bundle: no self-signed CA certificate in it (others: %d); add the root of each TPM maker, as *.pem, *.crt, *.cer or *.der", b.numIntermediates)
 	}
 	return b, nil
 }
@@ -89,7 +89,7 @@ func skip(d fs.DirEntry) error {
 
 func join(problems []error) error {
 	if n := len(problems) - maxProblems; n > 0 {
-		problems = append(problems[:maxProblems:maxProblems], fmt.Errorf("and %d files more", n))
+		problems = append(problems[:maxProblems:maxProblems], fmt.Errorf("and %d more", n))
 	}
 	return errors.Join(problems...)
 }

@@ -118,7 +118,7 @@ func TestLoadBundleNamesAll(t *testing.T) {
 		fsys[fmt.Sprintf("bad%02d.pem", i)] = &fstest.MapFile{Data: []byte("x")}
 	}
 	_, err := ekcert.LoadBundle(fsys)
-	for _, s := range []string{"bad00.pem: ", "bad19.pem: ", "and 5 files more"} {
+	for _, s := range []string{"bad00.pem: ", "bad19.pem: ", "and 5 more"} {
 		if err == nil || !strings.Contains(err.Error(), s) {
 			t.Errorf("%v, want %q", err, s)
 		}

@@ -177,7 +177,7 @@ func (b *Bundle) explain(cert *x509.Certificate, err error) error {
 	case cert.SignatureAlgorithm == x509.SHA1WithRSA || cert.SignatureAlgorithm == x509.ECDSAWithSHA1:
 		return fmt.Errorf("%w: it is signed with SHA-1, which no longer proves anything; allow this endorsement key by its digest", ErrUntrusted)
 	}
-	return fmt.Errorf("%w (%d roots, %d intermediates): %w; add its issuer %s to the bundle%s, %s",
+	return fmt.Errorf("%w (roots: %d, intermediates: %d): %w; add its issuer %s to the bundle%s, %s",
 		ErrUntrusted, b.numRoots, b.numIntermediates, err, issuer(cert), source(cert), byDigest)
 }
 

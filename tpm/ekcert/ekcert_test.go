@@ -160,7 +160,7 @@ func TestRefuses(t *testing.T) {
 		"an RSA-PSS key":          {root.forge(good, pss), ek, ekcert.ErrNotEK, "want RSA or ECDSA"},
 		"header of another size":  {append([]byte{0x10, 1, 0, 0xff, 0xff}, good...), ek, ekcert.ErrMalformed, ""},
 		"unknown critical":        {root.ekCert(ek, critical), ek, ekcert.ErrUntrusted, "1.3.6.1.4.1.55555.1"},
-		"issuer not in it":        {missing.ekCert(ek), ek, ekcert.ErrUntrusted, `(2 roots, 8 intermediates): x509: certificate signed by unknown authority; add its issuer "CN=missing" to the bundle`},
+		"issuer not in it":        {missing.ekCert(ek), ek, ekcert.ErrUntrusted, `(roots: 2, intermediates: 8): x509: certificate signed by unknown authority; add its issuer "CN=missing" to the bundle`},
 		"a source":                {missing.ekCert(ek, func(t *x509.Certificate) { t.IssuingCertificateURL = []string{"http://ca.example/\n"} }), ek, ekcert.ErrUntrusted, `(it says: "http://ca.example/\n")`},
 		"an impostor":             {stranger.ekCert(ek), ek, ekcert.ErrUntrusted, "add its issuer"},
 		"self-signed":             {(*ca)(nil).issue(ekTemplate(ek), ek, eks()["RSA-2048"]), ek, ekcert.ErrUntrusted, ""},

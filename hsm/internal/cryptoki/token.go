@@ -23,6 +23,13 @@ func (t *TokenMatch) matches(slot uint, info pkcs11.TokenInfo) bool {
 		(t.SlotID == nil || *t.SlotID == slot)
 }
 
+// ReadToken returns what the one token that matches reports about itself. Call it in a [Call]
+// on m.
+func ReadToken(m *Module, want *TokenMatch) (pkcs11.TokenInfo, error) {
+	_, info, err := findToken(m.Functions, want)
+	return info, err
+}
+
 // shownTokens is the maximum number of tokens that an error lists.
 const shownTokens = 6
 

@@ -20,11 +20,12 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/doctor"
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
 // Write writes a tar.gz. The journal may be nil.
-func Write(w io.Writer, n *doctor.Node, r doctor.Report, journal []byte, versions map[string]string) error {
+func Write(w io.Writer, n *doctor.Node, r diagnosis.Report, journal []byte, versions map[string]string) error {
 	zip := gzip.NewWriter(w)
 	archive := tar.NewWriter(zip)
 	for _, f := range []struct {
@@ -68,7 +69,7 @@ type finding struct {
 	What string `json:"what,omitempty"`
 }
 
-func shownFindings(r doctor.Report) any {
+func shownFindings(r diagnosis.Report) any {
 	all, unchecked := []finding{}, []string{}
 	for _, f := range r.Findings {
 		shown := finding{ID: f.ID, Note: f.Note}

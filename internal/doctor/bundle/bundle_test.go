@@ -15,6 +15,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/doctor"
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -91,12 +92,12 @@ func TestNothingSecret(t *testing.T) {
 	s.State, s.ClusterID, s.Memory, s.Keys = admin.Locked, "c1", "memfd_secret", []admin.KeyReport{{KeyID: "k1-a", Role: "current"}}
 	s.Slots[0].Name, s.Slots[0].Type, s.Slots[0].Use = "tpm", "tpm", "present"
 	s.Attestation.Boot, s.Attestation.Bank = "grub", "sha256"
-	r := doctor.Report{}
+	r := diagnosis.Report{}
 	for _, id := range []string{"configuration/refused", "keyring/locked", "keyslots/refused", "tpm/silent", "unit/weakened", "cluster-store/unreachable", "encryption-configuration/refused", "nodes/problem"} {
-		r.Findings = append(r.Findings, doctor.Finding{ID: id, What: secret, Why: secret, Command: secret})
+		r.Findings = append(r.Findings, diagnosis.Finding{ID: id, What: secret, Why: secret, Command: secret})
 	}
-	r.Findings = append(r.Findings, doctor.Finding{ID: "disk/full", What: "3 MB left", Command: secret})
-	r.NotChecked = []doctor.Unchecked{{Check: "pcrs", Reason: secret}}
+	r.Findings = append(r.Findings, diagnosis.Finding{ID: "disk/full", What: "3 MB left", Command: secret})
+	r.NotChecked = []diagnosis.Unchecked{{Check: "pcrs", Reason: secret}}
 	journal := fmt.Sprintf("time=2026-11-01T12:00:00Z level=WARN msg=\"a slot does not open\" error=\"%s\" cause=epoch-passed\npanic: %s\n%s\ntime=%s level=INFO msg=x\n", secret, secret, secret, secret)
 	var b bytes.Buffer
 	if err := Write(&b, n, r, []byte(journal), map[string]string{"kleidi": "v1"}); err != nil {

@@ -10,11 +10,12 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/internal/doctor"
+	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
 	"github.com/beezy-dev/kleidi/internal/files"
 )
 
 // WriteFile writes a new file, with the versions of this machine and the lines of its journal.
-func WriteFile(ctx context.Context, path string, n *doctor.Node, r doctor.Report) error {
+func WriteFile(ctx context.Context, path string, n *doctor.Node, r diagnosis.Report) error {
 	var b bytes.Buffer
 	if err := Write(&b, n, r, journal(ctx), versions(n)); err != nil {
 		return err

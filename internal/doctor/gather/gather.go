@@ -1,5 +1,5 @@
 // Package gather gathers the facts that package doctor judges: from the running serve, the
-// TPM, the event logs, the kernel and the cluster's API.
+// TPM, the event logs, the kernel, the token, Vault and the cluster's API.
 //
 // It changes nothing, opens no KEK, and gives each source a limited time. A source that
 // fails gives the reason instead of the fact.
@@ -59,6 +59,7 @@ func Into(ctx context.Context, n *doctor.Node, kubeconfig string) error {
 		n.Digests = digests(machine)
 		n.Next = nextBoots(ctx, machine, n)
 	}
+	n.Token, n.VaultToken = token(ctx, machine), vaultToken(ctx, machine)
 	n.API = api(ctx, kubeconfig, n.Config.KMS.Name)
 	return nil
 }

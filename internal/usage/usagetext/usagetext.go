@@ -19,7 +19,7 @@ func Usage(w io.Writer, u usage.Usage, roles map[string]string, named []string, 
 		if i > 0 {
 			fmt.Fprintln(w)
 		}
-		about := fmt.Sprintf("revision %d, %s", s.Revision, counted(s.Objects, "object"))
+		about := fmt.Sprintf("revision %d, %s", s.Revision, seal.Count(s.Objects, "object"))
 		if s.Snapshot != nil {
 			about += ", " + describeSnapshot(s.Snapshot)
 		}
@@ -46,14 +46,14 @@ func Usage(w io.Writer, u usage.Usage, roles map[string]string, named []string, 
 		}
 		t.Flush()
 		if clear > 0 {
-			fmt.Fprintf(w, "%s with %s in the clear throughout; --all lists them\n", counted(clear, "more resource"), counted(inClear, "object"))
+			fmt.Fprintf(w, "%s with %s in the clear throughout; --all lists them\n", seal.Count(clear, "more resource"), seal.Count(inClear, "object"))
 		}
 	}
 	switch {
 	case u.EncryptionConfig != "" && u.Left == 0:
 		fmt.Fprintf(w, "\nevery object is stored as %s demands\n", u.EncryptionConfig)
 	case u.EncryptionConfig != "":
-		fmt.Fprintf(w, "\nnot stored as %s demands: %s\n", u.EncryptionConfig, counted(u.Left, "object"))
+		fmt.Fprintf(w, "\nnot stored as %s demands: %s\n", u.EncryptionConfig, seal.Count(u.Left, "object"))
 	case u.KeyID == "":
 	case u.Left == 0:
 		fmt.Fprintln(w, "\nevery object of these resources is under the current key ID", u.KeyID)
@@ -62,13 +62,6 @@ func Usage(w io.Writer, u usage.Usage, roles map[string]string, named []string, 
 	default:
 		fmt.Fprintf(w, "\n%d objects are not under the current key ID %s\n", u.Left, u.KeyID)
 	}
-}
-
-func counted(n int, what string) string {
-	if n == 1 {
-		return "1 " + what
-	}
-	return fmt.Sprintf("%d %ss", n, what)
 }
 
 func describeProvider(k usage.Key) string {
@@ -101,18 +94,18 @@ func Openings(w io.Writer, all []usage.Opening) {
 			if role == "" {
 				role = "MISSING"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\tplugin %s\n", role, seal.OneLine(k.KeyID, 100), counted(k.Objects, "object"), seal.OneLine(k.Plugin, 100))
+			fmt.Fprintf(t, "%s\t%s\t%s\tplugin %s\n", role, seal.OneLine(k.KeyID, 100), seal.Count(k.Objects, "object"), seal.OneLine(k.Plugin, 100))
 		}
 		t.Flush()
 		if o.Other > 0 {
-			fmt.Fprintf(w, "%s under another provider, whose keys kleidi does not know\n", counted(o.Other, "object"))
+			fmt.Fprintf(w, "%s under another provider, whose keys kleidi does not know\n", seal.Count(o.Other, "object"))
 		}
 		switch {
 		case o.Foreign() && !archived(o.KeyIDs):
 			fmt.Fprintln(w, "the keyring holds none of these key IDs: the snapshot is of another cluster, or the keyring is, or their KEKs were pruned")
 			fmt.Fprintln(w, "  -> name the right copy of the keyring with --keyring, or the archives of pruned KEKs with --archive")
 		case o.Missing > 0:
-			fmt.Fprintf(w, "%s would not open after a restore\n", counted(o.Missing, "object"))
+			fmt.Fprintf(w, "%s would not open after a restore\n", seal.Count(o.Missing, "object"))
 			if printArchives(w, o.KeyIDs) {
 				break
 			}

@@ -1,4 +1,4 @@
-package slotview
+package seal
 
 import "fmt"
 

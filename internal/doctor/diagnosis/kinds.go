@@ -1,9 +1,9 @@
-package doctor
+package diagnosis
 
-// kind is the text common to all findings of a kind.
-type kind struct {
-	note bool // it can wait
-	why  string
+// Kind is the text common to all findings of a kind.
+type Kind struct {
+	Note bool // it can wait
+	Why  string
 }
 
 // Reasons that several kinds share.
@@ -13,8 +13,8 @@ const (
 	whySwap      = "swapped memory ends up on the disk, where the TPM does not protect it"
 )
 
-// kinds are all kinds of findings, by the check and the fault.
-var kinds = map[string]kind{
+// Kinds are all kinds of findings, by the check and the fault.
+var Kinds = map[string]Kind{
 	"configuration/refused": {false, "kleidi serve does not start with it"},
 
 	"tpm/missing":               {false, "the KEK is sealed in the TPM: without it only the recovery identity opens the keyring"},
@@ -89,6 +89,11 @@ var kinds = map[string]kind{
 	"nodes/version":             {true, "a newer keyring format is used only once every node reads it"},
 	"approvals/open":            {true, "until the approval ends, the machine with this endorsement key receives the KEK if it boots as its boot policy says"},
 	"approvals/expired":         {true, "the machine was to become a node, and did not"},
+	"token/pin-locked":          {false, "kleidi can't log in to the token, so its keyslot does not open"},
+	"token/pin-final-try":       {false, "one more wrong PIN locks the token, so kleidi gives it none, and its keyslot does not open"},
+	"token/pin-count-low":       {true, "the token counts wrong PINs, and some more lock it; the right PIN resets the count"},
+	"vault/token":               {false, "kleidi does not renew this token, and the keyslot does not open once the token has ended"},
+	"vault/jwt":                 {false, "kleidi can't log in to Vault with a token that has ended"},
 	"vault/certificate":         {false, "kleidi can't log in to Vault once its client certificate has ended"},
 	"clock/behind":              {false, "certificates and approvals are judged by the clock, and a clock that was set back accepts those that have ended"},
 	"clock/unsynchronised":      {true, "a clock that drifts ends certificates and approvals too early or too late"},
