@@ -28,6 +28,8 @@ type ListenConfig struct {
 	// means root and the socket's owner, but not the overflow UID (65534): in a
 	// user namespace every unmapped user has it, so it must be listed.
 	AllowedUIDs []uint32
+	// Self admits this process whatever its user, for Ping.
+	Self bool
 	// Log receives a line when connections are turned away; nil discards it.
 	Log *slog.Logger
 }
@@ -42,7 +44,7 @@ func Listen(cfg ListenConfig) (net.Listener, error) {
 	}
 	l, err := unixsocket.Listen(unixsocket.Config{
 		Path: cfg.Path, Setting: "kms.socket", Mode: cfg.Mode, Owner: cfg.Owner,
-		AllowedUIDs: allowedUIDs(cfg), Log: cfg.Log,
+		AllowedUIDs: allowedUIDs(cfg), Self: cfg.Self, Log: cfg.Log,
 	})
 	if err != nil {
 		return nil, err // not a typed nil

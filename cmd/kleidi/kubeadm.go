@@ -1,10 +1,12 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -27,7 +29,8 @@ type kubeadmPatch struct {
 
 type kubeadmFlags struct {
 	encryptionConfig, manifest, dir string
-	apply, revert, yes              bool
+	apply, revert, yes, wait        bool
+	timeout                         time.Duration
 }
 
 func newKubeadmPatch(a *app) *cobra.Command {
@@ -40,8 +43,8 @@ the folder of kleidi's socket. It leaves out what the present manifest mounts un
 another name, since kubeadm mounts that again. With --dir, write it into a folder for kubeadm's --patches
 (kubeadm init, join and upgrade), which a configuration file names as patches.directory in
 InitConfiguration and JoinConfiguration. With --apply, change the manifest of the running
-kube-apiserver, which kubelet then restarts; kubeadm upgrade writes a new manifest, so use
---dir as well. With --revert, take that change back; kube-apiserver keeps the file if other
+kube-apiserver, and wait until kubelet has restarted it and it is ready: before that, it
+still stores objects as before. kubeadm upgrade writes a new manifest, so use --dir as well. With --revert, take that change back; kube-apiserver keeps the file if other
 providers encrypt with it.`,
 		Example: `  kleidi kubeadm patch --dir /etc/kubernetes/patches
   kleidi kubeadm patch --apply
@@ -53,6 +56,8 @@ providers encrypt with it.`,
 	flags.StringVar(&f.encryptionConfig, "encryption-config", kubeadm.DefaultEncryptionConfig, "the EncryptionConfiguration that kube-apiserver reads")
 	flags.StringVar(&f.dir, "dir", "", "write the patch into this folder, for kubeadm's --patches")
 	flags.BoolVar(&f.apply, "apply", false, "change the manifest of this node's kube-apiserver")
+	flags.BoolVar(&f.wait, "wait", true, "with --apply, wait until kube-apiserver is ready with the change")
+	flags.DurationVar(&f.timeout, "timeout", 10*time.Minute, "how long to wait")
 	flags.BoolVar(&f.revert, "revert", false, "take the change back")
 	flags.StringVar(&f.manifest, "manifest", kubeadm.Manifest, "the manifest of kube-apiserver")
 	flags.BoolVar(&f.yes, "yes", false, "revert although kube-apiserver still encrypts with kleidi: the encrypted objects become unreadable")
@@ -92,8 +97,11 @@ func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
 		result.File = filepath.Join(f.dir, kubeadm.PatchName)
 		err, next = files.WriteOver(result.File, text), "name the folder in kubeadm's --patches or, with --config, in patches.directory of InitConfiguration and JoinConfiguration"
 	case f.apply:
-		result.File, next = f.manifest, "kubelet restarts kube-apiserver; then rewrite the stored objects: kleidi migrate"
-		changed, err = p.ApplyFile(f.manifest)
+		result.File, next = f.manifest, "rewrite the stored objects, once every kube-apiserver of the cluster has the change: kleidi migrate"
+		if !f.wait {
+			next = "kubelet restarts kube-apiserver; then rewrite the stored objects: kleidi migrate"
+		}
+		changed, err = f.applyPatch(cmd, p)
 	case f.revert:
 		result.File, next = f.manifest, "kubelet restarts kube-apiserver"
 		changed, kept, err = p.RevertFile(f.manifest, f.yes)
@@ -117,4 +125,20 @@ func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
 			fmt.Fprintf(w, "%s written\nnext: %s\n", result.File, next)
 		}
 	})
+}
+
+// applyPatch changes the manifest, and waits for kube-apiserver even if an earlier command
+// made the change.
+func (f kubeadmFlags) applyPatch(cmd *cobra.Command, p kubeadm.Patch) (changed bool, err error) {
+	restart := kubeadm.BeforeRestart(func(message string) { fmt.Fprintln(cmd.ErrOrStderr(), "[kubeadm patch] waiting:", message) })
+	changed, err = p.ApplyFile(f.manifest)
+	if err != nil || !f.wait {
+		return changed, err
+	}
+	if !changed {
+		restart.Unchanged()
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), f.timeout)
+	defer cancel()
+	return changed, restart.Await(ctx, f.encryptionConfig)
 }

@@ -66,7 +66,11 @@ func confinement(t testing.TB) []string {
 func TestUnit(t *testing.T) {
 	u := unit(t)
 	for name, want := range map[string][]string{
-		"Type":                  {"notify"},
+		"Type": {"notify"},
+		// A laden machine or a slow TPM must not end a good serve. A dump of the stacks
+		// could hold parts of a key.
+		"WatchdogSec":           {"5min"},
+		"WatchdogSignal":        {"SIGKILL"},
 		"ExecStart":             {"/usr/local/bin/kleidi serve"},
 		"ExecReload":            {"/bin/sh -c 'kill -HUP $MAINPID'"},
 		"CapabilityBoundingSet": {"CAP_DAC_OVERRIDE CAP_CHOWN"},

@@ -152,7 +152,7 @@ func TestPatch(t *testing.T) {
 
 	h.apiserver(flags...)
 	plain, plainText := h.pod(), h.read(manifest)
-	h.run("kleidi", "kubeadm", "patch", "--apply")
+	h.run("kleidi", "kubeadm", "patch", "--apply", "--wait=false")
 	applied := h.pod()
 
 	h.run("kleidi", "kubeadm", "patch", "--dir", "/etc/kubernetes/patches")
@@ -174,7 +174,7 @@ func TestPatch(t *testing.T) {
 
 	// A second application changes nothing, and kleidi reverts kubeadm's additions.
 	text := h.read(manifest)
-	h.run("kleidi", "kubeadm", "patch", "--apply")
+	h.run("kleidi", "kubeadm", "patch", "--apply", "--wait=false")
 	if h.read(manifest) != text {
 		t.Error("a manifest that kubeadm has patched is changed")
 	}
@@ -204,7 +204,7 @@ func TestOwnFolder(t *testing.T) {
 	if former := h.pod(); reflect.DeepEqual(former, patched) {
 		t.Fatal("the manifest does not mount the file alone")
 	}
-	h.run("kleidi", "kubeadm", "patch", "--apply", "--encryption-config", file)
+	h.run("kleidi", "kubeadm", "patch", "--apply", "--wait=false", "--encryption-config", file)
 	if now := h.pod(); !reflect.DeepEqual(now, patched) {
 		t.Errorf("kleidi makes\n%v\nkubeadm\n%v", now, patched)
 	}
@@ -233,7 +233,7 @@ func TestClusterConfiguration(t *testing.T) {
 		h.run("kleidi", "kubeadm", "patch", "--dir", "/etc/kubernetes/patches", "--encryption-config", file)
 	}
 	text := h.read(manifest)
-	h.run("kleidi", "kubeadm", "patch", "--apply", "--encryption-config", file)
+	h.run("kleidi", "kubeadm", "patch", "--apply", "--wait=false", "--encryption-config", file)
 	if h.read(manifest) != text {
 		t.Error("the manifest that kubeadm has patched lacks something")
 	}

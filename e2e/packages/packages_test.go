@@ -104,7 +104,7 @@ func initialise(t *testing.T, m *nspawn.Machine) {
 	if out, err := m.Try("kleidi doctor"); err == nil || !strings.Contains(out, "PROBLEM  manifest/unpatched") || strings.Count(out, "PROBLEM") != 1 {
 		t.Errorf("kleidi doctor: %v\n%s", err, out)
 	}
-	m.Sh("kleidi kubeadm patch --apply; kleidi doctor; kleidi keyring backup /root/keyring.json")
+	m.Sh("kleidi kubeadm patch --apply --wait=false; kleidi doctor; kleidi keyring backup /root/keyring.json")
 }
 
 // recipient returns a recovery recipient, whose identity nobody keeps.

@@ -2,12 +2,14 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
 	"slices"
 	"strings"
 
+	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
 
@@ -67,7 +69,7 @@ type resourceList struct {
 func discover(ctx context.Context, c *kube.Client, names []string) (all []resource, unserved []string, err error) {
 	var groups groupList
 	if err := c.Do(ctx, http.MethodGet, "/apis", "", nil, &groups); err != nil {
-		return nil, nil, fmt.Errorf("migrate: the API's groups: %w", err)
+		return nil, nil, fmt.Errorf("migrate: the API's groups: %w", unanswered(err))
 	}
 	versions := map[string][]string{"": {"v1"}}
 	for _, g := range groups.Groups {
@@ -94,6 +96,14 @@ func discover(ctx context.Context, c *kube.Client, names []string) (all []resour
 		}
 	}
 	return all, unserved, nil
+}
+
+// unanswered hints at a kube-apiserver that restarts, unless the API has answered.
+func unanswered(err error) error {
+	if _, answered := errors.AsType[*kube.Refusal](err); answered {
+		return err
+	}
+	return seal.WithHint(err, "if kubelet restarts kube-apiserver, wait until it answers (kubectl get --raw /readyz), and run the command again")
 }
 
 // named returns the resources of one name, which may be a wildcard. There may be none.

@@ -87,6 +87,7 @@ func (s *Server) Run(ctx context.Context) {
 	running.Go(func() { s.tidyUp(ctx) })
 	running.Go(func() { s.selfTest(ctx) })
 	running.Go(func() { s.watch(ctx) })
+	running.Go(func() { s.feedWatchdog(ctx) })
 	<-ctx.Done()
 	s.Node.Log.Info("stopping")
 	s.stop()
@@ -133,7 +134,7 @@ func (s *Server) serveKMS() error {
 		owner = &grpcserver.Owner{UID: orDefault(c.SocketUID, os.Geteuid()), GID: orDefault(c.SocketGID, os.Getegid())}
 	}
 	l, err := grpcserver.Listen(grpcserver.ListenConfig{
-		Path: c.Socket, Mode: fs.FileMode(c.SocketMode), Owner: owner, AllowedUIDs: c.AllowedUIDs, Log: s.Node.Log,
+		Path: c.Socket, Mode: fs.FileMode(c.SocketMode), Owner: owner, AllowedUIDs: c.AllowedUIDs, Self: true, Log: s.Node.Log,
 	})
 	s.health.setKMS(err)
 	if err != nil {

@@ -40,6 +40,8 @@ type Config struct {
 	AllowedUIDs []uint32
 	// AnyPeer admits every peer that the mode lets connect.
 	AnyPeer bool
+	// Self admits this process itself, and keeps a place for it.
+	Self bool
 	// Log receives a line when connections are turned away.
 	Log *slog.Logger
 }
@@ -90,6 +92,7 @@ func listen(cfg Config) (*Listener, error) {
 	}
 	l := &Listener{UnixListener: ul, path: cfg.Path, ino: ino, lock: lock}
 	l.seats.init(cfg.AllowedUIDs, cfg.AnyPeer, cfg.Log)
+	l.seats.self = cfg.Self
 	return l, nil
 }
 

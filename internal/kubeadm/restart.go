@@ -1,0 +1,142 @@
+package kubeadm
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/beezy-dev/kleidi/seal"
+)
+
+const (
+	lookEvery  = 500 * time.Millisecond
+	askTimeout = 10 * time.Second
+	maxAnswer  = 64 << 10
+)
+
+// Restart watches kubelet restart kube-apiserver. kubelet acts some time after a manifest
+// has changed, and until then the former kube-apiserver still writes objects as before.
+type Restart struct {
+	// Say shows a person what is waited for.
+	Say func(message string)
+
+	proc   string
+	former map[string][]string // the processes before the change
+}
+
+// BeforeRestart remembers the kube-apiservers that run now, whose manifest is to change.
+func BeforeRestart(say func(message string)) *Restart {
+	return &Restart{say, "/proc", processes("/proc")}
+}
+
+// Unchanged says that the manifest did not change, so that a process from before counts.
+func (r *Restart) Unchanged() { r.former = nil }
+
+// Await returns when a kube-apiserver with the EncryptionConfiguration runs and is ready.
+func (r *Restart) Await(ctx context.Context, file string) error {
+	for last := ""; ; {
+		missing := r.missing(ctx, file)
+		if missing == "" {
+			return nil
+		}
+		if missing != last && ctx.Err() == nil {
+			r.Say(missing)
+			last = missing
+		}
+		select {
+		case <-ctx.Done():
+			return seal.Errorf("", "look at journalctl -u kubelet and at kube-apiserver's log in /var/log/pods, and at kleidi status; the same command then waits again",
+				"the manifest has the change, but %s", cmp.Or(last, missing))
+		case <-time.After(lookEvery):
+		}
+	}
+}
+
+// missing says what kube-apiserver still lacks, or nothing.
+func (r *Restart) missing(ctx context.Context, file string) string {
+	now := processes(r.proc)
+	for _, process := range slices.Sorted(maps.Keys(now)) {
+		if _, before := r.former[process]; before || flagOf(now[process], flagName) != file {
+			continue
+		}
+		if err := ready(ctx, now[process]); err != nil {
+			return fmt.Sprintf("kube-apiserver is not ready: %v", err)
+		}
+		return ""
+	}
+	return "kubelet has not started kube-apiserver with " + flagName + "=" + file + " yet"
+}
+
+// processes returns the command lines of the running kube-apiservers.
+func processes(proc string) map[string][]string {
+	all := map[string][]string{}
+	files, _ := filepath.Glob(filepath.Join(proc, "[0-9]*", "cmdline"))
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			continue // it has ended
+		}
+		words := strings.Split(string(bytes.TrimRight(b, "\x00")), "\x00")
+		if filepath.Base(words[0]) == "kube-apiserver" {
+			all[filepath.Base(filepath.Dir(file))] = words
+		}
+	}
+	return all
+}
+
+// flagOf returns the value of a flag, in its own word or after the flag. The last counts.
+func flagOf(words []string, name string) (value string) {
+	for i, word := range words {
+		if v, ok := strings.CutPrefix(word, name+"="); ok {
+			value = v
+		} else if word == name && i+1 < len(words) {
+			value = words[i+1]
+		}
+	}
+	return value
+}
+
+// ready asks the kube-apiserver with this command line, as kubelet's probe does: without
+// credentials. Only the answers 5xx mean that it is not ready.
+func ready(ctx context.Context, words []string) error {
+	certificate, err := os.ReadFile(flagOf(words, "--tls-cert-file"))
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(certificate)
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true}
+	client := &http.Client{Transport: transport, Timeout: askTimeout}
+	address := net.JoinHostPort(cmp.Or(flagOf(words, "--advertise-address"), "127.0.0.1"), cmp.Or(flagOf(words, "--secure-port"), "6443"))
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+address+"/readyz", nil)
+	if err != nil {
+		return err
+	}
+	answer, err := client.Do(request)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode < 500 {
+		return nil
+	}
+	body, _ := io.ReadAll(io.LimitReader(answer.Body, maxAnswer))
+	for line := range strings.Lines(string(body)) {
+		if failed, ok := strings.CutPrefix(line, "[-]"); ok {
+			return fmt.Errorf("/readyz: %s", seal.OneLine(strings.TrimSpace(failed), 100))
+		}
+	}
+	return fmt.Errorf("/readyz answers %d", answer.StatusCode)
+}
