@@ -1,6 +1,7 @@
 package members
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"log/slog"
@@ -206,27 +207,55 @@ func TestNameTaken(t *testing.T) {
 	}
 }
 
+// stage begins a rotation.
+func stage(t *testing.T, n *node.Node) *keyring.Keyring {
+	t.Helper()
+	change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) {
+		revisions, err := rotation.Rotate(t.Context(), seal.Memory{}, k, rotation.Like(n.Rewrappers(), k.Slots()), n.Wrappers(), time.Now())
+		if err != nil {
+			return nil, err
+		}
+		revisions[1].Close()
+		return revisions[0], nil // it stops there
+	})
+	staged, err := n.Unlocker.Keyring()
+	if err != nil || staged.StagedID() == "" {
+		t.Fatalf("nothing is staged: %v", err)
+	}
+	return staged
+}
+
+// TestReplaceWhileStaged: a machine that takes another's place ends the rotation, whose KEK
+// the other machine may know.
+func TestReplaceWhileStaged(t *testing.T) {
+	n, d := seat(t)
+	var logged bytes.Buffer
+	n.Log = slog.New(slog.NewTextHandler(&logged, nil))
+	j := machine(t, "beta")
+	approve(t, d, j) // the keyring has the format of several nodes from now on
+	first := keyring.Node{Name: "beta", EK: "sha256:" + strings.Repeat("1", 64), SRK: []byte("first"), EpochIndex: keyring.FirstEpochIndex}
+	change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.WithNode(first, time.Now()) })
+	o := approve(t, d, j, func(r *admin.ApproveNodeRequest) { r.Replace = true })
+	id := stage(t, n).StagedID()
+	theirs, err := half(t, j, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if i := theirs.Info(); i.Staged != nil || !slices.Equal(i.Former, []string{"beta"}) || !theirs.Holds(id) {
+		t.Errorf("%+v", i)
+	}
+	if k, err := n.Unlocker.Keyring(); err != nil || k.StagedID() != "" || !strings.Contains(logged.String(), "the rotation is aborted, because the replaced machine may know its KEK") {
+		t.Errorf("staged %s, %v, log %s", k.StagedID(), err, logged.String())
+	}
+}
+
 // TestJoinWhileStaged: a node that joins during a rotation is given the staged KEK too, and
 // keeps slots of its own for both, so that it can acknowledge.
 func TestJoinWhileStaged(t *testing.T) {
 	n, d := seat(t)
 	j := machine(t, "beta")
 	o := approve(t, d, j)
-	err := n.Unlocker.Change(t.Context(), func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		revisions, err := rotation.Rotate(t.Context(), seal.Memory{}, k, rotation.Like(n.Rewrappers(), k.Slots()), n.Wrappers(), time.Now())
-		if err != nil {
-			return nil, err
-		}
-		revisions[1].Close()
-		return revisions[:1], nil // it stops there
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	staged, err := n.Unlocker.Keyring()
-	if err != nil || staged.StagedID() == "" {
-		t.Fatalf("nothing is staged: %v", err)
-	}
+	staged := stage(t, n)
 	if _, err := Join(t.Context(), j, o); err != nil {
 		t.Fatal(err)
 	}

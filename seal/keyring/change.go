@@ -130,6 +130,19 @@ func (k *Keyring) StagedID() seal.KeyID {
 // another node may have activated it already: a node that is ahead of this keyring after
 // the store was restored from an older snapshot.
 func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
+	doc, err := k.aborted(now)
+	if err != nil {
+		return nil, err
+	}
+	next, err := build(*doc, k.own, k.kek, nil)
+	if err != nil {
+		return nil, fmt.Errorf("abort: %w", err)
+	}
+	return next, nil
+}
+
+// aborted returns the document with the staged KEK retired.
+func (k *Keyring) aborted(now time.Time) (*document, error) {
 	switch {
 	case k.doc.Staged == nil:
 		return nil, errNothingStaged
@@ -145,11 +158,7 @@ func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
 		})
 	})
 	doc.Retired = append(doc.Retired, r)
-	next, err := build(doc, k.own, k.kek, nil)
-	if err != nil {
-		return nil, fmt.Errorf("abort: %w", err)
-	}
-	return next, nil
+	return &doc, nil
 }
 
 // HasRoom reports whether the keyring has room for a rotation. A rotation retires the
