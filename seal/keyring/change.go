@@ -130,7 +130,7 @@ func (k *Keyring) StagedID() seal.KeyID {
 // another node may have activated it already: a node that is ahead of this keyring after
 // the store was restored from an older snapshot.
 func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
-	doc, err := k.aborted(now)
+	doc, err := aborted(k, now)
 	if err != nil {
 		return nil, err
 	}
@@ -141,8 +141,8 @@ func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
 	return next, nil
 }
 
-// aborted returns the document with the staged KEK retired.
-func (k *Keyring) aborted(now time.Time) (*document, error) {
+// aborted returns the document of k with the staged KEK retired.
+func aborted(k *Keyring, now time.Time) (*document, error) {
 	switch {
 	case k.doc.Staged == nil:
 		return nil, errNothingStaged

@@ -174,7 +174,7 @@ func (k *Keyring) WithNode(n Node, now time.Time) (*Keyring, error) {
 	replaced := before != nil && before.EK != n.EK
 	if self, _ := k.Self(); replaced && from.Staged != nil && (staged != nil || n.Name != self.Name) {
 		var err error
-		if from, err = k.aborted(now); err != nil {
+		if from, err = aborted(k, now); err != nil {
 			return nil, fmt.Errorf("%s in the place of another machine, which may know the staged KEK: %w", what, err)
 		}
 		staged = nil
