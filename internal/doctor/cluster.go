@@ -60,7 +60,7 @@ func nodes(n *Node) (all []Finding) {
 // other judges one node of the cluster.
 func (n *Node) other(o admin.NodeReport) (all []Finding) {
 	if o.Unfinished {
-		all = found("nodes/unfinished", "kleidi node approve "+o.Node+" --replace --ek EK", "node %s was added at %s, and has not shown that it opened the keyring", o.Node, o.Added.UTC().Format(time.RFC3339))
+		all = found("nodes/unfinished", "kleidi node approve "+o.Node+" --ek "+o.EK+"   # then the printed command there", "node %s was added at %s, and has not shown that it opened the keyring", o.Node, o.Added.UTC().Format(time.RFC3339))
 	}
 	if o.Self || o.Record == nil {
 		return all

@@ -20,8 +20,11 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/replica"
+	"github.com/beezy-dev/kleidi/seal/replica/storetest"
 	"github.com/beezy-dev/kleidi/seal/rotation"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -168,6 +171,68 @@ func TestRemovedElsewhere(t *testing.T) {
 	}
 	if _, err := half(t, j, approve(t, d, j)); err != nil {
 		t.Errorf("approved again: %v", err)
+	}
+}
+
+// TestDroppedJoinsAgain: a node whose keyring is older than its new approval joins, although
+// that keyring still opens here. A node that the approval knows has nothing to do.
+func TestDroppedJoinsAgain(t *testing.T) {
+	n, d := seat(t)
+	j := machine(t, "beta")
+	o := approve(t, d, j)
+	for _, before := range []bool{false, true} {
+		if r, err := Join(t.Context(), j, o); err != nil || r.Before != before {
+			t.Fatalf("before %v: %+v, %v", before, r, err)
+		}
+	}
+	change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.WithoutNode("beta") })
+	r, err := Join(t.Context(), j, approve(t, d, j))
+	if err != nil || r.Before {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	k, err := n.Unlocker.Keyring()
+	if err != nil || listedAs(k, "beta") == nil || r.Revision != k.Revision() {
+		t.Errorf("the keyring does not list the node: %v", err)
+	}
+}
+
+// TestFinishedByRecord: a node that works has finished joining, even if this node was not told.
+func TestFinishedByRecord(t *testing.T) {
+	reaches := func(c *config.Config) { c.Cluster.Kubeconfig = filepath.Join(c.State.Dir, "unused") }
+	n, _ := seat(t, reaches)
+	w, j := wrongDesk(t, n), machine(t, "beta", reaches)
+	w.alter = func(_ *joinproof.Proven, a *join.Admission) { a.Done = func([]byte) []byte { return nil } } // the last message is lost
+	shared := &storetest.Memory{}
+	for _, n := range []*node.Node{n, j} {
+		n.Replica = replica.New(replica.Config{Store: shared, Unlocker: n.Unlocker, Log: slog.New(slog.DiscardHandler)})
+	}
+	if err := tryJoin(t, j, approve(t, w.Desk, j)); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Unlocker.Unlock(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	unfinished := func() bool {
+		t.Helper()
+		l, err := w.List(t.Context(), admin.ListNodesRequest{})
+		if err != nil || len(l.Nodes) != 2 {
+			t.Fatalf("%+v, %v", l, err)
+		}
+		return l.Nodes[1].Unfinished
+	}
+	for _, r := range []*replica.Replica{n.Replica, n.Replica} {
+		if err := r.Sync(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !unfinished() {
+		t.Error("nothing shows that it opened the KEK")
+	}
+	if err := j.Replica.Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if unfinished() {
+		t.Error("its record shows that it opened the KEK")
 	}
 }
 
