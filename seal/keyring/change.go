@@ -134,11 +134,7 @@ func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
 	if err != nil {
 		return nil, err
 	}
-	next, err := build(*doc, k.own, k.kek, nil)
-	if err != nil {
-		return nil, fmt.Errorf("abort: %w", err)
-	}
-	return next, nil
+	return revise(k, "abort", doc)
 }
 
 // aborted returns the document of k with the staged KEK retired.
@@ -186,11 +182,7 @@ func (k *Keyring) GiveUpStaged() (*Keyring, error) {
 	}
 	doc := *k.doc
 	doc.Staged = nil
-	next, err := build(doc, k.own, k.kek, nil)
-	if err != nil {
-		return nil, fmt.Errorf("give up the staged KEK: %w", err)
-	}
-	return next, nil
+	return revise(k, "give up the staged KEK", &doc)
 }
 
 // Activate retires the current KEK and makes the staged KEK the current one. It
@@ -274,17 +266,16 @@ func (k *Keyring) AtLeast(revision uint64) (*Keyring, error) {
 	if revision > 0 {
 		doc.Revision = max(doc.Revision, revision-1)
 	}
-	next, err := build(doc, k.own, k.kek, k.staged)
-	if err != nil {
-		return nil, fmt.Errorf("raise revision: %w", err)
-	}
-	return next, nil
+	return revise(k, "raise revision", &doc)
 }
 
 // build returns the keyring of doc's next revision, with the remaining part of the node's
-// own section. The keyring shares kek, and staged unless it is nil.
+// own section. The keyring shares kek, and staged unless it is nil or doc stages no KEK.
 func build(doc document, own *section2, kek, staged *shared) (*Keyring, error) {
 	doc.Revision++
+	if doc.Staged == nil {
+		staged = nil
+	}
 	body, err := encodeBody(&doc)
 	if err != nil {
 		return nil, err

@@ -169,15 +169,14 @@ func (s *slotted) withoutImports(format int) []seal.Slot {
 // because a node with a new TPM may be unable to open it.
 func (k *Keyring) WithNode(n Node, now time.Time) (*Keyring, error) {
 	n.Added = now
-	what, from, staged := "add node "+n.Name, k.doc, k.staged
+	what, from := "add node "+n.Name, k.doc
 	before := from.node(n.Name)
 	replaced := before != nil && before.EK != n.EK
-	if self, _ := k.Self(); replaced && from.Staged != nil && (staged != nil || n.Name != self.Name) {
+	if self, _ := k.Self(); replaced && from.Staged != nil && (k.staged != nil || n.Name != self.Name) {
 		var err error
 		if from, err = aborted(k, now); err != nil {
 			return nil, fmt.Errorf("%s in the place of another machine, which may know the staged KEK: %w", what, err)
 		}
-		staged = nil
 	}
 	doc, err := changeNodes(&Keyring{doc: from, own: k.own}, what, func(nodes []Node) []Node { return append(nodes, n) }, n.Name)
 	if err != nil {
@@ -186,11 +185,7 @@ func (k *Keyring) WithNode(n Node, now time.Time) (*Keyring, error) {
 	if replaced {
 		doc.addFormer(n.Name)
 	}
-	next, err := build(*doc, k.own, k.kek, staged)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", what, err)
-	}
-	return next, nil
+	return revise(k, what, doc)
 }
 
 // WithoutNode removes other nodes in one revision, with their import slots. The keyring names
