@@ -55,7 +55,7 @@ func nodes(n *Node) (all []diagnosis.Finding) {
 // other judges one node of the cluster.
 func (n *Node) other(o admin.NodeReport) (all []diagnosis.Finding) {
 	if o.Unfinished {
-		all = diagnosis.Found("nodes/unfinished", "kleidi node approve "+o.Node+" --replace --ek EK", "node %s was added at %s, and has not shown that it opened the keyring", o.Node, o.Added.UTC().Format(time.RFC3339))
+		all = diagnosis.Found("nodes/unfinished", "kleidi node approve "+o.Node+" --ek "+o.EK+"   # then the printed command there", "node %s was added at %s, and has not shown that it opened the keyring", o.Node, o.Added.UTC().Format(time.RFC3339))
 	}
 	if o.Self || o.Record == nil {
 		return all

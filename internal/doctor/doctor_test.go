@@ -269,7 +269,9 @@ var faults = []fault{
 	{"nodes/behind", "cp-2 is behind", func(_ *testing.T, n *Node) {
 		n.Status.Cluster.Behind = []admin.WaitingNode{{Node: "cp-2", Why: "no record"}}
 	}},
-	{"nodes/unfinished", "cp-2", func(_ *testing.T, n *Node) { n.Nodes.Value.Nodes[1].Unfinished = true }},
+	{"nodes/unfinished", "kleidi node approve cp-2 --ek sha256:ab", func(_ *testing.T, n *Node) {
+		n.Nodes.Value.Nodes[1].EK, n.Nodes.Value.Nodes[1].Unfinished = "sha256:ab", true
+	}},
 	{"nodes/problem", "locked", func(_ *testing.T, n *Node) { n.Nodes.Value.Nodes[1].Record.Problem = "locked" }},
 	{"nodes/version", "version v0", func(_ *testing.T, n *Node) { n.Nodes.Value.Nodes[1].Record.Version = "v0" }},
 	{"approvals/open", "cp-3 is approved until 2026-11-01T13:00:00Z", func(_ *testing.T, n *Node) {

@@ -297,7 +297,11 @@ func (d *Desk) List(ctx context.Context, _ admin.ListNodesRequest) (admin.NodeLi
 	}
 	records := rollout.Records(ctx, d.node, k)
 	for i := range l.Nodes {
-		l.Nodes[i].Record = records[l.Nodes[i].Node]
+		r := records[l.Nodes[i].Node]
+		l.Nodes[i].Record = r
+		if r != nil && r.Behind == "" { // only the KEK makes such a record
+			l.Nodes[i].Unfinished = false
+		}
 	}
 	l.Cluster = rollout.Cluster(d.node, k)
 	return l, nil

@@ -104,12 +104,17 @@ var errNothing = errors.New("nothing to change")
 // node. The result leaves this process only afterwards.
 func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven, demanded *keyring.Node) (*join.Admission, error) {
 	a := &join.Admission{Node: entryOf(p)}
+	var retired seal.KeyID
 	err := d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
 		next, listed, err := withNode(k, a.Node, demanded)
 		if err != nil {
 			return nil, err
 		}
-		if err := d.grant(ctx, k, p, a); err != nil {
+		retired = ""
+		if next.StagedID() == "" {
+			retired = k.StagedID()
+		}
+		if err := d.grant(ctx, next, p, a); err != nil {
 			if !listed {
 				next.Close()
 			}
@@ -123,6 +128,9 @@ func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven, demanded *keyring
 	})
 	if err != nil && !errors.Is(err, errNothing) {
 		return nil, err
+	}
+	if retired != "" {
+		d.node.Log.Warn("the rotation is aborted, because the replaced machine may know its KEK; rotate again", "node", a.Node.Name, "keyID", retired)
 	}
 	a.Done = func(transcript []byte) []byte {
 		k, err := d.node.Unlocker.Keyring()
@@ -196,7 +204,7 @@ func (d *Desk) grant(ctx context.Context, k *keyring.Keyring, p *joinproof.Prove
 	if err != nil {
 		return err
 	}
-	a.Current = []seal.Slot{slot}
+	a.Current, a.Staged = []seal.Slot{slot}, nil
 	if k.StagedID() == "" {
 		return nil
 	}

@@ -132,7 +132,9 @@ func (j *joiner) before(ctx context.Context) (*JoinResult, error) {
 		return nil, err
 	}
 	if stored != nil && j.served(ctx) {
-		return j.joined(stored)
+		if r, err := j.joined(stored); r != nil || err != nil {
+			return r, err
+		}
 	}
 	if err := j.AcquireState(); err != nil {
 		return nil, err
@@ -140,16 +142,22 @@ func (j *joiner) before(ctx context.Context) (*JoinResult, error) {
 	if stored != nil {
 		if k, err := j.Unlocker.Open(ctx); err == nil {
 			defer k.Close()
-			return j.joined(stored)
+			if r, err := j.joined(stored); r != nil || err != nil {
+				return r, err
+			}
 		}
 	}
 	return nil, j.loadAnchor(ctx)
 }
 
 // joined returns the result if the keyring on this machine opens. --trust must vouch for
-// that keyring.
+// that keyring. The result is nil if that keyring is older than --trust: the approval came
+// after it, so the cluster may have dropped this node.
 func (j *joiner) joined(u *keyring.Untrusted) (*JoinResult, error) {
 	i := u.Info()
+	if i.Revision < j.Trust.Revision {
+		return nil, nil
+	}
 	if i.Current.KeyID != j.Trust.KeyID && !slices.ContainsFunc(i.Retired, func(r keyring.RetiredInfo) bool { return r.KeyID == j.Trust.KeyID }) {
 		return nil, seal.Errorf(seal.CauseAnchor, "run the command that was printed when this node was approved", "the keyring here opens, but does not hold key ID %s, which --trust names", j.Trust.KeyID)
 	}

@@ -1,6 +1,7 @@
 package members
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"log/slog"
@@ -19,8 +20,11 @@ import (
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
 	"github.com/beezy-dev/kleidi/seal/recovery"
+	"github.com/beezy-dev/kleidi/seal/replica"
+	"github.com/beezy-dev/kleidi/seal/replica/storetest"
 	"github.com/beezy-dev/kleidi/seal/rotation"
 	"github.com/beezy-dev/kleidi/tpm/attest"
+	"github.com/beezy-dev/kleidi/tpm/attest/joinproof"
 	"github.com/beezy-dev/kleidi/tpm/bootpolicy"
 	"github.com/beezy-dev/kleidi/tpm/simboot"
 	"github.com/beezy-dev/kleidi/tpm/tpmtest"
@@ -170,6 +174,68 @@ func TestRemovedElsewhere(t *testing.T) {
 	}
 }
 
+// TestDroppedJoinsAgain: a node whose keyring is older than its new approval joins, although
+// that keyring still opens here. A node that the approval knows has nothing to do.
+func TestDroppedJoinsAgain(t *testing.T) {
+	n, d := seat(t)
+	j := machine(t, "beta")
+	o := approve(t, d, j)
+	for _, before := range []bool{false, true} {
+		if r, err := Join(t.Context(), j, o); err != nil || r.Before != before {
+			t.Fatalf("before %v: %+v, %v", before, r, err)
+		}
+	}
+	change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.WithoutNode("beta") })
+	r, err := Join(t.Context(), j, approve(t, d, j))
+	if err != nil || r.Before {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	k, err := n.Unlocker.Keyring()
+	if err != nil || listedAs(k, "beta") == nil || r.Revision != k.Revision() {
+		t.Errorf("the keyring does not list the node: %v", err)
+	}
+}
+
+// TestFinishedByRecord: a node that works has finished joining, even if this node was not told.
+func TestFinishedByRecord(t *testing.T) {
+	reaches := func(c *config.Config) { c.Cluster.Kubeconfig = filepath.Join(c.State.Dir, "unused") }
+	n, _ := seat(t, reaches)
+	w, j := wrongDesk(t, n), machine(t, "beta", reaches)
+	w.alter = func(_ *joinproof.Proven, a *join.Admission) { a.Done = func([]byte) []byte { return nil } } // the last message is lost
+	shared := &storetest.Memory{}
+	for _, n := range []*node.Node{n, j} {
+		n.Replica = replica.New(replica.Config{Store: shared, Unlocker: n.Unlocker, Log: slog.New(slog.DiscardHandler)})
+	}
+	if err := tryJoin(t, j, approve(t, w.Desk, j)); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Unlocker.Unlock(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	unfinished := func() bool {
+		t.Helper()
+		l, err := w.List(t.Context(), admin.ListNodesRequest{})
+		if err != nil || len(l.Nodes) != 2 {
+			t.Fatalf("%+v, %v", l, err)
+		}
+		return l.Nodes[1].Unfinished
+	}
+	for _, r := range []*replica.Replica{n.Replica, n.Replica} {
+		if err := r.Sync(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !unfinished() {
+		t.Error("nothing shows that it opened the KEK")
+	}
+	if err := j.Replica.Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if unfinished() {
+		t.Error("its record shows that it opened the KEK")
+	}
+}
+
 // TestNameTaken: a machine that was approved for a name does not take the place of a machine
 // that another node has listed under that name since.
 func TestNameTaken(t *testing.T) {
@@ -232,27 +298,55 @@ func TestOneName(t *testing.T) {
 	}
 }
 
+// stage begins a rotation.
+func stage(t *testing.T, n *node.Node) *keyring.Keyring {
+	t.Helper()
+	change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) {
+		revisions, err := rotation.Rotate(t.Context(), seal.Memory{}, k, rotation.Like(n.Rewrappers(), k.Slots()), n.Wrappers(), time.Now())
+		if err != nil {
+			return nil, err
+		}
+		revisions[1].Close()
+		return revisions[0], nil // it stops there
+	})
+	staged, err := n.Unlocker.Keyring()
+	if err != nil || staged.StagedID() == "" {
+		t.Fatalf("nothing is staged: %v", err)
+	}
+	return staged
+}
+
+// TestReplaceWhileStaged: a machine that takes another's place ends the rotation, whose KEK
+// the other machine may know.
+func TestReplaceWhileStaged(t *testing.T) {
+	n, d := seat(t)
+	var logged bytes.Buffer
+	n.Log = slog.New(slog.NewTextHandler(&logged, nil))
+	j := machine(t, "beta")
+	approve(t, d, j) // the keyring has the format of several nodes from now on
+	first := keyring.Node{Name: "beta", EK: "sha256:" + strings.Repeat("1", 64), SRK: []byte("first"), EpochIndex: keyring.FirstEpochIndex}
+	change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.WithNode(first, time.Now()) })
+	o := approve(t, d, j, func(r *admin.ApproveNodeRequest) { r.Replace = true })
+	id := stage(t, n).StagedID()
+	theirs, err := half(t, j, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if i := theirs.Info(); i.Staged != nil || !slices.Equal(i.Former, []string{"beta"}) || !theirs.Holds(id) {
+		t.Errorf("%+v", i)
+	}
+	if k, err := n.Unlocker.Keyring(); err != nil || k.StagedID() != "" || !strings.Contains(logged.String(), "the rotation is aborted, because the replaced machine may know its KEK") {
+		t.Errorf("staged %s, %v, log %s", k.StagedID(), err, logged.String())
+	}
+}
+
 // TestJoinWhileStaged: a node that joins during a rotation is given the staged KEK too, and
 // keeps slots of its own for both, so that it can acknowledge.
 func TestJoinWhileStaged(t *testing.T) {
 	n, d := seat(t)
 	j := machine(t, "beta")
 	o := approve(t, d, j)
-	err := n.Unlocker.Change(t.Context(), func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		revisions, err := rotation.Rotate(t.Context(), seal.Memory{}, k, rotation.Like(n.Rewrappers(), k.Slots()), n.Wrappers(), time.Now())
-		if err != nil {
-			return nil, err
-		}
-		revisions[1].Close()
-		return revisions[:1], nil // it stops there
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	staged, err := n.Unlocker.Keyring()
-	if err != nil || staged.StagedID() == "" {
-		t.Fatalf("nothing is staged: %v", err)
-	}
+	staged := stage(t, n)
 	if _, err := Join(t.Context(), j, o); err != nil {
 		t.Fatal(err)
 	}

@@ -130,6 +130,15 @@ func (k *Keyring) StagedID() seal.KeyID {
 // another node may have activated it already: a node that is ahead of this keyring after
 // the store was restored from an older snapshot.
 func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
+	doc, err := aborted(k, now)
+	if err != nil {
+		return nil, err
+	}
+	return revise(k, "abort", doc)
+}
+
+// aborted returns the document of k with the staged KEK retired.
+func aborted(k *Keyring, now time.Time) (*document, error) {
 	switch {
 	case k.doc.Staged == nil:
 		return nil, errNothingStaged
@@ -145,11 +154,7 @@ func (k *Keyring) Abort(now time.Time) (*Keyring, error) {
 		})
 	})
 	doc.Retired = append(doc.Retired, r)
-	next, err := build(doc, k.own, k.kek, nil)
-	if err != nil {
-		return nil, fmt.Errorf("abort: %w", err)
-	}
-	return next, nil
+	return &doc, nil
 }
 
 // HasRoom reports whether the keyring has room for a rotation. A rotation retires the
@@ -177,11 +182,7 @@ func (k *Keyring) GiveUpStaged() (*Keyring, error) {
 	}
 	doc := *k.doc
 	doc.Staged = nil
-	next, err := build(doc, k.own, k.kek, nil)
-	if err != nil {
-		return nil, fmt.Errorf("give up the staged KEK: %w", err)
-	}
-	return next, nil
+	return revise(k, "give up the staged KEK", &doc)
 }
 
 // Activate retires the current KEK and makes the staged KEK the current one. It
@@ -265,17 +266,16 @@ func (k *Keyring) AtLeast(revision uint64) (*Keyring, error) {
 	if revision > 0 {
 		doc.Revision = max(doc.Revision, revision-1)
 	}
-	next, err := build(doc, k.own, k.kek, k.staged)
-	if err != nil {
-		return nil, fmt.Errorf("raise revision: %w", err)
-	}
-	return next, nil
+	return revise(k, "raise revision", &doc)
 }
 
 // build returns the keyring of doc's next revision, with the remaining part of the node's
-// own section. The keyring shares kek, and staged unless it is nil.
+// own section. The keyring shares kek, and staged unless it is nil or doc stages no KEK.
 func build(doc document, own *section2, kek, staged *shared) (*Keyring, error) {
 	doc.Revision++
+	if doc.Staged == nil {
+		staged = nil
+	}
 	body, err := encodeBody(&doc)
 	if err != nil {
 		return nil, err

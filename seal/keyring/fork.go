@@ -34,12 +34,26 @@ func OpenHeld(k *Keyring, remote *Untrusted, mem seal.Memory) (*Keyring, error) 
 }
 
 // Absorb returns a revision after both k and other, a keyring of the same cluster. It is
-// k with the KEKs that only other holds as retired KEKs, so that no KEK is forgotten.
+// k with the KEKs that only other holds as retired KEKs, so that no KEK is forgotten. It
+// names the machines that know k's current KEK by other alone as former nodes. If they know
+// the staged KEK too, that KEK is retired, and never becomes current.
 func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 	if s := other.doc.Staged; s != nil && other.staged == nil && !holds(k, s.KeyID) {
 		return nil, fmt.Errorf("absorb: the other keyring's staged KEK %s is not open here", s.KeyID)
 	}
+	holders := holdersBeside(k, other)
+	if id := k.StagedID(); len(holders) > 0 && id != "" && holds(other, id) {
+		aborted, err := k.Abort(now)
+		if err != nil {
+			return nil, fmt.Errorf("absorb: node %s, which only the other keyring names, may know the staged KEK: %w", holders[0], err)
+		}
+		defer aborted.Close()
+		k = aborted
+	}
 	doc := *k.doc
+	for _, name := range holders {
+		doc.addFormer(name)
+	}
 	doc.Revision, doc.Retired = max(doc.Revision, other.doc.Revision), slices.Clone(doc.Retired)
 	var err error
 	withKEK(k.kek.secret, func(current []byte) {
@@ -66,6 +80,21 @@ func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 		return nil, fmt.Errorf("absorb: %w", err)
 	}
 	return revise(k, "absorb", &doc)
+}
+
+// holdersBeside returns the names under which other lists machines, or names former ones,
+// that know the current KEK of k and that k does not list. A machine that joined under
+// other knows every KEK that other holds.
+func holdersBeside(k, other *Keyring) (names []string) {
+	if !holds(other, k.CurrentID()) {
+		return nil
+	}
+	for _, n := range other.doc.Nodes {
+		if listed := k.doc.node(n.Name); listed == nil || listed.EK != n.EK {
+			names = append(names, n.Name)
+		}
+	}
+	return append(names, other.doc.Former...)
 }
 
 // holds reports whether k has the KEK, open or staged.

@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -18,6 +19,49 @@ func readsAll(t *testing.T, k *Keyring, all map[string]*Keyring) {
 		if p, err := k.Decrypt(id, c); err != nil || string(p) != name {
 			t.Errorf("%s: %q, %v", name, p, err)
 		}
+	}
+}
+
+// TestAbsorbNamesHolders: a machine that became a node, or was removed, in the other half of a
+// fork knows the KEKs of that half. The kept keyring names it until none of these is current.
+func TestAbsorbNamesHolders(t *testing.T) {
+	ok := must[*Keyring](t)
+	a, _ := cluster2(t)
+	joined := ok(a.WithNode(entry("cp-4", "d"), now))
+	both := ok(ok(joined.WithNode(Node{Name: "cp-5"}, now)).WithoutNode("cp-5"))
+	staged := acknowledge(t, ok(a.Stage(newKEK(t, 60), imports(), now)), 60)
+	ahead := rotate2(t, joined, 60) // with the KEK that is staged in the other half
+	cleared := entry("cp-4", "d")
+	cleared.SRK = []byte("cleared")
+	for name, c := range map[string]struct {
+		k, other *Keyring
+		former   []string
+		aborts   bool
+	}{
+		"it joined there":               {k: a, other: joined, former: []string{"cp-4"}},
+		"another was removed there":     {k: a, other: both, former: []string{"cp-4", "cp-5"}},
+		"nobody joined there":           {k: a, other: ok(a.AtLeast(9))},
+		"the same machine, cleared":     {k: ok(a.WithNode(cleared, now)), other: joined},
+		"another machine of that name":  {k: ok(a.WithNode(entry("cp-4", "e"), now)), other: joined, former: []string{"cp-4"}},
+		"it never knew the kept KEK":    {k: rotate2(t, a, 70), other: joined},
+		"the kept half was left behind": {k: a, other: ahead, former: []string{"cp-4"}},
+		"it never knew the staged KEK":  {k: staged, other: joined, former: []string{"cp-4"}},
+		"it knows the staged KEK":       {k: staged, other: ahead, former: []string{"cp-4"}, aborts: true},
+		"all who know it are listed":    {k: staged, other: rotate2(t, a, 60)},
+	} {
+		other := c.other // read from the store, as Publish does
+		if other.StagedID() == "" && c.k.Holds(other.CurrentID()) {
+			other = ok(OpenHeld(c.k, published(t, other), seal.Memory{}))
+		}
+		next := ok(Absorb(c.k, other, now))
+		if i := next.Info(); !slices.Equal(i.Former, c.former) || (i.Staged == nil) != (c.k.StagedID() == "" || c.aborts) || next.Revision() <= c.other.Revision() || next.CurrentID() != c.k.CurrentID() {
+			t.Errorf("%s: former %q, staged %v, revision %d", name, i.Former, i.Staged, i.Revision)
+		}
+		readsAll(t, next, map[string]*Keyring{"kept": c.k, "the other": c.other})
+	}
+	closed := reopen(t, staged, newKEK(t, 1), nil)
+	if _, err := Absorb(closed, ahead, now); err == nil || !strings.Contains(err.Error(), "node cp-4, which only the other keyring names, may know the staged KEK") {
+		t.Errorf("not open: %v", err)
 	}
 }
 

@@ -334,8 +334,10 @@ func TestNodes(t *testing.T) {
 	if got := three.Nodes(); len(got) != 3 || got[2].Name != "cp-3" || !got[2].Added.Equal(now.Add(time.Hour)) || three.Revision() != staged.Revision()+1 {
 		t.Errorf("%+v", got)
 	}
-	replaced := ok(three.WithNode(entry("cp-2", "c"), now))
-	if got := replaced.Nodes(); len(got) != 3 || got[2].EK != "sha256:"+hex64("c") || names(replaced.StagedSlots()) != "i1|s" {
+	cleared := entry("cp-2", "b")
+	cleared.SRK = []byte("another")
+	replaced := ok(three.WithNode(cleared, now))
+	if got := replaced.Nodes(); len(got) != 3 || string(got[2].SRK) != "another" || names(replaced.StagedSlots()) != "i1|s" {
 		t.Errorf("%+v, staged slots %q: those for the former TPM are of no use", got, names(replaced.StagedSlots()))
 	}
 	removed := ok(three.WithoutNode("cp-2"))

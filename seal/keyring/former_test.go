@@ -44,3 +44,40 @@ func TestFormer(t *testing.T) {
 		t.Error("a node removes itself")
 	}
 }
+
+// TestReplacedWhileStaged: a replaced machine may know the staged KEK, which therefore never
+// becomes current. It stays readable, as after Abort.
+func TestReplacedWhileStaged(t *testing.T) {
+	ok := must[*Keyring](t)
+	a, b := cluster2(t)
+	staged := acknowledge(t, ok(ok(a.WithNode(entry("cp-4", "d"), now)).Stage(newKEK(t, 61), imports(), now)), 61)
+	id := staged.StagedID()
+	next := ok(staged.WithNode(entry("cp-4", "e"), now))
+	i := next.Info()
+	if i.Staged != nil || !slices.Equal(i.Former, []string{"cp-4"}) || next.Revision() != staged.Revision()+1 || len(i.Retired) != 1 || i.Retired[0].KeyID != id || !i.Retired[0].Unused || !next.Holds(id) {
+		t.Errorf("%+v", i)
+	}
+	if _, err := next.Activate(now); err == nil {
+		t.Error("the staged KEK becomes current")
+	}
+	cleared := entry("cp-4", "d")
+	cleared.SRK = []byte("cleared")
+	for name, n := range map[string]Node{"another node": entry("cp-5", "f"), "a cleared TPM": cleared} {
+		if next := ok(staged.WithNode(n, now)); next.StagedID() != id || !next.Holds(id) || len(next.Info().Former) != 0 {
+			t.Errorf("%s: %+v", name, next.Info())
+		}
+	}
+	// Where the staged KEK is not open it can't be retired. Only a new TPM of this very node may
+	// be the reason.
+	b = ok(b.Follow(published(t, ok(a.WithNode(entry("cp-4", "d"), now)))))
+	closed := ok(b.Follow(published(t, staged)))
+	if closed.Holds(id) {
+		t.Fatal("the staged KEK is open")
+	}
+	if _, err := closed.WithNode(entry("cp-4", "e"), now); err == nil || !strings.Contains(err.Error(), "which may know the staged KEK: abort: the staged KEK "+string(id)+" is not open here") {
+		t.Errorf("not open: %v", err)
+	}
+	if next := ok(closed.WithNode(entry("cp-2", "e"), now)); next.StagedID() != id || !slices.Equal(next.Info().Former, []string{"cp-2"}) {
+		t.Errorf("this node's own TPM: %+v", next.Info())
+	}
+}

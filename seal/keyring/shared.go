@@ -163,17 +163,29 @@ func (s *slotted) withoutImports(format int) []seal.Slot {
 }
 
 // WithNode adds a node, or replaces the entry of that name. If the entry was another
-// machine's, the keyring names that machine as a former node, as WithoutNode does.
+// machine's, the keyring names that machine as a former node, as WithoutNode does. That
+// machine may know a staged KEK too, so WithNode then retires the staged KEK, as Abort does.
+// Only the entry of this node itself can be replaced while the staged KEK is not open here,
+// because a node with a new TPM may be unable to open it.
 func (k *Keyring) WithNode(n Node, now time.Time) (*Keyring, error) {
 	n.Added = now
-	doc, err := changeNodes(k, "add node "+n.Name, func(nodes []Node) []Node { return append(nodes, n) }, n.Name)
+	what, from := "add node "+n.Name, k.doc
+	before := from.node(n.Name)
+	replaced := before != nil && before.EK != n.EK
+	if self, _ := k.Self(); replaced && from.Staged != nil && (k.staged != nil || n.Name != self.Name) {
+		var err error
+		if from, err = aborted(k, now); err != nil {
+			return nil, fmt.Errorf("%s in the place of another machine, which may know the staged KEK: %w", what, err)
+		}
+	}
+	doc, err := changeNodes(&Keyring{doc: from, own: k.own}, what, func(nodes []Node) []Node { return append(nodes, n) }, n.Name)
 	if err != nil {
 		return nil, err
 	}
-	if before := k.doc.node(n.Name); before != nil && before.EK != n.EK {
+	if replaced {
 		doc.addFormer(n.Name)
 	}
-	return revise(k, "add node "+n.Name, doc)
+	return revise(k, what, doc)
 }
 
 // WithoutNode removes other nodes in one revision, with their import slots. The keyring names

@@ -84,7 +84,7 @@ var Kinds = map[string]Kind{
 	"cluster-store/record":      {false, "the other nodes wait for this node's record before they rotate, remove a node or prune"},
 	"cluster-store/certificate": {false, "without a client certificate this node has no access to the cluster store"},
 	"nodes/behind":              {false, "a rotation waits for the node, or goes on without it; then the node may not open what the others encrypt next"},
-	"nodes/unfinished":          {false, "the node received the keyring and has not shown that it opened it: after a rotation it is left out"},
+	"nodes/unfinished":          {false, "the node received the keyring and has not shown that it opened it: a rotation waits for it"},
 	"nodes/problem":             {false, "the node may not open the keyring at its next start"},
 	"nodes/version":             {true, "a newer keyring format is used only once every node reads it"},
 	"approvals/open":            {true, "until the approval ends, the machine with this endorsement key receives the KEK if it boots as its boot policy says"},
