@@ -36,7 +36,7 @@ func OpenHeld(k *Keyring, remote *Untrusted, mem seal.Memory) (*Keyring, error) 
 // Absorb returns a revision after both k and other, a keyring of the same cluster. It is
 // k with the KEKs that only other holds as retired KEKs, so that no KEK is forgotten.
 func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
-	if s := other.doc.Staged; s != nil && other.staged == nil && !holds(k, s.KeyID) {
+	if s := other.doc.Staged; s != nil && other.staged == nil && !holdsOrStages(k, s.KeyID) {
 		return nil, fmt.Errorf("absorb: the other keyring's staged KEK %s is not open here", s.KeyID)
 	}
 	doc := *k.doc
@@ -45,7 +45,7 @@ func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 	withKEK(k.kek.secret, func(current []byte) {
 		c := aead(current, labelRetired)
 		take := func(r retired, kek []byte) error {
-			if !holds(k, r.KeyID) {
+			if !holdsOrStages(k, r.KeyID) {
 				r.Sealed = c.Seal(nil, nil, kek, retiredAAD(doc.ClusterID, r.KeyID, doc.Current.KeyID))
 				doc.Retired = append(doc.Retired, r)
 			}
@@ -68,8 +68,8 @@ func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 	return revise(k, "absorb", &doc)
 }
 
-// holds reports whether k has the KEK, open or staged.
-func holds(k *Keyring, id seal.KeyID) bool { return k.Holds(id) || k.StagedID() == id }
+// holdsOrStages reports whether k has the KEK, open or staged.
+func holdsOrStages(k *Keyring, id seal.KeyID) bool { return k.Holds(id) || k.StagedID() == id }
 
 // FollowTrusted returns remote, without the node's own section, if k may follow it
 // because an operator vouches for it. It demands the same as [Follows], except that the
