@@ -100,6 +100,7 @@ var borders = map[string][]string{
 	"internal/reseal":            {"grpcserver/admin", "internal/config", "internal/files", "internal/node", "internal/slotview", "seal", "seal/keyring", "seal/rotation", "seal/store", "tpm", "tpm/attest", "tpm/authpolicy", "tpm/bootpolicy", "tpm/bootstate", "tpm/eventlog", "tpm/keys", "tpm/predict"},
 	"internal/status":            {"grpcserver/admin", "internal/node", "internal/rollout", "internal/slotview", "internal/version", "seal", "seal/keyring", "seal/unlock", "tpm", "tpm/eventlog", "tpm/keys"},
 	"internal/founding":          {"hsm", "internal/config", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/keyring", "seal/recovery", "seal/rotation", "tpm/nv"},
+	"internal/foundingtest":      {"internal/founding", "internal/node", "internal/node/nodetest"},
 	"internal/lifecycle":         {"grpcserver/admin", "internal/config", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/keyring", "seal/recovery", "seal/rotation", "seal/store", "seal/unlock", "tpm"},
 	"internal/rollout":           {"grpcserver/admin", "internal/lifecycle", "internal/node", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/replica", "seal/rotation", "tpm", "tpm/keys", "tpm/nv"},
 	"internal/slots":             {"grpcserver/admin", "internal/files", "internal/node", "internal/reseal", "internal/slotview", "seal", "seal/both", "seal/keyring", "seal/recovery", "seal/rotation", "tpm", "tpm/credential"},

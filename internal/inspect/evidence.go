@@ -65,7 +65,7 @@ func JudgeEvidence(policy, file, nonce string) (*EvidenceVerdict, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w; want what kleidi bootpolicy evidence writes", file, err)
 	}
-	said, err := e.Nonce()
+	quoted, err := e.Nonce()
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
@@ -74,11 +74,11 @@ func JudgeEvidence(policy, file, nonce string) (*EvidenceVerdict, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !bytes.Equal(want, said) {
+		if !bytes.Equal(want, quoted) {
 			return nil, fmt.Errorf("%s: the quote was not made for this nonce; ask for evidence with --nonce %s", file, nonce)
 		}
 	}
-	r, err := attest.Verify(e, said, p.Hash(), p.Demanded())
+	r, err := attest.Verify(e, quoted, p.Hash(), p.Demanded())
 	if err != nil {
 		fresh := fmt.Sprintf("ask for fresh evidence over PCR %s (%s), and if it stays the machine or the file was tampered with", slotview.JoinPCRs(p.Demanded()), p.Bank)
 		return nil, fmt.Errorf("%s: %w; %s", file, err, hintOf(err, fresh))

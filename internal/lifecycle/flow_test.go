@@ -11,7 +11,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/founding"
+	"github.com/beezy-dev/kleidi/internal/foundingtest"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/internal/reseal"
@@ -26,21 +26,7 @@ import (
 func founded(t *testing.T, amend ...func(*config.Config)) (n *node.Node, identity []byte) {
 	t.Helper()
 	n = nodetest.New(t, amend...)
-	identity, recipient := nodetest.Identity(t)
-	if _, err := founding.Init(t.Context(), n, founding.InitOptions{Recipients: []string{recipient}}); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Unlocker.Unlock(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	return n, identity
-}
-
-// restarted returns the node as kleidi has it after a start, locked.
-func restarted(t *testing.T, n *node.Node) *node.Node {
-	t.Helper()
-	n.Close()
-	return nodetest.Again(t, n)
+	return n, foundingtest.FoundOpen(t, n)
 }
 
 func open(t *testing.T, n *node.Node) *keyring.Keyring {
@@ -119,7 +105,7 @@ func TestRotate(t *testing.T) {
 		t.Errorf("slots %q", got)
 	}
 	decrypts(t, n, id, seed)
-	n = restarted(t, n)
+	n = nodetest.Restarted(t, n)
 	if err := n.Unlocker.Unlock(t.Context()); err != nil || open(t, n).CurrentID() != s.CurrentKeyID {
 		t.Fatalf("after a restart: %v", err)
 	}
@@ -235,7 +221,7 @@ func TestRecover(t *testing.T) {
 	p := nodetest.NewPlugin(t)
 	n, identity := founded(t, p.Opens)
 	id, seed := encrypted(t, n)
-	n = restarted(t, n)
+	n = nodetest.Restarted(t, n)
 	p.Replace()
 	if err := n.Unlocker.Unlock(t.Context()); err == nil {
 		t.Fatal("the plugin with another key opens the keyring")
@@ -254,7 +240,7 @@ func TestRecover(t *testing.T) {
 		t.Fatalf("%+v, %v", s, err)
 	}
 	decrypts(t, n, id, seed)
-	n = restarted(t, n)
+	n = nodetest.Restarted(t, n)
 	if err := n.Unlocker.Unlock(t.Context()); err != nil {
 		t.Fatalf("the plugin does not open the recovered keyring: %v", err)
 	}
@@ -266,7 +252,7 @@ func TestRecover(t *testing.T) {
 func TestRecoverTrusts(t *testing.T) {
 	n, identity := founded(t, nodetest.NewPlugin(t).Opens)
 	id, _ := encrypted(t, n)
-	n = restarted(t, n)
+	n = nodetest.Restarted(t, n)
 	if err := os.Remove(n.Config.AnchorPath()); err != nil {
 		t.Fatal(err)
 	}
@@ -301,7 +287,7 @@ func TestRestore(t *testing.T) {
 	_, err = Restore(t.Context(), n, admin.RestoreRequest{Keyring: backup})
 	refuses(t, "an older backup", err, "this node last trusted key ID "+string(later), "restore a newer keyring")
 	before := stored(t, n)
-	n = restarted(t, n)
+	n = nodetest.Restarted(t, n)
 	_, err = Restore(t.Context(), n, admin.RestoreRequest{Keyring: backup, SkipSlots: []string{"kms-plugin"}, TrustKeyID: id})
 	refuses(t, "without its opener", err, "no slot would be left")
 	if !bytes.Equal(stored(t, n), before) {
@@ -437,7 +423,7 @@ func TestNewTPM(t *testing.T) {
 	if err != nil || s.Former != id || !has(s.Changes, "a fresh KEK is sealed to this machine's present boot state") {
 		t.Fatalf("%+v, %v", s, err)
 	}
-	n = restarted(t, n)
+	n = nodetest.Restarted(t, n)
 	if err := n.Unlocker.Unlock(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -11,18 +11,16 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/join"
 )
 
-// bootstrapDir is the folder of the bootstrap files, beside the sockets: /run/kleidi/bootstrap.
-func (j *joiner) bootstrapDir() string {
-	return filepath.Join(filepath.Dir(j.Config.Admin.Socket), "bootstrap")
-}
+// bootstrapDir returns the folder of the bootstrap files, beside the admin socket:
+// /run/kleidi/bootstrap.
+func bootstrapDir(socket string) string { return filepath.Join(filepath.Dir(socket), "bootstrap") }
 
 // writeFiles writes the bootstrap files to memory only, readable only by root. It comes
 // before the keyring is saved, so a join that breaks off here can be run again.
-func (j *joiner) writeFiles(all []join.File) (paths []string, err error) {
+func writeFiles(dir string, all []join.File) (paths []string, err error) {
 	if len(all) == 0 {
 		return nil, nil
 	}
-	dir := j.bootstrapDir()
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("bootstrap files: %w", err)
 	}

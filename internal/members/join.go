@@ -97,7 +97,7 @@ func joinCluster(ctx context.Context, n *node.Node, o JoinOptions) (*JoinResult,
 	}
 	defer own.Close()
 	r := &JoinResult{Node: n.Config.Node, ClusterID: own.ClusterID(), KeyID: own.CurrentID(), Revision: own.Revision(), Keyring: n.Config.Keyring()}
-	if r.Files, err = j.writeFiles(grant.Files); err != nil {
+	if r.Files, err = writeFiles(bootstrapDir(j.Config.Admin.Socket), grant.Files); err != nil {
 		return nil, err
 	}
 	o.Progress("saving the anchor, then the keyring in " + r.Keyring)

@@ -15,11 +15,10 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/grpcserver/join"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/founding"
+	"github.com/beezy-dev/kleidi/internal/foundingtest"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
-	"github.com/beezy-dev/kleidi/seal/recovery"
 	"github.com/beezy-dev/kleidi/seal/replica"
 	"github.com/beezy-dev/kleidi/seal/replica/storetest"
 	"github.com/beezy-dev/kleidi/seal/rotation"
@@ -58,17 +57,7 @@ func seat(t *testing.T, change ...func(*config.Config)) (*node.Node, *Desk) {
 		t.Fatal(err)
 	}
 	n := machine(t, "alpha", append(change, func(c *config.Config) { c.Join.Listen = l.Addr().String() })...)
-	identity, recipient, err := recovery.GenerateIdentity(seal.Memory{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	identity.Close()
-	if _, err := founding.Init(t.Context(), n, founding.InitOptions{Recipients: []string{recipient}}); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Unlocker.Unlock(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	foundingtest.FoundOpen(t, n)
 	d, err := NewDesk(n)
 	if err != nil {
 		t.Fatal(err)

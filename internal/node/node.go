@@ -290,3 +290,12 @@ type Archives interface {
 	// there is one already.
 	CreateArchive(ctx context.Context, keyID string, archive []byte) error
 }
+
+// OpenSlots returns the slots of the open keyring, or none if kleidi is locked.
+func (n *Node) OpenSlots() []seal.Slot {
+	k, err := n.Unlocker.Keyring()
+	if err != nil {
+		return nil
+	}
+	return k.Slots()
+}

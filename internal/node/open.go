@@ -86,15 +86,6 @@ func (n *Node) TryOpenOrMissing(ctx context.Context, slots []seal.Slot, s seal.S
 	return n.TryOpen(ctx, s, id, cluster)
 }
 
-// OpenSlots returns the slots of the open keyring, or none if kleidi is locked.
-func (n *Node) OpenSlots() []seal.Slot {
-	k, err := n.Unlocker.Keyring()
-	if err != nil {
-		return nil
-	}
-	return k.Slots()
-}
-
 // Unrevoked leaves out the slots of this TPM whose epoch has passed: they must not come
 // back.
 func (n *Node) Unrevoked(ctx context.Context, slots []seal.Slot) ([]seal.Slot, error) {

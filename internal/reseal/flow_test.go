@@ -18,7 +18,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/founding"
+	"github.com/beezy-dev/kleidi/internal/foundingtest"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/internal/reseal"
@@ -33,11 +33,7 @@ import (
 func founded(t *testing.T, m *tpmtest.Machine, amend ...func(*config.Config)) *node.Node {
 	t.Helper()
 	n := nodetest.New(t, append(amend, nodetest.OnTPM(m))...)
-	_, recipient := nodetest.Identity(t)
-	if _, err := founding.Init(t.Context(), n, founding.InitOptions{Recipients: []string{recipient}}); err != nil {
-		t.Fatal(err)
-	}
-	unlock(t, n)
+	foundingtest.FoundOpen(t, n)
 	return n
 }
 
@@ -51,8 +47,7 @@ func unlock(t *testing.T, n *node.Node) {
 // restarted returns the node as kleidi has it after a start, with the keyring open.
 func restarted(t *testing.T, n *node.Node) *node.Node {
 	t.Helper()
-	n.Close()
-	again := nodetest.Again(t, n)
+	again := nodetest.Restarted(t, n)
 	unlock(t, again)
 	return again
 }

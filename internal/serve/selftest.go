@@ -31,11 +31,11 @@ func (s *Server) selfTest(ctx context.Context) {
 // awaitOpen waits until the keyring is open, and notices that within the given time. So
 // a test that is due while kleidi is locked runs as soon as it opens.
 func (s *Server) awaitOpen(ctx context.Context, within time.Duration) bool {
-	for said := false; ; said = true {
+	for warned := false; ; warned = true {
 		if _, err := s.Node.Unlocker.Keyring(); err == nil {
 			return ctx.Err() == nil
 		}
-		if !said {
+		if !warned {
 			s.Node.Log.Info("self-test: due, waiting until the keyring is open")
 		}
 		if !pause(ctx, within/2+rand.N(within/2+1)) {

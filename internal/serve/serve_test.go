@@ -18,7 +18,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/grpcserver/kmsplugin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/founding"
+	"github.com/beezy-dev/kleidi/internal/foundingtest"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/seal"
@@ -30,10 +30,7 @@ import (
 func settings(t *testing.T, p *nodetest.Plugin) *config.Config {
 	t.Helper()
 	n := nodetest.New(t, p.Opens)
-	_, recipient := nodetest.Identity(t)
-	if _, err := founding.Init(t.Context(), n, founding.InitOptions{Recipients: []string{recipient}}); err != nil {
-		t.Fatal(err)
-	}
+	foundingtest.Found(t, n)
 	n.Close()
 	dir := t.TempDir()
 	c := *n.Config

@@ -10,11 +10,10 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/founding"
+	"github.com/beezy-dev/kleidi/internal/foundingtest"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/reseal"
 	"github.com/beezy-dev/kleidi/seal"
-	"github.com/beezy-dev/kleidi/seal/recovery"
 	"github.com/beezy-dev/kleidi/seal/unlock"
 	"github.com/beezy-dev/kleidi/tpm"
 	"github.com/beezy-dev/kleidi/tpm/predict"
@@ -71,14 +70,7 @@ func sealToNext(t *testing.T, cfg *config.Config, next simboot.Boot) {
 		t.Fatal(err)
 	}
 	defer n.Close()
-	identity, recipient, err := recovery.GenerateIdentity(n.Memory)
-	if err != nil {
-		t.Fatal(err)
-	}
-	identity.Close()
-	if _, err := founding.Init(t.Context(), n, founding.InitOptions{Recipients: []string{recipient}}); err != nil {
-		t.Fatal(err)
-	}
+	foundingtest.Found(t, n)
 	files, err := next.Files()
 	if err != nil {
 		t.Fatal(err)

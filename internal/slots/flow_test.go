@@ -12,7 +12,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/config"
-	"github.com/beezy-dev/kleidi/internal/founding"
+	"github.com/beezy-dev/kleidi/internal/foundingtest"
 	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/credential"
@@ -114,13 +114,7 @@ func TestRemoveTPM(t *testing.T) {
 	n := nodetest.New(t, nodetest.OnTPM(m), p.Configured, func(c *config.Config) {
 		c.Unlock.Order, c.Unlock.RequireAttestation = []string{seal.TypeTPM, seal.TypeKMSPlugin}, false
 	})
-	_, recipient := nodetest.Identity(t)
-	if _, err := founding.Init(t.Context(), n, founding.InitOptions{Recipients: []string{recipient}}); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Unlocker.Unlock(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	foundingtest.FoundOpen(t, n)
 	gone := n.OpenSlots()[0]
 	s, err := Remove(t.Context(), n, admin.RemoveSlotRequest{Name: "tpm"})
 	if err != nil || s.Owed || !slices.Contains(s.Changes, revokedByTPM) || !slices.ContainsFunc(s.Changes, func(c string) bool { return strings.Contains(c, "unlock.order") }) {

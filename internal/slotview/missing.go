@@ -11,13 +11,13 @@ import (
 // ReportDropped lists the slots that a recovery neither made again nor replaced with a
 // placeholder.
 func ReportDropped(before, after []seal.Slot) (changes []string) {
-	var said []string
+	var reported []string
 	for _, s := range before {
 		kind := TypeOf(s)
-		if slices.Contains(said, kind) || slices.ContainsFunc(after, func(s seal.Slot) bool { return TypeOf(s) == kind }) {
+		if slices.Contains(reported, kind) || slices.ContainsFunc(after, func(s seal.Slot) bool { return TypeOf(s) == kind }) {
 			continue
 		}
-		said = append(said, kind)
+		reported = append(reported, kind)
 		changes = append(changes, "the "+kind+" slot is gone, since unlock.order does not name it; kept copies of it still open the KEK that it held")
 	}
 	return changes

@@ -179,7 +179,7 @@ func Unarchive(k *Keyring, u *UntrustedArchive, kek *seal.Secret) (*Keyring, err
 	switch {
 	case d.ClusterID != k.ClusterID():
 		return nil, fmt.Errorf("the archive is of cluster %s, and the keyring of cluster %s", d.ClusterID, k.ClusterID())
-	case holds(k, d.KeyID):
+	case holdsOrStages(k, d.KeyID):
 		return nil, fmt.Errorf("the keyring holds key ID %s", d.KeyID)
 	case NewKeyID(d.ClusterID, kek) != d.KeyID:
 		return nil, fmt.Errorf("the archive holds a KEK other than that of its key ID %s", d.KeyID)

@@ -38,11 +38,11 @@ func OpenHeld(k *Keyring, remote *Untrusted, mem seal.Memory) (*Keyring, error) 
 // names the machines that know k's current KEK by other alone as former nodes. If they know
 // the staged KEK too, that KEK is retired, and never becomes current.
 func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
-	if s := other.doc.Staged; s != nil && other.staged == nil && !holds(k, s.KeyID) {
+	if s := other.doc.Staged; s != nil && other.staged == nil && !holdsOrStages(k, s.KeyID) {
 		return nil, fmt.Errorf("absorb: the other keyring's staged KEK %s is not open here", s.KeyID)
 	}
 	holders := holdersBeside(k, other)
-	if id := k.StagedID(); len(holders) > 0 && id != "" && holds(other, id) {
+	if id := k.StagedID(); len(holders) > 0 && id != "" && holdsOrStages(other, id) {
 		aborted, err := k.Abort(now)
 		if err != nil {
 			return nil, fmt.Errorf("absorb: node %s, which only the other keyring names, may know the staged KEK: %w", holders[0], err)
@@ -59,7 +59,7 @@ func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 	withKEK(k.kek.secret, func(current []byte) {
 		c := aead(current, labelRetired)
 		take := func(r retired, kek []byte) error {
-			if !holds(k, r.KeyID) {
+			if !holdsOrStages(k, r.KeyID) {
 				r.Sealed = c.Seal(nil, nil, kek, retiredAAD(doc.ClusterID, r.KeyID, doc.Current.KeyID))
 				doc.Retired = append(doc.Retired, r)
 			}
@@ -86,7 +86,7 @@ func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 // that know the current KEK of k and that k does not list. A machine that joined under
 // other knows every KEK that other holds.
 func holdersBeside(k, other *Keyring) (names []string) {
-	if !holds(other, k.CurrentID()) {
+	if !holdsOrStages(other, k.CurrentID()) {
 		return nil
 	}
 	for _, n := range other.doc.Nodes {
@@ -97,8 +97,8 @@ func holdersBeside(k, other *Keyring) (names []string) {
 	return append(names, other.doc.Former...)
 }
 
-// holds reports whether k has the KEK, open or staged.
-func holds(k *Keyring, id seal.KeyID) bool { return k.Holds(id) || k.StagedID() == id }
+// holdsOrStages reports whether k has the KEK, open or staged.
+func holdsOrStages(k *Keyring, id seal.KeyID) bool { return k.Holds(id) || k.StagedID() == id }
 
 // FollowTrusted returns remote, without the node's own section, if k may follow it
 // because an operator vouches for it. It demands the same as [Follows], except that the

@@ -41,6 +41,13 @@ func Again(t testing.TB, n *node.Node) *node.Node {
 	return New(t, func(c *config.Config) { *c = *n.Config })
 }
 
+// Restarted closes a machine, and returns it as kleidi has it after a start: locked.
+func Restarted(t testing.TB, n *node.Node) *node.Node {
+	t.Helper()
+	n.Close()
+	return Again(t, n)
+}
+
 // Named is an amendment: the machine's name.
 func Named(name string) func(*config.Config) { return func(c *config.Config) { c.Node = name } }
 
