@@ -113,8 +113,9 @@ func (c *controlPlane) rotate(t *testing.T, by, through *machine, p phase, do fu
 	<-ended
 }
 
-// finish ends a rotation from a node, by driving it on or by aborting it.
-func (c *controlPlane) finish(t *testing.T, from *machine, former string, abort bool) {
+// finish ends a rotation from a node, by driving it on or by aborting it. It reports whether
+// the KEK is still the former one: it may have been too late to abort.
+func (c *controlPlane) finish(t *testing.T, from *machine, former string, abort bool) (aborted bool) {
 	t.Helper()
 	verb := "--continue"
 	if abort {
@@ -128,10 +129,12 @@ func (c *controlPlane) finish(t *testing.T, from *machine, former string, abort 
 		return err
 	})
 	threenodes.InStep(t, c.Nodes...)
-	if now := from.List().KeyID; now == former && !abort {
-		t.Errorf("the KEK is still %s", now)
+	aborted = from.List().KeyID == former
+	if aborted && !abort {
+		t.Errorf("the KEK is still %s", former)
 	}
 	c.stored(t)
+	return aborted
 }
 
 // stored checks that the cluster store holds the keyring of the nodes, through each API.

@@ -1,6 +1,7 @@
 package ha
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net/http"
@@ -62,6 +63,7 @@ func TestRotation(t *testing.T) {
 		l.end(t)
 	})
 	step("a machine is killed", func(t *testing.T) {
+		aborted := 0
 		for _, p := range phases {
 			for i, m := range c.Nodes {
 				next := c.Nodes[(i+1)%3]
@@ -76,8 +78,13 @@ func TestRotation(t *testing.T) {
 				})
 				c.Etcd[i].Start(c.T)
 				m.ServeOpen()
-				c.finish(t, next, former, i == 2)
+				if c.finish(t, next, former, i == 2) {
+					aborted++
+				}
 			}
+		}
+		if aborted == 0 {
+			t.Error("no rotation was aborted in time")
 		}
 		threenodes.HoldSoon(t, c.Nodes, names...)
 	})
@@ -102,12 +109,15 @@ func TestRotation(t *testing.T) {
 	})
 	step("two operators", func(t *testing.T) {
 		former := c.Nodes[0].List().KeyID
-		errs := make([]error, 2)
+		errs, results := make([]error, 2), make([][]byte, 2)
 		var both sync.WaitGroup
 		for i := range errs {
-			both.Go(func() { _, errs[i] = c.Nodes[i].Try("rotate") })
+			both.Go(func() { results[i], errs[i] = c.Nodes[i].Try("rotate") })
 		}
 		both.Wait()
+		if errs[0] == nil && errs[1] == nil && bytes.Equal(results[0], results[1]) {
+			t.Errorf("both operators are told that they have rotated to the same KEK:\n%s", results[0])
+		}
 		for i, err := range errs {
 			if err != nil && !strings.Contains(err.Error(), "exit status 3") && !strings.Contains(err.Error(), "another rotation is going on") && !strings.Contains(err.Error(), "meanwhile") {
 				t.Errorf("%s: %v", c.Nodes[i].Name, err)

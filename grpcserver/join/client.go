@@ -218,7 +218,7 @@ var hints = map[protocol.Check]string{
 	protocol.CheckEKCertificate: "see which manufacturers' certificates that node accepts",
 	joinproof.CheckFormat:       "install the version of kleidi that runs on that node",
 	joinproof.CheckVerifier:     "set tpm.verifier here as it is set on that node",
-	joinproof.CheckSigner:       "name the signer of this node's boot states when you approve it",
+	joinproof.CheckSigner:       "have the node join without a signer, and add its signed boot states afterwards with kleidi bootstate add FILE --public-key FILE",
 	joinproof.CheckPCRs:         "leave tpm.pcrs and tpm.bank out here; see docs/boot-states.md for which PCRs a boot needs",
 	protocol.CheckSRK:           hintVersions,
 	protocol.CheckAK:            hintVersions,

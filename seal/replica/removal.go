@@ -31,6 +31,21 @@ func (r *Replica) remove(ctx context.Context, k *keyring.Keyring, err error) err
 	return err
 }
 
+// forgetRemoval forgets a removal that has been undone: a store that was restored lists the
+// node again. With the file still there, the node's next start without the API would lock.
+func (r *Replica) forgetRemoval(ctx context.Context) {
+	if r.cfg.Removal == nil {
+		return
+	}
+	_, _, err := r.cfg.Removal.Load(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	if err := r.cfg.Removal.Remove(ctx); err != nil {
+		r.cfg.Log.Warn("this node is no longer removed, but can't delete the record of its removal", "error", err)
+	}
+}
+
 func (r *Replica) saveRemoval(ctx context.Context) {
 	if r.cfg.Removal == nil {
 		return

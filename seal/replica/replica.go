@@ -269,6 +269,9 @@ func (r *Replica) getInStep(ctx context.Context) error {
 			return err
 		}
 		if !again {
+			if !r.everInStep || r.removed != nil {
+				r.forgetRemoval(ctx)
+			}
 			r.everInStep = true
 			r.update(func(s *State) { s.InStep = true })
 			return r.acknowledge(ctx)
@@ -596,4 +599,6 @@ type Removal interface {
 	// Load returns the keyring. The error is fs.ErrNotExist if there is none.
 	Load(context.Context) ([]byte, store.Version, error)
 	Save(ctx context.Context, b []byte, old store.Version) (store.Version, error)
+	// Remove deletes the keyring. It is not an error if there is none.
+	Remove(context.Context) error
 }

@@ -237,6 +237,40 @@ func TestRemovedAndRotated(t *testing.T) {
 	c.nodes[1].keyring()
 }
 
+// TestRemovalUndone: the machine that removed a node dies before it has stored the keyring,
+// and the store is restored. The node that heard of its removal is a node again, and without
+// the API its next start does not lock.
+func TestRemovalUndone(t *testing.T) {
+	c := open(t)
+	a, gone := c.nodes[0], c.nodes[2]
+	restore := c.store.Snapshot()
+	a.file.dies = true
+	_ = a.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+		next, err := k.WithoutNode("c")
+		return []*keyring.Keyring{next}, err
+	})
+	if err := gone.Sync(ctx); seal.CauseOf(err) != seal.CauseNodeRemoved {
+		t.Fatal(err)
+	}
+	if gone.removal.b == nil {
+		t.Fatal("the node does not record its removal")
+	}
+	restore()
+	a.start()
+	for range 2 {
+		for _, n := range c.nodes {
+			must(t, n.Sync(ctx))
+		}
+	}
+	if gone.removal.b != nil {
+		t.Error("the node still has the record of its removal")
+	}
+	c.store.SetDown(errDown)
+	gone.start()
+	_ = gone.Sync(ctx)
+	gone.keyring()
+}
+
 // TestRotation: every node follows, no key ID flips back, and a rotation waits for a node
 // that is away, and names it. The KEK is not activated before that node is back.
 func TestRotation(t *testing.T) {

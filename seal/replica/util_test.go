@@ -62,6 +62,11 @@ func (d *disk) Save(_ context.Context, b []byte, old store.Version) (store.Versi
 	return store.Version(strconv.Itoa(d.n)), nil
 }
 
+func (d *disk) Remove(context.Context) error {
+	d.b = nil
+	return nil
+}
+
 // plain is the wrapper of one node. Its slots hold the KEK in plain, and no other node's
 // wrapper opens them.
 type plain struct {

@@ -159,7 +159,7 @@ func (v *Verifier) terms(h *Hello, a *Approval) (*Proven, error) {
 			return bytes.Equal(tpm2.Marshal(s.Key), h.Signer) && bytes.Equal(s.Ref, h.Ref)
 		})
 		if i < 0 {
-			return nil, exchange.Refuse(CheckSigner, "name the signer of the new node's boot states when you approve it", "the node's boot states are signed by a key, or for a reference, that nobody approved")
+			return nil, exchange.Refuse(CheckSigner, "have the node join without a signer, and add its signed boot states afterwards with kleidi bootstate add FILE --public-key FILE", "the node's boot states are signed by a key, or for a reference, that nobody approved")
 		}
 		state.Use, state.Signer = tpm.UseSigned, &a.Signers[i]
 	}
