@@ -11,12 +11,12 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/seal"
 )
 
@@ -24,6 +24,9 @@ const (
 	lookEvery  = 500 * time.Millisecond
 	askTimeout = 10 * time.Second
 	maxAnswer  = 64 << 10
+
+	maxCommandLine  = 2 << 20 // Linux' own limit, by default
+	maxCertificates = 1 << 20
 )
 
 // Restart watches kubelet restart kube-apiserver. kubelet acts some time after a manifest
@@ -82,15 +85,15 @@ func (r *Restart) missing(ctx context.Context, file string) string {
 // processes returns the command lines of the running kube-apiservers.
 func processes(proc string) map[string][]string {
 	all := map[string][]string{}
-	files, _ := filepath.Glob(filepath.Join(proc, "[0-9]*", "cmdline"))
-	for _, file := range files {
-		b, err := os.ReadFile(file)
+	paths, _ := filepath.Glob(filepath.Join(proc, "[0-9]*", "cmdline"))
+	for _, path := range paths {
+		b, err := files.Read(path, maxCommandLine)
 		if err != nil {
 			continue // it has ended
 		}
 		words := strings.Split(string(bytes.TrimRight(b, "\x00")), "\x00")
 		if filepath.Base(words[0]) == "kube-apiserver" {
-			all[filepath.Base(filepath.Dir(file))] = words
+			all[filepath.Base(filepath.Dir(path))] = words
 		}
 	}
 	return all
@@ -111,7 +114,7 @@ func flagOf(words []string, name string) (value string) {
 // ready asks the kube-apiserver with this command line, as kubelet's probe does: without
 // credentials. Only the answers 5xx mean that it is not ready.
 func ready(ctx context.Context, words []string) error {
-	certificate, err := os.ReadFile(flagOf(words, "--tls-cert-file"))
+	certificate, err := files.Read(flagOf(words, "--tls-cert-file"), maxCertificates)
 	if err != nil {
 		return err
 	}
