@@ -25,12 +25,24 @@ type Approval struct {
 	Node string
 	// Expires is how long the approval is valid, by the monotonic clock.
 	Expires time.Duration
-	// Listed is the node's entry in the keyring that the operator saw, or nil if there was
-	// none. Only a machine that takes the place of this entry may join.
-	Listed *keyring.Node
+	// Seen is what the keyring said of the node when the operator approved it.
+	Seen Seen
 	// Files go to the node in the grant. The server closes their contents once the
 	// approval is spent, has expired or is replaced.
 	Files []SecretFile
+}
+
+// Seen is what the keyring said of a node's name at one time. A keyring that says something
+// else may have dropped the node since.
+type Seen struct {
+	// Entry is the node's entry, or nil if there was none. Only a machine that takes the place
+	// of this entry may join.
+	Entry *keyring.Node
+	// KeyID is the current KEK: a removal of the node ends with a fresh one.
+	KeyID seal.KeyID
+	// Former says that the keyring named a former node of this name, which knows the current
+	// KEK.
+	Former bool
 }
 
 // SecretFile is a file of the cluster's own bootstrap, such as a join token.
@@ -62,9 +74,8 @@ type entry struct {
 	// bound is the machine that was listed as a node by this approval: its storage root
 	// key and epoch index. Only this machine can run the join again.
 	bound []byte
-	// listed is the entry that the keyring must still have: what the operator saw, or the
-	// machine that bound names.
-	listed *keyring.Node
+	// seen is what the operator saw. Once the machine is listed, its entry is that machine's.
+	seen Seen
 }
 
 func newApprovals(now func() time.Time) *approvals {
@@ -89,7 +100,7 @@ func (b *approvals) put(a *Approval) error {
 		return fmt.Errorf("%d nodes were approved since kleidi serve started, and no more are remembered; restart it", maxApprovals)
 	}
 	former.end()
-	e := &entry{Approval: a, until: b.now().Add(a.Expires), listed: a.Listed}
+	e := &entry{Approval: a, until: b.now().Add(a.Expires), seen: a.Seen}
 	e.timer = time.AfterFunc(a.Expires, func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -154,15 +165,15 @@ func (b *approvals) take(e *entry, h *joinproof.Hello) (leave func(), err error)
 func (b *approvals) bind(e *entry, h *joinproof.Hello, listed keyring.Node) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	e.bound, e.listed = machineOf(h), &listed
+	e.bound, e.seen.Entry = machineOf(h), &listed
 	return b.usable(e)
 }
 
-// demanded returns the entry that the keyring must have, as [Host] says.
-func (b *approvals) demanded(e *entry) *keyring.Node {
+// seen returns what the keyring must still say, as [Host] says.
+func (b *approvals) seen(e *entry) Seen {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return e.listed
+	return e.seen
 }
 
 // withdraw ends an approval that the keyring no longer bears out. An approval that has

@@ -207,26 +207,26 @@ func TestBrokenOff(t *testing.T) {
 // approval, with its files.
 func TestListedMeanwhile(t *testing.T) {
 	r := newRig(t)
-	seen := &keyring.Node{Name: "beta", EK: "another"}
+	seen := Seen{Entry: &keyring.Node{Name: "beta", EK: "another"}, KeyID: "k1", Former: true}
 	token, err := seal.Memory{}.Take([]byte("token"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &Approval{Node: "beta", Expires: time.Hour, Listed: seen, Files: []SecretFile{{Name: "token", Content: token}}, Approval: joinproof.Approval{EK: r.ek, BootPolicy: r.policy}}
+	a := &Approval{Node: "beta", Expires: time.Hour, Seen: seen, Files: []SecretFile{{Name: "token", Content: token}}, Approval: joinproof.Approval{EK: r.ek, BootPolicy: r.policy}}
 	if err := r.server.Approve(a); err != nil {
 		t.Fatal(err)
 	}
 	r.mac = func([]byte) []byte { return nil }
 	_, err = r.join()
 	r.refused("not done", err, seal.CauseAttestation, string(CheckDone))
-	if r.demanded != seen {
-		t.Errorf("at first: %+v", r.demanded)
+	if r.seen != seen {
+		t.Errorf("at first: %+v", r.seen)
 	}
 	r.noAdmit = protocol.Refuse(protocol.CheckEK, "see node list", "no longer")
 	_, err = r.join()
 	r.refused("for another reason", err, seal.CauseAttestation, "no longer")
-	if r.demanded == nil || r.demanded.EK != r.ek || r.demanded.EpochIndex != r.terms.EpochIndex || len(r.server.Unfinished()) != 1 {
-		t.Errorf("once it is listed: %+v, unfinished %v", r.demanded, r.server.Unfinished())
+	if e := r.seen.Entry; e == nil || e.EK != r.ek || e.EpochIndex != r.terms.EpochIndex || len(r.server.Unfinished()) != 1 {
+		t.Errorf("once it is listed: %+v, unfinished %v", r.seen, r.server.Unfinished())
 	}
 	r.noAdmit = protocol.Refuse(protocol.CheckNode, "approve it again", "it was removed")
 	_, err = r.join()

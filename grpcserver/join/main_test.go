@@ -45,7 +45,7 @@ type rig struct {
 	verdicts []*Verdict
 	noRecord error
 	noAdmit  error
-	demanded *keyring.Node // the entry that the server last demanded of the host
+	seen     Seen // what the server last demanded of the host
 	clock    time.Time
 
 	// Changes of J's messages by an intruder, or by a broken machine.
@@ -216,10 +216,10 @@ func (r *rig) Verifier() (*joinproof.Verifier, error) {
 }
 
 // Admit implements Host.
-func (r *rig) Admit(_ context.Context, p *joinproof.Proven, listed *keyring.Node) (*Admission, error) {
+func (r *rig) Admit(_ context.Context, p *joinproof.Proven, seen Seen) (*Admission, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.demanded = listed
+	r.seen = seen
 	if r.noAdmit != nil {
 		return nil, r.noAdmit
 	}

@@ -51,11 +51,10 @@ type Host interface {
 	// error says why no node can join.
 	Verifier() (*joinproof.Verifier, error)
 	// Admit durably lists a proven node, and returns what the node receives. The keyring
-	// must list either that machine already, or exactly the entry listed under the node's
-	// name (nil for none). Otherwise the node was removed or replaced since the approval,
-	// perhaps on another node, and the error is a [*protocol.Refusal] by
-	// [protocol.CheckNode].
-	Admit(ctx context.Context, p *joinproof.Proven, listed *keyring.Node) (*Admission, error)
+	// must list that machine already, or say of the node's name what was seen. Otherwise the
+	// node may have been removed or replaced since the approval, perhaps on another node, and
+	// the error is a [*protocol.Refusal] by [protocol.CheckNode].
+	Admit(ctx context.Context, p *joinproof.Proven, seen Seen) (*Admission, error)
 }
 
 // Admission is a listed node.
@@ -291,7 +290,7 @@ func (x *session) logParts() func() (*exchange.LogPart, error) {
 // grant. So every holder of a KEK is in the list of nodes. An approval that the keyring
 // contradicts ends: the operator who gave it did not know what has happened since.
 func (x *session) admit(proven *joinproof.Proven, transcript []byte) error {
-	admission, err := x.host.Admit(x.Context(), proven, x.approvals.demanded(x.entry))
+	admission, err := x.host.Admit(x.Context(), proven, x.approvals.seen(x.entry))
 	if refusal, ok := errors.AsType[*protocol.Refusal](err); ok {
 		if refusal.Check == protocol.CheckNode {
 			x.approvals.withdraw(x.entry)

@@ -188,7 +188,7 @@ func checkApproval(k *keyring.Keyring, req admin.ApproveNodeRequest) error {
 // demands of this node.
 func (d *Desk) approval(k *keyring.Keyring, req admin.ApproveNodeRequest) (*join.Approval, error) {
 	c := d.node.Config.TPM
-	a := &join.Approval{Node: req.Node, Expires: req.Expires, Listed: listedAs(k, req.Node), Approval: joinproof.Approval{EK: req.EK, Phase: c.Phase, AnySigned: c.AnySignedBoot}}
+	a := &join.Approval{Node: req.Node, Expires: req.Expires, Seen: seenOf(k, req.Node), Approval: joinproof.Approval{EK: req.EK, Phase: c.Phase, AnySigned: c.AnySignedBoot}}
 	var err error
 	switch {
 	case len(req.BootPolicy) > 0:

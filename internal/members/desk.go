@@ -102,11 +102,11 @@ var errNothing = errors.New("nothing to change")
 
 // Admit implements [join.Host]. It wraps the KEKs for the node before it lists the
 // node. The result leaves this process only afterwards.
-func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven, demanded *keyring.Node) (*join.Admission, error) {
+func (d *Desk) Admit(ctx context.Context, p *joinproof.Proven, seen join.Seen) (*join.Admission, error) {
 	a := &join.Admission{Node: entryOf(p)}
 	var retired seal.KeyID
 	err := d.reviser.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
-		next, listed, err := withNode(k, a.Node, demanded)
+		next, listed, err := withNode(k, a.Node, seen)
 		if err != nil {
 			return nil, err
 		}
@@ -149,14 +149,14 @@ func entryOf(p *joinproof.Proven) keyring.Node {
 // withNode returns the revision that lists the node. listed says that k already lists
 // it. k is the revision that the swap replaces, so nothing comes between: no other node has
 // listed the machine under another name since its approval.
-func withNode(k *keyring.Keyring, n keyring.Node, demanded *keyring.Node) (next *keyring.Keyring, listed bool, err error) {
+func withNode(k *keyring.Keyring, n keyring.Node, seen join.Seen) (next *keyring.Keyring, listed bool, err error) {
 	if err := keyring.CheckSeat(k); err != nil {
 		return nil, false, err
 	}
 	if slices.ContainsFunc(k.Nodes(), n.SameTPM) {
 		return k, true, nil
 	}
-	if err := checkListed(n, listedAs(k, n.Name), demanded); err != nil {
+	if err := checkSeen(n, seenOf(k, n.Name), seen); err != nil {
 		return nil, false, err
 	}
 	for _, other := range k.Nodes() {
@@ -175,18 +175,29 @@ func otherName(n keyring.Node) *seal.Error {
 		"the machine with that endorsement key is node %s already", n.Name)
 }
 
-// checkListed refuses a machine whose approval is older than a change of the entry under
-// its name: the approval does not say that the machine may come back after a removal, or
-// that it may take the place of a node that has joined since.
-func checkListed(n keyring.Node, present, demanded *keyring.Node) error {
+// checkSeen refuses a machine whose approval is older than a change of what the keyring says
+// of its name: the approval does not say that the machine may come back after a removal, or
+// that it may take the place of a node that has joined since. Another node may have made
+// that change, and the present keyring may no longer show it: the machine may have joined
+// there by another approval, and have been removed. But a removal ends with a fresh KEK.
+func checkSeen(n keyring.Node, now, then join.Seen) error {
 	again := "approve the node again, if that machine is to join: run kleidi node approve " + n.Name + " --ek " + n.EK
 	switch {
-	case present == nil && demanded != nil:
-		return exchange.Refuse(exchange.CheckNode, again, "node %q was removed after this approval", n.Name)
-	case present != nil && (demanded == nil || !present.SameTPM(*demanded)):
+	case now.Entry != nil && (then.Entry == nil || !now.Entry.SameTPM(*then.Entry)):
 		return exchange.Refuse(exchange.CheckNode, again+" --replace", "another machine has become node %q since the approval", n.Name)
+	case now.Entry != nil:
+		return nil
+	case then.Entry != nil || now.Former && !then.Former:
+		return exchange.Refuse(exchange.CheckNode, again, "node %q was removed after this approval", n.Name)
+	case now.KeyID != then.KeyID:
+		return exchange.Refuse(exchange.CheckNode, again, "the KEK was rotated after this approval, as a removal of node %q does", n.Name)
 	}
 	return nil
+}
+
+// seenOf returns what a keyring says of a name.
+func seenOf(k *keyring.Keyring, name string) join.Seen {
+	return join.Seen{Entry: listedAs(k, name), KeyID: k.CurrentID(), Former: slices.Contains(k.Info().Former, name)}
 }
 
 // listedAs returns the keyring's entry under a name, or nil.

@@ -163,6 +163,37 @@ func TestRemovedElsewhere(t *testing.T) {
 	}
 }
 
+// TestRemovedBeforeUse: an approval that was never used here ends as well when its node
+// joined by another node's approval and was removed there: at once, and once the fresh KEK is
+// current, with which the keyring forgets its former nodes.
+func TestRemovedBeforeUse(t *testing.T) {
+	for _, row := range []struct {
+		words   string
+		rotated bool
+	}{{"node 'beta' was removed after this approval", false}, {"the KEK was rotated after this approval, as a removal of node 'beta' does", true}} {
+		n, d := seat(t)
+		j := machine(t, "beta")
+		o := approve(t, d, j)
+		id, err := Identify(t.Context(), j)
+		if err != nil {
+			t.Fatal(err)
+		}
+		elsewhere := keyring.Node{Name: "beta", EK: id.EK, SRK: []byte("its"), EpochIndex: keyring.FirstEpochIndex}
+		change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.WithNode(elsewhere, time.Now()) })
+		change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.WithoutNode("beta") })
+		if row.rotated {
+			stage(t, n)
+			change(t, n, func(k *keyring.Keyring) (*keyring.Keyring, error) { return k.Activate(time.Now()) })
+		}
+		if _, err := half(t, j, o); err == nil || !strings.Contains(err.Error(), row.words) {
+			t.Errorf("%v; want %s", err, row.words)
+		}
+		if _, err := half(t, j, approve(t, d, j)); err != nil {
+			t.Errorf("approved again: %v", err)
+		}
+	}
+}
+
 // TestDroppedJoinsAgain: a node whose keyring is older than its new approval joins, although
 // that keyring still opens here. A node that the approval knows has nothing to do.
 func TestDroppedJoinsAgain(t *testing.T) {
@@ -282,7 +313,7 @@ func TestOneName(t *testing.T) {
 		"; to give it another name, run kleidi node remove beta first") {
 		t.Error(err)
 	}
-	if _, _, err := withNode(k, keyring.Node{Name: "gamma", EK: id.EK, EpochIndex: keyring.FirstEpochIndex}, nil); err == nil || !strings.Contains(err.Error(), "is node beta already") {
+	if _, _, err := withNode(k, keyring.Node{Name: "gamma", EK: id.EK, EpochIndex: keyring.FirstEpochIndex}, seenOf(k, "gamma")); err == nil || !strings.Contains(err.Error(), "is node beta already") {
 		t.Errorf("listed since the approval: %v", err)
 	}
 }

@@ -36,8 +36,8 @@ type wrongHolder struct {
 }
 
 // Admit implements [join.Host].
-func (w *wrongHolder) Admit(ctx context.Context, p *joinproof.Proven, listed *keyring.Node) (*join.Admission, error) {
-	a, err := w.Desk.Admit(ctx, p, listed)
+func (w *wrongHolder) Admit(ctx context.Context, p *joinproof.Proven, seen join.Seen) (*join.Admission, error) {
+	a, err := w.Desk.Admit(ctx, p, seen)
 	if err == nil && w.alter != nil {
 		w.alter(p, a)
 	}
@@ -102,7 +102,7 @@ func TestAnotherKEK(t *testing.T) {
 		return []seal.Slot{slot}
 	}
 	listing := func(p *joinproof.Proven, k *keyring.Keyring) []byte {
-		next, _, err := withNode(k, entryOf(p), nil)
+		next, _, err := withNode(k, entryOf(p), seenOf(k, p.Peer.Node))
 		if err != nil {
 			t.Error(err)
 			return nil
