@@ -76,3 +76,17 @@ func TestCallers(t *testing.T) {
 	}
 	want("2 ended")
 }
+
+// TestOwnPing: this process is no caller.
+func TestOwnPing(t *testing.T) {
+	callers := &told{calls: make(chan string, 10), conns: map[any]int{}}
+	r := startFor(t, newKeys(t, "k1-a"), callers, grpcserver.ListenConfig{Self: true})
+	if _, err := kmsapi.NewKeyManagementServiceClient(r.conn(t)).Status(limited(t), &kmsapi.StatusRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case got := <-callers.calls:
+		t.Errorf("the callers are told: %s", got)
+	default:
+	}
+}

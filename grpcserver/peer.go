@@ -34,6 +34,7 @@ type authInfo struct {
 	credentials.CommonAuthInfo
 	peer    unixsocket.Peer
 	allowed bool
+	self    bool
 }
 
 // AuthType implements credentials.AuthInfo.
@@ -50,7 +51,7 @@ func (p peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	}
 	info := &authInfo{
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
-		peer:           c.Peer, allowed: c.Allowed,
+		peer:           c.Peer, allowed: c.Allowed, self: c.Self,
 	}
 	return &watchedConn{c, func() { p.callers.Ended(info) }}, info, nil
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/json"
-	"fmt"
 	"io"
 	"log/slog"
 	"maps"
@@ -142,7 +141,7 @@ func excludeEachOther(cmd *cobra.Command) error {
 	})
 	for _, group := range slices.Sorted(maps.Keys(together)) {
 		if flags := together[group]; len(flags) > 1 {
-			return fmt.Errorf("%s exclude each other: give one of them", strings.Join(flags, " and "))
+			return seal.Errorf("", "give one of them", "%s exclude each other", strings.Join(flags, " and "))
 		}
 	}
 	return nil

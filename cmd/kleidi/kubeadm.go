@@ -12,6 +12,7 @@ import (
 
 	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/kubeadm"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 func newKubeadm(a *app) *cobra.Command {
@@ -39,25 +40,31 @@ func newKubeadmPatch(a *app) *cobra.Command {
 		Use:   "patch",
 		Short: "Give kube-apiserver kleidi's EncryptionConfiguration and socket",
 		Long: `Print the patch by which kubeadm gives kube-apiserver the EncryptionConfiguration and
-the folder of kleidi's socket. It leaves out what the present manifest mounts under
-another name, since kubeadm mounts that again. With --dir, write it into a folder for kubeadm's --patches
-(kubeadm init, join and upgrade), which a configuration file names as patches.directory in
-InitConfiguration and JoinConfiguration. With --apply, change the manifest of the running
-kube-apiserver, and wait until kubelet has restarted it and it is ready: before that, it
-still stores objects as before. kubeadm upgrade writes a new manifest, so use --dir as well. With --revert, take that change back; kube-apiserver keeps the file if other
-providers encrypt with it.`,
+the folder of kleidi's socket. It leaves out what the present manifest mounts
+under another name, since kubeadm mounts that again. With --dir, write it into a folder
+for kubeadm's --patches (kubeadm init, join and upgrade), which a configuration file names
+as patches.directory in InitConfiguration and JoinConfiguration. With --apply, change the
+manifest of the running kube-apiserver, and wait until kubelet has restarted it and it is
+ready: until then it stores objects as before. kubeadm upgrade writes a new manifest, so
+use --dir as well. With --revert, take that change back; kube-apiserver keeps the file if
+other providers encrypt with it.`,
 		Example: `  kleidi kubeadm patch --dir /etc/kubernetes/patches
   kleidi kubeadm patch --apply
   kleidi kubeadm patch --revert`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.kubeadmPatch(cmd, f) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !f.apply && (cmd.Flags().Changed("wait") || cmd.Flags().Changed("timeout")) {
+				return seal.Errorf("", "leave them out", "kubeadm patch: only --apply waits, so --wait and --timeout have no effect")
+			}
+			return a.kubeadmPatch(cmd, f)
+		},
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&f.encryptionConfig, "encryption-config", kubeadm.DefaultEncryptionConfig, "the EncryptionConfiguration that kube-apiserver reads")
 	flags.StringVar(&f.dir, "dir", "", "write the patch into this folder, for kubeadm's --patches")
 	flags.BoolVar(&f.apply, "apply", false, "change the manifest of this node's kube-apiserver")
 	flags.BoolVar(&f.wait, "wait", true, "with --apply, wait until kube-apiserver is ready with the change")
-	flags.DurationVar(&f.timeout, "timeout", 10*time.Minute, "how long to wait")
+	flags.DurationVar(&f.timeout, "timeout", 10*time.Minute, "how long --apply waits")
 	flags.BoolVar(&f.revert, "revert", false, "take the change back")
 	flags.StringVar(&f.manifest, "manifest", kubeadm.Manifest, "the manifest of kube-apiserver")
 	flags.BoolVar(&f.yes, "yes", false, "revert although kube-apiserver still encrypts with kleidi: the encrypted objects become unreadable")
@@ -113,11 +120,13 @@ func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
 		return files.HintRoot(fmt.Errorf("kubeadm patch: %w", err))
 	}
 	if !changed {
-		result.File, next = "", ""
+		result.File = ""
 	}
 	return a.show(cmd.OutOrStdout(), result, func(w io.Writer) {
 		switch {
-		case next == "" && !changed:
+		case !changed && f.apply && f.wait:
+			fmt.Fprintf(w, "nothing was changed: %s has the change, and kube-apiserver is ready with it\nnext: %s\n", f.manifest, next)
+		case !changed:
 			fmt.Fprintf(w, "nothing was changed: %s needs no change\n", f.manifest)
 		case next == "":
 			_, _ = w.Write(text)

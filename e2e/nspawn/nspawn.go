@@ -2,6 +2,7 @@ package nspawn
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -303,7 +304,7 @@ func Fetch() error {
 		return err
 	}
 	defer os.RemoveAll(discarded)
-	for _, args := range [][]string{{"../../.ci/base"}, {"../../deploy/packages/build", os.Getenv("KLEIDI"), "v1.0.0", discarded}} {
+	for _, args := range [][]string{{"../../.ci/base"}, {"../../deploy/packages/build", cmp.Or(os.Getenv("KLEIDI"), "../../bin/kleidi"), "v1.0.0", discarded}} {
 		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 			return fmt.Errorf("%s: %w\n%s", args[0], err, out)
 		}

@@ -90,7 +90,7 @@ func (b *approvals) put(a *Approval) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for name, e := range b.all {
-		if name != a.Node && e.EK == a.EK && b.usable(e) == nil {
+		if name != a.Node && e.EK == a.EK && e.bound == nil && b.usable(e) == nil {
 			return seal.Errorf("", "approve it under that name again (run kleidi node approve "+name+" --ek "+a.EK+"), or withdraw that approval first: run kleidi node remove "+name,
 				"the machine with that endorsement key is approved as node %s", name)
 		}

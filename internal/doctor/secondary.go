@@ -24,7 +24,7 @@ func vault(n *Node) []diagnosis.Finding {
 	case v.Address == "":
 		return nil
 	case file != "" && n.VaultToken.Value != nil:
-		return n.VaultToken.Value.Judge(file, credential.Renew(v.Address, v.CAFile, file), n.Now)
+		return n.VaultToken.Value.Judge(file, credential.Vault{Address: v.Address, Namespace: v.Namespace, ServerName: v.ServerName, CAFile: v.CAFile}.Renew(file), n.Now)
 	case file != "" && n.VaultToken.Why != "":
 		return diagnosis.NotChecked("when the token in %s ends: %s", file, n.VaultToken.Why)
 	case v.Auth.SecretIDFile != "":

@@ -13,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/internal/node/nodetest"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	"github.com/beezy-dev/kleidi/seal/unlock"
 )
 
 // TestDrop: the nodes leave in one revision. A staged KEK, which they may know, is retired
@@ -178,5 +179,31 @@ func TestDescribe(t *testing.T) {
 		if lines := strings.Join(f.Describe(n), "\n"); f.Nothing() || !strings.Contains(lines, row.says) || !strings.Contains(lines, "node cp-1 forgets the keyring of cluster "+row.k.ClusterID().String()) {
 			t.Errorf("%s: %s", name, lines)
 		}
+	}
+}
+
+// TestApprovedMeanwhile: a command that watches a removal leaves an approval alone that came
+// after its first request, for the machine that takes the node's place.
+func TestApprovedMeanwhile(t *testing.T) {
+	n := nodetest.Holding(t, "cp-1", threeNodes(t))
+	s := Serve{
+		Audit:    func(...Record) error { return nil },
+		Approved: func() []string { return []string{"cp-8"} },
+		Forget:   func(name string) { t.Errorf("the approval of %s is withdrawn", name) },
+	}
+	r, _ := Remove(t.Context(), n, s, admin.RemoveNodesRequest{Nodes: []string{"cp-8"}, Begun: true})
+	if slices.ContainsFunc(r.Changes, func(c string) bool { return strings.Contains(c, "withdrawn") }) {
+		t.Errorf("%q", r.Changes)
+	}
+}
+
+// TestRemoveWhileLocked: a removal that must wait ends the approval at once.
+func TestRemoveWhileLocked(t *testing.T) {
+	n := nodetest.Holding(t, "cp-1", threeNodes(t))
+	unlock.Lock(n.Unlocker, errors.New("no store"))
+	var forgotten []string
+	s := Serve{Approved: func() []string { return nil }, Forget: func(name string) { forgotten = append(forgotten, name) }}
+	if _, err := Remove(t.Context(), n, s, admin.RemoveNodesRequest{Nodes: []string{"cp-3"}}); err == nil || !slices.Equal(forgotten, []string{"cp-3"}) {
+		t.Errorf("%q, %v", forgotten, err)
 	}
 }

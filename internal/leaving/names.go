@@ -3,7 +3,6 @@ package leaving
 import (
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/slotview"
@@ -55,8 +54,12 @@ func (n names) refuse(settling bool) error {
 	if len(n.unknown) == 0 || settling {
 		return nil
 	}
-	return seal.Errorf("", "kleidi node list shows the nodes", "node %s is not in the keyring, and no removed node of that name knows its current KEK; the nodes are %s",
-		strings.Join(n.unknown, ", "), slotview.JoinWords(n.nodes))
+	who := "node " + n.unknown[0] + " is"
+	if len(n.unknown) > 1 {
+		who = "nodes " + slotview.JoinWords(n.unknown) + " are"
+	}
+	return seal.Errorf("", "kleidi node list shows the nodes", "%s not in the keyring, and no removed node of that name knows its current KEK; the nodes are %s",
+		who, slotview.JoinWords(n.nodes))
 }
 
 // ToCutOff returns which of the names must be cut off before they are removed: all of them

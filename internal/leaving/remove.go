@@ -46,6 +46,9 @@ func Remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesRequest) (r admin.NodeRemoval, err error) {
 	k, err := inStep(ctx, n)
 	if err != nil {
+		for _, name := range req.Nodes { // that needs no store
+			s.Forget(name)
+		}
 		return r, err
 	}
 	approved := s.Approved()
@@ -63,15 +66,17 @@ func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 			return r, err
 		}
 	}
-	for _, name := range req.Nodes {
-		s.Forget(name)
-	}
-	for _, name := range known.approved {
-		r.Changes = append(r.Changes, "the approval of node "+name+" is withdrawn")
-	}
-	if len(known.approved) == len(req.Nodes) {
-		r.Nodes, r.Phase, r.CurrentKeyID, r.Revision = []string{}, admin.RemovalDone, k.CurrentID(), k.Revision()
-		return r, nil
+	if !req.Begun { // an approval that came later is for a machine that takes the node's place
+		for _, name := range req.Nodes {
+			s.Forget(name)
+		}
+		for _, name := range known.approved {
+			r.Changes = append(r.Changes, "the approval of node "+name+" is withdrawn")
+		}
+		if len(known.approved) == len(req.Nodes) {
+			r.Nodes, r.Phase, r.CurrentKeyID, r.Revision = []string{}, admin.RemovalDone, k.CurrentID(), k.Revision()
+			return r, nil
+		}
 	}
 	if len(known.listed) > 0 {
 		listed := k.Nodes()
@@ -85,7 +90,8 @@ func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 		}
 		r.Changes = append(r.Changes, record(n, s.Audit, records(StepDropped, k, known.listed, listed))...)
 	}
-	return r, goOn(ctx, n, s, req, &r)
+	err = goOn(ctx, n, s, req, &r)
+	return r, err
 }
 
 // goOn takes the next step after the nodes are dropped.

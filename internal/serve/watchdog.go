@@ -19,9 +19,13 @@ func (s *Server) feedWatchdog(ctx context.Context) {
 	if err != nil || within == 0 {
 		return
 	}
+	tick := time.NewTicker(within / pings)
+	defer tick.Stop()
 	for {
 		s.feedOnce(ctx, within/pings)
-		if !pause(ctx, within/pings) {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
 			return
 		}
 	}
@@ -30,9 +34,12 @@ func (s *Server) feedWatchdog(ctx context.Context) {
 // feedOnce asks the KMS socket itself, since a loop that only counts time goes on in a serve
 // that hangs. A locked serve answers, and a restart would not open it.
 func (s *Server) feedOnce(ctx context.Context, timeout time.Duration) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	limited, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	if err := grpcserver.Ping(ctx, s.Node.Config.KMS.Socket); err != nil {
+	if err := grpcserver.Ping(limited, s.Node.Config.KMS.Socket); err != nil {
+		if ctx.Err() == nil {
+			s.Node.Log.Warn("the KMS socket does not answer the watchdog", "error", err)
+		}
 		return
 	}
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)

@@ -26,7 +26,7 @@ type Callers struct {
 // caller is a connection.
 type caller struct {
 	told      seal.KeyID
-	encrypted seal.KeyID // "" if there was no Encrypt on this connection
+	encrypted seal.KeyID // "" if there was no Encrypt on this connection, and one key ID only
 	at        time.Time
 }
 
@@ -38,8 +38,11 @@ func (c *Callers) Answered(conn any, id seal.KeyID, encrypted bool) {
 		maps.DeleteFunc(c.conns, func(_ any, old caller) bool { return time.Since(old.at) > seedLife })
 	}
 	now := caller{told: id, encrypted: before.encrypted, at: time.Now()}
-	if encrypted {
+	switch {
+	case encrypted:
 		now.encrypted = id
+	case known && now.encrypted == "" && before.told != id: // its seed may be from before this serve started
+		now.encrypted = before.told
 	}
 	c.conns[conn] = now
 	c.mu.Unlock()

@@ -25,7 +25,9 @@ type Conn struct {
 	// Allowed says whether Peer.UID is in Config.AllowedUIDs. The server must refuse
 	// the others, because only the server can tell them why.
 	Allowed bool
-	leave   func()
+	// Self says that the peer is this process, if Config.Self admits it.
+	Self  bool
+	leave func()
 }
 
 // Close closes the connection and makes room for another.
@@ -75,7 +77,7 @@ func (s *seats) init(allowed []uint32, anyPeer bool, log *slog.Logger) {
 
 func (s *seats) take(c *net.UnixConn, p Peer) *Conn {
 	if s.self && int(p.PID) == os.Getpid() {
-		return &Conn{UnixConn: c, Peer: p, Allowed: true, leave: func() {}}
+		return &Conn{UnixConn: c, Peer: p, Allowed: true, Self: true, leave: func() {}}
 	}
 	ok := s.any || slices.Contains(s.allowed, p.UID)
 	s.mu.Lock()

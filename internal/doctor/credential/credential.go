@@ -74,12 +74,17 @@ func (t VaultToken) Judge(file, renew string, now time.Time) []diagnosis.Finding
 	return diagnosis.Found("vault/token", renew, "the token in %s ends at %s", file, t.Ends.UTC().Format(time.RFC3339))
 }
 
-// Renew is the command that renews the token in a file at Vault. The token is in the
-// environment, because other users can read the words of a command line.
-func Renew(address, caFile, file string) string {
-	command := "VAULT_ADDR=" + seal.Quote(address)
-	if caFile != "" {
-		command += " VAULT_CACERT=" + seal.Quote(caFile)
+// Vault is how kleidi reaches Vault; all but the address may be empty.
+type Vault struct{ Address, Namespace, ServerName, CAFile string }
+
+// Renew is the command that renews the token in a file. The token is in the environment,
+// because other users can read the words of a command line.
+func (v Vault) Renew(file string) string {
+	command := "VAULT_ADDR=" + seal.Quote(v.Address)
+	for _, setting := range [][2]string{{"VAULT_NAMESPACE", v.Namespace}, {"VAULT_TLS_SERVER_NAME", v.ServerName}, {"VAULT_CACERT", v.CAFile}} {
+		if setting[1] != "" {
+			command += " " + setting[0] + "=" + seal.Quote(setting[1])
+		}
 	}
 	return command + " VAULT_TOKEN=\"$(cat " + seal.Quote(file) + ")\" vault token renew"
 }

@@ -1,6 +1,7 @@
 package credential
 
 import (
+	"strings"
 	"testing"
 	"time"
 )
@@ -39,8 +40,12 @@ func TestUnreadable(t *testing.T) {
 
 // TestRenew: each part is one word to a shell.
 func TestRenew(t *testing.T) {
-	want := `VAULT_ADDR=https://vault:8200 VAULT_CACERT='/etc/our ca.pem' VAULT_TOKEN="$(cat /etc/token)" vault token renew`
-	if got := Renew("https://vault:8200", "/etc/our ca.pem", "/etc/token"); got != want {
+	v := Vault{Address: "https://vault:8200", CAFile: "/etc/our ca.pem"}
+	if got := v.Renew("/etc/token"); got != `VAULT_ADDR=https://vault:8200 VAULT_CACERT='/etc/our ca.pem' VAULT_TOKEN="$(cat /etc/token)" vault token renew` {
+		t.Error(got)
+	}
+	v.Namespace, v.ServerName = "team a", "vault.example"
+	if got := v.Renew("/etc/token"); !strings.Contains(got, ` VAULT_NAMESPACE='team a' VAULT_TLS_SERVER_NAME=vault.example VAULT_CACERT=`) {
 		t.Error(got)
 	}
 }
