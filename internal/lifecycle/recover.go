@@ -121,7 +121,7 @@ func recoverFrom(ctx context.Context, n *node.Node, from source, req admin.Recov
 		}
 		return revisions, nil
 	}
-	before := old.Slots()
+	before, staged := old.Slots(), old.StagedID()
 	state, err := adopt(ctx, n, adoption{
 		opened: old, by: unlock.Opener{Wrapper: opener.Type()}, openers: []seal.Wrapper{opener},
 		replaces: from.replaces, trusted: req.TrustKeyID, revise: renew, changes: changes,
@@ -131,7 +131,7 @@ func recoverFrom(ctx context.Context, n *node.Node, from source, req admin.Recov
 	}
 	k, err := n.Unlocker.Keyring()
 	if err == nil {
-		state.Changes = slices.Concat(state.Changes, n.View.ReportMissing(k.Slots()), slotview.ReportDropped(before, k.Slots()), reseal.ReportRevoked(ctx, n, before, reseal.EarlierEpoch))
+		state.Changes = slices.Concat(state.Changes, reportAborted(staged, k), n.View.ReportMissing(k.Slots()), slotview.ReportDropped(before, k.Slots()), reseal.ReportRevoked(ctx, n, before, reseal.EarlierEpoch))
 	}
 	return state, err
 }

@@ -49,7 +49,7 @@ func SealToNewTPM(ctx context.Context, n *node.Node, req admin.ResealRequest) (a
 		} else if last.CurrentID() == former {
 			changes[0] = "the former KEK is sealed to this machine's present boot state: the keyring has no room for another retired KEK"
 		}
-		changes = slices.Concat(changes, n.View.ReportMissing(last.Slots()), slotview.ReportDropped(k.Slots(), last.Slots()))
+		changes = slices.Concat(changes, reportAborted(k.StagedID(), last), n.View.ReportMissing(last.Slots()), slotview.ReportDropped(k.Slots(), last.Slots()))
 		return revisions, nil
 	})
 	if err != nil {

@@ -20,6 +20,14 @@ func several(k *keyring.Keyring) bool { return len(k.Nodes()) > 1 }
 
 const sealedAlone = "the KEK is sealed to this machine's present boot state; all nodes keep that KEK, and no other node is affected"
 
+// reportAborted says that a rotation has ended because this node has another TPM.
+func reportAborted(staged seal.KeyID, now *keyring.Keyring) []string {
+	if staged == "" || now.StagedID() != "" || now.CurrentID() == staged {
+		return nil
+	}
+	return []string{"the rotation that was going on is aborted: the former TPM may know its KEK"}
+}
+
 // describeSelf returns this machine's entry in a keyring of that format.
 func describeSelf(ctx context.Context, n *node.Node, format int) (keyring.Node, error) {
 	self := keyring.Node{Name: n.Config.Node}
