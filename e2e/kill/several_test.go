@@ -207,7 +207,7 @@ func TestSeveralRemoveKilled(t *testing.T) {
 	for killed := true; killed; kills++ {
 		if killed = c.killed(remove, 0, 1+2*kills); killed {
 			c.start(0, true)
-			c.again(1, remove, "no removed node knows its current KEK")
+			c.again(1, remove, "no removed node of that name knows its current KEK")
 		}
 		c.end(2)
 		c.nodes[2].run("reset --yes three")
