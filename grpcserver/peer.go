@@ -67,7 +67,7 @@ func (peerCredentials) Info() credentials.ProtocolInfo {
 }
 
 // Clone implements credentials.TransportCredentials.
-func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
+func (p peerCredentials) Clone() credentials.TransportCredentials { return p }
 
 // OverrideServerName implements credentials.TransportCredentials.
 func (peerCredentials) OverrideServerName(string) error { return nil }
