@@ -19,7 +19,6 @@ import (
 // TestTwoOfTwoConformance runs the wrappers' common suite, with another key and the
 // same TPM, and with another TPM and the same key.
 func TestTwoOfTwoConformance(t *testing.T) {
-	t.Parallel()
 	s := newServer(t)
 	s.must("transit/keys/other", map[string]any{})
 	c := s.config()
