@@ -70,6 +70,66 @@ func (p *pair) inStep(t *testing.T) {
 	})
 }
 
+// columns: kubectl get keyringnodes shows what kleidi node list shows. kubectl asks the API
+// for a table, as this does.
+func (p *pair) columns(t *testing.T) {
+	t.Helper()
+	admin := p.client(t, func(rt http.RoundTripper) http.RoundTripper { return asTable{rt} })
+	node.Eventually(t, 2*time.Minute, "the columns of kubectl are those of node list", func() error {
+		var table struct {
+			ColumnDefinitions []struct{ Name string }
+			Rows              []struct{ Cells []any }
+		}
+		if err := admin.Do(t.Context(), http.MethodGet, "/apis/"+kube.APIVersion+"/keyringnodes", "", nil, &table); err != nil {
+			return err
+		}
+		got := map[any]map[string]any{} // by the name of the node
+		for _, r := range table.Rows {
+			cells := map[string]any{}
+			for i, c := range table.ColumnDefinitions {
+				cells[c.Name] = r.Cells[i]
+			}
+			got[cells["Name"]] = cells
+		}
+		var list struct {
+			Nodes []struct {
+				Node, EK string
+				Record   struct {
+					Revision, BootStates         float64
+					Anchored, Announced, Version string
+				}
+			}
+		}
+		p.first.JSON(&list, "node", "list")
+		if len(list.Nodes) != 2 || len(got) != 2 {
+			return fmt.Errorf("%d nodes, %d rows", len(list.Nodes), len(got))
+		}
+		for _, n := range list.Nodes {
+			for column, want := range map[string]any{
+				"Endorsement Key": n.EK, "Revision": n.Record.Revision, "Boot States": n.Record.BootStates,
+				"Anchored": n.Record.Anchored, "Announced": n.Record.Announced, "Version": n.Record.Version,
+			} {
+				if cell := got[n.Node][column]; cell != want || want == "" || want == 0.0 {
+					return fmt.Errorf("%s: %s is %v, and %v in the list", n.Node, column, cell, want)
+				}
+			}
+			if started := fmt.Sprint(got[n.Node]["Started"]); started == "<nil>" || strings.Contains(started, "unknown") {
+				return fmt.Errorf("%s: started %s", n.Node, started)
+			}
+		}
+		return nil
+	})
+}
+
+// asTable asks the API for tables.
+type asTable struct{ http.RoundTripper }
+
+func (a asTable) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set("Accept", "application/json;as=Table;v=v1;g=meta.k8s.io")
+	return a.RoundTripper.RoundTrip(r)
+}
+
 // addRecipient changes the part of the keyring that all nodes share.
 func addRecipient(t *testing.T, n *node.Node) (recipient string, err error) {
 	t.Helper()
@@ -126,6 +186,7 @@ func TestServe(t *testing.T) {
 	ctx := t.Context()
 	p.change(t, p.first, p.second)
 	p.change(t, p.second, p.first)
+	p.columns(t)
 
 	t.Log("the API is away")
 	p.server.Kill()

@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"errors"
 	"io/fs"
+	"maps"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -344,7 +345,8 @@ func TestSummaries(t *testing.T) {
 		return kek
 	}
 	slots := []seal.Slot{{Type: seal.TypeRecovery, Data: []byte("{}")}}
-	k, err := keyring.New(seal.ClusterID{1}, newKEK(), slots, []keyring.Node{{Name: "cp-1"}}, time.Now())
+	ek := "sha256:" + strings.Repeat("ab", 32)
+	k, err := keyring.New(seal.ClusterID{1}, newKEK(), slots, []keyring.Node{{Name: "cp-1", EK: ek}}, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -359,5 +361,23 @@ func TestSummaries(t *testing.T) {
 	}
 	if s := summarize(staged.Marshal()); s["staged"] != staged.StagedID() {
 		t.Errorf("%v", s)
+	}
+	record, err := k.SignRecord(keyring.Record{
+		Node: "cp-1", Formats: keyring.Formats(), Version: "2.0.0", Revision: k.Revision(), Anchored: k.CurrentID(), Announced: k.CurrentID(),
+		Encrypted: k.CurrentID(), Problem: "none", Started: time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]any{
+		"revision": k.Revision(), "anchored": k.CurrentID(), "announced": k.CurrentID(), "encrypted": k.CurrentID(), "acknowledged": seal.KeyID(""),
+		"bootStates": 0, "started": "2026-05-04T03:02:01Z", "version": "2.0.0", "problem": "none", "ek": ek,
+	}
+	if got := summarizeRecord(record, k.Marshal()); !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	delete(want, "ek")
+	if got := summarizeRecord(record, nil); !maps.Equal(got, want) {
+		t.Errorf("without a keyring: got %v, want %v", got, want)
 	}
 }

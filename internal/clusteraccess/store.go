@@ -124,14 +124,24 @@ func summarize(b []byte) map[string]any {
 	return s
 }
 
-// summarizeRecord describes a record in the columns of kubectl get keyringnodes.
-func summarizeRecord(b []byte) map[string]any {
-	u, err := keyring.ParseRecord(b)
+// summarizeRecord describes a record in the columns of kubectl get keyringnodes. The
+// endorsement key is that of the node in the store's keyring.
+func summarizeRecord(record, inStore []byte) map[string]any {
+	u, err := keyring.ParseRecord(record)
 	if err != nil {
 		return map[string]any{}
 	}
 	r := u.Claims()
-	return map[string]any{
-		"revision": r.Revision, "anchored": r.Anchored, "announced": r.Announced, "acknowledged": r.Acknowledged, "version": r.Version, "problem": r.Problem,
+	s := map[string]any{
+		"revision": r.Revision, "anchored": r.Anchored, "announced": r.Announced, "encrypted": r.Encrypted, "acknowledged": r.Acknowledged,
+		"bootStates": len(r.BootStates), "started": r.Started.UTC().Format(time.RFC3339), "version": r.Version, "problem": r.Problem,
 	}
+	if k, err := keyring.Parse(inStore); err == nil {
+		for _, n := range k.Info().Nodes {
+			if n.Name == u.Node() {
+				s["ek"] = n.EK
+			}
+		}
+	}
+	return s
 }

@@ -28,7 +28,7 @@ func TestStoreWithoutKubeconfig(t *testing.T) {
 	}
 	cancel()
 	s.Watch(ctx, func() { t.Error("nothing changed") })
-	if len(summarize([]byte("damaged")))+len(summarizeRecord([]byte("damaged"))) != 0 {
+	if len(summarize([]byte("damaged")))+len(summarizeRecord([]byte("damaged"), nil)) != 0 {
 		t.Error("what can't be read has a summary")
 	}
 }

@@ -29,8 +29,9 @@ const (
 type Store struct {
 	*Client
 	// Summary, if set, describes a keyring in printer columns. RecordSummary does so
-	// for a record.
-	Summary, RecordSummary func([]byte) map[string]any
+	// for a record, beside the keyring in the store.
+	Summary       func(keyring []byte) map[string]any
+	RecordSummary func(record, keyring []byte) map[string]any
 }
 
 // object holds the common parts of the resources.
@@ -242,11 +243,14 @@ func later(a, b string) bool {
 
 // PutRecord implements replica.Store.
 func (s *Store) PutRecord(ctx context.Context, node string, record []byte) error {
-	_, version, err := s.load(ctx)
+	current, version, err := s.load(ctx)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	o := object{Spec: spec{Record: record, KeyringVersion: version, Summary: summary(s.RecordSummary, record)}}
+	o := object{Spec: spec{Record: record, KeyringVersion: version}}
+	if s.RecordSummary != nil {
+		o.Spec.Summary = s.RecordSummary(record, current)
+	}
 	err = s.Do(ctx, http.MethodPatch, nodes+"/"+url.PathEscape(node), MergePatch, o, nil)
 	if Refused(err, http.StatusNotFound) {
 		o.APIVersion, o.Kind, o.Metadata.Name = APIVersion, "KeyringNode", node
