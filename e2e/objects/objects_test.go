@@ -56,17 +56,23 @@ func startOn(t *testing.T, etcd string) *machine {
 	}
 	m := &machine{t: t, Node: node.New(t), binaries: binaries}
 	m.etcd = cluster.StartEtcd(t, binaries[etcd], m.Dir())
+	m.serve(m.etcd.URL)
+	return m
+}
+
+// serve starts kleidi, and kube-apiserver over an etcd.
+func (m *machine) serve(etcd string) {
+	m.t.Helper()
 	config := m.Path("encryption.yaml")
 	m.write(config, m.Run("encryption-config", "--resources", resources))
-	m.api = cluster.NewAPIServer(t, cluster.APIServerSetup{
-		Binary: binaries["kube-apiserver-1.37"], Host: cluster.Loopback, Dir: m.Dir(), Etcds: []string{m.etcd.URL}, EncryptionConfig: config,
+	m.api = cluster.NewAPIServer(m.t, cluster.APIServerSetup{
+		Binary: m.binaries["kube-apiserver-1.37"], Host: cluster.Loopback, Dir: m.Dir(), Etcds: []string{etcd}, EncryptionConfig: config,
 	})
 	m.ServeOpen()
-	m.api.Start(t)
-	node.Eventually(t, 2*time.Minute, "kube-apiserver is ready", m.api.Ready)
+	m.api.Start(m.t)
+	node.Eventually(m.t, 2*time.Minute, "kube-apiserver is ready", m.api.Ready)
 	m.kubeconfig = m.Path("admin.conf")
-	m.write(m.kubeconfig, []byte(cluster.AdminKubeconfig(m.api.URL, m.Path("certificates/apiserver.crt"), m.api.Token)))
-	return m
+	m.write(m.kubeconfig, cluster.AdminKubeconfig(m.api.URL, m.Path("certificates/apiserver.crt"), m.api.Token))
 }
 
 func (m *machine) write(file string, b []byte) {
