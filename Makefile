@@ -66,7 +66,7 @@ test: fetch-test
 # The needs of e2e/measuredboot, in addition to what its script `parts` fetches.
 BOOT_TOOLS = qemu-system-x86_64 ovmf swtpm_setup sbsign mcopy sfdisk objcopy openssl
 
-E2E_TOOLS = gcc swtpm age setpriv debootstrap systemd-nspawn rpm ip tpm2 softhsm2-util pkcs11-tool nss certutil $(BOOT_TOOLS)
+E2E_TOOLS = gcc swtpm age setpriv debootstrap systemd-nspawn rpm ip tpm2 softhsm2-util pkcs11-tool nss certutil postgres $(BOOT_TOOLS)
 
 e2e: build
 	.ci/deps $(E2E_TOOLS)

@@ -137,9 +137,15 @@ func (a *APIServer) Launch(t testing.TB) {
 // WaitServing returns once kube-apiserver serves unencrypted objects.
 func (a *APIServer) WaitServing(t testing.TB) {
 	t.Helper()
-	node.Eventually(t, 5*time.Minute, "kube-apiserver serves", func() error {
+	again := 3
+	node.Eventually(t, 10*time.Minute, "kube-apiserver serves", func() error {
 		if err := a.Alive(); err != nil {
-			t.Fatal(err)
+			// It ends if its first steps take 30 s or a minute. kubelet starts it again.
+			if again--; again < 0 {
+				t.Fatal(err)
+			}
+			a.Launch(t)
+			return err
 		}
 		if err := a.trust(); err != nil {
 			return err

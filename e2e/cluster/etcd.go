@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -50,6 +51,9 @@ func NewMembers(hosts []Host, binary, dir string) []*Etcd {
 	for i, h := range hosts {
 		name := fmt.Sprintf("e%d", i+1)
 		all[i] = newEtcd(h, binary, filepath.Join(dir, name), "http://"+h.Address+":2379", peers[i], name, strings.Join(members, ","))
+		// By default a busy machine that delays heartbeats for a second causes an election, during
+		// which writes fail.
+		all[i].args = append(all[i].args, "--heartbeat-interval", "300", "--election-timeout", "3000")
 	}
 	return all
 }
@@ -185,8 +189,9 @@ func (e *Etcd) Snapshot(t testing.TB, file string) {
 	}
 }
 
-// gateway answers soon or not at all: a member that is cut off accepts no connection.
-var gateway = &http.Client{Timeout: 20 * time.Second}
+// gateway gives up a member that accepts no connection, as one that is cut off. On a busy
+// machine a snapshot, or the values of thousands of objects, take minutes.
+var gateway = &http.Client{Timeout: 10 * time.Minute, Transport: &http.Transport{DialContext: (&net.Dialer{Timeout: 20 * time.Second}).DialContext}}
 
 // call asks etcd's JSON gateway.
 func call(client *http.Client, url string, request, answer any) error {

@@ -29,7 +29,7 @@ func TestExistingCluster(t *testing.T) {
 	if out, err := n.Try("kleidi usage"); err == nil {
 		t.Errorf("a Secret is in clear, and kleidi usage is content: %s", out)
 	}
-	n.ShFor(10*time.Minute, commands[4])
+	migrate(t, n, commands[4])
 	n.Sh(commands[5] + "; kleidi usage; kleidi doctor")
 	allEncrypted(t, n)
 	readable(t, n)

@@ -184,6 +184,8 @@ etcd:
     imageTag: ` + etcdTag + `
     extraArgs:
       - {name: unsafe-no-fsync, value: "true"}
+      - {name: heartbeat-interval, value: "300"}
+      - {name: election-timeout, value: "3000"}
 networking:
   podSubnet: 10.98.0.0/16
 %[4]s

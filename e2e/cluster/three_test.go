@@ -70,7 +70,13 @@ const password = "correct-horse"
 // create makes a Secret with the password.
 func (n *KubeNode) create(secret string) {
 	n.t.Helper()
-	n.Sh(n.own("create secret generic " + secret + " --from-literal=password=" + password))
+	node.Eventually(n.t, 5*time.Minute, n.s.Name+" writes "+secret, func() error {
+		said, err := n.Try(n.own("create secret generic " + secret + " --from-literal=password=" + password))
+		if err != nil && !strings.Contains(said, "already exists") {
+			return fmt.Errorf("%w: %s", err, said)
+		}
+		return nil
+	})
 }
 
 // withKubeadm returns the commands of docs/high-availability.md that kubeadm needs, for the

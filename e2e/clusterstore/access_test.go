@@ -22,9 +22,14 @@ import (
 func (a *api) setUp(t *testing.T, n *node.Node, args ...string) setUpResult {
 	t.Helper()
 	var r setUpResult
-	if err := json.Unmarshal(n.Run("cluster", append([]string{"setup", "--kubeconfig", a.kubeconfig, "-o", "json"}, args...)...), &r); err != nil {
-		t.Fatal(err)
-	}
+	// It waits a minute for a certificate, and kube-controller-manager may just have been started.
+	node.Eventually(t, 10*time.Minute, "cluster setup", func() error {
+		out, err := n.Try("cluster", append([]string{"setup", "--kubeconfig", a.kubeconfig, "-o", "json"}, args...)...)
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(out, &r)
+	})
 	return r
 }
 

@@ -86,16 +86,14 @@ func startVersion(t *testing.T, version string, args ...string) *api {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Apply(t.Context(), manifests.CRDs); err != nil {
-		t.Fatal(err)
-	}
+	node.Eventually(t, 10*time.Minute, "the definitions are served", func() error { return c.Apply(t.Context(), manifests.CRDs) })
 	return a
 }
 
 // waitServing returns once kube-apiserver serves.
 func (a *api) waitServing(t *testing.T) {
 	t.Helper()
-	node.Eventually(t, 2*time.Minute, "kube-apiserver serves", func() error {
+	node.Eventually(t, 10*time.Minute, "kube-apiserver serves", func() error {
 		if err := a.server.Alive(); err != nil {
 			t.Fatal(err)
 		}
@@ -103,7 +101,8 @@ func (a *api) waitServing(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		return c.Do(t.Context(), http.MethodGet, "/api/v1/namespaces/default", "", nil, nil)
+		// A kube-controller-manager gives up if kube-apiserver is not healthy within 10 s.
+		return errors.Join(c.Do(t.Context(), http.MethodGet, "/api/v1/namespaces/default", "", nil, nil), c.Do(t.Context(), http.MethodGet, "/healthz", "", nil, nil))
 	})
 }
 

@@ -71,7 +71,7 @@ func TestColdStart(t *testing.T) {
 				n.ServeOpen()
 				a.startServer(t)
 			}
-			node.Eventually(t, 2*time.Minute, "the node reads the cluster store", func() error {
+			node.Eventually(t, 10*time.Minute, "the node reads the cluster store", func() error {
 				b, err := s.Load(t.Context())
 				if err == nil && string(b) != "keyring" {
 					t.Fatalf("it reads %q", b)

@@ -7,7 +7,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/e2e/threenodes"
 )
 
@@ -106,13 +108,17 @@ func (c *controlPlane) olderThanRemoval(t *testing.T) {
 func (c *controlPlane) olderThanPrune(t *testing.T) {
 	first := c.Nodes[0]
 	oldest := c.keyIDs(t, "early.db")[0]
-	must(t, first.API.Rewrite())
+	node.Eventually(t, 5*time.Minute, "the Secrets are rewritten", first.API.Rewrite)
 	var urls []string
 	for _, e := range c.Etcd {
 		urls = append(urls, e.URL)
 	}
 	archive := filepath.Join(c.usb, "kleidi-archive.json")
-	first.Run("prune", oldest, "--etcd", strings.Join(urls, ","), "--yes", "--archive", archive)
+	// It waits 5 s for the records of all nodes.
+	node.Eventually(t, 5*time.Minute, "the KEK is pruned", func() error {
+		_, err := first.Try("prune", oldest, "--etcd", strings.Join(urls, ","), "--yes", "--archive", archive)
+		return err
+	})
 	threenodes.InStep(t, c.Nodes...)
 	c.reads(t, c.Nodes, c.names...)
 	c.snapshot(t, "pruned.db")

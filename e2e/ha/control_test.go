@@ -3,10 +3,13 @@ package ha
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/beezy-dev/kleidi/e2e/cluster"
+	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/e2e/threenodes"
 )
 
@@ -23,18 +26,22 @@ func newControlPlane(t *testing.T, encrypt string) *controlPlane {
 var must = threenodes.Must
 
 // leader returns the etcd member that leads.
-func (c *controlPlane) leader(t *testing.T) *cluster.Etcd {
+func (c *controlPlane) leader(t *testing.T) (leader *cluster.Etcd) {
 	t.Helper()
-	for _, e := range c.Etcd {
-		leads, err := e.Leads()
-		must(t, err)
-		if leads {
-			return e
+	node.Eventually(t, 2*time.Minute, "a member of etcd leads", func() error {
+		for _, e := range c.Etcd {
+			if leads, err := e.Leads(); err == nil && leads {
+				leader = e
+				return nil
+			}
 		}
-	}
-	t.Fatal("no member of etcd leads")
-	return nil
+		return errors.New("none does")
+	})
+	return leader
 }
+
+// noLeader says that a write met an election of etcd, as a busy machine may cause one.
+func noLeader(err error) bool { return err != nil && strings.Contains(err.Error(), "etcdserver: ") }
 
 // approve lets a machine join: the operator approves it on a node, by the boot policy of the
 // first one. It returns the arguments of the printed command.
@@ -46,7 +53,8 @@ func (c *controlPlane) approve(t *testing.T, by, m *machine) []string {
 // admit approves a machine on a node, and runs the printed command on the machine.
 func (c *controlPlane) admit(t *testing.T, by, m *machine) {
 	t.Helper()
-	m.Run("join", c.approve(t, by, m)...)
+	args := c.approve(t, by, m)
+	node.Eventually(t, 5*time.Minute, m.Name+" joins", func() error { _, err := m.Try("join", args...); return err })
 }
 
 // everywhere checks that each node reads each of these Secrets.
@@ -77,7 +85,9 @@ func write(m *machine, prefix string) *writer {
 			default:
 			}
 			name := fmt.Sprint(prefix, "-", w.n.Load())
-			if err := errors.Join(m.Put(name), m.Holds(name)); err != nil {
+			if err := errors.Join(m.Put(name), m.Holds(name)); noLeader(err) {
+				continue
+			} else if err != nil {
 				w.done <- err
 				return
 			}

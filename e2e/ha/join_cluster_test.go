@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/beezy-dev/kleidi/e2e/cluster"
 	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/e2e/threenodes"
 	"github.com/beezy-dev/kleidi/seal/keyring"
@@ -22,6 +23,7 @@ func TestJoinWithoutStore(t *testing.T) {
 	first, second := c.Nodes[0], c.Nodes[1]
 	c.Share(t)
 	must(t, first.Put("before"))
+	var leads *cluster.Etcd // before a join; the fault happens in another goroutine, which must not end the test
 	b := &breakingShared{controlPlane: c, wire: newWire(t, first.Host.Gateway(), net.JoinHostPort(first.Host.Address, "9778"))}
 	for _, fault := range []struct {
 		name  string
@@ -29,9 +31,8 @@ func TestJoinWithoutStore(t *testing.T) {
 		fails func(*testing.T) (mend func())
 	}{
 		{"the etcd member that leads is killed", 7, func(t *testing.T) func() {
-			leader := c.leader(t)
-			leader.Kill()
-			return func() { leader.Start(c.T); leader.WaitHealthy(t) }
+			leads.Kill()
+			return func() { leads.Start(c.T); leads.WaitHealthy(t) }
 		}},
 		{"the API is away", 7, func(t *testing.T) func() {
 			first.API.Kill()
@@ -41,7 +42,8 @@ func TestJoinWithoutStore(t *testing.T) {
 	} {
 		t.Run(fault.name, func(t *testing.T) {
 			at := 2
-			for ; b.breakAt(t, at, fault.fails); at += fault.every {
+			for leads = c.leader(t); b.breakAt(t, at, fault.fails); at += fault.every {
+				leads = c.leader(t)
 			}
 			if t.Logf("a join has fewer than %d packets", at); at < 8 {
 				t.Error("too few packets for the messages of a join")

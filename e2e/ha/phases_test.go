@@ -3,6 +3,7 @@ package ha
 import (
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -104,11 +105,18 @@ func (c *controlPlane) rotate(t *testing.T, by, through *machine, p phase, do fu
 	t.Helper()
 	former := seal.KeyID(by.List().KeyID)
 	ended := make(chan struct{})
+	var reached atomic.Bool
 	go func() {
 		defer close(ended)
-		_, _ = by.Try("rotate") // the command ends with its serve, which may be killed
+		// The command ends with its serve, which may be killed. If the cluster store was away for
+		// a moment, it has begun nothing.
+		for again := true; again && !reached.Load(); {
+			_, err := by.Try("rotate")
+			again = err != nil && !strings.Contains(err.Error(), "exit status 3")
+		}
 	}()
 	c.until(t, through, former, p)
+	reached.Store(true)
 	do()
 	<-ended
 }

@@ -148,7 +148,7 @@ func (l *load) call(m *machine, call func() error) error {
 	for {
 		before := outages()
 		err := call()
-		if err == nil || before%2 == 0 && outages() == before {
+		if err == nil || before%2 == 0 && outages() == before && !noLeader(err) {
 			return err
 		}
 		select {

@@ -1,7 +1,9 @@
 package kill
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -75,6 +77,14 @@ func (m *machine) background() (stop func()) {
 		conn, err := net.Dial("unix", m.path("admin.sock"))
 		if err == nil {
 			err = conn.Close()
+		}
+		return err
+	})
+	// An operation waits 2 s for the first attempt to unlock, which takes longer on a busy machine.
+	eventually(m.t, "serve has tried to open the keyring", func() error {
+		out, err := m.try("status -o json --quick")
+		if err == nil && bytes.Contains(out, []byte(`"starting"`)) {
+			err = errors.New(string(out))
 		}
 		return err
 	})

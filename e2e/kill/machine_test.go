@@ -35,7 +35,7 @@ import (
 )
 
 // patience bounds one step of a test on a busy machine.
-const patience = 3 * time.Minute
+const patience = 10 * time.Minute
 
 // machine is a simulated machine with kleidi on it. It can be reset to an earlier
 // state, including disk and TPM.

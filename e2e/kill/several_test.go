@@ -59,7 +59,11 @@ func newSeveral(t *testing.T, port int) *several {
 func (c *several) admit(i int) {
 	c.t.Helper()
 	m := c.nodes[i]
-	m.run(c.nodes[0].approves(m.name, m.ek(), c.nodes[0].path("policy.yaml")))
+	ek := m.ek()
+	eventually(c.t, m.name+" joins", func() error {
+		_, err := m.try(c.nodes[0].approves(m.name, ek, c.nodes[0].path("policy.yaml")))
+		return err
+	})
 	c.start(i, false)
 }
 
@@ -177,13 +181,13 @@ func TestSeveralRotateKilled(t *testing.T) {
 		c.end(i)
 		c.start(i, true)
 		step := 1
-		for ; c.killed("rotate --wait --timeout 3m", i, step); step += 1 + i {
+		for ; c.killed("rotate --wait --timeout 10m", i, step); step += 1 + i {
 			kills++
 			c.start(i, true)
 			if kills%3 == 0 {
 				c.again(1, "rotate --abort", "no KEK is staged")
 			}
-			c.again(1+kills%2, "rotate --continue --wait --timeout 3m", "")
+			c.again(1+kills%2, "rotate --continue --wait --timeout 10m", "")
 			c.inStep()
 		}
 		c.end(i)
@@ -202,7 +206,7 @@ func TestSeveralRemoveKilled(t *testing.T) {
 	c := newSeveral(t, 9793)
 	c.end(0)
 	c.start(0, true)
-	const remove = "node remove three --yes --cut-off --wait --timeout 3m"
+	const remove = "node remove three --yes --cut-off --wait --timeout 10m"
 	kills := 0
 	for killed := true; killed; kills++ {
 		if killed = c.killed(remove, 0, 1+2*kills); killed {

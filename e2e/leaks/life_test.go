@@ -54,7 +54,7 @@ func begin(t *testing.T) *life {
 	l.write("config.yaml", fmt.Sprintf(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
 node: one
-tpm: {device: %q, eventLog: %q, timeout: 5s}
+tpm: {device: %q, eventLog: %q, timeout: 1m}
 state: {dir: %q}
 kms: {socket: %q}
 admin: {socket: %q}

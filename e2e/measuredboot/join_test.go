@@ -34,7 +34,7 @@ kind: KleidiConfiguration
 node: ` + joinName + `
 state:
   dir: /tmp/joiner
-`)}
+` + patientTPM)}
 
 // newSeat starts a node that answers machines with a network.
 func newSeat(t *testing.T) *seat {
@@ -76,7 +76,9 @@ func (s *seat) admit() []wire.Step {
 	s.t.Helper()
 	said := strings.TrimSpace(string(s.node.Run("node", "approve", joinName, "--ek", s.ek, "--boot-policy", s.policy)))
 	command := strings.Fields(said[strings.LastIndex(said, "\n")+1:])
-	return []wire.Step{{Stop: true}, kleidi(append(command[1:], "--config", "/"+joiner.Name)...)}
+	join := kleidi(append(command[1:], "--config", "/"+joiner.Name)...)
+	join.Again = "check that kleidi serve runs there" // the seat gives a peer 3 s for its hello and 15 s for its proof
+	return []wire.Step{{Stop: true}, join}
 }
 
 // serveJoined are the steps of a machine that has joined: it decrypts a DEK seed that the

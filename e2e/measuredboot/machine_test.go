@@ -18,7 +18,7 @@ import (
 
 // bootTime bounds one boot, on a busy host. It exceeds the guest's own limits, so that their
 // results arrive.
-const bootTime = 15 * time.Minute
+const bootTime = 40 * time.Minute
 
 // Firmware variables with which a machine may begin.
 const (
@@ -138,11 +138,18 @@ func (m *machine) boot(i image, files []disk.File, steps ...wire.Step) (*booted,
 }
 
 func (m *machine) configuration() disk.File {
+	settings := m.settings
+	if !strings.Contains(settings, "tpm:\n") {
+		settings += patientTPM
+	}
 	return disk.File{Name: "etc/kleidi/config.yaml", Mode: 0o600, Data: []byte(`apiVersion: kleidi.beezy.dev/v1alpha1
 kind: KleidiConfiguration
 node: cp1
-` + m.settings)}
+` + settings)}
 }
+
+// patientTPM gives the emulated TPM time, on a busy host.
+const patientTPM = "tpm: {timeout: 4m}\n"
 
 // stateSize is enough for the state folder and the results, event log included.
 const stateSize = 8 << 20

@@ -44,6 +44,7 @@ var systemText = map[string]string{
 	"/etc/machine-id":                    "5d0a9e1c3b6f4a7f8e2d1c0b9a8f7e6d\n",
 	"/etc/os-release":                    "ID=measuredboot\n",
 	"/etc/hostname":                      "cp1\n",
+	"/etc/systemd/system.conf":           "[Manager]\nDefaultTimeoutStartSec=15min\n",
 	"/etc/fstab":                         "",
 	"/root/.keep":                        "",
 	"/home/.keep":                        "",

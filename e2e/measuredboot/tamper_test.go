@@ -67,7 +67,7 @@ state:
   dir: /tmp/attacker
 admin:
   socket: /run/attacker.sock
-`)}
+` + patientTPM)}
 
 // replaceKeyring replaces the real keyring with an attacker's. The attacker's keyring is
 // sealed to this boot on this TPM, so its slot opens, and the attacker knows its KEK.
@@ -98,7 +98,7 @@ func TestGRUB(t *testing.T) {
 func TestSealedToPCR7(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, shared, ownKeys)
-	m.settings = "tpm:\n  pcrs: [7]\n  anySignedBoot: true\n"
+	m.settings = "tpm:\n  timeout: 4m\n  pcrs: [7]\n  anySignedBoot: true\n"
 	m.series("UKI, sealed to PCR 7 alone (do not do this)", []boot{
 		{what: "tpm.pcrs: [7]; kleidi init", image: uki, first: []wire.Step{initialize}, want: opens},
 		{what: "other command line", image: with(uki, func(i *image) { i.commandLine = "init=/bin/sh" }), want: opens, moved: []int{4, 9, 11}},

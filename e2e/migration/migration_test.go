@@ -400,8 +400,8 @@ kind: EncryptionConfiguration
 resources:
   - resources: [secrets]
     providers:
-      - kms: {name: trousseau, endpoint: "unix://%s", cachesize: 10, timeout: 3s}
-      - kms: {apiVersion: v2, name: kleidi-1.x, endpoint: "unix://%s", timeout: 3s}
+      - kms: {name: trousseau, endpoint: "unix://%s", cachesize: 10, timeout: 30s}
+      - kms: {apiVersion: v2, name: kleidi-1.x, endpoint: "unix://%s", timeout: 30s}
 `, s.Path("v1.sock"), s.Path("v2.sock")))
 			for _, other := range others {
 				s.move("kleidi", other, "--provider-from="+plugins)

@@ -3,6 +3,7 @@ package node
 import (
 	"os"
 	"strings"
+	"time"
 )
 
 // BootPolicy returns a boot policy that accepts this machine's boot, recorded once.
@@ -40,5 +41,7 @@ func (n *Node) ApproveEK(name, ek, policy string) []string {
 // on the machine.
 func (n *Node) Admit(name string, m *Node) {
 	n.t.Helper()
-	m.Run("join", n.Approve(name, m, n.BootPolicy())...)
+	args := n.Approve(name, m, n.BootPolicy())
+	// On a busy machine a join may take too long for the admitting node, or meet an election of etcd.
+	Eventually(n.t, 5*time.Minute, name+" joins", func() error { _, err := m.Try("join", args...); return err })
 }

@@ -199,7 +199,7 @@ func (n *Node) Serve() {
 	n.t.Helper()
 	line := slices.Concat(n.kleidi, []string{"serve", "--config", n.Path("config.yaml")})
 	n.Serving = Start(n.t, n.Path("kleidi.log"), line[0], line[1:]...)
-	Eventually(n.t, 2*time.Minute, "kleidi serves", func() error {
+	Eventually(n.t, 5*time.Minute, "kleidi serves", func() error {
 		if err := n.Serving.Alive(); err != nil {
 			n.t.Fatal(err)
 		}
@@ -218,7 +218,7 @@ func (n *Node) ServeOpen() {
 // WaitOpen returns once kleidi's KEK is open.
 func (n *Node) WaitOpen() {
 	n.t.Helper()
-	Eventually(n.t, 2*time.Minute, "kleidi is open", func() error {
+	Eventually(n.t, 5*time.Minute, "kleidi is open", func() error {
 		code, body, err := n.Get("/readyz")
 		if err == nil && code != http.StatusOK {
 			err = errors.New(body)
@@ -231,7 +231,7 @@ func (n *Node) WaitOpen() {
 // `kleidi status` must name the same PCR.
 func (n *Node) WaitLocked(pcr string) {
 	n.t.Helper()
-	Eventually(n.t, 2*time.Minute, "kleidi says that it is locked", func() error {
+	Eventually(n.t, 5*time.Minute, "kleidi says that it is locked", func() error {
 		code, body, err := n.Get("/readyz")
 		if err == nil && (code != http.StatusServiceUnavailable || !strings.Contains(body, "locked") || !strings.Contains(body, pcr)) {
 			err = fmt.Errorf("readyz: %d: %s", code, body)

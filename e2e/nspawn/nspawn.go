@@ -77,6 +77,7 @@ func New(t testing.TB, s Setup) *Machine {
 		t.Fatal(err)
 	}
 	Run(t, "tar", "-C", m.Path("/"), "-xf", filepath.Join(strings.TrimSpace(Run(t, "../../.ci/base")), s.Archive))
+	m.Write("etc/systemd/system.conf.d/busy.conf", "[Manager]\nDefaultTimeoutStartSec=15min\n")
 	if err := os.MkdirAll(m.Path(Simulated), 0o700); err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"os/user"
 	"path/filepath"
 	"strconv"
@@ -33,7 +34,7 @@ func TestKine(t *testing.T) {
 			m := &machine{t: t, Node: node.New(t), binaries: binaries}
 			socket := "unix://" + m.Path("kine.sock")
 			node.Start(t, m.Path("kine.log"), binaries["kine"], "--endpoint", database(t, m.Dir()), "--listen-address", socket, "--metrics-bind-address", "0")
-			node.Eventually(t, 2*time.Minute, "kine listens", func() error { _, err := os.Stat(m.Path("kine.sock")); return err })
+			node.Eventually(t, 5*time.Minute, "kine listens", func() error { _, err := os.Stat(m.Path("kine.sock")); return err })
 			m.serve(socket)
 			m.overKine(socket)
 		})
@@ -81,7 +82,7 @@ func (m *machine) overKine(socket string) {
 		return nil
 	})
 	counts(4, 1, all+probes-1)
-	if out, code := m.kleidi("migrate", "--kubeconfig", m.kubeconfig, "--by", "patch", "--resources", resources, "--rate", "2000"); code != 0 {
+	if out, code := m.kleidi("migrate", "--kubeconfig", m.kubeconfig, "--by", "patch", "--resources", "secrets,configmaps", "--rate", "2000"); code != 0 {
 		m.t.Fatalf("migrate: exit code %d: %s", code, out)
 	}
 	counts(0, all+probes, 0)
@@ -133,6 +134,7 @@ func startPostgreSQL(t *testing.T, dir string) string {
 	run("initdb.log", "initdb", "--pgdata", data+"/pg", "--auth", "trust", "--username", "kine", "--no-sync").Wait()
 	port := node.FreePort(t)
 	run("postgres.log", "postgres", "-D", data+"/pg", "-k", data, "-p", port, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off")
-	node.Eventually(t, 2*time.Minute, "PostgreSQL listens", func() error { _, err := os.Stat(data + "/.s.PGSQL." + port); return err })
+	ready := filepath.Join(filepath.Dir(found[0]), "pg_isready")
+	node.Eventually(t, 5*time.Minute, "PostgreSQL answers", func() error { return exec.Command(ready, "-h", "127.0.0.1", "-p", port).Run() })
 	return "postgres://kine@127.0.0.1:" + port + "/kubernetes?sslmode=disable"
 }

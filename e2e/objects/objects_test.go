@@ -70,7 +70,7 @@ func (m *machine) serve(etcd string) {
 	})
 	m.ServeOpen()
 	m.api.Start(m.t)
-	node.Eventually(m.t, 2*time.Minute, "kube-apiserver is ready", m.api.Ready)
+	node.Eventually(m.t, 5*time.Minute, "kube-apiserver is ready", m.api.Ready)
 	m.kubeconfig = m.Path("admin.conf")
 	m.write(m.kubeconfig, cluster.AdminKubeconfig(m.api.URL, m.Path("certificates/apiserver.crt"), m.api.Token))
 }

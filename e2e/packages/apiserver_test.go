@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	kmsapi "k8s.io/kms/apis/v2"
 
@@ -36,7 +37,8 @@ func newAPIServer(t *testing.T, m *nspawn.Machine) *apiserver {
 	}
 	t.Cleanup(func() { folder.Close() })
 	conn, err := grpc.NewClient(fmt.Sprintf("unix:///proc/self/fd/%d/kms.sock", folder.Fd()),
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1, MaxDelay: 50 * time.Millisecond}, MinConnectTimeout: 20 * time.Second}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,9 +52,9 @@ func newAPIServer(t *testing.T, m *nspawn.Machine) *apiserver {
 	return a
 }
 
-// callTimeout is ten times the timeout in the EncryptionConfiguration, so that a call does not
+// callTimeout is far above the timeout in the EncryptionConfiguration, so that a call does not
 // fail because this machine is busy.
-const callTimeout = 30 * time.Second
+const callTimeout = 2 * time.Minute
 
 // call has the first seed decrypted.
 func (a *apiserver) call() error {

@@ -218,7 +218,7 @@ func kernelsOfSystemdBoot(t *testing.T, m *nspawn.Machine) {
 
 	// The boot loader comes with the kernel. It can't be predicted.
 	update(t, m, install("6.99.3", map[string][]byte{"boot/EFI/systemd/systemd-bootx64.efi": []byte("systemd-boot 258")}), "the boot loader has changed")
-	if out := m.Sh("journalctl --no-pager -t kleidi -p err -n 1"); !strings.Contains(out, "the boot loader has changed") {
+	if out := m.Sh("journalctl --sync; journalctl --no-pager -t kleidi -p err -n 1"); !strings.Contains(out, "the boot loader has changed") {
 		t.Errorf("journal: %s", out)
 	}
 	m.Sh("kleidi suspend --boots 1")

@@ -201,7 +201,7 @@ func configuration(t *testing.T, m *nspawn.Machine) {
 	m.Sh(`running() { systemctl show -P MainPID kleidi; }
 for i in 1 2 3 4 5 6; do
 	while pid=$(running) && [ "$pid" = 0 ]; do sleep 0.05; done
-	kill -9 "$pid"
+	kill -9 "$pid" || true
 	while [ "$(running)" = "$pid" ]; do sleep 0.05; done
 done`)
 	m.Configure("")

@@ -34,7 +34,7 @@ func (k *token) faults(s *site.Site) []site.Fault {
 			s.T().Error("the token was not in use when it was taken out")
 		}
 	}
-	wrongPIN := row("wrong PIN", seal.CauseCredentials, func() { k.write("pin", k.wrong+"\n") }, func() { k.write("pin", k.pin+"\n"); wrongPINs("2") },
+	wrongPIN := row("wrong PIN", seal.CauseCredentials, func() { k.write("pin", k.wrong+"\n") }, func() { wrongPINs("2"); k.write("pin", k.pin+"\n") },
 		"PIN", "put the right PIN into the file that pkcs11.pinFile names")
 	wrongPIN.While = func(open bool) {
 		if open {

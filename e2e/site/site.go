@@ -144,7 +144,7 @@ func WantIn(t testing.TB, where, text string, says ...string) {
 
 // The time in which kleidi must report a fault, and the time in which it must notice
 // the repair, on a busy machine. kleidi's attempts are at most a minute apart.
-const notices, recovers = 2 * time.Minute, 4 * time.Minute
+const notices, recovers = 5 * time.Minute, 5 * time.Minute
 
 // WaitSays waits until /readyz has this status and contains these texts, and returns
 // the body.

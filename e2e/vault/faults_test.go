@@ -39,7 +39,7 @@ type scene struct {
 
 // answers bounds an operation on Vault, on a busy machine. A test of a Vault that is stalled
 // waits this long.
-const answers = 10 * time.Second
+const answers = 30 * time.Second
 
 func newScene(t *testing.T, auth func(*server) vault.Auth) *scene {
 	t.Helper()

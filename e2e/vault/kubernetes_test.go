@@ -67,7 +67,7 @@ func startAPIServer(t *testing.T, s *server) *apiserver {
 		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", accounts,
 		"--service-account-signing-key-file", accounts, "--service-cluster-ip-range", "10.0.0.0/24",
 		"--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none")
-	node.Eventually(t, 2*time.Minute, "kube-apiserver is ready", func() error {
+	node.Eventually(t, 5*time.Minute, "kube-apiserver is ready", func() error {
 		if err := a.Alive(); err != nil {
 			t.Fatal(err)
 		}
@@ -98,6 +98,11 @@ func (a *apiserver) reviewer(t *testing.T) {
 		"roleRef":  map[string]string{"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:auth-delegator"},
 		"subjects": []map[string]string{{"kind": "ServiceAccount", "name": "vault-reviewer", "namespace": "kube-system"}},
 	}, nil)
+	as := *a
+	as.token = a.serviceToken(t, "vault-reviewer", "https://kubernetes.default.svc")
+	node.Eventually(t, 2*time.Minute, "kube-apiserver has noticed the reviewer's rights", func() error {
+		return as.do(http.MethodPost, "/apis/authentication.k8s.io/v1/tokenreviews", map[string]any{"spec": map[string]string{"token": as.token}}, nil)
+	})
 }
 
 func (a *apiserver) account(t *testing.T, name string) {

@@ -69,7 +69,7 @@ func startServer(t *testing.T, args ...string) *server {
 func (s *server) start() {
 	s.t.Helper()
 	s.Process = node.Start(s.t, s.path("vault.log"), binaries["vault"], s.args...)
-	node.Eventually(s.t, 2*time.Minute, "Vault answers", func() error {
+	node.Eventually(s.t, 5*time.Minute, "Vault answers", func() error {
 		if err := s.Alive(); err != nil {
 			s.t.Fatal(err)
 		}
@@ -147,7 +147,7 @@ func (s *server) copy(from, to string) {
 
 // config is a complete configuration except for Auth.
 func (s *server) config() vault.Config {
-	return vault.Config{Address: s.url, Key: "kleidi", CAFile: s.path("ca.pem"), Timeout: 10 * time.Second}
+	return vault.Config{Address: s.url, Key: "kleidi", CAFile: s.path("ca.pem"), Timeout: time.Minute}
 }
 
 // wrapper makes a wrapper from a configuration that must be valid.
@@ -188,7 +188,7 @@ func newAuthority(t *testing.T) *authority {
 	a := &authority{key: newKey(t)}
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA " + rand.Text()}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour), KeyUsage: x509.KeyUsageCertSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, a.key.Public(), a.key)
 	if err != nil {
@@ -227,7 +227,7 @@ func (a *authority) issue(t *testing.T, file, name string) *ecdsa.PrivateKey {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
 		DNSNames: []string{name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.certificate, key.Public(), a.key)

@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -72,7 +73,7 @@ func (d *Disk) Cut() {
 	if err != nil {
 		d.t.Fatal(err)
 	}
-	if err := unix.Unmount(d.dir, 0); err != nil {
+	if err := unmount(d.dir); err != nil {
 		d.t.Fatalf("unmount %s: %v", d.dir, err)
 	}
 	if err := os.WriteFile(d.image, survived, 0o600); err != nil {
@@ -80,6 +81,16 @@ func (d *Disk) Cut() {
 	}
 	if err := mount(d.image, d.dir); err != nil {
 		d.t.Fatalf("mount the disk again: %v", err)
+	}
+}
+
+// unmount waits for other tests' children, which hold this process's open files from their
+// fork to their exec.
+func unmount(dir string) error {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		if err := unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+			return err
+		}
 	}
 }
 

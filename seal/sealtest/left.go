@@ -15,7 +15,7 @@ import (
 
 // settle is how long the suite waits for goroutines, files and Secrets of a wrapper to
 // go away.
-const settle = 10 * time.Second
+const settle = 2 * time.Minute
 
 // left counts what a wrapper can leave behind in the process.
 type left struct{ goroutines, files, secrets int }

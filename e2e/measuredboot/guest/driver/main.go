@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -65,7 +66,11 @@ func (m *machine) do(step wire.Step) {
 func (m *machine) step(step wire.Step, r *wire.Result) error {
 	switch {
 	case step.Run != nil:
-		return command(step.Run, r)
+		err := command(step.Run, r)
+		for n := 0; n < 5 && err != nil && step.Again != "" && strings.Contains(r.Stderr, step.Again); n++ {
+			err = command(step.Run, r)
+		}
+		return err
 	case step.Serve:
 		return m.serve(step.Config, r)
 	case step.Stop:

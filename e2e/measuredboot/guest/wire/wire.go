@@ -48,10 +48,12 @@ type Script struct {
 	Steps []Step `json:"steps"`
 }
 
-// Step is one step. Exactly one field is set, apart from Config.
+// Step is one step. Exactly one field is set, apart from Config and Again.
 type Step struct {
 	// Run is a command line: a program and its arguments, no shell.
 	Run []string `json:"run,omitempty"`
+	// Again has Run repeated, a few times, while its error output contains this text.
+	Again string `json:"again,omitempty"`
 	// Serve starts kleidi serve, unless systemd has, and returns once kleidi has tried
 	// to open the keyring.
 	Serve bool `json:"serve,omitempty"`
