@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -113,7 +114,7 @@ func (b *backend) config(t *testing.T, token int, key string) Config {
 	t.Helper()
 	pin := filepath.Join(t.TempDir(), "pin")
 	ok(t, os.WriteFile(pin, []byte(testPIN+"\n"), 0o600))
-	return Config{Module: b.module, InitArgs: b.initArgs, URI: fmt.Sprintf("pkcs11:token=%s;object=%s", b.tokens[token], url.PathEscape(key)), PINFile: pin}
+	return Config{Module: b.module, InitArgs: b.initArgs, URI: fmt.Sprintf("pkcs11:token=%s;object=%s", b.tokens[token], url.PathEscape(key)), PINFile: pin, Timeout: 5 * time.Minute}
 }
 
 func newWrapper(t *testing.T, c Config, only ...string) *Wrapper {

@@ -68,6 +68,11 @@ func (h *host) row(ts *testscript.TestScript, args []string) error {
 	return nil
 }
 
+// starting reports whether serve, by an answer of /readyz, has not tried to open the keyring.
+func starting(body string) bool {
+	return strings.Contains(body, string(seal.CauseStarting)) || strings.HasPrefix(body, "KMS socket")
+}
+
 // verdict waits for the verdict of the running serve.
 func (h *host) verdict() (r tableRow, err error) {
 	var code int
@@ -79,7 +84,7 @@ func (h *host) verdict() (r tableRow, err error) {
 		if code, body, err = h.fetch("/readyz"); err != nil {
 			return err
 		}
-		if strings.Contains(body, string(seal.CauseStarting)) || strings.HasPrefix(body, "KMS socket") {
+		if starting(body) {
 			return errors.New("it is starting")
 		}
 		return nil

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -150,6 +151,9 @@ func (h *host) waitFor(ts *testscript.TestScript, args []string) error {
 			}
 			if (code == http.StatusOK) != (args[0] == "open") || !regexp.MustCompile(want).MatchString(body) {
 				return fmt.Errorf("/readyz says %d %s", code, body)
+			}
+			if args[0] == "locked" && want == "" && starting(body) {
+				return errors.New("it is starting")
 			}
 			return nil
 		case "file":

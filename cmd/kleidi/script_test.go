@@ -233,7 +233,7 @@ func (h *host) config(_ *testscript.TestScript, args []string) error {
 	doc := map[string]any{
 		"apiVersion": config.APIVersion, "kind": config.Kind, "node": h.name,
 		"state": map[string]any{"dir": h.path("state")},
-		"tpm": map[string]any{"device": "unix:" + h.path("hw/tpm.sock"), "timeout": "20s",
+		"tpm": map[string]any{"device": "unix:" + h.path("hw/tpm.sock"), "timeout": "1m",
 			"eventLog": h.path("hw/log"), "userspaceEventLog": h.path("hw/userspace")},
 		"kms":   map[string]any{"socket": h.path("run/kms.sock")},
 		"admin": map[string]any{"socket": h.path("run/admin.sock")},

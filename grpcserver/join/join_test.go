@@ -312,7 +312,7 @@ func TestOneAtATime(t *testing.T) {
 // TestHoldsItsPlace: a node that stops half-way and stays loses the approval when its time
 // is over.
 func TestHoldsItsPlace(t *testing.T) {
-	r := newRig(t, func(o *Options) { o.Timeout = 5 * time.Second })
+	r := newRig(t, func(o *Options) { o.Timeout = 30 * time.Second })
 	s, _ := r.proveOnly()
 	defer s.Close()
 	if _, err := s.receive(); status.Code(err) != codes.DeadlineExceeded && status.Code(err) != codes.Canceled {

@@ -99,7 +99,7 @@ func newRig(t *testing.T, change ...func(*Options)) *rig {
 	}
 	r.keyring = seat(t)
 	t.Cleanup(func() { r.keyring.Close() })
-	o := Options{Host: r, Record: r.record, Log: slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Timeout: 2 * time.Minute, now: r.now}
+	o := Options{Host: r, Record: r.record, Log: slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Timeout: 2 * time.Minute, hello: time.Minute, proof: 2 * time.Minute, now: r.now}
 	for _, f := range change {
 		f(&o)
 	}

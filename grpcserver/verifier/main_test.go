@@ -96,7 +96,7 @@ func newRig(t *testing.T, change ...func(*Options)) *rig {
 	r.options = Options{
 		Verifier:    &remote.Verifier{Cluster: cluster, Keys: []*remote.Key{signer}, Nodes: map[string]remote.Registration{"alpha": registration}},
 		Certificate: certificate(t, "verifier.example", nil), Record: r.record, Log: slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
-		Timeout: 2 * time.Minute,
+		Timeout: 2 * time.Minute, hello: time.Minute, proof: 2 * time.Minute,
 	}
 	for _, f := range change {
 		f(&r.options)
@@ -210,7 +210,7 @@ func pemFile(t *testing.T, c tls.Certificate) string {
 // certificate.
 func (r *rig) client(change ...func(*ClientConfig)) *Client {
 	r.Helper()
-	c := ClientConfig{Address: r.address, Certificate: Digest(r.options.Certificate.Certificate[0])}
+	c := ClientConfig{Address: r.address, Timeout: 2 * time.Minute, Certificate: Digest(r.options.Certificate.Certificate[0])}
 	for _, f := range change {
 		f(&c)
 	}

@@ -110,7 +110,11 @@ func TestDrive(t *testing.T) {
 	if err != nil || err2 != nil || one != two {
 		t.Errorf("%s and %s: %v, %v", one, two, err, err2)
 	}
-	if log.Count("rotation: every node has the fresh KEK, which is current now") != 1 {
+	const said = "rotation: every node has the fresh KEK, which is current now"
+	for log.Count(said) == 0 && ctx.Err() == nil { // it is said after the KEK can be seen
+		time.Sleep(5 * time.Millisecond)
+	}
+	if log.Count(said) != 1 {
 		t.Errorf("%q", log.Lines())
 	}
 }

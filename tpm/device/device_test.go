@@ -100,10 +100,10 @@ func TestDoEndsWithAHangingTPM(t *testing.T) {
 	for name, action := range map[string]tpmtest.Action{"before": tpmtest.Hang, "after": tpmtest.HangAfter} {
 		t.Run(name, func(t *testing.T) {
 			p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Do: action})
-			wantUnavailable(t, p.TPM(500*time.Millisecond).Do(t.Context(), getRandom), "no answer", "another program")
+			wantUnavailable(t, p.TPM(2*time.Second).Do(t.Context(), getRandom), "no answer", "another program")
 
 			d := p.TPM(0)
-			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 			defer cancel()
 			wantUnavailable(t, d.Do(ctx, getRandom), "no answer", "another program")
 

@@ -66,7 +66,7 @@ func (m *Machine) Reboot(b simboot.Boot) {
 }
 
 // TPM returns the machine's TPM.
-func (m *Machine) TPM() *device.Device { return Device(m.t, m.Device(), 0) }
+func (m *Machine) TPM() *device.Device { return Device(m.t, m.Device(), 2*time.Minute) }
 
 // Device returns the TPM at address, whose operations end after timeout
 // (0: device.DefaultTimeout).

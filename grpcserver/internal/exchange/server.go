@@ -78,7 +78,7 @@ func NewServer(o Options) *Server {
 		grpc.MaxRecvMsgSize(MaxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(1),
-		grpc.ConnectionTimeout(HelloTimeout),
+		grpc.ConnectionTimeout(o.Hello),
 		grpc.InTapHandle(s.limitTime),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingWait}),
 	)
