@@ -67,6 +67,9 @@ type Admission struct {
 	Done func(transcript []byte) []byte
 }
 
+// MaxConns is the number of connections that a Server admits from peers without a proof.
+const MaxConns = exchange.MaxUnproven
+
 // Options configure a Server. Timeout is optional.
 type Options struct {
 	Host Host

@@ -17,16 +17,16 @@ const otherFiles = 128
 // listeners of health and metrics hold as many connections as they admit.
 const files = 2*(unixsocket.MaxConns+unixsocket.MaxStrangers) + 2*(MaxConns+1) + otherFiles
 
-// CheckFiles verifies that the process may open as many files as these sockets admit
-// together, so that none of them can take the descriptors of another. It does not count
-// the connections of the listener for joins.
-func CheckFiles() error {
+// CheckFiles verifies that the process may open as many files as these sockets and other
+// listeners admit connections together, so that none of them can take the descriptors of
+// another. The other listeners admit others.
+func CheckFiles(others uint64) error {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return fmt.Errorf("getrlimit: %w", err)
 	}
-	if limit.Cur < files {
-		return fmt.Errorf("the process may open %d files, and its sockets admit connections for %d; raise LimitNOFILE= of the unit", limit.Cur, files)
+	if want := files + others; limit.Cur < want {
+		return fmt.Errorf("the process may open %d files, and its sockets admit connections for %d; raise LimitNOFILE= of the unit", limit.Cur, want)
 	}
 	return nil
 }

@@ -69,6 +69,9 @@ func afterFirstAttempt[Req, Resp any](d *Desk, f func(context.Context, Req) (Res
 	}
 }
 
+// MaxConns is the number of connections that [Desk.Serve] admits from peers without a proof.
+const MaxConns = join.MaxConns
+
 // Serve answers joining nodes at join.listen until it is stopped.
 func (d *Desk) Serve() error {
 	if err := d.audit.Append(nil); err != nil {

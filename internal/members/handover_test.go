@@ -30,7 +30,7 @@ func TestApproveHandsOver(t *testing.T) {
 	approve(t, d, beta)
 	select {
 	case <-next:
-	case <-time.After(20 * time.Second):
+	case <-time.After(25 * time.Second):
 		t.Fatal("no round follows the approval")
 	}
 	if s := n.Replica.State(); !s.InStep || s.Problem != nil {

@@ -63,7 +63,11 @@ func (s *Server) Run(ctx context.Context) {
 	if err := store.PrepareDir(s.Node.Config.State.Dir); err != nil {
 		s.Node.Log.Warn("state folder", "error", err)
 	}
-	if err := monitor.CheckFiles(); err != nil {
+	var joins uint64
+	if s.Node.Config.Join.Listen != "" {
+		joins = members.MaxConns
+	}
+	if err := monitor.CheckFiles(joins); err != nil {
 		s.Node.Log.Warn("file descriptors", "error", err)
 	}
 	var running sync.WaitGroup
