@@ -56,6 +56,9 @@ other providers encrypt with it.`,
 			if !f.apply && (cmd.Flags().Changed("wait") || cmd.Flags().Changed("timeout")) {
 				return seal.Errorf("", "leave them out", "kubeadm patch: only --apply waits, so --wait and --timeout have no effect")
 			}
+			if !f.wait && cmd.Flags().Changed("timeout") {
+				return seal.Errorf("", "leave it out", "kubeadm patch: with --wait=false, --timeout has no effect")
+			}
 			return a.kubeadmPatch(cmd, f)
 		},
 	}

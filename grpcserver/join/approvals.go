@@ -85,7 +85,8 @@ func newApprovals(now func() time.Time) *approvals {
 // put adds an approval, which replaces the node's former one. A join in progress with
 // the former approval is refused at its next step. A machine is approved under one name: it
 // would join under the name that its own operator chooses, and the other approval, with
-// its bootstrap files, would wait for a node that never comes.
+// its bootstrap files, would wait for a node that never comes. An approval whose machine is
+// listed does not count: the keyring decides then.
 func (b *approvals) put(a *Approval) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -17,9 +17,9 @@ const otherFiles = 128
 // listeners of health and metrics hold as many connections as they admit.
 const files = 2*(unixsocket.MaxConns+unixsocket.MaxStrangers) + 2*(MaxConns+1) + otherFiles
 
-// CheckFiles verifies that the process may open as many files as these sockets and other
-// listeners admit connections together, so that none of them can take the descriptors of
-// another. The other listeners admit others.
+// CheckFiles verifies that the process may open as many files as connections are admitted by
+// these sockets and by further listeners, which admit others. Joins that have proven their
+// TPM are not counted.
 func CheckFiles(others uint64) error {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {

@@ -29,7 +29,7 @@ func TestDrop(t *testing.T) {
 	}{"no rotation": {whole, 1, 0}, "during a rotation": {staged, 2, 1}} {
 		n := nodetest.Holding(t, "cp-1", row.k)
 		changes, err := drop(t.Context(), n, []string{"cp-2", "cp-3"})
-		if err != nil || len(changes) != row.changes || !strings.HasPrefix(changes[len(changes)-1], "node cp-2, cp-3 is no longer in the keyring") {
+		if err != nil || len(changes) != row.changes || !strings.HasPrefix(changes[len(changes)-1], "nodes cp-2, cp-3 are no longer in the keyring") {
 			t.Errorf("%s: %q, %v", name, changes, err)
 		}
 		k, err := n.Unlocker.Keyring()
@@ -197,13 +197,41 @@ func TestApprovedMeanwhile(t *testing.T) {
 	}
 }
 
-// TestRemoveWhileLocked: a removal that must wait ends the approval at once.
+// TestReplacedMeanwhile: a command that watches a removal leaves the machine alone that has
+// joined in the node's place.
+func TestReplacedMeanwhile(t *testing.T) {
+	k := threeNodes(t)
+	n := nodetest.Holding(t, "cp-1", k)
+	s := Serve{Audit: func(...Record) error { return nil }, Approved: func() []string { return nil }, Forget: func(string) {}}
+	r, err := Remove(t.Context(), n, s, admin.RemoveNodesRequest{Nodes: []string{"cp-2"}, Begun: true})
+	if err != nil || len(r.Changes) > 0 || r.Phase != admin.RemovalDone || r.Revision != k.Revision() {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if now, err := n.Unlocker.Keyring(); err != nil || len(now.Nodes()) != 3 {
+		t.Errorf("%+v, %v", now.Nodes(), err)
+	}
+}
+
+// TestRemoveWhileLocked: a removal that must wait ends the approval at once, and says so. A
+// command that watches a removal leaves the approval alone.
 func TestRemoveWhileLocked(t *testing.T) {
 	n := nodetest.Holding(t, "cp-1", threeNodes(t))
 	unlock.Lock(n.Unlocker, errors.New("no store"))
-	var forgotten []string
-	s := Serve{Approved: func() []string { return nil }, Forget: func(name string) { forgotten = append(forgotten, name) }}
-	if _, err := Remove(t.Context(), n, s, admin.RemoveNodesRequest{Nodes: []string{"cp-3"}}); err == nil || !slices.Equal(forgotten, []string{"cp-3"}) {
-		t.Errorf("%q, %v", forgotten, err)
+	for name, row := range map[string]struct {
+		approved  []string
+		begun     bool
+		forgotten []string
+		says      string
+	}{
+		"not approved": {nil, false, []string{"cp-3", "cp-8"}, "remove: no store"},
+		"approved":     {[]string{"cp-8"}, false, []string{"cp-3", "cp-8"}, "remove: the approval of node cp-8 is withdrawn, and nothing else was done: no store"},
+		"watched":      {[]string{"cp-8"}, true, nil, "remove: no store"},
+	} {
+		var forgotten []string
+		s := Serve{Approved: func() []string { return row.approved }, Forget: func(name string) { forgotten = append(forgotten, name) }}
+		_, err := Remove(t.Context(), n, s, admin.RemoveNodesRequest{Nodes: []string{"cp-3", "cp-8"}, Begun: row.begun})
+		if err == nil || !strings.HasPrefix(err.Error(), row.says) || !slices.Equal(forgotten, row.forgotten) {
+			t.Errorf("%s: %q, %v", name, forgotten, err)
+		}
 	}
 }

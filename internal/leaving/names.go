@@ -54,12 +54,28 @@ func (n names) refuse(settling bool) error {
 	if len(n.unknown) == 0 || settling {
 		return nil
 	}
-	who := "node " + n.unknown[0] + " is"
+	those := "that name"
 	if len(n.unknown) > 1 {
-		who = "nodes " + slotview.JoinWords(n.unknown) + " are"
+		those = "those names"
 	}
-	return seal.Errorf("", "kleidi node list shows the nodes", "%s not in the keyring, and no removed node of that name knows its current KEK; the nodes are %s",
-		who, slotview.JoinWords(n.nodes))
+	return seal.Errorf("", "kleidi node list shows the nodes", "%s not in the keyring, and no removed node of %s knows its current KEK; the nodes are %s",
+		areNodes(n.unknown), those, slotview.JoinWords(n.nodes))
+}
+
+// nodesNamed returns "node a", or "nodes a, b".
+func nodesNamed(names []string) string {
+	if len(names) == 1 {
+		return "node " + names[0]
+	}
+	return "nodes " + slotview.JoinWords(names)
+}
+
+// areNodes returns "node a is", or "nodes a, b are".
+func areNodes(names []string) string {
+	if len(names) == 1 {
+		return nodesNamed(names) + " is"
+	}
+	return nodesNamed(names) + " are"
 }
 
 // ToCutOff returns which of the names must be cut off before they are removed: all of them

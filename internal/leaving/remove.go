@@ -46,8 +46,8 @@ func Remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesRequest) (r admin.NodeRemoval, err error) {
 	k, err := inStep(ctx, n)
 	if err != nil {
-		for _, name := range req.Nodes { // that needs no store
-			s.Forget(name)
+		if !req.Begun {
+			err = withdraw(s, req.Nodes, err)
 		}
 		return r, err
 	}
@@ -61,7 +61,9 @@ func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 			return r, err
 		}
 	}
-	if len(known.listed) > 0 {
+	// A node that is listed later is a machine that has taken the place of a removed one.
+	dropping := len(known.listed) > 0 && !req.Begun
+	if dropping {
 		if err := checkShared(n, k, known.listed); err != nil {
 			return r, err
 		}
@@ -78,7 +80,7 @@ func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 			return r, nil
 		}
 	}
-	if len(known.listed) > 0 {
+	if dropping {
 		listed := k.Nodes()
 		changes, err := drop(ctx, n, known.listed)
 		r.Changes = append(r.Changes, changes...)
@@ -92,6 +94,19 @@ func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 	}
 	err = goOn(ctx, n, s, req, &r)
 	return r, err
+}
+
+// withdraw withdraws the approvals of these names, which needs no store, where the rest failed.
+func withdraw(s Serve, names []string, failed error) error {
+	approved := s.Approved()
+	withdrawn := slices.DeleteFunc(slices.Clone(names), func(name string) bool { return !slices.Contains(approved, name) })
+	for _, name := range names {
+		s.Forget(name)
+	}
+	if len(withdrawn) == 0 {
+		return failed
+	}
+	return fmt.Errorf("the approval of %s is withdrawn, and nothing else was done: %w", nodesNamed(withdrawn), failed)
 }
 
 // goOn takes the next step after the nodes are dropped.
@@ -188,7 +203,7 @@ func drop(ctx context.Context, n *node.Node, leaving []string) (changes []string
 		if err != nil {
 			return revisions, err
 		}
-		changes = append(changes, fmt.Sprintf("node %s is no longer in the keyring (revision %d)", slotview.JoinWords(leaving), next.Revision()))
+		changes = append(changes, fmt.Sprintf("%s no longer in the keyring (revision %d)", areNodes(leaving), next.Revision()))
 		return append(revisions, next), nil
 	})
 	return changes, err

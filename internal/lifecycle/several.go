@@ -22,10 +22,10 @@ const sealedAlone = "the KEK is sealed to this machine's present boot state; all
 
 // reportAborted says that a rotation has ended because this node has another TPM.
 func reportAborted(staged seal.KeyID, now *keyring.Keyring) []string {
-	if staged == "" || now.StagedID() != "" || now.CurrentID() == staged {
+	if staged == "" || !several(now) || now.StagedID() != "" || now.CurrentID() == staged {
 		return nil
 	}
-	return []string{"the rotation that was going on is aborted: the former TPM may know its KEK"}
+	return []string{"the rotation that was going on is aborted, because the former TPM may know its KEK; run kleidi rotate"}
 }
 
 // describeSelf returns this machine's entry in a keyring of that format.

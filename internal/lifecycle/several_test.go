@@ -126,3 +126,21 @@ func TestAlone(t *testing.T) {
 	_, err = renewAlone(t.Context(), nodetest.New(t, nodetest.Named("cp-2")), nil, pair(t, "cp-2"), keyring.Node{Name: "cp-2", EK: "sha256:1"}, nil)
 	refuses(t, "another TPM", err, "kleidi node approve cp-2 --ek EK --replace")
 }
+
+// TestReportAborted: a rotation that this node's new TPM has ended is told on one node of
+// several. A keyring of one node has ended it by making the staged KEK current, and another after it.
+func TestReportAborted(t *testing.T) {
+	one := nodetest.Keyring(t, seal.Slot{Type: seal.TypeRecovery, Data: []byte("{}")})
+	two := pair(t, "cp-1")
+	for name, row := range map[string]struct {
+		staged seal.KeyID
+		now    *keyring.Keyring
+		told   bool
+	}{
+		"several": {"k1-gone", two, true}, "no rotation": {"", two, false}, "it is current": {two.CurrentID(), two, false}, "one node": {"k1-gone", one, false},
+	} {
+		if said := reportAborted(row.staged, row.now); (len(said) > 0) != row.told {
+			t.Errorf("%s: %q", name, said)
+		}
+	}
+}

@@ -22,12 +22,12 @@ func (s *Server) feedWatchdog(ctx context.Context) {
 	tick := time.NewTicker(within / pings)
 	defer tick.Stop()
 	for {
-		s.feedOnce(ctx, within/pings)
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return
 		}
+		s.feedOnce(ctx, within/pings)
 	}
 }
 

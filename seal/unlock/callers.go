@@ -25,9 +25,10 @@ type Callers struct {
 
 // caller is a connection.
 type caller struct {
-	told      seal.KeyID
-	encrypted seal.KeyID // "" if there was no Encrypt on this connection, and one key ID only
+	told      seal.KeyID // in the last answer, at the time at
 	at        time.Time
+	encrypted seal.KeyID // "" while the connection has seen no Encrypt and only one key ID
+	confirmed time.Time  // of the last answer with the key ID encrypted
 }
 
 // Answered notes the key ID in an answer to Status or Encrypt on a connection.
@@ -37,12 +38,15 @@ func (c *Callers) Answered(conn any, id seal.KeyID, encrypted bool) {
 	if !known { // an answer may overtake the end of its connection, so forget old ones
 		maps.DeleteFunc(c.conns, func(_ any, old caller) bool { return time.Since(old.at) > seedLife })
 	}
-	now := caller{told: id, encrypted: before.encrypted, at: time.Now()}
+	now := caller{told: id, at: time.Now(), encrypted: before.encrypted, confirmed: before.confirmed}
 	switch {
 	case encrypted:
 		now.encrypted = id
 	case known && now.encrypted == "" && before.told != id: // its seed may be from before this serve started
-		now.encrypted = before.told
+		now.encrypted, now.confirmed = before.told, before.at
+	}
+	if now.encrypted == id {
+		now.confirmed = now.at
 	}
 	c.conns[conn] = now
 	c.mu.Unlock()
@@ -72,7 +76,7 @@ func (c *Callers) other(current seal.KeyID) seal.KeyID {
 		case time.Since(is.at) > seedLife:
 		case is.told != current:
 			return is.told
-		case is.encrypted != "" && is.encrypted != current:
+		case is.encrypted != "" && is.encrypted != current && time.Since(is.confirmed) <= seedLife:
 			return is.encrypted
 		}
 	}

@@ -48,6 +48,17 @@ func TestCallers(t *testing.T) {
 			{"fourth encrypts", func() { c.Answered("fourth", id, true) }, true},
 			{"fifth encrypts under another", func() { c.Answered("fifth", "k1-former", true) }, false},
 			{"fifth's seed expires", func() { time.Sleep(3*time.Minute + time.Second); c.Answered("sixth", id, true) }, true},
+			{"seventh is told another, and then asks for the status alone", func() {
+				c.Answered("seventh", "k1-former", false)
+				c.Answered("seventh", id, false)
+			}, false},
+			{"seventh could have had a seed until now", func() {
+				for range 4 {
+					time.Sleep(time.Minute)
+					c.Answered("seventh", id, false)
+				}
+				c.Answered("eighth", id, true)
+			}, true},
 		} {
 			step.do()
 			if got := unlock.LastEncrypted(n.Unlocker); (got == id) != step.want {
@@ -57,7 +68,7 @@ func TestCallers(t *testing.T) {
 				t.Errorf("%s: nobody notices", step.name)
 			}
 		}
-		c.Answered("sixth", id, false)
+		c.Answered("eighth", id, false)
 		c.Ended("fifth") // which is forgotten
 		if noticed() {
 			t.Error("nothing has changed")
