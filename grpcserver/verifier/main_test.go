@@ -25,6 +25,7 @@ import (
 	"github.com/google/go-tpm/tpm2/transport"
 	"google.golang.org/grpc"
 
+	wire "github.com/beezy-dev/kleidi/grpcserver/internal/exchange"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/tpm/attest"
 	"github.com/beezy-dev/kleidi/tpm/attest/remote"
@@ -281,6 +282,7 @@ func (r *rig) refused(what string, err error, cause seal.Cause, words ...string)
 // works demands that an honest node is served.
 func (r *rig) works(what string) {
 	r.Helper()
+	r.eventually("a place is free: the server gives it back after its last message", func() bool { return r.server.wire.Proven() < wire.MaxNodePlaces })
 	if err := r.ask(r.client()); err != nil {
 		r.Errorf("%s: %v", what, err)
 	}

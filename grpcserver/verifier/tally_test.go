@@ -58,11 +58,13 @@ func TestMetrics(t *testing.T) {
 	_ = r.ask(altered{Channel: r.client(), hello: func(h *remote.Hello) { h.Node = "x" }})
 	_ = r.ask(altered{Channel: r.client(), evidence: func(e *remote.Evidence) { e.FirmwareLog = nil }})
 	_ = r.ask(odd{r, statement(&Statement{})})
+	r.eventually("no place is taken", func() bool { return r.server.wire.Proven() == 0 })
 	leave, _ := r.server.wire.Take(r.options.Verifier.Nodes["alpha"].EK)
 	leave2, _ := r.server.wire.Take(r.options.Verifier.Nodes["alpha"].EK)
 	_ = r.ask(r.client())
 	leave()
 	leave2()
+	r.eventually("the places are free", func() bool { return r.server.wire.Proven() == 0 })
 	r.noRecord = errors.New("no space left on device")
 	_ = r.ask(r.client())
 	for _, o := range []outcome{outcomeAccepted, outcomeUnproven, outcomeRefused, outcomeEnded, outcomeBusy, outcomeFailed} {
