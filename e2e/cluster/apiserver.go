@@ -31,6 +31,7 @@ type APIServer struct {
 
 	setup  APIServerSetup
 	args   []string
+	owner  testing.TB // whose end ends the server
 	client *http.Client
 }
 
@@ -131,6 +132,7 @@ func (a *APIServer) Start(t testing.TB) {
 // Launch runs kube-apiserver without waiting for it.
 func (a *APIServer) Launch(t testing.TB) {
 	t.Helper()
+	a.owner = t
 	a.Process = a.setup.Host.start(t, a.path("kube-apiserver.log"), a.setup.Binary, a.args...)
 }
 
@@ -144,7 +146,8 @@ func (a *APIServer) WaitServing(t testing.TB) {
 			if again--; again < 0 {
 				t.Fatal(err)
 			}
-			a.Launch(t)
+			t.Logf("kube-apiserver is started again: %v", err)
+			a.Launch(a.owner)
 			return err
 		}
 		if err := a.trust(); err != nil {

@@ -191,7 +191,7 @@ func (e *Etcd) Snapshot(t testing.TB, file string) {
 
 // gateway gives up a member that accepts no connection, as one that is cut off. On a busy
 // machine a snapshot, or the values of thousands of objects, take minutes.
-var gateway = &http.Client{Timeout: 10 * time.Minute, Transport: &http.Transport{DialContext: (&net.Dialer{Timeout: 20 * time.Second}).DialContext}}
+var gateway = &http.Client{Timeout: 10 * time.Minute, Transport: &http.Transport{DialContext: (&net.Dialer{Timeout: 20 * time.Second}).DialContext, DisableKeepAlives: true}}
 
 // call asks etcd's JSON gateway.
 func call(client *http.Client, url string, request, answer any) error {

@@ -56,13 +56,13 @@ func TestSixCommands(t *testing.T) {
 // migrate runs kleidi migrate, which gives up after 5 minutes without a beginning.
 func migrate(t *testing.T, n *KubeNode, command string) {
 	t.Helper()
-	node.Eventually(t, 30*time.Minute, "the Secrets are rewritten", func() error {
+	node.Again(t, 30*time.Minute, "the Secrets are rewritten", func() error {
 		out, err := n.TryFor(15*time.Minute, command)
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
 		return nil
-	})
+	}, "has not begun with StorageVersionMigration")
 }
 
 func createSecret(n *KubeNode) {

@@ -54,7 +54,7 @@ func (c *controlPlane) approve(t *testing.T, by, m *machine) []string {
 func (c *controlPlane) admit(t *testing.T, by, m *machine) {
 	t.Helper()
 	args := c.approve(t, by, m)
-	node.Eventually(t, 5*time.Minute, m.Name+" joins", func() error { _, err := m.Try("join", args...); return err })
+	node.Again(t, 5*time.Minute, m.Name+" joins", func() error { _, err := m.Try("join", args...); return err }, node.JoinAgain...)
 }
 
 // everywhere checks that each node reads each of these Secrets.
@@ -86,6 +86,7 @@ func write(m *machine, prefix string) *writer {
 			}
 			name := fmt.Sprint(prefix, "-", w.n.Load())
 			if err := errors.Join(m.Put(name), m.Holds(name)); noLeader(err) {
+				time.Sleep(200 * time.Millisecond)
 				continue
 			} else if err != nil {
 				w.done <- err

@@ -106,6 +106,7 @@ func (c *controlPlane) rotate(t *testing.T, by, through *machine, p phase, do fu
 	former := seal.KeyID(by.List().KeyID)
 	ended := make(chan struct{})
 	var reached atomic.Bool
+	defer reached.Store(true)
 	go func() {
 		defer close(ended)
 		// The command ends with its serve, which may be killed. If the cluster store was away for
@@ -113,6 +114,9 @@ func (c *controlPlane) rotate(t *testing.T, by, through *machine, p phase, do fu
 		for again := true; again && !reached.Load(); {
 			_, err := by.Try("rotate")
 			again = err != nil && !strings.Contains(err.Error(), "exit status 3")
+			if again {
+				time.Sleep(200 * time.Millisecond)
+			}
 		}
 	}()
 	c.until(t, through, former, p)

@@ -107,13 +107,17 @@ func (c *controlPlane) load() *load {
 
 func (l *load) round(c *controlPlane, m *machine, name string) {
 	if err := l.call(m, func() error { return m.Put(name) }); err != nil {
-		l.fail(fmt.Errorf("write Secret %s: %w", name, err))
+		if !noLeader(err) { // the load was stopped during an election of etcd
+			l.fail(fmt.Errorf("write Secret %s: %w", name, err))
+		}
 		return
 	}
 	l.written.Add(1)
 	for _, reader := range c.Nodes {
 		if err := l.call(reader, func() error { return reader.Holds(name) }); err != nil {
-			l.fail(err)
+			if !noLeader(err) {
+				l.fail(err)
+			}
 			continue
 		}
 		l.reads.Add(1)

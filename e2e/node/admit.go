@@ -42,6 +42,5 @@ func (n *Node) ApproveEK(name, ek, policy string) []string {
 func (n *Node) Admit(name string, m *Node) {
 	n.t.Helper()
 	args := n.Approve(name, m, n.BootPolicy())
-	// On a busy machine a join may take too long for the admitting node, or meet an election of etcd.
-	Eventually(n.t, 5*time.Minute, name+" joins", func() error { _, err := m.Try("join", args...); return err })
+	Again(n.t, 5*time.Minute, name+" joins", func() error { _, err := m.Try("join", args...); return err }, JoinAgain...)
 }

@@ -1,9 +1,31 @@
 package node
 
 import (
+	"slices"
+	"strings"
 	"testing"
 	"time"
 )
+
+// Again is Eventually for a command whose failure a busy machine may cause: with an error
+// that holds one of these texts. Any other error fails the test at once.
+func Again(t testing.TB, within time.Duration, what string, run func() error, may ...string) {
+	t.Helper()
+	Eventually(t, within, what, func() error {
+		err := run()
+		if err != nil {
+			if !slices.ContainsFunc(may, func(s string) bool { return strings.Contains(err.Error(), s) }) {
+				t.Fatalf("%s: %v", what, err)
+			}
+			t.Logf("again: %v", err)
+		}
+		return err
+	})
+}
+
+// JoinAgain are the errors of kleidi join that a busy machine may cause: the join took too
+// long for the admitting node, an earlier one has just broken off, or etcd had an election.
+var JoinAgain = []string{"check that kleidi serve runs there", "another join of this node is in progress", "etcdserver: "}
 
 // Eventually repeats ready until it returns nil, and fails the test after the given
 // time.

@@ -128,12 +128,15 @@ func startPostgreSQL(t *testing.T, dir string) string {
 	}
 	run := func(log, program string, args ...string) *node.Process {
 		t.Helper()
-		args = append([]string{"--reuid", as.Uid, "--regid", as.Gid, "--clear-groups", "--pdeathsig", "KILL", filepath.Join(filepath.Dir(found[0]), program)}, args...)
-		return node.Start(t, filepath.Join(dir, log), "setpriv", args...)
+		args = append([]string{"-C", "/", "setpriv", "--reuid", as.Uid, "--regid", as.Gid, "--clear-groups", "--pdeathsig", "KILL", filepath.Join(filepath.Dir(found[0]), program)}, args...)
+		return node.Start(t, filepath.Join(dir, log), "env", args...)
 	}
-	run("initdb.log", "initdb", "--pgdata", data+"/pg", "--auth", "trust", "--username", "kine", "--no-sync").Wait()
+	run("initdb.log", "initdb", "--pgdata", data+"/pg", "--auth", "trust", "--username", "kine", "--no-sync", "--locale", "C", "--encoding", "UTF8").Wait()
+	if _, err := os.Stat(data + "/pg/global/pg_control"); err != nil {
+		t.Fatal(err)
+	}
 	port := node.FreePort(t)
-	run("postgres.log", "postgres", "-D", data+"/pg", "-k", data, "-p", port, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off")
+	t.Cleanup(run("postgres.log", "postgres", "-D", data+"/pg", "-k", data, "-p", port, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off").Stop) // it removes its shared memory
 	ready := filepath.Join(filepath.Dir(found[0]), "pg_isready")
 	node.Eventually(t, 5*time.Minute, "PostgreSQL answers", func() error { return exec.Command(ready, "-h", "127.0.0.1", "-p", port).Run() })
 	return "postgres://kine@127.0.0.1:" + port + "/kubernetes?sslmode=disable"
