@@ -53,11 +53,8 @@ other providers encrypt with it.`,
   kleidi kubeadm patch --revert`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if !f.apply && (cmd.Flags().Changed("wait") || cmd.Flags().Changed("timeout")) {
-				return seal.Errorf("", "leave them out", "kubeadm patch: only --apply waits, so --wait and --timeout have no effect")
-			}
-			if !f.wait && cmd.Flags().Changed("timeout") {
-				return seal.Errorf("", "leave it out", "kubeadm patch: with --wait=false, --timeout has no effect")
+			if changed := cmd.Flags().Changed; !f.apply && changed("wait") || !(f.apply && f.wait) && changed("timeout") {
+				return seal.Errorf("", "leave it out", "kubeadm patch: only --apply waits, unless --wait=false is given, so --wait or --timeout has no effect")
 			}
 			return a.kubeadmPatch(cmd, f)
 		},
