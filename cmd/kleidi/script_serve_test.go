@@ -202,8 +202,8 @@ func fetch(address, socket, path string) (int, string, error) {
 	return r.StatusCode, string(b), err
 }
 
-// get PATH [SOCKET] shows the answers of health and metrics, from serve or from another
-// socket; a code other than 200 is a failure.
+// get PATH [SOCKET [REGEXP]] shows the answers of health and metrics, from serve or from
+// another socket, once the answer matches; a code other than 200 is a failure.
 func (h *host) get(ts *testscript.TestScript, args []string) error {
 	var code int
 	var body string
@@ -212,6 +212,9 @@ func (h *host) get(ts *testscript.TestScript, args []string) error {
 			code, body, err = fetch("kleidi", h.abs(args[1]), args[0])
 		} else {
 			code, body, err = h.fetch(args[0])
+		}
+		if err == nil && len(args) > 2 && !regexp.MustCompile(args[2]).MatchString(body) {
+			err = fmt.Errorf("%s does not say %s: %s", args[0], args[2], body)
 		}
 		return err
 	})
