@@ -70,8 +70,8 @@ func (p *pair) inStep(t *testing.T) {
 	})
 }
 
-// columns: kubectl get keyringnodes shows what kleidi node list shows. kubectl asks the API
-// for a table, as this does.
+// columns: kubectl get keyringnodes -o wide shows what kleidi node list shows of each node's
+// record, and its endorsement key. kubectl asks the API for a table, as this does.
 func (p *pair) columns(t *testing.T) {
 	t.Helper()
 	admin := p.client(t, func(rt http.RoundTripper) http.RoundTripper { return asTable{rt} })

@@ -86,7 +86,10 @@ func write(m *machine, prefix string) *writer {
 			}
 			name := fmt.Sprint(prefix, "-", w.n.Load())
 			if err := errors.Join(m.Put(name), m.Holds(name)); noLeader(err) {
-				time.Sleep(200 * time.Millisecond)
+				select {
+				case <-w.stop:
+				case <-time.After(200 * time.Millisecond):
+				}
 				continue
 			} else if err != nil {
 				w.done <- err

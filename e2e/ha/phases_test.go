@@ -3,7 +3,7 @@ package ha
 import (
 	"fmt"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"testing"
 	"time"
 
@@ -105,22 +105,27 @@ func (c *controlPlane) rotate(t *testing.T, by, through *machine, p phase, do fu
 	t.Helper()
 	former := seal.KeyID(by.List().KeyID)
 	ended := make(chan struct{})
-	var reached atomic.Bool
-	defer reached.Store(true)
+	reached := make(chan struct{})
+	over := sync.OnceFunc(func() { close(reached) })
+	defer over()
 	go func() {
 		defer close(ended)
 		// The command ends with its serve, which may be killed. If the cluster store was away for
 		// a moment, it has begun nothing.
-		for again := true; again && !reached.Load(); {
+		for {
 			_, err := by.Try("rotate")
-			again = err != nil && !strings.Contains(err.Error(), "exit status 3")
-			if again {
-				time.Sleep(200 * time.Millisecond)
+			if err == nil || strings.Contains(err.Error(), "exit status 3") {
+				return
+			}
+			select {
+			case <-reached:
+				return
+			case <-time.After(200 * time.Millisecond):
 			}
 		}
 	}()
 	c.until(t, through, former, p)
-	reached.Store(true)
+	over()
 	do()
 	<-ended
 }
