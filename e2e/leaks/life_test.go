@@ -164,9 +164,11 @@ func (l *life) start(more ...string) {
 	if err := l.serve.Start(); err != nil {
 		l.t.Fatal(err)
 	}
-	l.ended = make(chan error, 1)
-	go func() { l.ended <- l.serve.Wait(); close(l.ended) }()
-	l.t.Cleanup(func() { _ = l.serve.Process.Kill(); <-l.ended })
+	// The fields belong to the next serve before this goroutine has closed its channel.
+	serve, ended := l.serve, make(chan error, 1)
+	l.ended = ended
+	go func() { ended <- serve.Wait(); close(ended) }()
+	l.t.Cleanup(func() { _ = serve.Process.Kill(); <-ended })
 	conn, err := grpc.NewClient("unix:"+l.path("kms.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		l.t.Fatal(err)
