@@ -56,9 +56,8 @@ func (h *host) doctorCommand(ts *testscript.TestScript, args []string) error {
 	printed := strings.ReplaceAll(r.Findings[i].Command, " RECIPIENT", " "+ts.Getenv("RECIPIENT"))
 	command := exec.Command("sh", "-c", printed)
 	command.Dir = h.work
-	// An operator's kleidi has its configuration in the default place, and a kubelet, which
-	// is not here, restarts kube-apiserver.
-	wrapper := fmt.Sprintf("#!/bin/sh\ncase \"$*\" in 'kubeadm patch --apply '*) set -- \"$@\" --wait=false ;; esac\nexec %s --config %s \"$@\"\n", binary, h.path("config.yaml"))
+	// No kubelet is here, which would restart kube-apiserver.
+	wrapper := fmt.Sprintf("#!/bin/sh\ncase \"$*\" in *' kubeadm patch --apply '*) set -- \"$@\" --wait=false ;; esac\nexec %s \"$@\"\n", binary)
 	if err := errors.Join(os.MkdirAll(h.path("operator"), 0o700), os.WriteFile(h.path("operator/kleidi"), []byte(wrapper), 0o700)); err != nil {
 		return broken("%w", err)
 	}

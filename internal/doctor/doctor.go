@@ -12,9 +12,12 @@
 package doctor
 
 import (
+	"regexp"
 	"strings"
 
+	"github.com/beezy-dev/kleidi/internal/config"
 	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 // check finds one kind of fault.
@@ -78,7 +81,29 @@ func (n *Node) Examine() diagnosis.Report {
 		check, _, _ := strings.Cut(f[0].ID, "/")
 		r.Add(check, f)
 	}
+	for i := range r.Findings {
+		r.Findings[i].Command = n.configured(r.Findings[i].Command)
+	}
 	return r
+}
+
+// kleidiCommand matches the beginning of each of kleidi's commands in a line for a shell.
+var kleidiCommand = regexp.MustCompile(`(^|&& )kleidi `)
+
+// configured names the configuration file in kleidi's commands, unless kleidi reads it
+// unasked. Another node has a file of its own.
+func (n *Node) configured(line string) string {
+	commands, comment, commented := strings.Cut(line, "   # ")
+	if n.ConfigFile == config.DefaultPath || strings.HasPrefix(comment, "on ") {
+		return line
+	}
+	commands = kleidiCommand.ReplaceAllStringFunc(commands, func(begin string) string {
+		return begin + "--config " + seal.Quote(n.ConfigFile) + " "
+	})
+	if commented {
+		commands += "   # " + comment
+	}
+	return commands
 }
 
 // refused returns why there is no configuration. If others can write the file, kleidi reads

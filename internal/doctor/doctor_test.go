@@ -480,3 +480,27 @@ func TestAsCommand(t *testing.T) {
 		}
 	}
 }
+
+// A printed command works as copied on a node whose configuration is elsewhere.
+func TestConfigured(t *testing.T) {
+	const elsewhere = "--config '/srv/my $1/kleidi.yaml' "
+	n := &Node{ConfigFile: "/srv/my $1/kleidi.yaml"}
+	for line, want := range map[string]string{
+		"kleidi reseal": "kleidi " + elsewhere + "reseal",
+		"systemctl restart kleidi && kleidi reseal   # see kleidi status": "systemctl restart kleidi && kleidi " + elsewhere + "reseal   # see kleidi status",
+		"kleidi status   # on cp-2":                                       "kleidi status   # on cp-2",
+		"chmod 600 /srv/kleidi x":                                         "chmod 600 /srv/kleidi x",
+	} {
+		if got := n.configured(line); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+		unasked := &Node{ConfigFile: "/etc/kleidi/config.yaml"}
+		if got := unasked.configured(line); got != line {
+			t.Errorf("%s, want it unchanged", got)
+		}
+	}
+	n.NoConfig = "it is not YAML"
+	if f := n.Examine().Findings; len(f) != 1 || f[0].Command != "kleidi "+elsewhere+"status   # repeat until it no longer complains of the configuration" {
+		t.Errorf("%v", f)
+	}
+}
