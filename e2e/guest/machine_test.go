@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/e2e/nspawn"
 )
 
@@ -79,12 +80,18 @@ func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
 func (m *machine) boot() {
 	m.t.Helper()
 	begin := time.Now()
-	for _, stale := range []string{"tpm.sock", "agent.sock", "console"} {
+	for _, stale := range []string{"agent.sock", "console"} {
 		_ = os.Remove(m.path(stale))
 	}
-	m.start(exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+m.path("tpm"),
-		"--ctrl", "type=unixio,path="+m.path("tpm.sock"), "--terminate", "--log", "file="+m.path("swtpm.log")))
-	eventually(m.t, time.Minute, "swtpm listens", func() error { _, err := os.Stat(m.path("tpm.sock")); return err })
+	listener, err := node.Listener(m.path("tpm.sock"))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	swtpm := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+m.path("tpm"),
+		"--ctrl", "type=unixio,fd=3", "--terminate", "--log", "file="+m.path("swtpm.log"))
+	swtpm.ExtraFiles = []*os.File{listener}
+	m.start(swtpm)
+	listener.Close() // otherwise QEMU would not notice the end of swtpm
 	// /dev/kvm may exist and still fail with this firmware
 	m.qemu = m.start(exec.Command("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none",
 		"-accel", "tcg,thread=multi", "-machine", "q35,smm=on", "-cpu", "max", "-smp", "2", "-m", "4096",

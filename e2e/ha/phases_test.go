@@ -114,7 +114,7 @@ func (c *controlPlane) rotate(t *testing.T, by, through *machine, p phase, do fu
 		// a moment, it has begun nothing.
 		for {
 			_, err := by.Try("rotate")
-			if err == nil || strings.Contains(err.Error(), "exit status 3") {
+			if err == nil || strings.Contains(err.Error(), "exit status 3") && !strings.Contains(err.Error(), "nothing was changed") {
 				return
 			}
 			select {

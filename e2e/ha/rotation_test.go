@@ -146,7 +146,7 @@ func TestRotation(t *testing.T) {
 			}
 		}
 		// The second may also have rotated after the first had ended.
-		if refused == 0 && bytes.Equal(stagedID.Find(results[0]), stagedID.Find(results[1])) {
+		if id := stagedID.Find(results[0]); refused == 0 && id != nil && bytes.Equal(id, stagedID.Find(results[1])) {
 			t.Errorf("both operators are told that they rotate:\n%s%s", results[0], results[1])
 		}
 		c.finish(t, c.Nodes[2], former, false)

@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/beezy-dev/kleidi/internal/powerloss"
 )
 
 // limit is a resource that a small disk can run out of.
@@ -110,7 +112,7 @@ func (s *scene) mount() disk {
 
 func (d disk) unmount() {
 	d.t.Helper()
-	if err := unix.Unmount(d.path, 0); err != nil {
+	if err := powerloss.Unmount(d.path); err != nil {
 		d.t.Fatal(err)
 	}
 }

@@ -6,8 +6,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/beezy-dev/kleidi/internal/powerloss"
 )
 
@@ -52,7 +50,7 @@ func (s *scene) cutAfter(change func(*history)) {
 	}
 	s.clean()
 	s.serving(h, func() {})
-	if err := unix.Unmount(s.stateDir(), 0); err != nil {
+	if err := powerloss.Unmount(s.stateDir()); err != nil {
 		s.t.Fatal(err)
 	}
 }

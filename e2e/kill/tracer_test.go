@@ -205,6 +205,11 @@ func (p *traced) run(cmd *exec.Cmd, started chan<- error) {
 		err = p.attach()
 	}
 	started <- err
+	if err != nil { // the test has ended with it
+		_ = unix.Kill(p.pid, unix.SIGKILL)
+		close(p.done)
+		return
+	}
 	for err == nil {
 		err = p.next()
 	}

@@ -48,9 +48,15 @@ func NewPod(t testing.TB, variant string) *Pod {
 		p.must(exec.Command("cp", "-r", from, p.Path(to)))
 	}
 	t.Cleanup(func() {
-		if p.running != nil {
+		if p.running == nil {
+			return
+		}
+		// With the first process all others end before unshare does, so nothing writes files
+		// while the test's folder is removed.
+		if first, err := p.first(); err != nil || exec.Command("kill", "-9", first).Run() != nil {
 			p.running.Kill()
 		}
+		p.running.Wait()
 	})
 	return p
 }

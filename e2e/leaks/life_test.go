@@ -83,7 +83,8 @@ func (l *life) command(args ...string) *exec.Cmd {
 func (l *life) init() {
 	l.t.Helper()
 	cmd := l.command("init")
-	cmd.Stderr = &l.said
+	var stderr bytes.Buffer // os/exec writes to it beside this goroutine
+	cmd.Stderr = &stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		l.t.Fatal(err)
@@ -107,7 +108,9 @@ func (l *life) init() {
 		}
 		fmt.Fprintln(&l.said, line)
 	}
-	if err := cmd.Wait(); err != nil {
+	err = cmd.Wait()
+	l.said.Write(stderr.Bytes())
+	if err != nil {
 		l.t.Fatalf("init: %v\n%s", err, l.said.Bytes())
 	}
 	l.secrets.addIdentity(l.identity)

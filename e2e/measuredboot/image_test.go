@@ -257,13 +257,15 @@ func (f *forge) disk(i image) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		config := f.text(i.path(f, ""), ".grub.cfg", i.grubConfig())
 		files = []copied{{f.parts.shim, "EFI/BOOT/BOOTX64.EFI"}, {f.parts.grub, "EFI/BOOT/grubx64.efi"},
-			{config, "EFI/debian/grub.cfg"}, {f.parts.kernel, "vmlinuz"}, {initrd, "initrd"}}
+			{f.parts.kernel, "vmlinuz"}, {initrd, "initrd"}}
 	default:
 		return "", fmt.Errorf("no loader %q", i.loader)
 	}
 	return f.once(i.path(f, ".img"), func(path string) error {
+		if i.loader == "grub" {
+			files = append(files, copied{f.text(path, ".grub.cfg", i.grubConfig()), "EFI/debian/grub.cfg"})
+		}
 		if err := makePartition(path); err != nil {
 			return err
 		}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/beezy-dev/kleidi/e2e/measuredboot/guest/wire"
+	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
 // run powers the machine on and waits until it is off. Firmware that refuses the image
@@ -21,20 +22,23 @@ func (m *machine) run(disk string, b *booted) error {
 	begin := time.Now()
 	defer func() { b.took = time.Since(begin) }()
 	socket, console := m.path("tpm.sock"), m.path("console")
-	for _, stale := range []string{socket, console} {
-		if err := os.Remove(stale); err != nil && !os.IsNotExist(err) {
-			return err
-		}
+	if err := os.Remove(console); err != nil && !os.IsNotExist(err) {
+		return err
 	}
-	tpm, err := start(exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+m.path("tpm"),
-		"--ctrl", "type=unixio,path="+socket, "--terminate", "--log", "file="+m.path("swtpm.log")))
+	listener, err := node.Listener(socket)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	swtpm := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+m.path("tpm"),
+		"--ctrl", "type=unixio,fd=3", "--terminate", "--log", "file="+m.path("swtpm.log"))
+	swtpm.ExtraFiles = []*os.File{listener}
+	tpm, err := start(swtpm)
 	if err != nil {
 		return err
 	}
 	defer tpm.kill() // swtpm has ended with QEMU, unless QEMU never connected
-	if err := appears(ctx, socket, tpm); err != nil {
-		return err
-	}
+	listener.Close() // otherwise QEMU would not notice the end of swtpm
 	qemu, err := start(exec.Command("qemu-system-x86_64", m.arguments(disk, socket, console)...))
 	if err != nil {
 		return err
@@ -159,23 +163,5 @@ func (p *process) wait(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("%s does not end", p.cmd.Args[0])
-	}
-}
-
-// appears waits until a file exists.
-func appears(ctx context.Context, path string, from *process) error {
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		if _, err := os.Stat(path); err == nil {
-			return nil
-		}
-		select {
-		case <-from.ended:
-			return fmt.Errorf("%s ended: %s", from.cmd.Args[0], &from.output)
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-tick.C:
-		}
 	}
 }

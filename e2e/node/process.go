@@ -1,6 +1,7 @@
 package node
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // Process is a server that logs into a file. The log is shown if the test fails.
@@ -81,8 +84,12 @@ func (p *Process) Wait() { <-p.done }
 // Pid returns the number of the server's process.
 func (p *Process) Pid() int { return p.cmd.Process.Pid }
 
-// Freeze stops the server in the middle of its work, until Thaw.
-func (p *Process) Freeze() { _ = p.cmd.Process.Signal(syscall.SIGSTOP) }
+// Freeze stops the server in the middle of its work, until Thaw. It returns once all threads
+// have stopped.
+func (p *Process) Freeze() {
+	_ = p.cmd.Process.Signal(syscall.SIGSTOP)
+	_ = unix.Waitid(unix.P_PID, p.Pid(), nil, unix.WSTOPPED|unix.WEXITED|unix.WNOWAIT, nil)
+}
 
 // Thaw lets the server go on.
 func (p *Process) Thaw() { _ = p.cmd.Process.Signal(syscall.SIGCONT) }
@@ -99,6 +106,21 @@ func tail(file string, lines int) string {
 	}
 	all := strings.Split(strings.TrimRight(string(b), "\n"), "\n")
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+// Listener makes a unix socket, on which a server with this file listens once it runs. A
+// server that makes the socket itself has it in place before it listens.
+func Listener(path string) (*os.File, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	l.SetUnlinkOnClose(false)
+	return l.File()
 }
 
 // Ports that the kernel never assigns to a connection (its own begin at 32768).

@@ -112,7 +112,8 @@ func (m *Machine) Boot() {
 	groups := controlGroups(m.t, filepath.Base(m.dir))
 	// systemd 257 must be told to accept a machine with version 1 of cgroups.
 	args := slices.Concat(inGroups(groups), []string{"systemd-nspawn", "--quiet", "--directory=" + m.Path("/"), "--boot", "--register=no", "--keep-unit", "--private-network",
-		"--machine=" + m.setup.Name, "--console=pipe"}, m.setup.Args, []string{"SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"})
+		// nspawn keeps a folder of the machine's name, so the name is this test's own.
+		"--machine=" + filepath.Base(m.dir), "--hostname=" + m.setup.Name, "--console=pipe"}, m.setup.Args, []string{"SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"})
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = slices.Concat(os.Environ(), []string{"SYSTEMD_LOG_LEVEL=err"}, m.setup.Env)
 	cmd.Stdout, cmd.Stderr = console, console
@@ -182,8 +183,12 @@ func (m *Machine) PowerOff() {
 	if r.nspawn == nil {
 		return
 	}
-	if r.leader != 0 {
-		_ = syscall.Kill(r.leader, syscall.Signal(34+4)) // SIGRTMIN+4: power off
+	select {
+	case <-r.ended: // the leader's number may be another process's
+	default:
+		if r.leader != 0 {
+			_ = syscall.Kill(r.leader, syscall.Signal(34+4)) // SIGRTMIN+4: power off
+		}
 	}
 	select {
 	case <-r.ended:

@@ -108,8 +108,15 @@ func (g *gate) listen(serve func(net.Conn)) {
 				return
 			}
 			g.mu.Lock()
-			g.open_ = append(g.open_, c)
+			current := g.listener == l
+			if current {
+				g.open_ = append(g.open_, c)
+			}
 			g.mu.Unlock()
+			if !current { // shut meanwhile
+				c.Close()
+				return
+			}
 			go serve(c)
 		}
 	}()

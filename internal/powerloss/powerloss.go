@@ -73,7 +73,7 @@ func (d *Disk) Cut() {
 	if err != nil {
 		d.t.Fatal(err)
 	}
-	if err := unmount(d.dir); err != nil {
+	if err := Unmount(d.dir); err != nil {
 		d.t.Fatalf("unmount %s: %v", d.dir, err)
 	}
 	if err := os.WriteFile(d.image, survived, 0o600); err != nil {
@@ -84,9 +84,9 @@ func (d *Disk) Cut() {
 	}
 }
 
-// unmount waits for other tests' children, which hold this process's open files from their
+// Unmount waits for other tests' children, which hold this process's open files from their
 // fork to their exec.
-func unmount(dir string) error {
+func Unmount(dir string) error {
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		if err := unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
 			return err
