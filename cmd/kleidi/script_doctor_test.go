@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -58,7 +59,12 @@ func (h *host) doctorCommand(ts *testscript.TestScript, args []string) error {
 	command.Dir = h.work
 	// No kubelet is here, which would restart kube-apiserver.
 	wrapper := fmt.Sprintf("#!/bin/sh\ncase \"$*\" in *' kubeadm patch --apply '*) set -- \"$@\" --wait=false ;; esac\nexec %s \"$@\"\n", binary)
-	if err := errors.Join(os.MkdirAll(h.path("operator"), 0o700), os.WriteFile(h.path("operator/kleidi"), []byte(wrapper), 0o700)); err != nil {
+	// A child that another scene forks meanwhile would keep the file open, and the file could
+	// not be executed (ETXTBSY).
+	syscall.ForkLock.RLock()
+	err = errors.Join(os.MkdirAll(h.path("operator"), 0o700), os.WriteFile(h.path("operator/kleidi"), []byte(wrapper), 0o700))
+	syscall.ForkLock.RUnlock()
+	if err != nil {
 		return broken("%w", err)
 	}
 	command.Env = append(os.Environ(), "PATH="+h.path("operator")+string(filepath.ListSeparator)+ts.Getenv("PATH"), "SOFTHSM2_CONF="+ts.Getenv("SOFTHSM2_CONF"))

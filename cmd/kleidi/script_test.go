@@ -222,7 +222,7 @@ func (h *host) end(fatal func(...any)) {
 			continue
 		}
 		p.kill()
-		if log := p.log.String(); regexp.MustCompile(`DATA RACE|panic|goroutine \d|AGE-SECRET-KEY-\S{20}`).MatchString(log) {
+		if log := p.log.String(); regexp.MustCompile(`DATA RACE|\bpanic\b|goroutine \d|AGE-SECRET-KEY-\S{20}`).MatchString(log) {
 			fatal("the log of serve holds a panic or an identity:\n" + log)
 		}
 	}

@@ -241,9 +241,10 @@ func cluster2(t testing.TB) (a, b *Keyring) {
 // TestUpgrade: format 1 becomes format 2 with all of its content, and opens on the same
 // node under the same anchor.
 func TestUpgrade(t *testing.T) {
+	const here = "here, and not in any base64"
 	ok := must[*Keyring](t)
 	one := rotate(t, ok(New(cluster, newKEK(t, 1), append(tpmSlots("cp-1", "one"), sharedSlots("one")...), nodes, now)), 40)
-	one = ok(one.WithSlots(append(tpmSlots("cp-1", "here", "there"), sharedSlots("one")...)))
+	one = ok(one.WithSlots(append(tpmSlots("cp-1", here, "there"), sharedSlots("one")...)))
 	anchor := one.Anchor()
 	c, id, err := one.Encrypt([]byte("seed"))
 	if err != nil {
@@ -257,7 +258,7 @@ func TestUpgrade(t *testing.T) {
 	if two.Format() != 2 || two.Revision() != one.Revision()+1 || two.Info().Commit != CommitLocal || two.Info().Seat != "cp-1" || names(two.Slots()) != names(one.Slots()) {
 		t.Errorf("%+v", two.Info())
 	}
-	if names(two.OwnSlots()) != "here|there" || strings.Contains(string(must[*Untrusted](t)(Parse(two.Shared())).body), "here") {
+	if names(two.OwnSlots()) != here+"|there" || strings.Contains(string(must[*Untrusted](t)(Parse(two.Shared())).body), here) {
 		t.Error("the slots of the TPM are in the shared keyring")
 	}
 	if one.Shared() != nil || one.Format() != 1 {

@@ -6,7 +6,9 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -15,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
@@ -134,9 +137,13 @@ func (a *API) fail(when Moment, r *http.Request) {
 // Start serves an empty API at a loopback address.
 func Start() (*API, error) {
 	a := &API{version: 1, objects: map[string]map[string]any{}, changed: make(chan struct{})}
-	err := a.start("127.0.0.1:0")
-	a.address = a.server.Listener.Addr().String()
-	return a, err
+	for {
+		// The kernel gives no such port to others, so it stays free while this API is stopped.
+		a.address = fmt.Sprintf("127.0.0.1:%d", 12000+rand.IntN(8000))
+		if err := a.start(a.address); !errors.Is(err, syscall.EADDRINUSE) {
+			return a, err
+		}
+	}
 }
 
 // Again serves the objects of a stopped API at its former address.
