@@ -31,9 +31,9 @@ const manyWraps = 10_000
 const rounds = 5
 
 // heapNoise is how much the C heap may grow in the round in which it grows least, in bytes. A
-// leak of 17 bytes for each wrap with SoftHSM is more than that, and so is one of 66 bytes
+// leak of 9 bytes for each wrap with SoftHSM is more than that, and so is one of 33 bytes
 // with NSS, or of the parameters of AES-GCM.
-const heapNoise = 32 << 10
+const heapNoise = 16 << 10
 
 // left counts what wraps can leave behind in the process.
 type left struct{ goroutines, files, secrets, pages, heap int }
