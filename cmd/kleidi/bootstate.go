@@ -94,7 +94,7 @@ func newStateAdd(a *app) *cobra.Command {
 	var key string
 	var systemd bool
 	cmd := &cobra.Command{
-		Use:   "add FILE --public-key FILE",
+		Use:   "add (FILE --public-key FILE | --systemd)",
 		Short: "Open the keyring in boot states that a key signed",
 		Long: `Open the keyring in the signed boot states of a file. The first boot states of a key
 make a slot for everything that the key signs from then on. Boot states of a later

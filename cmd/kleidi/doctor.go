@@ -27,7 +27,7 @@ func newDoctor(a *app) *cobra.Command {
 	var kubeconfig, file string
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Look this node over: what is wrong, why it matters, and how to mend it",
+		Short: "Look this node over: what is wrong, why it matters, and how to fix it",
 		Long: `Look this node over: the TPM and the boot, the keyslots, the running kleidi serve, its
 unit, files and memory, kube-apiserver's EncryptionConfiguration, manifest and metrics,
 the other nodes, the clock, and hooks for updates. No KEK is opened, and nothing is changed,
@@ -39,7 +39,7 @@ the configuration, versions, digests of the event log and messages of the journa
 only what a list allows: nothing secret, and no name or path of yours except those in the
 findings.
 
-The exit code is 0 if nothing must be mended, 4 if something must, and 1 if the checks
+The exit code is 0 if nothing must be fixed, 4 if something must, and 1 if the checks
 could not be made.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {

@@ -19,7 +19,7 @@ func encryptionConfigOf(cmd *cobra.Command, c *config.Config, resources []string
 		return e, err
 	}
 	if above := ownership.StickyAbove(filepath.Dir(c.KMS.Socket)); above != "" {
-		fmt.Fprintf(cmd.ErrOrStderr(), "warning: kms.socket lies below %s, in which every user may make entries: after a reboot another user could make its folder first, and answer kube-apiserver; choose a path below /run\n", above)
+		fmt.Fprintf(cmd.ErrOrStderr(), "warning: kms.socket is below %s, in which every user may make entries: after a reboot another user could make its folder first, and answer kube-apiserver; choose a path below /run\n", above)
 	}
 	return encryptionconfig.New(c.KMS.Name, c.KMS.Socket, resources), nil
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -107,8 +106,10 @@ func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
 		result.File, next = f.manifest, "rewrite the stored objects, once every kube-apiserver of the cluster has the change: kleidi migrate"
 		if !f.wait {
 			next = "kubelet restarts kube-apiserver; then rewrite the stored objects: kleidi migrate"
+			changed, err = p.ApplyFile(f.manifest)
+			break
 		}
-		changed, err = f.applyPatch(cmd, p)
+		changed, err = p.ApplyAndAwait(cmd.Context(), f.manifest, f.timeout, func(m string) { fmt.Fprintln(cmd.ErrOrStderr(), "[kubeadm patch] waiting:", m) })
 	case f.revert:
 		result.File, next = f.manifest, "kubelet restarts kube-apiserver"
 		changed, kept, err = p.RevertFile(f.manifest, f.yes)
@@ -134,20 +135,4 @@ func (a *app) kubeadmPatch(cmd *cobra.Command, f kubeadmFlags) error {
 			fmt.Fprintf(w, "%s written\nnext: %s\n", result.File, next)
 		}
 	})
-}
-
-// applyPatch changes the manifest, and waits for kube-apiserver even if an earlier command
-// made the change.
-func (f kubeadmFlags) applyPatch(cmd *cobra.Command, p kubeadm.Patch) (changed bool, err error) {
-	restart := kubeadm.BeforeRestart(func(message string) { fmt.Fprintln(cmd.ErrOrStderr(), "[kubeadm patch] waiting:", message) })
-	changed, err = p.ApplyFile(f.manifest)
-	if err != nil || !f.wait {
-		return changed, err
-	}
-	if !changed {
-		restart.Unchanged()
-	}
-	ctx, cancel := context.WithTimeout(cmd.Context(), f.timeout)
-	defer cancel()
-	return changed, restart.Await(ctx, f.encryptionConfig)
 }

@@ -10,7 +10,7 @@ import (
 )
 
 // main, with the tag manpages, writes the manual pages into a folder: one for each verb.
-// deploy/packages/build runs it. The shipped binary does without the library.
+// deploy/packages/build runs it. The shipped binary does not link the library.
 func main() {
 	root := newRoot()
 	root.DisableAutoGenTag = true

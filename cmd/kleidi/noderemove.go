@@ -64,7 +64,7 @@ func (o *removal) run(cmd *cobra.Command, a *app, name string) error {
 	slices.Sort(names)
 	names = slices.Compact(names)
 	if o.yes != o.cutOff {
-		return errors.New("remove: --yes and --cut-off go together: without being asked, you say that the node no longer has a way to the cluster's API and to its etcd")
+		return errors.New("remove: give --yes and --cut-off together: they state that the node can no longer reach the cluster's API or its etcd")
 	}
 	l, err := ask(cmd, a, admin.ListNodes, admin.ListNodesRequest{})
 	if err != nil {

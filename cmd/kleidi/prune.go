@@ -150,7 +150,7 @@ func confirmPrune(cmd *cobra.Command, yes bool) error {
 	case err != nil:
 		return fmt.Errorf("prune: %w", err)
 	case !asked:
-		return seal.Errorf("", "give --yes", "prune: nobody has confirmed it, and there is no terminal to ask at; nothing was changed")
+		return seal.Errorf("", "give --yes", "prune: not confirmed, because there is no terminal to ask at; nothing was changed")
 	case answer != "yes":
 		return errors.New("prune: not confirmed; nothing was changed")
 	}

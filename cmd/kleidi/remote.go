@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
+	"github.com/beezy-dev/kleidi/internal/files"
 	"github.com/beezy-dev/kleidi/internal/node"
 	"github.com/beezy-dev/kleidi/internal/operation"
 	"github.com/beezy-dev/kleidi/internal/terminal"
@@ -43,7 +44,8 @@ func operate[Req, Resp any](ctx context.Context, a *app, o operation.Operation[R
 	}
 	defer n.Close()
 	defer n.NoteSpent(os.Stderr)
-	return o.Alone(ctx, n, req)
+	result, err := o.Alone(ctx, n, req)
+	return result, files.HintRoot(err)
 }
 
 // operateAndShow runs an operation on the keyring, and shows the keyring afterwards.

@@ -87,15 +87,18 @@ func newSuspend(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "suspend",
 		Short: "Let other boots open the keyring for a while, before work that can't be predicted",
-		Long: `Seal the open KEK to PCR 7 alone in addition, so that, for instance, a firmware update
-does not lock the node out. Until the suspension ends, any boot of this machine with
-the same Secure Boot state and keys gets the KEK. The TPM counts the boots and refuses
-more than --boots.
+		Long: `Seal the open KEK to fewer PCRs in addition, so that a boot that can't be predicted opens
+the keyring. Until the suspension ends, any boot of this machine with the same values of
+those PCRs gets the KEK. The TPM counts the boots and refuses more than --boots.
+
+By default only PCR 7 must stay the same, which holds Secure Boot's state and keys: this is
+for another boot loader or kernel. With --weaken 7 everything else must stay the same: this
+is for a firmware update that may bring keys or revocations, and for other keys.
 
 When the work is done, run kleidi reseal: it seals to the boot that then runs, and
 revokes the slot of the suspension.`,
-		Example: `  kleidi suspend
-  kleidi suspend --boots 3 --weaken 7`,
+		Example: `  kleidi suspend --boots 1               # before another boot loader or kernel
+  kleidi suspend --boots 2 --weaken 7    # before a firmware update, or other Secure Boot keys`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return operateAndShow(cmd, a, operation.Suspend, req)

@@ -34,7 +34,7 @@ because its wrapper can't be reached, name the slot with --skip-slot. With
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if previous == (len(args) == 1) {
-				return errors.New("name a backup file, or --previous")
+				return errors.New("name either a backup file or --previous")
 			}
 			if identityFile != "" && len(req.SkipSlots) > 0 {
 				return seal.Errorf("", "give one of them", "--identity-file excludes --skip-slot: with it, what can't be reached is left out without being named")

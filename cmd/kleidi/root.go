@@ -73,6 +73,9 @@ after it has attested the boot.`,
 		newUsage(a), newMigrate(a), newPrune(a),
 	)
 	explainArguments(root)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return seal.WithHint(err, "see "+cmd.CommandPath()+" --help")
+	})
 	return root
 }
 

@@ -28,6 +28,9 @@ func newSlotList(a *app) *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r, err := operate(cmd.Context(), a, operation.Status, admin.StatusRequest{})
+			if err == nil && r.Problem != nil && r.Problem.Cause == seal.CauseKeyringMissing {
+				err = r.Problem.Err()
+			}
 			if err != nil {
 				return err
 			}

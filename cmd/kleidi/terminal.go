@@ -32,7 +32,7 @@ func newPerson(cmd *cobra.Command) *person { return &person{cmd, inputOf(cmd).Li
 func (t *person) ShowIdentity(identity *seal.Secret) error {
 	out := t.cmd.OutOrStdout()
 	if r, ok := out.(*results); ok && isRegular(r.file) {
-		return seal.Errorf("", "run kleidi init at a terminal, or give --recovery-recipient", "standard output is a file, and the recovery identity must not lie on this machine; nothing was made")
+		return seal.Errorf("", "run kleidi init at a terminal, or give --recovery-recipient", "standard output is a file, and the recovery identity must not be stored on this machine; nothing was made")
 	}
 	fmt.Fprint(out, "\nRecovery identity. It is shown once. Keep it off this machine: it opens the keyring\nwhen the TPM does not, and so it does for anyone who finds it.\n\n  ")
 	identity.With(func(b []byte) { _, _ = out.Write(bytes.TrimSpace(b)) })

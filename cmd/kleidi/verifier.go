@@ -14,7 +14,7 @@ import (
 func newVerifier(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verifier",
-		Short: "Verify nodes from another machine, and give their TPMs the signature that they demand",
+		Short: "Run the verifier: check nodes' boots from another machine, and sign for their TPMs",
 		Long: `Run the verifier of the remote gate, on a machine that is not a node of the cluster. If
 a node's configuration names a verifier, the node's TPM unseals only with the
 verifier's signature. The verifier signs only after it has verified fresh evidence of

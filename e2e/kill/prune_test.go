@@ -83,7 +83,7 @@ func (m *machine) pruneAgain(t *testing.T, verb, old string) {
 	c := m.client(newHistory())
 	defer c.conn.Close()
 	m.waitOpen(c, p)
-	if _, err := m.try(verb); err != nil && !strings.Contains(err.Error(), "is not that of a retired KEK") {
+	if _, err := m.try(verb); err != nil && !strings.Contains(err.Error(), "does not belong to a retired KEK") {
 		t.Errorf("run again: %v", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)

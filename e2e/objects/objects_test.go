@@ -379,10 +379,10 @@ func (m *machine) refused(what, text, hint string, args []string) {
 func (m *machine) prunes(t *testing.T) {
 	k := m.Keyring()
 	id, before := k.Retired[0].KeyID, m.Path("before.db")
-	m.refused("prune the current KEK", "is not that of a retired KEK", "kleidi status lists them", m.prune(k.Current.KeyID))
+	m.refused("prune the current KEK", "does not belong to a retired KEK", "kleidi keyring show lists the retired KEKs", m.prune(k.Current.KeyID))
 	m.refused("with a snapshot that needs it", "under it", "keep the KEK as long as you keep the snapshot", m.prune(id, "--snapshot", before))
 	m.refused("an etcd that is away", "etcd http://127.0.0.1:1", "see whether etcd runs", []string{"prune", id, "--etcd", "http://127.0.0.1:1", "--yes"})
-	m.refused("unconfirmed", "nobody has confirmed it", "--yes", m.prune(id)[:4])
+	m.refused("unconfirmed", "not confirmed, because there is no terminal to ask at", "--yes", m.prune(id)[:4])
 	m.write(m.Path("taken.json"), []byte("{}"))
 	m.refused("an archive that exists", "this is no archive of the KEK", "--archive", m.prune(id, "--archive", m.Path("taken.json")))
 

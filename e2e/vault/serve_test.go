@@ -150,7 +150,7 @@ func TestServeFallsBack(t *testing.T) {
 	s.WaitSays(http.StatusOK, "fallback: opened by vault, since: the machine booted with another kernel")
 	s.Metric("kleidi_fallback 1")
 	s.Metric("kleidi_open 1")
-	s.Do("status", "opened by vault, since what comes before it in unlock.order did not")
+	s.Do("status", "opened by vault, because no wrapper before it in unlock.order opened it")
 	s.Decrypts()
 	s.WantIn("the log", s.Log(), "opened by a fallback")
 

@@ -34,7 +34,7 @@ func ParseFile(b []byte) (f File, err error) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&f); err != nil || f.Format == 0 {
-		return f, errors.New("this is no exported keyring")
+		return f, errors.New("this is not a file that kleidi keyring export wrote; for a backup, run kleidi keyring restore FILE")
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
 		return f, errors.New("something follows the end of the export")

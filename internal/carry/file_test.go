@@ -17,11 +17,11 @@ func TestFile(t *testing.T) {
 	}
 	whole := string(b)
 	for name, row := range map[string]struct{ file, says string }{
-		"nothing":       {"", "no exported keyring"},
-		"text":          {"keyring", "no exported keyring"},
-		"no format":     {`{"keyring":"","record":""}`, "no exported keyring"},
-		"a keyring":     {`{"format":2}`, "no exported keyring"},
-		"a member more": {strings.Replace(whole, "{", `{"module":"x",`, 1), "no exported keyring"},
+		"nothing":       {"", "not a file that kleidi keyring export wrote"},
+		"text":          {"keyring", "not a file that kleidi keyring export wrote"},
+		"no format":     {`{"keyring":"","record":""}`, "not a file that kleidi keyring export wrote"},
+		"a keyring":     {`{"format":2}`, "not a file that kleidi keyring export wrote"},
+		"a member more": {strings.Replace(whole, "{", `{"module":"x",`, 1), "not a file that kleidi keyring export wrote"},
 		"later format":  {strings.Replace(whole, `"kleidiExport":1`, `"kleidiExport":9`, 1), "format 9"},
 		"twice":         {whole + whole, "follows the end"},
 	} {

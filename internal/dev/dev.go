@@ -101,7 +101,7 @@ func (d *Dev) Run(ctx context.Context) error {
 	}
 	defer func() { _ = machine.PowerOff() }()
 	d.Say("[dev] machine booted in %v: %s, kernel %s, Secure Boot %s", time.Since(start).Round(time.Millisecond), d.Boot.Loader, d.Boot.Kernel, onOff(d.Boot.SecureBoot))
-	d.Say("[dev] the files that it booted lie in %s, for kleidi reseal --next-…", machine.Files())
+	d.Say("[dev] the files of this boot are in %s, for kleidi reseal --next-…", machine.Files())
 	cfg, err := d.config(machine)
 	if err != nil {
 		return err
@@ -154,7 +154,7 @@ func (d *Dev) initialize(ctx context.Context, cfg *config.Config) error {
 		return err
 	}
 	d.Say("[dev] KEK %s sealed: %s", r.KeyID, r.Slots[0])
-	d.Say("[dev] its recovery identity lies in %s: good enough for trying out, not for real Secrets", d.path("recovery.txt"))
+	d.Say("[dev] its recovery identity is in %s: good enough for trying out, not for real Secrets", d.path("recovery.txt"))
 	return nil
 }
 

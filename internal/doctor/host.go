@@ -49,8 +49,8 @@ func fileModes(n *Node) (all []diagnosis.Finding) {
 	return append(all, n.writable(c.TPM.BootPolicy)...)
 }
 
-// writable finds a file that others can write. kleidi refuses such a configuration, so there
-// is none by the time of the other checks.
+// writable finds a file that others can write. kleidi refuses such a configuration, so the
+// other checks never meet one.
 func (n *Node) writable(path string) []diagnosis.Finding {
 	if st, err := os.Stat(n.path(path)); path != "" && err == nil && st.Mode().Perm()&0o022 != 0 {
 		return diagnosis.Found("files/writable", "chmod go-w "+path, "%s has mode %04o", path, st.Mode().Perm())

@@ -127,7 +127,7 @@ func changedOutside(n *Node) []diagnosis.Finding {
 
 func memory(n *Node) (all []diagnosis.Finding) {
 	if n.Status.Memory == "unlocked" {
-		all = diagnosis.Found("memory/unlocked", "systemctl edit kleidi   # LimitMEMLOCK=infinity, below [Service]", "the KEK lies in memory that is not locked")
+		all = diagnosis.Found("memory/unlocked", "systemctl edit kleidi   # LimitMEMLOCK=infinity, below [Service]", "the KEK is in memory that is not locked")
 	}
 	swaps, _ := n.read("/proc/swaps")
 	swap := bytes.Count(swaps, []byte("\n")) > 1

@@ -26,7 +26,8 @@ var usual = []string{
 }
 
 // flagged matches this flag, but not the flag for the automatic reload. Its value may be the
-// next item of a list: then the flag has its dashes, which a volume of that name has not.
+// next item of a list: there only the form with dashes counts, because a volume can have the
+// bare name.
 var flagged = regexp.MustCompile(`(?m)^[^#\n]*(?:encryption-provider-config=|--encryption-provider-config["']?\s*(?:#.*)?(?:,|\n\s*-)\s*)["']?([^\s"'\],]+)`)
 
 // Find returns the path of kube-apiserver's EncryptionConfiguration on this machine below

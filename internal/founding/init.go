@@ -32,6 +32,9 @@ func Init(ctx context.Context, n *node.Node, opts InitOptions) (*InitResult, err
 		}
 	}
 	if err := n.AcquireState(); err != nil {
+		if _, _, missing := n.Keyring.Load(ctx); missing == nil { // the running serve has it
+			return nil, checkVacant(ctx, n)
+		}
 		return nil, err
 	}
 	if err := checkVacant(ctx, n); err != nil {

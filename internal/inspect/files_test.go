@@ -175,7 +175,8 @@ func TestListStates(t *testing.T) {
 	if counting != 1 {
 		t.Errorf("%d states count: %+v", counting, states)
 	}
-	if _, err := ListStates([]string{path}, admin.StatusReport{}); err == nil || !strings.Contains(err.Error(), "run kleidi init first") {
+	none := admin.StatusReport{Problem: &admin.Problem{Message: "there is no keyring", Hint: "run kleidi init"}}
+	if _, err := ListStates([]string{path}, none); err == nil || !strings.Contains(err.Error(), "run kleidi init") {
 		t.Errorf("without a keyring: %v", err)
 	}
 	if _, err := ListStates([]string{write(t, "bad.json", []byte("{"))}, r); err == nil || !strings.Contains(err.Error(), "bad.json") {

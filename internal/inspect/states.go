@@ -1,6 +1,7 @@
 package inspect
 
 import (
+	"cmp"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -31,7 +32,7 @@ type StateReport struct {
 func ListStates(paths []string, r admin.StatusReport) ([]StateReport, error) {
 	cluster, err := seal.ParseClusterID(r.ClusterID)
 	if err != nil {
-		return nil, seal.Errorf("", "run kleidi init first", "there is no keyring")
+		return nil, cmp.Or(r.Problem.Err(), err)
 	}
 	states := []StateReport{}
 	for _, path := range paths {

@@ -117,9 +117,10 @@ func (p Patch) others(present []byte) (map[string]string, error) {
 	return others, err
 }
 
-// configuration is the folder of the EncryptionConfiguration: a mounted file stays the
-// former one when a new one takes its place, and then kube-apiserver's automatic reload does
-// not see it. If the folder holds kubeadm's credentials, it is the file alone.
+// configuration is the path to mount: the folder of the EncryptionConfiguration, because a
+// mounted file keeps its old content when a new file replaces it, so kube-apiserver's
+// automatic reload would never see the change. In a folder with kubeadm's credentials, only
+// the file is mounted.
 func (p Patch) configuration() volume {
 	folder := filepath.Dir(p.EncryptionConfig)
 	if below, err := filepath.Rel(folder, kubeadmFolder); err == nil && filepath.IsLocal(below) {

@@ -89,7 +89,7 @@ func (p Patch) read() (*encryptionconfig.EncryptionConfiguration, error) {
 func (p Patch) unneeded(e *encryptionconfig.EncryptionConfiguration) error {
 	switch {
 	case e.Writes(p.endpoint()):
-		return seal.Errorf("", "put identity first in that file, restart kube-apiserver, and have all objects written again (kleidi migrate); then revert. With --yes, the encrypted objects become unreadable",
+		return seal.Errorf("", "move out first: the steps are in kleidi encryption-config --from "+seal.Quote(p.EncryptionConfig)+" --to=identity; then revert. With --yes, the encrypted objects become unreadable",
 			"%s still makes kube-apiserver encrypt with kleidi", p.EncryptionConfig)
 	case e.Names(p.endpoint()) && e.EncryptsWithout(p.endpoint()):
 		return seal.Errorf("", "end the move first: kleidi migrate, kleidi usage, and step 3 of kleidi encryption-config --from "+p.EncryptionConfig+" --to PROVIDER",

@@ -37,6 +37,21 @@ type Restart struct {
 	former map[string][]string // the processes before the change
 }
 
+// ApplyAndAwait changes the manifest, and waits until a kube-apiserver with the change is
+// ready, even if an earlier call made the change. It says what it waits for.
+func (p Patch) ApplyAndAwait(ctx context.Context, manifest string, timeout time.Duration, say func(message string)) (changed bool, err error) {
+	restart := BeforeRestart(say)
+	if changed, err = p.ApplyFile(manifest); err != nil {
+		return changed, err
+	}
+	if !changed {
+		restart.Unchanged()
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	return changed, restart.Await(ctx, p.EncryptionConfig)
+}
+
 // BeforeRestart remembers the kube-apiservers that run now, whose manifest is to change.
 func BeforeRestart(say func(message string)) *Restart {
 	return &Restart{say, "/proc", processes("/proc")}

@@ -118,7 +118,7 @@ func (f *Forgettable) Nothing() bool {
 func (f *Forgettable) Describe(n *node.Node) (lines []string) {
 	switch {
 	case f.keyring == nil:
-		lines = append(lines, "node "+n.Config.Node+" has no readable keyring, and forgets what is left of it")
+		lines = append(lines, "node "+n.Config.Node+" has no readable keyring; reset removes the remaining files")
 	default:
 		lines = append(lines, fmt.Sprintf("node %s forgets the keyring of cluster %s (revision %d, key ID %s)", n.Config.Node, f.keyring.ClusterID(), f.keyring.Revision(), f.keyring.CurrentID()))
 		if others := f.others(n); len(others) > 0 {
@@ -127,7 +127,7 @@ func (f *Forgettable) Describe(n *node.Node) (lines []string) {
 			lines = append(lines, "no other node has it: Secrets in etcd can be read afterwards only with a backup of the keyring and with the recovery identity, a token or a server that opens the backup")
 		}
 	}
-	return append(lines, "copies of this node's TPM slots stop opening: the TPM's epoch ends")
+	return append(lines, "reset ends the TPM's epoch: no copy of this node's TPM slots will open any more")
 }
 
 func (f *Forgettable) others(n *node.Node) (names []string) {

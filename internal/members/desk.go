@@ -178,8 +178,8 @@ func otherName(n keyring.Node) *seal.Error {
 		"the machine with that endorsement key is node %s already", n.Name)
 }
 
-// checkSeen refuses a machine whose approval is older than a change of what the keyring says
-// of its name: the approval does not say that the machine may come back after a removal, or
+// checkSeen refuses a machine if the keyring's entry for its name has changed since the
+// approval: the approval does not say that the machine may come back after a removal, or
 // that it may take the place of a node that has joined since. Another node may have made
 // that change, and the present keyring may no longer show it: the machine may have joined
 // there by another approval, and have been removed. But a removal ends with a fresh KEK.

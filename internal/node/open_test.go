@@ -194,7 +194,7 @@ func TestAcquireState(t *testing.T) {
 		t.Errorf("twice by one process: %v", err)
 	}
 	other := nodetest.Again(t, n)
-	if err := other.AcquireState(); !errors.Is(err, store.ErrLocked) || !strings.Contains(err.Error(), "nothing answers on "+socket) {
+	if err := other.AcquireState(); !errors.Is(err, store.ErrLocked) || !strings.Contains(err.Error(), "looks for that socket at "+socket) {
 		t.Errorf("%v", err)
 	}
 	n.Close()

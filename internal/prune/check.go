@@ -72,12 +72,12 @@ func checkEncrypted(k *keyring.Keyring, encrypted seal.KeyID) error {
 	}
 }
 
-// CheckRetired refuses a key ID that is not that of a retired KEK.
+// CheckRetired refuses a key ID that does not belong to a retired KEK.
 func CheckRetired(i keyring.Info, id seal.KeyID) error {
 	if slices.ContainsFunc(i.Retired, func(r keyring.RetiredInfo) bool { return r.KeyID == id }) {
 		return nil
 	}
-	return &seal.Error{Err: fmt.Errorf("key ID %s is not that of a retired KEK; nothing was changed", seal.OneLine(string(id), 100)), Hint: "kleidi status lists them"}
+	return &seal.Error{Err: fmt.Errorf("key ID %s does not belong to a retired KEK; nothing was changed", seal.OneLine(string(id), 100)), Hint: "kleidi keyring show lists the retired KEKs"}
 }
 
 // NotRunning replaces Remove without a running serve, because only a running serve knows

@@ -82,7 +82,7 @@ func TestThereAndBack(t *testing.T) {
 			t.Fatalf("check %v: %+v, %v, retired: %q", check, s, err, retired(n))
 		}
 	}
-	if _, err := Remove(t.Context(), n, admin.PruneRequest{KeyID: old, Archive: made.Archive}); err == nil || !strings.Contains(err.Error(), "is not that of a retired KEK") {
+	if _, err := Remove(t.Context(), n, admin.PruneRequest{KeyID: old, Archive: made.Archive}); err == nil || !strings.Contains(err.Error(), "does not belong to a retired KEK") {
 		t.Errorf("twice: %v", err)
 	}
 	_, stranger := slotFor(t)
@@ -110,7 +110,7 @@ func TestNotRunning(t *testing.T) {
 	if made, err := ArchiveAlone(t.Context(), n, admin.ArchiveRequest{KeyID: old}); err != nil || len(made.Archive) == 0 {
 		t.Errorf("%+v, %v", made, err)
 	}
-	if _, err := ArchiveAlone(t.Context(), n, admin.ArchiveRequest{KeyID: k.CurrentID()}); err == nil || !strings.Contains(err.Error(), "archive: key ID "+string(k.CurrentID())+" is not that of a retired KEK") {
+	if _, err := ArchiveAlone(t.Context(), n, admin.ArchiveRequest{KeyID: k.CurrentID()}); err == nil || !strings.Contains(err.Error(), "archive: key ID "+string(k.CurrentID())+" does not belong to a retired KEK") {
 		t.Errorf("the current KEK: %v", err)
 	}
 }

@@ -82,8 +82,8 @@ func TestCheck(t *testing.T) {
 		req       admin.PruneRequest
 		want      string
 	}{
-		"current":           {k, k.CurrentID(), admin.PruneRequest{KeyID: k.CurrentID(), Archive: good.Archive}, "is not that of a retired KEK"},
-		"unknown":           {k, k.CurrentID(), admin.PruneRequest{KeyID: "k1-x", Archive: good.Archive}, "is not that of a retired KEK"},
+		"current":           {k, k.CurrentID(), admin.PruneRequest{KeyID: k.CurrentID(), Archive: good.Archive}, "does not belong to a retired KEK"},
+		"unknown":           {k, k.CurrentID(), admin.PruneRequest{KeyID: "k1-x", Archive: good.Archive}, "does not belong to a retired KEK"},
 		"silent":            {k, "", good, "restart kube-apiserver"},
 		"coasting":          {k, old, good, "wait three minutes"},
 		"no archive":        {k, k.CurrentID(), admin.PruneRequest{KeyID: old}, "this is no archive of the KEK"},

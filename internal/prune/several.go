@@ -58,8 +58,8 @@ func everyNodeEncrypts(ctx context.Context, n *node.Node, carried [][]byte) (*ke
 	}
 }
 
-// carriedSay is everyNodeEncrypts from this node's own record and carried ones. A record
-// of the present revision was written after the keyring had that revision.
+// carriedSay does the work of everyNodeEncrypts with this node's own record and the carried
+// records, without a cluster store. A record of the present revision was written after the keyring had that revision.
 func carriedSay(ctx context.Context, n *node.Node, carried [][]byte) (*keyring.Keyring, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {

@@ -74,7 +74,7 @@ func anchorFollows(n *node.Node, now eventlog.PCRs, next *eventlog.Log) error {
 	}
 	for _, i := range n.Config.Anchor.PCRs {
 		if !bytes.Equal(now[i], then[i]) {
-			return fmt.Errorf("PCR %d changes, and the anchor in the TPM is bound to it: the next boot will need kleidi recover with the recovery identity; see docs/threat-model.md", i)
+			return fmt.Errorf("PCR %d changes, and the anchor in the TPM is bound to it: the next boot will need kleidi recover --trust-key-id KEY_ID with the recovery identity; see docs/threat-model.md", i)
 		}
 	}
 	return nil

@@ -77,7 +77,7 @@ func anchorHolds(n *node.Node, s tpm.BootState) error {
 	}
 	for _, i := range n.Config.Anchor.PCRs {
 		if s.Values[i] == nil {
-			return fmt.Errorf("the anchor in the TPM is bound to PCR %d, which this slot would leave out: a boot that changes this PCR would still need kleidi recover with the recovery identity; see docs/threat-model.md", i)
+			return fmt.Errorf("the anchor in the TPM is bound to PCR %d, which this slot would leave out: a boot that changes this PCR would still need kleidi recover --trust-key-id KEY_ID with the recovery identity; see docs/threat-model.md", i)
 		}
 	}
 	return nil

@@ -176,8 +176,8 @@ func TestRefusals(t *testing.T) {
 		cause seal.Cause
 		says  string
 	}{
-		"one node, continue":        {rotate(one, admin.RotateRequest{Continue: true}), "", "nothing is going on that could be continued or aborted"},
-		"one node, abort":           {rotate(one, admin.RotateRequest{Abort: true}), "", "nothing is going on that could be continued or aborted"},
+		"one node, continue":        {rotate(one, admin.RotateRequest{Continue: true}), "", "there is none to continue or abort"},
+		"one node, abort":           {rotate(one, admin.RotateRequest{Abort: true}), "", "there is none to continue or abort"},
 		"several nodes, no store":   {rotate(two, admin.RotateRequest{}), seal.CauseConfiguration, noStore},
 		"several, no store, abort":  {rotate(two, admin.RotateRequest{Abort: true}), seal.CauseConfiguration, noStore},
 		"several, no store, resume": {rotate(two, admin.RotateRequest{Continue: true}), seal.CauseConfiguration, noStore},

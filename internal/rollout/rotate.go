@@ -35,7 +35,7 @@ func RotateAlone(ctx context.Context, n *node.Node, req admin.RotateRequest) (ad
 	case err != nil:
 		return admin.KeyringState{}, fmt.Errorf("rotate: %w", err)
 	case len(k.Nodes()) == 1 && (req.Continue || req.Abort):
-		return admin.KeyringState{}, errors.New("rotate: the keyring is of one node, whose rotation ends with its command; nothing is going on that could be continued or aborted")
+		return admin.KeyringState{}, errors.New("rotate: this keyring has one node, so a rotation ends with its command: there is none to continue or abort")
 	}
 	return lifecycle.Rotate(ctx, n, req)
 }

@@ -33,7 +33,7 @@ func (i Input) ConfirmNode(name, given, how string) error {
 	case name:
 		return nil
 	case "":
-		return seal.Errorf("", how, "nobody has confirmed it")
+		return seal.Errorf("", how, "not confirmed, because there is no terminal to ask at")
 	}
 	return fmt.Errorf("%q is not the name of the node, which is %s", given, name)
 }

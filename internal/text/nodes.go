@@ -66,7 +66,7 @@ func Removal(w io.Writer, r admin.NodeRemoval) {
 		fmt.Fprintf(w, "  %s\n", way)
 	}
 	if r.Phase == admin.RemovalDone {
-		fmt.Fprintf(w, "done: node %s opens no keyring of this cluster, and every node trusts the fresh KEK\n", strings.Join(r.Nodes, ", "))
+		fmt.Fprintf(w, "done: every remaining node trusts only the fresh KEK, which no removed node has had (removed: %s)\n", strings.Join(r.Nodes, ", "))
 		return
 	}
 	fmt.Fprintln(w, Removing(r))
@@ -91,7 +91,7 @@ func Nodes(w io.Writer, l admin.NodeList) {
 	row(w, "revision", fmt.Sprintf("%d (format %d)", l.Revision, l.Format))
 	for _, n := range l.Nodes {
 		var notes []string
-		for note, is := range map[string]bool{"this one": n.Self, "may change what all share": n.Seat, "has not finished joining": n.Unfinished, "no TPM": n.EK == ""} {
+		for note, is := range map[string]bool{"this one": n.Self, "seat": n.Seat, "has not finished joining": n.Unfinished, "no TPM": n.EK == ""} {
 			if is {
 				notes = append(notes, note)
 			}

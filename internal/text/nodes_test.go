@@ -81,7 +81,7 @@ func TestNodes(t *testing.T) {
 		"cluster ID     c1",
 		"current key ID k1-a",
 		"revision       9 (format 2)",
-		"cp-1           sha256:11 (may change what all share, this one)  added 2026-01-01 12:00:00",
+		"cp-1           sha256:11 (seat, this one)  added 2026-01-01 12:00:00",
 		"cp-2           (has not finished joining, no TPM)",
 		"cp-3           sha256:33",
 		"  revision 8, anchored and announced k1-a, kleidi v1 (formats [1 2]), 2 boot states, started 2026-01-03 12:00:00",
@@ -107,7 +107,7 @@ func TestRemoval(t *testing.T) {
 	r := admin.NodeRemoval{Nodes: []string{"cp-2", "cp-3"}, CurrentKeyID: "k1-a", Revision: 4, WaysIn: []string{"slot recovery"}, Changes: []string{"one"}}
 	head := []string{"- one", "current key ID k1-a", "revision       4", "these ways into the keyring stay; a removed node may have added one of them:", "  slot recovery"}
 	r.Phase = admin.RemovalDone
-	renders(t, "done", func(w io.Writer) { Removal(w, r) }, append(head, "done: node cp-2, cp-3 opens no keyring of this cluster, and every node trusts the fresh KEK")...)
+	renders(t, "done", func(w io.Writer) { Removal(w, r) }, append(head, "done: every remaining node trusts only the fresh KEK, which no removed node has had (removed: cp-2, cp-3)")...)
 	withdrawn := admin.NodeRemoval{Nodes: []string{}, Phase: admin.RemovalDone, CurrentKeyID: "k1-a", Revision: 4, Changes: []string{"one"}}
 	renders(t, "only approved", func(w io.Writer) { Removal(w, withdrawn) }, head[:3]...)
 	r.Waiting, r.Trusting = []admin.WaitingNode{{Node: "cp-1", Why: "slow"}}, []string{"cp-1", "cp-4"}

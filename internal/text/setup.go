@@ -26,7 +26,7 @@ func ClusterSetup(w io.Writer, r *clusteraccess.Result, configFile string) {
 	}
 	row(w, "user", r.User)
 	row(w, "server", r.Server)
-	key := r.Key + "  (in the TPM, of use to this machine alone)"
+	key := r.Key + "  (in the TPM, usable only on this machine)"
 	if !r.KeyInTPM {
 		key = r.Key + "  (a file: " + r.WhyFile + ")"
 	}

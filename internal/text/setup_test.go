@@ -40,7 +40,7 @@ func TestClusterSetup(t *testing.T) {
 		if strings.Contains(got, begin) != row.beginsIt || strings.Contains(got, add) != row.addsTo || !strings.HasSuffix(got, restart) {
 			t.Errorf("%s:\n%s", row.name, got)
 		}
-		if !strings.Contains(got, "nothing to do: the access works\n") || !strings.Contains(got, "key            /key  (in the TPM, of use to this machine alone)\n") {
+		if !strings.Contains(got, "nothing to do: the access works\n") || !strings.Contains(got, "key            /key  (in the TPM, usable only on this machine)\n") {
 			t.Errorf("%s:\n%s", row.name, got)
 		}
 	}

@@ -72,7 +72,7 @@ func Keyring(w io.Writer, u *keyring.Untrusted, binding func(seal.Slot) string) 
 
 // SealedPIN prints what to do with a sealed PIN.
 func SealedPIN(w io.Writer, p *slots.SealedPIN) {
-	fmt.Fprintf(w, "PIN sealed to this machine's TPM, of use to this machine alone, written to %s\n", p.File)
+	fmt.Fprintf(w, "PIN sealed to this machine's TPM, usable only on this machine, written to %s\n", p.File)
 	fmt.Fprintf(w, "it unseals while PCR 7 (%s) is what it is now: seal it again when Secure Boot's state or keys change\n", p.Bank)
 	fmt.Fprintf(w, "next: set pkcs11.sealedPINFile: %s in place of pkcs11.pinFile, restart kleidi serve,\nand see with kleidi slot test that the token takes the PIN\n", p.File)
 	if p.PINFile != "" {
@@ -83,7 +83,7 @@ func SealedPIN(w io.Writer, p *slots.SealedPIN) {
 
 // VaultKey prints what to do with a client key in the TPM.
 func VaultKey(w io.Writer, k *slots.VaultKey) {
-	fmt.Fprintf(w, "client key made in the TPM, of use to this machine alone, written to %s\n", k.Key)
+	fmt.Fprintf(w, "client key made in the TPM, usable only on this machine, written to %s\n", k.Key)
 	fmt.Fprintf(w, "certificate request for %q written to %s: have your CA sign it, then set\nvault.auth.tpmKeyFile and vault.auth.certFile\n", k.Name, k.Request)
 	fmt.Fprintf(w, "it signs while PCR 7 (%s) is what it is now: make a new one when Secure Boot's state or keys change\n", k.Bank)
 }

@@ -28,7 +28,7 @@ func Status(w io.Writer, r admin.StatusReport) {
 		row(w, "SUSPENDED", r.Suspension.String())
 	}
 	if r.Fallback != nil {
-		row(w, "FALLBACK", "opened by "+r.Wrapper+", since what comes before it in unlock.order did not:")
+		row(w, "FALLBACK", "opened by "+r.Wrapper+", because no wrapper before it in unlock.order opened it:")
 		problem(w, r.Fallback)
 	}
 	row(w, "node", r.Node)

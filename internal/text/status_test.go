@@ -58,7 +58,7 @@ func TestStatus(t *testing.T) {
 		"state          open since 2026-01-01 12:00:00",
 		pad+"the boot state differs:", pad+"PCR 4", pad+"PCR 11", pad+"-> run kleidi recover",
 		"SUSPENDED      "+r.Suspension.String(),
-		"FALLBACK       opened by vault, since what comes before it in unlock.order did not:",
+		"FALLBACK       opened by vault, because no wrapper before it in unlock.order opened it:",
 		pad+"the TPM is gone",
 		"node           cp-1",
 		"cluster ID     c1",

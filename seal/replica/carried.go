@@ -48,7 +48,7 @@ func (r *Replica) Export(ctx context.Context) (shared, record []byte, err error)
 	}
 	self, ok := k.Self()
 	if shared = k.Shared(); shared == nil || !ok {
-		return nil, nil, errors.New("the keyring is of this node alone, so there is nothing to share; the first kleidi node approve NAME changes that")
+		return nil, nil, errors.New("only this node uses the keyring, so there is nothing to export; the first kleidi node approve NAME lets nodes share it")
 	}
 	record, err = r.sign(ctx, k, self.Name, nil)
 	return shared, record, err

@@ -443,7 +443,7 @@ func (r *Replica) record(ctx context.Context, problem error) error {
 
 // remember puts the store's present record of this node, if there is one, among the
 // reports: the next read of all records may be interval away, and until then status and the
-// metrics would tell of a former record.
+// metrics would show an older record.
 func (r *Replica) remember(k *keyring.Keyring, self string, present []store.NodeRecord) {
 	mine := Report{Node: self}
 	if len(present) == 1 {

@@ -98,7 +98,7 @@ func (g *Gate) bootPolicy() (*bootpolicy.BootPolicy, error) {
 	}
 	p, err := g.BootPolicy()
 	if err != nil {
-		return nil, seal.Caused(seal.CauseAttestation, "mend the file that tpm.bootPolicy names, or record one from a boot that you trust: run kleidi bootpolicy record --file NEW", "boot policy", err)
+		return nil, seal.Caused(seal.CauseAttestation, "correct the file that tpm.bootPolicy names, or record one from a boot that you trust: run kleidi bootpolicy record --file NEW", "boot policy", err)
 	}
 	return p, nil
 }

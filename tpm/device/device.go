@@ -144,11 +144,11 @@ func (d *Device) blame(c *conn, err error) error {
 func hintFor(a Address, err error) string {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
-		return "see whether another program holds the TPM; kleidi serve tries again"
+		return "see whether another program holds the TPM; a running kleidi serve tries again by itself"
 	case a.network == "device":
-		return "check that the firmware has the TPM switched on, that its driver is loaded (ls /dev/tpm*), and that tpm.device names it; kleidi serve tries again"
+		return "check that the firmware has the TPM switched on, that its driver is loaded (ls /dev/tpm*), and that tpm.device names it; a running kleidi serve tries again by itself"
 	default:
-		return "check that swtpm runs and that tpm.device names its socket; kleidi serve tries again"
+		return "check that swtpm runs and that tpm.device names its socket; a running kleidi serve tries again by itself"
 	}
 }
 
@@ -167,8 +167,8 @@ func Classify(err error) error {
 		return &seal.Error{Cause: seal.CauseLockout, Err: fmt.Errorf("the TPM is in dictionary-attack lockout: %w", err),
 			Hint: "wait for it to end, or clear it with tpm2_dictionarylockout --clear-lockout"}
 	case IsTPMError(err):
-		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM refused: %w", err), Hint: "kleidi serve tries again; see the TPM's state with tpm2_getcap properties-variable"}
+		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM refused: %w", err), Hint: "a running kleidi serve tries again by itself; see the TPM's state with tpm2_getcap properties-variable"}
 	default:
-		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM's answer makes no sense: %w", err), Hint: "kleidi serve tries again; if it stays so, the TPM or what stands before it is faulty"}
+		return &seal.Error{Cause: seal.CauseUnavailable, Err: fmt.Errorf("the TPM's answer makes no sense: %w", err), Hint: "a running kleidi serve tries again by itself; if it stays so, the TPM or what stands before it is faulty"}
 	}
 }

@@ -40,7 +40,7 @@ func (p *AnchorStore) do(ctx context.Context, f func(transport.TPM, *keys.SRK, a
 		})
 	})
 	if err != nil && seal.CauseOf(err) == "" {
-		return seal.Errorf(seal.CauseUnavailable, "see tpm.device; kleidi serve tries again", "the anchor in the TPM: %w", err)
+		return seal.Errorf(seal.CauseUnavailable, "see tpm.device; a running kleidi serve tries again by itself", "the anchor in the TPM: %w", err)
 	}
 	return err
 }
