@@ -78,7 +78,7 @@ func Rotation(ctx context.Context, o Options, serve Serve, req admin.RotateReque
 		former = s.Former
 	}
 	fresh, say := s.Rotation.StagedKeyID, o.news()
-	for o.Wait && s.Rotation.Phase != admin.RotationDone && ctx.Err() == nil {
+	for o.Wait && s.Rotation != nil && s.Rotation.Phase != admin.RotationDone && ctx.Err() == nil {
 		say(text.Progress(s.Rotation))
 		if !pause(ctx) {
 			break
@@ -91,9 +91,12 @@ func Rotation(ctx context.Context, o Options, serve Serve, req admin.RotateReque
 			return s, false, err
 		}
 		s = next
-		if fresh == "" {
+		if fresh == "" && s.Rotation != nil {
 			fresh = s.Rotation.StagedKeyID
 		}
+	}
+	if s.Rotation == nil { // the other nodes were removed meanwhile
+		s.Rotation = &admin.Rotation{Phase: admin.RotationDone}
 	}
 	if s.CurrentKeyID != former {
 		s.Former = former

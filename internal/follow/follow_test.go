@@ -31,6 +31,7 @@ func TestRotation(t *testing.T) {
 	}{
 		"nothing is staged at first": {first: preparing, answers: []admin.KeyringState{preparing, staged, state("k1-b", admin.RotationDone, "")}, rotates: 2, former: "k1-a"},
 		"staged":                     {first: staged, answers: []admin.KeyringState{staged, state("k1-b", admin.RotationDone, "")}, former: "k1-a"},
+		"the others are removed":     {first: preparing, answers: []admin.KeyringState{{CurrentKeyID: "k1-b"}}, rotates: 1, former: "k1-a"},
 		"another KEK":                {first: staged, answers: []admin.KeyringState{state("k1-c", admin.RotationDone, "")}, former: "k1-a", replaced: true},
 		"aborted elsewhere":          {first: staged, answers: []admin.KeyringState{state("k1-a", admin.RotationDone, "")}, replaced: true},
 		"aborted here":               {req: admin.RotateRequest{Abort: true}, first: staged, answers: []admin.KeyringState{state("k1-a", admin.RotationDone, "")}},

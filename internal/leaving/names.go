@@ -62,6 +62,14 @@ func (n names) refuse(settling bool) error {
 		areNodes(n.unknown), those, slotview.JoinWords(n.nodes))
 }
 
+// doubt tells of unknown names that were not refused.
+func (n names) doubt() (changes []string) {
+	if len(n.unknown) > 0 {
+		changes = append(changes, areNodes(n.unknown)+" not in the keyring: the removal was begun before, or the name is wrong; kleidi node list shows the nodes")
+	}
+	return changes
+}
+
 // nodesNamed returns "node a", or "nodes a, b".
 func nodesNamed(names []string) string {
 	if len(names) == 1 {

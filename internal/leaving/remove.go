@@ -60,6 +60,7 @@ func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 		if err := refuseUnknown(ctx, n, known); err != nil {
 			return r, err
 		}
+		r.Changes = known.doubt()
 	}
 	// A node that is listed later is a machine that has taken the place of a removed one.
 	dropping := len(known.listed) > 0 && !req.Begun
@@ -124,7 +125,7 @@ func goOn(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReque
 	} else if len(k.Info().Former) > 0 && staged == "" && ready {
 		state, err := rollout.Rotate(ctx, n, admin.RotateRequest{Replace: k.CurrentID(), SkipSlots: req.SkipSlots, AcceptDataLoss: req.AcceptDataLoss, Confirmed: req.Confirmed})
 		if err != nil {
-			return seal.AddHint(err, "the nodes are no longer in the keyring, and still know its KEK; when the cause is mended, run kleidi node remove "+strings.Join(req.Nodes, " --also ")+" again")
+			return seal.AddHint(err, "the nodes are no longer in the keyring, and still know its KEK; once the cause is removed, run kleidi node remove "+strings.Join(req.Nodes, " --also ")+" again")
 		}
 		r.Changes = append(r.Changes, state.Changes...)
 	}

@@ -224,7 +224,7 @@ func (d *Desk) grant(ctx context.Context, k *keyring.Keyring, p *joinproof.Prove
 	}
 	staged := keyring.StagedKEK(k)
 	if staged == nil {
-		return fmt.Errorf("the staged KEK %s is not open here, and the node needs it too; run kleidi rotate, which ends that rotation", k.StagedID())
+		return fmt.Errorf("the staged KEK %s is not open here, and the node needs it too; run kleidi rotate --abort on a node where it is open", k.StagedID())
 	}
 	if slot, err = d.wrapFor(ctx, staged, p); err != nil {
 		return err

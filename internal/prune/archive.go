@@ -137,7 +137,11 @@ func archiveInStore(ctx context.Context, n *node.Node, k *keyring.Keyring, req a
 	if err != nil {
 		return fmt.Errorf("read it back: %w; nothing was changed", err)
 	}
-	if _, err := checkArchive(k, req.KeyID, b); err != nil {
+	u, err := checkArchive(k, req.KeyID, b)
+	if err == nil && u.Info().By != k.CurrentID() { // who holds a former KEK alone may have made it
+		err = fmt.Errorf("it was made under key ID %s, which is not the current one", u.Info().By)
+	}
+	if err != nil {
 		return seal.WithHint(fmt.Errorf("KeyringArchive %s: %w; nothing was changed", req.KeyID, err), "keep a copy of that object, delete it, and run the command again")
 	}
 	return nil

@@ -180,16 +180,27 @@ func TestArchiveInStore(t *testing.T) {
 	}
 	defer k.Close()
 	req := admin.PruneRequest{KeyID: old, Archive: archived(t, k, old)}
+	staged, err := k.Stage(newKEK(t), k.Slots(), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer staged.Close()
+	again, err := staged.Activate(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
 	for name, row := range map[string]struct {
 		k     *keyring.Keyring
 		there memoryArchives
 		says  string
 		kept  int
 	}{
-		"not shared":   {upgraded, memoryArchives{}, "", 0},
-		"empty":        {k, memoryArchives{}, "", 1},
-		"interrupted":  {k, memoryArchives{string(old): archived(t, k, old)}, "", 1},
-		"other object": {k, memoryArchives{string(old): []byte("{}")}, "keep a copy of that object, delete it", 1},
+		"by a former KEK": {again, memoryArchives{string(old): archived(t, k, old)}, "made under key ID " + string(k.CurrentID()), 1},
+		"not shared":      {upgraded, memoryArchives{}, "", 0},
+		"empty":           {k, memoryArchives{}, "", 1},
+		"interrupted":     {k, memoryArchives{string(old): archived(t, k, old)}, "", 1},
+		"other object":    {k, memoryArchives{string(old): []byte("{}")}, "keep a copy of that object, delete it", 1},
 	} {
 		err := archiveInStore(t.Context(), &node.Node{Archives: row.there}, row.k, req)
 		if row.says == "" && err != nil || row.says != "" && (err == nil || !strings.Contains(err.Error(), row.says)) || len(row.there) != row.kept {

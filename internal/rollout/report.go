@@ -151,7 +151,7 @@ func waiting(missing []rotation.Missing, reports []replica.Report, older rotatio
 
 // StoreUp reports whether the cluster store answered at the last read.
 func StoreUp(s replica.State) bool {
-	return !s.Reached.IsZero() && seal.CauseOf(s.Problem) != seal.CauseUnavailable
+	return !s.Reached.IsZero() && !s.Away
 }
 
 // Forked reports whether the store's keyring and this node's are a fork.

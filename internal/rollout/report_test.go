@@ -24,8 +24,9 @@ func TestStoreUp(t *testing.T) {
 	}{
 		"never read":       {replica.State{}, false, false, "has not read the cluster store yet"},
 		"read":             {replica.State{Reached: now}, true, false, "has not read the cluster store yet"},
-		"away":             {replica.State{Reached: now, Problem: away}, false, false, "away"},
-		"away from before": {replica.State{Problem: away}, false, false, "away"},
+		"away":             {replica.State{Reached: now, Away: true, Problem: away}, false, false, "away"},
+		"away from before": {replica.State{Away: true, Problem: away}, false, false, "away"},
+		"a wrapper is":     {replica.State{Reached: now, Problem: away}, true, false, "away"},
 		"forked":           {replica.State{Reached: now, Problem: fork}, true, true, "a fork"},
 		"of another kind":  {replica.State{Reached: now, Problem: errors.New("damaged")}, true, false, "damaged"},
 	} {

@@ -169,6 +169,14 @@ func TestRefusals(t *testing.T) {
 		_, err := Rotate(t.Context(), n, req)
 		return err
 	}
+	k, err := one.Unlocker.Keyring()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := k.CurrentID()
+	if s, err := Rotate(t.Context(), one, admin.RotateRequest{Replace: "k1-former"}); err != nil || s.CurrentKeyID != before || s.Former != "k1-former" {
+		t.Errorf("a repetition after another rotation: %+v, %v", s, err)
+	}
 	inStep := func(n *node.Node) error { _, err := GetInStep(t.Context(), n); return err }
 	const noStore = "the keyring has 2 nodes, and this one has no access to the cluster store; nothing was changed"
 	for name, row := range map[string]struct {

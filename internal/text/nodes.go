@@ -66,7 +66,7 @@ func Removal(w io.Writer, r admin.NodeRemoval) {
 		fmt.Fprintf(w, "  %s\n", way)
 	}
 	if r.Phase == admin.RemovalDone {
-		fmt.Fprintf(w, "done: every remaining node trusts only the fresh KEK, which no removed node has had (removed: %s)\n", strings.Join(r.Nodes, ", "))
+		fmt.Fprintln(w, "done: every remaining node trusts only the fresh KEK, which no removed node has had")
 		return
 	}
 	fmt.Fprintln(w, Removing(r))

@@ -185,6 +185,8 @@ func Unarchive(k *Keyring, u *UntrustedArchive, kek *seal.Secret) (*Keyring, err
 		return nil, fmt.Errorf("the archive holds a KEK other than that of its key ID %s", d.KeyID)
 	case len(k.doc.Retired) >= MaxRetired:
 		return nil, fmt.Errorf("the keyring holds %d retired KEKs, and no more fit; prune another one first", MaxRetired)
+	case k.StagedID() != "" && len(k.doc.Retired)+1 >= MaxRetired: // it, or the current KEK, will be retired
+		return nil, fmt.Errorf("the keyring holds %d retired KEKs and a staged one, and no more fit; end the rotation first", len(k.doc.Retired))
 	}
 	doc := *k.doc
 	r := retired{KeyID: d.KeyID, Created: d.Created, Retired: d.Retired, Unused: d.Unused && doc.Format >= format2}

@@ -71,7 +71,7 @@ func TestArchiveRefused(t *testing.T) {
 	foreign := must[*Keyring](t)(New(seal.ClusterID{9}, newKEK(t, 0x33), []seal.Slot{{Type: "vault", Data: []byte("{}")}}, []Node{{Name: "cp-1"}}, time.Now()))
 	defer foreign.Close()
 	full := pruned
-	for i := len(pruned.Info().Retired); i < MaxRetired; i++ {
+	for i := len(pruned.Info().Retired); i < MaxRetired-1; i++ { // the staged KEK takes the last place
 		kek := must[*seal.Secret](t)(seal.Memory{}.NewKEK())
 		defer kek.Close()
 		other := must[*UntrustedArchive](t)(ParseArchive(raw))
@@ -79,6 +79,8 @@ func TestArchiveRefused(t *testing.T) {
 		full = must[*Keyring](t)(Unarchive(full, other, kek))
 		defer full.Close()
 	}
+	over := must[*Keyring](t)(full.Abort(time.Now()))
+	defer over.Close()
 	for what, tc := range map[string]struct {
 		err  error
 		want string
@@ -86,7 +88,8 @@ func TestArchiveRefused(t *testing.T) {
 		"the KEK is there":   {errOf(Unarchive(k, u, newKEK(t, 0x01))), "the keyring holds key ID"},
 		"another KEK":        {errOf(Unarchive(pruned, u, newKEK(t, 0x02))), "holds a KEK other than"},
 		"another cluster":    {errors.Join(u.Verify(foreign), errOf(Unarchive(foreign, u, newKEK(t, 0x01)))), "of cluster"},
-		"no room":            {errOf(Unarchive(full, u, newKEK(t, 0x01))), fmt.Sprintf("holds %d retired KEKs, and no more fit", MaxRetired)},
+		"no room":            {errOf(Unarchive(over, u, newKEK(t, 0x01))), fmt.Sprintf("holds %d retired KEKs, and no more fit", MaxRetired)},
+		"a rotation's place": {errOf(Unarchive(full, u, newKEK(t, 0x01))), fmt.Sprintf("holds %d retired KEKs and a staged one", MaxRetired-1)},
 		"of the current KEK": {errOf(Archive(k, k.CurrentID(), u.Slots())), "not that of a retired KEK"},
 		"without slots":      {errOf(Archive(k, id, nil)), "0 slots"},
 		"of another wrapper": {errOf(Archive(k, id, []seal.Slot{{Type: "vault", Data: []byte("{}")}})), "no recovery slot"},

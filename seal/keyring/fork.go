@@ -79,6 +79,9 @@ func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 	if err != nil {
 		return nil, fmt.Errorf("absorb: %w", err)
 	}
+	if k.StagedID() != "" && len(doc.Retired) >= MaxRetired {
+		return nil, fmt.Errorf("absorb: %d retired KEKs leave no room for the staged one; end the rotation first", len(doc.Retired))
+	}
 	return revise(k, "absorb", &doc)
 }
 

@@ -60,6 +60,8 @@ func (r *Replica) after(ctx context.Context, mem seal.Memory, k *keyring.Keyring
 	switch err := keyring.Follows(k, remote); {
 	case err == nil:
 		return nil, errors.New("the cluster store holds a newer keyring, which this node will take; there is nothing to publish")
+	case errors.Is(err, keyring.ErrNotAcknowledged), errors.Is(err, keyring.ErrStagedClosed):
+		return nil, seal.WithHint(fmt.Errorf("the cluster store holds a newer keyring, which this node takes once it has opened and sealed its KEK: %w", err), "see kleidi status")
 	case errors.Is(err, keyring.ErrInStep):
 		return k.AtLeast(0)
 	}

@@ -78,6 +78,8 @@ type Replica struct {
 type State struct {
 	// Reached is the time of the last read of the store; zero means never.
 	Reached time.Time
+	// Away says that a later attempt to read the store failed.
+	Away bool
 	// Revision is the revision of the keyring in the store at that time.
 	Revision uint64
 	// InStep says that the keyring in the store was the open one.
@@ -232,7 +234,7 @@ func (r *Replica) Sync(ctx context.Context) error {
 		unlock.Lock(r.cfg.Unlocker, err)
 		return err
 	}
-	if seal.CauseOf(err) == seal.CauseUnavailable { // a record can't be written either
+	if _, ok := errors.AsType[unread](err); ok { // a record can't be written either
 		return err
 	}
 	if recordErr := r.record(ctx, err); err == nil {
@@ -280,6 +282,12 @@ func (r *Replica) getInStep(ctx context.Context) error {
 	return errors.New("the cluster store changes faster than this node follows")
 }
 
+// unread is the reason why the store could not be read.
+type unread struct{ error }
+
+// Unwrap returns the reason.
+func (e unread) Unwrap() error { return e.error }
+
 // step reads the store, and follows or publishes. It reports whether to read the store
 // again.
 func (r *Replica) step(ctx context.Context) (again bool, err error) {
@@ -287,19 +295,20 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 	if absent := errors.Is(err, fs.ErrNotExist); err == nil || absent || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, ErrNoStore) {
 		defer r.look.Do(func() { close(r.looked) })
 		if absent {
-			r.update(func(s *State) { s.Reached, s.Revision = time.Now(), 0 })
+			r.update(func(s *State) { s.Reached, s.Away, s.Revision = time.Now(), false, 0 })
 			return r.create(ctx)
 		}
 	}
 	if err != nil {
-		return false, seal.Caused(seal.CauseUnavailable, "see cluster.kubeconfig and kube-apiserver", "the cluster store", err)
+		r.update(func(s *State) { s.Away = true })
+		return false, unread{seal.Caused(seal.CauseUnavailable, "see cluster.kubeconfig and kube-apiserver", "the cluster store", err)}
 	}
 	r.last = raw
 	remote, err := keyring.Parse(raw)
 	if err != nil {
 		return false, fmt.Errorf("the cluster store: %w", err)
 	}
-	r.update(func(s *State) { s.Reached, s.Revision = time.Now(), remote.Revision() })
+	r.update(func(s *State) { s.Reached, s.Away, s.Revision = time.Now(), false, remote.Revision() })
 	switch err := r.cfg.Unlocker.Follow(ctx, remote); {
 	case err == nil:
 		r.cfg.Log.Info("followed the cluster store", "revision", remote.Revision(), "keyID", remote.CurrentID())
@@ -547,7 +556,7 @@ func (r *Replica) Commit(ctx context.Context, old, next *keyring.Keyring) error 
 	defer r.Kick() // the other nodes wait for this node's record, too
 	switch err := r.cfg.Store.Swap(ctx, from, next.Shared()); {
 	case errors.Is(err, store.ErrConflict):
-		return seal.Errorf(seal.CauseStore, "run the command again once this node has followed", "another node has changed the shared keyring meanwhile; nothing was changed: %w", err)
+		return seal.Errorf(seal.CauseStore, "run the command again once this node has followed", "another node has changed the shared keyring meanwhile; this change was not made: %w", err)
 	case seal.CauseOf(err) == seal.CauseCredentials || seal.CauseOf(err) == seal.CauseConfiguration:
 		return fmt.Errorf("nothing was changed: the cluster store: %w", err)
 	case err != nil:

@@ -149,8 +149,10 @@ type (
 
 func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, anchor anchoring, cluster committing) error {
 	old := u.open.Load()
-	for _, k := range revisions {
-		if err := cluster(ctx, old, k); err != nil {
+	for i, k := range revisions {
+		if err := cluster(ctx, old, k); err != nil && i > 0 {
+			return fmt.Errorf("revision %d is made, and the one after it is not: %w", old.Revision(), u.nudged(err))
+		} else if err != nil {
 			return err
 		}
 		old = k

@@ -84,7 +84,11 @@ func (u *Unlocker) openStaged(ctx context.Context, k *keyring.Keyring, gate erro
 	}
 	cause := cmp.Or(seal.CauseOf(err), seal.CauseUnavailable)
 	message, _ := seal.SplitHint(err)
-	return k, seal.Errorf(cause, "this node goes on serving; when the cause is mended, send it a SIGHUP, or run kleidi rotate, which stages a fresh KEK", "the staged KEK %s does not open: %s", id, message)
+	hint := "this node goes on serving; once the cause is removed, send it a SIGHUP, or run kleidi rotate, which stages a fresh KEK"
+	if len(k.Nodes()) > 1 {
+		hint = "this node goes on serving; once the cause is removed, send it a SIGHUP, or run kleidi rotate --abort on a node where that KEK is open"
+	}
+	return k, seal.Errorf(cause, hint, "the staged KEK %s does not open: %s", id, message)
 }
 
 func (u *Unlocker) load(ctx context.Context) (*keyring.Untrusted, *keyring.Anchor, store.Version, error) {

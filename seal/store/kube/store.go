@@ -111,6 +111,8 @@ func (s *Store) get(ctx context.Context, path string, o *object) error {
 	err := s.Do(ctx, http.MethodGet, path, "", nil, o)
 	r, ok := errors.AsType[*Refusal](err)
 	switch {
+	case !ok && errors.Is(err, fs.ErrNotExist): // a file of this client is missing, and the API was not asked
+		return seal.Errorf(seal.CauseCredentials, hintRights, "%v", err)
 	case !ok || r.Code != http.StatusNotFound:
 		return err
 	case r.Reason != "NotFound":
