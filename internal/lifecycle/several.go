@@ -39,8 +39,8 @@ func describeSelf(ctx context.Context, n *node.Node, format int) (keyring.Node, 
 		self.EK = ek
 		return self, err
 	}
-	machine, err := n.TPM.Self(ctx)
-	self.EK, self.SRK, self.EpochIndex, self.Added = machine.EK, machine.SRK, n.Config.TPM.EpochIndex, time.Now()
+	self, err = node.Machine(ctx, n)
+	self.Added = time.Now()
 	return self, err
 }
 

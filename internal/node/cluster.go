@@ -21,8 +21,12 @@ func Carrier(n *Node) *replica.Replica {
 }
 
 func replicaOver(n *Node, s replica.Store) *replica.Replica {
+	var machine func(context.Context) (keyring.Node, error)
+	if n.View.OpensWithTPM() {
+		machine = func(ctx context.Context) (keyring.Node, error) { return Machine(ctx, n) }
+	}
 	return replica.New(replica.Config{
-		Store: s, Unlocker: n.Unlocker, Wrap: wrapStaged(n), BootStates: func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error) {
+		Store: s, Unlocker: n.Unlocker, Machine: machine, Wrap: wrapStaged(n), BootStates: func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error) {
 			own, err := n.Unrevoked(ctx, k.OwnSlots())
 			if err != nil {
 				return nil, err
@@ -30,6 +34,12 @@ func replicaOver(n *Node, s replica.Store) *replica.Replica {
 			return n.View.RecordStates(own, k.ClusterID())
 		}, Archives: archives(n), Removal: n.State.File(n.Config.Removal()), Version: version.String(), Log: n.Log,
 	})
+}
+
+// Machine describes this machine's TPM, as this node's entry in a keyring of format 2 does.
+func Machine(ctx context.Context, n *Node) (keyring.Node, error) {
+	p, err := n.TPM.Self(ctx)
+	return keyring.Node{Name: n.Config.Node, EK: p.EK, SRK: p.SRK, EpochIndex: n.Config.TPM.EpochIndex}, err
 }
 
 // wrapStaged seals the staged KEK for each boot state of this node's own slots of the

@@ -68,11 +68,19 @@ func Follows(local *Keyring, remote *Untrusted) error {
 // Follow returns the node's keyring after it has replaced k with remote: remote with
 // k's own section, and with the KEKs that k holds open. It fails if [Follows] does.
 func (k *Keyring) Follow(remote *Untrusted) (*Keyring, error) {
+	self, _ := k.Self()
+	return k.FollowAs(remote, self)
+}
+
+// FollowAs is [Keyring.Follow] on a machine that remote describes as machine, whatever
+// TPM k lists for the node: a change of the node's own entry may have broken off once it was in
+// the cluster store.
+func (k *Keyring) FollowAs(remote *Untrusted, machine Node) (*Keyring, error) {
 	kek, err := followedKEK(k, remote)
 	if err != nil {
 		return nil, err
 	}
-	if err := checkFollowed(k, remote, kek); err != nil {
+	if err := checkFollowed(k, remote, kek, machine); err != nil {
 		return nil, err
 	}
 	var staged *shared
@@ -120,7 +128,7 @@ func checkComparable(k *Keyring, remote *Untrusted) error {
 }
 
 // checkFollowed checks conditions 3 to 7.
-func checkFollowed(k *Keyring, remote *Untrusted, kek *shared) error {
+func checkFollowed(k *Keyring, remote *Untrusted, kek *shared, machine Node) error {
 	err := remote.verify(kek.secret)
 	if err != nil {
 		return err
@@ -138,7 +146,7 @@ func checkFollowed(k *Keyring, remote *Untrusted, kek *shared) error {
 	}
 	if self, ok := k.Self(); !ok {
 		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "the keyring of this node does not say which node it is")
-	} else if now := remote.doc.node(self.Name); now == nil || !now.SameTPM(self) {
+	} else if now := remote.doc.node(self.Name); now == nil || !now.SameTPM(machine) {
 		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "revision %d of the keyring does not hold this node, %s, with its TPM", remote.Revision(), self.Name)
 	}
 	if k.doc.Commit == CommitCluster && remote.doc.Commit != CommitCluster {

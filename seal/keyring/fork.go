@@ -114,7 +114,8 @@ func FollowTrusted(k *Keyring, remote *Untrusted, trusted seal.KeyID, mem seal.M
 	if err != nil {
 		return nil, err
 	}
-	if err := checkFollowed(k, remote, other.kek); err != nil {
+	self, _ := k.Self()
+	if err := checkFollowed(k, remote, other.kek, self); err != nil {
 		other.Close()
 		return nil, err
 	}

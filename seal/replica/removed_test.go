@@ -1,6 +1,7 @@
 package replica_test
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/beezy-dev/kleidi/seal"
@@ -72,4 +73,42 @@ func TestRemovedNodeForges(t *testing.T) {
 		refused("anchors moved", what, forged)
 	}
 	c.settle(t)
+}
+
+// TestNewTPMBreaksOff: a node changes its own entry, for another TPM, and dies before it has
+// stored the keyring. It is not removed: the machine that the store lists is this one.
+func TestNewTPMBreaksOff(t *testing.T) {
+	c := open(t)
+	a := c.nodes[0]
+	former, _ := a.keyring().Self()
+	self := former
+	self.EK, self.SRK = "sha256:"+strings.Repeat("9", 64), []byte("another SRK")
+	newTPM := func() error {
+		return a.Change(ctx, func(k *keyring.Keyring) ([]*keyring.Keyring, error) {
+			next, err := k.WithNode(self, now)
+			return []*keyring.Keyring{next}, err
+		})
+	}
+	a.file.dies = true
+	if err := newTPM(); err == nil {
+		t.Fatal("the node lives on")
+	}
+	for _, machine := range []keyring.Node{former, {Name: "a"}} { // another machine has taken the node's place
+		a.machine = machine
+		a.start()
+		if err := a.Sync(ctx); seal.CauseOf(err) != seal.CauseNodeRemoved {
+			t.Errorf("as %+v: %v", machine, err)
+		}
+		must(t, a.removal.Remove(ctx))
+	}
+	a.machine = self
+	a.start()
+	must(t, a.Sync(ctx))
+	if now, _ := a.keyring().Self(); !now.SameTPM(self) || a.removal.b != nil {
+		t.Errorf("%+v", now)
+	}
+	for _, n := range c.nodes {
+		must(t, n.Sync(ctx))
+	}
+	must(t, newTPM())
 }

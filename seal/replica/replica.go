@@ -44,6 +44,9 @@ type Config struct {
 	// BootStates returns these boot states, so that other nodes can wrap a KEK for
 	// them. It is called when the node's own slots have changed.
 	BootStates func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error)
+	// Machine describes this machine's TPM, as its entry in the keyring does; nil means that
+	// the node has none.
+	Machine func(ctx context.Context) (keyring.Node, error)
 	// Archives returns what may be the archive of a pruned KEK, by the argument that kleidi
 	// keyring import-archive needs to read it; nil finds none.
 	Archives func(ctx context.Context, id seal.KeyID) map[string][]byte
@@ -309,7 +312,11 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 		return false, fmt.Errorf("the cluster store: %w", err)
 	}
 	r.update(func(s *State) { s.Reached, s.Away, s.Revision = time.Now(), false, remote.Revision() })
-	switch err := r.cfg.Unlocker.Follow(ctx, remote); {
+	err = r.cfg.Unlocker.Follow(ctx, remote)
+	if seal.CauseOf(err) == seal.CauseNodeRemoved && r.cfg.Machine != nil {
+		err = r.followAsMachine(ctx, remote, err)
+	}
+	switch {
 	case err == nil:
 		r.cfg.Log.Info("followed the cluster store", "revision", remote.Revision(), "keyID", remote.CurrentID())
 		return true, nil
@@ -322,6 +329,18 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 	default: // the keyring may be an older one, under a KEK that this node has retired
 		return true, r.publish(ctx, raw, remote, err)
 	}
+}
+
+// followAsMachine follows a keyring that lists another TPM for this node than the node's own
+// keyring does, if it is this machine's: the node has changed its own entry, with kleidi reseal
+// --new-tpm, and died before it had stored the keyring. Otherwise it returns err.
+func (r *Replica) followAsMachine(ctx context.Context, remote *keyring.Untrusted, err error) error {
+	machine, unknown := r.cfg.Machine(ctx)
+	if unknown == nil && r.cfg.Unlocker.FollowAs(ctx, remote, machine) == nil {
+		r.cfg.Log.Warn("a change of this node's TPM had broken off; run kleidi reseal --new-tpm again")
+		return nil
+	}
+	return err
 }
 
 // create puts the keyring into an empty store. The node with the seat thereby hands the

@@ -122,6 +122,8 @@ type node struct {
 	wrapper plain
 	sealed  map[seal.KeyID]bool // the KEKs that it has sealed
 	fails   error               // the reason why it can't seal a staged KEK; nil if it can
+	// machine is what the node's TPM says of itself; the zero value is no machine of the keyring.
+	machine keyring.Node
 	// archives are what the node finds for a pruned KEK.
 	archives map[string][]byte
 	// states are the node's boot states; nil means none.
@@ -155,6 +157,7 @@ func (n *node) start() {
 			n.sealed[keyring.NewKeyID(k.ClusterID(), kek)] = true
 			return []seal.Slot{s}, err
 		},
+		Machine:  func(context.Context) (keyring.Node, error) { return n.machine, nil },
 		Archives: func(context.Context, seal.KeyID) map[string][]byte { return n.archives },
 		BootStates: func(ctx context.Context, k *keyring.Keyring) ([]keyring.RecordedState, error) {
 			if n.states == nil {

@@ -17,7 +17,24 @@ func (u *Unlocker) Follow(ctx context.Context, remote *keyring.Untrusted) error 
 	if err != nil {
 		return err
 	}
-	next, err := k.Follow(remote)
+	self, _ := k.Self()
+	return u.follow(ctx, k, remote, self)
+}
+
+// FollowAs is [Unlocker.Follow] on a machine whose TPM is that of machine, whatever TPM the
+// open keyring lists for this node.
+func (u *Unlocker) FollowAs(ctx context.Context, remote *keyring.Untrusted, machine keyring.Node) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	k, err := u.Keyring()
+	if err != nil {
+		return err
+	}
+	return u.follow(ctx, k, remote, machine)
+}
+
+func (u *Unlocker) follow(ctx context.Context, k *keyring.Keyring, remote *keyring.Untrusted, machine keyring.Node) error {
+	next, err := k.FollowAs(remote, machine)
 	if err != nil {
 		return err
 	}
