@@ -134,7 +134,7 @@ func (n *Node) AcquireState() error {
 	}
 	err := n.State.acquire()
 	if errors.Is(err, store.ErrLocked) {
-		return fmt.Errorf("%w; this command looks for that socket at %s", err, n.Config.Admin.Socket)
+		return fmt.Errorf("%w; this command looks for that socket at %s: check that both use the same configuration", err, n.Config.Admin.Socket)
 	}
 	if err != nil {
 		return seal.Caused(seal.CauseStore, "see state.dir and its disk", "the state folder can't be changed", err)

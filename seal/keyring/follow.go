@@ -58,7 +58,7 @@ const (
 // seal.CauseAnchor (1, 2, 5, 7), one of Open's (3), seal.CauseForked (4) or
 // seal.CauseNodeRemoved (6).
 func Follows(local *Keyring, remote *Untrusted) error {
-	next, err := local.Follow(remote)
+	next, err := local.Follow(remote, nil)
 	if err == nil {
 		next.Close()
 	}
@@ -66,16 +66,9 @@ func Follows(local *Keyring, remote *Untrusted) error {
 }
 
 // Follow returns the node's keyring after it has replaced k with remote: remote with
-// k's own section, and with the KEKs that k holds open. It fails if [Follows] does.
-func (k *Keyring) Follow(remote *Untrusted) (*Keyring, error) {
-	self, _ := k.Self()
-	return k.FollowAs(remote, self)
-}
-
-// FollowAs is [Keyring.Follow] on a machine that remote describes as machine, whatever
-// TPM k lists for the node: a change of the node's own entry may have broken off once it was in
-// the cluster store.
-func (k *Keyring) FollowAs(remote *Untrusted, machine Node) (*Keyring, error) {
+// k's own section, and with the KEKs that k holds open. It fails if [Follows] does, except
+// that remote may list machine for the node, if that is not nil, whatever TPM k lists.
+func (k *Keyring) Follow(remote *Untrusted, machine *Node) (*Keyring, error) {
 	kek, err := followedKEK(k, remote)
 	if err != nil {
 		return nil, err
@@ -128,7 +121,7 @@ func checkComparable(k *Keyring, remote *Untrusted) error {
 }
 
 // checkFollowed checks conditions 3 to 7.
-func checkFollowed(k *Keyring, remote *Untrusted, kek *shared, machine Node) error {
+func checkFollowed(k *Keyring, remote *Untrusted, kek *shared, machine *Node) error {
 	err := remote.verify(kek.secret)
 	if err != nil {
 		return err
@@ -144,9 +137,13 @@ func checkFollowed(k *Keyring, remote *Untrusted, kek *shared, machine Node) err
 	if err := remote.checkAnchor(k.Anchor()); err != nil {
 		return err
 	}
-	if self, ok := k.Self(); !ok {
+	self, ok := k.Self()
+	if machine == nil {
+		machine = &self
+	}
+	if !ok {
 		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "the keyring of this node does not say which node it is")
-	} else if now := remote.doc.node(self.Name); now == nil || !now.SameTPM(machine) {
+	} else if now := remote.doc.node(self.Name); now == nil || !now.SameTPM(*machine) {
 		return seal.Errorf(seal.CauseNodeRemoved, hintRejoin, "revision %d of the keyring does not hold this node, %s, with its TPM", remote.Revision(), self.Name)
 	}
 	if k.doc.Commit == CommitCluster && remote.doc.Commit != CommitCluster {

@@ -41,7 +41,7 @@ func TestFollow(t *testing.T) {
 	}
 	follow := func(k *Keyring, of *Keyring) *Keyring {
 		t.Helper()
-		next := ok(k.Follow(published(t, of)))
+		next := ok(k.Follow(published(t, of), nil))
 		if !bytes.Equal(next.Shared(), of.Shared()) {
 			t.Error("it is not the keyring that was published")
 		}
@@ -101,7 +101,7 @@ func TestFollowsRefuses(t *testing.T) {
 	a, b := cluster2(t)
 	raised := ok(a.AtLeast(50))
 	staged := acknowledge(t, ok(a.Stage(newKEK(t, 60), imports(), now)), 60)
-	bStaged := ok(b.Follow(published(t, staged)))
+	bStaged := ok(b.Follow(published(t, staged), nil))
 	bOpened := ok(bStaged.OpenStaged(newKEK(t, 60)))
 	bAcknowledged := acknowledge(t, bStaged, 60)
 	restarted := reopen(t, bAcknowledged, newKEK(t, 1), nil)
@@ -221,8 +221,8 @@ func TestRemovedNodesKeyring(t *testing.T) {
 	wantRefusal(t, Precedes(forged, b), seal.CauseAnchor, "not authenticated by a KEK that this node holds")
 	// The real rotation goes on.
 	staged := acknowledge(t, ok(a.Stage(newKEK(t, 60), imports(), now)), 60)
-	b = acknowledge(t, ok(b.Follow(published(t, staged))), 60)
-	b = ok(b.Follow(published(t, ok(staged.Activate(now)))))
+	b = acknowledge(t, ok(b.Follow(published(t, staged), nil)), 60)
+	b = ok(b.Follow(published(t, ok(staged.Activate(now))), nil))
 	// Afterwards no node follows a keyring that the removed node makes from its
 	// knowledge.
 	for what, forged := range map[string]*Keyring{

@@ -114,8 +114,7 @@ func FollowTrusted(k *Keyring, remote *Untrusted, trusted seal.KeyID, mem seal.M
 	if err != nil {
 		return nil, err
 	}
-	self, _ := k.Self()
-	if err := checkFollowed(k, remote, other.kek, self); err != nil {
+	if err := checkFollowed(k, remote, other.kek, nil); err != nil {
 		other.Close()
 		return nil, err
 	}

@@ -72,7 +72,7 @@ func TestAbsorb(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, b := cluster2(t)
 	staged := acknowledge(t, ok(a.Stage(newKEK(t, 60), imports(), now)), 60)
-	b = acknowledge(t, ok(b.Follow(published(t, staged))), 60)
+	b = acknowledge(t, ok(b.Follow(published(t, staged), nil)), 60)
 	kept := ok(staged.Activate(now))                        // one half activates
 	other := ok(ok(b.Abort(now)).AtLeast(1000))             // the other one aborts, and goes on
 	other = rotate2(t, other, 100)                          // with a KEK that only this half holds
@@ -133,13 +133,13 @@ func TestFollowStaged(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, b := cluster2(t)
 	staged := ok(a.Stage(newKEK(t, 60), imports(), now))
-	b = acknowledge(t, ok(b.Follow(published(t, staged))), 60)
-	b = ok(b.Follow(published(t, ok(WithStagedSlots(staged, sharedSlots("more"))))))
+	b = acknowledge(t, ok(b.Follow(published(t, staged), nil)), 60)
+	b = ok(b.Follow(published(t, ok(WithStagedSlots(staged, sharedSlots("more")))), nil))
 	if !b.Holds(staged.StagedID()) || StagedKEK(b) == nil || !b.Acknowledged() {
 		t.Error("a revision with the same staged KEK closes the KEK")
 	}
 	another := ok(ok(staged.Abort(now)).Stage(newKEK(t, 100), imports(), now))
-	b = ok(b.Follow(published(t, another)))
+	b = ok(b.Follow(published(t, another), nil))
 	if b.Holds(another.StagedID()) || StagedKEK(b) != nil || b.Acknowledged() {
 		t.Error("the former staged KEK stands for the present one")
 	}

@@ -69,8 +69,8 @@ func TestReplacedWhileStaged(t *testing.T) {
 	}
 	// Where the staged KEK is not open it can't be retired. Only a new TPM of this very node may
 	// be the reason.
-	b = ok(b.Follow(published(t, ok(a.WithNode(entry("cp-4", "d"), now)))))
-	closed := ok(b.Follow(published(t, staged)))
+	b = ok(b.Follow(published(t, ok(a.WithNode(entry("cp-4", "d"), now))), nil))
+	closed := ok(b.Follow(published(t, staged), nil))
 	if closed.Holds(id) {
 		t.Fatal("the staged KEK is open")
 	}

@@ -31,7 +31,7 @@ func TestNoKEKOutsideLockedMemory2(t *testing.T) {
 	second := random("second KEK")
 	a = ok(a.Stage(second, imports(), now))
 	a = ok(a.WithOwnSlots(a.OwnSlots(), tpmSlots("cp-1", "sealed")))
-	b = ok(ok(b.Follow(published(t, a))).OpenStaged(copyOf("second KEK on b", second)))
+	b = ok(ok(b.Follow(published(t, a), nil)).OpenStaged(copyOf("second KEK on b", second)))
 	b = ok(b.WithOwnSlots(b.OwnSlots(), tpmSlots("cp-2", "sealed")))
 	r := recordOf(b)
 	r.Acknowledged = b.StagedID()
@@ -40,7 +40,7 @@ func TestNoKEKOutsideLockedMemory2(t *testing.T) {
 	if _, err := signed(t, b, r).Verify(a); err != nil {
 		t.Fatal(err)
 	}
-	b = ok(b.Follow(published(t, a)))
+	b = ok(b.Follow(published(t, a), nil))
 	if err := Precedes(before, b); err != nil { // by the retired KEK
 		t.Fatal(err)
 	}

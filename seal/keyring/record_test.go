@@ -34,7 +34,7 @@ func TestRecords(t *testing.T) {
 		t.Errorf("%s, want %s", got, want)
 	}
 	staged := acknowledge(t, ok(a.Stage(newKEK(t, 60), imports(), now)), 60)
-	bStaged := acknowledge(t, ok(b.Follow(published(t, staged))), 60)
+	bStaged := acknowledge(t, ok(b.Follow(published(t, staged), nil)), 60)
 	r = recordOf(bStaged)
 	r.Acknowledged = staged.StagedID()
 	if v := must[*VerifiedRecord](t)(signed(t, bStaged, r).Verify(staged)); !v.Proven || v.Acknowledged != staged.StagedID() {
@@ -47,7 +47,7 @@ func TestRecords(t *testing.T) {
 		t.Errorf("%+v", v)
 	}
 	// A node that is ahead of a restored store: its MAC is under the staged KEK.
-	ahead := ok(bStaged.Follow(published(t, active)))
+	ahead := ok(bStaged.Follow(published(t, active), nil))
 	r = recordOf(ahead)
 	r.Acknowledged = staged.StagedID()
 	if v := must[*VerifiedRecord](t)(signed(t, ahead, r).Verify(staged)); !v.Proven || v.KeyID != staged.StagedID() {
@@ -71,7 +71,7 @@ func TestForgedRecords(t *testing.T) {
 	ok := must[*Keyring](t)
 	a, b := cluster2(t)
 	staged := acknowledge(t, ok(a.Stage(newKEK(t, 60), imports(), now)), 60)
-	bStaged := acknowledge(t, ok(b.Follow(published(t, staged))), 60)
+	bStaged := acknowledge(t, ok(b.Follow(published(t, staged), nil)), 60)
 	r := recordOf(bStaged)
 	r.Acknowledged = staged.StagedID()
 	genuine := signed(t, bStaged, r)

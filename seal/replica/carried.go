@@ -18,7 +18,7 @@ func (r *Replica) Import(ctx context.Context, remote *keyring.Untrusted) (follow
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for range rounds {
-		switch err := r.cfg.Unlocker.Follow(ctx, remote); {
+		switch err := r.cfg.Unlocker.Follow(ctx, remote, nil); {
 		case err == nil:
 			followed = true
 		case errors.Is(err, keyring.ErrInStep):

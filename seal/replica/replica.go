@@ -312,7 +312,7 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 		return false, fmt.Errorf("the cluster store: %w", err)
 	}
 	r.update(func(s *State) { s.Reached, s.Away, s.Revision = time.Now(), false, remote.Revision() })
-	err = r.cfg.Unlocker.Follow(ctx, remote)
+	err = r.cfg.Unlocker.Follow(ctx, remote, nil)
 	if seal.CauseOf(err) == seal.CauseNodeRemoved && r.cfg.Machine != nil {
 		err = r.followAsMachine(ctx, remote, err)
 	}
@@ -336,7 +336,7 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 // --new-tpm, and died before it had stored the keyring. Otherwise it returns err.
 func (r *Replica) followAsMachine(ctx context.Context, remote *keyring.Untrusted, err error) error {
 	machine, unknown := r.cfg.Machine(ctx)
-	if unknown == nil && r.cfg.Unlocker.FollowAs(ctx, remote, machine) == nil {
+	if unknown == nil && r.cfg.Unlocker.Follow(ctx, remote, &machine) == nil {
 		r.cfg.Log.Warn("a change of this node's TPM had broken off; run kleidi reseal --new-tpm again")
 		return nil
 	}

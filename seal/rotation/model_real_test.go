@@ -217,7 +217,7 @@ func (r *reality) follows(l kept, i uint8, store doc) bool {
 	}
 	r.decisions++
 	k, u := r.of(l, i), r.published[store]
-	next, err := k.Follow(u)
+	next, err := k.Follow(u, nil)
 	if (err == nil) != (keyring.Follows(k, u) == nil) {
 		r.t.Fatalf("Follow: %v, Follows: %v", err, keyring.Follows(k, u))
 	}

@@ -8,33 +8,16 @@ import (
 )
 
 // Follow replaces the open keyring with a shared keyring that another node has changed,
-// if [keyring.Follows] allows it. It saves and announces that keyring as Change does.
+// if [keyring.Keyring.Follow] allows it for this machine. It saves and announces that keyring as Change does.
 // The KEK is in memory, so Follow neither passes the gate nor opens a slot.
-func (u *Unlocker) Follow(ctx context.Context, remote *keyring.Untrusted) error {
+func (u *Unlocker) Follow(ctx context.Context, remote *keyring.Untrusted, machine *keyring.Node) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	k, err := u.Keyring()
 	if err != nil {
 		return err
 	}
-	self, _ := k.Self()
-	return u.follow(ctx, k, remote, self)
-}
-
-// FollowAs is [Unlocker.Follow] on a machine whose TPM is that of machine, whatever TPM the
-// open keyring lists for this node.
-func (u *Unlocker) FollowAs(ctx context.Context, remote *keyring.Untrusted, machine keyring.Node) error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	k, err := u.Keyring()
-	if err != nil {
-		return err
-	}
-	return u.follow(ctx, k, remote, machine)
-}
-
-func (u *Unlocker) follow(ctx context.Context, k *keyring.Keyring, remote *keyring.Untrusted, machine keyring.Node) error {
-	next, err := k.FollowAs(remote, machine)
+	next, err := k.Follow(remote, machine)
 	if err != nil {
 		return err
 	}

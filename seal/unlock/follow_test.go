@@ -66,11 +66,11 @@ func TestFollow(t *testing.T) {
 	former := n.encrypt()
 	next := n.kek()
 	staged := n.ok(a.Stage(next, []seal.Slot{n.wrapper.slot(next, "staged")}, now))
-	if err := n.Follow(ctx, n.published(staged)); err != nil {
+	if err := n.Follow(ctx, n.published(staged), nil); err != nil {
 		t.Fatal(err)
 	}
 	wantSteps(t, n.steps.take(), "save", "anchor 5", "settle while k1-"+string(former.id[3:8])+" is announced")
-	if err := n.Follow(ctx, n.published(staged)); err != keyring.ErrInStep {
+	if err := n.Follow(ctx, n.published(staged), nil); err != keyring.ErrInStep {
 		t.Error(err)
 	}
 	n.gate.set(seal.Errorf(seal.CauseBootPolicy, "x", "another boot"))
@@ -88,7 +88,7 @@ func TestFollow(t *testing.T) {
 	}
 	wantSteps(t, n.steps.take())
 	active := n.ok(staged.Activate(now))
-	if err := n.Follow(ctx, n.published(active)); seal.CauseOf(err) != seal.CauseAnchor {
+	if err := n.Follow(ctx, n.published(active), nil); seal.CauseOf(err) != seal.CauseAnchor {
 		t.Errorf("a KEK that this node has not acknowledged: %v", err)
 	}
 	own := n.wrapper.slot(next, "own")
@@ -100,7 +100,7 @@ func TestFollow(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.steps.take()
-	if err := n.Follow(ctx, n.published(active)); err != nil {
+	if err := n.Follow(ctx, n.published(active), nil); err != nil {
 		t.Fatal(err)
 	}
 	wantSteps(t, n.steps.take(), "save", "anchor 6", "settle while k1-"+string(former.id[3:8])+" is announced")
@@ -132,7 +132,7 @@ func TestFollowThatFails(t *testing.T) {
 		"no disk left": {removed, errors.New("no space left on device"), seal.CauseStore},
 	} {
 		n.store.saves.set(c.fault)
-		if err := n.Follow(ctx, n.published(c.remote)); seal.CauseOf(err) != c.want {
+		if err := n.Follow(ctx, n.published(c.remote), nil); seal.CauseOf(err) != c.want {
 			t.Errorf("%s: %v", what, err)
 		}
 		n.store.saves.set(nil)
@@ -146,6 +146,6 @@ func TestFollowThatFails(t *testing.T) {
 	}
 	locked := newNode(t)
 	locked.make()
-	wantRefusal(t, locked.Follow(ctx, n.published(a)), seal.CauseStarting)
+	wantRefusal(t, locked.Follow(ctx, n.published(a), nil), seal.CauseStarting)
 	wantRefusal(t, locked.OpenStaged(ctx), seal.CauseStarting)
 }

@@ -84,9 +84,9 @@ func (u *Unlocker) openStaged(ctx context.Context, k *keyring.Keyring, gate erro
 	}
 	cause := cmp.Or(seal.CauseOf(err), seal.CauseUnavailable)
 	message, _ := seal.SplitHint(err)
-	hint := "this node goes on serving; once the cause is removed, send it a SIGHUP, or run kleidi rotate, which stages a fresh KEK"
-	if len(k.Nodes()) > 1 {
-		hint = "this node goes on serving; once the cause is removed, send it a SIGHUP, or run kleidi rotate --abort on a node where that KEK is open"
+	hint := "this node goes on serving; once the cause is removed, send it a SIGHUP, or run kleidi rotate --abort on a node where that KEK is open"
+	if len(k.Nodes()) == 1 {
+		hint = "this node goes on serving; once the cause is removed, send it a SIGHUP, or run kleidi rotate, which stages a fresh KEK"
 	}
 	return k, seal.Errorf(cause, hint, "the staged KEK %s does not open: %s", id, message)
 }
