@@ -1,6 +1,7 @@
 package founding
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,7 +34,7 @@ func Init(ctx context.Context, n *node.Node, opts InitOptions) (*InitResult, err
 	}
 	if err := n.AcquireState(); err != nil {
 		if _, _, missing := n.Keyring.Load(ctx); missing == nil { // the running serve has it
-			return nil, checkVacant(ctx, n)
+			err = cmp.Or(checkVacant(ctx, n), err)
 		}
 		return nil, err
 	}

@@ -124,7 +124,7 @@ func recipientsOf(slots []seal.Slot) (all []string) {
 }
 
 // archiveInStore puts the archive into the cluster store, if there is one, and reads it
-// back. An archive that an interrupted prune left there is as good.
+// back. An archive that an interrupted prune made there under the current KEK is as good.
 func archiveInStore(ctx context.Context, n *node.Node, k *keyring.Keyring, req admin.PruneRequest) error {
 	if n.Archives == nil || k.Info().Commit != keyring.CommitCluster {
 		return nil

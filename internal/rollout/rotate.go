@@ -37,7 +37,7 @@ func RotateAlone(ctx context.Context, n *node.Node, req admin.RotateRequest) (ad
 	case len(k.Nodes()) == 1 && (req.Continue || req.Abort):
 		return admin.KeyringState{}, errors.New("rotate: this keyring has one node, so a rotation ends with its command: there is none to continue or abort")
 	}
-	if req.Replace != "" && req.Replace != k.CurrentID() { // a repetition after another rotation
+	if len(k.Nodes()) == 1 && req.Replace != "" && req.Replace != k.CurrentID() { // a repetition after another rotation
 		return n.Result(req.Replace)
 	}
 	return lifecycle.Rotate(ctx, n, req)

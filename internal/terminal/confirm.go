@@ -1,6 +1,7 @@
 package terminal
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -23,9 +24,10 @@ func (i Input) Ask(question string) (answer string, asked bool, err error) {
 // ConfirmNode asks for the name of a node, unless it was given. how says how to confirm
 // without a terminal.
 func (i Input) ConfirmNode(name, given, how string) error {
+	asked := false
 	if given == "" {
 		var err error
-		if given, _, err = i.Ask("type the name of the node (" + name + ") to go on: "); err != nil {
+		if given, asked, err = i.Ask("type the name of the node (" + name + ") to go on: "); err != nil {
 			return err
 		}
 	}
@@ -33,6 +35,9 @@ func (i Input) ConfirmNode(name, given, how string) error {
 	case name:
 		return nil
 	case "":
+		if asked {
+			return errors.New("not confirmed")
+		}
 		return seal.Errorf("", how, "not confirmed, because there is no terminal to ask at")
 	}
 	return fmt.Errorf("%q is not the name of the node, which is %s", given, name)

@@ -186,7 +186,7 @@ func Unarchive(k *Keyring, u *UntrustedArchive, kek *seal.Secret) (*Keyring, err
 	case len(k.doc.Retired) >= MaxRetired:
 		return nil, fmt.Errorf("the keyring holds %d retired KEKs, and no more fit; prune another one first", MaxRetired)
 	case k.StagedID() != "" && len(k.doc.Retired)+1 >= MaxRetired: // it, or the current KEK, will be retired
-		return nil, fmt.Errorf("the keyring holds %d retired KEKs and a staged one, and no more fit; end the rotation first", len(k.doc.Retired))
+		return nil, fmt.Errorf("the keyring holds %d retired KEKs and a staged one, and no more fit; end the rotation, then prune a retired KEK", len(k.doc.Retired))
 	}
 	doc := *k.doc
 	r := retired{KeyID: d.KeyID, Created: d.Created, Retired: d.Retired, Unused: d.Unused && doc.Format >= format2}

@@ -80,7 +80,7 @@ func Absorb(k, other *Keyring, now time.Time) (*Keyring, error) {
 		return nil, fmt.Errorf("absorb: %w", err)
 	}
 	if k.StagedID() != "" && len(doc.Retired) >= MaxRetired {
-		return nil, fmt.Errorf("absorb: %d retired KEKs leave no room for the staged one; end the rotation first", len(doc.Retired))
+		return nil, fmt.Errorf("absorb: the %d retired KEKs of both keyrings leave no room for the staged one", len(doc.Retired))
 	}
 	return revise(k, "absorb", &doc)
 }

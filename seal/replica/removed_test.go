@@ -103,6 +103,11 @@ func TestNewTPMBreaksOff(t *testing.T) {
 	}
 	a.machine = self
 	a.start()
+	a.file.dies = true // a disk that is full, say
+	if err := a.Sync(ctx); err == nil || seal.CauseOf(err) == seal.CauseNodeRemoved || a.removal.b != nil {
+		t.Errorf("without a place for the keyring: %v", err)
+	}
+	a.start()
 	must(t, a.Sync(ctx))
 	if now, _ := a.keyring().Self(); !now.SameTPM(self) || a.removal.b != nil {
 		t.Errorf("%+v", now)

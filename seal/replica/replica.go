@@ -333,14 +333,18 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 
 // followAsMachine follows a keyring that lists another TPM for this node than the node's own
 // keyring does, if it is this machine's: the node has changed its own entry, with kleidi reseal
-// --new-tpm, and died before it had stored the keyring. Otherwise it returns err.
-func (r *Replica) followAsMachine(ctx context.Context, remote *keyring.Untrusted, err error) error {
-	machine, unknown := r.cfg.Machine(ctx)
-	if unknown == nil && r.cfg.Unlocker.Follow(ctx, remote, &machine) == nil {
-		r.cfg.Log.Warn("a change of this node's TPM had broken off; run kleidi reseal --new-tpm again")
-		return nil
+// --new-tpm, and died before it had stored the keyring. Otherwise it returns removed, even if
+// the TPM does not answer.
+func (r *Replica) followAsMachine(ctx context.Context, remote *keyring.Untrusted, removed error) error {
+	machine, err := r.cfg.Machine(ctx)
+	if err != nil {
+		return removed
 	}
-	return err
+	err = r.cfg.Unlocker.Follow(ctx, remote, &machine)
+	if err == nil {
+		r.cfg.Log.Warn("a change of this node's TPM had broken off; run kleidi reseal --new-tpm again")
+	}
+	return err // a full disk, for instance, removes no node
 }
 
 // create puts the keyring into an empty store. The node with the seat thereby hands the
@@ -577,7 +581,7 @@ func (r *Replica) Commit(ctx context.Context, old, next *keyring.Keyring) error 
 	case errors.Is(err, store.ErrConflict):
 		return seal.Errorf(seal.CauseStore, "run the command again once this node has followed", "another node has changed the shared keyring meanwhile; this change was not made: %w", err)
 	case seal.CauseOf(err) == seal.CauseCredentials || seal.CauseOf(err) == seal.CauseConfiguration:
-		return fmt.Errorf("nothing was changed: the cluster store: %w", err)
+		return fmt.Errorf("this change was not made: the cluster store: %w", err)
 	case err != nil:
 		return seal.Errorf(seal.CauseUnavailable, "run kleidi status in a moment, then try again if the change is not there", "the cluster store did not answer whether the change was made: %w", err)
 	}

@@ -151,7 +151,7 @@ func (u *Unlocker) save(ctx context.Context, revisions []*keyring.Keyring, ancho
 	old := u.open.Load()
 	for i, k := range revisions {
 		if err := cluster(ctx, old, k); err != nil && i > 0 {
-			return fmt.Errorf("revision %d is made, and the one after it is not: %w", old.Revision(), u.nudged(err))
+			return fmt.Errorf("revision %d is made; of the one after it: %w", old.Revision(), u.nudged(err))
 		} else if err != nil {
 			return err
 		}
