@@ -178,7 +178,7 @@ func TestPatch(t *testing.T) {
 	if h.read(manifest) != text {
 		t.Error("a manifest that kubeadm has patched is changed")
 	}
-	if out, err := h.try("kleidi", "kubeadm", "patch", "--revert"); err == nil || !strings.Contains(out, "identity first") {
+	if out, err := h.try("kleidi", "kubeadm", "patch", "--revert"); err == nil || !strings.Contains(out, "move out first") {
 		t.Errorf("reverted while Secrets are encrypted: %v %s", err, out)
 	}
 	h.run("kleidi", "kubeadm", "patch", "--revert", "--yes")
