@@ -38,7 +38,8 @@ type Restart struct {
 }
 
 // ApplyAndAwait changes the manifest, and waits until a kube-apiserver with the change is
-// ready, even if an earlier call made the change. It says what it waits for.
+// ready, even if an earlier call made the change. It says what it waits for. The change stays
+// if the error says that the wait has ended without a kube-apiserver that is ready.
 func (p Patch) ApplyAndAwait(ctx context.Context, manifest string, timeout time.Duration, say func(message string)) (changed bool, err error) {
 	restart := BeforeRestart(say)
 	if changed, err = p.ApplyFile(manifest); err != nil {

@@ -59,7 +59,8 @@ func everyNodeEncrypts(ctx context.Context, n *node.Node, carried [][]byte) (*ke
 }
 
 // carriedSay does the work of everyNodeEncrypts with this node's own record and the carried
-// records, without a cluster store. A record of the present revision was written after the keyring had that revision.
+// records, without a cluster store. A record of the present revision was written after the
+// keyring had that revision.
 func carriedSay(ctx context.Context, n *node.Node, carried [][]byte) (*keyring.Keyring, error) {
 	k, err := n.Unlocker.Keyring()
 	if err != nil {

@@ -66,8 +66,8 @@ func Follows(local *Keyring, remote *Untrusted) error {
 }
 
 // Follow returns the node's keyring after it has replaced k with remote: remote with
-// k's own section, and with the KEKs that k holds open. It fails if [Follows] does, except
-// that remote may list machine for the node, if that is not nil, whatever TPM k lists.
+// k's own section, and with the KEKs that k holds open. It fails as [Follows] does. If
+// machine is not nil, remote must list its TPM for the node, whatever TPM k lists.
 func (k *Keyring) Follow(remote *Untrusted, machine *Node) (*Keyring, error) {
 	kek, err := followedKEK(k, remote)
 	if err != nil {

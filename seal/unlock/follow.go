@@ -8,7 +8,7 @@ import (
 )
 
 // Follow replaces the open keyring with a shared keyring that another node has changed,
-// if [keyring.Keyring.Follow] allows it for this machine. It saves and announces that keyring as Change does.
+// if [keyring.Keyring.Follow] allows it on machine. It saves and announces as Change does.
 // The KEK is in memory, so Follow neither passes the gate nor opens a slot.
 func (u *Unlocker) Follow(ctx context.Context, remote *keyring.Untrusted, machine *keyring.Node) error {
 	u.mu.Lock()
