@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -25,6 +26,11 @@ const (
 	maxAnswer  = 64 << 10
 
 	maxCommandLine = 2 << 20 // Linux' own limit, by default
+
+	// refusedFor is how long a kube-apiserver must refuse to say whether it is ready before
+	// it counts as ready. One without anonymous requests refuses for good. Any other answers
+	// 403 until it has read its roles, for 2 seconds on a quiet machine.
+	refusedFor = time.Minute
 )
 
 // Restart watches kubelet restart kube-apiserver. kubelet acts some time after a manifest
@@ -33,8 +39,10 @@ type Restart struct {
 	// Say shows a person what is waited for.
 	Say func(message string)
 
-	proc   string
-	former map[string][]string // the processes before the change
+	proc     string
+	former   map[string][]string  // the processes before the change
+	refused  map[string]time.Time // when a process first refused the question
+	patience time.Duration        // refusedFor
 }
 
 // ApplyAndAwait changes the manifest, and waits until a kube-apiserver with the change is
@@ -55,7 +63,7 @@ func (p Patch) ApplyAndAwait(ctx context.Context, manifest string, timeout time.
 
 // BeforeRestart remembers the kube-apiservers that run now, whose manifest is to change.
 func BeforeRestart(say func(message string)) *Restart {
-	return &Restart{say, "/proc", processes("/proc")}
+	return &Restart{Say: say, proc: "/proc", former: processes("/proc"), refused: map[string]time.Time{}, patience: refusedFor}
 }
 
 // Unchanged says that the manifest did not change, so that a process from before counts.
@@ -88,7 +96,7 @@ func (r *Restart) missing(ctx context.Context, file string) string {
 		if _, before := r.former[process]; before || flagOf(now[process], flagName) != file {
 			continue
 		}
-		if err := ready(ctx, now[process]); err != nil {
+		if err := r.ready(ctx, process, now[process]); err != nil {
 			unready = cmp.Or(unready, fmt.Sprintf("kube-apiserver is not ready: %v", err))
 			continue // another cluster's may run here too, as with kind
 		}
@@ -126,9 +134,28 @@ func flagOf(words []string, name string) (value string) {
 	return value
 }
 
+// errRefused is a kube-apiserver's answer to a question without credentials.
+var errRefused = errors.New("/readyz is refused without credentials")
+
+// ready returns nil if the process is ready, as far as it says so.
+func (r *Restart) ready(ctx context.Context, process string, words []string) error {
+	err := ready(ctx, words)
+	if !errors.Is(err, errRefused) {
+		delete(r.refused, process)
+		return err
+	}
+	if _, before := r.refused[process]; !before {
+		r.refused[process] = time.Now()
+	}
+	if time.Since(r.refused[process]) >= r.patience {
+		return nil
+	}
+	return fmt.Errorf("%w; if that lasts %v, it counts as ready", err, r.patience)
+}
+
 // ready asks the kube-apiserver with this command line, as kubelet's probe does: without
 // credentials, and without a look at its certificate, which may be for other names. An
-// impostor could end the wait, and no more. Only the answers 5xx mean that it is not ready.
+// impostor could end the wait, and no more. It returns errRefused for the answers 401 and 403.
 func ready(ctx context.Context, words []string) error {
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}
 	client := &http.Client{Transport: transport, Timeout: askTimeout}
@@ -142,8 +169,11 @@ func ready(ctx context.Context, words []string) error {
 		return err
 	}
 	defer answer.Body.Close()
-	if answer.StatusCode < 500 {
+	switch answer.StatusCode {
+	case http.StatusOK:
 		return nil
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return errRefused
 	}
 	body, _ := io.ReadAll(io.LimitReader(answer.Body, maxAnswer))
 	for line := range strings.Lines(string(body)) {

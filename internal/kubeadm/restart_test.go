@@ -14,21 +14,23 @@ import (
 	"time"
 )
 
-// restarting is a node with a faked /proc and a kube-apiserver that may be unready.
+// restarting is a node with a faked /proc and a kube-apiserver.
 type restarting struct {
-	t     *testing.T
-	proc  string
-	flags []string // the address and the certificate
-	ready atomic.Bool
+	t      *testing.T
+	proc   string
+	flags  []string // the address and the certificate
+	answer atomic.Int32
 }
 
 func newRestarting(t *testing.T) *restarting {
 	n := &restarting{t: t, proc: t.TempDir()}
+	n.answer.Store(http.StatusInternalServerError)
 	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != "/readyz" || !n.ready.Load() {
-			w.WriteHeader(500)
-			_, _ = w.Write([]byte("[+]ping ok\n[-]kms-providers failed: reason withheld\n"))
+		if r.URL.Path != "/readyz" {
+			t.Errorf("asked for %s", r.URL)
 		}
+		w.WriteHeader(int(n.answer.Load()))
+		_, _ = w.Write([]byte("[+]ping ok\n[-]kms-providers failed: reason withheld\n"))
 	}))
 	t.Cleanup(s.Close)
 	cert := filepath.Join(t.TempDir(), "apiserver.crt")
@@ -68,7 +70,7 @@ func TestAwait(t *testing.T) {
 		case strings.HasPrefix(message, "kubelet has not started"):
 			n.run("9", "/usr/bin/kube-apiserver", flagName, file)
 		case strings.HasSuffix(message, "/readyz: kms-providers failed: reason withheld"):
-			n.ready.Store(true)
+			n.answer.Store(http.StatusOK)
 		}
 	}}
 	if err := r.Await(ctx, file); err != nil || len(said) != 2 {
@@ -77,9 +79,40 @@ func TestAwait(t *testing.T) {
 	n.flags = nil
 	n.run("9", "kube-apiserver", flagName+"=/etc/other.yaml")
 	r.Unchanged()
-	n.ready.Store(true)
 	if err := r.Await(ctx, file); err != nil {
 		t.Errorf("the manifest did not change, and process 7 serves: %v", err)
+	}
+}
+
+// TestAwaitRefused: a kube-apiserver that starts refuses the question until it has read its
+// roles. One that refuses for good counts as ready after a while.
+func TestAwaitRefused(t *testing.T) {
+	const file = "/etc/enc.yaml"
+	for _, refusal := range []int32{http.StatusUnauthorized, http.StatusForbidden} {
+		n := newRestarting(t)
+		n.answer.Store(refusal)
+		n.run("9", "kube-apiserver", flagName, file)
+		r := &Restart{proc: n.proc, refused: map[string]time.Time{}, patience: time.Hour, Say: func(message string) {
+			switch {
+			case strings.Contains(message, "refused without credentials; if that lasts 1h0m0s"):
+				n.answer.Store(http.StatusInternalServerError)
+			case strings.HasSuffix(message, "reason withheld"):
+				n.answer.Store(http.StatusOK)
+			default:
+				t.Errorf("said %q", message)
+			}
+		}}
+		if err := r.Await(t.Context(), file); err != nil {
+			t.Error(err)
+		}
+		if n.answer.Load() != http.StatusOK {
+			t.Errorf("%d counts as ready", n.answer.Load())
+		}
+		n.answer.Store(refusal)
+		r.patience = 0
+		if err := r.Await(t.Context(), file); err != nil {
+			t.Errorf("%d for good: %v", refusal, err)
+		}
 	}
 }
 
