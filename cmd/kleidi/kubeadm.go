@@ -66,7 +66,7 @@ other providers encrypt with it.`,
 	flags.DurationVar(&f.timeout, "timeout", 10*time.Minute, "how long --apply waits")
 	flags.BoolVar(&f.revert, "revert", false, "take the change back")
 	flags.StringVar(&f.manifest, "manifest", kubeadm.Manifest, "the manifest of kube-apiserver")
-	flags.BoolVar(&f.yes, "yes", false, "revert although kube-apiserver still encrypts with kleidi: the encrypted objects become unreadable")
+	flags.BoolVar(&f.yes, "yes", false, "revert although the EncryptionConfiguration names kleidi: objects that are still encrypted become unreadable")
 	cmd.MarkFlagsMutuallyExclusive("dir", "apply", "revert")
 	_ = cmd.MarkFlagDirname("dir")
 	_ = cmd.MarkFlagFilename("manifest", "yaml")

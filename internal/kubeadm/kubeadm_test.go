@@ -164,7 +164,8 @@ func TestRevertFile(t *testing.T) {
 		{[]string{secretbox}, "", true, false},
 		{[]string{secretbox}, "", true, true},
 		{[]string{identity, secretbox}, "", true, false},
-		{[]string{identity, kms}, "", false, false},
+		{[]string{identity, kms}, "still makes kube-apiserver read with kleidi", false, false},
+		{[]string{identity, kms}, "", false, true},
 		{[]string{identity}, "", false, false},
 	} {
 		dir := t.TempDir()

@@ -91,9 +91,9 @@ func (p Patch) unneeded(e *encryptionconfig.EncryptionConfiguration) error {
 	case e.Writes(p.endpoint()):
 		return seal.Errorf("", "move out first: the steps are in kleidi encryption-config --from "+seal.Quote(p.EncryptionConfig)+" --to=identity; then revert. With --yes, the encrypted objects become unreadable",
 			"%s still makes kube-apiserver encrypt with kleidi", p.EncryptionConfig)
-	case e.Names(p.endpoint()) && e.EncryptsWithout(p.endpoint()):
-		return seal.Errorf("", "end the move first: kleidi migrate, kleidi usage, and step 3 of kleidi encryption-config --from "+p.EncryptionConfig+" --to PROVIDER",
-			"%s still makes kube-apiserver read with kleidi, beside another provider", p.EncryptionConfig)
+	case e.Names(p.endpoint()):
+		return seal.Errorf("", "end the move first: kleidi migrate, kleidi usage, and step 3 of kleidi encryption-config --from "+seal.Quote(p.EncryptionConfig)+" --to PROVIDER; then revert. With --yes, the objects that are still encrypted become unreadable",
+			"%s still makes kube-apiserver read with kleidi", p.EncryptionConfig)
 	}
 	return nil
 }
