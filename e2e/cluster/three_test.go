@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -39,10 +40,16 @@ const endpoint = "api.cluster.test"
 
 func address(i int) string { return fmt.Sprintf("10.99.0.%d", i+1) }
 
+// bridged makes the bridge, once.
+var bridged = sync.OnceValue(func() error {
+	_, err := NewNetwork(0)
+	return err
+})
+
 // newControlPlane boots machines on one bridge.
 func newControlPlane(t *testing.T, count int) (nodes []*KubeNode) {
 	t.Helper()
-	if _, err := NewNetwork(0); err != nil {
+	if err := bridged(); err != nil {
 		t.Fatal(err)
 	}
 	hosts := "127.0.0.1 localhost\n"
@@ -99,6 +106,23 @@ func withKubeadm(t *testing.T) (onSeat, onNew string) {
 	return onSeat, onNew
 }
 
+// joinSettings are what kubeadm join needs on a test's node, in addition to what the documents
+// write.
+const joinSettings = "nodeRegistration: {imagePullPolicy: Never, ignorePreflightErrors: [SystemVerification]}\n" + patient
+
+// makeSeat makes the keyring and starts kleidi, which then lets other machines join.
+func makeSeat(t *testing.T, n *KubeNode, flags string) {
+	t.Helper()
+	identity, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Configure("join: {listen: " + n.s.Address + ":9780}\n")
+	// what `systemctl edit kleidi` writes
+	n.Write("etc/systemd/system/kleidi.service.d/override.conf", "[Service]\nIPAddressAllow=10.99.0.0/24\n")
+	n.Sh("systemctl daemon-reload; kleidi init --recovery-recipient " + identity.Recipient().String() + " " + flags + "; systemctl enable --now kleidi")
+}
+
 // TestThreeNodes follows docs/high-availability.md with kubeadm: the second and the third
 // machine join through kleidi, which hands kubeadm's secrets over. Then the KEK is rotated,
 // and the machines reboot.
@@ -108,16 +132,8 @@ func TestThreeNodes(t *testing.T) {
 	seat := nodes[0]
 	lap("three machines")
 
-	identity, err := age.GenerateX25519Identity()
-	if err != nil {
-		t.Fatal(err)
-	}
-	seat.Configure("join: {listen: " + seat.s.Address + ":9780}\n")
-	// what `systemctl edit kleidi` writes
-	seat.Write("etc/systemd/system/kleidi.service.d/override.conf", "[Service]\nIPAddressAllow=10.99.0.0/24\n")
-	seat.Sh("systemctl daemon-reload; kleidi init --encryption-config /etc/kubernetes/kleidi-encryption.yaml --recovery-recipient " + identity.Recipient().String() + `
-systemctl enable --now kleidi
-kleidi kubeadm patch --dir /etc/kubernetes/patches`)
+	makeSeat(t, seat, "--encryption-config /etc/kubernetes/kleidi-encryption.yaml")
+	seat.Sh("kleidi kubeadm patch --dir /etc/kubernetes/patches")
 	seat.Write("root/kubeadm.yaml", seat.Config("patches: {directory: /etc/kubernetes/patches}", "controlPlaneEndpoint: "+endpoint+":6443"))
 	seat.ShFor(15*time.Minute, "kubeadm init --config kubeadm.yaml")
 	lap("kubeadm init")
@@ -125,10 +141,9 @@ kleidi kubeadm patch --dir /etc/kubernetes/patches`)
 
 	onSeat, onNew := withKubeadm(t)
 	seat.ShFor(5*time.Minute, onSeat)
-	joinFile := seat.Read("root/join.yaml")
-	seat.Write("root/join.yaml", joinFile+"nodeRegistration: {imagePullPolicy: Never, ignorePreflightErrors: [SystemVerification]}\n"+patient)
+	seat.Write("root/join.yaml", seat.Read("root/join.yaml")+joinSettings)
 	for _, n := range nodes[1:] {
-		admit(seat, n)
+		admit(seat, n, "--bootstrap-file join.yaml")
 		lap(n.s.Name + " has the KEK")
 		n.ShFor(15*time.Minute, onNew)
 		lap(n.s.Name + " joined")
@@ -136,6 +151,7 @@ kleidi kubeadm patch --dir /etc/kubernetes/patches`)
 	readEverywhere(t, nodes, "lab")
 	lap("a Secret is read through each")
 
+	setUpStore(t, nodes)
 	rotate(t, nodes)
 	lap("rotation")
 	for _, n := range nodes {
@@ -159,8 +175,8 @@ kleidi kubeadm patch --dir /etc/kubernetes/patches`)
 	lap("reboot of all")
 }
 
-// admit approves a machine on the seat, with the file for kubeadm, and has it join.
-func admit(seat, n *KubeNode) {
+// admit approves a machine on the seat, and has it join.
+func admit(seat, n *KubeNode, flags string) {
 	n.t.Helper()
 	n.Configure("")
 	var shown struct{ EK string }
@@ -168,7 +184,7 @@ func admit(seat, n *KubeNode) {
 		n.t.Fatal(err)
 	}
 	seat.Sh("[ -e policy.yaml ] || kleidi bootpolicy record --file policy.yaml")
-	said := seat.Sh("kleidi node approve " + n.s.Name + " --ek " + shown.EK + " --boot-policy policy.yaml --bootstrap-file join.yaml")
+	said := seat.Sh("kleidi node approve " + n.s.Name + " --ek " + shown.EK + " --boot-policy policy.yaml " + flags)
 	_, command, found := strings.Cut(said, "kleidi join ")
 	if !found {
 		n.t.Fatalf("node approve prints no command:\n%s", said)
@@ -220,8 +236,8 @@ func readEverywhere(t *testing.T, nodes []*KubeNode, secrets ...string) {
 	}
 }
 
-// rotate sets the cluster store up, the seat last, and rotates the KEK.
-func rotate(t *testing.T, nodes []*KubeNode) {
+// setUpStore sets the cluster store up, on the seat last.
+func setUpStore(t *testing.T, nodes []*KubeNode) {
 	t.Helper()
 	for _, n := range append(slices.Clone(nodes[1:]), nodes[0]) {
 		said := n.ShFor(5*time.Minute, "kleidi cluster setup --kubeconfig /etc/kubernetes/admin.conf --server https://"+n.s.Address+":6443")
@@ -231,6 +247,11 @@ func rotate(t *testing.T, nodes []*KubeNode) {
 		}
 		n.ShFor(5*time.Minute, next)
 	}
+}
+
+// rotate rotates the KEK.
+func rotate(t *testing.T, nodes []*KubeNode) {
+	t.Helper()
 	former := nodes[0].keyID()
 	t.Log(nodes[1].ShFor(15*time.Minute, "kleidi rotate --wait --timeout 10m"))
 	for _, n := range nodes {
