@@ -139,15 +139,9 @@ func (a *APIServer) Launch(t testing.TB) {
 // WaitServing returns once kube-apiserver serves unencrypted objects.
 func (a *APIServer) WaitServing(t testing.TB) {
 	t.Helper()
-	again := 3
+	running := Restarts(t)
 	node.Eventually(t, 10*time.Minute, "kube-apiserver serves", func() error {
-		if err := a.Alive(); err != nil {
-			// It ends if its first steps take 30 s or a minute. kubelet starts it again.
-			if again--; again < 0 {
-				t.Fatal(err)
-			}
-			t.Logf("kube-apiserver is started again: %v", err)
-			a.Launch(a.owner)
+		if err := running(a.Process, func() { a.Launch(a.owner) }); err != nil {
 			return err
 		}
 		if err := a.trust(); err != nil {
@@ -158,6 +152,26 @@ func (a *APIServer) WaitServing(t testing.TB) {
 		}
 		return a.Put("configmaps", "started", map[string]string{"at": time.Now().String()})
 	})
+}
+
+// Restarts returns a function that is called until a kube-apiserver serves, and that starts
+// it again if it has ended, up to 3 times. It ends if its first steps take 30 s or a minute,
+// and kubelet would start it again.
+func Restarts(t testing.TB) func(server *node.Process, start func()) error {
+	left := 3
+	return func(server *node.Process, start func()) error {
+		err := server.Alive()
+		if err == nil {
+			return nil
+		}
+		t.Helper()
+		if left--; left < 0 {
+			t.Fatal(err)
+		}
+		t.Logf("kube-apiserver is started again: %v", err)
+		start()
+		return err
+	}
 }
 
 // trust reads the certificate that kube-apiserver made for itself.

@@ -65,8 +65,16 @@ func migrate(t *testing.T, n *KubeNode, command string) {
 	}, "has not begun with StorageVersionMigration")
 }
 
+// createSecret makes the Secret. kube-apiserver may have just started.
 func createSecret(n *KubeNode) {
-	n.Kubectl("create secret generic lab --from-literal=password=" + password)
+	n.t.Helper()
+	node.Eventually(n.t, 5*time.Minute, "the Secret is written", func() error {
+		said, err := n.TryKubectl("create secret generic lab --from-literal=password=" + password)
+		if err != nil && !strings.Contains(said, "already exists") {
+			return fmt.Errorf("%w: %s", err, said)
+		}
+		return nil
+	})
 }
 
 // readable waits until kube-apiserver decrypts the Secret.

@@ -180,7 +180,7 @@ func admit(seat, n *KubeNode, flags string) {
 	n.t.Helper()
 	n.Configure("")
 	var shown struct{ EK string }
-	if err := json.Unmarshal([]byte(n.Sh("kleidi node identity -o json")), &shown); err != nil {
+	if err := json.Unmarshal([]byte(n.Sh("kleidi node identity -o json 2>/dev/null")), &shown); err != nil {
 		n.t.Fatal(err)
 	}
 	seat.Sh("[ -e policy.yaml ] || kleidi bootpolicy record --file policy.yaml")
@@ -190,7 +190,13 @@ func admit(seat, n *KubeNode, flags string) {
 		n.t.Fatalf("node approve prints no command:\n%s", said)
 	}
 	command, _, _ = strings.Cut(command, "\n")
-	n.Sh("kleidi join " + command)
+	node.Again(n.t, 5*time.Minute, n.s.Name+" joins", func() error {
+		said, err := n.Try("kleidi join " + command)
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, said)
+		}
+		return nil
+	}, node.JoinAgain...)
 }
 
 // restart boots a machine that is off.
@@ -236,16 +242,32 @@ func readEverywhere(t *testing.T, nodes []*KubeNode, secrets ...string) {
 	}
 }
 
-// setUpStore sets the cluster store up, on the seat last.
+// setUpStore sets the cluster store up, on the seat last, and returns once all nodes are in
+// step with it.
 func setUpStore(t *testing.T, nodes []*KubeNode) {
 	t.Helper()
 	for _, n := range append(slices.Clone(nodes[1:]), nodes[0]) {
-		said := n.ShFor(5*time.Minute, "kleidi cluster setup --kubeconfig /etc/kubernetes/admin.conf --server https://"+n.s.Address+":6443")
+		var said string
+		node.Again(t, 10*time.Minute, "cluster setup on "+n.s.Name, func() (err error) {
+			said, err = n.Try("kleidi cluster setup --kubeconfig /etc/kubernetes/admin.conf --server https://" + n.s.Address + ":6443")
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, said)
+			}
+			return nil
+		}, node.SetUpAgain...)
 		_, next, found := strings.Cut(said, "next, as root:\n")
 		if !found {
 			t.Fatalf("cluster setup prints no commands to go on with: %s", said)
 		}
 		n.ShFor(5*time.Minute, next)
+	}
+	for _, n := range nodes {
+		node.Eventually(t, 5*time.Minute, n.s.Name+" is in step with the store", func() error {
+			if said, err := n.Try("kleidi status -o json"); err != nil || !strings.Contains(said, `"inStep": true`) {
+				return fmt.Errorf("%w: %s", err, said)
+			}
+			return nil
+		})
 	}
 }
 
@@ -268,7 +290,7 @@ func (n *KubeNode) keyID() string {
 	var status struct {
 		CurrentKeyID string `json:"currentKeyID"`
 	}
-	if err := json.Unmarshal([]byte(n.Sh("kleidi status -o json")), &status); err != nil || status.CurrentKeyID == "" {
+	if err := json.Unmarshal([]byte(n.Sh("kleidi status -o json 2>/dev/null")), &status); err != nil || status.CurrentKeyID == "" {
 		n.t.Fatalf("kleidi status shows no key ID: %v", err)
 	}
 	return status.CurrentKeyID

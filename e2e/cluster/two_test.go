@@ -1,12 +1,9 @@
 package cluster
 
 import (
-	"fmt"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/beezy-dev/kleidi/e2e/node"
 )
 
 // TestExistingControlPlane brings kleidi into a cluster of two control-plane nodes that stores
@@ -63,14 +60,6 @@ func TestExistingControlPlane(t *testing.T) {
 	}
 	readEverywhere(t, nodes, written...)
 	setUpStore(t, nodes)
-	for _, n := range nodes {
-		node.Eventually(t, 5*time.Minute, n.s.Name+" is in step with the store", func() error {
-			if said, err := n.Try("kleidi status -o json"); err != nil || !strings.Contains(said, `"inStep": true`) {
-				return fmt.Errorf("%w: %s", err, said)
-			}
-			return nil
-		})
-	}
 	lap("cluster store")
 }
 

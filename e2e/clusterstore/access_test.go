@@ -22,14 +22,13 @@ import (
 func (a *api) setUp(t *testing.T, n *node.Node, args ...string) setUpResult {
 	t.Helper()
 	var r setUpResult
-	// It waits a minute for a certificate, and kube-controller-manager may just have been started.
 	node.Again(t, 10*time.Minute, "cluster setup", func() error {
 		out, err := n.Try("cluster", append([]string{"setup", "--kubeconfig", a.kubeconfig, "-o", "json"}, args...)...)
 		if err != nil {
 			return err
 		}
 		return json.Unmarshal(out, &r)
-	}, "but no certificate came within")
+	}, node.SetUpAgain...)
 	return r
 }
 

@@ -27,6 +27,11 @@ func Again(t testing.TB, within time.Duration, what string, run func() error, ma
 // long for the admitting node, an earlier one has just broken off, or etcd had an election.
 var JoinAgain = []string{"check that kleidi serve runs there", "another join of this node is in progress", "etcdserver: "}
 
+// SetUpAgain are the errors of kleidi cluster setup that a busy cluster may cause: no
+// controller signs within a minute, or kube-apiserver is late to serve a new resource or to
+// apply a new role.
+var SetUpAgain = []string{"but no certificate came within", "can't read the cluster store at", "the API does not serve"}
+
 // Eventually repeats ready until it returns nil, and fails the test after the given
 // time.
 func Eventually(t testing.TB, within time.Duration, what string, ready func() error) {

@@ -121,14 +121,13 @@ func (c *ControlPlane) Share(t *testing.T) {
 	})
 	manager := cluster.StartControllerManager(c.T, first.Host, Binaries[controllerManager], first.Dir(), first.Path("admin.conf"), c.clients, 24*time.Hour)
 	var access struct{ Kubeconfig string }
-	// It waits a minute for a certificate, and kube-controller-manager has just been started.
 	node.Again(t, 10*time.Minute, "cluster setup", func() error {
 		out, err := first.Try("cluster", "setup", "--kubeconfig", first.Path("admin.conf"), "-o", "json")
 		if err != nil {
 			return err
 		}
 		return json.Unmarshal(out, &access)
-	}, "but no certificate came within")
+	}, node.SetUpAgain...)
 	manager.Kill() // it has signed the certificate
 	first.reachesStore(access.Kubeconfig)
 	first.Approve(second.Name, second.Node, first.BootPolicy()) // writes format 2, which can be shared

@@ -111,11 +111,10 @@ func (q *request) run(ctx context.Context) error {
 // look reads the state of the migration once.
 func (q *request) look(ctx context.Context) (ended bool, err error) {
 	late := time.Since(q.since) > q.patience.unnoticed
-	var answered *kube.Refusal
-	if err := q.client.Do(ctx, http.MethodGet, q.path(), "", nil, &q.made); errors.As(err, &answered) || err != nil && late {
+	if err := q.client.Do(ctx, http.MethodGet, q.path(), "", nil, &q.made); final(err) || err != nil && late {
 		return false, err
 	} else if err != nil {
-		return false, nil // kube-apiserver may restart
+		return false, nil // kube-apiserver may restart, or have too much to do
 	}
 	for _, s := range q.made.Status.Conditions {
 		q.begun, q.since = true, time.Now()
@@ -142,6 +141,12 @@ func (q *request) explain() {
 	q.explained = true
 	q.waiting(fmt.Sprintf("%s: waiting for kube-controller-manager, up to %v: it begins only when its garbage collector's cache is as new as the request, which takes a minute or two on a quiet cluster; --by=patch does not wait",
 		seal.OneLine(q.resource.String(), 100), q.patience.unnoticed))
+}
+
+// final reports whether an error is an answer that would be the same again.
+func final(err error) bool {
+	r, answered := errors.AsType[*kube.Refusal](err)
+	return answered && r.Code < 500 && r.Code != http.StatusTooManyRequests || errors.Is(err, kube.ErrTooLarge)
 }
 
 // refused adds the next step to an error of the API.

@@ -13,15 +13,22 @@ import (
 type controller struct {
 	// conditions returns those that kube-controller-manager has set at the nth read.
 	conditions func(n int64) []condition
-	reads      atomic.Int64
-	removed    atomic.Bool
+	// refuse returns the code of the answer to the nth read, or 0. It may be nil.
+	refuse  func(n int64) int
+	reads   atomic.Int64
+	removed atomic.Bool
 }
 
 func (c *controller) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	m := migration{Metadata: migrationMetadata{Name: "kleidi-secrets-1"}}
 	switch r.Method {
 	case http.MethodGet:
-		m.Status.Conditions = c.conditions(c.reads.Add(1))
+		n := c.reads.Add(1)
+		if c.refuse != nil && c.refuse(n) != 0 {
+			w.WriteHeader(c.refuse(n))
+			return
+		}
+		m.Status.Conditions = c.conditions(n)
 	case http.MethodDelete:
 		c.removed.Store(true)
 	}
@@ -74,6 +81,23 @@ func TestNoController(t *testing.T) {
 	}
 	if !c.removed.Load() {
 		t.Error("the migration is left behind")
+	}
+}
+
+// TestBusyAPI: an answer that only says that the API is busy does not end the wait. Another
+// refusal does.
+func TestBusyAPI(t *testing.T) {
+	answers := map[int64]int{1: http.StatusTooManyRequests, 2: http.StatusServiceUnavailable}
+	c := &controller{
+		refuse:     func(n int64) int { return answers[n] },
+		conditions: func(int64) []condition { return []condition{{Type: "Succeeded", Status: "True"}} },
+	}
+	if err := c.request(t, patience{unnoticed: time.Hour}, nil).run(t.Context()); err != nil || c.reads.Load() != 3 {
+		t.Errorf("%d reads: %v", c.reads.Load(), err)
+	}
+	answers[4] = http.StatusForbidden
+	if err := c.request(t, patience{unnoticed: time.Hour}, nil).run(t.Context()); err == nil || !strings.Contains(err.Error(), "403") {
+		t.Error(err)
 	}
 }
 

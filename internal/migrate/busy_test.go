@@ -10,7 +10,15 @@ import (
 // TestBusy: an API that has no time, or fails, is asked again.
 func TestBusy(t *testing.T) {
 	tries := map[string]int{} // under the server's lock
-	s := &server{objects: 3, refuse: func(name string) int {
+	lists := 0                // of one after the other
+	s := &server{objects: 3, list: func(w http.ResponseWriter, _ *http.Request) bool {
+		lists++
+		code := map[int]int{1: http.StatusInternalServerError, 2: http.StatusTooManyRequests}[lists]
+		if code != 0 {
+			w.WriteHeader(code)
+		}
+		return code != 0
+	}, refuse: func(name string) int {
 		tries[name]++
 		switch {
 		case name == "secrets-0" && tries[name] < 3:
@@ -23,6 +31,19 @@ func TestBusy(t *testing.T) {
 	r, err := s.run(t)
 	if err != nil || len(r.Resources) != 2 || r.Resources[1].Objects != 3 || r.Resources[1].Conflicts != 0 || r.Resources[1].Refused != 0 {
 		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// TestListRefused: a list that is refused for good is not asked for again.
+func TestListRefused(t *testing.T) {
+	lists := 0
+	s := &server{list: func(w http.ResponseWriter, _ *http.Request) bool {
+		lists++
+		w.WriteHeader(http.StatusForbidden)
+		return true
+	}}
+	if _, err := s.run(t); err == nil || !strings.Contains(err.Error(), "403") || lists != 1 {
+		t.Errorf("%d lists: %v", lists, err)
 	}
 }
 

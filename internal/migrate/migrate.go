@@ -114,7 +114,7 @@ func (p *patcher) run(ctx context.Context) (Migrated, error) {
 // pages lists the metadata of all objects, and patches those of each page.
 func (p *patcher) pages(ctx context.Context) error {
 	limit, next := pageObjects, ""
-	for {
+	for try := 1; ; try++ {
 		query := url.Values{"limit": {fmt.Sprint(limit)}}
 		if next != "" {
 			query.Set("continue", next)
@@ -131,9 +131,16 @@ func (p *patcher) pages(ctx context.Context) error {
 			next = r.Continue
 			continue
 		}
+		if err != nil && !final(err) && try < attempts {
+			if err := pause(ctx, try); err != nil {
+				return err
+			}
+			continue
+		}
 		if err != nil {
 			return err
 		}
+		try = 0
 		if err := p.patchAll(ctx, got.Items); err != nil {
 			return err
 		}
@@ -193,8 +200,7 @@ const allRefused = 20
 // goOn notes an error, and reports whether the other objects are still tried: an object
 // that the API refuses must not hold up the others.
 func (p *patcher) goOn(err error) bool {
-	r, ok := errors.AsType[*kube.Refusal](err)
-	if !ok || r.Code >= 500 || r.Code == http.StatusUnauthorized || r.Code == http.StatusTooManyRequests || r.Code == http.StatusConflict {
+	if !final(err) || kube.Refused(err, http.StatusUnauthorized) || kube.Refused(err, http.StatusConflict) {
 		return false
 	}
 	p.mu.Lock()
@@ -213,7 +219,6 @@ func (p *patcher) patch(ctx context.Context, o object) error {
 			return err
 		}
 		err := p.client.Rewrite(ctx, path)
-		r, answered := errors.AsType[*kube.Refusal](err)
 		switch {
 		case err == nil:
 			p.count(1)
@@ -223,7 +228,7 @@ func (p *patcher) patch(ctx context.Context, o object) error {
 			return nil
 		case kube.Refused(err, http.StatusConflict):
 			p.conflicts.Add(1)
-		case answered && r.Code != http.StatusTooManyRequests && r.Code < 500:
+		case final(err):
 			return err
 		}
 		if try == attempts {

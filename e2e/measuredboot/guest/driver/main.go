@@ -67,7 +67,7 @@ func (m *machine) step(step wire.Step, r *wire.Result) error {
 	switch {
 	case step.Run != nil:
 		err := command(step.Run, r)
-		for n := 0; n < 5 && err != nil && step.Again != "" && strings.Contains(r.Stderr, step.Again); n++ {
+		for n := 0; n < 20 && err != nil && step.Again != "" && strings.Contains(r.Stderr, step.Again); n++ {
 			err = command(step.Run, r)
 		}
 		return err
