@@ -79,7 +79,7 @@ func startVersion(t *testing.T, version string, args ...string) *api {
 		"--service-cluster-ip-range", "10.0.0.0/24", "--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none", "--client-ca-file", a.ca.Certificate,
 	}
 	a.serverArgs = append(a.serverArgs, args...)
-	a.server = node.Start(t, a.path("kube-apiserver.log"), a.apiserver, a.serverArgs...)
+	a.launch()
 	a.kubeconfig = a.write(t, "admin.conf", cluster.AdminKubeconfig(a.url, a.path("certificates/apiserver.crt"), token))
 	a.waitServing(t)
 	c, err := kube.NewClient(kube.Options{Kubeconfig: a.kubeconfig})
@@ -90,12 +90,19 @@ func startVersion(t *testing.T, version string, args ...string) *api {
 	return a
 }
 
+// launch runs kube-apiserver without waiting for it.
+func (a *api) launch() {
+	a.t.Helper()
+	a.server = node.Start(a.t, a.path("kube-apiserver.log"), a.apiserver, a.serverArgs...)
+}
+
 // waitServing returns once kube-apiserver serves.
 func (a *api) waitServing(t *testing.T) {
 	t.Helper()
+	running := cluster.Restarts(t)
 	node.Eventually(t, 10*time.Minute, "kube-apiserver serves", func() error {
-		if err := a.server.Alive(); err != nil {
-			t.Fatal(err)
+		if err := running(a.server, a.launch); err != nil {
+			return err
 		}
 		c, err := kube.NewClient(kube.Options{Kubeconfig: a.kubeconfig})
 		if err != nil {
@@ -109,7 +116,7 @@ func (a *api) waitServing(t *testing.T) {
 // startServer runs a kube-apiserver again after it was killed.
 func (a *api) startServer(t *testing.T) {
 	t.Helper()
-	a.server = node.Start(t, a.path("kube-apiserver.log"), a.apiserver, a.serverArgs...)
+	a.launch()
 	a.waitServing(t)
 }
 

@@ -57,7 +57,7 @@ func TestColdStart(t *testing.T) {
 			a.server.Kill()
 			otherKernel(n)
 			n.Serve()
-			a.server = node.Start(t, a.path("kube-apiserver.log"), a.apiserver, a.serverArgs...)
+			a.launch()
 			if resources == "*.*" {
 				node.Eventually(t, 10*time.Minute, "kube-apiserver gives up", func() error {
 					if a.server.Alive() == nil {
@@ -71,7 +71,11 @@ func TestColdStart(t *testing.T) {
 				n.ServeOpen()
 				a.startServer(t)
 			}
+			running := cluster.Restarts(t)
 			node.Eventually(t, 10*time.Minute, "the node reads the cluster store", func() error {
+				if err := running(a.server, a.launch); err != nil {
+					return err
+				}
 				b, err := s.Load(t.Context())
 				if err == nil && string(b) != "keyring" {
 					t.Fatalf("it reads %q", b)

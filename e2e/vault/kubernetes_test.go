@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/beezy-dev/kleidi/e2e/cluster"
 	"github.com/beezy-dev/kleidi/e2e/node"
 	"github.com/beezy-dev/kleidi/vault"
 )
@@ -61,15 +62,20 @@ func startAPIServer(t *testing.T, s *server) *apiserver {
 		t.Fatal(err)
 	}
 	accounts := s.write("accounts.pem", pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}))
-	a.Process = node.Start(t, s.path("kube-apiserver.log"), binaries["kube-apiserver-1.37"],
-		"--etcd-servers", etcd, "--bind-address", "127.0.0.1", "--secure-port", port, "--cert-dir", s.path("kubernetes"),
-		"--token-auth-file", s.write("users.csv", []byte(a.token+",e2e,e2e,system:masters\n")),
-		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", accounts,
-		"--service-account-signing-key-file", accounts, "--service-cluster-ip-range", "10.0.0.0/24",
-		"--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none")
-	node.Eventually(t, 5*time.Minute, "kube-apiserver is ready", func() error {
-		if err := a.Alive(); err != nil {
-			t.Fatal(err)
+	users := s.write("users.csv", []byte(a.token+",e2e,e2e,system:masters\n"))
+	launch := func() {
+		a.Process = node.Start(t, s.path("kube-apiserver.log"), binaries["kube-apiserver-1.37"],
+			"--etcd-servers", etcd, "--bind-address", "127.0.0.1", "--secure-port", port, "--cert-dir", s.path("kubernetes"),
+			"--token-auth-file", users,
+			"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", accounts,
+			"--service-account-signing-key-file", accounts, "--service-cluster-ip-range", "10.0.0.0/24",
+			"--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none")
+	}
+	launch()
+	running := cluster.Restarts(t)
+	node.Eventually(t, 10*time.Minute, "kube-apiserver is ready", func() error {
+		if err := running(a.Process, launch); err != nil {
+			return err
 		}
 		return a.ready(s)
 	})
