@@ -419,9 +419,14 @@ func (m *machine) byAPI(t *testing.T) {
 	}
 	node.Start(t, m.Path("kube-controller-manager.log"), m.binaries["kube-controller-manager-1.37"], "--kubeconfig", m.kubeconfig,
 		"--controllers", "storage-version-migrator-controller,garbage-collector-controller", "--leader-elect=false", "--secure-port", "0")
-	out, code := m.kleidi("migrate", "--kubeconfig", m.kubeconfig, "--resources", crons)
-	if code != 0 || !strings.Contains(out, crons+": written again by StorageVersionMigration") {
-		t.Fatalf("exit code %d: %s", code, out)
+	var out []byte
+	// It gives up after 5 minutes, and kube-controller-manager has just been started.
+	node.Again(t, 30*time.Minute, "the CronTabs are migrated", func() (err error) {
+		out, err = m.Try("migrate", "--kubeconfig", m.kubeconfig, "--resources", crons)
+		return err
+	}, "has not begun with StorageVersionMigration")
+	if !bytes.Contains(out, []byte(crons+": written again by StorageVersionMigration")) {
+		t.Fatalf("migrate: %s", out)
 	}
 	if got := m.raw()[crons]; len(got) != 1 || got[current] != (*count+19)/20 {
 		t.Errorf("after the migration: %v", got)
