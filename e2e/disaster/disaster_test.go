@@ -3,6 +3,7 @@ package disaster
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -89,6 +90,7 @@ func (c *controlPlane) olderThanRotation(t *testing.T) {
 
 func (c *controlPlane) olderThanRemoval(t *testing.T) {
 	stay, gone := c.Nodes[:2], c.Nodes[2]
+	threenodes.InStep(t, c.Nodes...) // their kube-apiservers have just been restarted
 	stay[0].Run("node", "remove", gone.Name, "--yes", "--cut-off", "--wait", "--timeout", "10m")
 	gone.Serving.Kill()
 	c.restore(t, "three-nodes.db", 3, stay...)
@@ -114,6 +116,7 @@ func (c *controlPlane) olderThanPrune(t *testing.T) {
 		urls = append(urls, e.URL)
 	}
 	archive := filepath.Join(c.usb, "kleidi-archive.json")
+	threenodes.InStep(t, c.Nodes...) // their kube-apiservers have just been restarted
 	// It waits 5 s for the records of all nodes.
 	node.Again(t, 5*time.Minute, "the KEK is pruned", func() error {
 		_, err := first.Try("prune", oldest, "--etcd", strings.Join(urls, ","), "--yes", "--archive", archive)
@@ -173,6 +176,7 @@ func (c *controlPlane) allButOne(t *testing.T) {
 	c.Connect(left)
 	left.API.Start(c.T)
 	c.reads(t, c.Nodes[:1], c.names...)
+	readsStore(t, left)
 	former := left.List().KeyID
 	c.follow(t, left, "remove the lost nodes", 0)
 	if now := left.List(); now.KeyID == former || len(now.Nodes) != 1 {
@@ -180,6 +184,19 @@ func (c *controlPlane) allButOne(t *testing.T) {
 	}
 	c.put(t, left, "alone")
 	c.replace(t, 1, 2)
+}
+
+// readsStore waits until a node reads the cluster store again. kube-apiserver serves an
+// administrator before it has read the roles, and refuses the node's own user meanwhile.
+func readsStore(t *testing.T, m *machine) {
+	t.Helper()
+	node.Eventually(t, 5*time.Minute, m.Name+" reads the cluster store", func() error {
+		code, body, err := m.Get("/readyz")
+		if err == nil && (code != http.StatusOK || strings.Contains(body, "cluster store: ")) {
+			err = fmt.Errorf("%d %s", code, body)
+		}
+		return err
+	})
 }
 
 // replace puts new machines in the places of lost ones.
