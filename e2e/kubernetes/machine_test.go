@@ -34,7 +34,8 @@ func newMachineOf(t *testing.T, version string, s node.Setup) *machine {
 	n := node.Make(t, s)
 	e := cluster.StartEtcd(t, binaries["etcd"], n.Dir())
 	api := cluster.NewAPIServer(t, cluster.APIServerSetup{
-		Binary: binaries[version], Host: cluster.Loopback, Dir: n.Dir(), Etcds: []string{e.URL}, EncryptionConfig: n.EncryptionConfig(),
+		Binary: binaries[version], Host: cluster.Loopback, Dir: n.Dir(), Etcds: []string{e.URL},
+		EncryptionConfig: cluster.Patient(t, n.EncryptionConfig()),
 	})
 	return &machine{Node: n, etcd: e, api: api}
 }

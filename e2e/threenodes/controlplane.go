@@ -88,8 +88,9 @@ func (c *ControlPlane) Connect(m *Machine) {
 		urls = append(urls, e.URL)
 	}
 	m.API = cluster.NewAPIServer(c.T, cluster.APIServerSetup{
-		Binary: Binaries[apiserver], Host: m.Host, Dir: m.Dir(), Etcds: urls, EncryptionConfig: m.EncryptionConfig("--resources", c.encrypt),
-		ServiceAccounts: c.accounts, Token: "e2e", ClientCA: c.clients.Certificate,
+		Binary: Binaries[apiserver], Host: m.Host, Dir: m.Dir(), Etcds: urls,
+		EncryptionConfig: cluster.Patient(c.T, m.EncryptionConfig("--resources", c.encrypt)),
+		ServiceAccounts:  c.accounts, Token: "e2e", ClientCA: c.clients.Certificate,
 	})
 	m.API.Kubeconfig(c.T)
 }
