@@ -22,7 +22,7 @@ func TestJoinWithoutStore(t *testing.T) {
 	c := newControlPlane(t, "secrets")
 	first, second := c.Nodes[0], c.Nodes[1]
 	c.Share(t)
-	must(t, first.Put("before"))
+	first.PutSoon(t, "before")
 	var leads *cluster.Etcd // before a join; the fault happens in another goroutine, which must not end the test
 	b := &breakingShared{controlPlane: c, wire: newWire(t, first.Host.Gateway(), net.JoinHostPort(first.Host.Address, "9778"))}
 	for _, fault := range []struct {
@@ -54,7 +54,7 @@ func TestJoinWithoutStore(t *testing.T) {
 	second.ServeOpen()
 	second.API.Start(t)
 	threenodes.InStep(t, first, second)
-	must(t, second.Holds("before"))
+	threenodes.HoldSoon(t, []*machine{second}, "before")
 }
 
 // breakingShared is a node that shares its keyring, and a machine that joins through a wire.
@@ -107,13 +107,7 @@ func (b *breakingShared) breakAt(t *testing.T, packet int, fails func(*testing.T
 // listed returns the nodes of the keyring in the cluster store.
 func listed(t *testing.T, m *machine) (names []string) {
 	t.Helper()
-	var raw []byte
-	s := store(t, m)
-	node.Eventually(t, 2*time.Minute, "the cluster store answers", func() (err error) {
-		raw, err = s.Load(t.Context())
-		return err
-	})
-	k, err := keyring.Parse(raw)
+	k, err := keyring.Parse(raw(t, m))
 	must(t, err)
 	for _, n := range k.Info().Nodes {
 		names = append(names, n.Name)

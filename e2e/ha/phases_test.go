@@ -1,6 +1,8 @@
 package ha
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -11,6 +13,7 @@ import (
 	"github.com/beezy-dev/kleidi/e2e/threenodes"
 	"github.com/beezy-dev/kleidi/seal"
 	"github.com/beezy-dev/kleidi/seal/keyring"
+	clusterstore "github.com/beezy-dev/kleidi/seal/store"
 	"github.com/beezy-dev/kleidi/seal/store/kube"
 )
 
@@ -178,9 +181,28 @@ func (c *controlPlane) stored(t *testing.T) {
 }
 
 // raw returns the shared keyring in the cluster store.
-func raw(t *testing.T, m *machine) []byte {
+func raw(t *testing.T, m *machine) (raw []byte) {
 	t.Helper()
-	raw, err := store(t, m).Load(t.Context())
-	must(t, err)
+	s := store(t, m)
+	node.Eventually(t, 2*time.Minute, "the cluster store answers", func() (err error) {
+		raw, err = s.Load(t.Context())
+		return err
+	})
 	return raw
+}
+
+// swap replaces the shared keyring in the cluster store. The API may need more than the 10 s
+// of a call; such a call may have replaced it, and is made again if not.
+func swap(t *testing.T, s *kube.Store, old, next []byte) {
+	t.Helper()
+	node.Eventually(t, 2*time.Minute, "the shared keyring is replaced", func() error {
+		err := s.Swap(t.Context(), old, next)
+		if !errors.Is(err, clusterstore.ErrConflict) {
+			return err
+		}
+		if now, unread := s.Load(t.Context()); unread != nil || !bytes.Equal(now, next) {
+			t.Fatal(errors.Join(err, unread))
+		}
+		return nil
+	})
 }

@@ -39,7 +39,7 @@ func TestRotation(t *testing.T) {
 	c := whole(t)
 	c.record(t)
 	names := []string{"before"}
-	must(t, c.Nodes[0].Put("before"))
+	c.Nodes[0].PutSoon(t, "before")
 
 	step := func(name string, f func(*testing.T)) {
 		if !t.Failed() {
@@ -175,7 +175,7 @@ func (c *controlPlane) removeAndAdmit(t *testing.T, names ...string) {
 	if stay.Nodes[0].List().KeyID == former {
 		t.Error("the nodes that stay still use the KEK that the removed node knows")
 	}
-	must(t, gone.Holds(names...))
+	threenodes.HoldSoon(t, []*machine{gone}, names...)
 	gone.Serving.Kill()
 	gone.Serve()
 	node.Eventually(t, 2*time.Minute, "the removed node locks", func() error {
@@ -346,7 +346,7 @@ func (c *controlPlane) refuse(t *testing.T, real, forged []byte) {
 	t.Helper()
 	want := c.Nodes[0].List()
 	s := store(t, c.Nodes[0])
-	must(t, s.Swap(t.Context(), real, forged))
+	swap(t, s, real, forged)
 	for _, m := range c.Nodes {
 		node.Eventually(t, 5*time.Minute, m.Name+" refuses the forged keyring", func() error {
 			_, body, err := m.Get("/readyz")
@@ -360,7 +360,7 @@ func (c *controlPlane) refuse(t *testing.T, real, forged []byte) {
 		}
 		m.PutSoon(t, "forged-"+m.Name)
 	}
-	must(t, s.Swap(t.Context(), forged, real))
+	swap(t, s, forged, real)
 	threenodes.InStep(t, c.Nodes...)
 	c.stored(t)
 }
