@@ -43,7 +43,8 @@ func TestColdStart(t *testing.T) {
 			a := encrypting(t, n, n.Run("encryption-config", "--resources", resources))
 			r := a.setUp(t, n, "--key-in-file")
 			s := &kube.Store{Client: as(t, r.Kubeconfig)}
-			if err := errors.Join(s.Swap(t.Context(), nil, []byte("keyring")), s.PutRecord(t.Context(), "cp-1", []byte("record"))); err != nil {
+			swap(t, s, nil, []byte("keyring"))
+			if err := soon(func() error { return s.PutRecord(t.Context(), "cp-1", []byte("record")) }); err != nil {
 				t.Fatal(err)
 			}
 			for key, value := range a.stored(t, "/registry/"+kube.Group+"/") {

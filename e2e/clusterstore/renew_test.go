@@ -76,13 +76,7 @@ func TestRenew(t *testing.T) {
 	r := a.setUp(t, n)
 	n.Configure("node: cp-1\ncluster:\n  kubeconfig: " + r.Kubeconfig + "\n")
 	admin := as(t, a.kubeconfig)
-	remove := func() {
-		t.Helper()
-		if err := admin.Do(t.Context(), http.MethodDelete, request, "", nil, nil); err != nil {
-			t.Fatal(err)
-		}
-	}
-	remove() // as kube-controller-manager does within the hour
+	remove(t, admin, request) // as kube-controller-manager does within the hour
 	n.ServeOpen()
 	first := end(t, r.Certificate)
 
@@ -110,7 +104,7 @@ func TestRenew(t *testing.T) {
 		}
 		return admin.Do(t.Context(), http.MethodPost, "/apis/certificates.k8s.io/v1/certificatesigningrequests", kube.JSON, foreign, nil)
 	})
-	if err := a.approve(t); err != nil {
+	if err := soon(func() error { return a.approve(t) }); err != nil {
 		t.Fatal(err)
 	}
 	remark(t, n, "is not for this node's key", true)
@@ -119,7 +113,7 @@ func TestRenew(t *testing.T) {
 	}
 
 	t.Log("an administrator approves")
-	remove()
+	remove(t, admin, request)
 	node.Eventually(t, 10*time.Minute, "the request is approved", func() error { return a.approve(t) })
 	node.Eventually(t, 10*time.Minute, "the certificate is renewed", func() error {
 		if !end(t, r.Certificate).After(first) {
