@@ -19,6 +19,10 @@ const every = 250 * time.Millisecond
 // follow. A KEK is staged only after the running nodes have followed.
 const removalStart = 10 * time.Second
 
+// forgiven is how long a watch goes on without an answer of the cluster store: a
+// kube-apiserver may restart, or etcd elect a leader.
+const forgiven = time.Minute
+
 // Options say how long to watch.
 type Options struct {
 	// Wait says to watch until the end.
@@ -58,6 +62,32 @@ func pause(ctx context.Context) bool {
 	}
 }
 
+// faults are the failures since the last answer.
+type faults struct {
+	first time.Time
+	last  error
+}
+
+// forgive reports whether the watch goes on after an answer, or after an error.
+func (f *faults) forgive(err error) bool {
+	switch f.last = err; {
+	case err == nil:
+		f.first = time.Time{}
+		return true
+	case f.first.IsZero():
+		f.first = time.Now()
+	}
+	return seal.CauseOf(err) == seal.CauseUnavailable && time.Since(f.first) < forgiven
+}
+
+// or returns what is wrong, or else the message.
+func (f *faults) or(message string) string {
+	if f.last != nil {
+		return "waiting: " + seal.OneLine(f.last.Error(), 300)
+	}
+	return message
+}
+
 // Serve is the running serve that drives a rotation.
 type Serve struct {
 	// Rotate asks for the rotation again.
@@ -77,18 +107,20 @@ func Rotation(ctx context.Context, o Options, serve Serve, req admin.RotateReque
 	if s.Former != "" {
 		former = s.Former
 	}
-	fresh, say := s.Rotation.StagedKeyID, o.news()
+	fresh, say, faults := s.Rotation.StagedKeyID, o.news(), faults{}
 	for o.Wait && s.Rotation != nil && s.Rotation.Phase != admin.RotationDone && ctx.Err() == nil {
-		say(text.Progress(s.Rotation))
+		say(faults.or(text.Progress(s.Rotation)))
 		if !pause(ctx) {
 			break
 		}
 		next, err := serve.next(ctx, req, former, fresh, s)
-		if err != nil {
-			if ctx.Err() != nil {
-				break
-			}
+		switch {
+		case err != nil && ctx.Err() != nil:
+			continue // the watch is over
+		case !faults.forgive(err):
 			return s, false, err
+		case err != nil:
+			continue
 		}
 		s = next
 		if fresh == "" && s.Rotation != nil {
@@ -115,25 +147,28 @@ func (serve Serve) next(ctx context.Context, req admin.RotateRequest, former, fr
 }
 
 // Removal takes the steps of a removal until it is done, or until it is no longer waited
-// for, and returns the last state with the changes of every step.
+// for, and returns the last state with the changes of every step. An error of the first step
+// ends it at once, and of a later one if nothing is waited for.
 func Removal(ctx context.Context, o Options, step func(admin.RemoveNodesRequest) (admin.NodeRemoval, error), req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
 	ctx, cancel := o.within(ctx)
 	defer cancel()
-	var changes []string
-	say, begun := o.news(), time.Now()
+	var r admin.NodeRemoval
+	say, begun, faults := o.news(), time.Now(), faults{}
 	for {
-		r, err := step(req)
-		if err != nil {
-			return r, err
+		next, err := step(req)
+		if err != nil && (!o.Wait || !req.Begun || !faults.forgive(err)) {
+			return next, err
 		}
-		req.Begun = true
-		changes = append(changes, r.Changes...)
-		r.Changes = changes
+		if err == nil {
+			next.Changes = append(r.Changes, next.Changes...)
+			faults.forgive(nil)
+			r, req.Begun = next, true
+		}
 		starts := r.Phase == admin.RemovalFollowing && time.Since(begun) < removalStart
 		if r.Phase == admin.RemovalDone || !o.Wait && !starts || ctx.Err() != nil {
 			return r, nil
 		}
-		say(text.Removing(r))
+		say(faults.or(text.Removing(r)))
 		if !pause(ctx) {
 			return r, nil
 		}

@@ -120,14 +120,88 @@ func TestRemoval(t *testing.T) {
 	}
 }
 
-// TestRemovalFails: an error ends a removal.
+// TestRemovalFails: an error ends a removal, except a later one of the cluster store while it
+// is waited for.
 func TestRemovalFails(t *testing.T) {
 	gone := errors.New("serve is gone")
-	_, err := Removal(t.Context(), Options{Wait: true}, func(admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
-		return admin.NodeRemoval{}, gone
-	}, admin.RemoveNodesRequest{})
-	if !errors.Is(err, gone) {
-		t.Error(err)
+	for name, row := range map[string]struct {
+		wait   bool
+		begins bool
+		fails  error
+	}{
+		"at first":            {true, false, gone},
+		"later":               {true, true, gone},
+		"at first, the store": {true, false, away},
+		"without waiting":     {false, true, away},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			begun := time.Now()
+			_, err := Removal(t.Context(), Options{Wait: row.wait, Say: func(string) {}}, func(req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
+				if row.begins && !req.Begun {
+					return admin.NodeRemoval{Phase: admin.RemovalFollowing}, nil
+				}
+				return admin.NodeRemoval{}, row.fails
+			}, admin.RemoveNodesRequest{})
+			if !errors.Is(err, row.fails) || time.Since(begun) > time.Second {
+				t.Errorf("%s: after %v: %v", name, time.Since(begun), err)
+			}
+		})
+	}
+}
+
+// away is what the running serve answers while its cluster store is away.
+var away = &seal.Error{Cause: seal.CauseUnavailable, Err: errors.New("the cluster store: connection refused")}
+
+// TestStoreAway: a watch goes on without the cluster store for a minute, again and again, and
+// says once what is wrong.
+func TestStoreAway(t *testing.T) {
+	for name, row := range map[string]struct {
+		after, lasts time.Duration // of the first answers, and of the failures after them
+		ends         bool
+	}{
+		"short":       {0, forgiven - time.Second, false},
+		"short, late": {time.Hour, forgiven - time.Second, false},
+		"long":        {time.Hour, forgiven + time.Second, true},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			begun, said := time.Now(), []string{}
+			o := Options{Wait: true, Say: func(m string) { said = append(said, m) }}
+			failing := func() error {
+				if since := time.Since(begun); since >= row.after && since < row.after+row.lasts {
+					return away
+				}
+				return nil
+			}
+			phase := func() bool { return time.Since(begun) > 2*time.Hour }
+			s, _, err := Rotation(t.Context(), o, Serve{Progress: func(context.Context) (admin.KeyringState, error) {
+				if phase() {
+					return state("k1-b", admin.RotationDone, ""), failing()
+				}
+				return state("k1-a", admin.RotationStaged, "k1-b"), failing()
+			}}, admin.RotateRequest{}, state("k1-a", admin.RotationStaged, "k1-b"))
+			if errors.Is(err, away) != row.ends || err == nil && s.CurrentKeyID != "k1-b" {
+				t.Errorf("%s: %+v, %v", name, s, err)
+			}
+			if i := slices.Index(said, "waiting: the cluster store: connection refused"); i < 0 || slices.Contains(said[i+1:], said[i]) {
+				t.Errorf("%s: said %q", name, said)
+			}
+
+			begun = time.Now()
+			first := true
+			r, err := Removal(t.Context(), o, func(req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
+				err := failing()
+				if first {
+					first, err = false, nil
+				}
+				if phase() {
+					return admin.NodeRemoval{Phase: admin.RemovalDone}, err
+				}
+				return admin.NodeRemoval{Phase: admin.RemovalStaged}, err
+			}, admin.RemoveNodesRequest{})
+			if errors.Is(err, away) != row.ends || err == nil && r.Phase != admin.RemovalDone {
+				t.Errorf("%s: removal %+v, %v", name, r, err)
+			}
+		})
 	}
 }
 

@@ -20,7 +20,7 @@ func (r *Replica) Unarchive(ctx context.Context, f func(*keyring.Keyring) (*keyr
 	defer r.mu.Unlock()
 	raw, err := r.cfg.Store.Load(ctx)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return seal.Errorf(seal.CauseUnavailable, "see cluster.kubeconfig and kube-apiserver", "the cluster store: %w", err)
+		return seal.Errorf(seal.CauseUnavailable, hintStore, "the cluster store: %w", err)
 	}
 	defer r.Kick()
 	return unlock.Resolve(ctx, r.cfg.Unlocker, func(k *keyring.Keyring) (*keyring.Keyring, error) {

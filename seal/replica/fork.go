@@ -27,7 +27,7 @@ func (r *Replica) Publish(ctx context.Context, mem seal.Memory, discard bool) er
 	}
 	raw, err := r.cfg.Store.Load(ctx)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return seal.Errorf(seal.CauseUnavailable, "see cluster.kubeconfig and kube-apiserver", "the cluster store: %w", err)
+		return seal.Errorf(seal.CauseUnavailable, hintStore, "the cluster store: %w", err)
 	}
 	next, err := r.after(ctx, mem, k, raw, discard)
 	if err != nil {

@@ -304,7 +304,7 @@ func (r *Replica) step(ctx context.Context) (again bool, err error) {
 	}
 	if err != nil {
 		r.update(func(s *State) { s.Away = true })
-		return false, unread{seal.Caused(seal.CauseUnavailable, "see cluster.kubeconfig and kube-apiserver", "the cluster store", err)}
+		return false, unread{seal.Caused(seal.CauseUnavailable, hintStore, "the cluster store", err)}
 	}
 	r.last = raw
 	remote, err := keyring.Parse(raw)
@@ -543,7 +543,7 @@ func (r *Replica) reports(ctx context.Context, k *keyring.Keyring) ([]Report, er
 	}
 	stored, err := r.cfg.Store.Records(ctx, names...)
 	if err != nil {
-		return nil, fmt.Errorf("records: %w", err)
+		return nil, seal.Caused(seal.CauseUnavailable, hintStore, "the records in the cluster store", err)
 	}
 	all := make([]Report, len(names))
 	for i, name := range names {

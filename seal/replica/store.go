@@ -10,6 +10,9 @@ import (
 // ErrNoStore says that there is no way to the store yet: no connection was attempted.
 var ErrNoStore = errors.New("it can't be reached from here")
 
+// hintStore is for a store that does not answer.
+const hintStore = "see cluster.kubeconfig and kube-apiserver"
+
 // Store is the cluster store: one shared keyring, and a record of each node. It is
 // trusted only for the order of swaps. Somebody may restore it from an older snapshot
 // at any time, and an attacker who can write it may put anything there.
