@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -214,6 +215,20 @@ type Refusal struct {
 }
 
 func (r *Refusal) Error() string { return fmt.Sprintf("%d: %s", r.Code, r.Body) }
+
+// Soon makes a call up to 10 times while kube-apiserver does not answer it, or answers that it
+// is busy or has failed. A busy machine does not serve each of thousands of calls in time.
+func Soon(call func() error) (err error) {
+	for range 10 {
+		err = call()
+		var r *Refusal
+		if err == nil || errors.As(err, &r) && r.Code < 500 && r.Code != http.StatusTooManyRequests {
+			return err
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	return err
+}
 
 // Get returns an answer as text.
 func (a *APIServer) Get(path string) (string, error) {

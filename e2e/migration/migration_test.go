@@ -122,7 +122,7 @@ func (s *site) write(file string, b []byte) {
 // put writes an object through one of the kube-apiservers.
 func (s *site) put(api int, kind, name string) {
 	s.t.Helper()
-	if err := s.apis[api].Put(kind, name, map[string]string{"password": name}); err != nil {
+	if err := cluster.Soon(func() error { return s.apis[api].Put(kind, name, map[string]string{"password": name}) }); err != nil {
 		s.t.Fatal(kind, name, err)
 	}
 }
@@ -146,12 +146,14 @@ func (s *site) mustRead(when string) {
 	s.t.Helper()
 	for i, a := range s.apis {
 		for n := range objects {
-			got, err := a.Secret(name(n))
-			if err != nil || got["password"] != name(n) {
+			var got map[string]string
+			if err := cluster.Soon(func() (err error) { got, err = a.Secret(name(n)); return err }); err != nil || got["password"] != name(n) {
 				s.t.Fatalf("%s: kube-apiserver %d reads Secret %d as %v, %v", when, i, n, got, err)
 			}
 			if n%2 == 0 {
-				if text, err := a.Get("/api/v1/namespaces/" + cluster.Namespace + "/configmaps/" + name(n)); err != nil || !strings.Contains(text, `"password":"`+name(n)+`"`) {
+				var text string
+				path := "/api/v1/namespaces/" + cluster.Namespace + "/configmaps/" + name(n)
+				if err := cluster.Soon(func() (err error) { text, err = a.Get(path); return err }); err != nil || !strings.Contains(text, `"password":"`+name(n)+`"`) {
 					s.t.Fatalf("%s: kube-apiserver %d reads ConfigMap %d as %s, %v", when, i, n, text, err)
 				}
 			}

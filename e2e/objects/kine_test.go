@@ -47,7 +47,7 @@ func (m *machine) overKine(socket string) {
 	const secrets = 700 // more than a page
 	for i := range secrets {
 		name := fmt.Sprint("o-", i)
-		if err := m.api.Put("secrets", name, map[string]string{"password": name}); err != nil {
+		if err := cluster.Soon(func() error { return m.api.Put("secrets", name, map[string]string{"password": name}) }); err != nil {
 			m.t.Fatal(err)
 		}
 	}
@@ -93,7 +93,7 @@ func (m *machine) listed() (n int) {
 	m.t.Helper()
 	for _, resource := range []string{"secrets", "configmaps"} {
 		var list struct{ Items []struct{} }
-		if err := m.api.Do(http.MethodGet, "/api/v1/"+resource, nil, &list); err != nil {
+		if err := cluster.Soon(func() error { return m.api.Do(http.MethodGet, "/api/v1/"+resource, nil, &list) }); err != nil {
 			m.t.Fatal(err)
 		}
 		n += len(list.Items)
