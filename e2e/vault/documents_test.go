@@ -108,7 +108,7 @@ func (d *documented) configured(text string) *vault.Wrapper {
 	if v.Address != "https://vault.example:8200" {
 		d.t.Errorf("the address is %q", v.Address)
 	}
-	return d.wrapper(vault.Config{Address: d.url, Namespace: v.Namespace, Mount: v.Mount, Key: v.Key, CAFile: v.CAFile, Timeout: 10 * time.Second,
+	return d.wrapper(vault.Config{Address: d.url, Namespace: v.Namespace, Mount: v.Mount, Key: v.Key, CAFile: v.CAFile, Timeout: time.Minute,
 		Auth: vault.Auth{Method: vault.Method(a.Method), Role: a.Role, RoleID: a.RoleID, SecretIDFile: a.SecretIDFile,
 			SecretIDWrapped: a.SecretIDWrapped, TokenFile: a.TokenFile, JWTFile: a.JWTFile, CertFile: a.CertFile, KeyFile: a.KeyFile}})
 }
