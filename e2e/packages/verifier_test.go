@@ -43,7 +43,13 @@ systemctl enable -q --now kleidi-verifier`)
 	}
 	m.Write("etc/kleidi/verifier.pub", shown.PublicKey)
 	m.Configure("  verifier: {address: 127.0.0.1:9781, certificate: '" + shown.Certificate + "', publicKey: /etc/kleidi/verifier.pub}\n")
-	m.Sh("systemctl restart kleidi; kleidi reseal")
+	m.Sh("systemctl restart kleidi")
+	node.Eventually(t, 2*time.Minute, "the slot is sealed for the verifier", func() error { // which gives a node 3 s for its first message
+		if out, err := m.Try("kleidi reseal"); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
 
 	v := &verifierUnit{m, t}
 	v.needed("after the enrolment")
