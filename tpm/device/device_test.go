@@ -97,13 +97,14 @@ func TestDoReturnsTheTPMsErrors(t *testing.T) {
 // the caller's cancellation each end an operation, and the device works on.
 func TestDoEndsWithAHangingTPM(t *testing.T) {
 	_, p := newProxy(t)
+	const timeout = 10 * time.Second // a busy machine opens the TPM and sends the command in less
 	for name, action := range map[string]tpmtest.Action{"before": tpmtest.Hang, "after": tpmtest.HangAfter} {
 		t.Run(name, func(t *testing.T) {
 			p.Inject(tpmtest.Fault{On: tpm2.TPMCCGetRandom, Do: action})
-			wantUnavailable(t, p.TPM(2*time.Second).Do(t.Context(), getRandom), "no answer", "another program")
+			wantUnavailable(t, p.TPM(timeout).Do(t.Context(), getRandom), "no answer", "another program")
 
 			d := p.TPM(0)
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), timeout)
 			defer cancel()
 			wantUnavailable(t, d.Do(ctx, getRandom), "no answer", "another program")
 

@@ -166,7 +166,7 @@ func TestHoldAmongMany(t *testing.T) {
 // used again, and the next operation opens a new one.
 func TestHoldSurvivesAFault(t *testing.T) {
 	_, p := newProxy(t)
-	d := p.TPM(3 * time.Second)
+	d := p.TPM(15 * time.Second) // only after "hang" does an operation wait for this long
 	ctx, release := d.Hold(t.Context())
 	defer release()
 	faults := map[string]tpmtest.Action{"drop": tpmtest.Drop, "hang": tpmtest.Hang, "truncated": tpmtest.Truncate(11)}
