@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -327,6 +328,17 @@ func eventually(ready func() error) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// whileBusy repeats f while it fails in a way that a busy machine may cause.
+func whileBusy(busy func(said string) bool, f func() error) (err error) {
+	late := eventually(func() error {
+		if err = f(); err != nil && busy(err.Error()) {
+			return err
+		}
+		return nil
+	})
+	return cmp.Or(late, err)
 }
 
 // again checks that a file still equals its copy, so that nothing has overwritten it.
