@@ -18,7 +18,11 @@ func TestPowerLoss(t *testing.T) {
 			t.Parallel()
 			s := set(t, v)
 			if !v.asked {
-				s.cutAfter(func(*history) { s.run(s.args) })
+				s.cutAfter(func(*history) {
+					if err := s.do(); err != nil {
+						t.Fatal(err)
+					}
+				})
 			}
 			if strings.HasPrefix(v.name, "init") || s.approve != nil {
 				return // serve never makes a keyring
