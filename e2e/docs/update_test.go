@@ -128,7 +128,7 @@ func (m *machine) rebootIfAsked() {
 	m.serveIfPossible()
 	node.Eventually(m.t, 2*time.Minute, "the clean-up is done", func() error {
 		var r struct{ Slots []struct{ Use string } }
-		if err := json.Unmarshal([]byte(m.must("sudo kleidi status --quick -o json")), &r); err != nil {
+		if err := json.Unmarshal([]byte(m.must("sudo kleidi status --quick -o json 2>/dev/null")), &r); err != nil {
 			return err
 		}
 		if slices.ContainsFunc(r.Slots, func(s struct{ Use string }) bool { return s.Use == "next" }) {
