@@ -217,17 +217,26 @@ type Refusal struct {
 func (r *Refusal) Error() string { return fmt.Sprintf("%d: %s", r.Code, r.Body) }
 
 // Soon makes a call up to 10 times while kube-apiserver does not answer it, or answers that it
-// is busy or has failed. A busy machine does not serve each of thousands of calls in time.
+// is busy or has failed. A busy machine does not serve each of thousands of calls in time. An
+// object that can't be decrypted is an answer.
 func Soon(call func() error) (err error) {
 	for range 10 {
 		err = call()
 		var r *Refusal
-		if err == nil || errors.As(err, &r) && r.Code < 500 && r.Code != http.StatusTooManyRequests {
+		if err == nil || errors.As(err, &r) && r.decided() {
 			return err
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
 	return err
+}
+
+// decided reports whether the same call would be refused again.
+func (r *Refusal) decided() bool {
+	if strings.Contains(r.Body, "unable to transform") {
+		return !strings.Contains(r.Body, "DeadlineExceeded") && !strings.Contains(r.Body, "Unavailable")
+	}
+	return r.Code < 500 && r.Code != http.StatusTooManyRequests
 }
 
 // Get returns an answer as text.

@@ -57,6 +57,16 @@ func (c *controlPlane) admit(t *testing.T, by, m *machine) {
 	node.Again(t, 5*time.Minute, m.Name+" joins", func() error { _, err := m.Try("join", args...); return err }, node.JoinAgain...)
 }
 
+// everywhere checks that each node reads each of these Secrets.
+func (c *controlPlane) everywhere(t *testing.T, names ...string) {
+	t.Helper()
+	for _, m := range c.Nodes {
+		if err := cluster.Soon(func() error { return m.Holds(names...) }); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // writer writes Secrets through a node and reads each back, until it is stopped.
 type writer struct {
 	stop chan struct{}

@@ -37,7 +37,7 @@ func TestThreeNodes(t *testing.T) {
 		m.PutSoon(t, "by-"+m.Name)
 		names = append(names, "by-"+m.Name)
 	}
-	threenodes.HoldSoon(t, c.Nodes, names...)
+	c.everywhere(t, names...)
 	for _, m := range c.Nodes {
 		// A node reports the others' records as it last read them.
 		node.Eventually(t, 5*time.Minute, m.Name+"'s metrics show three nodes in step", func() error {
@@ -88,7 +88,7 @@ func TestThreeNodes(t *testing.T) {
 		m.ServeOpen()
 	}
 	names = append(names, "without-a-member", "meanwhile")
-	threenodes.HoldSoon(t, c.Nodes, names...)
+	c.everywhere(t, names...)
 
 	t.Log("all machines restart at once")
 	c.coldStart(t)

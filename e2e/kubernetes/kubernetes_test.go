@@ -236,9 +236,7 @@ func TestRotation(t *testing.T) {
 			if err := m.api.Ready(); err != nil {
 				return err
 			}
-			if err := m.tryPut("three"); err != nil {
-				return err
-			}
+			m.put(t, "three")
 			if id := m.stored(t)["three"].keyID; id != after.Current.KeyID {
 				return fmt.Errorf("stored under %q", id)
 			}

@@ -43,17 +43,9 @@ func newMachineOf(t *testing.T, version string, s node.Setup) *machine {
 // put stores a Secret with unique plaintext.
 func (m *machine) put(t *testing.T, name string) {
 	t.Helper()
-	if err := m.tryPut(name); err != nil {
-		t.Fatal(err)
+	if err := cluster.Soon(func() error { return m.api.Put("secrets", name, map[string]string{"password": plaintext(name)}) }); err != nil {
+		t.Fatalf("write Secret %s: %v", name, err)
 	}
-}
-
-// tryPut is put, which may fail.
-func (m *machine) tryPut(name string) error {
-	if err := m.api.Put("secrets", name, map[string]string{"password": plaintext(name)}); err != nil {
-		return fmt.Errorf("write Secret %s: %w", name, err)
-	}
-	return nil
 }
 
 // plaintext is the content of Secret name, long enough to be found where it should not

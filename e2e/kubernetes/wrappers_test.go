@@ -124,9 +124,7 @@ func (m *machine) liveThrough(t *testing.T) {
 		if err := m.api.Ready(); err != nil {
 			return err
 		}
-		if err := m.tryPut("third"); err != nil {
-			return err
-		}
+		m.put(t, "third")
 		if id := m.stored(t)["third"].keyID; id != after {
 			return errors.New("stored under " + id)
 		}

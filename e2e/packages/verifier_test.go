@@ -100,12 +100,12 @@ type verifierUnit struct {
 func (m *verifierUnit) reseal() {
 	m.t.Helper()
 	m.Sh("systemctl restart kleidi")
-	node.Eventually(m.t, 2*time.Minute, "the slot is sealed with the verifier", func() error {
+	node.Again(m.t, 2*time.Minute, "the slot is sealed with the verifier", func() error {
 		if out, err := m.Try("kleidi reseal"); err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
 		return nil
-	})
+	}, "check that kleidi verifier runs")
 }
 
 // open waits until the verifier is ready and the node is open.

@@ -203,10 +203,17 @@ func (m *Machine) Holds(names ...string) error {
 			return fmt.Errorf("%s: read Secret %s: %w", m.Name, name, err)
 		}
 		if got["password"] != "plaintext of "+name {
-			return fmt.Errorf("%s: Secret %s reads %q", m.Name, name, got["password"])
+			return &WrongValue{m.Name, name, got["password"]}
 		}
 	}
 	return nil
+}
+
+// WrongValue says that a Secret has another value than the test wrote.
+type WrongValue struct{ Node, Secret, Value string }
+
+func (w *WrongValue) Error() string {
+	return fmt.Sprintf("%s: Secret %s reads %q", w.Node, w.Secret, w.Value)
 }
 
 // PutSoon writes a Secret through a node. It tries again, as a client does while a member
@@ -220,7 +227,13 @@ func (m *Machine) PutSoon(t *testing.T, name string) {
 func HoldSoon(t *testing.T, nodes []*Machine, names ...string) {
 	t.Helper()
 	for _, m := range nodes {
-		node.Eventually(t, 5*time.Minute, m.Name+" reads all Secrets", func() error { return m.Holds(names...) })
+		node.Eventually(t, 5*time.Minute, m.Name+" reads all Secrets", func() error {
+			err := m.Holds(names...)
+			if wrong := (*WrongValue)(nil); errors.As(err, &wrong) {
+				t.Fatal(err)
+			}
+			return err
+		})
 	}
 }
 

@@ -70,7 +70,7 @@ func TestNothingLeft(t *testing.T) {
 		}
 		return nil
 	})
-	if left := accessors(t, f); left > tokens+wraps/100 { // a tenth of them: kleidi waits only 2 s for a revocation
+	if left := accessors(t, f); left > tokens+wraps/100 { // of a tenth of the logins: kleidi waits only 2 s for a revocation
 		t.Errorf("%d tokens before, %d after", tokens, left)
 	}
 }

@@ -19,9 +19,13 @@ const every = 250 * time.Millisecond
 // follow. A KEK is staged only after the running nodes have followed.
 const removalStart = 10 * time.Second
 
-// forgiven is how long a watch goes on without an answer of the cluster store: a
-// kube-apiserver may restart, or etcd elect a leader.
-const forgiven = time.Minute
+// forgiven is how long a watch goes on while the cluster store, or the backend of a wrapper,
+// is unavailable: a kube-apiserver may restart, etcd elect a leader, or Vault be sealed. Then
+// serve is asked only each afterFault.
+const (
+	forgiven   = time.Minute
+	afterFault = 2 * time.Second
+)
 
 // Options say how long to watch.
 type Options struct {
@@ -52,16 +56,6 @@ func (o Options) news() func(message string) {
 	}
 }
 
-// pause waits until it is time to ask again. It reports whether ctx is still open.
-func pause(ctx context.Context) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(every):
-		return true
-	}
-}
-
 // faults are the failures since the last answer.
 type faults struct {
 	first time.Time
@@ -78,6 +72,20 @@ func (f *faults) forgive(err error) bool {
 		f.first = time.Now()
 	}
 	return seal.CauseOf(err) == seal.CauseUnavailable && time.Since(f.first) < forgiven
+}
+
+// pause waits until it is time to ask again. It reports whether ctx is still open.
+func (f *faults) pause(ctx context.Context) bool {
+	pause := every
+	if f.last != nil {
+		pause = afterFault
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(pause):
+		return true
+	}
 }
 
 // or returns what is wrong, or else the message.
@@ -110,7 +118,7 @@ func Rotation(ctx context.Context, o Options, serve Serve, req admin.RotateReque
 	fresh, say, faults := s.Rotation.StagedKeyID, o.news(), faults{}
 	for o.Wait && s.Rotation != nil && s.Rotation.Phase != admin.RotationDone && ctx.Err() == nil {
 		say(faults.or(text.Progress(s.Rotation)))
-		if !pause(ctx) {
+		if !faults.pause(ctx) {
 			break
 		}
 		next, err := serve.next(ctx, req, former, fresh, s)
@@ -118,6 +126,9 @@ func Rotation(ctx context.Context, o Options, serve Serve, req admin.RotateReque
 		case err != nil && ctx.Err() != nil:
 			continue // the watch is over
 		case !faults.forgive(err):
+			if fresh != "" && !req.Abort {
+				err = seal.AddHint(err, "the rotation was not aborted; watch it with kleidi rotate --continue --wait")
+			}
 			return s, false, err
 		case err != nil:
 			continue
@@ -147,8 +158,9 @@ func (serve Serve) next(ctx context.Context, req admin.RotateRequest, former, fr
 }
 
 // Removal takes the steps of a removal until it is done, or until it is no longer waited
-// for, and returns the last state with the changes of every step. An error of the first step
-// ends it at once, and of a later one if nothing is waited for.
+// for, and returns the last state with the changes of every step. An error ends
+// it, except one that faults forgives after the first step of a removal that is waited for; the
+// changes that were made before it are said.
 func Removal(ctx context.Context, o Options, step func(admin.RemoveNodesRequest) (admin.NodeRemoval, error), req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
 	ctx, cancel := o.within(ctx)
 	defer cancel()
@@ -157,7 +169,10 @@ func Removal(ctx context.Context, o Options, step func(admin.RemoveNodesRequest)
 	for {
 		next, err := step(req)
 		if err != nil && (!o.Wait || !req.Begun || !faults.forgive(err)) {
-			return next, err
+			for _, change := range r.Changes {
+				o.Say(change)
+			}
+			return r, err
 		}
 		if err == nil {
 			next.Changes = append(r.Changes, next.Changes...)
@@ -169,7 +184,7 @@ func Removal(ctx context.Context, o Options, step func(admin.RemoveNodesRequest)
 			return r, nil
 		}
 		say(faults.or(text.Removing(r)))
-		if !pause(ctx) {
+		if !faults.pause(ctx) {
 			return r, nil
 		}
 	}

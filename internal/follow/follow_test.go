@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -182,6 +183,9 @@ func TestStoreAway(t *testing.T) {
 			if errors.Is(err, away) != row.ends || err == nil && s.CurrentKeyID != "k1-b" {
 				t.Errorf("%s: %+v, %v", name, s, err)
 			}
+			if err != nil && !strings.HasSuffix(err.Error(), "; the rotation was not aborted; watch it with kleidi rotate --continue --wait") {
+				t.Errorf("%s: %v", name, err)
+			}
 			if i := slices.Index(said, "waiting: the cluster store: connection refused"); i < 0 || slices.Contains(said[i+1:], said[i]) {
 				t.Errorf("%s: said %q", name, said)
 			}
@@ -196,10 +200,10 @@ func TestStoreAway(t *testing.T) {
 				if phase() {
 					return admin.NodeRemoval{Phase: admin.RemovalDone}, err
 				}
-				return admin.NodeRemoval{Phase: admin.RemovalStaged}, err
+				return admin.NodeRemoval{Phase: admin.RemovalStaged, Changes: []string{"a step"}}, err
 			}, admin.RemoveNodesRequest{})
-			if errors.Is(err, away) != row.ends || err == nil && r.Phase != admin.RemovalDone {
-				t.Errorf("%s: removal %+v, %v", name, r, err)
+			if errors.Is(err, away) != row.ends || err == nil && r.Phase != admin.RemovalDone || slices.Contains(said, "a step") != row.ends {
+				t.Errorf("%s: removal %+v, %v, said %q", name, r, err, said)
 			}
 		})
 	}

@@ -48,7 +48,7 @@ func (p Patch) ApplyFile(manifest string) (bool, error) {
 	return changed, err
 }
 
-// RevertFile undoes the change. It refuses while kube-apiserver needs kleidi, unless forced.
+// RevertFile undoes the change. It refuses while the EncryptionConfiguration names kleidi, unless forced.
 // If other providers encrypt, kube-apiserver keeps the EncryptionConfiguration, and only the
 // socket goes: it could not read what they encrypted without the file. RevertFile reports
 // whether that is so.
@@ -85,14 +85,18 @@ func (p Patch) read() (*encryptionconfig.EncryptionConfiguration, error) {
 	return e, err
 }
 
-// unneeded returns nil if kube-apiserver can do without kleidi.
+// unneeded returns nil if the EncryptionConfiguration does not name kleidi.
 func (p Patch) unneeded(e *encryptionconfig.EncryptionConfiguration) error {
 	switch {
 	case e.Writes(p.endpoint()):
 		return seal.Errorf("", "move out first: the steps are in kleidi encryption-config --from "+seal.Quote(p.EncryptionConfig)+" --to=identity; then revert. With --yes, the encrypted objects become unreadable",
 			"%s still makes kube-apiserver encrypt with kleidi", p.EncryptionConfig)
 	case e.Names(p.endpoint()):
-		return seal.Errorf("", "end the move first: kleidi migrate, kleidi usage, and step 3 of kleidi encryption-config --from "+seal.Quote(p.EncryptionConfig)+" --to PROVIDER; then revert. With --yes, the objects that are still encrypted become unreadable",
+		to := "identity"
+		if e.EncryptsWithout(p.endpoint()) {
+			to = "PROVIDER"
+		}
+		return seal.Errorf("", "end the move first: kleidi migrate, kleidi usage, and step 3 of kleidi encryption-config --from "+seal.Quote(p.EncryptionConfig)+" --to="+to+"; then revert. With --yes, the objects that are still encrypted become unreadable",
 			"%s still makes kube-apiserver read with kleidi", p.EncryptionConfig)
 	}
 	return nil

@@ -137,9 +137,9 @@ func flagOf(words []string, name string) (value string) {
 // errRefused is a kube-apiserver's answer to a question without credentials.
 var errRefused = errors.New("/readyz is refused without credentials")
 
-// ready returns nil if the process is ready, as far as it says so.
+// ready returns nil if the process is ready, or has refused to say so for r.patience.
 func (r *Restart) ready(ctx context.Context, process string, words []string) error {
-	err := ready(ctx, words)
+	err := askReady(ctx, words)
 	if !errors.Is(err, errRefused) {
 		delete(r.refused, process)
 		return err
@@ -153,10 +153,10 @@ func (r *Restart) ready(ctx context.Context, process string, words []string) err
 	return fmt.Errorf("%w; if that lasts %v, it counts as ready", err, r.patience)
 }
 
-// ready asks the kube-apiserver with this command line, as kubelet's probe does: without
+// askReady asks the kube-apiserver with this command line, as kubelet's probe does: without
 // credentials, and without a look at its certificate, which may be for other names. An
 // impostor could end the wait, and no more. It returns errRefused for the answers 401 and 403.
-func ready(ctx context.Context, words []string) error {
+func askReady(ctx context.Context, words []string) error {
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}
 	client := &http.Client{Transport: transport, Timeout: askTimeout}
 	address := net.JoinHostPort(cmp.Or(flagOf(words, "--advertise-address"), "127.0.0.1"), cmp.Or(flagOf(words, "--secure-port"), "6443"))

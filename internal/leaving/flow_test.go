@@ -225,7 +225,7 @@ func TestRemoveWhileLocked(t *testing.T) {
 	}{
 		"not approved": {nil, false, []string{"cp-3", "cp-8"}, "remove: no store"},
 		"approved":     {[]string{"cp-8"}, false, []string{"cp-3", "cp-8"}, "remove: the approval of node cp-8 is withdrawn, and nothing else was done: no store"},
-		"watched":      {[]string{"cp-8"}, true, nil, "remove: no store"},
+		"watched":      {[]string{"cp-8"}, true, nil, "remove: no store; the removal is not complete: once the cause is removed, run kleidi node remove cp-3 --also cp-8 again"},
 	} {
 		var forgotten []string
 		s := Serve{Approved: func() []string { return row.approved }, Forget: func(name string) { forgotten = append(forgotten, name) }}

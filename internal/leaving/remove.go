@@ -46,10 +46,10 @@ func Remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesRequest) (r admin.NodeRemoval, err error) {
 	k, err := inStep(ctx, n)
 	if err != nil {
-		if !req.Begun {
-			err = withdraw(s, req.Nodes, err)
+		if req.Begun {
+			return r, unfinished(err, req.Nodes)
 		}
-		return r, err
+		return r, withdraw(s, req.Nodes, err)
 	}
 	approved := s.Approved()
 	known, err := known(k, approved, req.Nodes)
@@ -93,8 +93,15 @@ func remove(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReq
 		}
 		r.Changes = append(r.Changes, record(n, s.Audit, records(StepDropped, k, known.listed, listed))...)
 	}
-	err = goOn(ctx, n, s, req, &r)
+	if err = goOn(ctx, n, s, req, &r); err != nil {
+		err = unfinished(err, req.Nodes)
+	}
 	return r, err
+}
+
+// unfinished says how a removal that has begun goes on after an error.
+func unfinished(err error, names []string) error {
+	return seal.AddHint(err, "the removal is not complete: once the cause is removed, run kleidi node remove "+strings.Join(names, " --also ")+" again")
 }
 
 // withdraw withdraws the approvals of these names, which needs no store, where the rest failed.
@@ -125,7 +132,7 @@ func goOn(ctx context.Context, n *node.Node, s Serve, req admin.RemoveNodesReque
 	} else if len(k.Info().Former) > 0 && staged == "" && ready {
 		state, err := rollout.Rotate(ctx, n, admin.RotateRequest{Replace: k.CurrentID(), SkipSlots: req.SkipSlots, AcceptDataLoss: req.AcceptDataLoss, Confirmed: req.Confirmed})
 		if err != nil {
-			return seal.AddHint(err, "the nodes are no longer in the keyring, and still know its KEK; once the cause is removed, run kleidi node remove "+strings.Join(req.Nodes, " --also ")+" again")
+			return seal.AddHint(err, "the nodes are no longer in the keyring, and still know its KEK")
 		}
 		r.Changes = append(r.Changes, state.Changes...)
 	}

@@ -137,7 +137,7 @@ func retried[T any](try func() (T, error)) (r T, err error) {
 		case strings.Contains(err.Error(), "another join of this node is in progress"):
 			// the other node learns only a moment later that an earlier join has broken off
 		case strings.Contains(err.Error(), "check that kleidi serve runs there") && unanswered < 5:
-			unanswered++ // it gives this node 3 s for its hello, and 15 s for its proof
+			unanswered++ // the other node gives this one 3 s for its hello, and 15 s for its proof
 		default:
 			return r, err
 		}

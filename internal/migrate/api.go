@@ -121,16 +121,25 @@ func (q *request) look(ctx context.Context) (ended bool, err error) {
 		switch {
 		case s.Status != "True":
 		case s.Type == "Succeeded":
-			return true, q.client.Do(ctx, http.MethodDelete, q.path(), "", nil, nil)
+			return true, q.remove(ctx)
 		case s.Type == "Failed":
 			return false, &seal.Error{Err: fmt.Errorf("StorageVersionMigration %s has failed: %s", q.made.Metadata.Name, seal.OneLine(s.Message, 300)), Hint: "run kleidi migrate --by=patch"}
 		}
 	}
 	if !q.begun && late {
 		err := fmt.Errorf("kube-controller-manager has not begun with StorageVersionMigration %s in %v", q.made.Metadata.Name, q.patience.unnoticed)
-		return false, &seal.Error{Err: errors.Join(err, q.client.Do(ctx, http.MethodDelete, q.path(), "", nil, nil)), Hint: "run kleidi migrate --by=patch"}
+		return false, &seal.Error{Err: errors.Join(err, q.remove(ctx)), Hint: "run kleidi migrate --by=patch"}
 	}
 	return false, nil
+}
+
+// remove removes the StorageVersionMigration, which has done its work.
+func (q *request) remove(ctx context.Context) error {
+	err := again(ctx, func() error { return q.client.Do(ctx, http.MethodDelete, q.path(), "", nil, nil) })
+	if kube.Refused(err, http.StatusNotFound) { // a call without an answer has removed it
+		return nil
+	}
+	return err
 }
 
 // explain tells the operator once why nothing happens.
@@ -146,7 +155,7 @@ func (q *request) explain() {
 // final reports whether an error is an answer that would be the same again.
 func final(err error) bool {
 	r, answered := errors.AsType[*kube.Refusal](err)
-	return answered && r.Code < 500 && r.Code != http.StatusTooManyRequests || errors.Is(err, kube.ErrTooLarge)
+	return answered && r.Code < 500 && r.Code != http.StatusRequestTimeout && r.Code != http.StatusTooManyRequests || errors.Is(err, kube.ErrTooLarge)
 }
 
 // refused adds the next step to an error of the API.

@@ -15,6 +15,7 @@ type controller struct {
 	conditions func(n int64) []condition
 	// refuse returns the code of the answer to the nth read, or 0. It may be nil.
 	refuse  func(n int64) int
+	busy    atomic.Int64 // how many removals are not answered
 	reads   atomic.Int64
 	removed atomic.Bool
 }
@@ -30,6 +31,10 @@ func (c *controller) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		m.Status.Conditions = c.conditions(n)
 	case http.MethodDelete:
+		if c.busy.Add(-1) >= 0 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
 		c.removed.Store(true)
 	}
 	_ = json.NewEncoder(w).Encode(m)
@@ -92,7 +97,8 @@ func TestBusyAPI(t *testing.T) {
 		refuse:     func(n int64) int { return answers[n] },
 		conditions: func(int64) []condition { return []condition{{Type: "Succeeded", Status: "True"}} },
 	}
-	if err := c.request(t, patience{unnoticed: time.Hour}, nil).run(t.Context()); err != nil || c.reads.Load() != 3 {
+	c.busy.Store(1)
+	if err := c.request(t, patience{unnoticed: time.Hour}, nil).run(t.Context()); err != nil || c.reads.Load() != 3 || !c.removed.Load() {
 		t.Errorf("%d reads: %v", c.reads.Load(), err)
 	}
 	answers[4] = http.StatusForbidden

@@ -114,13 +114,16 @@ func (p *patcher) run(ctx context.Context) (Migrated, error) {
 // pages lists the metadata of all objects, and patches those of each page.
 func (p *patcher) pages(ctx context.Context) error {
 	limit, next := pageObjects, ""
-	for try := 1; ; try++ {
+	for {
 		query := url.Values{"limit": {fmt.Sprint(limit)}}
 		if next != "" {
 			query.Set("continue", next)
 		}
 		var got page
-		err := p.client.Metadata(ctx, p.resource.path("", "")+"?"+query.Encode(), &got)
+		err := again(ctx, func() error {
+			got = page{}
+			return p.client.Metadata(ctx, p.resource.path("", "")+"?"+query.Encode(), &got)
+		})
 		if errors.Is(err, kube.ErrTooLarge) && limit > 1 {
 			limit = max(limit/4, 1)
 			continue
@@ -131,16 +134,9 @@ func (p *patcher) pages(ctx context.Context) error {
 			next = r.Continue
 			continue
 		}
-		if err != nil && !final(err) && try < attempts {
-			if err := pause(ctx, try); err != nil {
-				return err
-			}
-			continue
-		}
 		if err != nil {
 			return err
 		}
-		try = 0
 		if err := p.patchAll(ctx, got.Items); err != nil {
 			return err
 		}
@@ -232,6 +228,19 @@ func (p *patcher) patch(ctx context.Context, o object) error {
 			return err
 		}
 		if try == attempts {
+			return err
+		}
+		if err := pause(ctx, try); err != nil {
+			return err
+		}
+	}
+}
+
+// again repeats a call while the API is busy or away.
+func again(ctx context.Context, call func() error) error {
+	for try := 1; ; try++ {
+		err := call()
+		if err == nil || final(err) || try == attempts {
 			return err
 		}
 		if err := pause(ctx, try); err != nil {

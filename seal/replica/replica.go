@@ -543,7 +543,7 @@ func (r *Replica) reports(ctx context.Context, k *keyring.Keyring) ([]Report, er
 	}
 	stored, err := r.cfg.Store.Records(ctx, names...)
 	if err != nil {
-		return nil, seal.Caused(seal.CauseUnavailable, hintStore, "the records in the cluster store", err)
+		return nil, seal.Caused(cmp.Or(seal.CauseOf(err), seal.CauseUnavailable), hintStore, "the records in the cluster store", err)
 	}
 	all := make([]Report, len(names))
 	for i, name := range names {

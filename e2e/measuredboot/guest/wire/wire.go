@@ -52,7 +52,7 @@ type Script struct {
 type Step struct {
 	// Run is a command line: a program and its arguments, no shell.
 	Run []string `json:"run,omitempty"`
-	// Again has Run repeated, a few times, while its error output contains this text.
+	// Again has Run repeated, 20 times, while its error output contains this text.
 	Again string `json:"again,omitempty"`
 	// Serve starts kleidi serve, unless systemd has, and returns once kleidi has tried
 	// to open the keyring.
