@@ -48,9 +48,32 @@ func TestSixCommands(t *testing.T) {
 	lap("looked over")
 
 	allEncrypted(t, n)
+	n.Write("root/upgrade.yaml", upgradeConfiguration(t)+"  ignorePreflightErrors: [SystemVerification]\n")
+	n.ShFor(15*time.Minute, "kubeadm upgrade node --config upgrade.yaml")
+	lap("kubeadm upgrade")
+	readable(t, n)
+	n.create("upgraded")
+	allEncrypted(t, n)
 	if now := machineSettings(t); now != settings {
 		t.Errorf("kubelet has changed the machine's settings from\n%s\nto\n%s", settings, now)
 	}
+}
+
+// upgradeConfiguration returns the file of docs/operations.md. It ends with the settings of
+// kubeadm upgrade node.
+func upgradeConfiguration(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const begin = "kind: UpgradeConfiguration\n"
+	_, settings, found := strings.Cut(string(b), begin)
+	if !found {
+		t.Fatal("docs/operations.md has no UpgradeConfiguration")
+	}
+	settings, _, _ = strings.Cut(settings, "```")
+	return "apiVersion: kubeadm.k8s.io/v1beta4\n" + begin + settings
 }
 
 // migrate runs kleidi migrate, which gives up after 5 minutes without a beginning.
