@@ -58,7 +58,7 @@ func importFile(ctx context.Context, n *node.Node, req admin.ImportKeyringReques
 		k, _ := n.Unlocker.Keyring()
 		return admin.KeyringState{}, seal.Errorf(seal.CauseAnchor, "export it again on a node that has the newest one", "the keyring of revision %d is older than this node's, which has revision %d", remote.Revision(), k.Revision())
 	case err != nil:
-		return admin.KeyringState{}, orForked(n, remote, err)
+		return admin.KeyringState{}, hinted(n, remote, err)
 	case followed:
 		changes = append(changes, fmt.Sprintf("this node has taken the keyring of revision %d", remote.Revision()))
 	default:
@@ -78,17 +78,14 @@ func importFile(ctx context.Context, n *node.Node, req admin.ImportKeyringReques
 	return n.Result(former, changes...)
 }
 
-// orForked returns why this node does not take remote. To the rules, a keyring under a KEK that
-// this node has left looks as a stranger's does; at the end of a fork it is the one to take.
-func orForked(n *node.Node, remote *keyring.Untrusted, err error) error {
+// hinted returns err, why this node does not take remote. To the rules, a keyring under a KEK
+// that this node has left looks as a stranger's does; at the end of a fork it is the one to take.
+func hinted(n *node.Node, remote *keyring.Untrusted, err error) error {
 	k, locked := n.Unlocker.Keyring()
-	if locked != nil || seal.CauseOf(err) != seal.CauseAnchor {
+	if locked != nil || seal.CauseOf(err) != seal.CauseAnchor || seal.CauseOf(keyring.Precedes(remote, k)) != seal.CauseForked {
 		return err
 	}
-	if forked := keyring.Precedes(remote, k); seal.CauseOf(forked) == seal.CauseForked {
-		return seal.WithHint(forked, "if kleidi keyring publish has ended the fork with this keyring, take it with kleidi keyring import FILE --trust-key-id KEY_ID, and the key ID that publish has printed; otherwise compare the two on the nodes that hold them, and decide which one to keep")
-	}
-	return err
+	return seal.WithHint(err, "this node holds that KEK, but has left it; if kleidi keyring publish has ended a fork with this keyring, run kleidi keyring import FILE --trust-key-id KEY_ID with the key ID that publish has printed; otherwise find out who made it, because a removed node can")
 }
 
 // putRecord puts the record of a node that has no access to the cluster store into the
