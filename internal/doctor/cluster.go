@@ -7,6 +7,7 @@ import (
 	"github.com/beezy-dev/kleidi/grpcserver/admin"
 	"github.com/beezy-dev/kleidi/internal/doctor/credential"
 	"github.com/beezy-dev/kleidi/internal/doctor/diagnosis"
+	"github.com/beezy-dev/kleidi/seal"
 )
 
 func clusterStore(n *Node) (all []diagnosis.Finding) {
@@ -14,23 +15,49 @@ func clusterStore(n *Node) (all []diagnosis.Finding) {
 		return nil
 	}
 	const setup = "kleidi cluster setup --kubeconfig /etc/kubernetes/admin.conf"
-	if c := n.Status.Cluster; c != nil && c.Problem != nil && c.InStep {
-		all = diagnosis.Found("cluster-store/record", remedy(c.Problem, setup), "this node is in step with the cluster store, and can't write its record: %s", told(c.Problem))
-	} else if c != nil && c.Problem != nil {
-		all = diagnosis.Found("cluster-store/unreachable", remedy(c.Problem, setup), "the cluster store: %s", strings.TrimPrefix(told(c.Problem), "the cluster store: "))
+	if c := n.Status.Cluster; c != nil && c.Problem != nil {
+		all = storeProblem(c, setup)
 	} else if c == nil {
 		all = diagnosis.NotChecked("the keyring is locked, so that this node does not know the cluster store")
+	}
+	if n.removed() {
+		return all // a removed node must not get a certificate
 	}
 	c := n.Certificate.Value
 	switch {
 	case c == nil:
 		all = append(all, diagnosis.NotChecked("the client certificate for the cluster store: %s", n.Certificate.Why)...)
 	case c.Problem != "":
-		all = append(all, diagnosis.Found("cluster-store/certificate", setup, "%s: %s", c.File, c.Problem)...)
+		all = append(all, diagnosis.Found("cluster-store/certificate", setup+"   # unless this node was removed", "%s: %s", c.File, c.Problem)...)
 	case credential.Ending(n.Now, c.Ends, c.Lives):
-		all = append(all, diagnosis.Found("cluster-store/certificate", "kubectl get csr   # approve the request of this node; or "+setup, "%s ends at %s", c.File, c.Ends.UTC().Format(time.RFC3339))...)
+		all = append(all, diagnosis.Found("cluster-store/certificate", "kubectl get csr   # approve the request of this node; or, unless this node was removed, "+setup, "%s ends at %s", c.File, c.Ends.UTC().Format(time.RFC3339))...)
 	}
 	return all
+}
+
+// storeProblem finds why this node is not in step with the cluster store, or can't write its
+// record there. Its command is setup only if the store does not answer: on a removed node,
+// setup would undo the removal, and it mends no keyring.
+func storeProblem(c *admin.ClusterReport, setup string) []diagnosis.Finding {
+	p := c.Problem
+	what := "the cluster store: " + strings.TrimPrefix(told(p), "the cluster store: ")
+	switch {
+	case c.InStep:
+		return diagnosis.Found("cluster-store/record", remedy(p, setup), "this node is in step with the cluster store, and can't write its record: %s", told(p))
+	case p.Cause == seal.CauseNodeRemoved:
+		return diagnosis.Found("cluster-store/removed", remedy(p, ""), "%s", what)
+	case p.Cause == seal.CauseForked:
+		return diagnosis.Found("cluster-store/forked", diagnosis.ForkedRemedy, "%s", what)
+	case p.Cause == seal.CauseAnchor, p.Cause == seal.CauseKeyringCorrupt:
+		return diagnosis.Found("cluster-store/refused", diagnosis.RefusedRemedy(p.Cause, p.Hint), "%s", what)
+	}
+	return diagnosis.Found("cluster-store/unreachable", remedy(p, setup), "%s", what)
+}
+
+// removed reports whether the shared keyring no longer lists this node.
+func (n *Node) removed() bool {
+	c := n.Status.Cluster
+	return n.Status.Problem != nil && n.Status.Problem.Cause == seal.CauseNodeRemoved || c != nil && c.Problem != nil && c.Problem.Cause == seal.CauseNodeRemoved
 }
 
 func nodes(n *Node) (all []diagnosis.Finding) {

@@ -36,7 +36,6 @@ var notPlanted = map[string]string{
 	"clock/unsynchronised":               "the clock is that of the machine that runs the tests",
 	"leftovers/rotation":                 "a rotation is left over after a day",
 	"cluster-store/certificate":          "kube-apiserver's test double signs no certificates",
-	"nodes/problem":                      "no fault is known that a running node reports for long",
 	"nodes/version":                      "all nodes run the same binary",
 }
 

@@ -2,7 +2,6 @@ package doctor
 
 import (
 	"bytes"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -113,7 +112,7 @@ func suspension(n *Node) []diagnosis.Finding {
 
 func debts(n *Node) (all []diagnosis.Finding) {
 	for _, d := range n.Status.Unrevoked {
-		all = append(all, diagnosis.Found("debts/unrevoked", asCommand(d.Hint, "kleidi status"), "%s", d.Message)...)
+		all = append(all, diagnosis.Found("debts/unrevoked", diagnosis.FromHint(d.Hint, "kleidi status"), "%s", d.Message)...)
 	}
 	return all
 }
@@ -154,25 +153,6 @@ func told(p *admin.Problem) string {
 	return strings.Join(append([]string{p.Message}, p.Details...), "; ")
 }
 
-// hintedCommand matches a hint that begins with one of kleidi's commands.
-var hintedCommand = regexp.MustCompile(`^(?:run )?(kleidi (?:status|recover|reseal|rotate|prune|init|migrate|(?:slot|keyring|node|cluster|bootpolicy) [a-z]+)` +
-	`(?: --[^ ;,]+| [A-Z]+| (?:tpm|pkcs11|vault|recovery))*)(?:[;,] (.*))?$`)
-
-func remedy(p *admin.Problem, otherwise string) string { return asCommand(p.Hint, otherwise) }
-
-// asCommand returns a hint in a form that a shell accepts: its command, or else another
-// command, with the hint as a comment.
-func asCommand(hint, otherwise string) string {
-	hint = strings.Join(strings.Fields(hint), " ")
-	if hint == "" {
-		return otherwise
-	}
-	command, comment := otherwise, hint
-	if m := hintedCommand.FindStringSubmatch(hint); m != nil {
-		command, comment = m[1], m[2]
-	}
-	if comment == "" {
-		return command
-	}
-	return command + "   # " + comment
+func remedy(p *admin.Problem, otherwise string) string {
+	return diagnosis.Remedy(p.Cause, p.Hint, otherwise)
 }

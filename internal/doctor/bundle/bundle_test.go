@@ -93,7 +93,7 @@ func TestNothingSecret(t *testing.T) {
 	s.Slots[0].Name, s.Slots[0].Type, s.Slots[0].Use = "tpm", "tpm", "present"
 	s.Attestation.Boot, s.Attestation.Bank = "grub", "sha256"
 	r := diagnosis.Report{}
-	for _, id := range []string{"configuration/refused", "keyring/locked", "keyslots/refused", "tpm/silent", "unit/weakened", "cluster-store/unreachable", "encryption-configuration/refused", "nodes/problem"} {
+	for _, id := range []string{"configuration/refused", "keyring/locked", "keyslots/refused", "tpm/silent", "unit/weakened", "cluster-store/unreachable", "cluster-store/removed", "cluster-store/forked", "cluster-store/refused", "encryption-configuration/refused", "nodes/problem"} {
 		r.Findings = append(r.Findings, diagnosis.Finding{ID: id, What: secret, Why: secret, Command: secret})
 	}
 	r.Findings = append(r.Findings, diagnosis.Finding{ID: "disk/full", What: "3 MB left", Command: secret})

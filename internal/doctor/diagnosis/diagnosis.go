@@ -1,6 +1,6 @@
 // Package diagnosis is the vocabulary of kleidi doctor: the kinds of findings, each with the
-// reason why it matters, and the report that a person or a program reads. It knows nothing
-// of nodes and of checks.
+// reason why it matters, the commands that a hint, a cause or a distribution of Kubernetes calls
+// for, and the report that a person or a program reads. It knows nothing of nodes and of checks.
 package diagnosis
 
 import "fmt"

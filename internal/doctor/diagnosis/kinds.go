@@ -81,6 +81,9 @@ var Kinds = map[string]Kind{
 	"kube-apiserver/other-configuration":   {false, "the running kube-apiserver encrypts as another file says: it was not restarted, or another node's file is different"},
 
 	"cluster-store/unreachable": {false, "this node follows no change of the shared keyring, and its record grows old"},
+	"cluster-store/removed":     {false, "the cluster has removed this node, which stays locked after its next start and can't read what the others encrypt from now on"},
+	"cluster-store/forked":      {false, "the nodes have two keyrings, and neither half follows a change of the other"},
+	"cluster-store/refused":     {false, "this node does not take the keyring in the cluster store: it was removed while it was down, or the keyring is damaged, forged or too old"},
 	"cluster-store/record":      {false, "the other nodes wait for this node's record before they rotate, remove a node or prune"},
 	"cluster-store/certificate": {false, "without a client certificate this node has no access to the cluster store"},
 	"nodes/behind":              {false, "a rotation waits for the node, or goes on without it; then the node may not open what the others encrypt next"},
