@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"fmt"
 	"io/fs"
@@ -40,6 +41,9 @@ func (n *Node) patch() string {
 	}
 	return command
 }
+
+// distribution returns the commands of the node's distribution.
+func (n *Node) distribution() diagnosis.Distribution { return diagnosis.DistributionOf(n.exists) }
 
 // pod is the part of kube-apiserver's manifest that doctor reads.
 type pod struct {
@@ -122,7 +126,7 @@ func apiserver(n *Node) (all []diagnosis.Finding) {
 	if _, err := fmt.Sscanf(api.Version, "v%d.%d", &major, &minor); err != nil {
 		all = diagnosis.NotChecked("kube-apiserver's version is %q", api.Version)
 	} else if major == 1 && minor < oldest {
-		all = diagnosis.Found("kube-apiserver/old", "kubeadm upgrade plan", "kube-apiserver is version %s", api.Version)
+		all = diagnosis.Found("kube-apiserver/old", n.distribution().Upgrade, "kube-apiserver is version %s", api.Version)
 	}
 	m := api.Metrics.Value
 	if m == nil {
@@ -138,7 +142,7 @@ func apiserver(n *Node) (all []diagnosis.Finding) {
 	}
 	slices.Sort(failed)
 	if calls == 0 {
-		all = append(all, diagnosis.Found("kube-apiserver/never-called", n.patch(), "kube-apiserver has never called kleidi's provider")...)
+		all = append(all, diagnosis.Found("kube-apiserver/never-called", cmp.Or(n.distribution().Configure, n.patch()), "kube-apiserver has never called kleidi's provider")...)
 	} else if !m.Status.IsZero() && n.Now.Sub(m.Status) > maxStale {
 		all = append(all, diagnosis.Found("kube-apiserver/stale", "systemctl restart kleidi   # then "+see, "kube-apiserver last saw kleidi's key ID at %s", m.Status.UTC().Format(time.RFC3339))...)
 	}
@@ -149,7 +153,7 @@ func apiserver(n *Node) (all []diagnosis.Finding) {
 		all = append(all, diagnosis.Found("kube-apiserver/key-ids", see, "kube-apiserver has refused %g key IDs of kleidi", m.Invalid)...)
 	}
 	if b, err := n.read(n.EncryptionConfig); err == nil && m.ConfigHash != "" && m.ConfigHash != fmt.Sprintf("sha256:%x", sha256.Sum256(b)) {
-		all = append(all, diagnosis.Found("kube-apiserver/other-configuration", "crictl stop $(crictl ps --quiet --name kube-apiserver)   # kubelet starts it again", "the running kube-apiserver uses another EncryptionConfiguration (%s) than %s", m.ConfigHash, n.EncryptionConfig)...)
+		all = append(all, diagnosis.Found("kube-apiserver/other-configuration", n.distribution().Restart, "the running kube-apiserver uses another EncryptionConfiguration (%s) than %s", m.ConfigHash, n.EncryptionConfig)...)
 	}
 	return all
 }

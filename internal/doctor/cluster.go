@@ -14,7 +14,7 @@ func clusterStore(n *Node) (all []diagnosis.Finding) {
 	if n.Config.Cluster.Kubeconfig == "" {
 		return nil
 	}
-	const setup = "kleidi cluster setup --kubeconfig /etc/kubernetes/admin.conf"
+	setup := "kleidi cluster setup --kubeconfig " + n.distribution().Kubeconfig
 	if c := n.Status.Cluster; c != nil && c.Problem != nil {
 		all = storeProblem(c, setup)
 	} else if c == nil {
