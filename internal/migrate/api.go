@@ -152,12 +152,6 @@ func (q *request) explain() {
 		seal.OneLine(q.resource.String(), 100), q.patience.unnoticed))
 }
 
-// final reports whether an error is an answer that would be the same again.
-func final(err error) bool {
-	r, answered := errors.AsType[*kube.Refusal](err)
-	return answered && r.Code < 500 && r.Code != http.StatusRequestTimeout && r.Code != http.StatusTooManyRequests || errors.Is(err, kube.ErrTooLarge)
-}
-
 // refused adds the next step to an error of the API.
 func refused(err error) error {
 	var e *seal.Error

@@ -14,7 +14,6 @@ import (
 	"net/url"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/time/rate"
 
@@ -80,11 +79,8 @@ type patcher struct {
 	first   error // the first refusal
 }
 
-// Limits of a page of a list.
-const (
-	pageObjects = 500
-	attempts    = 8
-)
+// pageObjects is how many objects a page of a list has.
+const pageObjects = 500
 
 type page struct {
 	Metadata struct {
@@ -233,28 +229,5 @@ func (p *patcher) patch(ctx context.Context, o object) error {
 		if err := pause(ctx, try); err != nil {
 			return err
 		}
-	}
-}
-
-// again repeats a call while the API is busy or away.
-func again(ctx context.Context, call func() error) error {
-	for try := 1; ; try++ {
-		err := call()
-		if err == nil || final(err) || try == attempts {
-			return err
-		}
-		if err := pause(ctx, try); err != nil {
-			return err
-		}
-	}
-}
-
-// pause waits longer after each attempt.
-func pause(ctx context.Context, try int) error {
-	select {
-	case <-time.After(50 * time.Millisecond << try):
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
 }
