@@ -5,6 +5,7 @@ package threenodes
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
