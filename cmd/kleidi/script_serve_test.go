@@ -277,8 +277,9 @@ func (h *host) kmsOn(ts *testscript.TestScript, conn *grpc.ClientConn, args []st
 	return err
 }
 
-// callSoon makes a call that waits for the first attempt to unlock. serve holds it back for
-// 2 s, which a busy machine may exceed: only then it asks again, like kube-apiserver.
+// callSoon makes a call that has to wait for the first attempt to unlock. serve lets a call
+// wait for 2 s at most. On a busy machine the attempt may take longer; only then is the call
+// made again, as kube-apiserver would do.
 func (h *host) callSoon(ctx context.Context, client kmsapi.KeyManagementServiceClient, args []string) (out string, err error) {
 	starting := func(said string) bool { return strings.Contains(said, "the first attempt to unlock has not ended") }
 	err = whileBusy(starting, func() error {

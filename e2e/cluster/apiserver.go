@@ -219,16 +219,11 @@ func (r *Refusal) Error() string { return fmt.Sprintf("%d: %s", r.Code, r.Body) 
 // Soon makes a call up to 10 times while kube-apiserver does not answer it, or answers that it
 // is busy or has failed. A busy machine does not serve each of thousands of calls in time. An
 // object that can't be decrypted is an answer.
-func Soon(call func() error) (err error) {
-	for range 10 {
-		err = call()
+func Soon(call func() error) error {
+	return node.Retry(call, func(err error) bool {
 		var r *Refusal
-		if err == nil || errors.As(err, &r) && r.decided() {
-			return err
-		}
-		time.Sleep(200 * time.Millisecond)
-	}
-	return err
+		return errors.As(err, &r) && r.decided()
+	})
 }
 
 // decided reports whether the same call would be refused again.

@@ -16,7 +16,7 @@ func TestExistingCluster(t *testing.T) {
 	n := NewKubeNode(t, KubeNodeSetup{Name: "cp-1", Address: "10.99.0.1"})
 	commands := Readme(t)
 	n.ShFor(15*time.Minute, "kubeadm init --config /root/kubeadm.yaml")
-	createSecret(n)
+	n.create("lab")
 	inClear(t, n)
 
 	n.Sh("mkdir -p /media/usb")

@@ -40,7 +40,7 @@ func TestSixCommands(t *testing.T) {
 	n.Write("root/kubeadm.yaml", n.Config("patches: {directory: /etc/kubernetes/patches}", ""))
 	n.ShFor(15*time.Minute, "kubeadm init --config /root/kubeadm.yaml")
 	lap("kubeadm init")
-	createSecret(n)
+	n.create("lab")
 	lap("Secret")
 	migrate(t, n, commands[4])
 	lap("rewritten")
@@ -86,18 +86,6 @@ func migrate(t *testing.T, n *KubeNode, command string) {
 		}
 		return nil
 	}, "has not begun with StorageVersionMigration")
-}
-
-// createSecret makes the Secret. kube-apiserver may have just started.
-func createSecret(n *KubeNode) {
-	n.t.Helper()
-	node.Eventually(n.t, 5*time.Minute, "the Secret is written", func() error {
-		said, err := n.TryKubectl("create secret generic lab --from-literal=password=" + password)
-		if err != nil && !strings.Contains(said, "already exists") {
-			return fmt.Errorf("%w: %s", err, said)
-		}
-		return nil
-	})
 }
 
 // readable waits until kube-apiserver decrypts the Secret.

@@ -43,7 +43,7 @@ func TestStaticPod(t *testing.T) {
 	n.Sh("kleidi kubeadm patch --dir /etc/kubernetes/patches")
 	n.Write("root/kubeadm.yaml", n.Config("patches: {directory: /etc/kubernetes/patches}", ""))
 	n.ShFor(15*time.Minute, "kubeadm init --config /root/kubeadm.yaml")
-	createSecret(n)
+	n.create("lab")
 	if out := n.Sh("kleidi status"); !strings.Contains(out, "open since") {
 		t.Errorf("kleidi status on the host: %s", out)
 	}

@@ -53,22 +53,14 @@ func as(t *testing.T, kubeconfig string) *kube.Client {
 
 // soon makes a call until the API has decided it. A busy API does not answer each within the
 // client's 10 s.
-func soon(call func() error) (err error) {
-	for range 10 {
-		if err = call(); decided(err) {
-			return err
-		}
-		time.Sleep(200 * time.Millisecond)
-	}
-	return err
-}
+func soon(call func() error) error { return node.Retry(call, decided) }
 
-// decided reports whether an error, or none, is the API's answer rather than its lack of time.
+// decided reports whether an error is the API's answer, and not its lack of time.
 func decided(err error) bool {
 	if r, ok := errors.AsType[*kube.Refusal](err); ok {
 		return r.Code < 500 && r.Code != http.StatusRequestTimeout && r.Code != http.StatusTooManyRequests
 	}
-	return err == nil || errors.Is(err, store.ErrConflict) || errors.Is(err, fs.ErrNotExist)
+	return errors.Is(err, store.ErrConflict) || errors.Is(err, fs.ErrNotExist)
 }
 
 // load reads the shared keyring.

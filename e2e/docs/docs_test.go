@@ -108,8 +108,7 @@ func (r *reader) run(b block) {
 // joinAgain reports whether a join failed for a reason that a busy machine may cause. The
 // document also says to run it again if it breaks off.
 func joinAgain(commands, out string, err error) bool {
-	return err != nil && strings.Contains(commands, "kleidi join ") &&
-		slices.ContainsFunc(node.JoinAgain, func(s string) bool { return strings.Contains(out, s) })
+	return err != nil && strings.Contains(commands, "kleidi join ") && node.HasOneOf(out, node.JoinAgain)
 }
 
 // elided is a flag whose value the document shows shortened.

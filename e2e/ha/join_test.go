@@ -1,13 +1,11 @@
 package ha
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -116,7 +114,7 @@ func (b *breaking) breakAt(t *testing.T, packet int, fault func(*testing.T, *bre
 	out, err := b.join.CombinedOutput()
 	if !fired() {
 		// The join may have taken too long for the seat. The packet's turn has not come then.
-		if b.cutOff < 3 && slices.ContainsFunc(node.JoinAgain, func(s string) bool { return bytes.Contains(out, []byte(s)) }) {
+		if b.cutOff < 3 && node.HasOneOf(string(out), node.JoinAgain) {
 			b.cutOff++
 			t.Logf("packet %d again: %v\n%s", packet, err, out)
 			b.reset(t)

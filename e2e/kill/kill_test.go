@@ -220,7 +220,7 @@ func (s *scene) do() error {
 
 // cutOff reports whether a join failed for a reason that a busy machine may cause.
 func cutOff(err error) bool {
-	return err != nil && slices.ContainsFunc(node.JoinAgain, func(text string) bool { return strings.Contains(err.Error(), text) })
+	return err != nil && node.HasOneOf(err.Error(), node.JoinAgain)
 }
 
 // clean proves that no temporary files are left.

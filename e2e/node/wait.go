@@ -1,10 +1,13 @@
 package node
 
 import (
+	"context"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/cenkalti/backoff/v5"
 )
 
 // Again is Eventually for a command whose failure a busy machine may cause: with an error
@@ -14,13 +17,31 @@ func Again(t testing.TB, within time.Duration, what string, run func() error, ma
 	Eventually(t, within, what, func() error {
 		err := run()
 		if err != nil {
-			if !slices.ContainsFunc(may, func(s string) bool { return strings.Contains(err.Error(), s) }) {
+			if !HasOneOf(err.Error(), may) {
 				t.Fatalf("%s: %v", what, err)
 			}
 			t.Logf("again: %v", err)
 		}
 		return err
 	})
+}
+
+// HasOneOf reports whether a text contains one of the parts.
+func HasOneOf(text string, parts []string) bool {
+	return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(text, part) })
+}
+
+// Retry makes a call up to 10 times, until it succeeds or its error is final. It returns the
+// last error.
+func Retry(call func() error, final func(error) bool) error {
+	_, err := backoff.Retry(context.Background(), func() (struct{}, error) {
+		err := call()
+		if err != nil && final(err) {
+			err = backoff.Permanent(err)
+		}
+		return struct{}{}, err
+	}, backoff.WithBackOff(backoff.NewConstantBackOff(200*time.Millisecond)), backoff.WithMaxTries(10), backoff.WithMaxElapsedTime(0))
+	return err
 }
 
 // JoinAgain are the errors of kleidi join that a busy machine may cause: the join took too

@@ -78,8 +78,9 @@ func importFile(ctx context.Context, n *node.Node, req admin.ImportKeyringReques
 	return n.Result(former, changes...)
 }
 
-// hinted returns err, why this node does not take remote. To the rules, a keyring under a KEK
-// that this node has left looks as a stranger's does; at the end of a fork it is the one to take.
+// hinted adds the next step to err, the reason why this node does not take remote. To the
+// rules, a keyring under a KEK that this node has left looks like a stranger's; at the end of a
+// fork it is the one to take.
 func hinted(n *node.Node, remote *keyring.Untrusted, err error) error {
 	k, locked := n.Unlocker.Keyring()
 	if locked != nil || seal.CauseOf(err) != seal.CauseAnchor || seal.CauseOf(keyring.Precedes(remote, k)) != seal.CauseForked {

@@ -20,8 +20,8 @@ const every = 250 * time.Millisecond
 const removalStart = 10 * time.Second
 
 // forgiven is how long a watch goes on while the cluster store, or the backend of a wrapper,
-// is unavailable: a kube-apiserver may restart, etcd elect a leader, or Vault be sealed. Then
-// serve is asked only each afterFault.
+// is unavailable: a kube-apiserver may restart, etcd may elect a leader, or Vault may be
+// sealed. Meanwhile serve is asked only every 2 seconds (afterFault).
 const (
 	forgiven   = time.Minute
 	afterFault = 2 * time.Second
@@ -158,9 +158,10 @@ func (serve Serve) next(ctx context.Context, req admin.RotateRequest, former, fr
 }
 
 // Removal takes the steps of a removal until it is done, or until it is no longer waited
-// for, and returns the last state with the changes of every step. An error ends
-// it, except one that faults forgives after the first step of a removal that is waited for; the
-// changes that were made before it are said.
+// for, and returns the last state with the changes of every step. An error ends the watch, and
+// the changes that were made before it are then said. While the end is waited for, an error
+// with the cause seal.CauseUnavailable ends it only if it lasts for a minute, or comes from the
+// first step.
 func Removal(ctx context.Context, o Options, step func(admin.RemoveNodesRequest) (admin.NodeRemoval, error), req admin.RemoveNodesRequest) (admin.NodeRemoval, error) {
 	ctx, cancel := o.within(ctx)
 	defer cancel()

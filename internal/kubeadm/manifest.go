@@ -48,10 +48,10 @@ func (p Patch) ApplyFile(manifest string) (bool, error) {
 	return changed, err
 }
 
-// RevertFile undoes the change. It refuses while the EncryptionConfiguration names kleidi, unless forced.
-// If other providers encrypt, kube-apiserver keeps the EncryptionConfiguration, and only the
-// socket goes: it could not read what they encrypted without the file. RevertFile reports
-// whether that is so.
+// RevertFile undoes the change. It refuses while the EncryptionConfiguration names kleidi,
+// unless forced. If other providers encrypt, kube-apiserver keeps the EncryptionConfiguration,
+// and only the socket goes: it could not read what they encrypted without the file. RevertFile
+// reports whether that is so.
 func (p Patch) RevertFile(manifest string, force bool) (changed, kept bool, err error) {
 	e, err := p.read()
 	if err == nil && e != nil {
